@@ -1,0 +1,366 @@
+"""The operator's endpoints: see health, metrics, breakers and clients, and change a client's tier."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+
+from api_gateway.auth import AdminGuard
+from api_gateway.balancer import Upstream
+from api_gateway.circuit_breaker import CircuitBreaker, State
+from api_gateway.clients import ClientRegistry
+from api_gateway.errors import (
+    BadRequest,
+    ClientIdInvalid,
+    GatewayError,
+    InvalidValue,
+    MethodNotAllowed,
+    NoRoute,
+    problem,
+)
+from api_gateway.headers import is_visible_ascii, is_within
+from api_gateway.metrics import Exposition, Recorder
+from api_gateway.models import (
+    NANOSECONDS,
+    BreakersView,
+    BreakerThresholds,
+    BreakerView,
+    BucketView,
+    Client,
+    ClientView,
+    Clock,
+    HealthView,
+    LatencyView,
+    MetricsView,
+    OpeningView,
+    Problem,
+    Quota,
+    TargetView,
+    TierChange,
+    TierChanged,
+    TierView,
+    UpstreamView,
+)
+from api_gateway.rate_limiter import MemoryLimiter
+
+LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
+
+
+class Phase(StrEnum):
+    """Where the gateway is in its life."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Console:
+    """Everything the operator's endpoints look at."""
+
+    version: str
+    guard: AdminGuard
+    limiter: MemoryLimiter
+    clients: ClientRegistry
+    upstreams: Mapping[str, Upstream]
+    recorder: Recorder
+    exposition: Exposition
+    clock: Clock
+    clock_ns: Callable[[], int]
+    phase: Phase = Phase.STARTING
+
+
+def _console(request: Request) -> Console:
+    console: Console = request.app.state.console
+    return console
+
+
+def _is_loopback(request: Request) -> bool:
+    return request.client is not None and is_within(request.client.host, LOOPBACK)
+
+
+def _guard(request: Request) -> Console:
+    console = _console(request)
+    console.guard.check(request.headers.raw, is_loopback=_is_loopback(request))
+    return console
+
+
+Guarded = Annotated[Console, Depends(_guard)]
+Open = Annotated[Console, Depends(_console)]
+
+_PROBLEM: dict[str, Any] = {"model": Problem, "content": {"application/problem+json": {}}}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"description": "The admin token is missing or wrong.", **_PROBLEM},
+    403: {"description": "No admin token is set and the request did not come from this machine.", **_PROBLEM},
+}
+_CLIENT_REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The client id is not 1 to 128 visible ASCII characters.", **_PROBLEM},
+    **_REFUSALS,
+}
+_STORE_REFUSAL: dict[int | str, dict[str, Any]] = {
+    503: {"description": "The change could not be stored and was not made.", **_PROBLEM}
+}
+
+open_router = APIRouter(tags=["health"])
+guarded_router = APIRouter(tags=["operator"], responses=_REFUSALS)
+clients_router = APIRouter(tags=["clients"], responses=_CLIENT_REFUSALS)
+
+
+@open_router.get("/healthz", response_class=PlainTextResponse, summary="Liveness")
+async def healthz() -> str:
+    """Answer 200 while the event loop turns."""
+    return "ok\n"
+
+
+@open_router.get(
+    "/readyz",
+    response_class=PlainTextResponse,
+    summary="Readiness",
+    responses={503: {"description": "Starting or draining.", "content": {"text/plain": {}}}},
+)
+async def readyz(console: Open) -> Response:
+    """Answer 200 while serving. Upstreams that are down do not make the gateway unready."""
+    is_serving = console.phase is Phase.SERVING
+    return PlainTextResponse(f"{console.phase}\n", status_code=200 if is_serving else 503)
+
+
+@open_router.get("/health", summary="Health of the gateway and its upstreams", response_model_exclude_none=True)
+async def health(request: Request, console: Open) -> HealthView:
+    """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
+    now = console.clock()
+    upstreams = {name: _upstream_view(upstream, now) for name, upstream in console.upstreams.items()}
+    words = {view.status for view in upstreams.values()}
+    status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
+    if words == {"fail"}:
+        status = "fail"
+    if not console.guard.allows(request.headers.raw, is_loopback=_is_loopback(request)):
+        return HealthView(status=status)
+    uptime = round(now - console.recorder.started, 3)
+    return HealthView(status=status, version=console.version, uptime=uptime, upstreams=upstreams)
+
+
+class MetricsFormat(StrEnum):
+    """The two ways to show the metrics."""
+
+    JSON = "json"
+    PROMETHEUS = "prometheus"
+
+
+@guarded_router.get(
+    "/metrics",
+    summary="All metrics, for people and for Prometheus",
+    response_model=MetricsView,
+    responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
+)
+async def metrics(
+    request: Request,
+    console: Guarded,
+    format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the public name
+) -> Any:
+    """Answer JSON, or exposition text where `?format=prometheus` or `Accept` asks for it."""
+    for upstream in console.upstreams.values():
+        upstream.breaker.advance(console.clock())
+    accept = request.headers.get("accept", "")
+    asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
+    if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
+        body, content_type = console.exposition.render(accept)
+        return Response(body, headers={"content-type": content_type})
+    return console.recorder.snapshot(
+        console.clock(),
+        console.upstreams,
+        buckets=len(console.limiter),
+        bucket_limit=console.limiter.bucket_limit,
+        overflowed=console.limiter.overflowed,
+    )
+
+
+@guarded_router.get("/metrics/latency", summary="Latency percentiles")
+async def latency(console: Guarded) -> LatencyView:
+    """Answer the percentiles over the last minute, the last five minutes and since the start."""
+    return console.recorder.latency(console.clock())
+
+
+@guarded_router.get("/circuit-breakers", summary="Every circuit breaker")
+async def circuit_breakers(console: Guarded) -> BreakersView:
+    """Answer state, counts, thresholds, since when, when the next probe is due and why it last opened."""
+    now = console.clock()
+    return BreakersView(
+        circuit_breakers={name: _breaker_view(upstream.breaker, now) for name, upstream in console.upstreams.items()}
+    )
+
+
+@clients_router.post(
+    "/clients/{client_id:path}/tier",
+    summary="Set a client's tier",
+    responses={422: {"description": "No such tier; the answer lists them.", **_PROBLEM}, **_STORE_REFUSAL},
+)
+async def set_tier(client_id: str, change: TierChange, console: Guarded) -> TierChanged:
+    """Register the client for a tier. Effective for its next request, and on disk when this answers.
+
+    The bucket keeps its filled fraction: an upgrade brings relief at once, and changing back and forth gains nothing.
+    """
+    _check_id(client_id)
+    tier = change.tier.upper()
+    if tier not in console.clients.tiers:
+        names = list(console.clients.tiers)
+        raise InvalidValue(
+            f"There is no tier '{change.tier}'; the tiers are {', '.join(names)}.",
+            extra={"tier": change.tier, "tiers": names},
+        )
+    return _move(console, *await console.clients.set_tier(client_id, tier))
+
+
+@clients_router.delete(
+    "/clients/{client_id:path}", summary="Return a client to the default tier", responses=_STORE_REFUSAL
+)
+async def forget(client_id: str, console: Guarded) -> TierChanged:
+    """Remove the client's registration. It falls back to what the configuration says of it, else the default tier."""
+    _check_id(client_id)
+    return _move(console, *await console.clients.forget(client_id))
+
+
+@clients_router.get("/clients/{client_id:path}", summary="A client's tier and bucket")
+async def client(client_id: str, console: Guarded) -> ClientView:
+    """Answer the client's tier and the tokens it has now. Any well-formed id has a bucket, so none is unknown."""
+    _check_id(client_id)
+    found = console.clients.named(client_id)
+    bucket = console.limiter.peek(found.key, found.quota, console.clock_ns())
+    return ClientView(
+        client_id=client_id,
+        tier=_tier_view(found.quota),
+        source="default" if found.source == "address" else found.source,
+        bucket=BucketView(
+            tokens=_tokens(found.quota, bucket.reset_ns),
+            capacity=found.quota.capacity,
+            full_in=round(bucket.reset_ns / NANOSECONDS, 3),
+        ),
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Add the operator's endpoints and the way their errors are answered to `app`."""
+    app.include_router(open_router)
+    app.include_router(guarded_router)
+    app.include_router(clients_router)
+    app.add_exception_handler(GatewayError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_error)
+
+
+async def _answer_error(request: Request, raised: Exception) -> Response:
+    """Answer any error of an operator's endpoint as problem details."""
+    error = _in_our_words(raised)
+    return JSONResponse(
+        problem(error, instance=request.url.path),
+        status_code=error.status,
+        headers={**error.headers, "cache-control": "no-store"},
+        media_type="application/problem+json",
+    )
+
+
+def _in_our_words(raised: Exception) -> GatewayError:
+    if isinstance(raised, GatewayError):
+        return raised
+    if isinstance(raised, RequestValidationError):
+        details = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in raised.errors())
+        return InvalidValue(f"{details}.")
+    if isinstance(raised, HTTPException):
+        if raised.status_code == 404:  # noqa: PLR2004 - no endpoint of that name
+            return NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
+        if raised.status_code == 405:  # noqa: PLR2004 - an endpoint, but not for this method
+            return MethodNotAllowed("The endpoint does not take this method.", headers=dict(raised.headers or {}))
+        return BadRequest(str(raised.detail))
+    raise raised
+
+
+def _check_id(client_id: str) -> None:
+    if not is_visible_ascii(client_id.encode()):
+        raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {client_id!r}.")
+
+
+def _move(console: Console, before: Client, after: Client) -> TierChanged:
+    """Take the bucket over to the new tier and report it."""
+    now_ns = console.clock_ns()
+    held = console.limiter.peek(before.key, before.quota, now_ns)
+    console.limiter.change_quota(before.key, before.quota, after.quota, now_ns)
+    holds = console.limiter.peek(after.key, after.quota, now_ns)
+    return TierChanged(
+        client_id=after.id,
+        previous=_tier_view(before.quota),
+        current=_tier_view(after.quota),
+        tokens_before=_tokens(before.quota, held.reset_ns),
+        tokens_after=_tokens(after.quota, holds.reset_ns),
+        persisted=True,
+    )
+
+
+def _tokens(quota: Quota, debt_ns: int) -> float:
+    return round((quota.burst_ns - debt_ns) / quota.emission_ns, 3)
+
+
+def _tier_view(quota: Quota) -> TierView:
+    return TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity)
+
+
+def _utc(at: float, now: float) -> str:
+    """Return a monotonic moment as wall-clock time."""
+    return datetime.fromtimestamp(time.time() - (now - at), UTC).isoformat(timespec="milliseconds")
+
+
+def _breaker_view(breaker: CircuitBreaker, now: float) -> BreakerView:
+    breaker.advance(now)
+    calls, failures = breaker.window_totals(now)
+    opened, policy = breaker.last_opened, breaker.policy
+    return BreakerView(
+        state=breaker.state.value,
+        since=_utc(breaker.since, now),
+        consecutive_failures=breaker.consecutive_failures,
+        window_calls=calls,
+        window_failures=failures,
+        window_failure_rate=round(failures / calls, 4) if calls else None,
+        probes_in_flight=breaker.probes_in_flight,
+        opened_total=breaker.opened_total,
+        rejected_total=breaker.rejected_total,
+        next_probe_in=round(breaker.retry_after(now), 3) if breaker.state is State.OPEN else None,
+        last_opened=None if opened is None else OpeningView(at=_utc(opened.at, now), cause=opened.cause),
+        thresholds=BreakerThresholds(
+            failure_threshold=policy.failure_threshold,
+            failure_rate=policy.failure_rate,
+            minimum_calls=policy.minimum_calls,
+            window=policy.window,
+            recovery_timeout=policy.recovery_timeout,
+            half_open_max_calls=policy.half_open_max_calls,
+        ),
+    )
+
+
+def _upstream_view(upstream: Upstream, now: float) -> UpstreamView:
+    upstream.breaker.advance(now)
+    healthy = sum(target.is_healthy for target in upstream.targets)
+    status: Literal["pass", "warn", "fail"] = "pass"
+    if healthy == 0 or upstream.breaker.state is State.OPEN:
+        status = "fail"
+    elif healthy < len(upstream.targets) or upstream.breaker.state is State.HALF_OPEN:
+        status = "warn"
+    return UpstreamView(
+        status=status,
+        breaker=upstream.breaker.state.value,
+        targets=[
+            TargetView(
+                url=target.url,
+                healthy=target.is_healthy,
+                in_flight=target.in_flight,
+                checked=target.is_checked,
+                last_check=target.last_check,
+            )
+            for target in upstream.targets
+        ],
+    )

@@ -1,0 +1,420 @@
+"""Configuration: what may be set, its defaults, and one clear line for every mistake.
+
+Precedence, highest first: command line, environment (`GATEWAY_`, `__` nests), `.env`, YAML file, the defaults below.
+Knows nothing of how the values are used.
+"""
+
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml
+
+ENV_PREFIX = "GATEWAY_"
+ENV_FILE = ".env"
+CONFIG_VARIABLE = "GATEWAY_CONFIG"
+MIN_TOKEN_LENGTH = 8
+_SECRET = (("admin", "token"),)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIERS: dict[str, dict[str, float]] = {
+    "FREE": {"rate": 1, "capacity": 10},
+    "BASIC": {"rate": 5, "capacity": 50},
+    "PREMIUM": {"rate": 20, "capacity": 200},
+    "ENTERPRISE": {"rate": 100, "capacity": 1000},
+}
+
+_file_values: ContextVar[dict[str, Any]] = ContextVar("_file_values", default={})  # noqa: B039 - never mutated
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Name]
+Methods = Annotated[
+    list[Annotated[str, AfterValidator(str.upper), Field(pattern=r"^[A-Za-z][A-Za-z-]*$")]],
+    Field(min_length=1),
+]
+
+
+def _network(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return ip_network(value)
+    except ValueError:
+        raise ValueError("must be an address or a network such as 10.0.0.0/8") from None
+
+
+def _whole_path(path: str) -> str:
+    if not path.startswith("/") or "?" in path or "#" in path:
+        raise ValueError("must start with '/' and hold neither '?' nor '#'")
+    return path.rstrip("/") or "/"
+
+
+def _origin_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be http://host[:port] or https://host[:port]")
+    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
+        raise ValueError("must hold only scheme, host and port; a route's path and strip_prefix shape the path")
+    if parts.port == 0:
+        raise ValueError("port must be 1 to 65535")
+    return url.rstrip("/")
+
+
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
+WholePath = Annotated[str, AfterValidator(_whole_path)]
+OriginUrl = Annotated[str, AfterValidator(_origin_url)]
+
+
+class ServerSection(Section):
+    """Where the gateway listens, and what it accepts there."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port.")
+    workers: int = Field(default=1, ge=1)
+    max_body_bytes: int = Field(default=104_857_600, ge=0)
+    max_header_bytes: int = Field(default=65_536, ge=1024)
+    header_timeout: Seconds = 10
+    keep_alive_timeout: Seconds = 75
+    drain_timeout: Seconds = 30
+    trusted_proxies: list[Network] = []
+
+
+class StoreSection(Section):
+    """Where buckets are kept. `on_failure` and `deadline` speak of shared stores."""
+
+    url: str = "memory://"
+    on_failure: Literal["local_share", "deny", "allow"] = "local_share"
+    deadline: Seconds = 0.02
+    bucket_limit: int = Field(default=1_000_000, ge=1)
+
+
+def _long_enough(token: SecretStr) -> SecretStr:
+    if len(token.get_secret_value()) < MIN_TOKEN_LENGTH:
+        raise ValueError(f"must have at least {MIN_TOKEN_LENGTH} characters")
+    return token
+
+
+class AdminSection(Section):
+    """The operator's token; without one the operator's endpoints answer this machine only."""
+
+    token: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+
+
+class IdentitySection(Section):
+    """How a client says who it is."""
+
+    mode: Literal["header"] = "header"
+    header: str = Field(default="X-Client-ID", pattern=r"^[A-Za-z0-9-]{1,64}$")
+
+
+class AddressLimitSection(Section):
+    """The second bucket of clients nobody registered: one for each peer address. `rate: 0` turns it off."""
+
+    rate: float = Field(default=100, ge=0, le=1_000_000)
+    capacity: int = Field(default=1000, ge=1, le=1_000_000_000)
+    exempt: list[Network] = [IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")]
+
+
+class TierSection(Section):
+    """Tokens a second, and tokens a full bucket holds."""
+
+    rate: float = Field(gt=0, le=1_000_000)
+    capacity: int = Field(ge=1, le=1_000_000_000)
+
+
+class ClientSection(Section):
+    """A client known from the start."""
+
+    tier: TierName
+
+
+class TargetSection(Section):
+    """One address of an upstream."""
+
+    url: OriginUrl
+    weight: int = Field(default=1, ge=1, le=100)
+
+
+class TimeoutsSection(Section):
+    """Seconds: to connect, until the answer's head, between pieces of a body, and for all of it (null: no limit)."""
+
+    connect: Seconds = 2
+    response: Seconds = 30
+    idle: Seconds = 60
+    total: Seconds | None = None
+
+
+class PoolSection(Section):
+    """Connections to each target."""
+
+    max_connections: int = Field(default=512, ge=1)
+    idle_timeout: Seconds = 60
+
+
+class HealthCheckSection(Section):
+    """Active checks of every target."""
+
+    path: WholePath = "/health"
+    interval: Seconds = 5
+    timeout: Seconds = 2
+    healthy_after: int = Field(default=2, ge=1)
+    unhealthy_after: int = Field(default=3, ge=1)
+
+
+class CircuitBreakerSection(Section):
+    """When the upstream's breaker opens and how it recovers."""
+
+    failure_threshold: int = Field(default=5, ge=1)
+    failure_rate: float = Field(default=0.5, gt=0, le=1)
+    minimum_calls: int = Field(default=20, ge=1)
+    window: Seconds = 30
+    recovery_timeout: Seconds = 30
+    half_open_max_calls: int = Field(default=1, ge=1)
+
+
+class RetrySection(Section):
+    """Tries per request in all, and retries as a share of live requests."""
+
+    attempts: int = Field(default=2, ge=1, le=10)
+    budget: float = Field(default=0.2, ge=0, le=1)
+
+
+class UpstreamSection(Section):
+    """A service behind the gateway."""
+
+    targets: list[TargetSection] = Field(min_length=1)
+    balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"
+    timeouts: TimeoutsSection = TimeoutsSection()
+    pool: PoolSection = PoolSection()
+    health_check: HealthCheckSection | None = None
+    circuit_breaker: CircuitBreakerSection = CircuitBreakerSection()
+    retry: RetrySection = RetrySection()
+
+
+class CostSection(Section):
+    """What some of a route's requests cost instead of the route's own cost."""
+
+    methods: Methods | None = None
+    path: WholePath | None = None
+    cost: float = Field(ge=0, le=1_000_000_000)
+
+
+class RouteSection(Section):
+    """Which requests go to which upstream, at what cost."""
+
+    name: Name
+    path: WholePath
+    upstream: str
+    strip_prefix: WholePath | None = None
+    methods: Methods | None = None
+    host: Annotated[str, AfterValidator(str.lower)] | None = None
+    cost: float = Field(default=1, ge=0, le=1_000_000_000)
+    costs: list[CostSection] = []
+
+
+class MetricsSection(Section):
+    """Which latency percentiles are shown."""
+
+    percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = Field(default=[50, 90, 95, 99], min_length=1)
+
+
+class LogSection(Section):
+    """What is written to standard output."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    access: bool = Field(default=True, description="One JSON line for each proxied request.")
+
+
+class GatewayConfig(BaseSettings):
+    """The whole configuration."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        env_file=ENV_FILE,
+        dotenv_filtering="only_existing",
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+    )
+
+    server: ServerSection = ServerSection()
+    store: StoreSection = StoreSection()
+    state_dir: Path = Path(".gateway")
+    admin: AdminSection = AdminSection()
+    identity: IdentitySection = IdentitySection()
+    address_limit: AddressLimitSection = AddressLimitSection()
+    tiers: dict[Name, TierSection] = Field(default={}, validate_default=True)
+    default_tier: TierName = "FREE"
+    clients: dict[Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")], ClientSection] = {}
+    upstreams: dict[Name, UpstreamSection] = {}
+    routes: list[RouteSection] = []
+    metrics: MetricsSection = MetricsSection()
+    log: LogSection = LogSection()
+
+    @property
+    def is_demo(self) -> bool:
+        """True when nothing to proxy to is configured."""
+        return not self.upstreams and not self.routes
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is the library's
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources, highest precedence first."""
+        file_settings = InitSettingsSource(settings_cls, _file_values.get())
+        return init_settings, env_settings, dotenv_settings, file_settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Lay the configured tiers over the default ones; give an upstream without routes a route of its name."""
+        tiers = given.get("tiers", {})
+        if isinstance(tiers, Mapping):
+            given = given | {"tiers": _merge_tiers(tiers)}
+        upstreams = given.get("upstreams")
+        if isinstance(upstreams, Mapping) and not given.get("routes"):
+            routes = [
+                {"name": name, "path": f"/api/{name}", "upstream": name, "strip_prefix": "/api"} for name in upstreams
+            ]
+            given = given | {"routes": routes}
+        return given
+
+    @model_validator(mode="after")
+    def _agree(self) -> "GatewayConfig":
+        problems = [*_server_problems(self), *_tier_problems(self), *_route_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
+    """Read the configuration from all its sources.
+
+    `path` is a YAML file; without it `GATEWAY_CONFIG` names one, or there is none. `overrides` is what the command
+    line says, nested as the sections are. Raises ConfigError.
+    """
+    variables = {name.upper(): value for name, value in (*dotenv_values(ENV_FILE).items(), *os.environ.items())}
+    chosen = path or variables.get(CONFIG_VARIABLE)
+    file = read_yaml(Path(chosen)) if chosen else NO_FILE
+    sources = Sources(overrides or {}, ENV_PREFIX, variables, file)
+    token = _file_values.set(file.values)
+    try:
+        _warn_of_unknown(variables)
+        return GatewayConfig(**sources.overrides)
+    except ValidationError as error:
+        lines = [line for detail in error.errors() for line in explain(detail, GatewayConfig, sources, _SECRET)]
+        raise ConfigError(lines) from error
+    except SettingsError as error:
+        raise ConfigError([f"environment: {error}: {error.__cause__}"]) from error
+    finally:
+        _file_values.reset(token)
+
+
+def _warn_of_unknown(variables: Collection[str]) -> None:
+    """Name variables that look like ours and are not. Platforms set such by themselves, so they stop nothing."""
+    known = [f"{ENV_PREFIX}{name.upper()}" for name in GatewayConfig.model_fields]
+    for name in sorted(variables):
+        if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE and name.partition("__")[0] not in known:
+            logger.warning("environment: %s is not a setting and is ignored%s", name, nearest(name, known))
+
+
+# Rules between sections
+
+
+def _merge_tiers(given: Mapping[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = dict(DEFAULT_TIERS)
+    for name, terms in given.items():
+        upper = str(name).upper()
+        if terms is None:
+            merged.pop(upper, None)
+        elif isinstance(terms, Mapping) and isinstance(merged.get(upper), Mapping):
+            merged[upper] = {**merged[upper], **terms}
+        else:
+            merged[upper] = terms
+    return merged
+
+
+def _server_problems(config: GatewayConfig) -> Iterator[str]:
+    if config.store.url != "memory://":
+        yield f"store.url: only memory:// is available in this version, got {config.store.url!r}"
+    if config.server.workers > 1:
+        yield (
+            "server.workers: more than one worker needs a store they share, and only memory:// is available in this"
+            f" version, got {config.server.workers}"
+        )
+
+
+def _tier_problems(config: GatewayConfig) -> Iterator[str]:
+    known = ", ".join(config.tiers)
+    if config.default_tier not in config.tiers:
+        yield f"default_tier: no such tier, got {config.default_tier!r}; the tiers are {known}"
+    for client_id, client in config.clients.items():
+        if client.tier not in config.tiers:
+            yield f"clients.{client_id}.tier: no such tier, got {client.tier!r}; the tiers are {known}"
+
+
+def _route_problems(config: GatewayConfig) -> Iterator[str]:
+    largest = max((tier.capacity for tier in config.tiers.values()), default=0)
+    names: dict[str, int] = {}
+    matches: dict[tuple[object, ...], str] = {}
+    for index, route in enumerate(config.routes):
+        place = f"routes[{index}] ({route.name})"
+        if route.name in names:
+            yield f"{place}.name: already the name of routes[{names[route.name]}]"
+        names.setdefault(route.name, index)
+        if route.path != "/api" and not route.path.startswith("/api/"):
+            yield f"{place}.path: must be /api or begin with /api/, got {route.path!r}"
+        if route.upstream not in config.upstreams:
+            hint = nearest(route.upstream, config.upstreams)
+            yield f"{place}.upstream: no such upstream, got {route.upstream!r}{hint}"
+        if route.strip_prefix and not f"{route.path}/".startswith(f"{route.strip_prefix.rstrip('/')}/"):
+            yield f"{place}.strip_prefix: must be a prefix of the path {route.path!r}, got {route.strip_prefix!r}"
+        for method in route.methods or ["any"]:
+            other = matches.setdefault((route.host, route.path, method), route.name)
+            if other != route.name:
+                yield f"{place}.path: route {other!r} has this host, path and method, got {route.path!r} ({method})"
+        for key, cost in [
+            ("cost", route.cost),
+            *((f"costs[{i}].cost", c.cost) for i, c in enumerate(route.costs)),
+        ]:
+            if cost > largest:
+                yield f"{place}.{key}: above the capacity of every tier (at most {largest}), got {cost:g}"

@@ -1,0 +1,271 @@
+"""Everything the gateway can say no with; each error knows its status, its reason and whether a retry is safe.
+
+    GatewayError
+    ├── RequestRefused      the request itself: 4xx
+    │   ├── BadRequest, ClientIdInvalid, InvalidValue
+    │   ├── Unauthorized, Forbidden
+    │   ├── NoRoute, MethodNotAllowed
+    │   ├── BodyTooLarge
+    │   └── RateLimited, CostExceedsCapacity
+    ├── Unavailable         the gateway declines to try: 503
+    │   └── CircuitOpen, NoHealthyUpstream, Overloaded, Draining, StoreUnavailable
+    ├── UpstreamFailed      it tried and the upstream failed: 502, 504
+    │   └── UpstreamConnectError, UpstreamReset, UpstreamProtocolError, UpstreamTimeout
+    ├── InternalError       a defect of the gateway: 500
+    └── ClientDisconnected  nobody is left to answer: 499 in the log
+
+Nothing here sends or logs; `problem` only renders the body of RFC 9457.
+"""
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
+
+
+class Reason(StrEnum):
+    """The closed list of causes, the same word in body, log, metric and documentation."""
+
+    RATE_LIMITED = "rate_limited"
+    COST_EXCEEDS_CAPACITY = "cost_exceeds_capacity"
+    CIRCUIT_OPEN = "circuit_open"
+    NO_HEALTHY_UPSTREAM = "no_healthy_upstream"
+    OVERLOADED = "overloaded"
+    DRAINING = "draining"
+    STORE_UNAVAILABLE = "store_unavailable"
+    UPSTREAM_CONNECT_ERROR = "upstream_connect_error"
+    UPSTREAM_RESET = "upstream_reset"
+    UPSTREAM_PROTOCOL_ERROR = "upstream_protocol_error"
+    UPSTREAM_TIMEOUT = "upstream_timeout"
+    NO_ROUTE = "no_route"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    CLIENT_ID_INVALID = "client_id_invalid"
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
+    BODY_TOO_LARGE = "body_too_large"
+    HEADERS_TOO_LARGE = "headers_too_large"
+    REQUEST_TIMEOUT = "request_timeout"
+    BAD_REQUEST = "bad_request"
+    INVALID_VALUE = "invalid_value"
+    INTERNAL_ERROR = "internal_error"
+    CLIENT_DISCONNECTED = "client_disconnected"
+
+
+class GatewayError(Exception):
+    """An answer the gateway makes by itself.
+
+    `retry_after` is in seconds, as exact as it is known, or None where waiting cannot help. `headers` go on the
+    answer, `extra` into its problem body. `is_retry_safe` says that nothing of the request reached an upstream.
+    """
+
+    status: ClassVar[int] = 500
+    reason: ClassVar[Reason] = Reason.INTERNAL_ERROR
+    problem_type: ClassVar[str] = "about:blank"
+    is_retry_safe: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after = retry_after
+        self.headers = dict(headers or {})
+        self.extra = dict(extra or {})
+        if retry_after is not None:
+            self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
+
+
+class RequestRefused(GatewayError):
+    """The request cannot be served as it is."""
+
+    status = 400
+    reason = Reason.BAD_REQUEST
+
+
+class BadRequest(RequestRefused):
+    """The request is malformed."""
+
+
+class ClientIdInvalid(RequestRefused):
+    """The client's identifier is not 1 to 128 visible ASCII characters, or was sent twice."""
+
+    reason = Reason.CLIENT_ID_INVALID
+
+
+class InvalidValue(RequestRefused):
+    """A well-formed body of an operator's endpoint that names something unusable."""
+
+    status = 422
+    reason = Reason.INVALID_VALUE
+
+
+class Unauthorized(RequestRefused):
+    """An operator's endpoint was called without the admin token."""
+
+    status = 401
+    reason = Reason.UNAUTHORIZED
+
+
+class Forbidden(RequestRefused):
+    """An operator's endpoint was called from elsewhere than this machine, and no token is configured."""
+
+    status = 403
+    reason = Reason.FORBIDDEN
+
+
+class NoRoute(RequestRefused):
+    """No route matches host and path."""
+
+    status = 404
+    reason = Reason.NO_ROUTE
+
+
+class MethodNotAllowed(RequestRefused):
+    """The path has a route, but not for this method."""
+
+    status = 405
+    reason = Reason.METHOD_NOT_ALLOWED
+
+
+class BodyTooLarge(RequestRefused):
+    """The request body exceeds `server.max_body_bytes`."""
+
+    status = 413
+    reason = Reason.BODY_TOO_LARGE
+
+
+class RateLimited(RequestRefused):
+    """The bucket does not hold the request's cost now."""
+
+    status = 429
+    reason = Reason.RATE_LIMITED
+    problem_type = QUOTA_EXCEEDED
+
+
+class CostExceedsCapacity(RequestRefused):
+    """The request costs more than the bucket can ever hold; waiting cannot help."""
+
+    status = 403
+    reason = Reason.COST_EXCEEDS_CAPACITY
+
+
+class Unavailable(GatewayError):
+    """The gateway declines to try now."""
+
+    status = 503
+    is_retry_safe = True
+    problem_type = REDUCED_CAPACITY
+
+
+class CircuitOpen(Unavailable):
+    """The upstream's circuit breaker lets no request through."""
+
+    reason = Reason.CIRCUIT_OPEN
+
+
+class NoHealthyUpstream(Unavailable):
+    """Every target of the upstream fails its health checks."""
+
+    reason = Reason.NO_HEALTHY_UPSTREAM
+
+
+class Overloaded(Unavailable):
+    """No connection to the upstream came free in time."""
+
+    reason = Reason.OVERLOADED
+
+
+class Draining(Unavailable):
+    """The gateway is starting or stopping."""
+
+    reason = Reason.DRAINING
+
+
+class StoreUnavailable(Unavailable):
+    """A change could not be persisted, and was therefore not made."""
+
+    reason = Reason.STORE_UNAVAILABLE
+
+
+class UpstreamFailed(GatewayError):
+    """The upstream was tried and gave no usable answer."""
+
+    status = 502
+    reason = Reason.UPSTREAM_RESET
+
+
+class UpstreamConnectError(UpstreamFailed):
+    """No connection could be made."""
+
+    reason = Reason.UPSTREAM_CONNECT_ERROR
+    is_retry_safe = True
+
+
+class UpstreamReset(UpstreamFailed):
+    """The connection broke before the answer was complete."""
+
+    reason = Reason.UPSTREAM_RESET
+
+
+class UpstreamProtocolError(UpstreamFailed):
+    """The answer was not HTTP."""
+
+    reason = Reason.UPSTREAM_PROTOCOL_ERROR
+
+
+class UpstreamTimeout(UpstreamFailed):
+    """The upstream was silent for longer than it may be."""
+
+    status = 504
+    reason = Reason.UPSTREAM_TIMEOUT
+
+
+class UpstreamConnectTimeout(UpstreamTimeout):
+    """Connecting took longer than it may; nothing was sent."""
+
+    is_retry_safe = True
+
+
+class InternalError(GatewayError):
+    """A defect of the gateway itself."""
+
+
+class ClientDisconnected(GatewayError):
+    """The client left before its answer was complete. Never sent; blames no upstream."""
+
+    status = 499
+    reason = Reason.CLIENT_DISCONNECTED
+
+
+def problem(error: GatewayError, *, instance: str, request_id: str | None = None) -> dict[str, Any]:
+    """Return the problem details object of RFC 9457 section 3 for `error`.
+
+    `title` names the problem type; for `about:blank` that is the status phrase (section 4.2.1). `reason` and
+    `request_id` are extension members, as is everything in `error.extra`.
+    """
+    titles = {
+        QUOTA_EXCEEDED: "Request cannot be satisfied as assigned quota has been exceeded",
+        REDUCED_CAPACITY: "Request cannot be satisfied due to temporary server capacity constraints",
+    }
+    body: dict[str, Any] = {
+        "type": error.problem_type,
+        "title": titles.get(error.problem_type) or HTTPStatus(error.status).phrase,
+        "status": error.status,
+        "detail": error.detail,
+        "instance": instance,
+        "reason": error.reason.value,
+    }
+    if request_id is not None:
+        body["request_id"] = request_id
+    if error.retry_after is not None:
+        body["retry_after_seconds"] = round(error.retry_after, 3)
+    return body | error.extra

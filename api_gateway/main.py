@@ -1,0 +1,272 @@
+"""The composition root: builds the gateway from its configuration. The only place where everything meets.
+
+`api_gateway.main:app` is what `uvicorn` is given. It is built when first asked for, so importing does nothing.
+"""
+
+import asyncio
+import logging
+import random
+import sqlite3
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+
+from api_gateway import __version__, admin
+from api_gateway.access_log import AccessLog
+from api_gateway.admin import Console, Phase
+from api_gateway.auth import AdminGuard
+from api_gateway.balancer import Pick, Target, Upstream, least_requests, rendezvous_hash, round_robin
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Transition
+from api_gateway.clients import ClientRegistry, ClientStore
+from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
+from api_gateway.demo import DemoUpstreams
+from api_gateway.diagnosis import ConfigError
+from api_gateway.health import HealthPolicy, watch
+from api_gateway.metrics import Exposition, Recorder
+from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch
+from api_gateway.models import Quota
+from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.router import CostRule, Route, Router, RouteTable, Service, Timeouts
+from api_gateway.transport import UpstreamTransport, probe, tls_context
+
+logger = logging.getLogger(__name__)
+
+STARTUP_FAILED = 3  # uvicorn's own exit code for it
+STOCK_SERVER_HEADERS = frozenset({b"date", b"server"})
+
+
+class StartupError(Exception):
+    """The gateway cannot start; the message says what is in the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The live parts of one gateway."""
+
+    config: GatewayConfig
+    limiter: MemoryLimiter
+    address_quota: Quota | None
+    clients: ClientRegistry
+    services: dict[str, Service]
+    recorder: Recorder
+
+
+def create_app(config: GatewayConfig | None = None, *, server_headers: frozenset[bytes] = frozenset()) -> FastAPI:
+    """Build the gateway as an ASGI application; everything live begins with its lifespan.
+
+    `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
+    out in their favour, so that none comes twice. Raises ConfigError when `config` is None and the sources are wrong.
+    """
+    settings = config or load_config()
+    switch = Switch()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _live(settings) as gateway:
+            app.state.console = _console(gateway)
+            switch.data_plane = _data_plane(gateway, server_headers)
+            app.state.console.phase = Phase.SERVING
+            yield
+            app.state.console.phase = Phase.DRAINING
+
+    app = FastAPI(
+        title="API Gateway",
+        version=__version__,
+        description="The operator's endpoints. Everything below `/api/` is proxied and not described here.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        license_info={"name": "MIT", "identifier": "MIT"},
+    )
+    admin.install(app)
+    app.add_middleware(Split, switch=switch)
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    """Build `app` when a server asks for it. A wrong configuration ends the process with a line for each mistake."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        app = create_app(server_headers=STOCK_SERVER_HEADERS)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(STARTUP_FAILED) from None
+    globals()["app"] = app
+    return app
+
+
+@asynccontextmanager
+async def _live(config: GatewayConfig) -> AsyncIterator[Gateway]:
+    """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
+    async with AsyncExitStack() as stack:
+        if config.is_demo:
+            demo = DemoUpstreams()
+            await demo.start()
+            stack.push_async_callback(demo.stop)
+            config = config.model_validate({**config.model_dump(), **demo.sections()})
+        gateway = _build(config)
+        stack.push_async_callback(gateway.clients.close)
+        try:
+            await gateway.clients.load()
+        except (OSError, sqlite3.Error) as error:
+            raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
+        for service in gateway.services.values():
+            stack.push_async_callback(service.transport.aclose)
+        checks = asyncio.create_task(_check_health(gateway), name="health checks")
+        stack.push_async_callback(_cancelled, checks)
+        yield gateway
+
+
+def _build(config: GatewayConfig) -> Gateway:
+    now = time.monotonic()
+    tiers = {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()}
+    limit = config.address_limit
+    address_quota = Quota.per_second("address", limit.rate, limit.capacity) if limit.rate else None
+    quotas = [*tiers.values(), address_quota] if address_quota else list(tiers.values())
+    return Gateway(
+        config=config,
+        limiter=MemoryLimiter(quotas, bucket_limit=config.store.bucket_limit),
+        address_quota=address_quota,
+        clients=ClientRegistry(
+            tiers,
+            config.default_tier,
+            {client_id: section.tier for client_id, section in config.clients.items()},
+            ClientStore(config.state_dir),
+        ),
+        services={name: _service(name, section, now) for name, section in config.upstreams.items()},
+        recorder=Recorder(
+            (route.name for route in config.routes), config.upstreams, tiers, config.metrics.percentiles, now
+        ),
+    )
+
+
+def _service(name: str, section: UpstreamSection, now: float) -> Service:
+    picks: dict[str, Pick] = {
+        "round_robin": round_robin,
+        "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
+        "hash": rendezvous_hash,
+    }
+    targets = [Target(target.url, target.weight) for target in section.targets]
+    breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now)
+    is_tls = any(target.url.startswith("https:") for target in targets)
+    return Service(
+        Upstream(name, targets, breaker, picks[section.balance]),
+        UpstreamTransport(
+            max_connections=section.pool.max_connections,
+            idle_timeout=section.pool.idle_timeout,
+            tls=tls_context() if is_tls else None,
+        ),
+        Timeouts(**section.timeouts.model_dump()),
+        attempts=section.retry.attempts,
+        retry_budget=section.retry.budget,
+    )
+
+
+def _route(section: RouteSection) -> Route:
+    return Route(
+        name=section.name,
+        path=section.path,
+        upstream=section.upstream,
+        strip_prefix=(section.strip_prefix or "").rstrip("/"),
+        methods=frozenset(section.methods) if section.methods else None,
+        host=section.host,
+        cost=section.cost,
+        costs=tuple(
+            CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost) for rule in section.costs
+        ),
+    )
+
+
+def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> ASGIApp:
+    """Build the steps of a proxied request. Read from the inside out: what stands last sees a request first."""
+    config, recorder = gateway.config, gateway.recorder
+    router = Router(
+        RouteTable([_route(section) for section in config.routes]),
+        gateway.services,
+        clock=time.monotonic,
+        max_body_bytes=config.server.max_body_bytes,
+        protected=frozenset({config.identity.header.lower().encode()}),
+        omit=server_headers,
+        observe_try=recorder.observe_try,
+        on_transition=_log_transition,
+    )
+    limit = Limit(
+        Proxy(router=router),
+        limiter=gateway.limiter,
+        clock_ns=time.monotonic_ns,
+        address_quota=gateway.address_quota,
+        exempt=config.address_limit.exempt,
+    )
+    identify = Identify(
+        Match(limit, router=router),
+        clients=gateway.clients,
+        header=config.identity.header,
+        trusted_proxies=config.server.trusted_proxies,
+    )
+    return Record(
+        identify,
+        clock=time.monotonic,
+        wall_clock=time.time,
+        recorder=recorder,
+        observers=[recorder.observe, *([AccessLog(time.time).write] if config.log.access else [])],
+        adds_date=b"date" not in server_headers,
+    )
+
+
+def _console(gateway: Gateway) -> Console:
+    token = gateway.config.admin.token
+    upstreams = {name: service.upstream for name, service in gateway.services.items()}
+    return Console(
+        version=__version__,
+        guard=AdminGuard(token.get_secret_value() if token else None),
+        limiter=gateway.limiter,
+        clients=gateway.clients,
+        upstreams=upstreams,
+        recorder=gateway.recorder,
+        exposition=Exposition(gateway.recorder, upstreams, gateway.limiter.__len__, __version__),
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+    )
+
+
+async def _check_health(gateway: Gateway) -> None:
+    """Check the targets of every upstream that asks for it, until cancelled."""
+    async with asyncio.TaskGroup() as group:
+        for name, service in gateway.services.items():
+            section = gateway.config.upstreams[name].health_check
+            if section is not None:
+                policy = HealthPolicy(**section.model_dump())
+                ask = partial(probe, service.transport)
+                group.create_task(
+                    watch(service.upstream.targets, policy, ask, partial(_log_health, name), random.Random())  # noqa: S311 - spreads checks, guards nothing
+                )
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task of ours and wait for its end; what it had failed with before is raised."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def _log_transition(upstream: str, transition: Transition) -> None:
+    level = logging.WARNING if transition.target == "OPEN" else logging.INFO
+    logger.log(
+        level,
+        "circuit breaker %s: %s -> %s: %s",
+        upstream,
+        transition.source,
+        transition.target,
+        transition.cause,
+    )
+
+
+def _log_health(upstream: str, target: Target) -> None:
+    verdict = "healthy again" if target.is_healthy else "unhealthy"
+    logger.warning("upstream %s: target %s is %s: %s", upstream, target.url, verdict, target.last_check)

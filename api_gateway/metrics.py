@@ -1,0 +1,411 @@
+"""What is counted: recorders fed once per exchange, percentiles with a bound, the JSON snapshot and Prometheus text.
+
+Plain integers on one event loop, no locks. Label values come from the configuration or from closed lists, so nothing
+here grows with clients or paths. Latency goes into logarithmic buckets (DDSketch, Masson et al. 2019): with
+gamma = 1.01/0.99 every bucket's middle is within 1 % of every value in it, hence so is any percentile read from it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+
+from api_gateway.balancer import Upstream
+from api_gateway.circuit_breaker import State
+from api_gateway.models import (
+    BreakerCounts,
+    Exchange,
+    LatencySeries,
+    LatencyView,
+    LatencyWindow,
+    LimiterView,
+    MetricsView,
+    RateSeries,
+    RateWindow,
+    RequestCounts,
+)
+
+RELATIVE_ERROR = 0.01
+_GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
+_LOG_GAMMA = math.log(_GAMMA)
+_FLOOR = 1e-6  # seconds; all below counts as this
+
+SLICE = 5.0  # seconds by which the sliding windows move
+WINDOWS = {"last_60s": 60.0, "last_5m": 300.0}
+_SLICES = int(max(WINDOWS.values()) / SLICE)
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+OTHER = "_other"
+NO_ROUTE = "_none"
+NO_TIER = "_none"
+
+# The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
+DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+
+
+def bucket_of(seconds: float) -> int:
+    """Return the index of the logarithmic bucket that holds `seconds`."""
+    return math.ceil(math.log(max(seconds, _FLOOR)) / _LOG_GAMMA)
+
+
+def value_of(bucket: int) -> float:
+    """Return the value, in seconds, that is within 1 % of all values of the bucket."""
+    return 2 * math.exp(bucket * _LOG_GAMMA) / (_GAMMA + 1)
+
+
+def percentile(buckets: Mapping[int, int], percent: float) -> float | None:
+    """Return the `percent`-th percentile in seconds (nearest rank), or None of nothing."""
+    rank = math.ceil(sum(buckets.values()) * percent / 100)
+    for bucket in sorted(buckets):
+        rank -= buckets[bucket]
+        if rank <= 0:
+            return value_of(bucket)
+    return None
+
+
+class Tally:
+    """Counts of one span of time: answers by kind, and durations in logarithmic buckets."""
+
+    __slots__ = ("buckets", "gateway_errors", "limited", "requests", "total_seconds", "upstream_errors")
+
+    def __init__(self) -> None:
+        self.requests = self.gateway_errors = self.upstream_errors = self.limited = 0
+        self.total_seconds = 0.0
+        self.buckets: dict[int, int] = {}
+
+    def add(self, other: "Tally") -> None:
+        """Take in the counts of another span."""
+        self.requests += other.requests
+        self.gateway_errors += other.gateway_errors
+        self.upstream_errors += other.upstream_errors
+        self.limited += other.limited
+        self.total_seconds += other.total_seconds
+        for bucket, count in other.buckets.items():
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+
+    def count(self, exchange: Exchange) -> None:
+        """Count one answer."""
+        self.requests += 1
+        if exchange.status >= 500:  # noqa: PLR2004 - the class of server errors
+            if exchange.source == "upstream":
+                self.upstream_errors += 1
+            else:
+                self.gateway_errors += 1
+        elif exchange.reason == "rate_limited":
+            self.limited += 1
+
+    def time(self, bucket: int, seconds: float) -> None:
+        """Count one duration, whose bucket is known."""
+        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
+        self.total_seconds += seconds
+
+
+class Series:
+    """Tallies since the start and for each of the last slices of 5 s."""
+
+    def __init__(self) -> None:
+        self.total = Tally()
+        self._slices = [Tally() for _ in range(_SLICES)]
+        self._numbers = [-1] * _SLICES
+
+    def at(self, now: float) -> Tally:
+        """Return the tally of the running slice."""
+        number = int(now / SLICE)
+        slot = number % _SLICES
+        if self._numbers[slot] != number:
+            self._numbers[slot] = number
+            self._slices[slot] = Tally()
+        return self._slices[slot]
+
+    def last(self, span: float, now: float) -> Tally:
+        """Return the tally of the last `span` seconds: the running slice and the full ones before it."""
+        newest = int(now / SLICE)
+        merged = Tally()
+        for number, tally in zip(self._numbers, self._slices, strict=True):
+            if newest - span / SLICE < number <= newest:
+                merged.add(tally)
+        return merged
+
+
+class Recorder:
+    """Everything counted in this process."""
+
+    def __init__(
+        self,
+        routes: Iterable[str],
+        upstreams: Iterable[str],
+        tiers: Iterable[str],
+        percentiles: Sequence[float],
+        now: float,
+    ) -> None:
+        """Know all label values from the start, so that every series exists at zero before its first event."""
+        self.started = now
+        self.in_flight = 0
+        self.routes = {name: Series() for name in (*routes, NO_ROUTE)}
+        self.upstreams = {name: Series() for name in upstreams}
+        self.requests: Counter[tuple[str, str, int, str, str]] = Counter()  # route, method, status, source, tier
+        self.outcomes: dict[str, Counter[str]] = {name: Counter() for name in self.upstreams}
+        self.rejections: Counter[str] = Counter()
+        self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
+        self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
+        self._percentiles = tuple(percentiles)
+
+    def __repr__(self) -> str:
+        return f"<Recorder [{self.requests.total()} requests, {self.in_flight} in flight]>"
+
+    def observe(self, exchange: Exchange) -> None:
+        """Count one finished exchange."""
+        route = exchange.route or NO_ROUTE
+        tier = exchange.client.quota.name if exchange.client else NO_TIER
+        method = exchange.method if exchange.method in METHODS else OTHER
+        self.requests[route, method, exchange.status, exchange.source, tier] += 1
+        series = self.routes[route]
+        running = series.at(exchange.finished)
+        series.total.count(exchange)
+        running.count(exchange)
+        if exchange.reason is not None:
+            self.rejections[exchange.reason] += 1
+        if exchange.decision is not None:
+            (self.allowed if exchange.decision.allowed else self.limited)[tier] += 1
+        if exchange.sent_at is not None:
+            bucket = bucket_of(exchange.duration)
+            series.total.time(bucket, exchange.duration)
+            running.time(bucket, exchange.duration)
+
+    def observe_try(self, upstream: str, outcome: str, seconds: float | None, now: float) -> None:
+        """Count one try on an upstream; `outcome` is a class of status or a reason, `seconds` the time to the head."""
+        self.outcomes[upstream][outcome] += 1
+        if seconds is not None:
+            series = self.upstreams[upstream]
+            bucket = bucket_of(seconds)
+            series.total.time(bucket, seconds)
+            series.at(now).time(bucket, seconds)
+
+    # For people
+
+    def latency(self, now: float) -> LatencyView:
+        """Return the percentiles of every series and window."""
+        return LatencyView(
+            overall=self._latency_of(list(self.routes.values()), now),
+            routes={name: self._latency_of([series], now) for name, series in self.routes.items() if name != NO_ROUTE},
+            upstreams={name: self._latency_of([series], now) for name, series in self.upstreams.items()},
+        )
+
+    def snapshot(
+        self,
+        now: float,
+        upstreams: Mapping[str, Upstream],
+        *,
+        buckets: int,
+        bucket_limit: int,
+        overflowed: int,
+    ) -> MetricsView:
+        """Return every figure since the start."""
+        return MetricsView(
+            uptime=round(now - self.started, 3),
+            requests=RequestCounts(
+                total=self.requests.total(),
+                in_flight=self.in_flight,
+                by_route=self._sum_by(lambda key: key[0]),
+                by_status=self._sum_by(lambda key: str(key[2])),
+                by_tier=self._sum_by(lambda key: key[4]),
+            ),
+            rates=self._rates_of(list(self.routes.values()), now),
+            route_rates={name: self._rates_of([series], now) for name, series in self.routes.items()},
+            latency=self.latency(now),
+            upstream_outcomes={name: dict(outcomes) for name, outcomes in self.outcomes.items()},
+            rejections=dict(self.rejections),
+            rate_limiter=LimiterView(
+                allowed=dict(self.allowed),
+                limited=dict(self.limited),
+                buckets=buckets,
+                bucket_limit=bucket_limit,
+                overflowed=overflowed,
+            ),
+            circuit_breakers={
+                name: BreakerCounts(
+                    state=upstream.breaker.state.value,
+                    opened_total=upstream.breaker.opened_total,
+                    rejected_total=upstream.breaker.rejected_total,
+                )
+                for name, upstream in upstreams.items()
+            },
+        )
+
+    def _sum_by(self, label: Callable[[tuple[str, str, int, str, str]], str]) -> dict[str, int]:
+        sums: Counter[str] = Counter()
+        for key, count in self.requests.items():
+            sums[label(key)] += count
+        return dict(sums)
+
+    def _windows(self, series: Sequence[Series], now: float) -> Iterator[tuple[str, float, Tally]]:
+        uptime = max(now - self.started, 1e-9)
+        for name, span in (*WINDOWS.items(), ("since_start", uptime)):
+            merged = Tally()
+            for one in series:
+                merged.add(one.total if name == "since_start" else one.last(span, now))
+            yield name, min(span, uptime), merged
+
+    def _latency_of(self, series: Sequence[Series], now: float) -> LatencySeries:
+        return LatencySeries(**{name: self._latency_window(tally) for name, _, tally in self._windows(series, now)})
+
+    def _latency_window(self, tally: Tally) -> LatencyWindow:
+        count = sum(tally.buckets.values())
+        return LatencyWindow(
+            count=count,
+            mean_ms=round(tally.total_seconds / count * 1000, 3) if count else None,
+            percentiles_ms={
+                f"p{percent:g}": _milliseconds(percentile(tally.buckets, percent)) for percent in self._percentiles
+            },
+        )
+
+    def _rates_of(self, series: Sequence[Series], now: float) -> RateSeries:
+        return RateSeries(**{name: _rate_window(span, tally) for name, span, tally in self._windows(series, now)})
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)
+
+
+def _rate_window(span: float, tally: Tally) -> RateWindow:
+    requests = tally.requests or 1
+    return RateWindow(
+        requests=tally.requests,
+        requests_per_second=round(tally.requests / span, 3),
+        gateway_errors=tally.gateway_errors,
+        upstream_errors=tally.upstream_errors,
+        limited=tally.limited,
+        error_rate=round((tally.gateway_errors + tally.upstream_errors) / requests, 6),
+        limited_rate=round(tally.limited / requests, 6),
+    )
+
+
+# For Prometheus
+
+
+class Exposition:
+    """A Prometheus collector that reads the recorder and the live objects at scrape time."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        upstreams: Mapping[str, Upstream],
+        bucket_count: Callable[[], int],
+        version: str,
+    ) -> None:
+        self._recorder = recorder
+        self._upstreams = upstreams
+        self._bucket_count = bucket_count
+        self._version = version
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Return the exposition text and its content type, OpenMetrics where `accept` asks for it."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric family."""
+        yield InfoMetricFamily("gateway_build", "The gateway's version.", value={"version": self._version})
+        yield from self._requests()
+        yield from self._limits()
+        yield from self._upstream_families()
+        yield from self._breakers()
+
+    def _requests(self) -> Iterator[Metric]:
+        recorder = self._recorder
+        requests = CounterMetricFamily(
+            "gateway_http_requests",
+            "Proxied requests, by who made the answer.",
+            labels=["route", "method", "code", "source", "tier"],
+        )
+        for (route, method, status, source, tier), count in recorder.requests.items():
+            requests.add_metric([route, method, str(status), source, tier], count)
+        yield requests
+        yield GaugeMetricFamily("gateway_http_requests_in_flight", "Requests running now.", value=recorder.in_flight)
+        durations = HistogramMetricFamily(
+            "gateway_http_request_duration_seconds",
+            "Time from request to the end of its answer, of requests that reached an upstream; bounds within 1 %.",
+            labels=["route"],
+        )
+        for name, series in recorder.routes.items():
+            durations.add_metric([name], _classic(series.total), sum_value=series.total.total_seconds)
+        yield durations
+        rejections = CounterMetricFamily("gateway_rejections", "Answers made by the gateway.", labels=["reason"])
+        for reason, count in recorder.rejections.items():
+            rejections.add_metric([reason], count)
+        yield rejections
+
+    def _limits(self) -> Iterator[Metric]:
+        decisions = CounterMetricFamily(
+            "gateway_rate_limit_decisions", "Decisions of the rate limiter.", labels=["tier", "decision"]
+        )
+        for decision, counts in (("allowed", self._recorder.allowed), ("limited", self._recorder.limited)):
+            for tier, count in counts.items():
+                decisions.add_metric([tier, decision], count)
+        yield decisions
+        yield GaugeMetricFamily("gateway_rate_limit_buckets", "Buckets in memory.", value=self._bucket_count())
+
+    def _upstream_families(self) -> Iterator[Metric]:
+        tries = CounterMetricFamily(
+            "gateway_upstream_requests",
+            "Tries on upstreams, by class of status or cause of failure.",
+            labels=["upstream", "outcome"],
+        )
+        for name, outcomes in self._recorder.outcomes.items():
+            for outcome, count in outcomes.items():
+                tries.add_metric([name, outcome], count)
+        yield tries
+        durations = HistogramMetricFamily(
+            "gateway_upstream_request_duration_seconds",
+            "Time from a try to the head of its answer; bounds within 1 %.",
+            labels=["upstream"],
+        )
+        for name, series in self._recorder.upstreams.items():
+            durations.add_metric([name], _classic(series.total), sum_value=series.total.total_seconds)
+        yield durations
+        healthy = GaugeMetricFamily(
+            "gateway_upstream_healthy", "1 while the target is healthy.", labels=["upstream", "target"]
+        )
+        for name, upstream in self._upstreams.items():
+            for target in upstream.targets:
+                healthy.add_metric([name, target.url], target.is_healthy)
+        yield healthy
+
+    def _breakers(self) -> Iterator[Metric]:
+        states = GaugeMetricFamily(
+            "gateway_circuit_breaker_state",
+            "1 for the state the breaker is in.",
+            labels=["upstream", "state"],
+        )
+        opened = CounterMetricFamily(
+            "gateway_circuit_breaker_opened", "Times the breaker opened.", labels=["upstream"]
+        )
+        rejected = CounterMetricFamily("gateway_circuit_breaker_rejected", "Requests it refused.", labels=["upstream"])
+        for name, upstream in self._upstreams.items():
+            for state in State:
+                states.add_metric([name, state.value.lower()], upstream.breaker.state is state)
+            opened.add_metric([name], upstream.breaker.opened_total)
+            rejected.add_metric([name], upstream.breaker.rejected_total)
+        yield states
+        yield opened
+        yield rejected
+
+
+def _classic(tally: Tally) -> list[tuple[str, float]]:
+    """Fold logarithmic buckets into the cumulative ones of a classic histogram."""
+    cumulative: list[tuple[str, float]] = [
+        (str(bound), sum(count for bucket, count in tally.buckets.items() if value_of(bucket) <= bound))
+        for bound in DURATION_BOUNDS
+    ]
+    return [*cumulative, ("+Inf", sum(tally.buckets.values()))]

@@ -1,0 +1,331 @@
+"""The pure-ASGI steps of a proxied request, outermost first: split, record, identify, match, limit, proxy.
+
+Each step holds only configuration. What belongs to one request lies in its `Exchange`, which `Record` puts into the
+scope, and in which every later step writes its own fields and talks to nobody else.
+"""
+
+import json
+import logging
+import math
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import lru_cache
+from typing import Any
+
+from api_gateway import auth
+from api_gateway.clients import ClientRegistry
+from api_gateway.errors import (
+    ClientDisconnected,
+    CostExceedsCapacity,
+    Draining,
+    GatewayError,
+    InternalError,
+    RateLimited,
+    Reason,
+    problem,
+)
+from api_gateway.headers import (
+    address_key,
+    client_address,
+    host_name,
+    http_date,
+    is_visible_ascii,
+    is_within,
+    values,
+)
+from api_gateway.metrics import Recorder
+from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange, HeaderList, Quota
+from api_gateway.rate_limiter import NEVER, RateLimiter
+from api_gateway.router import Receive, Router, Scope, Send, matching_path
+
+logger = logging.getLogger(__name__)
+
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+Observer = Callable[[Exchange], None]
+
+API_PREFIX = "/api"
+EXCHANGE = "gateway.exchange"
+ROUTE = "gateway.route"
+IS_TRUSTED = "gateway.is_trusted"
+
+
+class Split:
+    """Takes `/api` and all below it to the data plane, past the framework's routing; everything else goes on to `app`.
+
+    `data_plane` is None until the gateway has started.
+    """
+
+    def __init__(self, app: ASGIApp, *, switch: "Switch") -> None:
+        self.app = app
+        self._switch = switch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Choose the way of one request."""
+        path = scope.get("path", "")
+        if not path.startswith(API_PREFIX) or path[4:5] not in ("", "/"):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._switch.data_plane(scope, receive, send)
+        else:  # a WebSocket; not proxied yet, and refused rather than accepted and dropped
+            await send({"type": "websocket.close", "code": 1013, "reason": "WebSockets are not proxied."})
+
+
+class Switch:
+    """Holds the live data plane, which start-up sets."""
+
+    def __init__(self) -> None:
+        self.data_plane: ASGIApp = _not_started
+
+
+async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
+    error = Draining("The gateway has not started.", retry_after=1)
+    await send_problem(error, send, instance=scope["path"], request_id=None, headers=[])
+
+
+class Record:
+    """Begins the exchange, turns errors into answers, and hands the finished record to the observers."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        clock: Clock,
+        wall_clock: Clock,
+        recorder: Recorder,
+        observers: Sequence[Observer],
+        adds_date: bool,
+    ) -> None:
+        """`adds_date`: no server in front writes `Date`, so the gateway's own answers carry theirs."""
+        self.app = app
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._recorder = recorder
+        self._observers = tuple(observers)
+        self._adds_date = adds_date
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request to its end."""
+        exchange = self._begin(scope)
+        self._recorder.in_flight += 1
+        try:
+            await self.app(scope, receive, send)
+        except GatewayError as error:
+            await self._refuse(exchange, error, send)
+        except Exception as error:
+            logger.exception("request %s: %s %s", exchange.id, exchange.method, exchange.path)
+            await self._refuse(exchange, InternalError(f"The gateway failed: {type(error).__name__}."), send)
+        finally:
+            self._recorder.in_flight -= 1
+            self._end(exchange)
+
+    def _begin(self, scope: Scope) -> Exchange:
+        given = values(scope["headers"], b"x-request-id")
+        is_usable = len(given) == 1 and is_visible_ascii(given[0])
+        peer = scope["client"][0] if scope.get("client") else "unknown"
+        exchange = Exchange(
+            id=given[0].decode("ascii") if is_usable else secrets.token_hex(16),
+            method=scope["method"],
+            path=scope["path"],
+            peer=peer,
+            started=self._clock(),
+        )
+        exchange.answer_headers.append((b"x-request-id", exchange.id.encode()))
+        scope[EXCHANGE] = exchange
+        return exchange
+
+    async def _refuse(self, exchange: Exchange, error: GatewayError, send: Send) -> None:
+        exchange.reason = error.reason.value
+        exchange.detail = error.detail
+        if isinstance(error, ClientDisconnected):
+            exchange.status, exchange.source = error.status, "gateway"
+            return
+        if exchange.status:
+            return  # the answer has begun: leaving it unfinished makes the server close the connection
+        exchange.status, exchange.source = error.status, "gateway"
+        headers = exchange.answer_headers
+        if self._adds_date:
+            headers = [*headers, (b"date", http_date(int(self._wall_clock())))]
+        exchange.bytes_out = await send_problem(
+            error, send, instance=exchange.path, request_id=exchange.id, headers=headers
+        )
+
+    def _end(self, exchange: Exchange) -> None:
+        exchange.finished = self._clock()
+        if not exchange.status:  # cancelled by the server: its time to drain was over
+            exchange.status, exchange.reason = ClientDisconnected.status, Reason.DRAINING.value
+        for observe in self._observers:
+            observe(exchange)
+
+
+async def send_problem(
+    error: GatewayError, send: Send, *, instance: str, request_id: str | None, headers: HeaderList
+) -> int:
+    """Send `error` as problem details (RFC 9457) and return the bytes of its body."""
+    body = json.dumps(problem(error, instance=instance, request_id=request_id), ensure_ascii=False).encode()
+    own: HeaderList = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+        *((name.encode(), value.encode()) for name, value in error.headers.items()),
+    ]
+    await send({"type": "http.response.start", "status": error.status, "headers": own + headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+    return len(body)
+
+
+class Identify:
+    """Finds out who is asking: the named client, or else the peer's address."""
+
+    def __init__(
+        self, app: ASGIApp, *, clients: ClientRegistry, header: str, trusted_proxies: Collection[Any]
+    ) -> None:
+        self.app = app
+        self._clients = clients
+        self._header = header.lower().encode()
+        self._trusted = tuple(trusted_proxies)
+        self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write `client` and, behind a trusted proxy, the real `peer`."""
+        exchange: Exchange = scope[EXCHANGE]
+        headers: HeaderList = scope["headers"]
+        scope[IS_TRUSTED] = bool(self._trusted) and self._is_trusted(exchange.peer)
+        if scope[IS_TRUSTED]:
+            exchange.peer = client_address(exchange.peer, headers, self._trusted)
+        name = auth.client_id(headers, self._header)
+        if name is None:
+            exchange.client = self._clients.unnamed(address_key(exchange.peer))
+        else:
+            exchange.client = self._clients.named(name)
+        await self.app(scope, receive, send)
+
+
+class Match:
+    """Finds the route and with it the cost."""
+
+    def __init__(self, app: ASGIApp, *, router: Router) -> None:
+        self.app = app
+        self._routes = router.routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write `route` and `cost`; raises NoRoute and MethodNotAllowed."""
+        exchange: Exchange = scope[EXCHANGE]
+        path = matching_path(exchange.path)
+        route = self._routes.match(host_name(scope["headers"]), exchange.method, path)
+        exchange.route = route.name
+        exchange.cost = route.cost_of(exchange.method, path)
+        scope[ROUTE] = route
+        await self.app(scope, receive, send)
+
+
+class Limit:
+    """Charges the client's bucket, and its address's too if nobody vouches for the client. Both or neither."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limiter: RateLimiter,
+        clock_ns: Callable[[], int],
+        address_quota: Quota | None,
+        exempt: Collection[Any],
+    ) -> None:
+        """`address_quota` None leaves addresses uncounted; those in `exempt` networks are."""
+        self.app = app
+        self._limiter = limiter
+        self._clock_ns = clock_ns
+        self._address_quota = address_quota
+        self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
+        self._increments: dict[tuple[str, float], int] = {}
+        self._policies: dict[str, bytes] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write `decision` and its headers; raises RateLimited and CostExceedsCapacity."""
+        exchange: Exchange = scope[EXCHANGE]
+        decision = await self._limiter.acquire(self._charges(exchange), self._clock_ns())
+        exchange.decision = decision
+        exchange.answer_headers += self._headers(decision)
+        if not decision.allowed:
+            raise refusal(exchange, decision)
+        await self.app(scope, receive, send)
+
+    def _charges(self, exchange: Exchange) -> list[Charge]:
+        client = exchange.client
+        assert client is not None  # noqa: S101 - Identify came before
+        charges = [Charge(client.key, client.quota, self._increment(client.quota, exchange.cost))]
+        quota = self._address_quota
+        if quota is not None and not client.is_registered and not self._is_exempt(exchange.peer):
+            charges.append(Charge(f"peer:{address_key(exchange.peer)}", quota, self._increment(quota, exchange.cost)))
+        return charges
+
+    def _increment(self, quota: Quota, cost: float) -> int:
+        key = quota.name, cost
+        increment = self._increments.get(key)
+        if increment is None:  # costs and quotas come from the configuration, so this fills once
+            increment = self._increments[key] = quota.cost_ns(cost)
+        return increment
+
+    def _headers(self, decision: Decision) -> HeaderList:
+        """Return the fields of draft-ietf-httpapi-ratelimit-headers-11, and the older trio in delta seconds."""
+        quota = decision.quota
+        policy = self._policies.get(quota.name)
+        if policy is None:
+            window = math.ceil(quota.burst_ns / NANOSECONDS)
+            policy = self._policies[quota.name] = b'"%b";q=%d;w=%d' % (
+                quota.name.lower().encode(),
+                quota.capacity,
+                window,
+            )
+        left = decision.remaining
+        if decision.allowed:
+            effective = max(1, -(-left * quota.emission_ns // NANOSECONDS))
+        else:
+            effective = max(1, -(-max(decision.wait_ns, 0) // NANOSECONDS))
+        return [
+            (b"ratelimit-policy", policy),
+            (b"ratelimit", b'"%b";r=%d;t=%d' % (quota.name.lower().encode(), left, effective)),
+            (b"x-ratelimit-limit", b"%d" % quota.capacity),
+            (b"x-ratelimit-remaining", b"%d" % left),
+            (b"x-ratelimit-reset", b"%d" % -(-decision.reset_ns // NANOSECONDS)),
+        ]
+
+
+def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
+    """Return the error that tells the client which limit refused it, and when the same request will pass."""
+    quota, client = decision.quota, exchange.client
+    assert client is not None  # noqa: S101 - Identify came before
+    is_peer = decision.key != client.key
+    who = f"Address '{address_key(exchange.peer)}'" if is_peer else f"Client '{client.id}' (tier {quota.name})"
+    extra = {
+        "violated-policies": [quota.name.lower()],
+        "client_id": client.id,
+        "tier": client.quota.name,
+        "policy": quota.name.lower(),
+        "cost": exchange.cost,
+        "limit": quota.capacity,
+        "refill_per_second": quota.rate,
+        "remaining": decision.remaining,
+    }
+    if decision.wait_ns == NEVER:
+        return CostExceedsCapacity(
+            f"The request costs {exchange.cost:g} tokens; the bucket of {who} holds {quota.capacity} at most.",
+            extra=extra,
+        )
+    wait = decision.wait_ns / NANOSECONDS
+    return RateLimited(
+        f"{who} may spend {quota.capacity} tokens at once and then {quota.rate:g} a second; this request costs"
+        f" {exchange.cost:g} and {decision.remaining} are left. It passes in {wait:.3f} s.",
+        retry_after=wait,
+        extra=extra,
+    )
+
+
+class Proxy:
+    """The innermost step: hands the exchange to the router."""
+
+    def __init__(self, *, router: Router) -> None:
+        self._router = router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward one request."""
+        await self._router.forward(scope[EXCHANGE], scope[ROUTE], scope, receive, send, is_trusted=scope[IS_TRUSTED])

@@ -1,0 +1,360 @@
+"""The vocabulary every layer shares: plain values of one request, and the bodies of the operator's answers."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from fractions import Fraction
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+HeaderList = list[tuple[bytes, bytes]]
+Clock = Callable[[], float]  # monotonic seconds
+
+NANOSECONDS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """The terms of one token bucket, with its times worked out in integer nanoseconds.
+
+    `rate` is tokens per second, `capacity` tokens. `emission_ns` is the time one token takes to refill, rounded up,
+    so that rounding can only make the limit stricter (by less than 1 ns a token). `burst_ns` is the time an empty
+    bucket takes to refill: the whole budget of the bucket, expressed as time.
+    """
+
+    name: str
+    rate: float
+    capacity: int
+    emission_ns: int
+    burst_ns: int
+
+    @classmethod
+    def per_second(cls, name: str, rate: float, capacity: int) -> "Quota":
+        """Build the quota of `rate` tokens per second and `capacity` tokens; both must be positive."""
+        if not rate > 0 or capacity <= 0:
+            raise ValueError(f"quota {name!r}: rate and capacity must be > 0, got {rate!r} and {capacity!r}")
+        emission_ns = math.ceil(NANOSECONDS / Fraction(str(rate)))
+        return cls(name, rate, capacity, emission_ns, capacity * emission_ns)
+
+    def cost_ns(self, cost: float) -> int:
+        """Return what `cost` tokens (fractions allowed, >= 0) take off the budget, in nanoseconds."""
+        return math.ceil(Fraction(str(cost)) * self.emission_ns)
+
+
+@dataclass(slots=True)
+class Charge:
+    """One bucket that a request draws on: `increment_ns` from the budget of `key` under `quota`."""
+
+    key: str
+    quota: Quota
+    increment_ns: int
+
+
+@dataclass(slots=True)
+class Decision:
+    """What the limiter says of one request, about the bucket that binds.
+
+    `remaining` is whole tokens left after the decision. `wait_ns` is 0 when allowed, else the exact time until the
+    same request passes, or -1 when it never can because it costs more than `quota.capacity`. `reset_ns` is the time
+    until the bucket is full.
+    """
+
+    key: str
+    quota: Quota
+    allowed: bool
+    remaining: int
+    wait_ns: int
+    reset_ns: int
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds until the same request passes; None when it passed or never can."""
+        return self.wait_ns / NANOSECONDS if self.wait_ns > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who is asking. `key` names its bucket; `source` says where its tier comes from."""
+
+    id: str
+    key: str
+    quota: Quota
+    source: Literal["registered", "configured", "default", "address"]
+
+    @property
+    def is_registered(self) -> bool:
+        """True when an operator vouches for this id, by the API or by the configuration."""
+        return self.source in ("registered", "configured")
+
+
+class Outcome(Enum):
+    """What a try on an upstream says about that upstream."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    IGNORED = "ignored"  # the client left, or the request itself was at fault (4xx)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """The record of one request, filled from left to right; log and metrics are derived from it alone.
+
+    Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
+    the answer. `answer_headers` are the gateway's own and go on whatever answer is sent.
+    """
+
+    id: str
+    method: str
+    path: str
+    peer: str
+    started: float
+    client: Client | None = None
+    route: str | None = None
+    upstream: str | None = None
+    target: str | None = None
+    cost: float = 0.0
+    decision: Decision | None = None
+    attempts: int = 0
+    sent_at: float | None = None
+    head_at: float | None = None
+    status: int = 0
+    source: Literal["gateway", "upstream"] = "gateway"
+    reason: str | None = None
+    detail: str | None = None
+    bytes_in: int = 0
+    bytes_out: int = 0
+    finished: float = 0.0
+    answer_headers: HeaderList = field(default_factory=list)
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the request's arrival to the end of its answer."""
+        return self.finished - self.started
+
+    @property
+    def upstream_duration(self) -> float | None:
+        """Seconds the upstream took from the last try to its answer's head; None if it gave none."""
+        return None if self.sent_at is None or self.head_at is None else self.head_at - self.sent_at
+
+
+# Bodies of the operator's endpoints
+
+
+class Body(BaseModel):
+    """Base of all bodies: unknown fields are refused rather than ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Problem(BaseModel):
+    """Problem details, RFC 9457."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [{"status": 403, "reason": "forbidden"}]})
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    reason: str
+
+
+class TierChange(Body):
+    """The body of POST /clients/{id}/tier."""
+
+    tier: str = Field(description="Name of a configured tier, in any case.", examples=["PREMIUM"])
+
+
+class TierView(Body):
+    """A tier and its terms."""
+
+    name: str
+    rate: float = Field(description="Tokens refilled per second.")
+    capacity: int = Field(description="Tokens a full bucket holds.")
+
+
+class BucketView(Body):
+    """A client's bucket at this moment."""
+
+    tokens: float = Field(description="Tokens in the bucket now.")
+    capacity: int
+    full_in: float = Field(description="Seconds until the bucket is full.")
+
+
+class ClientView(Body):
+    """A client, its tier and its bucket."""
+
+    client_id: str
+    tier: TierView
+    source: Literal["registered", "configured", "default"] = Field(
+        description="Where the tier comes from: this API, the configuration, or nowhere (the default tier)."
+    )
+    bucket: BucketView
+
+
+class TierChanged(Body):
+    """What a change of tier did. The bucket keeps its filled fraction."""
+
+    client_id: str
+    previous: TierView
+    current: TierView
+    tokens_before: float
+    tokens_after: float
+    persisted: bool = Field(description="True once the change survives a restart.")
+    effective: Literal["immediately"] = "immediately"
+
+
+class OpeningView(Body):
+    """Why a breaker last opened."""
+
+    at: str = Field(description="UTC, ISO 8601.")
+    cause: str
+
+
+class BreakerThresholds(Body):
+    """When a breaker opens and how it recovers; durations in seconds."""
+
+    failure_threshold: int
+    failure_rate: float
+    minimum_calls: int
+    window: float
+    recovery_timeout: float
+    half_open_max_calls: int
+
+
+class BreakerView(Body):
+    """One circuit breaker."""
+
+    state: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    since: str = Field(description="When it entered this state, UTC, ISO 8601.")
+    consecutive_failures: int
+    window_calls: int = Field(description="Counted calls inside the window.")
+    window_failures: int
+    window_failure_rate: float | None = Field(description="None while the window holds no call.")
+    probes_in_flight: int
+    opened_total: int
+    rejected_total: int
+    next_probe_in: float | None = Field(description="Seconds until a probe is let through; None unless OPEN.")
+    last_opened: OpeningView | None
+    thresholds: BreakerThresholds
+
+
+class BreakersView(Body):
+    """Every circuit breaker, by upstream."""
+
+    circuit_breakers: dict[str, BreakerView]
+
+
+class TargetView(Body):
+    """One target of an upstream."""
+
+    url: str
+    healthy: bool
+    in_flight: int
+    checked: bool = Field(description="False when no health check is configured, so nothing is known.")
+    last_check: str | None = Field(description="What the last health check found.")
+
+
+class UpstreamView(Body):
+    """Health of an upstream: pass while every target is healthy, fail when none is or its breaker is open."""
+
+    status: Literal["pass", "warn", "fail"]
+    breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    targets: list[TargetView]
+
+
+class HealthView(BaseModel):
+    """Overall health. From elsewhere than the operator's place only `status` is shown."""
+
+    status: Literal["pass", "warn", "fail"]
+    version: str | None = None
+    uptime: float | None = Field(default=None, description="Seconds since the start.")
+    upstreams: dict[str, UpstreamView] | None = None
+
+
+class LatencyWindow(Body):
+    """Percentiles over one window, in milliseconds, each within 1 % of the true value."""
+
+    count: int
+    mean_ms: float | None
+    percentiles_ms: dict[str, float | None] = Field(examples=[{"p50": 1.2, "p99": 9.8}])
+
+
+class LatencySeries(Body):
+    """The same series over three windows; the sliding ones move in steps of 5 s."""
+
+    last_60s: LatencyWindow
+    last_5m: LatencyWindow
+    since_start: LatencyWindow
+
+
+class LatencyView(Body):
+    """Latency of requests that reached an upstream: by route to the answer's end, by upstream to its head."""
+
+    overall: LatencySeries
+    routes: dict[str, LatencySeries]
+    upstreams: dict[str, LatencySeries]
+
+
+class RateWindow(Body):
+    """Requests and the shares that failed or were limited, over one window."""
+
+    requests: int
+    requests_per_second: float
+    gateway_errors: int = Field(description="5xx answers made by the gateway.")
+    upstream_errors: int = Field(description="5xx answers made by an upstream.")
+    limited: int = Field(description="429 answers made by the gateway.")
+    error_rate: float = Field(description="Share of 5xx answers, 0 to 1.")
+    limited_rate: float = Field(description="Share of requests limited, 0 to 1.")
+
+
+class RateSeries(Body):
+    """The same rates over three windows."""
+
+    last_60s: RateWindow
+    last_5m: RateWindow
+    since_start: RateWindow
+
+
+class RequestCounts(Body):
+    """Requests since the start. Requests still running are in `in_flight` only."""
+
+    total: int
+    in_flight: int
+    by_route: dict[str, int]
+    by_status: dict[str, int]
+    by_tier: dict[str, int]
+
+
+class LimiterView(Body):
+    """The rate limiter's figures."""
+
+    allowed: dict[str, int] = Field(description="Decisions by tier.")
+    limited: dict[str, int] = Field(description="Decisions by tier.")
+    buckets: int = Field(description="Buckets in memory; full ones are forgotten.")
+    bucket_limit: int
+    overflowed: int = Field(description="Decisions made on a shared bucket because the table was full.")
+
+
+class BreakerCounts(Body):
+    """A breaker's figures."""
+
+    state: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    opened_total: int
+    rejected_total: int
+
+
+class MetricsView(Body):
+    """Everything counted since the start, for people; Prometheus reads the same URL as text."""
+
+    uptime: float
+    requests: RequestCounts
+    rates: RateSeries
+    route_rates: dict[str, RateSeries]
+    latency: LatencyView
+    upstream_outcomes: dict[str, dict[str, int]]
+    rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
+    rate_limiter: LimiterView
+    circuit_breakers: dict[str, BreakerCounts]

@@ -1,0 +1,6 @@
+"""Start the gateway: `python run_gateway.py --help` tells the options."""
+
+from api_gateway.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
