@@ -1,0 +1,158 @@
+"""Load test with locust: a class of clients for each tier, each within its limit, and one class that floods.
+
+`python load_test.py` runs headless against a running gateway and prints a summary by class.
+`locust -f load_test.py --host http://127.0.0.1:8000` gives the web page.
+
+Every client registers its tier first, which needs the operator's endpoints: run it on the gateway's machine, or give
+the admin token in GATEWAY_ADMIN__TOKEN.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import urllib.request
+from typing import Any, ClassVar
+
+try:
+    from locust import FastHttpUser, constant_throughput, events, task
+    from locust.stats import RequestStats
+except ModuleNotFoundError:
+    raise SystemExit("load_test.py needs locust: pip install 'locust>=2.40,<3'") from None
+
+PATH = os.environ.get("LOAD_TEST_PATH", "/api/users")
+OK, TOO_MANY_REQUESTS = 200, 429
+_numbers = itertools.count(1)
+_allowed = RequestStats()
+_limited = RequestStats()
+_failed = RequestStats()
+
+
+class TierClient(FastHttpUser):  # type: ignore[misc]  # locust is untyped for strict checkers
+    """A client of one tier. All but the flooding class stay below their rate, so that a 429 is a failure."""
+
+    abstract = True
+    tier: ClassVar[str]
+    expects_limit: ClassVar[bool] = False
+    connection_timeout = 5.0
+    network_timeout = 10.0
+
+    def on_start(self) -> None:
+        """Take an id of its own and register it for the tier."""
+        self.client_id = f"load-{type(self).__name__.lower()}-{os.getpid()}-{next(_numbers)}"
+        token = os.environ.get("GATEWAY_ADMIN__TOKEN")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        url = f"/clients/{self.client_id}/tier"
+        body = {"tier": self.tier}
+        with self.client.post(url, json=body, headers=headers, name="register", catch_response=True) as response:
+            if response.status_code != OK:
+                response.failure(f"not registered: {response.status_code} {response.text}")
+                self.environment.runner.quit()
+
+    @task  # type: ignore[untyped-decorator]  # as above
+    def get(self) -> None:
+        """Ask once; count the answer under this class."""
+        name = type(self).__name__
+        headers = {"X-Client-ID": self.client_id}
+        with self.client.get(PATH, headers=headers, name=name, catch_response=True) as response:
+            if response.status_code == TOO_MANY_REQUESTS:
+                if self.expects_limit:
+                    response.success()
+                else:
+                    response.failure("limited although within its rate")
+
+
+class Free(TierClient):
+    """FREE, 1 token a second."""
+
+    tier = "FREE"
+    weight = 3
+    wait_time = constant_throughput(0.9)
+
+
+class Basic(TierClient):
+    """BASIC, 5 tokens a second."""
+
+    tier = "BASIC"
+    weight = 3
+    wait_time = constant_throughput(4.5)
+
+
+class Premium(TierClient):
+    """PREMIUM, 20 tokens a second."""
+
+    tier = "PREMIUM"
+    weight = 2
+    wait_time = constant_throughput(18)
+
+
+class Enterprise(TierClient):
+    """ENTERPRISE, 100 tokens a second; kept well below so that one machine can carry it."""
+
+    tier = "ENTERPRISE"
+    weight = 1
+    wait_time = constant_throughput(50)
+
+
+class Flooder(TierClient):
+    """FREE, asking 50 times as often as it may: most of its requests are refused, as they should be."""
+
+    tier = "FREE"
+    weight = 1
+    expects_limit = True
+    wait_time = constant_throughput(50)
+
+
+CLASSES: tuple[type[TierClient], ...] = (Free, Basic, Premium, Enterprise, Flooder)
+
+
+@events.request.add_listener  # type: ignore[untyped-decorator]  # as above
+def _count(name: str, response_time: float, response_length: int, response: Any, exception: Any, **_: Any) -> None:
+    """Keep allowed, limited and failed answers apart: the latency of a refusal says nothing of the service's."""
+    is_limited = getattr(response, "status_code", None) == TOO_MANY_REQUESTS
+    stats = _failed if exception else _limited if is_limited else _allowed
+    stats.log_request("GET", name, response_time, response_length)
+
+
+@events.quit.add_listener  # type: ignore[untyped-decorator]  # as above
+def _print_summary(**_: Any) -> None:
+    """Print what each class sent and got, below locust's own tables."""
+    sys.stdout.write(f"\n{summary()}\n")
+
+
+def summary() -> str:
+    """Return a table by class of client: requests sent, allowed, limited and failed, latency of those allowed."""
+    counts = "".join(f"{title:>9}" for title in ("sent", "allowed", "limited", "failed", "p50", "p95", "p99"))
+    lines = [f"{'class':<12}{'tier':<12}{counts}"]
+    for kind in CLASSES:
+        name = kind.__name__
+        allowed = _allowed.get(name, "GET")
+        answers = [stats.get(name, "GET").num_requests for stats in (_allowed, _limited, _failed)]
+        times = [round(allowed.get_response_time_percentile(share)) for share in (0.5, 0.95, 0.99)]
+        cells = "".join(f"{cell:>9}" for cell in (sum(answers), *answers, *times))
+        lines.append(f"{name:<12}{kind.tier:<12}{cells}")
+    return "\n".join([*lines, "Latencies are of allowed requests, in milliseconds."])
+
+
+def main() -> int:
+    """Run headless against a running gateway. Returns locust's exit code: 0, or 1 if any request failed."""
+    parser = argparse.ArgumentParser(description="Load test of a running gateway; the summary is by class of client.")
+    parser.add_argument("--host", default="http://127.0.0.1:8000", help="(default: %(default)s)")
+    parser.add_argument("--users", type=int, default=10, help="clients in all (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=20, help="length of the run (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        with urllib.request.urlopen(f"{options.host}/healthz", timeout=5):  # noqa: S310 - the operator's own gateway
+            pass
+    except OSError as error:
+        sys.stderr.write(f"No gateway answers at {options.host}: {error}. Start one with: python run_gateway.py\n")
+        return 2
+    run = ["--headless", "--only-summary", "-u", str(options.users), "-r", str(options.users)]
+    length = ["-t", f"{options.seconds}s", "--host", options.host, "--loglevel", "WARNING"]
+    command = [sys.executable, "-m", "locust", "-f", os.path.abspath(__file__), *run, *length]  # noqa: PTH100 - for a subprocess
+    return subprocess.run(command, check=False).returncode  # noqa: S603 - our own words
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -28,6 +28,7 @@ class AccessLog:
             "path": exchange.path,
             "status": exchange.status,
             "reason": exchange.reason,
+            "detail": exchange.detail,
             "source": exchange.source,
             "route": exchange.route,
             "upstream": exchange.upstream,

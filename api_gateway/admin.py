@@ -132,7 +132,7 @@ async def readyz(console: Open) -> Response:
     return PlainTextResponse(f"{console.phase}\n", status_code=200 if is_serving else 503)
 
 
-@open_router.get("/health", summary="Health of the gateway and its upstreams", response_model_exclude_none=True)
+@open_router.get("/health", summary="Health of the gateway and its upstreams", response_model_exclude_unset=True)
 async def health(request: Request, console: Open) -> HealthView:
     """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
     now = console.clock()

@@ -7,8 +7,8 @@ import logging
 import math
 import signal
 import socket
-import sqlite3
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         asyncio.run(_preflight(config))
-    except (OSError, sqlite3.Error) as error:
+    except OSError as error:
         print(f"state_dir: {config.state_dir}: the client store cannot be opened: {error}", file=sys.stderr)
         return STARTUP_FAILED
     _configure_logging(config.log.level)
@@ -87,6 +87,9 @@ class GatewayServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals while serving, without raising them again at the end: a clean stop is exit code 0."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread gets any
+            yield
+            return
         handled = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in handled}
         try:

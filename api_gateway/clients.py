@@ -25,7 +25,10 @@ FILE_NAME = "clients.sqlite3"
 
 
 class ClientStore:
-    """The table of registered clients in one SQLite file (WAL, full sync), used from a thread of its own."""
+    """The table of registered clients in one SQLite file (WAL, full sync), used from a thread of its own.
+
+    Every method raises OSError when the file cannot be used.
+    """
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / FILE_NAME
@@ -36,7 +39,7 @@ class ClientStore:
         return f"<ClientStore [{self.path}]>"
 
     async def open(self) -> dict[str, str]:
-        """Create or open the file and return its clients, id to tier. Raises OSError or sqlite3.Error."""
+        """Create or open the file and return its clients, id to tier. Raises OSError."""
         return await self._run(self._open)
 
     async def put(self, client_id: str, tier: str) -> None:
@@ -60,7 +63,10 @@ class ClientStore:
         self._thread.shutdown(wait=False)
 
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path}: {error}") from error
 
     def _open(self) -> dict[str, str]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +112,7 @@ class ClientRegistry:
         return f"<ClientRegistry [{len(self._registered)} registered, {len(self._configured)} configured]>"
 
     async def load(self) -> None:
-        """Read the registered clients from disk. Raises OSError or sqlite3.Error."""
+        """Read the registered clients from disk. Raises OSError."""
         for client_id, tier in (await self._store.open()).items():
             if tier in self.tiers:
                 self._registered[client_id] = self._register(client_id, tier)
@@ -151,9 +157,9 @@ class ClientRegistry:
     async def _persist(self, write: Awaitable[None]) -> None:
         try:
             await write
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise StoreUnavailable(
-                f"The change could not be written to {FILE_NAME} and was not made: {error}.", retry_after=5
+                f"The change could not be written to {FILE_NAME} and was not made.", retry_after=5
             ) from error
 
 

@@ -7,6 +7,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs
@@ -129,15 +130,25 @@ class DemoUpstreams:
     async def start(self) -> None:
         """Start the servers; return once all accept connections."""
         self._thread.start()
-        async with asyncio.timeout(_START_TIMEOUT):
-            while not all(server.started for server in self._servers.values()):
-                await asyncio.sleep(0.01)
+        await asyncio.to_thread(self._wait_until_started)
+
+    def _wait_until_started(self) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not all(server.started for server in self._servers.values()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the demo upstreams did not start within {_START_TIMEOUT:g} s")
+            time.sleep(0.01)
 
     async def stop(self) -> None:
         """Stop the servers."""
         for server in self._servers.values():
             server.should_exit = True
         await asyncio.to_thread(self._thread.join, _START_TIMEOUT)
+
+    def close(self) -> None:
+        """Give the ports back without having started."""
+        for sock in self._sockets.values():
+            sock.close()
 
     def sections(self) -> dict[str, Any]:
         """Return the configuration that puts the gateway in front of them."""

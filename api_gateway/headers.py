@@ -47,6 +47,7 @@ LIMIT_TRIO = frozenset({b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-rate
 
 # `Expect` was answered when the body was asked for; `Host` becomes the target's.
 _NOT_FORWARDED = HOP_BY_HOP | {b"host", b"expect", b"x-request-id"}
+_AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -68,6 +69,23 @@ def host_name(headers: HeaderList) -> str:
 def is_visible_ascii(value: bytes) -> bool:
     """Tell whether `value` is 1 to 128 visible ASCII characters."""
     return _VISIBLE.fullmatch(value) is not None
+
+
+def flaw(headers: HeaderList, version: str) -> str | None:
+    """Return what makes a request ambiguous to some server, in words, or None. Such a request is not forwarded.
+
+    A request names exactly one host (RFC 9112 section 3.2; HTTP/1.0 may name none). Its only transfer coding is
+    `chunked`: any other makes its end a matter of opinion (RFC 9112 section 6.1).
+    """
+    hosts = values(headers, b"host")
+    if len(hosts) != 1 and (hosts or version != "1.0"):
+        return f"it names {len(hosts)} hosts"
+    if hosts and _AUTHORITY.fullmatch(hosts[0]) is None:
+        return "its Host is not a host and a port"
+    codings = values(headers, b"transfer-encoding")
+    if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
+        return "its Transfer-Encoding is not chunked"
+    return None
 
 
 def connection_options(headers: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
@@ -98,11 +116,13 @@ def for_upstream(
     """Return the request's headers as the upstream shall see them.
 
     `peer` is the address that connected to us. If `is_trusted`, what it says in `X-Forwarded-*` is extended,
-    otherwise replaced. `protected` names (lower case) survive being named by `Connection`.
+    otherwise replaced. `protected` names (lower case) survive being named by `Connection`. A spelling of a protected
+    or forwarding name with underscores is left out: servers that read headers as CGI variables take it for the name.
     """
     dropped = _NOT_FORWARDED | (connection_options(headers) - set(protected))
     if not is_trusted:
         dropped |= FORWARDING
+    forgeable = FORWARDING.union(protected)
     kept: HeaderList = [(b"host", host)]
     hops: list[bytes] = []
     seen: set[bytes] = set()
@@ -115,7 +135,7 @@ def for_upstream(
             hops.append(value)
         elif lower == b"transfer-encoding":
             kept.append((name, value))
-        elif lower not in dropped:
+        elif lower not in dropped and not (b"_" in lower and lower.replace(b"_", b"-") in forgeable):
             seen.add(lower)
             kept.append((name, value))
     hops.append(peer.encode("ascii", "replace"))

@@ -6,7 +6,6 @@
 import asyncio
 import logging
 import random
-import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -114,7 +113,7 @@ async def _live(config: GatewayConfig) -> AsyncIterator[Gateway]:
         stack.push_async_callback(gateway.clients.close)
         try:
             await gateway.clients.load()
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
         for service in gateway.services.values():
             stack.push_async_callback(service.transport.aclose)

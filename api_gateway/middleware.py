@@ -15,6 +15,7 @@ from typing import Any
 from api_gateway import auth
 from api_gateway.clients import ClientRegistry
 from api_gateway.errors import (
+    BadRequest,
     ClientDisconnected,
     CostExceedsCapacity,
     Draining,
@@ -27,6 +28,7 @@ from api_gateway.errors import (
 from api_gateway.headers import (
     address_key,
     client_address,
+    flaw,
     host_name,
     http_date,
     is_visible_ascii,
@@ -108,6 +110,7 @@ class Record:
         exchange = self._begin(scope)
         self._recorder.in_flight += 1
         try:
+            _refuse_flaws(scope)
             await self.app(scope, receive, send)
         except GatewayError as error:
             await self._refuse(exchange, error, send)
@@ -135,7 +138,7 @@ class Record:
 
     async def _refuse(self, exchange: Exchange, error: GatewayError, send: Send) -> None:
         exchange.reason = error.reason.value
-        exchange.detail = error.detail
+        exchange.detail = error.detail if error.__cause__ is None else f"{error.detail} ({error.__cause__})"
         if isinstance(error, ClientDisconnected):
             exchange.status, exchange.source = error.status, "gateway"
             return
@@ -155,6 +158,12 @@ class Record:
             exchange.status, exchange.reason = ClientDisconnected.status, Reason.DRAINING.value
         for observe in self._observers:
             observe(exchange)
+
+
+def _refuse_flaws(scope: Scope) -> None:
+    fault = flaw(scope["headers"], scope["http_version"])
+    if fault is not None:
+        raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
 
 
 async def send_problem(

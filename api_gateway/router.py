@@ -44,15 +44,15 @@ _BODILESS = frozenset({204, 304})
 PATIENCE = 0.05  # seconds an upstream may take before we also watch for the client's leaving
 PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success
 
-# httpx's failures in our words, most specific first.
-_TRANSLATION: tuple[tuple[type[Exception], type[GatewayError]], ...] = (
-    (httpx.PoolTimeout, Overloaded),
-    (httpx.ConnectTimeout, UpstreamConnectTimeout),
-    (httpx.TimeoutException, UpstreamTimeout),
-    (httpx.ConnectError, UpstreamConnectError),
-    (httpx.UnsupportedProtocol, UpstreamConnectError),
-    (httpx.NetworkError, UpstreamReset),
-    (httpx.ProtocolError, UpstreamProtocolError),
+# httpx's failures in our words, most specific first. What the client is told names no address.
+_TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
+    (httpx.PoolTimeout, Overloaded, "no connection to it came free in time"),
+    (httpx.ConnectTimeout, UpstreamConnectTimeout, "it did not accept a connection in time"),
+    (httpx.TimeoutException, UpstreamTimeout, "it was silent for too long"),
+    (httpx.ConnectError, UpstreamConnectError, "no connection to it could be made"),
+    (httpx.UnsupportedProtocol, UpstreamConnectError, "no connection to it could be made"),
+    (httpx.ProtocolError, UpstreamProtocolError, "its answer was not valid HTTP"),
+    (httpx.TransportError, UpstreamReset, "its connection broke before the answer was complete"),
 )
 
 
@@ -450,9 +450,9 @@ def _translate(error: httpx.TransportError, upstream: str) -> GatewayError:
     """Put one of httpx's failures in our words."""
     if isinstance(error, httpx.LocalProtocolError):
         return BadRequest(f"The request cannot be sent on: {error}.")
-    kind = next((ours for theirs, ours in _TRANSLATION if isinstance(error, theirs)), UpstreamReset)
+    kind, words = next((ours, words) for theirs, ours, words in _TRANSLATION if isinstance(error, theirs))
     retry_after = 1.0 if kind is Overloaded else None
-    return kind(f"Upstream '{upstream}': {error}.", retry_after=retry_after, extra={"upstream": upstream})
+    return kind(f"Upstream '{upstream}': {words}.", retry_after=retry_after, extra={"upstream": upstream})
 
 
 def _body_too_large(limit: int) -> BodyTooLarge:

@@ -1,0 +1,1 @@
+"""Measurements beside other proxies; each module is a command of its own."""

@@ -1,0 +1,355 @@
+"""What tests build their scenes from: a gateway on a free port, raw upstreams, a raw client, a clock to be moved.
+
+Everything runs on loopback. Upstreams and clients are plain sockets, so that what is asserted is what was on the wire.
+"""
+
+import json
+import socket
+import struct
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from api_gateway.cli import GatewayServer
+from api_gateway.config import GatewayConfig
+
+PATIENCE = 10.0  # seconds a scene may take to come about before a test gives up
+
+
+class FakeClock:
+    """Seconds that pass when told to."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> float:
+        """Let time pass; return the new time."""
+        self.now += seconds
+        return self.now
+
+
+def eventually(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
+    """Wait until `condition` holds; fail with `what` if it does not in time."""
+    end = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < end, f"did not happen within {within:g} s: {what}"
+        time.sleep(0.01)
+
+
+# The gateway
+
+
+class RunningGateway:
+    """A gateway in a thread of its own, on a free port."""
+
+    def __init__(self, sections: dict[str, Any], state_dir: Path) -> None:
+        server = {"port": 0, **sections.get("server", {})}
+        defaults: dict[str, Any] = {"state_dir": state_dir, "log": {"access": False}}
+        self.config = GatewayConfig.model_validate(defaults | sections | {"server": server})
+        self.server = GatewayServer(self.config)
+        self._thread = threading.Thread(target=self.server.run, name="gateway")
+        self._thread.start()
+        eventually(lambda: self.server.started or not self._thread.is_alive(), "the gateway starts")
+        assert self.server.started, "the gateway did not start"
+        self.port: int = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    @property
+    def console(self) -> Any:
+        """The live parts the operator's endpoints look at."""
+        return self.server._app.state.console
+
+    def stop(self) -> None:
+        """Stop it and wait for its end."""
+        self.server.should_exit = True
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "the gateway did not stop"
+
+
+@contextmanager
+def running_gateway(sections: dict[str, Any], state_dir: Path) -> Iterator[RunningGateway]:
+    """Run a gateway for the length of a block."""
+    gateway = RunningGateway(sections, state_dir)
+    try:
+        yield gateway
+    finally:
+        gateway.stop()
+
+
+def in_front_of(*urls: str, **upstream: Any) -> dict[str, Any]:
+    """Return sections that send all of /api, unstripped, to one upstream `up` with these targets."""
+    return {
+        "upstreams": {"up": {"targets": [{"url": url} for url in urls], **upstream}},
+        "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
+        "tiers": {"FREE": {"rate": 1000, "capacity": 100_000}},
+    }
+
+
+# Plain HTTP
+
+
+@dataclass
+class Answer:
+    """A complete answer, as urllib gives it."""
+
+    status: int
+    headers: Any
+    body: bytes
+
+    def json(self) -> Any:
+        """Parse the body."""
+        return json.loads(self.body)
+
+
+def ask(url: str, *, method: str = "GET", headers: dict[str, str] | None = None, body: bytes | None = None) -> Answer:
+    """Make one request on a connection of its own; an error status is an answer too."""
+    request = urllib.request.Request(url, data=body, method=method, headers=headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+            return Answer(response.status, response.headers, response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, error.headers, error.read())
+
+
+# Raw sockets
+
+
+@dataclass
+class RawRequest:
+    """A request as it arrived at an upstream, byte for byte; `body` has its chunked framing taken off."""
+
+    head: bytes
+    body: bytes = b""
+    is_complete: bool = False
+
+    @property
+    def line(self) -> bytes:
+        """The request line."""
+        return self.head.split(b"\r\n", 1)[0]
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Names as they came, and values."""
+        lines = self.head.rstrip(b"\r\n").split(b"\r\n")[1:]
+        return [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+
+    def all(self, name: str) -> list[bytes]:
+        """Every value of a header."""
+        return [value for key, value in self.headers if key.lower() == name.lower().encode()]
+
+
+class Wire:
+    """One connection with a buffer: reads heads and bodies, sends bytes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.settimeout(PATIENCE)
+        self.buffer = b""
+
+    def send(self, data: bytes) -> None:
+        """Send all of `data`."""
+        self.sock.sendall(data)
+
+    def fill(self) -> bool:
+        """Read more into the buffer; False at the end of the connection."""
+        try:
+            data = self.sock.recv(65_536)
+        except (ConnectionResetError, BrokenPipeError):
+            return False
+        self.buffer += data
+        return bool(data)
+
+    def read_until(self, mark: bytes) -> bytes | None:
+        """Return everything up to and with `mark`, or None if the connection ends before."""
+        while mark not in self.buffer:
+            if not self.fill():
+                return None
+        found, _, self.buffer = self.buffer.partition(mark)
+        return found + mark
+
+    def read_exactly(self, size: int) -> bytes:
+        """Return `size` bytes, fewer if the connection ends before."""
+        while len(self.buffer) < size and self.fill():
+            pass
+        found, self.buffer = self.buffer[:size], self.buffer[size:]
+        return found
+
+    def read_body(self, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bool]:
+        """Return the body these headers frame and whether all of it came."""
+        values = {name.lower(): value for name, value in headers}
+        if b"chunked" in values.get(b"transfer-encoding", b"").lower():
+            return self._read_chunks()
+        if b"content-length" in values:
+            size = int(values[b"content-length"])
+            body = self.read_exactly(size)
+            return body, len(body) == size
+        return b"", True
+
+    def _read_chunks(self) -> tuple[bytes, bool]:
+        body = b""
+        while True:
+            line = self.read_until(b"\r\n")
+            if line is None:
+                return body, False
+            size = int(line.split(b";")[0], 16)
+            if size == 0:
+                return body, self.read_until(b"\r\n") is not None
+            piece = self.read_exactly(size)
+            body += piece
+            if len(piece) < size or self.read_exactly(2) != b"\r\n":
+                return body, False
+
+    def is_closed(self, within: float = PATIENCE) -> bool:
+        """Tell whether the other side closes within this time, without sending anything before."""
+        self.sock.settimeout(within)
+        try:
+            return not self.buffer and not self.fill()
+        except TimeoutError:
+            return False
+        finally:
+            self.sock.settimeout(PATIENCE)
+
+    def reset(self) -> None:
+        """Close with RST."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def close(self) -> None:
+        """Close."""
+        self.sock.close()
+
+
+Behaviour = Callable[[Wire, RawRequest], bool | None]
+
+
+def reply(body: bytes = b"ok", status: bytes = b"200 OK", headers: tuple[tuple[bytes, bytes], ...] = ()) -> Behaviour:
+    """Return a behaviour that answers every request alike."""
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
+        wire.send(b"HTTP/1.1 %b\r\n%bContent-Length: %d\r\n\r\n%b" % (status, lines, len(body), body))
+
+    return behave
+
+
+@dataclass
+class RawUpstream:
+    """A server that does what `behave` says with each request; a behaviour that returns False ends the connection.
+
+    With `reads_body` False the behaviour gets the request as soon as its head is there and reads the rest itself.
+    """
+
+    behave: Behaviour = field(default_factory=reply)
+    reads_body: bool = True
+
+    def __post_init__(self) -> None:
+        self.requests: list[RawRequest] = []
+        self.wires: list[Wire] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                wire = Wire(self._listener.accept()[0])
+                self.wires.append(wire)
+                threading.Thread(target=self._serve, args=(wire,), daemon=True).start()
+
+    def _serve(self, wire: Wire) -> None:
+        with suppress(OSError, ValueError):
+            while (head := wire.read_until(b"\r\n\r\n")) is not None:
+                request = RawRequest(head)
+                self.requests.append(request)
+                if self.reads_body:
+                    request.body, request.is_complete = wire.read_body(request.headers)
+                    if not request.is_complete:
+                        break
+                if self.behave(wire, request) is False:
+                    break
+        wire.close()
+
+    def close(self) -> None:
+        """Stop listening and close every connection."""
+        with suppress(OSError):  # wakes the accepting thread, which close alone does not
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for wire in self.wires:
+            wire.close()
+
+
+@dataclass
+class RawAnswer:
+    """An answer as it arrived at the client; `is_complete` tells whether all that was announced came."""
+
+    head: bytes
+    body: bytes
+    is_complete: bool
+
+    @property
+    def status(self) -> int:
+        """The status code."""
+        return int(self.head.split(b" ", 2)[1])
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Names as they came, and values."""
+        return RawRequest(self.head).headers
+
+    def all(self, name: str) -> list[bytes]:
+        """Every value of a header."""
+        return RawRequest(self.head).all(name)
+
+
+class RawClient(Wire):
+    """A client that sends bytes and reads answers."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        super().__init__(socket.create_connection((host, port), timeout=PATIENCE))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def request(
+        self, method: str = "GET", target: str = "/api/x", headers: tuple[str, ...] = (), body: bytes = b""
+    ) -> None:
+        """Send a request whose headers are exactly Host and `headers`."""
+        lines = "".join(f"{line}\r\n" for line in ("Host: gateway.test", *headers))
+        self.send(f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1") + body)
+
+    def answer(self, method: str = "GET") -> RawAnswer:
+        """Read one final answer; without a length it reads to the end of the connection."""
+        while True:
+            head = self.read_until(b"\r\n\r\n")
+            assert head is not None, f"the connection ended before an answer's head; got {self.buffer!r}"
+            found = RawAnswer(head, b"", is_complete=True)
+            if found.status >= 200:
+                break
+        if method == "HEAD" or found.status in (204, 304):
+            return found
+        if not found.all("content-length") and not found.all("transfer-encoding"):
+            while self.fill():
+                pass
+            found.body, self.buffer = self.buffer, b""
+        else:
+            found.body, found.is_complete = self.read_body(found.headers)
+        return found
+
+    def get(self, target: str = "/api/x", headers: tuple[str, ...] = ()) -> RawAnswer:
+        """Send a GET and read its answer."""
+        self.request("GET", target, headers)
+        return self.answer()

@@ -1,0 +1,117 @@
+"""The shape of the package: imports point to lower layers, without cycles, and stand at the top of the module."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "api_gateway"
+
+# Lowest first. Within a layer a module may import those to its left where a `<` says so.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "models", "headers", "diagnosis"),
+    ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
+    ("clients", "transport", "health", "metrics", "access_log", "protocol"),
+    ("router", "middleware"),
+    ("admin", "demo"),
+    ("main",),
+    ("cli",),
+    ("__main__",),
+)
+SIBLINGS = {("headers", "models"), ("balancer", "circuit_breaker"), ("middleware", "router")}
+OUTSIDE = {
+    "httpx": {"transport", "router"},
+    "httptools": {"transport"},
+    "fastapi": {"admin", "main", "cli"},
+    "starlette": {"admin"},
+    "prometheus_client": {"metrics"},
+    "sqlite3": {"clients"},
+    "pydantic": {"models", "config", "diagnosis"},
+    "pydantic_settings": {"config"},
+    "yaml": {"diagnosis"},
+    "uvicorn": {"protocol", "demo", "cli"},
+}
+NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config"}
+
+MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Return every module imported, with its names as sub-modules of our own package resolved."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(tree: ast.Module) -> set[str]:
+    """Return the modules of the package that are imported."""
+    names = {name.split(".")[1] for name in imports(tree) if name.startswith("api_gateway.")}
+    return names & set(MODULES)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(MODULES) == set(RANK)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_to_lower_layers(name: str) -> None:
+    wrong = {other for other in ours(MODULES[name]) if RANK[other] >= RANK[name] and (name, other) not in SIBLINGS}
+    assert not wrong, f"{name} imports {wrong}"
+
+
+def test_there_are_no_cycles() -> None:
+    """Siblings that may import each other do so in one direction only."""
+    assert not {(one, other) for one, other in SIBLINGS if (other, one) in SIBLINGS}
+    assert all(one not in ours(MODULES[other]) for one, other in SIBLINGS)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_stand_at_the_top(name: str) -> None:
+    hidden = [
+        node.lineno
+        for function in ast.walk(MODULES[name])
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert not hidden, f"{name} imports inside functions, at lines {hidden}"
+
+
+@pytest.mark.parametrize("library", sorted(OUTSIDE))
+def test_a_library_is_known_to_its_modules_only(library: str) -> None:
+    users = {name for name, tree in MODULES.items() if library in {found.split(".")[0] for found in imports(tree)}}
+    assert users <= OUTSIDE[library], f"{library} is also imported by {users - OUTSIDE[library]}"
+
+
+@pytest.mark.parametrize("name", sorted(NO_CLOCK))
+def test_what_decides_reads_no_clock_and_does_not_wait(name: str) -> None:
+    assert not imports(MODULES[name]) & {"time", "asyncio"}, f"{name} imports a clock"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_handler_swallows_everything(name: str) -> None:
+    broad = [
+        node.lineno
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
+        and all(isinstance(statement, ast.Pass) for statement in node.body)
+    ]
+    assert not broad, f"{name} swallows exceptions at lines {broad}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_functions_stay_short(name: str) -> None:
+    long = {
+        node.name: length
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno - len((ast.get_docstring(node) or "").split("\n"))) > 60
+    }
+    assert not long, f"{name} has long functions: {long}"

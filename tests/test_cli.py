@@ -1,0 +1,215 @@
+"""The command line as a process of its own: start, check, mistakes, stopping."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, reply
+from tests.kit import RawRequest as Request
+
+ROOT = Path(__file__).parent.parent
+WAYS = {
+    "run_gateway.py": [str(ROOT / "run_gateway.py"), "--port", "0"],
+    "python -m": ["-m", "api_gateway", "--port", "0"],
+}
+
+
+@dataclass
+class Running:
+    """A process of ours, and the files its output goes to."""
+
+    popen: "subprocess.Popen[bytes]"
+    stdout: Path
+    stderr: Path
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.stdout.read_text()
+
+    @property
+    def errors(self) -> str:
+        """What it has complained of so far."""
+        return self.stderr.read_text()
+
+    @property
+    def url(self) -> str:
+        """The address its welcome names."""
+        eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens")
+        found = re.search(r"http://localhost:(\d+)", self.output)
+        assert found, self.output + self.errors
+        return f"http://127.0.0.1:{found[1]}"
+
+    def exit_code(self) -> int:
+        """Wait for its end."""
+        return self.popen.wait(PATIENCE)
+
+    def terminate(self) -> int:
+        """Ask it to stop and wait for its end."""
+        self.popen.send_signal(signal.SIGTERM)
+        return self.exit_code()
+
+
+@contextmanager
+def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
+    """Run Python with these arguments; stop it by its own process id at the end."""
+    variables = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1", **environment}
+    stdout, stderr = cwd / "stdout.txt", cwd / "stderr.txt"
+    with stdout.open("wb") as out, stderr.open("wb") as err:
+        popen = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=variables, stdout=out, stderr=err)
+    try:
+        yield Running(popen, stdout, stderr)
+    finally:
+        if popen.poll() is None:
+            popen.kill()
+        popen.wait()
+
+
+def config_file(folder: Path, upstream: str, extra: str = "") -> str:
+    path = folder / "gateway.yaml"
+    path.write_text(f'upstreams: {{up: {{targets: [{{url: "{upstream}"}}]}}}}\n{extra}')
+    return str(path)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_it_starts_without_configuration_and_stops_with_exit_code_0(way: list[str], tmp_path: Path) -> None:
+    with process(*way, cwd=tmp_path) as running:
+        assert ask(f"{running.url}/api/users", headers={"X-Client-ID": "c"}).status == 200
+        assert running.terminate() == 0
+    assert running.errors == ""
+    assert running.output.count("curl") == 3, "three lines to paste"
+    assert '"status":200' in running.output, "an access line"
+
+
+def test_stock_uvicorn_serves_it_too_and_no_header_comes_twice(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    arguments = ["-m", "uvicorn", "api_gateway.main:app", "--host", "127.0.0.1", "--port", str(port)]
+    with process(*arguments, cwd=tmp_path) as running:
+        eventually(lambda: is_open(port) or running.popen.poll() is not None, "uvicorn listens")
+        with RawClient(port) as client:
+            client.request("GET", "/api/users", ("X-Client-ID: c",))
+            answer = client.answer()
+    assert answer.status == 200
+    names = [name.lower() for name, _ in answer.headers]
+    assert len(names) == len(set(names)), names
+
+
+def is_open(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_wrong_setting_stops_the_start_with_exit_code_3_and_a_line_each(tmp_path: Path) -> None:
+    path = config_file(tmp_path, "http://127.0.0.1:9", "server: {prot: 1}\ntiers: {FREE: {rate: -1}}\n")
+    with process(*WAYS["python -m"], "--config", path, cwd=tmp_path) as running:
+        assert running.exit_code() == 3
+    assert running.errors.splitlines() == [
+        f"{path}:2: server.prot: unknown key; did you mean 'port'?",
+        f"{path}:3: tiers.FREE.rate: input should be greater than 0, got -1",
+    ]
+
+
+def test_stock_uvicorn_stops_with_exit_code_3_too(tmp_path: Path) -> None:
+    arguments = ["-m", "uvicorn", "api_gateway.main:app"]
+    with process(*arguments, cwd=tmp_path, GATEWAY_SERVER__PORT="high") as running:
+        assert running.exit_code() == 3
+    assert "environment GATEWAY_SERVER__PORT: server.port:" in running.errors
+    assert "Traceback" not in running.errors
+
+
+def test_check_only_checks(tmp_path: Path) -> None:
+    path = config_file(tmp_path, "http://127.0.0.1:9")
+    with process(*WAYS["python -m"], "--check", "--config", path, cwd=tmp_path) as running:
+        assert running.exit_code() == 0
+    assert "1 routes, 1 upstreams, 4 tiers" in running.output
+    assert not (tmp_path / ".gateway").exists()
+
+
+def test_a_busy_port_is_exit_code_3(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        with process("-m", "api_gateway", "--port", port, cwd=tmp_path) as running:
+            assert running.exit_code() == 3
+    assert "address already in use" in running.errors
+
+
+def test_a_state_directory_that_cannot_be_used_is_exit_code_3(tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("a file, not a folder")
+    with process(*WAYS["python -m"], cwd=tmp_path, GATEWAY_STATE_DIR=str(tmp_path / "occupied")) as running:
+        assert running.exit_code() == 3
+    assert running.errors.startswith("state_dir: ")
+    assert len(running.errors.splitlines()) == 1
+
+
+def test_the_command_line_beats_the_environment(tmp_path: Path) -> None:
+    with process(*WAYS["python -m"], cwd=tmp_path, GATEWAY_SERVER__PORT="1") as running:
+        assert ask(f"{running.url}/healthz").status == 200
+
+
+def test_sigterm_lets_a_request_in_flight_finish_and_refuses_new_ones(tmp_path: Path) -> None:
+    arrived, may_answer = threading.Event(), threading.Event()
+
+    def behave(wire: Wire, request: Request) -> None:
+        arrived.set()
+        may_answer.wait(PATIENCE)
+        reply(b"late but whole")(wire, request)
+
+    upstream = RawUpstream(behave)
+    with process(*WAYS["python -m"], "--config", config_file(tmp_path, upstream.url), cwd=tmp_path) as running:
+        port = int(running.url.rpartition(":")[2])
+        with RawClient(port) as client:
+            client.request("GET", "/api/up")
+            assert arrived.wait(PATIENCE)
+            running.popen.send_signal(signal.SIGTERM)
+            eventually(lambda: not is_open(port), "new connections are refused")
+            may_answer.set()
+            answer = client.answer()
+        assert (answer.status, answer.body) == (200, b"late but whole")
+        assert running.exit_code() == 0
+    upstream.close()
+
+
+def test_a_request_that_outlasts_the_drain_timeout_is_cut_off(tmp_path: Path) -> None:
+    arrived = threading.Event()
+
+    def never(_wire: Wire, _request: Request) -> None:
+        arrived.set()
+        time.sleep(PATIENCE)
+
+    upstream = RawUpstream(never)
+    path = config_file(tmp_path, upstream.url, "server: {drain_timeout: 1}\n")
+    with process(*WAYS["python -m"], "--config", path, cwd=tmp_path) as running:
+        with RawClient(int(running.url.rpartition(":")[2])) as client:
+            client.request("GET", "/api/up")
+            assert arrived.wait(PATIENCE)
+            started = time.monotonic()
+            running.terminate()
+        assert 0.9 < time.monotonic() - started < 5
+    upstream.close()
+
+
+def test_a_tier_survives_kill_9(tmp_path: Path) -> None:
+    way, headers = WAYS["python -m"], {"Content-Type": "application/json"}
+    with process(*way, cwd=tmp_path) as running:
+        changed = ask(
+            f"{running.url}/clients/survivor/tier", method="POST", headers=headers, body=b'{"tier": "BASIC"}'
+        )
+        assert changed.status == 200
+        running.popen.kill()
+    with process(*way, cwd=tmp_path) as running:
+        view = ask(f"{running.url}/clients/survivor").json()
+    assert (view["tier"]["name"], view["source"]) == ("BASIC", "registered")

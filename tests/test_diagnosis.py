@@ -1,0 +1,253 @@
+"""A configuration mistake is told with where it was made, its place and its value, and never with a secret."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api_gateway.config import load_config
+from api_gateway.diagnosis import ConfigError, Sources, YamlFile, nearest, read_yaml
+
+SECRET = "hunter2-hunter2"
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., list[str]]:
+    """Return the lines that a file of this text is refused with, its name cut off their beginnings."""
+
+    def load(text: str, overrides: dict[str, Any] | None = None) -> list[str]:
+        path = tmp_path / "gateway.yaml"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, overrides)
+        assert str(caught.value) == "\n".join(caught.value.problems)
+        return [line.removeprefix(f"{path}") for line in caught.value.problems]
+
+    return load
+
+
+Refused = Callable[..., list[str]]
+
+
+# The file
+
+
+def test_a_message_names_the_line_of_the_value(refused: Refused) -> None:
+    lines = refused("server:\n  host: '::'\n  port: many\nmetrics:\n  percentiles:\n    - 50\n    - 100\n")
+    assert [line.partition(" ")[0] for line in lines] == [":3:", ":7:"]
+    assert "server.port: " in lines[0]
+    assert "metrics.percentiles[1]: " in lines[1]
+
+
+def test_a_key_that_is_missing_is_told_at_the_line_of_its_section(refused: Refused) -> None:
+    assert refused("\nroutes:\n  - name: a\n    path: /api/a\n") == [":3: routes[0].upstream: is missing"]
+
+
+def test_the_line_is_found_whatever_the_case_of_a_tier(refused: Refused) -> None:
+    (line,) = refused("tiers:\n\n  Free:\n    rate: 0\n")
+    assert line.startswith(":4: tiers.FREE.rate: ")
+
+
+def test_a_key_given_twice_is_refused_with_its_second_line(refused: Refused) -> None:
+    """YAML parsers let the second win in silence."""
+    text = "server:\n  port: 1\n  port: 2\nroutes:\n  - {name: a, name: b}\nserver: {}\n"
+    assert refused(text) == [
+        ":3: server.port: given twice",
+        ":5: routes[0].name: given twice",
+        ":6: server: given twice",
+    ]
+
+
+@pytest.mark.parametrize("text", ["server: {port: 1", "a: b: c", "x: *nowhere", "a: !!python/name:os.system x"])
+def test_what_is_not_yaml_is_refused(refused: Refused, text: str) -> None:
+    (line,) = refused(text)
+    assert line.startswith(": not YAML: ")
+    assert "line 1" in line
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- a", "list"), ("words", "str"), ("7", "int")])
+def test_a_file_that_holds_no_sections_is_refused(refused: Refused, text: str, kind: str) -> None:
+    assert refused(text) == [f": must hold sections, got {kind}"]
+
+
+def test_a_key_that_is_no_text_is_refused(refused: Refused) -> None:
+    """YAML reads `on:` as true and `8000:` as a number."""
+    (line,) = refused("server: {}\n8000: x\n")
+    assert "8000" in line
+
+
+def test_a_value_that_holds_itself_is_refused(refused: Refused) -> None:
+    assert refused("server: &a {port: *a}\n")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n"])
+def test_an_empty_file_configures_nothing(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert read_yaml(path) == YamlFile(path, {}, {})
+    assert load_config(path).is_demo
+
+
+def test_a_file_that_does_not_exist_is_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert caught.value.problems == [f"{path}: cannot be read: No such file or directory"]
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        read_yaml(tmp_path)
+
+
+def test_a_file_that_is_not_utf8_is_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_bytes(b"state_dir: \xff\n")
+    with pytest.raises(ConfigError, match=r"cannot be read: .*utf-8"):
+        read_yaml(path)
+
+
+# Where a value was set
+
+
+@pytest.mark.parametrize("variable", ["GATEWAY_SERVER__PORT", "gateway_server__port"])
+def test_a_wrong_value_of_the_environment_is_told_as_such(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "many")
+    with pytest.raises(ConfigError) as caught:
+        load_config()
+    assert caught.value.problems[0].startswith("environment GATEWAY_SERVER__PORT: server.port: ")
+    assert caught.value.problems[0].endswith("got 'many'")
+
+
+def test_a_wrong_value_of_the_env_file_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("GATEWAY_SERVER__PORT=many\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^environment GATEWAY_SERVER__PORT: server\.port: .*'many'$"):
+        load_config()
+
+
+def test_a_wrong_value_within_a_variable_of_json_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_SERVER", '{"port": "many"}')
+    with pytest.raises(ConfigError, match=r"^environment GATEWAY_SERVER: server\.port: .*'many'$"):
+        load_config()
+
+
+def test_a_wrong_value_of_the_command_line_is_told_as_such(refused: Refused) -> None:
+    (line,) = refused("server: {port: 1}", {"server": {"port": -1}})
+    assert line.startswith("command line: server.port: ")
+    assert line.endswith("got -1")
+
+
+def test_a_variable_that_holds_only_other_values_is_not_blamed(
+    monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    monkeypatch.setenv("GATEWAY_SERVER", '{"host": "::"}')
+    (line,) = refused("server:\n  port: many\n")
+    assert line.startswith(":2: server.port: ")
+
+
+SOURCES = Sources(
+    {"server": {"port": 1}, "log": {"access": False}},
+    "GATEWAY_",
+    {"GATEWAY_SERVER__PORT": "2", "GATEWAY_SERVER__HOST": "::", "GATEWAY_ROUTES": "[]"},
+    YamlFile(Path("g.yaml"), {}, {("server",): 1, ("server", "host"): 2, ("clients",): 3, ("clients", "acme"): 4}),
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "origin"),
+    [
+        (("server", "port"), "command line: "),
+        (("log", "access"), "command line: "),
+        (("server", "host"), "environment GATEWAY_SERVER__HOST: "),
+        (("routes", "0", "name"), "environment GATEWAY_ROUTES: "),
+        (("clients", "ACME", "tier"), "g.yaml:4: "),
+        (("clients", "other"), "g.yaml:3: "),
+        (("metrics",), ""),
+    ],
+)
+def test_the_origin_of_a_value_is_the_source_of_highest_precedence(place: tuple[str, ...], origin: str) -> None:
+    assert SOURCES.origin(place) == origin
+
+
+def test_a_rule_between_sections_names_its_places_itself(refused: Refused) -> None:
+    lines = refused("default_tier: GOLD\nserver: {workers: 2}\n")
+    assert [line.partition(":")[0] for line in lines] == ["server.workers", "default_tier"]
+
+
+@pytest.mark.parametrize(
+    ("text", "telling"),
+    [
+        ("rotes: []", ["rotes", "'routes'"]),
+        ("routes: [{pth: /api}]", ["routes[0].pth", "'path'"]),
+        ("upstreams: {users: {health_check: {pth: /}}}", ["upstreams.users.health_check.pth", "'path'"]),
+        ("clients: {acme: {zzz: 1}}", ["clients.acme.zzz", "tier"]),
+    ],
+)
+def test_an_unknown_key_is_told_with_what_is_known_at_its_place(
+    refused: Refused, text: str, telling: list[str]
+) -> None:
+    assert any(all(part in line for part in (*telling, ": unknown key")) for line in refused(text))
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "admin: {token: [%s]}",
+        "admin: {token: {is: %s}}",
+        "admin: %s",
+        "admin: [%s]",
+        "admin: {tokn: %s}",
+        "admin: {token: %s, token: %s}",
+        "admin: {token: '%s",
+        "admin: {token: %s",
+        "admin: {token: %s: x}",
+    ],
+)
+def test_a_mistake_about_the_token_does_not_show_it(refused: Refused, text: str) -> None:
+    lines = refused(text.replace("%s", SECRET))
+    assert lines
+    assert SECRET not in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("GATEWAY_ADMIN__TOKEN", SECRET[:7]),
+        ("GATEWAY_ADMIN", SECRET[:7]),
+        ("GATEWAY_ADMIN", f'"{SECRET[:7]}"'),
+        ("GATEWAY_ADMIN", f'{{"token": ["{SECRET[:7]}"]}}'),
+        ("GATEWAY_ADMIN", f'{{"token": "{SECRET[:7]}'),
+    ],
+)
+def test_a_mistake_about_the_token_in_the_environment_does_not_show_it(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as caught:
+        load_config()
+    assert "admin" in str(caught.value).lower()
+    assert SECRET[:7] not in str(caught.value)
+
+
+def test_a_token_that_is_too_short_says_how_long_it_must_be(refused: Refused) -> None:
+    (line,) = refused("admin:\n  token: short\n")
+    assert line.startswith(":2: admin.token: ")
+    assert "at least 8" in line
+
+
+# Suggestions
+
+
+@pytest.mark.parametrize(
+    ("word", "suggestion"), [("prot", "; did you mean 'port'?"), ("hots", "; did you mean 'host'?"), ("zzz", "")]
+)
+def test_the_nearest_known_word_is_suggested_if_any_is_near(word: str, suggestion: str) -> None:
+    assert nearest(word, ["host", "port", "workers"]) == suggestion
+
+
+def test_nothing_is_suggested_of_nothing() -> None:
+    assert nearest("port", []) == ""

@@ -1,0 +1,264 @@
+"""The whole gateway on real sockets, as its users meet it: the demo, limits, tiers, breaker, health, metrics."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.kit import (
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    ask,
+    eventually,
+    in_front_of,
+    reply,
+    running_gateway,
+)
+
+StartGateway = Callable[[dict[str, Any]], RunningGateway]
+StartUpstream = Callable[..., RawUpstream]
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    """Run a gateway that nothing was configured for."""
+    with running_gateway({}, tmp_path_factory.mktemp("demo")) as gateway:
+        yield gateway
+
+
+def get(gateway: RunningGateway, path: str, client: str | None = None) -> Any:
+    return ask(gateway.url + path, headers={"X-Client-ID": client} if client else {})
+
+
+def set_tier(gateway: RunningGateway, client: str, tier: str) -> Any:
+    return ask(
+        f"{gateway.url}/clients/{client}/tier", method="POST", headers=JSON, body=b'{"tier": "%s"}' % tier.encode()
+    )
+
+
+# The demo
+
+
+@pytest.mark.parametrize("path", ["/api/users", "/api/users/2", "/api/orders", "/api/slow?seconds=0", "/api/flaky"])
+def test_without_configuration_demo_services_answer(demo: RunningGateway, path: str) -> None:
+    answer = get(demo, path, f"demo-{path}")
+    assert answer.status == 200
+    assert answer.json()
+
+
+def test_the_demo_has_a_service_that_takes_its_time(demo: RunningGateway) -> None:
+    assert get(demo, "/api/slow?seconds=0.2", "slow").json() == {"waited_seconds": 0.2}
+
+
+def test_the_demo_has_an_endpoint_that_costs_more(demo: RunningGateway) -> None:
+    answer = ask(f"{demo.url}/api/orders/export", method="POST", headers={"X-Client-ID": "exporter"}, body=b"{}")
+    assert answer.headers["x-ratelimit-remaining"] == "5"
+
+
+# Limits and tiers
+
+
+def test_a_free_client_has_ten_tokens_and_then_waits(demo: RunningGateway) -> None:
+    answers = [get(demo, "/api/users", "ten") for _ in range(12)]
+    assert [answer.status for answer in answers[:10]] == [200] * 10
+    refused = answers[-1]
+    assert refused.status == 429
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["reason"] == "rate_limited"
+
+
+def test_clients_do_not_share_a_bucket(demo: RunningGateway) -> None:
+    for _ in range(11):
+        get(demo, "/api/users", "greedy")
+    assert get(demo, "/api/users", "modest").status == 200
+
+
+def test_limits_hold_under_concurrency(gateway: StartGateway, upstream: StartUpstream) -> None:
+    """Of 60 requests at once by one client with 10 tokens that hardly refill, exactly 10 pass."""
+    sections = in_front_of(upstream().url) | {"tiers": {"FREE": {"rate": 0.001, "capacity": 10}}}
+    running = gateway(sections)
+    with ThreadPoolExecutor(20) as threads:
+        statuses = list(threads.map(lambda _: get(running, "/api/x", "many").status, range(60)))
+    assert sorted(statuses) == [200] * 10 + [429] * 50
+
+
+def test_without_a_name_the_address_is_the_client(demo: RunningGateway) -> None:
+    statuses = [get(demo, "/api/users").status for _ in range(12)]
+    assert statuses.count(200) in (10, 11)
+    assert 429 in statuses
+
+
+@pytest.mark.parametrize("name", ["has space", "x" * 129, "caf\u00e9"])
+def test_a_malformed_name_is_refused(demo: RunningGateway, name: str) -> None:
+    answer = get(demo, "/api/users", name)
+    assert (answer.status, answer.json()["reason"]) == (400, "client_id_invalid")
+
+
+def test_a_new_tier_holds_for_the_next_request_and_keeps_the_share(demo: RunningGateway) -> None:
+    for _ in range(5):
+        get(demo, "/api/users", "riser")
+    changed = set_tier(demo, "riser", "premium")
+    assert changed.status == 200
+    body = changed.json()
+    assert (body["previous"]["name"], body["current"]["name"], body["persisted"]) == ("FREE", "PREMIUM", True)
+    assert body["tokens_after"] == pytest.approx(body["tokens_before"] * 20, abs=0.1)
+    answer = get(demo, "/api/users", "riser")
+    assert answer.headers["x-ratelimit-limit"] == "200"
+
+
+def test_a_tier_survives_a_restart(upstream: StartUpstream, tmp_path: Path) -> None:
+    sections = in_front_of(upstream().url)
+    with running_gateway(sections, tmp_path / "state") as first:
+        set_tier(first, "stayer", "ENTERPRISE")
+    with running_gateway(sections, tmp_path / "state") as second:
+        assert get(second, "/clients/stayer").json()["tier"]["name"] == "ENTERPRISE"
+
+
+def test_a_client_can_be_looked_at_and_returned_to_the_default(demo: RunningGateway) -> None:
+    set_tier(demo, "visitor", "BASIC")
+    get(demo, "/api/users", "visitor")
+    view = get(demo, "/clients/visitor").json()
+    assert (view["tier"]["name"], view["source"], view["bucket"]["capacity"]) == ("BASIC", "registered", 50)
+    assert 49 <= view["bucket"]["tokens"] <= 50
+    assert ask(f"{demo.url}/clients/visitor", method="DELETE").json()["current"]["name"] == "FREE"
+    assert get(demo, "/clients/visitor").json()["source"] == "default"
+
+
+def test_an_unknown_tier_is_answered_with_the_list(demo: RunningGateway) -> None:
+    answer = set_tier(demo, "anyone", "GOLD")
+    assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
+    assert answer.json()["tiers"] == ["FREE", "BASIC", "PREMIUM", "ENTERPRISE"]
+
+
+def test_a_client_id_may_hold_slashes(demo: RunningGateway) -> None:
+    set_tier(demo, "team%2Fapp", "BASIC")
+    assert get(demo, "/clients/team%2Fapp").json()["client_id"] == "team/app"
+
+
+# Breaker
+
+
+def test_a_breaker_opens_refuses_without_touching_the_upstream_and_recovers(
+    gateway: StartGateway, upstream: StartUpstream
+) -> None:
+    is_failing = True
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        return reply(status=b"500 Oops" if is_failing else b"200 OK")(wire, request)
+
+    up = upstream(behave)
+    breaker = {"failure_threshold": 3, "recovery_timeout": 0.5}
+    running = gateway(in_front_of(up.url, circuit_breaker=breaker))
+    assert [get(running, "/api/x", "c").status for _ in range(3)] == [500] * 3
+    refused = get(running, "/api/x", "c")
+    assert (refused.status, refused.json()["reason"], refused.headers["retry-after"]) == (503, "circuit_open", "1")
+    assert len(up.requests) == 3
+    view = get(running, "/circuit-breakers").json()["circuit_breakers"]["up"]
+    assert (view["state"], view["opened_total"], view["rejected_total"]) == ("OPEN", 1, 1)
+    assert "3 consecutive failures" in view["last_opened"]["cause"]
+    assert 0 < view["next_probe_in"] <= 0.5
+    is_failing = False
+    eventually(lambda: get(running, "/api/x", "c").status == 200, "the breaker lets a probe through")
+    assert get(running, "/circuit-breakers").json()["circuit_breakers"]["up"]["state"] == "CLOSED"
+
+
+def test_client_errors_never_open_a_breaker(gateway: StartGateway, upstream: StartUpstream) -> None:
+    up = upstream(reply(status=b"404 Not Found"))
+    running = gateway(in_front_of(up.url, circuit_breaker={"failure_threshold": 2}))
+    assert [get(running, "/api/x", "c").status for _ in range(5)] == [404] * 5
+
+
+# Health
+
+
+def test_an_unhealthy_target_gets_no_traffic_until_it_is_well(gateway: StartGateway, upstream: StartUpstream) -> None:
+    is_sick = False
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        is_check = request.line.startswith(b"GET /health ")
+        return reply(b"sick one", status=b"500 Sick" if is_check and is_sick else b"200 OK")(wire, request)
+
+    one, other = upstream(behave), upstream(reply(b"well one"))
+    check = {"path": "/health", "interval": 0.05, "timeout": 1, "healthy_after": 2, "unhealthy_after": 2}
+    running = gateway(in_front_of(one.url, other.url, health_check=check))
+    is_sick = True
+    eventually(lambda: get(running, "/health").json()["status"] == "warn", "the sick target is noticed")
+    assert {get(running, "/api/x", "c").body for _ in range(6)} == {b"well one"}
+    target = get(running, "/health").json()["upstreams"]["up"]["targets"][0]
+    assert (target["healthy"], target["last_check"]) == (False, "status 500")
+    is_sick = False
+    eventually(lambda: get(running, "/health").json()["status"] == "pass", "the target is well again")
+    assert {get(running, "/api/x", "c").body for _ in range(6)} == {b"sick one", b"well one"}
+
+
+def test_without_a_healthy_target_the_answer_is_503(gateway: StartGateway, upstream: StartUpstream) -> None:
+    up = upstream(reply(status=b"500 Sick"))
+    check = {"interval": 0.05, "unhealthy_after": 1}
+    running = gateway(in_front_of(up.url, health_check=check))
+    eventually(lambda: get(running, "/health").json()["status"] == "fail", "the only target is noticed")
+    answer = get(running, "/api/x", "c")
+    assert (answer.status, answer.json()["reason"]) == (503, "no_healthy_upstream")
+    assert answer.headers["retry-after"] == "1"
+    assert get(running, "/healthz").status == 200
+    assert get(running, "/readyz").status == 200
+
+
+# Metrics
+
+
+def test_metrics_count_what_happened(gateway: StartGateway, upstream: StartUpstream) -> None:
+    sections = in_front_of(upstream().url) | {"tiers": {"FREE": {"rate": 0.001, "capacity": 2}}}
+    running = gateway(sections)
+    for _ in range(3):
+        get(running, "/api/x", "counted")
+    view = get(running, "/metrics").json()
+    assert view["requests"]["by_status"] == {"200": 2, "429": 1}
+    assert view["requests"]["by_route"] == {"all": 3}
+    assert view["requests"]["by_tier"] == {"FREE": 3}
+    assert view["rates"]["since_start"]["limited"] == 1
+    assert view["rate_limiter"]["allowed"]["FREE"] == 2
+    assert view["latency"]["overall"]["last_60s"]["count"] == 2
+    percentiles = get(running, "/metrics/latency").json()["routes"]["all"]["since_start"]["percentiles_ms"]
+    assert set(percentiles) == {"p50", "p90", "p95", "p99"}
+    assert 0 < percentiles["p50"] <= percentiles["p99"]
+
+
+@pytest.mark.parametrize(
+    ("query", "accept", "content_type"),
+    [
+        ("", "*/*", "application/json"),
+        ("", "application/json", "application/json"),
+        ("?format=prometheus", "*/*", "text/plain"),
+        ("", "text/plain;version=0.0.4", "text/plain"),
+        ("", "application/openmetrics-text;version=1.0.0,*/*;q=0.1", "application/openmetrics-text"),
+        ("?format=json", "text/plain", "application/json"),
+    ],
+)
+def test_metrics_speak_json_to_people_and_text_to_prometheus(
+    demo: RunningGateway, query: str, accept: str, content_type: str
+) -> None:
+    answer = ask(f"{demo.url}/metrics{query}", headers={"Accept": accept})
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith(content_type)
+
+
+def test_prometheus_can_parse_the_metrics(demo: RunningGateway) -> None:
+    get(demo, "/api/users", "parsed")
+    text = ask(f"{demo.url}/metrics?format=prometheus").body.decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    names = {"gateway_http_requests", "gateway_circuit_breaker_state", "gateway_rate_limit_decisions"}
+    assert names <= set(families)
+    assert not any("parsed" in str(sample.labels) for family in families.values() for sample in family.samples)
+
+
+def test_percentiles_are_configurable(gateway: StartGateway, upstream: StartUpstream) -> None:
+    running = gateway(in_front_of(upstream().url) | {"metrics": {"percentiles": [50, 99.9]}})
+    percentiles = get(running, "/metrics/latency").json()["overall"]["last_60s"]["percentiles_ms"]
+    assert percentiles == {"p50": None, "p99.9": None}

@@ -1,0 +1,67 @@
+"""What is installed is what is declared: requirements, version, licence, typing marker, examples."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import api_gateway
+from api_gateway.config import GatewayConfig, load_config
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements() -> list[str]:
+    """Return the requirement lines of the file the user installs."""
+    lines = (ROOT / "gateway_requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_the_requirements_file_is_what_pyproject_declares() -> None:
+    assert sorted(requirements()) == sorted(PROJECT["dependencies"])
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "httpx", "pydantic", "pydantic-settings"])
+def test_the_named_packages_are_required_with_an_upper_bound(package: str) -> None:
+    (found,) = [line for line in requirements() if re.match(rf"{package}(\[|>)", line)]
+    assert ",<" in found
+
+
+@pytest.mark.parametrize("package", ["pytest", "pytest-asyncio"])
+def test_the_test_packages_are_development_extras(package: str) -> None:
+    assert any(line.startswith(f"{package}>=") for line in PROJECT["optional-dependencies"]["dev"])
+
+
+def test_locust_is_an_extra_that_development_includes() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert any(line.startswith("locust>=") for line in extras["load"])
+    assert "api-gateway[load]" in extras["dev"]
+
+
+def test_the_licence_is_mit_and_there() -> None:
+    assert PROJECT["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+def test_the_package_is_typed_and_has_a_version() -> None:
+    assert (ROOT / "api_gateway" / "py.typed").exists()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", api_gateway.__version__)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_loads(path: Path) -> None:
+    assert load_config(path).routes
+
+
+def test_the_full_example_shows_the_defaults() -> None:
+    """What examples/gateway.yaml says of a setting is what holds without it."""
+    example = load_config(ROOT / "examples" / "gateway.yaml")
+    default = GatewayConfig()
+    own = {"upstreams", "routes", "clients"}
+    assert example.model_dump(exclude=own) == default.model_dump(exclude=own)
+    shown, plain = (
+        example.upstreams[name].model_dump(exclude={"targets", "health_check"}) for name in ("users", "orders")
+    )
+    assert shown == plain

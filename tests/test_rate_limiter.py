@@ -1,0 +1,747 @@
+"""Token buckets against exact fractions and against what other limiters publish; time is what the test says it is."""
+
+import copy
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
+from unittest.mock import patch
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from api_gateway.errors import RateLimited
+from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
+from api_gateway.rate_limiter import NEVER, OVERFLOW_SLOTS, MemoryLimiter, rescale, take
+
+SECOND = NANOSECONDS
+MILLISECOND = SECOND // 1000
+START = 1_000_000 * SECOND  # some uptime
+
+FREE = Quota.per_second("FREE", 1, 10)
+BASIC = Quota.per_second("BASIC", 5, 50)
+PREMIUM = Quota.per_second("PREMIUM", 20, 200)
+ENTERPRISE = Quota.per_second("ENTERPRISE", 100, 1000)
+TIERS = (FREE, BASIC, PREMIUM, ENTERPRISE)  # all fill in 10 s
+SLOW = Quota.per_second("SLOW", 0.5, 30)  # fills in 60 s
+THIRD = Quota.per_second("THIRD", 3, 7)  # whose emission interval is no whole number of nanoseconds
+
+Drawn = st.SearchStrategy
+
+quotas: Drawn[Quota] = st.builds(
+    Quota.per_second,
+    st.just("drawn"),
+    st.sampled_from((0.1, 0.5, 1, 3, 7, 100)) | st.floats(0.01, 5000),
+    st.integers(1, 1000),
+)
+costs: Drawn[float] = st.sampled_from((0, 0.1, 0.5, 1, 1, 1, 2.5)) | st.integers(0, 1200)
+TOLD_WAIT = None  # instead of a gap: as long as the last refusal said
+gaps: Drawn[int | None] = st.sampled_from((TOLD_WAIT, 0, 1)) | st.integers(0, 2 * SECOND) | st.integers(0, 30 * SECOND)
+thorough = settings(deadline=None, max_examples=150)
+quick = settings(deadline=None, max_examples=50)
+
+
+class ExactBucket:
+    """The textbook's token bucket: a level in fractions of a token, refilled continuously, capped."""
+
+    def __init__(self, quota: Quota, now_ns: int) -> None:
+        self.quota = quota
+        self.level = Fraction(quota.capacity)
+        self.at_ns = now_ns
+
+    def refill(self, now_ns: int) -> None:
+        self.level += Fraction(now_ns - self.at_ns, self.quota.emission_ns)
+        self.level = min(self.level, Fraction(self.quota.capacity))
+        self.at_ns = now_ns
+
+    def expected(self, charge: Charge, now_ns: int) -> Decision:
+        """Refill, spend if it can be afforded, and return what a limiter has to say of it."""
+        self.refill(now_ns)
+        cost = Fraction(charge.increment_ns, self.quota.emission_ns)
+        allowed = cost <= self.level
+        wait_ns = 0 if allowed else (cost - self.level) * self.quota.emission_ns
+        if allowed:
+            self.level -= cost
+        reset_ns = (self.quota.capacity - self.level) * self.quota.emission_ns
+        assert reset_ns.denominator == 1
+        return Decision(
+            charge.key,
+            self.quota,
+            allowed,
+            math.floor(self.level),
+            NEVER if cost > self.quota.capacity else int(wait_ns),
+            int(reset_ns),
+        )
+
+
+class Unforgetting:
+    """A limiter that keeps every bucket for ever."""
+
+    def __init__(self) -> None:
+        self.tats: dict[str, int] = {}
+
+    def decide(self, charge: Charge, now_ns: int) -> Decision:
+        after_ns, wait_ns = take(self.tats.get(charge.key, 0), charge.quota.burst_ns, charge.increment_ns, now_ns)
+        if wait_ns == 0:
+            self.tats[charge.key] = after_ns
+        debt_ns = max(after_ns - now_ns, 0)
+        remaining = (charge.quota.burst_ns - debt_ns) // charge.quota.emission_ns
+        return Decision(charge.key, charge.quota, wait_ns == 0, remaining, wait_ns, debt_ns)
+
+    def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+        if key in self.tats:
+            self.tats[key] = rescale(self.tats[key], old, new, now_ns)
+
+
+def charge(quota: Quota, cost: float = 1, key: str = "a") -> Charge:
+    return Charge(key, quota, quota.cost_ns(cost))
+
+
+def drained(quota: Quota, now_ns: int, key: str = "a", **options: int) -> MemoryLimiter:
+    """Return a limiter whose bucket `key` has just been emptied."""
+    limiter = MemoryLimiter([quota], **options)
+    assert limiter.decide([charge(quota, quota.capacity, key)], now_ns).allowed
+    return limiter
+
+
+def entries(limiter: MemoryLimiter) -> tuple[dict[str, int], dict[str, int], dict[int, int]]:
+    return dict(limiter._current), dict(limiter._previous), dict(limiter._overflow)
+
+
+def assert_conforms(admitted: Sequence[tuple[int, Fraction]], capacity: Fraction, per_ns: Fraction) -> None:
+    """No window of any length d may hold more than capacity + per_ns * d."""
+    totals = [Fraction(0), *accumulate(cost for _, cost in admitted)]
+    for first, (begin, _) in enumerate(admitted):
+        for last, (end, _) in enumerate(admitted[first:], first):
+            assert totals[last + 1] - totals[first] <= capacity + per_ns * (end - begin)
+
+
+# Quota
+
+
+@pytest.mark.parametrize(
+    ("rate", "capacity", "emission_ns", "burst_ns"),
+    [
+        (1, 10, SECOND, 10 * SECOND),
+        (100, 1000, 10 * MILLISECOND, 10 * SECOND),
+        (0.5, 30, 2 * SECOND, 60 * SECOND),
+        (0.1, 1, 10 * SECOND, 10 * SECOND),  # 0.1 means a tenth, not the double nearest to it
+        (3, 7, 333_333_334, 2_333_333_338),
+        (7, 1, 142_857_143, 142_857_143),
+        (1_000_000, 1_000_000_000, 1000, 1_000_000_000_000),
+        (3_000_000_000, 2, 1, 2),
+    ],
+)
+def test_a_token_takes_its_share_of_a_second_rounded_up_to_a_nanosecond(
+    rate: float, capacity: int, emission_ns: int, burst_ns: int
+) -> None:
+    quota = Quota.per_second("q", rate, capacity)
+    assert (quota.emission_ns, quota.burst_ns) == (emission_ns, burst_ns)
+    assert (quota.name, quota.rate, quota.capacity) == ("q", rate, capacity)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cost", "cost_ns"),
+    [
+        (FREE, 0, 0),
+        (FREE, 0.1, 100 * MILLISECOND),
+        (FREE, 10, FREE.burst_ns),
+        (SLOW, 1.5, 3 * SECOND),
+        (THIRD, 0.5, 166_666_667),
+        (THIRD, 0.1, 33_333_334),
+        (THIRD, 7, THIRD.burst_ns),
+        (FREE, 1e-12, 1),
+    ],
+)
+def test_a_cost_takes_its_share_of_the_budget_rounded_up_to_a_nanosecond(
+    quota: Quota, cost: float, cost_ns: int
+) -> None:
+    assert quota.cost_ns(cost) == cost_ns
+
+
+@pytest.mark.parametrize(("rate", "capacity"), [(0, 1), (-1, 1), (math.nan, 1), (math.inf, 1), (1, 0), (1, -5)])
+def test_an_impossible_quota_is_refused_by_name_and_value(rate: float, capacity: int) -> None:
+    with pytest.raises(ValueError, match="quota 'GOLD'") as raised:
+        Quota.per_second("GOLD", rate, capacity)
+    assert f"{rate!r} and {capacity!r}" in str(raised.value)
+
+
+# One bucket
+
+
+@given(quota=quotas, steps=st.lists(st.tuples(gaps, costs), min_size=1, max_size=40))
+@example(quota=THIRD, steps=[(0, 7), (0, 1), (TOLD_WAIT, 1), (0, 0.1), (TOLD_WAIT, 0.1)])
+@thorough
+def test_every_decision_is_that_of_an_exact_token_bucket(quota: Quota, steps: list[tuple[int | None, float]]) -> None:
+    """Decision, tokens left, time to full and wait are the fractions' own; the wait is right to the nanosecond."""
+    limiter, bucket, now_ns, told_ns = MemoryLimiter([quota]), ExactBucket(quota, START), START, 0
+    for gap_ns, cost in steps:
+        now_ns += told_ns if gap_ns is TOLD_WAIT else gap_ns
+        asked = charge(quota, cost)
+        decision = limiter.decide([asked], now_ns)
+        assert decision == bucket.expected(asked, now_ns)
+        told_ns = max(decision.wait_ns, 0)
+        if decision.wait_ns > 0:
+            assert not copy.deepcopy(limiter).decide([asked], now_ns + decision.wait_ns - 1).allowed
+            assert copy.deepcopy(limiter).decide([asked], now_ns + decision.wait_ns).allowed
+
+
+@given(quota=quotas, steps=st.lists(st.tuples(gaps, costs), min_size=1, max_size=40))
+@thorough
+def test_no_window_admits_more_than_capacity_and_rate_allow(
+    quota: Quota, steps: list[tuple[int | None, float]]
+) -> None:
+    """By the rate and the costs as written, before anything was rounded to nanoseconds."""
+    limiter, now_ns, told_ns = MemoryLimiter([quota]), START, 0
+    admitted: list[tuple[int, Fraction]] = []
+    for gap_ns, cost in steps:
+        now_ns += told_ns if gap_ns is TOLD_WAIT else gap_ns
+        decision = limiter.decide([charge(quota, cost)], now_ns)
+        told_ns = max(decision.wait_ns, 0)
+        if decision.allowed:
+            admitted.append((now_ns, Fraction(str(cost))))
+    assert_conforms(admitted, Fraction(quota.capacity), Fraction(str(quota.rate)) / SECOND)
+
+
+@pytest.mark.parametrize("cost", [0, 1, 11], ids=["free of charge", "refused", "never possible"])
+@pytest.mark.parametrize("key", ["a", "unknown"])
+def test_refusals_and_zero_costs_write_nothing(cost: float, key: str) -> None:
+    limiter = drained(FREE, START)
+    before = entries(limiter)
+    if key == "unknown" and cost == 1:
+        limiter.decide([charge(FREE, 5), charge(FREE, cost, key)], START)  # refused for the sake of the other
+    else:
+        limiter.decide([charge(FREE, cost, key)], START)
+    assert entries(limiter) == before
+
+
+@pytest.mark.parametrize("key", ["a", "unknown"])
+def test_peeking_writes_nothing_and_shows_the_bucket(key: str) -> None:
+    limiter = drained(FREE, START)
+    before = entries(limiter)
+    seen = limiter.peek(key, FREE, START + 2500 * MILLISECOND)
+    assert entries(limiter) == before
+    assert (seen.key, seen.quota, seen.allowed, seen.wait_ns) == (key, FREE, True, 0)
+    assert (seen.remaining, seen.reset_ns) == ((2, 7500 * MILLISECOND) if key == "a" else (10, 0))
+
+
+def test_a_cost_above_capacity_is_never_admitted_and_has_no_wait() -> None:
+    decision = MemoryLimiter([FREE]).decide([charge(FREE, 10.1)], START)
+    assert (decision.allowed, decision.wait_ns, decision.retry_after) == (False, NEVER, None)
+
+
+def test_ten_idle_years_fill_the_bucket_and_no_more() -> None:
+    limiter = drained(FREE, START)
+    later_ns = START + 10 * 365 * 86_400 * SECOND
+    assert limiter.peek("a", FREE, later_ns).remaining == 10
+    assert limiter.decide([charge(FREE, 10)], later_ns).allowed
+    assert not limiter.decide([charge(FREE, 0.1)], later_ns).allowed
+
+
+def test_a_key_draws_on_its_own_bucket_only() -> None:
+    keys = ["client:a", "client:{a}", "client:a\0", "client:A", "client:" + "a" * 65_536, "client:ä", ""]
+    limiter = drained(FREE, START, keys[0])
+    assert [limiter.peek(key, FREE, START).remaining for key in keys] == [0, 10, 10, 10, 10, 10, 10]
+
+
+async def test_acquiring_is_deciding() -> None:
+    limiter, twin = MemoryLimiter([FREE]), MemoryLimiter([FREE])
+    for cost in (4, 0, 7, 11):
+        assert await limiter.acquire([charge(FREE, cost)], START) == twin.decide([charge(FREE, cost)], START)
+    assert entries(limiter) == entries(twin)
+
+
+# Retry-After
+
+
+@given(quota=quotas, spent=st.floats(0, 1), cost=st.floats(0.001, 1), since_ns=st.integers(0, 3 * SECOND))
+@quick
+def test_who_sleeps_for_retry_after_gets_through(quota: Quota, spent: float, cost: float, since_ns: int) -> None:
+    limiter, asked = MemoryLimiter([quota]), charge(quota, cost * quota.capacity)
+    limiter.decide([charge(quota, spent * quota.capacity)], START)
+    refused = limiter.decide([asked], START + since_ns)
+    if refused.allowed:
+        assert refused.retry_after is None
+        return
+    header = int(RateLimited("", retry_after=refused.retry_after).headers["retry-after"])
+    assert header >= 1
+    assert (header - 1) * SECOND <= refused.wait_ns <= header * SECOND
+    assert limiter.decide([asked], START + since_ns + header * SECOND).allowed
+
+
+@pytest.mark.parametrize(
+    ("wait_ns", "retry_after"), [(0, None), (NEVER, None), (1, 1e-9), (SECOND, 1.0), (2_140_000_000, 2.14)]
+)
+def test_retry_after_is_the_wait_in_seconds(wait_ns: int, retry_after: float | None) -> None:
+    assert Decision("a", FREE, wait_ns == 0, 0, wait_ns, 0).retry_after == retry_after
+
+
+# Forgetting
+
+
+@st.composite
+def scripts(draw: st.DrawFn) -> list[tuple[int, str, Quota | None, float]]:
+    """Draw (gap, key, quota to change to, cost): mostly charges, with long idle gaps and exact periods."""
+    gap = st.sampled_from((0, 0, 5 * SECOND, 10 * SECOND, 10 * SECOND - 1, 20 * SECOND, 60 * SECOND))
+    gap |= st.integers(0, 3 * SECOND) | st.integers(0, 130 * SECOND)
+    change = st.none() | st.none() | st.sampled_from((*TIERS, SLOW, THIRD))
+    return draw(st.lists(st.tuples(gap, st.sampled_from("abc"), change, costs), min_size=1, max_size=60))
+
+
+@given(script=scripts())
+@thorough
+def test_forgetting_changes_no_decision(script: list[tuple[int, str, Quota | None, float]]) -> None:
+    """Over idle gaps and tier changes, also to tiers with longer budgets than it was made for."""
+    limiter, oracle, now_ns = MemoryLimiter(TIERS), Unforgetting(), START
+    held = dict.fromkeys("abc", FREE)
+    for gap_ns, key, change, cost in script:
+        now_ns += gap_ns
+        if change:
+            limiter.change_quota(key, held[key], change, now_ns)
+            oracle.change_quota(key, held[key], change, now_ns)
+            held[key] = change
+        peeked = limiter.peek(key, held[key], now_ns)
+        assert peeked == oracle.decide(Charge(key, held[key], 0), now_ns)
+        asked = charge(held[key], cost, key)
+        assert limiter.decide([asked], now_ns) == oracle.decide(asked, now_ns)
+
+
+@pytest.mark.parametrize("pauses", [(10, 10), (20,), (1000,)], ids=["turn by turn", "both at once", "long after"])
+def test_a_full_bucket_is_forgotten(pauses: tuple[int, ...]) -> None:
+    limiter, now_ns = drained(FREE, START), START
+    assert len(limiter) == 1
+    for pause in pauses:
+        now_ns += pause * SECOND
+        limiter.decide([charge(FREE, 0, "other")], now_ns)
+    assert len(limiter) == 0
+    assert "a" not in limiter._current | limiter._previous
+
+
+def test_a_bucket_in_use_is_kept_across_generations() -> None:
+    limiter = drained(FREE, START)
+    for second in range(1, 60):
+        assert limiter.decide([charge(FREE)], START + second * SECOND).allowed
+        assert not limiter.decide([charge(FREE, 0.01)], START + second * SECOND).allowed
+        assert 1 <= len(limiter) <= 2
+
+
+def test_what_was_forgotten_is_freed_a_few_entries_per_decision() -> None:
+    """Faster than decisions can add, and never a whole generation at once."""
+    limiter = MemoryLimiter([FREE])
+    for number in range(100):
+        limiter.decide([charge(FREE, 1, f"old-{number}")], START)
+    left: list[int] = []
+    for number in range(13):
+        limiter.decide([charge(FREE, 1, f"new-{number}")], START + 20 * SECOND)
+        left.append(sum(map(len, limiter._retired)))
+    assert left == [92, 84, 76, 68, 60, 52, 44, 36, 28, 20, 12, 4, 0]
+    assert limiter._retired == []
+    assert len(limiter) == 13
+
+
+def test_two_generations_retired_at_once_are_both_freed() -> None:
+    limiter = drained(FREE, START)
+    limiter.decide([charge(FREE, 1, "b")], START + 10 * SECOND)
+    for _ in range(3):
+        limiter.decide([charge(FREE, 0)], START + 60 * SECOND)
+    assert limiter._retired == []
+    assert len(limiter) == 0
+
+
+# Change of tier
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "remaining", "reset"),
+    [(FREE, ENTERPRISE, 500, 5), (ENTERPRISE, FREE, 5, 5), (FREE, SLOW, 15, 30), (SLOW, FREE, 5, 5)],
+)
+def test_a_change_of_tier_keeps_the_filled_share(old: Quota, new: Quota, remaining: int, reset: int) -> None:
+    limiter = MemoryLimiter([old])
+    limiter.decide([charge(old, old.capacity / 2)], START)
+    limiter.change_quota("a", old, new, START)
+    seen = limiter.peek("a", new, START)
+    assert (seen.remaining, seen.reset_ns) == (remaining, reset * SECOND)
+
+
+@pytest.mark.parametrize("spent_before", [0, 9], ids=["untouched", "full again"])
+def test_a_full_bucket_is_full_in_every_tier(spent_before: int) -> None:
+    limiter = MemoryLimiter([FREE])
+    limiter.decide([charge(FREE, spent_before)], START - 9 * SECOND)
+    limiter.change_quota("a", FREE, SLOW, START)
+    assert limiter.peek("a", SLOW, START).remaining == 30
+
+
+@given(old=quotas, new=quotas, debt=st.floats(0, 2))
+@thorough
+def test_rescaling_errs_to_the_stricter_side_by_less_than_a_nanosecond(old: Quota, new: Quota, debt: float) -> None:
+    tat_ns = START + int(debt * old.burst_ns)
+    owed = rescale(tat_ns, old, new, START) - START
+    exact = Fraction(min(tat_ns - START, old.burst_ns), old.burst_ns) * new.burst_ns
+    assert 0 <= owed - exact < 1
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(0, 3 * SECOND), st.sampled_from(TIERS), st.floats(0, 1)), min_size=1, max_size=40
+    )
+)
+@quick
+def test_changing_tiers_back_and_forth_gains_nothing(steps: list[tuple[int, Quota, float]]) -> None:
+    """Whatever the tier, a bucket is one budget of 10 s: no window gives more than 1 + d / 10 s of it."""
+    limiter, held, now_ns = MemoryLimiter(TIERS), FREE, START
+    admitted: list[tuple[int, Fraction]] = []
+    for gap_ns, tier, share in steps:
+        now_ns += gap_ns
+        limiter.change_quota("a", held, tier, now_ns)
+        held = tier
+        asked = charge(tier, share * tier.capacity)
+        if limiter.decide([asked], now_ns).allowed:
+            admitted.append((now_ns, Fraction(asked.increment_ns, tier.burst_ns)))
+    assert_conforms(admitted, Fraction(1), Fraction(1, 10 * SECOND))
+
+
+@given(steps=st.lists(st.tuples(st.sampled_from((*TIERS, SLOW, THIRD)), st.floats(0, 0.5)), max_size=40))
+@quick
+def test_no_change_of_tier_within_an_instant_yields_a_second_bucket(steps: list[tuple[Quota, float]]) -> None:
+    limiter, held, spent = MemoryLimiter(TIERS), FREE, Fraction(0)
+    for tier, share in steps:
+        limiter.change_quota("a", held, tier, START)
+        held = tier
+        asked = charge(tier, share * tier.capacity)
+        if limiter.decide([asked], START).allowed:
+            spent += Fraction(asked.increment_ns, tier.burst_ns)
+    assert spent <= 1
+
+
+# Several buckets
+
+
+def test_all_buckets_are_charged_and_the_first_is_reported() -> None:
+    limiter = MemoryLimiter([FREE, SLOW])
+    decision = limiter.decide([charge(FREE, 4, "client"), charge(SLOW, 4, "peer")], START)
+    assert (decision.key, decision.allowed, decision.remaining, decision.reset_ns) == ("client", True, 6, 4 * SECOND)
+    assert limiter.peek("peer", SLOW, START).remaining == 26
+
+
+@pytest.mark.parametrize("order", [("client", "peer"), ("peer", "client")])
+def test_what_one_bucket_refuses_is_charged_to_none(order: tuple[str, str]) -> None:
+    limiter = drained(FREE, START, "peer")
+    decision = limiter.decide([charge(FREE, 1, key) for key in order], START)
+    assert (decision.key, decision.allowed, decision.wait_ns) == ("peer", False, SECOND)
+    assert limiter.peek("client", FREE, START).remaining == 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "binding", "wait_ns"),
+    [
+        ([charge(FREE, 2, "client"), charge(SLOW, 2, "peer")], "peer", 4 * SECOND),
+        ([charge(FREE, 5, "client"), charge(SLOW, 1, "peer")], "client", 5 * SECOND),
+        ([charge(FREE, 11, "client"), charge(SLOW, 30, "peer")], "client", NEVER),
+        ([charge(FREE, 10, "client"), charge(SLOW, 31, "peer")], "peer", NEVER),
+        ([charge(FREE, 0, "client"), charge(SLOW, 1, "peer")], "peer", 2 * SECOND),
+    ],
+)
+def test_the_longest_refusal_binds_and_never_is_the_longest(asked: list[Charge], binding: str, wait_ns: int) -> None:
+    limiter = MemoryLimiter([FREE, SLOW])
+    limiter.decide([charge(FREE, 10, "client"), charge(SLOW, 30, "peer")], START)
+    before = entries(limiter)
+    decision = limiter.decide(asked, START)
+    assert (decision.key, decision.allowed, decision.wait_ns) == (binding, False, wait_ns)
+    assert entries(limiter) == before
+
+
+@given(
+    one=quotas,
+    other=quotas,
+    steps=st.lists(st.tuples(st.integers(0, 2 * SECOND), costs, costs), min_size=1, max_size=30),
+)
+@quick
+def test_several_buckets_are_charged_all_or_nothing(
+    one: Quota, other: Quota, steps: list[tuple[int, float, float]]
+) -> None:
+    """Against exact buckets, for costs of zero too: allowed exactly if each would allow it alone."""
+    limiter, now_ns = MemoryLimiter([one, other]), START
+    buckets = [ExactBucket(one, START), ExactBucket(other, START)]
+    for gap_ns, *both in steps:
+        now_ns += gap_ns
+        asked = [charge(bucket.quota, cost, key) for bucket, cost, key in zip(buckets, both, "ab", strict=True)]
+        decision = limiter.decide(asked, now_ns)
+        tried = [copy.copy(bucket) for bucket in buckets]
+        alone = [bucket.expected(part, now_ns) for bucket, part in zip(tried, asked, strict=True)]
+        assert decision.allowed == all(part.allowed for part in alone)
+        assert decision in alone
+        if decision.allowed:
+            assert decision == alone[0]
+            buckets = tried
+        else:
+            assert math.inf if decision.wait_ns == NEVER else decision.wait_ns == max(part.wait_ns for part in alone)
+
+
+# Bounded memory
+
+
+@given(steps=st.lists(st.tuples(gaps, st.sampled_from("abcd"), costs), min_size=1, max_size=40))
+@quick
+def test_all_keys_of_a_shared_bucket_get_what_one_would(steps: list[tuple[int | None, str, float]]) -> None:
+    with patch("api_gateway.rate_limiter.OVERFLOW_SLOTS", 1):
+        limiter, bucket, now_ns, told_ns = MemoryLimiter([FREE], bucket_limit=0), ExactBucket(FREE, START), START, 0
+        for gap_ns, key, cost in steps:
+            now_ns += told_ns if gap_ns is TOLD_WAIT else gap_ns
+            decision = limiter.decide([charge(FREE, cost, key)], now_ns)
+            assert decision == bucket.expected(charge(FREE, cost, key), now_ns)
+            told_ns = max(decision.wait_ns, 0)
+    assert len(limiter) == 0
+
+
+@given(
+    bucket_limit=st.integers(0, 3),
+    slots=st.integers(1, 3),
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 2 * SECOND) | st.integers(0, 25 * SECOND),
+            st.lists(st.sampled_from("abcdef"), min_size=1, max_size=2, unique=True),
+            st.sampled_from((FREE, SLOW)),
+            st.integers(0, 12),
+        ),
+        min_size=1,
+        max_size=60,
+    ),
+)
+@thorough
+def test_no_key_gains_by_a_full_table(
+    bucket_limit: int, slots: int, steps: list[tuple[int, list[str], Quota, int]]
+) -> None:
+    """Wherever its bucket was kept meanwhile, a key gets its quota at most."""
+    admitted: dict[tuple[str, str], list[tuple[int, Fraction]]] = {}
+    with patch("api_gateway.rate_limiter.OVERFLOW_SLOTS", slots):
+        limiter, now_ns = MemoryLimiter([FREE, SLOW], bucket_limit=bucket_limit), START
+        for gap_ns, names, quota, cost in steps:
+            now_ns += gap_ns
+            keys = [f"{quota.name}:{name}" for name in names]
+            if limiter.decide([charge(quota, cost, key) for key in keys], now_ns).allowed:
+                for key in keys:
+                    admitted.setdefault((key, quota.name), []).append((now_ns, Fraction(cost)))
+            assert len(limiter) <= bucket_limit
+            assert len(limiter._overflow) <= slots
+    for (_, name), history in admitted.items():
+        quota = FREE if name == "FREE" else SLOW
+        assert_conforms(history, Fraction(quota.capacity), Fraction(1, quota.emission_ns))
+
+
+def test_an_entry_made_later_starts_from_its_shared_bucket() -> None:
+    limiter = MemoryLimiter([FREE], bucket_limit=1)
+    limiter.decide([charge(FREE, 1, "resident")], START)
+    late_ns = START + 19 * SECOND
+    limiter.decide([charge(FREE, 1, "resident")], START + 10 * SECOND)
+    limiter.decide([charge(FREE, 8, "newcomer")], late_ns)
+    assert limiter.overflowed == 1
+    room_ns = START + 20 * SECOND  # the resident's older entry goes, its younger one is full
+    limiter.decide([charge(FREE, 0, "newcomer")], room_ns + 10 * SECOND - 1)
+    decision = limiter.decide([charge(FREE, 3, "newcomer")], late_ns + SECOND)
+    assert (decision.allowed, decision.remaining) == (True, 0)
+
+
+def test_a_resident_keeps_its_own_bucket_while_the_table_is_full() -> None:
+    """Also across a change of generation."""
+    limiter = MemoryLimiter([FREE], bucket_limit=1)
+    for second in (0, 9, 10, 11, 19, 20, 21):
+        limiter.decide([charge(FREE, 1, "resident")], START + second * SECOND)
+        limiter.decide([charge(FREE, 1, f"stranger-{second}")], START + second * SECOND)
+    assert "resident" in limiter._current
+    assert "resident" not in limiter._previous
+    assert limiter.overflowed == 7
+
+
+def test_shared_buckets_are_forgotten_once_full() -> None:
+    limiter = MemoryLimiter([FREE], bucket_limit=0)
+    limiter.decide([charge(FREE, 10)], START)
+    limiter.decide([charge(FREE, 0)], START + 10 * SECOND - 1)
+    assert len(limiter._overflow) == 1
+    limiter.decide([charge(FREE, 0)], START + 10 * SECOND)
+    assert limiter._overflow == {}
+
+
+def test_invented_ids_hold_no_more_than_the_limit() -> None:
+    """20,000 of them within three generations; what is being freed counts too."""
+    limiter, most = MemoryLimiter([FREE], bucket_limit=500), 0
+    for number in range(20_000):
+        decision = limiter.decide([charge(FREE, 1, f"invented-{number}")], START + number * MILLISECOND)
+        assert decision.allowed or decision.wait_ns <= SECOND
+        most = max(most, len(limiter))
+        assert sum(map(len, limiter._retired)) <= 500
+    assert most == 500
+    assert limiter.overflowed > 10_000
+    assert len(limiter._overflow) <= OVERFLOW_SLOTS
+
+
+# A clock that steps back
+
+
+@given(step_ns=st.integers(0, 86_400 * SECOND), spent=st.integers(0, 10), cost=st.integers(1, 10))
+@quick
+def test_a_step_back_admits_nothing_beyond_what_was_held(step_ns: int, spent: int, cost: int) -> None:
+    limiter = MemoryLimiter([FREE])
+    limiter.decide([charge(FREE, spent)], START)
+    decision = limiter.decide([charge(FREE, cost)], START - step_ns)
+    assert decision.allowed <= (spent + cost <= 10)
+    assert 0 <= decision.remaining <= 10
+
+
+@pytest.mark.parametrize("cost", [0, 1, 11], ids=["free of charge", "refused", "never possible"])
+@pytest.mark.parametrize("companions", [(), ("b",)], ids=["alone", "with another bucket"])
+def test_a_step_back_heals_within_a_token(cost: float, companions: tuple[str, ...]) -> None:
+    """The first look, whatever its result, brings the bucket to "empty now"; from there it refills as ever."""
+    limiter = drained(FREE, START)
+    back_ns = START - 3600 * SECOND
+    limiter.decide([charge(FREE, cost), *(charge(FREE, 1, key) for key in companions)], back_ns)
+    assert not limiter.decide([charge(FREE)], back_ns + SECOND - 1).allowed
+    assert limiter.decide([charge(FREE)], back_ns + SECOND).allowed
+    assert limiter.peek("a", FREE, back_ns + 11 * SECOND).remaining == 10
+
+
+def test_a_step_back_tells_the_wait_that_will_be_true() -> None:
+    limiter = drained(FREE, START)
+    back_ns = START - 3600 * SECOND
+    decision = limiter.decide([charge(FREE, 3)], back_ns)
+    assert (decision.wait_ns, decision.reset_ns, decision.remaining) == (3 * SECOND, 10 * SECOND, 0)
+    assert limiter.decide([charge(FREE, 3)], back_ns + decision.wait_ns).allowed
+
+
+def test_a_shared_bucket_heals_from_a_step_back_too() -> None:
+    limiter = drained(FREE, START, bucket_limit=0)
+    back_ns = START - 3600 * SECOND
+    assert limiter.decide([charge(FREE)], back_ns).wait_ns == SECOND
+    assert limiter.decide([charge(FREE)], back_ns + SECOND).allowed
+
+
+def test_forgetting_goes_on_after_a_step_back() -> None:
+    limiter = drained(FREE, START)
+    back_ns = START - 3600 * SECOND
+    for second in (0, 10, 20):
+        limiter.decide([charge(FREE, 0, "other")], back_ns + second * SECOND)
+    assert len(limiter) == 0
+
+
+def test_a_smaller_budget_finds_an_older_debt_no_larger_than_itself() -> None:
+    after_ns, wait_ns = take(START + SLOW.burst_ns, FREE.burst_ns, FREE.emission_ns, START)
+    assert (after_ns, wait_ns) == (START + FREE.burst_ns, SECOND)
+
+
+# What others publish. The figures are facts taken from their test tables, restated for this limiter; sources and
+# licences stand with each.
+
+
+def test_the_table_of_throttled_and_redis_cell() -> None:
+    """Five tokens, one a second: throttled/throttled rate_test.go (BSD-3-Clause), brandur/redis-cell cell/mod.rs (MIT)."""
+    quota = Quota.per_second("q", 1, 5)
+    limiter = MemoryLimiter([quota])
+    table = [  # at ms, cost -> allowed, remaining, reset ms, wait ms
+        (0, 6, False, 5, 0, NEVER),
+        (0, 1, True, 4, 1000, 0),
+        (0, 1, True, 3, 2000, 0),
+        (0, 1, True, 2, 3000, 0),
+        (0, 1, True, 1, 4000, 0),
+        (0, 1, True, 0, 5000, 0),
+        (0, 1, False, 0, 5000, 1000),
+        (3000, 1, True, 2, 3000, 0),
+        (3100, 1, True, 1, 3900, 0),
+        (4000, 1, True, 1, 4000, 0),
+        (8000, 1, True, 4, 1000, 0),
+        (9500, 1, True, 4, 1000, 0),
+        (9500, 0, True, 4, 1000, 0),
+        (9500, 2, True, 2, 3000, 0),
+        (9500, 5, False, 2, 3000, 3000),
+        (15000, 6, False, 5, 0, NEVER),
+    ]
+    for row, (at, cost, allowed, remaining, reset, wait) in enumerate(table):
+        found = limiter.decide([charge(quota, cost)], START + at * MILLISECOND)
+        wait_ns = wait if wait == NEVER else wait * MILLISECOND
+        expected = Decision("a", quota, allowed, remaining, wait_ns, reset * MILLISECOND)
+        assert found == expected, f"row {row}"
+
+
+@pytest.mark.parametrize(
+    ("capacity", "table"),  # cost -> allowed, remaining; then ms to the next row
+    [
+        (
+            10,
+            [
+                (1, True, 9, 1000),
+                (1, True, 8, 1000),
+                (1, True, 7, 1500),
+                (0, True, 8, 3000),
+                (0, True, 9, 0),
+                (9, True, 0, 0),
+                (1, False, 0, 3000),
+                (0, True, 1, 60_000),
+                (0, True, 10, 60_000),
+                (10, True, 0, 29_000),
+                (9, True, 0, 3000),
+                (1, True, 0, 1000),
+            ],
+        ),
+        (
+            20,
+            [
+                (1, True, 19, 1000),
+                (1, True, 18, 1000),
+                (1, True, 17, 1500),
+                (0, True, 18, 3000),
+                (0, True, 19, 0),
+                (19, True, 0, 0),
+                (1, False, 0, 3000),
+                (0, True, 1, 60_000),
+                (0, True, 20, 1000),
+            ],
+        ),
+    ],
+    ids=["burst 10", "burst 20"],
+)
+def test_the_leaky_buckets_of_gubernator(capacity: int, table: list[tuple[int, bool, int, int]]) -> None:
+    """Ten per 30 s: mailgun/gubernator functional_test.go, TestLeakyBucket and ...WithBurst (Apache-2.0)."""
+    quota = Quota("q", 1 / 3, capacity, 3 * SECOND, capacity * 3 * SECOND)
+    limiter, now_ns = MemoryLimiter([quota]), START
+    for row, (cost, allowed, remaining, pause) in enumerate(table):
+        found = limiter.decide([charge(quota, cost)], now_ns)
+        assert (found.allowed, found.remaining) == (allowed, remaining), f"row {row}"
+        now_ns += pause * MILLISECOND
+
+
+@given(capacity=st.integers(1, 10_000), further=st.integers(0, 50), parts=st.integers(1, 50))
+@quick
+def test_the_exact_wait_of_governor(capacity: int, further: int, parts: int) -> None:
+    """Exhausted, then kept so: no fraction of the told wait is enough, all of it is.
+
+    The property accurate_not_until of boinkor-net/governor tests/proptests.rs (MIT).
+    """
+    quota = Quota.per_second("q", capacity, capacity)
+    limiter, now_ns = drained(quota, START), START
+    for _ in range(further):
+        now_ns += quota.emission_ns
+        assert limiter.decide([charge(quota)], now_ns).allowed
+    wait_ns = limiter.decide([charge(quota)], now_ns).wait_ns
+    assert wait_ns == quota.emission_ns
+    for part in range(parts):
+        assert not limiter.decide([charge(quota)], now_ns + wait_ns * part // parts).allowed
+    assert limiter.decide([charge(quota)], now_ns + wait_ns).allowed
+
+
+# How it shows itself
+
+
+def test_its_repr_tells_how_full_it_is() -> None:
+    limiter = MemoryLimiter([FREE], bucket_limit=2)
+    assert repr(limiter) == "<MemoryLimiter [0 of 2 buckets, 0 overflowed]>"
+    for key in "abc":
+        limiter.decide([charge(FREE, 1, key)], START)
+    assert repr(limiter) == "<MemoryLimiter [2 of 2 buckets, 1 overflowed]>"
+    assert (len(limiter), limiter.bucket_limit, limiter.overflowed) == (2, 2, 1)
+
+
+def test_a_limiter_without_quotas_still_answers() -> None:
+    """All its tiers may come in later, by a change."""
+    limiter = MemoryLimiter([])
+    limiter.change_quota("a", FREE, FREE, START)
+    limiter.decide([charge(FREE, 10)], START)
+    assert not limiter.decide([charge(FREE)], START + SECOND - 1).allowed

@@ -1,0 +1,1021 @@
+"""The transport to the upstreams by itself: pool, framing, failures, time limits and back-pressure, on real sockets."""
+
+import asyncio
+import random
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+import httpx
+import pytest
+
+from api_gateway.transport import UpstreamTransport, probe, tls_context
+from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, reply
+
+StartUpstream = Callable[..., RawUpstream]
+MIB = 1024 * 1024
+TO_FILL_EVERY_BUFFER = 64 * MIB
+BUFFERS = 24 * MIB  # more than the kernel holds for one loopback connection in both directions
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.fixture
+async def transport() -> AsyncIterator[UpstreamTransport]:
+    async with UpstreamTransport(max_connections=4) as made:
+        yield made
+
+
+class Pieces(httpx.AsyncByteStream):
+    """A request's body, and how much of it was asked for."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.pieces = pieces
+        self.taken = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            self.taken += len(piece)
+            yield piece
+            await asyncio.sleep(0)
+
+
+class Stalling(httpx.AsyncByteStream):
+    """A request's body that stops after its first piece; `is_ended` once nobody waits for the rest."""
+
+    def __init__(self) -> None:
+        self.is_ended = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            yield b"begun"
+            await asyncio.Event().wait()
+        finally:
+            self.is_ended = True
+
+
+CHUNKED = ((b"Transfer-Encoding", b"chunked"),)
+
+
+def request_to(
+    up: RawUpstream | str,
+    target: str = "/",
+    *,
+    method: str = "GET",
+    headers: Sequence[tuple[bytes, bytes]] = (),
+    body: httpx.AsyncByteStream | None = None,
+    **limits: float,
+) -> httpx.Request:
+    url = up if isinstance(up, str) else up.url
+    extensions = {"target": target.encode("latin-1"), "timeout": {"connect": PATIENCE, "read": PATIENCE} | limits}
+    return httpx.Request(
+        method, url, headers=[(b"Host", b"up"), *headers], stream=body or Pieces([]), extensions=extensions
+    )
+
+
+def stream_of(response: httpx.Response) -> httpx.AsyncByteStream:
+    return cast("httpx.AsyncByteStream", response.stream)
+
+
+async def read(response: httpx.Response) -> bytes:
+    stream = stream_of(response)
+    try:
+        return b"".join([piece async for piece in stream])
+    finally:
+        await stream.aclose()
+
+
+async def fetch(transport: UpstreamTransport, request: httpx.Request) -> bytes:
+    return await read(await transport.handle_async_request(request))
+
+
+async def soon(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
+    end = time.monotonic() + within
+    while not condition():  # noqa: ASYNC110 - what is awaited happens in a thread or in a socket
+        assert time.monotonic() < end, f"did not happen within {within:g} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+def state(transport: UpstreamTransport) -> str:
+    """What the repr says of the only pool, such as `0 busy, 1 idle, 0 waiting`."""
+    found = re.findall(r"\[([^]]*)\]", repr(transport))
+    assert len(found) == 1, repr(transport)
+    return str(found[0])
+
+
+async def settles(transport: UpstreamTransport, expected: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while state(transport) != expected and time.monotonic() < end:
+        await asyncio.sleep(0.005)
+    assert state(transport) == expected
+
+
+def raw(*pieces: bytes, closes: bool = False) -> Behaviour:
+    """Answer with these bytes, each in a segment of its own."""
+
+    def behave(wire: Wire, _request: RawRequest) -> bool | None:
+        for number, piece in enumerate(pieces):
+            if number:
+                time.sleep(0.03)
+            wire.send(piece)
+        return False if closes else None
+
+    return behave
+
+
+def first_then(first: Behaviour, then: Behaviour | None = None) -> Behaviour:
+    """Answer the very first request in one way and all later ones in another."""
+    seen: list[RawRequest] = []
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        seen.append(request)
+        return (first if len(seen) == 1 else then or reply())(wire, request)
+
+    return behave
+
+
+def silent(wire: Wire, _request: RawRequest) -> bool:
+    """Never answer; leave when the other side does."""
+    wire.is_closed()
+    return False
+
+
+def held_until(gate: threading.Event) -> Behaviour:
+    """Answer `/held` once the gate opens and everything else at once."""
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        if b"/held" in request.line:
+            gate.wait(PATIENCE)
+        wire.send(OK)
+
+    return behave
+
+
+def dies_on_reuse(wire: Wire, _request: RawRequest, *, served: set[int]) -> bool | None:
+    if id(wire) in served:
+        return False
+    served.add(id(wire))
+    wire.send(OK)
+    return None
+
+
+# The pool
+
+
+async def test_a_connection_is_used_again(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream()
+    assert [await fetch(transport, request_to(up)) for _ in range(3)] == [b"ok"] * 3
+    assert len(up.wires) == 1
+    assert state(transport) == "0 busy, 1 idle, 0 waiting"
+
+
+async def test_the_connection_given_back_last_is_taken_first(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """Last in, first out: the surplus of a quiet hour stays unused and expires."""
+    gate = threading.Event()
+    ports: dict[bytes, int] = {}
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        ports[request.line.split(b" ")[1]] = wire.sock.getpeername()[1]
+        held_until(gate)(wire, request)
+
+    up = upstream(behave)
+    held = asyncio.create_task(fetch(transport, request_to(up, "/held")))
+    await soon(lambda: b"/held" in ports, "the first request arrives")
+    await fetch(transport, request_to(up, "/other"))
+    gate.set()
+    await held
+    for target in ("/a", "/b", "/c"):
+        await fetch(transport, request_to(up, target))
+    assert ports[b"/other"] != ports[b"/held"]
+    assert ports[b"/a"] == ports[b"/b"] == ports[b"/c"] == ports[b"/held"]
+
+
+async def test_who_finds_no_connection_free_waits_in_order(upstream: StartUpstream) -> None:
+    gate = threading.Event()
+    up = upstream(held_until(gate))
+    async with UpstreamTransport(max_connections=1) as transport:
+        tasks = [asyncio.create_task(fetch(transport, request_to(up, f"/held{number}"))) for number in range(5)]
+        await settles(transport, "1 busy, 0 idle, 4 waiting")
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert [request.line for request in up.requests] == [b"GET /held%d HTTP/1.1" % n for n in range(5)]
+        assert len(up.wires) == 1
+
+
+async def test_no_more_connections_than_the_limit_are_open(upstream: StartUpstream) -> None:
+    gate = threading.Event()
+    up = upstream(held_until(gate))
+    async with UpstreamTransport(max_connections=3) as transport:
+        tasks = [asyncio.create_task(fetch(transport, request_to(up, "/held"))) for _ in range(12)]
+        await settles(transport, "3 busy, 0 idle, 9 waiting")
+        await soon(lambda: len(up.requests) == 3, "three requests arrive")
+        gate.set()
+        assert await asyncio.gather(*tasks) == [b"ok"] * 12
+        assert len(up.wires) == 3
+
+
+async def test_waiting_for_a_connection_ends_in_pool_timeout(upstream: StartUpstream) -> None:
+    gate = threading.Event()
+    up = upstream(held_until(gate))
+    async with UpstreamTransport(max_connections=1) as transport:
+        held = asyncio.create_task(fetch(transport, request_to(up, "/held")))
+        await settles(transport, "1 busy, 0 idle, 0 waiting")
+        with pytest.raises(httpx.PoolTimeout):
+            await fetch(transport, request_to(up, pool=0.1))
+        gate.set()
+        assert await held == b"ok"
+        assert state(transport) == "0 busy, 1 idle, 0 waiting"
+        assert len(up.requests) == 1
+
+
+async def test_each_origin_has_a_pool_of_its_own(upstream: StartUpstream) -> None:
+    gate = threading.Event()
+    one, other = upstream(held_until(gate)), upstream()
+    async with UpstreamTransport(max_connections=1) as transport:
+        held = asyncio.create_task(fetch(transport, request_to(one, "/held")))
+        assert await fetch(transport, request_to(other, pool=0.5)) == b"ok"
+        gate.set()
+        await held
+
+
+async def serves_at_once(transport: UpstreamTransport, up: RawUpstream, count: int) -> None:
+    """Assert that `count` requests are with the upstream at the same time."""
+    barrier = threading.Barrier(count)
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        barrier.wait(PATIENCE)
+        wire.send(OK)
+
+    up.behave = behave
+    requests = [fetch(transport, request_to(up, pool=PATIENCE)) for _ in range(count)]
+    assert await asyncio.gather(*requests) == [b"ok"] * count
+    assert state(transport) == f"0 busy, {count} idle, 0 waiting"
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_requests_cancelled_anywhere_leak_no_slot(upstream: StartUpstream, seed: int) -> None:
+    """Waiting, connecting, sending, or reading: whatever a cancelled request was doing, its slot is free again."""
+    source = random.Random(seed)
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nha")
+        time.sleep(source.uniform(0, 0.01))
+        wire.send(b"lf")
+
+    up = upstream(behave)
+    async with UpstreamTransport(max_connections=4) as transport:
+        tasks = []
+        for _ in range(50):
+            tasks.append(asyncio.create_task(fetch(transport, request_to(up, pool=PATIENCE))))
+            await asyncio.sleep(source.choice((0, 0, 0.001, 0.005)))
+            source.choice(tasks).cancel()
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(result == b"half" or isinstance(result, asyncio.CancelledError) for result in results)
+        await soon(lambda: state(transport).startswith("0 busy"), f"no slot is taken: {transport!r}")
+        assert state(transport).endswith("0 waiting")
+        await serves_at_once(transport, up, 4)
+
+
+@pytest.mark.parametrize("turns", range(10))
+async def test_a_request_cancelled_after_any_turn_of_the_loop_gives_its_slot_back_once(
+    upstream: StartUpstream, turns: int
+) -> None:
+    """A slot freed twice would let the pool grow past its limit."""
+    up = upstream()
+    async with UpstreamTransport(max_connections=2) as transport:
+        task = asyncio.create_task(fetch(transport, request_to(up)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if "busy" in repr(transport):  # cancelled before its first step it has not even made a pool
+            await soon(lambda: "[0 busy, " in repr(transport), f"exactly no slot is taken: {transport!r}", within=1)
+        await serves_at_once(transport, up, 2)
+
+
+async def test_a_cancelled_waiter_is_skipped(upstream: StartUpstream) -> None:
+    gate = threading.Event()
+    up = upstream(held_until(gate))
+    async with UpstreamTransport(max_connections=1) as transport:
+        tasks = [asyncio.create_task(fetch(transport, request_to(up, f"/held{number}"))) for number in range(3)]
+        await settles(transport, "1 busy, 0 idle, 2 waiting")
+        tasks[1].cancel()
+        gate.set()
+        assert await tasks[2] == b"ok"
+        assert state(transport) == "0 busy, 1 idle, 0 waiting"
+
+
+async def test_a_waiter_cancelled_as_it_is_served_hands_the_connection_on(upstream: StartUpstream) -> None:
+    gate = threading.Event()
+    up = upstream(held_until(gate))
+    async with UpstreamTransport(max_connections=1) as transport:
+        first, second, third = (
+            asyncio.create_task(fetch(transport, request_to(up, f"/held{number}"))) for number in range(3)
+        )
+        await settles(transport, "1 busy, 0 idle, 2 waiting")
+        first.add_done_callback(lambda _: second.cancel())
+        gate.set()
+        assert await third == b"ok"
+        await settles(transport, "0 busy, 1 idle, 0 waiting")
+        await asyncio.gather(first, second, return_exceptions=True)
+
+
+async def test_a_cancelled_request_closes_its_connection_at_once(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    left: list[bool] = []
+    up = upstream(lambda wire, _request: left.append(wire.is_closed()))
+    task = asyncio.create_task(fetch(transport, request_to(up)))
+    await soon(lambda: len(up.requests) == 1, "the request arrives")
+    task.cancel()
+    await soon(lambda: left == [True], "the upstream sees the connection closed", within=1)
+
+
+async def test_an_unread_answer_closes_its_connection(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream(raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nha"))
+    response = await transport.handle_async_request(request_to(up))
+    await stream_of(response).aclose()
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+async def test_an_idle_connection_expires(upstream: StartUpstream) -> None:
+    up = upstream()
+    async with UpstreamTransport(idle_timeout=0.2) as transport:
+        await fetch(transport, request_to(up))
+        assert state(transport) == "0 busy, 1 idle, 0 waiting"
+        await settles(transport, "0 busy, 0 idle, 0 waiting")
+        await fetch(transport, request_to(up))
+        assert len(up.wires) == 2
+
+
+async def test_an_idle_connection_the_upstream_closes_leaves_the_pool(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream(raw(OK, closes=True))
+    await fetch(transport, request_to(up))
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
+    assert await fetch(transport, request_to(up, method="POST")) == b"ok"
+
+
+async def test_connection_close_is_obeyed(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream(reply(headers=((b"Connection", b"close"),)))
+    assert await fetch(transport, request_to(up)) == b"ok"
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+async def test_aclose_closes_every_connection(upstream: StartUpstream) -> None:
+    left: list[bool] = []
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        if b"/silent" in request.line:
+            left.append(wire.is_closed())
+        else:
+            wire.send(OK)
+
+    up = upstream(behave)
+    transport = UpstreamTransport(max_connections=2)
+    silence = asyncio.create_task(fetch(transport, request_to(up, "/silent")))
+    await soon(lambda: len(up.requests) == 1, "the request arrives")
+    await fetch(transport, request_to(up))
+    assert state(transport) == "1 busy, 1 idle, 0 waiting"
+    await transport.aclose()
+    with pytest.raises(httpx.ReadError):
+        await silence
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+    await soon(lambda: left == [True], "the upstream sees the connection closed")
+
+
+# Reused connections that turn out to be dead
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE"])
+async def test_an_idempotent_request_on_a_dead_connection_goes_out_once_more(
+    transport: UpstreamTransport, upstream: StartUpstream, method: str
+) -> None:
+    served: set[int] = set()
+    up = upstream(lambda wire, request: dies_on_reuse(wire, request, served=served))
+    await fetch(transport, request_to(up))
+    await fetch(transport, request_to(up, "/again", method=method))
+    assert [request.line.split(b" ")[1] for request in up.requests] == [b"/", b"/again", b"/again"]
+    assert len(up.wires) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "body"), [("POST", b""), ("PATCH", b""), ("POST", b"data"), ("PUT", b"data"), ("GET", b"data")]
+)
+async def test_what_may_not_be_repeated_is_not(
+    transport: UpstreamTransport, upstream: StartUpstream, method: str, body: bytes
+) -> None:
+    """A method that is not idempotent, or a body that has been given away, is sent once."""
+    served: set[int] = set()
+    up = upstream(lambda wire, request: dies_on_reuse(wire, request, served=served))
+    await fetch(transport, request_to(up))
+    headers = [(b"Content-Length", b"%d" % len(body))]
+    with pytest.raises(httpx.ReadError):
+        await fetch(transport, request_to(up, method=method, headers=headers, body=Pieces([body])))
+    assert len(up.requests) == 2
+
+
+async def test_a_new_connection_that_dies_is_not_tried_again(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream(raw(closes=True))
+    with pytest.raises(httpx.ReadError):
+        await fetch(transport, request_to(up))
+    assert len(up.requests) == 1
+
+
+async def test_the_second_try_is_the_last(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream(first_then(reply(), raw(closes=True)))
+    await fetch(transport, request_to(up))
+    with pytest.raises(httpx.ReadError):
+        await fetch(transport, request_to(up))
+    assert len(up.requests) == 3
+
+
+async def test_the_second_try_is_the_last_even_if_it_has_to_wait_for_a_used_connection(
+    upstream: StartUpstream,
+) -> None:
+    """The failure is always one of httpx's own."""
+    gate = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if b"/dies" in request.line:
+            gate.wait(PATIENCE)
+            return False
+        wire.send(OK)
+        return None
+
+    up = upstream(behave)
+    async with UpstreamTransport(max_connections=1) as transport:
+        await fetch(transport, request_to(up))
+        dying = asyncio.create_task(fetch(transport, request_to(up, "/dies")))
+        await soon(lambda: len(up.requests) == 2, "the request arrives")
+        waiting = asyncio.create_task(fetch(transport, request_to(up)))
+        await settles(transport, "1 busy, 0 idle, 1 waiting")
+        gate.set()
+        assert await waiting == b"ok"
+        with pytest.raises(httpx.ReadError):
+            await dying
+
+
+async def test_a_connection_that_dies_after_the_first_byte_is_not_tried_again(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream(first_then(reply(), raw(b"HTTP/1.1 2", closes=True)))
+    await fetch(transport, request_to(up))
+    with pytest.raises(httpx.ReadError):
+        await fetch(transport, request_to(up))
+    assert len(up.requests) == 2
+
+
+# Failures and time limits
+
+
+async def test_a_closed_port_is_a_connect_error(transport: UpstreamTransport) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(httpx.ConnectError):
+        await fetch(transport, request_to(f"http://127.0.0.1:{port}"))
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+async def test_a_connection_nobody_accepts_is_a_connect_timeout(transport: UpstreamTransport) -> None:
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # fill the queue of connections to be accepted
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)  # noqa: FBT003
+            filler.connect_ex(listener.getsockname())
+        with pytest.raises(httpx.ConnectTimeout):
+            await fetch(transport, request_to(f"http://127.0.0.1:{listener.getsockname()[1]}", connect=0.2))
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+async def test_silence_before_the_head_is_a_read_timeout(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream(silent)
+    with pytest.raises(httpx.ReadTimeout):
+        await fetch(transport, request_to(up, read=0.2, idle=PATIENCE))
+    assert len(up.requests) == 1
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+@pytest.mark.parametrize("limits", [{"read": 0.2}, {"read": PATIENCE, "idle": 0.2}])
+async def test_silence_within_the_body_is_a_read_timeout(
+    transport: UpstreamTransport, upstream: StartUpstream, limits: dict[str, float]
+) -> None:
+    up = upstream(raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"))
+    response = await transport.handle_async_request(request_to(up, **limits))
+    with pytest.raises(httpx.ReadTimeout):
+        await read(response)
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+async def test_the_limit_on_silence_is_not_one_on_the_whole_answer(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n", *[b"x"] * 20]
+    up = upstream(raw(*pieces))  # takes 0.6 s
+    assert await fetch(transport, request_to(up, read=0.3)) == b"x" * 20
+
+
+async def test_the_time_to_the_head_runs_once_the_body_is_sent(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """A slow client does not count against the upstream."""
+
+    class Slow(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for _ in range(5):
+                await asyncio.sleep(0.1)
+                yield b"x"
+
+    up = upstream()
+    request = request_to(up, method="POST", headers=CHUNKED, body=Slow(), read=0.3)
+    assert await fetch(transport, request) == b"ok"
+    assert up.requests[0].body == b"xxxxx"
+
+
+async def test_silence_after_an_early_head_is_noticed_although_the_upload_ended_later(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """The end of an upload does not stop the clock that runs for the answer's body."""
+    gate = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
+        gate.wait(PATIENCE)
+        wire.read_body(request.headers)
+
+    up = upstream(behave, reads_body=False)
+    body = Pieces([bytes(MIB)] * 32)
+    request = request_to(up, method="POST", headers=CHUNKED, body=body, idle=0.5)
+    response = await transport.handle_async_request(request)
+    reading = asyncio.create_task(read(response))
+    await asyncio.sleep(0.1)
+    assert body.taken < 32 * MIB
+    gate.set()
+    await soon(lambda: body.taken == 32 * MIB, "the upload ends")
+    with pytest.raises(httpx.ReadTimeout):
+        await asyncio.wait_for(reading, 3)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n0\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n0\r\nTrailer: x\r\n",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+    ],
+)
+async def test_a_truncated_body_never_looks_complete(
+    transport: UpstreamTransport, upstream: StartUpstream, answer: bytes
+) -> None:
+    """What arrived is handed over first, then the failure."""
+    up = upstream(raw(answer, closes=True))
+    response = await transport.handle_async_request(request_to(up))
+    got = b""
+    with pytest.raises(httpx.ReadError):  # noqa: PT012 - what came before the failure is part of the property
+        async for piece in stream_of(response):
+            got += piece
+    assert got == (b"half" if b"half" in answer else b"")
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+async def test_a_body_that_breaks_its_chunking_is_a_protocol_error(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream(raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", b"zz\r\n"))
+    response = await transport.handle_async_request(request_to(up))
+    with pytest.raises(httpx.RemoteProtocolError):
+        await read(response)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nServer: old\r\n\r\n"])
+async def test_a_body_delimited_by_the_connection_ends_with_it(
+    transport: UpstreamTransport, upstream: StartUpstream, head: bytes
+) -> None:
+    up = upstream(raw(head + b"all", b" of it", closes=True))
+    assert await fetch(transport, request_to(up)) == b"all of it"
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+async def test_a_body_delimited_by_a_connection_that_is_reset_is_broken(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    gate = threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+        gate.wait(PATIENCE)
+        wire.reset()
+
+    up = upstream(behave)
+    response = await transport.handle_async_request(request_to(up))
+    pieces = aiter(stream_of(response))
+    assert await anext(pieces) == b"half"
+    gate.set()
+    with pytest.raises(httpx.ReadError):
+        await anext(pieces)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"garbage\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 099 Low\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 600 High\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 999 High\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 20 Short\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nX : space\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nX: folded\r\n line\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nX: a\x00b\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    ],
+)
+async def test_what_is_not_http_is_a_protocol_error(
+    transport: UpstreamTransport, upstream: StartUpstream, answer: bytes
+) -> None:
+    """So is an answer in a transfer coding that nobody asked for, whose bytes the client could not read."""
+    up = upstream(raw(answer))
+    with pytest.raises(httpx.RemoteProtocolError):
+        await fetch(transport, request_to(up, read=1))
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+@pytest.mark.parametrize("line", [b"X: %b\r\n" % (b"x" * 70_000), b"X: y\r\n" * 20_000, b"x" * 70_000])
+async def test_a_head_without_bound_is_a_protocol_error(
+    transport: UpstreamTransport, upstream: StartUpstream, line: bytes
+) -> None:
+    up = upstream(raw(b"HTTP/1.1 200 OK\r\n" + line))
+    with pytest.raises(httpx.RemoteProtocolError):
+        await fetch(transport, request_to(up, read=2))
+
+
+async def test_one_answer_may_have_a_large_head_after_another(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """The bound is on each head, not on all that a connection has brought."""
+    up = upstream(reply(b"x" * 50_000, headers=((b"X", b"x" * 50_000),)))
+    for _ in range(3):
+        assert await fetch(transport, request_to(up)) == b"x" * 50_000
+    assert len(up.wires) == 1
+
+
+# Framing of answers
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "body"),
+    [
+        ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nextra", b""),
+        ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n" + OK, b""),
+        ("GET", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokextra", b"ok"),
+        ("GET", OK + OK, b"ok"),
+        ("GET", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nextra", b"ok"),
+        ("GET", b"HTTP/1.1 204 No Content\r\n\r\nextra", b""),
+        ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\nextra", b""),
+    ],
+)
+@pytest.mark.parametrize("pause", [False, True])
+async def test_bytes_after_the_answer_never_reach_the_next_one(
+    transport: UpstreamTransport, upstream: StartUpstream, method: str, answer: bytes, body: bytes, *, pause: bool
+) -> None:
+    """They close the connection, whether they come with the answer or while the connection is idle."""
+    end = len(answer) - (len(OK) if answer.endswith(OK) else len(b"extra"))
+    pieces = (answer[:end], answer[end:]) if pause else (answer,)
+    up = upstream(first_then(raw(*pieces), reply(b"next")))
+    assert await fetch(transport, request_to(up, method=method)) == body
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
+    assert await fetch(transport, request_to(up)) == b"next"
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "status"),
+    [
+        ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", 200),
+        ("HEAD", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", 200),
+        ("GET", b"HTTP/1.1 204 No Content\r\n\r\n", 204),
+        ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", 304),
+        ("GET", b"HTTP/1.1 304 Not Modified\r\n\r\n", 304),
+        ("GET", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 200),
+    ],
+)
+async def test_an_answer_without_a_body_ends_with_its_head(
+    transport: UpstreamTransport, upstream: StartUpstream, method: str, answer: bytes, status: int
+) -> None:
+    up = upstream(raw(answer))
+    for _ in range(2):
+        response = await transport.handle_async_request(request_to(up, method=method, read=1))
+        assert response.status_code == status
+        assert await read(response) == b""
+    assert len(up.wires) == 1
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + OK,),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", OK),
+        (b"HTTP/1.1 102 Pro", b"cessing\r\n\r\nHTTP/1.1 2", OK[len("HTTP/1.1 2") :]),
+    ],
+)
+async def test_interim_answers_are_swallowed(
+    transport: UpstreamTransport, upstream: StartUpstream, pieces: tuple[bytes, ...]
+) -> None:
+    up = upstream(raw(*pieces))
+    response = await transport.handle_async_request(request_to(up))
+    assert (response.status_code, response.extensions["reason_phrase"]) == (200, b"OK")
+    assert response.headers.raw == [(b"Content-Length", b"2")]
+    assert await read(response) == b"ok"
+    assert state(transport) == "0 busy, 1 idle, 0 waiting"
+
+
+async def test_an_answer_may_come_byte_by_byte(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    answer = b"HTTP/1.1 200 Fine\r\nX-Y: z\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nT: t\r\n\r\n"
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        for byte in answer:
+            wire.send(bytes([byte]))
+            time.sleep(0.001)
+
+    up = upstream(behave)
+    response = await transport.handle_async_request(request_to(up))
+    assert response.extensions["reason_phrase"] == b"Fine"
+    assert response.headers.raw == [(b"X-Y", b"z"), (b"Transfer-Encoding", b"chunked")]
+    assert await read(response) == b"ok"
+
+
+# What is sent
+
+
+async def test_a_request_goes_out_as_it_is(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    """No header is added, renamed or put elsewhere; the target is not normalised."""
+    up = upstream()
+    headers = [(b"x-B", b"1"), (b"X-a", b"caf\xc3\xa9 \xff"), (b"x-B", b"2"), (b"X-Empty", b"")]
+    await fetch(transport, request_to(up, "/a%2f/../b//c?q=%zz&&", headers=headers))
+    assert up.requests[0].head == (
+        b"GET /a%2f/../b//c?q=%zz&& HTTP/1.1\r\nHost: up\r\nx-B: 1\r\nX-a: caf\xc3\xa9 \xff\r\nx-B: 2\r\nX-Empty: \r\n\r\n"
+    )
+
+
+async def test_headers_of_the_answer_come_as_they_are(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    """Names, order, repetition, empty values, and bytes beyond ASCII."""
+    pairs = ((b"set-Cookie", b"a=1"), (b"X-Name", b"\xff"), (b"set-Cookie", b"b=2"), (b"X-Empty", b""))
+    up = upstream(reply(headers=pairs))
+    response = await transport.handle_async_request(request_to(up))
+    assert response.headers.raw == [*pairs, (b"Content-Length", b"2")]
+    await read(response)
+
+
+async def test_a_chunked_body_is_framed_piece_by_piece(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    """An empty piece is no chunk: it would end the body."""
+    wire_bytes: list[bytes | None] = []
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire_bytes.append(wire.read_until(b"0\r\n\r\n"))
+        wire.send(OK)
+
+    up = upstream(behave, reads_body=False)
+    body = Pieces([b"ab", b"", b"c" * 17])
+    assert await fetch(transport, request_to(up, method="POST", headers=CHUNKED, body=body)) == b"ok"
+    assert wire_bytes == [b"2\r\nab\r\n11\r\n" + b"c" * 17 + b"\r\n0\r\n\r\n"]
+
+
+async def test_a_body_of_known_length_is_sent_as_it_is(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream()
+    for _ in range(2):
+        request = request_to(up, method="POST", headers=[(b"content-length", b"4")], body=Pieces([b"ab", b"cd"]))
+        assert await fetch(transport, request) == b"ok"
+    assert [request.body for request in up.requests] == [b"abcd", b"abcd"]
+    assert len(up.wires) == 1
+
+
+async def test_a_failure_of_the_body_reaches_the_caller_and_the_upstream(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """The upstream never gets a request that looks complete."""
+
+    class Broken(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"half"
+            raise LookupError("the client left")
+
+    up = upstream()
+    with pytest.raises(LookupError, match="the client left"):
+        await fetch(transport, request_to(up, method="POST", headers=CHUNKED, body=Broken()))
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+    assert not any(request.is_complete for request in up.requests)
+
+
+async def test_an_answer_that_comes_before_the_body_is_sent_ends_the_sending(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """Its connection is not used again: what was left unsent has no end."""
+    up = upstream(first_then(reply(b"no", b"413 Content Too Large")), reads_body=False)
+    body = Stalling()
+    response = await transport.handle_async_request(request_to(up, method="POST", headers=CHUNKED, body=body))
+    assert response.status_code == 413
+    assert await read(response) == b"no"
+    await soon(lambda: body.is_ended, "nobody waits for the rest of the body")
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+    assert await fetch(transport, request_to(up)) == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("target", "header"),
+    [
+        ("/", (b"X", b"a\r\nInjected: yes")),
+        ("/", (b"X", b"a\nInjected: yes")),
+        ("/", (b"X", b"a\rInjected: yes")),
+        ("/", (b"X\r\nInjected", b"yes")),
+        ("/ HTTP/1.1\r\nInjected: yes\r\n", (b"X", b"a")),
+    ],
+)
+async def test_a_line_break_in_a_header_is_refused(
+    transport: UpstreamTransport, upstream: StartUpstream, target: str, header: tuple[bytes, bytes]
+) -> None:
+    up = upstream()
+    with pytest.raises(httpx.LocalProtocolError):
+        await fetch(transport, request_to(up, target, headers=[header]))
+    assert up.requests == []
+    assert state(transport).startswith("0 busy")
+    assert await fetch(transport, request_to(up)) == b"ok"
+
+
+# Back-pressure
+
+
+async def stalls(measure: Callable[[], int]) -> int:
+    """Return what `measure` gives once it no longer grows."""
+    before = -1
+    while measure() != before:
+        before = measure()
+        await asyncio.sleep(0.2)
+    return before
+
+
+async def test_a_reader_that_pauses_makes_the_upstream_wait(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    sent = [0]
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % TO_FILL_EVERY_BUFFER)
+        while sent[0] < TO_FILL_EVERY_BUFFER:
+            wire.send(bytes(65_536))
+            sent[0] += 65_536
+
+    up = upstream(behave)
+    response = await transport.handle_async_request(request_to(up))
+    assert await stalls(lambda: sent[0]) < BUFFERS
+    assert len(await read(response)) == TO_FILL_EVERY_BUFFER
+    assert state(transport) == "0 busy, 1 idle, 0 waiting"
+
+
+async def test_an_upstream_that_pauses_makes_the_sender_wait(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    gate = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        gate.wait(PATIENCE)
+        request.body = b"%d" % len(wire.read_exactly(TO_FILL_EVERY_BUFFER))
+        wire.send(OK)
+
+    up = upstream(behave, reads_body=False)
+    body = Pieces([bytes(65_536)] * (TO_FILL_EVERY_BUFFER // 65_536))
+    headers = [(b"Content-Length", b"%d" % TO_FILL_EVERY_BUFFER)]
+    sending = asyncio.create_task(
+        fetch(transport, request_to(up, method="PUT", headers=headers, body=body, idle=PATIENCE))
+    )
+    assert await stalls(lambda: body.taken) < BUFFERS
+    gate.set()
+    assert await sending == b"ok"
+    assert up.requests[0].body == b"%d" % TO_FILL_EVERY_BUFFER
+
+
+async def test_an_upstream_that_stops_reading_is_a_read_timeout(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    gate = threading.Event()
+    up = upstream(lambda _wire, _request: not gate.wait(PATIENCE), reads_body=False)
+    body = Pieces([bytes(MIB)] * 64)
+    with pytest.raises(httpx.ReadTimeout):
+        await fetch(transport, request_to(up, method="PUT", headers=CHUNKED, body=body, idle=0.3))
+    gate.set()
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `<name>.pem` and `<name>.key` for 127.0.0.1 and for other.test, each its own authority."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    directory = tmp_path_factory.mktemp("certificates")
+    for name, alternative in (("here", "IP:127.0.0.1"), ("other", "DNS:other.test")):
+        subprocess.run(
+            [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+            + ["-subj", "/CN=test", "-addext", f"subjectAltName={alternative}", "-days", "1"]
+            + ["-keyout", str(directory / f"{name}.key"), "-out", str(directory / f"{name}.pem")],
+            check=True,
+            capture_output=True,
+        )
+    return directory
+
+
+async def tls_exchange(certificates: Path, name: str, tls: ssl.SSLContext, count: int = 1) -> tuple[list[bytes], int]:
+    """Make requests to an upstream with the certificate `name`; return the answers and how many connections it saw."""
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        try:
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(OK)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        async with server, UpstreamTransport(tls=tls) as transport:
+            return [await fetch(transport, request_to(url)) for _ in range(count)], connections
+    finally:
+        await asyncio.sleep(0)  # lets the server's side of a refused handshake end
+
+
+def trusting(certificates: Path, name: str) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(certificates / f"{name}.pem"))
+
+
+async def test_an_upstream_whose_certificate_is_trusted_is_served_over_tls(certificates: Path) -> None:
+    answers, connections = await tls_exchange(certificates, "here", trusting(certificates, "here"), count=3)
+    assert answers == [b"ok"] * 3
+    assert connections == 1
+
+
+async def test_a_certificate_of_an_unknown_authority_is_a_connect_error(certificates: Path) -> None:
+    with pytest.raises(httpx.ConnectError):
+        await tls_exchange(certificates, "here", tls_context())
+
+
+async def test_a_certificate_for_another_name_is_a_connect_error(certificates: Path) -> None:
+    with pytest.raises(httpx.ConnectError):
+        await tls_exchange(certificates, "other", trusting(certificates, "other"))
+
+
+# Health checks
+
+
+async def test_a_probe_returns_the_status(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream(reply(status=b"503 Service Unavailable"))
+    assert await probe(transport, f"{up.url}/healthy?yes", 1) == 503
+    assert up.requests[0].line == b"GET /healthy?yes HTTP/1.1"
+    assert up.requests[0].all("host") == [up.url.removeprefix("http://").encode()]
+
+
+async def test_a_probe_does_not_wait_for_a_body(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream(raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"))
+    assert await probe(transport, up.url, 1) == 200
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+@pytest.mark.parametrize("behave", [silent, raw(closes=True), raw(b"garbage\r\n")])
+async def test_a_probe_without_an_answer_raises(
+    transport: UpstreamTransport, upstream: StartUpstream, behave: Behaviour
+) -> None:
+    up = upstream(behave)
+    probing: Awaitable[int] = probe(transport, up.url, 0.2)
+    with pytest.raises(httpx.TransportError):
+        await asyncio.wait_for(probing, 2)
