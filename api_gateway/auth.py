@@ -39,7 +39,7 @@ class AdminGuard:
     """
 
     def __init__(self, token: str | None) -> None:
-        self._expected = None if token is None else b"Bearer " + token.encode()
+        self._expected = None if token is None else token.encode()
 
     def __repr__(self) -> str:
         return f"<AdminGuard [{'loopback only' if self._expected is None else 'bearer token'}]>"
@@ -47,8 +47,7 @@ class AdminGuard:
     def check(self, headers: HeaderList, *, is_loopback: bool) -> None:
         """Raise Unauthorized or Forbidden unless the request may pass."""
         if self._expected is not None:
-            given = values(headers, b"authorization")
-            if len(given) != 1 or not hmac.compare_digest(given[0], self._expected):
+            if not hmac.compare_digest(_bearer_token(headers), self._expected):
                 raise Unauthorized(
                     "This endpoint needs the header 'Authorization: Bearer <admin token>'.",
                     headers={"www-authenticate": 'Bearer realm="api-gateway"'},
@@ -66,6 +65,13 @@ class AdminGuard:
         except (Unauthorized, Forbidden):
             return False
         return True
+
+
+def _bearer_token(headers: HeaderList) -> bytes:
+    """Return the token of the one `Authorization: Bearer` header (RFC 6750 section 2.1), or nothing."""
+    given = values(headers, b"authorization")
+    scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    return token.strip(b" ") if scheme.lower() == b"bearer" else b""
 
 
 def _is_forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -134,7 +134,7 @@ class CircuitBreaker:
             return self._closed_ticket
         self.advance(now)
         if self.state is State.HALF_OPEN and self._has_probe_to_give(now):
-            self.probes_in_flight = min(self.probes_in_flight + 1, self.policy.half_open_max_calls)
+            self.probes_in_flight += 1
             self._last_probe_at = now
             return Ticket(self._generation, is_probe=True)
         self.rejected_total += 1
@@ -165,9 +165,14 @@ class CircuitBreaker:
         return self._window.totals(now)
 
     def _has_probe_to_give(self, now: float) -> bool:
-        """A probe that has not come back within the recovery timeout counts as lost, so that none can lock us."""
-        is_free = self.probes_in_flight < self.policy.half_open_max_calls
-        return is_free or now - self._last_probe_at >= self.policy.recovery_timeout
+        if self.probes_in_flight < self.policy.half_open_max_calls:
+            return True
+        if now - self._last_probe_at < self.policy.recovery_timeout:
+            return False
+        # Probes that have not come back by now count as lost, so that none can lock us; their tickets are void.
+        self._generation += 1
+        self.probes_in_flight = 0
+        return True
 
     def _settle_call(self, outcome: Outcome, now: float, detail: str) -> Transition | None:
         if outcome is Outcome.IGNORED:
@@ -187,12 +192,12 @@ class CircuitBreaker:
         if self.consecutive_failures >= self.policy.failure_threshold:
             return f"{self.consecutive_failures} consecutive failures"
         calls, failures = self._window.totals(now)
-        if calls >= self.policy.minimum_calls and failures >= calls * self.policy.failure_rate:
+        if calls >= self.policy.minimum_calls and failures / calls >= self.policy.failure_rate:
             return f"{failures} of {calls} calls failed within {self.policy.window:g} s"
         return None
 
     def _settle_probe(self, outcome: Outcome, now: float, detail: str) -> Transition | None:
-        self.probes_in_flight = max(0, self.probes_in_flight - 1)
+        self.probes_in_flight -= 1
         if outcome is Outcome.FAILURE:
             return self._move(Event.PROBE_FAILED, now, f"probe failed: {detail}" if detail else "probe failed")
         if outcome is Outcome.SUCCESS:

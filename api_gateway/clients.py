@@ -65,24 +65,32 @@ class ClientStore:
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, RuntimeError) as error:  # RuntimeError: the thread has ended, the store is closed
             raise OSError(f"{self.path}: {error}") from error
 
     def _open(self) -> dict[str, str]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
+        try:
+            clients = self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return clients
+
+    def _prepare(self, connection: sqlite3.Connection) -> dict[str, str]:
+        """Bring the file to the current schema and read it."""
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
-            connection.close()
             raise OSError(f"{self.path} was written by a newer gateway (schema {version}, known is {SCHEMA_VERSION})")
         connection.execute(
             "CREATE TABLE IF NOT EXISTS clients"
             " (id TEXT PRIMARY KEY, tier TEXT NOT NULL, changed_at REAL NOT NULL) WITHOUT ROWID"
         )
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self._connection = connection
         return dict(connection.execute("SELECT id, tier FROM clients"))
 
     def _execute(self, statement: str, parameters: tuple[object, ...]) -> None:

@@ -68,10 +68,10 @@ Methods = Annotated[
 
 
 def _network(value: Any) -> Any:
-    if not isinstance(value, str):
+    if isinstance(value, IPv4Network | IPv6Network):
         return value
     try:
-        return ip_network(value)
+        return ip_network(value if isinstance(value, str) else "")  # a number would be taken for an address
     except ValueError:
         raise ValueError("must be an address or a network such as 10.0.0.0/8") from None
 
@@ -299,9 +299,9 @@ class GatewayConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is the library's
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Order the sources, highest precedence first."""
-        file_settings = InitSettingsSource(settings_cls, _file_values.get())
-        return init_settings, env_settings, dotenv_settings, file_settings
+        """Order the sources, highest precedence first, each spelling the names of tiers alike."""
+        given = [init_settings(), env_settings(), dotenv_settings(), _file_values.get()]
+        return tuple(InitSettingsSource(settings_cls, _with_upper_tiers(values)) for values in given)
 
     @model_validator(mode="before")
     @classmethod
@@ -355,6 +355,13 @@ def _warn_of_unknown(variables: Collection[str]) -> None:
     for name in sorted(variables):
         if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE and name.partition("__")[0] not in known:
             logger.warning("environment: %s is not a setting and is ignored%s", name, nearest(name, known))
+
+
+def _with_upper_tiers(values: dict[str, Any]) -> dict[str, Any]:
+    tiers = values.get("tiers")
+    if not isinstance(tiers, Mapping):
+        return values
+    return values | {"tiers": {str(name).upper(): terms for name, terms in tiers.items()}}
 
 
 # Rules between sections

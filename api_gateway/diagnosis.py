@@ -4,6 +4,8 @@ Knows YAML files, the environment and pydantic's errors, but no section of the c
 """
 
 import difflib
+import json
+import re
 import types
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,61 +48,92 @@ def read_yaml(path: Path) -> YamlFile:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
     except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([f"{path}{_not_yaml(error)}"]) from None
     if values is None:
         return YamlFile(path, {}, {})
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: must hold sections, got {type(values).__name__}"])
     lines: dict[Place, int] = {}
-    repeated = list(_index_lines(root, (), lines))
-    if repeated:
-        raise ConfigError([f"{path}:{line}: {_spelt(place)}: given twice" for place, line in repeated])
+    faults = [f"{path}:{line}: {_spelt(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
+    if faults:
+        raise ConfigError(faults)
     return YamlFile(path, values, {tuple(map(str.lower, place)): line for place, line in lines.items()})
 
 
-def _index_lines(node: yaml.Node | None, place: Place, lines: dict[Place, int]) -> Iterator[tuple[Place, int]]:
-    """Fill `lines` and yield every key that its mapping holds twice."""
+def _not_yaml(error: yaml.YAMLError) -> str:
+    """Return line and problem, without the text of the file that the error quotes: it may be a secret."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "unreadable"
+    if isinstance(error, yaml.composer.ComposerError | yaml.constructor.ConstructorError):
+        problem = re.sub(r"'.*'", "'...'", problem)
+    return f"{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}"
+
+
+def _index_lines(
+    node: yaml.Node | None, place: Place, lines: dict[Place, int], above: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[Place, int, str]]:
+    """Fill `lines`, and yield place, line and fault of every key or value that YAML allows and we do not."""
+    if any(node is outer for outer in above) and node is not None:
+        yield place, node.start_mark.line + 1, "holds itself"
+        return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*place, str(key.value))
             line = key.start_mark.line + 1
             if inner in lines:
-                yield inner, line
+                yield inner, line, "given twice"
+            elif key.tag != "tag:yaml.org,2002:str":
+                yield inner, line, "is no text; put the key in quotes"
             lines[inner] = line
-            yield from _index_lines(value, inner, lines)
+            yield from _index_lines(value, inner, lines, (*above, node))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             inner = (*place, str(index))
             lines[inner] = value.start_mark.line + 1
-            yield from _index_lines(value, inner, lines)
+            yield from _index_lines(value, inner, lines, (*above, node))
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where values came from: `overrides` of the command line, `variables` (names, upper case), and the file."""
+    """Where values came from: `overrides` of the command line, `variables` (by upper-case name), and the file."""
 
     overrides: Mapping[str, Any]
     prefix: str
-    variables: Collection[str]
+    variables: Mapping[str, str | None]
     file: YamlFile
 
     def origin(self, place: Place) -> str:
         """Return where the value at `place` was set, with a colon behind, or nothing when it cannot be told."""
-        found: Any = self.overrides
-        for part in place:
-            found = found.get(part) if isinstance(found, Mapping) else None
-        if found is not None:
+        if _holds(self.overrides, place):
             return "command line: "
         prefixes = [place[:length] for length in range(len(place), 0, -1)]
         for some in prefixes:
             name = self.prefix + "__".join(some).upper()
-            if name in self.variables:
+            if name in self.variables and _may_hold(self.variables[name], place[len(some) :]):
                 return f"environment {name}: "
         for some in prefixes:
             line = self.file.lines.get(tuple(map(str.lower, some)))
             if line is not None:
                 return f"{self.file.path}:{line}: "
         return ""
+
+
+def _may_hold(text: str | None, place: Place) -> bool:
+    try:
+        return not place or _holds(json.loads(text or ""), place)
+    except ValueError:
+        return True
+
+
+def _holds(value: Any, place: Place) -> bool:
+    """Tell whether there is something at `place` inside `value`."""
+    for part in place:
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return False
+    return value is not None
 
 
 def explain(detail: ErrorDetails, model: type[BaseModel], sources: Sources, secret: Collection[Place]) -> list[str]:

@@ -42,8 +42,8 @@ FORWARDING = frozenset(
         b"x-real-ip",
     }
 )
-# The gateway's word on the limit is the one that binds, so these are set and not merged.
-LIMIT_TRIO = frozenset({b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"})
+# The gateway's word on these is the one that counts, so an upstream's is left out and not merged.
+OURS = frozenset({b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id"})
 
 # `Expect` was answered when the body was asked for; `Host` becomes the target's.
 _NOT_FORWARDED = HOP_BY_HOP | {b"host", b"expect", b"x-request-id"}
@@ -154,7 +154,7 @@ def for_client(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> 
 
     `omit` names (lower case) are left out beside the hop-by-hop ones: what the server in front writes by itself.
     """
-    dropped = HOP_BY_HOP | LIMIT_TRIO | omit
+    dropped = HOP_BY_HOP | OURS | omit
     options = connection_options(headers)
     if options:
         dropped |= options

@@ -21,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 
 from api_gateway.balancer import Upstream
 from api_gateway.circuit_breaker import State
+from api_gateway.errors import Reason
 from api_gateway.models import (
     BreakerCounts,
     Exchange,
@@ -47,6 +48,20 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 OTHER = "_other"
 NO_ROUTE = "_none"
 NO_TIER = "_none"
+
+# What a try on an upstream can end in: the class of its status, or why it has none.
+OUTCOMES = (
+    "2xx",
+    "3xx",
+    "4xx",
+    "5xx",
+    Reason.UPSTREAM_CONNECT_ERROR.value,
+    Reason.UPSTREAM_RESET.value,
+    Reason.UPSTREAM_PROTOCOL_ERROR.value,
+    Reason.UPSTREAM_TIMEOUT.value,
+    Reason.OVERLOADED.value,
+    Reason.BAD_REQUEST.value,
+)
 
 # The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -248,12 +263,17 @@ class Recorder:
         return dict(sums)
 
     def _windows(self, series: Sequence[Series], now: float) -> Iterator[tuple[str, float, Tally]]:
+        """Yield each window's name, the seconds it covers, and its counts."""
         uptime = max(now - self.started, 1e-9)
-        for name, span in (*WINDOWS.items(), ("since_start", uptime)):
+        for name, span in WINDOWS.items():
             merged = Tally()
             for one in series:
-                merged.add(one.total if name == "since_start" else one.last(span, now))
-            yield name, min(span, uptime), merged
+                merged.add(one.last(span, now))
+            yield name, min(span - SLICE + now % SLICE, uptime), merged
+        merged = Tally()
+        for one in series:
+            merged.add(one.total)
+        yield "since_start", uptime, merged
 
     def _latency_of(self, series: Sequence[Series], now: float) -> LatencySeries:
         return LatencySeries(**{name: self._latency_window(tally) for name, _, tally in self._windows(series, now)})
@@ -342,8 +362,8 @@ class Exposition:
             durations.add_metric([name], _classic(series.total), sum_value=series.total.total_seconds)
         yield durations
         rejections = CounterMetricFamily("gateway_rejections", "Answers made by the gateway.", labels=["reason"])
-        for reason, count in recorder.rejections.items():
-            rejections.add_metric([reason], count)
+        for reason in Reason:
+            rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
 
     def _limits(self) -> Iterator[Metric]:
@@ -363,8 +383,8 @@ class Exposition:
             labels=["upstream", "outcome"],
         )
         for name, outcomes in self._recorder.outcomes.items():
-            for outcome, count in outcomes.items():
-                tries.add_metric([name, outcome], count)
+            for outcome in dict.fromkeys((*OUTCOMES, *outcomes)):
+                tries.add_metric([name, outcome], outcomes[outcome])
         yield tries
         durations = HistogramMetricFamily(
             "gateway_upstream_request_duration_seconds",

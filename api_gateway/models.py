@@ -33,7 +33,7 @@ class Quota:
     @classmethod
     def per_second(cls, name: str, rate: float, capacity: int) -> "Quota":
         """Build the quota of `rate` tokens per second and `capacity` tokens; both must be positive."""
-        if not rate > 0 or capacity <= 0:
+        if not 0 < rate < math.inf or capacity <= 0:
             raise ValueError(f"quota {name!r}: rate and capacity must be > 0, got {rate!r} and {capacity!r}")
         emission_ns = math.ceil(NANOSECONDS / Fraction(str(rate)))
         return cls(name, rate, capacity, emission_ns, capacity * emission_ns)

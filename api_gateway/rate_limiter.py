@@ -77,7 +77,7 @@ class MemoryLimiter:
         self._previous: dict[str, int] = {}
         self._retired: list[dict[str, int]] = []
         self._overflow: dict[int, int] = {}
-        self._rotated_at_ns = 0
+        self._rotated_at_ns = 0  # the first decision rotates two empty generations
         self.overflowed = 0
 
     def __repr__(self) -> str:
@@ -155,8 +155,11 @@ class MemoryLimiter:
         self.overflowed += 1
 
     def _advance(self, now_ns: int) -> None:
-        if now_ns - self._rotated_at_ns >= self._period_ns:
+        age_ns = now_ns - self._rotated_at_ns
+        if age_ns >= self._period_ns:
             self._rotate(now_ns)
+        elif age_ns < 0:
+            self._step_back(now_ns)
         if self._retired:
             self._sweep()
 
@@ -171,6 +174,11 @@ class MemoryLimiter:
         self._current = {}
         self._overflow = {slot: tat_ns for slot, tat_ns in self._overflow.items() if tat_ns > now_ns}
         self._rotated_at_ns = now_ns
+
+    def _step_back(self, now_ns: int) -> None:
+        """Begin the generation anew after the clock stepped back. Single buckets heal when used, shared ones here."""
+        self._rotated_at_ns = now_ns
+        self._overflow = {slot: min(tat_ns, now_ns + self._period_ns) for slot, tat_ns in self._overflow.items()}
 
     def _sweep(self) -> None:
         """Free a few retired entries; freeing a large dict at once would stop the loop for milliseconds."""

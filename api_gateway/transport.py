@@ -15,7 +15,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import Any
 
 import httptools
 import httpx
@@ -29,8 +29,11 @@ _BODILESS = frozenset({204, 304})
 Origin = tuple[str, str, int]
 
 
-class _Stale(Exception):
+class _Stale(httpx.ReadError):
     """A reused connection died before any byte of an answer: the race every keep-alive client can lose."""
+
+    def __init__(self) -> None:
+        super().__init__("closed before any answer, on a connection kept alive")
 
 
 class _Answer(httpx.AsyncByteStream):
@@ -126,7 +129,7 @@ class _Connection(asyncio.Protocol):
         self.is_reused = False
         self._pool = pool
         self._parser = httptools.HttpResponseParser(self)
-        self._transport: asyncio.Transport
+        self._transport: Any = None  # an asyncio.Transport, from connection_made on
         self._answer: _Answer | None = None
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
@@ -172,9 +175,7 @@ class _Connection(asyncio.Protocol):
                     return
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
                 if self._writable is not None:
-                    self.start_timer(answer, "idle")
-                    await self._writable
-                    answer.stop_timer()
+                    await self._wait_until_writable(answer)
             if is_chunked and not self.is_closed:
                 self._transport.write(b"0\r\n\r\n")
         except Exception as error:  # noqa: BLE001 - whatever ends the body ends the answer, and its reader gets it
@@ -185,8 +186,19 @@ class _Connection(asyncio.Protocol):
         if not answer.is_head_complete:
             self.start_timer(answer, "read")
 
+    async def _wait_until_writable(self, answer: _Answer) -> None:
+        """Wait for the upstream to read on, no longer than it may be idle; the answer's own clock runs apart."""
+        seconds = answer.timeouts.get("idle", answer.timeouts.get("read"))
+        timer = None if seconds is None else self.loop.call_later(seconds, self.time_out, answer, seconds)
+        try:
+            while self._writable is not None:
+                await self._writable
+        finally:
+            if timer is not None:
+                timer.cancel()
+
     def start_timer(self, answer: _Answer, name: str) -> None:
-        """Give the upstream its time to move: `read` for the head, `idle` between pieces in either direction."""
+        """Give the upstream its time to answer: `read` for the head, `idle` between pieces of the body."""
         seconds = answer.timeouts.get(name, answer.timeouts.get("read"))
         answer.stop_timer()
         if seconds is not None:
@@ -206,7 +218,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start of the connection."""
-        self._transport = cast("asyncio.Transport", transport)
+        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         """Parse what came. Bytes that belong to no request mean the connection cannot be trusted any more."""
@@ -255,12 +267,18 @@ class _Connection(asyncio.Protocol):
         if answer is None or answer.is_complete:
             return
         status = self._parser.get_status_code()
-        if status > 599:  # noqa: PLR2004 - RFC 9110 section 15 ends there
+        if not 100 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
             answer.fail(httpx.RemoteProtocolError(f"status {status}"))
             self.close()
             return
         if 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
             answer.headers, answer.reason, self._received = [], b"", 0
+            return
+        names = {name.lower(): value.lower() for name, value in answer.headers}
+        if names.get(b"transfer-encoding", b"chunked") != b"chunked":
+            # The client could not read it: the header that names the coding ends here.
+            answer.fail(httpx.RemoteProtocolError("a transfer coding nobody asked for"))
+            self.close()
             return
         answer.status = status
         answer.is_head_complete = True
@@ -271,11 +289,7 @@ class _Connection(asyncio.Protocol):
             answer.is_complete = True
             self._parser = httptools.HttpResponseParser(self)
         elif status not in _BODILESS:
-            names = {name.lower(): value.lower() for name, value in answer.headers}
-            coding = names.get(b"transfer-encoding", b"")
-            answer.is_until_close = not coding.endswith(b"chunked") and (
-                b"content-length" not in names or bool(coding)
-            )
+            answer.is_until_close = b"transfer-encoding" not in names and b"content-length" not in names
         answer.wake()
 
     def on_body(self, piece: bytes) -> None:
@@ -344,7 +358,8 @@ class _Connection(asyncio.Protocol):
             self.is_closed = True
             if self._answer is not None:
                 self._answer.fail(httpx.ReadError("connection closed"))
-            self._transport.abort()
+            if self._transport is not None:
+                self._transport.abort()
             self._pool.discard(self)
 
     def _finish(self, answer: _Answer) -> None:
@@ -420,7 +435,9 @@ class _Pool:
 
     def discard(self, connection: _Connection) -> None:
         """Forget a closed connection, and let the next in the queue open one in its place."""
-        self._open.discard(connection)
+        if connection not in self._open:  # it failed while it was made: its slot is still its maker's
+            return
+        self._open.remove(connection)
         if connection in self._idle:
             self._idle.remove(connection)
         self._free_slot()
@@ -436,12 +453,13 @@ class _Pool:
         """Open a connection in a slot that is already ours."""
         loop = asyncio.get_running_loop()
         scheme, host, port = self._origin
+        connection = _Connection(self, loop)
+        tls = self._tls if scheme == "https" else None
         try:
             async with asyncio.timeout(seconds):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(self, loop), host, port, ssl=self._tls if scheme == "https" else None
-                )
+                await loop.create_connection(lambda: connection, host, port, ssl=tls)
         except BaseException as error:
+            connection.close()
             self._free_slot()
             if isinstance(error, TimeoutError):
                 raise httpx.ConnectTimeout(f"no connection to {host}:{port} within {seconds} s") from error
@@ -449,6 +467,7 @@ class _Pool:
                 raise httpx.ConnectError(f"no connection to {host}:{port}: {error.strerror or error}") from error
             raise
         if connection.is_closed:
+            self._free_slot()
             raise httpx.ConnectError(f"{host}:{port} closed the connection at once")
         self._open.add(connection)
         return connection
@@ -527,9 +546,9 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         connection = await pool.take(timeouts.get("connect"), timeouts.get("pool"))
         try:
             answer = await connection.request(request)
-        except _Stale as error:
+        except _Stale:
             if request.method not in _IDEMPOTENT or _framing(request.headers.raw) is not None:
-                raise httpx.ReadError("closed before any answer, on a connection kept alive") from error
+                raise
             connection = await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=True)
             answer = await connection.request(request)
         return httpx.Response(

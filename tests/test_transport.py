@@ -98,16 +98,16 @@ async def fetch(transport: UpstreamTransport, request: httpx.Request) -> bytes:
 
 async def soon(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
     end = time.monotonic() + within
-    while not condition():  # noqa: ASYNC110 - what is awaited happens in a thread or in a socket
+    while not condition():
         assert time.monotonic() < end, f"did not happen within {within:g} s: {what}"
         await asyncio.sleep(0.005)
 
 
 def state(transport: UpstreamTransport) -> str:
-    """What the repr says of the only pool, such as `0 busy, 1 idle, 0 waiting`."""
+    """What the repr says of the only pool, such as `0 busy, 1 idle, 0 waiting`; empty before there is one."""
     found = re.findall(r"\[([^]]*)\]", repr(transport))
-    assert len(found) == 1, repr(transport)
-    return str(found[0])
+    assert len(found) <= 1, repr(transport)
+    return "".join(found)
 
 
 async def settles(transport: UpstreamTransport, expected: str) -> None:
@@ -164,6 +164,14 @@ def dies_on_reuse(wire: Wire, _request: RawRequest, *, served: set[int]) -> bool
     served.add(id(wire))
     wire.send(OK)
     return None
+
+
+def swallow(wire: Wire, size: int) -> int:
+    """Read and forget; return how much came, `size` at most."""
+    left = size - len(wire.buffer)
+    while left > 0 and (data := wire.sock.recv(min(left, MIB))):
+        left -= len(data)
+    return size - left
 
 
 # The pool
@@ -249,15 +257,14 @@ async def test_each_origin_has_a_pool_of_its_own(upstream: StartUpstream) -> Non
 
 async def serves_at_once(transport: UpstreamTransport, up: RawUpstream, count: int) -> None:
     """Assert that `count` requests are with the upstream at the same time."""
-    barrier = threading.Barrier(count)
-
-    def behave(wire: Wire, _request: RawRequest) -> None:
-        barrier.wait(PATIENCE)
-        wire.send(OK)
-
-    up.behave = behave
-    requests = [fetch(transport, request_to(up, pool=PATIENCE)) for _ in range(count)]
-    assert await asyncio.gather(*requests) == [b"ok"] * count
+    gate = threading.Event()
+    up.behave = held_until(gate)
+    tasks = [asyncio.create_task(fetch(transport, request_to(up, "/held", pool=2))) for _ in range(count)]
+    try:
+        await soon(lambda: sum(b"/held" in request.line for request in up.requests) == count, "all arrive", within=2)
+    finally:
+        gate.set()
+    assert await asyncio.gather(*tasks) == [b"ok"] * count
     assert state(transport) == f"0 busy, {count} idle, 0 waiting"
 
 
@@ -282,7 +289,7 @@ async def test_requests_cancelled_anywhere_leak_no_slot(upstream: StartUpstream,
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(result == b"half" or isinstance(result, asyncio.CancelledError) for result in results)
-        await soon(lambda: state(transport).startswith("0 busy"), f"no slot is taken: {transport!r}")
+        await soon(lambda: state(transport).startswith("0 busy"), "no slot is taken", within=2)
         assert state(transport).endswith("0 waiting")
         await serves_at_once(transport, up, 4)
 
@@ -299,8 +306,8 @@ async def test_a_request_cancelled_after_any_turn_of_the_loop_gives_its_slot_bac
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        if "busy" in repr(transport):  # cancelled before its first step it has not even made a pool
-            await soon(lambda: "[0 busy, " in repr(transport), f"exactly no slot is taken: {transport!r}", within=1)
+        await asyncio.sleep(0.05)  # time for a connection that was being made to be dropped
+        assert state(transport) in ("", "0 busy, 0 idle, 0 waiting", "0 busy, 1 idle, 0 waiting")
         await serves_at_once(transport, up, 2)
 
 
@@ -496,7 +503,7 @@ async def test_a_connection_nobody_accepts_is_a_connect_timeout(transport: Upstr
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):  # fill the queue of connections to be accepted
             filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)  # noqa: FBT003
+            filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         with pytest.raises(httpx.ConnectTimeout):
             await fetch(transport, request_to(f"http://127.0.0.1:{listener.getsockname()[1]}", connect=0.2))
@@ -555,14 +562,16 @@ async def test_silence_after_an_early_head_is_noticed_although_the_upload_ended_
     """The end of an upload does not stop the clock that runs for the answer's body."""
     gate = threading.Event()
 
-    def behave(wire: Wire, request: RawRequest) -> None:
+    def behave(wire: Wire, _request: RawRequest) -> None:
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
         gate.wait(PATIENCE)
-        wire.read_body(request.headers)
+        swallow(wire, 32 * MIB)
+        wire.is_closed()
 
     up = upstream(behave, reads_body=False)
     body = Pieces([bytes(MIB)] * 32)
-    request = request_to(up, method="POST", headers=CHUNKED, body=body, idle=0.5)
+    headers = [(b"Content-Length", b"%d" % (32 * MIB))]
+    request = request_to(up, method="POST", headers=headers, body=body, idle=0.5)
     response = await transport.handle_async_request(request)
     reading = asyncio.create_task(read(response))
     await asyncio.sleep(0.1)
@@ -570,7 +579,7 @@ async def test_silence_after_an_early_head_is_noticed_although_the_upload_ended_
     gate.set()
     await soon(lambda: body.taken == 32 * MIB, "the upload ends")
     with pytest.raises(httpx.ReadTimeout):
-        await asyncio.wait_for(reading, 3)
+        await asyncio.wait_for(reading, 2)
 
 
 @pytest.mark.parametrize(
@@ -903,7 +912,7 @@ async def test_an_upstream_that_pauses_makes_the_sender_wait(
 
     def behave(wire: Wire, request: RawRequest) -> None:
         gate.wait(PATIENCE)
-        request.body = b"%d" % len(wire.read_exactly(TO_FILL_EVERY_BUFFER))
+        request.body = b"%d" % swallow(wire, TO_FILL_EVERY_BUFFER)
         wire.send(OK)
 
     up = upstream(behave, reads_body=False)

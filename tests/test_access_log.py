@@ -1,0 +1,116 @@
+"""One JSON line for each exchange, whatever clients call themselves."""
+
+import io
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from api_gateway.access_log import AccessLog
+from api_gateway.models import Client, Decision, Exchange, Quota
+
+FREE = Quota.per_second("FREE", 1, 10)
+
+
+class Flushed(io.StringIO):
+    """A stream that keeps apart what has been flushed."""
+
+    seen = ""
+
+    def flush(self) -> None:
+        self.seen = self.getvalue()
+
+
+def logged(*exchanges: Exchange) -> list[dict[str, Any]]:
+    """Return what is written of these, one object a line."""
+    stream = Flushed()
+    log = AccessLog(lambda: 1_700_000_000.25, stream)
+    for exchange in exchanges:
+        log.write(exchange)
+    assert stream.seen.isascii()
+    lines = stream.seen.split("\n")
+    assert lines.pop() == ""
+    return [json.loads(line) for line in lines]
+
+
+def bare(client: str = "acme", path: str = "/api/x") -> Exchange:
+    return Exchange("id-1", "GET", path, "192.0.2.7", 100.0, Client(client, f"client:{client}", FREE, "default"))
+
+
+def test_a_line_tells_everything_of_a_proxied_request() -> None:
+    exchange = Exchange(
+        id="id-1",
+        method="POST",
+        path="/api/users/7",
+        peer="192.0.2.7",
+        started=100.0,
+        client=Client("acme", "client:acme", FREE, "configured"),
+        route="users",
+        upstream="people",
+        target="http://127.0.0.1:9001",
+        cost=2.0,
+        decision=Decision("client:acme", FREE, allowed=True, remaining=8, wait_ns=0, reset_ns=2),
+        attempts=2,
+        sent_at=100.01,
+        head_at=100.0145,
+        status=201,
+        source="upstream",
+        bytes_in=12,
+        bytes_out=345,
+        finished=100.0201234,
+    )
+    (line,) = logged(exchange)
+    expected = {
+        "time": "2023-11-14T22:13:20.250+00:00",
+        "request_id": "id-1",
+        "peer": "192.0.2.7",
+        "client": "acme",
+        "tier": "FREE",
+        "method": "POST",
+        "path": "/api/users/7",
+        "status": 201,
+        "reason": None,
+        "source": "upstream",
+        "route": "users",
+        "upstream": "people",
+        "target": "http://127.0.0.1:9001",
+        "attempts": 2,
+        "cost": 2.0,
+        "remaining": 8,
+        "bytes_in": 12,
+        "bytes_out": 345,
+        "duration_ms": 20.123,
+        "upstream_ms": 4.5,
+    }
+    assert {key: line.get(key, "missing") for key in expected} == expected
+
+
+def test_a_line_of_a_request_that_was_refused_at_once_has_empty_places() -> None:
+    exchange = Exchange("id-1", "GET", "/api/x", "192.0.2.7", 100.0, status=404, reason="no_route", finished=100.5)
+    exchange.detail = "No route matches /api/x."
+    (line,) = logged(exchange)
+    assert (line["status"], line["reason"], line["source"], line["duration_ms"]) == (404, "no_route", "gateway", 500)
+    assert "No route matches /api/x." in line.values()
+    for key in ("client", "tier", "route", "upstream", "target", "remaining", "upstream_ms"):
+        assert line[key] is None
+
+
+def test_an_exchange_is_one_line() -> None:
+    assert [line["client"] for line in logged(bare("a"), bare("b"), bare("c"))] == ["a", "b", "c"]
+
+
+@given(st.text(), st.text())
+@example('"},{"status":200', "/api/\r\n{}")
+@example("\u2028\u2029\x85\x0b\x0c\x1c\x00\x1b[31m", "/api/\ud800é😀")
+def test_odd_names_and_paths_are_data_and_never_lines(client: str, path: str) -> None:
+    lines = logged(bare(client, path))
+    assert [(line["client"], line["path"], line["request_id"]) for line in lines] == [(client, path, "id-1")]
+
+
+def test_the_log_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    AccessLog(lambda: 0.0).write(bare())
+    written = capsys.readouterr()
+    assert json.loads(written.out)["time"] == "1970-01-01T00:00:00.000+00:00"
+    assert written.err == ""

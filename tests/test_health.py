@@ -1,0 +1,248 @@
+"""How single results become a verdict, what a check finds, and that targets are watched independently."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from api_gateway.balancer import Target
+from api_gateway.health import Ask, HealthJudge, HealthPolicy, check, watch
+
+POLICY = HealthPolicy("/health", interval=0.001, timeout=5, healthy_after=2, unhealthy_after=3)
+URL = "http://10.0.0.1:9001"
+
+
+def judged(*, is_healthy: bool = True, policy: HealthPolicy = POLICY) -> tuple[HealthJudge, Target]:
+    target = Target(URL, is_healthy=is_healthy)
+    return HealthJudge(policy, target), target
+
+
+def answering(status: int) -> Ask:
+    async def ask(_url: str, _timeout: float) -> int:
+        return status
+
+    return ask
+
+
+def failing(error: BaseException) -> Ask:
+    async def ask(_url: str, _timeout: float) -> int:
+        raise error
+
+    return ask
+
+
+async def silent(_url: str, _timeout: float) -> int:
+    """Answer never."""
+    never: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    return await never
+
+
+# The verdict
+
+
+@pytest.mark.parametrize(
+    ("is_healthy", "results", "changes"),  # + is a good result, - a bad one; * where the verdict changes
+    [
+        (True, "++++", "...."),
+        (True, "---", "..*"),
+        (True, "------", "..*..."),
+        (True, "--+--+", "......"),
+        (True, "--+---", ".....*"),
+        (True, "---+-++", "..*...*"),
+        (False, "--", ".."),
+        (False, "++", ".*"),
+        (False, "+-+-+", "....."),
+        (False, "++---", ".*..*"),
+    ],
+)
+def test_the_verdict_changes_after_enough_contrary_results_in_a_row(
+    is_healthy: bool,  # noqa: FBT001 - a table's column
+    results: str,
+    changes: str,
+) -> None:
+    judge, target = judged(is_healthy=is_healthy)
+    for result, change in zip(results, changes, strict=True):
+        assert judge.observe(is_good=result == "+", finding=result) == (change == "*")
+        is_healthy ^= change == "*"
+        assert target.is_healthy == is_healthy
+
+
+def test_one_result_is_enough_where_the_policy_says_so() -> None:
+    judge, target = judged(policy=HealthPolicy("/health", healthy_after=1, unhealthy_after=1))
+    for is_good in (False, True, False):
+        assert judge.observe(is_good=is_good, finding="")
+        assert target.is_healthy == is_good
+
+
+def test_a_target_shows_that_it_was_checked_and_what_was_found() -> None:
+    judge, target = judged()
+    assert (target.is_checked, target.last_check) == (False, None)
+    judge.observe(is_good=False, finding="status 503")
+    assert (target.is_checked, target.last_check) == (True, "status 503")
+
+
+def test_its_repr_tells_verdict_and_doubt() -> None:
+    judge, _ = judged()
+    judge.observe(is_good=False, finding="")
+    assert repr(judge) == "<HealthJudge [healthy, 1 contrary in a row]>"
+    judge.observe(is_good=False, finding="")
+    judge.observe(is_good=False, finding="")
+    assert repr(judge) == "<HealthJudge [unhealthy, 0 contrary in a row]>"
+
+
+# One check
+
+
+@pytest.mark.parametrize(
+    ("ask", "is_good", "finding"),
+    [
+        (answering(200), True, "status 200"),
+        (answering(204), True, "status 204"),
+        (answering(302), True, "status 302"),
+        (answering(399), True, "status 399"),
+        (answering(199), False, "status 199"),
+        (answering(400), False, "status 400"),
+        (answering(503), False, "status 503"),
+        (failing(ConnectionRefusedError("connection refused")), False, "connection refused"),
+        (failing(ValueError()), False, "ValueError"),
+        (failing(TimeoutError("of its own")), False, "no answer within 5 s"),
+    ],
+)
+async def test_a_check_finds(ask: Ask, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
+    judge, target = judged(is_healthy=not is_good, policy=HealthPolicy("/", healthy_after=1, unhealthy_after=1))
+    assert await check(judge, POLICY, URL, ask)
+    assert (target.is_healthy, target.last_check) == (is_good, finding)
+
+
+async def test_silence_is_found_after_the_timeout() -> None:
+    judge, target = judged()
+    assert not await check(judge, HealthPolicy("/health", timeout=0.001), URL, silent)
+    assert target.last_check == "no answer within 0.001 s"
+    assert repr(judge) == "<HealthJudge [healthy, 1 contrary in a row]>"
+
+
+async def test_a_check_asks_the_health_path_with_its_timeout() -> None:
+    asked: list[tuple[str, float]] = []
+
+    async def ask(url: str, timeout: float) -> int:  # noqa: ASYNC109 - the seam's own signature
+        asked.append((url, timeout))
+        return 200
+
+    await check(judged()[0], POLICY, URL, ask)
+    assert asked == [(f"{URL}/health", 5)]
+
+
+async def test_cancelling_a_check_passes_through_and_finds_nothing() -> None:
+    judge, target = judged()
+    task = asyncio.create_task(check(judge, POLICY, URL, silent))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (target.is_checked, target.is_healthy) == (False, True)
+
+
+# Watching
+
+
+@asynccontextmanager
+async def watching(
+    targets: Sequence[Target], ask: Ask, on_change: Callable[[Target], None] = lambda _: None
+) -> AsyncIterator[None]:
+    """Watch for the length of a block, which may take 5 s; the end is a cancellation that passes through."""
+    task = asyncio.create_task(watch(targets, POLICY, ask, on_change, random.Random(1)))
+    try:
+        async with asyncio.timeout(5):
+            yield
+    finally:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+def scripted(statuses: Sequence[int]) -> tuple[Ask, asyncio.Event]:
+    """Return an ask that answers these in turn and then no more, and what tells that they are used up."""
+    left = list(statuses)
+    done = asyncio.Event()
+
+    async def ask(url: str, timeout: float) -> int:  # noqa: ASYNC109 - the seam's own signature
+        if not left:
+            done.set()
+            return await silent(url, timeout)
+        return left.pop(0)
+
+    return ask, done
+
+
+async def test_a_change_of_verdict_is_told_once() -> None:
+    target = Target(URL)
+    told: list[bool] = []
+    ask, used_up = scripted([200, 500, 500, 500, 500, 500, 200, 200, 200, 500])
+    async with watching([target], ask, lambda changed: told.append(changed.is_healthy)):
+        await used_up.wait()
+    assert told == [False, True]
+
+
+async def test_what_changed_is_told_of_that_target() -> None:
+    good, bad = Target("http://good"), Target("http://bad")
+    told: list[Target] = []
+    changed = asyncio.Event()
+
+    async def ask(url: str, _timeout: float) -> int:
+        return 200 if url == "http://good/health" else 500
+
+    def on_change(target: Target) -> None:
+        told.append(target)
+        changed.set()
+
+    async with watching([good, bad], ask, on_change):
+        await changed.wait()
+    assert told == [bad]
+    assert (good.is_healthy, bad.is_healthy) == (True, False)
+
+
+async def test_a_slow_target_delays_no_other() -> None:
+    asked: Counter[str] = Counter()
+    enough = asyncio.Event()
+
+    async def ask(url: str, timeout: float) -> int:  # noqa: ASYNC109 - the seam's own signature
+        asked[url] += 1
+        if "slow" in url:
+            return await silent(url, timeout)
+        if asked[url] == 5:
+            enough.set()
+        return 200
+
+    async with watching([Target("http://slow"), Target("http://fast")], ask):
+        await enough.wait()
+    assert asked["http://fast/health"] >= 5
+    assert asked["http://slow/health"] == 1
+
+
+async def test_targets_are_asked_at_once_and_then_about_every_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread by a tenth, so that gateways started together do not ask together for ever."""
+    pauses: list[float] = []
+    enough = asyncio.Event()
+    asked = 0
+
+    async def ask(_url: str, _timeout: float) -> int:
+        nonlocal asked
+        asked += 1
+        return 200
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 200:
+            enough.set()
+            await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr("api_gateway.health.asyncio.sleep", sleep)
+    async with watching([Target(URL)], ask):
+        await enough.wait()
+    assert asked == 200
+    assert all(0.0009 <= pause <= 0.0011 for pause in pauses)
+    assert max(pauses) - min(pauses) > 0.0001
+    assert sum(pauses) / 200 == pytest.approx(0.001, rel=0.02)
