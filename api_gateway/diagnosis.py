@@ -18,6 +18,8 @@ from pydantic_core import ErrorDetails
 
 Place = tuple[str, ...]
 
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
 
 class ConfigError(Exception):
     """The configuration cannot be used. `problems` holds one line for each mistake."""
@@ -81,7 +83,7 @@ def _index_lines(
             line = key.start_mark.line + 1
             if inner in lines:
                 yield inner, line, "given twice"
-            elif key.tag != "tag:yaml.org,2002:str":
+            elif key.tag not in _KEY_TAGS:
                 yield inner, line, "is no text; put the key in quotes"
             lines[inner] = line
             yield from _index_lines(value, inner, lines, (*above, node))

@@ -267,5 +267,5 @@ def problem(error: GatewayError, *, instance: str, request_id: str | None = None
     if request_id is not None:
         body["request_id"] = request_id
     if error.retry_after is not None:
-        body["retry_after_seconds"] = round(error.retry_after, 3)
+        body["retry_after_seconds"] = math.ceil(error.retry_after * 1000) / 1000
     return body | error.extra

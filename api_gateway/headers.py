@@ -83,6 +83,8 @@ def flaw(headers: HeaderList, version: str) -> str | None:
     if hosts and _AUTHORITY.fullmatch(hosts[0]) is None:
         return "its Host is not a host and a port"
     codings = values(headers, b"transfer-encoding")
+    if codings and version == "1.0":
+        return "HTTP/1.0 has no Transfer-Encoding"
     if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
         return "its Transfer-Encoding is not chunked"
     return None

@@ -62,9 +62,10 @@ class GatewayProtocol(HttpToolsProtocol):
         self._counted = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count one header; a head that came in one piece is bounded here."""
+        """Count one header; a head that came in one piece is bounded here. Trailers never become headers."""
         self._counted += len(name) + len(value) + 4
-        super().on_header(name, value)
+        if self._is_in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is there."""

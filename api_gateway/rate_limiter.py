@@ -98,13 +98,24 @@ class MemoryLimiter:
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """Decide without awaiting; see `RateLimiter.acquire`. `charges` holds at least one."""
-        self._advance(now_ns)
+        if self._retired or not 0 <= now_ns - self._rotated_at_ns < self._period_ns:
+            self._advance(now_ns)
         if len(charges) > 1:
             return self._decide_all(charges, now_ns)
         charge = charges[0]
-        tat_ns = self._load(charge.key)
-        after_ns, wait_ns = take(tat_ns, charge.quota.burst_ns, charge.increment_ns, now_ns)
-        if (wait_ns == 0 and charge.increment_ns) or after_ns < tat_ns:
+        quota, increment_ns = charge.quota, charge.increment_ns
+        tat_ns = self._current.get(charge.key)
+        if tat_ns is not None:
+            # A warm bucket that passes, `take` written out: the common case takes half the time so.
+            debt_ns = (tat_ns - now_ns if tat_ns > now_ns else 0) + increment_ns
+            if debt_ns <= quota.burst_ns:
+                if increment_ns:
+                    self._current[charge.key] = now_ns + debt_ns
+                return Decision(charge.key, quota, True, (quota.burst_ns - debt_ns) // quota.emission_ns, 0, debt_ns)
+        else:
+            tat_ns = self._load(charge.key)
+        after_ns, wait_ns = take(tat_ns, quota.burst_ns, increment_ns, now_ns)
+        if (wait_ns == 0 and increment_ns) or after_ns < tat_ns:
             self._store(charge.key, after_ns)
         return _decision(charge, after_ns, wait_ns, now_ns)
 

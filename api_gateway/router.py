@@ -39,6 +39,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
+PROXIED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 REFUSED_METHODS = frozenset({"TRACE", "CONNECT"})  # RFC 9110 section 9.3.8: TRACE would echo credentials
 _BODILESS = frozenset({204, 304})
 PATIENCE = 0.05  # seconds an upstream may take before we also watch for the client's leaving
@@ -291,7 +292,7 @@ class Router:
     ) -> None:
         """Send the request to the route's upstream and its answer to the client. Raises GatewayError."""
         if exchange.method in REFUSED_METHODS:
-            raise MethodNotAllowed(f"{exchange.method} is not proxied.")
+            raise MethodNotAllowed(f"{exchange.method} is not proxied.", headers={"allow": PROXIED_METHODS})
         service = self.services[route.upstream]
         exchange.upstream = route.upstream
         body = self._body(exchange, scope["headers"], receive)

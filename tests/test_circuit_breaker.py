@@ -371,7 +371,7 @@ class Model:
     state: State = CLOSED
     moves: list[tuple[float, State]] = field(default_factory=list)  # when, and where to
     calls: list[tuple[float, bool]] = field(default_factory=list)  # when, and whether it failed; since the last move
-    probes: list[Try] = field(default_factory=list)  # out and not lost, oldest first
+    probes: list[Try] = field(default_factory=list)  # out and not lost
     last_probe: float = NOW
     rejected: int = 0
 
@@ -392,7 +392,7 @@ class Model:
         if self.state is HALF_OPEN and len(self.probes) == self.policy.half_open_max_calls:
             if self.now - self.last_probe < self.policy.recovery_timeout:
                 return False
-            del self.probes[0]  # lost
+            self.probes = []  # the youngest is that old, so all are lost
         return self.state is not OPEN
 
     def streak(self) -> int:

@@ -1,10 +1,9 @@
 """A client that leaves: the upstream is let go at once, nobody is blamed, nothing is leaked."""
 
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import pytest
 
@@ -21,7 +20,6 @@ from tests.kit import (
 )
 
 SOON = 1.0
-MIB = 1024 * 1024
 POOL = 2
 Leave = Callable[[RawClient], None]
 LEAVING: tuple[Leave, ...] = (RawClient.close, RawClient.reset)
@@ -209,36 +207,6 @@ def test_leaving_within_an_upload_lets_the_upstream_go(
     assert not any(b"0\r\n\r\n" in wire.buffer for wire in up.wires)
     assert_blameless(plain)
     assert_no_slot_is_leaked(plain, up)
-
-
-@pytest.mark.parametrize("leave", LEAVING)
-def test_leaving_an_upload_that_the_upstream_does_not_read_lets_it_go(
-    plain: RunningGateway, up: RawUpstream, leave: Leave
-) -> None:
-    """All buffers are full, so that neither side moves."""
-    reached, left = threading.Event(), threading.Event()
-
-    def behave(wire: Wire, _request: RawRequest) -> bool:
-        poller = select.poll()
-        poller.register(wire.sock, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-        reached.set()
-        if poller.poll(4 * SOON * 1000):
-            left.set()
-        return False
-
-    ledger = Ledger(plain)
-    up.behave, up.reads_body = behave, False
-    with RawClient(plain.port) as client:
-        client.request("POST", "/api/x", ("Content-Length: 100000000",))
-        assert reached.wait(SOON)
-        client.sock.settimeout(0.3)
-        with suppress(TimeoutError):
-            while True:
-                client.send(bytes(MIB))
-        leave(client)
-    assert left.wait(SOON)
-    ledger.comes_to_show(1)
-    assert_blameless(plain)
 
 
 def test_leaving_while_waiting_for_a_connection_leaves_the_queue(plain: RunningGateway, up: RawUpstream) -> None:

@@ -254,3 +254,23 @@ def test_the_nearest_known_word_is_suggested_if_any_is_near(word: str, suggestio
 
 def test_nothing_is_suggested_of_nothing() -> None:
     assert nearest("port", []) == ""
+
+
+# YAML's own means
+
+
+def test_sections_may_be_shared_by_anchors_and_merged(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(
+        "upstreams:\n"
+        "  a: &a {targets: [{url: 'http://127.0.0.1:1'}], balance: hash, timeouts: &t {connect: 1}}\n"
+        "  b: {<<: *a, targets: [{url: 'http://127.0.0.1:2'}]}\n"
+        "  c: {targets: [{url: 'http://127.0.0.1:3'}], timeouts: *t}\n",
+        encoding="utf-8",
+    )
+    upstreams = load_config(path).upstreams
+    assert [(one.targets[0].url[-1], one.balance, one.timeouts.connect) for one in upstreams.values()] == [
+        ("1", "hash", 1),
+        ("2", "hash", 1),
+        ("3", "round_robin", 1),
+    ]

@@ -605,8 +605,15 @@ def test_an_ambiguous_request_is_refused_and_never_forwarded(
 
 @pytest.mark.parametrize(
     "body",
-    [b"zz\r\nok\r\n0\r\n\r\n", b"0x2\r\nok\r\n0\r\n\r\n", b"-2\r\nok\r\n0\r\n\r\n", b"2 \r\nok\r\n0\r\n\r\n"]
-    + [b"2\nok\n0\n\n", b"3\r\nokkk\r\n0\r\n\r\n", b"fffffffffffffffff\r\nok"],
+    [
+        b"zz\r\nok\r\n0\r\n\r\n",
+        b"0x2\r\nok\r\n0\r\n\r\n",
+        b"-2\r\nok\r\n0\r\n\r\n",
+        b"2 \r\nok\r\n0\r\n\r\n",
+        b"2\nok\n0\n\n",
+        b"3\r\nokkk\r\n0\r\n\r\n",
+        b"fffffffffffffffff\r\nok",
+    ],
 )
 @pytest.mark.parametrize("pause", [0.0, 0.05])
 def test_a_body_with_bad_chunks_never_arrives_whole(

@@ -1,4 +1,4 @@
-"""The transport to the upstreams by itself: pool, framing, failures, time limits and back-pressure, on real sockets."""
+"""The transport to the upstreams by itself: pool, framing, failures, time limits, back-pressure."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -112,7 +112,7 @@ def state(transport: UpstreamTransport) -> str:
 
 async def settles(transport: UpstreamTransport, expected: str) -> None:
     end = time.monotonic() + PATIENCE
-    while state(transport) != expected and time.monotonic() < end:
+    while state(transport) != expected and time.monotonic() < end:  # noqa: ASYNC110 - the pool tells nobody
         await asyncio.sleep(0.005)
     assert state(transport) == expected
 
@@ -522,7 +522,7 @@ async def test_silence_before_the_head_is_a_read_timeout(
 
 @pytest.mark.parametrize("limits", [{"read": 0.2}, {"read": PATIENCE, "idle": 0.2}])
 async def test_silence_within_the_body_is_a_read_timeout(
-    transport: UpstreamTransport, upstream: StartUpstream, limits: dict[str, float]
+    transport: UpstreamTransport, upstream: StartUpstream, limits: dict[str, Any]
 ) -> None:
     up = upstream(raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"))
     response = await transport.handle_async_request(request_to(up, **limits))
@@ -787,7 +787,8 @@ async def test_a_request_goes_out_as_it_is(transport: UpstreamTransport, upstrea
     headers = [(b"x-B", b"1"), (b"X-a", b"caf\xc3\xa9 \xff"), (b"x-B", b"2"), (b"X-Empty", b"")]
     await fetch(transport, request_to(up, "/a%2f/../b//c?q=%zz&&", headers=headers))
     assert up.requests[0].head == (
-        b"GET /a%2f/../b//c?q=%zz&& HTTP/1.1\r\nHost: up\r\nx-B: 1\r\nX-a: caf\xc3\xa9 \xff\r\nx-B: 2\r\nX-Empty: \r\n\r\n"
+        b"GET /a%2f/../b//c?q=%zz&& HTTP/1.1\r\n"
+        b"Host: up\r\nx-B: 1\r\nX-a: caf\xc3\xa9 \xff\r\nx-B: 2\r\nX-Empty: \r\n\r\n"
     )
 
 
@@ -951,9 +952,26 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("certificates")
     for name, alternative in (("here", "IP:127.0.0.1"), ("other", "DNS:other.test")):
         subprocess.run(
-            [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-            + ["-subj", "/CN=test", "-addext", f"subjectAltName={alternative}", "-days", "1"]
-            + ["-keyout", str(directory / f"{name}.key"), "-out", str(directory / f"{name}.pem")],
+            [
+                openssl,
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+                "-subj",
+                "/CN=test",
+                "-addext",
+                f"subjectAltName={alternative}",
+                "-days",
+                "1",
+                "-keyout",
+                str(directory / f"{name}.key"),
+                "-out",
+                str(directory / f"{name}.pem"),
+            ],
             check=True,
             capture_output=True,
         )

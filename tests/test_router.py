@@ -1,0 +1,453 @@
+"""Units of the router without a socket: route table, cost rules, paths, request bodies, and the limit on all of it."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from api_gateway.balancer import Target, Upstream, round_robin
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
+from api_gateway.errors import BadRequest, BodyTooLarge, ClientDisconnected, MethodNotAllowed, NoRoute, UpstreamTimeout
+from api_gateway.models import Exchange
+from api_gateway.router import (
+    CostRule,
+    Message,
+    RequestBody,
+    Route,
+    Router,
+    RouteTable,
+    Service,
+    Timeouts,
+    _target,
+    is_below,
+    matching_path,
+)
+
+
+def route(path: str, **options: Any) -> Route:
+    options.setdefault("name", path)
+    return Route(path=path, upstream="up", **options)
+
+
+def exchange(method: str = "GET", path: str = "/api/x") -> Exchange:
+    return Exchange(id="1", method=method, path=path, peer="192.0.2.1", started=0.0)
+
+
+# Matching
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/api", "/api"),
+        ("/api/", "/api"),
+        ("/api/other", "/api"),
+        ("/api/users", "/api/users"),
+        ("/api/users/", "/api/users"),
+        ("/api/users/7", "/api/users"),
+        ("/api/usersx", "/api"),
+        ("/api/user", "/api"),
+        ("/api/users/7/orders", "/api/users/7/orders"),
+        ("/api/users/7/orders/9", "/api/users/7/orders"),
+        ("/api/users/8/orders", "/api/users"),
+        ("/api/USERS", "/api"),
+    ],
+)
+def test_the_longest_prefix_of_whole_segments_wins(path: str, expected: str) -> None:
+    table = RouteTable([route("/api"), route("/api/users"), route("/api/users/7/orders")])
+    assert table.match("any", "GET", path).path == expected
+
+
+@pytest.mark.parametrize("path", ["/", "", "/ap", "/apix", "/metrics", "/x/api/users"])
+def test_a_path_below_no_route_has_none(path: str) -> None:
+    with pytest.raises(NoRoute):
+        RouteTable([route("/api"), route("/api/users")]).match("any", "GET", path)
+
+
+def test_an_empty_table_has_no_route() -> None:
+    with pytest.raises(NoRoute):
+        RouteTable([]).match("any", "GET", "/api")
+
+
+SEGMENTS = st.lists(st.sampled_from(["a", "b", "ab", ""]), max_size=5)
+PATHS = st.builds(lambda segments: "/" + "/".join(segments), SEGMENTS)
+PREFIXES = st.builds(lambda segments: "/" + "/".join(filter(None, segments)), SEGMENTS).filter(
+    lambda path: path != "/"
+)
+
+
+@given(st.lists(PREFIXES, unique=True, max_size=6), PATHS)
+@example(["/a", "/a/b"], "/a//b")
+def test_the_table_finds_what_a_search_through_all_routes_finds(prefixes: list[str], path: str) -> None:
+    matching = [prefix for prefix in prefixes if path == prefix or path.startswith(prefix + "/")]
+    table = RouteTable([route(prefix) for prefix in prefixes])
+    try:
+        found = table.match("any", "GET", path).path
+    except NoRoute:
+        assert not matching
+    else:
+        assert found == max(matching, key=len)
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize(("host", "expected"), [("a.test", "for a"), ("b.test", "for b"), ("c.test", "for any")])
+def test_a_route_for_the_host_comes_before_one_for_any(host: str, expected: str, *, is_reversed: bool) -> None:
+    """In whatever order they are configured."""
+    routes = [
+        route("/api", name="for any"),
+        route("/api", name="for a", host="a.test"),
+        route("/api", name="for b", host="b.test"),
+    ]
+    table = RouteTable(routes[::-1] if is_reversed else routes)
+    assert table.match(host, "GET", "/api/x").name == expected
+
+
+def test_a_longer_prefix_for_another_host_is_passed_over() -> None:
+    table = RouteTable([route("/api"), route("/api/users", host="a.test")])
+    assert table.match("b.test", "GET", "/api/users").path == "/api"
+    assert table.match("a.test", "GET", "/api/users").path == "/api/users"
+
+
+def test_routes_share_a_path_by_method() -> None:
+    table = RouteTable(
+        [
+            route("/api", name="read", methods=frozenset({"GET", "HEAD"})),
+            route("/api", name="write", methods=frozenset({"POST"})),
+        ]
+    )
+    assert [table.match("", method, "/api").name for method in ("GET", "HEAD", "POST")] == ["read", "read", "write"]
+
+
+def test_a_method_no_route_takes_is_refused_with_those_taken() -> None:
+    """By the longest prefix; a shorter one that takes the method is another resource."""
+    table = RouteTable(
+        [
+            route("/api"),
+            route("/api/x", name="read", methods=frozenset({"GET", "HEAD"})),
+            route("/api/x", name="write", methods=frozenset({"POST"})),
+        ]
+    )
+    with pytest.raises(MethodNotAllowed) as refused:
+        table.match("", "DELETE", "/api/x/1")
+    assert refused.value.headers == {"allow": "GET, HEAD, POST"}
+
+
+def test_a_method_the_hosts_route_does_not_take_may_be_taken_by_the_one_for_any() -> None:
+    table = RouteTable(
+        [route("/api", name="host", host="a.test", methods=frozenset({"GET"})), route("/api", name="any")]
+    )
+    assert table.match("a.test", "POST", "/api").name == "any"
+
+
+@pytest.mark.parametrize(
+    "path", ["/" * 30_000, "/api" + "/" * 30_000, "/api" + "/a" * 15_000, "/api" + "/.." * 10_000]
+)
+def test_a_path_of_very_many_segments_is_matched_quickly(path: str) -> None:
+    """In milliseconds: no more segments are looked at than the deepest route has."""
+    table = RouteTable([route("/api"), route("/api/a/b/c")])
+    rule = CostRule(None, "/api/a/b", 2)
+
+    def match() -> float:
+        begun = time.perf_counter()
+        clean = matching_path(path)
+        with contextlib.suppress(NoRoute):
+            table.match("", "GET", clean)
+        rule.matches("GET", clean)
+        return time.perf_counter() - begun
+
+    assert min(match() for _ in range(5)) < 0.02
+
+
+# Costs
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "cost"),
+    [
+        ("GET", "/api/x", 1),
+        ("POST", "/api/x/export", 5),
+        ("POST", "/api/x/export/all", 5),
+        ("POST", "/api/x/exports", 3),
+        ("GET", "/api/x/export", 1),
+        ("GET", "/api/x/free", 0),
+        ("POST", "/api/x/free", 3),
+    ],
+)
+def test_the_first_rule_that_matches_sets_the_cost(method: str, path: str, cost: float) -> None:
+    rules = (
+        CostRule(frozenset({"POST"}), "/api/x/export", 5),
+        CostRule(frozenset({"POST"}), None, 3),
+        CostRule(None, "/api/x/free", 0),
+    )
+    assert route("/api/x", costs=rules).cost_of(method, path) == cost
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix", "expected"),
+    [
+        ("/a", "/a", True),
+        ("/a/b", "/a", True),
+        ("/a/", "/a", True),
+        ("/ab", "/a", False),
+        ("/", "/a", False),
+        ("/a", "/", True),
+        ("/", "/", True),
+    ],
+)
+def test_below_means_by_whole_segments(path: str, prefix: str, *, expected: bool) -> None:
+    assert is_below(path, prefix) is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/api/x", "/api/x"),
+        ("/api/x/", "/api/x/"),
+        ("/api/a.b/c..d", "/api/a.b/c..d"),
+        ("/api/.hidden", "/api/.hidden"),
+        ("/api/...", "/api/..."),
+        ("/api/./x", "/api/x"),
+        ("/api/x/.", "/api/x"),
+        ("/api/a/../x", "/api/x"),
+        ("/api/a/..", "/api"),
+        ("/api//x", "/api/x"),
+        ("//api/x", "/api/x"),
+        ("///api///x", "/api/x"),
+        ("/api/../metrics", "/metrics"),
+        ("/../../api", "/api"),
+        ("/..", "/"),
+    ],
+)
+def test_dot_segments_and_repeated_slashes_are_resolved(path: str, expected: str) -> None:
+    assert matching_path(path) == expected
+
+
+@given(st.builds(lambda parts: "/" + "".join(parts), st.lists(st.sampled_from(["/", ".", "..", "a", "/../", "//"]))))
+def test_a_resolved_path_has_nothing_left_to_resolve(path: str) -> None:
+    resolved = matching_path(path)
+    assert resolved.startswith("/")
+    assert "//" not in resolved
+    assert not {".", ".."} & set(resolved.split("/"))
+    assert matching_path(resolved) == resolved
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/x/export",
+        "/api/x/free/../export",
+        "/api/x//export",
+        "/api/x/./export",
+        "/api/x/free/..//./export/",
+        "//api/x/export",
+        "/api/x/free/../../x/export/all",
+    ],
+)
+def test_no_spelling_of_a_path_reaches_a_cheaper_rule(path: str) -> None:
+    rules = (CostRule(None, "/api/x/free", 0), CostRule(None, "/api/x/export", 5))
+    table = RouteTable([route("/api"), route("/api/x", costs=rules)])
+    clean = matching_path(path)
+    assert table.match("", "GET", clean).cost_of("GET", clean) == 5
+
+
+# The target for the upstream
+
+
+@pytest.mark.parametrize(
+    ("prefix", "path", "query", "expected"),
+    [
+        ("", b"/api/a%2Fb/../c", b"x=%zz", b"/api/a%2Fb/../c?x=%zz"),
+        ("", b"/api", b"", b"/api"),
+        ("/api", b"/api/x", b"", b"/x"),
+        ("/api", b"/api/x", b"q", b"/x?q"),
+        ("/api", b"/api", b"q", b"/?q"),
+        ("/api", b"/api/", b"", b"/"),
+        ("/api", b"/api//x", b"", b"//x"),
+        ("/api/x", b"/api/x/api/x", b"", b"/api/x"),
+    ],
+)
+def test_the_target_is_path_and_query_as_sent_less_the_prefix(
+    prefix: str, path: bytes, query: bytes, expected: bytes
+) -> None:
+    scope = {"raw_path": path, "query_string": query}
+    assert _target(route("/api", strip_prefix=prefix), scope) == expected
+
+
+@pytest.mark.parametrize("path", [b"/%61pi/x", b"//api/x", b"/apix", b"/x/../api"])
+def test_a_prefix_that_is_not_there_letter_by_letter_is_not_taken_off(path: bytes) -> None:
+    with pytest.raises(BadRequest):
+        _target(route("/api", strip_prefix="/api"), {"raw_path": path, "query_string": b""})
+
+
+# The client's body
+
+
+def receiving(*messages: Message) -> Callable[[], Any]:
+    left = list(messages)
+
+    async def receive() -> Message:
+        return left.pop(0)
+
+    return receive
+
+
+def piece(body: bytes, *, more: bool) -> Message:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+async def test_a_body_comes_piece_by_piece_and_is_counted() -> None:
+    record = exchange("POST")
+    messages = (piece(b"ab", more=True), piece(b"", more=True), piece(b"c", more=True), piece(b"", more=False))
+    body = RequestBody(receiving(*messages), 3, record)
+    assert not body.is_started
+    assert [found async for found in body] == [b"ab", b"c"]
+    assert (body.is_started, body.is_finished, record.bytes_in) == (True, True, 3)
+
+
+async def test_a_body_that_exceeds_its_limit_is_refused_with_the_piece_that_does() -> None:
+    body = RequestBody(receiving(piece(b"abc", more=True), piece(b"d", more=False)), 3, exchange("POST"))
+    pieces = aiter(body)
+    assert await anext(pieces) == b"abc"
+    with pytest.raises(BodyTooLarge):
+        await anext(pieces)
+
+
+async def test_a_client_that_leaves_breaks_its_body_off() -> None:
+    body = RequestBody(receiving(piece(b"abc", more=True), {"type": "http.disconnect"}), 9, exchange("POST"))
+    pieces = aiter(body)
+    assert await anext(pieces) == b"abc"
+    with pytest.raises(ClientDisconnected):
+        await anext(pieces)
+    assert not body.is_finished
+
+
+# The limit on a whole exchange
+
+
+class Dripping(httpx.AsyncByteStream):
+    """A body without end, and whether it was let go."""
+
+    is_closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(0.01)
+            yield b"x"
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+class Stub(httpx.AsyncBaseTransport):
+    """An upstream that drips its body, fails at once, or never answers."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.tries = 0
+        self.body = Dripping()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.tries += 1
+        if self.kind == "silent":
+            await asyncio.Event().wait()
+        if self.kind == "failing":
+            await asyncio.sleep(0.01)
+            raise httpx.ReadError("reset")
+        return httpx.Response(200, stream=self.body)
+
+
+def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: Any = None) -> Any:
+    """Return a coroutine that forwards one request to `stub`, and the upstream it goes to."""
+    upstream = Upstream("up", [Target("http://up.test")], CircuitBreaker(BreakerPolicy(10_000), 0.0), round_robin)
+    service = Service(upstream, stub, Timeouts(1, 1, 1, total), attempts=10_000, retry_budget=1.0)
+    the_route = route("/api")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    router = Router(
+        RouteTable([the_route]),
+        {"up": service},
+        clock=time.monotonic,
+        max_body_bytes=100,
+        observe_try=lambda *_: None,
+        on_transition=lambda *_: None,
+    )
+    scope = {
+        "headers": [(b"host", b"gateway.test")],
+        "client": ("192.0.2.1", 1),
+        "scheme": "http",
+        "http_version": "1.1",
+        "raw_path": b"/api/x",
+        "query_string": b"",
+    }
+    return router.forward(exchange(), the_route, scope, receive or never, send, is_trusted=False), upstream
+
+
+@pytest.mark.parametrize("kind", ["silent", "failing"])
+async def test_the_total_limit_ends_waiting_and_retrying(kind: str) -> None:
+    sent: list[Message] = []
+    stub = Stub(kind)
+    coroutine, upstream = forwarding(stub, 0.1, sent)
+    with pytest.raises(UpstreamTimeout if kind == "silent" else Exception) as ended:
+        await asyncio.wait_for(coroutine, 2)
+    assert type(ended.value).__module__ == "api_gateway.errors"
+    assert sent == []
+    assert upstream.targets[0].in_flight == 0
+
+
+async def test_the_total_limit_ends_a_body_without_end() -> None:
+    """What has begun stays unfinished, which is how the server knows to break it off."""
+    sent: list[Message] = []
+    stub = Stub("dripping")
+    coroutine, upstream = forwarding(stub, 0.1, sent)
+    with pytest.raises(UpstreamTimeout):
+        await asyncio.wait_for(coroutine, 2)
+    assert sent[0]["status"] == 200
+    assert all(message.get("more_body", True) for message in sent)
+    assert stub.body.is_closed
+    assert upstream.targets[0].in_flight == 0
+
+
+async def test_without_a_total_limit_a_stream_goes_on() -> None:
+    sent: list[Message] = []
+    coroutine, _ = forwarding(Stub("dripping"), None, sent)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(coroutine, 0.2)
+    assert len(sent) > 3
+
+
+@pytest.mark.parametrize("kind", ["silent", "dripping"])
+async def test_a_client_that_leaves_ends_the_exchange_without_blame(kind: str) -> None:
+    async def leaves() -> Message:
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    stub = Stub(kind)
+    coroutine, upstream = forwarding(stub, None, [], leaves)
+    with pytest.raises(ClientDisconnected):
+        await asyncio.wait_for(coroutine, 2)
+    assert upstream.breaker.window_totals(time.monotonic()) == (0, 0)
+    assert upstream.targets[0].in_flight == 0
+    assert stub.tries == 1
+
+
+async def test_a_cancellation_from_outside_stays_one() -> None:
+    """The server ends exchanges by cancelling them; that is not a client that left."""
+    coroutine, upstream = forwarding(Stub("silent"), None, [])
+    task = asyncio.ensure_future(coroutine)
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert upstream.targets[0].in_flight == 0
