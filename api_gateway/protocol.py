@@ -72,6 +72,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._stop_head_timer()
+        if self._is_refused:  # what was sent behind a refused request is not a request
+            return
         if self._counted + len(self.url) > self.max_header_bytes:
             self._refuse_head()
         else:
