@@ -5,7 +5,7 @@
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
     │   ├── NoRoute, MethodNotAllowed
-    │   ├── BodyTooLarge
+    │   ├── BodyTooLarge, HeadersTooLarge, HeadTimeout
     │   └── RateLimited, CostExceedsCapacity
     ├── Unavailable         the gateway declines to try: 503
     │   └── CircuitOpen, NoHealthyUpstream, Overloaded, Draining, StoreUnavailable
@@ -141,6 +141,20 @@ class BodyTooLarge(RequestRefused):
 
     status = 413
     reason = Reason.BODY_TOO_LARGE
+
+
+class HeadersTooLarge(RequestRefused):
+    """The request's head exceeds `server.max_header_bytes`."""
+
+    status = 431
+    reason = Reason.HEADERS_TOO_LARGE
+
+
+class HeadTimeout(RequestRefused):
+    """The request's head took longer than `server.header_timeout` to arrive."""
+
+    status = 408
+    reason = Reason.REQUEST_TIMEOUT
 
 
 class RateLimited(RequestRefused):

@@ -6,21 +6,7 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from api_gateway.errors import BadRequest, GatewayError, Reason, RequestRefused, problem
-
-
-class HeadersTooLarge(RequestRefused):
-    """The request's head exceeds `server.max_header_bytes`."""
-
-    status = 431
-    reason = Reason.HEADERS_TOO_LARGE
-
-
-class HeadTimeout(RequestRefused):
-    """The request's head took longer than `server.header_timeout` to arrive."""
-
-    status = 408
-    reason = Reason.REQUEST_TIMEOUT
+from api_gateway.errors import BadRequest, GatewayError, HeadersTooLarge, HeadTimeout, problem
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -66,6 +52,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self._counted += len(name) + len(value) + 4
         if self._is_in_head:
             super().on_header(name, value)
+        elif self._counted > self.max_header_bytes:
+            self._refuse_head()
 
     def on_headers_complete(self) -> None:
         """The head is there."""
@@ -119,6 +107,10 @@ class GatewayProtocol(HttpToolsProtocol):
         """Answer by ourselves, without an application, and close."""
         self._is_refused = True
         self._stop_head_timer()
+        if self.cycle is not None and not self.cycle.response_complete:
+            # The request before still has its answer coming, and this one must not get into it.
+            self.transport.close()
+            return
         body = json.dumps(problem(error, instance="")).encode()
         head = (
             f"HTTP/1.1 {error.status} {error.reason.value}\r\ncontent-type: application/problem+json\r\n"

@@ -13,13 +13,14 @@ from api_gateway.errors import (
     QUOTA_EXCEEDED,
     REDUCED_CAPACITY,
     GatewayError,
+    HeadersTooLarge,
+    HeadTimeout,
     Reason,
     RequestRefused,
     Unavailable,
     UpstreamFailed,
     problem,
 )
-from api_gateway.protocol import HeadersTooLarge, HeadTimeout
 
 
 def below(cls: type[GatewayError]) -> Iterator[type[GatewayError]]:

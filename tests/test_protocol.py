@@ -1,12 +1,23 @@
 """The bounds on a request's head, in time and in size, with a raw client."""
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from api_gateway.protocol import bounded_protocol
-from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, in_front_of, running_gateway
+from tests.kit import (
+    PATIENCE,
+    RawAnswer,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    in_front_of,
+    running_gateway,
+)
 
 LIMIT = 2048
 
@@ -138,6 +149,26 @@ def test_pipelined_requests_are_answered_in_order(client: RawClient, up: RawUpst
     client.send(requests)
     assert [client.answer().status for _ in range(5)] == [200] * 5
     assert [request.line.split()[1] for request in up.requests] == [b"/api/%d" % number for number in range(5)]
+
+
+def test_a_refusal_never_gets_into_an_answer_under_way(client: RawClient, up: RawUpstream) -> None:
+    """A malformed request behind one whose answer is still coming ends the connection without a word."""
+    plain, arrived = up.behave, threading.Event()
+
+    def half(wire: Wire, _request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf")
+        arrived.wait(PATIENCE)
+        wire.send(b"half")
+
+    up.behave = half
+    try:
+        client.request()
+        assert client.read_until(b"half") is not None
+        client.send(b"garbage\r\n\r\n")
+        assert client.is_closed()
+    finally:
+        arrived.set()
+        up.behave = plain
 
 
 def test_the_bounds_are_those_asked_for() -> None:
