@@ -107,8 +107,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Answer by ourselves, without an application, and close."""
         self._is_refused = True
         self._stop_head_timer()
-        if self.cycle is not None and not self.cycle.response_complete:
-            # The request before still has its answer coming, and this one must not get into it.
+        if self._would_interrupt():
             self.transport.close()
             return
         body = json.dumps(problem(error, instance="")).encode()
@@ -118,6 +117,13 @@ class GatewayProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+    def _would_interrupt(self) -> bool:
+        """Tell whether a word of ours would get into, or pass for, an answer that is due or under way."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return False
+        return self._is_in_head or bool(self.pipeline) or cycle.response_started
 
 
 def bounded_protocol(max_header_bytes: int, header_timeout: float) -> type[GatewayProtocol]:
