@@ -21,6 +21,9 @@ class GatewayProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._is_in_head = True
         self._is_refused = False
+        self._has_begun = False
+        self._framing_bytes = 0  # since the last piece of a body
+        self._served: Any = None  # the cycle whose answer is under way; `cycle` is the newest
         self._head_timer: asyncio.TimerHandle | None = None
         self._await_head()
 
@@ -28,6 +31,10 @@ class GatewayProtocol(HttpToolsProtocol):
         """End of the connection."""
         self._stop_head_timer()
         super().connection_lost(exc)
+        served = self._served
+        if served is not None and not served.response_complete:  # uvicorn tells only the newest
+            served.disconnected = True
+            served.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the bounds."""
@@ -37,15 +44,19 @@ class GatewayProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_timer is None:
                 self._await_head()
+        else:
+            self._framing_bytes += len(data)
         super().data_received(data)
-        if self._is_in_head and self._head_bytes > self.max_header_bytes:
+        if (self._head_bytes if self._is_in_head else self._framing_bytes) > self.max_header_bytes:
             self._refuse_head()
 
     def on_message_begin(self) -> None:
         """A request starts."""
         super().on_message_begin()
-        self._is_in_head = True
+        self._is_in_head = self._has_begun = True
         self._counted = 0
+        if self._head_timer is None:
+            self._await_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count one header; a head that came in one piece is bounded here. Trailers never become headers."""
@@ -57,18 +68,20 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is there."""
-        self._is_in_head = False
-        self._head_bytes = 0
+        self._head_bytes = self._framing_bytes = 0
+        self._has_begun = False
         self._stop_head_timer()
         if self._is_refused:  # what was sent behind a refused request is not a request
             return
         if self._counted + len(self.url) > self.max_header_bytes:
             self._refuse_head()
         else:
+            self._is_in_head = False
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Body of a request; none belongs to one that was refused."""
+        self._framing_bytes = 0
         if not self._is_refused:
             super().on_body(body)
 
@@ -98,10 +111,16 @@ class GatewayProtocol(HttpToolsProtocol):
         self._head_timer = None
         if self._is_refused or self.transport.is_closing():
             return
-        if self._head_bytes:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_head()  # reading may be paused until the answer is complete
+        elif self._head_bytes or self._has_begun:
             self._send(HeadTimeout(f"The request's head did not arrive within {self.header_timeout:g} s."))
         else:
             self.transport.close()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _send(self, error: GatewayError) -> None:
         """Answer by ourselves, without an application, and close."""

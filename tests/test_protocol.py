@@ -1,8 +1,10 @@
 """The bounds on a request's head, in time and in size, with a raw client."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -15,11 +17,17 @@ from tests.kit import (
     RawUpstream,
     RunningGateway,
     Wire,
+    eventually,
     in_front_of,
+    reply,
     running_gateway,
 )
 
 LIMIT = 2048
+HEADER_TIMEOUT = 0.4
+HOST = b"Host: gateway.test\r\n"
+GET = b"GET /api/%b HTTP/1.1\r\n" + HOST + b"\r\n"
+MIB = 1024 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +39,20 @@ def up() -> Iterator[RawUpstream]:
 
 
 @pytest.fixture(scope="module")
-def running(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def aside() -> Iterator[RawUpstream]:
+    """Run one for uploads that are broken off: the beginning of such a one may arrive as late as in the next test."""
+    upstream = RawUpstream()
+    yield upstream
+    upstream.close()
+
+
+@pytest.fixture(scope="module")
+def running(up: RawUpstream, aside: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
     """Run a gateway with narrow bounds."""
-    server = {"header_timeout": 0.4, "max_header_bytes": LIMIT}
+    server = {"header_timeout": HEADER_TIMEOUT, "max_header_bytes": LIMIT}
     sections = in_front_of(up.url) | {"server": server}
+    sections["upstreams"]["aside"] = {"targets": [{"url": aside.url}]}
+    sections["routes"].append({"name": "aside", "path": "/api/aside", "upstream": "aside"})
     with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
         yield gateway
 
@@ -42,6 +60,7 @@ def running(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture
 def client(running: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
     """Connect to it."""
+    up.behave = reply()
     up.requests.clear()
     with RawClient(running.port) as client:
         yield client
@@ -55,6 +74,11 @@ def is_problem(answer: RawAnswer, status: int, reason: bytes) -> bool:
         and b'"reason": "%b"' % reason in answer.body
         and answer.all("connection") == [b"close"]
     )
+
+
+def paths(up: RawUpstream) -> list[bytes]:
+    """Return the targets of what has reached the upstream, in order."""
+    return [request.line.split(b" ")[1] for request in up.requests]
 
 
 def test_a_head_that_does_not_end_in_time_is_answered_408(client: RawClient, up: RawUpstream) -> None:
@@ -169,6 +193,213 @@ def test_a_refusal_never_gets_into_an_answer_under_way(client: RawClient, up: Ra
     finally:
         arrived.set()
         up.behave = plain
+
+
+def test_a_connection_may_rest_between_requests(client: RawClient) -> None:
+    """A head's time runs from its first byte."""
+    for _ in range(2):
+        assert client.get().status == 200
+        time.sleep(HEADER_TIMEOUT * 1.3)
+    client.send(b"GET /api/x HTTP/1.1\r\n")
+    time.sleep(HEADER_TIMEOUT * 0.3)
+    client.send(HOST + b"\r\n")
+    assert client.answer().status == 200
+
+
+def test_an_answer_may_take_longer_than_a_head(client: RawClient, up: RawUpstream) -> None:
+    def slowly(wire: Wire, request: RawRequest) -> None:
+        time.sleep(HEADER_TIMEOUT * 1.3)
+        reply()(wire, request)
+
+    up.behave = slowly
+    assert client.get().status == 200
+
+
+def test_a_head_begun_in_one_segment_with_the_request_before_is_bounded_too(client: RawClient) -> None:
+    client.send(GET % b"whole" + b"GET /api/begun HTTP/1.1\r\n")
+    assert client.answer().status == 200
+    client.sock.settimeout(HEADER_TIMEOUT + 1)
+    assert is_problem(client.answer(), 408, b"request_timeout")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /api/x HTTP/1.1\r\n" + HOST + b"X-Big: " + b"x" * 4 * LIMIT + b"\r\n\r\n",
+        b"GET /api/x HTTP/1.1\r\n" + HOST + b"x" * 4 * LIMIT + b": name\r\n\r\n",
+        b"GET /api/x HTTP/1.1\r\n" + HOST + b"X-Many: 1\r\n" * LIMIT,
+        b"GET /api/" + b"x" * 4 * LIMIT,
+        b"POST /api/x HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\nX: " + b"x" * LIMIT + b"\r\n\r\nok",
+    ],
+    ids=["one big header", "one big name", "headers without end", "a path without end", "one with a body"],
+)
+def test_a_head_is_bounded_in_however_many_pieces_it_comes(client: RawClient, up: RawUpstream, head: bytes) -> None:
+    with suppress(ConnectionError):  # once refused, nothing is read any more
+        for start in range(0, len(head), 100):
+            client.send(head[start : start + 100])
+    assert is_problem(client.answer(), 431, b"headers_too_large")
+    assert client.is_closed()
+    assert up.requests == []
+
+
+def test_every_head_of_a_connection_has_the_whole_bound(client: RawClient, up: RawUpstream) -> None:
+    for _ in range(3):
+        assert client.get(headers=("X-Big: " + "x" * (LIMIT - 200),)).status == 200
+    assert len(up.requests) == 3
+
+
+def test_a_body_does_not_count_as_head(client: RawClient, up: RawUpstream) -> None:
+    body = bytes(8 * LIMIT)
+    for _ in range(2):
+        client.request("POST", "/api/x", (f"Content-Length: {len(body)}",), body)
+        assert client.answer().status == 200
+    assert [len(request.body) for request in up.requests] == [len(body)] * 2
+
+
+@pytest.mark.parametrize(
+    ("beginning", "more"),
+    [
+        (b"0\r\nX: ", b"x" * 65_536),
+        (b"0\r\n", b"X: y\r\n" * 10_000),
+        (b"2;", b"x" * 65_536),
+        (b"2\r\nok\r\n0;", b"x" * 65_536),
+    ],
+    ids=["a trailer", "trailers", "an extension", "an extension of the last chunk"],
+)
+def test_what_is_neither_head_nor_body_is_bounded_too(client: RawClient, beginning: bytes, more: bytes) -> None:
+    """Trailers and chunk extensions are thrown away, yet may not come without end: a parser holds what it reads."""
+    client.request("POST", "/api/aside", ("Transfer-Encoding: chunked",), beginning)
+    client.sock.settimeout(2)
+    sent = 0
+    with suppress(ConnectionError):
+        while sent < 32 * MIB:
+            client.send(more)
+            sent += len(more)
+    assert sent < 16 * MIB
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        b"garbage\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /api/x HTTP/9.9\r\n" + HOST + b"\r\n",
+        b"get /api/x HTTP/1.1\r\n" + HOST + b"\r\n",
+        b"GET api/x HTTP/1.1\r\n" + HOST + b"\r\n",
+        b"GET http://gateway.test HTTP/1.1\r\n" + HOST + b"\r\n",
+        b"GET /api/x HTTP/1.1\r\n" + HOST + b"no colon\r\n\r\n",
+        b"GET /api/x HTTP/1.1\r\n" + HOST + b": no name\r\n\r\n",
+    ],
+)
+def test_what_follows_a_malformed_request_is_not_served(
+    running: RunningGateway, client: RawClient, up: RawUpstream, malformed: bytes
+) -> None:
+    client.send(malformed + GET % b"hidden")
+    assert is_problem(client.answer(), 400, b"bad_request")
+    assert client.is_closed()
+    with RawClient(running.port) as later:
+        assert later.get("/api/later").status == 200
+    assert paths(up) == [b"/api/later"]
+
+
+def test_a_refusal_is_whole(client: RawClient) -> None:
+    client.send(b"garbage\r\n\r\n")
+    answer = client.answer()
+    assert answer.is_complete
+    assert {"status": 400, "reason": "bad_request"}.items() <= json.loads(answer.body).items()
+
+
+def test_empty_lines_before_a_request_are_skipped(client: RawClient) -> None:
+    """RFC 9112 section 2.2."""
+    client.send(b"\r\n\r\n" + GET % b"x")
+    assert client.answer().status == 200
+
+
+def test_a_pipelined_request_waits_for_the_answer_before(client: RawClient, up: RawUpstream) -> None:
+    """However long that takes, and whatever bodies stand between them."""
+
+    def echo(wire: Wire, request: RawRequest) -> None:
+        if b"/0" in request.line:
+            time.sleep(0.1)
+        reply(request.line.split(b" ")[1] + request.body)(wire, request)
+
+    up.behave = echo
+    post = b"POST /api/%d HTTP/1.1\r\n" + HOST + b"Content-Length: 4\r\n\r\nbody"
+    client.send(post % 0 + GET % b"1" + post % 2 + GET % b"3")
+    assert [client.answer().body for _ in range(4)] == [b"/api/0body", b"/api/1", b"/api/2body", b"/api/3"]
+    assert paths(up) == [b"/api/%d" % number for number in range(4)]
+
+
+def test_what_follows_connection_close_is_not_served(
+    running: RunningGateway, client: RawClient, up: RawUpstream
+) -> None:
+    client.send(GET[:-2] % b"last" + b"Connection: close\r\n\r\n" + GET % b"hidden")
+    assert client.answer().status == 200
+    assert client.is_closed()
+    with RawClient(running.port) as later:
+        assert later.get("/api/later").status == 200
+    assert paths(up) == [b"/api/last", b"/api/later"]
+
+
+FOLLOWING = {
+    "malformed": b"garbage\r\n\r\n",
+    "too large": GET[:-2] % b"large" + b"X: " + b"x" * 2 * LIMIT + b"\r\n\r\n",
+    "unfinished": b"GET /api/begun HTTP/1.1\r\n",
+}
+
+
+@pytest.mark.parametrize("following", FOLLOWING.values(), ids=FOLLOWING)
+def test_what_is_read_as_a_body_is_what_the_upstream_sent(
+    client: RawClient, up: RawUpstream, following: bytes
+) -> None:
+    """Whatever the client sends behind its request while the answer is under way."""
+    gate = threading.Event()
+    half = b"x" * 100
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n" + half)
+        gate.wait(PATIENCE)
+        wire.send(half)
+
+    up.behave = behave
+    client.request()
+    assert client.read_until(b"\r\n\r\n") is not None
+    assert client.read_exactly(100) == half
+    client.send(following)
+    time.sleep(HEADER_TIMEOUT * 1.3)
+    gate.set()
+    assert half.startswith(client.read_exactly(100))
+
+
+@pytest.mark.parametrize("following", FOLLOWING.values(), ids=FOLLOWING)
+def test_a_refusal_is_never_taken_for_the_answer_before(client: RawClient, up: RawUpstream, following: bytes) -> None:
+    """The first answer a client reads is the one to its first request, or there is none."""
+
+    def slowly(wire: Wire, request: RawRequest) -> None:
+        time.sleep(HEADER_TIMEOUT * 1.3)
+        reply()(wire, request)
+
+    up.behave = slowly
+    client.send(GET % b"slow" + following)
+    assert client.read_until(b"\r\n") in (None, b"HTTP/1.1 200 OK\r\n")
+
+
+def test_leaving_with_requests_in_the_pipeline_lets_the_upstream_go(running: RunningGateway, up: RawUpstream) -> None:
+    """The client leaves the request that is being served as well as those that wait, and these are never sent."""
+    left = threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        if wire.is_closed(within=2):
+            left.set()
+        return False
+
+    up.behave = behave
+    up.requests.clear()
+    with RawClient(running.port) as client:
+        client.send(GET % b"first" + GET % b"second")
+        eventually(lambda: len(up.requests) == 1, "the first request is with the upstream")
+    assert left.wait(1)
+    assert paths(up) == [b"/api/first"]
 
 
 def test_the_bounds_are_those_asked_for() -> None:
