@@ -212,6 +212,15 @@ def test_refusals_and_zero_costs_write_nothing(key: str, cost: float) -> None:
     assert entries(limiter) == before
 
 
+def test_a_refusal_does_not_carry_a_bucket_into_the_next_generation() -> None:
+    limiter = MemoryLimiter([FREE])
+    limiter.decide([charge(FREE, 0)], START)
+    limiter.decide([charge(FREE, 10)], START + 9 * SECOND)
+    assert not limiter.decide([charge(FREE, 2)], START + 10 * SECOND).allowed
+    assert not limiter.decide([charge(FREE, 2), charge(FREE, 1, "b")], START + 10 * SECOND).allowed
+    assert entries(limiter) == ({}, {"a": START + 19 * SECOND}, {})
+
+
 @pytest.mark.parametrize("key", ["a", "unknown"])
 def test_peeking_writes_nothing_and_shows_the_bucket(key: str) -> None:
     limiter = drained(FREE, START)
@@ -224,7 +233,8 @@ def test_peeking_writes_nothing_and_shows_the_bucket(key: str) -> None:
 
 def test_a_cost_above_capacity_is_never_admitted_and_has_no_wait() -> None:
     decision = MemoryLimiter([FREE]).decide([charge(FREE, 10.1)], START)
-    assert (decision.allowed, decision.wait_ns, decision.retry_after) == (False, NEVER, None)
+    assert (decision.allowed, decision.wait_ns, decision.retry_after) == (False, -1, None)
+    assert NEVER == -1
 
 
 def test_ten_idle_years_fill_the_bucket_and_no_more() -> None:
@@ -314,6 +324,14 @@ def test_a_full_bucket_is_forgotten(pauses: tuple[int, ...]) -> None:
     assert "a" not in limiter._current | limiter._previous
 
 
+def test_a_bucket_is_kept_for_as_long_as_the_longest_budget_of_all() -> None:
+    limiter = MemoryLimiter([FREE, SLOW, THIRD])
+    limiter.decide([charge(SLOW, 30)], START)
+    for second in (10, 20, 30, 40, 50):
+        limiter.decide([charge(FREE, 1, "other")], START + second * SECOND)
+        assert limiter.peek("a", SLOW, START + second * SECOND).remaining == second / 2
+
+
 def test_a_bucket_in_use_is_kept_across_generations() -> None:
     limiter = drained(FREE, START)
     for second in range(1, 60):
@@ -322,18 +340,23 @@ def test_a_bucket_in_use_is_kept_across_generations() -> None:
         assert 1 <= len(limiter) <= 2
 
 
-def test_what_was_forgotten_is_freed_a_few_entries_per_decision() -> None:
+@pytest.mark.parametrize("pauses", [(10, 10), (20,)], ids=["turn by turn", "at once"])
+def test_what_was_forgotten_is_freed_a_few_entries_per_decision(pauses: tuple[int, ...]) -> None:
     """Faster than decisions can add, and never a whole generation at once."""
-    limiter = MemoryLimiter([FREE])
-    for number in range(100):
+    limiter, now_ns = MemoryLimiter([FREE]), START
+    for number in range(101):
         limiter.decide([charge(FREE, 1, f"old-{number}")], START)
-    left: list[int] = []
-    for number in range(13):
-        limiter.decide([charge(FREE, 1, f"new-{number}")], START + 20 * SECOND)
+    for pause in pauses:
+        assert limiter._retired == []
+        now_ns += pause * SECOND
+        limiter.decide([charge(FREE, 0, "new")], now_ns)
+    left = [sum(map(len, limiter._retired))]
+    for number in range(12):
+        limiter.decide([charge(FREE, 1, f"new-{number}")], now_ns)
         left.append(sum(map(len, limiter._retired)))
-    assert left == [92, 84, 76, 68, 60, 52, 44, 36, 28, 20, 12, 4, 0]
+    assert left == [93, 85, 77, 69, 61, 53, 45, 37, 29, 21, 13, 5, 0]
     assert limiter._retired == []
-    assert len(limiter) == 13
+    assert len(limiter) == 12
 
 
 def test_two_generations_retired_at_once_are_both_freed() -> None:
@@ -341,8 +364,8 @@ def test_two_generations_retired_at_once_are_both_freed() -> None:
     limiter.decide([charge(FREE, 1, "b")], START + 10 * SECOND)
     for _ in range(3):
         limiter.decide([charge(FREE, 0)], START + 60 * SECOND)
+        assert len(limiter) == 0
     assert limiter._retired == []
-    assert len(limiter) == 0
 
 
 # Change of tier
@@ -364,8 +387,10 @@ def test_a_change_of_tier_keeps_the_filled_share(old: Quota, new: Quota, remaini
 def test_a_full_bucket_is_full_in_every_tier(spent_before: int) -> None:
     limiter = MemoryLimiter([FREE])
     limiter.decide([charge(FREE, spent_before)], START - 9 * SECOND)
+    before = entries(limiter)
     limiter.change_quota("a", FREE, SLOW, START)
     assert limiter.peek("a", SLOW, START).remaining == 30
+    assert entries(limiter) == before
 
 
 @given(old=quotas, new=quotas, debt=st.floats(0, 2))
