@@ -1,204 +1,174 @@
-"""The gateway beside nginx, in one run on one machine: requests a second, and CPU time a request.
+"""The gateway beside other proxies, in one run on one machine: CPU a request, requests a second, latency, memory.
 
-`python -m benchmarks.compare` starts nginx as upstream on the second core, then by turns each peer on the first core,
-and drives it with wrk from the second: GET of a 190-byte JSON answer over 64 keep-alive connections. CPU is user and
-system time of the peer's processes. Needs nginx and wrk (Debian packages of those names) and Linux.
+`python -m benchmarks.compare` starts nginx as upstream on one core, then by turns each peer on another core, and
+drives it from the first. CPU is user and system time of all the peer's processes. Peers that are not installed are
+named and left out. Needs Linux, two cores, nginx and wrk.
 """
 
 import argparse
 import json
 import os
-import re
 import shutil
-import socket
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-PEER_CORE, LOAD_CORE = "0", "1"
-BODY = json.dumps({"id": 7, "name": "Ada Lovelace", "pad": "x" * 141})
+from benchmarks import load, memory
+from benchmarks.peers import PEERS, Peer, Place
+from benchmarks.plot import plot
+from benchmarks.processes import cpu_seconds, free_port, running
+from benchmarks.report import CASES, Results, tables
+from benchmarks.upstream import upstream
+
 CONNECTIONS = 64
-_TICK = os.sysconf("SC_CLK_TCK")
+UPLOAD_CONNECTIONS = 8  # of 64 uploads of 10 MB, too many would be half-way when the time is over
+RATE = 500.0
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Something that proxies: its name, and how to start it in a folder in front of an upstream port."""
+class Comparison:
+    """One run: where things are, how long they are measured, and what was found."""
 
-    name: str
-    command: Callable[[Path, int, int], list[str]]
+    def __init__(self, *, peer_core: int, load_core: int, origin: int, seconds: float) -> None:
+        self._peer_core = peer_core
+        self._load_core = load_core
+        self._origin = origin
+        self._seconds = seconds
+        self._direct: list[float] = []
+        self.results = Results()
 
+    def round(self, peers: Sequence[Peer], cases: Sequence[str], number: int) -> None:
+        """Measure every peer once, beginning with another one each time; memory in the first round only."""
+        if "latency" in cases:
+            self._direct = self._latencies(self._origin)
+        shift = number % len(peers)
+        for peer in (*peers[shift:], *peers[:shift]):
+            wanted = [case for case in cases if case in peer.cases]
+            if "memory" in wanted and number == 0:
+                self._measure(peer, ["memory"])  # in a process of its own, where nothing has been allocated yet
+            self._measure(peer, [case for case in wanted if case != "memory"])
 
-@dataclass(frozen=True)
-class Measurement:
-    """One round of one peer."""
-
-    requests_per_second: float
-    cpu_microseconds: float
-
-
-def gateway_command(folder: Path, port: int, upstream: int) -> list[str]:
-    """Start this gateway with limiter, breaker and metrics on, and a limit that is never reached."""
-    config = folder / "gateway.yaml"
-    config.write_text(
-        json.dumps(
-            {
-                "state_dir": str(folder / "state"),
-                "log": {"access": False},
-                "tiers": {"FREE": {"rate": 1_000_000, "capacity": 1_000_000}},
-                "upstreams": {"up": {"targets": [{"url": f"http://127.0.0.1:{upstream}"}]}},
-                "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
-            }
-        )
-    )
-    return [sys.executable, "-m", "api_gateway", "--config", str(config), "--port", str(port)]
-
-
-def nginx_command(folder: Path, port: int, upstream: int) -> list[str]:
-    """Start nginx as a proxy with limit_req by client id and keep-alive to the upstream."""
-    location = f"""
-        limit_req_zone $http_x_client_id zone=clients:10m rate=1000000r/s;
-        upstream up {{ server 127.0.0.1:{upstream}; keepalive 128; }}
-        server {{
-            listen 127.0.0.1:{port};
-            keepalive_requests 1000000000;
-            location /api {{
-                limit_req zone=clients burst=100000 nodelay;
-                proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection "";
-                proxy_set_header X-Forwarded-For $remote_addr;
-            }}
-        }}"""
-    return _nginx(folder, location)
-
-
-def upstream_command(folder: Path, port: int) -> list[str]:
-    """Start nginx as the upstream that answers a constant."""
-    location = f"""
-        server {{
-            listen 127.0.0.1:{port};
-            keepalive_requests 1000000000;
-            location / {{ default_type application/json; return 200 '{BODY}'; }}
-        }}"""
-    return _nginx(folder, location)
-
-
-def _nginx(folder: Path, http: str) -> list[str]:
-    config = folder / "nginx.conf"
-    config.write_text(
-        f"daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr crit;\n"
-        f"events {{ worker_connections 4096; }}\nhttp {{ access_log off; {http} }}\n"
-    )
-    return ["nginx", "-p", str(folder), "-c", str(config)]
-
-
-PEERS = (Peer("this gateway", gateway_command), Peer("nginx, limit_req", nginx_command))
-
-
-@contextmanager
-def running(command: list[str], core: str, port: int) -> Iterator[int]:
-    """Run a server pinned to a core until it listens; yield its process id and stop it afterwards."""
-    process = subprocess.Popen(  # noqa: S603 - our own words
-        ["taskset", "-c", core, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        _await_port(process, port)
-        yield process.pid
-    finally:
-        process.terminate()
-        process.wait(40)
-
-
-def _await_port(process: "subprocess.Popen[bytes]", port: int) -> None:
-    deadline = time.monotonic() + 15
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
+    def _measure(self, peer: Peer, cases: Sequence[str]) -> None:
+        if not cases:
             return
-    raise RuntimeError(f"{process.args!r} does not listen on port {port}")
+        try:
+            with self._started(peer) as (pid, port):
+                for case in cases:
+                    self._case(peer, case, pid, port)
+        except (load.Failed, RuntimeError, OSError) as problem:
+            _say(f"{peer.name} did not start: {problem}")
+            for case in cases:
+                self.results.fail(case, peer.name, str(problem))
+
+    def _case(self, peer: Peer, case: str, pid: int, port: int) -> None:
+        try:
+            load.verify(port, case)
+            if case == "memory":
+                found = memory.measure(pid, port, core=self._load_core)
+            elif case == "latency":
+                found = self._added(port)
+            else:
+                found = self._throughput(case, pid, port)
+        except (load.Failed, OSError) as problem:
+            _say(f"{peer.name}, {case}: FAILED: {problem}")
+            self.results.fail(case, peer.name, str(problem))
+        else:
+            _say(f"{peer.name}, {case}: {', '.join(f'{name} {value:.6g}' for name, value in found.items())}")
+            self.results.add(case, peer.name, found)
+
+    def _throughput(self, case: str, pid: int, port: int) -> dict[str, float]:
+        connections = UPLOAD_CONNECTIONS if case == "upload" else CONNECTIONS
+        load.drive(port, case, core=self._load_core, seconds=1, connections=connections)
+        before = cpu_seconds(pid)
+        driven = load.drive(port, case, core=self._load_core, seconds=self._seconds, connections=connections)
+        used = cpu_seconds(pid) - before
+        return {"rate": driven.requests / driven.seconds, "cpu": used / driven.requests * 1e6}
+
+    def _added(self, port: int) -> dict[str, float]:
+        through = self._latencies(port)
+        return {
+            f"p{share * 100:.0f}": (load.percentile(through, share) - load.percentile(self._direct, share)) * 1e6
+            for share in (0.5, 0.99)
+        }
+
+    def _latencies(self, port: int) -> list[float]:
+        return load.latencies(port, core=self._load_core, rate=RATE, seconds=self._seconds)
+
+    @contextmanager
+    def _started(self, peer: Peer) -> Iterator[tuple[int, int]]:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Place(Path(folder), free_port(), self._origin)
+            launch = peer.launch(place)
+            with running(
+                launch.command, core=self._peer_core, port=place.port, folder=place.folder, env=launch.env
+            ) as pid:
+                load.await_ready(place.port)
+                yield pid, place.port
 
 
-def measure(peer: Peer, upstream: int, seconds: float) -> Measurement:
-    """Start a peer, warm it up, and measure one round."""
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        with running(peer.command(Path(folder), port, upstream), PEER_CORE, port) as pid:
-            _drive(port, 1)
-            before = cpu_seconds(pid)
-            requests, elapsed = _drive(port, seconds)
-            used = cpu_seconds(pid) - before
-    return Measurement(requests / elapsed, used / requests * 1e6)
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
-def _drive(port: int, seconds: float) -> tuple[int, float]:
-    """Run wrk; return requests answered and the seconds it took. Any answer but 2xx and 3xx is an error."""
-    url = f"http://127.0.0.1:{port}/api/users"
-    wrk = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "-H", "X-Client-ID: bench", url]
-    output = subprocess.run(  # noqa: S603 - our own words
-        ["taskset", "-c", LOAD_CORE, *wrk], capture_output=True, text=True, check=True
-    ).stdout
-    if "Non-2xx" in output or "Socket errors" in output:
-        raise RuntimeError(f"wrk saw errors:\n{output}")
-    found = re.search(r"(\d+) requests in ([\d.]+)(m?s|m),", output)
-    if found is None:
-        raise RuntimeError(f"wrk said something else:\n{output}")
-    return int(found[1]), float(found[2]) * {"ms": 0.001, "s": 1, "m": 60}[found[3]]
+def _chosen(names: str | None, known: Sequence[str], what: str) -> list[str]:
+    """Split a list given on the command line; all if none was given. Raises ValueError."""
+    chosen = names.split(",") if names else list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"no such {what}: {', '.join(unknown)}; there are {', '.join(known)}")
+    return [name for name in known if name in chosen]
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return user and system time of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICK
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="how often each peer is measured (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4, help="length of a measurement (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one round of one second each, and no memory")
+    parser.add_argument("--peers", help=f"some of {','.join(peer.name for peer in PEERS)}")
+    parser.add_argument("--only", help=f"some of {','.join(CASES)}")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write a plot of CPU a request")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    options = parser.parse_args(arguments)
+    try:
+        options.peers = _chosen(options.peers, [peer.name for peer in PEERS], "peer")
+        options.only = _chosen(options.only, list(CASES), "case")
+    except ValueError as problem:
+        parser.error(str(problem))
+    if options.quick:
+        options.rounds, options.seconds = 1, 1
+        options.only = [case for case in options.only if case != "memory"]
+    return options
 
 
-def free_port() -> int:
-    """Return a port nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+def _installed(names: Sequence[str]) -> list[Peer]:
+    """Return the peers that are here, and say how to get the others."""
+    peers = [peer for peer in PEERS if peer.name in names]
+    for peer in peers:
+        if not peer.found():
+            _say(f"{peer.name} is left out, it was not found: {peer.hint}")
+    return [peer for peer in peers if peer.found()]
 
 
-def table(rounds: dict[str, list[Measurement]]) -> str:
-    """Return the medians as a Markdown table, with the spread of CPU time and each peer's ratio to the last."""
-    base = statistics.median(one.cpu_microseconds for one in list(rounds.values())[-1])
-    lines = ["| | requests/s | CPU µs/request | least to most | ratio |", "|---|---:|---:|---:|---:|"]
-    for name, measured in rounds.items():
-        rates = [one.requests_per_second for one in measured]
-        costs = [one.cpu_microseconds for one in measured]
-        middle = statistics.median(costs)
-        spread = f"{min(costs):.0f} to {max(costs):.0f}"
-        lines.append(f"| {name} | {statistics.median(rates):,.0f} | {middle:.0f} | {spread} | {middle / base:.1f} |")
-    return "\n".join(lines)
-
-
-def main() -> int:
-    """Measure all peers by turns and print the table."""
-    parser = argparse.ArgumentParser(description="The gateway beside nginx: requests a second and CPU a request.")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5, help="length of one round (default: %(default)s)")
-    options = parser.parse_args()
-    missing = [name for name in ("nginx", "wrk", "taskset") if shutil.which(name) is None]
-    if missing:
-        sys.stderr.write(f"not found: {', '.join(missing)} (Debian packages: nginx, wrk, util-linux)\n")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure all peers by turns and print the tables. Returns 1 if a measurement failed, 2 if none is possible."""
+    options = _options(arguments)
+    cores = sorted(os.sched_getaffinity(0))
+    missing = [name for name in ("nginx", "wrk") if shutil.which(name) is None]
+    if missing or len(cores) < 2:  # noqa: PLR2004 - one for the peer, one for its load
+        _say(f"not found: {', '.join(missing)} (Debian packages)" if missing else "two cores are needed")
         return 2
-    rounds: dict[str, list[Measurement]] = {peer.name: [] for peer in PEERS}
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        with running(upstream_command(Path(folder), port), LOAD_CORE, port):
-            for _ in range(options.rounds):
-                for peer in PEERS:
-                    rounds[peer.name].append(measure(peer, port, options.seconds))
-    sys.stdout.write(f"{table(rounds)}\n")
-    return 0
+    peers = _installed(options.peers)
+    with tempfile.TemporaryDirectory() as folder, upstream(Path(folder), cores[1]) as origin:
+        run = Comparison(peer_core=cores[0], load_core=cores[1], origin=origin, seconds=options.seconds)
+        for number in range(options.rounds if peers else 0):
+            _say(f"round {number + 1} of {options.rounds}")
+            run.round(peers, options.only, number)
+    sys.stdout.write(tables(run.results, peers))
+    if options.json:
+        options.json.write_text(json.dumps(run.results.as_json(), indent=1) + "\n")
+    if options.svg:
+        options.svg.write_text(plot(run.results, peers))
+    return 1 if run.results.failures else 0
 
 
 if __name__ == "__main__":

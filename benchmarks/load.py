@@ -1,0 +1,219 @@
+"""Load: wrk for throughput, and a loop of our own that sends at a fixed rate, come what may, for latency.
+
+wrk waits for an answer before it sends the next request, so a slow server slows its own load. The loop here sends when
+a request is due, on another connection if need be, and counts from that moment. It is one thread around select(2),
+whose timeouts are in microseconds where those of asyncio are in milliseconds.
+"""
+
+import contextlib
+import http.client
+import math
+import re
+import select
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httptools
+
+from benchmarks.processes import pinned
+from benchmarks.upstream import SIZES, SMALL, UPLOADED
+
+CLIENT = "bench"
+UPLOAD_BYTES = 10_485_760
+_PATIENCE = 60.0
+_OK = range(200, 300)
+_SUMMARY = re.compile(r"(\d+) requests in ([\d.]+)(us|ms|s|m), ([\d.]+)([KMGT]?)B read")
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+_BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UPLOAD_LUA = f'wrk.method = "POST"\nwrk.body = string.rep("x", {UPLOAD_BYTES})\n'
+
+
+@dataclass(frozen=True)
+class Driven:
+    """What wrk saw: answers, the seconds they took, and bytes read (rounded as wrk prints them)."""
+
+    requests: int
+    seconds: float
+    read: float
+
+
+class Failed(Exception):
+    """A run whose figures would mean nothing: wrong answers, errors, or a rate that is not held."""
+
+
+def parse_wrk(output: str, size: int) -> Driven:
+    """Read wrk's summary. Raises Failed if an answer was not 2xx or 3xx, was too short, or an error was seen."""
+    if problems := re.findall(r"(?:Non-2xx|Socket errors).*", output):
+        raise Failed("; ".join(problem.strip() for problem in problems))
+    found = _SUMMARY.search(output)
+    if found is None:
+        raise Failed(f"wrk said something else: {output.strip()!r}")
+    driven = Driven(int(found[1]), float(found[2]) * _SECONDS[found[3]], float(found[4]) * _BYTES[found[5]])
+    if not driven.requests:
+        raise Failed("no answer at all")
+    if driven.read < 0.99 * size * driven.requests:  # wrk prints three digits
+        raise Failed(f"{driven.requests} answers of {size} bytes in no more than {driven.read:.0f} bytes")
+    return driven
+
+
+def drive(port: int, case: str, *, core: int, seconds: float, connections: int) -> Driven:
+    """Run wrk from a core against one case. Raises Failed."""
+    path, size = ("upload", len(UPLOADED)) if case == "upload" else ("small" if case == "new" else case, 0)
+    options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", f"--timeout={_PATIENCE:.0f}s"]
+    headers = ["-H", f"X-Client-ID: {CLIENT}", *(("-H", "Connection: close") if case == "new" else ())]
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        if case == "upload":
+            script.write(_UPLOAD_LUA)
+            script.flush()
+            options += ["-s", script.name]
+        with pinned(core):
+            done = subprocess.run(  # noqa: S603 - our own words
+                ["wrk", *options, *headers, f"http://127.0.0.1:{port}/api/{path}"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    if done.returncode:
+        raise Failed(f"wrk ended with {done.returncode}: {done.stderr.strip()}")
+    return parse_wrk(done.stdout, size or SIZES[path])
+
+
+def verify(port: int, case: str) -> None:
+    """Ask once and look at the whole answer. Raises Failed."""
+    path = "small" if case in ("new", "latency") else case
+    upload = b"x" * UPLOAD_BYTES if case == "upload" else None
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("POST" if upload else "GET", f"/api/{path}", upload, {"X-Client-ID": CLIENT})
+        answer = connection.getresponse()
+        body = answer.read()
+    expected = {"small": SMALL, "upload": UPLOADED}.get(path) or bytes(SIZES[path])
+    if answer.status not in _OK or body != expected:
+        raise Failed(f"{path}: status {answer.status} with {len(body)} bytes, not 200 with {len(expected)}")
+
+
+def await_ready(port: int, patience: float = 15.0) -> None:
+    """Wait until a server that listens also answers: some read their routes later. Raises Failed."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            verify(port, "small")
+        except (Failed, OSError, http.client.HTTPException):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Return the nearest-rank percentile of sorted values; `share` is within 0 to 1."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+class Answer:
+    """Reads answers, one after the other, and counts the bytes of their bodies."""
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self.length = 0
+        self.done = False
+
+    def feed(self, received: bytes) -> None:
+        """Take what came; the first piece after a whole answer begins the next."""
+        if self.done:
+            self.length, self.done = 0, False
+        self._parser.feed_data(received)
+
+    def check(self, size: int) -> None:
+        """Raise Failed unless the status is 2xx and the body has this size."""
+        status = self._parser.get_status_code()
+        if status not in _OK or self.length != size:
+            raise Failed(f"status {status} with {self.length} bytes, not 200 with {size}")
+
+    def on_body(self, body: bytes) -> None:
+        """The parser calls this."""
+        self.length += len(body)
+
+    def on_message_complete(self) -> None:
+        """The parser calls this."""
+        self.done = True
+
+
+class Client:
+    """One keep-alive connection, at most one small request on it at a time."""
+
+    request = f"GET /api/small HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Client-ID: {CLIENT}\r\n\r\n".encode()
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), _PATIENCE)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._answer = Answer()
+        self.due = 0.0
+
+    def fileno(self) -> int:
+        """What select(2) waits for."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    def send(self, due: float) -> None:
+        """Send the request that was due then."""
+        self.due = due
+        self._socket.sendall(self.request)
+
+    def receive(self) -> bool:
+        """Take what came; true if the answer is whole. Raises Failed if it is not the one expected."""
+        received = self._socket.recv(65_536)
+        if not received:
+            raise Failed("the connection was closed before the answer")
+        self._answer.feed(received)
+        if self._answer.done:
+            self._answer.check(len(SMALL))
+        return self._answer.done
+
+    def ask(self) -> None:
+        """Send a request and wait for its answer."""
+        self.send(0.0)
+        while not self.receive():
+            pass
+
+
+def latencies(port: int, *, core: int, rate: float, seconds: float, most: int = 500) -> list[float]:
+    """Send `rate` small requests a second for a while; return each one's seconds from due to answered, sorted.
+
+    Raises Failed if more than `most` are unanswered at once: then the rate is not held.
+    """
+    idle, busy, measured = [Client(port) for _ in range(8)], set[Client](), list[float]()
+    with pinned(core), contextlib.ExitStack() as stack:
+        for client in idle:
+            stack.callback(client.close)
+            client.ask()
+        start, sent, total = time.perf_counter() + 0.01, 0, round(rate * seconds)
+        while sent < total or busy:
+            due = start + sent / rate
+            now = time.perf_counter()
+            if sent < total and due <= now:
+                if len(busy) >= most:
+                    raise Failed(f"does not hold {rate:g} requests/s")
+                if not idle:
+                    idle.append(Client(port))
+                    stack.callback(idle[-1].close)
+                client = idle.pop()
+                client.send(due)
+                busy.add(client)
+                sent += 1
+                continue
+            wait = due - now if sent < total else _PATIENCE
+            for client in select.select(busy, (), (), wait)[0]:
+                if client.receive():
+                    measured.append(time.perf_counter() - client.due)
+                    busy.remove(client)
+                    idle.append(client)
+    return sorted(measured)

@@ -1,0 +1,129 @@
+"""Processes under measurement: started on one core, read from /proc, stopped by their own id. Linux only."""
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+LISTEN_TIMEOUT = 30.0
+STOP_TIMEOUT = 40.0
+_TICK = os.sysconf("SC_CLK_TCK")
+_PARENT, _USER = 1, 11  # fields of /proc/<pid>/stat behind the name: ppid; utime, stime, cutime, cstime
+
+
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Hold this thread, and whatever it starts meanwhile, on one core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def running(
+    command: Sequence[str], *, core: int, port: int, folder: Path, env: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """Run a server on a core until it listens on `port`; yield its process id and stop it afterwards.
+
+    It works in `folder`; what it prints is kept there, and the end of it shown if the server does not come up. The
+    gateway's own variables are taken out of its environment.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("GATEWAY_")}
+    log = folder / "output.log"
+    with pinned(core), log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - our own words
+            command,
+            cwd=folder,
+            env=inherited | dict(env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        if not _listens(process, port):
+            end = log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{command[0]} does not listen on port {port}; it said:\n{end}")
+        yield process.pid
+    finally:
+        _stop(process)
+
+
+def _listens(process: "subprocess.Popen[bytes]", port: int) -> bool:
+    deadline = time.monotonic() + LISTEN_TIMEOUT
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    """Return a port nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and all its living descendants."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (fields := _stat(int(entry.name))):
+            children.setdefault(int(fields[_PARENT]), []).append(int(entry.name))
+    found = [pid]
+    for one in found:  # grows while it is walked
+        found.extend(children.get(one, ()))
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return user and system time of a process and its descendants, those it has waited for included."""
+    ticks = sum(int(ticks) for one in family(pid) for ticks in _stat(one)[_USER : _USER + 4])
+    return ticks / _TICK
+
+
+def resident_bytes(pid: int, *, peak: bool = False) -> int:
+    """Return the resident memory of a process and its descendants, now or at its peak."""
+    word = "VmHWM:" if peak else "VmRSS:"
+    return sum(_status_kib(one, word) for one in family(pid)) * 1024
+
+
+def reset_peak(pid: int) -> None:
+    """Let the peak of resident memory begin anew (proc(5), clear_refs)."""
+    for one in family(pid):
+        Path(f"/proc/{one}/clear_refs").write_text("5")
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields behind the name, which may hold anything; none if the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _status_kib(pid: int, word: str) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(word)), 0)

@@ -1,0 +1,112 @@
+"""What a run found, and how it is shown: medians with their spread as Markdown tables."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from benchmarks.peers import Peer
+
+CASES = {
+    "small": "GET of 190 bytes, 64 keep-alive connections",
+    "10k": "GET of 10 KB, 64 keep-alive connections",
+    "1m": "GET of 1 MB, 64 keep-alive connections",
+    "upload": "POST of 10 MB, 8 keep-alive connections",
+    "new": "GET of 190 bytes, 64 clients, a new connection for each request",
+    "latency": "Added latency at 500 requests a second, in microseconds",
+    "memory": "Resident memory in MB",
+}
+OURS = "gateway"
+_MB = 2**20
+
+Figures = dict[str, float]
+
+
+class Results:
+    """Figures of each measurement, by case and peer, and why there are none."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[Figures]]] = {}
+        self.failures: dict[str, dict[str, str]] = {}
+
+    def __repr__(self) -> str:
+        counts = {case: sum(map(len, peers.values())) for case, peers in self.found.items()}
+        return f"<Results [{counts}, {sum(map(len, self.failures.values()))} failed]>"
+
+    def add(self, case: str, peer: str, figures: Figures) -> None:
+        """Keep what one measurement found."""
+        self.found.setdefault(case, {}).setdefault(peer, []).append(figures)
+
+    def fail(self, case: str, peer: str, reason: str) -> None:
+        """Keep why there is none."""
+        self.failures.setdefault(case, {})[peer] = reason
+
+    def values(self, case: str, peer: str, figure: str) -> list[float]:
+        """Return one figure of all rounds; empty unless every round succeeded."""
+        if peer in self.failures.get(case, {}):
+            return []
+        return [figures[figure] for figures in self.found.get(case, {}).get(peer, [])]
+
+    def as_json(self) -> dict[str, object]:
+        """Return everything, as JSON has it."""
+        return {"found": self.found, "failures": self.failures}
+
+
+def tables(results: Results, peers: Sequence[Peer]) -> str:
+    """Return a Markdown table for each case that was measured."""
+    return "\n".join(
+        _table(results, case, peers) for case in CASES if case in results.found or case in results.failures
+    )
+
+
+def _table(results: Results, case: str, peers: Sequence[Peer]) -> str:
+    columns, row = _SHAPES.get(case, (_THROUGHPUT, _throughput_row))
+    lines = [f"{CASES[case]}:", "", f"| | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
+    for peer in peers:
+        if case in peer.cases:
+            reason = results.failures.get(case, {}).get(peer.name)
+            cells = [_brief(reason), *[""] * (len(columns) - 1)] if reason else row(results, case, peer.name)
+            lines.append(f"| {peer.title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _brief(reason: str) -> str:
+    return reason.splitlines()[0].replace("|", "/")[:80]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the least and the greatest."""
+    return f"{min(values):,.0f} to {max(values):,.0f}"
+
+
+_THROUGHPUT = ("requests/s", "CPU µs/request", "least to most", "to ours")
+
+
+def _throughput_row(results: Results, case: str, peer: str) -> list[str]:
+    cpu = statistics.median(results.values(case, peer, "cpu"))
+    ours = results.values(case, OURS, "cpu")
+    rate = statistics.median(results.values(case, peer, "rate"))
+    ratio = f"{cpu / statistics.median(ours):.2f}" if ours else "-"
+    return [f"{rate:,.0f}", f"{cpu:,.0f}", spread(results.values(case, peer, "cpu")), ratio]
+
+
+_LATENCY = ("p50", "least to most", "p99", "least to most")
+
+
+def _latency_row(results: Results, case: str, peer: str) -> list[str]:
+    columns = [results.values(case, peer, figure) for figure in ("p50", "p99")]
+    return [cell for values in columns for cell in (f"{statistics.median(values):,.0f}", spread(values))]
+
+
+_MEMORY = ("at start", "with 1,000 idle clients", "peak, 8 bodies of 100 MB streaming both ways")
+
+
+def _memory_row(results: Results, case: str, peer: str) -> list[str]:
+    return [
+        f"{statistics.median(results.values(case, peer, figure)) / _MB:,.0f}"
+        for figure in ("start", "idle", "streaming")
+    ]
+
+
+_SHAPES: dict[str, tuple[Sequence[str], Callable[[Results, str, str], list[str]]]] = {
+    "latency": (_LATENCY, _latency_row),
+    "memory": (_MEMORY, _memory_row),
+}
