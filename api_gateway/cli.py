@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -19,11 +20,11 @@ from fastapi import FastAPI
 from api_gateway import __version__
 from api_gateway.admin import Phase
 from api_gateway.clients import ClientStore
-from api_gateway.config import GatewayConfig, load_config
+from api_gateway.config import GatewayConfig, ServerSection, load_config
 from api_gateway.demo import banner
 from api_gateway.diagnosis import ConfigError
 from api_gateway.main import STARTUP_FAILED, create_app
-from api_gateway.protocol import bounded_protocol
+from api_gateway.protocol import Bounds, bounded_protocol
 
 _UNFINISHED = "ASGI callable returned without completing response."
 
@@ -55,14 +56,15 @@ class GatewayServer(uvicorn.Server):
 
     def __init__(self, config: GatewayConfig) -> None:
         self._settings = config
-        self._app: FastAPI = create_app(config)
+        refused: Counter[str] = Counter()
+        self._app: FastAPI = create_app(config, refused=refused)
         section = config.server
         super().__init__(
             uvicorn.Config(
                 self._app,
                 host=section.host,
                 port=section.port,
-                http=bounded_protocol(section.max_header_bytes, section.header_timeout),
+                http=bounded_protocol(_bounds(section), refused),
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
@@ -106,6 +108,17 @@ class GatewayServer(uvicorn.Server):
             return banner(address)
         routes = "\n".join(f"  {route.path} -> {route.upstream}" for route in self._settings.routes)
         return f"Listening on {address}\n{routes}"
+
+
+def _bounds(section: ServerSection) -> Bounds:
+    return Bounds(
+        header_bytes=section.max_header_bytes,
+        header_lines=section.max_header_lines,
+        header_timeout=section.header_timeout,
+        keep_alive_timeout=section.keep_alive_timeout,
+        idle_timeout=section.idle_timeout,
+        connections_per_peer=section.max_connections_per_peer,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -56,18 +57,25 @@ class Gateway:
     recorder: Recorder
 
 
-def create_app(config: GatewayConfig | None = None, *, server_headers: frozenset[bytes] = frozenset()) -> FastAPI:
+def create_app(
+    config: GatewayConfig | None = None,
+    *,
+    server_headers: frozenset[bytes] = frozenset(),
+    refused: Counter[str] | None = None,
+) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
     `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
-    out in their favour, so that none comes twice. Raises ConfigError when `config` is None and the sources are wrong.
+    out in their favour, so that none comes twice. `refused` is where the server counts what it refuses by itself.
+    Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
+    rejections: Counter[str] = Counter() if refused is None else refused
     switch = Switch()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _live(settings) as gateway:
+        async with _live(settings, rejections) as gateway:
             app.state.console = _console(gateway)
             switch.data_plane = _data_plane(gateway, server_headers)
             app.state.console.phase = Phase.SERVING
@@ -101,7 +109,7 @@ def __getattr__(name: str) -> Any:
 
 
 @asynccontextmanager
-async def _live(config: GatewayConfig) -> AsyncIterator[Gateway]:
+async def _live(config: GatewayConfig, rejections: Counter[str]) -> AsyncIterator[Gateway]:
     """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
     async with AsyncExitStack() as stack:
         if config.is_demo:
@@ -109,7 +117,7 @@ async def _live(config: GatewayConfig) -> AsyncIterator[Gateway]:
             await demo.start()
             stack.push_async_callback(demo.stop)
             config = config.model_validate({**config.model_dump(), **demo.sections()})
-        gateway = _build(config)
+        gateway = _build(config, rejections)
         stack.push_async_callback(gateway.clients.close)
         try:
             await gateway.clients.load()
@@ -122,7 +130,7 @@ async def _live(config: GatewayConfig) -> AsyncIterator[Gateway]:
         yield gateway
 
 
-def _build(config: GatewayConfig) -> Gateway:
+def _build(config: GatewayConfig, rejections: Counter[str]) -> Gateway:
     now = time.monotonic()
     tiers = {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()}
     limit = config.address_limit
@@ -140,7 +148,12 @@ def _build(config: GatewayConfig) -> Gateway:
         ),
         services={name: _service(name, section, now) for name, section in config.upstreams.items()},
         recorder=Recorder(
-            (route.name for route in config.routes), config.upstreams, tiers, config.metrics.percentiles, now
+            (route.name for route in config.routes),
+            config.upstreams,
+            tiers,
+            config.metrics.percentiles,
+            now,
+            rejections,
         ),
     )
 

@@ -161,15 +161,19 @@ class Recorder:
         tiers: Iterable[str],
         percentiles: Sequence[float],
         now: float,
+        rejections: Counter[str] | None = None,
     ) -> None:
-        """Know all label values from the start, so that every series exists at zero before its first event."""
+        """Know all label values from the start, so that every series exists at zero before its first event.
+
+        `rejections` by reason may already be counted elsewhere: by the server, for what never becomes an exchange.
+        """
         self.started = now
         self.in_flight = 0
         self.routes = {name: Series() for name in (*routes, NO_ROUTE)}
         self.upstreams = {name: Series() for name in upstreams}
         self.requests: Counter[tuple[str, str, int, str, str]] = Counter()  # route, method, status, source, tier
         self.outcomes: dict[str, Counter[str]] = {name: Counter() for name in self.upstreams}
-        self.rejections: Counter[str] = Counter()
+        self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self._percentiles = tuple(percentiles)

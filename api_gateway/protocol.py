@@ -1,151 +1,518 @@
-"""The server side of HTTP/1.1: uvicorn's httptools protocol, with bounds on a request's head in size and in time."""
+"""The server side of HTTP/1.1: uvicorn's httptools protocol with a request cycle of our own.
+
+What is different from uvicorn's, and why (`cycle` has the rest):
+
+- One task serves a connection, request after request; uvicorn starts one for each request.
+- Heads are bounded in size, in number of lines and in time, bodies in the time they may stall, and connections in
+  number for each address. Refusals are problem details, and reach the client even while it is still sending.
+- What a proxy needs and ASGI has no word for is offered in the scope, as `models.Link`.
+- Trailers never become headers, and nothing behind a refused request is served.
+"""
 
 import asyncio
 import json
+import logging
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
 from typing import Any, ClassVar
+from urllib.parse import unquote
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
-from api_gateway.errors import BadRequest, GatewayError, HeadersTooLarge, HeadTimeout, problem
+from api_gateway.alarm import Alarm
+from api_gateway.cycle import HIGH_WATER, Cycle, render_head
+from api_gateway.errors import (
+    BadRequest,
+    GatewayError,
+    HeadersTooLarge,
+    HeadTimeout,
+    InternalError,
+    Overloaded,
+    problem,
+)
+from api_gateway.headers import http_date
+from api_gateway.models import LINK, HeaderList
+
+logger = logging.getLogger(__name__)
+
+MAX_PIPELINED = 16  # requests of one connection that may wait for the answers before them
+MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connection whose answer came early
+MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
+LINGER = 2.0  # seconds it may do so
+_VERSION = {"version": "3.0", "spec_version": "2.4"}
+_EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a client may ask of a connection: bytes, lines and seconds. `connections_per_peer` 0 is no limit."""
+
+    header_bytes: int = 65_536
+    header_lines: int = 200
+    header_timeout: float = 10.0
+    keep_alive_timeout: float = 75.0
+    idle_timeout: float = 60.0
+    connections_per_peer: int = 0
 
 
 class GatewayProtocol(HttpToolsProtocol):
-    """Refuses a head that is too large (431) or too slow (408), which uvicorn would wait for without end."""
+    """One connection of a client. `bounds` and what the connections share is set by `bounded_protocol`."""
 
-    max_header_bytes: ClassVar[int] = 65_536
-    header_timeout: ClassVar[float] = 10.0
+    bounds: ClassVar[Bounds] = Bounds()
+    peers: ClassVar[Counter[str]] = Counter()
+    refused: ClassVar[Counter[str]] = Counter()
+
+    # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Start of a connection: its first head is awaited from now on."""
-        super().connection_made(transport)
-        self._head_bytes = 0
-        self._is_in_head = True
-        self._is_refused = False
-        self._has_begun = False
-        self._framing_bytes = 0  # since the last piece of a body
-        self._served: Any = None  # the cycle whose answer is under way; `cycle` is the newest
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._await_head()
+        self.transport = transport
+        self.connections.add(self)
+        self.server, self.client = get_local_addr(transport), get_remote_addr(transport)
+        self.scheme = "https" if is_ssl(transport) else "http"
+        self.spelled: HeaderList = []
+        self.expects_continue = False
+        self.is_write_paused = False
+        self._peer = self.client[0] if self.client else ""
+        self.peers[self._peer] += 1
+        self._is_surplus = 0 < self.bounds.connections_per_peer < self.peers[self._peer]
+        self._lower: HeaderList = []
+        self._reading: Cycle | None = None  # the request whose body is not complete
+        self._serving: Cycle | None = None  # the request whose answer is due, or was the last one sent
+        self._waiting: deque[Cycle] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self._rest: asyncio.Future[None] | None = None  # what the worker waits for when there is nothing to serve
+        self._writable: asyncio.Future[None] | None = None
+        self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
+        self._discarded = 0
+        self._raw: list[bytes] | None = None  # what came behind a handshake, until it is answered
+        self._has_begun = False  # a head has begun and is not complete
+        self._is_timed = True  # the alarm runs for this head; the first one's since the connection was made
+        self._is_over = self._is_ending = self._is_read_paused = False
+        self._unsent = 0  # bytes the client had not read when last looked at
+        self._alarm = Alarm(self.loop, self._on_alarm)
+        self._alarm.set(self.bounds.header_timeout)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """End of the connection."""
-        self._stop_head_timer()
-        super().connection_lost(exc)
-        served = self._served
-        if served is not None and not served.response_complete:  # uvicorn tells only the newest
-            served.disconnected = True
-            served.message_event.set()
+        self.connections.discard(self)
+        self.peers[self._peer] -= 1
+        if not self.peers[self._peer]:
+            del self.peers[self._peer]
+        self._is_over = True
+        self._alarm.stop()
+        self.resume_writing()
+        self._waiting.clear()
+        self._wake_worker()
+        if self._serving is not None:
+            self._serving.disconnect()
+        self.parser = None  # type: ignore[assignment]  # as uvicorn does: it refers to us
+
+    def eof_received(self) -> bool:
+        """Tell whether to go on: a client that said it would send no more may still be reading (RFC 9112, 9.6)."""
+        serving = self._serving
+        return (
+            serving is not None
+            and not serving.is_answered
+            and serving.is_body_complete
+            and (b"connection", b"close") in serving.scope["headers"]
+        )
+
+    def shutdown(self) -> None:
+        """Close once what is being served has been, at the server's wish."""
+        serving = self._serving
+        if serving is None or (serving.is_answered and self._worker_rests()):
+            self._close()
+        else:
+            serving.keep_alive = False
+
+    # Reading
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the bounds."""
-        if self._is_refused:
+        if self._is_ending:
+            self._discarded += len(data)
+            if self._discarded > MAX_LINGERED:
+                self.transport.abort()
             return
-        if self._is_in_head:
-            self._head_bytes += len(data)
-            if self._head_timer is None:
-                self._await_head()
-        else:
-            self._framing_bytes += len(data)
-        super().data_received(data)
-        if (self._head_bytes if self._is_in_head else self._framing_bytes) > self.max_header_bytes:
-            self._refuse_head()
+        if self._raw is not None:
+            self._raw.append(data)
+            if sum(map(len, self._raw)) > HIGH_WATER:
+                self.pause_reading()
+            return
+        self._unparsed += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._on_upgrade(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError as error:
+            if not self._is_ending:
+                cause = error.__context__ or error
+                self.refuse(BadRequest(f"The request is not well-formed HTTP/1.1: {str(cause).rstrip('.')}."))
+            return
+        if self._reading is not None:
+            self._alarm.set(self.bounds.idle_timeout)
+        if self._unparsed or self._has_begun:
+            self._await_rest()
+
+    def _await_rest(self) -> None:
+        """Bound what has begun and is not complete, in size and in time."""
+        if self._unparsed > self.bounds.header_bytes:
+            self._refuse_size()
+        elif self._has_begun and not self._is_timed:
+            self._is_timed = True
+            self._alarm.set(self.bounds.header_timeout)
 
     def on_message_begin(self) -> None:
         """A request starts."""
-        super().on_message_begin()
-        self._is_in_head = self._has_begun = True
-        self._counted = 0
-        if self._head_timer is None:
-            self._await_head()
+        self.url = b""
+        self.spelled, self._lower = [], []
+        self.expects_continue = False
+        self._has_begun = True
+
+    def on_url(self, url: bytes) -> None:
+        """Take the request target, or a part of it."""
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count one header; a head that came in one piece is bounded here. Trailers never become headers."""
-        self._counted += len(name) + len(value) + 4
-        if self._is_in_head:
-            super().on_header(name, value)
-        elif self._counted > self.max_header_bytes:
-            self._refuse_head()
+        """Take one header, or one trailer."""
+        value = value.rstrip(b" \t")
+        if not self._has_begun:
+            self._on_trailer(name, value)
+            return
+        lower = name.lower()
+        self.spelled.append((name, value))
+        self._lower.append((lower, value))
+        if lower == b"expect" and value.lower() == b"100-continue":
+            self.expects_continue = True
+
+    def _on_trailer(self, name: bytes, value: bytes) -> None:
+        if self._reading is not None:
+            trailers = self._reading.trailers
+            trailers.append((name, value))
+            if len(trailers) > self.bounds.header_lines or _size(trailers) > self.bounds.header_bytes:
+                self._refuse_size()
 
     def on_headers_complete(self) -> None:
-        """The head is there."""
-        self._head_bytes = self._framing_bytes = 0
-        self._has_begun = False
-        self._stop_head_timer()
-        if self._is_refused:  # what was sent behind a refused request is not a request
+        """The head is there: serve the request, or let it wait for its turn."""
+        size, self._unparsed = self._unparsed, 0
+        self._has_begun = self._is_timed = False
+        if self._is_ending:  # what was sent behind a refused request is not a request
             return
-        if self._counted + len(self.url) > self.max_header_bytes:
-            self._refuse_head()
-        else:
-            self._is_in_head = False
-            super().on_headers_complete()
+        bounds = self.bounds
+        if len(self.spelled) > bounds.header_lines:
+            self.refuse(HeadersTooLarge(f"The request has more than {bounds.header_lines} header lines."))
+            return
+        if size > bounds.header_bytes and len(self.url) + _size(self.spelled) > bounds.header_bytes:
+            self._refuse_size()
+            return
+        if self._is_surplus:
+            limit = bounds.connections_per_peer
+            self.refuse(Overloaded(f"Your address has more than {limit} connections.", retry_after=1))
+            return
+        try:
+            cycle = self._cycle()
+        except ValueError as error:
+            self.refuse(BadRequest(f"The request target is not valid: {error}."))
+            return
+        self._reading = cycle
+        self._waiting.append(cycle)
+        if self._worker is None:
+            self._worker = self.loop.create_task(self._work())
+            self.tasks.add(self._worker)
+            self._worker.add_done_callback(self.tasks.discard)
+        elif self._rest is not None:
+            self._wake_worker()
+        elif len(self._waiting) > MAX_PIPELINED:
+            self.pause_reading()
+
+    def _cycle(self) -> Cycle:
+        """Return the request whose head has just come; raises ValueError if its target is none."""
+        parser = self.parser
+        method, version = parser.get_method().decode("ascii"), parser.get_http_version()
+        target = self.url
+        if not target.startswith(b"/"):
+            target = self._origin_form(target)
+        raw_path, _, query = target.partition(b"?")
+        path = raw_path.decode("ascii")
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": _VERSION,
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "method": method,
+            "root_path": self.root_path,
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": raw_path,
+            "query_string": query,
+            "headers": self._lower,
+            "state": self.app_state.copy(),
+            "extensions": _EXTENSIONS,
+        }
+        scope[LINK] = cycle = Cycle(self, scope, target)
+        if version == "1.0":
+            cycle.is_http10, cycle.keep_alive = True, False
+        elif not parser.should_keep_alive():
+            cycle.keep_alive = False
+        if parser.should_upgrade() and method == "GET":
+            cycle.upgrade = next((value.lower() for name, value in self._lower if name == b"upgrade"), b"")
+        return cycle
+
+    def _origin_form(self, target: bytes) -> bytes:
+        """Return path and query of an absolute-form target, whose authority wins over Host (RFC 9112, 3.2.2)."""
+        if target == b"*":
+            return target
+        if b"://" not in target:
+            raise ValueError("it is not a path")
+        url = httptools.parse_url(target)
+        if not url.host:
+            raise ValueError("it names no host")
+        authority = url.host if url.port is None else b"%b:%d" % (url.host, url.port)
+        self.spelled[:] = [(name, authority if name.lower() == b"host" else value) for name, value in self.spelled]
+        self._lower[:] = [(name, authority if name == b"host" else value) for name, value in self._lower]
+        return target[target.index(b"/", target.index(b"://") + 3) :] if url.path else b"/" + (url.query or b"")
 
     def on_body(self, body: bytes) -> None:
-        """Body of a request; none belongs to one that was refused."""
-        self._framing_bytes = 0
-        if not self._is_refused:
-            super().on_body(body)
+        """Take one piece of body; none belongs to a request that was refused."""
+        self._unparsed = 0
+        cycle = self._reading
+        if cycle is None or self._is_ending:
+            return
+        if not cycle.is_answered:
+            if cycle.feed(body):
+                self.pause_reading()
+            return
+        self._discarded += len(body)
+        if self._discarded > MAX_DISCARDED:
+            self._linger()
 
     def on_message_complete(self) -> None:
         """End of a request; the next head may follow at once."""
-        if not self._is_refused:
-            super().on_message_complete()
-        self._is_in_head = True
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP."""
-        if not self._is_refused:
-            self._send(BadRequest(f"The request is not well-formed HTTP/1.1: {msg.rstrip('.')}."))
-
-    def _refuse_head(self) -> None:
-        self._send(HeadersTooLarge(f"The request's head is larger than {self.max_header_bytes} bytes."))
-
-    def _await_head(self) -> None:
-        self._head_timer = self.loop.call_later(self.header_timeout, self._time_out_head)
-
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _time_out_head(self) -> None:
-        self._head_timer = None
-        if self._is_refused or self.transport.is_closing():
+        self._unparsed = 0
+        cycle, self._reading = self._reading, None
+        if cycle is None or self._is_ending:
             return
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._await_head()  # reading may be paused until the answer is complete
-        elif self._head_bytes or self._has_begun:
-            self._send(HeadTimeout(f"The request's head did not arrive within {self.header_timeout:g} s."))
+        cycle.end_body()
+        if cycle.is_answered:
+            self._alarm.set(self.bounds.keep_alive_timeout)
         else:
-            self.transport.close()
+            self._alarm.clear()
 
-    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        self._served = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def _send(self, error: GatewayError) -> None:
-        """Answer by ourselves, without an application, and close."""
-        self._is_refused = True
-        self._stop_head_timer()
-        if self._would_interrupt():
-            self.transport.close()
+    def _on_upgrade(self, rest: bytes) -> None:
+        """Behind a handshake nothing is parsed until it is answered; an upgrade we do not know is not one."""
+        if self._is_ending:
             return
-        body = json.dumps(problem(error, instance="")).encode()
-        head = (
-            f"HTTP/1.1 {error.status} {error.reason.value}\r\ncontent-type: application/problem+json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
+        if (self._waiting[-1] if self._waiting else self._serving).upgrade == b"websocket":  # type: ignore[union-attr]  # it has just come
+            self._raw = [rest] if rest else []
+        else:
+            self._parse_on(rest)
+
+    def _parse_on(self, data: bytes) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        if data:
+            self.data_received(data)
+
+    def pause_reading(self) -> None:
+        """Make the client wait."""
+        if not self._is_read_paused and not self.transport.is_closing():
+            self._is_read_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Let the client go on."""
+        if self._is_read_paused and not self.transport.is_closing():
+            self._is_read_paused = False
+            self.transport.resume_reading()
+
+    # Serving
+
+    async def _work(self) -> None:
+        """Serve the requests of this connection, one after the other, until it is over."""
+        while not self._is_over:
+            if self._waiting:
+                self._serving = self._waiting.popleft()
+                await self._serve(self._serving)
+            else:
+                self._rest = self.loop.create_future()
+                await self._rest
+                self._rest = None
+
+    async def _serve(self, cycle: Cycle) -> None:
+        try:
+            await self.app(cycle.scope, cycle.receive, cycle.send)  # type: ignore[arg-type]  # uvicorn's narrower types
+        except Exception:
+            logger.exception("the application failed")
+        except BaseException:  # cancelled by the server: its time to drain was over
+            self.transport.abort()
+            raise
+        if cycle.is_answered or cycle.is_disconnected:
+            return
+        if not cycle.is_started:
+            self.refuse(InternalError("The gateway failed to answer."))
+        elif cycle.is_http10:  # only a reset tells that it was not the end
+            self.transport.abort()
+        else:
+            self._close()
+
+    def _worker_rests(self) -> bool:
+        return self._rest is not None and not self._rest.done()
+
+    def _wake_worker(self) -> None:
+        if self._rest is not None and not self._rest.done():
+            self._rest.set_result(None)
+
+    def on_answered(self, cycle: Cycle) -> None:
+        """Go on to the next request, or close if there shall be none."""
+        self.server_state.total_requests += 1
+        if not cycle.keep_alive:
+            self._waiting.clear()
+            if cycle.is_body_complete:
+                self._close()
+            else:
+                self._linger()
+            return
+        if self._raw is not None:  # the handshake was refused, so it was an ordinary request
+            raw, self._raw = b"".join(self._raw), None
+            self.loop.call_soon(self._parse_on, raw)
+        if self._is_read_paused:
+            self.resume_reading()
+        self._discarded = 0
+        self._alarm.set(self._patience())
+
+    def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
+        """Send the answer to a handshake and let go of the connection; see `Link.switch`."""
+        self._alarm.stop()
+        self._is_ending = True
+        self.transport.write(head)
+        self.resume_reading()
+        return self.transport, b"".join(self._raw or [])
+
+    def pause_writing(self) -> None:
+        """Asked by the event loop: the client reads more slowly than we send."""
+        self.is_write_paused = True
+        self._writable = self.loop.create_future()
+        self._alarm.set(self.bounds.idle_timeout)
+
+    def resume_writing(self) -> None:
+        """Asked by the event loop: the client has caught up."""
+        self.is_write_paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+            self._alarm.set(self._patience())
+        self._writable = None
+
+    async def wait_until_writable(self) -> None:
+        """Wait for the client to read on, or to leave."""
+        while self._writable is not None:
+            await self._writable
+
+    # Time, refusals, the end
+
+    def _patience(self) -> float | None:
+        """Return the seconds that what is awaited now may take."""
+        if self._is_ending or self._is_over:
+            return None
+        if self._reading is not None or self.is_write_paused:
+            return self.bounds.idle_timeout
+        if self._serving is not None and not self._serving.is_answered:
+            return None  # the upstream's time, which others keep
+        return self.bounds.header_timeout if self._is_timed else self.bounds.keep_alive_timeout
+
+    def _on_alarm(self) -> None:
+        """Act on what has not come: the rest of a head or of a body, the next request, or the client's reading on."""
+        if self._is_ending or self.transport.is_closing():
+            self.transport.abort()
+        elif self.is_write_paused:
+            self._check_reader()
+        elif self._serving is not None and not self._serving.is_answered:
+            self._check_sender(self._serving)
+        elif self._has_begun or self._unparsed:
+            self.refuse(HeadTimeout(f"The request's head did not arrive within {self.bounds.header_timeout:g} s."))
+        else:
+            self._close()
+
+    def _check_reader(self) -> None:
+        """Give a client that reads slowly more time, and one that does not read none."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent == self._unsent:
+            self.transport.abort()
+        self._unsent = unsent
+        self._alarm.set(self.bounds.idle_timeout)
+
+    def _check_sender(self, serving: Cycle) -> None:
+        if self._reading is not serving:  # it is complete, and a head behind it may take as long as its answer
+            self._alarm.set(self.bounds.header_timeout)
+        elif self._is_read_paused or serving.awaits_continue:  # it is not the client that is waited for
+            self._alarm.set(self.bounds.idle_timeout)
+        elif serving.is_started:
+            self.transport.abort()
+        else:
+            self.refuse(HeadTimeout(f"Nothing of the body came for {self.bounds.idle_timeout:g} s."))
+
+    def _refuse_size(self) -> None:
+        self.refuse(HeadersTooLarge(f"The request's head is larger than {self.bounds.header_bytes} bytes."))
+
+    def refuse(self, error: GatewayError) -> None:
+        """Answer by ourselves, without the application, and end the connection.
+
+        Where a word of ours would get into, or pass for, an answer that is due, it ends without one.
+        """
+        if self._is_ending or self.transport.is_closing():
+            return
+        due = self._serving
+        if due is None or due.is_answered:
+            due = self._waiting[0] if self._waiting else None
+        self.refused[error.reason] += 1
+        if due is not None and (due is not self._reading or due.is_started):
+            self._close()
+        else:
+            body = json.dumps(problem(error, instance="")).encode()
+            lines = [
+                b"content-type: application/problem+json",
+                b"content-length: %d" % len(body),
+                b"cache-control: no-store",
+                *(f"{name}: {value}".encode() for name, value in error.headers.items()),
+                b"date: " + http_date(int(time.time())),
+                b"connection: close",
+            ]
+            self.transport.write(render_head(error.status, None, lines) + body)
+            self._linger()
+        if due is not None:
+            due.disconnect()
+
+    def _linger(self) -> None:
+        """Send no more but go on reading for a moment: closing now would reset what the client has yet to read."""
+        self._is_ending = True
+        self._discarded = 0
+        self._waiting.clear()
+        if not self.transport.can_write_eof():
+            self._close()
+            return
+        self.transport.write_eof()
+        self.resume_reading()
+        self._alarm.set(LINGER)
+
+    def _close(self) -> None:
+        """Close once everything is sent, which may not take for ever."""
+        self._is_ending = True
+        self._waiting.clear()
         self.transport.close()
-
-    def _would_interrupt(self) -> bool:
-        """Tell whether a word of ours would get into, or pass for, an answer that is due or under way."""
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete:
-            return False
-        return self._is_in_head or bool(self.pipeline) or cycle.response_started
+        self._alarm.set(self.bounds.idle_timeout)
 
 
-def bounded_protocol(max_header_bytes: int, header_timeout: float) -> type[GatewayProtocol]:
-    """Return the protocol class with these bounds (bytes, seconds), for uvicorn's `Config(http=...)`."""
-    bounds: dict[str, Any] = {"max_header_bytes": max_header_bytes, "header_timeout": header_timeout}
-    return type("BoundedProtocol", (GatewayProtocol,), bounds)
+def _size(headers: HeaderList) -> int:
+    """Return the bytes these headers take up on the wire."""
+    return sum(len(name) + len(value) + 4 for name, value in headers)
+
+
+def bounded_protocol(bounds: Bounds, refused: Counter[str]) -> type[GatewayProtocol]:
+    """Return the protocol class for one server, for uvicorn's `Config(http=...)`; it counts its refusals."""
+    shared: dict[str, Any] = {"bounds": bounds, "peers": Counter(), "refused": refused}
+    return type("BoundedProtocol", (GatewayProtocol,), shared)

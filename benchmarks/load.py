@@ -84,7 +84,7 @@ def drive(port: int, case: str, *, core: int, seconds: float, connections: int) 
 
 def verify(port: int, case: str) -> None:
     """Ask once and look at the whole answer. Raises Failed."""
-    path = "small" if case in ("new", "latency") else case
+    path = case if case == "upload" or case in SIZES else "small"
     upload = b"x" * UPLOAD_BYTES if case == "upload" else None
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
     with contextlib.closing(connection):

@@ -85,7 +85,7 @@ http {{
             limit_req zone=clients burst=1000000 nodelay;
             proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection "";
             proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-            proxy_buffering off; proxy_request_buffering off;
+            proxy_max_temp_file_size 0; proxy_buffers 8 64k; proxy_busy_buffers_size 128k; proxy_request_buffering off;
         }}
     }}
 }}
@@ -98,6 +98,7 @@ def haproxy(place: Place) -> Launch:
     config = f"""
 global
   nbthread 1
+  tune.bufsize 65536
   maxconn 8192
 defaults
   mode http

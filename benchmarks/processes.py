@@ -48,7 +48,7 @@ def running(
     try:
         if not _listens(process, port):
             end = log.read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"{command[0]} does not listen on port {port}; it said:\n{end}")
+            raise RuntimeError(f"{Path(command[0]).name} does not listen on port {port}; it said:\n{end}")
         yield process.pid
     finally:
         _stop(process)

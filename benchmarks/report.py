@@ -62,14 +62,10 @@ def _table(results: Results, case: str, peers: Sequence[Peer]) -> str:
     lines = [f"{CASES[case]}:", "", f"| | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
     for peer in peers:
         if case in peer.cases:
-            reason = results.failures.get(case, {}).get(peer.name)
-            cells = [_brief(reason), *[""] * (len(columns) - 1)] if reason else row(results, case, peer.name)
+            failed = peer.name in results.failures.get(case, {})
+            cells = ["failed", *[""] * (len(columns) - 1)] if failed else row(results, case, peer.name)
             lines.append(f"| {peer.title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _brief(reason: str) -> str:
-    return reason.splitlines()[0].replace("|", "/")[:80]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import httptools
 
@@ -76,7 +77,7 @@ class Sink(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the way back."""
-        self._transport = transport
+        self._transport = cast("asyncio.WriteTransport", transport)
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002 - the signature is asyncio's
         """Lend the one buffer."""
@@ -88,7 +89,6 @@ class Sink(asyncio.BufferedProtocol):
 
     def on_message_complete(self) -> None:
         """Answer; the parser calls this."""
-        assert isinstance(self._transport, asyncio.WriteTransport)  # noqa: S101 - a stream's transport writes
         self._transport.write(_ANSWER)
 
 

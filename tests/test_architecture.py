@@ -9,19 +9,19 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "headers", "diagnosis"),
+    ("errors", "models", "headers", "diagnosis", "alarm"),
     ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
-    ("clients", "transport", "health", "metrics", "access_log", "protocol"),
+    ("clients", "transport", "health", "metrics", "access_log", "cycle", "protocol"),
     ("router", "middleware"),
     ("admin", "demo"),
     ("main",),
     ("cli",),
     ("__main__",),
 )
-SIBLINGS = {("headers", "models"), ("balancer", "circuit_breaker"), ("middleware", "router")}
+SIBLINGS = {("headers", "models"), ("balancer", "circuit_breaker"), ("middleware", "router"), ("protocol", "cycle")}
 OUTSIDE = {
     "httpx": {"transport", "router"},
-    "httptools": {"transport"},
+    "httptools": {"transport", "protocol"},
     "fastapi": {"admin", "main", "cli"},
     "starlette": {"admin"},
     "prometheus_client": {"metrics"},

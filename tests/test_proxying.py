@@ -638,7 +638,6 @@ def test_http_1_0_may_leave_out_the_host(client: RawClient, up: RawUpstream) -> 
     assert up.requests[0].all("via") == [b"1.0 api-gateway"]
 
 
-@pytest.mark.xfail(reason="uvicorn chunks every answer without a length, whoever asks")
 def test_a_client_of_http_1_0_gets_no_chunks(client: RawClient, up: RawUpstream) -> None:
     """It does not know them (RFC 9112 section 6.1)."""
     up.behave = raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n")

@@ -1,0 +1,268 @@
+"""One request and its answer on the server side: ASGI's `receive` and `send`, and the `Link` beside them.
+
+What goes out is framed here: by the announced length, in chunks, or by the end of the connection for a client of
+HTTP/1.0. Names keep their spelling; a `Date` is added where none comes (RFC 9110 section 6.6.1).
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from api_gateway.headers import http_date
+from api_gateway.models import HeaderList
+
+HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client is made to wait
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_BODILESS = frozenset({204, 304})
+_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
+# Lengths of the names that say how an answer is framed or dated: others need no closer look.
+_TOLD = frozenset({b"content-length", b"transfer-encoding", b"connection", b"date"})
+_TELLING = frozenset(map(len, _TOLD))
+
+
+class Connection(Protocol):
+    """What a cycle asks of its connection."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    spelled: HeaderList
+    expects_continue: bool
+    is_write_paused: bool
+
+    def resume_reading(self) -> None:
+        """Let the client go on."""
+        ...
+
+    async def wait_until_writable(self) -> None:
+        """Wait for the client to read on, or to leave."""
+        ...
+
+    def on_answered(self, cycle: "Cycle") -> None:
+        """Go on to the next request, or close if there shall be none."""
+        ...
+
+    def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
+        """Send the answer to a handshake and let go of the connection; see `Link.switch`."""
+        ...
+
+
+class Cycle:
+    """One request and its answer: ASGI's `receive` and `send`, and the `Link` beside them."""
+
+    __slots__ = (
+        "_body",
+        "_buffered",
+        "_connection",
+        "_has_body",
+        "_is_body_taken",
+        "_is_chunked",
+        "_is_head",
+        "_left",
+        "_owes_continue",
+        "_trailers_follow",
+        "_waiter",
+        "awaits_continue",
+        "headers",
+        "is_answered",
+        "is_body_complete",
+        "is_disconnected",
+        "is_http10",
+        "is_started",
+        "keep_alive",
+        "on_leaving",
+        "scope",
+        "target",
+        "trailers",
+        "upgrade",
+    )
+
+    def __init__(self, connection: "Connection", scope: dict[str, Any], target: bytes) -> None:
+        self.scope = scope
+        self.target = target
+        self.headers: HeaderList = connection.spelled
+        self.trailers: HeaderList = []
+        self.upgrade = b""
+        self.on_leaving: Callable[[], None] | None = None
+        self.keep_alive = True
+        self.is_http10 = False
+        self.is_body_complete = False
+        self.is_disconnected = False
+        self.is_started = False
+        self.is_answered = False
+        self._connection = connection
+        self._body: list[bytes] = []
+        self._buffered = 0
+        self._is_body_taken = False
+        self.awaits_continue = self._owes_continue = connection.expects_continue
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_head = scope["method"] == "HEAD"
+        self._has_body = True
+        self._is_chunked = False
+        self._left: int | None = None  # bytes of the announced length still to be sent
+        self._trailers_follow = False
+
+    def __repr__(self) -> str:
+        state = "answered" if self.is_answered else "started" if self.is_started else "waiting"
+        return f"<Cycle {self.scope['method']} {self.target!r} [{state}]>"
+
+    # From the connection
+
+    def feed(self, piece: bytes) -> bool:
+        """Take one piece of the body; tell whether there is enough of it for now."""
+        self.awaits_continue = self._owes_continue = False  # it did not wait to be asked
+        self._body.append(piece)
+        self._buffered += len(piece)
+        self._wake()
+        return self._buffered > HIGH_WATER
+
+    def end_body(self) -> None:
+        """The request is complete."""
+        self.is_body_complete = True
+        self._wake()
+
+    def disconnect(self) -> None:
+        """The client is gone."""
+        self.is_disconnected = True
+        self._wake()
+        if self.on_leaving is not None and not self.is_answered:
+            self.on_leaving()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    # ASGI
+
+    async def receive(self) -> dict[str, Any]:
+        """Return the next piece of the body, or that the client has left, or that the answer is complete."""
+        if self._owes_continue and not self.is_started:
+            self.awaits_continue = self._owes_continue = False
+            self._connection.transport.write(_CONTINUE)
+        while not self.is_disconnected and not self.is_answered:
+            if self._body or (self.is_body_complete and not self._is_body_taken):
+                body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+                self._body, self._buffered = [], 0
+                self._is_body_taken = self.is_body_complete
+                if not self._is_body_taken:
+                    self._connection.resume_reading()
+                return {"type": "http.request", "body": body, "more_body": not self._is_body_taken}
+            self._waiter = self._connection.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Send a part of the answer, waiting while the client reads too slowly. Nothing is sent to who has left."""
+        if self._connection.is_write_paused and not self.is_disconnected:
+            await self._connection.wait_until_writable()
+        if self.is_disconnected:
+            return
+        kind = message["type"]
+        if self.is_answered or (kind == "http.response.start") is self.is_started:
+            raise RuntimeError(f"{kind} is out of order")
+        if kind == "http.response.body":
+            self._send_body(message.get("body", b""), is_last=not message.get("more_body", False))
+        elif kind == "http.response.start":
+            self._start(message)
+        elif kind == "http.response.trailers" and self._trailers_follow:
+            self._send_trailers(message["headers"])
+        else:
+            raise RuntimeError(f"{kind} is not known here")
+
+    def _start(self, message: dict[str, Any]) -> None:
+        """Write the head. `reason`, beyond ASGI, is the phrase an upstream chose."""
+        status: int = message["status"]
+        headers: HeaderList = message.get("headers", ())
+        self.is_started = True
+        told = {lower: value for name, value in headers if len(name) in _TELLING and (lower := name.lower()) in _TOLD}
+        lines = [b"%b: %b" % pair for pair in headers]
+        if b"date" not in told:
+            lines.append(b"date: " + http_date(int(time.time())))
+        if self._is_head or status in _BODILESS:
+            self._has_body = False
+        elif b"content-length" in told:
+            self._left = int(told[b"content-length"])
+        elif self.is_http10:
+            self.keep_alive = False
+        else:
+            self._is_chunked = True
+            self._trailers_follow = message.get("trailers", False)
+            if b"transfer-encoding" not in told:
+                lines.append(b"transfer-encoding: chunked")
+        if self.awaits_continue:  # whether the body still comes, nobody can tell
+            self.keep_alive = False
+        if b"close" in told.get(b"connection", b"").lower():
+            self.keep_alive = False
+        elif not self.keep_alive:
+            lines.append(b"connection: close")
+        self._connection.transport.write(render_head(status, message.get("reason"), lines))
+
+    def _send_body(self, body: bytes, *, is_last: bool) -> None:
+        write = self._connection.transport.write
+        if not self._has_body:
+            pass
+        elif self._is_chunked:
+            end = b"0\r\n\r\n" if is_last and not self._trailers_follow else b""
+            if body:
+                write(b"%x\r\n%b\r\n%b" % (len(body), body, end))
+            elif end:
+                write(end)
+        elif body:
+            if self._left is not None:
+                self._left -= len(body)
+                if self._left < 0:
+                    raise RuntimeError("the answer is longer than its Content-Length")
+            write(body)
+        if is_last and not self._trailers_follow:
+            if self._left:
+                raise RuntimeError("the answer is shorter than its Content-Length")
+            self._finish()
+
+    def _send_trailers(self, trailers: HeaderList) -> None:
+        lines = b"".join(b"%b: %b\r\n" % pair for pair in trailers)
+        _refuse_hidden_lines(lines, len(trailers))
+        self._connection.transport.write(b"0\r\n%b\r\n" % lines)
+        self._finish()
+
+    def _finish(self) -> None:
+        self.is_answered = True
+        self.on_leaving = None
+        self._wake()
+        self._connection.on_answered(self)
+
+    # The link
+
+    def defer_continue(self) -> None:
+        """See `Link`; what the upstream says then goes through `inform`."""
+        self._owes_continue = False
+
+    def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        """See `Link`. A client of HTTP/1.0 knows no interim answers."""
+        self.awaits_continue = self.awaits_continue and status != HTTPStatus.CONTINUE
+        if not self.is_http10 and not self.is_started and not self.is_disconnected:
+            self._connection.transport.write(render_head(status, reason, [b"%b: %b" % pair for pair in headers]))
+
+    def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
+        """See `Link`. From here on this cycle sends nothing; its end closes the connection."""
+        self.is_started = self.is_answered = True
+        self.keep_alive = False
+        self.on_leaving = None
+        return self._connection.hand_over(render_head(101, reason, [b"%b: %b" % pair for pair in headers]))
+
+
+def render_head(status: int, reason: bytes | None, lines: list[bytes]) -> bytes:
+    """Return a head; raises RuntimeError if one of its lines hides another."""
+    phrase = _PHRASES.get(status, b"") if reason is None else reason
+    head = b"\r\n".join((b"HTTP/1.1 %d %b" % (status, phrase), *lines))
+    _refuse_hidden_lines(head, len(lines))
+    return head + b"\r\n\r\n"
+
+
+def _refuse_hidden_lines(text: bytes, breaks: int) -> None:
+    if text.count(b"\n") != breaks or text.count(b"\r") != breaks or b"\0" in text:
+        raise RuntimeError("a header of the answer holds a line break")
