@@ -4,20 +4,20 @@ import hmac
 from collections.abc import Iterable
 
 from api_gateway.errors import ClientIdInvalid, Forbidden, Unauthorized
-from api_gateway.headers import FORWARDING, host_name, is_visible_ascii, values
+from api_gateway.headers import FORWARDING, Fields, fields_of, host_name, is_visible_ascii, values
 from api_gateway.models import HeaderList
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _FORWARDED_BY_PROXY = FORWARDING | {b"via"}
 
 
-def client_id(headers: HeaderList, name: bytes) -> str | None:
+def client_id(fields: Fields, name: bytes) -> str | None:
     """Return the identifier the client sent in header `name` (lower case), or None when it sent none.
 
     Raises ClientIdInvalid unless it came once and is 1 to 128 visible ASCII characters: a client that can vary the
     spelling of its name must not get a bucket for each.
     """
-    found = values(headers, name)
+    found = fields.get(name)
     if not found:
         return None
     if len(found) > 1:
@@ -52,7 +52,7 @@ class AdminGuard:
                     "This endpoint needs the header 'Authorization: Bearer <admin token>'.",
                     headers={"www-authenticate": 'Bearer realm="api-gateway"'},
                 )
-        elif not is_loopback or _is_forwarded(headers) or host_name(headers) not in _LOOPBACK_NAMES:
+        elif not is_loopback or _is_forwarded(headers) or host_name(fields_of(headers)) not in _LOOPBACK_NAMES:
             raise Forbidden(
                 "Without an admin token this endpoint answers only direct requests from this machine to localhost. "
                 "Set admin.token (GATEWAY_ADMIN__TOKEN) to reach it from elsewhere."

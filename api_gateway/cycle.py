@@ -31,6 +31,11 @@ class Connection(Protocol):
     expects_continue: bool
     is_write_paused: bool
 
+    @property
+    def worker(self) -> "asyncio.Task[None]":
+        """The task that serves the connection, from its first request on."""
+        ...
+
     def resume_reading(self) -> None:
         """Let the client go on."""
         ...
@@ -236,6 +241,11 @@ class Cycle:
         self._connection.on_answered(self)
 
     # The link
+
+    @property
+    def task(self) -> "asyncio.Task[None]":
+        """The task that serves the connection."""
+        return self._connection.worker
 
     def defer_continue(self) -> None:
         """See `Link`; what the upstream says then goes through `inform`."""

@@ -5,7 +5,7 @@ Names are compared in lower case and kept as they came. Sources: RFC 9110 sectio
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -13,6 +13,7 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from api_gateway.models import HeaderList
 
 Network = IPv4Network | IPv6Network
+Fields = Mapping[bytes, Sequence[bytes]]  # the values of each name (lower case), in order
 
 VIA_NAME = b"api-gateway"
 
@@ -42,11 +43,23 @@ FORWARDING = frozenset(
         b"x-real-ip",
     }
 )
+HOP_BY_HOP_OPTIONS = frozenset({b"close", b"keep-alive"})  # what `Connection` mostly says, and names nothing
 # The gateway's word on these is the one that counts, so an upstream's is left out and not merged.
 OURS = frozenset({b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id"})
 
-# `Expect` was answered when the body was asked for; `Host` becomes the target's.
-_NOT_FORWARDED = HOP_BY_HOP | {b"host", b"expect", b"x-request-id"}
+# `Host` becomes the target's. The coding is checked to be `chunked` before, and is how the body goes on.
+_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id"}
+# What must not come behind a body: it would have been acted on already, or would frame what has been framed
+# (RFC 9110 section 6.5.1).
+_NEVER_TRAILING = (
+    HOP_BY_HOP
+    | PROTECTED
+    | FORWARDING
+    | OURS
+    | {b"authorization", b"cache-control", b"cookie", b"expect", b"max-forwards", b"range", b"set-cookie"}
+    | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
+)
+_VIA = (b"via", b"1.1 " + VIA_NAME)
 _AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -56,14 +69,34 @@ def values(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
     return [value.strip(b" \t") for key, value in headers if key.lower() == name]
 
 
-def host_name(headers: HeaderList) -> str:
+def fields_of(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
+    """Return the values of every name, white space around them taken off, so that each is found at once."""
+    found: dict[bytes, list[bytes]] = {}
+    for key, value in headers:
+        name = key.lower()
+        if name in found:
+            found[name].append(value.strip(b" \t"))
+        else:
+            found[name] = [value.strip(b" \t")]
+    return found
+
+
+def host_name(fields: Fields) -> str:
     """Return the host a request names, in lower case and without its port; empty unless it names one."""
-    hosts = values(headers, b"host")
-    if len(hosts) != 1:
-        return ""
-    host = hosts[0].decode("latin-1").lower()
+    hosts = fields.get(b"host", ())
+    return _host_name(hosts[0]) if len(hosts) == 1 else ""
+
+
+@lru_cache(maxsize=1024)
+def _host_name(value: bytes) -> str:
+    host = value.decode("latin-1").lower()
     name, colon, port = host.rpartition(":")
     return name if colon and (not port or port.isdigit()) else host
+
+
+@lru_cache(maxsize=1024)
+def _is_authority(value: bytes) -> bool:
+    return _AUTHORITY.fullmatch(value) is not None
 
 
 def is_visible_ascii(value: bytes) -> bool:
@@ -71,18 +104,18 @@ def is_visible_ascii(value: bytes) -> bool:
     return _VISIBLE.fullmatch(value) is not None
 
 
-def flaw(headers: HeaderList, version: str) -> str | None:
+def flaw(fields: Fields, version: str) -> str | None:
     """Return what makes a request ambiguous to some server, in words, or None. Such a request is not forwarded.
 
     A request names exactly one host (RFC 9112 section 3.2; HTTP/1.0 may name none). Its only transfer coding is
     `chunked`: any other makes its end a matter of opinion (RFC 9112 section 6.1).
     """
-    hosts = values(headers, b"host")
+    hosts = fields.get(b"host", ())
     if len(hosts) != 1 and (hosts or version != "1.0"):
         return f"it names {len(hosts)} hosts"
-    if hosts and _AUTHORITY.fullmatch(hosts[0]) is None:
+    if hosts and not _is_authority(hosts[0]):
         return "its Host is not a host and a port"
-    codings = values(headers, b"transfer-encoding")
+    codings = fields.get(b"transfer-encoding")
     if codings and version == "1.0":
         return "HTTP/1.0 has no Transfer-Encoding"
     if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
@@ -90,22 +123,45 @@ def flaw(headers: HeaderList, version: str) -> str | None:
     return None
 
 
-def connection_options(headers: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
+def connection_options(connection: Iterable[bytes]) -> set[bytes]:
     """Return the names that `Connection` declares to be for this hop only (RFC 9110 section 7.6.1)."""
-    named = (value.split(b",") for value in values(headers, b"connection"))
+    named = (value.split(b",") for value in connection)
     return {option.strip(b" \t").lower() for options in named for option in options} - PROTECTED
 
 
-def has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Tell whether a request with these headers carries a body (RFC 9112 section 6.3)."""
-    return any(
-        name.lower() == b"transfer-encoding" or (name.lower() == b"content-length" and value.strip(b" \t0"))
-        for name, value in headers
-    )
+def framing(fields: Fields) -> bytes | None:
+    """Return b"chunked", b"length", or None for a request without a body (RFC 9112 section 6.3)."""
+    if b"transfer-encoding" in fields:
+        return b"chunked"
+    lengths = fields.get(b"content-length")
+    return b"length" if lengths and lengths[0].strip(b"0") else None
+
+
+@lru_cache(maxsize=64)
+def _not_forwarded(protected: frozenset[bytes], *, is_trusted: bool) -> frozenset[bytes]:
+    """Return the names that go no further, with the spellings that CGI would take for what we vouch for."""
+    forgeable = FORWARDING | protected
+    aliases = {alias for name in forgeable for alias in _spellings(name)} - forgeable
+    return _NOT_FORWARDED | aliases | (frozenset({b"x-forwarded-for"}) if is_trusted else FORWARDING)
+
+
+def _spellings(name: bytes) -> set[bytes]:
+    """Return `name` with every choice of hyphens and underscores."""
+    first, *rest = name.split(b"-")
+    found = {first}
+    for part in rest:
+        found = {known + joint + part for known in found for joint in (b"-", b"_")}
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _forwarded_for(peer: str) -> tuple[bytes, bytes]:
+    return b"x-forwarded-for", peer.encode("ascii", "replace")
 
 
 def for_upstream(
     headers: HeaderList,
+    fields: Fields,
     *,
     host: bytes,
     peer: str,
@@ -113,42 +169,34 @@ def for_upstream(
     request_id: bytes,
     version: str,
     is_trusted: bool,
-    protected: Collection[bytes] = (),
+    protected: frozenset[bytes] = frozenset(),
 ) -> HeaderList:
-    """Return the request's headers as the upstream shall see them.
+    """Return the request's headers as the upstream shall see them; `fields` are the same ones by name.
 
     `peer` is the address that connected to us. If `is_trusted`, what it says in `X-Forwarded-*` is extended,
     otherwise replaced. `protected` names (lower case) survive being named by `Connection`. A spelling of a protected
     or forwarding name with underscores is left out: servers that read headers as CGI variables take it for the name.
     """
-    dropped = _NOT_FORWARDED | (connection_options(headers) - set(protected))
-    if not is_trusted:
-        dropped |= FORWARDING
-    forgeable = FORWARDING.union(protected)
+    dropped = _not_forwarded(protected, is_trusted=is_trusted)
+    if b"connection" in fields:
+        dropped |= connection_options(fields[b"connection"]) - protected - {b"transfer-encoding"}
     kept: HeaderList = [(b"host", host)]
-    hops: list[bytes] = []
-    seen: set[bytes] = set()
-    original_host = b""
-    for name, value in headers:
-        lower = name.lower()
-        if lower == b"host":
-            original_host = value
-        elif lower == b"x-forwarded-for" and is_trusted:
-            hops.append(value)
-        elif lower == b"transfer-encoding":
-            kept.append((name, value))
-        elif lower not in dropped and not (b"_" in lower and lower.replace(b"_", b"-") in forgeable):
-            seen.add(lower)
-            kept.append((name, value))
-    hops.append(peer.encode("ascii", "replace"))
-    kept.append((b"x-forwarded-for", b", ".join(hops)))
-    if b"x-forwarded-proto" not in seen:
+    kept += [pair for pair in headers if pair[0].lower() not in dropped]
+    hops = fields.get(b"x-forwarded-for", ()) if is_trusted else ()
+    added = _forwarded_for(peer)
+    kept.append((added[0], b", ".join((*hops, added[1]))) if hops else added)
+    if not is_trusted or b"x-forwarded-proto" not in fields:
         kept.append((b"x-forwarded-proto", scheme.encode()))
-    if b"x-forwarded-host" not in seen and original_host:
-        kept.append((b"x-forwarded-host", original_host))
-    kept.append((b"via", b"%s %s" % (version.encode(), VIA_NAME)))
+    if b"host" in fields and (not is_trusted or b"x-forwarded-host" not in fields):
+        kept.append((b"x-forwarded-host", fields[b"host"][0]))
+    kept.append(_VIA if version == "1.1" else (b"via", b"%s %s" % (version.encode(), VIA_NAME)))
     kept.append((b"x-request-id", request_id))
     return kept
+
+
+@lru_cache(maxsize=8)
+def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
+    return HOP_BY_HOP | OURS | omit
 
 
 def for_client(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
@@ -156,14 +204,27 @@ def for_client(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> 
 
     `omit` names (lower case) are left out beside the hop-by-hop ones: what the server in front writes by itself.
     """
-    dropped = HOP_BY_HOP | OURS | omit
-    options = connection_options(headers)
-    if options:
-        dropped |= options
-    kept = [pair for pair in headers if pair[0].lower() not in dropped]
-    kept.append((b"via", b"1.1 " + VIA_NAME))
+    dropped = _not_for_clients(omit)
+    kept: HeaderList = []
+    named: list[bytes] = []
+    for pair in headers:
+        name = pair[0].lower()
+        if name not in dropped:
+            kept.append(pair)
+        elif name == b"connection" and pair[1].lower() not in HOP_BY_HOP_OPTIONS:
+            named.append(pair[1])
+    if named:
+        options = connection_options(named)
+        kept = [pair for pair in kept if pair[0].lower() not in options]
+    kept.append(_VIA)
     kept += own
     return kept
+
+
+def trailers_to_pass(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
+    """Return the trailers that may go on: none that says how a message is framed, routed, trusted or cached."""
+    dropped = _NEVER_TRAILING | _not_forwarded(protected, is_trusted=False) | protected
+    return [pair for pair in trailers if pair[0].lower() not in dropped]
 
 
 @lru_cache(maxsize=1)
@@ -201,7 +262,7 @@ def is_within(address: str, networks: Collection[Network]) -> bool:
     return any(parsed in network for network in networks)
 
 
-def client_address(peer: str, headers: HeaderList, trusted: Collection[Network]) -> str:
+def client_address(peer: str, fields: Fields, trusted: Collection[Network]) -> str:
     """Return the address of the client itself.
 
     That is `peer`, unless `peer` is a trusted proxy: then the last hop of `X-Forwarded-For` that is not a trusted
@@ -209,7 +270,7 @@ def client_address(peer: str, headers: HeaderList, trusted: Collection[Network])
     """
     if not trusted or not is_within(peer, trusted):
         return peer
-    hops = [hop.strip() for value in values(headers, b"x-forwarded-for") for hop in value.split(b",")]
+    hops = [hop.strip() for value in fields.get(b"x-forwarded-for", ()) for hop in value.split(b",")]
     for hop in reversed(hops):
         address = hop.decode("latin-1")
         try:

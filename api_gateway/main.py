@@ -224,10 +224,8 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> ASGIApp:
     return Record(
         identify,
         clock=time.monotonic,
-        wall_clock=time.time,
         recorder=recorder,
         observers=[recorder.observe, *([AccessLog(time.time).write] if config.log.access else [])],
-        adds_date=b"date" not in server_headers,
     )
 
 

@@ -7,7 +7,7 @@ scope, and in which every later step writes its own fields and talks to nobody e
 import json
 import logging
 import math
-import secrets
+import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any
@@ -26,21 +26,22 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.headers import (
+    Fields,
     address_key,
     client_address,
+    fields_of,
     flaw,
     host_name,
-    http_date,
     is_visible_ascii,
     is_within,
-    values,
 )
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import NEVER, RateLimiter
-from api_gateway.router import Receive, Router, Scope, Send, matching_path
+from api_gateway.router import FIELDS, Receive, Router, Scope, Send, matching_path
 
 logger = logging.getLogger(__name__)
+_random_bits = random.Random().getrandbits  # noqa: S311 - seeded by the system; ids must differ, not be secret
 
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Observer = Callable[[Exchange], None]
@@ -92,25 +93,22 @@ class Record:
         app: ASGIApp,
         *,
         clock: Clock,
-        wall_clock: Clock,
         recorder: Recorder,
         observers: Sequence[Observer],
-        adds_date: bool,
     ) -> None:
-        """`adds_date`: no server in front writes `Date`, so the gateway's own answers carry theirs."""
         self.app = app
         self._clock = clock
-        self._wall_clock = wall_clock
         self._recorder = recorder
         self._observers = tuple(observers)
-        self._adds_date = adds_date
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to its end."""
         exchange = self._begin(scope)
         self._recorder.in_flight += 1
         try:
-            _refuse_flaws(scope)
+            fault = flaw(scope[FIELDS], scope["http_version"])
+            if fault is not None:
+                raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
             await self.app(scope, receive, send)
         except GatewayError as error:
             await self._refuse(exchange, error, send)
@@ -122,16 +120,12 @@ class Record:
             self._end(exchange)
 
     def _begin(self, scope: Scope) -> Exchange:
-        given = values(scope["headers"], b"x-request-id")
+        fields = scope[FIELDS] = fields_of(scope["headers"])
+        given = fields.get(b"x-request-id", ())
         is_usable = len(given) == 1 and is_visible_ascii(given[0])
+        identity = given[0].decode("ascii") if is_usable else f"{_random_bits(128):032x}"
         peer = scope["client"][0] if scope.get("client") else "unknown"
-        exchange = Exchange(
-            id=given[0].decode("ascii") if is_usable else secrets.token_hex(16),
-            method=scope["method"],
-            path=scope["path"],
-            peer=peer,
-            started=self._clock(),
-        )
+        exchange = Exchange(identity, scope["method"], scope["path"], peer, self._clock())
         exchange.answer_headers.append((b"x-request-id", exchange.id.encode()))
         scope[EXCHANGE] = exchange
         return exchange
@@ -145,11 +139,8 @@ class Record:
         if exchange.status:
             return  # the answer has begun: leaving it unfinished makes the server close the connection
         exchange.status, exchange.source = error.status, "gateway"
-        headers = exchange.answer_headers
-        if self._adds_date:
-            headers = [*headers, (b"date", http_date(int(self._wall_clock())))]
         exchange.bytes_out = await send_problem(
-            error, send, instance=exchange.path, request_id=exchange.id, headers=headers
+            error, send, instance=exchange.path, request_id=exchange.id, headers=exchange.answer_headers
         )
 
     def _end(self, exchange: Exchange) -> None:
@@ -158,12 +149,6 @@ class Record:
             exchange.status, exchange.reason = ClientDisconnected.status, Reason.DRAINING.value
         for observe in self._observers:
             observe(exchange)
-
-
-def _refuse_flaws(scope: Scope) -> None:
-    fault = flaw(scope["headers"], scope["http_version"])
-    if fault is not None:
-        raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
 
 
 async def send_problem(
@@ -197,11 +182,11 @@ class Identify:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write `client` and, behind a trusted proxy, the real `peer`."""
         exchange: Exchange = scope[EXCHANGE]
-        headers: HeaderList = scope["headers"]
+        fields: Fields = scope[FIELDS]
         scope[IS_TRUSTED] = bool(self._trusted) and self._is_trusted(exchange.peer)
         if scope[IS_TRUSTED]:
-            exchange.peer = client_address(exchange.peer, headers, self._trusted)
-        name = auth.client_id(headers, self._header)
+            exchange.peer = client_address(exchange.peer, fields, self._trusted)
+        name = auth.client_id(fields, self._header)
         if name is None:
             exchange.client = self._clients.unnamed(address_key(exchange.peer))
         else:
@@ -220,7 +205,7 @@ class Match:
         """Write `route` and `cost`; raises NoRoute and MethodNotAllowed."""
         exchange: Exchange = scope[EXCHANGE]
         path = matching_path(exchange.path)
-        route = self._routes.match(host_name(scope["headers"]), exchange.method, path)
+        route = self._routes.match(host_name(scope[FIELDS]), exchange.method, path)
         exchange.route = route.name
         exchange.cost = route.cost_of(exchange.method, path)
         scope[ROUTE] = route

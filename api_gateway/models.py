@@ -153,6 +153,7 @@ class Link(Protocol):
     headers: HeaderList
     trailers: HeaderList
     upgrade: bytes
+    task: "asyncio.Task[None]"  # which serves the request
     on_leaving: Callable[[], None] | None  # called when the client leaves before the answer is complete
 
     def defer_continue(self) -> None:

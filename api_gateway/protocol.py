@@ -352,6 +352,8 @@ class GatewayProtocol(HttpToolsProtocol):
         except BaseException:  # cancelled by the server: its time to drain was over
             self.transport.abort()
             raise
+        finally:
+            del cycle.scope[LINK]  # they refer to each other, and would wait for the garbage collector
         if cycle.is_answered or cycle.is_disconnected:
             return
         if not cycle.is_started:
@@ -360,6 +362,12 @@ class GatewayProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self._close()
+
+    @property
+    def worker(self) -> "asyncio.Task[None]":
+        """The task that serves this connection, from its first request on."""
+        assert self._worker is not None  # noqa: S101 - see above
+        return self._worker
 
     def _worker_rests(self) -> bool:
         return self._rest is not None and not self._rest.done()

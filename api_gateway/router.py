@@ -7,7 +7,7 @@ what a result means to it is decided in `balancer` and `circuit_breaker`; how by
 import asyncio
 import posixpath
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -30,8 +30,10 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from api_gateway.headers import for_client, for_upstream, has_body, values
-from api_gateway.models import Clock, Exchange, HeaderList, Outcome
+from api_gateway.headers import Fields, for_client, for_upstream, framing, trailers_to_pass
+from api_gateway.models import LINK, Clock, Exchange, HeaderList, Link, Outcome
+from api_gateway.transport import NO_BODY, Answer, Incoming, NoBody, Origin, Outgoing, UpstreamTransport
+from api_gateway.tunnel import Tunnel
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -41,7 +43,11 @@ Send = Callable[[Message], Awaitable[None]]
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 PROXIED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 REFUSED_METHODS = frozenset({"TRACE", "CONNECT"})  # RFC 9110 section 9.3.8: TRACE would echo credentials
+SWITCHING_PROTOCOLS = 101
+FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
 _BODILESS = frozenset({204, 304})
+_NO_LENGTH = frozenset({204})
+_CLASSES = tuple(f"{number}xx" for number in range(6))
 PATIENCE = 0.05  # seconds an upstream may take before we also watch for the client's leaving
 PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success
 
@@ -142,6 +148,7 @@ class Timeouts:
     response: float
     idle: float
     total: float | None
+    tunnel: float = 3600.0  # without a byte in either direction, once protocols were switched
 
 
 class Service:
@@ -161,7 +168,9 @@ class Service:
         self.total_timeout = timeouts.total
         self.attempts = attempts
         self.retry_budget = RetryBudget(retry_budget)
-        self.urls = {target: httpx.URL(target.url) for target in upstream.targets}
+        self.origins = {target: Origin.of(httpx.URL(target.url)) for target in upstream.targets}
+        self.speaks_pairs = isinstance(transport, UpstreamTransport)
+        self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
             "pool": timeouts.connect,
@@ -200,47 +209,50 @@ class RequestBody(httpx.AsyncByteStream):
                 yield piece
 
 
-class _EmptyBody(httpx.AsyncByteStream):
-    is_started = False
-    is_finished = True
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        return
-        yield b""  # pragma: no cover - makes this an iterator
-
-
-_EMPTY_BODY = _EmptyBody()
-
-
 class DisconnectWatch:
-    """Ends the current task once the client has left, but only looks after `PATIENCE`: most answers are faster.
+    """Ends the current task once the client has left. What it was doing leaves the block as ClientDisconnected.
 
-    Used as `async with`. What the task was doing is cancelled, and leaves the block as ClientDisconnected.
+    Our own server tells at once, by the link. Another is asked, by a task, but only after `PATIENCE`: most answers
+    are faster.
     """
 
-    def __init__(self, receive: Receive, body: RequestBody | _EmptyBody) -> None:
+    __slots__ = ("_body", "_has_left", "_link", "_receive", "_task", "_timer", "_watcher")
+
+    def __init__(self, receive: Receive, body: "RequestBody | NoBody", link: Link | None) -> None:
         self._receive = receive
         self._body = body
+        self._link = link
         self._has_left = False
         self._watcher: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> None:
-        """Start the clock."""
+    def __enter__(self) -> None:
+        """Start watching."""
+        if self._link is not None:
+            self._task = self._link.task
+            self._link.on_leaving = self._leave
+            return
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine that runs is in a task
         self._task = task
         self._timer = loop.call_later(PATIENCE, self._start, loop)
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Stop looking; turn our own cancellation into ClientDisconnected."""
-        self._timer.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Stop watching; turn our own cancellation into ClientDisconnected."""
+        if self._link is not None:
+            self._link.on_leaving = None
+        else:
+            self._timer.cancel()
+            if self._watcher is not None:
+                self._watcher.cancel()
         if self._has_left:
             if kind is asyncio.CancelledError and self._task.uncancel() == 0:
                 raise ClientDisconnected("The client left before its answer was complete.") from error
             self._task.uncancel()
+
+    def _leave(self) -> None:
+        self._has_left = True
+        self._task.cancel()
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._body.is_finished:
@@ -251,8 +263,7 @@ class DisconnectWatch:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._has_left = True
-        self._task.cancel()
+        self._leave()
 
 
 class Router:
@@ -277,6 +288,7 @@ class Router:
         self._max_body_bytes = max_body_bytes
         self._protected = protected
         self._omit = omit
+        self._omit_with_length = omit | {b"content-length"}
         self._observe_try = observe_try
         self._on_transition = on_transition
 
@@ -295,23 +307,36 @@ class Router:
             raise MethodNotAllowed(f"{exchange.method} is not proxied.", headers={"allow": PROXIED_METHODS})
         service = self.services[route.upstream]
         exchange.upstream = route.upstream
-        body = self._body(exchange, scope["headers"], receive)
-        request = _Request(scope, body, _target(route, scope), is_trusted=is_trusted)
+        link: Link | None = scope.get(LINK)
+        request = _Request(scope, link, _target(route, scope, link), is_trusted=is_trusted, protected=self._protected)
+        if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
+            await self._answer_options(exchange, send)
+            return
+        request.body = body = self._body(exchange, request, receive)
         service.retry_budget.deposit()
-        async with DisconnectWatch(receive, body):
+        with DisconnectWatch(receive, body, link):
+            if service.total_timeout is None:
+                await self._try_targets(exchange, service, request, send)
+                return
             try:
                 async with asyncio.timeout(service.total_timeout):
                     await self._try_targets(exchange, service, request, send)
             except TimeoutError as error:
                 raise UpstreamTimeout(f"No complete answer within {service.total_timeout} s.") from error
 
-    def _body(self, exchange: Exchange, headers: HeaderList, receive: Receive) -> RequestBody | _EmptyBody:
-        if not has_body(headers):
-            return _EMPTY_BODY
-        length = values(headers, b"content-length")
-        if length and int(length[0]) > self._max_body_bytes:
+    def _body(self, exchange: Exchange, request: "_Request", receive: Receive) -> RequestBody | NoBody:
+        if request.framing is None:
+            return NO_BODY
+        if request.framing == b"length" and int(request.fields[b"content-length"][0]) > self._max_body_bytes:
             raise _body_too_large(self._max_body_bytes)
         return RequestBody(receive, self._max_body_bytes, exchange)
+
+    async def _answer_options(self, exchange: Exchange, send: Send) -> None:
+        """Answer for the upstream, as a request that may go no further asks (RFC 9110 section 7.6.2)."""
+        exchange.status = 204
+        headers = [(b"allow", PROXIED_METHODS.encode()), *exchange.answer_headers]
+        await send({"type": "http.response.start", "status": 204, "headers": headers})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _try_targets(self, exchange: Exchange, service: Service, request: "_Request", send: Send) -> None:
         """Try one target, and another while that is safe, worth it and nothing has been answered yet."""
@@ -344,7 +369,10 @@ class Router:
             loop = asyncio.get_running_loop()
             settle_probe = loop.call_later(PROBE_SETTLES_AFTER, self._settle, lease, Outcome.SUCCESS)
         try:
-            await self._relay(exchange, lease, response, send)
+            if response.status_code == SWITCHING_PROTOCOLS:
+                await self._tunnel(exchange, service, lease, request, response)
+            else:
+                await self._relay(exchange, lease, request, response, send)
         finally:
             if settle_probe is not None:
                 settle_probe.cancel()
@@ -354,9 +382,7 @@ class Router:
         """Send the request and return the answer's head; settles the try if it failed."""
         sent_at = exchange.sent_at = self._clock()
         try:
-            response = await service.transport.handle_async_request(
-                request.render(exchange, service, lease.target, self._protected)
-            )
+            response = await service.transport.handle_async_request(request.render(exchange, service, lease.target))
         except httpx.TransportError as error:
             failure = _translate(error, service.upstream.name)
             self._observe_try(service.upstream.name, failure.reason, None, self._clock())
@@ -364,32 +390,65 @@ class Router:
                 self._settle(lease, Outcome.FAILURE, failure.reason)
             raise failure from error
         now = exchange.head_at = self._clock()
-        self._observe_try(service.upstream.name, f"{response.status_code // 100}xx", now - sent_at, now)
-        if response.status_code >= 500:  # noqa: PLR2004 - the class of server errors
-            self._settle(lease, Outcome.FAILURE, f"status {response.status_code}")
-        elif response.status_code >= 400:  # noqa: PLR2004 - the class of client errors
+        status = response.status_code
+        self._observe_try(service.upstream.name, _CLASSES[status // 100], now - sent_at, now)
+        if status >= 500:  # noqa: PLR2004 - the class of server errors
+            self._settle(lease, Outcome.FAILURE, f"status {status}")
+        elif status >= 400:  # noqa: PLR2004 - the class of client errors
             self._settle(lease, Outcome.IGNORED)
         return response
 
-    async def _relay(self, exchange: Exchange, lease: Lease, response: httpx.Response, send: Send) -> None:
+    async def _relay(
+        self, exchange: Exchange, lease: Lease, request: "_Request", response: httpx.Response, send: Send
+    ) -> None:
         """Send the answer on, piece by piece; its end settles the try as a success, its breaking off as a failure."""
-        omit = self._omit
-        if response.status_code in _BODILESS:  # uvicorn would wait for the bytes that this header announces
-            omit |= {b"content-length"}
-        exchange.status = response.status_code
-        exchange.source = "upstream"
-        headers = for_client(response.headers.raw, exchange.answer_headers, omit)
-        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-        try:
-            async for piece in response.stream:  # type: ignore[union-attr]  # an async transport's stream is an async one
-                exchange.bytes_out += len(piece)
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        except httpx.TransportError as error:
-            failure = _translate(error, lease.upstream.name)
-            self._settle(lease, Outcome.FAILURE, f"{failure.reason} within the body")
-            raise failure from error
+        exchange.status, exchange.source = response.status_code, "upstream"
+        pairs, read, trailers = _parts(response)
+        omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
+        passes_trailers = request.takes_trailers and _is_chunked(pairs)
+        await send(
+            {
+                "type": "http.response.start",
+                "status": response.status_code,
+                "reason": response.extensions.get("reason_phrase"),
+                "headers": for_client(pairs, exchange.answer_headers, omit),
+                "trailers": passes_trailers,
+            }
+        )
+        more = True
+        while more:
+            try:
+                piece, more = await read()
+            except httpx.TransportError as error:
+                failure = _translate(error, lease.upstream.name)
+                self._settle(lease, Outcome.FAILURE, f"{failure.reason} within the body")
+                raise failure from error
+            exchange.bytes_out += len(piece)
+            if not more:
+                self._settle(lease, Outcome.SUCCESS)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+        if passes_trailers:
+            passed = trailers_to_pass(trailers, self._protected)
+            await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
+
+    async def _tunnel(
+        self, exchange: Exchange, service: Service, lease: Lease, request: "_Request", response: httpx.Response
+    ) -> None:
+        """Join client and upstream after a 101, until one of them ends it or neither says a word for too long."""
+        link = request.link
+        assert link is not None  # noqa: S101 - nobody else asks for an upgrade
+        exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         self._settle(lease, Outcome.SUCCESS)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        pairs, _, _ = _parts(response)
+        headers = for_client(pairs, exchange.answer_headers, self._omit)
+        headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
+        upstream, from_upstream = response.extensions["switched"].take_over()
+        client, from_client = link.switch(response.extensions["reason_phrase"], headers)
+        tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, service.tunnel_timeout)
+        try:
+            await tunnel.run(from_client, from_upstream)
+        finally:
+            exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
     def _settle(self, lease: Lease, outcome: Outcome, detail: str = "") -> None:
         transition = lease.settle(outcome, self._clock(), detail)
@@ -397,45 +456,131 @@ class Router:
             self._on_transition(lease.upstream.name, transition)
 
 
-@dataclass(slots=True)
 class _Request:
-    """What is sent upstream, the same for every try but for the target."""
+    """What is sent upstream, the same for every try but for the target; also the hooks of the transport."""
 
-    scope: Scope
-    body: RequestBody | _EmptyBody
-    target: bytes
-    _: KW_ONLY
-    is_trusted: bool
+    __slots__ = (
+        "_is_trusted",
+        "_protected",
+        "_scope",
+        "body",
+        "expects_continue",
+        "fields",
+        "framing",
+        "headers",
+        "link",
+        "target",
+        "upgrade",
+    )
 
-    def render(
-        self, exchange: Exchange, service: Service, target: Target, protected: frozenset[bytes]
-    ) -> httpx.Request:
+    def __init__(
+        self, scope: Scope, link: Link | None, target: bytes, *, is_trusted: bool, protected: frozenset[bytes]
+    ) -> None:
+        self._scope = scope
+        self._is_trusted = is_trusted
+        self._protected = protected
+        self.link = link
+        self.target = target
+        self.fields: Fields = scope[FIELDS]
+        self.framing = framing(self.fields)
+        self.body: RequestBody | NoBody = NO_BODY
+        self.headers: HeaderList = scope["headers"] if link is None else link.headers
+        self.expects_continue = link is not None and [b"100-continue"] == self.fields.get(b"expect")
+        self.upgrade = link is not None and link.upgrade == b"websocket" and self.framing is None
+
+    def ends_here(self) -> bool:
+        """Tell whether `Max-Forwards` forbids another hop; take one off otherwise."""
+        hops = self.fields[b"max-forwards"][0]
+        if not hops.isdigit():
+            return False
+        left = b"%d" % (int(hops) - 1)
+        self.headers = [(name, left if name.lower() == b"max-forwards" else value) for name, value in self.headers]
+        return int(hops) == 0
+
+    @property
+    def takes_trailers(self) -> bool:
+        """True if the client said that it reads trailers (RFC 9110 section 6.5.1)."""
+        return self.link is not None and any(b"trailers" in value.lower() for value in self.fields.get(b"te", ()))
+
+    @property
+    def lengthless(self) -> frozenset[int]:
+        """The statuses whose answers may announce no length: 204, and before another server than ours 304 too."""
+        return _NO_LENGTH if self.link is not None else _BODILESS
+
+    def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        """Pass on an interim answer (RFC 9110 section 15.2)."""
+        if self.link is not None:
+            self.link.inform(status, reason, for_client(headers, [], frozenset()))
+
+    def trailers(self) -> HeaderList:
+        """Return the trailers that came behind the body."""
+        return [] if self.link is None else trailers_to_pass(self.link.trailers, self._protected)
+
+    def render(self, exchange: Exchange, service: Service, target: Target) -> httpx.Request:
         """Return the request for one target."""
-        url = service.urls[target]
+        origin = service.origins[target]
+        scope = self._scope
         headers = for_upstream(
-            self.scope["headers"],
-            host=url.netloc,
-            peer=self.scope["client"][0] if self.scope.get("client") else "unknown",
-            scheme=self.scope["scheme"],
+            self.headers,
+            self.fields,
+            host=origin.netloc,
+            peer=scope["client"][0] if scope.get("client") else "unknown",
+            scheme=scope["scheme"],
             request_id=exchange.id.encode(),
-            version=self.scope["http_version"],
-            is_trusted=self.is_trusted,
-            protected=protected,
+            version=scope["http_version"],
+            is_trusted=self._is_trusted,
+            protected=self._protected,
         )
-        extensions = {"target": self.target, "timeout": dict(service.limits)}
-        return httpx.Request(exchange.method, url, headers=headers, stream=self.body, extensions=extensions)
+        if self.link is None:  # its server asks for the body by itself
+            headers = [pair for pair in headers if pair[0].lower() != b"expect"]
+        elif self.expects_continue:
+            self.link.defer_continue()
+        extensions = {"target": self.target, "timeout": service.limits, "hooks": self}
+        if not service.speaks_pairs:
+            url = origin.url.copy_with(raw_path=self.target)
+            return httpx.Request(exchange.method, url, headers=headers, stream=self.body, extensions=extensions)
+        if self.upgrade and self.link is not None:
+            headers += [(b"connection", b"Upgrade"), (b"upgrade", self.link.upgrade)]
+        return Outgoing(exchange.method, origin, headers, self.body, self.framing, extensions)
 
 
-def _target(route: Route, scope: Scope) -> bytes:
+Read = Callable[[], Awaitable[tuple[bytes, bool]]]
+
+
+def _parts(response: httpx.Response) -> tuple[HeaderList, Read, HeaderList]:
+    """Return headers, a way to read the body, and trailers, which are there once it has been read."""
+    if isinstance(response, Incoming):
+        answer: Answer = response.stream
+        return response.pairs, answer.read, answer.trailers
+    pieces = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's stream is an async one
+
+    async def read() -> tuple[bytes, bool]:
+        try:
+            return await anext(pieces), True
+        except StopAsyncIteration:
+            return b"", False
+
+    return response.headers.raw, read, []
+
+
+def _is_chunked(headers: HeaderList) -> bool:
+    return any(name.lower() == b"transfer-encoding" for name, _ in headers)
+
+
+def _target(route: Route, scope: Scope, link: Link | None) -> bytes:
     """Return the request target for the upstream: path and query byte for byte, less the route's prefix."""
-    path: bytes = scope["raw_path"]
+    if link is not None:
+        target = link.target
+    else:
+        query: bytes = scope["query_string"]
+        target = scope["raw_path"] + b"?" + query if query else scope["raw_path"]
     prefix = route.strip_prefix.encode()
-    if prefix:
-        if path != prefix and not path.startswith(prefix + b"/"):
-            raise BadRequest(f"The path is spelt so that its prefix {route.strip_prefix} cannot be taken off.")
-        path = path[len(prefix) :] or b"/"
-    query: bytes = scope["query_string"]
-    return path + b"?" + query if query else path
+    if not prefix:
+        return target
+    if not target.startswith(prefix) or target[len(prefix) : len(prefix) + 1] not in (b"", b"/", b"?"):
+        raise BadRequest(f"The path is spelt so that its prefix {route.strip_prefix} cannot be taken off.")
+    rest = target[len(prefix) :]
+    return rest if rest.startswith(b"/") else b"/" + rest
 
 
 def _may_retry(exchange: Exchange, service: Service, lease: Lease, request: _Request, error: UpstreamFailed) -> bool:

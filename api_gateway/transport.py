@@ -7,68 +7,214 @@ without awaiting. Bytes travel as they are: no header is added, no body decoded,
 Failures are httpx's own: ConnectError and ConnectTimeout (nothing was sent), PoolTimeout (no connection came free),
 ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (what came was not HTTP).
 
-`request.extensions` may hold `target` (the raw request target, bytes) and `timeout`, a dict of seconds: `connect`,
-`pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent).
+`request.extensions` may hold `target` (the raw request target, bytes), `timeout`, a dict of seconds: `connect`,
+`pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent), and `hooks`. A response's
+`extensions` hold `reason_phrase`, and `switched` after a 101: the answer, whose connection can be taken over.
 """
 
 import asyncio
 import ssl
-from collections import deque
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
 
 import httptools
 import httpx
 
+from api_gateway.alarm import Alarm
+from api_gateway.models import HeaderList
+from api_gateway.pool import Pool
+
 HIGH_WATER = 256 * 1024  # bytes of an answer held for a slow client before the upstream is made to wait
-LOW_WATER = 64 * 1024
-MAX_HEAD_BYTES = 64 * 1024
+MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
+MAX_TRAILERS = 100
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
 _BODILESS = frozenset({204, 304})
+_SWITCHING = 101
 
-Origin = tuple[str, str, int]
+Timeouts = Mapping[str, float | None]
 
 
-class _Stale(httpx.ReadError):
+class Hooks(Protocol):
+    """What a proxy wants to hear of, or to say, in the course of one request.
+
+    `expects_continue`: the request says so, and its body may wait for an interim answer. `upgrade`: a 101 is welcome.
+    """
+
+    expects_continue: bool
+    upgrade: bool
+
+    def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        """Hear of every 1xx answer but 101."""
+        ...
+
+    def trailers(self) -> HeaderList:
+        """Return what shall come behind a chunked body, once that has been sent."""
+        ...
+
+
+class _NoHooks:
+    expects_continue = upgrade = False
+
+    def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        pass
+
+    def trailers(self) -> HeaderList:
+        return []
+
+
+_NO_HOOKS = _NoHooks()
+_NO_LIMITS: Timeouts = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Scheme, host and port of a target, worked out once. `netloc` is what belongs into `Host`."""
+
+    url: httpx.URL
+    scheme: str
+    host: str
+    port: int
+    netloc: bytes
+    key: tuple[str, str, int] = field(compare=False)
+
+    @classmethod
+    def of(cls, url: httpx.URL) -> "Origin":
+        """Take `url` apart."""
+        port = url.port or (443 if url.scheme == "https" else 80)
+        return cls(url, url.scheme, url.host, port, url.netloc, (url.scheme, url.host, port))
+
+
+class Outgoing(httpx.Request):
+    """A request whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them.
+
+    `framing` is b"chunked", b"length", or None for a request without a body.
+    """
+
+    def __init__(  # it sets all that a request has, and leaves out what httpx would work out for people
+        self,
+        method: str,
+        origin: Origin,
+        pairs: HeaderList,
+        stream: httpx.AsyncByteStream,
+        framing: bytes | None,
+        extensions: dict[str, Any],
+    ) -> None:
+        self.method = method
+        self.url = origin.url
+        self.origin = origin
+        self.pairs = pairs
+        self.stream = stream
+        self.framing = framing
+        self.extensions = extensions
+
+    @classmethod
+    def of(cls, request: httpx.Request) -> "Outgoing":
+        """Return any request of httpx as one of these."""
+        pairs = request.headers.raw
+        stream: Any = request.stream
+        extensions = dict(request.extensions)
+        return cls(request.method, Origin.of(request.url), pairs, stream, _framing(pairs), extensions)
+
+    @cached_property
+    def headers(self) -> httpx.Headers:  # type: ignore[override]  # httpx has an attribute here
+        """The headers as httpx has them."""
+        return httpx.Headers(self.pairs)
+
+
+class Incoming(httpx.Response):
+    """A response whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them."""
+
+    is_closed = False
+    is_stream_consumed = False
+    next_request = None
+    default_encoding = "utf-8"
+    _request = None
+    _num_bytes_downloaded = 0
+
+    stream: "Answer"
+
+    def __init__(self, answer: "Answer") -> None:  # see `Outgoing`
+        self.status_code = answer.status
+        self.pairs = answer.headers
+        self.stream = answer
+        self.extensions = {"reason_phrase": answer.reason, "http_version": b"HTTP/1.1"}
+        if answer.status == _SWITCHING:
+            self.extensions["switched"] = answer
+        self.history: list[httpx.Response] = []
+
+    @cached_property
+    def headers(self) -> httpx.Headers:  # type: ignore[override]  # httpx has an attribute here
+        """The headers as httpx has them."""
+        return httpx.Headers(self.pairs)
+
+
+class Stale(httpx.ReadError):
     """A reused connection died before any byte of an answer: the race every keep-alive client can lose."""
 
     def __init__(self) -> None:
         super().__init__("closed before any answer, on a connection kept alive")
 
 
-class _Answer(httpx.AsyncByteStream):
+class Answer(httpx.AsyncByteStream):
     """The answer to one request while it arrives: head, then pieces of body, then its end or its failure."""
 
-    def __init__(self, connection: "_Connection", method: str, timeouts: dict[str, float | None]) -> None:
-        self.connection: _Connection | None = connection
-        self.method = method
+    __slots__ = (
+        "_pieces",
+        "_waiter",
+        "buffered",
+        "connection",
+        "error",
+        "headers",
+        "hooks",
+        "is_complete",
+        "is_head_complete",
+        "is_to_head",
+        "is_until_close",
+        "keeps_alive",
+        "leftover",
+        "reason",
+        "status",
+        "timeouts",
+        "trailers",
+    )
+
+    def __init__(self, connection: "Connection", method: str, timeouts: Timeouts, hooks: Hooks) -> None:
+        self.connection: Connection | None = connection
+        self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
+        self.hooks = hooks
         self.status = 0
         self.reason = b""
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.head_bytes = 0
+        self.headers: HeaderList = []
+        self.trailers: HeaderList = []
+        self.leftover = b""  # what came behind a 101
         self.is_head_complete = False
         self.is_complete = False
         self.is_until_close = False
         self.keeps_alive = False
         self.error: Exception | None = None
         self.buffered = 0
-        self.timer: asyncio.TimerHandle | None = None
-        self._pieces: deque[bytes] = deque()
+        self._pieces: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.status or 'awaited'} [{'complete' if self.is_complete else self.error or 'arriving'}]>"
 
     def wake(self) -> None:
         """Let whoever waits for this answer look again."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
-    async def wait(self) -> None:
-        """Wait until something has changed."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
+    async def head(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until the head is there; raises what the answer failed with instead."""
+        while not self.is_head_complete:
+            if self.error is not None:
+                raise self.error
+            self._waiter = loop.create_future()
             await self._waiter
-        finally:
-            self._waiter = None
 
     def feed(self, piece: bytes) -> None:
         """Hold one piece of body for the reader."""
@@ -82,36 +228,44 @@ class _Answer(httpx.AsyncByteStream):
             self.error = error
             self.wake()
 
+    async def read(self) -> tuple[bytes, bool]:
+        """Return what has arrived of the body and whether more may follow; raises what the answer failed with."""
+        while not self._pieces and not self.is_complete:
+            if self.error is not None:
+                raise self.error
+            await self._wait_for_piece()
+        pieces = self._pieces
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._pieces, self.buffered = [], 0
+        if self.connection is not None:
+            self.connection.resume_reading()
+        return body, not self.is_complete
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the body as it arrives; what arrived together is yielded together."""
-        while True:
-            if self._pieces:
-                body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-                self._pieces.clear()
-                self.buffered = 0
-                if self.connection is not None:
-                    self.connection.resume()
+        more = True
+        while more:
+            body, more = await self.read()
+            if body:
                 yield body
-            elif self.is_complete:
-                return
-            elif self.error is not None:
-                raise self.error
-            else:
-                await self._wait_for_piece()
 
     async def _wait_for_piece(self) -> None:
-        if self.connection is not None:
-            self.connection.start_timer(self, "idle")
+        connection = self.connection
+        if connection is None:  # it is gone, and with it all that could still come
+            raise httpx.ReadError("closed before the answer was complete")
+        connection.set_alarm("idle")
+        self._waiter = connection.loop.create_future()
         try:
-            await self.wait()
+            await self._waiter
         finally:
-            self.stop_timer()
+            self._waiter = None
+            connection.alarm.clear()
 
-    def stop_timer(self) -> None:
-        """Stop the clock that runs against the upstream."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+    def take_over(self) -> tuple[asyncio.Transport, bytes]:
+        """Return the connection after a 101, with what has already come in the new protocol."""
+        if self.connection is None or self.status != _SWITCHING:
+            raise httpx.ReadError("closed before the protocol was switched")
+        return self.connection.hand_over(), self.leftover
 
     async def aclose(self) -> None:
         """Let go of the answer. If it has not fully arrived, its connection is closed."""
@@ -119,53 +273,51 @@ class _Answer(httpx.AsyncByteStream):
             self.connection.abandon(self)
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One connection, one request at a time."""
 
-    def __init__(self, pool: "_Pool", loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.pool: Pool[Connection] | None = None
         self.idle_since = 0.0
         self.is_closed = False
         self.is_reused = False
-        self._pool = pool
+        self.alarm = Alarm(loop, self._on_alarm)
+        self._patience = 0.0  # what the alarm was set to
         self._parser = httptools.HttpResponseParser(self)
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
-        self._answer: _Answer | None = None
+        self._answer: Answer | None = None
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
         self._writable: asyncio.Future[None] | None = None
-        self._received = 0
+        self._received = 0  # bytes of this answer so far
+        self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "idle" if self._answer is None else "busy"
-        return f"<_Connection [{state}]>"
+        return f"<Connection [{state}]>"
 
     # Sending
 
-    async def request(self, request: httpx.Request) -> _Answer:
-        """Send the request and return its answer once the head is there."""
-        timeouts: dict[str, float | None] = request.extensions.get("timeout", {})
-        answer = _Answer(self, request.method, timeouts)
+    def send(self, request: Outgoing) -> Answer:
+        """Send the request; its answer is still to come. Raises LocalProtocolError if it cannot be sent."""
+        extensions = request.extensions
+        answer = Answer(
+            self, request.method, extensions.get("timeout", _NO_LIMITS), extensions.get("hooks", _NO_HOOKS)
+        )
+        head = _render_head(request)
         self._answer = answer
-        self._received = 0
-        framing = _framing(request.headers.raw)
-        try:
-            self._transport.write(_render_head(request))
-            if framing is not None:
-                self._upload = self.loop.create_task(self._send_body(answer, request.stream, framing))
-            else:
-                self.start_timer(answer, "read")
-            while not answer.is_head_complete and answer.error is None:
-                await answer.wait()
-        except BaseException:
-            self.abandon(answer)
-            raise
-        if answer.error is not None and not answer.is_head_complete:
-            self.abandon(answer)
-            raise answer.error
+        self._received = self._unparsed = 0
+        self._transport.write(head)
+        if request.framing is None:
+            self.set_alarm("read")
+        else:
+            if answer.hooks.expects_continue:
+                self.set_alarm("read")
+            self._upload = self.loop.create_task(self._send_body(answer, request.stream, request.framing))
         return answer
 
-    async def _send_body(self, answer: _Answer, stream: Any, framing: bytes) -> None:
+    async def _send_body(self, answer: Answer, stream: Any, framing: bytes) -> None:
         is_chunked = framing == b"chunked"
         try:
             async for piece in stream:
@@ -177,19 +329,19 @@ class _Connection(asyncio.Protocol):
                 if self._writable is not None:
                     await self._wait_until_writable(answer)
             if is_chunked and not self.is_closed:
-                self._transport.write(b"0\r\n\r\n")
+                self._transport.write(b"0\r\n%b\r\n" % _render_trailers(answer.hooks))
         except Exception as error:  # noqa: BLE001 - whatever ends the body ends the answer, and its reader gets it
             answer.fail(error)
             self.close()
             return
         self._upload = None
         if not answer.is_head_complete:
-            self.start_timer(answer, "read")
+            self.set_alarm("read")
 
-    async def _wait_until_writable(self, answer: _Answer) -> None:
+    async def _wait_until_writable(self, answer: Answer) -> None:
         """Wait for the upstream to read on, no longer than it may be idle; the answer's own clock runs apart."""
         seconds = answer.timeouts.get("idle", answer.timeouts.get("read"))
-        timer = None if seconds is None else self.loop.call_later(seconds, self.time_out, answer, seconds)
+        timer = None if seconds is None else self.loop.call_later(seconds, self._time_out, seconds)
         try:
             while self._writable is not None:
                 await self._writable
@@ -197,12 +349,13 @@ class _Connection(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
 
-    def start_timer(self, answer: _Answer, name: str) -> None:
+    def set_alarm(self, name: str) -> None:
         """Give the upstream its time to answer: `read` for the head, `idle` between pieces of the body."""
-        seconds = answer.timeouts.get(name, answer.timeouts.get("read"))
-        answer.stop_timer()
-        if seconds is not None:
-            answer.timer = self.loop.call_later(seconds, self.time_out, answer, seconds)
+        if self._answer is not None:
+            timeouts = self._answer.timeouts
+            seconds = timeouts.get(name, timeouts.get("read"))
+            self._patience = seconds or 0.0
+            self.alarm.set(seconds)
 
     def pause_writing(self) -> None:
         """Asked by the event loop: the upstream reads more slowly than the client sends."""
@@ -226,25 +379,24 @@ class _Connection(asyncio.Protocol):
         if answer is None:
             self.close()
             return
-        self._received += len(data)
+        size = len(data)
+        self._received += size
+        self._unparsed += size
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            answer.fail(httpx.RemoteProtocolError(f"not HTTP: {error}"))
-            self.close()
+            self._fail(answer, f"not HTTP: {error}")
             return
-        except httptools.HttpParserUpgrade:
-            answer.fail(httpx.RemoteProtocolError("switched protocols without being asked"))
-            self.close()
+        except httptools.HttpParserUpgrade as upgrade:
+            answer.leftover = data[upgrade.args[0] :]
+            self._pause_reading()
             return
-        if not answer.is_head_complete and self._received > MAX_HEAD_BYTES:
-            answer.fail(httpx.RemoteProtocolError(f"head of more than {MAX_HEAD_BYTES} bytes"))
-            self.close()
-        elif answer.is_complete:
+        if answer.is_complete:
             self._finish(answer)
-        elif answer.buffered > HIGH_WATER and not self._is_reading_paused:
-            self._is_reading_paused = True
-            self._transport.pause_reading()
+        elif self._unparsed > MAX_HEAD_BYTES or (not answer.is_head_complete and self._received > MAX_HEAD_BYTES):
+            self._fail(answer, f"a head of more than {MAX_HEAD_BYTES} bytes")
+        elif answer.buffered > HIGH_WATER:
+            self._pause_reading()
 
     def on_message_begin(self) -> None:
         """A message starts; if the answer is already complete, it is one nobody asked for."""
@@ -257,43 +409,67 @@ class _Connection(asyncio.Protocol):
             self._answer.reason += phrase
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header; those after the head are trailers, which an ASGI server cannot pass on."""
-        if self._answer is not None and not self._answer.is_head_complete:
-            self._answer.headers.append((name, value.strip(b" \t")))
+        """One header, or one trailer."""
+        answer = self._answer
+        if answer is None or answer.is_complete:
+            return
+        if not answer.is_head_complete:
+            answer.headers.append((name, value.strip(b" \t")))
+        elif len(answer.trailers) < MAX_TRAILERS:
+            answer.trailers.append((name, value.strip(b" \t")))
+        else:
+            self._fail(answer, f"more than {MAX_TRAILERS} trailers")
 
     def on_headers_complete(self) -> None:
         """The head is there, unless it is that of an interim answer (1xx)."""
+        self._unparsed = 0
         answer = self._answer
         if answer is None or answer.is_complete:
             return
         status = self._parser.get_status_code()
-        if not 100 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
-            answer.fail(httpx.RemoteProtocolError(f"status {status}"))
-            self.close()
+        if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
+            self._on_unusual_status(answer, status)
             return
-        if 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
-            answer.headers, answer.reason, self._received = [], b"", 0
-            return
-        names = {name.lower(): value.lower() for name, value in answer.headers}
-        if names.get(b"transfer-encoding", b"chunked") != b"chunked":
-            # The client could not read it: the header that names the coding ends here.
-            answer.fail(httpx.RemoteProtocolError("a transfer coding nobody asked for"))
-            self.close()
-            return
+        is_framed = False
+        for name, value in answer.headers:
+            length = len(name)
+            if length == 14:  # noqa: PLR2004 - no other name need be put into lower case
+                is_framed = is_framed or name.lower() == b"content-length"
+            elif length == 17 and name.lower() == b"transfer-encoding":  # noqa: PLR2004 - as above
+                is_framed = True
+                if value.lower() != b"chunked":  # the client could not read it: the header that names it ends here
+                    self._fail(answer, "a transfer coding nobody asked for")
+                    return
         answer.status = status
         answer.is_head_complete = True
         answer.keeps_alive = self._parser.should_keep_alive()
-        answer.stop_timer()
-        if answer.method == "HEAD":
+        self.alarm.clear()
+        if answer.is_to_head:
             # The parser would wait for the body that these headers describe.
             answer.is_complete = True
             self._parser = httptools.HttpResponseParser(self)
         elif status not in _BODILESS:
-            answer.is_until_close = b"transfer-encoding" not in names and b"content-length" not in names
+            answer.is_until_close = not is_framed
         answer.wake()
+
+    def _on_unusual_status(self, answer: Answer, status: int) -> None:
+        if status == _SWITCHING and answer.hooks.upgrade and self._parser.should_upgrade():
+            answer.status = status
+            answer.is_head_complete = True
+            self.alarm.clear()
+            answer.wake()
+        elif status == _SWITCHING:
+            self._fail(answer, "switched protocols without being asked")
+        elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
+            headers, answer.headers = answer.headers, []
+            reason, answer.reason = answer.reason, b""
+            answer.hooks.on_interim(status, reason, headers)
+        else:
+            self._fail(answer, f"status {status}")
 
     def on_body(self, piece: bytes) -> None:
         """One piece of body; one that comes after the end belongs to nobody."""
+        self._unparsed = 0
         answer = self._answer
         if answer is None or answer.is_complete:
             self.close()
@@ -303,7 +479,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """The end of the answer, unless it was an interim one."""
         answer = self._answer
-        if answer is not None and answer.is_head_complete:
+        if answer is not None and answer.is_head_complete and answer.status != _SWITCHING:
             answer.is_complete = True
             answer.wake()
 
@@ -315,35 +491,55 @@ class _Connection(asyncio.Protocol):
         """The connection is gone; an answer delimited by it is complete now, any other is broken."""
         was_open = not self.is_closed
         self.is_closed = True
+        self.alarm.stop()
         self.resume_writing()
         answer = self._answer
         if answer is not None:
             if exc is None and was_open and answer.is_head_complete and answer.is_until_close:
                 answer.is_complete = True
                 answer.wake()
-            elif self.is_reused and self._received == 0 and not answer.is_head_complete:
-                answer.fail(_Stale())
+            elif self.is_reused and self._received == 0:
+                answer.fail(Stale())
             else:
                 answer.fail(httpx.ReadError("closed before the answer was complete"))
             self._detach(answer)
-        if was_open:
-            self._pool.discard(self)
+        if was_open and self.pool is not None:
+            self.pool.discard(self)
 
     # Ending
 
-    def resume(self) -> None:
+    def _pause_reading(self) -> None:
+        if not self._is_reading_paused and not self.is_closed:
+            self._is_reading_paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
         """Read on after the reader has caught up."""
         if self._is_reading_paused and not self.is_closed:
             self._is_reading_paused = False
             self._transport.resume_reading()
 
-    def time_out(self, answer: _Answer, seconds: float) -> None:
+    def hand_over(self) -> asyncio.Transport:
+        """Give the transport away after a 101; whoever has it tells us of its loss by `connection_lost`."""
+        transport: asyncio.Transport = self._transport
+        self.alarm.stop()
+        self.resume_reading()
+        return transport
+
+    def _fail(self, answer: Answer, cause: str) -> None:
+        answer.fail(httpx.RemoteProtocolError(cause))
+        self.close()
+
+    def _on_alarm(self) -> None:
+        self._time_out(self._patience)
+
+    def _time_out(self, seconds: float) -> None:
         """Give up on an upstream that was silent for too long."""
-        answer.fail(httpx.ReadTimeout(f"silent for {seconds:g} s"))
-        if self._answer is answer:
+        if self._answer is not None:
+            self._answer.fail(httpx.ReadTimeout(f"silent for {seconds:g} s"))
             self.close()
 
-    def abandon(self, answer: _Answer) -> None:
+    def abandon(self, answer: Answer) -> None:
         """Drop the answer; unless it has fully arrived, the connection goes with it."""
         if self._answer is answer:
             self._detach(answer)
@@ -356,13 +552,15 @@ class _Connection(asyncio.Protocol):
             self._upload = None
         if not self.is_closed:
             self.is_closed = True
+            self.alarm.stop()
             if self._answer is not None:
                 self._answer.fail(httpx.ReadError("connection closed"))
             if self._transport is not None:
                 self._transport.abort()
-            self._pool.discard(self)
+            if self.pool is not None:
+                self.pool.discard(self)
 
-    def _finish(self, answer: _Answer) -> None:
+    def _finish(self, answer: Answer) -> None:
         """Give the connection back, or close it if it cannot serve again.
 
         It cannot if the upstream said so, or answered without waiting for the whole body: what is left has no reader.
@@ -371,150 +569,14 @@ class _Connection(asyncio.Protocol):
         if self.is_closed or self._upload is not None or not answer.keeps_alive:
             self.close()
         else:
-            self.resume()
-            self._pool.give(self)
+            self.resume_reading()
+            if self.pool is not None:
+                self.pool.give(self)
 
-    def _detach(self, answer: _Answer) -> None:
+    def _detach(self, answer: Answer) -> None:
         self._answer = None
         answer.connection = None
-        answer.stop_timer()
-
-
-class _Pool:
-    """The connections to one origin: at most `limit`, the idle ones taken last in first out.
-
-    Last in first out lets the surplus of a quiet hour expire. Whoever finds none free waits in a first in first out
-    queue, and is handed either a connection or the right to open one (None).
-    """
-
-    def __init__(self, origin: Origin, limit: int, idle_timeout: float, tls: ssl.SSLContext | None) -> None:
-        self._origin = origin
-        self._limit = limit
-        self._idle_timeout = idle_timeout
-        self._tls = tls
-        self._slots = 0  # connections open, being opened, or promised to a waiter
-        self._open: set[_Connection] = set()
-        self._idle: list[_Connection] = []
-        self._waiters: deque[asyncio.Future[_Connection | None]] = deque()
-        self._sweep_timer: asyncio.TimerHandle | None = None
-
-    def __repr__(self) -> str:
-        busy = self._slots - len(self._idle)
-        return f"<_Pool [{busy} busy, {len(self._idle)} idle, {len(self._waiters)} waiting]>"
-
-    async def take(self, connect: float | None, wait: float | None, *, is_fresh: bool = False) -> _Connection:
-        """Return a connection for one request; an unused one if `is_fresh`. Times in seconds, None for no limit."""
-        while True:
-            if self._idle and not is_fresh:
-                connection = self._idle.pop()
-                connection.is_reused = True
-                return connection
-            if self._slots < self._limit:
-                self._slots += 1
-                return await self._connect(connect)
-            if self._idle:
-                self._idle[0].close()
-                continue
-            handed = await self._queue(wait)
-            if handed is None:
-                return await self._connect(connect)
-            if not handed.is_closed:
-                handed.is_reused = True
-                return handed
-
-    def give(self, connection: _Connection) -> None:
-        """Take back a connection that can serve again."""
-        waiter = self._next_waiter()
-        if waiter is not None:
-            waiter.set_result(connection)
-            return
-        connection.idle_since = connection.loop.time()
-        self._idle.append(connection)
-        if self._sweep_timer is None:
-            self._sweep_timer = connection.loop.call_later(self._idle_timeout, self._sweep, connection.loop)
-
-    def discard(self, connection: _Connection) -> None:
-        """Forget a closed connection, and let the next in the queue open one in its place."""
-        if connection not in self._open:  # it failed while it was made: its slot is still its maker's
-            return
-        self._open.remove(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        self._free_slot()
-
-    def close(self) -> None:
-        """Close every connection."""
-        if self._sweep_timer is not None:
-            self._sweep_timer.cancel()
-        for connection in list(self._open):
-            connection.close()
-
-    async def _connect(self, seconds: float | None) -> _Connection:
-        """Open a connection in a slot that is already ours."""
-        loop = asyncio.get_running_loop()
-        scheme, host, port = self._origin
-        connection = _Connection(self, loop)
-        tls = self._tls if scheme == "https" else None
-        try:
-            async with asyncio.timeout(seconds):
-                await loop.create_connection(lambda: connection, host, port, ssl=tls)
-        except BaseException as error:
-            connection.close()
-            self._free_slot()
-            if isinstance(error, TimeoutError):
-                raise httpx.ConnectTimeout(f"no connection to {host}:{port} within {seconds} s") from error
-            if isinstance(error, OSError):
-                raise httpx.ConnectError(f"no connection to {host}:{port}: {error.strerror or error}") from error
-            raise
-        if connection.is_closed:
-            self._free_slot()
-            raise httpx.ConnectError(f"{host}:{port} closed the connection at once")
-        self._open.add(connection)
-        return connection
-
-    async def _queue(self, seconds: float | None) -> _Connection | None:
-        """Wait for a connection or for a slot (None)."""
-        waiter: asyncio.Future[_Connection | None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            async with asyncio.timeout(seconds):
-                return await waiter
-        except BaseException as error:
-            if waiter.done() and not waiter.cancelled():
-                self._hand_on(waiter.result())
-            if isinstance(error, TimeoutError):
-                raise httpx.PoolTimeout(f"no connection came free within {seconds} s") from error
-            raise
-
-    def _next_waiter(self) -> asyncio.Future[_Connection | None] | None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                return waiter
-        return None
-
-    def _hand_on(self, handed: _Connection | None) -> None:
-        """Pass on what a waiter was handed but can no longer use."""
-        if handed is None:
-            self._free_slot()
-        elif not handed.is_closed:
-            self.give(handed)
-
-    def _free_slot(self) -> None:
-        waiter = self._next_waiter()
-        if waiter is None:
-            self._slots -= 1
-        else:
-            waiter.set_result(None)
-
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Close what has been idle for too long; the longest idle is at the front."""
-        self._sweep_timer = None
-        while self._idle and self._idle[0].idle_since + self._idle_timeout <= loop.time():
-            self._idle[0].close()
-        if self._idle:
-            due = self._idle[0].idle_since + self._idle_timeout
-            self._sweep_timer = loop.call_at(due, self._sweep, loop)
+        self.alarm.clear()
 
 
 class UpstreamTransport(httpx.AsyncBaseTransport):
@@ -530,7 +592,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         self._max_connections = max_connections
         self._idle_timeout = idle_timeout
         self._tls = tls
-        self._pools: dict[Origin, _Pool] = {}
+        self._pools: dict[tuple[str, str, int], Pool[Connection]] = {}
 
     def __repr__(self) -> str:
         return f"<UpstreamTransport {self._pools!r}>"
@@ -541,39 +603,84 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         If a reused connection dies before any byte of the answer, the request goes out once more on a new one,
         provided that its method is idempotent and it has no body (RFC 9110 section 9.2.2).
         """
-        pool = self._pool(request.url)
-        timeouts = request.extensions.get("timeout", {})
-        connection = await pool.take(timeouts.get("connect"), timeouts.get("pool"))
+        outgoing = request if isinstance(request, Outgoing) else Outgoing.of(request)
+        pool = self._pools.get(outgoing.origin.key) or self._make_pool(outgoing.origin)
+        connection = pool.take_idle()
+        if connection is None:
+            timeouts = outgoing.extensions.get("timeout", _NO_LIMITS)
+            connection = await pool.take(timeouts.get("connect"), timeouts.get("pool"))
         try:
-            answer = await connection.request(request)
-        except _Stale:
-            if request.method not in _IDEMPOTENT or _framing(request.headers.raw) is not None:
+            return await self._exchange(connection, outgoing)
+        except Stale:
+            if outgoing.method not in _IDEMPOTENT or outgoing.framing is not None:
                 raise
+            timeouts = outgoing.extensions.get("timeout", _NO_LIMITS)
             connection = await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=True)
-            answer = await connection.request(request)
-        return httpx.Response(
-            answer.status,
-            headers=answer.headers,
-            stream=answer,
-            extensions={"reason_phrase": answer.reason, "http_version": b"HTTP/1.1"},
-        )
+            return await self._exchange(connection, outgoing)
 
     async def aclose(self) -> None:
         """Close every connection."""
         for pool in self._pools.values():
             pool.close()
 
-    def _pool(self, url: httpx.URL) -> _Pool:
-        origin = (url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80))
-        pool = self._pools.get(origin)
-        if pool is None:
-            pool = self._pools[origin] = _Pool(origin, self._max_connections, self._idle_timeout, self._tls)
+    async def _exchange(self, connection: Connection, request: Outgoing) -> Incoming:
+        try:
+            answer = connection.send(request)
+        except BaseException:
+            connection.close()
+            raise
+        try:
+            await answer.head(connection.loop)
+        except BaseException:
+            connection.abandon(answer)
+            raise
+        return Incoming(answer)
+
+    def _make_pool(self, origin: Origin) -> Pool[Connection]:
+        tls = self._tls if origin.scheme == "https" else None
+
+        async def connect(seconds: float | None) -> Connection:
+            connection = await _connect(origin, tls, seconds)
+            connection.pool = pool
+            return connection
+
+        pool: Pool[Connection] = Pool(connect, limit=self._max_connections, idle_timeout=self._idle_timeout)
+        self._pools[origin.key] = pool
         return pool
 
 
-def tls_context() -> ssl.SSLContext:
-    """Return a context that verifies upstreams against the system's certificate store."""
-    return ssl.create_default_context()
+async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | None) -> Connection:
+    """Open a connection within that time."""
+    loop = asyncio.get_running_loop()
+    connection = Connection(loop)
+    place = f"{origin.host}:{origin.port}"
+    try:
+        async with asyncio.timeout(seconds):
+            await loop.create_connection(lambda: connection, origin.host, origin.port, ssl=tls)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, TimeoutError):
+            raise httpx.ConnectTimeout(f"no connection to {place} within {seconds} s") from error
+        if isinstance(error, OSError):
+            raise httpx.ConnectError(f"no connection to {place}: {error.strerror or error}") from error
+        raise
+    if connection.is_closed:
+        raise httpx.ConnectError(f"{place} closed the connection at once")
+    return connection
+
+
+def tls_context(
+    ca_file: str | None = None, certificate: str | None = None, key: str | None = None
+) -> ssl.SSLContext:
+    """Return a context that verifies upstreams against the system's certificate store, or `ca_file` instead.
+
+    `certificate` (with its `key`, if that is another file) is shown to upstreams that ask for one. Files are PEM;
+    raises OSError (also ssl.SSLError) if they cannot be used.
+    """
+    context = ssl.create_default_context(cafile=ca_file)
+    if certificate is not None:
+        context.load_cert_chain(certificate, key)
+    return context
 
 
 async def probe(transport: httpx.AsyncBaseTransport, url: str, seconds: float) -> int:
@@ -581,23 +688,28 @@ async def probe(transport: httpx.AsyncBaseTransport, url: str, seconds: float) -
     limits = {"connect": seconds, "pool": seconds, "read": seconds}
     target = httpx.URL(url)
     headers = [(b"host", target.netloc), (b"user-agent", b"api-gateway-health")]
-    request = httpx.Request("GET", target, headers=headers, stream=_NO_BODY, extensions={"timeout": limits})
+    request = httpx.Request("GET", target, headers=headers, stream=NO_BODY, extensions={"timeout": limits})
     response = await transport.handle_async_request(request)
     await response.aclose()
     return response.status_code
 
 
-class _NoBody(httpx.AsyncByteStream):
+class NoBody(httpx.AsyncByteStream):
+    """The body of a request that has none."""
+
+    is_started = False
+    is_finished = True
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield nothing."""
         return
         yield b""  # pragma: no cover - makes this an iterator
 
 
-_NO_BODY = _NoBody()
+NO_BODY = NoBody()
 
 
-def _framing(headers: list[tuple[bytes, bytes]]) -> bytes | None:
-    """Return b"chunked", b"length", or None for a request without a body."""
+def _framing(headers: HeaderList) -> bytes | None:
     framing = None
     for name, value in headers:
         lower = name.lower()
@@ -608,12 +720,16 @@ def _framing(headers: list[tuple[bytes, bytes]]) -> bytes | None:
     return framing
 
 
-def _render_head(request: httpx.Request) -> bytes:
+def _render_head(request: Outgoing) -> bytes:
     """Return request line and headers as they go out; raises LocalProtocolError if they hide a line of their own."""
     target = request.extensions.get("target") or request.url.raw_path
     lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]
-    lines += [b"%b: %b" % pair for pair in request.headers.raw]
+    lines += [b"%b: %b" % pair for pair in request.pairs]
     head = b"\r\n".join(lines)
     if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
         raise httpx.LocalProtocolError("a header holds a line break")
     return head + b"\r\n\r\n"
+
+
+def _render_trailers(hooks: Hooks) -> bytes:
+    return b"".join([b"%b: %b\r\n" % pair for pair in hooks.trailers()])

@@ -88,12 +88,15 @@ def verify(port: int, case: str) -> None:
     upload = b"x" * UPLOAD_BYTES if case == "upload" else None
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
     with contextlib.closing(connection):
-        connection.request("POST" if upload else "GET", f"/api/{path}", upload, {"X-Client-ID": CLIENT})
+        headers = {"X-Client-ID": CLIENT, **({"Connection": "close"} if case == "new" else {})}
+        connection.request("POST" if upload else "GET", f"/api/{path}", upload, headers)
         answer = connection.getresponse()
         body = answer.read()
     expected = {"small": SMALL, "upload": UPLOADED}.get(path) or bytes(SIZES[path])
     if answer.status not in _OK or body != expected:
         raise Failed(f"{path}: status {answer.status} with {len(body)} bytes, not 200 with {len(expected)}")
+    if answer.will_close != (case == "new"):
+        raise Failed(f"{path}: the connection is {'closed' if answer.will_close else 'kept'}")
 
 
 def await_ready(port: int, patience: float = 15.0) -> None:

@@ -51,7 +51,7 @@ class Results:
 
 
 def tables(results: Results, peers: Sequence[Peer]) -> str:
-    """Return a Markdown table for each case that was measured."""
+    """Return a Markdown table for each case that was measured, and below them what failed and why."""
     return "\n".join(
         _table(results, case, peers) for case in CASES if case in results.found or case in results.failures
     )

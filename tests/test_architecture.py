@@ -11,16 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "models", "headers", "diagnosis", "alarm"),
     ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
-    ("clients", "transport", "health", "metrics", "access_log", "cycle", "protocol"),
+    ("clients", "pool", "transport", "tunnel", "health", "metrics", "access_log", "cycle", "protocol"),
     ("router", "middleware"),
     ("admin", "demo"),
     ("main",),
     ("cli",),
     ("__main__",),
 )
-SIBLINGS = {("headers", "models"), ("balancer", "circuit_breaker"), ("middleware", "router"), ("protocol", "cycle")}
+SIBLINGS = {("headers", "models"), ("balancer", "circuit_breaker"), ("middleware", "router"), ("protocol", "cycle"), ("transport", "pool")}
 OUTSIDE = {
-    "httpx": {"transport", "router"},
+    "httpx": {"pool", "transport", "router"},
     "httptools": {"transport", "protocol"},
     "fastapi": {"admin", "main", "cli"},
     "starlette": {"admin"},

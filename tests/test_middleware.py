@@ -188,7 +188,7 @@ async def test_before_the_start_the_gateway_is_not_ready_yet() -> None:
 class Recording:
     """A `Record` around some application, and all that can be seen of it."""
 
-    def __init__(self, app: ASGIApp, *, adds_date: bool = False) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.clock = FakeClock(100.0)
         self.recorder = Recorder([], [], [], [50], 100.0)
         self.seen: list[Exchange] = []
@@ -197,10 +197,8 @@ class Recording:
         self.app = Record(
             self._watched,
             clock=self.clock,
-            wall_clock=lambda: 784_111_777.9,
             recorder=self.recorder,
             observers=[self.seen.append, lambda _: self.in_flight.append(self.recorder.in_flight)],
-            adds_date=adds_date,
         )
 
     async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -282,15 +280,6 @@ async def test_the_headers_that_earlier_steps_left_go_on_an_error_too() -> None:
         raise NoRoute("No.")
 
     assert (await ask(Recording(app).app, http())).all(b"ratelimit") == [b"r"]
-
-
-@pytest.mark.parametrize(
-    ("adds_date", "dates"), [(True, [b"Sun, 06 Nov 1994 08:49:37 GMT"]), (False, [])], ids=["ours", "the server's"]
-)
-async def test_an_answer_of_our_own_has_one_date(adds_date: bool, dates: list[bytes]) -> None:  # noqa: FBT001 - parametrised
-    recording = Recording(raises(NoRoute("No.")), adds_date=adds_date)
-    assert (await ask(recording.app, http())).all(b"date") == dates
-    assert b"date" not in dict(recording.exchange.answer_headers)
 
 
 async def test_a_cause_is_told_to_the_log_and_not_to_the_client() -> None:

@@ -171,13 +171,47 @@ def test_a_trailer_does_not_become_a_header(client: RawClient, up: RawUpstream, 
     assert value.encode() not in up.requests[0].all(name)
 
 
-def test_a_body_is_asked_for_when_the_client_expects_to_be(client: RawClient, up: RawUpstream) -> None:
-    client.request("POST", "/api/x", ("Content-Length: 2", "Expect: 100-continue"))
-    assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-    client.send(b"ok")
+def test_the_upstream_decides_whether_a_body_is_asked_for(client: RawClient, up: RawUpstream) -> None:
+    """What `Expect: 100-continue` is for: nobody in between knows whether the body is welcome."""
+    up.reads_body = False
+
+    def asks(wire: Wire, request: RawRequest) -> None:
+        assert request.all("expect") == [b"100-continue"]
+        assert wire.buffer == b""
+        wire.send(b"HTTP/1.1 100 Go On\r\n\r\n")
+        request.body = wire.read_exactly(2)
+        reply()(wire, request)
+
+    up.behave = asks
+    try:
+        client.request("POST", "/api/x", ("Content-Length: 2", "Expect: 100-continue"))
+        assert client.read_until(b"\r\n") == b"HTTP/1.1 100 Go On\r\n"
+        assert client.read_until(b"\r\n\r\n") is not None
+        client.send(b"ok")
+        assert client.answer().status == 200
+        assert up.requests[0].body == b"ok"
+    finally:
+        up.reads_body = True
+
+
+def test_a_refusal_of_the_upstream_comes_instead_of_being_asked(client: RawClient, up: RawUpstream) -> None:
+    """And since nobody knows whether the body still comes, the connection ends."""
+    up.reads_body, up.behave = False, reply(b"no", b"413 Content Too Large")
+    try:
+        client.request("POST", "/api/x", ("Content-Length: 2000000", "Expect: 100-continue"))
+        assert client.read_until(b"\r\n") == b"HTTP/1.1 413 Content Too Large\r\n"
+        rest = client.read_until(b"\r\n\r\nno")
+        assert rest is not None
+        assert b"connection: close" in rest
+        assert client.is_closed()
+    finally:
+        up.reads_body = True
+
+
+def test_a_client_that_does_not_wait_to_be_asked_is_heard(client: RawClient, up: RawUpstream) -> None:
+    client.request("POST", "/api/x", ("Content-Length: 2", "Expect: 100-continue"), b"ok")
     assert client.answer().status == 200
     assert up.requests[0].body == b"ok"
-    assert up.requests[0].all("expect") == []
 
 
 def test_the_upstream_is_named_as_host_and_the_original_is_kept(client: RawClient, up: RawUpstream) -> None:
@@ -392,9 +426,21 @@ def test_an_answer_without_a_body_leaves_the_connection_usable(
     assert ask(client, "GET").body == b"ok"
 
 
-def test_interim_answers_are_not_passed_on(client: RawClient, up: RawUpstream) -> None:
-    up.behave = raw(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+def test_interim_answers_are_passed_on(client: RawClient, up: RawUpstream) -> None:
+    hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: x\r\n\r\n"
+    up.behave = raw(hint * 2 + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     client.request()
+    for _ in range(2):
+        assert client.read_until(b"\r\n\r\n") == (
+            b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nvia: 1.1 api-gateway\r\n\r\n"
+        )
+    assert client.answer().body == b"ok"
+
+
+def test_a_client_of_http_1_0_gets_no_interim_answers(client: RawClient, up: RawUpstream) -> None:
+    """It does not know them (RFC 9110 section 15.2)."""
+    up.behave = raw(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    client.send(b"GET /api/x HTTP/1.0\r\nHost: gateway.test\r\n\r\n")
     assert client.read_until(b"\r\n") == b"HTTP/1.1 200 OK\r\n"
 
 

@@ -13,6 +13,8 @@ await app.register(proxy, {
   upstream: process.env.UPSTREAM,
   prefix: '/api',
   rewritePrefix: '/api',
+  // The proxy would hand on the upstream's own Connection header, and a client that asks to close is not heard then.
+  replyOptions: { rewriteHeaders: ({ connection, ...headers }) => headers },
   undici: { connections: 128, pipelining: 1 },
 })
 await app.listen({ host: '127.0.0.1', port: Number(process.env.PORT) })

@@ -1,0 +1,126 @@
+"""Two connections joined after a switch of protocols (WebSocket): what one side sends the other gets, byte for byte.
+
+The frames inside are nobody's business here, so text, binary, ping, pong, close codes and extensions all pass. A slow
+reader makes the other side wait, and the end of one direction is passed on while the other may still flow.
+"""
+
+import asyncio
+
+from api_gateway.alarm import Alarm
+
+LINGER = 10.0  # seconds one direction may flow on after the other has ended
+
+
+class Tunnel:
+    """Joins `client` and `upstream` until both are gone, or until nothing has passed for `idle_timeout` seconds.
+
+    Each transport's protocol is replaced; the one before hears of the connection's loss, and of nothing else.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        client: asyncio.Transport,
+        upstream: asyncio.Transport,
+        idle_timeout: float,
+    ) -> None:
+        self.bytes_in = 0  # from the client
+        self.bytes_out = 0  # to the client
+        self.idle_timeout = idle_timeout
+        self.alarm = Alarm(loop, self.abort)
+        self._ended: asyncio.Future[None] = loop.create_future()
+        self._client = _End(self, client)
+        self._upstream = _End(self, upstream)
+        self._client.other, self._upstream.other = self._upstream, self._client
+
+    def __repr__(self) -> str:
+        return f"<Tunnel [{self.bytes_in} bytes in, {self.bytes_out} bytes out]>"
+
+    async def run(self, from_client: bytes, from_upstream: bytes) -> None:
+        """Pass on what has already come, then everything else, to the end."""
+        self.alarm.set(self.idle_timeout)
+        for end, already in ((self._client, from_client), (self._upstream, from_upstream)):
+            end.attach()
+            if already:
+                end.data_received(already)
+        try:
+            await self._ended
+        finally:
+            self.alarm.stop()
+            self.abort()
+            self.bytes_in, self.bytes_out = self._client.received, self._upstream.received
+
+    def abort(self) -> None:
+        """End it now, both ways."""
+        self._client.transport.abort()
+        self._upstream.transport.abort()
+
+    def on_lost(self) -> None:
+        """One side is gone; so is the tunnel once the other is."""
+        if self._client.is_lost and self._upstream.is_lost and not self._ended.done():
+            self._ended.set_result(None)
+
+
+class _End(asyncio.Protocol):
+    """One side: passes on what it hears."""
+
+    def __init__(self, tunnel: Tunnel, transport: asyncio.Transport) -> None:
+        self.other: _End = self
+        self.transport = transport
+        self.is_lost = False
+        self.received = 0
+        self._tunnel = tunnel
+        self._before = transport.get_protocol()
+
+    def __repr__(self) -> str:
+        return f"<_End [{'lost' if self.is_lost else 'open'}, {self.received} bytes received]>"
+
+    def attach(self) -> None:
+        """Take the place of the protocol before."""
+        self.transport.set_protocol(self)
+        if self.transport.is_closing():
+            self.connection_lost(None)
+
+    def data_received(self, data: bytes) -> None:
+        """Pass it on."""
+        self.received += len(data)
+        self._tunnel.alarm.set(self._tunnel.idle_timeout)
+        if not self.other.is_lost:
+            self.other.transport.write(data)
+
+    def eof_received(self) -> bool:
+        """Pass on that no more will come from here."""
+        transport = self.other.transport
+        if not self.other.is_lost and not transport.is_closing():
+            if transport.can_write_eof():
+                transport.write_eof()
+            else:
+                transport.close()
+        self._tunnel.idle_timeout = min(self._tunnel.idle_timeout, LINGER)
+        self._tunnel.alarm.set(self._tunnel.idle_timeout)
+        return True
+
+    def pause_writing(self) -> None:
+        """Make the other side wait."""
+        if not self.other.is_lost and not self.other.transport.is_closing():
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Let the other side go on."""
+        if not self.other.is_lost and not self.other.transport.is_closing():
+            self.other.transport.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the other side too, after it has been sent everything if this one ended in peace."""
+        if self.is_lost:
+            return
+        self.is_lost = True
+        before = self._before
+        if before is not None:
+            before.connection_lost(exc)
+        if not self.other.is_lost:
+            if exc is None:
+                self.other.transport.close()
+            else:
+                self.other.transport.abort()
+        self._tunnel.on_lost()

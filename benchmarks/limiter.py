@@ -1,0 +1,198 @@
+"""The decision of a rate limiter alone: microseconds each for warm clients, and bytes a client.
+
+`python -m benchmarks.limiter` compares ours with `limits`, throttled-py, pyrate-limiter (`pip install` each of them)
+and with the least that could do: a tuple for each client in a dict. All hold their buckets in memory, read a clock for
+each decision, and never refuse here.
+"""
+
+import argparse
+import gc
+import importlib
+import statistics
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from api_gateway.models import Charge, Quota
+from api_gateway.rate_limiter import MemoryLimiter
+
+TOKENS, SECONDS = 1_000_000, 3600  # a budget that neither runs out nor lapses while it is measured
+DECISIONS = 50_000
+WARM_CLIENTS = 100
+CLIENTS = 100_000
+
+Decide = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A limiter: its name, and how to build a fresh one that decides by client. Building may lack the library."""
+
+    name: str
+    build: Callable[[], Decide]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Microseconds a decision, one figure a round; bytes a client."""
+
+    microseconds: list[float]
+    bytes_a_client: float
+
+
+def ours() -> Decide:
+    """Return `MemoryLimiter.decide`, with the charge built for each decision as the gateway does."""
+    quota = Quota.per_second("all", TOKENS / SECONDS, TOKENS)
+    limiter, cost_ns, clock = MemoryLimiter([quota]), quota.cost_ns(1), time.monotonic_ns
+    return lambda client: limiter.decide((Charge(client, quota, cost_ns),), clock()).allowed
+
+
+def bare_dict() -> Decide:
+    """Return a token bucket of floats, without refusals told apart, bounds or forgetting."""
+    buckets: dict[str, tuple[float, float]] = {}
+    clock = time.monotonic
+
+    def decide(client: str) -> bool:
+        now = clock()
+        tokens, at = buckets.get(client, (TOKENS, now))
+        tokens = min(TOKENS, tokens + (now - at) * TOKENS / SECONDS)
+        if tokens < 1:
+            return False
+        buckets[client] = (tokens - 1, now)
+        return True
+
+    return decide
+
+
+def limits_of(strategy: str) -> Callable[[], Decide]:
+    """Return how to build a limiter of `limits` with one of its strategies."""
+
+    def build() -> Decide:
+        limits = importlib.import_module("limits")
+        storage = importlib.import_module("limits.storage").MemoryStorage()
+        limiter = getattr(importlib.import_module("limits.strategies"), strategy)(storage)
+        item = limits.RateLimitItemPerHour(TOKENS)
+        return lambda client: bool(limiter.hit(item, client))
+
+    return build
+
+
+def throttled_py() -> Decide:
+    """Return throttled-py's GCRA, with a store that holds all clients."""
+    throttled = importlib.import_module("throttled")
+    quota = throttled.rate_limiter.per_hour(TOKENS, burst=TOKENS)
+    store = throttled.MemoryStore(options={"MAX_SIZE": 2 * CLIENTS})
+    limiter = throttled.Throttled(using=throttled.RateLimiterType.GCRA.value, quota=quota, store=store)
+    return lambda client: not limiter.limit(client).limited
+
+
+def pyrate_limiter() -> Decide:
+    """Return pyrate-limiter's GCRA, with a bucket for each client as its manual has it."""
+    pyrate: Any = importlib.import_module("pyrate_limiter")
+    rates, clock = [pyrate.Rate(TOKENS, pyrate.Duration.HOUR)], pyrate.MonotonicClock()
+    buckets: dict[str, Any] = {}
+
+    class ByClient(pyrate.BucketFactory):  # type: ignore[misc]  # the library may be missing
+        def wrap_item(self, name: str, weight: int = 1) -> Any:
+            return pyrate.RateItem(name, clock.now(), weight=weight)
+
+        def get(self, item: Any) -> Any:
+            bucket = buckets.get(item.name)
+            if bucket is None:
+                bucket = buckets[item.name] = pyrate.StateBucket(rates, pyrate.GCRA())
+            return bucket
+
+    limiter = pyrate.Limiter(ByClient())
+    return lambda client: bool(limiter.try_acquire(client, blocking=False))
+
+
+CONTESTANTS = (
+    Contestant("this gateway, MemoryLimiter.decide", ours),
+    Contestant("bare dict", bare_dict),
+    Contestant("limits, fixed window", limits_of("FixedWindowRateLimiter")),
+    Contestant("limits, sliding window counter", limits_of("SlidingWindowCounterRateLimiter")),
+    Contestant("throttled-py, GCRA", throttled_py),
+    Contestant("pyrate-limiter, GCRA", pyrate_limiter),
+)
+
+
+def microseconds(decide: Decide, decisions: int = DECISIONS) -> float:
+    """Return the time of a decision for warm clients by turns. Raises RuntimeError if one is refused."""
+    clients = [f"client-{number}" for number in range(WARM_CLIENTS)]
+    passed = [decide(client) for client in clients]
+    turns = max(1, decisions // WARM_CLIENTS)
+    began = time.perf_counter()
+    for _ in range(turns):
+        for client in clients:
+            decide(client)
+    elapsed = time.perf_counter() - began
+    passed += [decide(client) for client in clients]
+    if not all(passed):
+        raise RuntimeError("a client was refused, which costs another time than to pass")
+    return elapsed / (turns * WARM_CLIENTS) * 1e6
+
+
+def bytes_a_client(build: Callable[[], Decide], clients: int = CLIENTS) -> float:
+    """Return what a limiter allocates for each client that came once, a name it keeps included."""
+    decide = build()
+    decide("first")
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(clients):
+            decide(f"client-{number}")
+        gc.collect()
+        return (tracemalloc.get_traced_memory()[0] - before) / clients
+    finally:
+        tracemalloc.stop()
+
+
+def measure(contestants: Sequence[Contestant], rounds: int) -> Iterator[tuple[str, Figures]]:
+    """Time all by turns, then weigh each."""
+    timed: dict[str, list[float]] = {one.name: [] for one in contestants}
+    for _ in range(rounds):
+        for one in contestants:
+            timed[one.name].append(microseconds(one.build()))
+    for one in contestants:
+        yield one.name, Figures(timed[one.name], bytes_a_client(one.build))
+
+
+def table(found: Sequence[tuple[str, Figures]]) -> str:
+    """Return a Markdown table of medians."""
+    lines = ["| | µs/decision | least to most | bytes/client |", "|---|---:|---:|---:|"]
+    for name, figures in found:
+        times = figures.microseconds
+        spread = f"{min(times):.2f} to {max(times):.2f}"
+        lines.append(f"| {name} | {statistics.median(times):.2f} | {spread} | {figures.bytes_a_client:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def installed() -> Iterator[Contestant]:
+    """Return the contestants whose library is here, and name the others."""
+    for one in CONTESTANTS:
+        try:
+            one.build()
+        except ModuleNotFoundError as missing:
+            sys.stderr.write(f"{one.name} is left out: {missing}; see `python -m benchmarks.limiter --help`\n")
+        else:
+            yield one
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.limiter",
+        description="The rate limiter's decision beside that of limits, throttled-py and pyrate-limiter (PyPI).",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    sys.stdout.write(table(list(measure(list(installed()), options.rounds))))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
