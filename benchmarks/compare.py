@@ -25,6 +25,7 @@ from benchmarks.upstream import upstream
 CONNECTIONS = 64
 UPLOAD_CONNECTIONS = 8  # of 64 uploads of 10 MB, too many would be half-way when the time is over
 RATE = 500.0
+QUICK = ("small", "10k", "new", "latency")
 
 
 class Comparison:
@@ -123,7 +124,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="how often each peer is measured (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4, help="length of a measurement (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one round of one second each, and no memory")
+    parser.add_argument("--quick", action="store_true", help=f"one round of one second, of {','.join(QUICK)}")
     parser.add_argument("--peers", help=f"some of {','.join(peer.name for peer in PEERS)}")
     parser.add_argument("--only", help=f"some of {','.join(CASES)}")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a plot of CPU a request")
@@ -131,12 +132,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     try:
         options.peers = _chosen(options.peers, [peer.name for peer in PEERS], "peer")
-        options.only = _chosen(options.only, list(CASES), "case")
+        options.only = _chosen(options.only, QUICK if options.quick else list(CASES), "case")
     except ValueError as problem:
         parser.error(str(problem))
     if options.quick:
         options.rounds, options.seconds = 1, 1
-        options.only = [case for case in options.only if case != "memory"]
     return options
 
 

@@ -90,8 +90,11 @@ def verify(port: int, case: str) -> None:
     with contextlib.closing(connection):
         headers = {"X-Client-ID": CLIENT, **({"Connection": "close"} if case == "new" else {})}
         connection.request("POST" if upload else "GET", f"/api/{path}", upload, headers)
-        answer = connection.getresponse()
-        body = answer.read()
+        try:
+            answer = connection.getresponse()
+            body = answer.read()
+        except http.client.HTTPException as error:
+            raise Failed(f"{path}: {error!r}") from error
     expected = {"small": SMALL, "upload": UPLOADED}.get(path) or bytes(SIZES[path])
     if answer.status not in _OK or body != expected:
         raise Failed(f"{path}: status {answer.status} with {len(body)} bytes, not 200 with {len(expected)}")
@@ -105,7 +108,7 @@ def await_ready(port: int, patience: float = 15.0) -> None:
     while True:
         try:
             verify(port, "small")
-        except (Failed, OSError, http.client.HTTPException):
+        except (Failed, OSError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
@@ -130,7 +133,10 @@ class Answer:
         """Take what came; the first piece after a whole answer begins the next."""
         if self.done:
             self.length, self.done = 0, False
-        self._parser.feed_data(received)
+        try:
+            self._parser.feed_data(received)
+        except httptools.HttpParserError as error:
+            raise Failed(f"not an answer of HTTP: {error}") from error
 
     def check(self, size: int) -> None:
         """Raise Failed unless the status is 2xx and the body has this size."""
@@ -193,30 +199,60 @@ def latencies(port: int, *, core: int, rate: float, seconds: float, most: int = 
 
     Raises Failed if more than `most` are unanswered at once: then the rate is not held.
     """
-    idle, busy, measured = [Client(port) for _ in range(8)], set[Client](), list[float]()
-    with pinned(core), contextlib.ExitStack() as stack:
-        for client in idle:
-            stack.callback(client.close)
-            client.ask()
-        start, sent, total = time.perf_counter() + 0.01, 0, round(rate * seconds)
-        while sent < total or busy:
-            due = start + sent / rate
-            now = time.perf_counter()
-            if sent < total and due <= now:
-                if len(busy) >= most:
-                    raise Failed(f"does not hold {rate:g} requests/s")
-                if not idle:
-                    idle.append(Client(port))
-                    stack.callback(idle[-1].close)
-                client = idle.pop()
-                client.send(due)
-                busy.add(client)
-                sent += 1
-                continue
-            wait = due - now if sent < total else _PATIENCE
-            for client in select.select(busy, (), (), wait)[0]:
-                if client.receive():
-                    measured.append(time.perf_counter() - client.due)
-                    busy.remove(client)
-                    idle.append(client)
-    return sorted(measured)
+    with pinned(core), contextlib.closing(OpenLoop(port, most)) as loop:
+        loop.warm_up()
+        start, total = time.perf_counter() + 0.01, round(rate * seconds)
+        for number in range(total):
+            due = start + number / rate
+            while (wait := due - time.perf_counter()) > 0:
+                loop.receive(wait)
+            if not loop.send(due):
+                raise Failed(f"does not hold {rate:g} requests/s")
+        while len(loop.measured) < total:
+            if not loop.receive(_PATIENCE):
+                raise Failed(f"{total - len(loop.measured)} requests were not answered in {_PATIENCE:g} s")
+    return sorted(loop.measured)
+
+
+class OpenLoop:
+    """Connections to one server, those with an unanswered request apart, and the seconds each answer took."""
+
+    def __init__(self, port: int, most: int) -> None:
+        self._port = port
+        self._most = most
+        self._idle: list[Client] = []
+        self._busy: set[Client] = set()
+        self.measured: list[float] = []
+
+    def __repr__(self) -> str:
+        return f"<OpenLoop [{len(self._busy)} unanswered, {len(self._idle)} idle, {len(self.measured)} measured]>"
+
+    def close(self) -> None:
+        """Close all connections."""
+        for client in (*self._idle, *self._busy):
+            client.close()
+
+    def warm_up(self, connections: int = 8) -> None:
+        """Open some connections and ask once on each."""
+        for _ in range(connections):
+            self._idle.append(Client(self._port))
+            self._idle[-1].ask()
+
+    def send(self, due: float) -> bool:
+        """Send a request that was due then, on a connection that has none; false if too many are unanswered."""
+        if len(self._busy) >= self._most:
+            return False
+        client = self._idle.pop() if self._idle else Client(self._port)
+        self._busy.add(client)
+        client.send(due)
+        return True
+
+    def receive(self, wait: float) -> bool:
+        """Take what comes within some seconds; true if there was anything."""
+        readable = select.select(self._busy, (), (), wait)[0]
+        for client in readable:
+            if client.receive():
+                self.measured.append(time.perf_counter() - client.due)
+                self._busy.remove(client)
+                self._idle.append(client)
+        return bool(readable)

@@ -52,9 +52,9 @@ class Results:
 
 def tables(results: Results, peers: Sequence[Peer]) -> str:
     """Return a Markdown table for each case that was measured, and below them what failed and why."""
-    return "\n".join(
-        _table(results, case, peers) for case in CASES if case in results.found or case in results.failures
-    )
+    shown = [_table(results, case, peers) for case in CASES if case in results.found or case in results.failures]
+    failed = [f"{peer}, {case}: {why}" for case, whys in results.failures.items() for peer, why in whys.items()]
+    return "\n".join([*shown, *(["Failed:", "", *failed, ""] if failed else [])])
 
 
 def _table(results: Results, case: str, peers: Sequence[Peer]) -> str:
