@@ -133,6 +133,7 @@ def envoy(place: Place) -> Launch:
             {"actions": [{"request_headers": {"header_name": "x-client-id", "descriptor_key": "client"}}]}
         ],
         "descriptors": [{"entries": [{"key": "client"}], "token_bucket": bucket}],
+        "always_consume_default_token_bucket": False,
         "max_dynamic_descriptors": 10_000,
     }
     manager = {

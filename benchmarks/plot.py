@@ -52,8 +52,11 @@ def plot(results: Results, peers: Sequence[Peer]) -> str:
 def draw(rows: Sequence[Row]) -> str:
     """Return the SVG of these bars, top down."""
     height = _TOP + _ROW * len(rows) + 8
-    scale = (_WIDTH - _LEFT - _RIGHT) / _end(rows)
-    note = "GET of 190 bytes, 64 keep-alive connections, one core; median and range of the rounds; lower is better"
+    end = _end(rows)
+    scale = (_WIDTH - _LEFT - _RIGHT) / end
+    note = "GET of 190 bytes, 64 keep-alive connections; median and range of the rounds; lower is better"
+    if any(row.greatest > end for row in rows):
+        note += "; cut bars are longer"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img">',
         f"<style>{_STYLE}</style>",
