@@ -26,11 +26,13 @@ class Target:
     credit: int = field(default=0, repr=False)  # of the smooth weighted round robin
 
 
-Pick = Callable[[Sequence[Target], bytes], Target]
+Pick = Callable[[Sequence[Target], str], Target]
 
 
-def round_robin(targets: Sequence[Target], _key: bytes) -> Target:
+def round_robin(targets: Sequence[Target], _key: str) -> Target:
     """Take turns by weight, interleaved (nginx's smooth weighted round robin): 2:1 gives a b a, never a a b."""
+    if len(targets) == 1:
+        return targets[0]
     for target in targets:
         target.credit += target.weight
     chosen = max(targets, key=lambda target: target.credit)
@@ -45,7 +47,7 @@ def least_requests(source: random.Random) -> Pick:
     gateway to the same target at once.
     """
 
-    def pick(targets: Sequence[Target], _key: bytes) -> Target:
+    def pick(targets: Sequence[Target], _key: str) -> Target:
         if len(targets) == 1:
             return targets[0]
         one, other = source.sample(targets, 2)
@@ -54,7 +56,7 @@ def least_requests(source: random.Random) -> Pick:
     return pick
 
 
-def rendezvous_hash(targets: Sequence[Target], key: bytes) -> Target:
+def rendezvous_hash(targets: Sequence[Target], key: str) -> Target:
     """Send one key to one target for as long as it is healthy (highest random weight, Thaler and Ravishankar 1998).
 
     Weights count as that many virtual targets. Losing a target moves only the keys it had.
@@ -63,7 +65,8 @@ def rendezvous_hash(targets: Sequence[Target], key: bytes) -> Target:
     def score(target: Target) -> bytes:
         name = target.url.encode()
         return max(
-            hashlib.blake2b(b"%d|%s|%s" % (copy, name, key), digest_size=8).digest() for copy in range(target.weight)
+            hashlib.blake2b(b"%d|%b|%b" % (copy, name, key.encode()), digest_size=8).digest()
+            for copy in range(target.weight)
         )
 
     return max(targets, key=score)
@@ -107,7 +110,7 @@ class Upstream:
         healthy = sum(target.is_healthy for target in self.targets)
         return f"<Upstream {self.name!r} [{healthy} of {len(self.targets)} healthy, {self.breaker.state}]>"
 
-    def checkout(self, now: float, key: bytes, tried: Collection[Target] = ()) -> Lease:
+    def checkout(self, now: float, key: str, tried: Collection[Target] = ()) -> Lease:
         """Return a lease on a healthy target, preferring those not in `tried`.
 
         Raises NoHealthyUpstream when there is none, CircuitOpen when the breaker does not admit.

@@ -172,12 +172,16 @@ class TargetSection(Section):
 
 
 class TimeoutsSection(Section):
-    """Seconds: to connect, until the answer's head, between pieces of a body, and for all of it (null: no limit)."""
+    """Seconds: to connect, until the answer's head, between pieces of a body, and for all of it (null: no limit).
+
+    `tunnel` is how long a WebSocket may be silent both ways.
+    """
 
     connect: Seconds = 2
     response: Seconds = 30
     idle: Seconds = 60
     total: Seconds | None = None
+    tunnel: Seconds = 3600
 
 
 class PoolSection(Section):
@@ -215,13 +219,23 @@ class RetrySection(Section):
     budget: float = Field(default=0.2, ge=0, le=1)
 
 
+class TlsSection(Section):
+    """PEM files for https targets: whom to trust instead of the system's store, and what to show of ourselves."""
+
+    ca_file: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
 class UpstreamSection(Section):
-    """A service behind the gateway."""
+    """A service behind the gateway. `http2` speaks HTTP/2 to https targets that offer it (needs the package h2)."""
 
     targets: list[TargetSection] = Field(min_length=1)
     balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"
     timeouts: TimeoutsSection = TimeoutsSection()
     pool: PoolSection = PoolSection()
+    tls: TlsSection = TlsSection()
+    http2: bool = False
     health_check: HealthCheckSection | None = None
     circuit_breaker: CircuitBreakerSection = CircuitBreakerSection()
     retry: RetrySection = RetrySection()

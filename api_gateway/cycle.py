@@ -61,6 +61,7 @@ class Cycle:
         "_buffered",
         "_connection",
         "_has_body",
+        "_head",
         "_is_body_taken",
         "_is_chunked",
         "_is_head",
@@ -89,7 +90,7 @@ class Cycle:
         self.headers: HeaderList = connection.spelled
         self.trailers: HeaderList = []
         self.upgrade = b""
-        self.on_leaving: Callable[[], None] | None = None
+        self.on_leaving: Callable[[], object] | None = None
         self.keep_alive = True
         self.is_http10 = False
         self.is_body_complete = False
@@ -104,6 +105,7 @@ class Cycle:
         self._waiter: asyncio.Future[None] | None = None
         self._is_head = scope["method"] == "HEAD"
         self._has_body = True
+        self._head = b""
         self._is_chunked = False
         self._left: int | None = None  # bytes of the announced length still to be sent
         self._trailers_follow = False
@@ -180,12 +182,16 @@ class Cycle:
             raise RuntimeError(f"{kind} is not known here")
 
     def _start(self, message: dict[str, Any]) -> None:
-        """Write the head. `reason`, beyond ASGI, is the phrase an upstream chose."""
+        """Write the head, or keep it for the body that follows.
+
+        Beyond ASGI a message may hold `reason`, the phrase an upstream chose, and `is_body_ready`, the promise that
+        the body's first piece is sent next without waiting: both then go out together.
+        """
         status: int = message["status"]
         headers: HeaderList = message.get("headers", ())
         self.is_started = True
         told = {lower: value for name, value in headers if len(name) in _TELLING and (lower := name.lower()) in _TOLD}
-        lines = [b"%b: %b" % pair for pair in headers]
+        lines = list(map(b": ".join, headers))
         if b"date" not in told:
             lines.append(b"date: " + http_date(int(time.time())))
         if self._is_head or status in _BODILESS:
@@ -205,24 +211,27 @@ class Cycle:
             self.keep_alive = False
         elif not self.keep_alive:
             lines.append(b"connection: close")
-        self._connection.transport.write(render_head(status, message.get("reason"), lines))
+        head = render_head(status, message.get("reason"), lines)
+        if message.get("is_body_ready"):
+            self._head = head
+        else:
+            self._connection.transport.write(head)
 
     def _send_body(self, body: bytes, *, is_last: bool) -> None:
-        write = self._connection.transport.write
         if not self._has_body:
-            pass
+            body = b""
         elif self._is_chunked:
             end = b"0\r\n\r\n" if is_last and not self._trailers_follow else b""
-            if body:
-                write(b"%x\r\n%b\r\n%b" % (len(body), body, end))
-            elif end:
-                write(end)
-        elif body:
-            if self._left is not None:
-                self._left -= len(body)
-                if self._left < 0:
-                    raise RuntimeError("the answer is longer than its Content-Length")
-            write(body)
+            body = b"%x\r\n%b\r\n%b" % (len(body), body, end) if body else end
+        elif self._left is not None:
+            self._left -= len(body)
+            if self._left < 0:
+                raise RuntimeError("the answer is longer than its Content-Length")
+        if self._head:
+            body = self._head + body
+            self._head = b""
+        if body:
+            self._connection.transport.write(body)
         if is_last and not self._trailers_follow:
             if self._left:
                 raise RuntimeError("the answer is shorter than its Content-Length")
@@ -230,7 +239,6 @@ class Cycle:
 
     def _send_trailers(self, trailers: HeaderList) -> None:
         lines = b"".join(b"%b: %b\r\n" % pair for pair in trailers)
-        _refuse_hidden_lines(lines, len(trailers))
         self._connection.transport.write(b"0\r\n%b\r\n" % lines)
         self._finish()
 
@@ -255,24 +263,20 @@ class Cycle:
         """See `Link`. A client of HTTP/1.0 knows no interim answers."""
         self.awaits_continue = self.awaits_continue and status != HTTPStatus.CONTINUE
         if not self.is_http10 and not self.is_started and not self.is_disconnected:
-            self._connection.transport.write(render_head(status, reason, [b"%b: %b" % pair for pair in headers]))
+            self._connection.transport.write(render_head(status, reason, list(map(b": ".join, headers))))
 
     def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
         """See `Link`. From here on this cycle sends nothing; its end closes the connection."""
         self.is_started = self.is_answered = True
         self.keep_alive = False
         self.on_leaving = None
-        return self._connection.hand_over(render_head(101, reason, [b"%b: %b" % pair for pair in headers]))
+        return self._connection.hand_over(render_head(101, reason, list(map(b": ".join, headers))))
 
 
 def render_head(status: int, reason: bytes | None, lines: list[bytes]) -> bytes:
     """Return a head; raises RuntimeError if one of its lines hides another."""
     phrase = _PHRASES.get(status, b"") if reason is None else reason
-    head = b"\r\n".join((b"HTTP/1.1 %d %b" % (status, phrase), *lines))
-    _refuse_hidden_lines(head, len(lines))
-    return head + b"\r\n\r\n"
-
-
-def _refuse_hidden_lines(text: bytes, breaks: int) -> None:
-    if text.count(b"\n") != breaks or text.count(b"\r") != breaks or b"\0" in text:
+    head = b"\r\n".join((b"HTTP/1.1 %d %b" % (status, phrase), *lines, b"\r\n"))
+    if head.count(b"\n") != len(lines) + 2 or head.count(b"\r") != len(lines) + 2 or b"\0" in head:
         raise RuntimeError("a header of the answer holds a line break")
+    return head

@@ -99,6 +99,7 @@ def _is_authority(value: bytes) -> bool:
     return _AUTHORITY.fullmatch(value) is not None
 
 
+@lru_cache(maxsize=4096)
 def is_visible_ascii(value: bytes) -> bool:
     """Tell whether `value` is 1 to 128 visible ASCII characters."""
     return _VISIBLE.fullmatch(value) is not None
@@ -138,7 +139,7 @@ def framing(fields: Fields) -> bytes | None:
 
 
 @lru_cache(maxsize=64)
-def _not_forwarded(protected: frozenset[bytes], *, is_trusted: bool) -> frozenset[bytes]:
+def _not_forwarded(protected: frozenset[bytes], is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
     """Return the names that go no further, with the spellings that CGI would take for what we vouch for."""
     forgeable = FORWARDING | protected
     aliases = {alias for name in forgeable for alias in _spellings(name)} - forgeable
@@ -177,7 +178,7 @@ def for_upstream(
     otherwise replaced. `protected` names (lower case) survive being named by `Connection`. A spelling of a protected
     or forwarding name with underscores is left out: servers that read headers as CGI variables take it for the name.
     """
-    dropped = _not_forwarded(protected, is_trusted=is_trusted)
+    dropped = _not_forwarded(protected, is_trusted)
     if b"connection" in fields:
         dropped |= connection_options(fields[b"connection"]) - protected - {b"transfer-encoding"}
     kept: HeaderList = [(b"host", host)]
@@ -223,7 +224,7 @@ def for_client(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> 
 
 def trailers_to_pass(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
     """Return the trailers that may go on: none that says how a message is framed, routed, trusted or cached."""
-    dropped = _NEVER_TRAILING | _not_forwarded(protected, is_trusted=False) | protected
+    dropped = _NEVER_TRAILING | _not_forwarded(protected, False) | protected
     return [pair for pair in trailers if pair[0].lower() not in dropped]
 
 

@@ -9,12 +9,13 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import httpx
 from fastapi import FastAPI
 
 from api_gateway import __version__, admin
@@ -27,12 +28,13 @@ from api_gateway.clients import ClientRegistry, ClientStore
 from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
+from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy, watch
 from api_gateway.metrics import Exposition, Recorder
-from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch
+from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
 from api_gateway.models import Quota
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.router import CostRule, Route, Router, RouteTable, Service, Timeouts
+from api_gateway.router import CostRule, Receive, Route, Router, RouteTable, Scope, Send, Service, Timeouts
 from api_gateway.transport import UpstreamTransport, probe, tls_context
 
 logger = logging.getLogger(__name__)
@@ -57,16 +59,39 @@ class Gateway:
     recorder: Recorder
 
 
+class GatewayApp(FastAPI):
+    """The operator's endpoints, with the data plane in front of them.
+
+    Below `/api` nothing of the framework runs unless somebody has added middleware of their own: it then sees those
+    requests too.
+    """
+
+    def __init__(self, switch: Switch, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_middleware(Split, switch=switch)
+        self._switch = switch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        if len(self.user_middleware) == 1 and scope["type"] == "http" and is_proxied(scope["path"]):
+            await self._switch.data_plane(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
 def create_app(
     config: GatewayConfig | None = None,
     *,
     server_headers: frozenset[bytes] = frozenset(),
     refused: Counter[str] | None = None,
+    transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
 ) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
     `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
     out in their favour, so that none comes twice. `refused` is where the server counts what it refuses by itself.
+    `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
+    test; cancellation is kept out of them.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -75,14 +100,15 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _live(settings, rejections) as gateway:
+        async with _live(settings, rejections, transports or {}) as gateway:
             app.state.console = _console(gateway)
             switch.data_plane = _data_plane(gateway, server_headers)
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
 
-    app = FastAPI(
+    app = GatewayApp(
+        switch,
         title="API Gateway",
         version=__version__,
         description="The operator's endpoints. Everything below `/api/` is proxied and not described here.",
@@ -91,7 +117,6 @@ def create_app(
         license_info={"name": "MIT", "identifier": "MIT"},
     )
     admin.install(app)
-    app.add_middleware(Split, switch=switch)
     return app
 
 
@@ -109,7 +134,9 @@ def __getattr__(name: str) -> Any:
 
 
 @asynccontextmanager
-async def _live(config: GatewayConfig, rejections: Counter[str]) -> AsyncIterator[Gateway]:
+async def _live(
+    config: GatewayConfig, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport]
+) -> AsyncIterator[Gateway]:
     """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
     async with AsyncExitStack() as stack:
         if config.is_demo:
@@ -117,7 +144,7 @@ async def _live(config: GatewayConfig, rejections: Counter[str]) -> AsyncIterato
             await demo.start()
             stack.push_async_callback(demo.stop)
             config = config.model_validate({**config.model_dump(), **demo.sections()})
-        gateway = _build(config, rejections)
+        gateway = _build(config, rejections, transports)
         stack.push_async_callback(gateway.clients.close)
         try:
             await gateway.clients.load()
@@ -130,7 +157,9 @@ async def _live(config: GatewayConfig, rejections: Counter[str]) -> AsyncIterato
         yield gateway
 
 
-def _build(config: GatewayConfig, rejections: Counter[str]) -> Gateway:
+def _build(
+    config: GatewayConfig, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport]
+) -> Gateway:
     now = time.monotonic()
     tiers = {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()}
     limit = config.address_limit
@@ -146,7 +175,9 @@ def _build(config: GatewayConfig, rejections: Counter[str]) -> Gateway:
             {client_id: section.tier for client_id, section in config.clients.items()},
             ClientStore(config.state_dir),
         ),
-        services={name: _service(name, section, now) for name, section in config.upstreams.items()},
+        services={
+            name: _service(name, section, transports.get(name), now) for name, section in config.upstreams.items()
+        },
         recorder=Recorder(
             (route.name for route in config.routes),
             config.upstreams,
@@ -158,7 +189,7 @@ def _build(config: GatewayConfig, rejections: Counter[str]) -> Gateway:
     )
 
 
-def _service(name: str, section: UpstreamSection, now: float) -> Service:
+def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTransport | None, now: float) -> Service:
     picks: dict[str, Pick] = {
         "round_robin": round_robin,
         "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
@@ -166,18 +197,29 @@ def _service(name: str, section: UpstreamSection, now: float) -> Service:
     }
     targets = [Target(target.url, target.weight) for target in section.targets]
     breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now)
-    is_tls = any(target.url.startswith("https:") for target in targets)
     return Service(
         Upstream(name, targets, breaker, picks[section.balance]),
-        UpstreamTransport(
-            max_connections=section.pool.max_connections,
-            idle_timeout=section.pool.idle_timeout,
-            tls=tls_context() if is_tls else None,
-        ),
+        _transport(name, section) if transport is None else GuardedTransport(transport),
         Timeouts(**section.timeouts.model_dump()),
         attempts=section.retry.attempts,
         retry_budget=section.retry.budget,
     )
+
+
+def _transport(name: str, section: UpstreamSection) -> httpx.AsyncBaseTransport:
+    tls = None
+    if any(target.url.startswith("https:") for target in section.targets):
+        try:
+            tls = tls_context(section.tls.ca_file, section.tls.certificate, section.tls.key)
+        except OSError as error:
+            raise StartupError(f"upstreams.{name}.tls: the files cannot be used: {error}") from error
+    pool = section.pool
+    if not section.http2:
+        return UpstreamTransport(max_connections=pool.max_connections, idle_timeout=pool.idle_timeout, tls=tls)
+    try:
+        return http2_transport(pool.max_connections, pool.idle_timeout, tls)
+    except ImportError as error:
+        raise StartupError(f"upstreams.{name}.http2: needs the package h2: pip install 'httpx[http2]'") from error
 
 
 def _route(section: RouteSection) -> Route:

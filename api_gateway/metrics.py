@@ -51,6 +51,7 @@ NO_TIER = "_none"
 
 # What a try on an upstream can end in: the class of its status, or why it has none.
 OUTCOMES = (
+    "1xx",
     "2xx",
     "3xx",
     "4xx",
@@ -63,13 +64,14 @@ OUTCOMES = (
     Reason.BAD_REQUEST.value,
 )
 
+SWITCHED = 101  # a tunnel lasts as long as its two ends like, which is no latency
 # The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 
 
 def bucket_of(seconds: float) -> int:
     """Return the index of the logarithmic bucket that holds `seconds`."""
-    return math.ceil(math.log(max(seconds, _FLOOR)) / _LOG_GAMMA)
+    return math.ceil(math.log(max(_FLOOR, seconds)) / _LOG_GAMMA)
 
 
 def value_of(bucket: int) -> float:
@@ -118,8 +120,9 @@ class Tally:
         elif exchange.reason == "rate_limited":
             self.limited += 1
 
-    def time(self, bucket: int, seconds: float) -> None:
-        """Count one duration, whose bucket is known."""
+    def time(self, seconds: float) -> None:
+        """Count one duration."""
+        bucket = bucket_of(seconds)
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
         self.total_seconds += seconds
 
@@ -128,7 +131,7 @@ class Series:
     """Tallies since the start and for each of the last slices of 5 s."""
 
     def __init__(self) -> None:
-        self.total = Tally()
+        self._past = Tally()  # of the slices that are gone
         self._slices = [Tally() for _ in range(_SLICES)]
         self._numbers = [-1] * _SLICES
 
@@ -138,8 +141,17 @@ class Series:
         slot = number % _SLICES
         if self._numbers[slot] != number:
             self._numbers[slot] = number
+            self._past.add(self._slices[slot])
             self._slices[slot] = Tally()
         return self._slices[slot]
+
+    @property
+    def total(self) -> Tally:
+        """The tally since the start."""
+        merged = Tally()
+        for tally in (self._past, *self._slices):
+            merged.add(tally)
+        return merged
 
     def last(self, span: float, now: float) -> Tally:
         """Return the tally of the last `span` seconds: the running slice and the full ones before it."""
@@ -189,25 +201,19 @@ class Recorder:
         self.requests[route, method, exchange.status, exchange.source, tier] += 1
         series = self.routes[route]
         running = series.at(exchange.finished)
-        series.total.count(exchange)
         running.count(exchange)
         if exchange.reason is not None:
             self.rejections[exchange.reason] += 1
         if exchange.decision is not None:
             (self.allowed if exchange.decision.allowed else self.limited)[tier] += 1
-        if exchange.sent_at is not None:
-            bucket = bucket_of(exchange.duration)
-            series.total.time(bucket, exchange.duration)
-            running.time(bucket, exchange.duration)
+        if exchange.sent_at is not None and exchange.status != SWITCHED:
+            running.time(exchange.finished - exchange.started)
 
     def observe_try(self, upstream: str, outcome: str, seconds: float | None, now: float) -> None:
         """Count one try on an upstream; `outcome` is a class of status or a reason, `seconds` the time to the head."""
         self.outcomes[upstream][outcome] += 1
         if seconds is not None:
-            series = self.upstreams[upstream]
-            bucket = bucket_of(seconds)
-            series.total.time(bucket, seconds)
-            series.at(now).time(bucket, seconds)
+            self.upstreams[upstream].at(now).time(seconds)
 
     # For people
 

@@ -1,7 +1,8 @@
 """The pure-ASGI steps of a proxied request, outermost first: split, record, identify, match, limit, proxy.
 
 Each step holds only configuration. What belongs to one request lies in its `Exchange`, which `Record` puts into the
-scope, and in which every later step writes its own fields and talks to nobody else.
+scope, and in which every later step writes its own fields and talks to nobody else. A step that has nothing to wait
+for is a plain function that returns the next step's awaitable: a coroutine costs more than what the step does.
 """
 
 import json
@@ -37,7 +38,7 @@ from api_gateway.headers import (
 )
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange, HeaderList, Quota
-from api_gateway.rate_limiter import NEVER, RateLimiter
+from api_gateway.rate_limiter import NEVER, MemoryLimiter, RateLimiter
 from api_gateway.router import FIELDS, Receive, Router, Scope, Send, matching_path
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,11 @@ ROUTE = "gateway.route"
 IS_TRUSTED = "gateway.is_trusted"
 
 
+def is_proxied(path: str) -> bool:
+    """Tell whether a path is the data plane's: `/api` and all below it."""
+    return path.startswith(API_PREFIX) and path[4:5] in ("", "/")
+
+
 class Split:
     """Takes `/api` and all below it to the data plane, past the framework's routing; everything else goes on to `app`.
 
@@ -64,8 +70,7 @@ class Split:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Choose the way of one request."""
-        path = scope.get("path", "")
-        if not path.startswith(API_PREFIX) or path[4:5] not in ("", "/"):
+        if not is_proxied(scope.get("path", "")):
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             await self._switch.data_plane(scope, receive, send)
@@ -106,9 +111,7 @@ class Record:
         exchange = self._begin(scope)
         self._recorder.in_flight += 1
         try:
-            fault = flaw(scope[FIELDS], scope["http_version"])
-            if fault is not None:
-                raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
+            _refuse_flaws(scope)
             await self.app(scope, receive, send)
         except GatewayError as error:
             await self._refuse(exchange, error, send)
@@ -121,7 +124,7 @@ class Record:
 
     def _begin(self, scope: Scope) -> Exchange:
         fields = scope[FIELDS] = fields_of(scope["headers"])
-        given = fields.get(b"x-request-id", ())
+        given: Sequence[bytes] = fields.get(b"x-request-id", ())
         is_usable = len(given) == 1 and is_visible_ascii(given[0])
         identity = given[0].decode("ascii") if is_usable else f"{_random_bits(128):032x}"
         peer = scope["client"][0] if scope.get("client") else "unknown"
@@ -149,6 +152,12 @@ class Record:
             exchange.status, exchange.reason = ClientDisconnected.status, Reason.DRAINING.value
         for observe in self._observers:
             observe(exchange)
+
+
+def _refuse_flaws(scope: Scope) -> None:
+    fault = flaw(scope[FIELDS], scope["http_version"])
+    if fault is not None:
+        raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
 
 
 async def send_problem(
@@ -179,7 +188,7 @@ class Identify:
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `client` and, behind a trusted proxy, the real `peer`."""
         exchange: Exchange = scope[EXCHANGE]
         fields: Fields = scope[FIELDS]
@@ -191,7 +200,7 @@ class Identify:
             exchange.client = self._clients.unnamed(address_key(exchange.peer))
         else:
             exchange.client = self._clients.named(name)
-        await self.app(scope, receive, send)
+        return self.app(scope, receive, send)
 
 
 class Match:
@@ -201,7 +210,7 @@ class Match:
         self.app = app
         self._routes = router.routes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `route` and `cost`; raises NoRoute and MethodNotAllowed."""
         exchange: Exchange = scope[EXCHANGE]
         path = matching_path(exchange.path)
@@ -209,7 +218,7 @@ class Match:
         exchange.route = route.name
         exchange.cost = route.cost_of(exchange.method, path)
         scope[ROUTE] = route
-        await self.app(scope, receive, send)
+        return self.app(scope, receive, send)
 
 
 class Limit:
@@ -227,21 +236,32 @@ class Limit:
         """`address_quota` None leaves addresses uncounted; those in `exempt` networks are."""
         self.app = app
         self._limiter = limiter
+        self._decide = limiter.decide if isinstance(limiter, MemoryLimiter) else None
         self._clock_ns = clock_ns
         self._address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
         self._increments: dict[tuple[str, float], int] = {}
-        self._policies: dict[str, bytes] = {}
+        self._constants: dict[str, tuple[bytes, tuple[bytes, bytes], tuple[bytes, bytes]]] = {}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `decision` and its headers; raises RateLimited and CostExceedsCapacity."""
         exchange: Exchange = scope[EXCHANGE]
-        decision = await self._limiter.acquire(self._charges(exchange), self._clock_ns())
+        charges = self._charges(exchange)
+        if self._decide is None:
+            return self._wait(charges, scope, receive, send)
+        self._apply(exchange, self._decide(charges, self._clock_ns()))
+        return self.app(scope, receive, send)
+
+    async def _wait(self, charges: list[Charge], scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask a limiter whose buckets are elsewhere."""
+        self._apply(scope[EXCHANGE], await self._limiter.acquire(charges, self._clock_ns()))
+        await self.app(scope, receive, send)
+
+    def _apply(self, exchange: Exchange, decision: Decision) -> None:
         exchange.decision = decision
         exchange.answer_headers += self._headers(decision)
         if not decision.allowed:
             raise refusal(exchange, decision)
-        await self.app(scope, receive, send)
 
     def _charges(self, exchange: Exchange) -> list[Charge]:
         client = exchange.client
@@ -262,26 +282,30 @@ class Limit:
     def _headers(self, decision: Decision) -> HeaderList:
         """Return the fields of draft-ietf-httpapi-ratelimit-headers-11, and the older trio in delta seconds."""
         quota = decision.quota
-        policy = self._policies.get(quota.name)
-        if policy is None:
-            window = math.ceil(quota.burst_ns / NANOSECONDS)
-            policy = self._policies[quota.name] = b'"%b";q=%d;w=%d' % (
-                quota.name.lower().encode(),
-                quota.capacity,
-                window,
-            )
+        constant = self._constants.get(quota.name)
+        if constant is None:
+            constant = self._constants[quota.name] = _constant_headers(quota)
+        name, policy, limit = constant
         left = decision.remaining
         if decision.allowed:
             effective = max(1, -(-left * quota.emission_ns // NANOSECONDS))
         else:
             effective = max(1, -(-max(decision.wait_ns, 0) // NANOSECONDS))
         return [
-            (b"ratelimit-policy", policy),
-            (b"ratelimit", b'"%b";r=%d;t=%d' % (quota.name.lower().encode(), left, effective)),
-            (b"x-ratelimit-limit", b"%d" % quota.capacity),
+            policy,
+            (b"ratelimit", b'"%b";r=%d;t=%d' % (name, left, effective)),
+            limit,
             (b"x-ratelimit-remaining", b"%d" % left),
             (b"x-ratelimit-reset", b"%d" % -(-decision.reset_ns // NANOSECONDS)),
         ]
+
+
+def _constant_headers(quota: Quota) -> tuple[bytes, tuple[bytes, bytes], tuple[bytes, bytes]]:
+    """Return the policy's name and the headers that every answer under this quota carries alike."""
+    name = quota.name.lower().encode()
+    window = math.ceil(quota.burst_ns / NANOSECONDS)
+    policy = b'"%b";q=%d;w=%d' % (name, quota.capacity, window)
+    return name, (b"ratelimit-policy", policy), (b"x-ratelimit-limit", b"%d" % quota.capacity)
 
 
 def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
@@ -320,6 +344,6 @@ class Proxy:
     def __init__(self, *, router: Router) -> None:
         self._router = router
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Forward one request."""
-        await self._router.forward(scope[EXCHANGE], scope[ROUTE], scope, receive, send, is_trusted=scope[IS_TRUSTED])
+        return self._router.forward(scope[EXCHANGE], scope[ROUTE], scope, receive, send, is_trusted=scope[IS_TRUSTED])

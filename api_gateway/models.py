@@ -1,19 +1,16 @@
 """The vocabulary every layer shares: plain values of one request, and the bodies of the operator's answers."""
 
-import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 HeaderList = list[tuple[bytes, bytes]]
 Clock = Callable[[], float]  # monotonic seconds
-
-LINK = "gateway.link"  # the key of the scope under which our own server offers a `Link`
 
 NANOSECONDS = 1_000_000_000
 
@@ -132,6 +129,11 @@ class Exchange:
     answer_headers: HeaderList = field(default_factory=list)
 
     @property
+    def client_key(self) -> str:
+        """The key of the client's bucket; empty before the client is known."""
+        return self.client.key if self.client is not None else ""
+
+    @property
     def duration(self) -> float:
         """Seconds from the request's arrival to the end of its answer."""
         return self.finished - self.started
@@ -140,33 +142,6 @@ class Exchange:
     def upstream_duration(self) -> float | None:
         """Seconds the upstream took from the last try to its answer's head; None if it gave none."""
         return None if self.sent_at is None or self.head_at is None else self.head_at - self.sent_at
-
-
-class Link(Protocol):
-    """What a proxy needs of its server and ASGI does not offer; our own server puts one into the scope.
-
-    `target` and `headers` are the request's as it was spelt, `trailers` those that came after its body. `upgrade` is
-    the protocol it asks to switch to (lower case), or nothing.
-    """
-
-    target: bytes
-    headers: HeaderList
-    trailers: HeaderList
-    upgrade: bytes
-    task: "asyncio.Task[None]"  # which serves the request
-    on_leaving: Callable[[], None] | None  # called when the client leaves before the answer is complete
-
-    def defer_continue(self) -> None:
-        """Leave it to the upstream to ask for the body a client has announced with `Expect: 100-continue`."""
-        ...
-
-    def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        """Send an interim answer (1xx) ahead of the final one."""
-        ...
-
-    def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
-        """Answer 101 and hand over the connection, with what the client has already sent in the new protocol."""
-        ...
 
 
 # Bodies of the operator's endpoints

@@ -34,9 +34,7 @@ class Pool(Generic[C]):
     `connect(seconds)` opens a connection, or raises; `idle_timeout` (seconds) is how long an unused one is kept.
     """
 
-    def __init__(
-        self, connect: Callable[[float | None], Awaitable[C]], *, limit: int, idle_timeout: float
-    ) -> None:
+    def __init__(self, connect: Callable[[float | None], Awaitable[C]], *, limit: int, idle_timeout: float) -> None:
         self._connect = connect
         self._limit = limit
         self._idle_timeout = idle_timeout

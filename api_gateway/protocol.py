@@ -34,7 +34,8 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.headers import http_date
-from api_gateway.models import LINK, HeaderList
+from api_gateway.link import LINK
+from api_gateway.models import HeaderList
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._serving.disconnect()
         self.parser = None  # type: ignore[assignment]  # as uvicorn does: it refers to us
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never says to go on
         """Tell whether to go on: a client that said it would send no more may still be reading (RFC 9112, 9.6)."""
         serving = self._serving
         return (
@@ -335,27 +336,28 @@ class GatewayProtocol(HttpToolsProtocol):
 
     async def _work(self) -> None:
         """Serve the requests of this connection, one after the other, until it is over."""
+        app: Any = self.app
         while not self._is_over:
-            if self._waiting:
-                self._serving = self._waiting.popleft()
-                await self._serve(self._serving)
-            else:
+            if not self._waiting:
                 self._rest = self.loop.create_future()
                 await self._rest
                 self._rest = None
+                continue
+            cycle = self._serving = self._waiting.popleft()
+            try:
+                await app(cycle.scope, cycle.receive, cycle.send)
+            except Exception:
+                logger.exception("the application failed")
+            except BaseException:  # cancelled by the server: its time to drain was over
+                self.transport.abort()
+                raise
+            finally:
+                del cycle.scope[LINK]  # they refer to each other, and would wait for the garbage collector
+            if not cycle.is_answered and not cycle.is_disconnected:
+                self._on_unfinished(cycle)
 
-    async def _serve(self, cycle: Cycle) -> None:
-        try:
-            await self.app(cycle.scope, cycle.receive, cycle.send)  # type: ignore[arg-type]  # uvicorn's narrower types
-        except Exception:
-            logger.exception("the application failed")
-        except BaseException:  # cancelled by the server: its time to drain was over
-            self.transport.abort()
-            raise
-        finally:
-            del cycle.scope[LINK]  # they refer to each other, and would wait for the garbage collector
-        if cycle.is_answered or cycle.is_disconnected:
-            return
+    def _on_unfinished(self, cycle: Cycle) -> None:
+        """Break off what the application has not finished, so that it cannot pass for complete."""
         if not cycle.is_started:
             self.refuse(InternalError("The gateway failed to answer."))
         elif cycle.is_http10:  # only a reset tells that it was not the end

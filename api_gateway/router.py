@@ -6,7 +6,8 @@ what a result means to it is decided in `balancer` and `circuit_breaker`; how by
 
 import asyncio
 import posixpath
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ from api_gateway.errors import (
     UpstreamTimeout,
 )
 from api_gateway.headers import Fields, for_client, for_upstream, framing, trailers_to_pass
-from api_gateway.models import LINK, Clock, Exchange, HeaderList, Link, Outcome
+from api_gateway.link import LINK, Link
+from api_gateway.models import Clock, Exchange, HeaderList, Outcome
 from api_gateway.transport import NO_BODY, Answer, Incoming, NoBody, Origin, Outgoing, UpstreamTransport
 from api_gateway.tunnel import Tunnel
 
@@ -48,6 +50,7 @@ FIELDS = "gateway.fields"  # the key of the scope under which the request's head
 _BODILESS = frozenset({204, 304})
 _NO_LENGTH = frozenset({204})
 _CLASSES = tuple(f"{number}xx" for number in range(6))
+_LEFT = "The client left before its answer was complete."
 PATIENCE = 0.05  # seconds an upstream may take before we also watch for the client's leaving
 PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success
 
@@ -210,27 +213,20 @@ class RequestBody(httpx.AsyncByteStream):
 
 
 class DisconnectWatch:
-    """Ends the current task once the client has left. What it was doing leaves the block as ClientDisconnected.
+    """Ends the current task once the client has left, before a server that does not tell so by itself.
 
-    Our own server tells at once, by the link. Another is asked, by a task, but only after `PATIENCE`: most answers
-    are faster.
+    It asks after `PATIENCE` only: most answers are faster. Used as `with`; what the task was doing is cancelled, and
+    leaves the block as ClientDisconnected.
     """
 
-    __slots__ = ("_body", "_has_left", "_link", "_receive", "_task", "_timer", "_watcher")
-
-    def __init__(self, receive: Receive, body: "RequestBody | NoBody", link: Link | None) -> None:
+    def __init__(self, receive: Receive, body: RequestBody | NoBody) -> None:
         self._receive = receive
         self._body = body
-        self._link = link
         self._has_left = False
         self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
-        """Start watching."""
-        if self._link is not None:
-            self._task = self._link.task
-            self._link.on_leaving = self._leave
-            return
+        """Start the clock."""
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine that runs is in a task
@@ -238,21 +234,14 @@ class DisconnectWatch:
         self._timer = loop.call_later(PATIENCE, self._start, loop)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Stop watching; turn our own cancellation into ClientDisconnected."""
-        if self._link is not None:
-            self._link.on_leaving = None
-        else:
-            self._timer.cancel()
-            if self._watcher is not None:
-                self._watcher.cancel()
+        """Stop looking; turn our own cancellation into ClientDisconnected."""
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
         if self._has_left:
             if kind is asyncio.CancelledError and self._task.uncancel() == 0:
-                raise ClientDisconnected("The client left before its answer was complete.") from error
+                raise ClientDisconnected(_LEFT) from error
             self._task.uncancel()
-
-    def _leave(self) -> None:
-        self._has_left = True
-        self._task.cancel()
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._body.is_finished:
@@ -263,7 +252,8 @@ class DisconnectWatch:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._leave()
+        self._has_left = True
+        self._task.cancel()
 
 
 class Router:
@@ -292,7 +282,7 @@ class Router:
         self._observe_try = observe_try
         self._on_transition = on_transition
 
-    async def forward(
+    def forward(
         self,
         exchange: Exchange,
         route: Route,
@@ -301,23 +291,27 @@ class Router:
         send: Send,
         *,
         is_trusted: bool,
-    ) -> None:
+    ) -> Awaitable[None]:
         """Send the request to the route's upstream and its answer to the client. Raises GatewayError."""
         if exchange.method in REFUSED_METHODS:
             raise MethodNotAllowed(f"{exchange.method} is not proxied.", headers={"allow": PROXIED_METHODS})
         service = self.services[route.upstream]
         exchange.upstream = route.upstream
         link: Link | None = scope.get(LINK)
-        request = _Request(scope, link, _target(route, scope, link), is_trusted=is_trusted, protected=self._protected)
+        request = _Request(scope, link, _target(route, scope, link), is_trusted, self._protected)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
-            await self._answer_options(exchange, send)
-            return
-        request.body = body = self._body(exchange, request, receive)
+            return self._answer_options(exchange, send)
+        request.body = self._body(exchange, request, receive)
         service.retry_budget.deposit()
-        with DisconnectWatch(receive, body, link):
-            if service.total_timeout is None:
-                await self._try_targets(exchange, service, request, send)
-                return
+        if link is not None and service.total_timeout is None:
+            return self._try_targets(exchange, service, request, send)
+        return self._guard(exchange, service, request, receive, send)
+
+    async def _guard(
+        self, exchange: Exchange, service: Service, request: "_Request", receive: Receive, send: Send
+    ) -> None:
+        """Bound the whole exchange in time, and watch for the client's leaving where the server does not tell."""
+        with nullcontext() if request.link is not None else DisconnectWatch(receive, request.body):
             try:
                 async with asyncio.timeout(service.total_timeout):
                     await self._try_targets(exchange, service, request, send)
@@ -339,31 +333,50 @@ class Router:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _try_targets(self, exchange: Exchange, service: Service, request: "_Request", send: Send) -> None:
-        """Try one target, and another while that is safe, worth it and nothing has been answered yet."""
+        """Try one target, and another while that is safe, worth it and nothing has been answered yet.
+
+        A client that leaves meanwhile ends it: our own server then cancels this task.
+        """
+        link = request.link
+        if link is not None:
+            link.on_leaving = link.task.cancel
         tried: list[Target] = []
         failed: UpstreamFailed | None = None
-        key = exchange.client.key.encode() if exchange.client else b""
-        while True:
-            try:
-                lease = service.upstream.checkout(self._clock(), key, tried)
-            except Unavailable as error:
-                raise failed or error from None
-            tried.append(lease.target)
-            exchange.attempts += 1
-            try:
-                await self._try(exchange, service, lease, request, send)
-            except UpstreamFailed as error:
-                if not _may_retry(exchange, service, lease, request, error):
-                    raise
-                failed = error
-            else:
-                return
-            finally:
-                lease.release(self._clock())
+        try:
+            while True:
+                try:
+                    lease = service.upstream.checkout(self._clock(), exchange.client_key, tried)
+                except Unavailable as error:
+                    raise failed or error from None
+                tried.append(lease.target)
+                exchange.attempts += 1
+                try:
+                    await self._try(exchange, service, lease, request, send)
+                except UpstreamFailed as error:
+                    if not _may_retry(exchange, service, lease, request, error):
+                        raise
+                    failed = error
+                else:
+                    return
+                finally:
+                    lease.release(self._clock())
+        except asyncio.CancelledError as error:
+            if link is not None and link.is_disconnected and link.task.uncancel() == 0:
+                raise ClientDisconnected(_LEFT) from error
+            raise
+        finally:
+            if link is not None:
+                link.on_leaving = None
 
     async def _try(self, exchange: Exchange, service: Service, lease: Lease, request: "_Request", send: Send) -> None:
+        """Send the request to one target and its answer on; settles the try if it failed before or within."""
         exchange.target = lease.target.url
-        response = await self._open(exchange, service, lease, request)
+        sent_at = exchange.sent_at = self._clock()
+        try:
+            response = await service.transport.handle_async_request(request.render(exchange, service, lease.target))
+        except httpx.TransportError as error:
+            raise self._failure(lease, error) from error
+        self._on_head(exchange, lease, response.status_code, sent_at)
         settle_probe = None
         if lease.ticket.is_probe:  # a long stream must not keep the breaker from closing
             loop = asyncio.get_running_loop()
@@ -376,36 +389,37 @@ class Router:
         finally:
             if settle_probe is not None:
                 settle_probe.cancel()
-            await response.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one
+            if not isinstance(response, Incoming):
+                await response.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one
+            elif not response.stream.is_complete:
+                await response.stream.aclose()
 
-    async def _open(self, exchange: Exchange, service: Service, lease: Lease, request: "_Request") -> httpx.Response:
-        """Send the request and return the answer's head; settles the try if it failed."""
-        sent_at = exchange.sent_at = self._clock()
-        try:
-            response = await service.transport.handle_async_request(request.render(exchange, service, lease.target))
-        except httpx.TransportError as error:
-            failure = _translate(error, service.upstream.name)
-            self._observe_try(service.upstream.name, failure.reason, None, self._clock())
-            if isinstance(failure, UpstreamFailed):
-                self._settle(lease, Outcome.FAILURE, failure.reason)
-            raise failure from error
+    def _failure(self, lease: Lease, error: httpx.TransportError) -> GatewayError:
+        """Settle a try that got no answer, and return what it failed with in our words."""
+        upstream = lease.upstream.name
+        failure = _translate(error, upstream)
+        self._observe_try(upstream, failure.reason, None, self._clock())
+        if isinstance(failure, UpstreamFailed):
+            self._settle(lease, Outcome.FAILURE, failure.reason)
+        return failure
+
+    def _on_head(self, exchange: Exchange, lease: Lease, status: int, sent_at: float) -> None:
+        """Count the answer's head; a status that is an error settles the try already."""
         now = exchange.head_at = self._clock()
-        status = response.status_code
-        self._observe_try(service.upstream.name, _CLASSES[status // 100], now - sent_at, now)
+        self._observe_try(lease.upstream.name, _CLASSES[status // 100], now - sent_at, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
             self._settle(lease, Outcome.FAILURE, f"status {status}")
         elif status >= 400:  # noqa: PLR2004 - the class of client errors
             self._settle(lease, Outcome.IGNORED)
-        return response
 
     async def _relay(
         self, exchange: Exchange, lease: Lease, request: "_Request", response: httpx.Response, send: Send
     ) -> None:
         """Send the answer on, piece by piece; its end settles the try as a success, its breaking off as a failure."""
         exchange.status, exchange.source = response.status_code, "upstream"
-        pairs, read, trailers = _parts(response)
+        pairs, stream = _parts(response)
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
-        passes_trailers = request.takes_trailers and _is_chunked(pairs)
+        passes_trailers = b"te" in request.fields and request.takes_trailers and _is_chunked(pairs)
         await send(
             {
                 "type": "http.response.start",
@@ -413,12 +427,13 @@ class Router:
                 "reason": response.extensions.get("reason_phrase"),
                 "headers": for_client(pairs, exchange.answer_headers, omit),
                 "trailers": passes_trailers,
+                "is_body_ready": stream.is_ready,
             }
         )
         more = True
         while more:
             try:
-                piece, more = await read()
+                piece, more = await stream.read()
             except httpx.TransportError as error:
                 failure = _translate(error, lease.upstream.name)
                 self._settle(lease, Outcome.FAILURE, f"{failure.reason} within the body")
@@ -428,7 +443,7 @@ class Router:
                 self._settle(lease, Outcome.SUCCESS)
             await send({"type": "http.response.body", "body": piece, "more_body": more})
         if passes_trailers:
-            passed = trailers_to_pass(trailers, self._protected)
+            passed = trailers_to_pass(stream.trailers, self._protected)
             await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
 
     async def _tunnel(
@@ -439,7 +454,7 @@ class Router:
         assert link is not None  # noqa: S101 - nobody else asks for an upgrade
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         self._settle(lease, Outcome.SUCCESS)
-        pairs, _, _ = _parts(response)
+        pairs, _ = _parts(response)
         headers = for_client(pairs, exchange.answer_headers, self._omit)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
         upstream, from_upstream = response.extensions["switched"].take_over()
@@ -474,7 +489,12 @@ class _Request:
     )
 
     def __init__(
-        self, scope: Scope, link: Link | None, target: bytes, *, is_trusted: bool, protected: frozenset[bytes]
+        self,
+        scope: Scope,
+        link: Link | None,
+        target: bytes,
+        is_trusted: bool,  # noqa: FBT001 - one of these is made for every request
+        protected: frozenset[bytes],
     ) -> None:
         self._scope = scope
         self._is_trusted = is_trusted
@@ -485,7 +505,7 @@ class _Request:
         self.framing = framing(self.fields)
         self.body: RequestBody | NoBody = NO_BODY
         self.headers: HeaderList = scope["headers"] if link is None else link.headers
-        self.expects_continue = link is not None and [b"100-continue"] == self.fields.get(b"expect")
+        self.expects_continue = b"expect" in self.fields and self.fields[b"expect"] == [b"100-continue"]
         self.upgrade = link is not None and link.upgrade == b"websocket" and self.framing is None
 
     def ends_here(self) -> bool:
@@ -531,11 +551,12 @@ class _Request:
             is_trusted=self._is_trusted,
             protected=self._protected,
         )
-        if self.link is None:  # its server asks for the body by itself
-            headers = [pair for pair in headers if pair[0].lower() != b"expect"]
-        elif self.expects_continue:
-            self.link.defer_continue()
-        extensions = {"target": self.target, "timeout": service.limits, "hooks": self}
+        if b"expect" in self.fields:
+            if self.link is None:  # its server asks for the body by itself
+                headers = [pair for pair in headers if pair[0].lower() != b"expect"]
+            elif self.expects_continue:
+                self.link.defer_continue()
+        extensions: dict[str, Any] = {"target": self.target, "timeout": service.limits, "hooks": self}
         if not service.speaks_pairs:
             url = origin.url.copy_with(raw_path=self.target)
             return httpx.Request(exchange.method, url, headers=headers, stream=self.body, extensions=extensions)
@@ -544,23 +565,28 @@ class _Request:
         return Outgoing(exchange.method, origin, headers, self.body, self.framing, extensions)
 
 
-Read = Callable[[], Awaitable[tuple[bytes, bool]]]
+class _Foreign:
+    """The body of an answer that another transport gave, read as our own are."""
 
+    is_ready = False
+    trailers: HeaderList = []  # noqa: RUF012 - there are none
 
-def _parts(response: httpx.Response) -> tuple[HeaderList, Read, HeaderList]:
-    """Return headers, a way to read the body, and trailers, which are there once it has been read."""
-    if isinstance(response, Incoming):
-        answer: Answer = response.stream
-        return response.pairs, answer.read, answer.trailers
-    pieces = aiter(response.stream)  # type: ignore[arg-type]  # an async transport's stream is an async one
+    def __init__(self, stream: AsyncIterable[bytes]) -> None:
+        self._pieces = aiter(stream)
 
-    async def read() -> tuple[bytes, bool]:
+    async def read(self) -> tuple[bytes, bool]:
+        """Return the next piece and whether more may follow."""
         try:
-            return await anext(pieces), True
+            return await anext(self._pieces), True
         except StopAsyncIteration:
             return b"", False
 
-    return response.headers.raw, read, []
+
+def _parts(response: httpx.Response) -> tuple[HeaderList, Answer | _Foreign]:
+    """Return the headers and the body of an answer."""
+    if isinstance(response, Incoming):
+        return response.pairs, response.stream
+    return response.headers.raw, _Foreign(response.stream)  # type: ignore[arg-type]  # an async one
 
 
 def _is_chunked(headers: HeaderList) -> bool:

@@ -17,6 +17,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import httptools
@@ -228,6 +229,11 @@ class Answer(httpx.AsyncByteStream):
             self.error = error
             self.wake()
 
+    @property
+    def is_ready(self) -> bool:
+        """True if `read` would not wait."""
+        return self.is_complete or bool(self._pieces)
+
     async def read(self) -> tuple[bytes, bool]:
         """Return what has arrived of the body and whether more may follow; raises what the answer failed with."""
         while not self._pieces and not self.is_complete:
@@ -305,7 +311,11 @@ class Connection(asyncio.Protocol):
         answer = Answer(
             self, request.method, extensions.get("timeout", _NO_LIMITS), extensions.get("hooks", _NO_HOOKS)
         )
-        head = _render_head(request)
+        try:
+            head = _render_head(request)
+        except BaseException:
+            self.close()
+            raise
         self._answer = answer
         self._received = self._unparsed = 0
         self._transport.write(head)
@@ -605,36 +615,30 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         """
         outgoing = request if isinstance(request, Outgoing) else Outgoing.of(request)
         pool = self._pools.get(outgoing.origin.key) or self._make_pool(outgoing.origin)
-        connection = pool.take_idle()
-        if connection is None:
-            timeouts = outgoing.extensions.get("timeout", _NO_LIMITS)
-            connection = await pool.take(timeouts.get("connect"), timeouts.get("pool"))
-        try:
-            return await self._exchange(connection, outgoing)
-        except Stale:
-            if outgoing.method not in _IDEMPOTENT or outgoing.framing is not None:
+        connection = pool.take_idle() or await self._wait(pool, outgoing)
+        while True:
+            answer = connection.send(outgoing)
+            try:
+                if not answer.is_head_complete:
+                    await answer.head(connection.loop)
+            except Stale:
+                if outgoing.method not in _IDEMPOTENT or outgoing.framing is not None:
+                    raise
+                connection = await self._wait(pool, outgoing, is_fresh=True)
+            except BaseException:
+                connection.abandon(answer)
                 raise
-            timeouts = outgoing.extensions.get("timeout", _NO_LIMITS)
-            connection = await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=True)
-            return await self._exchange(connection, outgoing)
+            else:
+                return Incoming(answer)
+
+    async def _wait(self, pool: Pool[Connection], request: Outgoing, *, is_fresh: bool = False) -> Connection:
+        timeouts = request.extensions.get("timeout", _NO_LIMITS)
+        return await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=is_fresh)
 
     async def aclose(self) -> None:
         """Close every connection."""
         for pool in self._pools.values():
             pool.close()
-
-    async def _exchange(self, connection: Connection, request: Outgoing) -> Incoming:
-        try:
-            answer = connection.send(request)
-        except BaseException:
-            connection.close()
-            raise
-        try:
-            await answer.head(connection.loop)
-        except BaseException:
-            connection.abandon(answer)
-            raise
-        return Incoming(answer)
 
     def _make_pool(self, origin: Origin) -> Pool[Connection]:
         tls = self._tls if origin.scheme == "https" else None
@@ -670,7 +674,7 @@ async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | 
 
 
 def tls_context(
-    ca_file: str | None = None, certificate: str | None = None, key: str | None = None
+    ca_file: Path | None = None, certificate: Path | None = None, key: Path | None = None
 ) -> ssl.SSLContext:
     """Return a context that verifies upstreams against the system's certificate store, or `ca_file` instead.
 
@@ -724,7 +728,7 @@ def _render_head(request: Outgoing) -> bytes:
     """Return request line and headers as they go out; raises LocalProtocolError if they hide a line of their own."""
     target = request.extensions.get("target") or request.url.raw_path
     lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]
-    lines += [b"%b: %b" % pair for pair in request.pairs]
+    lines += map(b": ".join, request.pairs)
     head = b"\r\n".join(lines)
     if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
         raise httpx.LocalProtocolError("a header holds a line break")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from api_gateway import models
-from tests.kit import RawClient, RunningGateway, ask, in_front_of, running_gateway
+from tests.kit import RunningGateway, ask, in_front_of, running_gateway
 
 TOKEN = "correct-horse-battery"
 GUARDED = ["/metrics", "/metrics/latency", "/circuit-breakers", "/clients/acme"]
@@ -120,12 +120,3 @@ def test_answers_are_what_the_schema_says(plain: RunningGateway, path: str, mode
 
 def test_the_documentation_page_is_served(plain: RunningGateway) -> None:
     assert b"/openapi.json" in ask(f"{plain.url}/docs").body
-
-
-def test_a_websocket_below_api_is_refused(plain: RunningGateway) -> None:
-    with RawClient(plain.port) as client:
-        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
-        client.request(
-            "GET", "/api/ws", ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key)
-        )
-        assert client.answer().status == 403

@@ -9,18 +9,41 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "headers", "diagnosis", "alarm"),
+    ("errors", "models", "headers", "diagnosis"),
     ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
-    ("clients", "pool", "transport", "tunnel", "health", "metrics", "access_log", "cycle", "protocol"),
+    (
+        "clients",
+        "alarm",
+        "pool",
+        "transport",
+        "guarded",
+        "tunnel",
+        "health",
+        "metrics",
+        "access_log",
+        "link",
+        "cycle",
+        "protocol",
+    ),
     ("router", "middleware"),
     ("admin", "demo"),
     ("main",),
     ("cli",),
     ("__main__",),
 )
-SIBLINGS = {("headers", "models"), ("balancer", "circuit_breaker"), ("middleware", "router"), ("protocol", "cycle"), ("transport", "pool")}
+SIBLINGS = {
+    ("headers", "models"),
+    ("balancer", "circuit_breaker"),
+    ("middleware", "router"),
+    ("protocol", "cycle"),
+    ("transport", "pool"),
+    ("transport", "alarm"),
+    ("tunnel", "alarm"),
+    ("protocol", "alarm"),
+    ("protocol", "link"),
+}
 OUTSIDE = {
-    "httpx": {"pool", "transport", "router"},
+    "httpx": {"pool", "transport", "guarded", "router", "main"},
     "httptools": {"transport", "protocol"},
     "fastapi": {"admin", "main", "cli"},
     "starlette": {"admin"},

@@ -23,7 +23,7 @@ from api_gateway.errors import CircuitOpen, NoHealthyUpstream
 from api_gateway.models import Outcome
 
 NOW = 1000.0
-KEYS = [b"client-%d" % number for number in range(2000)]
+KEYS = [f"client-{number}" for number in range(2000)]
 
 
 def targets(**weights: int) -> list[Target]:
@@ -36,7 +36,7 @@ def upstream_of(pool: Sequence[Target], pick: Pick = round_robin, *, failure_thr
 
 
 def urls(upstream: Upstream, count: int) -> str:
-    return "".join(upstream.checkout(NOW, b"").target.url for _ in range(count))
+    return "".join(upstream.checkout(NOW, "").target.url for _ in range(count))
 
 
 # Round robin
@@ -61,7 +61,7 @@ def test_round_robin_interleaves_by_weight(weights: dict[str, int], turns: str) 
 def test_round_robin_gives_each_its_weight_in_every_cycle(weights: list[int]) -> None:
     pool = [Target(str(number), weight) for number, weight in enumerate(weights)]
     for _ in range(2):
-        counts = Counter(round_robin(pool, b"").url for _ in range(sum(weights)))
+        counts = Counter(round_robin(pool, "").url for _ in range(sum(weights)))
         assert counts == {target.url: target.weight for target in pool}
         assert [target.credit for target in pool] == [0] * len(pool)
 
@@ -82,19 +82,19 @@ def test_least_requests_takes_the_less_loaded_of_two() -> None:
     idle, busy = targets(idle=1, busy=1)
     busy.in_flight = 1
     pick = least_requests(random.Random(1))
-    assert {pick([idle, busy], b"").url for _ in range(50)} == {"idle"}
+    assert {pick([idle, busy], "").url for _ in range(50)} == {"idle"}
 
 
 @pytest.mark.parametrize(("small", "large", "chosen"), [(1, 2, "large"), (1, 3, "small"), (0, 1, "small")])
 def test_least_requests_counts_load_per_weight(small: int, large: int, chosen: str) -> None:
     pool = [Target("small", 2, in_flight=small * 2), Target("large", 5, in_flight=large * 2)]
     pick = least_requests(random.Random(1))
-    assert {pick(pool, b"").url for _ in range(50)} == {chosen}
+    assert {pick(pool, "").url for _ in range(50)} == {chosen}
 
 
 def test_least_requests_breaks_ties_by_chance() -> None:
     pick, pool = least_requests(random.Random(1)), targets(a=1, b=1, c=1, d=1)
-    counts = Counter(pick(pool, b"").url for _ in range(4000))
+    counts = Counter(pick(pool, "").url for _ in range(4000))
     assert all(900 < counts[target.url] < 1100 for target in pool)
 
 
@@ -103,12 +103,12 @@ def test_least_requests_never_takes_the_most_loaded() -> None:
     pick, pool = least_requests(random.Random(1)), targets(a=1, b=1, c=1)
     for load, target in enumerate(pool):
         target.in_flight = load
-    assert {pick(pool, b"").url for _ in range(100)} == {"a", "b"}
+    assert {pick(pool, "").url for _ in range(100)} == {"a", "b"}
 
 
 def test_least_requests_has_no_choice_with_one_target() -> None:
     (only,) = targets(a=1)
-    assert least_requests(random.Random(1))([only], b"") is only
+    assert least_requests(random.Random(1))([only], "") is only
 
 
 # Rendezvous hashing
@@ -173,12 +173,12 @@ def test_a_retry_prefers_what_was_not_tried(pick: Pick) -> None:
 def test_a_retry_takes_a_tried_target_rather_than_none() -> None:
     pool = targets(a=1, b=1)
     pool[1].is_healthy = False
-    assert upstream_of(pool).checkout(NOW, b"", tried=[pool[0]]).target is pool[0]
+    assert upstream_of(pool).checkout(NOW, "", tried=[pool[0]]).target is pool[0]
 
 
 def test_targets_with_one_address_are_still_two() -> None:
     pool = [Target("a"), Target("a")]
-    assert upstream_of(pool).checkout(NOW, b"", tried=[pool[0]]).target is pool[1]
+    assert upstream_of(pool).checkout(NOW, "", tried=[pool[0]]).target is pool[1]
 
 
 def test_without_a_healthy_target_there_is_no_upstream() -> None:
@@ -186,7 +186,7 @@ def test_without_a_healthy_target_there_is_no_upstream() -> None:
     for target in pool:
         target.is_healthy = False
     with pytest.raises(NoHealthyUpstream) as raised:
-        upstream_of(pool).checkout(NOW, b"")
+        upstream_of(pool).checkout(NOW, "")
     assert raised.value.detail == "Upstream 'users' has no healthy target: all 2 fail their health checks."
     assert (raised.value.retry_after, raised.value.extra) == (1, {"upstream": "users"})
     assert [target.in_flight for target in pool] == [0, 0]
@@ -197,10 +197,10 @@ def test_without_a_healthy_target_no_probe_is_used_up() -> None:
     upstream = opened([target])
     target.is_healthy = False
     with pytest.raises(NoHealthyUpstream):
-        upstream.checkout(NOW + 30, b"")
+        upstream.checkout(NOW + 30, "")
     assert (upstream.breaker.state, upstream.breaker.probes_in_flight) == (State.OPEN, 0)
     target.is_healthy = True
-    assert upstream.checkout(NOW + 30, b"").ticket.is_probe
+    assert upstream.checkout(NOW + 30, "").ticket.is_probe
 
 
 # The breaker refuses
@@ -209,7 +209,7 @@ def test_without_a_healthy_target_no_probe_is_used_up() -> None:
 def opened(pool: Sequence[Target]) -> Upstream:
     """Return an upstream whose breaker opened at NOW, for 30 s."""
     upstream = upstream_of(pool)
-    lease = upstream.checkout(NOW, b"")
+    lease = upstream.checkout(NOW, "")
     assert lease.settle(Outcome.FAILURE, NOW, "status 503") is not None
     lease.release(NOW)
     return upstream
@@ -221,7 +221,7 @@ def opened(pool: Sequence[Target]) -> Upstream:
 def test_an_open_breaker_says_why_and_until_when(later: float, retry_after: float, next_probe: str) -> None:
     pool = targets(a=1)
     with pytest.raises(CircuitOpen) as raised:
-        opened(pool).checkout(NOW + later, b"")
+        opened(pool).checkout(NOW + later, "")
     assert raised.value.detail == (
         "The circuit breaker of upstream 'users' is OPEN after 1 consecutive failures; last: status 503. "
         f"Next probe in {next_probe} s."
@@ -234,9 +234,9 @@ def test_an_open_breaker_says_why_and_until_when(later: float, retry_after: floa
 def test_a_half_open_breaker_says_that_its_probes_are_under_way() -> None:
     pool = targets(a=1)
     upstream = opened(pool)
-    upstream.checkout(NOW + 30, b"")
+    upstream.checkout(NOW + 30, "")
     with pytest.raises(CircuitOpen) as raised:
-        upstream.checkout(NOW + 30, b"")
+        upstream.checkout(NOW + 30, "")
     assert raised.value.detail == (
         "The circuit breaker of upstream 'users' is HALF_OPEN and its probes are under way."
     )
@@ -249,7 +249,7 @@ def test_an_open_breaker_without_a_past_names_no_cause() -> None:
     upstream = upstream_of(targets(a=1))
     upstream.breaker.state = State.OPEN
     with pytest.raises(CircuitOpen, match=r"is OPEN\. Next probe in 30\.0 s\.$"):
-        upstream.checkout(NOW, b"")
+        upstream.checkout(NOW, "")
 
 
 # Leases
@@ -258,7 +258,7 @@ def test_an_open_breaker_without_a_past_names_no_cause() -> None:
 def test_a_lease_holds_its_target_until_released() -> None:
     (target,) = targets(a=1)
     upstream = upstream_of([target])
-    one, other = upstream.checkout(NOW, b""), upstream.checkout(NOW, b"")
+    one, other = upstream.checkout(NOW, ""), upstream.checkout(NOW, "")
     assert target.in_flight == 2
     one.settle(Outcome.SUCCESS, NOW)
     assert target.in_flight == 2
@@ -270,7 +270,7 @@ def test_a_lease_holds_its_target_until_released() -> None:
 @pytest.mark.parametrize("first", Outcome)
 def test_only_the_first_settling_counts(first: Outcome) -> None:
     upstream = upstream_of(targets(a=1), failure_threshold=3)
-    lease = upstream.checkout(NOW, b"")
+    lease = upstream.checkout(NOW, "")
     lease.settle(first, NOW)
     for later in Outcome:
         assert lease.settle(later, NOW) is None
@@ -280,7 +280,7 @@ def test_only_the_first_settling_counts(first: Outcome) -> None:
 
 
 def test_a_lease_returns_the_move_it_caused() -> None:
-    move = upstream_of(targets(a=1)).checkout(NOW, b"").settle(Outcome.FAILURE, NOW + 2, "status 500")
+    move = upstream_of(targets(a=1)).checkout(NOW, "").settle(Outcome.FAILURE, NOW + 2, "status 500")
     assert move is not None
     assert (move.at, move.source, move.target) == (NOW + 2, State.CLOSED, State.OPEN)
     assert move.cause == "1 consecutive failures; last: status 500"
@@ -288,9 +288,9 @@ def test_a_lease_returns_the_move_it_caused() -> None:
 
 def test_a_released_probe_that_nobody_settled_makes_room_for_the_next() -> None:
     upstream = opened(targets(a=1))
-    upstream.checkout(NOW + 30, b"").release(NOW + 30)
+    upstream.checkout(NOW + 30, "").release(NOW + 30)
     assert (upstream.breaker.state, upstream.breaker.probes_in_flight) == (State.HALF_OPEN, 0)
-    assert upstream.checkout(NOW + 30, b"").settle(Outcome.SUCCESS, NOW + 30) is not None
+    assert upstream.checkout(NOW + 30, "").settle(Outcome.SUCCESS, NOW + 30) is not None
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.sampled_from(Outcome)), max_size=60))
@@ -304,7 +304,7 @@ def test_what_is_in_flight_is_what_is_leased(steps: list[tuple[bool, int, Outcom
             lease.settle(outcome, NOW)
             lease.release(NOW)
         else:
-            leases.append(upstream.checkout(NOW, b""))
+            leases.append(upstream.checkout(NOW, ""))
         assert [target.in_flight for target in pool] == [
             sum(one.target is target for one in leases) for target in pool
         ]

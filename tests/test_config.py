@@ -102,7 +102,10 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "workers": 1,
         "max_body_bytes": 104_857_600,
         "max_header_bytes": 65_536,
+        "max_header_lines": 200,
+        "max_connections_per_peer": 0,
         "header_timeout": 10,
+        "idle_timeout": 60,
         "keep_alive_timeout": 75,
         "drain_timeout": 30,
         "trusted_proxies": [],
@@ -117,7 +120,10 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "response": 30,
         "idle": 60,
         "total": None,
+        "tunnel": 3600,
     }
+    assert config.upstreams["users"].tls.model_dump() == {"ca_file": None, "certificate": None, "key": None}
+    assert not config.upstreams["users"].http2
     assert config.upstreams["users"].pool.model_dump() == {"max_connections": 512, "idle_timeout": 60}
     assert config.upstreams["users"].health_check is None
     assert config.upstreams["users"].circuit_breaker.model_dump() == {

@@ -168,7 +168,7 @@ def test_merged_tallies_are_the_tally_of_all(parts: list[list[float]]) -> None:
         tally = Tally()
         for seconds in part:
             for one in (tally, together):
-                one.time(bucket_of(seconds), seconds)
+                one.time(seconds)
                 one.count(ended(status=503, source="gateway"))
         merged.add(tally)
     assert merged.buckets == together.buckets
@@ -352,7 +352,7 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
 
 def trip(upstream: Upstream) -> None:
     """Open the breaker of an upstream that opens after one failure."""
-    lease = upstream.checkout(START, b"")
+    lease = upstream.checkout(START, "")
     lease.settle(Outcome.FAILURE, START, "status 500")
     lease.release(START)
 

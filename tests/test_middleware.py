@@ -24,6 +24,7 @@ from api_gateway.errors import (
     RateLimited,
     UpstreamReset,
 )
+from api_gateway.headers import fields_of
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import (
     EXCHANGE,
@@ -40,7 +41,7 @@ from api_gateway.middleware import (
 )
 from api_gateway.models import NANOSECONDS, Client, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.router import CostRule, Message, Receive, Route, Router, RouteTable, Scope, Send
+from api_gateway.router import FIELDS, CostRule, Message, Receive, Route, Router, RouteTable, Scope, Send
 from tests.kit import FakeClock
 
 HOST = (b"host", b"gateway.test")
@@ -60,7 +61,7 @@ def http(
     peer: str | None = "192.0.2.7",
     host: tuple[bytes, bytes] = HOST,
 ) -> Scope:
-    """Return the scope of a request as a server makes it."""
+    """Return the scope of a request as a server makes it, and `Record` completes it."""
     return {
         "type": "http",
         "http_version": "1.1",
@@ -70,6 +71,7 @@ def http(
         "query_string": b"",
         "scheme": "http",
         "headers": [host, *headers],
+        FIELDS: fields_of([host, *headers]),
         "client": None if peer is None else (peer, 50_000),
     }
 

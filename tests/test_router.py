@@ -16,6 +16,7 @@ from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
 from api_gateway.errors import BadRequest, BodyTooLarge, ClientDisconnected, MethodNotAllowed, NoRoute, UpstreamTimeout
 from api_gateway.models import Exchange
 from api_gateway.router import (
+    FIELDS,
     CostRule,
     Message,
     RequestBody,
@@ -276,13 +277,13 @@ def test_the_target_is_path_and_query_as_sent_less_the_prefix(
     prefix: str, path: bytes, query: bytes, expected: bytes
 ) -> None:
     scope = {"raw_path": path, "query_string": query}
-    assert _target(route("/api", strip_prefix=prefix), scope) == expected
+    assert _target(route("/api", strip_prefix=prefix), scope, None) == expected
 
 
 @pytest.mark.parametrize("path", [b"/%61pi/x", b"//api/x", b"/apix", b"/x/../api"])
 def test_a_prefix_that_is_not_there_letter_by_letter_is_not_taken_off(path: bytes) -> None:
     with pytest.raises(BadRequest):
-        _target(route("/api", strip_prefix="/api"), {"raw_path": path, "query_string": b""})
+        _target(route("/api", strip_prefix="/api"), {"raw_path": path, "query_string": b""}, None)
 
 
 # The client's body
@@ -385,6 +386,7 @@ def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: An
     )
     scope = {
         "headers": [(b"host", b"gateway.test")],
+        FIELDS: {b"host": [b"gateway.test"]},
         "client": ("192.0.2.1", 1),
         "scheme": "http",
         "http_version": "1.1",

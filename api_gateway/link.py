@@ -1,0 +1,37 @@
+"""What a proxy needs of its server and ASGI has no word for; our own server puts it into the scope."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from api_gateway.models import HeaderList
+
+LINK = "gateway.link"  # its key in the scope
+
+
+class Link(Protocol):
+    """The server's side of one request, beside ASGI's `receive` and `send`.
+
+    `target` and `headers` are the request's as it was spelt, `trailers` those that came after its body. `upgrade` is
+    the protocol it asks to switch to (lower case), or nothing.
+    """
+
+    target: bytes
+    headers: HeaderList
+    trailers: HeaderList
+    upgrade: bytes
+    task: "asyncio.Task[None]"  # which serves the request
+    is_disconnected: bool
+    on_leaving: Callable[[], object] | None  # called when the client leaves before the answer is complete
+
+    def defer_continue(self) -> None:
+        """Leave it to the upstream to ask for the body a client has announced with `Expect: 100-continue`."""
+        ...
+
+    def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        """Send an interim answer (1xx) ahead of the final one."""
+        ...
+
+    def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
+        """Answer 101 and hand over the connection, with what the client has already sent in the new protocol."""
+        ...
