@@ -6,7 +6,8 @@ HTTP/1.0. Names keep their spelling; a `Date` is added where none comes (RFC 911
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -18,8 +19,7 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _BODILESS = frozenset({204, 304})
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 # Lengths of the names that say how an answer is framed or dated: others need no closer look.
-_TOLD = frozenset({b"content-length", b"transfer-encoding", b"connection", b"date"})
-_TELLING = frozenset(map(len, _TOLD))
+_COLON = b": ".join
 
 
 class Connection(Protocol):
@@ -184,38 +184,48 @@ class Cycle:
     def _start(self, message: dict[str, Any]) -> None:
         """Write the head, or keep it for the body that follows.
 
-        Beyond ASGI a message may hold `reason`, the phrase an upstream chose, and `is_body_ready`, the promise that
-        the body's first piece is sent next without waiting: both then go out together.
+        Beyond ASGI a message may hold `reason`, the phrase an upstream chose; `told`, what an upstream's headers say
+        of framing and date; and `is_body_ready`, the promise that the body's first piece is sent next without
+        waiting: both then go out together.
         """
         status: int = message["status"]
         headers: HeaderList = message.get("headers", ())
         self.is_started = True
-        told = {lower: value for name, value in headers if len(name) in _TELLING and (lower := name.lower()) in _TOLD}
-        lines = list(map(b": ".join, headers))
+        told: Mapping[bytes, bytes] | None = message.get("told")
+        lines = [_status_line(status, message.get("reason")), *map(_COLON, headers)]
+        if told is None:  # not from an upstream, whose head a parser has seen
+            told = {name.lower(): value for name, value in headers}
+            refuse_hidden_lines(lines)
         if b"date" not in told:
             lines.append(b"date: " + http_date(int(time.time())))
         if self._is_head or status in _BODILESS:
             self._has_body = False
         elif b"content-length" in told:
             self._left = int(told[b"content-length"])
-        elif self.is_http10:
-            self.keep_alive = False
         else:
-            self._is_chunked = True
-            self._trailers_follow = message.get("trailers", False)
-            if b"transfer-encoding" not in told:
-                lines.append(b"transfer-encoding: chunked")
+            self._frame(told, lines, has_trailers=message.get("trailers", False))
         if self.awaits_continue:  # whether the body still comes, nobody can tell
             self.keep_alive = False
         if b"close" in told.get(b"connection", b"").lower():
             self.keep_alive = False
         elif not self.keep_alive:
             lines.append(b"connection: close")
-        head = render_head(status, message.get("reason"), lines)
+        lines.append(b"\r\n")
+        head = b"\r\n".join(lines)
         if message.get("is_body_ready"):
             self._head = head
         else:
             self._connection.transport.write(head)
+
+    def _frame(self, told: Mapping[bytes, bytes], lines: list[bytes], *, has_trailers: bool) -> None:
+        """Frame a body of unknown length: in chunks, or by the end of the connection where those are not known."""
+        if self.is_http10:
+            self.keep_alive = False
+            return
+        self._is_chunked = True
+        self._trailers_follow = has_trailers
+        if b"transfer-encoding" not in told:
+            lines.append(b"transfer-encoding: chunked")
 
     def _send_body(self, body: bytes, *, is_last: bool) -> None:
         if not self._has_body:
@@ -263,20 +273,28 @@ class Cycle:
         """See `Link`. A client of HTTP/1.0 knows no interim answers."""
         self.awaits_continue = self.awaits_continue and status != HTTPStatus.CONTINUE
         if not self.is_http10 and not self.is_started and not self.is_disconnected:
-            self._connection.transport.write(render_head(status, reason, list(map(b": ".join, headers))))
+            self._connection.transport.write(render_head(status, reason, list(map(_COLON, headers))))
 
     def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
         """See `Link`. From here on this cycle sends nothing; its end closes the connection."""
         self.is_started = self.is_answered = True
         self.keep_alive = False
         self.on_leaving = None
-        return self._connection.hand_over(render_head(101, reason, list(map(b": ".join, headers))))
+        return self._connection.hand_over(render_head(101, reason, list(map(_COLON, headers))))
 
 
 def render_head(status: int, reason: bytes | None, lines: list[bytes]) -> bytes:
     """Return a head; raises RuntimeError if one of its lines hides another."""
-    phrase = _PHRASES.get(status, b"") if reason is None else reason
-    head = b"\r\n".join((b"HTTP/1.1 %d %b" % (status, phrase), *lines, b"\r\n"))
-    if head.count(b"\n") != len(lines) + 2 or head.count(b"\r") != len(lines) + 2 or b"\0" in head:
+    refuse_hidden_lines(lines)
+    return b"\r\n".join([_status_line(status, reason), *lines, b"\r\n"])
+
+
+def refuse_hidden_lines(lines: list[bytes]) -> None:
+    """Raise RuntimeError if there is a break within a line of a head."""
+    if any(b"\n" in line or b"\r" in line or b"\0" in line for line in lines):
         raise RuntimeError("a header of the answer holds a line break")
-    return head
+
+
+@lru_cache(maxsize=256)
+def _status_line(status: int, reason: bytes | None) -> bytes:
+    return b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, b"") if reason is None else reason)

@@ -43,7 +43,6 @@ FORWARDING = frozenset(
         b"x-real-ip",
     }
 )
-HOP_BY_HOP_OPTIONS = frozenset({b"close", b"keep-alive"})  # what `Connection` mostly says, and names nothing
 # The gateway's word on these is the one that counts, so an upstream's is left out and not merged.
 OURS = frozenset({b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id"})
 
@@ -59,6 +58,8 @@ _NEVER_TRAILING = (
     | {b"authorization", b"cache-control", b"cookie", b"expect", b"max-forwards", b"range", b"set-cookie"}
     | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
 )
+_PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # what `Connection` mostly says, and names nothing
+_TOLD = frozenset({b"content-length", b"date"})
 _VIA = (b"via", b"1.1 " + VIA_NAME)
 _AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -200,26 +201,31 @@ def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
     return HOP_BY_HOP | OURS | omit
 
 
-def for_client(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
+def for_client(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> tuple[HeaderList, dict[bytes, bytes]]:
     """Return the upstream's headers as the client shall see them, followed by the gateway's `own`.
 
-    `omit` names (lower case) are left out beside the hop-by-hop ones: what the server in front writes by itself.
+    `omit` names (lower case) are left out beside the hop-by-hop ones: what the server in front writes by itself. The
+    second value is what they tell the server: `content-length` and `date`, where there is one.
     """
     dropped = _not_for_clients(omit)
     kept: HeaderList = []
+    told: dict[bytes, bytes] = {}
     named: list[bytes] = []
     for pair in headers:
         name = pair[0].lower()
         if name not in dropped:
             kept.append(pair)
-        elif name == b"connection" and pair[1].lower() not in HOP_BY_HOP_OPTIONS:
+            if name in _TOLD:
+                told[name] = pair[1]
+        elif name == b"connection" and pair[1].lower() not in _PLAIN_OPTIONS:
             named.append(pair[1])
     if named:
         options = connection_options(named)
         kept = [pair for pair in kept if pair[0].lower() not in options]
+        told = {name: value for name, value in told.items() if name not in options}
     kept.append(_VIA)
     kept += own
-    return kept
+    return kept, told
 
 
 def trailers_to_pass(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:

@@ -80,7 +80,15 @@ class GatewayProtocol(HttpToolsProtocol):
         self._peer = self.client[0] if self.client else ""
         self.peers[self._peer] += 1
         self._is_surplus = 0 < self.bounds.connections_per_peer < self.peers[self._peer]
-        self._lower: HeaderList = []
+        self._template: dict[str, Any] = {  # what the scopes of all requests of this connection have in common
+            "type": "http",
+            "asgi": _VERSION,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "extensions": _EXTENSIONS,
+        }
         self._reading: Cycle | None = None  # the request whose body is not complete
         self._serving: Cycle | None = None  # the request whose answer is due, or was the last one sent
         self._waiting: deque[Cycle] = deque()
@@ -171,7 +179,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request starts."""
         self.url = b""
-        self.spelled, self._lower = [], []
+        self.spelled = []
         self.expects_continue = False
         self._has_begun = True
 
@@ -181,15 +189,12 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take one header, or one trailer."""
-        value = value.rstrip(b" \t")
-        if not self._has_begun:
-            self._on_trailer(name, value)
-            return
-        lower = name.lower()
-        self.spelled.append((name, value))
-        self._lower.append((lower, value))
-        if lower == b"expect" and value.lower() == b"100-continue":
-            self.expects_continue = True
+        if self._has_begun:
+            self.spelled.append((name, value.rstrip(b" \t")))
+            if len(name) == 6 and name.lower() == b"expect":  # noqa: PLR2004 - no other name need be looked at
+                self.expects_continue = value.lower() == b"100-continue"
+        else:
+            self._on_trailer(name, value.rstrip(b" \t"))
 
     def _on_trailer(self, name: bytes, value: bytes) -> None:
         if self._reading is not None:
@@ -240,21 +245,16 @@ class GatewayProtocol(HttpToolsProtocol):
             target = self._origin_form(target)
         raw_path, _, query = target.partition(b"?")
         path = raw_path.decode("ascii")
+        headers = [(name.lower(), value) for name, value in self.spelled]
         scope: dict[str, Any] = {
-            "type": "http",
-            "asgi": _VERSION,
+            **self._template,
             "http_version": version,
-            "server": self.server,
-            "client": self.client,
-            "scheme": self.scheme,
             "method": method,
-            "root_path": self.root_path,
             "path": unquote(path) if "%" in path else path,
             "raw_path": raw_path,
             "query_string": query,
-            "headers": self._lower,
+            "headers": headers,
             "state": self.app_state.copy(),
-            "extensions": _EXTENSIONS,
         }
         scope[LINK] = cycle = Cycle(self, scope, target)
         if version == "1.0":
@@ -262,7 +262,7 @@ class GatewayProtocol(HttpToolsProtocol):
         elif not parser.should_keep_alive():
             cycle.keep_alive = False
         if parser.should_upgrade() and method == "GET":
-            cycle.upgrade = next((value.lower() for name, value in self._lower if name == b"upgrade"), b"")
+            cycle.upgrade = next((value.lower() for name, value in headers if name == b"upgrade"), b"")
         return cycle
 
     def _origin_form(self, target: bytes) -> bytes:
@@ -276,7 +276,6 @@ class GatewayProtocol(HttpToolsProtocol):
             raise ValueError("it names no host")
         authority = url.host if url.port is None else b"%b:%d" % (url.host, url.port)
         self.spelled[:] = [(name, authority if name.lower() == b"host" else value) for name, value in self.spelled]
-        self._lower[:] = [(name, authority if name == b"host" else value) for name, value in self._lower]
         return target[target.index(b"/", target.index(b"://") + 3) :] if url.path else b"/" + (url.query or b"")
 
     def on_body(self, body: bytes) -> None:

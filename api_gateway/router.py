@@ -420,13 +420,15 @@ class Router:
         pairs, stream = _parts(response)
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
         passes_trailers = b"te" in request.fields and request.takes_trailers and _is_chunked(pairs)
+        headers, told = for_client(pairs, exchange.answer_headers, omit)
         await send(
             {
                 "type": "http.response.start",
                 "status": response.status_code,
                 "reason": response.extensions.get("reason_phrase"),
-                "headers": for_client(pairs, exchange.answer_headers, omit),
+                "headers": headers,
                 "trailers": passes_trailers,
+                "told": told,
                 "is_body_ready": stream.is_ready,
             }
         )
@@ -455,7 +457,7 @@ class Router:
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         self._settle(lease, Outcome.SUCCESS)
         pairs, _ = _parts(response)
-        headers = for_client(pairs, exchange.answer_headers, self._omit)
+        headers, _ = for_client(pairs, exchange.answer_headers, self._omit)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
         upstream, from_upstream = response.extensions["switched"].take_over()
         client, from_client = link.switch(response.extensions["reason_phrase"], headers)
@@ -505,7 +507,7 @@ class _Request:
         self.framing = framing(self.fields)
         self.body: RequestBody | NoBody = NO_BODY
         self.headers: HeaderList = scope["headers"] if link is None else link.headers
-        self.expects_continue = b"expect" in self.fields and self.fields[b"expect"] == [b"100-continue"]
+        self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
         self.upgrade = link is not None and link.upgrade == b"websocket" and self.framing is None
 
     def ends_here(self) -> bool:
@@ -530,7 +532,7 @@ class _Request:
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Pass on an interim answer (RFC 9110 section 15.2)."""
         if self.link is not None:
-            self.link.inform(status, reason, for_client(headers, [], frozenset()))
+            self.link.inform(status, reason, for_client(headers, [], frozenset())[0])
 
     def trailers(self) -> HeaderList:
         """Return the trailers that came behind the body."""
