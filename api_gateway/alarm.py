@@ -9,6 +9,10 @@ import math
 from collections.abc import Callable
 
 
+def _nothing() -> None:
+    """Stand in for what a stopped alarm called, whose owner it would otherwise keep."""
+
+
 class Alarm:
     """Calls `ring` once the deadline has passed. Setting it to a later one, the usual case, costs an assignment."""
 
@@ -38,7 +42,8 @@ class Alarm:
         self.deadline = math.inf
 
     def stop(self) -> None:
-        """Do not ring, and let go of the timer."""
+        """Never ring again, and let go of everything."""
+        self._ring = _nothing
         self.deadline = self._due = math.inf
         if self._handle is not None:
             self._handle.cancel()

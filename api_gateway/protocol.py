@@ -354,6 +354,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 del cycle.scope[LINK]  # they refer to each other, and would wait for the garbage collector
             if not cycle.is_answered and not cycle.is_disconnected:
                 self._on_unfinished(cycle)
+        self._serving = self._reading = None  # they refer to us
 
     def _on_unfinished(self, cycle: Cycle) -> None:
         """Break off what the application has not finished, so that it cannot pass for complete."""
