@@ -85,7 +85,9 @@ class GatewayServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second interrupt ends without waiting."""
-        self._app.state.console.phase = Phase.DRAINING
+        console = getattr(self._app.state, "console", None)
+        if console is not None:  # the signal may come before start-up is done
+            console.phase = Phase.DRAINING
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager

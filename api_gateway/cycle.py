@@ -6,12 +6,12 @@ HTTP/1.0. Names keep their spelling; a `Date` is added where none comes (RFC 911
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from api_gateway.headers import http_date
+from api_gateway.headers import Fields, fields_of, http_date
 from api_gateway.models import HeaderList
 
 HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client is made to wait
@@ -56,59 +56,33 @@ class Connection(Protocol):
 class Cycle:
     """One request and its answer: ASGI's `receive` and `send`, and the `Link` beside them."""
 
-    __slots__ = (
-        "_body",
-        "_buffered",
-        "_connection",
-        "_has_body",
-        "_head",
-        "_is_body_taken",
-        "_is_chunked",
-        "_is_head",
-        "_left",
-        "_owes_continue",
-        "_trailers_follow",
-        "_waiter",
-        "awaits_continue",
-        "headers",
-        "is_answered",
-        "is_body_complete",
-        "is_disconnected",
-        "is_http10",
-        "is_started",
-        "keep_alive",
-        "on_leaving",
-        "scope",
-        "target",
-        "trailers",
-        "upgrade",
-    )
+    # What every cycle begins as stands here, and not in each of them: one is made for every request.
+    upgrade = b""
+    on_leaving: Callable[[], object] | None = None
+    keep_alive = True
+    is_http10 = False
+    is_body_complete = False
+    is_disconnected = False
+    is_started = False
+    is_answered = False
+    _buffered = 0
+    _is_body_taken = False
+    _waiter: "asyncio.Future[None] | None" = None
+    _has_body = True
+    _head = b""  # kept for the first piece of the body
+    _is_chunked = False
+    _left: int | None = None  # bytes of the announced length still to be sent
+    _trailers_follow = False
 
     def __init__(self, connection: "Connection", scope: dict[str, Any], target: bytes) -> None:
         self.scope = scope
         self.target = target
         self.headers: HeaderList = connection.spelled
         self.trailers: HeaderList = []
-        self.upgrade = b""
-        self.on_leaving: Callable[[], object] | None = None
-        self.keep_alive = True
-        self.is_http10 = False
-        self.is_body_complete = False
-        self.is_disconnected = False
-        self.is_started = False
-        self.is_answered = False
+        self.awaits_continue = self._owes_continue = connection.expects_continue
         self._connection = connection
         self._body: list[bytes] = []
-        self._buffered = 0
-        self._is_body_taken = False
-        self.awaits_continue = self._owes_continue = connection.expects_continue
-        self._waiter: asyncio.Future[None] | None = None
         self._is_head = scope["method"] == "HEAD"
-        self._has_body = True
-        self._head = b""
-        self._is_chunked = False
-        self._left: int | None = None  # bytes of the announced length still to be sent
-        self._trailers_follow = False
 
     def __repr__(self) -> str:
         state = "answered" if self.is_answered else "started" if self.is_started else "waiting"
@@ -131,6 +105,8 @@ class Cycle:
 
     def disconnect(self) -> None:
         """The client is gone."""
+        if self.is_disconnected:
+            return
         self.is_disconnected = True
         self._wake()
         if self.on_leaving is not None and not self.is_answered:
@@ -184,31 +160,34 @@ class Cycle:
     def _start(self, message: dict[str, Any]) -> None:
         """Write the head, or keep it for the body that follows.
 
-        Beyond ASGI a message may hold `reason`, the phrase an upstream chose; `told`, what an upstream's headers say
-        of framing and date; and `is_body_ready`, the promise that the body's first piece is sent next without
-        waiting: both then go out together.
+        Beyond ASGI a message may hold `reason`, the phrase an upstream chose; `upstream_fields`, the headers
+        of an upstream by name, which `headers` were made of; and `is_body_ready`, the promise that the body's first
+        piece is sent next without waiting: both then go out together.
         """
         status: int = message["status"]
         headers: HeaderList = message.get("headers", ())
         self.is_started = True
-        told: Mapping[bytes, bytes] | None = message.get("told")
         lines = [_status_line(status, message.get("reason")), *map(_COLON, headers)]
-        if told is None:  # not from an upstream, whose head a parser has seen
-            told = {name.lower(): value for name, value in headers}
-            refuse_hidden_lines(lines)
-        if b"date" not in told:
+        fields: Fields | None = message.get("upstream_fields")
+        if fields is None:
+            fields = fields_of(headers)
+            refuse_hidden_lines(lines)  # a parser has seen an upstream's
+            if b"close" in fields.get(b"connection", [b""])[0].lower():
+                self.keep_alive = False
+        if b"date" not in fields:
             lines.append(b"date: " + http_date(int(time.time())))
         if self._is_head or status in _BODILESS:
             self._has_body = False
-        elif b"content-length" in told:
-            self._left = int(told[b"content-length"])
+        elif b"transfer-encoding" not in fields and b"content-length" in fields:
+            self._left = int(fields[b"content-length"][0])
+        elif self.is_http10:
+            self.keep_alive = False
         else:
-            self._frame(told, lines, has_trailers=message.get("trailers", False))
-        if self.awaits_continue:  # whether the body still comes, nobody can tell
+            self._is_chunked = True
+            self._trailers_follow = message.get("trailers", False)
+            lines.append(b"transfer-encoding: chunked")
+        if not self.keep_alive or self.awaits_continue:  # whether the body still comes, nobody can tell
             self.keep_alive = False
-        if b"close" in told.get(b"connection", b"").lower():
-            self.keep_alive = False
-        elif not self.keep_alive:
             lines.append(b"connection: close")
         lines.append(b"\r\n")
         head = b"\r\n".join(lines)
@@ -216,16 +195,6 @@ class Cycle:
             self._head = head
         else:
             self._connection.transport.write(head)
-
-    def _frame(self, told: Mapping[bytes, bytes], lines: list[bytes], *, has_trailers: bool) -> None:
-        """Frame a body of unknown length: in chunks, or by the end of the connection where those are not known."""
-        if self.is_http10:
-            self.keep_alive = False
-            return
-        self._is_chunked = True
-        self._trailers_follow = has_trailers
-        if b"transfer-encoding" not in told:
-            lines.append(b"transfer-encoding: chunked")
 
     def _send_body(self, body: bytes, *, is_last: bool) -> None:
         if not self._has_body:

@@ -32,7 +32,7 @@ HOP_BY_HOP = frozenset(
     }
 )
 # A client may not have these removed by naming them in `Connection`: the gateway or the framing depends on them.
-PROTECTED = frozenset({b"host", b"content-length", b"via"})
+PROTECTED = frozenset({b"host", b"content-length", b"expect", b"via"})
 FORWARDING = frozenset(
     {
         b"forwarded",
@@ -59,7 +59,6 @@ _NEVER_TRAILING = (
     | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
 )
 _PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # what `Connection` mostly says, and names nothing
-_TOLD = frozenset({b"content-length", b"date"})
 _VIA = (b"via", b"1.1 " + VIA_NAME)
 _AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -201,31 +200,20 @@ def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
     return HOP_BY_HOP | OURS | omit
 
 
-def for_client(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> tuple[HeaderList, dict[bytes, bytes]]:
+def for_client(headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
     """Return the upstream's headers as the client shall see them, followed by the gateway's `own`.
 
-    `omit` names (lower case) are left out beside the hop-by-hop ones: what the server in front writes by itself. The
-    second value is what they tell the server: `content-length` and `date`, where there is one.
+    `fields` are the same headers by name. `omit` names (lower case) are left out beside the hop-by-hop ones: what the
+    server in front writes by itself.
     """
     dropped = _not_for_clients(omit)
-    kept: HeaderList = []
-    told: dict[bytes, bytes] = {}
-    named: list[bytes] = []
-    for pair in headers:
-        name = pair[0].lower()
-        if name not in dropped:
-            kept.append(pair)
-            if name in _TOLD:
-                told[name] = pair[1]
-        elif name == b"connection" and pair[1].lower() not in _PLAIN_OPTIONS:
-            named.append(pair[1])
-    if named:
-        options = connection_options(named)
-        kept = [pair for pair in kept if pair[0].lower() not in options]
-        told = {name: value for name, value in told.items() if name not in options}
+    connection = fields.get(b"connection")
+    if connection is not None and (len(connection) > 1 or connection[0].lower() not in _PLAIN_OPTIONS):
+        dropped |= connection_options(connection)
+    kept = [pair for pair in headers if pair[0].lower() not in dropped]
     kept.append(_VIA)
     kept += own
-    return kept, told
+    return kept
 
 
 def trailers_to_pass(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:

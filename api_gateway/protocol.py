@@ -33,16 +33,18 @@ from api_gateway.errors import (
     Overloaded,
     problem,
 )
-from api_gateway.headers import http_date
+from api_gateway.headers import fields_of, framing, http_date
 from api_gateway.link import LINK
 from api_gateway.models import HeaderList
 
 logger = logging.getLogger(__name__)
 
 MAX_PIPELINED = 16  # requests of one connection that may wait for the answers before them
+HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once: a bound on the requests one read can hold
 MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connection whose answer came early
 MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
 LINGER = 2.0  # seconds it may do so
+WEBSOCKET = b"websocket"
 _VERSION = {"version": "3.0", "spec_version": "2.4"}
 _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
 
@@ -97,7 +99,9 @@ class GatewayProtocol(HttpToolsProtocol):
         self._writable: asyncio.Future[None] | None = None
         self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
         self._discarded = 0
-        self._raw: list[bytes] | None = None  # what came behind a handshake, until it is answered
+        self._held = bytearray()  # what came behind a handshake or too many requests, until those are answered
+        self._is_holding = self._is_handed_over = False
+        self._piece = 0  # bytes that are being parsed
         self._has_begun = False  # a head has begun and is not complete
         self._is_timed = True  # the alarm runs for this head; the first one's since the connection was made
         self._is_over = self._is_ending = self._is_read_paused = False
@@ -127,16 +131,17 @@ class GatewayProtocol(HttpToolsProtocol):
             serving is not None
             and not serving.is_answered
             and serving.is_body_complete
-            and (b"connection", b"close") in serving.scope["headers"]
+            and not serving.keep_alive
+            and not self._is_ending
         )
 
     def shutdown(self) -> None:
         """Close once what is being served has been, at the server's wish."""
-        serving = self._serving
-        if serving is None or (serving.is_answered and self._worker_rests()):
+        last = self._waiting[-1] if self._waiting else self._serving
+        if last is not None and not last.is_answered:
+            last.keep_alive = False
+        elif not self._is_handed_over:
             self._close()
-        else:
-            serving.keep_alive = False
 
     # Reading
 
@@ -147,26 +152,64 @@ class GatewayProtocol(HttpToolsProtocol):
             if self._discarded > MAX_LINGERED:
                 self.transport.abort()
             return
-        if self._raw is not None:
-            self._raw.append(data)
-            if sum(map(len, self._raw)) > HIGH_WATER:
-                self.pause_reading()
-            return
-        self._unparsed += len(data)
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._on_upgrade(data[upgrade.args[0] :])
-            return
-        except httptools.HttpParserError as error:
-            if not self._is_ending:
-                cause = error.__context__ or error
-                self.refuse(BadRequest(f"The request is not well-formed HTTP/1.1: {str(cause).rstrip('.')}."))
+        if self._is_holding:
+            self._hold(data)
+        else:
+            self._parse(data)
+
+    def _hold(self, data: bytes | memoryview) -> None:
+        """Keep what may not be parsed yet."""
+        self._is_holding = True
+        self._held += data
+        if len(self._held) > HIGH_WATER:
+            self.pause_reading()
+
+    def _parse(self, data: bytes) -> None:
+        """Parse piece by piece, as long as there are not too many requests waiting."""
+        view = memoryview(data)
+        while view and not self._is_ending:
+            if self._is_holding or len(self._waiting) > MAX_PIPELINED:
+                if not self._is_holding:
+                    self.pause_reading()
+                self._hold(view)
+                return
+            piece = view[: HEAD_PIECE if self._reading is None else BODY_PIECE]
+            try:
+                self._piece = len(piece)
+                self._unparsed += self._piece
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                view = view[upgrade.args[0] :]
+                self._on_upgrade()
+            except httptools.HttpParserError as error:
+                self._on_error(error)
+            else:
+                view = view[self._piece :]
+        if self._is_ending:
             return
         if self._reading is not None:
             self._alarm.set(self.bounds.idle_timeout)
         if self._unparsed or self._has_begun:
             self._await_rest()
+
+    def _release(self) -> None:
+        """Parse what was held back."""
+        data, self._held = bytes(self._held), bytearray()
+        self._is_holding = False
+        if not self._is_over:
+            self._parse(data)
+            self.resume_reading()
+
+    def _on_error(self, error: httptools.HttpParserError) -> None:
+        """Refuse what is not HTTP; a defect of our own shows itself here too, and is not the client's."""
+        if self._is_ending:
+            return
+        cause = error.__context__
+        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, httptools.HttpParserError):
+            logger.error("a request could not be read", exc_info=cause)
+            self.refuse(InternalError("The gateway failed to read the request."))
+        else:
+            self.refuse(BadRequest(f"The request is not well-formed HTTP/1.1: {str(cause or error).rstrip('.')}."))
 
     def _await_rest(self) -> None:
         """Bound what has begun and is not complete, in size and in time."""
@@ -210,10 +253,12 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._is_ending:  # what was sent behind a refused request is not a request
             return
         bounds = self.bounds
+        if self.parser.should_upgrade() and not self._is_handshake():
+            return  # the parser stops here; `_on_upgrade` has it parsed again as what it is
         if len(self.spelled) > bounds.header_lines:
             self.refuse(HeadersTooLarge(f"The request has more than {bounds.header_lines} header lines."))
             return
-        if size > bounds.header_bytes and len(self.url) + _size(self.spelled) > bounds.header_bytes:
+        if size + self._piece > bounds.header_bytes and len(self.url) + _size(self.spelled) > bounds.header_bytes:
             self._refuse_size()
             return
         if self._is_surplus:
@@ -233,14 +278,14 @@ class GatewayProtocol(HttpToolsProtocol):
             self._worker.add_done_callback(self.tasks.discard)
         elif self._rest is not None:
             self._wake_worker()
-        elif len(self._waiting) > MAX_PIPELINED:
-            self.pause_reading()
 
     def _cycle(self) -> Cycle:
         """Return the request whose head has just come; raises ValueError if its target is none."""
         parser = self.parser
         method, version = parser.get_method().decode("ascii"), parser.get_http_version()
         target = self.url
+        if b"#" in target:
+            raise ValueError("it holds a fragment")
         if not target.startswith(b"/"):
             target = self._origin_form(target)
         raw_path, _, query = target.partition(b"?")
@@ -261,8 +306,8 @@ class GatewayProtocol(HttpToolsProtocol):
             cycle.is_http10, cycle.keep_alive = True, False
         elif not parser.should_keep_alive():
             cycle.keep_alive = False
-        if parser.should_upgrade() and method == "GET":
-            cycle.upgrade = next((value.lower() for name, value in headers if name == b"upgrade"), b"")
+        if parser.should_upgrade():
+            cycle.upgrade = WEBSOCKET
         return cycle
 
     def _origin_form(self, target: bytes) -> bytes:
@@ -274,9 +319,11 @@ class GatewayProtocol(HttpToolsProtocol):
         url = httptools.parse_url(target)
         if not url.host:
             raise ValueError("it names no host")
-        authority = url.host if url.port is None else b"%b:%d" % (url.host, url.port)
+        host = b"[%b]" % url.host if b":" in url.host else url.host
+        authority = host if url.port is None else b"%b:%d" % (host, url.port)
         self.spelled[:] = [(name, authority if name.lower() == b"host" else value) for name, value in self.spelled]
-        return target[target.index(b"/", target.index(b"://") + 3) :] if url.path else b"/" + (url.query or b"")
+        rest = target[target.index(b"://") + 3 + len(authority) :]
+        return rest if rest.startswith(b"/") else b"/" + rest
 
     def on_body(self, body: bytes) -> None:
         """Take one piece of body; none belongs to a request that was refused."""
@@ -304,20 +351,41 @@ class GatewayProtocol(HttpToolsProtocol):
         else:
             self._alarm.clear()
 
-    def _on_upgrade(self, rest: bytes) -> None:
-        """Behind a handshake nothing is parsed until it is answered; an upgrade we do not know is not one."""
+    def _is_handshake(self) -> bool:
+        """Tell whether the head that has just come asks for a WebSocket (RFC 6455 section 4.1)."""
+        fields = fields_of(self.spelled)
+        return (
+            self.parser.get_method() == b"GET"
+            and self.parser.get_http_version() == "1.1"
+            and [value.lower() for value in fields.get(b"upgrade", ())] == [WEBSOCKET]
+            and framing(fields) is None
+        )
+
+    def _on_upgrade(self) -> None:
+        """Hold what comes behind a handshake until that is answered. Any other upgrade is none to us.
+
+        The parser stops at the head of every request that asks for an upgrade, and takes its body for the other
+        protocol. So a request whose wish we do not know is parsed again without it.
+        """
         if self._is_ending:
             return
-        if (self._waiting[-1] if self._waiting else self._serving).upgrade == b"websocket":  # type: ignore[union-attr]  # it has just come
-            self._raw = [rest] if rest else []
-        else:
-            self._parse_on(rest)
+        last = self._waiting[-1] if self._waiting else self._serving
+        if last is not None and last.upgrade and not last.is_answered and self._reading is None:
+            self._is_holding = True
+            return
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        lines = [b"%b: %b" % pair for pair in self.spelled if pair[0].lower() != b"upgrade"]
+        head = b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"\r\n"])
+        self._renew_parser()
+        if method == b"CONNECT":
+            self.refuse(BadRequest("CONNECT is not served here."))
+            return
+        self._unparsed += len(head)
+        self.parser.feed_data(head)
 
-    def _parse_on(self, data: bytes) -> None:
+    def _renew_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        if data:
-            self.data_received(data)
 
     def pause_reading(self) -> None:
         """Make the client wait."""
@@ -326,8 +394,10 @@ class GatewayProtocol(HttpToolsProtocol):
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Let the client go on."""
-        if self._is_read_paused and not self.transport.is_closing():
+        """Let the client go on, once what it has sent already is on its way."""
+        if self._is_holding or self.transport.is_closing():
+            return
+        if self._is_read_paused:
             self._is_read_paused = False
             self.transport.resume_reading()
 
@@ -359,7 +429,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def _on_unfinished(self, cycle: Cycle) -> None:
         """Break off what the application has not finished, so that it cannot pass for complete."""
         if not cycle.is_started:
-            self.refuse(InternalError("The gateway failed to answer."))
+            self._say(InternalError("The gateway failed to answer."))
         elif cycle.is_http10:  # only a reset tells that it was not the end
             self.transport.abort()
         else:
@@ -370,9 +440,6 @@ class GatewayProtocol(HttpToolsProtocol):
         """The task that serves this connection, from its first request on."""
         assert self._worker is not None  # noqa: S101 - see above
         return self._worker
-
-    def _worker_rests(self) -> bool:
-        return self._rest is not None and not self._rest.done()
 
     def _wake_worker(self) -> None:
         if self._rest is not None and not self._rest.done():
@@ -388,10 +455,12 @@ class GatewayProtocol(HttpToolsProtocol):
             else:
                 self._linger()
             return
-        if self._raw is not None:  # the handshake was refused, so it was an ordinary request
-            raw, self._raw = b"".join(self._raw), None
-            self.loop.call_soon(self._parse_on, raw)
-        if self._is_read_paused:
+        if cycle.upgrade:  # it was refused, and so an ordinary request
+            self._renew_parser()
+        if self._is_holding and (cycle.upgrade or len(self._waiting) < MAX_PIPELINED // 2):
+            if not any(waiting.upgrade for waiting in self._waiting):
+                self.loop.call_soon(self._release)
+        elif self._is_read_paused:
             self.resume_reading()
         self._discarded = 0
         self._alarm.set(self._patience())
@@ -399,23 +468,26 @@ class GatewayProtocol(HttpToolsProtocol):
     def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
         """Send the answer to a handshake and let go of the connection; see `Link.switch`."""
         self._alarm.stop()
-        self._is_ending = True
+        self._is_ending = self._is_handed_over = True
+        self._is_holding = False
         self.transport.write(head)
         self.resume_reading()
-        return self.transport, b"".join(self._raw or [])
+        return self.transport, bytes(self._held)
 
     def pause_writing(self) -> None:
         """Asked by the event loop: the client reads more slowly than we send."""
         self.is_write_paused = True
         self._writable = self.loop.create_future()
-        self._alarm.set(self.bounds.idle_timeout)
+        if not self._is_ending:
+            self._alarm.set(self.bounds.idle_timeout)
 
     def resume_writing(self) -> None:
         """Asked by the event loop: the client has caught up."""
         self.is_write_paused = False
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
-            self._alarm.set(self._patience())
+            if not self._is_ending:
+                self._alarm.set(self._patience())
         self._writable = None
 
     async def wait_until_writable(self) -> None:
@@ -427,8 +499,6 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _patience(self) -> float | None:
         """Return the seconds that what is awaited now may take."""
-        if self._is_ending or self._is_over:
-            return None
         if self._reading is not None or self.is_write_paused:
             return self.bounds.idle_timeout
         if self._serving is not None and not self._serving.is_answered:
@@ -437,9 +507,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _on_alarm(self) -> None:
         """Act on what has not come: the rest of a head or of a body, the next request, or the client's reading on."""
-        if self._is_ending or self.transport.is_closing():
-            self.transport.abort()
-        elif self.is_write_paused:
+        if self._is_ending or self.is_write_paused or self.transport.is_closing():
             self._check_reader()
         elif self._serving is not None and not self._serving.is_answered:
             self._check_sender(self._serving)
@@ -449,10 +517,11 @@ class GatewayProtocol(HttpToolsProtocol):
             self._close()
 
     def _check_reader(self) -> None:
-        """Give a client that reads slowly more time, and one that does not read none."""
+        """Give a client that reads slowly more time, and one that does not read, or has read it all, none."""
         unsent = self.transport.get_write_buffer_size()
-        if unsent == self._unsent:
+        if unsent in (0, self._unsent):
             self.transport.abort()
+            return
         self._unsent = unsent
         self._alarm.set(self.bounds.idle_timeout)
 
@@ -483,19 +552,22 @@ class GatewayProtocol(HttpToolsProtocol):
         if due is not None and (due is not self._reading or due.is_started):
             self._close()
         else:
-            body = json.dumps(problem(error, instance="")).encode()
-            lines = [
-                b"content-type: application/problem+json",
-                b"content-length: %d" % len(body),
-                b"cache-control: no-store",
-                *(f"{name}: {value}".encode() for name, value in error.headers.items()),
-                b"date: " + http_date(int(time.time())),
-                b"connection: close",
-            ]
-            self.transport.write(render_head(error.status, None, lines) + body)
-            self._linger()
+            self._say(error)
         if due is not None:
             due.disconnect()
+
+    def _say(self, error: GatewayError) -> None:
+        body = json.dumps(problem(error, instance="")).encode()
+        lines = [
+            b"content-type: application/problem+json",
+            b"content-length: %d" % len(body),
+            b"cache-control: no-store",
+            *(f"{name}: {value}".encode() for name, value in error.headers.items()),
+            b"date: " + http_date(int(time.time())),
+            b"connection: close",
+        ]
+        self.transport.write(render_head(error.status, None, lines) + body)
+        self._linger()
 
     def _linger(self) -> None:
         """Send no more but go on reading for a moment: closing now would reset what the client has yet to read."""
@@ -506,6 +578,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._close()
             return
         self.transport.write_eof()
+        self._is_holding = False
         self.resume_reading()
         self._alarm.set(LINGER)
 

@@ -31,7 +31,7 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from api_gateway.headers import Fields, for_client, for_upstream, framing, trailers_to_pass
+from api_gateway.headers import Fields, fields_of, for_client, for_upstream, framing, trailers_to_pass
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
 from api_gateway.transport import NO_BODY, Answer, Incoming, NoBody, Origin, Outgoing, UpstreamTransport
@@ -332,13 +332,17 @@ class Router:
         await send({"type": "http.response.start", "status": 204, "headers": headers})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _try_targets(self, exchange: Exchange, service: Service, request: "_Request", send: Send) -> None:
+    async def _try_targets(  # noqa: C901 - one loop, with all its ways out
+        self, exchange: Exchange, service: Service, request: "_Request", send: Send
+    ) -> None:
         """Try one target, and another while that is safe, worth it and nothing has been answered yet.
 
         A client that leaves meanwhile ends it: our own server then cancels this task.
         """
         link = request.link
         if link is not None:
+            if link.is_disconnected:
+                raise ClientDisconnected(_LEFT)
             link.on_leaving = link.task.cancel
         tried: list[Target] = []
         failed: UpstreamFailed | None = None
@@ -417,18 +421,17 @@ class Router:
     ) -> None:
         """Send the answer on, piece by piece; its end settles the try as a success, its breaking off as a failure."""
         exchange.status, exchange.source = response.status_code, "upstream"
-        pairs, stream = _parts(response)
+        headers, fields, stream = _parts(response)
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
-        passes_trailers = b"te" in request.fields and request.takes_trailers and _is_chunked(pairs)
-        headers, told = for_client(pairs, exchange.answer_headers, omit)
+        passes_trailers = b"te" in request.fields and b"transfer-encoding" in fields and request.takes_trailers
         await send(
             {
                 "type": "http.response.start",
                 "status": response.status_code,
                 "reason": response.extensions.get("reason_phrase"),
-                "headers": headers,
+                "headers": for_client(headers, fields, exchange.answer_headers, omit),
                 "trailers": passes_trailers,
-                "told": told,
+                "upstream_fields": fields if isinstance(stream, Answer) else None,
                 "is_body_ready": stream.is_ready,
             }
         )
@@ -456,10 +459,13 @@ class Router:
         assert link is not None  # noqa: S101 - nobody else asks for an upgrade
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         self._settle(lease, Outcome.SUCCESS)
-        pairs, _ = _parts(response)
-        headers, _ = for_client(pairs, exchange.answer_headers, self._omit)
+        headers, fields, _ = _parts(response)
+        headers = for_client(headers, fields, exchange.answer_headers, self._omit)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
-        upstream, from_upstream = response.extensions["switched"].take_over()
+        try:
+            upstream, from_upstream = response.extensions["switched"].take_over()
+        except httpx.TransportError as error:
+            raise _translate(error, lease.upstream.name) from error
         client, from_client = link.switch(response.extensions["reason_phrase"], headers)
         tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, service.tunnel_timeout)
         try:
@@ -532,7 +538,7 @@ class _Request:
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Pass on an interim answer (RFC 9110 section 15.2)."""
         if self.link is not None:
-            self.link.inform(status, reason, for_client(headers, [], frozenset())[0])
+            self.link.inform(status, reason, for_client(headers, fields_of(headers), [], frozenset()))
 
     def trailers(self) -> HeaderList:
         """Return the trailers that came behind the body."""
@@ -584,15 +590,13 @@ class _Foreign:
             return b"", False
 
 
-def _parts(response: httpx.Response) -> tuple[HeaderList, Answer | _Foreign]:
-    """Return the headers and the body of an answer."""
+def _parts(response: httpx.Response) -> tuple[HeaderList, Fields, Answer | _Foreign]:
+    """Return the headers of an answer, the same by name, and its body."""
     if isinstance(response, Incoming):
-        return response.pairs, response.stream
-    return response.headers.raw, _Foreign(response.stream)  # type: ignore[arg-type]  # an async one
-
-
-def _is_chunked(headers: HeaderList) -> bool:
-    return any(name.lower() == b"transfer-encoding" for name, _ in headers)
+        answer = response.stream
+        return answer.headers, answer.fields, answer
+    headers = response.headers.raw
+    return headers, fields_of(headers), _Foreign(response.stream)  # type: ignore[arg-type]  # an async one
 
 
 def _target(route: Route, scope: Scope, link: Link | None) -> bytes:

@@ -24,14 +24,15 @@ import httptools
 import httpx
 
 from api_gateway.alarm import Alarm
+from api_gateway.headers import Fields, fields_of
 from api_gateway.models import HeaderList
 from api_gateway.pool import Pool
 
 HIGH_WATER = 256 * 1024  # bytes of an answer held for a slow client before the upstream is made to wait
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
-MAX_TRAILERS = 100
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
 _BODILESS = frozenset({204, 304})
+_CONTINUE = 100
 _SWITCHING = 101
 
 Timeouts = Mapping[str, float | None]
@@ -161,44 +162,27 @@ class Stale(httpx.ReadError):
 class Answer(httpx.AsyncByteStream):
     """The answer to one request while it arrives: head, then pieces of body, then its end or its failure."""
 
-    __slots__ = (
-        "_pieces",
-        "_waiter",
-        "buffered",
-        "connection",
-        "error",
-        "headers",
-        "hooks",
-        "is_complete",
-        "is_head_complete",
-        "is_to_head",
-        "is_until_close",
-        "keeps_alive",
-        "leftover",
-        "reason",
-        "status",
-        "timeouts",
-        "trailers",
-    )
+    # What every answer begins as stands here, and not in each of them: one is made for every request.
+    status = 0
+    reason = b""
+    headers: HeaderList = []  # noqa: RUF012 - replaced with the head, never changed
+    fields: Fields = {}  # noqa: RUF012 - the headers by name; as above
+    trailers: HeaderList = []  # noqa: RUF012 - as above
+    leftover = b""  # what came behind a 101
+    is_head_complete = False
+    is_complete = False
+    is_until_close = False
+    keeps_alive = False
+    error: Exception | None = None
+    buffered = 0
+    _waiter: "asyncio.Future[None] | None" = None
 
     def __init__(self, connection: "Connection", method: str, timeouts: Timeouts, hooks: Hooks) -> None:
         self.connection: Connection | None = connection
         self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
         self.hooks = hooks
-        self.status = 0
-        self.reason = b""
-        self.headers: HeaderList = []
-        self.trailers: HeaderList = []
-        self.leftover = b""  # what came behind a 101
-        self.is_head_complete = False
-        self.is_complete = False
-        self.is_until_close = False
-        self.keeps_alive = False
-        self.error: Exception | None = None
-        self.buffered = 0
         self._pieces: list[bytes] = []
-        self._waiter: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Answer {self.status or 'awaited'} [{'complete' if self.is_complete else self.error or 'arriving'}]>"
@@ -218,10 +202,9 @@ class Answer(httpx.AsyncByteStream):
             await self._waiter
 
     def feed(self, piece: bytes) -> None:
-        """Hold one piece of body for the reader."""
+        """Hold one piece of body for the reader, who is not woken yet."""
         self._pieces.append(piece)
         self.buffered += len(piece)
-        self.wake()
 
     def fail(self, error: Exception) -> None:
         """End the answer with `error`, which the reader gets after what has arrived."""
@@ -296,6 +279,8 @@ class Connection(asyncio.Protocol):
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
         self._writable: asyncio.Future[None] | None = None
+        self._headers: HeaderList = []  # of the head or the trailers that are being read
+        self._reason = b""
         self._received = 0  # bytes of this answer so far
         self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
 
@@ -318,26 +303,37 @@ class Connection(asyncio.Protocol):
             raise
         self._answer = answer
         self._received = self._unparsed = 0
+        if self._headers or self._reason:
+            self._headers, self._reason = [], b""
         self._transport.write(head)
         if request.framing is None:
             self.set_alarm("read")
         else:
             if answer.hooks.expects_continue:
                 self.set_alarm("read")
-            self._upload = self.loop.create_task(self._send_body(answer, request.stream, request.framing))
+            body = self._send_body(answer, request.stream, request.framing, _length(request.pairs))
+            self._upload = self.loop.create_task(body)
         return answer
 
-    async def _send_body(self, answer: Answer, stream: Any, framing: bytes) -> None:
+    async def _send_body(self, answer: Answer, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many ends
         is_chunked = framing == b"chunked"
+        left = 0 if is_chunked else length
         try:
             async for piece in stream:
                 if not piece:
                     continue
                 if self.is_closed:
                     return
+                if answer.hooks.expects_continue:
+                    self.alarm.clear()
+                left -= 0 if is_chunked else len(piece)
+                if left < 0:
+                    raise httpx.LocalProtocolError("the body is longer than its Content-Length")  # noqa: TRY301 - as any other way a body fails
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
                 if self._writable is not None:
                     await self._wait_until_writable(answer)
+            if left:
+                raise httpx.LocalProtocolError("the body is shorter than its Content-Length")  # noqa: TRY301 - as above
             if is_chunked and not self.is_closed:
                 self._transport.write(b"0\r\n%b\r\n" % _render_trailers(answer.hooks))
         except Exception as error:  # noqa: BLE001 - whatever ends the body ends the answer, and its reader gets it
@@ -400,7 +396,9 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserUpgrade as upgrade:
             answer.leftover = data[upgrade.args[0] :]
             self._pause_reading()
+            answer.wake()
             return
+        answer.wake()
         if answer.is_complete:
             self._finish(answer)
         elif self._unparsed > MAX_HEAD_BYTES or (not answer.is_head_complete and self._received > MAX_HEAD_BYTES):
@@ -414,43 +412,32 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def on_status(self, phrase: bytes) -> None:
-        """Reason phrase."""
-        if self._answer is not None and not self._answer.is_head_complete:
-            self._answer.reason += phrase
+        """Reason phrase, or a part of it."""
+        self._reason += phrase
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, or one trailer."""
-        answer = self._answer
-        if answer is None or answer.is_complete:
-            return
-        if not answer.is_head_complete:
-            answer.headers.append((name, value.strip(b" \t")))
-        elif len(answer.trailers) < MAX_TRAILERS:
-            answer.trailers.append((name, value.strip(b" \t")))
-        else:
-            self._fail(answer, f"more than {MAX_TRAILERS} trailers")
+        self._headers.append((name, value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """The head is there, unless it is that of an interim answer (1xx)."""
         self._unparsed = 0
+        headers, self._headers = self._headers, []
+        reason, self._reason = self._reason, b""
         answer = self._answer
         if answer is None or answer.is_complete:
             return
         status = self._parser.get_status_code()
         if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
-            self._on_unusual_status(answer, status)
+            self._on_unusual_status(answer, status, reason, headers)
             return
-        is_framed = False
-        for name, value in answer.headers:
-            length = len(name)
-            if length == 14:  # noqa: PLR2004 - no other name need be put into lower case
-                is_framed = is_framed or name.lower() == b"content-length"
-            elif length == 17 and name.lower() == b"transfer-encoding":  # noqa: PLR2004 - as above
-                is_framed = True
-                if value.lower() != b"chunked":  # the client could not read it: the header that names it ends here
-                    self._fail(answer, "a transfer coding nobody asked for")
-                    return
-        answer.status = status
+        fields = fields_of(headers)
+        codings = fields.get(b"transfer-encoding")
+        if codings is not None and (len(codings) > 1 or codings[0].lower() != b"chunked"):
+            self._fail(answer, "a transfer coding nobody asked for")  # the header that names it would end here
+            return
+        answer.status, answer.reason = status, reason
+        answer.headers, answer.fields = headers, fields
         answer.is_head_complete = True
         answer.keeps_alive = self._parser.should_keep_alive()
         self.alarm.clear()
@@ -459,20 +446,19 @@ class Connection(asyncio.Protocol):
             answer.is_complete = True
             self._parser = httptools.HttpResponseParser(self)
         elif status not in _BODILESS:
-            answer.is_until_close = not is_framed
-        answer.wake()
+            answer.is_until_close = codings is None and b"content-length" not in fields
 
-    def _on_unusual_status(self, answer: Answer, status: int) -> None:
+    def _on_unusual_status(self, answer: Answer, status: int, reason: bytes, headers: HeaderList) -> None:
         if status == _SWITCHING and answer.hooks.upgrade and self._parser.should_upgrade():
-            answer.status = status
+            answer.status, answer.reason = status, reason
+            answer.headers, answer.fields = headers, fields_of(headers)
             answer.is_head_complete = True
             self.alarm.clear()
-            answer.wake()
         elif status == _SWITCHING:
             self._fail(answer, "switched protocols without being asked")
         elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
-            headers, answer.headers = answer.headers, []
-            reason, answer.reason = answer.reason, b""
+            if status == _CONTINUE:  # now it is the client who is waited for
+                self.alarm.clear()
             answer.hooks.on_interim(status, reason, headers)
         else:
             self._fail(answer, f"status {status}")
@@ -491,10 +477,13 @@ class Connection(asyncio.Protocol):
         answer = self._answer
         if answer is not None and answer.is_head_complete and answer.status != _SWITCHING:
             answer.is_complete = True
-            answer.wake()
+            if self._headers:
+                answer.trailers, self._headers = self._headers, []
 
     def eof_received(self) -> bool:
-        """The upstream will send no more: it is closed from this side too."""
+        """The upstream will send no more: it is closed from this side too, and at once if nobody uses it."""
+        if self._answer is None:
+            self.close()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -538,6 +527,7 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, answer: Answer, cause: str) -> None:
         answer.fail(httpx.RemoteProtocolError(cause))
+        answer.wake()
         self.close()
 
     def _on_alarm(self) -> None:
@@ -722,6 +712,10 @@ def _framing(headers: HeaderList) -> bytes | None:
         if lower == b"content-length" and value.strip(b"0"):
             framing = b"length"
     return framing
+
+
+def _length(headers: HeaderList) -> int:
+    return next((int(value) for name, value in headers if name.lower() == b"content-length"), 0)
 
 
 def _render_head(request: Outgoing) -> bytes:

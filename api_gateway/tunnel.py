@@ -8,7 +8,7 @@ import asyncio
 
 from api_gateway.alarm import Alarm
 
-LINGER = 10.0  # seconds one direction may flow on after the other has ended
+LINGER = 1.0  # seconds of silence that one direction may fall into after the other has ended
 
 
 class Tunnel:
@@ -68,6 +68,7 @@ class _End(asyncio.Protocol):
         self.other: _End = self
         self.transport = transport
         self.is_lost = False
+        self.has_ended = False  # it will send no more
         self.received = 0
         self._tunnel = tunnel
         self._before = transport.get_protocol()
@@ -89,13 +90,14 @@ class _End(asyncio.Protocol):
             self.other.transport.write(data)
 
     def eof_received(self) -> bool:
-        """Pass on that no more will come from here."""
-        transport = self.other.transport
-        if not self.other.is_lost and not transport.is_closing():
-            if transport.can_write_eof():
-                transport.write_eof()
-            else:
-                transport.close()
+        """Pass on that no more will come from here; once neither side will send, both are closed."""
+        self.has_ended = True
+        other = self.other
+        if other.has_ended or not other.transport.can_write_eof():
+            self.transport.close()
+            other.transport.close()
+        elif not other.is_lost and not other.transport.is_closing():
+            other.transport.write_eof()
         self._tunnel.idle_timeout = min(self._tunnel.idle_timeout, LINGER)
         self._tunnel.alarm.set(self._tunnel.idle_timeout)
         return True

@@ -53,8 +53,8 @@ def upstreams_view(
 
 
 def clients_view(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
-    """Return the headers alone."""
-    return for_client(headers, own, omit)[0]
+    """Return `for_client` of these headers."""
+    return for_client(headers, fields_of(headers), own, omit)
 
 
 # Towards the upstream

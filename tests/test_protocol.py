@@ -402,6 +402,106 @@ def test_leaving_with_requests_in_the_pipeline_lets_the_upstream_go(running: Run
     assert paths(up) == [b"/api/first"]
 
 
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize("upgrade", ["h2c", "websocket", "x"])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_body_under_an_upgrade_stays_a_body(
+    running: RunningGateway, client: RawClient, up: RawUpstream, method: str, upgrade: str, framing: str
+) -> None:
+    """The parser takes it for the other protocol; read as requests, it would smuggle them (CWE-444)."""
+    body = b"GET /api/smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+    framed = body if framing == "length" else b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    header = f"Content-Length: {len(body)}" if framing == "length" else "Transfer-Encoding: chunked"
+    client.request(method, "/api/first", ("Connection: Upgrade", f"Upgrade: {upgrade}", header), framed)
+    assert client.answer().status == 200
+    assert client.get("/api/second").status == 200
+    with RawClient(running.port) as other:
+        assert other.get("/api/third").status == 200
+    assert paths(up) == [b"/api/first", b"/api/second", b"/api/third"]
+    assert up.requests[0].body == body
+    assert up.requests[0].all("upgrade") == []
+
+
+def test_many_requests_that_ask_for_an_upgrade_are_served_one_after_the_other(client: RawClient) -> None:
+    request = b"GET /api/x HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: x\r\n\r\n"
+    sender = threading.Thread(target=client.send, args=(request * 1000,))
+    sender.start()
+    assert [client.answer().status for _ in range(1000)] == [200] * 1000
+    sender.join()
+
+
+def test_what_follows_a_refused_handshake_keeps_its_order(client: RawClient, up: RawUpstream) -> None:
+    """However it is cut, and whatever comes while the refusal is on its way."""
+    up.behave = lambda wire, request: reply(request.line.split(b" ")[1])(wire, request)
+    handshake = b"GET /api/ws HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    later = b"".join(GET % b"%d" % number for number in range(40))
+    client.send(handshake + later[:500])
+    assert client.answer().body == b"/api/ws"
+    for start in range(500, len(later), 333):
+        client.send(later[start : start + 333])
+    assert [client.answer().body for _ in range(40)] == [b"/api/%d" % number for number in range(40)]
+
+
+def test_a_handshake_waits_for_the_answers_before_it(client: RawClient, up: RawUpstream) -> None:
+    def behave(wire: Wire, request: RawRequest) -> None:
+        time.sleep(0.1)
+        if b"/ws" in request.line:
+            wire.send(b"HTTP/1.1 101 Go\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+            wire.send(wire.read_exactly(5))
+        else:
+            reply()(wire, request)
+
+    up.behave = behave
+    handshake = b"GET /api/ws HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    client.send(GET % b"first" + handshake + b"early")
+    assert client.answer().status == 200
+    assert client.read_until(b"\r\n") == b"HTTP/1.1 101 Go\r\n"
+    assert client.read_until(b"early") is not None
+
+
+def test_a_long_pipeline_makes_its_client_wait(client: RawClient, up: RawUpstream) -> None:
+    """What was sent ahead is not held here: the client's own buffers fill up."""
+    gate = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        gate.wait(PATIENCE)
+        reply()(wire, request)
+
+    up.behave = behave
+    client.sock.settimeout(1)
+    sent = 0
+    try:
+        with suppress(TimeoutError):
+            while sent < 64 * MIB:
+                sent += client.sock.send(GET % b"x" * 1000)
+    finally:
+        gate.set()
+    assert sent < 32 * MIB
+
+
+@pytest.mark.parametrize("target", ["/api/x#fragment", "gateway.test/api/x", "http:///api/x"])
+def test_a_target_that_is_none_is_refused(client: RawClient, up: RawUpstream, target: str) -> None:
+    client.request("GET", target)
+    assert is_problem(client.answer(), 400, b"bad_request")
+    assert up.requests == []
+
+
+@pytest.mark.parametrize(
+    ("target", "arrives", "host"),
+    [("http://a?api", b"/?api", b"a"), ("http://[::1]:8000/api/x", b"/api/x", b"[::1]:8000")],
+)
+def test_an_absolute_target_is_taken_apart(
+    client: RawClient, up: RawUpstream, target: str, arrives: bytes, host: bytes
+) -> None:
+    client.request("GET", target)
+    answer = client.answer()
+    if arrives.startswith(b"/api"):
+        assert up.requests[0].line.split(b" ")[1] == arrives
+        assert up.requests[0].all("x-forwarded-host") == [host]
+    else:
+        assert answer.status == 404
+
+
 def test_the_bounds_are_those_asked_for() -> None:
     bounds = Bounds(header_bytes=10, header_timeout=0.5)
     assert bounded_protocol(bounds, Counter()).bounds is bounds
