@@ -459,7 +459,7 @@ def test_a_handshake_waits_for_the_answers_before_it(client: RawClient, up: RawU
     assert client.read_until(b"early") is not None
 
 
-def test_a_long_pipeline_makes_its_client_wait(client: RawClient, up: RawUpstream) -> None:
+def test_a_long_pipeline_makes_its_client_wait(client: RawClient, aside: RawUpstream) -> None:
     """What was sent ahead is not held here: the client's own buffers fill up."""
     gate = threading.Event()
 
@@ -467,13 +467,13 @@ def test_a_long_pipeline_makes_its_client_wait(client: RawClient, up: RawUpstrea
         gate.wait(PATIENCE)
         reply()(wire, request)
 
-    up.behave = behave
+    aside.behave = behave
     client.sock.settimeout(1)
     sent = 0
     try:
         with suppress(TimeoutError):
             while sent < 64 * MIB:
-                sent += client.sock.send(GET % b"x" * 1000)
+                sent += client.sock.send(GET % b"aside" * 1000)
     finally:
         gate.set()
     assert sent < 32 * MIB
