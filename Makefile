@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help check format test cover load bench
+.PHONY: help check format test cover load bench probe
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -16,5 +16,7 @@ cover:   ## tests with coverage by module
 	pytest --cov --cov-report=term-missing
 load:    ## load test against a running gateway
 	python load_test.py
-bench:   ## requests a second and CPU a request, beside nginx
+bench:   ## CPU, rate, latency and memory, beside nine others
 	python -m benchmarks.compare
+probe:   ## a black-box HTTP probe against a running gateway: make probe PROBE=path/to/probe_proxy.py
+	python -m benchmarks.probe $(PROBE)
