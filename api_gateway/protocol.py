@@ -126,12 +126,12 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never says to go on
         """Tell whether to go on: a client that said it would send no more may still be reading (RFC 9112, 9.6)."""
-        serving = self._serving
+        last = self._waiting[-1] if self._waiting else self._serving
         return (
-            serving is not None
-            and not serving.is_answered
-            and serving.is_body_complete
-            and not serving.keep_alive
+            last is not None
+            and not last.is_answered
+            and last.is_body_complete
+            and not last.keep_alive
             and not self._is_ending
         )
 

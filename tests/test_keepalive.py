@@ -177,7 +177,6 @@ def test_a_client_that_ends_its_side_as_it_said_still_gets_its_answer(
     assert client.is_closed(within=SOON)
 
 
-@pytest.mark.xfail(strict=True, reason="only the request being served is asked whether it was the last")
 def test_a_pipeline_that_ends_as_it_said_is_answered_whole(client: RawClient, up: RawUpstream) -> None:
     up.behave = slowly
     send_and_end(client, b"GET /api/x HTTP/1.1\r\nHost: a\r\n\r\n", LAST["GET"])
