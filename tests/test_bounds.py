@@ -1,14 +1,19 @@
-"""What a connection may ask for: lines, time, company. And what travels beside head and body: trailers, dates."""
+"""What a client may ask of a connection, and how it is refused beyond: lines, connections, stalls, and sending on.
+
+The bounds on a head's size and time are in `test_protocol`.
+"""
 
 import json
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
 
 import pytest
 
 from tests.kit import (
+    RawAnswer,
     RawClient,
     RawRequest,
     RawUpstream,
@@ -21,207 +26,250 @@ from tests.kit import (
     running_gateway,
 )
 
+SOON = 3.0
+LINES = 12
+IDLE = 0.4
+MAX_BODY = 64 * 1024
+PEERS = 3
 MIB = 1024 * 1024
+PIECE = bytes(64 * 1024)
+CHUNKED = "Transfer-Encoding: chunked"
+StartGateway = Callable[[dict[str, Any]], RunningGateway]
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[RawUpstream]:
-    """Run an upstream that answers everything."""
-    upstream = RawUpstream()
-    yield upstream
-    upstream.close()
+def shared() -> Iterator[RawUpstream]:
+    server = RawUpstream()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
-def running(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    """Run a gateway with narrow bounds."""
-    server = {"max_header_lines": 20, "max_connections_per_peer": 4, "idle_timeout": 0.5, "max_body_bytes": 4 * MIB}
-    sections = in_front_of(up.url, timeouts={"response": 1}) | {"server": server}
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
+def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    server = {"max_header_lines": LINES, "idle_timeout": IDLE, "max_body_bytes": MAX_BODY, "drain_timeout": 1}
+    with running_gateway(in_front_of(shared.url) | {"server": server}, tmp_path_factory.mktemp("state")) as gateway:
         yield gateway
 
 
 @pytest.fixture
-def client(running: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
-    """Connect to it, once nobody else is connected."""
-    eventually(lambda: not running.server.server_state.connections, "the connections before are gone")
-    up.behave, up.reads_body = reply(), True
-    up.requests.clear()
-    with RawClient(running.port) as client:
-        yield client
+def up(shared: RawUpstream) -> RawUpstream:
+    shared.behave, shared.reads_body = reply(), True
+    shared.requests.clear()
+    return shared
 
 
-def rejections(running: RunningGateway, reason: str) -> int:
-    """Return how often the gateway has refused for this reason, as the metrics tell it."""
-    count: int = json.loads(ask(f"{running.url}/metrics").body)["rejections"].get(reason, 0)
-    return count
+@pytest.fixture
+def client(plain: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
+    with RawClient(plain.port) as found:
+        yield found
 
 
-# Bounds
-
-
-def test_too_many_header_lines_are_refused_and_counted(running: RunningGateway, client: RawClient) -> None:
-    before = rejections(running, "headers_too_large")
-    answer = client.get(headers=tuple(f"X-{number}: 1" for number in range(20)))
-    assert (answer.status, json.loads(answer.body)["reason"]) == (431, "headers_too_large")
-    assert rejections(running, "headers_too_large") == before + 1
-
-
-def test_as_many_header_lines_as_are_allowed_pass(client: RawClient) -> None:
-    assert client.get(headers=tuple(f"X-{number}: 1" for number in range(19))).status == 200
-
-
-def test_an_address_has_so_many_connections_and_gets_them_back(running: RunningGateway, client: RawClient) -> None:
-    with ExitStack() as stack:
-        others = [stack.enter_context(RawClient(running.port)) for _ in range(3)]
-        assert [other.get().status for other in (client, *others)] == [200] * 4
-        surplus = stack.enter_context(RawClient(running.port))
-        answer = surplus.get()
-        assert (answer.status, json.loads(answer.body)["reason"]) == (503, "overloaded")
-        assert answer.all("retry-after") == [b"1"]
-    eventually(lambda: len(running.server.server_state.connections) <= 1, "they are gone")
-    with RawClient(running.port) as later:
-        assert later.get().status == 200
-
-
-def test_a_body_that_stalls_is_answered_408(client: RawClient) -> None:
-    client.request("POST", "/api/x", ("Content-Length: 4",), b"ab")
-    answer = client.answer()
-    assert (answer.status, json.loads(answer.body)["reason"]) == (408, "request_timeout")
-
-
-def test_a_client_that_stops_reading_is_cut(running: RunningGateway, client: RawClient, up: RawUpstream) -> None:
-    up.behave = reply(bytes(64 * MIB))
-    client.request()
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=5)
-
-
-def test_a_slow_but_steady_reader_is_not_cut(client: RawClient, up: RawUpstream) -> None:
-    size = 12 * MIB
-    up.behave = reply(bytes(size))
-    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-    client.request()
-    got, end = 0, time.monotonic() + 20
-    while got < size and time.monotonic() < end:
-        piece = client.sock.recv(MIB)
-        if not piece:
-            break
-        got += len(piece)
-        time.sleep(0.01)
-    assert got >= size
-
-
-@pytest.mark.parametrize("framing", ["Content-Length: 33554432", "Transfer-Encoding: chunked"])
-def test_a_client_that_is_still_sending_reads_why_it_is_refused(client: RawClient, framing: str) -> None:
-    chunk = b"%x\r\n%b\r\n" % (MIB, bytes(MIB)) if "chunked" in framing else bytes(MIB)
-    client.request("POST", "/api/x", (framing,))
-    for _ in range(5):
-        client.send(chunk)
-    answer = client.answer()
+def reason(answer: RawAnswer) -> tuple[int, str]:
     assert answer.is_complete
-    assert (answer.status, json.loads(answer.body)["reason"]) == (413, "body_too_large")
+    assert answer.all("content-type") == [b"application/problem+json"]
+    return answer.status, json.loads(answer.body)["reason"]
 
 
-def test_an_upload_that_was_asked_for_may_take_longer_than_an_answer(client: RawClient, up: RawUpstream) -> None:
-    up.reads_body = False
-
-    def asks(wire: Wire, request: RawRequest) -> None:
-        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.body = wire.read_exactly(8)
-        reply()(wire, request)
-
-    up.behave = asks
-    client.request("POST", "/api/x", ("Content-Length: 8", "Expect: 100-continue"))
-    assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\nvia: 1.1 api-gateway\r\n\r\n"
-    for _ in range(8):
-        client.send(b"x")
-        time.sleep(0.2)
-    assert client.answer().status == 200
-
-
-# Beside head and body
-
-
-def test_trailers_reach_the_upstream_as_trailers_but_for_those_that_must_not(
-    client: RawClient, up: RawUpstream
-) -> None:
-    up.reads_body, seen = False, []
-
-    def behave(wire: Wire, request: RawRequest) -> None:
-        assert wire.read_until(b"0\r\n") is not None
-        seen.append(wire.read_until(b"\r\n\r\n"))
-        reply()(wire, request)
-
-    up.behave = behave
-    forged = b"".join(
-        b"%b: forged\r\n" % name
-        for name in (b"X-Forwarded-For", b"X-Client-ID", b"x_client_id", b"Host", b"Authorization", b"Via", b"TE")
+def rejections(gateway: RunningGateway, name: str) -> int:
+    """Return what the operator is shown."""
+    found: int = (
+        ask(f"{gateway.url}/metrics", headers={"Accept": "application/json"}).json()["rejections"].get(name, 0)
     )
-    client.request("POST", "/api/x", ("Transfer-Encoding: chunked", "X-Client-ID: acme"))
-    client.send(b"2\r\nok\r\n0\r\nX-CheckSum: 7\r\n" + forged + b"\r\n")
-    assert client.answer().status == 200
-    assert seen == [b"X-CheckSum: 7\r\n\r\n"]
-    assert up.requests[0].all("x-checksum") == []
-    assert up.requests[0].all("x-client-id") == [b"acme"]
+    return found
 
 
-@pytest.mark.parametrize(("headers", "passed"), [(("TE: trailers",), b"X-Sum: 7\r\n"), ((), b"")])
-def test_trailers_of_an_answer_reach_who_asked_for_them(
-    client: RawClient, up: RawUpstream, headers: tuple[str, ...], passed: bytes
-) -> None:
-    def behave(wire: Wire, _request: RawRequest) -> None:
-        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n")
-        wire.send(b"0\r\nX-Sum: 7\r\nSet-Cookie: a=1\r\n\r\n")
-
-    up.behave = behave
-    client.request("GET", "/api/x", headers)
-    assert client.read_until(b"\r\n\r\n") is not None
-    assert client.read_until(b"0\r\n") is not None
-    rest = passed + b"\r\n"
-    assert client.read_exactly(len(rest)) == rest
+def says(answer: bytes) -> Callable[[Wire, RawRequest], None]:
+    """Return a behaviour that sends exactly this."""
+    return lambda wire, _request: wire.send(answer)
 
 
-def test_names_keep_their_spelling_and_phrases_their_words(client: RawClient, up: RawUpstream) -> None:
-    up.behave = reply(status=b"207 So And So", headers=((b"X-mIxEd", b"1"), (b"DATE", b"d"), (b"sErVeR", b"s")))
-    answer = client.get(headers=("x-RAW-Name: 1",))
-    assert b"\r\nx-RAW-Name: 1\r\n" in up.requests[0].head
-    assert answer.head.startswith(b"HTTP/1.1 207 So And So\r\n")
-    assert [name for name, _ in answer.headers][:3] == [b"X-mIxEd", b"DATE", b"sErVeR"]
-    assert (len(answer.all("date")), len(answer.all("server"))) == (1, 1)
+# Lines and connections
 
 
-def test_a_date_is_added_where_none_comes(client: RawClient) -> None:
-    assert [value[-3:] for value in client.get().all("date")] == [b"GMT"]
+def test_a_head_of_as_many_lines_as_allowed_is_served(client: RawClient, up: RawUpstream) -> None:
+    assert client.get(headers=("X-Many: 1",) * (LINES - 1)).status == 200
+    assert len(up.requests[0].all("x-many")) == LINES - 1
+
+
+def test_a_head_of_more_lines_is_refused(plain: RunningGateway, client: RawClient, up: RawUpstream) -> None:
+    """However short they are; what follows is not served."""
+    before = rejections(plain, "headers_too_large")
+    client.request(headers=("X-Many: 1",) * LINES, body=b"GET /api/hidden HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert reason(client.answer()) == (431, "headers_too_large")
+    assert client.is_closed()
+    assert up.requests == []
+    assert rejections(plain, "headers_too_large") == before + 1
+
+
+def test_trailers_are_as_bounded_as_a_head(client: RawClient, up: RawUpstream) -> None:
+    client.request("POST", "/api/x", (CHUNKED,), b"2\r\nok\r\n0\r\n" + b"X: 1\r\n" * (LINES + 1) + b"\r\n")
+    assert reason(client.answer()) == (431, "headers_too_large")
+    assert not any(request.is_complete for request in up.requests)
+
+
+def test_an_address_may_have_so_many_connections(gateway: StartGateway, up: RawUpstream) -> None:
+    """One more is told so at its first request, and a connection that ends makes room, also one that was a tunnel."""
+    running = gateway(in_front_of(up.url) | {"server": {"max_connections_per_peer": PEERS, "drain_timeout": 1}})
+    ours = next(iter(running.server.servers[0].sockets)).getsockname()[1]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(ours)) for _ in range(PEERS)]
+        assert [client.get().status for client in clients] == [200] * PEERS
+        for _ in range(2):
+            with RawClient(ours) as surplus:
+                answer = surplus.get()
+                assert reason(answer) == (503, "overloaded")
+                assert answer.all("retry-after") == [b"1"]
+                assert answer.all("connection") == [b"close"]
+                assert surplus.is_closed()
+        assert len(up.requests) == PEERS
+        assert [client.get().status for client in clients] == [200] * PEERS
+        up.behave = says(b"HTTP/1.1 101 Go\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        clients[0].request(headers=("Connection: Upgrade", "Upgrade: websocket"))
+        assert clients[0].read_until(b"\r\n\r\n") is not None
+        with RawClient(ours) as surplus:
+            assert surplus.get().status == 503
+        clients[0].reset()
+        clients[1].close()
+        up.behave = reply()
+        eventually(lambda: len(running.server.server_state.connections) == PEERS - 2, "they are gone", within=SOON)
+        fresh = [stack.enter_context(RawClient(ours)) for _ in range(2)]
+        assert [client.get().status for client in fresh] == [200] * 2
+        assert rejections_of(running, "overloaded") == 3
+
+
+def rejections_of(gateway: RunningGateway, name: str) -> int:
+    """Return what is counted, without a connection of our own."""
+    found: int = gateway.console.recorder.rejections[name]
+    return found
+
+
+# Clients that stall
 
 
 @pytest.mark.parametrize(
-    ("target", "arrives"), [("/api/x?", b"/api/x?"), ("/api?", b"/api?"), ("/api/?a??b", b"/api/?a??b")]
+    ("framing", "beginning"),
+    [("Content-Length: 9", b""), ("Content-Length: 9", b"half"), (CHUNKED, b""), (CHUNKED, b"4\r\nhalf\r\n")],
 )
-def test_question_marks_stay(client: RawClient, up: RawUpstream, target: str, arrives: bytes) -> None:
-    client.get(target)
-    assert up.requests[0].line == b"GET %b HTTP/1.1" % arrives
+def test_a_body_that_stalls_is_a_408(plain: RunningGateway, client: RawClient, framing: str, beginning: bytes) -> None:
+    before = rejections(plain, "request_timeout")
+    begun = time.monotonic()
+    client.request("POST", "/api/x", (framing,), beginning)
+    assert reason(client.answer()) == (408, "request_timeout")
+    assert IDLE / 2 < time.monotonic() - begun < SOON
+    assert client.is_closed()
+    assert rejections(plain, "request_timeout") == before + 1
+    eventually(lambda: plain.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
-def test_max_forwards_is_counted_down_and_ends_here(client: RawClient, up: RawUpstream) -> None:
-    """RFC 9110 section 7.6.2; for OPTIONS alone."""
-    client.request("OPTIONS", "/api/x", ("Max-Forwards: 0",))
-    answer = client.answer()
-    assert (answer.status, len(answer.all("allow"))) == (204, 1)
-    assert up.requests == []
-    client.request("OPTIONS", "/api/x", ("Max-Forwards: 5",))
+def test_a_body_that_keeps_coming_may_take_its_time(client: RawClient, up: RawUpstream) -> None:
+    client.request("POST", "/api/x", ("Content-Length: 6",))
+    for _ in range(6):
+        time.sleep(IDLE / 3)
+        client.send(b".")
     assert client.answer().status == 200
-    client.request("GET", "/api/x", ("Max-Forwards: 0",))
+    assert up.requests[0].body == b"......"
+
+
+def test_an_upstream_may_take_longer_than_a_client_may_stall(client: RawClient, up: RawUpstream) -> None:
+    def late(wire: Wire, request: RawRequest) -> None:
+        time.sleep(IDLE * 2)
+        reply()(wire, request)
+
+    up.behave = late
+    client.request("POST", "/api/x", ("Content-Length: 2",), b"ok")
     assert client.answer().status == 200
-    assert [request.all("max-forwards") for request in up.requests] == [[b"4"], [b"0"]]
 
 
-@pytest.mark.parametrize(("status", "lengths"), [(b"304 Not Modified", [b"5"]), (b"204 No Content", [])])
-def test_an_answer_without_a_body_keeps_the_length_it_may_tell(
-    client: RawClient, up: RawUpstream, status: bytes, lengths: list[bytes]
-) -> None:
-    def behave(wire: Wire, _request: RawRequest) -> None:
-        wire.send(b"HTTP/1.1 %b\r\nContent-Length: 5\r\n\r\n" % status)
+def downloads(up: RawUpstream, size: int) -> list[bool]:
+    """Let the upstream send so much; the list tells whether it got rid of all of it, once it is done."""
+    done: list[bool] = []
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        try:
+            for _ in range(size // len(PIECE)):
+                wire.send(PIECE)
+        except OSError:
+            done.append(False)
+        else:
+            done.append(True)
+        return False
 
     up.behave = behave
-    for _ in range(2):
-        assert client.get().all("content-length") == lengths
+    return done
+
+
+def test_a_client_that_stops_reading_its_answer_is_cut(
+    plain: RunningGateway, client: RawClient, up: RawUpstream
+) -> None:
+    done = downloads(up, 64 * MIB)
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    client.request()
+    eventually(lambda: done == [False], "the upstream is let go", within=SOON)
+    eventually(lambda: plain.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    while client.fill():
+        client.buffer = b""
+
+
+def test_a_client_that_reads_slowly_and_steadily_gets_it_all(client: RawClient, up: RawUpstream) -> None:
+    """For several times as long as it might have stalled."""
+    size = 24 * MIB
+    done = downloads(up, size)
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    client.request()
+    assert client.read_until(b"\r\n\r\n") is not None
+    begun, left, pause = time.monotonic(), size - len(client.buffer), IDLE / 8
+    while left:
+        chunk = len(client.sock.recv(min(left, MIB)))
+        assert chunk, f"cut with {left} bytes to come"
+        left -= chunk
+        if time.monotonic() - begun < IDLE * 5:
+            time.sleep(pause)
+    assert time.monotonic() - begun > IDLE * 4
+    eventually(lambda: done == [True], "the upstream has sent all", within=SOON)
+
+
+def test_a_client_that_has_its_early_answer_cannot_keep_the_connection(
+    plain: RunningGateway, client: RawClient, up: RawUpstream
+) -> None:
+    """Though it read the end of that answer late: the time to send the rest of its body runs from the answer."""
+    size = 16 * MIB
+    up.reads_body = False
+    downloads(up, size)
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    client.request("POST", "/api/x", ("Content-Length: 9", "Connection: close"), b"half")
+    assert client.read_until(b"\r\n\r\n") is not None
+    left = size - len(client.buffer)
+    while left:
+        left -= len(client.sock.recv(min(left, 16 * 1024)))
+    eventually(lambda: not plain.server.server_state.connections, "the gateway closes it", within=2 * SOON)
+
+
+# Refusals reach who is still sending
+
+
+def test_who_is_refused_while_sending_reads_why(plain: RunningGateway, up: RawUpstream) -> None:
+    """Each of these sends on for a while, and reads only then."""
+    heads = {
+        431: b"GET /api/x HTTP/1.1\r\nHost: a\r\n" + b"X-Many: 1\r\n" * LINES + b"\r\n",
+        400: b"garbage\r\n\r\n",
+        413: b"POST /api/x HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n",
+    }
+    for status, head in heads.items():
+        with RawClient(plain.port) as client:
+            client.send(head)
+            for _ in range(32):
+                client.send(PIECE)
+                time.sleep(0.002)
+            assert reason(client.answer())[0] == status
+    assert up.requests == []
+
+
+def test_who_never_stops_sending_is_cut(client: RawClient) -> None:
+    client.send(b"garbage\r\n\r\n")
+    sent = 0
+    with suppress(ConnectionError):
+        while sent < 64 * MIB:
+            client.send(PIECE)
+            sent += len(PIECE)
+    assert sent < 32 * MIB

@@ -55,7 +55,7 @@ def slowly(wire: Wire, _request: RawRequest) -> None:
 
 
 class Gates:
-    """A behaviour that answers each request, with its path, once its gate is opened; it notes who came on which wire."""
+    """A behaviour that answers each request, with its path, once its gate is opened; it notes the wire of each."""
 
     def __init__(self) -> None:
         self.order: list[bytes] = []

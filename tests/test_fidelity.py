@@ -1,0 +1,282 @@
+"""What is kept of a message on its way through the gateway, and what is not: trailers, names, targets, lengths."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from tests.kit import (
+    RawAnswer,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    eventually,
+    in_front_of,
+    reply,
+    running_gateway,
+)
+
+SOON = 3.0
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RawUpstream]:
+    server = RawUpstream()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    sections = in_front_of(shared.url) | {"server": {"drain_timeout": 1}}
+    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def up(shared: RawUpstream) -> RawUpstream:
+    shared.behave, shared.reads_body = reply(), True
+    shared.requests.clear()
+    return shared
+
+
+@pytest.fixture
+def client(plain: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
+    with RawClient(plain.port) as found:
+        yield found
+
+
+def reason(answer: RawAnswer) -> tuple[int, str]:
+    return answer.status, json.loads(answer.body)["reason"]
+
+
+def says(answer: bytes) -> Callable[[Wire, RawRequest], None]:
+    """Return a behaviour that sends exactly this."""
+    return lambda wire, _request: wire.send(answer)
+
+
+# Trailers
+
+
+@pytest.fixture
+def trailing(up: RawUpstream) -> list[bytes]:
+    """The end of the body as it came to the upstream, from the last chunk on."""
+    ends: list[bytes] = []
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        while (line := wire.read_until(b"\r\n")) != b"0\r\n":
+            assert line is not None
+            wire.read_exactly(int(line, 16) + 2)
+        end = b""
+        while not end.endswith(b"\r\n\r\n"):
+            end += wire.read_until(b"\r\n") or b"\r\n\r\n"
+            if end == b"\r\n":
+                break
+        ends.append(end)
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    up.behave, up.reads_body = behave, False
+    return ends
+
+
+def test_trailers_of_a_request_arrive_as_trailers(client: RawClient, up: RawUpstream, trailing: list[bytes]) -> None:
+    late = b"X-MiXed: 1\r\nChecksum: caf\xe9\r\nX-MiXed: 2\r\n\r\n"
+    client.request("POST", "/api/x", (CHUNKED, "Trailer: Checksum"), b"2\r\nok\r\n0\r\n" + late)
+    assert client.answer().status == 200
+    assert trailing == [late]
+    assert up.requests[0].all("x-mixed") == up.requests[0].all("checksum") == []
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        *("X-Forwarded-For: 1.2.3.4", "X_Forwarded_For: 1.2.3.4", "X-Client-ID: other", "x-client-id: other"),
+        *("Host: evil.test", "Authorization: Basic x", "Cookie: a=b"),
+        *("Forwarded: for=1.2.3.4", "X-Request-ID: mine", "Connection: close", "Via: 1.1 x"),
+    ],
+)
+def test_what_decides_about_a_request_cannot_come_behind_it(
+    client: RawClient, up: RawUpstream, trailing: list[bytes], forged: str
+) -> None:
+    body = b"2\r\nok\r\n0\r\n" + forged.encode() + b"\r\nX-Kept: 1\r\n\r\n"
+    client.request("POST", "/api/x", (CHUNKED, "X-Client-ID: acme"), body)
+    assert client.answer().status == 200
+    assert trailing == [b"X-Kept: 1\r\n\r\n"]
+    name, value = forged.split(": ")
+    assert value.encode() not in up.requests[0].all(name)
+
+
+@pytest.mark.parametrize("forged", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+def test_what_frames_a_request_cannot_come_behind_it(
+    client: RawClient, up: RawUpstream, trailing: list[bytes], forged: bytes
+) -> None:
+    client.request("POST", "/api/x", (CHUNKED,), b"2\r\nok\r\n0\r\n" + forged + b"\r\n\r\n")
+    assert reason(client.answer()) == (400, "bad_request")
+    assert client.is_closed()
+    assert trailing in ([], [b"\r\n\r\n"])  # the upstream sees the body broken off
+
+
+ANSWER_WITH_TRAILERS = (
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-MiXed\r\n\r\n"
+    b"2\r\nok\r\n0\r\nX-MiXed: 1\r\nX-RateLimit-Limit: 7\r\nSet-Cookie: a=b\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("te", "end"),
+    [
+        (("TE: trailers",), b"X-MiXed: 1\r\n\r\n"),
+        (("TE: gzip, Trailers",), b"X-MiXed: 1\r\n\r\n"),
+        (("TE: gzip",), b"\r\n"),
+        ((), b"\r\n"),
+    ],
+)
+def test_trailers_of_an_answer_reach_who_asked_for_them(
+    client: RawClient, up: RawUpstream, te: tuple[str, ...], end: bytes
+) -> None:
+    up.behave = says(ANSWER_WITH_TRAILERS)
+    client.request(headers=te)
+    head = client.read_until(b"\r\n\r\n")
+    assert head is not None
+    assert b"MiXed: 1" not in head
+    assert client.read_until(b"0\r\n") == b"2\r\nok\r\n0\r\n"
+    assert client.read_exactly(len(end)) == end
+    up.behave = reply()
+    assert client.get().body == b"ok"
+
+
+@pytest.mark.xfail(strict=True, reason="trailers are sent behind an answer that is complete")
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"HEAD /api/x HTTP/1.1",
+        b"GET /api/304 HTTP/1.1",
+        b"GET /api/x HTTP/1.0",
+    ],
+)
+def test_an_answer_that_can_have_no_trailers_is_none_the_worse(
+    plain: RunningGateway, client: RawClient, up: RawUpstream, line: bytes
+) -> None:
+    before = plain.console.recorder.rejections["internal_error"]
+    answer = ANSWER_WITH_TRAILERS
+    if b"HEAD" in line or b"304" in line:
+        answer = answer[: answer.index(b"\r\n\r\n") + 4].replace(b"200 OK", b"304 No" if b"304" in line else b"200 OK")
+    up.behave = says(answer)
+    client.send(line + b"\r\nHost: a\r\nTE: trailers\r\n\r\n")
+    got = client.answer("HEAD" if b"HEAD" in line else "GET")
+    assert (got.status, got.body) in ((200, b""), (200, b"ok"), (304, b""))
+    eventually(lambda: plain.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    assert plain.console.recorder.rejections["internal_error"] == before
+
+
+# Heads on their way
+
+
+def test_names_keep_their_spelling_both_ways(client: RawClient, up: RawUpstream) -> None:
+    up.behave = reply(headers=((b"X-pOwErEd", b"1"), (b"ETAG", b'"x"'), (b"x-lower", b"2")))
+    answer = client.get(headers=("X-mIxEd: 1", "ACCEPT: */*", "user-agent: me"))
+    assert {(b"X-mIxEd", b"1"), (b"ACCEPT", b"*/*"), (b"user-agent", b"me")} <= set(up.requests[0].headers)
+    assert {(b"X-pOwErEd", b"1"), (b"ETAG", b'"x"'), (b"x-lower", b"2")} <= set(answer.headers)
+
+
+@pytest.mark.parametrize("status", [b"200 Fine By Me", b"299 Odd", b"404 Nothing Here", b"503 Later"])
+def test_the_reason_phrase_is_kept(client: RawClient, up: RawUpstream, status: bytes) -> None:
+    up.behave = reply(status=status)
+    assert client.get().head.split(b"\r\n")[0] == b"HTTP/1.1 " + status
+
+
+def test_date_and_server_are_those_of_the_upstream(client: RawClient, up: RawUpstream) -> None:
+    up.behave = reply(headers=((b"Date", b"Tue, 01 Jan 2030 00:00:00 GMT"), (b"Server", b"theirs")))
+    answer = client.get()
+    assert (answer.all("date"), answer.all("server")) == ([b"Tue, 01 Jan 2030 00:00:00 GMT"], [b"theirs"])
+
+
+@pytest.mark.parametrize("target", ["/api/x", "/nowhere"])
+def test_a_date_is_added_where_none_comes(client: RawClient, target: str) -> None:
+    answer = client.get(target)
+    (date,) = answer.all("date")
+    assert re.fullmatch(rb"(Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT", date)
+    assert answer.all("server") == []
+
+
+@pytest.mark.parametrize("target", ["/api/x?", "/api/x??", "/api?", "/api/x?a=&&=b"])
+def test_a_query_is_kept_as_it_is(client: RawClient, up: RawUpstream, target: str) -> None:
+    assert client.get(target).status == 200
+    assert up.requests[0].line == f"GET {target} HTTP/1.1".encode()
+
+
+LENGTHS = pytest.mark.xfail(strict=True, reason="the authority is taken to be as long as it is after parsing")
+
+
+@pytest.mark.parametrize(
+    ("target", "authority", "origin"),
+    [
+        ("http://shop.test/api/x?y", b"shop.test", b"/api/x?y"),
+        ("http://shop.test:8080/api/x", b"shop.test:8080", b"/api/x"),
+        ("http://[::1]:8080/api/x", b"[::1]:8080", b"/api/x"),
+        pytest.param("http://shop.test:080/api/x", b"shop.test:80", b"/api/x", marks=LENGTHS),
+    ],
+)
+def test_the_authority_of_an_absolute_target_wins_over_host(
+    client: RawClient, up: RawUpstream, target: str, authority: bytes, origin: bytes
+) -> None:
+    """RFC 9112 section 3.2.2."""
+    assert client.get(target).status == 200
+    assert up.requests[0].all("x-forwarded-host") == [authority]
+    assert up.requests[0].line == b"GET " + origin + b" HTTP/1.1"
+
+
+@LENGTHS
+def test_an_absolute_target_with_a_user_is_refused(client: RawClient, up: RawUpstream) -> None:
+    """Nothing of a user's name may pass for a path (RFC 9110 section 4.2.4)."""
+    assert reason(client.get("http://xapi%2Fsecret@h/")) == (400, "bad_request")
+    assert up.requests == []
+
+
+def test_an_absolute_target_without_a_path_has_none_in_its_query(client: RawClient, up: RawUpstream) -> None:
+    assert client.get("http://shop.test?api/x").status != 200
+    assert up.requests == []
+
+
+@pytest.mark.parametrize(("hops", "left"), [("7", b"6"), ("1", b"0"), ("many", b"many")])
+def test_max_forwards_counts_down(client: RawClient, up: RawUpstream, hops: str, left: bytes) -> None:
+    client.request("OPTIONS", "/api/x", (f"Max-Forwards: {hops}",))
+    assert client.answer().status == 200
+    assert up.requests[0].all("max-forwards") == [left]
+
+
+def test_a_request_that_may_go_no_further_is_answered_here(client: RawClient, up: RawUpstream) -> None:
+    """RFC 9110 section 7.6.2."""
+    client.request("OPTIONS", "/api/x", ("Max-Forwards: 0",))
+    answer = client.answer()
+    assert (answer.status, answer.all("content-length")) == (204, [])
+    assert b"GET" in answer.all("allow")[0]
+    assert up.requests == []
+    assert client.get(headers=("Max-Forwards: 0",)).status == 200
+
+
+@pytest.mark.xfail(strict=True, reason="int() refuses more than 4300 digits")
+def test_max_forwards_without_end_is_no_defect_of_ours(client: RawClient) -> None:
+    client.request("OPTIONS", "/api/x", ("Max-Forwards: " + "9" * 5000,))
+    assert client.answer().status < 500
+
+
+@pytest.mark.parametrize(
+    ("status", "length"), [(b"204 No Content", []), (b"304 Not Modified", [b"12345"]), (b"200 OK", [b"12345"])]
+)
+def test_a_length_without_a_body_is_kept_where_it_may_be(
+    client: RawClient, up: RawUpstream, status: bytes, length: list[bytes]
+) -> None:
+    """RFC 9110 section 8.6."""
+    up.behave = says(b"HTTP/1.1 " + status + b"\r\nContent-Length: 12345\r\nETag: x\r\n\r\n")
+    client.request("HEAD")
+    answer = client.answer("HEAD")
+    assert (answer.status, answer.all("content-length")) == (int(status[:3]), length)
+    assert answer.all("transfer-encoding") == []
+    with suppress(TimeoutError):
+        assert not client.is_closed(within=0.05)
