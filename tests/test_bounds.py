@@ -29,6 +29,7 @@ from tests.kit import (
 SOON = 3.0
 LINES = 12
 IDLE = 0.4
+RESPONSE = 1.0  # seconds the upstream may take
 MAX_BODY = 64 * 1024
 PEERS = 3
 MIB = 1024 * 1024
@@ -47,7 +48,8 @@ def shared() -> Iterator[RawUpstream]:
 @pytest.fixture(scope="module")
 def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
     server = {"max_header_lines": LINES, "idle_timeout": IDLE, "max_body_bytes": MAX_BODY, "drain_timeout": 1}
-    with running_gateway(in_front_of(shared.url) | {"server": server}, tmp_path_factory.mktemp("state")) as gateway:
+    sections = in_front_of(shared.url, timeouts={"response": RESPONSE}) | {"server": server}
+    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
         yield gateway
 
 
@@ -170,6 +172,24 @@ def test_a_body_that_keeps_coming_may_take_its_time(client: RawClient, up: RawUp
     assert up.requests[0].body == b"......"
 
 
+def test_an_upload_that_was_asked_for_may_take_longer_than_an_answer(client: RawClient, up: RawUpstream) -> None:
+    up.reads_body = False
+
+    def asks(wire: Wire, request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.body = wire.read_exactly(8)
+        reply()(wire, request)
+
+    up.behave = asks
+    client.request("POST", "/api/x", ("Content-Length: 8", "Expect: 100-continue"))
+    assert (client.read_until(b"\r\n\r\n") or b"").startswith(b"HTTP/1.1 100 Continue\r\n")
+    for _ in range(8):
+        client.send(b"x")
+        time.sleep(RESPONSE / 5)
+    assert client.answer().status == 200
+    assert up.requests[0].body == b"x" * 8
+
+
 def test_an_upstream_may_take_longer_than_a_client_may_stall(client: RawClient, up: RawUpstream) -> None:
     def late(wire: Wire, request: RawRequest) -> None:
         time.sleep(IDLE * 2)
@@ -263,6 +283,17 @@ def test_who_is_refused_while_sending_reads_why(plain: RunningGateway, up: RawUp
                 time.sleep(0.002)
             assert reason(client.answer())[0] == status
     assert up.requests == []
+
+
+@pytest.mark.parametrize("framing", [f"Content-Length: {32 * MIB}", CHUNKED])
+def test_who_sends_a_body_that_is_too_large_reads_why(client: RawClient, up: RawUpstream, framing: str) -> None:
+    """Also of one whose size shows only as it comes."""
+    piece = b"%x\r\n%b\r\n" % (MIB, bytes(MIB)) if framing == CHUNKED else bytes(MIB)
+    client.request("POST", "/api/x", (framing,))
+    for _ in range(5):
+        client.send(piece)
+    assert reason(client.answer()) == (413, "body_too_large")
+    assert not any(request.is_complete for request in up.requests)
 
 
 def test_who_never_stops_sending_is_cut(client: RawClient) -> None:
