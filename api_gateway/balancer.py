@@ -110,6 +110,15 @@ class Upstream:
         healthy = sum(target.is_healthy for target in self.targets)
         return f"<Upstream {self.name!r} [{healthy} of {len(self.targets)} healthy, {self.breaker.state}]>"
 
+    def is_untroubled(self) -> bool:
+        """Tell whether `checkout` would give a lease that is no probe."""
+        if self.breaker.state is not State.CLOSED:
+            return False
+        for target in self.targets:  # noqa: SIM110 - any() takes five times as long, on every request
+            if target.is_healthy:
+                return True
+        return False
+
     def checkout(self, now: float, key: str, tried: Collection[Target] = ()) -> Lease:
         """Return a lease on a healthy target, preferring those not in `tried`.
 

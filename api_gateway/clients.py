@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,6 +114,7 @@ class ClientRegistry:
             for client_id, tier in configured.items()
         }
         self._registered: dict[str, Client] = {}
+        self._unregistered = lru_cache(maxsize=4096)(self._by_default)
         self._store = store
         self._change = asyncio.Lock()
 
@@ -134,7 +136,10 @@ class ClientRegistry:
     def named(self, client_id: str) -> Client:
         """Return the client that calls itself `client_id`."""
         known = self._registered.get(client_id) or self._configured.get(client_id)
-        return known or Client(client_id, bucket_key(client_id), self.default, "default")
+        return known or self._unregistered(client_id)
+
+    def _by_default(self, client_id: str) -> Client:
+        return Client(client_id, bucket_key(client_id), self.default, "default")
 
     def unnamed(self, address: str) -> Client:
         """Return the client that gave no name: it is its address."""

@@ -58,6 +58,7 @@ class Cycle:
 
     # What every cycle begins as stands here, and not in each of them: one is made for every request.
     upgrade = b""
+    app: Any = None  # what serves it, if not the connection's application
     on_leaving: Callable[[], object] | None = None
     keep_alive = True
     is_http10 = False
@@ -242,18 +243,19 @@ class Cycle:
         """See `Link`. A client of HTTP/1.0 knows no interim answers."""
         self.awaits_continue = self.awaits_continue and status != HTTPStatus.CONTINUE
         if not self.is_http10 and not self.is_started and not self.is_disconnected:
-            self._connection.transport.write(render_head(status, reason, list(map(_COLON, headers))))
+            self._connection.transport.write(render_head(status, reason, headers))
 
     def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
         """See `Link`. From here on this cycle sends nothing; its end closes the connection."""
         self.is_started = self.is_answered = True
         self.keep_alive = False
         self.on_leaving = None
-        return self._connection.hand_over(render_head(101, reason, list(map(_COLON, headers))))
+        return self._connection.hand_over(render_head(101, reason, headers))
 
 
-def render_head(status: int, reason: bytes | None, lines: list[bytes]) -> bytes:
+def render_head(status: int, reason: bytes | None, headers: HeaderList) -> bytes:
     """Return a head; raises RuntimeError if one of its lines hides another."""
+    lines = list(map(_COLON, headers))
     refuse_hidden_lines(lines)
     return b"\r\n".join([_status_line(status, reason), *lines, b"\r\n"])
 

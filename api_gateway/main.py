@@ -28,8 +28,10 @@ from api_gateway.clients import ClientRegistry, ClientStore
 from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
+from api_gateway.express import Express
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy, watch
+from api_gateway.link import Lane
 from api_gateway.metrics import Exposition, Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
 from api_gateway.models import Quota
@@ -71,9 +73,18 @@ class GatewayApp(FastAPI):
         self.add_middleware(Split, switch=switch)
         self._switch = switch
 
+    @property
+    def lane(self) -> Lane | None:
+        """The straight way for plain requests; none if somebody's middleware wants to see them."""
+        return self._switch.lane if self._has_no_other_middleware else None
+
+    @property
+    def _has_no_other_middleware(self) -> bool:
+        return len(self.user_middleware) == 1
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
-        if len(self.user_middleware) == 1 and scope["type"] == "http" and is_proxied(scope["path"]):
+        if self._has_no_other_middleware and scope["type"] == "http" and is_proxied(scope["path"]):
             await self._switch.data_plane(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
@@ -102,7 +113,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _live(settings, rejections, transports or {}) as gateway:
             app.state.console = _console(gateway)
-            switch.data_plane = _data_plane(gateway, server_headers)
+            switch.data_plane, switch.lane = _data_plane(gateway, server_headers)
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
@@ -237,8 +248,11 @@ def _route(section: RouteSection) -> Route:
     )
 
 
-def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> ASGIApp:
-    """Build the steps of a proxied request. Read from the inside out: what stands last sees a request first."""
+def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express]:
+    """Build the steps of a proxied request, and the straight way past them.
+
+    Read from the inside out: what stands last sees a request first.
+    """
     config, recorder = gateway.config, gateway.recorder
     router = Router(
         RouteTable([_route(section) for section in config.routes]),
@@ -263,12 +277,21 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> ASGIApp:
         header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
     )
-    return Record(
+    record = Record(
         identify,
         clock=time.monotonic,
         recorder=recorder,
         observers=[recorder.observe, *([AccessLog(time.time).write] if config.log.access else [])],
     )
+    express = Express(
+        record=record,
+        identify=identify,
+        limit=limit,
+        router=router,
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+    )
+    return record, express
 
 
 def _console(gateway: Gateway) -> Console:

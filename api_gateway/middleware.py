@@ -36,10 +36,11 @@ from api_gateway.headers import (
     is_visible_ascii,
     is_within,
 )
+from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
-from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Exchange, HeaderList, Quota
+from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import NEVER, MemoryLimiter, RateLimiter
-from api_gateway.router import FIELDS, Receive, Router, Scope, Send, matching_path
+from api_gateway.router import FIELDS, Receive, Router, Scope, Send
 
 logger = logging.getLogger(__name__)
 _random_bits = random.Random().getrandbits  # noqa: S311 - seeded by the system; ids must differ, not be secret
@@ -79,10 +80,11 @@ class Split:
 
 
 class Switch:
-    """Holds the live data plane, which start-up sets."""
+    """Holds the live data plane, and the straight way past it, which start-up sets."""
 
     def __init__(self) -> None:
         self.data_plane: ASGIApp = _not_started
+        self.lane: Lane | None = None
 
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
@@ -108,50 +110,72 @@ class Record:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to its end."""
-        exchange = self._begin(scope)
+        fields = scope[FIELDS] = fields_of(scope["headers"])
+        peer = scope["client"][0] if scope.get("client") else "unknown"
+        identity = given_request_id(fields) or new_request_id()
+        exchange = self.begin(Exchange(identity, scope["method"], scope["path"], peer, self._clock()))
+        exchange.answer_headers.append((b"x-request-id", exchange.id.encode()))
+        scope[EXCHANGE] = exchange
+        await self.conclude(exchange, self._unflawed, scope, receive, send)
+
+    def _unflawed(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        _refuse_flaws(scope)
+        return self.app(scope, receive, send)
+
+    def begin(self, exchange: Exchange) -> Exchange:
+        """Count an exchange as running, until `end`."""
         self._recorder.in_flight += 1
+        return exchange
+
+    async def conclude(self, exchange: Exchange, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have `app` answer an exchange that has begun, answer in its place if it fails, and end the exchange."""
         try:
-            _refuse_flaws(scope)
-            await self.app(scope, receive, send)
+            await app(scope, receive, send)
         except GatewayError as error:
             await self._refuse(exchange, error, send)
         except Exception as error:
             logger.exception("request %s: %s %s", exchange.id, exchange.method, exchange.path)
             await self._refuse(exchange, InternalError(f"The gateway failed: {type(error).__name__}."), send)
         finally:
-            self._recorder.in_flight -= 1
-            self._end(exchange)
-
-    def _begin(self, scope: Scope) -> Exchange:
-        fields = scope[FIELDS] = fields_of(scope["headers"])
-        given: Sequence[bytes] = fields.get(b"x-request-id", ())
-        is_usable = len(given) == 1 and is_visible_ascii(given[0])
-        identity = given[0].decode("ascii") if is_usable else f"{_random_bits(128):032x}"
-        peer = scope["client"][0] if scope.get("client") else "unknown"
-        exchange = Exchange(identity, scope["method"], scope["path"], peer, self._clock())
-        exchange.answer_headers.append((b"x-request-id", exchange.id.encode()))
-        scope[EXCHANGE] = exchange
-        return exchange
+            self.end(exchange, self._clock())
 
     async def _refuse(self, exchange: Exchange, error: GatewayError, send: Send) -> None:
-        exchange.reason = error.reason.value
-        exchange.detail = error.detail if error.__cause__ is None else f"{error.detail} ({error.__cause__})"
-        if isinstance(error, ClientDisconnected):
-            exchange.status, exchange.source = error.status, "gateway"
+        has_begun = exchange.status != 0  # then leaving it unfinished makes the server close the connection
+        note_failure(exchange, error)
+        if has_begun or isinstance(error, ClientDisconnected):
             return
-        if exchange.status:
-            return  # the answer has begun: leaving it unfinished makes the server close the connection
         exchange.status, exchange.source = error.status, "gateway"
         exchange.bytes_out = await send_problem(
             error, send, instance=exchange.path, request_id=exchange.id, headers=exchange.answer_headers
         )
 
-    def _end(self, exchange: Exchange) -> None:
-        exchange.finished = self._clock()
+    def end(self, exchange: Exchange, now: float) -> None:
+        """Hand the finished exchange to the observers."""
+        self._recorder.in_flight -= 1
+        exchange.finished = now
         if not exchange.status:  # cancelled by the server: its time to drain was over
             exchange.status, exchange.reason = ClientDisconnected.status, Reason.DRAINING.value
         for observe in self._observers:
             observe(exchange)
+
+
+def given_request_id(fields: Fields) -> str | None:
+    """Return the request id that came with the request, if it can be used."""
+    given: Sequence[bytes] = fields.get(b"x-request-id", ())
+    return given[0].decode("ascii") if len(given) == 1 and is_visible_ascii(given[0]) else None
+
+
+def new_request_id() -> str:
+    """Return 128 random bits in hexadecimal."""
+    return f"{_random_bits(128):032x}"
+
+
+def note_failure(exchange: Exchange, error: GatewayError) -> None:
+    """Write into the record why an exchange failed; of one whose client has left also that this was its end."""
+    exchange.reason = error.reason.value
+    exchange.detail = error.detail if error.__cause__ is None else f"{error.detail} ({error.__cause__})"
+    if isinstance(error, ClientDisconnected):
+        exchange.status, exchange.source = error.status, "gateway"
 
 
 def _refuse_flaws(scope: Scope) -> None:
@@ -191,16 +215,23 @@ class Identify:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `client` and, behind a trusted proxy, the real `peer`."""
         exchange: Exchange = scope[EXCHANGE]
-        fields: Fields = scope[FIELDS]
-        scope[IS_TRUSTED] = bool(self._trusted) and self._is_trusted(exchange.peer)
-        if scope[IS_TRUSTED]:
-            exchange.peer = client_address(exchange.peer, fields, self._trusted)
-        name = auth.client_id(fields, self._header)
-        if name is None:
-            exchange.client = self._clients.unnamed(address_key(exchange.peer))
-        else:
-            exchange.client = self._clients.named(name)
+        exchange.peer, scope[IS_TRUSTED], name = self.caller(exchange.peer, scope[FIELDS])
+        exchange.client = self.client(name, exchange.peer)
         return self.app(scope, receive, send)
+
+    def caller(self, peer: str, fields: Fields) -> tuple[str, bool, str | None]:
+        """Return the client's own address, whether `peer` is a trusted proxy, and the name the client gave.
+
+        Raises ClientIdInvalid.
+        """
+        is_trusted = bool(self._trusted) and self._is_trusted(peer)
+        if is_trusted:
+            peer = client_address(peer, fields, self._trusted)
+        return peer, is_trusted, auth.client_id(fields, self._header)
+
+    def client(self, name: str | None, address: str) -> Client:
+        """Return the client as it is registered now."""
+        return self._clients.unnamed(address_key(address)) if name is None else self._clients.named(name)
 
 
 class Match:
@@ -213,10 +244,8 @@ class Match:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `route` and `cost`; raises NoRoute and MethodNotAllowed."""
         exchange: Exchange = scope[EXCHANGE]
-        path = matching_path(exchange.path)
-        route = self._routes.match(host_name(scope[FIELDS]), exchange.method, path)
+        route, exchange.cost = self._routes.find(host_name(scope[FIELDS]), exchange.method, exchange.path)
         exchange.route = route.name
-        exchange.cost = route.cost_of(exchange.method, path)
         scope[ROUTE] = route
         return self.app(scope, receive, send)
 
@@ -236,20 +265,21 @@ class Limit:
         """`address_quota` None leaves addresses uncounted; those in `exempt` networks are."""
         self.app = app
         self._limiter = limiter
-        self._decide = limiter.decide if isinstance(limiter, MemoryLimiter) else None
+        self.decide = limiter.decide if isinstance(limiter, MemoryLimiter) else None  # None if deciding takes waiting
         self._clock_ns = clock_ns
         self._address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
         self._increments: dict[tuple[str, float], int] = {}
-        self._constants: dict[str, tuple[bytes, tuple[bytes, bytes], tuple[bytes, bytes]]] = {}
+        self._templates: dict[str, bytes] = {}
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `decision` and its headers; raises RateLimited and CostExceedsCapacity."""
         exchange: Exchange = scope[EXCHANGE]
-        charges = self._charges(exchange)
-        if self._decide is None:
+        assert exchange.client is not None  # noqa: S101 - Identify came before
+        charges = self.charges(exchange.client, exchange.peer, exchange.cost)
+        if self.decide is None:
             return self._wait(charges, scope, receive, send)
-        self._apply(exchange, self._decide(charges, self._clock_ns()))
+        self._apply(exchange, self.decide(charges, self._clock_ns()))
         return self.app(scope, receive, send)
 
     async def _wait(self, charges: list[Charge], scope: Scope, receive: Receive, send: Send) -> None:
@@ -259,17 +289,16 @@ class Limit:
 
     def _apply(self, exchange: Exchange, decision: Decision) -> None:
         exchange.decision = decision
-        exchange.answer_headers += self._headers(decision)
+        exchange.answer_headers += self.headers(decision)
         if not decision.allowed:
             raise refusal(exchange, decision)
 
-    def _charges(self, exchange: Exchange) -> list[Charge]:
-        client = exchange.client
-        assert client is not None  # noqa: S101 - Identify came before
-        charges = [Charge(client.key, client.quota, self._increment(client.quota, exchange.cost))]
+    def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
+        """Return what a request of `client` from the address `peer` draws on; all or none is to be charged."""
+        charges = [Charge(client.key, client.quota, self._increment(client.quota, cost))]
         quota = self._address_quota
-        if quota is not None and not client.is_registered and not self._is_exempt(exchange.peer):
-            charges.append(Charge(f"peer:{address_key(exchange.peer)}", quota, self._increment(quota, exchange.cost)))
+        if quota is not None and not client.is_registered and not self._is_exempt(peer):
+            charges.append(Charge(f"peer:{address_key(peer)}", quota, self._increment(quota, cost)))
         return charges
 
     def _increment(self, quota: Quota, cost: float) -> int:
@@ -279,33 +308,36 @@ class Limit:
             increment = self._increments[key] = quota.cost_ns(cost)
         return increment
 
-    def _headers(self, decision: Decision) -> HeaderList:
+    def headers(self, decision: Decision) -> HeaderList:
         """Return the fields of draft-ietf-httpapi-ratelimit-headers-11, and the older trio in delta seconds."""
+        lines = (line.split(b": ", 1) for line in self.lines(decision).splitlines())
+        return [(name, value) for name, value in lines]
+
+    def lines(self, decision: Decision) -> bytes:
+        """Return the same as they go over the wire, each with its line break."""
         quota = decision.quota
-        constant = self._constants.get(quota.name)
-        if constant is None:
-            constant = self._constants[quota.name] = _constant_headers(quota)
-        name, policy, limit = constant
+        template = self._templates.get(quota.name)
+        if template is None:
+            template = self._templates[quota.name] = _template(quota)
         left = decision.remaining
         if decision.allowed:
             effective = max(1, -(-left * quota.emission_ns // NANOSECONDS))
         else:
             effective = max(1, -(-max(decision.wait_ns, 0) // NANOSECONDS))
-        return [
-            policy,
-            (b"ratelimit", b'"%b";r=%d;t=%d' % (name, left, effective)),
-            limit,
-            (b"x-ratelimit-remaining", b"%d" % left),
-            (b"x-ratelimit-reset", b"%d" % -(-decision.reset_ns // NANOSECONDS)),
-        ]
+        return template % (left, effective, left, -(-decision.reset_ns // NANOSECONDS))
 
 
-def _constant_headers(quota: Quota) -> tuple[bytes, tuple[bytes, bytes], tuple[bytes, bytes]]:
-    """Return the policy's name and the headers that every answer under this quota carries alike."""
-    name = quota.name.lower().encode()
+def _template(quota: Quota) -> bytes:
+    """Return the header lines under this quota, with blanks for what differs from one answer to the next."""
+    name = quota.name.lower().encode()  # letters, digits and "_.-", so no blank of its own
     window = math.ceil(quota.burst_ns / NANOSECONDS)
-    policy = b'"%b";q=%d;w=%d' % (name, quota.capacity, window)
-    return name, (b"ratelimit-policy", policy), (b"x-ratelimit-limit", b"%d" % quota.capacity)
+    return (
+        b'ratelimit-policy: "%b";q=%d;w=%d\r\n'
+        b'ratelimit: "%b";r=%%d;t=%%d\r\n'
+        b"x-ratelimit-limit: %d\r\n"
+        b"x-ratelimit-remaining: %%d\r\n"
+        b"x-ratelimit-reset: %%d\r\n"
+    ) % (name, quota.capacity, window, name, quota.capacity)
 
 
 def refusal(exchange: Exchange, decision: Decision) -> GatewayError:

@@ -34,7 +34,7 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.headers import fields_of, framing, http_date
-from api_gateway.link import LINK
+from api_gateway.link import LINK, Lane, Passage
 from api_gateway.models import HeaderList
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,10 @@ class GatewayProtocol(HttpToolsProtocol):
         self._unsent = 0  # bytes the client had not read when last looked at
         self._alarm = Alarm(self.loop, self._on_alarm)
         self._alarm.set(self.bounds.header_timeout)
+        self.standing: Any = None  # the lane's memory of the last request here
+        self._lane: Lane | None = getattr(self.app, "lane", None)
+        self._passage: Passage | None = None  # the request that has taken the lane
+        self._is_at_rest = self._lane is not None and not self._is_surplus  # nothing has begun: the lane is open
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """End of the connection."""
@@ -116,7 +120,11 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self.peers[self._peer]:
             del self.peers[self._peer]
         self._is_over = True
+        self._is_at_rest = False
         self._alarm.stop()
+        passage, self._passage = self._passage, None
+        if passage is not None:
+            passage.on_client_left()
         self.resume_writing()
         self._waiting.clear()
         self._wake_worker()
@@ -126,6 +134,8 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never says to go on
         """Tell whether to go on: a client that said it would send no more may still be reading (RFC 9112, 9.6)."""
+        if self._passage is not None:
+            return not self._passage.keep_alive
         last = self._waiting[-1] if self._waiting else self._serving
         return (
             last is not None
@@ -138,7 +148,9 @@ class GatewayProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Close once what is being served has been, at the server's wish."""
         last = self._waiting[-1] if self._waiting else self._serving
-        if last is not None and not last.is_answered:
+        if self._passage is not None:
+            self._passage.keep_alive = False
+        elif last is not None and not last.is_answered:
             last.keep_alive = False
         elif not self._is_handed_over:
             self._close()
@@ -146,7 +158,11 @@ class GatewayProtocol(HttpToolsProtocol):
     # Reading
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, within the bounds."""
+        """Parse what came, within the bounds, unless it is a request that can take the lane."""
+        if self._is_at_rest:
+            if self._lane is not None and self._lane.board(self, data):
+                return
+            self._is_at_rest = False
         if self._is_ending:
             self._discarded += len(data)
             if self._discarded > MAX_LINGERED:
@@ -266,11 +282,15 @@ class GatewayProtocol(HttpToolsProtocol):
             self.refuse(Overloaded(f"Your address has more than {limit} connections.", retry_after=1))
             return
         try:
-            cycle = self._cycle()
+            cycle = self._parsed_cycle()
         except ValueError as error:
             self.refuse(BadRequest(f"The request target is not valid: {error}."))
             return
         self._reading = cycle
+        self._enqueue(cycle)
+
+    def _enqueue(self, cycle: Cycle) -> None:
+        """Have the worker serve a request, as soon as it has served those before."""
         self._waiting.append(cycle)
         if self._worker is None:
             self._worker = self.loop.create_task(self._work())
@@ -279,7 +299,7 @@ class GatewayProtocol(HttpToolsProtocol):
         elif self._rest is not None:
             self._wake_worker()
 
-    def _cycle(self) -> Cycle:
+    def _parsed_cycle(self) -> Cycle:
         """Return the request whose head has just come; raises ValueError if its target is none."""
         parser = self.parser
         method, version = parser.get_method().decode("ascii"), parser.get_http_version()
@@ -288,6 +308,17 @@ class GatewayProtocol(HttpToolsProtocol):
             raise ValueError("it holds a fragment")
         if not target.startswith(b"/"):
             target = self._origin_form(target)
+        cycle = self._cycle(method, target, version)
+        if version == "1.0":
+            cycle.is_http10, cycle.keep_alive = True, False
+        elif not parser.should_keep_alive():
+            cycle.keep_alive = False
+        if parser.should_upgrade():
+            cycle.upgrade = WEBSOCKET
+        return cycle
+
+    def _cycle(self, method: str, target: bytes, version: str) -> Cycle:
+        """Return a request; its headers are those spelled last."""
         raw_path, _, query = target.partition(b"?")
         path = raw_path.decode("ascii")
         headers = [(name.lower(), value) for name, value in self.spelled]
@@ -302,12 +333,6 @@ class GatewayProtocol(HttpToolsProtocol):
             "state": self.app_state.copy(),
         }
         scope[LINK] = cycle = Cycle(self, scope, target)
-        if version == "1.0":
-            cycle.is_http10, cycle.keep_alive = True, False
-        elif not parser.should_keep_alive():
-            cycle.keep_alive = False
-        if parser.should_upgrade():
-            cycle.upgrade = WEBSOCKET
         return cycle
 
     def _origin_form(self, target: bytes) -> bytes:
@@ -347,7 +372,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         cycle.end_body()
         if cycle.is_answered:
-            self._alarm.set(self.bounds.keep_alive_timeout)
+            self._rest_between()
         else:
             self._alarm.clear()
 
@@ -403,6 +428,57 @@ class GatewayProtocol(HttpToolsProtocol):
 
     # Serving
 
+    # The lane, as `express.Client` has it
+
+    def embark(self, passage: Passage) -> None:
+        """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
+        self._passage = passage
+        self._is_at_rest = self._is_timed = False
+        self._is_holding = True
+        self._alarm.clear()
+
+    def disembark(self, *, keep_alive: bool) -> None:
+        """Go on behind a complete answer, or end the connection."""
+        self._passage = None
+        self.server_state.total_requests += 1
+        if self._is_over:
+            return
+        if not keep_alive:
+            self._close()
+        elif self._held:
+            self.loop.call_soon(self._release)
+        else:
+            self._is_holding = False
+            self._rest_between()
+
+    def serve(
+        self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
+    ) -> None:
+        """Have `app` serve the request, whether it has embarked or not."""
+        self._passage = None
+        self._is_at_rest = self._is_timed = False
+        self.spelled = headers
+        self.expects_continue = False
+        cycle = self._cycle(method, target, "1.1")
+        cycle.app = app
+        cycle.keep_alive = keep_alive
+        if body:
+            cycle.feed(body)
+        cycle.end_body()
+        self._alarm.clear()
+        self._enqueue(cycle)
+        if self._held:
+            self.loop.call_soon(self._release)
+        else:
+            self._is_holding = False
+
+    def _rest_between(self) -> None:
+        """Wait for the next request, if nothing of it has come yet."""
+        self._alarm.set(self._patience())
+        self._is_at_rest = self._lane is not None and not (
+            self._is_holding or self._waiting or self._has_begun or self._unparsed or self._reading is not None
+        )
+
     async def _work(self) -> None:
         """Serve the requests of this connection, one after the other, until it is over."""
         app: Any = self.app
@@ -414,7 +490,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 continue
             cycle = self._serving = self._waiting.popleft()
             try:
-                await app(cycle.scope, cycle.receive, cycle.send)
+                await (cycle.app or app)(cycle.scope, cycle.receive, cycle.send)
             except Exception:
                 logger.exception("the application failed")
             except BaseException:  # cancelled by the server: its time to drain was over
@@ -463,7 +539,7 @@ class GatewayProtocol(HttpToolsProtocol):
         elif self._is_read_paused:
             self.resume_reading()
         self._discarded = 0
-        self._alarm.set(self._patience())
+        self._rest_between()
 
     def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
         """Send the answer to a handshake and let go of the connection; see `Link.switch`."""
@@ -489,6 +565,8 @@ class GatewayProtocol(HttpToolsProtocol):
             if not self._is_ending:
                 self._alarm.set(self._patience())
         self._writable = None
+        if self._passage is not None:
+            self._passage.on_writable()
 
     async def wait_until_writable(self) -> None:
         """Wait for the client to read on, or to leave."""
@@ -501,7 +579,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Return the seconds that what is awaited now may take."""
         if self._reading is not None or self.is_write_paused:
             return self.bounds.idle_timeout
-        if self._serving is not None and not self._serving.is_answered:
+        if self._passage is not None or (self._serving is not None and not self._serving.is_answered):
             return None  # the upstream's time, which others keep
         return self.bounds.header_timeout if self._is_timed else self.bounds.keep_alive_timeout
 
@@ -558,15 +636,15 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _say(self, error: GatewayError) -> None:
         body = json.dumps(problem(error, instance="")).encode()
-        lines = [
-            b"content-type: application/problem+json",
-            b"content-length: %d" % len(body),
-            b"cache-control: no-store",
-            *(f"{name}: {value}".encode() for name, value in error.headers.items()),
-            b"date: " + http_date(int(time.time())),
-            b"connection: close",
+        headers = [
+            (b"content-type", b"application/problem+json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+            *((name.encode(), value.encode()) for name, value in error.headers.items()),
+            (b"date", http_date(int(time.time()))),
+            (b"connection", b"close"),
         ]
-        self.transport.write(render_head(error.status, None, lines) + body)
+        self.transport.write(render_head(error.status, None, headers) + body)
         self._linger()
 
     def _linger(self) -> None:

@@ -34,7 +34,7 @@ from api_gateway.errors import (
 from api_gateway.headers import Fields, fields_of, for_client, for_upstream, framing, trailers_to_pass
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
-from api_gateway.transport import NO_BODY, Answer, Incoming, NoBody, Origin, Outgoing, UpstreamTransport
+from api_gateway.transport import NO_BODY, Answer, Connection, Incoming, NoBody, Origin, Outgoing, UpstreamTransport
 from api_gateway.tunnel import Tunnel
 
 Scope = MutableMapping[str, Any]
@@ -50,7 +50,7 @@ FIELDS = "gateway.fields"  # the key of the scope under which the request's head
 _BODILESS = frozenset({204, 304})
 _NO_LENGTH = frozenset({204})
 _CLASSES = tuple(f"{number}xx" for number in range(6))
-_LEFT = "The client left before its answer was complete."
+LEFT = "The client left before its answer was complete."
 PATIENCE = 0.05  # seconds an upstream may take before we also watch for the client's leaving
 PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success
 
@@ -119,6 +119,12 @@ class RouteTable:
     def __repr__(self) -> str:
         return f"<RouteTable {sorted(self._routes)}>"
 
+    def find(self, host: str, method: str, path: str) -> tuple[Route, float]:
+        """Return the route and what the request costs, in tokens; raises as `match` does."""
+        path = matching_path(path)
+        route = self.match(host, method, path)
+        return route, route.cost_of(method, path) if route.costs else route.cost
+
     def match(self, host: str, method: str, path: str) -> Route:
         """Return the route; raises NoRoute, or MethodNotAllowed naming what is allowed."""
         segments = path.split("/", self._depth + 1)
@@ -173,6 +179,7 @@ class Service:
         self.retry_budget = RetryBudget(retry_budget)
         self.origins = {target: Origin.of(httpx.URL(target.url)) for target in upstream.targets}
         self.speaks_pairs = isinstance(transport, UpstreamTransport)
+        self.takes_passages = self.speaks_pairs and timeouts.total is None
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
@@ -184,6 +191,11 @@ class Service:
 
     def __repr__(self) -> str:
         return f"<Service {self.upstream!r}>"
+
+    def idle_connection(self, target: Target) -> Connection | None:
+        """Take a connection of our own transport to `target`, if one is free."""
+        transport = self.transport
+        return transport.idle_connection(self.origins[target]) if isinstance(transport, UpstreamTransport) else None
 
 
 class RequestBody(httpx.AsyncByteStream):
@@ -210,6 +222,15 @@ class RequestBody(httpx.AsyncByteStream):
             self.is_finished = not message.get("more_body", False)
             if piece:
                 yield piece
+
+
+class SentBody(NoBody):
+    """The body of a request that has been sent already, and cannot be once more."""
+
+    is_started = True
+
+
+SENT_BODY = SentBody()
 
 
 class DisconnectWatch:
@@ -240,7 +261,7 @@ class DisconnectWatch:
             self._watcher.cancel()
         if self._has_left:
             if kind is asyncio.CancelledError and self._task.uncancel() == 0:
-                raise ClientDisconnected(_LEFT) from error
+                raise ClientDisconnected(LEFT) from error
             self._task.uncancel()
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -275,8 +296,8 @@ class Router:
         self.routes = routes
         self.services = dict(services)
         self._clock = clock
-        self._max_body_bytes = max_body_bytes
-        self._protected = protected
+        self.max_body_bytes = max_body_bytes
+        self.protected = protected
         self._omit = omit
         self._omit_with_length = omit | {b"content-length"}
         self._observe_try = observe_try
@@ -298,7 +319,8 @@ class Router:
         service = self.services[route.upstream]
         exchange.upstream = route.upstream
         link: Link | None = scope.get(LINK)
-        request = _Request(scope, link, _target(route, scope, link), is_trusted, self._protected)
+        target = upstream_target(route, _spelt_target(scope) if link is None else link.target)
+        request = _Request(scope, link, target, is_trusted, self.protected)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
             return self._answer_options(exchange, send)
         request.body = self._body(exchange, request, receive)
@@ -306,6 +328,37 @@ class Router:
         if link is not None and service.total_timeout is None:
             return self._try_targets(exchange, service, request, send)
         return self._guard(exchange, service, request, receive, send)
+
+    def resume(
+        self,
+        exchange: Exchange,
+        route: Route,
+        lease: Lease,
+        answer: Answer | None,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        is_trusted: bool,
+    ) -> Awaitable[None]:
+        """Go on with an exchange whose first try has begun, as `forward` does.
+
+        `answer` is None if the request has not been sent yet.
+        """
+        service = self.services[route.upstream]
+        link: Link = scope[LINK]
+        if link.is_disconnected:
+            if answer is not None:
+                answer.close()
+            lease.release(self._clock())
+            raise ClientDisconnected(LEFT)
+        request = _Request(scope, link, upstream_target(route, link.target), is_trusted, self.protected)
+        if answer is None:
+            request.body = self._body(exchange, request, receive)
+        else:
+            answer.hooks = request
+            request.body = NO_BODY if request.framing is None else SENT_BODY
+        return self._try_targets(exchange, service, request, send, lease, answer)
 
     async def _guard(
         self, exchange: Exchange, service: Service, request: "_Request", receive: Receive, send: Send
@@ -321,9 +374,9 @@ class Router:
     def _body(self, exchange: Exchange, request: "_Request", receive: Receive) -> RequestBody | NoBody:
         if request.framing is None:
             return NO_BODY
-        if request.framing == b"length" and int(request.fields[b"content-length"][0]) > self._max_body_bytes:
-            raise _body_too_large(self._max_body_bytes)
-        return RequestBody(receive, self._max_body_bytes, exchange)
+        if request.framing == b"length" and int(request.fields[b"content-length"][0]) > self.max_body_bytes:
+            raise _body_too_large(self.max_body_bytes)
+        return RequestBody(receive, self.max_body_bytes, exchange)
 
     async def _answer_options(self, exchange: Exchange, send: Send) -> None:
         """Answer for the upstream, as a request that may go no further asks (RFC 9110 section 7.6.2)."""
@@ -333,29 +386,37 @@ class Router:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _try_targets(  # noqa: C901 - one loop, with all its ways out
-        self, exchange: Exchange, service: Service, request: "_Request", send: Send
+        self,
+        exchange: Exchange,
+        service: Service,
+        request: "_Request",
+        send: Send,
+        lease: Lease | None = None,
+        answer: Answer | None = None,
     ) -> None:
         """Try one target, and another while that is safe, worth it and nothing has been answered yet.
 
-        A client that leaves meanwhile ends it: our own server then cancels this task.
+        `lease` and `answer` are those of a first try that has begun. A client that leaves meanwhile ends it: our own
+        server then cancels this task.
         """
         link = request.link
         if link is not None:
             if link.is_disconnected:
-                raise ClientDisconnected(_LEFT)
+                raise ClientDisconnected(LEFT)
             link.on_leaving = link.task.cancel
         tried: list[Target] = []
         failed: UpstreamFailed | None = None
         try:
             while True:
-                try:
-                    lease = service.upstream.checkout(self._clock(), exchange.client_key, tried)
-                except Unavailable as error:
-                    raise failed or error from None
+                if lease is None:
+                    try:
+                        lease = service.upstream.checkout(self._clock(), exchange.client_key, tried)
+                    except Unavailable as error:
+                        raise failed or error from None
                 tried.append(lease.target)
                 exchange.attempts += 1
                 try:
-                    await self._try(exchange, service, lease, request, send)
+                    await self._try(exchange, service, lease, request, send, answer)
                 except UpstreamFailed as error:
                     if not _may_retry(exchange, service, lease, request, error):
                         raise
@@ -364,27 +425,38 @@ class Router:
                     return
                 finally:
                     lease.release(self._clock())
+                    lease = answer = None
         except asyncio.CancelledError as error:
             if link is not None and link.is_disconnected and link.task.uncancel() == 0:
-                raise ClientDisconnected(_LEFT) from error
+                raise ClientDisconnected(LEFT) from error
             raise
         finally:
             if link is not None:
                 link.on_leaving = None
 
-    async def _try(self, exchange: Exchange, service: Service, lease: Lease, request: "_Request", send: Send) -> None:
+    async def _try(
+        self,
+        exchange: Exchange,
+        service: Service,
+        lease: Lease,
+        request: "_Request",
+        send: Send,
+        answer: Answer | None,
+    ) -> None:
         """Send the request to one target and its answer on; settles the try if it failed before or within."""
-        exchange.target = lease.target.url
-        sent_at = exchange.sent_at = self._clock()
+        outgoing = request.render(exchange, service, lease.target)
+        if answer is None:
+            exchange.target = lease.target.url
+            exchange.sent_at = self._clock()
         try:
-            response = await service.transport.handle_async_request(request.render(exchange, service, lease.target))
+            response = await _response(service.transport, outgoing, answer)
         except httpx.TransportError as error:
             raise self._failure(lease, error) from error
-        self._on_head(exchange, lease, response.status_code, sent_at)
+        self.on_head(exchange, lease, response.status_code, self._clock())
         settle_probe = None
         if lease.ticket.is_probe:  # a long stream must not keep the breaker from closing
             loop = asyncio.get_running_loop()
-            settle_probe = loop.call_later(PROBE_SETTLES_AFTER, self._settle, lease, Outcome.SUCCESS)
+            settle_probe = loop.call_later(PROBE_SETTLES_AFTER, self._settle_success, lease)
         try:
             if response.status_code == SWITCHING_PROTOCOLS:
                 await self._tunnel(exchange, service, lease, request, response)
@@ -393,10 +465,10 @@ class Router:
         finally:
             if settle_probe is not None:
                 settle_probe.cancel()
-            if not isinstance(response, Incoming):
+            if isinstance(response, Incoming):
+                response.stream.close()
+            else:
                 await response.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one
-            elif not response.stream.is_complete:
-                await response.stream.aclose()
 
     def _failure(self, lease: Lease, error: httpx.TransportError) -> GatewayError:
         """Settle a try that got no answer, and return what it failed with in our words."""
@@ -404,17 +476,25 @@ class Router:
         failure = _translate(error, upstream)
         self._observe_try(upstream, failure.reason, None, self._clock())
         if isinstance(failure, UpstreamFailed):
-            self._settle(lease, Outcome.FAILURE, failure.reason)
+            self.settle(lease, Outcome.FAILURE, self._clock(), failure.reason)
         return failure
 
-    def _on_head(self, exchange: Exchange, lease: Lease, status: int, sent_at: float) -> None:
+    def on_head(self, exchange: Exchange, lease: Lease, status: int, now: float) -> None:
         """Count the answer's head; a status that is an error settles the try already."""
-        now = exchange.head_at = self._clock()
-        self._observe_try(lease.upstream.name, _CLASSES[status // 100], now - sent_at, now)
+        assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
+        exchange.head_at = now
+        self._observe_try(lease.upstream.name, _CLASSES[status // 100], now - exchange.sent_at, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
-            self._settle(lease, Outcome.FAILURE, f"status {status}")
+            self.settle(lease, Outcome.FAILURE, now, f"status {status}")
         elif status >= 400:  # noqa: PLR2004 - the class of client errors
-            self._settle(lease, Outcome.IGNORED)
+            self.settle(lease, Outcome.IGNORED, now)
+
+    def on_broken_body(self, lease: Lease, error: Exception) -> GatewayError:
+        """Settle a try whose answer broke off, and return what it failed with in our words."""
+        failure = _translate(error, lease.upstream.name)
+        failure.__cause__ = error
+        self.settle(lease, Outcome.FAILURE, self._clock(), f"{failure.reason} within the body")
+        return failure
 
     async def _relay(
         self, exchange: Exchange, lease: Lease, request: "_Request", response: httpx.Response, send: Send
@@ -440,15 +520,13 @@ class Router:
             try:
                 piece, more = await stream.read()
             except httpx.TransportError as error:
-                failure = _translate(error, lease.upstream.name)
-                self._settle(lease, Outcome.FAILURE, f"{failure.reason} within the body")
-                raise failure from error
+                raise self.on_broken_body(lease, error) from error
             exchange.bytes_out += len(piece)
             if not more:
-                self._settle(lease, Outcome.SUCCESS)
+                self.settle(lease, Outcome.SUCCESS, self._clock())
             await send({"type": "http.response.body", "body": piece, "more_body": more})
         if passes_trailers:
-            passed = trailers_to_pass(stream.trailers, self._protected)
+            passed = trailers_to_pass(stream.trailers, self.protected)
             await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
 
     async def _tunnel(
@@ -458,7 +536,7 @@ class Router:
         link = request.link
         assert link is not None  # noqa: S101 - nobody else asks for an upgrade
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
-        self._settle(lease, Outcome.SUCCESS)
+        self._settle_success(lease)
         headers, fields, _ = _parts(response)
         headers = for_client(headers, fields, exchange.answer_headers, self._omit)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
@@ -473,8 +551,12 @@ class Router:
         finally:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
-    def _settle(self, lease: Lease, outcome: Outcome, detail: str = "") -> None:
-        transition = lease.settle(outcome, self._clock(), detail)
+    def _settle_success(self, lease: Lease) -> None:
+        self.settle(lease, Outcome.SUCCESS, self._clock())
+
+    def settle(self, lease: Lease, outcome: Outcome, now: float, detail: str = "") -> None:
+        """Tell the breaker how a try ended, and the log if that moved it."""
+        transition = lease.settle(outcome, now, detail)
         if transition is not None:
             self._on_transition(lease.upstream.name, transition)
 
@@ -599,13 +681,27 @@ def _parts(response: httpx.Response) -> tuple[HeaderList, Fields, Answer | _Fore
     return headers, fields_of(headers), _Foreign(response.stream)  # type: ignore[arg-type]  # an async one
 
 
-def _target(route: Route, scope: Scope, link: Link | None) -> bytes:
-    """Return the request target for the upstream: path and query byte for byte, less the route's prefix."""
-    if link is not None:
-        target = link.target
-    else:
-        query: bytes = scope["query_string"]
-        target = scope["raw_path"] + b"?" + query if query else scope["raw_path"]
+async def _response(
+    transport: httpx.AsyncBaseTransport, request: httpx.Request, answer: Answer | None
+) -> httpx.Response:
+    """Send the request, unless it has an answer under way already, and return the response."""
+    if answer is not None and isinstance(transport, UpstreamTransport) and isinstance(request, Outgoing):
+        return await transport.response_to(request, answer)
+    return await transport.handle_async_request(request)
+
+
+def _spelt_target(scope: Scope) -> bytes:
+    """Return path and query as another server than ours tells them."""
+    query: bytes = scope["query_string"]
+    path: bytes = scope["raw_path"]
+    return path + b"?" + query if query else path
+
+
+def upstream_target(route: Route, target: bytes) -> bytes:
+    """Return the request target for the upstream: path and query byte for byte, less the route's prefix.
+
+    Raises BadRequest.
+    """
     prefix = route.strip_prefix.encode()
     if not prefix:
         return target
@@ -624,7 +720,7 @@ def _may_retry(exchange: Exchange, service: Service, lease: Lease, request: _Req
     return service.retry_budget.withdraw()
 
 
-def _translate(error: httpx.TransportError, upstream: str) -> GatewayError:
+def _translate(error: Exception, upstream: str) -> GatewayError:
     """Put one of httpx's failures in our words."""
     if isinstance(error, httpx.LocalProtocolError):
         return BadRequest(f"The request cannot be sent on: {error}.")

@@ -25,6 +25,7 @@ import httpx
 
 from api_gateway.alarm import Alarm
 from api_gateway.headers import Fields, fields_of
+from api_gateway.heads import pairs_of, phrase_of, split_answer
 from api_gateway.models import HeaderList
 from api_gateway.pool import Pool
 
@@ -56,18 +57,21 @@ class Hooks(Protocol):
         ...
 
 
-class _NoHooks:
+class NoHooks:
+    """The hooks of who wants to hear and say nothing."""
+
     expects_continue = upgrade = False
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        pass
+        """See `Hooks`."""
 
     def trailers(self) -> HeaderList:
+        """See `Hooks`."""
         return []
 
 
-_NO_HOOKS = _NoHooks()
-_NO_LIMITS: Timeouts = {}
+NO_HOOKS = NoHooks()
+NO_LIMITS: Timeouts = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +168,10 @@ class Answer(httpx.AsyncByteStream):
 
     # What every answer begins as stands here, and not in each of them: one is made for every request.
     status = 0
-    reason = b""
-    headers: HeaderList = []  # noqa: RUF012 - replaced with the head, never changed
-    fields: Fields = {}  # noqa: RUF012 - the headers by name; as above
-    trailers: HeaderList = []  # noqa: RUF012 - as above
+    head = b""  # as it came, if it was a plain one; what the parser took apart has none
+    passed = b""  # the lines of a plain head that go further, the status line before them
+    has_date = False  # of a plain head
+    trailers: HeaderList = []  # noqa: RUF012 - replaced by those that come, never changed
     leftover = b""  # what came behind a 101
     is_head_complete = False
     is_complete = False
@@ -177,8 +181,8 @@ class Answer(httpx.AsyncByteStream):
     buffered = 0
     _waiter: "asyncio.Future[None] | None" = None
 
-    def __init__(self, connection: "Connection", method: str, timeouts: Timeouts, hooks: Hooks) -> None:
-        self.connection: Connection | None = connection
+    def __init__(self, connection: "Connection | None", method: str, timeouts: Timeouts, hooks: Hooks) -> None:
+        self.connection = connection
         self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
         self.hooks = hooks
@@ -187,18 +191,36 @@ class Answer(httpx.AsyncByteStream):
     def __repr__(self) -> str:
         return f"<Answer {self.status or 'awaited'} [{'complete' if self.is_complete else self.error or 'arriving'}]>"
 
+    @cached_property
+    def reason(self) -> bytes:
+        """The phrase behind the status."""
+        return phrase_of(self.head)
+
+    @cached_property
+    def headers(self) -> HeaderList:
+        """The headers as they came; white space around values taken off."""
+        return pairs_of(self.head)
+
+    @cached_property
+    def fields(self) -> Fields:
+        """The same by name."""
+        return fields_of(self.headers)
+
+    def on_unusual(self) -> None:
+        """Hear that the head is not a plain one, before the parser takes it apart."""
+
     def wake(self) -> None:
         """Let whoever waits for this answer look again."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def head(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def until_head(self) -> None:
         """Wait until the head is there; raises what the answer failed with instead."""
         while not self.is_head_complete:
             if self.error is not None:
                 raise self.error
-            self._waiter = loop.create_future()
+            self._waiter = self._open_connection().loop.create_future()
             await self._waiter
 
     def feed(self, piece: bytes) -> None:
@@ -217,15 +239,21 @@ class Answer(httpx.AsyncByteStream):
         """True if `read` would not wait."""
         return self.is_complete or bool(self._pieces)
 
+    def take(self) -> bytes:
+        """Return what has arrived of the body since the last time."""
+        pieces = self._pieces
+        if not pieces:
+            return b""
+        self._pieces, self.buffered = [], 0
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
     async def read(self) -> tuple[bytes, bool]:
         """Return what has arrived of the body and whether more may follow; raises what the answer failed with."""
         while not self._pieces and not self.is_complete:
             if self.error is not None:
                 raise self.error
             await self._wait_for_piece()
-        pieces = self._pieces
-        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        self._pieces, self.buffered = [], 0
+        body = self.take()
         if self.connection is not None:
             self.connection.resume_reading()
         return body, not self.is_complete
@@ -238,10 +266,13 @@ class Answer(httpx.AsyncByteStream):
             if body:
                 yield body
 
-    async def _wait_for_piece(self) -> None:
-        connection = self.connection
-        if connection is None:  # it is gone, and with it all that could still come
+    def _open_connection(self) -> "Connection":
+        if self.connection is None:  # it is gone, and with it all that could still come
             raise httpx.ReadError("closed before the answer was complete")
+        return self.connection
+
+    async def _wait_for_piece(self) -> None:
+        connection = self._open_connection()
         connection.set_alarm("idle")
         self._waiter = connection.loop.create_future()
         try:
@@ -257,6 +288,10 @@ class Answer(httpx.AsyncByteStream):
         return self.connection.hand_over(), self.leftover
 
     async def aclose(self) -> None:
+        """Let go of the answer; see `close`."""
+        self.close()
+
+    def close(self) -> None:
         """Let go of the answer. If it has not fully arrived, its connection is closed."""
         if self.connection is not None:
             self.connection.abandon(self)
@@ -283,6 +318,7 @@ class Connection(asyncio.Protocol):
         self._reason = b""
         self._received = 0  # bytes of this answer so far
         self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
+        self._left = 0  # bytes still to come of a body whose length a plain head told
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "idle" if self._answer is None else "busy"
@@ -293,27 +329,34 @@ class Connection(asyncio.Protocol):
     def send(self, request: Outgoing) -> Answer:
         """Send the request; its answer is still to come. Raises LocalProtocolError if it cannot be sent."""
         extensions = request.extensions
-        answer = Answer(
-            self, request.method, extensions.get("timeout", _NO_LIMITS), extensions.get("hooks", _NO_HOOKS)
-        )
+        answer = Answer(self, request.method, extensions.get("timeout", NO_LIMITS), extensions.get("hooks", NO_HOOKS))
         try:
             head = _render_head(request)
         except BaseException:
             self.close()
             raise
-        self._answer = answer
-        self._received = self._unparsed = 0
-        if self._headers or self._reason:
-            self._headers, self._reason = [], b""
-        self._transport.write(head)
         if request.framing is None:
-            self.set_alarm("read")
+            self.start(answer, head)
         else:
+            self._await(answer)
+            self._transport.write(head)
             if answer.hooks.expects_continue:
                 self.set_alarm("read")
             body = self._send_body(answer, request.stream, request.framing, _length(request.pairs))
             self._upload = self.loop.create_task(body)
         return answer
+
+    def start(self, answer: Answer, request: bytes) -> None:
+        """Send a whole request, rendered, whose answer is made already."""
+        self._await(answer)
+        self._transport.write(request)
+        self.set_alarm("read")
+
+    def _await(self, answer: Answer) -> None:
+        self._answer = answer
+        self._received = self._unparsed = self._left = 0
+        if self._headers or self._reason:
+            self._headers, self._reason = [], b""
 
     async def _send_body(self, answer: Answer, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many ends
         is_chunked = framing == b"chunked"
@@ -385,6 +428,56 @@ class Connection(asyncio.Protocol):
         if answer is None:
             self.close()
             return
+        if self._left:
+            self._take_counted(answer, data)
+        elif self._received:
+            self._parse(answer, data)
+        elif not self._take_plain(answer, data):
+            answer.on_unusual()
+            self._parse(answer, data)
+
+    def _take_plain(self, answer: Answer, data: bytes) -> bool:
+        """Take the beginning of an answer if its head is a plain one; otherwise it is the parser's."""
+        parts = split_answer(data, is_to_head=answer.is_to_head)
+        if parts is None:
+            return False
+        status, passed, size, length, keeps_alive, has_date = parts
+        came = len(data) - size
+        if came > length or size > MAX_HEAD_BYTES:
+            return False
+        self._received = size + came
+        self._left = length - came
+        answer.status, answer.passed, answer.has_date = status, passed, has_date
+        answer.head = data[:size]
+        answer.keeps_alive = keeps_alive
+        answer.is_head_complete = True
+        answer.is_complete = came == length
+        self.alarm.clear()
+        if came:
+            answer.feed(data[size:])
+        self._on_progress(answer)
+        return True
+
+    def _take_counted(self, answer: Answer, data: bytes) -> None:
+        """Take more of a body whose length is known. What comes behind it makes the connection useless."""
+        if len(data) > self._left:
+            data = data[: self._left]
+            answer.keeps_alive = False
+        self._left -= len(data)
+        answer.is_complete = not self._left
+        answer.feed(data)
+        self._on_progress(answer)
+
+    def _on_progress(self, answer: Answer) -> None:
+        """Act on how far the answer has come, and let its reader know."""
+        if answer.is_complete:
+            self._finish(answer)
+        elif answer.buffered > HIGH_WATER:
+            self.pause_reading()
+        answer.wake()
+
+    def _parse(self, answer: Answer, data: bytes) -> None:
+        """Have the parser take what came."""
         size = len(data)
         self._received += size
         self._unparsed += size
@@ -395,16 +488,15 @@ class Connection(asyncio.Protocol):
             return
         except httptools.HttpParserUpgrade as upgrade:
             answer.leftover = data[upgrade.args[0] :]
-            self._pause_reading()
+            self.pause_reading()
             answer.wake()
             return
-        answer.wake()
         if answer.is_complete:
-            self._finish(answer)
+            self._on_progress(answer)
         elif self._unparsed > MAX_HEAD_BYTES or (not answer.is_head_complete and self._received > MAX_HEAD_BYTES):
             self._fail(answer, f"a head of more than {MAX_HEAD_BYTES} bytes")
-        elif answer.buffered > HIGH_WATER:
-            self._pause_reading()
+        else:
+            self._on_progress(answer)
 
     def on_message_begin(self) -> None:
         """A message starts; if the answer is already complete, it is one nobody asked for."""
@@ -507,7 +599,8 @@ class Connection(asyncio.Protocol):
 
     # Ending
 
-    def _pause_reading(self) -> None:
+    def pause_reading(self) -> None:
+        """Make the upstream wait for the reader."""
         if not self._is_reading_paused and not self.is_closed:
             self._is_reading_paused = True
             self._transport.pause_reading()
@@ -526,8 +619,10 @@ class Connection(asyncio.Protocol):
         return transport
 
     def _fail(self, answer: Answer, cause: str) -> None:
-        answer.fail(httpx.RemoteProtocolError(cause))
-        answer.wake()
+        if answer.is_complete:  # what came behind it is wrong
+            answer.wake()
+        else:
+            answer.fail(httpx.RemoteProtocolError(cause))
         self.close()
 
     def _on_alarm(self) -> None:
@@ -606,23 +701,32 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         outgoing = request if isinstance(request, Outgoing) else Outgoing.of(request)
         pool = self._pools.get(outgoing.origin.key) or self._make_pool(outgoing.origin)
         connection = pool.take_idle() or await self._wait(pool, outgoing)
+        return await self.response_to(outgoing, connection.send(outgoing))
+
+    async def response_to(self, request: Outgoing, answer: Answer) -> httpx.Response:
+        """Wait for the head of an answer whose request is on its way; see `handle_async_request`."""
         while True:
-            answer = connection.send(outgoing)
             try:
                 if not answer.is_head_complete:
-                    await answer.head(connection.loop)
+                    await answer.until_head()
             except Stale:
-                if outgoing.method not in _IDEMPOTENT or outgoing.framing is not None:
+                if request.method not in _IDEMPOTENT or request.framing is not None:
                     raise
-                connection = await self._wait(pool, outgoing, is_fresh=True)
+                connection = await self._wait(self._pools[request.origin.key], request, is_fresh=True)
+                answer = connection.send(request)
             except BaseException:
-                connection.abandon(answer)
+                answer.close()
                 raise
             else:
                 return Incoming(answer)
 
+    def idle_connection(self, origin: Origin) -> Connection | None:
+        """Take the connection to `origin` that was used last, if one is free."""
+        pool = self._pools.get(origin.key)
+        return None if pool is None else pool.take_idle()
+
     async def _wait(self, pool: Pool[Connection], request: Outgoing, *, is_fresh: bool = False) -> Connection:
-        timeouts = request.extensions.get("timeout", _NO_LIMITS)
+        timeouts = request.extensions.get("timeout", NO_LIMITS)
         return await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=is_fresh)
 
     async def aclose(self) -> None:

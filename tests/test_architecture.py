@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "headers", "diagnosis"),
+    ("errors", "models", "headers", "heads", "diagnosis"),
     ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
     (
         "clients",
@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cycle",
         "protocol",
     ),
-    ("router", "middleware"),
+    ("router", "middleware", "express"),
     ("admin", "demo"),
     ("main",),
     ("cli",),
@@ -33,6 +33,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 SIBLINGS = {
     ("headers", "models"),
+    ("heads", "headers"),
+    ("heads", "models"),
+    ("express", "middleware"),
+    ("express", "router"),
     ("balancer", "circuit_breaker"),
     ("middleware", "router"),
     ("protocol", "cycle"),

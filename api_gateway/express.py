@@ -1,0 +1,366 @@
+"""The straight way of a plain request: decided, sent on and answered in the event loop's own callbacks.
+
+Most requests need nothing to be waited for but the upstream's answer. They take the same decisions here as in
+`middleware` and `router`, from the same objects, but without a scope, a coroutine or a task. Nothing is refused here: a
+request that is out of the ordinary, or would be refused, is left alone before anything has been done for it, and
+goes the ordinary way from its start. One that turns out so later (another answer than a plain one, a connection that
+broke, no connection free) goes on in the ordinary way from where it is.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Protocol
+from urllib.parse import unquote
+
+from api_gateway.balancer import Lease
+from api_gateway.cycle import render_head
+from api_gateway.errors import ClientDisconnected, GatewayError
+from api_gateway.headers import fields_of, flaw, for_client, for_upstream, host_name, http_date
+from api_gateway.heads import split_request, understand_lines
+from api_gateway.middleware import (
+    ASGIApp,
+    Identify,
+    Limit,
+    Record,
+    given_request_id,
+    is_proxied,
+    new_request_id,
+    note_failure,
+)
+from api_gateway.models import NANOSECONDS, Clock, Exchange, HeaderList, Outcome
+from api_gateway.router import FIELDS, LEFT, Receive, Route, Router, Scope, Send, Service, upstream_target
+from api_gateway.transport import NO_HOOKS, NO_LIMITS, Answer, Connection, NoHooks
+
+_VIA = b"via: 1.1 api-gateway\r\n"
+_MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
+
+
+class Standing:
+    """What the header lines of a request come to. A client that repeats them to the byte is spared the work."""
+
+    __slots__ = ("host", "is_trusted", "keep_alive", "length", "lines", "name", "pairs", "peer", "request_id", "sent")
+
+    def __init__(
+        self,
+        lines: bytes,
+        pairs: HeaderList,
+        *,
+        length: int,
+        keep_alive: bool,
+        host: str,
+        caller: tuple[str, bool, str | None],
+        request_id: str | None,
+        sent: bytes,
+    ) -> None:
+        """`sent` are the lines that go upstream, but for the target's name and the request's id."""
+        self.lines = lines
+        self.pairs = pairs
+        self.length = length
+        self.keep_alive = keep_alive
+        self.host = host
+        self.peer, self.is_trusted, self.name = caller
+        self.request_id = request_id
+        self.sent = sent
+
+    def __repr__(self) -> str:
+        return f"<Standing of {self.name or self.peer!r} [{len(self.pairs)} headers]>"
+
+
+class HeadBounds(Protocol):
+    """What a head may have."""
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes, line breaks included."""
+        ...
+
+    @property
+    def header_lines(self) -> int:
+        """Lines."""
+        ...
+
+
+class Client(Protocol):
+    """What is asked of a client's connection."""
+
+    transport: asyncio.Transport
+    client: tuple[str, int] | None
+    scheme: str
+    bounds: HeadBounds
+    is_write_paused: bool
+    standing: Standing | None
+
+    def embark(self, passage: "Passage") -> None:
+        """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
+        ...
+
+    def disembark(self, *, keep_alive: bool) -> None:
+        """Go on behind a complete answer, or end the connection."""
+        ...
+
+    def serve(
+        self, app: ASGIApp, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
+    ) -> None:
+        """Have `app` serve the request, whether it has embarked or not."""
+        ...
+
+
+class Express:
+    """Takes plain requests on their way."""
+
+    def __init__(
+        self,
+        *,
+        record: Record,
+        identify: Identify,
+        limit: Limit,
+        router: Router,
+        clock: Clock,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        """Decide with the same steps as the ordinary way; both clocks are the same one."""
+        self.record = record
+        self.limit = limit
+        self.router = router
+        self.clock = clock
+        self._identify = identify
+        self._clock_ns = clock_ns
+
+    def board(self, client: Client, received: bytes) -> bool:
+        """Take the request that was received on its way, or change nothing and return False."""
+        parts = split_request(received)
+        if parts is None:
+            return False
+        method, raw_path, query, lines, body = parts
+        standing = client.standing
+        if standing is None or standing.lines != lines:
+            standing = client.standing = self._understand(client, lines)
+        if standing is None or len(body) != standing.length or len(received) - len(body) > client.bounds.header_bytes:
+            return False
+        path = raw_path.decode("ascii")
+        if "%" in path:
+            path = unquote(path)
+        if not is_proxied(path):
+            return False
+        router = self.router
+        asked = raw_path + query if query else raw_path
+        try:
+            route, cost = router.routes.find(standing.host, method, path)
+            target = upstream_target(route, asked)
+        except GatewayError:
+            return False
+        service = router.services[route.upstream]
+        limit = self.limit
+        if limit.decide is None or not service.takes_passages or not service.upstream.is_untroubled():
+            return False
+        who = self._identify.client(standing.name, standing.peer)
+        now_ns = self._clock_ns()
+        decision = limit.decide(limit.charges(who, standing.peer, cost), now_ns)
+        if not decision.allowed:
+            return False
+        exchange = Exchange(
+            standing.request_id or new_request_id(), method, path, standing.peer, now_ns / NANOSECONDS, who, route.name
+        )
+        exchange.upstream, exchange.cost, exchange.decision = route.upstream, cost, decision
+        self.record.begin(exchange)
+        service.retry_budget.deposit()
+        Passage(self, client, standing, exchange, route, asked).depart(service, target, body)
+        return True
+
+    def _understand(self, client: Client, lines: bytes) -> Standing | None:
+        """Return what the header lines come to, or None if that is for the ordinary way to say."""
+        understood = understand_lines(lines)
+        if understood is None or len(understood.pairs) > client.bounds.header_lines:
+            return None
+        pairs, fields, length, keep_alive = understood
+        peer = client.client[0] if client.client else "unknown"
+        try:
+            caller = self._identify.caller(peer, fields)
+        except GatewayError:
+            return None
+        if flaw(fields, "1.1") is not None or length > self.router.max_body_bytes:
+            return None
+        sent = for_upstream(
+            pairs,
+            fields,
+            host=b"",
+            peer=peer,
+            scheme=client.scheme,
+            request_id=b"",
+            version="1.1",
+            is_trusted=caller[1],
+            protected=self.router.protected,
+        )
+        return Standing(
+            lines,
+            pairs,
+            length=length,
+            keep_alive=keep_alive,
+            host=host_name(fields),
+            caller=caller,
+            request_id=given_request_id(fields),
+            sent=b"".join([b"%b: %b\r\n" % pair for pair in sent[1:-1]]),
+        )
+
+
+class Passage(Answer):
+    """One request on the straight way, and the answer to it."""
+
+    has_left = False  # the straight way, for the ordinary one
+    lease: Lease  # from `depart` on
+
+    def __init__(
+        self, express: Express, client: Client, standing: Standing, exchange: Exchange, route: Route, asked: bytes
+    ) -> None:
+        """`asked` is the request target as the client sent it."""
+        super().__init__(None, exchange.method, NO_LIMITS, NO_HOOKS)
+        self.exchange = exchange
+        self._express = express
+        self._client = client
+        self._standing = standing
+        self.keep_alive = standing.keep_alive
+        self._route = route
+        self._asked = asked
+
+    # Towards the upstream
+
+    def depart(self, service: Service, target: bytes, body: bytes) -> None:
+        """Send the request, if there is a connection free for it."""
+        exchange, standing = self.exchange, self._standing
+        self.lease = lease = service.upstream.checkout(exchange.started, exchange.client_key)
+        connection = service.idle_connection(lease.target)
+        if connection is None:  # the ordinary way waits for one
+            self._leave(body, is_sent=False)
+            return
+        origin = service.origins[lease.target]
+        exchange.target, exchange.sent_at, exchange.bytes_in = lease.target.url, exchange.started, len(body)
+        self.connection, self.timeouts = connection, service.limits
+        self._client.embark(self)
+        connection.start(
+            self,
+            b"%b %b HTTP/1.1\r\nhost: %b\r\n%bx-request-id: %b\r\n\r\n%b"
+            % (exchange.method.encode(), target, origin.netloc, standing.sent, exchange.id.encode(), body),
+        )
+
+    # From the upstream
+
+    def on_unusual(self) -> None:
+        """Leave an answer that is not plain to the ordinary way."""
+        if not self.has_left:
+            self.hooks = _Interim(self._client)
+            self._leave(b"", is_sent=True)
+
+    def wake(self) -> None:
+        """Send on what has come."""
+        if self.has_left:
+            super().wake()
+        elif self.error is None:
+            self._relay()
+        elif self.exchange.status:
+            self._break_off(self.error)
+        else:
+            self._leave(b"", is_sent=True)
+
+    def _relay(self) -> None:
+        client, exchange = self._client, self.exchange
+        now = self._express.clock()
+        piece = self.take()
+        exchange.bytes_out += len(piece)
+        if exchange.status:
+            client.transport.write(piece)
+        elif len(piece) > _MAX_JOINED:
+            client.transport.writelines((self._head(now), piece))
+        else:
+            client.transport.write(self._head(now) + piece)
+        connection = self.connection
+        if connection is None:
+            self._express.router.settle(self.lease, Outcome.SUCCESS, now)
+            self._end(now, keep_alive=self.keep_alive)
+        elif client.is_write_paused:
+            connection.pause_reading()
+            connection.alarm.clear()
+        else:
+            connection.set_alarm("idle")
+
+    def _head(self, now: float) -> bytes:
+        """Return the answer's head as the client shall see it, and count it."""
+        express, exchange = self._express, self.exchange
+        exchange.status, exchange.source = self.status, "upstream"
+        express.router.on_head(exchange, self.lease, self.status, now)
+        assert exchange.decision is not None  # noqa: S101 - without one there is no passage
+        lines = express.limit.lines(exchange.decision)
+        date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
+        close = b"" if self.keep_alive else b"connection: close\r\n"
+        return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
+            self.passed,
+            _VIA,
+            exchange.id.encode(),
+            lines,
+            date,
+            close,
+        )
+
+    def _break_off(self, error: Exception) -> None:
+        """End an answer that the upstream did not finish so that it cannot pass for complete."""
+        failure = self._express.router.on_broken_body(self.lease, error)
+        note_failure(self.exchange, failure)
+        self._end(self._express.clock(), keep_alive=False)
+
+    # From the client
+
+    def on_writable(self) -> None:
+        """Read on: the client has caught up."""
+        if self.connection is not None:
+            self.connection.resume_reading()
+            self.connection.set_alarm("idle")
+
+    def on_client_left(self) -> None:
+        """Let go of everything: nobody waits for the answer any more."""
+        self.has_left = True
+        self.close()
+        note_failure(self.exchange, ClientDisconnected(LEFT))
+        self._end(self._express.clock(), keep_alive=False)
+
+    # The end
+
+    def _end(self, now: float, *, keep_alive: bool) -> None:
+        self.lease.release(now)
+        self._express.record.end(self.exchange, now)
+        self._client.disembark(keep_alive=keep_alive)
+
+    def _leave(self, body: bytes, *, is_sent: bool) -> None:
+        """Go on in the ordinary way, with a request that is on its way already or one whose `body` is to be sent."""
+        self.has_left = True
+        exchange, standing = self.exchange, self._standing
+        assert exchange.decision is not None  # noqa: S101 - without one there is no passage
+        limits = self._express.limit.headers(exchange.decision)
+        exchange.answer_headers = [(b"x-request-id", exchange.id.encode()), *limits]
+        app = partial(self._serve, self if is_sent else None)
+        self._client.serve(app, exchange.method, self._asked, standing.pairs, body, keep_alive=self.keep_alive)
+
+    def _serve(self, answer: Answer | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve the request in the ordinary way, from where it is."""
+        scope[FIELDS] = fields_of(scope["headers"])
+        go_on = partial(
+            self._express.router.resume,
+            self.exchange,
+            self._route,
+            self.lease,
+            answer,
+            is_trusted=self._standing.is_trusted,
+        )
+        return self._express.record.conclude(self.exchange, go_on, scope, receive, send)
+
+
+class _Interim(NoHooks):
+    """Passes interim answers on, until the ordinary way has taken over."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        """See `Hooks`."""
+        passed = for_client(headers, fields_of(headers), [], frozenset())
+        self._client.transport.write(render_head(status, reason, passed))

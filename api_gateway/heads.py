@@ -1,0 +1,132 @@
+"""Plain heads: those that leave no question, taken apart by a strict grammar instead of a parser.
+
+Most heads arrive in one piece, in exactly the form of RFC 9112, and ask for nothing unusual. They are matched whole,
+in one step of C. Whatever the grammar does not know (a space too many, an unknown method, a coding, an upgrade, a
+length that is no number) is not refused here but left to the parser: what is plain is a strict subset of what that
+accepts, and means the same. Pure functions on bytes.
+"""
+
+import re
+from typing import NamedTuple
+
+from api_gateway.headers import HOP_BY_HOP, OURS, fields_of
+from api_gateway.models import HeaderList
+
+# Possessive quantifiers: a head is matched or not in one pass, however it is made.
+_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++: (?! )[\x20-\x7e\x80-\xff]++(?<! )\r\n"
+_REQUEST_LINE = re.compile(
+    rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21\x22\x24-\x3e\x40-\x7e]*+)((?:\?[\x21\x22\x24-\x7e]*+)?+)"
+    rb" HTTP/1\.1\r\n"
+)
+_LINES = re.compile(rb"(?:%b)++" % _LINE)
+_ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) [\x20-\x7e\x80-\xff]*+\r\n((?:%b)*+)\r\n" % _LINE)
+_PAIR = re.compile(rb"([^:]++): ([^\r]++)\r\n")
+# Lines of an answer that are not simply passed on. The first letter is spelt out, which makes most lines fail on it.
+_TAKEN_OUT = HOP_BY_HOP | OURS
+_NOTED = _TAKEN_OUT | {b"date", b"content-length"}
+_LOOKED_AT = re.compile(
+    rb"\n([%b](?i:%b)): ([^\r]++)\r"
+    % (
+        b"".join(sorted({letter for name in _NOTED for letter in (name[:1], name[:1].upper())})),
+        b"|".join(sorted({name[1:] for name in _NOTED})),
+    )
+)
+
+_METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
+_UNUSUAL_IN_REQUESTS = frozenset(
+    {b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"max-forwards", b"proxy-connection"}
+)
+_UNUSUAL_IN_ANSWERS = frozenset({b"transfer-encoding", b"upgrade", b"trailer"})
+_BODILESS = frozenset({204, 304})
+_MAX_DIGITS = 15  # of a length
+
+
+class Lines(NamedTuple):
+    """The header lines of a request, understood."""
+
+    pairs: HeaderList
+    fields: dict[bytes, list[bytes]]
+    length: int  # of the body
+    keep_alive: bool
+
+
+def split_request(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | None:
+    """Return method, path, query (with its question mark), header lines and what came behind, of a plain request.
+
+    The header lines are not looked at yet: they are one piece, each with its line break.
+    """
+    line = _REQUEST_LINE.match(received)
+    if line is None:
+        return None
+    start = line.end()
+    end = received.find(b"\r\n\r\n", start)
+    if end < 0:
+        return None
+    method, path, query = line.groups()
+    return _METHODS[method], path, query, received[start : end + 2], received[end + 4 :]
+
+
+def understand_lines(lines: bytes) -> Lines | None:
+    """Return what the header lines of a request say, or None if that takes more than a plain head."""
+    if _LINES.fullmatch(lines) is None:
+        return None
+    pairs: HeaderList = _PAIR.findall(lines)
+    fields = fields_of(pairs)
+    if not _UNUSUAL_IN_REQUESTS.isdisjoint(fields):
+        return None
+    lengths = fields.get(b"content-length", [b"0"])
+    connection = [value.lower() for value in fields.get(b"connection", [b"keep-alive"])]
+    if len(lengths) > 1 or not _is_length(lengths[0]) or connection not in ([b"keep-alive"], [b"close"]):
+        return None
+    return Lines(pairs, fields, int(lengths[0]), connection == [b"keep-alive"])
+
+
+def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int, int, bool, bool] | None:
+    """Return status, head, size of the head, length of the body, and whether it keeps alive and has a date.
+
+    None unless it is a plain final answer whose body has a known length. The head is returned as it came up to the
+    blank line, but for the lines that go no further.
+    """
+    match = _ANSWER.match(received)
+    if match is None:
+        return None
+    status, size = int(match[1]), match.end()
+    head = received[: size - 2]
+    length: int | None = None
+    keeps_alive, has_date = True, False
+    for name, value in _LOOKED_AT.findall(head):
+        lower = name.lower()
+        if lower == b"date":
+            has_date = True
+        elif lower == b"content-length":
+            if length is not None or not _is_length(value):
+                return None
+            length = int(value)
+        elif lower in _TAKEN_OUT:
+            if lower in _UNUSUAL_IN_ANSWERS:
+                return None
+            if lower == b"connection":
+                option = value.lower()
+                if option not in (b"keep-alive", b"close"):
+                    return None
+                keeps_alive = keeps_alive and option == b"keep-alive"
+            head = head.replace(b"\n%b: %b\r\n" % (name, value), b"\n", 1)
+    if is_to_head or status in _BODILESS:
+        if status == 204 and length is not None:  # noqa: PLR2004 - it may not announce one (RFC 9110 section 8.6)
+            return None
+        return status, head, size, 0, keeps_alive, has_date
+    return None if length is None else (status, head, size, length, keeps_alive, has_date)
+
+
+def pairs_of(head: bytes) -> HeaderList:
+    """Return the header lines of a plain head as pairs."""
+    return _PAIR.findall(head, head.index(b"\n") + 1)
+
+
+def phrase_of(head: bytes) -> bytes:
+    """Return the reason phrase of a plain answer's head."""
+    return head[13 : head.index(b"\r")]
+
+
+def _is_length(value: bytes) -> bool:
+    return value.isdigit() and len(value) <= _MAX_DIGITS
