@@ -93,7 +93,8 @@ class Lease:
 
     def release(self, now: float) -> None:
         """Give the target back; a try that nobody settled blames nobody."""
-        self.settle(Outcome.IGNORED, now)
+        if not self._is_settled:
+            self.settle(Outcome.IGNORED, now)
         self.target.in_flight -= 1
 
 
@@ -124,7 +125,9 @@ class Upstream:
 
         Raises NoHealthyUpstream when there is none, CircuitOpen when the breaker does not admit.
         """
-        candidates = [target for target in self.targets if target.is_healthy]
+        candidates = self.targets
+        if len(candidates) > 1 or not candidates[0].is_healthy:
+            candidates = [target for target in candidates if target.is_healthy]
         if not candidates:
             raise NoHealthyUpstream(
                 f"Upstream '{self.name}' has no healthy target: all {len(self.targets)} fail their health checks.",
@@ -135,7 +138,8 @@ class Upstream:
         if ticket is None:
             raise self._refusal(now)
         untried = [target for target in candidates if target not in tried] if tried else candidates
-        return Lease(self, self._pick(untried or candidates, key), ticket)
+        candidates = untried or candidates
+        return Lease(self, self._pick(candidates, key) if len(candidates) > 1 else candidates[0], ticket)
 
     def _refusal(self, now: float) -> CircuitOpen:
         wait = self.breaker.retry_after(now)

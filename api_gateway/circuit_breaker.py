@@ -144,6 +144,10 @@ class CircuitBreaker:
         """Count the outcome of an admitted try; `detail` says in words what failed. Returns the move it caused."""
         if ticket.generation != self._generation:
             return None
+        if outcome is Outcome.SUCCESS and self.state is State.CLOSED:  # which is nearly every call
+            self._window.record(now, is_failure=False)
+            self.consecutive_failures = 0
+            return None
         if self.state is State.HALF_OPEN:
             return self._settle_probe(outcome, now, detail)
         return self._settle_call(outcome, now, detail)
@@ -177,11 +181,7 @@ class CircuitBreaker:
     def _settle_call(self, outcome: Outcome, now: float, detail: str) -> Transition | None:
         if outcome is Outcome.IGNORED:
             return None
-        is_failure = outcome is Outcome.FAILURE
-        self._window.record(now, is_failure=is_failure)
-        if not is_failure:
-            self.consecutive_failures = 0
-            return None
+        self._window.record(now, is_failure=True)
         self.consecutive_failures += 1
         cause = self._threshold_reached(now)
         if cause is None:

@@ -10,7 +10,6 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,8 +112,8 @@ class ClientRegistry:
             client_id: Client(client_id, bucket_key(client_id), self.tiers[tier], "configured")
             for client_id, tier in configured.items()
         }
+        self.version = 0  # goes up with every change, so that who has looked a client up knows to look again
         self._registered: dict[str, Client] = {}
-        self._unregistered = lru_cache(maxsize=4096)(self._by_default)
         self._store = store
         self._change = asyncio.Lock()
 
@@ -123,6 +122,7 @@ class ClientRegistry:
 
     async def load(self) -> None:
         """Read the registered clients from disk. Raises OSError."""
+        self.version += 1
         for client_id, tier in (await self._store.open()).items():
             if tier in self.tiers:
                 self._registered[client_id] = self._register(client_id, tier)
@@ -136,10 +136,7 @@ class ClientRegistry:
     def named(self, client_id: str) -> Client:
         """Return the client that calls itself `client_id`."""
         known = self._registered.get(client_id) or self._configured.get(client_id)
-        return known or self._unregistered(client_id)
-
-    def _by_default(self, client_id: str) -> Client:
-        return Client(client_id, bucket_key(client_id), self.default, "default")
+        return known or Client(client_id, bucket_key(client_id), self.default, "default")
 
     def unnamed(self, address: str) -> Client:
         """Return the client that gave no name: it is its address."""
@@ -154,6 +151,7 @@ class ClientRegistry:
             await self._persist(self._store.put(client_id, tier))
             before = self.named(client_id)
             self._registered[client_id] = self._register(client_id, tier)
+            self.version += 1
         return before, self._registered[client_id]
 
     async def forget(self, client_id: str) -> tuple[Client, Client]:
@@ -162,6 +160,7 @@ class ClientRegistry:
             await self._persist(self._store.delete(client_id))
             before = self.named(client_id)
             self._registered.pop(client_id, None)
+            self.version += 1
         return before, self.named(client_id)
 
     def _register(self, client_id: str, tier: str) -> Client:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 from urllib.parse import unquote
 
+from api_gateway import models
 from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
 from api_gateway.errors import ClientDisconnected, GatewayError
@@ -29,18 +30,33 @@ from api_gateway.middleware import (
     new_request_id,
     note_failure,
 )
-from api_gateway.models import NANOSECONDS, Clock, Exchange, HeaderList, Outcome
+from api_gateway.models import NANOSECONDS, Charge, Clock, Exchange, HeaderList, Outcome
 from api_gateway.router import FIELDS, LEFT, Receive, Route, Router, Scope, Send, Service, upstream_target
-from api_gateway.transport import NO_HOOKS, NO_LIMITS, Answer, Connection, NoHooks
+from api_gateway.transport import NO_HOOKS, Answer, Connection, NoHooks
 
-_VIA = b"via: 1.1 api-gateway\r\n"
+_VIA = b"\r\nvia: 1.1 api-gateway\r\n"
 _MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
 
 
 class Standing:
     """What the header lines of a request come to. A client that repeats them to the byte is spared the work."""
 
-    __slots__ = ("host", "is_trusted", "keep_alive", "length", "lines", "name", "pairs", "peer", "request_id", "sent")
+    __slots__ = (
+        "charges",
+        "client",
+        "cost",
+        "host",
+        "is_trusted",
+        "keep_alive",
+        "length",
+        "lines",
+        "name",
+        "pairs",
+        "peer",
+        "request_id",
+        "sent",
+        "version",
+    )
 
     def __init__(
         self,
@@ -63,6 +79,10 @@ class Standing:
         self.peer, self.is_trusted, self.name = caller
         self.request_id = request_id
         self.sent = sent
+        self.version = -1  # of the registry, when it was asked for
+        self.client: models.Client | None = None
+        self.cost = -1.0
+        self.charges: list[Charge] = []  # for that client and cost
 
     def __repr__(self) -> str:
         return f"<Standing of {self.name or self.peer!r} [{len(self.pairs)} headers]>"
@@ -126,6 +146,7 @@ class Express:
         self.router = router
         self.clock = clock
         self._identify = identify
+        self._clients = identify.clients
         self._clock_ns = clock_ns
 
     def board(self, client: Client, received: bytes) -> bool:
@@ -155,13 +176,22 @@ class Express:
         limit = self.limit
         if limit.decide is None or not service.takes_passages or not service.upstream.is_untroubled():
             return False
-        who = self._identify.client(standing.name, standing.peer)
+        if standing.version != self._clients.version or standing.cost != cost:
+            standing.client = self._identify.client(standing.name, standing.peer)
+            standing.version, standing.cost = self._clients.version, cost
+            standing.charges = limit.charges(standing.client, standing.peer, cost)
         now_ns = self._clock_ns()
-        decision = limit.decide(limit.charges(who, standing.peer, cost), now_ns)
+        decision = limit.decide(standing.charges, now_ns)
         if not decision.allowed:
             return False
         exchange = Exchange(
-            standing.request_id or new_request_id(), method, path, standing.peer, now_ns / NANOSECONDS, who, route.name
+            standing.request_id or new_request_id(),
+            method,
+            path,
+            standing.peer,
+            now_ns / NANOSECONDS,
+            standing.client,
+            route.name,
         )
         exchange.upstream, exchange.cost, exchange.decision = route.upstream, cost, decision
         self.record.begin(exchange)
@@ -215,7 +245,10 @@ class Passage(Answer):
         self, express: Express, client: Client, standing: Standing, exchange: Exchange, route: Route, asked: bytes
     ) -> None:
         """`asked` is the request target as the client sent it."""
-        super().__init__(None, exchange.method, NO_LIMITS, NO_HOOKS)
+        self.connection = None
+        self.is_to_head = exchange.method == "HEAD"
+        self.hooks = NO_HOOKS
+        self._pieces = []
         self.exchange = exchange
         self._express = express
         self._client = client

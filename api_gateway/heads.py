@@ -12,33 +12,39 @@ from typing import NamedTuple
 from api_gateway.headers import HOP_BY_HOP, OURS, fields_of
 from api_gateway.models import HeaderList
 
-# Possessive quantifiers: a head is matched or not in one pass, however it is made.
-_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++: (?! )[\x20-\x7e\x80-\xff]++(?<! )\r\n"
+# Possessive quantifiers (`*+`): a head is matched or not in one pass, however it is made. A group that `(?(n)(?!)|…)`
+# guards can match once only, so no line that counts comes twice.
+_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_VALUE = rb"(?! )[\x20-\x7e\x80-\xff]++(?<! )"
+_LINES = re.compile(rb"(?:" + _NAME + rb": " + _VALUE + rb"\r\n)++")
+_PAIR = re.compile(rb"([^:\n]++): ([^\r]++)\r\n")
+_LENGTH = re.compile(rb"[0-9]{1,15}")
 _REQUEST_LINE = re.compile(
     rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21\x22\x24-\x3e\x40-\x7e]*+)((?:\?[\x21\x22\x24-\x7e]*+)?+)"
     rb" HTTP/1\.1\r\n"
 )
-_LINES = re.compile(rb"(?:%b)++" % _LINE)
-_ANSWER = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) [\x20-\x7e\x80-\xff]*+\r\n((?:%b)*+)\r\n" % _LINE)
-_PAIR = re.compile(rb"([^:]++): ([^\r]++)\r\n")
-# Lines of an answer that are not simply passed on. The first letter is spelt out, which makes most lines fail on it.
-_TAKEN_OUT = HOP_BY_HOP | OURS
-_NOTED = _TAKEN_OUT | {b"date", b"content-length"}
-_LOOKED_AT = re.compile(
-    rb"\n([%b](?i:%b)): ([^\r]++)\r"
-    % (
-        b"".join(sorted({letter for name in _NOTED for letter in (name[:1], name[:1].upper())})),
-        b"|".join(sorted({name[1:] for name in _NOTED})),
-    )
+# Names of an answer that are not simply passed on; their first letters are spelt out, as most lines fail on those.
+_NOTED = HOP_BY_HOP | OURS | {b"content-length", b"date"}
+_IS_NOTED = rb"[%b](?i:%b):" % (
+    b"".join(sorted({letter for name in _NOTED for letter in (name[:1], name[:1].upper())})),
+    b"|".join(sorted({name[1:] for name in _NOTED})),
 )
+_ANSWER = re.compile(
+    rb"HTTP/1\.1 ([2-5][0-9][0-9]) [\x20-\x7e\x80-\xff]*+"
+    rb"(?:\r\n(?!" + _IS_NOTED + rb")" + _NAME + rb": " + _VALUE +
+    rb"|(?(2)(?!)|\r\n(?i:content-length): ([0-9]{1,15}))"
+    rb"|(?(3)(?!)|(\r\n(?i:date): " + _VALUE + rb"))"
+    rb"|(?(4)(?!)|(\r\n(?i:connection: (?:keep-alive|(close)))))"
+    rb"|(?(6)(?!)|(\r\n(?i:keep-alive): " + _VALUE + rb"))"
+    rb"|(?(7)(?!)|(\r\n(?i:x-request-id): " + _VALUE + rb"))"
+    rb")*+\r\n\r\n"
+)  # fmt: skip
 
 _METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 _UNUSUAL_IN_REQUESTS = frozenset(
     {b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"max-forwards", b"proxy-connection"}
 )
-_UNUSUAL_IN_ANSWERS = frozenset({b"transfer-encoding", b"upgrade", b"trailer"})
 _BODILESS = frozenset({204, 304})
-_MAX_DIGITS = 15  # of a length
 
 
 class Lines(NamedTuple):
@@ -76,7 +82,7 @@ def understand_lines(lines: bytes) -> Lines | None:
         return None
     lengths = fields.get(b"content-length", [b"0"])
     connection = [value.lower() for value in fields.get(b"connection", [b"keep-alive"])]
-    if len(lengths) > 1 or not _is_length(lengths[0]) or connection not in ([b"keep-alive"], [b"close"]):
+    if len(lengths) > 1 or _LENGTH.fullmatch(lengths[0]) is None or connection not in ([b"keep-alive"], [b"close"]):
         return None
     return Lines(pairs, fields, int(lengths[0]), connection == [b"keep-alive"])
 
@@ -84,38 +90,28 @@ def understand_lines(lines: bytes) -> Lines | None:
 def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int, int, bool, bool] | None:
     """Return status, head, size of the head, length of the body, and whether it keeps alive and has a date.
 
-    None unless it is a plain final answer whose body has a known length. The head is returned as it came up to the
-    blank line, but for the lines that go no further.
+    None unless it is a plain final answer whose body has a known length. The head is returned as it came up to its
+    last line's end, but for the lines that go no further.
     """
     match = _ANSWER.match(received)
     if match is None:
         return None
-    status, size = int(match[1]), match.end()
-    head = received[: size - 2]
-    length: int | None = None
-    keeps_alive, has_date = True, False
-    for name, value in _LOOKED_AT.findall(head):
-        lower = name.lower()
-        if lower == b"date":
-            has_date = True
-        elif lower == b"content-length":
-            if length is not None or not _is_length(value):
-                return None
-            length = int(value)
-        elif lower in _TAKEN_OUT:
-            if lower in _UNUSUAL_IN_ANSWERS:
-                return None
-            if lower == b"connection":
-                option = value.lower()
-                if option not in (b"keep-alive", b"close"):
-                    return None
-                keeps_alive = keeps_alive and option == b"keep-alive"
-            head = head.replace(b"\n%b: %b\r\n" % (name, value), b"\n", 1)
+    digits, length, date, connection, close, keep_alive, request_id = match.groups()
+    status, size = int(digits), match.end()
+    head = received[: size - 4]
+    if connection is not None:
+        head = head.replace(connection, b"", 1)
+    if keep_alive is not None:
+        head = head.replace(keep_alive, b"", 1)
+    if request_id is not None:
+        head = head.replace(request_id, b"", 1)
     if is_to_head or status in _BODILESS:
         if status == 204 and length is not None:  # noqa: PLR2004 - it may not announce one (RFC 9110 section 8.6)
             return None
-        return status, head, size, 0, keeps_alive, has_date
-    return None if length is None else (status, head, size, length, keeps_alive, has_date)
+        length = 0
+    elif length is None:
+        return None
+    return status, head, size, int(length), close is None, date is not None
 
 
 def pairs_of(head: bytes) -> HeaderList:
@@ -126,7 +122,3 @@ def pairs_of(head: bytes) -> HeaderList:
 def phrase_of(head: bytes) -> bytes:
     """Return the reason phrase of a plain answer's head."""
     return head[13 : head.index(b"\r")]
-
-
-def _is_length(value: bytes) -> bool:
-    return value.isdigit() and len(value) <= _MAX_DIGITS

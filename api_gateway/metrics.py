@@ -38,6 +38,7 @@ from api_gateway.models import (
 RELATIVE_ERROR = 0.01
 _GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
 _LOG_GAMMA = math.log(_GAMMA)
+_log, _ceil = math.log, math.ceil
 _FLOOR = 1e-6  # seconds; all below counts as this
 
 SLICE = 5.0  # seconds by which the sliding windows move
@@ -89,6 +90,9 @@ def percentile(buckets: Mapping[int, int], percent: float) -> float | None:
     return None
 
 
+_FLOOR_BUCKET = bucket_of(_FLOOR)
+
+
 class Tally:
     """Counts of one span of time: answers by kind, and durations in logarithmic buckets."""
 
@@ -122,7 +126,7 @@ class Tally:
 
     def time(self, seconds: float) -> None:
         """Count one duration."""
-        bucket = bucket_of(seconds)
+        bucket = _ceil(_log(seconds) / _LOG_GAMMA) if seconds > _FLOOR else _FLOOR_BUCKET  # `bucket_of`, written out
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
         self.total_seconds += seconds
 
@@ -134,16 +138,22 @@ class Series:
         self._past = Tally()  # of the slices that are gone
         self._slices = [Tally() for _ in range(_SLICES)]
         self._numbers = [-1] * _SLICES
+        self._running = self._slices[0]
+        self._from = self._until = 0.0  # seconds on the clock which the running slice spans
 
     def at(self, now: float) -> Tally:
         """Return the tally of the running slice."""
+        if self._from <= now < self._until:
+            return self._running
         number = int(now / SLICE)
         slot = number % _SLICES
         if self._numbers[slot] != number:
             self._numbers[slot] = number
             self._past.add(self._slices[slot])
             self._slices[slot] = Tally()
-        return self._slices[slot]
+        self._running = self._slices[slot]
+        self._from, self._until = number * SLICE, (number + 1) * SLICE
+        return self._running
 
     @property
     def total(self) -> Tally:
@@ -196,11 +206,11 @@ class Recorder:
     def observe(self, exchange: Exchange) -> None:
         """Count one finished exchange."""
         route = exchange.route or NO_ROUTE
-        tier = exchange.client.quota.name if exchange.client else NO_TIER
+        client = exchange.client
+        tier = NO_TIER if client is None else client.quota.name
         method = exchange.method if exchange.method in METHODS else OTHER
         self.requests[route, method, exchange.status, exchange.source, tier] += 1
-        series = self.routes[route]
-        running = series.at(exchange.finished)
+        running = self.routes[route].at(exchange.finished)
         running.count(exchange)
         if exchange.reason is not None:
             self.rejections[exchange.reason] += 1

@@ -5,6 +5,7 @@ scope, and in which every later step writes its own fields and talks to nobody e
 for is a plain function that returns the next step's awaitable: a coroutine costs more than what the step does.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -43,12 +44,14 @@ from api_gateway.rate_limiter import NEVER, MemoryLimiter, RateLimiter
 from api_gateway.router import FIELDS, Receive, Router, Scope, Send
 
 logger = logging.getLogger(__name__)
-_random_bits = random.Random().getrandbits  # noqa: S311 - seeded by the system; ids must differ, not be secret
+_ID_PREFIX = f"{random.Random().getrandbits(96):024x}"  # noqa: S311 - seeded by the system; ids must differ, not be secret
+_id_numbers = itertools.count(random.Random().getrandbits(24))  # noqa: S311 - as above
 
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Observer = Callable[[Exchange], None]
 
 API_PREFIX = "/api"
+_UP = NANOSECONDS - 1  # added before whole seconds are taken, so that they are rounded up
 EXCHANGE = "gateway.exchange"
 ROUTE = "gateway.route"
 IS_TRUSTED = "gateway.is_trusted"
@@ -166,8 +169,8 @@ def given_request_id(fields: Fields) -> str | None:
 
 
 def new_request_id() -> str:
-    """Return 128 random bits in hexadecimal."""
-    return f"{_random_bits(128):032x}"
+    """Return an id that no other request has: a random number for this process, and one that counts up."""
+    return f"{_ID_PREFIX}{next(_id_numbers):08x}"
 
 
 def note_failure(exchange: Exchange, error: GatewayError) -> None:
@@ -207,7 +210,7 @@ class Identify:
         self, app: ASGIApp, *, clients: ClientRegistry, header: str, trusted_proxies: Collection[Any]
     ) -> None:
         self.app = app
-        self._clients = clients
+        self.clients = clients
         self._header = header.lower().encode()
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
@@ -231,7 +234,7 @@ class Identify:
 
     def client(self, name: str | None, address: str) -> Client:
         """Return the client as it is registered now."""
-        return self._clients.unnamed(address_key(address)) if name is None else self._clients.named(name)
+        return self.clients.unnamed(address_key(address)) if name is None else self.clients.named(name)
 
 
 class Match:
@@ -320,11 +323,9 @@ class Limit:
         if template is None:
             template = self._templates[quota.name] = _template(quota)
         left = decision.remaining
-        if decision.allowed:
-            effective = max(1, -(-left * quota.emission_ns // NANOSECONDS))
-        else:
-            effective = max(1, -(-max(decision.wait_ns, 0) // NANOSECONDS))
-        return template % (left, effective, left, -(-decision.reset_ns // NANOSECONDS))
+        until_ns = left * quota.emission_ns if decision.allowed else max(decision.wait_ns, 0)
+        effective = (until_ns + _UP) // NANOSECONDS or 1
+        return template % (left, effective, left, (decision.reset_ns + _UP) // NANOSECONDS)
 
 
 def _template(quota: Quota) -> bytes:

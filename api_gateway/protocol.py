@@ -160,7 +160,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the bounds, unless it is a request that can take the lane."""
         if self._is_at_rest:
-            if self._lane is not None and self._lane.board(self, data):
+            if self._lane.board(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
                 return
             self._is_at_rest = False
         if self._is_ending:
@@ -441,15 +441,16 @@ class GatewayProtocol(HttpToolsProtocol):
         """Go on behind a complete answer, or end the connection."""
         self._passage = None
         self.server_state.total_requests += 1
-        if self._is_over:
+        if keep_alive and not self._held:
+            self._is_holding = False
+            self._is_at_rest = True
+            self._alarm.set(self.bounds.keep_alive_timeout)
+        elif self._is_over:
             return
-        if not keep_alive:
-            self._close()
-        elif self._held:
+        elif keep_alive:
             self.loop.call_soon(self._release)
         else:
-            self._is_holding = False
-            self._rest_between()
+            self._close()
 
     def serve(
         self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool

@@ -121,24 +121,27 @@ class RouteTable:
 
     def find(self, host: str, method: str, path: str) -> tuple[Route, float]:
         """Return the route and what the request costs, in tokens; raises as `match` does."""
-        path = matching_path(path)
+        if "//" in path or "/." in path:
+            path = matching_path(path)
         route = self.match(host, method, path)
         return route, route.cost_of(method, path) if route.costs else route.cost
 
     def match(self, host: str, method: str, path: str) -> Route:
         """Return the route; raises NoRoute, or MethodNotAllowed naming what is allowed."""
-        segments = path.split("/", self._depth + 1)
-        allowed: set[str] = set()
-        for length in range(min(len(segments), self._depth + 1), 0, -1):
-            for route in self._routes.get("/".join(segments[:length]), ()):
-                if route.host is not None and route.host != host:
-                    continue
-                if route.methods is None or method in route.methods:
-                    return route
-                allowed |= route.methods
+        prefix = path
+        if path.count("/") > self._depth:
+            prefix = "/".join(path.split("/", self._depth + 1)[: self._depth + 1])
+        while prefix:
+            allowed: set[str] = set()
+            for route in self._routes.get(prefix, ()):
+                if route.host is None or route.host == host:
+                    if route.methods is None or method in route.methods:
+                        return route
+                    allowed |= route.methods
             if allowed:
                 names = ", ".join(sorted(allowed))
                 raise MethodNotAllowed(f"{path} takes {names}, not {method}.", headers={"allow": names})
+            prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
 
 
@@ -180,6 +183,7 @@ class Service:
         self.origins = {target: Origin.of(httpx.URL(target.url)) for target in upstream.targets}
         self.speaks_pairs = isinstance(transport, UpstreamTransport)
         self.takes_passages = self.speaks_pairs and timeouts.total is None
+        self._take_idle: dict[Target, Callable[[], Connection | None]] = {}
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
@@ -194,8 +198,11 @@ class Service:
 
     def idle_connection(self, target: Target) -> Connection | None:
         """Take a connection of our own transport to `target`, if one is free."""
-        transport = self.transport
-        return transport.idle_connection(self.origins[target]) if isinstance(transport, UpstreamTransport) else None
+        take = self._take_idle.get(target)
+        if take is None:
+            assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - no other takes passages
+            take = self._take_idle[target] = self.transport.pool(self.origins[target]).take_idle
+        return take()
 
 
 class RequestBody(httpx.AsyncByteStream):

@@ -338,7 +338,8 @@ class Connection(asyncio.Protocol):
         if request.framing is None:
             self.start(answer, head)
         else:
-            self._await(answer)
+            self._answer = answer
+            self._received = self._left = 0
             self._transport.write(head)
             if answer.hooks.expects_continue:
                 self.set_alarm("read")
@@ -348,15 +349,12 @@ class Connection(asyncio.Protocol):
 
     def start(self, answer: Answer, request: bytes) -> None:
         """Send a whole request, rendered, whose answer is made already."""
-        self._await(answer)
-        self._transport.write(request)
-        self.set_alarm("read")
-
-    def _await(self, answer: Answer) -> None:
         self._answer = answer
-        self._received = self._unparsed = self._left = 0
-        if self._headers or self._reason:
-            self._headers, self._reason = [], b""
+        self._received = self._left = 0
+        self._transport.write(request)
+        seconds = answer.timeouts.get("read")
+        self._patience = seconds or 0.0
+        self.alarm.set(seconds)
 
     async def _send_body(self, answer: Answer, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many ends
         is_chunked = framing == b"chunked"
@@ -446,16 +444,19 @@ class Connection(asyncio.Protocol):
         if came > length or size > MAX_HEAD_BYTES:
             return False
         self._received = size + came
-        self._left = length - came
-        answer.status, answer.passed, answer.has_date = status, passed, has_date
+        answer.status, answer.passed, answer.has_date, answer.keeps_alive = status, passed, has_date, keeps_alive
         answer.head = data[:size]
-        answer.keeps_alive = keeps_alive
         answer.is_head_complete = True
-        answer.is_complete = came == length
-        self.alarm.clear()
         if came:
             answer.feed(data[size:])
-        self._on_progress(answer)
+        if came == length:
+            answer.is_complete = True
+            self._finish(answer)
+            answer.wake()
+        else:
+            self._left = length - came
+            self.alarm.clear()
+            self._on_progress(answer)
         return True
 
     def _take_counted(self, answer: Answer, data: bytes) -> None:
@@ -479,6 +480,9 @@ class Connection(asyncio.Protocol):
     def _parse(self, answer: Answer, data: bytes) -> None:
         """Have the parser take what came."""
         size = len(data)
+        if not self._received:
+            self._unparsed = 0
+            self._headers, self._reason = [], b""
         self._received += size
         self._unparsed += size
         try:
@@ -660,13 +664,15 @@ class Connection(asyncio.Protocol):
 
         It cannot if the upstream said so, or answered without waiting for the whole body: what is left has no reader.
         """
-        self._detach(answer)
+        self._answer = answer.connection = None
+        self.alarm.clear()
         if self.is_closed or self._upload is not None or not answer.keeps_alive:
             self.close()
-        else:
+            return
+        if self._is_reading_paused:
             self.resume_reading()
-            if self.pool is not None:
-                self.pool.give(self)
+        if self.pool is not None:
+            self.pool.give(self)
 
     def _detach(self, answer: Answer) -> None:
         self._answer = None
@@ -699,7 +705,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         provided that its method is idempotent and it has no body (RFC 9110 section 9.2.2).
         """
         outgoing = request if isinstance(request, Outgoing) else Outgoing.of(request)
-        pool = self._pools.get(outgoing.origin.key) or self._make_pool(outgoing.origin)
+        pool = self.pool(outgoing.origin)
         connection = pool.take_idle() or await self._wait(pool, outgoing)
         return await self.response_to(outgoing, connection.send(outgoing))
 
@@ -712,7 +718,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             except Stale:
                 if request.method not in _IDEMPOTENT or request.framing is not None:
                     raise
-                connection = await self._wait(self._pools[request.origin.key], request, is_fresh=True)
+                connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
                 answer = connection.send(request)
             except BaseException:
                 answer.close()
@@ -720,10 +726,9 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             else:
                 return Incoming(answer)
 
-    def idle_connection(self, origin: Origin) -> Connection | None:
-        """Take the connection to `origin` that was used last, if one is free."""
-        pool = self._pools.get(origin.key)
-        return None if pool is None else pool.take_idle()
+    def pool(self, origin: Origin) -> Pool[Connection]:
+        """Return the connections to `origin`."""
+        return self._pools.get(origin.key) or self._make_pool(origin)
 
     async def _wait(self, pool: Pool[Connection], request: Outgoing, *, is_fresh: bool = False) -> Connection:
         timeouts = request.extensions.get("timeout", NO_LIMITS)

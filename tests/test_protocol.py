@@ -176,21 +176,34 @@ def test_pipelined_requests_are_answered_in_order(client: RawClient, up: RawUpst
     assert [request.line.split()[1] for request in up.requests] == [b"/api/%d" % number for number in range(5)]
 
 
-def test_a_refusal_never_gets_into_an_answer_under_way(client: RawClient, up: RawUpstream) -> None:
-    """A malformed request behind one whose answer is still coming ends the connection without a word."""
+HALVES = {
+    "counted": (b"Content-Length: 8\r\n\r\nhalf", b"half"),
+    "chunked": (b"Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", b"4\r\nhalf\r\n0\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("framing", HALVES)
+def test_a_refusal_never_gets_into_an_answer_under_way(client: RawClient, up: RawUpstream, framing: str) -> None:
+    """A malformed request behind one whose answer is coming is refused behind that, or ends it without a word."""
     plain, arrived = up.behave, threading.Event()
 
     def half(wire: Wire, _request: RawRequest) -> None:
-        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf")
+        wire.send(b"HTTP/1.1 200 OK\r\n" + HALVES[framing][0])
         arrived.wait(PATIENCE)
-        wire.send(b"half")
+        wire.send(HALVES[framing][1])
 
     up.behave = half
     try:
         client.request()
         assert client.read_until(b"half") is not None
         client.send(b"garbage\r\n\r\n")
-        assert client.is_closed()
+        if framing == "chunked":
+            assert client.is_closed() or client.buffer == b"\r\n"
+        else:
+            arrived.set()
+            assert client.read_exactly(4) == b"half"
+            assert client.answer().status == 400
+            assert client.is_closed()
     finally:
         arrived.set()
         up.behave = plain
