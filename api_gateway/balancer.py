@@ -91,10 +91,14 @@ class Lease:
         self._is_settled = True
         return self.upstream.breaker.settle(self.ticket, outcome, now, detail)
 
-    def release(self, now: float) -> None:
-        """Give the target back; a try that nobody settled blames nobody."""
+    def release(self, now: float, outcome: Outcome = Outcome.IGNORED) -> None:
+        """Give the target back, and settle the try unless it is: by default it blames nobody.
+
+        For outcomes that move the breaker, `settle` before.
+        """
         if not self._is_settled:
-            self.settle(Outcome.IGNORED, now)
+            self._is_settled = True
+            self.upstream.breaker.settle(self.ticket, outcome, now)
         self.target.in_flight -= 1
 
 
@@ -174,7 +178,8 @@ class RetryBudget:
 
     def deposit(self) -> None:
         """Count one live request."""
-        self._balance = min(self.RESERVE, self._balance + self._share)
+        if self._balance < self.RESERVE:
+            self._balance = min(self.RESERVE, self._balance + self._share)
 
     def withdraw(self) -> bool:
         """Take one retry if there is one."""

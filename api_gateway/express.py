@@ -1,8 +1,8 @@
 """The straight way of a plain request: decided, sent on and answered in the event loop's own callbacks.
 
 Most requests need nothing to be waited for but the upstream's answer. They take the same decisions here as in
-`middleware` and `router`, from the same objects, but without a scope, a coroutine or a task. Nothing is refused here: a
-request that is out of the ordinary, or would be refused, is left alone before anything has been done for it, and
+`middleware` and `router`, from the same objects, but without a scope, a coroutine or a task. Nothing is refused here.
+A request that is out of the ordinary, or would be refused, is left alone before anything has been done for it, and
 goes the ordinary way from its start. One that turns out so later (another answer than a plain one, a connection that
 broke, no connection free) goes on in the ordinary way from where it is.
 """
@@ -10,7 +10,7 @@ broke, no connection free) goes on in the ordinary way from where it is.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -19,7 +19,7 @@ from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
 from api_gateway.errors import ClientDisconnected, GatewayError
 from api_gateway.headers import fields_of, flaw, for_client, for_upstream, host_name, http_date
-from api_gateway.heads import split_request, understand_lines
+from api_gateway.heads import pairs_of, split_request, understand_lines
 from api_gateway.middleware import (
     ASGIApp,
     Identify,
@@ -32,14 +32,19 @@ from api_gateway.middleware import (
 )
 from api_gateway.models import NANOSECONDS, Charge, Clock, Exchange, HeaderList, Outcome
 from api_gateway.router import FIELDS, LEFT, Receive, Route, Router, Scope, Send, Service, upstream_target
-from api_gateway.transport import NO_HOOKS, Answer, Connection, NoHooks
+from api_gateway.transport import NO_HOOKS, Answer, NoHooks
 
 _VIA = b"\r\nvia: 1.1 api-gateway\r\n"
+MAX_KNOWN_BYTES = 2_048  # of header lines that are remembered beyond their connection
+MAX_KNOWN = 1_024  # of those
 _MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
 
 
 class Standing:
-    """What the header lines of a request come to. A client that repeats them to the byte is spared the work."""
+    """What the header lines of a request come to. A client that repeats them to the byte is spared the work.
+
+    It holds nothing of one connection, so all connections from one address may share it.
+    """
 
     __slots__ = (
         "charges",
@@ -51,7 +56,6 @@ class Standing:
         "length",
         "lines",
         "name",
-        "pairs",
         "peer",
         "request_id",
         "sent",
@@ -61,7 +65,6 @@ class Standing:
     def __init__(
         self,
         lines: bytes,
-        pairs: HeaderList,
         *,
         length: int,
         keep_alive: bool,
@@ -72,7 +75,6 @@ class Standing:
     ) -> None:
         """`sent` are the lines that go upstream, but for the target's name and the request's id."""
         self.lines = lines
-        self.pairs = pairs
         self.length = length
         self.keep_alive = keep_alive
         self.host = host
@@ -85,7 +87,7 @@ class Standing:
         self.charges: list[Charge] = []  # for that client and cost
 
     def __repr__(self) -> str:
-        return f"<Standing of {self.name or self.peer!r} [{len(self.pairs)} headers]>"
+        return f"<Standing of {self.name or self.peer!r} [{self.lines.count(b':')} headers]>"
 
 
 class HeadBounds(Protocol):
@@ -148,6 +150,7 @@ class Express:
         self._identify = identify
         self._clients = identify.clients
         self._clock_ns = clock_ns
+        self._known = lru_cache(maxsize=MAX_KNOWN)(self._understand)
 
     def board(self, client: Client, received: bytes) -> bool:
         """Take the request that was received on its way, or change nothing and return False."""
@@ -157,7 +160,7 @@ class Express:
         method, raw_path, query, lines, body = parts
         standing = client.standing
         if standing is None or standing.lines != lines:
-            standing = client.standing = self._understand(client, lines)
+            standing = client.standing = self._standing(client, lines)
         if standing is None or len(body) != standing.length or len(received) - len(body) > client.bounds.header_bytes:
             return False
         path = raw_path.decode("ascii")
@@ -199,13 +202,19 @@ class Express:
         Passage(self, client, standing, exchange, route, asked).depart(service, target, body)
         return True
 
-    def _understand(self, client: Client, lines: bytes) -> Standing | None:
-        """Return what the header lines come to, or None if that is for the ordinary way to say."""
+    def _standing(self, client: Client, lines: bytes) -> Standing | None:
+        """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""
+        if lines.count(b"\n") > client.bounds.header_lines:
+            return None
+        peer = client.client[0] if client.client else "unknown"
+        understand = self._known if len(lines) <= MAX_KNOWN_BYTES else self._understand
+        return understand(peer, client.scheme, lines)
+
+    def _understand(self, peer: str, scheme: str, lines: bytes) -> Standing | None:
         understood = understand_lines(lines)
-        if understood is None or len(understood.pairs) > client.bounds.header_lines:
+        if understood is None:
             return None
         pairs, fields, length, keep_alive = understood
-        peer = client.client[0] if client.client else "unknown"
         try:
             caller = self._identify.caller(peer, fields)
         except GatewayError:
@@ -217,7 +226,7 @@ class Express:
             fields,
             host=b"",
             peer=peer,
-            scheme=client.scheme,
+            scheme=scheme,
             request_id=b"",
             version="1.1",
             is_trusted=caller[1],
@@ -225,7 +234,6 @@ class Express:
         )
         return Standing(
             lines,
-            pairs,
             length=length,
             keep_alive=keep_alive,
             host=host_name(fields),
@@ -262,7 +270,7 @@ class Passage(Answer):
     def depart(self, service: Service, target: bytes, body: bytes) -> None:
         """Send the request, if there is a connection free for it."""
         exchange, standing = self.exchange, self._standing
-        self.lease = lease = service.upstream.checkout(exchange.started, exchange.client_key)
+        self.lease = lease = service.upstream.checkout(exchange.started, standing.charges[0].key)
         connection = service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one
             self._leave(body, is_sent=False)
@@ -287,16 +295,9 @@ class Passage(Answer):
 
     def wake(self) -> None:
         """Send on what has come."""
-        if self.has_left:
-            super().wake()
-        elif self.error is None:
-            self._relay()
-        elif self.exchange.status:
-            self._break_off(self.error)
-        else:
-            self._leave(b"", is_sent=True)
-
-    def _relay(self) -> None:
+        if self.has_left or self.error is not None:
+            self._on_trouble()
+            return
         client, exchange = self._client, self.exchange
         now = self._express.clock()
         piece = self.take()
@@ -309,8 +310,7 @@ class Passage(Answer):
             client.transport.write(self._head(now) + piece)
         connection = self.connection
         if connection is None:
-            self._express.router.settle(self.lease, Outcome.SUCCESS, now)
-            self._end(now, keep_alive=self.keep_alive)
+            self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
         elif client.is_write_paused:
             connection.pause_reading()
             connection.alarm.clear()
@@ -320,7 +320,7 @@ class Passage(Answer):
     def _head(self, now: float) -> bytes:
         """Return the answer's head as the client shall see it, and count it."""
         express, exchange = self._express, self.exchange
-        exchange.status, exchange.source = self.status, "upstream"
+        exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
         express.router.on_head(exchange, self.lease, self.status, now)
         assert exchange.decision is not None  # noqa: S101 - without one there is no passage
         lines = express.limit.lines(exchange.decision)
@@ -335,11 +335,16 @@ class Passage(Answer):
             close,
         )
 
-    def _break_off(self, error: Exception) -> None:
-        """End an answer that the upstream did not finish so that it cannot pass for complete."""
-        failure = self._express.router.on_broken_body(self.lease, error)
-        note_failure(self.exchange, failure)
-        self._end(self._express.clock(), keep_alive=False)
+    def _on_trouble(self) -> None:
+        """Leave it to the ordinary way, unless half an answer has been sent: that is ended so that it shows."""
+        if self.has_left:
+            super().wake()
+        elif self.exchange.status and self.error is not None:
+            failure = self._express.router.on_broken_body(self.lease, self.error)
+            note_failure(self.exchange, failure)
+            self._end(self._express.clock(), Outcome.FAILURE, keep_alive=False)
+        else:
+            self._leave(b"", is_sent=True)
 
     # From the client
 
@@ -354,14 +359,14 @@ class Passage(Answer):
         self.has_left = True
         self.close()
         note_failure(self.exchange, ClientDisconnected(LEFT))
-        self._end(self._express.clock(), keep_alive=False)
+        self._end(self._express.clock(), Outcome.IGNORED, keep_alive=False)
 
     # The end
 
-    def _end(self, now: float, *, keep_alive: bool) -> None:
-        self.lease.release(now)
-        self._express.record.end(self.exchange, now)
+    def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
+        self.lease.release(now, outcome)
         self._client.disembark(keep_alive=keep_alive)
+        self._express.record.end(self.exchange, now)
 
     def _leave(self, body: bytes, *, is_sent: bool) -> None:
         """Go on in the ordinary way, with a request that is on its way already or one whose `body` is to be sent."""
@@ -371,7 +376,9 @@ class Passage(Answer):
         limits = self._express.limit.headers(exchange.decision)
         exchange.answer_headers = [(b"x-request-id", exchange.id.encode()), *limits]
         app = partial(self._serve, self if is_sent else None)
-        self._client.serve(app, exchange.method, self._asked, standing.pairs, body, keep_alive=self.keep_alive)
+        self._client.serve(
+            app, exchange.method, self._asked, pairs_of(standing.lines), body, keep_alive=self.keep_alive
+        )
 
     def _serve(self, answer: Answer | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve the request in the ordinary way, from where it is."""

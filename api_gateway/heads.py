@@ -76,7 +76,7 @@ def understand_lines(lines: bytes) -> Lines | None:
     """Return what the header lines of a request say, or None if that takes more than a plain head."""
     if _LINES.fullmatch(lines) is None:
         return None
-    pairs: HeaderList = _PAIR.findall(lines)
+    pairs = pairs_of(lines)
     fields = fields_of(pairs)
     if not _UNUSUAL_IN_REQUESTS.isdisjoint(fields):
         return None
@@ -114,9 +114,9 @@ def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int,
     return status, head, size, int(length), close is None, date is not None
 
 
-def pairs_of(head: bytes) -> HeaderList:
-    """Return the header lines of a plain head as pairs."""
-    return _PAIR.findall(head, head.index(b"\n") + 1)
+def pairs_of(lines: bytes, start: int = 0) -> HeaderList:
+    """Return the header lines of a plain head, from `start` on, as pairs."""
+    return _PAIR.findall(lines, start)
 
 
 def phrase_of(head: bytes) -> bytes:

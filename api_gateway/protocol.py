@@ -12,9 +12,11 @@ What is different from uvicorn's, and why (`cycle` has the rest):
 import asyncio
 import json
 import logging
+import math
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
@@ -74,7 +76,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Start of a connection: its first head is awaited from now on."""
         self.transport = transport
         self.connections.add(self)
-        self.server, self.client = get_local_addr(transport), get_remote_addr(transport)
+        self.client = get_remote_addr(transport)
         self.scheme = "https" if is_ssl(transport) else "http"
         self.spelled: HeaderList = []
         self.expects_continue = False
@@ -82,15 +84,6 @@ class GatewayProtocol(HttpToolsProtocol):
         self._peer = self.client[0] if self.client else ""
         self.peers[self._peer] += 1
         self._is_surplus = 0 < self.bounds.connections_per_peer < self.peers[self._peer]
-        self._template: dict[str, Any] = {  # what the scopes of all requests of this connection have in common
-            "type": "http",
-            "asgi": _VERSION,
-            "server": self.server,
-            "client": self.client,
-            "scheme": self.scheme,
-            "root_path": self.root_path,
-            "extensions": _EXTENSIONS,
-        }
         self._reading: Cycle | None = None  # the request whose body is not complete
         self._serving: Cycle | None = None  # the request whose answer is due, or was the last one sent
         self._waiting: deque[Cycle] = deque()
@@ -317,6 +310,19 @@ class GatewayProtocol(HttpToolsProtocol):
             cycle.upgrade = WEBSOCKET
         return cycle
 
+    @cached_property
+    def _template(self) -> dict[str, Any]:
+        """What the scopes of all requests of this connection have in common."""
+        return {
+            "type": "http",
+            "asgi": _VERSION,
+            "server": get_local_addr(self.transport),
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "extensions": _EXTENSIONS,
+        }
+
     def _cycle(self, method: str, target: bytes, version: str) -> Cycle:
         """Return a request; its headers are those spelled last."""
         raw_path, _, query = target.partition(b"?")
@@ -435,13 +441,13 @@ class GatewayProtocol(HttpToolsProtocol):
         self._passage = passage
         self._is_at_rest = self._is_timed = False
         self._is_holding = True
-        self._alarm.clear()
+        self._alarm.deadline = math.inf
 
     def disembark(self, *, keep_alive: bool) -> None:
         """Go on behind a complete answer, or end the connection."""
         self._passage = None
         self.server_state.total_requests += 1
-        if keep_alive and not self._held:
+        if keep_alive and not (self._held or self.is_write_paused):
             self._is_holding = False
             self._is_at_rest = True
             self._alarm.set(self.bounds.keep_alive_timeout)
@@ -449,6 +455,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         elif keep_alive:
             self.loop.call_soon(self._release)
+            self._alarm.set(self._patience())
         else:
             self._close()
 
@@ -477,7 +484,12 @@ class GatewayProtocol(HttpToolsProtocol):
         """Wait for the next request, if nothing of it has come yet."""
         self._alarm.set(self._patience())
         self._is_at_rest = self._lane is not None and not (
-            self._is_holding or self._waiting or self._has_begun or self._unparsed or self._reading is not None
+            self.is_write_paused
+            or self._is_holding
+            or self._waiting
+            or self._has_begun
+            or self._unparsed
+            or self._reading is not None
         )
 
     async def _work(self) -> None:

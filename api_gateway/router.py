@@ -120,14 +120,12 @@ class RouteTable:
         return f"<RouteTable {sorted(self._routes)}>"
 
     def find(self, host: str, method: str, path: str) -> tuple[Route, float]:
-        """Return the route and what the request costs, in tokens; raises as `match` does."""
+        """Return the route of a request and what it costs, in tokens.
+
+        Raises NoRoute, or MethodNotAllowed naming what is allowed.
+        """
         if "//" in path or "/." in path:
             path = matching_path(path)
-        route = self.match(host, method, path)
-        return route, route.cost_of(method, path) if route.costs else route.cost
-
-    def match(self, host: str, method: str, path: str) -> Route:
-        """Return the route; raises NoRoute, or MethodNotAllowed naming what is allowed."""
         prefix = path
         if path.count("/") > self._depth:
             prefix = "/".join(path.split("/", self._depth + 1)[: self._depth + 1])
@@ -136,7 +134,7 @@ class RouteTable:
             for route in self._routes.get(prefix, ()):
                 if route.host is None or route.host == host:
                     if route.methods is None or method in route.methods:
-                        return route
+                        return route, route.cost_of(method, path) if route.costs else route.cost
                     allowed |= route.methods
             if allowed:
                 names = ", ".join(sorted(allowed))
