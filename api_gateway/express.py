@@ -152,7 +152,7 @@ class Express:
         self._clock_ns = clock_ns
         self._known = lru_cache(maxsize=MAX_KNOWN)(self._understand)
 
-    def board(self, client: Client, received: bytes) -> bool:
+    def board(self, client: Client, received: bytes) -> bool:  # noqa: PLR0911 - each a reason to go the ordinary way
         """Take the request that was received on its way, or change nothing and return False."""
         parts = split_request(received)
         if parts is None:

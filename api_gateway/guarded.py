@@ -6,6 +6,7 @@ in a task of its own that is left to finish, and what it yields for nobody is cl
 """
 
 import asyncio
+import importlib.util
 import ssl
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -101,5 +102,7 @@ def http2_transport(max_connections: int, idle_timeout: float, tls: ssl.SSLConte
     limits = httpx.Limits(
         max_connections=max_connections, max_keepalive_connections=max_connections, keepalive_expiry=idle_timeout
     )
+    if importlib.util.find_spec("h2") is None:  # httpx itself looks for it no sooner than it connects
+        raise ImportError("the package h2 is not installed")
     verify = tls if tls is not None else True
     return GuardedTransport(httpx.AsyncHTTPTransport(http2=True, limits=limits, verify=verify))

@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connect
 MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
 LINGER = 2.0  # seconds it may do so
 WEBSOCKET = b"websocket"
+_ABSOLUTE_FORM = re.compile(rb"[^:/?]+://[^/?@]*([/?].*)?", re.DOTALL)
 _VERSION = {"version": "3.0", "spec_version": "2.4"}
 _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
 
@@ -345,15 +347,16 @@ class GatewayProtocol(HttpToolsProtocol):
         """Return path and query of an absolute-form target, whose authority wins over Host (RFC 9112, 3.2.2)."""
         if target == b"*":
             return target
-        if b"://" not in target:
-            raise ValueError("it is not a path")
+        spelt = _ABSOLUTE_FORM.fullmatch(target)
+        if spelt is None:
+            raise ValueError("it is neither a path nor an absolute URL without a user")
         url = httptools.parse_url(target)
         if not url.host:
             raise ValueError("it names no host")
         host = b"[%b]" % url.host if b":" in url.host else url.host
         authority = host if url.port is None else b"%b:%d" % (host, url.port)
         self.spelled[:] = [(name, authority if name.lower() == b"host" else value) for name, value in self.spelled]
-        rest = target[target.index(b"://") + 3 + len(authority) :]
+        rest = spelt[1] or b""
         return rest if rest.startswith(b"/") else b"/" + rest
 
     def on_body(self, body: bytes) -> None:

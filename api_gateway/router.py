@@ -48,6 +48,7 @@ REFUSED_METHODS = frozenset({"TRACE", "CONNECT"})  # RFC 9110 section 9.3.8: TRA
 SWITCHING_PROTOCOLS = 101
 FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
 _BODILESS = frozenset({204, 304})
+_MAX_HOP_DIGITS = 9  # of Max-Forwards; one that says more says nothing
 _NO_LENGTH = frozenset({204})
 _CLASSES = tuple(f"{number}xx" for number in range(6))
 LEFT = "The client left before its answer was complete."
@@ -414,10 +415,7 @@ class Router:
         try:
             while True:
                 if lease is None:
-                    try:
-                        lease = service.upstream.checkout(self._clock(), exchange.client_key, tried)
-                    except Unavailable as error:
-                        raise failed or error from None
+                    lease = self._next_lease(exchange, service, tried, failed)
                 tried.append(lease.target)
                 exchange.attempts += 1
                 try:
@@ -438,6 +436,15 @@ class Router:
         finally:
             if link is not None:
                 link.on_leaving = None
+
+    def _next_lease(
+        self, exchange: Exchange, service: Service, tried: list[Target], failed: UpstreamFailed | None
+    ) -> Lease:
+        """Return the next target's lease; raises what the try before `failed` with if there is none."""
+        try:
+            return service.upstream.checkout(self._clock(), exchange.client_key, tried)
+        except Unavailable as error:
+            raise failed or error from None
 
     async def _try(
         self,
@@ -508,7 +515,8 @@ class Router:
         exchange.status, exchange.source = response.status_code, "upstream"
         headers, fields, stream = _parts(response)
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
-        passes_trailers = b"te" in request.fields and b"transfer-encoding" in fields and request.takes_trailers
+        may_have_trailers = b"transfer-encoding" in fields and response.status_code not in _BODILESS
+        passes_trailers = may_have_trailers and b"te" in request.fields and request.takes_trailers
         await send(
             {
                 "type": "http.response.start",
@@ -606,7 +614,7 @@ class _Request:
     def ends_here(self) -> bool:
         """Tell whether `Max-Forwards` forbids another hop; take one off otherwise."""
         hops = self.fields[b"max-forwards"][0]
-        if not hops.isdigit():
+        if not hops.isdigit() or len(hops) > _MAX_HOP_DIGITS:
             return False
         left = b"%d" % (int(hops) - 1)
         self.headers = [(name, left if name.lower() == b"max-forwards" else value) for name, value in self.headers]
@@ -614,8 +622,13 @@ class _Request:
 
     @property
     def takes_trailers(self) -> bool:
-        """True if the client said that it reads trailers (RFC 9110 section 6.5.1)."""
-        return self.link is not None and any(b"trailers" in value.lower() for value in self.fields.get(b"te", ()))
+        """True if the client said that it reads trailers (RFC 9110 section 6.5.1), and gets an answer with chunks."""
+        return (
+            self.link is not None
+            and self._scope["method"] != "HEAD"
+            and self._scope["http_version"] != "1.0"
+            and any(b"trailers" in value.lower() for value in self.fields.get(b"te", ()))
+        )
 
     @property
     def lengthless(self) -> frozenset[int]:

@@ -233,7 +233,6 @@ async def test_another_transport_gets_the_request_as_ours_would_and_is_closed_at
     assert inner.is_closed
 
 
-@pytest.mark.xfail(strict=True, reason="httpx.AsyncHTTPTransport looks for h2 no sooner than it connects")
 async def test_http2_without_its_package_does_not_start_and_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -254,7 +254,6 @@ def test_a_resolved_path_has_nothing_left_to_resolve(path: str) -> None:
 def test_no_spelling_of_a_path_reaches_a_cheaper_rule(path: str) -> None:
     rules = (CostRule(None, "/api/x/free", 0), CostRule(None, "/api/x/export", 5))
     table = RouteTable([route("/api"), route("/api/x", costs=rules)])
-    clean = matching_path(path)
     assert table.find("", "GET", path)[1] == 5
 
 
