@@ -33,6 +33,7 @@ HIGH_WATER = 256 * 1024  # bytes of an answer held for a slow client before the 
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
 _BODILESS = frozenset({204, 304})
+_SURPLUS = "more came than was announced"
 _CONTINUE = 100
 _SWITCHING = 101
 
@@ -176,6 +177,7 @@ class Answer(httpx.AsyncByteStream):
     is_head_complete = False
     is_complete = False
     is_until_close = False
+    is_counted = False  # by its Content-Length, as far as the parser has it
     keeps_alive = False
     error: Exception | None = None
     buffered = 0
@@ -216,12 +218,12 @@ class Answer(httpx.AsyncByteStream):
             waiter.set_result(None)
 
     async def until_head(self) -> None:
-        """Wait until the head is there; raises what the answer failed with instead."""
-        while not self.is_head_complete:
-            if self.error is not None:
-                raise self.error
+        """Wait until the head is there; raises what the answer has failed with by then, be it behind the head."""
+        while self.error is None and not self.is_head_complete:
             self._waiter = self._open_connection().loop.create_future()
             await self._waiter
+        if self.error is not None:
+            raise self.error
 
     def feed(self, piece: bytes) -> None:
         """Hold one piece of body for the reader, who is not woken yet."""
@@ -441,7 +443,7 @@ class Connection(asyncio.Protocol):
             return False
         status, passed, size, length, keeps_alive, has_date = parts
         came = len(data) - size
-        if came > length or size > MAX_HEAD_BYTES:
+        if came > length or size > MAX_HEAD_BYTES:  # what is wrong with it is for the parser to find
             return False
         self._received = size + came
         answer.status, answer.passed, answer.has_date, answer.keeps_alive = status, passed, has_date, keeps_alive
@@ -460,10 +462,10 @@ class Connection(asyncio.Protocol):
         return True
 
     def _take_counted(self, answer: Answer, data: bytes) -> None:
-        """Take more of a body whose length is known. What comes behind it makes the connection useless."""
+        """Take more of a body whose length is known."""
         if len(data) > self._left:
-            data = data[: self._left]
-            answer.keeps_alive = False
+            self._fail(answer, _SURPLUS)
+            return
         self._left -= len(data)
         answer.is_complete = not self._left
         answer.feed(data)
@@ -504,8 +506,11 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         """A message starts; if the answer is already complete, it is one nobody asked for."""
-        if self._answer is None or self._answer.is_complete:
+        answer = self._answer
+        if answer is None:
             self.close()
+        elif answer.is_complete:
+            self._fail(answer, _SURPLUS)
 
     def on_status(self, phrase: bytes) -> None:
         """Reason phrase, or a part of it."""
@@ -521,7 +526,7 @@ class Connection(asyncio.Protocol):
         headers, self._headers = self._headers, []
         reason, self._reason = self._reason, b""
         answer = self._answer
-        if answer is None or answer.is_complete:
+        if answer is None or answer.is_complete or answer.error is not None:
             return
         status = self._parser.get_status_code()
         if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
@@ -542,7 +547,8 @@ class Connection(asyncio.Protocol):
             answer.is_complete = True
             self._parser = httptools.HttpResponseParser(self)
         elif status not in _BODILESS:
-            answer.is_until_close = codings is None and b"content-length" not in fields
+            answer.is_counted = codings is None and b"content-length" in fields
+            answer.is_until_close = codings is None and not answer.is_counted
 
     def _on_unusual_status(self, answer: Answer, status: int, reason: bytes, headers: HeaderList) -> None:
         if status == _SWITCHING and answer.hooks.upgrade and self._parser.should_upgrade():
@@ -565,13 +571,15 @@ class Connection(asyncio.Protocol):
         answer = self._answer
         if answer is None or answer.is_complete:
             self.close()
-        else:
+        elif answer.error is None:
             answer.feed(piece)
 
     def on_message_complete(self) -> None:
         """The end of the answer, unless it was an interim one."""
         answer = self._answer
-        if answer is not None and answer.is_head_complete and answer.status != _SWITCHING:
+        if answer is None or answer.error is not None:
+            return
+        if answer.is_head_complete and answer.status != _SWITCHING:
             answer.is_complete = True
             if self._headers:
                 answer.trailers, self._headers = self._headers, []
@@ -623,7 +631,9 @@ class Connection(asyncio.Protocol):
         return transport
 
     def _fail(self, answer: Answer, cause: str) -> None:
-        if answer.is_complete:  # what came behind it is wrong
+        if answer.is_complete and answer.is_counted:
+            answer.is_complete, cause = False, _SURPLUS
+        if answer.is_complete:  # by itself; only what came behind is wrong
             answer.wake()
         else:
             answer.fail(httpx.RemoteProtocolError(cause))
@@ -713,8 +723,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         """Wait for the head of an answer whose request is on its way; see `handle_async_request`."""
         while True:
             try:
-                if not answer.is_head_complete:
-                    await answer.until_head()
+                await answer.until_head()
             except Stale:
                 if request.method not in _IDEMPOTENT or request.framing is not None:
                     raise

@@ -346,7 +346,8 @@ def test_a_connection_that_says_more_than_was_asked_serves_nobody_else(
     up = upstream(behave)
     running = gateway(once(up))
     with RawClient(running.port) as client, RawClient(running.port) as other:
-        assert client.get().status == int(answer.split()[1])
+        too_long = answer.startswith(OK) and answer != OK  # what was announced may not pass for all of it
+        assert client.get().status == (502 if too_long else int(answer.split()[1]))
         eventually(lambda: "0 busy, 0 idle" in pool(running), "it is closed", within=SOON)
         assert [one.get().body for one in (client, other)] == [b"ok", b"ok"]
     assert len(up.wires) == 2
@@ -396,7 +397,9 @@ def test_who_finds_no_connection_free_waits_in_order(gateway: StartGateway, upst
             client.request("GET", path.decode())
             state = f"[{min(number + 1, 2)} busy, 0 idle, {max(number - 1, 0)} waiting]"
             eventually(lambda state=state: state in pool(running), state, within=SOON)  # type: ignore[misc]  # bound now
-        for client, path in zip(clients, paths, strict=True):
+        for number, (client, path) in enumerate(zip(clients, paths, strict=True)):
+            arrived = min(number + 2, len(paths))
+            eventually(lambda arrived=arrived: len(gates.order) == arrived, "the next arrives", within=SOON)  # type: ignore[misc]  # bound now
             gates.open(path)
             assert client.answer().body == path
     assert gates.order == paths

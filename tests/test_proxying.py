@@ -579,7 +579,6 @@ def test_an_upstream_that_leaves_before_its_head_is_a_reset(client: RawClient, u
     [
         b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\nzz",
     ],
 )
 @pytest.mark.parametrize("closes", [True, False])
@@ -588,6 +587,35 @@ def test_an_answer_that_breaks_off_never_looks_complete(
 ) -> None:
     """Broken or silent in the middle of its body: what came is passed on, and the client's connection closed."""
     up.behave = raw(answer, closes=closes)
+    client.request()
+    got = client.answer()
+    assert (got.status, got.body, got.is_complete) == (200, b"half", False)
+    assert client.is_closed()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\nzz",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nX-Not-Plain:\r\nContent-Length: 3\r\n\r\nhalf",
+    ],
+)
+def test_an_answer_that_is_wrong_before_anything_was_passed_on_is_a_protocol_error(
+    client: RawClient, up: RawUpstream, answer: bytes
+) -> None:
+    """Also where it is longer than it announced: what was announced must not pass for all of it."""
+    up.behave = raw(answer, closes=False)
+    assert_problem(ask(client, "GET"), 502, "upstream_protocol_error", up)
+
+
+def test_an_answer_that_turns_out_too_long_never_looks_complete(client: RawClient, up: RawUpstream) -> None:
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhalf")
+        time.sleep(0.1)
+        wire.send(b"more")
+
+    up.behave = behave
     client.request()
     got = client.answer()
     assert (got.status, got.body, got.is_complete) == (200, b"half", False)

@@ -702,8 +702,6 @@ async def test_one_answer_may_have_a_large_head_after_another(
     [
         ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nextra", b""),
         ("HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n" + OK, b""),
-        ("GET", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokextra", b"ok"),
-        ("GET", OK + OK, b"ok"),
         ("GET", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nextra", b"ok"),
         ("GET", b"HTTP/1.1 204 No Content\r\n\r\nextra", b""),
         ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\nextra", b""),
@@ -718,6 +716,32 @@ async def test_bytes_after_the_answer_never_reach_the_next_one(
     pieces = (answer[:end], answer[end:]) if pause else (answer,)
     up = upstream(first_then(raw(*pieces), reply(b"next")))
     assert await fetch(transport, request_to(up, method=method)) == body
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
+    assert await fetch(transport, request_to(up)) == b"next"
+
+
+@pytest.mark.parametrize("surplus", [b"extra", OK], ids=["garbage", "an answer"])
+@pytest.mark.parametrize("head", [b"Content-Length: 2\r\n", b"Content-Length:  2\r\n"], ids=["plain", "parsed"])
+@pytest.mark.parametrize("cut", [0, 1], ids=["with the head", "behind a piece of the body"])
+async def test_an_answer_longer_than_announced_fails(
+    transport: UpstreamTransport, upstream: StartUpstream, head: bytes, surplus: bytes, cut: int
+) -> None:
+    """How it was meant, nobody can tell; what was announced must not pass for all of it."""
+    answer = b"HTTP/1.1 200 OK\r\n" + head + b"\r\nok" + surplus
+    at = answer.index(b"ok") + cut if cut else len(answer)
+    up = upstream(first_then(raw(answer[:at], answer[at:]), reply(b"next")))
+    with pytest.raises(httpx.RemoteProtocolError, match="more came than was announced"):
+        await fetch(transport, request_to(up))
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
+    assert await fetch(transport, request_to(up)) == b"next"
+
+
+async def test_bytes_behind_an_answer_that_was_complete_close_the_connection(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """They came too late to be seen with it."""
+    up = upstream(first_then(raw(OK, b"extra"), reply(b"next")))
+    assert await fetch(transport, request_to(up)) == b"ok"
     await settles(transport, "0 busy, 0 idle, 0 waiting")
     assert await fetch(transport, request_to(up)) == b"next"
 
