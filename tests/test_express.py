@@ -1,0 +1,523 @@
+"""The straight way: the same as the ordinary one, seen from either side, and back on it whenever something is odd."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from api_gateway.express import MAX_KNOWN_BYTES, Express
+from api_gateway.models import Exchange
+from tests.kit import (
+    PATIENCE,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    ask,
+    eventually,
+    in_front_of,
+    reply,
+    running_gateway,
+)
+
+StartGateway = Callable[[dict[str, Any]], RunningGateway]
+StartUpstream = Callable[..., RawUpstream]
+
+ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the straight way leaves to the ordinary one
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.fixture(autouse=True)
+def boarded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What the straight way said to each request offered to it: taken, or not."""
+    seen: list[bool] = []
+    board = Express.board
+
+    def noting(self: Express, client: Any, received: bytes) -> bool:
+        seen.append(board(self, client, received))
+        return seen[-1]
+
+    monkeypatch.setattr(Express, "board", noting)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def shared_upstream() -> Iterator[RawUpstream]:
+    up = RawUpstream()
+    yield up
+    up.close()
+
+
+@pytest.fixture(scope="module")
+def shared_gateway(shared_upstream: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    sections = in_front_of(
+        shared_upstream.url, timeouts={"response": 0.5, "idle": 0.5}, circuit_breaker={"minimum_calls": 1000}
+    )
+    sections["routes"].append({"name": "cut", "path": "/api/cut", "upstream": "up", "strip_prefix": "/api/cut"})
+    with running_gateway(sections, tmp_path_factory.mktemp("state")) as running:
+        yield running
+
+
+@pytest.fixture
+def up(shared_upstream: RawUpstream) -> Iterator[RawUpstream]:
+    """An upstream that answers `ok` unless it is told otherwise."""
+    shared_upstream.behave = reply()
+    yield shared_upstream
+    shared_upstream.behave = reply()
+    shared_upstream.requests.clear()
+
+
+@pytest.fixture
+def running(shared_gateway: RunningGateway, up: RawUpstream) -> Iterator[RunningGateway]:
+    """A gateway with a connection to its upstream, so that the straight way is open."""
+    record = lane(shared_gateway).record
+    observers = record._observers
+    yield warm(shared_gateway, up)
+    record._observers = observers
+
+
+@pytest.fixture
+def client(running: RunningGateway) -> Iterator[RawClient]:
+    with RawClient(running.port) as raw:
+        yield raw
+
+
+def warm(running: RunningGateway, up: RawUpstream) -> RunningGateway:
+    assert ask(f"{running.url}/api/warm").status == 200
+    up.requests.clear()
+    return running
+
+
+def lane(running: RunningGateway) -> Any:
+    """Return the straight way of a gateway; None if it is closed."""
+    app: Any = running.server._app
+    return app.lane
+
+
+def finished(running: RunningGateway) -> list[Exchange]:
+    """Return the list into which every exchange goes from now on."""
+    done: list[Exchange] = []
+    record = lane(running).record
+    record._observers = (*record._observers, done.append)
+    return done
+
+
+def is_calm(running: RunningGateway, up: RawUpstream) -> bool:
+    """Tell whether nothing is held by a request that is over."""
+    recorder, upstream = running.console.recorder, running.console.upstreams["up"]
+    return recorder.in_flight == 0 and all(target.in_flight == 0 for target in upstream.targets)
+
+
+def says(*pieces: bytes, pause: float = 0.05, closes: bool = False) -> Callable[[Wire, RawRequest], bool]:
+    """Return a behaviour that sends `pieces`, some time apart."""
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        for number, piece in enumerate(pieces):
+            time.sleep(pause if number else 0)
+            wire.send(piece)
+        return not closes
+
+    return behave
+
+
+# The same as the ordinary way
+
+
+def normal(head: bytes) -> bytes:
+    """Return a head without what differs from request to request, and without the odd header."""
+    head = re.sub(rb"(?i)(x-request-id|x-ratelimit-[a-z]+|ratelimit|date): [^\r]*", rb"\1: *", head)
+    return re.sub(rb"X-Odd: [^\r]*\r\n", b"", head)
+
+
+REQUESTS: dict[str, tuple[str, str, tuple[str, ...], bytes]] = {
+    "plain": ("GET", "/api/x", (), b""),
+    "named": ("GET", "/api/x", ("X-Client-ID: me", "Accept: */*", "accept: text/html"), b""),
+    "query": ("GET", "/api/a%2Fb/%C3%A4//c/../d?", ("X-Client-ID: me",), b""),
+    "questions": ("DELETE", "/api?a=b?c&d=%FF", (), b""),
+    "root": ("GET", "/api", (), b""),
+    "forged": ("GET", "/api/x", ("X-Forwarded-For: 1.2.3.4", "X_Client_Id: a", "Forwarded: for=b", "Via: 1.1 a"), b""),
+    "hops": ("GET", "/api/x", ("Keep-Alive: 5", "Proxy-Authorization: a", "Connection: keep-alive"), b""),
+    "own id": ("GET", "/api/x", ("X-Request-ID: mine",), b""),
+    "unusable id": ("GET", "/api/x", ("X-Request-ID: m\xefne",), b""),
+    "non-ASCII": ("GET", "/api/x", ("X-Name: J\xfcrgen",), b""),
+    "head": ("HEAD", "/api/x", (), b""),
+    "options": ("OPTIONS", "/api/x", (), b""),
+    "body": ("POST", "/api/x", ("Content-Length: 4", "Content-Type: a/b"), b"body"),
+    "empty body": ("PUT", "/api/x", ("Content-Length: 0",), b""),
+    "last": ("GET", "/api/x", ("Connection: close",), b""),
+}
+
+
+@pytest.mark.parametrize("prefix", ["/api", "/api/cut"])
+@pytest.mark.parametrize(("method", "target", "headers", "body"), REQUESTS.values(), ids=REQUESTS)
+def test_upstream_client_and_record_cannot_tell_it_from_the_ordinary_way(
+    running: RunningGateway,
+    up: RawUpstream,
+    boarded: list[bool],
+    method: str,
+    target: str,
+    headers: tuple[str, ...],
+    body: bytes,
+    prefix: str,
+) -> None:
+    up.behave = reply(b"ok", headers=((b"ETag", b"x"), (b"Keep-Alive", b"timeout=5"), (b"X-Empty-Not", b"\xe4")))
+    done = finished(running)
+    boarded.clear()
+    seen = []
+    for extra in ((), (ODD,)):
+        with RawClient(running.port) as client:
+            client.request(method, target.replace("/api", prefix, 1), (*headers, *extra), body)
+            answer = client.answer(method)
+            seen.append((normal(answer.head), answer.body, answer.is_complete))
+            assert client.is_closed(within=0.1) == ("Connection: close" in headers)
+    assert boarded == [True, False]
+    assert seen[0] == seen[1]
+    straight, ordinary = up.requests
+    assert normal(straight.head) == normal(ordinary.head)
+    assert straight.body == ordinary.body == body
+    eventually(lambda: len(done) == 2, "both end")
+    for name in ("method", "path", "peer", "client", "route", "upstream", "target", "cost", "attempts"):
+        assert getattr(done[0], name) == getattr(done[1], name), name
+    for name in ("status", "source", "reason", "detail", "bytes_in", "bytes_out"):
+        assert getattr(done[0], name) == getattr(done[1], name), name
+    assert all(exchange.started <= exchange.sent_at <= exchange.head_at <= exchange.finished for exchange in done)  # type: ignore[operator]  # they are set
+    assert done[0].decision is not None
+    assert done[0].decision.allowed
+
+
+ANSWERS = {
+    "error": (b"HTTP/1.1 500 Oops\r\nContent-Length: 2\r\n\r\nno", b"no"),
+    "no content": (b"HTTP/1.1 204 None\r\nX: y\r\n\r\n", b""),
+    "not modified": (b'HTTP/1.1 304 Same\r\nETag: "a"\r\nContent-Length: 9\r\n\r\n', b""),
+    "cookies": (b"HTTP/1.1 200 OK\r\nSet-Cookie: a\r\nset-cookie: b\r\nContent-Length: 0\r\n\r\n", b""),
+    "with their id": (b"HTTP/1.1 200 OK\r\nX-Request-Id: theirs\r\nVia: x\r\nContent-Length: 0\r\n\r\n", b""),
+    "dated": (b"HTTP/1.1 200 OK\r\nDATE: Wed, 25 Nov 2026 01:24:31 GMT\r\nContent-Length: 0\r\n\r\n", b""),
+    "large": (b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000, b"x" * 300_000),
+}
+
+
+@pytest.mark.parametrize(("answer", "body"), ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_is_the_same_on_both_ways(
+    running: RunningGateway, up: RawUpstream, boarded: list[bool], answer: bytes, body: bytes
+) -> None:
+    up.behave = says(answer)
+    boarded.clear()
+    seen = []
+    for extra in ((), (ODD,)):
+        with RawClient(running.port) as client:
+            got = client.get("/api/x", extra)
+            seen.append((normal(got.head), got.body))
+            assert got.is_complete
+    assert boarded == [True, False]
+    assert seen[0] == seen[1]
+    assert seen[0][1] == body
+
+
+def test_a_head_and_a_body_that_come_apart_are_one_answer(client: RawClient, up: RawUpstream) -> None:
+    up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n", b"half", b"half")
+    assert client.get().body == b"halfhalf"
+    assert client.get().body == b"halfhalf"
+
+
+# Back to the ordinary way
+
+
+UNUSUAL = {
+    "chunks": says(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"),
+    "an end": says(b"HTTP/1.1 200 OK\r\n\r\nok", closes=True),
+    "a head in pieces": says(OK[:9], OK[9:30], OK[30:]),
+    "an odd head": says(b"HTTP/1.1 200 OK\r\nX:\r\nContent-Length:   2\r\n\r\nok"),
+    "an interim answer": says(b"HTTP/1.1 103 Early\r\nLink: a\r\n\r\n" + OK),
+    "an interim answer before": says(b"HTTP/1.1 103 Early\r\nLink: a\r\n\r\n", OK),
+}
+
+
+@pytest.mark.parametrize("behave", UNUSUAL.values(), ids=UNUSUAL)
+def test_an_answer_that_is_not_plain_is_served_all_the_same(
+    running: RunningGateway, client: RawClient, up: RawUpstream, boarded: list[bool], behave: Any
+) -> None:
+    up.behave = behave
+    boarded.clear()
+    done = finished(running)
+    before = running.console.recorder.outcomes["up"]["2xx"]
+    for _ in range(2):
+        client.request()
+        if behave in (UNUSUAL["an interim answer"], UNUSUAL["an interim answer before"]):
+            assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 103 Early\r\nLink: a\r\nvia: 1.1 api-gateway\r\n\r\n"
+        answer = client.answer()
+        assert (answer.status, answer.body, answer.is_complete) == (200, b"ok", True)
+    assert boarded == [True, True]
+    eventually(lambda: is_calm(running, up), "nothing is held")
+    assert [(one.status, one.attempts, one.bytes_out) for one in done] == [(200, 1, 2)] * 2
+    assert len(up.requests) == 2
+    assert running.console.recorder.outcomes["up"]["2xx"] == before + 2
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
+    running: RunningGateway, client: RawClient, up: RawUpstream, method: str
+) -> None:
+    """The keep-alive race: nothing came, so what may be repeated is (RFC 9110 section 9.2.2)."""
+    calls = []
+
+    def behave(wire: Wire, request: RawRequest) -> bool:
+        calls.append(request)
+        if len(calls) == 1:
+            return False
+        wire.send(OK)
+        return True
+
+    up.behave = behave
+    client.request(method, headers=("Content-Length: 0",))
+    assert client.answer().status == (200 if method == "GET" else 502)
+    eventually(lambda: is_calm(running, up), "nothing is held")
+    assert len(up.requests) == (2 if method == "GET" else 1)
+
+
+def test_a_body_that_was_sent_is_not_sent_again(running: RunningGateway, client: RawClient, up: RawUpstream) -> None:
+    up.behave = lambda _wire, _request: False
+    client.request("PUT", headers=("Content-Length: 4",), body=b"body")
+    answer = client.answer()
+    assert answer.status == 502
+    assert b"upstream_reset" in answer.body
+    assert [request.body for request in up.requests] == [b"body"]
+    eventually(lambda: is_calm(running, up), "nothing is held")
+
+
+def test_a_silent_upstream_is_a_timeout(running: RunningGateway, client: RawClient, up: RawUpstream) -> None:
+    def behave(_wire: Wire, _request: RawRequest) -> bool:
+        time.sleep(1)
+        return False
+
+    up.behave = behave
+    client.request("POST", headers=("Content-Length: 0",))
+    answer = client.answer()
+    assert answer.status == 504
+    eventually(lambda: is_calm(running, up), "nothing is held")
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_half_an_answer_never_looks_complete(
+    running: RunningGateway, client: RawClient, up: RawUpstream, *, closes: bool
+) -> None:
+    up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf", b"", pause=0.1, closes=closes)
+    done = finished(running)
+    client.request()
+    answer = client.answer()
+    assert (answer.status, answer.body, answer.is_complete) == (200, b"half", False)
+    eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
+    assert done[0].reason == ("upstream_reset" if closes else "upstream_timeout")
+    assert running.console.upstreams["up"].breaker.consecutive_failures == 1
+
+
+# Not taken
+
+
+def test_who_is_out_of_tokens_is_refused_by_the_ordinary_way(
+    gateway: StartGateway, up: RawUpstream, boarded: list[bool]
+) -> None:
+    sections = in_front_of(up.url) | {"tiers": {"FREE": {"rate": 0.01, "capacity": 3}}}
+    running = warm(gateway(sections), up)
+    boarded.clear()
+    with RawClient(running.port) as client:
+        answers = [client.get(headers=("X-Client-ID: a",)) for _ in range(5)]
+    assert [answer.status for answer in answers] == [200, 200, 200, 429, 429]
+    assert [answer.all("x-ratelimit-remaining") for answer in answers[:3]] == [[b"2"], [b"1"], [b"0"]]
+    assert boarded == [True] * 3 + [False] * 2
+    assert len(up.requests) == 3
+
+
+def test_a_tier_counts_from_the_next_request_on_the_same_connection(running: RunningGateway, up: RawUpstream) -> None:
+    body, kind = b'{"tier": "PREMIUM"}', {"Content-Type": "application/json"}
+    with RawClient(running.port) as client:
+        limits = [client.get(headers=("X-Client-ID: a",)).all("x-ratelimit-limit")]
+        assert ask(f"{running.url}/clients/a/tier", method="POST", headers=kind, body=body).status == 200
+        limits.append(client.get(headers=("X-Client-ID: a",)).all("x-ratelimit-limit"))
+        assert ask(f"{running.url}/clients/a", method="DELETE").status == 200
+        limits.append(client.get(headers=("X-Client-ID: a",)).all("x-ratelimit-limit"))
+    assert limits == [[b"100000"], [b"200"], [b"100000"]]
+
+
+def test_an_open_breaker_is_for_the_ordinary_way(gateway: StartGateway, up: RawUpstream, boarded: list[bool]) -> None:
+    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2}
+    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
+    up.behave = reply(b"no", b"500 Oops")
+    with RawClient(running.port) as client:
+        boarded.clear()
+        assert [client.get().status for _ in range(2)] == [500, 503]
+        time.sleep(0.25)
+        up.behave = reply()
+        assert [client.get().status for _ in range(2)] == [200, 200]
+    assert boarded == [True, False, False, True]
+
+
+def test_bounds_hold(gateway: StartGateway, up: RawUpstream) -> None:
+    server = {"max_header_lines": 10, "max_header_bytes": 3000, "max_body_bytes": 4}
+    running = warm(gateway(in_front_of(up.url) | {"server": server}), up)
+    many = tuple(f"X-{number}: y" for number in range(9))
+    for headers, body, status in (
+        (many, b"", 200),
+        ((*many, "X: y"), b"", 431),
+        (("X: " + "y" * 2_900,), b"", 200),
+        (("X: " + "y" * 3_000,), b"", 431),
+        (("Content-Length: 4",), b"body", 200),
+        (("Content-Length: 5",), b"body!", 413),
+    ):
+        with RawClient(running.port) as client:
+            client.request("POST", headers=headers, body=body)
+            assert client.answer().status == status
+
+
+def test_lines_too_long_to_be_remembered_are_understood_each_time(client: RawClient, up: RawUpstream) -> None:
+    for number in range(3):
+        long = f"X: {'y' * MAX_KNOWN_BYTES}{number}"
+        assert client.get(headers=(long,)).status == 200
+        assert up.requests[-1].all("x") == [long[3:].encode()]
+
+
+def test_what_one_client_sent_is_not_taken_for_anothers(running: RunningGateway, up: RawUpstream) -> None:
+    """Lines are remembered for all connections from an address, and only if they are the same to the byte."""
+    with RawClient(running.port) as one, RawClient(running.port) as other:
+        for name in ("a", "b", "a", "c"):
+            for client in (one, other):
+                assert client.get(headers=(f"X-Client-ID: {name}", f"Cookie: {name}")).status == 200
+                assert (up.requests[-1].all("x-client-id"), up.requests[-1].all("cookie")) == ([name.encode()],) * 2
+
+
+# One after the other
+
+
+def test_requests_in_a_pipeline_are_answered_in_order(client: RawClient, up: RawUpstream) -> None:
+    up.behave = lambda wire, request: wire.send(
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(request.line), request.line)
+    )
+    for count in (1, 2, 5):
+        for number in range(count):
+            client.request("GET", f"/api/{number}")
+        for number in range(count):
+            assert client.answer().body == b"GET /api/%d HTTP/1.1" % number
+
+
+def test_a_request_that_comes_during_another_is_served_after_it(client: RawClient, up: RawUpstream) -> None:
+    gate = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        if request.line.startswith(b"GET /api/first"):
+            gate.wait(PATIENCE)
+        wire.send(OK)
+
+    up.behave = behave
+    client.request("GET", "/api/first")
+    eventually(lambda: len(up.requests) == 1, "the first is with the upstream")
+    client.request("GET", "/api/second")
+    time.sleep(0.1)
+    assert len(up.requests) == 1
+    gate.set()
+    assert [client.answer().status for _ in range(2)] == [200, 200]
+    assert client.get().status == 200
+
+
+@pytest.mark.parametrize("when", ["before the head", "within the body"])
+def test_a_client_that_leaves_ends_it_all(running: RunningGateway, up: RawUpstream, when: str) -> None:
+    arrived, left = threading.Event(), threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        if when == "within the body":
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf")
+        arrived.set()
+        if wire.is_closed(PATIENCE):
+            left.set()
+        return False
+
+    up.behave = behave
+    done = finished(running)
+    with RawClient(running.port) as client:
+        client.request()
+        assert arrived.wait(PATIENCE)
+        if when == "within the body":
+            assert client.read_until(b"half") is not None
+    assert left.wait(0.4)
+    eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
+    assert (done[0].status, done[0].reason) == (499, "client_disconnected")
+    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+
+
+def test_a_client_that_sends_no_more_and_said_so_gets_its_answer(client: RawClient, up: RawUpstream) -> None:
+    up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n", b"half", b"half", pause=0.1)
+    client.request(headers=("Connection: close",))
+    client.sock.shutdown(1)
+    assert client.answer().body == b"halfhalf"
+    assert client.is_closed()
+
+
+def test_a_slow_reader_holds_the_upstream_back(running: RunningGateway, up: RawUpstream) -> None:
+    """And loses nothing, nor the idle time of the upstream, which it is that waits."""
+    size, sent = 16 * 1024 * 1024, []
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        for _ in range(size // 65_536):
+            wire.send(b"x" * 65_536)
+            sent.append(65_536)
+
+    up.behave = behave
+    with RawClient(running.port) as client:
+        client.request()
+        time.sleep(0.8)
+        before = sum(sent)
+        assert before < size / 2
+        time.sleep(0.2)
+        assert sum(sent) == before
+        answer = client.answer()
+        assert (len(answer.body), answer.is_complete) == (size, True)
+        up.behave = reply()
+        assert client.get().status == 200
+    eventually(lambda: is_calm(running, up), "nothing is held")
+
+
+def test_a_client_that_reads_nothing_cannot_heap_up_answers(running: RunningGateway, up: RawUpstream) -> None:
+    """While an answer waits to be read, the next request waits too."""
+    up.behave = reply(b"x" * 200_000)
+    with RawClient(running.port) as client:
+        for _ in range(400):
+            client.sock.settimeout(0.3)
+            try:
+                client.request()
+                time.sleep(0.002)
+            except TimeoutError:
+                break
+        time.sleep(0.3)
+        assert len(up.requests) < 100
+
+
+def test_a_server_that_stops_lets_it_end_and_closes(gateway: StartGateway, up: RawUpstream) -> None:
+    running = warm(gateway(in_front_of(up.url)), up)
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        time.sleep(0.4)
+        wire.send(OK)
+
+    up.behave = behave
+    with RawClient(running.port) as client:
+        client.request()
+        eventually(lambda: len(up.requests) == 1, "it is with the upstream")
+        running.server.should_exit = True
+        answer = client.answer()
+        assert (answer.status, answer.all("connection")) == (200, [b"close"])
+        assert client.is_closed()
+
+
+def test_somebodys_middleware_sees_every_request(gateway: StartGateway, up: RawUpstream, boarded: list[bool]) -> None:
+    """So the straight way is closed where there is one."""
+    running = warm(gateway(in_front_of(up.url)), up)
+    app: Any = running.server._app
+    app.user_middleware.append("somebody's")
+    assert lane(running) is None
+    boarded.clear()
+    with RawClient(running.port) as client:
+        assert client.get().status == 200
+    assert boarded == []

@@ -1,0 +1,267 @@
+"""`heads`: what is plain is a part of what the parser accepts, and means the same."""
+
+import httptools
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from api_gateway.headers import HOP_BY_HOP, OURS
+from api_gateway.heads import pairs_of, phrase_of, split_answer, split_request, understand_lines
+
+REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
+ANSWER = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\nETag: x\r\n\r\nok"
+
+
+class Parsed:
+    """What httptools makes of a message."""
+
+    def __init__(self) -> None:
+        self.url = self.body = self.reason = b""
+        self.pairs: list[tuple[bytes, bytes]] = []
+        self.messages = 0
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+
+    def on_status(self, reason: bytes) -> None:
+        self.reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.pairs.append((name, value.strip(b" \t")))
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        self.messages += 1
+
+
+# Requests
+
+
+def test_a_request_is_split_into_its_parts() -> None:
+    parts = split_request(REQUEST)
+    assert parts == (
+        "POST",
+        b"/api/x",
+        b"?y=%20",
+        b"Host: a\r\nX-Client-ID: me\r\nContent-Length: 2\r\n",
+        b"ok",
+    )
+    lines = understand_lines(parts[3])
+    assert lines is not None
+    assert lines.pairs == [(b"Host", b"a"), (b"X-Client-ID", b"me"), (b"Content-Length", b"2")]
+    assert (lines.fields[b"x-client-id"], lines.length, lines.keep_alive) == ([b"me"], 2, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET  /api HTTP/1.1",
+        b"GET /api HTTP/1.0",
+        b"GET /api HTTP/1.2",
+        b"get /api HTTP/1.1",
+        b"PROPFIND /api HTTP/1.1",
+        b"CONNECT a:1 HTTP/1.1",
+        b"TRACE /api HTTP/1.1",
+        b"OPTIONS * HTTP/1.1",
+        b"GET http://a/api HTTP/1.1",
+        b"GET /api#x HTTP/1.1",
+        b"GET /api?x#y HTTP/1.1",
+        b"GET /\xc3\xa4 HTTP/1.1",
+        b"GET /a\tb HTTP/1.1",
+        b"\r\nGET /api HTTP/1.1",
+    ],
+)
+def test_an_unusual_request_line_is_for_the_parser(line: bytes) -> None:
+    assert split_request(line + b"\r\nHost: a\r\n\r\n") is None
+
+
+def test_a_head_that_is_not_whole_is_for_the_parser() -> None:
+    for end in range(len(REQUEST) - 2):
+        assert split_request(REQUEST[:end]) is None
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"",
+        b"Host : a\r\n",
+        b" Host: a\r\n",
+        b"Host:a\r\n",
+        b"Host:  a\r\n",
+        b"Host: a \r\n",
+        b"Host: a\r\n b\r\n",
+        b"Host: a\nX: b\r\n",
+        b"Host: a\rX: b\r\n",
+        b"Host: a\0\r\n",
+        b"Host: a\tb\r\n",
+        b"Host: \r\n",
+        b": a\r\n",
+        b"Ho st: a\r\n",
+        b"H\xf6st: a\r\n",
+        b"Host: a\r\nTransfer-Encoding: chunked\r\n",
+        b"Host: a\r\nUpgrade: websocket\r\n",
+        b"Host: a\r\nExpect: 100-continue\r\n",
+        b"Host: a\r\nTE: trailers\r\n",
+        b"Host: a\r\nMax-Forwards: 1\r\n",
+        b"Host: a\r\nConnection: X-Client-ID\r\n",
+        b"Host: a\r\nConnection: close\r\nConnection: close\r\n",
+        b"Host: a\r\nContent-Length: 2\r\nContent-Length: 2\r\n",
+        b"Host: a\r\nContent-Length: +2\r\n",
+        b"Host: a\r\nContent-Length: 2, 2\r\n",
+        b"Host: a\r\nContent-Length: 9999999999999999\r\n",
+    ],
+)
+def test_unusual_header_lines_are_for_the_parser(lines: bytes) -> None:
+    assert understand_lines(lines) is None
+
+
+NAMES = st.sampled_from(
+    [b"Host", b"X-Client-ID", b"content-length", b"Connection", b"TE", b"X", b"Ho st", b"", b"\xff"]
+)
+VALUES = st.one_of(
+    st.sampled_from([b"a", b"2", b"close", b"keep-alive", b"", b" a", b"a\tb", b"\xe4", b"a\r\n b", b"a\rb", b"2, 2"]),
+    st.binary(max_size=4),
+)
+COLONS = st.sampled_from([b": ", b": ", b": ", b":", b" :", b":  "])
+BREAKS = st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r", b" \r\n", b"\r\n\r\n"])
+LINES = st.lists(st.tuples(NAMES, COLONS, VALUES, BREAKS).map(b"".join), max_size=5).map(b"".join)
+STARTS = st.sampled_from(
+    [b"GET /api HTTP/1.1\r\n", b"POST /a?b=c HTTP/1.1\r\n", b"PUT /a%2Fb HTTP/1.1\r\n", b"HEAD /? HTTP/1.1\r\n"]
+)
+
+
+@given(STARTS, LINES, st.binary(max_size=3))
+@example(b"POST /a HTTP/1.1\r\n", b"Host: a\r\nContent-Length: 2\r\n", b"ok")
+def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, lines: bytes, body: bytes) -> None:
+    parts = split_request(start + lines + b"\r\n" + body)
+    if parts is None:
+        return
+    method, path, query, split_lines, behind = parts
+    understood = understand_lines(split_lines)
+    if understood is None or len(behind) != understood.length:
+        return
+    parsed = Parsed()
+    parser = httptools.HttpRequestParser(parsed)
+    parser.feed_data(start + lines + b"\r\n" + body)
+    assert (parser.get_method().decode(), parsed.url) == (method, path + query)
+    assert parsed.pairs == understood.pairs
+    assert (parsed.messages, parsed.body) == (1, behind)
+    assert parser.should_keep_alive() == understood.keep_alive
+    assert not parser.should_upgrade()
+
+
+# Answers
+
+
+def test_an_answer_is_split_into_its_parts() -> None:
+    head = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nETag: x"
+    assert split_answer(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True)
+    assert phrase_of(ANSWER) == b"Fine"
+    assert pairs_of(ANSWER, ANSWER.index(b"\n") + 1)[0] == (b"Date", b"now")
+
+
+@pytest.mark.parametrize(
+    ("line", "keeps_alive"),
+    [
+        (b"Connection: close", False),
+        (b"connection: Keep-Alive", True),
+        (b"Keep-Alive: timeout=5", True),
+        (b"X-Request-Id: theirs", True),
+    ],
+)
+def test_a_line_that_goes_no_further_is_taken_out_and_no_other_that_looks_like_it(
+    line: bytes, *, keeps_alive: bool
+) -> None:
+    lookalikes = b"X-%b\r\nX: %b" % (line, line)
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + lookalikes
+    parts = split_answer(head + b"\r\n" + line + b"\r\n\r\n", is_to_head=False)
+    assert parts is not None
+    assert (parts[1], parts[4]) == (head, keeps_alive)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"",
+        b"Content-Length: 2\r\nContent-Length: 2\r\n",
+        b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Content-Length: 2\r\nConnection: close, x\r\n",
+        b"Content-Length: 2\r\nConnection: close\r\nConnection: close\r\n",
+        b"Content-Length: 2\r\nUpgrade: h2c\r\n",
+        b"Content-Length: 2\r\nX-RateLimit-Limit: 7\r\n",
+        b"Content-Length: 0x2\r\n",
+        b"Content-Length: -2\r\n",
+        b"Content-Length: 2 \r\n",
+        b"Content-Length: 1234567890123456\r\n",
+        b"Content-Length : 2\r\n",
+        b"Content-Length: 2\r\nX: a\r\n b\r\n",
+        b"Content-Length: 2\r\nX: a\0\r\n",
+        b"Content-Length: 2\nX: a\r\n",
+    ],
+)
+def test_an_unusual_answer_is_for_the_parser(lines: bytes) -> None:
+    assert split_answer(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\nok", is_to_head=False) is None
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.0 200 OK", b"HTTP/1.1 103 Early", b"HTTP/1.1 200", b"HTTP/1.1 600 Odd"])
+def test_an_unusual_status_line_is_for_the_parser(start: bytes) -> None:
+    assert split_answer(start + b"\r\nContent-Length: 0\r\n\r\n", is_to_head=False) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "lines", "is_to_head", "length"),
+    [
+        (b"204 No", b"", False, 0),
+        (b"204 No", b"Content-Length: 0\r\n", False, None),
+        (b"304 No", b"Content-Length: 7\r\n", False, 0),
+        (b"200 OK", b"Content-Length: 7\r\n", True, 0),
+        (b"200 OK", b"", True, 0),
+    ],
+)
+def test_some_answers_end_with_their_head(
+    status: bytes, lines: bytes, length: int | None, *, is_to_head: bool
+) -> None:
+    parts = split_answer(b"HTTP/1.1 " + status + b"\r\n" + lines + b"\r\n", is_to_head=is_to_head)
+    assert (None if parts is None else parts[3]) == length
+
+
+ANSWER_NAMES = st.sampled_from(
+    [
+        b"Content-Length",
+        b"content-length",
+        b"Connection",
+        b"Keep-Alive",
+        b"Date",
+        b"De",
+        b"Te",
+        b"X-Request-ID",
+        b"ETag",
+    ]
+)
+ANSWER_LINES = st.lists(st.tuples(ANSWER_NAMES, COLONS, VALUES, BREAKS).map(b"".join), max_size=5).map(b"".join)
+STATUSES = st.sampled_from([b"200 OK", b"204 No Content", b"304 ", b"404 \xe4", b"599 a  b"])
+
+
+@given(STATUSES, ANSWER_LINES, st.booleans())
+@example(b"200 OK", b"Content-Length: 2\r\nConnection: close\r\nDe: x\r\n", False)
+def test_a_plain_answer_means_to_the_parser_what_it_means_here(status: bytes, lines: bytes, is_to_head: bool) -> None:  # noqa: FBT001 - as drawn
+    head = b"HTTP/1.1 " + status + b"\r\n" + lines + b"\r\n"
+    parts = split_answer(head, is_to_head=is_to_head)
+    if parts is None:
+        return
+    code, passed, size, length, keeps_alive, has_date = parts
+    parsed = Parsed()
+    parser = httptools.HttpResponseParser(parsed)
+    parser.feed_data(head[:size])
+    assert (parser.get_status_code(), parsed.reason) == (code, phrase_of(head))
+    assert parsed.pairs == pairs_of(head[:size], head.index(b"\n") + 1)
+    kept = [pair for pair in parsed.pairs if pair[0].lower() not in HOP_BY_HOP | OURS]
+    assert pairs_of(passed + b"\r\n", passed.find(b"\n") + 1 or len(passed) + 2) == kept
+    assert has_date == any(name.lower() == b"date" for name, _ in kept)
+    if length:
+        assert parser.should_keep_alive() == keeps_alive
+        parser.feed_data(b"x" * min(length, 10))
+        assert (parsed.messages, len(parsed.body)) == (length <= 10, min(length, 10))
