@@ -11,15 +11,25 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import unquote
 
 from api_gateway import models
 from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
 from api_gateway.errors import ClientDisconnected, GatewayError
-from api_gateway.headers import fields_of, flaw, for_client, for_upstream, host_name, http_date
-from api_gateway.heads import pairs_of, split_request, understand_lines
+from api_gateway.headers import (
+    Fields,
+    fields_of,
+    flaw,
+    for_client,
+    for_upstream,
+    host_name,
+    http_date,
+    not_forwarded,
+    noted,
+)
+from api_gateway.heads import NotedLines, framing_of, pairs_of, split_request, without
 from api_gateway.middleware import (
     ASGIApp,
     Identify,
@@ -35,59 +45,64 @@ from api_gateway.router import FIELDS, LEFT, Receive, Route, Router, Scope, Send
 from api_gateway.transport import NO_HOOKS, Answer, NoHooks
 
 _VIA = b"\r\nvia: 1.1 api-gateway\r\n"
-MAX_KNOWN_BYTES = 2_048  # of header lines that are remembered beyond their connection
-MAX_KNOWN = 1_024  # of those
+MAX_KNOWN_BYTES = 4_096  # of header lines whose meaning is remembered
+MAX_KNOWN = 1_024  # meanings remembered
 _MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
 
 
 class Standing:
-    """What the header lines of a request come to. A client that repeats them to the byte is spared the work.
+    """What the noted headers of requests from one address come to; it is worked out once for all that have the same.
 
-    It holds nothing of one connection, so all connections from one address may share it.
+    `dropped` are those that do not go upstream, `added` the lines that go there behind the client's own.
     """
 
     __slots__ = (
+        "added",
         "charges",
         "client",
         "cost",
+        "dropped",
         "host",
         "is_trusted",
         "keep_alive",
         "length",
-        "lines",
         "name",
         "peer",
         "request_id",
-        "sent",
         "version",
     )
 
     def __init__(
         self,
-        lines: bytes,
         *,
-        length: int,
-        keep_alive: bool,
+        framing: tuple[int, bool],
         host: str,
         caller: tuple[str, bool, str | None],
         request_id: str | None,
-        sent: bytes,
+        dropped: HeaderList,
+        added: bytes,
     ) -> None:
-        """`sent` are the lines that go upstream, but for the target's name and the request's id."""
-        self.lines = lines
-        self.length = length
-        self.keep_alive = keep_alive
+        self.length, self.keep_alive = framing
         self.host = host
         self.peer, self.is_trusted, self.name = caller
         self.request_id = request_id
-        self.sent = sent
+        self.dropped = dropped
+        self.added = added
         self.version = -1  # of the registry, when it was asked for
         self.client: models.Client | None = None
         self.cost = -1.0
         self.charges: list[Charge] = []  # for that client and cost
 
     def __repr__(self) -> str:
-        return f"<Standing of {self.name or self.peer!r} [{self.lines.count(b':')} headers]>"
+        return f"<Standing of {self.name or self.peer!r}>"
+
+
+class Lines(NamedTuple):
+    """The header lines of a request as they came, what they come to, and as they go upstream."""
+
+    came: bytes
+    standing: Standing
+    sent: bytes
 
 
 class HeadBounds(Protocol):
@@ -112,7 +127,7 @@ class Client(Protocol):
     scheme: str
     bounds: HeadBounds
     is_write_paused: bool
-    standing: Standing | None
+    lines: Lines | None  # of the last request that was plain
 
     def embark(self, passage: "Passage") -> None:
         """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
@@ -150,19 +165,27 @@ class Express:
         self._identify = identify
         self._clients = identify.clients
         self._clock_ns = clock_ns
+        self._noted = NotedLines(noted(router.protected))
         self._known = lru_cache(maxsize=MAX_KNOWN)(self._understand)
 
-    def board(self, client: Client, received: bytes) -> bool:  # noqa: PLR0911 - each a reason to go the ordinary way
+    def board(self, client: Client, received: bytes) -> bool:
         """Take the request that was received on its way, or change nothing and return False."""
         parts = split_request(received)
         if parts is None:
             return False
-        method, raw_path, query, lines, body = parts
-        standing = client.standing
-        if standing is None or standing.lines != lines:
-            standing = client.standing = self._standing(client, lines)
-        if standing is None or len(body) != standing.length or len(received) - len(body) > client.bounds.header_bytes:
+        method, raw_path, query, came, body = parts
+        lines = client.lines
+        if lines is None or lines.came != came:
+            lines = client.lines = self._look_up(client, came)
+        if lines is None or len(body) != lines.standing.length:
             return False
+        if len(received) - len(body) > client.bounds.header_bytes:
+            return False
+        return self._take(client, lines, method, raw_path, query, body)
+
+    def _take(self, client: Client, lines: Lines, method: str, raw_path: bytes, query: bytes, body: bytes) -> bool:
+        """Take a plain request on its way if it would be served now, or change nothing and return False."""
+        standing = lines.standing
         path = raw_path.decode("ascii")
         if "%" in path:
             path = unquote(path)
@@ -180,9 +203,7 @@ class Express:
         if limit.decide is None or not service.takes_passages or not service.upstream.is_untroubled():
             return False
         if standing.version != self._clients.version or standing.cost != cost:
-            standing.client = self._identify.client(standing.name, standing.peer)
-            standing.version, standing.cost = self._clients.version, cost
-            standing.charges = limit.charges(standing.client, standing.peer, cost)
+            self._charge_anew(standing, cost)
         now_ns = self._clock_ns()
         decision = limit.decide(standing.charges, now_ns)
         if not decision.allowed:
@@ -199,48 +220,58 @@ class Express:
         exchange.upstream, exchange.cost, exchange.decision = route.upstream, cost, decision
         self.record.begin(exchange)
         service.retry_budget.deposit()
-        Passage(self, client, standing, exchange, route, asked).depart(service, target, body)
+        Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
         return True
 
-    def _standing(self, client: Client, lines: bytes) -> Standing | None:
+    def _charge_anew(self, standing: Standing, cost: float) -> None:
+        """Work out what a request of that cost draws on, as clients are registered now."""
+        standing.client = client = self._identify.client(standing.name, standing.peer)
+        standing.version, standing.cost = self._clients.version, cost
+        standing.charges = self.limit.charges(client, standing.peer, cost)
+
+    def _look_up(self, client: Client, came: bytes) -> Lines | None:
         """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""
-        if lines.count(b"\n") > client.bounds.header_lines:
+        found = self._noted.find(came)
+        if found is None or came.count(b"\n") - 1 > client.bounds.header_lines:
             return None
         peer = client.client[0] if client.client else "unknown"
-        understand = self._known if len(lines) <= MAX_KNOWN_BYTES else self._understand
-        return understand(peer, client.scheme, lines)
+        understand = self._known if len(came) <= MAX_KNOWN_BYTES else self._understand
+        standing = understand(peer, client.scheme, tuple(found))
+        return None if standing is None else Lines(came, standing, without(came, standing.dropped) + standing.added)
 
-    def _understand(self, peer: str, scheme: str, lines: bytes) -> Standing | None:
-        understood = understand_lines(lines)
-        if understood is None:
+    def _understand(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> Standing | None:
+        fields = fields_of(found)
+        framing = framing_of(fields)
+        if framing is None or framing[0] > self.router.max_body_bytes or flaw(fields, "1.1") is not None:
             return None
-        pairs, fields, length, keep_alive = understood
         try:
             caller = self._identify.caller(peer, fields)
         except GatewayError:
             return None
-        if flaw(fields, "1.1") is not None or length > self.router.max_body_bytes:
-            return None
-        sent = for_upstream(
-            pairs,
+        dropped = not_forwarded(self.router.protected, caller[1])
+        return Standing(
+            framing=framing,
+            host=host_name(fields),
+            caller=caller,
+            request_id=given_request_id(fields),
+            dropped=[pair for pair in found if pair[0].lower() in dropped],
+            added=self._added_lines(peer, scheme, fields, is_trusted=caller[1]),
+        )
+
+    def _added_lines(self, peer: str, scheme: str, fields: Fields, *, is_trusted: bool) -> bytes:
+        """Return the lines that go upstream behind the client's own, but for the request's id."""
+        pairs = for_upstream(
+            [],
             fields,
             host=b"",
             peer=peer,
             scheme=scheme,
             request_id=b"",
             version="1.1",
-            is_trusted=caller[1],
+            is_trusted=is_trusted,
             protected=self.router.protected,
         )
-        return Standing(
-            lines,
-            length=length,
-            keep_alive=keep_alive,
-            host=host_name(fields),
-            caller=caller,
-            request_id=given_request_id(fields),
-            sent=b"".join([b"%b: %b\r\n" % pair for pair in sent[1:-1]]),
-        )
+        return b"".join([b"%b: %b\r\n" % pair for pair in pairs[1:-1]])
 
 
 class Passage(Answer):
@@ -250,7 +281,7 @@ class Passage(Answer):
     lease: Lease  # from `depart` on
 
     def __init__(
-        self, express: Express, client: Client, standing: Standing, exchange: Exchange, route: Route, asked: bytes
+        self, express: Express, client: Client, lines: Lines, exchange: Exchange, route: Route, asked: bytes
     ) -> None:
         """`asked` is the request target as the client sent it."""
         self.connection = None
@@ -260,8 +291,8 @@ class Passage(Answer):
         self.exchange = exchange
         self._express = express
         self._client = client
-        self._standing = standing
-        self.keep_alive = standing.keep_alive
+        self._lines = lines
+        self.keep_alive = lines.standing.keep_alive
         self._route = route
         self._asked = asked
 
@@ -269,8 +300,8 @@ class Passage(Answer):
 
     def depart(self, service: Service, target: bytes, body: bytes) -> None:
         """Send the request, if there is a connection free for it."""
-        exchange, standing = self.exchange, self._standing
-        self.lease = lease = service.upstream.checkout(exchange.started, standing.charges[0].key)
+        exchange = self.exchange
+        self.lease = lease = service.upstream.checkout(exchange.started, exchange.client_key)
         connection = service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one
             self._leave(body, is_sent=False)
@@ -281,8 +312,8 @@ class Passage(Answer):
         self._client.embark(self)
         connection.start(
             self,
-            b"%b %b HTTP/1.1\r\nhost: %b\r\n%bx-request-id: %b\r\n\r\n%b"
-            % (exchange.method.encode(), target, origin.netloc, standing.sent, exchange.id.encode(), body),
+            b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
+            % (exchange.method.encode(), target, origin.netloc, self._lines.sent, exchange.id.encode(), body),
         )
 
     # From the upstream
@@ -371,13 +402,13 @@ class Passage(Answer):
     def _leave(self, body: bytes, *, is_sent: bool) -> None:
         """Go on in the ordinary way, with a request that is on its way already or one whose `body` is to be sent."""
         self.has_left = True
-        exchange, standing = self.exchange, self._standing
+        exchange = self.exchange
         assert exchange.decision is not None  # noqa: S101 - without one there is no passage
         limits = self._express.limit.headers(exchange.decision)
         exchange.answer_headers = [(b"x-request-id", exchange.id.encode()), *limits]
         app = partial(self._serve, self if is_sent else None)
         self._client.serve(
-            app, exchange.method, self._asked, pairs_of(standing.lines), body, keep_alive=self.keep_alive
+            app, exchange.method, self._asked, pairs_of(self._lines.came), body, keep_alive=self.keep_alive
         )
 
     def _serve(self, answer: Answer | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -389,7 +420,7 @@ class Passage(Answer):
             self._route,
             self.lease,
             answer,
-            is_trusted=self._standing.is_trusted,
+            is_trusted=self._lines.standing.is_trusted,
         )
         return self._express.record.conclude(self.exchange, go_on, scope, receive, send)
 

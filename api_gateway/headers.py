@@ -139,11 +139,17 @@ def framing(fields: Fields) -> bytes | None:
 
 
 @lru_cache(maxsize=64)
-def _not_forwarded(protected: frozenset[bytes], is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
+def not_forwarded(protected: frozenset[bytes], is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
     """Return the names that go no further, with the spellings that CGI would take for what we vouch for."""
     forgeable = FORWARDING | protected
     aliases = {alias for name in forgeable for alias in _spellings(name)} - forgeable
     return _NOT_FORWARDED | aliases | (frozenset({b"x-forwarded-for"}) if is_trusted else FORWARDING)
+
+
+def noted(protected: frozenset[bytes]) -> frozenset[bytes]:
+    """Return the names that the gateway looks at, or does not forward; any other header simply goes on."""
+    looked_at = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding"}
+    return not_forwarded(protected, False) | protected | looked_at
 
 
 def _spellings(name: bytes) -> set[bytes]:
@@ -178,7 +184,7 @@ def for_upstream(
     otherwise replaced. `protected` names (lower case) survive being named by `Connection`. A spelling of a protected
     or forwarding name with underscores is left out: servers that read headers as CGI variables take it for the name.
     """
-    dropped = _not_forwarded(protected, is_trusted)
+    dropped = not_forwarded(protected, is_trusted)
     if b"connection" in fields:
         dropped |= connection_options(fields[b"connection"]) - protected - {b"transfer-encoding"}
     kept: HeaderList = [(b"host", host)]
@@ -218,7 +224,7 @@ def for_client(headers: HeaderList, fields: Fields, own: HeaderList, omit: froze
 
 def trailers_to_pass(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
     """Return the trailers that may go on: none that says how a message is framed, routed, trusted or cached."""
-    dropped = _NEVER_TRAILING | _not_forwarded(protected, False) | protected
+    dropped = _NEVER_TRAILING | not_forwarded(protected, False) | protected
     return [pair for pair in trailers if pair[0].lower() not in dropped]
 
 

@@ -7,21 +7,20 @@ accepts, and means the same. Pure functions on bytes.
 """
 
 import re
-from typing import NamedTuple
 
-from api_gateway.headers import HOP_BY_HOP, OURS, fields_of
+from api_gateway.headers import HOP_BY_HOP, OURS, Fields
 from api_gateway.models import HeaderList
 
 # Possessive quantifiers (`*+`): a head is matched or not in one pass, however it is made. A group that `(?(n)(?!)|…)`
 # guards can match once only, so no line that counts comes twice.
 _NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _VALUE = rb"(?! )[\x20-\x7e\x80-\xff]++(?<! )"
-_LINES = re.compile(rb"(?:" + _NAME + rb": " + _VALUE + rb"\r\n)++")
-_PAIR = re.compile(rb"([^:\n]++): ([^\r]++)\r\n")
+_LINES = re.compile(rb"(?:\r\n" + _NAME + rb": " + _VALUE + rb")++\r\n")
+_PAIR = re.compile(rb"\r\n([^:]++): ([^\r]++)")
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 _REQUEST_LINE = re.compile(
     rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21\x22\x24-\x3e\x40-\x7e]*+)((?:\?[\x21\x22\x24-\x7e]*+)?+)"
-    rb" HTTP/1\.1\r\n"
+    rb" HTTP/1\.1(?=\r\n)"
 )
 # Names of an answer that are not simply passed on; their first letters are spelt out, as most lines fail on those.
 _NOTED = HOP_BY_HOP | OURS | {b"content-length", b"date"}
@@ -45,21 +44,49 @@ _UNUSUAL_IN_REQUESTS = frozenset(
     {b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"max-forwards", b"proxy-connection"}
 )
 _BODILESS = frozenset({204, 304})
+_NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]
 
 
-class Lines(NamedTuple):
-    """The header lines of a request, understood."""
+class NotedLines:
+    """Finds, among the header lines of requests, those whose names (`noted`, lower case) mean something here."""
 
-    pairs: HeaderList
-    fields: dict[bytes, list[bytes]]
-    length: int  # of the body
-    keep_alive: bool
+    def __init__(self, noted: frozenset[bytes]) -> None:
+        by_letter: dict[bytes, list[bytes]] = {}
+        for name in sorted({name.replace(b"_", b"-") for name in noted}):
+            by_letter.setdefault(name[:1], []).append(re.escape(name[1:]).replace(rb"\-", b"[-_]"))
+        names = (b"[%b%b](?i:%b)" % (first, first.upper(), b"|".join(rest)) for first, rest in by_letter.items())
+        self._noted = re.compile(rb"\r\n(%b): ([^\r]++)" % b"|".join(names))
+
+    def find(self, lines: bytes) -> HeaderList | None:
+        """Return the noted headers among `lines` (as `split_request` returns them), or None if one is not plain."""
+        return None if _LINES.fullmatch(lines) is None else self._noted.findall(lines)
+
+
+def framing_of(fields: Fields) -> tuple[int, bool] | None:
+    """Return the length of a request's body and whether the connection stays; None if that takes a parser.
+
+    `fields` are the noted headers by name.
+    """
+    if not _UNUSUAL_IN_REQUESTS.isdisjoint(fields):
+        return None
+    lengths, connection = fields.get(b"content-length", _NO_LENGTH), fields.get(b"connection", _KEEP_ALIVE)
+    if len(lengths) > 1 or len(connection) > 1 or _LENGTH.fullmatch(lengths[0]) is None:
+        return None
+    option = connection[0].lower()
+    return (int(lengths[0]), option == b"keep-alive") if option in (b"keep-alive", b"close") else None
+
+
+def without(lines: bytes, headers: HeaderList) -> bytes:
+    """Return header lines without one for each of `headers`."""
+    for pair in headers:
+        lines = lines.replace(b"\r\n%b: %b\r\n" % pair, b"\r\n", 1)
+    return lines
 
 
 def split_request(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | None:
     """Return method, path, query (with its question mark), header lines and what came behind, of a plain request.
 
-    The header lines are not looked at yet: they are one piece, each with its line break.
+    The header lines are not looked at yet: they are one piece, from the line break before to the one behind.
     """
     line = _REQUEST_LINE.match(received)
     if line is None:
@@ -70,21 +97,6 @@ def split_request(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | N
         return None
     method, path, query = line.groups()
     return _METHODS[method], path, query, received[start : end + 2], received[end + 4 :]
-
-
-def understand_lines(lines: bytes) -> Lines | None:
-    """Return what the header lines of a request say, or None if that takes more than a plain head."""
-    if _LINES.fullmatch(lines) is None:
-        return None
-    pairs = pairs_of(lines)
-    fields = fields_of(pairs)
-    if not _UNUSUAL_IN_REQUESTS.isdisjoint(fields):
-        return None
-    lengths = fields.get(b"content-length", [b"0"])
-    connection = [value.lower() for value in fields.get(b"connection", [b"keep-alive"])]
-    if len(lengths) > 1 or _LENGTH.fullmatch(lengths[0]) is None or connection not in ([b"keep-alive"], [b"close"]):
-        return None
-    return Lines(pairs, fields, int(lengths[0]), connection == [b"keep-alive"])
 
 
 def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int, int, bool, bool] | None:
@@ -114,9 +126,9 @@ def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int,
     return status, head, size, int(length), close is None, date is not None
 
 
-def pairs_of(lines: bytes, start: int = 0) -> HeaderList:
-    """Return the header lines of a plain head, from `start` on, as pairs."""
-    return _PAIR.findall(lines, start)
+def pairs_of(head: bytes) -> HeaderList:
+    """Return the header lines of a plain head as pairs."""
+    return _PAIR.findall(head)
 
 
 def phrase_of(head: bytes) -> bytes:

@@ -103,7 +103,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._unsent = 0  # bytes the client had not read when last looked at
         self._alarm = Alarm(self.loop, self._on_alarm)
         self._alarm.set(self.bounds.header_timeout)
-        self.standing: Any = None  # the lane's memory of the last request here
+        self.lines: Any = None  # the lane's memory of the last request here
         self._lane: Lane | None = getattr(self.app, "lane", None)
         self._passage: Passage | None = None  # the request that has taken the lane
         self._is_at_rest = self._lane is not None and not self._is_surplus  # nothing has begun: the lane is open

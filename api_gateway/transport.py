@@ -201,7 +201,7 @@ class Answer(httpx.AsyncByteStream):
     @cached_property
     def headers(self) -> HeaderList:
         """The headers as they came; white space around values taken off."""
-        return pairs_of(self.head, self.head.find(b"\n") + 1)
+        return pairs_of(self.head)
 
     @cached_property
     def fields(self) -> Fields:

@@ -29,7 +29,26 @@ _OK = range(200, 300)
 _SUMMARY = re.compile(r"(\d+) requests in ([\d.]+)(us|ms|s|m), ([\d.]+)([KMGT]?)B read")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_VARIED = {
+    "User-Agent": "Mozilla/5.0 (X11; Linux x86_64; rv:145.0) Gecko/20100101 Firefox/145.0",
+    "Accept": "application/json, text/plain, */*",
+    "Accept-Language": "en-GB,en;q=0.7,de;q=0.3",
+    "Accept-Encoding": "gzip, deflate, br, zstd",
+    "Referer": "https://shop.example/orders/1234",
+    "Origin": "https://shop.example",
+    "Authorization": f"Bearer {'x' * 64}",
+}
+_VARIED_LUA = """
+local number = 0
+request = function()
+  number = number + 1
+  wrk.headers["traceparent"] = string.format("00-%032x-%016x-01", number, number)
+  return wrk.format()
+end
+"""
 _UPLOAD_LUA = f'wrk.method = "POST"\nwrk.body = string.rep("x", {UPLOAD_BYTES})\n'
+_SCRIPTS = {"upload": _UPLOAD_LUA, "varied": _VARIED_LUA}
+_HEADERS = {"new": {"Connection": "close"}, "varied": _VARIED}
 
 
 @dataclass(frozen=True)
@@ -62,12 +81,14 @@ def parse_wrk(output: str, size: int) -> Driven:
 
 def drive(port: int, case: str, *, core: int, seconds: float, connections: int) -> Driven:
     """Run wrk from a core against one case. Raises Failed."""
-    path, size = ("upload", len(UPLOADED)) if case == "upload" else ("small" if case == "new" else case, 0)
+    path, size = ("upload", len(UPLOADED)) if case == "upload" else (case if case in SIZES else "small", 0)
     options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", f"--timeout={_PATIENCE:.0f}s"]
-    headers = ["-H", f"X-Client-ID: {CLIENT}", *(("-H", "Connection: close") if case == "new" else ())]
+    headers = ["-H", f"X-Client-ID: {CLIENT}"]
+    for name, value in _HEADERS.get(case, {}).items():
+        headers += ["-H", f"{name}: {value}"]
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        if case == "upload":
-            script.write(_UPLOAD_LUA)
+        if case in _SCRIPTS:
+            script.write(_SCRIPTS[case])
             script.flush()
             options += ["-s", script.name]
         with pinned(core):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 NODE = Path(__file__).parent / "node"
 GATEWAY = Path(__file__).parent.parent / "run_gateway.py"
-PROXIED = frozenset({"small", "10k", "1m", "upload", "new", "latency", "memory"})
+PROXIED = frozenset({"small", "varied", "10k", "1m", "upload", "new", "latency", "memory"})
 
 
 @dataclass(frozen=True)
@@ -295,6 +295,6 @@ PEERS = (
         lambda: True,
         "",
         handwritten("constant"),
-        frozenset({"small", "new", "latency"}),
+        frozenset({"small", "varied", "new", "latency"}),
     ),
 )

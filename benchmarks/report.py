@@ -7,6 +7,7 @@ from benchmarks.peers import Peer
 
 CASES = {
     "small": "GET of 190 bytes, 64 keep-alive connections",
+    "varied": "GET of 190 bytes as browsers and tracing send it: ten header lines, one of them never the same twice",
     "10k": "GET of 10 KB, 64 keep-alive connections",
     "1m": "GET of 1 MB, 64 keep-alive connections",
     "upload": "POST of 10 MB, 8 keep-alive connections",

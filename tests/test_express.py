@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.express import MAX_KNOWN_BYTES, Express
+from api_gateway.express import Express
 from api_gateway.models import Exchange
 from tests.kit import (
     PATIENCE,
@@ -372,15 +372,8 @@ def test_bounds_hold(gateway: StartGateway, up: RawUpstream) -> None:
             assert client.answer().status == status
 
 
-def test_lines_too_long_to_be_remembered_are_understood_each_time(client: RawClient, up: RawUpstream) -> None:
-    for number in range(3):
-        long = f"X: {'y' * MAX_KNOWN_BYTES}{number}"
-        assert client.get(headers=(long,)).status == 200
-        assert up.requests[-1].all("x") == [long[3:].encode()]
-
-
 def test_what_one_client_sent_is_not_taken_for_anothers(running: RunningGateway, up: RawUpstream) -> None:
-    """Lines are remembered for all connections from an address, and only if they are the same to the byte."""
+    """Lines are remembered only as long as they are the same to the byte."""
     with RawClient(running.port) as one, RawClient(running.port) as other:
         for name in ("a", "b", "a", "c"):
             for client in (one, other):
@@ -456,7 +449,7 @@ def test_a_client_that_sends_no_more_and_said_so_gets_its_answer(client: RawClie
 
 def test_a_slow_reader_holds_the_upstream_back(running: RunningGateway, up: RawUpstream) -> None:
     """And loses nothing, nor the idle time of the upstream, which it is that waits."""
-    size, sent = 16 * 1024 * 1024, []
+    size, sent = 32 * 1024 * 1024, []
 
     def behave(wire: Wire, _request: RawRequest) -> None:
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
@@ -472,8 +465,11 @@ def test_a_slow_reader_holds_the_upstream_back(running: RunningGateway, up: RawU
         assert before < size / 2
         time.sleep(0.2)
         assert sum(sent) == before
-        answer = client.answer()
-        assert (len(answer.body), answer.is_complete) == (size, True)
+        assert client.read_until(b"\r\n\r\n") is not None
+        left = size - len(client.buffer)
+        client.buffer = b""
+        while left > 0:
+            left -= len(client.sock.recv(min(left, 1 << 20)))
         up.behave = reply()
         assert client.get().status == 200
     eventually(lambda: is_calm(running, up), "nothing is held")

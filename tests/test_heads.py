@@ -1,15 +1,19 @@
 """`heads`: what is plain is a part of what the parser accepts, and means the same."""
 
+from typing import Any
+
 import httptools
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.headers import HOP_BY_HOP, OURS
-from api_gateway.heads import pairs_of, phrase_of, split_answer, split_request, understand_lines
+from api_gateway.headers import HOP_BY_HOP, OURS, fields_of, not_forwarded, noted
+from api_gateway.heads import NotedLines, framing_of, pairs_of, phrase_of, split_answer, split_request, without
 
-REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
+REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nAccept: b\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
 ANSWER = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\nETag: x\r\n\r\nok"
+NOTED = noted(frozenset({b"x-client-id"}))
+LINES_OF_NOTE = NotedLines(NOTED)
 
 
 class Parsed:
@@ -45,13 +49,21 @@ def test_a_request_is_split_into_its_parts() -> None:
         "POST",
         b"/api/x",
         b"?y=%20",
-        b"Host: a\r\nX-Client-ID: me\r\nContent-Length: 2\r\n",
+        b"\r\nHost: a\r\nAccept: b\r\nX-Client-ID: me\r\nContent-Length: 2\r\n",
         b"ok",
     )
-    lines = understand_lines(parts[3])
-    assert lines is not None
-    assert lines.pairs == [(b"Host", b"a"), (b"X-Client-ID", b"me"), (b"Content-Length", b"2")]
-    assert (lines.fields[b"x-client-id"], lines.length, lines.keep_alive) == ([b"me"], 2, True)
+    found = LINES_OF_NOTE.find(parts[3])
+    assert found == [(b"Host", b"a"), (b"X-Client-ID", b"me"), (b"Content-Length", b"2")]
+    assert framing_of(fields_of(found)) == (2, True)
+    assert without(parts[3], found[:1]) == parts[3].replace(b"Host: a\r\n", b"")
+
+
+@pytest.mark.parametrize("name", sorted(NOTED))
+@pytest.mark.parametrize("spell", [bytes.lower, bytes.upper, bytes.title])
+def test_a_noted_name_is_found_in_every_spelling_and_no_name_that_holds_it(name: bytes, spell: Any) -> None:
+    lookalikes = b"\r\nX-%b: a\r\n%b-x: a\r\nX: %b: a\r\n" % (name, name, name)
+    found = NotedLines(frozenset({name})).find(lookalikes + spell(name) + b": a\r\n")
+    assert found == [(spell(name), b"a")]
 
 
 @pytest.mark.parametrize(
@@ -114,11 +126,12 @@ def test_a_head_that_is_not_whole_is_for_the_parser() -> None:
     ],
 )
 def test_unusual_header_lines_are_for_the_parser(lines: bytes) -> None:
-    assert understand_lines(lines) is None
+    found = LINES_OF_NOTE.find(b"\r\n" + lines)
+    assert found is None or framing_of(fields_of(found)) is None
 
 
 NAMES = st.sampled_from(
-    [b"Host", b"X-Client-ID", b"content-length", b"Connection", b"TE", b"X", b"Ho st", b"", b"\xff"]
+    [b"Host", b"X-Client-ID", b"x_client-id", b"content-length", b"Connection", b"TE", b"X", b"Ho st", b"", b"\xff"]
 )
 VALUES = st.one_of(
     st.sampled_from([b"a", b"2", b"close", b"keep-alive", b"", b" a", b"a\tb", b"\xe4", b"a\r\n b", b"a\rb", b"2, 2"]),
@@ -139,16 +152,21 @@ def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, li
     if parts is None:
         return
     method, path, query, split_lines, behind = parts
-    understood = understand_lines(split_lines)
-    if understood is None or len(behind) != understood.length:
+    found = LINES_OF_NOTE.find(split_lines)
+    framing = None if found is None else framing_of(fields_of(found))
+    if found is None or framing is None or len(behind) != framing[0]:
         return
     parsed = Parsed()
     parser = httptools.HttpRequestParser(parsed)
     parser.feed_data(start + lines + b"\r\n" + body)
     assert (parser.get_method().decode(), parsed.url) == (method, path + query)
-    assert parsed.pairs == understood.pairs
+    assert parsed.pairs == pairs_of(split_lines)
+    assert found == [pair for pair in parsed.pairs if pair[0].lower() in NOTED]
+    dropped = not_forwarded(frozenset({b"x-client-id"}), False)
+    kept = [pair for pair in parsed.pairs if pair[0].lower() not in dropped]
+    assert pairs_of(without(split_lines, [pair for pair in found if pair[0].lower() in dropped])) == kept
     assert (parsed.messages, parsed.body) == (1, behind)
-    assert parser.should_keep_alive() == understood.keep_alive
+    assert parser.should_keep_alive() == framing[1]
     assert not parser.should_upgrade()
 
 
@@ -159,7 +177,7 @@ def test_an_answer_is_split_into_its_parts() -> None:
     head = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nETag: x"
     assert split_answer(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True)
     assert phrase_of(ANSWER) == b"Fine"
-    assert pairs_of(ANSWER, ANSWER.index(b"\n") + 1)[0] == (b"Date", b"now")
+    assert pairs_of(ANSWER)[0] == (b"Date", b"now")
 
 
 @pytest.mark.parametrize(
@@ -257,9 +275,9 @@ def test_a_plain_answer_means_to_the_parser_what_it_means_here(status: bytes, li
     parser = httptools.HttpResponseParser(parsed)
     parser.feed_data(head[:size])
     assert (parser.get_status_code(), parsed.reason) == (code, phrase_of(head))
-    assert parsed.pairs == pairs_of(head[:size], head.index(b"\n") + 1)
+    assert parsed.pairs == pairs_of(head[:size])
     kept = [pair for pair in parsed.pairs if pair[0].lower() not in HOP_BY_HOP | OURS]
-    assert pairs_of(passed + b"\r\n", passed.find(b"\n") + 1 or len(passed) + 2) == kept
+    assert pairs_of(passed) == kept
     assert has_date == any(name.lower() == b"date" for name, _ in kept)
     if length:
         assert parser.should_keep_alive() == keeps_alive
