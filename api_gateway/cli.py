@@ -25,7 +25,7 @@ from api_gateway.config import GatewayConfig, ServerSection, load_config
 from api_gateway.demo import banner
 from api_gateway.diagnosis import ConfigError
 from api_gateway.main import STARTUP_FAILED, create_app
-from api_gateway.protocol import Bounds, bounded_protocol
+from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 
 _UNFINISHED = "ASGI callable returned without completing response."
 
@@ -82,6 +82,16 @@ class GatewayServer(uvicorn.Server):
         if self.started:
             _tune_garbage_collection()
             print(self._welcome(), flush=True)
+
+    async def _wait_tasks_to_complete(self) -> None:
+        """Wait until everything is answered; when the time for that is over, end what no task serves too."""
+        try:
+            await super()._wait_tasks_to_complete()
+        except asyncio.CancelledError:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, GatewayProtocol):
+                    connection.cut_off()
+            raise
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second interrupt ends without waiting."""

@@ -170,6 +170,7 @@ class Cycle:
         self.is_started = True
         lines = [_status_line(status, message.get("reason")), *map(_COLON, headers)]
         fields: Fields | None = message.get("upstream_fields")
+        fields_given = fields is not None  # then `headers` hold no `Connection` any more
         if fields is None:
             fields = fields_of(headers)
             refuse_hidden_lines(lines)  # a parser has seen an upstream's
@@ -189,7 +190,8 @@ class Cycle:
             lines.append(b"transfer-encoding: chunked")
         if not self.keep_alive or self.awaits_continue:  # whether the body still comes, nobody can tell
             self.keep_alive = False
-            lines.append(b"connection: close")
+            if fields_given or b"connection" not in fields:
+                lines.append(b"connection: close")
         lines.append(b"\r\n")
         head = b"\r\n".join(lines)
         if message.get("is_body_ready"):

@@ -45,6 +45,7 @@ from api_gateway.router import FIELDS, LEFT, Receive, Route, Router, Scope, Send
 from api_gateway.transport import NO_HOOKS, Answer, NoHooks
 
 _VIA = b"\r\nvia: 1.1 api-gateway\r\n"
+MAX_NOTED = 32  # headers of a request that mean something here
 MAX_KNOWN_BYTES = 4_096  # of header lines whose meaning is remembered
 MAX_KNOWN = 1_024  # meanings remembered
 _MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
@@ -176,7 +177,8 @@ class Express:
         method, raw_path, query, came, body = parts
         lines = client.lines
         if lines is None or lines.came != came:
-            lines = client.lines = self._look_up(client, came)
+            lines = self._look_up(client, came)
+            client.lines = lines if len(came) <= MAX_KNOWN_BYTES else None
         if lines is None or len(body) != lines.standing.length:
             return False
         if len(received) - len(body) > client.bounds.header_bytes:
@@ -232,7 +234,7 @@ class Express:
     def _look_up(self, client: Client, came: bytes) -> Lines | None:
         """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""
         found = self._noted.find(came)
-        if found is None or came.count(b"\n") - 1 > client.bounds.header_lines:
+        if found is None or len(found) > MAX_NOTED or came.count(b"\n") - 1 > client.bounds.header_lines:
             return None
         peer = client.client[0] if client.client else "unknown"
         understand = self._known if len(came) <= MAX_KNOWN_BYTES else self._understand
@@ -346,6 +348,7 @@ class Passage(Answer):
             connection.pause_reading()
             connection.alarm.clear()
         else:
+            connection.resume_reading()  # it is paused when much comes at once
             connection.set_alarm("idle")
 
     def _head(self, now: float) -> bytes:
@@ -383,13 +386,18 @@ class Passage(Answer):
         """Read on: the client has caught up."""
         if self.connection is not None:
             self.connection.resume_reading()
-            self.connection.set_alarm("idle")
+            self.connection.set_alarm("idle" if self.exchange.status else "read")
 
     def on_client_left(self) -> None:
         """Let go of everything: nobody waits for the answer any more."""
-        self.has_left = True
-        self.close()
         note_failure(self.exchange, ClientDisconnected(LEFT))
+        self.on_cut_off()
+
+    def on_cut_off(self) -> None:
+        """Let go of everything, and blame nobody."""
+        self.has_left = True
+        self.exchange.attempts = 1
+        self.close()
         self._end(self._express.clock(), Outcome.IGNORED, keep_alive=False)
 
     # The end

@@ -53,7 +53,7 @@ class NotedLines:
     def __init__(self, noted: frozenset[bytes]) -> None:
         by_letter: dict[bytes, list[bytes]] = {}
         for name in sorted({name.replace(b"_", b"-") for name in noted}):
-            by_letter.setdefault(name[:1], []).append(re.escape(name[1:]).replace(rb"\-", b"[-_]"))
+            by_letter.setdefault(re.escape(name[:1]), []).append(re.escape(name[1:]).replace(rb"\-", b"[-_]"))
         names = (b"[%b%b](?i:%b)" % (first, first.upper(), b"|".join(rest)) for first, rest in by_letter.items())
         self._noted = re.compile(rb"\r\n(%b): ([^\r]++)" % b"|".join(names))
 

@@ -22,6 +22,10 @@ class Passage(Protocol):
         """Hear that the connection is lost."""
         ...
 
+    def on_cut_off(self) -> None:
+        """Hear that the server stops without waiting any longer."""
+        ...
+
 
 class Lane(Protocol):
     """A faster way than ASGI for requests that need nothing of it; an application may offer one as `lane`."""

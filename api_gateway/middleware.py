@@ -159,7 +159,10 @@ class Record:
         if not exchange.status:  # cancelled by the server: its time to drain was over
             exchange.status, exchange.reason = ClientDisconnected.status, Reason.DRAINING.value
         for observe in self._observers:
-            observe(exchange)
+            try:
+                observe(exchange)
+            except Exception:
+                logger.exception("request %s could not be recorded", exchange.id)
 
 
 def given_request_id(fields: Fields) -> str | None:
@@ -176,7 +179,8 @@ def new_request_id() -> str:
 def note_failure(exchange: Exchange, error: GatewayError) -> None:
     """Write into the record why an exchange failed; of one whose client has left also that this was its end."""
     exchange.reason = error.reason.value
-    exchange.detail = error.detail if error.__cause__ is None else f"{error.detail} ({error.__cause__})"
+    cause = str(error.__cause__ or "")
+    exchange.detail = f"{error.detail} ({cause})" if cause else error.detail
     if isinstance(error, ClientDisconnected):
         exchange.status, exchange.source = error.status, "gateway"
 

@@ -100,6 +100,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._has_begun = False  # a head has begun and is not complete
         self._is_timed = True  # the alarm runs for this head; the first one's since the connection was made
         self._is_over = self._is_ending = self._is_read_paused = False
+        self._is_last = False  # what is held back is the last that will be served
         self._unsent = 0  # bytes the client had not read when last looked at
         self._alarm = Alarm(self.loop, self._on_alarm)
         self._alarm.set(self.bounds.header_timeout)
@@ -118,20 +119,23 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_at_rest = False
         self._alarm.stop()
         passage, self._passage = self._passage, None
-        if passage is not None:
-            passage.on_client_left()
         self.resume_writing()
-        self._waiting.clear()
+        self._drop_waiting()
         self._wake_worker()
         if self._serving is not None:
             self._serving.disconnect()
         self.parser = None  # type: ignore[assignment]  # as uvicorn does: it refers to us
+        if passage is not None:
+            passage.on_client_left()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never says to go on
         """Tell whether to go on: a client that said it would send no more may still be reading (RFC 9112, 9.6)."""
+        last = self._waiting[-1] if self._waiting else self._serving
+        if self._held and not (last is not None and last.upgrade):  # it is served, and may say `Connection: close`
+            self._is_last = True
+            return True
         if self._passage is not None:
             return not self._passage.keep_alive
-        last = self._waiting[-1] if self._waiting else self._serving
         return (
             last is not None
             and not last.is_answered
@@ -143,7 +147,9 @@ class GatewayProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Close once what is being served has been, at the server's wish."""
         last = self._waiting[-1] if self._waiting else self._serving
-        if self._passage is not None:
+        if self._held and not self._is_handed_over:
+            self._is_last = True
+        elif self._passage is not None:
             self._passage.keep_alive = False
         elif last is not None and not last.is_answered:
             last.keep_alive = False
@@ -287,7 +293,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def _enqueue(self, cycle: Cycle) -> None:
         """Have the worker serve a request, as soon as it has served those before."""
         self._waiting.append(cycle)
-        if self._worker is None:
+        if self._worker is None or self._worker.done():
             self._worker = self.loop.create_task(self._work())
             self.tasks.add(self._worker)
             self._worker.add_done_callback(self.tasks.discard)
@@ -383,7 +389,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if cycle.is_answered:
             self._rest_between()
         else:
-            self._alarm.clear()
+            self._alarm.set(self._patience())
 
     def _is_handshake(self) -> bool:
         """Tell whether the head that has just come asks for a WebSocket (RFC 6455 section 4.1)."""
@@ -435,8 +441,6 @@ class GatewayProtocol(HttpToolsProtocol):
             self._is_read_paused = False
             self.transport.resume_reading()
 
-    # Serving
-
     # The lane, as `express.Client` has it
 
     def embark(self, passage: Passage) -> None:
@@ -450,17 +454,26 @@ class GatewayProtocol(HttpToolsProtocol):
         """Go on behind a complete answer, or end the connection."""
         self._passage = None
         self.server_state.total_requests += 1
-        if keep_alive and not (self._held or self.is_write_paused):
+        if self._is_over:
+            return
+        if not keep_alive:
+            self._close()
+        elif self._held:
+            self.loop.call_soon(self._release)
+            self._alarm.set(self._patience())
+        elif self.is_write_paused:
+            self._is_holding = False
+        else:
             self._is_holding = False
             self._is_at_rest = True
             self._alarm.set(self.bounds.keep_alive_timeout)
-        elif self._is_over:
-            return
-        elif keep_alive:
-            self.loop.call_soon(self._release)
-            self._alarm.set(self._patience())
-        else:
-            self._close()
+
+    def cut_off(self) -> None:
+        """End a request that has taken the lane, and the connection: the time to drain is over."""
+        passage, self._passage = self._passage, None
+        if passage is not None:
+            self.transport.abort()
+            passage.on_cut_off()
 
     def serve(
         self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
@@ -476,8 +489,8 @@ class GatewayProtocol(HttpToolsProtocol):
         if body:
             cycle.feed(body)
         cycle.end_body()
-        self._alarm.clear()
         self._enqueue(cycle)
+        self._alarm.set(self._patience())
         if self._held:
             self.loop.call_soon(self._release)
         else:
@@ -486,19 +499,19 @@ class GatewayProtocol(HttpToolsProtocol):
     def _rest_between(self) -> None:
         """Wait for the next request, if nothing of it has come yet."""
         self._alarm.set(self._patience())
-        self._is_at_rest = self._lane is not None and not (
-            self.is_write_paused
-            or self._is_holding
-            or self._waiting
-            or self._has_begun
-            or self._unparsed
-            or self._reading is not None
-        )
+        if self._is_holding or self._waiting or self._has_begun or self._unparsed or self._reading is not None:
+            return
+        if self._is_last:
+            self._close()
+        else:
+            self._is_at_rest = self._lane is not None and not self.is_write_paused
+
+    # Serving
 
     async def _work(self) -> None:
         """Serve the requests of this connection, one after the other, until it is over."""
         app: Any = self.app
-        while not self._is_over:
+        while self._waiting or not self._is_over:
             if not self._waiting:
                 self._rest = self.loop.create_future()
                 await self._rest
@@ -541,7 +554,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Go on to the next request, or close if there shall be none."""
         self.server_state.total_requests += 1
         if not cycle.keep_alive:
-            self._waiting.clear()
+            self._drop_waiting()
             if cycle.is_body_complete:
                 self._close()
             else:
@@ -595,7 +608,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Return the seconds that what is awaited now may take."""
         if self._reading is not None or self.is_write_paused:
             return self.bounds.idle_timeout
-        if self._passage is not None or (self._serving is not None and not self._serving.is_answered):
+        if self._passage is not None or self._waiting or (self._serving is not None and not self._serving.is_answered):
             return None  # the upstream's time, which others keep
         return self.bounds.header_timeout if self._is_timed else self.bounds.keep_alive_timeout
 
@@ -667,7 +680,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Send no more but go on reading for a moment: closing now would reset what the client has yet to read."""
         self._is_ending = True
         self._discarded = 0
-        self._waiting.clear()
+        self._drop_waiting()
         if not self.transport.can_write_eof():
             self._close()
             return
@@ -679,9 +692,15 @@ class GatewayProtocol(HttpToolsProtocol):
     def _close(self) -> None:
         """Close once everything is sent, which may not take for ever."""
         self._is_ending = True
-        self._waiting.clear()
+        self._drop_waiting()
         self.transport.close()
         self._alarm.set(self.bounds.idle_timeout)
+
+    def _drop_waiting(self) -> None:
+        """Serve nothing more; what has begun on the lane is left to the worker, who finds that the client is gone."""
+        for cycle in self._waiting:
+            cycle.disconnect()
+        self._waiting = deque(cycle for cycle in self._waiting if cycle.app is not None)
 
 
 def _size(headers: HeaderList) -> int:

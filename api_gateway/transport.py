@@ -559,8 +559,8 @@ class Connection(asyncio.Protocol):
         elif status == _SWITCHING:
             self._fail(answer, "switched protocols without being asked")
         elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
-            if status == _CONTINUE:  # now it is the client who is waited for
-                self.alarm.clear()
+            if status == _CONTINUE and answer.hooks.expects_continue and self._upload is not None:
+                self.alarm.clear()  # now it is the client who is waited for
             answer.hooks.on_interim(status, reason, headers)
         else:
             self._fail(answer, f"status {status}")
@@ -676,7 +676,7 @@ class Connection(asyncio.Protocol):
         """
         self._answer = answer.connection = None
         self.alarm.clear()
-        if self.is_closed or self._upload is not None or not answer.keeps_alive:
+        if self.is_closed or not answer.keeps_alive or self._upload is not None or self._writable is not None:
             self.close()
             return
         if self._is_reading_paused:
