@@ -517,3 +517,115 @@ def test_somebodys_middleware_sees_every_request(gateway: StartGateway, up: RawU
     with RawClient(running.port) as client:
         assert client.get().status == 200
     assert boarded == []
+
+
+# What once went wrong
+
+
+def test_an_upstream_that_was_held_back_for_a_moment_goes_on(
+    client: RawClient, up: RawUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when more than is held for a slow reader arrives at once; TLS can deliver that."""
+    monkeypatch.setattr("api_gateway.transport.HIGH_WATER", 10)
+    up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n" + b"x" * 20, b"x" * 20, b"x" * 20)
+    assert client.get().body == b"x" * 60
+
+
+@pytest.mark.parametrize("last_words", [b"", b"garbage\r\n\r\n"])
+def test_what_leaves_the_straight_way_as_its_client_leaves_holds_nothing(
+    running: RunningGateway, up: RawUpstream, last_words: bytes
+) -> None:
+    """Answer and end come within one turn of the loop, which is kept busy meanwhile."""
+    gate = threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        gate.wait(PATIENCE)
+        wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        wire.is_closed()
+
+    up.behave = behave
+    done = finished(running)
+    with RawClient(running.port) as client:
+        client.request()
+        eventually(lambda: len(up.requests) == 1, "it is with the upstream")
+        (protocol,) = (one for one in running.server.server_state.connections if getattr(one, "_passage", None))
+        protocol.loop.call_soon_threadsafe(time.sleep, 0.2)
+        time.sleep(0.05)
+        gate.set()
+        client.send(last_words)
+    eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
+    assert done[0].reason == "client_disconnected"
+
+
+def test_a_last_request_behind_another_is_answered_though_its_client_sends_no_more(
+    client: RawClient, up: RawUpstream
+) -> None:
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        time.sleep(0.2)
+        wire.send(OK)
+
+    up.behave = behave
+    client.request()
+    eventually(lambda: len(up.requests) == 1, "the first is with the upstream")
+    client.request(headers=("Connection: close",))
+    client.sock.shutdown(1)
+    assert [client.answer().body for _ in range(2)] == [b"ok", b"ok"]
+    assert client.is_closed()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_outlasts_the_time_to_drain_is_cut_off_and_recorded(
+    gateway: StartGateway, up: RawUpstream, *, begun: bool
+) -> None:
+    running = warm(gateway(in_front_of(up.url) | {"server": {"drain_timeout": 0.5}}), up)
+    up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf" if begun else b"", b"", pause=3)
+    done = finished(running)
+    with RawClient(running.port) as client:
+        client.request()
+        eventually(lambda: len(up.requests) == 1, "it is with the upstream")
+        if begun:
+            assert client.read_until(b"half") is not None
+        running.server.should_exit = True
+        assert client.is_closed()
+    eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
+    assert (done[0].status, done[0].reason) == ((200, None) if begun else (499, "draining"))
+    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+
+
+def test_a_record_that_cannot_be_written_breaks_nothing(
+    running: RunningGateway, client: RawClient, up: RawUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_exchange: Exchange) -> None:
+        raise OSError("no space left")
+
+    record, wires = lane(running).record, len(up.wires)
+    record._observers = (fail, *record._observers)
+    for headers in ((), (ODD,), ()):
+        assert client.get(headers=headers).status == 200
+    assert len(up.wires) == wires
+    assert caplog.text.count("could not be recorded") == 3
+    assert is_calm(running, up)
+
+
+def test_a_client_that_reads_nothing_holds_no_request_for_ever(gateway: StartGateway, up: RawUpstream) -> None:
+    running = warm(gateway(in_front_of(up.url) | {"server": {"idle_timeout": 0.4}}), up)
+    up.behave = reply(b"x" * 400_000)
+    with RawClient(running.port) as client:
+        client.sock.settimeout(0.3)
+        for _ in range(200):
+            try:
+                client.request()
+                time.sleep(0.002)
+            except (TimeoutError, ConnectionError):
+                break
+        eventually(lambda: not running.server.server_state.connections, "it is let go", within=5)
+    assert is_calm(running, up)
+
+
+@pytest.mark.parametrize("headers", [(), (ODD,)])
+def test_an_interim_answer_nobody_asked_for_gives_the_upstream_no_more_time(
+    client: RawClient, up: RawUpstream, headers: tuple[str, ...]
+) -> None:
+    up.behave = says(b"HTTP/1.1 100 Continue\r\n\r\n", b"", pause=1.5)
+    client.request("POST", headers=("Content-Length: 0", *headers))
+    assert client.answer().status == 504
