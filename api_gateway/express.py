@@ -14,11 +14,11 @@ from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote
 
-from api_gateway import models
 from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
 from api_gateway.errors import ClientDisconnected, GatewayError
 from api_gateway.headers import (
+    VIA_NAME,
     Fields,
     fields_of,
     flaw,
@@ -40,11 +40,11 @@ from api_gateway.middleware import (
     new_request_id,
     note_failure,
 )
-from api_gateway.models import NANOSECONDS, Charge, Clock, Exchange, HeaderList, Outcome
+from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Exchange, HeaderList, Outcome
 from api_gateway.router import FIELDS, LEFT, Receive, Route, Router, Scope, Send, Service, upstream_target
 from api_gateway.transport import NO_HOOKS, Answer, NoHooks
 
-_VIA = b"\r\nvia: 1.1 api-gateway\r\n"
+_VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 MAX_NOTED = 32  # headers of a request that mean something here
 MAX_KNOWN_BYTES = 4_096  # of header lines whose meaning is remembered
 MAX_KNOWN = 1_024  # meanings remembered
@@ -90,7 +90,7 @@ class Standing:
         self.dropped = dropped
         self.added = added
         self.version = -1  # of the registry, when it was asked for
-        self.client: models.Client | None = None
+        self.client: Client | None = None
         self.cost = -1.0
         self.charges: list[Charge] = []  # for that client and cost
 
@@ -120,7 +120,7 @@ class HeadBounds(Protocol):
         ...
 
 
-class Client(Protocol):
+class ClientConnection(Protocol):
     """What is asked of a client's connection."""
 
     transport: asyncio.Transport
@@ -169,7 +169,7 @@ class Express:
         self._noted = NotedLines(noted(router.protected))
         self._known = lru_cache(maxsize=MAX_KNOWN)(self._understand)
 
-    def board(self, client: Client, received: bytes) -> bool:
+    def board(self, client: ClientConnection, received: bytes) -> bool:
         """Take the request that was received on its way, or change nothing and return False."""
         parts = split_request(received)
         if parts is None:
@@ -185,7 +185,9 @@ class Express:
             return False
         return self._take(client, lines, method, raw_path, query, body)
 
-    def _take(self, client: Client, lines: Lines, method: str, raw_path: bytes, query: bytes, body: bytes) -> bool:
+    def _take(
+        self, client: ClientConnection, lines: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
+    ) -> bool:
         """Take a plain request on its way if it would be served now, or change nothing and return False."""
         standing = lines.standing
         path = raw_path.decode("ascii")
@@ -231,7 +233,7 @@ class Express:
         standing.version, standing.cost = self._clients.version, cost
         standing.charges = self.limit.charges(client, standing.peer, cost)
 
-    def _look_up(self, client: Client, came: bytes) -> Lines | None:
+    def _look_up(self, client: ClientConnection, came: bytes) -> Lines | None:
         """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""
         found = self._noted.find(came)
         if found is None or len(found) > MAX_NOTED or came.count(b"\n") - 1 > client.bounds.header_lines:
@@ -283,7 +285,7 @@ class Passage(Answer):
     lease: Lease  # from `depart` on
 
     def __init__(
-        self, express: Express, client: Client, lines: Lines, exchange: Exchange, route: Route, asked: bytes
+        self, express: Express, client: ClientConnection, lines: Lines, exchange: Exchange, route: Route, asked: bytes
     ) -> None:
         """`asked` is the request target as the client sent it."""
         self.connection = None
@@ -436,7 +438,7 @@ class Passage(Answer):
 class _Interim(NoHooks):
     """Passes interim answers on, until the ordinary way has taken over."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: ClientConnection) -> None:
         self._client = client
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:

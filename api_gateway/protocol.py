@@ -441,7 +441,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._is_read_paused = False
             self.transport.resume_reading()
 
-    # The lane, as `express.Client` has it
+    # The lane, as `express.ClientConnection` has it
 
     def embark(self, passage: Passage) -> None:
         """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
@@ -698,9 +698,10 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _drop_waiting(self) -> None:
         """Serve nothing more; what has begun on the lane is left to the worker, who finds that the client is gone."""
-        for cycle in self._waiting:
-            cycle.disconnect()
-        self._waiting = deque(cycle for cycle in self._waiting if cycle.app is not None)
+        if self._waiting:
+            for cycle in self._waiting:
+                cycle.disconnect()
+            self._waiting = deque(cycle for cycle in self._waiting if cycle.app is not None)
 
 
 def _size(headers: HeaderList) -> int:
