@@ -1,10 +1,10 @@
 """The straight way of a plain request: decided, sent on and answered in the event loop's own callbacks.
 
 Most requests need nothing to be waited for but the upstream's answer. They take the same decisions here as in
-`middleware` and `router`, from the same objects, but without a scope, a coroutine or a task. Nothing is refused here.
-A request that is out of the ordinary, or would be refused, is left alone before anything has been done for it, and
-goes the ordinary way from its start. One that turns out so later (another answer than a plain one, a connection that
-broke, no connection free) goes on in the ordinary way from where it is.
+`middleware` and `router`, from the same objects, but without a scope, a coroutine or a task. Nothing is refused here
+but who is out of tokens. A request that is out of the ordinary, or would be refused for another reason, is left alone
+before anything has been done for it, and goes the ordinary way from its start. One that turns out so later (another
+answer than a plain one, a connection that broke, no connection free) goes on in the ordinary way from where it is.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote
 
+from api_gateway.answer import NO_HOOKS, Answer, NoHooks
 from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
 from api_gateway.errors import ClientDisconnected, GatewayError
@@ -39,10 +40,11 @@ from api_gateway.middleware import (
     is_proxied,
     new_request_id,
     note_failure,
+    problem_answer,
+    refusal,
 )
-from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Exchange, HeaderList, Outcome
+from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Outcome
 from api_gateway.router import FIELDS, LEFT, Receive, Route, Router, Scope, Send, Service, upstream_target
-from api_gateway.transport import NO_HOOKS, Answer, NoHooks
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 MAX_NOTED = 32  # headers of a request that mean something here
@@ -138,6 +140,10 @@ class ClientConnection(Protocol):
         """Go on behind a complete answer, or end the connection."""
         ...
 
+    def reply(self, answer: bytes, *, keep_alive: bool) -> None:
+        """Send a whole answer to a request that has not embarked."""
+        ...
+
     def serve(
         self, app: ASGIApp, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
     ) -> None:
@@ -188,7 +194,7 @@ class Express:
     def _take(
         self, client: ClientConnection, lines: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
-        """Take a plain request on its way if it would be served now, or change nothing and return False."""
+        """Take a plain request on its way if it can be decided on now, or change nothing and return False."""
         standing = lines.standing
         path = raw_path.decode("ascii")
         if "%" in path:
@@ -210,8 +216,6 @@ class Express:
             self._charge_anew(standing, cost)
         now_ns = self._clock_ns()
         decision = limit.decide(standing.charges, now_ns)
-        if not decision.allowed:
-            return False
         exchange = Exchange(
             standing.request_id or new_request_id(),
             method,
@@ -223,9 +227,29 @@ class Express:
         )
         exchange.upstream, exchange.cost, exchange.decision = route.upstream, cost, decision
         self.record.begin(exchange)
+        if not decision.allowed:
+            self._refuse(client, exchange, decision, keep_alive=standing.keep_alive)
+            return True
         service.retry_budget.deposit()
         Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
         return True
+
+    def _refuse(self, client: ClientConnection, exchange: Exchange, decision: Decision, *, keep_alive: bool) -> None:
+        """Answer who is out of tokens: a client that floods is told so at the least cost."""
+        error = refusal(exchange, decision)
+        note_failure(exchange, error)
+        exchange.status = error.status
+        headers, body = problem_answer(error, instance=exchange.path, request_id=exchange.id)
+        headers += answer_headers(exchange, self.limit.headers(decision))
+        headers.append((b"date", http_date(int(time.time()))))
+        if not keep_alive:
+            headers.append((b"connection", b"close"))
+        exchange.bytes_out = len(body)
+        client.reply(
+            render_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body),
+            keep_alive=keep_alive,
+        )
+        self.record.end(exchange, self.clock())
 
     def _charge_anew(self, standing: Standing, cost: float) -> None:
         """Work out what a request of that cost draws on, as clients are registered now."""
@@ -414,8 +438,7 @@ class Passage(Answer):
         self.has_left = True
         exchange = self.exchange
         assert exchange.decision is not None  # noqa: S101 - without one there is no passage
-        limits = self._express.limit.headers(exchange.decision)
-        exchange.answer_headers = [(b"x-request-id", exchange.id.encode()), *limits]
+        exchange.answer_headers = answer_headers(exchange, self._express.limit.headers(exchange.decision))
         app = partial(self._serve, self if is_sent else None)
         self._client.serve(
             app, exchange.method, self._asked, pairs_of(self._lines.came), body, keep_alive=self.keep_alive
@@ -433,6 +456,11 @@ class Passage(Answer):
             is_trusted=self._lines.standing.is_trusted,
         )
         return self._express.record.conclude(self.exchange, go_on, scope, receive, send)
+
+
+def answer_headers(exchange: Exchange, limits: HeaderList) -> HeaderList:
+    """Return the headers that go on every answer to a request that has been decided on."""
+    return [(b"x-request-id", exchange.id.encode()), *limits]
 
 
 class _Interim(NoHooks):

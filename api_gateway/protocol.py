@@ -468,6 +468,18 @@ class GatewayProtocol(HttpToolsProtocol):
             self._is_at_rest = True
             self._alarm.set(self.bounds.keep_alive_timeout)
 
+    def reply(self, answer: bytes, *, keep_alive: bool) -> None:
+        """Send a whole answer to a request that has not embarked."""
+        self.transport.write(answer)
+        self.server_state.total_requests += 1
+        self._is_timed = False
+        if not keep_alive:
+            self._is_at_rest = False
+            self._close()
+        else:
+            self._is_at_rest = not self.is_write_paused
+            self._alarm.set(self._patience())
+
     def cut_off(self) -> None:
         """End a request that has taken the lane, and the connection: the time to drain is over."""
         passage, self._passage = self._passage, None

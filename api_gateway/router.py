@@ -13,8 +13,10 @@ from typing import Any
 
 import httpx
 
+from api_gateway.answer import Answer, Incoming
 from api_gateway.balancer import Lease, RetryBudget, Target, Upstream
 from api_gateway.circuit_breaker import Transition
+from api_gateway.connection import Connection
 from api_gateway.errors import (
     BadRequest,
     BodyTooLarge,
@@ -34,7 +36,8 @@ from api_gateway.errors import (
 from api_gateway.headers import Fields, fields_of, for_client, for_upstream, framing, trailers_to_pass
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
-from api_gateway.transport import NO_BODY, Answer, Connection, Incoming, NoBody, Origin, Outgoing, UpstreamTransport
+from api_gateway.outgoing import NO_BODY, NoBody, Origin, Outgoing
+from api_gateway.transport import UpstreamTransport
 from api_gateway.tunnel import Tunnel
 
 Scope = MutableMapping[str, Any]

@@ -1,5 +1,6 @@
 """The straight way: the same as the ordinary one, seen from either side, and back on it whenever something is odd."""
 
+import json
 import re
 import threading
 import time
@@ -131,6 +132,13 @@ def normal(head: bytes) -> bytes:
     """Return a head without what differs from request to request, and without the odd header."""
     head = re.sub(rb"(?i)(x-request-id|x-ratelimit-[a-z]+|ratelimit|date): [^\r]*", rb"\1: *", head)
     return re.sub(rb"X-Odd: [^\r]*\r\n", b"", head)
+
+
+def same(one: bytes, other: bytes) -> bool:
+    """Tell whether two heads are the same but for what differs from request to request."""
+    return normal(re.sub(rb"(content-length|retry-after): \d+", rb"\1: *", one)) == normal(
+        re.sub(rb"(content-length|retry-after): \d+", rb"\1: *", other)
+    )
 
 
 REQUESTS: dict[str, tuple[str, str, tuple[str, ...], bytes]] = {
@@ -317,18 +325,35 @@ def test_half_an_answer_never_looks_complete(
 # Not taken
 
 
-def test_who_is_out_of_tokens_is_refused_by_the_ordinary_way(
+def test_who_is_out_of_tokens_is_refused_as_the_ordinary_way_does(
     gateway: StartGateway, up: RawUpstream, boarded: list[bool]
 ) -> None:
     sections = in_front_of(up.url) | {"tiers": {"FREE": {"rate": 0.01, "capacity": 3}}}
     running = warm(gateway(sections), up)
+    done = finished(running)
     boarded.clear()
     with RawClient(running.port) as client:
         answers = [client.get(headers=("X-Client-ID: a",)) for _ in range(5)]
+        odd = client.get(headers=("X-Client-ID: a", ODD))
+        client.request("HEAD", headers=("X-Client-ID: a",))
+        head = client.answer("HEAD")
+        last = client.get(headers=("X-Client-ID: a", "Connection: close"))
+        assert client.is_closed()
     assert [answer.status for answer in answers] == [200, 200, 200, 429, 429]
     assert [answer.all("x-ratelimit-remaining") for answer in answers[:3]] == [[b"2"], [b"1"], [b"0"]]
-    assert boarded == [True] * 3 + [False] * 2
+    assert boarded == [True] * 5 + [False, True, True]
     assert len(up.requests) == 3
+    assert same(answers[4].head, odd.head)
+    assert json.loads(answers[4].body).keys() == json.loads(odd.body).keys()
+    assert json.loads(answers[4].body)["reason"] == "rate_limited"
+    assert (head.status, head.all("content-type")) == (429, odd.all("content-type"))
+    assert (last.status, last.all("connection")) == (429, [b"close"])
+    eventually(lambda: len(done) == 8, "all are recorded")
+    assert {(one.status, one.reason, one.source, one.attempts) for one in done[3:]} == {
+        (429, "rate_limited", "gateway", 0)
+    }
+    assert running.console.recorder.limited["FREE"] == 5
+    assert is_calm(running, up)
 
 
 def test_a_tier_counts_from_the_next_request_on_the_same_connection(running: RunningGateway, up: RawUpstream) -> None:
@@ -526,7 +551,7 @@ def test_an_upstream_that_was_held_back_for_a_moment_goes_on(
     client: RawClient, up: RawUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when more than is held for a slow reader arrives at once; TLS can deliver that."""
-    monkeypatch.setattr("api_gateway.transport.HIGH_WATER", 10)
+    monkeypatch.setattr("api_gateway.connection.HIGH_WATER", 10)
     up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n" + b"x" * 20, b"x" * 20, b"x" * 20)
     assert client.get().body == b"x" * 60
 

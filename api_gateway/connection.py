@@ -1,0 +1,426 @@
+"""One connection to an upstream: an asyncio protocol that sends a request and takes its answer, one at a time.
+
+A plain head is taken apart by `heads`, a body whose length it told is counted; everything else is for httptools.
+"""
+
+import asyncio
+from typing import Any
+
+import httptools
+import httpx
+
+from api_gateway.alarm import Alarm
+from api_gateway.answer import NO_HOOKS, NO_LIMITS, SWITCHING, Answer, Hooks
+from api_gateway.headers import fields_of
+from api_gateway.heads import split_answer
+from api_gateway.models import HeaderList
+from api_gateway.outgoing import Outgoing, length_of, render_head
+from api_gateway.pool import Pool
+
+HIGH_WATER = 256 * 1024  # bytes of an answer held for a slow client before the upstream is made to wait
+MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
+_BODILESS = frozenset({204, 304})
+_SURPLUS = "more came than was announced"
+_CONTINUE = 100
+
+
+class Stale(httpx.ReadError):
+    """A reused connection died before any byte of an answer: the race every keep-alive client can lose."""
+
+    def __init__(self) -> None:
+        super().__init__("closed before any answer, on a connection kept alive")
+
+
+class Connection(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.pool: Pool[Connection] | None = None
+        self.idle_since = 0.0
+        self.is_closed = False
+        self.is_reused = False
+        self.alarm = Alarm(loop, self._on_alarm)
+        self._patience = 0.0  # what the alarm was set to
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: Any = None  # an asyncio.Transport, from connection_made on
+        self._answer: Answer | None = None
+        self._upload: asyncio.Task[None] | None = None
+        self._is_reading_paused = False
+        self._writable: asyncio.Future[None] | None = None
+        self._headers: HeaderList = []  # of the head or the trailers that are being read
+        self._reason = b""
+        self._received = 0  # bytes of this answer so far
+        self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
+        self._left = 0  # bytes still to come of a body whose length a plain head told
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else "idle" if self._answer is None else "busy"
+        return f"<Connection [{state}]>"
+
+    # Sending
+
+    def send(self, request: Outgoing) -> Answer:
+        """Send the request; its answer is still to come. Raises LocalProtocolError if it cannot be sent."""
+        extensions = request.extensions
+        answer = Answer(self, request.method, extensions.get("timeout", NO_LIMITS), extensions.get("hooks", NO_HOOKS))
+        try:
+            head = render_head(request)
+        except BaseException:
+            self.close()
+            raise
+        if request.framing is None:
+            self.start(answer, head)
+        else:
+            self._answer = answer
+            self._received = self._left = 0
+            self._transport.write(head)
+            if answer.hooks.expects_continue:
+                self.set_alarm("read")
+            body = self._send_body(answer, request.stream, request.framing, length_of(request.pairs))
+            self._upload = self.loop.create_task(body)
+        return answer
+
+    def start(self, answer: Answer, request: bytes) -> None:
+        """Send a whole request, rendered, whose answer is made already."""
+        self._answer = answer
+        self._received = self._left = 0
+        self._transport.write(request)
+        seconds = answer.timeouts.get("read")
+        self._patience = seconds or 0.0
+        self.alarm.set(seconds)
+
+    async def _send_body(self, answer: Answer, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many ends
+        is_chunked = framing == b"chunked"
+        left = 0 if is_chunked else length
+        try:
+            async for piece in stream:
+                if not piece:
+                    continue
+                if self.is_closed:
+                    return
+                if answer.hooks.expects_continue:
+                    self.alarm.clear()
+                left -= 0 if is_chunked else len(piece)
+                if left < 0:
+                    raise httpx.LocalProtocolError("the body is longer than its Content-Length")  # noqa: TRY301 - as any other way a body fails
+                self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+                if self._writable is not None:
+                    await self._wait_until_writable(answer)
+            if left:
+                raise httpx.LocalProtocolError("the body is shorter than its Content-Length")  # noqa: TRY301 - as above
+            if is_chunked and not self.is_closed:
+                self._transport.write(b"0\r\n%b\r\n" % _render_trailers(answer.hooks))
+        except Exception as error:  # noqa: BLE001 - whatever ends the body ends the answer, and its reader gets it
+            answer.fail(error)
+            self.close()
+            return
+        self._upload = None
+        if not answer.is_head_complete:
+            self.set_alarm("read")
+
+    async def _wait_until_writable(self, answer: Answer) -> None:
+        """Wait for the upstream to read on, no longer than it may be idle; the answer's own clock runs apart."""
+        seconds = answer.timeouts.get("idle", answer.timeouts.get("read"))
+        timer = None if seconds is None else self.loop.call_later(seconds, self._time_out, seconds)
+        try:
+            while self._writable is not None:
+                await self._writable
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def set_alarm(self, name: str) -> None:
+        """Give the upstream its time to answer: `read` for the head, `idle` between pieces of the body."""
+        if self._answer is not None:
+            timeouts = self._answer.timeouts
+            seconds = timeouts.get(name, timeouts.get("read"))
+            self._patience = seconds or 0.0
+            self.alarm.set(seconds)
+
+    def pause_writing(self) -> None:
+        """Asked by the event loop: the upstream reads more slowly than the client sends."""
+        self._writable = self.loop.create_future()
+
+    def resume_writing(self) -> None:
+        """Asked by the event loop: the upstream has caught up."""
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    # Receiving: callbacks of the event loop, then of the parser
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start of the connection."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came. Bytes that belong to no request mean the connection cannot be trusted any more."""
+        answer = self._answer
+        if answer is None:
+            self.close()
+            return
+        if self._left:
+            self._take_counted(answer, data)
+        elif self._received:
+            self._parse(answer, data)
+        elif not self._take_plain(answer, data):
+            answer.on_unusual()
+            self._parse(answer, data)
+
+    def _take_plain(self, answer: Answer, data: bytes) -> bool:
+        """Take the beginning of an answer if its head is a plain one; otherwise it is the parser's."""
+        parts = split_answer(data, is_to_head=answer.is_to_head)
+        if parts is None:
+            return False
+        status, passed, size, length, keeps_alive, has_date = parts
+        came = len(data) - size
+        if came > length or size > MAX_HEAD_BYTES:  # what is wrong with it is for the parser to find
+            return False
+        self._received = size + came
+        answer.status, answer.passed, answer.has_date, answer.keeps_alive = status, passed, has_date, keeps_alive
+        answer.head = data[:size]
+        answer.is_head_complete = True
+        if came:
+            answer.feed(data[size:])
+        if came == length:
+            answer.is_complete = True
+            self._finish(answer)
+            answer.wake()
+        else:
+            self._left = length - came
+            self.alarm.clear()
+            self._on_progress(answer)
+        return True
+
+    def _take_counted(self, answer: Answer, data: bytes) -> None:
+        """Take more of a body whose length is known."""
+        if len(data) > self._left:
+            self._fail(answer, _SURPLUS)
+            return
+        self._left -= len(data)
+        answer.is_complete = not self._left
+        answer.feed(data)
+        self._on_progress(answer)
+
+    def _on_progress(self, answer: Answer) -> None:
+        """Act on how far the answer has come, and let its reader know."""
+        if answer.is_complete:
+            self._finish(answer)
+        elif answer.buffered > HIGH_WATER:
+            self.pause_reading()
+        answer.wake()
+
+    def _parse(self, answer: Answer, data: bytes) -> None:
+        """Have the parser take what came."""
+        size = len(data)
+        if not self._received:
+            self._unparsed = 0
+            self._headers, self._reason = [], b""
+        self._received += size
+        self._unparsed += size
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(answer, f"not HTTP: {error}")
+            return
+        except httptools.HttpParserUpgrade as upgrade:
+            answer.leftover = data[upgrade.args[0] :]
+            self.pause_reading()
+            answer.wake()
+            return
+        if answer.is_complete:
+            self._on_progress(answer)
+        elif self._unparsed > MAX_HEAD_BYTES or (not answer.is_head_complete and self._received > MAX_HEAD_BYTES):
+            self._fail(answer, f"a head of more than {MAX_HEAD_BYTES} bytes")
+        else:
+            self._on_progress(answer)
+
+    def on_message_begin(self) -> None:
+        """A message starts; if the answer is already complete, it is one nobody asked for."""
+        answer = self._answer
+        if answer is None:
+            self.close()
+        elif answer.is_complete:
+            self._fail(answer, _SURPLUS)
+
+    def on_status(self, phrase: bytes) -> None:
+        """Reason phrase, or a part of it."""
+        self._reason += phrase
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header, or one trailer."""
+        self._headers.append((name, value.strip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        """The head is there, unless it is that of an interim answer (1xx)."""
+        self._unparsed = 0
+        headers, self._headers = self._headers, []
+        reason, self._reason = self._reason, b""
+        answer = self._answer
+        if answer is None or answer.is_complete or answer.error is not None:
+            return
+        status = self._parser.get_status_code()
+        if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
+            self._on_unusual_status(answer, status, reason, headers)
+            return
+        fields = fields_of(headers)
+        codings = fields.get(b"transfer-encoding")
+        if codings is not None and (len(codings) > 1 or codings[0].lower() != b"chunked"):
+            self._fail(answer, "a transfer coding nobody asked for")  # the header that names it would end here
+            return
+        answer.status, answer.reason = status, reason
+        answer.headers, answer.fields = headers, fields
+        answer.is_head_complete = True
+        answer.keeps_alive = self._parser.should_keep_alive()
+        self.alarm.clear()
+        if answer.is_to_head:
+            # The parser would wait for the body that these headers describe.
+            answer.is_complete = True
+            self._parser = httptools.HttpResponseParser(self)
+        elif status not in _BODILESS:
+            answer.is_counted = codings is None and b"content-length" in fields
+            answer.is_until_close = codings is None and not answer.is_counted
+
+    def _on_unusual_status(self, answer: Answer, status: int, reason: bytes, headers: HeaderList) -> None:
+        if status == SWITCHING and answer.hooks.upgrade and self._parser.should_upgrade():
+            answer.status, answer.reason = status, reason
+            answer.headers, answer.fields = headers, fields_of(headers)
+            answer.is_head_complete = True
+            self.alarm.clear()
+        elif status == SWITCHING:
+            self._fail(answer, "switched protocols without being asked")
+        elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
+            if status == _CONTINUE and answer.hooks.expects_continue and self._upload is not None:
+                self.alarm.clear()  # now it is the client who is waited for
+            answer.hooks.on_interim(status, reason, headers)
+        else:
+            self._fail(answer, f"status {status}")
+
+    def on_body(self, piece: bytes) -> None:
+        """One piece of body; one that comes after the end belongs to nobody."""
+        self._unparsed = 0
+        answer = self._answer
+        if answer is None or answer.is_complete:
+            self.close()
+        elif answer.error is None:
+            answer.feed(piece)
+
+    def on_message_complete(self) -> None:
+        """The end of the answer, unless it was an interim one."""
+        answer = self._answer
+        if answer is None or answer.error is not None:
+            return
+        if answer.is_head_complete and answer.status != SWITCHING:
+            answer.is_complete = True
+            if self._headers:
+                answer.trailers, self._headers = self._headers, []
+
+    def eof_received(self) -> bool:
+        """The upstream will send no more: it is closed from this side too, and at once if nobody uses it."""
+        if self._answer is None:
+            self.close()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone; an answer delimited by it is complete now, any other is broken."""
+        was_open = not self.is_closed
+        self.is_closed = True
+        self.alarm.stop()
+        self.resume_writing()
+        answer = self._answer
+        if answer is not None:
+            if exc is None and was_open and answer.is_head_complete and answer.is_until_close:
+                answer.is_complete = True
+                answer.wake()
+            elif self.is_reused and self._received == 0:
+                answer.fail(Stale())
+            else:
+                answer.fail(httpx.ReadError("closed before the answer was complete"))
+            self._detach(answer)
+        if was_open and self.pool is not None:
+            self.pool.discard(self)
+
+    # Ending
+
+    def pause_reading(self) -> None:
+        """Make the upstream wait for the reader."""
+        if not self._is_reading_paused and not self.is_closed:
+            self._is_reading_paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on after the reader has caught up."""
+        if self._is_reading_paused and not self.is_closed:
+            self._is_reading_paused = False
+            self._transport.resume_reading()
+
+    def hand_over(self) -> asyncio.Transport:
+        """Give the transport away after a 101; whoever has it tells us of its loss by `connection_lost`."""
+        transport: asyncio.Transport = self._transport
+        self.alarm.stop()
+        self.resume_reading()
+        return transport
+
+    def _fail(self, answer: Answer, cause: str) -> None:
+        if answer.is_complete and answer.is_counted:
+            answer.is_complete, cause = False, _SURPLUS
+        if answer.is_complete:  # by itself; only what came behind is wrong
+            answer.wake()
+        else:
+            answer.fail(httpx.RemoteProtocolError(cause))
+        self.close()
+
+    def _on_alarm(self) -> None:
+        self._time_out(self._patience)
+
+    def _time_out(self, seconds: float) -> None:
+        """Give up on an upstream that was silent for too long."""
+        if self._answer is not None:
+            self._answer.fail(httpx.ReadTimeout(f"silent for {seconds:g} s"))
+            self.close()
+
+    def abandon(self, answer: Answer) -> None:
+        """Drop the answer; unless it has fully arrived, the connection goes with it."""
+        if self._answer is answer:
+            self._detach(answer)
+            self.close()
+
+    def close(self) -> None:
+        """Close now."""
+        if self._upload is not None:
+            self._upload.cancel()
+            self._upload = None
+        if not self.is_closed:
+            self.is_closed = True
+            self.alarm.stop()
+            if self._answer is not None:
+                self._answer.fail(httpx.ReadError("connection closed"))
+            if self._transport is not None:
+                self._transport.abort()
+            if self.pool is not None:
+                self.pool.discard(self)
+
+    def _finish(self, answer: Answer) -> None:
+        """Give the connection back, or close it if it cannot serve again.
+
+        It cannot if the upstream said so, or answered without waiting for the whole body: what is left has no reader.
+        """
+        self._answer = answer.connection = None
+        self.alarm.clear()
+        if self.is_closed or not answer.keeps_alive or self._upload is not None or self._writable is not None:
+            self.close()
+            return
+        if self._is_reading_paused:
+            self.resume_reading()
+        if self.pool is not None:
+            self.pool.give(self)
+
+    def _detach(self, answer: Answer) -> None:
+        self._answer = None
+        answer.connection = None
+        self.alarm.clear()
+
+
+def _render_trailers(hooks: Hooks) -> bytes:
+    return b"".join([b"%b: %b\r\n" % pair for pair in hooks.trailers()])

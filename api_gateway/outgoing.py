@@ -1,0 +1,107 @@
+"""What is sent to an upstream: where to, the request as httpx has it, and its head as it goes over the wire."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import httpx
+
+from api_gateway.models import HeaderList
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Scheme, host and port of a target, worked out once. `netloc` is what belongs into `Host`."""
+
+    url: httpx.URL
+    scheme: str
+    host: str
+    port: int
+    netloc: bytes
+    key: tuple[str, str, int] = field(compare=False)
+
+    @classmethod
+    def of(cls, url: httpx.URL) -> "Origin":
+        """Take `url` apart."""
+        port = url.port or (443 if url.scheme == "https" else 80)
+        return cls(url, url.scheme, url.host, port, url.netloc, (url.scheme, url.host, port))
+
+
+class Outgoing(httpx.Request):
+    """A request whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them.
+
+    `framing` is b"chunked", b"length", or None for a request without a body.
+    """
+
+    def __init__(  # it sets all that a request has, and leaves out what httpx would work out for people
+        self,
+        method: str,
+        origin: Origin,
+        pairs: HeaderList,
+        stream: httpx.AsyncByteStream,
+        framing: bytes | None,
+        extensions: dict[str, Any],
+    ) -> None:
+        self.method = method
+        self.url = origin.url
+        self.origin = origin
+        self.pairs = pairs
+        self.stream = stream
+        self.framing = framing
+        self.extensions = extensions
+
+    @classmethod
+    def of(cls, request: httpx.Request) -> "Outgoing":
+        """Return any request of httpx as one of these."""
+        pairs = request.headers.raw
+        stream: Any = request.stream
+        extensions = dict(request.extensions)
+        return cls(request.method, Origin.of(request.url), pairs, stream, _framing(pairs), extensions)
+
+    @cached_property
+    def headers(self) -> httpx.Headers:  # type: ignore[override]  # httpx has an attribute here
+        """The headers as httpx has them."""
+        return httpx.Headers(self.pairs)
+
+
+class NoBody(httpx.AsyncByteStream):
+    """The body of a request that has none."""
+
+    is_started = False
+    is_finished = True
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield nothing."""
+        return
+        yield b""  # pragma: no cover - makes this an iterator
+
+
+NO_BODY = NoBody()
+
+
+def _framing(headers: HeaderList) -> bytes | None:
+    framing = None
+    for name, value in headers:
+        lower = name.lower()
+        if lower == b"transfer-encoding":
+            return b"chunked"
+        if lower == b"content-length" and value.strip(b"0"):
+            framing = b"length"
+    return framing
+
+
+def length_of(headers: HeaderList) -> int:
+    """Return the length these headers announce; 0 if none."""
+    return next((int(value) for name, value in headers if name.lower() == b"content-length"), 0)
+
+
+def render_head(request: Outgoing) -> bytes:
+    """Return request line and headers as they go out; raises LocalProtocolError if they hide a line of their own."""
+    target = request.extensions.get("target") or request.url.raw_path
+    lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]
+    lines += map(b": ".join, request.pairs)
+    head = b"\r\n".join(lines)
+    if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
+        raise httpx.LocalProtocolError("a header holds a line break")
+    return head + b"\r\n\r\n"
