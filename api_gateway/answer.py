@@ -103,7 +103,7 @@ class Answer(httpx.AsyncByteStream):
         self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
         self.hooks = hooks
-        self._pieces: list[bytes] = []
+        self.pieces: list[bytes] = []
 
     def __repr__(self) -> str:
         return f"<Answer {self.status or 'awaited'} [{'complete' if self.is_complete else self.error or 'arriving'}]>"
@@ -142,7 +142,7 @@ class Answer(httpx.AsyncByteStream):
 
     def feed(self, piece: bytes) -> None:
         """Hold one piece of body for the reader, who is not woken yet."""
-        self._pieces.append(piece)
+        self.pieces.append(piece)
         self.buffered += len(piece)
 
     def fail(self, error: Exception) -> None:
@@ -154,19 +154,20 @@ class Answer(httpx.AsyncByteStream):
     @property
     def is_ready(self) -> bool:
         """True if `read` would not wait."""
-        return self.is_complete or bool(self._pieces)
+        return self.is_complete or bool(self.pieces)
 
     def take(self) -> bytes:
         """Return what has arrived of the body since the last time."""
-        pieces = self._pieces
-        if not pieces:
-            return b""
-        self._pieces, self.buffered = [], 0
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces = self.pieces
+        self.buffered = 0
+        if len(pieces) == 1:
+            return pieces.pop()
+        self.pieces = []
+        return b"".join(pieces)
 
     async def read(self) -> tuple[bytes, bool]:
         """Return what has arrived of the body and whether more may follow; raises what the answer failed with."""
-        while not self._pieces and not self.is_complete:
+        while not self.pieces and not self.is_complete:
             if self.error is not None:
                 raise self.error
             await self._wait_for_piece()

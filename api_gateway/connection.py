@@ -182,12 +182,13 @@ class Connection(asyncio.Protocol):
         answer.head = data[:size]
         answer.is_head_complete = True
         if came:
-            answer.feed(data[size:])
+            answer.pieces.append(data[size:])
         if came == length:
             answer.is_complete = True
             self._finish(answer)
             answer.wake()
         else:
+            answer.buffered = came
             self._left = length - came
             self.alarm.clear()
             self._on_progress(answer)

@@ -305,17 +305,18 @@ class Express:
 class Passage(Answer):
     """One request on the straight way, and the answer to it."""
 
-    has_left = False  # the straight way, for the ordinary one
+    has_left: bool  # the straight way, for the ordinary one
     lease: Lease  # from `depart` on
 
     def __init__(
         self, express: Express, client: ClientConnection, lines: Lines, exchange: Exchange, route: Route, asked: bytes
     ) -> None:
         """`asked` is the request target as the client sent it."""
-        self.connection = None
+        self.connection = self.error = None
         self.is_to_head = exchange.method == "HEAD"
         self.hooks = NO_HOOKS
-        self._pieces = []
+        self.pieces = []
+        self.has_left = False
         self.exchange = exchange
         self._express = express
         self._client = client
@@ -329,7 +330,7 @@ class Passage(Answer):
     def depart(self, service: Service, target: bytes, body: bytes) -> None:
         """Send the request, if there is a connection free for it."""
         exchange = self.exchange
-        self.lease = lease = service.upstream.checkout(exchange.started, exchange.client_key)
+        self.lease = lease = service.upstream.checkout(exchange.started, self._lines.standing.charges[0].key)
         connection = service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one
             self._leave(body, is_sent=False)
