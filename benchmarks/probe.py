@@ -31,7 +31,9 @@ def main(arguments: list[str]) -> int:
         config.write_text(json.dumps(_config(folder, upstream)))
         start = f"{sys.executable} {ROOT / 'run_gateway.py'} --config {config} --port {gateway}"
         command = [sys.executable, "-B", probe, "--gateway", f"http://127.0.0.1:{gateway}/api"]
-        command += ["--listen", f"127.0.0.1:{upstream}", "--start-cmd", start, *options]
+        command += ["--listen", f"127.0.0.1:{upstream}", "--start-cmd", start]
+        command += ["--control", f"http://127.0.0.1:{gateway}", "--metrics", "/metrics?format=prometheus"]
+        command += ["--health", "/health", *options]
         return subprocess.run(command, check=False).returncode  # noqa: S603 - the user's own words
 
 
