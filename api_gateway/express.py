@@ -225,11 +225,12 @@ class Express:
             standing.client,
             route.name,
         )
-        exchange.upstream, exchange.cost, exchange.decision = route.upstream, cost, decision
+        exchange.cost, exchange.decision = cost, decision
         self.record.begin(exchange)
         if not decision.allowed:
             self._refuse(client, exchange, decision, keep_alive=standing.keep_alive)
             return True
+        exchange.upstream = route.upstream
         service.retry_budget.deposit()
         Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
         return True

@@ -349,8 +349,8 @@ def test_who_is_out_of_tokens_is_refused_as_the_ordinary_way_does(
     assert (head.status, head.all("content-type")) == (429, odd.all("content-type"))
     assert (last.status, last.all("connection")) == (429, [b"close"])
     eventually(lambda: len(done) == 8, "all are recorded")
-    assert {(one.status, one.reason, one.source, one.attempts) for one in done[3:]} == {
-        (429, "rate_limited", "gateway", 0)
+    assert {(one.status, one.reason, one.source, one.route, one.upstream, one.attempts) for one in done[3:]} == {
+        (429, "rate_limited", "gateway", "all", None, 0)
     }
     assert running.console.recorder.limited["FREE"] == 5
     assert is_calm(running, up)
