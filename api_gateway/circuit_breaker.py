@@ -144,13 +144,14 @@ class CircuitBreaker:
         """Count the outcome of an admitted try; `detail` says in words what failed. Returns the move it caused."""
         if ticket.generation != self._generation:
             return None
-        if outcome is Outcome.SUCCESS and self.state is State.CLOSED:  # which is nearly every call
-            self._window.record(now, is_failure=False)
-            self.consecutive_failures = 0
-            return None
         if self.state is State.HALF_OPEN:
             return self._settle_probe(outcome, now, detail)
-        return self._settle_call(outcome, now, detail)
+        if outcome is Outcome.FAILURE:
+            return self._count_failure(now, detail)
+        if outcome is Outcome.SUCCESS:
+            self._window.record(now, is_failure=False)
+            self.consecutive_failures = 0
+        return None
 
     def advance(self, now: float) -> Transition | None:
         """Make the move that time alone causes: from OPEN to HALF_OPEN once the recovery timeout has passed."""
@@ -178,9 +179,7 @@ class CircuitBreaker:
         self.probes_in_flight = 0
         return True
 
-    def _settle_call(self, outcome: Outcome, now: float, detail: str) -> Transition | None:
-        if outcome is Outcome.IGNORED:
-            return None
+    def _count_failure(self, now: float, detail: str) -> Transition | None:
         self._window.record(now, is_failure=True)
         self.consecutive_failures += 1
         cause = self._threshold_reached(now)

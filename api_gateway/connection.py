@@ -185,13 +185,11 @@ class Connection(asyncio.Protocol):
             answer.pieces.append(data[size:])
         if came == length:
             answer.is_complete = True
-            self._finish(answer)
-            answer.wake()
         else:
             answer.buffered = came
             self._left = length - came
             self.alarm.clear()
-            self._on_progress(answer)
+        self._on_progress(answer)
         return True
 
     def _take_counted(self, answer: Answer, data: bytes) -> None:

@@ -23,10 +23,10 @@ from api_gateway.headers import (
     Fields,
     fields_of,
     flaw,
-    for_client,
     for_upstream,
     host_name,
     http_date,
+    interim_to_pass,
     not_forwarded,
     noted,
 )
@@ -473,5 +473,4 @@ class _Interim(NoHooks):
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `Hooks`."""
-        passed = for_client(headers, fields_of(headers), [], frozenset())
-        self._client.transport.write(render_head(status, reason, passed))
+        self._client.transport.write(render_head(status, reason, interim_to_pass(headers)))

@@ -222,6 +222,11 @@ def for_client(headers: HeaderList, fields: Fields, own: HeaderList, omit: froze
     return kept
 
 
+def interim_to_pass(headers: HeaderList) -> HeaderList:
+    """Return the headers of an interim answer (1xx) that may go on."""
+    return for_client(headers, fields_of(headers), [], frozenset())
+
+
 def trailers_to_pass(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
     """Return the trailers that may go on: none that says how a message is framed, routed, trusted or cached."""
     dropped = _NEVER_TRAILING | not_forwarded(protected, False) | protected

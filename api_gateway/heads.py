@@ -111,12 +111,9 @@ def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int,
     digits, length, date, connection, close, keep_alive, request_id = match.groups()
     status, size = int(digits), match.end()
     head = received[: size - 4]
-    if connection is not None:
-        head = head.replace(connection, b"", 1)
-    if keep_alive is not None:
-        head = head.replace(keep_alive, b"", 1)
-    if request_id is not None:
-        head = head.replace(request_id, b"", 1)
+    for line in (connection, keep_alive, request_id):
+        if line is not None:
+            head = head.replace(line, b"", 1)
     if is_to_head or status in _BODILESS:
         if status == 204 and length is not None:  # noqa: PLR2004 - it may not announce one (RFC 9110 section 8.6)
             return None

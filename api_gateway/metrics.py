@@ -211,10 +211,7 @@ class Recorder:
         method = exchange.method if exchange.method in METHODS else OTHER
         self.requests[route, method, exchange.status, exchange.source, tier] += 1
         running = self.routes[route].at(exchange.finished)
-        if exchange.status < 400:  # noqa: PLR2004 - nothing went wrong
-            running.requests += 1
-        else:
-            running.count(exchange)
+        running.count(exchange)
         if exchange.reason is not None:
             self.rejections[exchange.reason] += 1
         if exchange.decision is not None:

@@ -12,7 +12,6 @@ What is different from uvicorn's, and why (`cycle` has the rest):
 import asyncio
 import json
 import logging
-import math
 import re
 import time
 from collections import Counter, deque
@@ -448,7 +447,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._passage = passage
         self._is_at_rest = self._is_timed = False
         self._is_holding = True
-        self._alarm.deadline = math.inf
+        self._alarm.clear()
 
     def disembark(self, *, keep_alive: bool) -> None:
         """Go on behind a complete answer, or end the connection."""
@@ -461,24 +460,19 @@ class GatewayProtocol(HttpToolsProtocol):
         elif self._held:
             self.loop.call_soon(self._release)
             self._alarm.set(self._patience())
-        elif self.is_write_paused:
-            self._is_holding = False
         else:
             self._is_holding = False
-            self._is_at_rest = True
-            self._alarm.set(self.bounds.keep_alive_timeout)
+            self._rest_between()
 
     def reply(self, answer: bytes, *, keep_alive: bool) -> None:
         """Send a whole answer to a request that has not embarked."""
         self.transport.write(answer)
         self.server_state.total_requests += 1
         self._is_timed = False
-        if not keep_alive:
-            self._is_at_rest = False
-            self._close()
+        if keep_alive:
+            self._rest_between()
         else:
-            self._is_at_rest = not self.is_write_paused
-            self._alarm.set(self._patience())
+            self._close()
 
     def cut_off(self) -> None:
         """End a request that has taken the lane, and the connection: the time to drain is over."""
@@ -704,6 +698,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def _close(self) -> None:
         """Close once everything is sent, which may not take for ever."""
         self._is_ending = True
+        self._is_at_rest = False
         self._drop_waiting()
         self.transport.close()
         self._alarm.set(self.bounds.idle_timeout)

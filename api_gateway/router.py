@@ -33,7 +33,7 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from api_gateway.headers import Fields, fields_of, for_client, for_upstream, framing, trailers_to_pass
+from api_gateway.headers import Fields, fields_of, for_client, for_upstream, framing, interim_to_pass, trailers_to_pass
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
 from api_gateway.outgoing import NO_BODY, NoBody, Origin, Outgoing
@@ -641,7 +641,7 @@ class _Request:
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Pass on an interim answer (RFC 9110 section 15.2)."""
         if self.link is not None:
-            self.link.inform(status, reason, for_client(headers, fields_of(headers), [], frozenset()))
+            self.link.inform(status, reason, interim_to_pass(headers))
 
     def trailers(self) -> HeaderList:
         """Return the trailers that came behind the body."""
