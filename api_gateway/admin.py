@@ -34,9 +34,11 @@ from api_gateway.models import (
     BreakerThresholds,
     BreakerView,
     BucketView,
+    Charge,
     Client,
     ClientView,
     Clock,
+    Decision,
     HealthView,
     LatencyView,
     MetricsView,
@@ -215,7 +217,7 @@ async def set_tier(client_id: str, change: TierChange, console: Guarded) -> Tier
             f"There is no tier '{change.tier}'; the tiers are {', '.join(names)}.",
             extra={"tier": change.tier, "tiers": names},
         )
-    return _move(console, *await console.clients.set_tier(client_id, tier))
+    return await _move(console, *await console.clients.set_tier(client_id, tier))
 
 
 @clients_router.delete(
@@ -224,7 +226,7 @@ async def set_tier(client_id: str, change: TierChange, console: Guarded) -> Tier
 async def forget(client_id: str, console: Guarded) -> TierChanged:
     """Remove the client's registration. It falls back to what the configuration says of it, else the default tier."""
     _check_id(client_id)
-    return _move(console, *await console.clients.forget(client_id))
+    return await _move(console, *await console.clients.forget(client_id))
 
 
 @clients_router.get("/clients/{client_id:path}", summary="A client's tier and bucket")
@@ -232,7 +234,7 @@ async def client(client_id: str, console: Guarded) -> ClientView:
     """Answer the client's tier and the tokens it has now. Any well-formed id has a bucket, so none is unknown."""
     _check_id(client_id)
     found = console.clients.named(client_id)
-    bucket = console.limiter.peek(found.key, found.quota, console.clock_ns())
+    bucket = await _bucket(console, found)
     return ClientView(
         client_id=client_id,
         tier=_tier_view(found.quota),
@@ -286,12 +288,11 @@ def _check_id(client_id: str) -> None:
         raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {client_id!r}.")
 
 
-def _move(console: Console, before: Client, after: Client) -> TierChanged:
+async def _move(console: Console, before: Client, after: Client) -> TierChanged:
     """Take the bucket over to the new tier and report it."""
-    now_ns = console.clock_ns()
-    held = console.limiter.peek(before.key, before.quota, now_ns)
-    console.limiter.change_quota(before.key, before.quota, after.quota, now_ns)
-    holds = console.limiter.peek(after.key, after.quota, now_ns)
+    held = await _bucket(console, before)
+    await console.limiter.move(before.key, before.quota, after.quota, console.clock_ns())
+    holds = await _bucket(console, after)
     return TierChanged(
         client_id=after.id,
         previous=_tier_view(before.quota),
@@ -300,6 +301,12 @@ def _move(console: Console, before: Client, after: Client) -> TierChanged:
         tokens_after=_tokens(after.quota, holds.reset_ns),
         persisted=True,
     )
+
+
+async def _bucket(console: Console, client: Client) -> Decision:
+    """Return the client's bucket as it is."""
+    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clock_ns())
+    return decision
 
 
 def _tokens(quota: Quota, debt_ns: int) -> float:

@@ -210,12 +210,14 @@ class Express:
             return False
         service = router.services[route.upstream]
         limit = self.limit
-        if limit.decide is None or not service.takes_passages or not service.upstream.is_untroubled():
+        if not service.takes_passages or not service.upstream.is_untroubled():
             return False
         if standing.version != self._clients.version or standing.cost != cost:
             self._charge_anew(standing, cost)
         now_ns = self._clock_ns()
         decision = limit.decide(standing.charges, now_ns)
+        if decision is None:
+            return False
         exchange = Exchange(
             standing.request_id or new_request_id(),
             method,

@@ -5,13 +5,14 @@ scope, and in which every later step writes its own fields and talks to nobody e
 for is a plain function that returns the next step's awaitable: a coroutine costs more than what the step does.
 """
 
+import asyncio
 import itertools
 import json
 import logging
 import math
 import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from api_gateway import auth
@@ -40,7 +41,7 @@ from api_gateway.headers import (
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
-from api_gateway.rate_limiter import NEVER, MemoryLimiter, RateLimiter
+from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.router import FIELDS, Receive, Router, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -278,7 +279,7 @@ class Limit:
         """`address_quota` None leaves addresses uncounted; those in `exempt` networks are."""
         self.app = app
         self._limiter = limiter
-        self.decide = limiter.decide if isinstance(limiter, MemoryLimiter) else None  # None if deciding takes waiting
+        self.decide = limiter.decide
         self._clock_ns = clock_ns
         self._address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
@@ -290,14 +291,18 @@ class Limit:
         exchange: Exchange = scope[EXCHANGE]
         assert exchange.client is not None  # noqa: S101 - Identify came before
         charges = self.charges(exchange.client, exchange.peer, exchange.cost)
-        if self.decide is None:
-            return self._wait(charges, scope, receive, send)
-        self._apply(exchange, self.decide(charges, self._clock_ns()))
+        now_ns = self._clock_ns()
+        decision = self.decide(charges, now_ns)
+        if decision is None:
+            return self._wait(charges, now_ns, scope, receive, send)
+        self._apply(exchange, decision)
         return self.app(scope, receive, send)
 
-    async def _wait(self, charges: list[Charge], scope: Scope, receive: Receive, send: Send) -> None:
-        """Ask a limiter whose buckets are elsewhere."""
-        self._apply(scope[EXCHANGE], await self._limiter.acquire(charges, self._clock_ns()))
+    async def _wait(self, charges: list[Charge], now_ns: int, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask the store of the buckets. Only the answer is waited for here: who leaves breaks nobody's connection."""
+        answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        self._limiter.ask(charges, now_ns, partial(_resolve, answer))
+        self._apply(scope[EXCHANGE], await answer)
         await self.app(scope, receive, send)
 
     def _apply(self, exchange: Exchange, decision: Decision) -> None:
@@ -336,6 +341,11 @@ class Limit:
         until_ns = left * quota.emission_ns if decision.allowed else max(decision.wait_ns, 0)
         effective = (until_ns + _UP) // NANOSECONDS or 1
         return template % (left, effective, left, (decision.reset_ns + _UP) // NANOSECONDS)
+
+
+def _resolve(answer: asyncio.Future[Decision], decision: Decision) -> None:
+    if not answer.done():  # the request may have been cancelled meanwhile
+        answer.set_result(decision)
 
 
 def _template(quota: Quota) -> bytes:

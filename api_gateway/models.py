@@ -14,6 +14,10 @@ Clock = Callable[[], float]  # monotonic seconds
 
 NANOSECONDS = 1_000_000_000
 
+# What a decision rests on: buckets in this process, in the shared store, what the store said before of a bucket that
+# must still be empty, or, while the store cannot be used, the policy for that.
+Source = Literal["memory", "store", "deny_cache", "local_share", "deny", "allow"]
+
 
 @dataclass(frozen=True, slots=True)
 class Quota:
@@ -45,7 +49,10 @@ class Quota:
 
 @dataclass(slots=True)
 class Charge:
-    """One bucket that a request draws on: `increment_ns` from the budget of `key` under `quota`."""
+    """One bucket that a request draws on: `increment_ns` from the budget of `key` under `quota`.
+
+    Where something is settled after the fact, less than 0 gives back.
+    """
 
     key: str
     quota: Quota
@@ -58,7 +65,8 @@ class Decision:
 
     `remaining` is whole tokens left after the decision. `wait_ns` is 0 when allowed, else the exact time until the
     same request passes, or -1 when it never can because it costs more than `quota.capacity`. `reset_ns` is the time
-    until the bucket is full.
+    until the bucket is full. `at_ns` is when it was decided, on the clock of the buckets, and `others_ns` the times
+    until the request's other buckets are full, if it was charged to several: what `settle` needs to know.
     """
 
     key: str
@@ -67,6 +75,9 @@ class Decision:
     remaining: int
     wait_ns: int
     reset_ns: int
+    at_ns: int = field(default=0, compare=False)
+    others_ns: tuple[int, ...] = field(default=(), compare=False)
+    source: Source = "memory"
 
     @property
     def retry_after(self) -> float | None:

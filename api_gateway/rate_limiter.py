@@ -9,10 +9,11 @@ Refusals and zero costs write nothing. Decisions are atomic because they run on 
 limiter is not thread-safe.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
-from api_gateway.models import Charge, Decision, Quota
+from api_gateway.models import Charge, Decision, Quota, Source
 
 NEVER = -1
 OVERFLOW_SLOTS = 65_536
@@ -20,18 +21,40 @@ _SWEEP = 8  # retired entries freed per decision: more than one decision can add
 
 
 class RateLimiter(Protocol):
-    """What the gateway asks of a limiter, wherever its buckets are kept."""
+    """What the gateway asks of a limiter, wherever its buckets are kept.
 
-    async def acquire(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Charge all buckets or none. Returns the decision of the first bucket, or of the one that refuses longest."""
+    `charges` holds at least one bucket, and no bucket twice; `now_ns` is the process's monotonic clock.
+    """
+
+    def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Charge all buckets or none, if that can be decided at once; None if the buckets' store must be asked.
+
+        Returns the decision of the first bucket, or of the one that refuses longest.
+        """
         ...
 
-    def peek(self, key: str, quota: Quota, now_ns: int) -> Decision:
-        """Return the bucket as it is, charging nothing."""
+    def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+        """Have the store decide what `decide` could not, and call `answer` with the decision, once."""
         ...
 
-    def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
-        """Move the bucket from one quota to another, keeping the share of it that is filled."""
+    async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
+        """Return what each bucket says to its charge by itself, charging nothing."""
+        ...
+
+    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+        """Charge or give back (increments below 0) after the fact, to the buckets that `decision` charged.
+
+        Never refuses: the bucket owes what it does not hold, up to its capacity. Nothing is given back that has been
+        refilled since, so that no history admits more than the quota. Returns the decision as it stands then.
+        """
+        ...
+
+    async def refill(self, key: str) -> None:
+        """Fill a bucket."""
+        ...
+
+    async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+        """Take a bucket from one quota to another, keeping the share of it that is filled."""
         ...
 
 
@@ -39,10 +62,13 @@ def take(tat_ns: int, burst_ns: int, increment_ns: int, now_ns: int) -> tuple[in
     """Charge a bucket: return its new TAT and 0, or the TAT it keeps and the exact wait in nanoseconds.
 
     At `now_ns + wait` the same charge passes; one nanosecond earlier it does not. A charge above the whole budget
-    never passes: its wait is `NEVER`. A TAT beyond what a full debt explains (a clock that stepped back, a smaller
-    budget than before) is brought back to "empty now", and that repair is what the caller must store.
+    never passes: its wait is `NEVER`. A bucket owes at most a second budget beyond being empty (what was settled
+    later). A TAT beyond that has no other cause than a clock that stepped back, or a corrupted store, and is brought
+    back to "empty now"; that repair is what the caller must store.
     """
-    base = min(max(tat_ns, now_ns), now_ns + burst_ns)
+    base = max(tat_ns, now_ns)
+    if base > now_ns + 2 * burst_ns:
+        base = now_ns + burst_ns
     charged = base + increment_ns
     wait_ns = charged - (now_ns + burst_ns)
     if wait_ns <= 0:
@@ -50,9 +76,21 @@ def take(tat_ns: int, burst_ns: int, increment_ns: int, now_ns: int) -> tuple[in
     return base, wait_ns if increment_ns <= burst_ns else NEVER
 
 
+def settled(tat_ns: int, burst_ns: int, change_ns: int, charged_ns: int, now_ns: int) -> int:
+    """Return the TAT of a bucket after a later charge (`change_ns` above 0) or a refund (below).
+
+    `charged_ns` is the TAT right after the charge that is settled. What lies before `now_ns` of it has been refilled:
+    giving that back too would credit a client for time in which its bucket was full anyway.
+    """
+    base = max(tat_ns, now_ns)
+    if change_ns >= 0:
+        return max(base, min(base + change_ns, now_ns + 2 * burst_ns))
+    return max(base - min(-change_ns, max(charged_ns - now_ns, 0)), now_ns)
+
+
 def rescale(tat_ns: int, old: Quota, new: Quota, now_ns: int) -> int:
     """Return the TAT that leaves the same share of the bucket filled under `new`; rounded to the stricter side."""
-    debt_ns = min(max(tat_ns - now_ns, 0), old.burst_ns)
+    debt_ns = min(max(tat_ns - now_ns, 0), 2 * old.burst_ns)
     return now_ns - (-debt_ns * new.burst_ns // old.burst_ns)
 
 
@@ -92,12 +130,8 @@ class MemoryLimiter:
         """Entries held at most."""
         return self._bucket_limit
 
-    async def acquire(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Charge all buckets or none; see `RateLimiter`. Never waits."""
-        return self.decide(charges, now_ns)
-
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Decide without awaiting; see `RateLimiter.acquire`. `charges` holds at least one."""
+        """See `RateLimiter`; it never takes asking."""
         if self._retired or not 0 <= now_ns - self._rotated_at_ns < self._period_ns:
             self._advance(now_ns)
         if len(charges) > 1:
@@ -111,18 +145,51 @@ class MemoryLimiter:
             if debt_ns <= quota.burst_ns:
                 if increment_ns:
                     self._current[charge.key] = now_ns + debt_ns
-                return Decision(charge.key, quota, True, (quota.burst_ns - debt_ns) // quota.emission_ns, 0, debt_ns)
+                remaining = (quota.burst_ns - debt_ns) // quota.emission_ns
+                return Decision(charge.key, quota, True, remaining, 0, debt_ns, now_ns)
         else:
             tat_ns = self._load(charge.key)
         after_ns, wait_ns = take(tat_ns, quota.burst_ns, increment_ns, now_ns)
         if (wait_ns == 0 and increment_ns) or after_ns < tat_ns:
             self._store(charge.key, after_ns)
-        return _decision(charge, after_ns, wait_ns, now_ns)
+        return decision_of(charge, after_ns, wait_ns, now_ns)
+
+    def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+        """See `RateLimiter`; nothing asks, because `decide` always decides."""
+        answer(self.decide(charges, now_ns))
 
     def peek(self, key: str, quota: Quota, now_ns: int) -> Decision:
         """Return the bucket as it is, charging nothing."""
-        tat_ns, wait_ns = take(self._load(key), quota.burst_ns, 0, now_ns)
-        return _decision(Charge(key, quota, 0), tat_ns, wait_ns, now_ns)
+        return self._preview(Charge(key, quota, 0), now_ns)
+
+    async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
+        """See `RateLimiter`."""
+        return [self._preview(charge, now_ns) for charge in charges]
+
+    def _preview(self, charge: Charge, now_ns: int) -> Decision:
+        tat_ns, wait_ns = take(self._load(charge.key), charge.quota.burst_ns, charge.increment_ns, now_ns)
+        return decision_of(charge, tat_ns, wait_ns, now_ns)
+
+    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+        """See `RateLimiter`."""
+        self._advance(now_ns)
+        debts_ns = []
+        for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
+            burst_ns = charge.quota.burst_ns
+            tat_ns = settled(self._load(charge.key), burst_ns, charge.increment_ns, decision.at_ns + debt_ns, now_ns)
+            self._period_ns = max(self._period_ns, tat_ns - now_ns)  # what owes is remembered until it has paid
+            self._store(charge.key, tat_ns)
+            debts_ns.append(tat_ns - now_ns)
+        return decision_after(decision, debts_ns, now_ns)
+
+    async def refill(self, key: str) -> None:
+        """See `RateLimiter`."""
+        if self._load(key):
+            self._store(key, 0)
+
+    async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+        """See `RateLimiter`."""
+        self.change_quota(key, old, new, now_ns)
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Move the bucket to `new`, keeping its filled share. Between budgets of one length nothing changes."""
@@ -139,14 +206,11 @@ class MemoryLimiter:
             take(tat, charge.quota.burst_ns, charge.increment_ns, now_ns)
             for tat, charge in zip(tats, charges, strict=True)
         ]
-        refusals = [index for index, (_, wait_ns) in enumerate(taken) if wait_ns]
+        refused = any(wait_ns for _, wait_ns in taken)
         for charge, tat_ns, (after_ns, _) in zip(charges, tats, taken, strict=True):
-            if (not refusals and charge.increment_ns) or after_ns < tat_ns:
+            if (not refused and charge.increment_ns) or after_ns < tat_ns:
                 self._store(charge.key, after_ns)
-        if not refusals:
-            return _decision(charges[0], *taken[0], now_ns)
-        binding = max(refusals, key=lambda index: (taken[index][1] == NEVER, taken[index][1]))
-        return _decision(charges[binding], *taken[binding], now_ns)
+        return joint_decision(charges, taken, now_ns)
 
     def _load(self, key: str) -> int:
         tat_ns = self._current.get(key)
@@ -200,7 +264,34 @@ class MemoryLimiter:
             self._retired.pop()
 
 
-def _decision(charge: Charge, tat_ns: int, wait_ns: int, now_ns: int) -> Decision:
+def joint_decision(
+    charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int, source: Source = "memory"
+) -> Decision:
+    """Return what the TAT and wait of every bucket come to: the first one's decision, or the longest refusal."""
+    refusals = [index for index, (_, wait_ns) in enumerate(taken) if wait_ns]
+    if refusals:
+        binding = max(refusals, key=lambda index: (taken[index][1] == NEVER, taken[index][1]))
+        return decision_of(charges[binding], *taken[binding], now_ns, source)
+    others_ns = tuple(max(tat_ns - now_ns, 0) for tat_ns, _ in taken[1:])
+    return decision_of(charges[0], *taken[0], now_ns, source, others_ns)
+
+
+def decision_of(
+    charge: Charge,
+    tat_ns: int,
+    wait_ns: int,
+    now_ns: int,
+    source: Source = "memory",
+    others_ns: tuple[int, ...] = (),
+) -> Decision:
+    """Return the decision on one bucket whose TAT is `tat_ns` after it."""
     debt_ns = max(tat_ns - now_ns, 0)
-    remaining = (charge.quota.burst_ns - debt_ns) // charge.quota.emission_ns
-    return Decision(charge.key, charge.quota, wait_ns == 0, remaining, wait_ns, debt_ns)
+    quota = charge.quota
+    remaining = max(quota.burst_ns - debt_ns, 0) // quota.emission_ns
+    return Decision(charge.key, quota, wait_ns == 0, remaining, wait_ns, debt_ns, now_ns, others_ns, source)
+
+
+def decision_after(decision: Decision, debts_ns: Sequence[int], now_ns: int) -> Decision:
+    """Return an earlier decision as it stands now that its buckets owe `debts_ns`."""
+    remaining = max(decision.quota.burst_ns - debts_ns[0], 0) // decision.quota.emission_ns
+    return replace(decision, remaining=remaining, reset_ns=debts_ns[0], at_ns=now_ns, others_ns=tuple(debts_ns[1:]))
