@@ -12,6 +12,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "models", "headers", "heads", "diagnosis"),
     ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
     (
+        "store",
         "clients",
         "alarm",
         "pool",
@@ -62,6 +63,7 @@ OUTSIDE = {
     "fastapi": {"admin", "main", "cli"},
     "starlette": {"admin"},
     "prometheus_client": {"metrics"},
+    "redis": {"store"},
     "sqlite3": {"clients"},
     "pydantic": {"models", "config", "diagnosis"},
     "pydantic_settings": {"config"},
