@@ -33,12 +33,16 @@ from api_gateway.models import (
     BreakersView,
     BreakerThresholds,
     BreakerView,
+    BucketReset,
     BucketView,
     Charge,
     Client,
     ClientView,
     Clock,
     Decision,
+    GrantChanged,
+    GrantRequest,
+    GrantView,
     HealthView,
     LatencyView,
     MetricsView,
@@ -108,7 +112,14 @@ _CLIENT_REFUSALS: dict[int | str, dict[str, Any]] = {
     **_REFUSALS,
 }
 _STORE_REFUSAL: dict[int | str, dict[str, Any]] = {
-    503: {"description": "The change could not be stored and was not made.", **_PROBLEM}
+    503: {
+        "description": "The store could not be used. The detail tells whether the change was not made, or may be.",
+        **_PROBLEM,
+    }
+}
+_TIER_REFUSALS: dict[int | str, dict[str, Any]] = {
+    422: {"description": "No such tier, and the answer lists them; or another mistake in the body.", **_PROBLEM},
+    **_STORE_REFUSAL,
 }
 
 open_router = APIRouter(tags=["health"])
@@ -202,29 +213,69 @@ async def circuit_breakers(console: Guarded) -> BreakersView:
 @clients_router.post(
     "/clients/{client_id:path}/tier",
     summary="Set a client's tier",
-    responses={422: {"description": "No such tier; the answer lists them.", **_PROBLEM}, **_STORE_REFUSAL},
+    responses=_TIER_REFUSALS,
 )
 async def set_tier(client_id: str, change: TierChange, console: Guarded) -> TierChanged:
-    """Register the client for a tier. Effective for its next request, and on disk when this answers.
+    """Register the client for a tier. Effective for its next request, and stored when this answers.
 
-    The bucket keeps its filled fraction: an upgrade brings relief at once, and changing back and forth gains nothing.
+    Gateways that share the store follow within a second. The bucket keeps its filled fraction: an upgrade brings
+    relief at once, and changing back and forth gains nothing.
     """
     _check_id(client_id)
-    tier = change.tier.upper()
-    if tier not in console.clients.tiers:
-        names = list(console.clients.tiers)
-        raise InvalidValue(
-            f"There is no tier '{change.tier}'; the tiers are {', '.join(names)}.",
-            extra={"tier": change.tier, "tiers": names},
-        )
+    tier = _tier(console, change.tier)
     return await _move(console, *await console.clients.set_tier(client_id, tier))
+
+
+@clients_router.post(
+    "/clients/{client_id:path}/grants", summary="Give a client a tier for a while", responses=_TIER_REFUSALS
+)
+async def grant(client_id: str, request: GrantRequest, console: Guarded) -> GrantChanged:
+    """Give the client a tier until a moment, over whatever it has otherwise and in place of an earlier grant.
+
+    It ends by itself on every gateway, by the clock of each one's machine: where clocks differ, so do the moments.
+    """
+    _check_id(client_id)
+    tier, until = _tier(console, request.tier), _until(request)
+    return await _regrant(console, until, *await console.clients.grant(client_id, tier, until))
+
+
+@clients_router.delete(
+    "/clients/{client_id:path}/grants", summary="End a client's grant early", responses=_STORE_REFUSAL
+)
+async def revoke(client_id: str, console: Guarded) -> GrantChanged:
+    """Return the client to what it has without its grant. One that has none stays as it is."""
+    _check_id(client_id)
+    return await _regrant(console, None, *await console.clients.revoke(client_id))
+
+
+@clients_router.post(
+    "/clients/{client_id:path}/reset",
+    summary="Fill a client's bucket",
+    responses={503: {"description": "The store of the buckets could not be used.", **_PROBLEM}},
+)
+async def reset(client_id: str, console: Guarded) -> BucketReset:
+    """Fill the client's bucket, whatever it owes."""
+    _check_id(client_id)
+    found = (await console.clients.inspect(client_id)).client
+    held = await _bucket(console, found)
+    await console.limiter.refill(found.key)
+    holds = await _bucket(console, found)
+    return BucketReset(
+        client_id=client_id,
+        tier=_tier_view(found.quota),
+        tokens_before=_tokens(found.quota, held.reset_ns),
+        tokens_after=_tokens(found.quota, holds.reset_ns),
+    )
 
 
 @clients_router.delete(
     "/clients/{client_id:path}", summary="Return a client to the default tier", responses=_STORE_REFUSAL
 )
 async def forget(client_id: str, console: Guarded) -> TierChanged:
-    """Remove the client's registration. It falls back to what the configuration says of it, else the default tier."""
+    """Remove the client's registration and its grant.
+
+    It falls back to what the configuration says of it, else the default tier.
+    """
     _check_id(client_id)
     return await _move(console, *await console.clients.forget(client_id))
 
@@ -233,12 +284,16 @@ async def forget(client_id: str, console: Guarded) -> TierChanged:
 async def client(client_id: str, console: Guarded) -> ClientView:
     """Answer the client's tier and the tokens it has now. Any well-formed id has a bucket, so none is unknown."""
     _check_id(client_id)
-    found = console.clients.named(client_id)
+    inspection = await console.clients.inspect(client_id)
+    found, given = inspection.client, inspection.grant
     bucket = await _bucket(console, found)
     return ClientView(
         client_id=client_id,
         tier=_tier_view(found.quota),
         source="default" if found.source == "address" else found.source,
+        grant=given
+        and GrantView(tier=given.tier, until=_wall_time(given.until), then=inspection.otherwise.quota.name),
+        confirmed=inspection.is_confirmed,
         bucket=BucketView(
             tokens=_tokens(found.quota, bucket.reset_ns),
             capacity=found.quota.capacity,
@@ -272,8 +327,7 @@ def _in_our_words(raised: Exception) -> GatewayError:
     if isinstance(raised, GatewayError):
         return raised
     if isinstance(raised, RequestValidationError):
-        details = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in raised.errors())
-        return InvalidValue(f"{details}.")
+        return InvalidValue(f"{'; '.join(_mistake(item) for item in raised.errors())}.")
     if isinstance(raised, HTTPException):
         if raised.status_code == 404:  # noqa: PLR2004 - no endpoint of that name
             return NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
@@ -286,6 +340,48 @@ def _in_our_words(raised: Exception) -> GatewayError:
 def _check_id(client_id: str) -> None:
     if not is_visible_ascii(client_id.encode()):
         raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {client_id!r}.")
+
+
+def _mistake(item: Mapping[str, Any]) -> str:
+    """Name place and value; of a value that is a whole body, only what is wrong with it."""
+    given = item.get("input")
+    value = f", got {given!r}" if isinstance(given, str | int | float) else ""
+    return f"{'.'.join(map(str, item['loc']))}: {item['msg']}{value}"
+
+
+def _tier(console: Console, name: str) -> str:
+    tier = name.upper()
+    if tier not in console.clients.tiers:
+        names = list(console.clients.tiers)
+        raise InvalidValue(
+            f"There is no tier '{name}'; the tiers are {', '.join(names)}.", extra={"tier": name, "tiers": names}
+        )
+    return tier
+
+
+def _until(request: GrantRequest) -> float:
+    """Return when a grant shall end, in seconds since the epoch."""
+    now = time.time()
+    if request.until is not None and request.duration is not None:
+        raise InvalidValue(
+            "body: a grant has either until or for, got"
+            f" until: '{request.until.isoformat()}' and for: {request.duration:g}."
+        )
+    if request.duration is not None:
+        return now + request.duration
+    if request.until is None:
+        raise InvalidValue("body: a grant needs until (a moment) or for (seconds), got neither.")
+    until = request.until.timestamp()
+    if until <= now:
+        raise InvalidValue(
+            f"body.until: must lie in the future, got '{request.until.isoformat()}'; it is {_wall_time(now)} now."
+        )
+    return until
+
+
+async def _regrant(console: Console, until: float | None, before: Client, after: Client) -> GrantChanged:
+    changed = await _move(console, before, after)
+    return GrantChanged(**changed.model_dump(), until=None if until is None else _wall_time(until))
 
 
 async def _move(console: Console, before: Client, after: Client) -> TierChanged:
@@ -319,7 +415,11 @@ def _tier_view(quota: Quota) -> TierView:
 
 def _utc(at: float, now: float) -> str:
     """Return a monotonic moment as wall-clock time."""
-    return datetime.fromtimestamp(time.time() - (now - at), UTC).isoformat(timespec="milliseconds")
+    return _wall_time(time.time() - (now - at))
+
+
+def _wall_time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
 
 def _breaker_view(breaker: CircuitBreaker, now: float) -> BreakerView:

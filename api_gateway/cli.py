@@ -20,11 +20,10 @@ from fastapi import FastAPI
 
 from api_gateway import __version__
 from api_gateway.admin import Phase
-from api_gateway.clients import ClientStore
 from api_gateway.config import GatewayConfig, ServerSection, load_config
 from api_gateway.demo import banner
 from api_gateway.diagnosis import ConfigError
-from api_gateway.main import STARTUP_FAILED, create_app
+from api_gateway.main import STARTUP_FAILED, client_store, create_app
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 
 _UNFINISHED = "ASGI callable returned without completing response."
@@ -182,10 +181,11 @@ def _summary(config: GatewayConfig) -> str:
 
 
 async def _preflight(config: GatewayConfig) -> None:
-    """Find out now, in one line, that the state cannot be opened."""
-    store = ClientStore(config.state_dir)
+    """Find out now, in one line, that the state cannot be opened. A store elsewhere may come later."""
+    store = client_store(config)
     try:
-        await store.open()
+        if not store.is_remote:
+            await store.load(limit=0)
     finally:
         await store.close()
 

@@ -1,111 +1,97 @@
-"""Which client has which tier: in memory for the request path, in SQLite for the next start.
+"""Which client has which tier: decided in memory for the request path, kept in a store for the next start.
 
-A change is written to disk first and then takes effect, so what was confirmed survives `kill -9`, and what failed
-changed nothing.
+A change is stored first and then takes effect. What others change in the same store takes effect when the store tells
+of it. What does not fit into memory is looked up, all that is asked for at one time in one question.
 """
 
 import asyncio
+import heapq
 import logging
-import sqlite3
+import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeVar
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
 
+from api_gateway.client_copy import ClientCopy
+from api_gateway.client_records import (
+    UNREAD,
+    Change,
+    ClientRecord,
+    ClientStore,
+    Grant,
+    OutcomeUnknown,
+    Snapshot,
+    Written,
+)
 from api_gateway.errors import StoreUnavailable
-from api_gateway.models import Client, Quota
-
-T = TypeVar("T")
+from api_gateway.models import Client, Clock, Quota
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-FILE_NAME = "clients.sqlite3"
+CLIENT_LIMIT = 100_000
+_BATCH = 500  # clients looked up at once, or taken over between two looks at other work
+_RETRY_AFTER = 1.0  # seconds until a look-up that failed is tried again
+_RECONNECT_AFTER = (0.1, 2.0)  # seconds, doubled from one failure to the next
+_LONGEST_NAP = 30.0  # seconds until the wall clock is looked at again: it may be set
+_CLAIM_WITHIN = 0.2  # seconds over which those that have seen a grant end spread out
 
 
-class ClientStore:
-    """The table of registered clients in one SQLite file (WAL, full sync), used from a thread of its own.
+class Inspection(NamedTuple):
+    """A client, its grant if it has one, what it is without, and whether the store has said so just now."""
 
-    Every method raises OSError when the file cannot be used.
-    """
+    client: Client
+    grant: Grant | None
+    otherwise: Client
+    is_confirmed: bool
 
-    def __init__(self, state_dir: Path) -> None:
-        self.path = state_dir / FILE_NAME
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="client-store")
-        self._connection: sqlite3.Connection | None = None
 
-    def __repr__(self) -> str:
-        return f"<ClientStore [{self.path}]>"
+class Ending(NamedTuple):
+    """When the grant in one version of a client's record ends."""
 
-    async def open(self) -> dict[str, str]:
-        """Create or open the file and return its clients, id to tier. Raises OSError."""
-        return await self._run(self._open)
+    until: float
+    client_id: str
+    version: int
 
-    async def put(self, client_id: str, tier: str) -> None:
-        """Store one client's tier; on return it is on disk."""
-        await self._run(
-            self._execute,
-            "INSERT INTO clients (id, tier, changed_at) VALUES (?, ?, ?)"
-            " ON CONFLICT (id) DO UPDATE SET tier = excluded.tier, changed_at = excluded.changed_at",
-            (client_id, tier, time.time()),
-        )
 
-    async def delete(self, client_id: str) -> None:
-        """Remove one client; on return that is on disk."""
-        await self._run(self._execute, "DELETE FROM clients WHERE id = ?", (client_id,))
+def _ignore(_before: Client, _after: Client) -> None:
+    pass
 
-    async def close(self) -> None:
-        """Close the file."""
-        if self._connection is not None:
-            await self._run(self._connection.close)
-            self._connection = None
-        self._thread.shutdown(wait=False)
 
-    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-        except (sqlite3.Error, RuntimeError) as error:  # RuntimeError: the thread has ended, the store is closed
-            raise OSError(f"{self.path}: {error}") from error
-
-    def _open(self) -> dict[str, str]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
-        try:
-            clients = self._prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-        self._connection = connection
-        return clients
-
-    def _prepare(self, connection: sqlite3.Connection) -> dict[str, str]:
-        """Bring the file to the current schema and read it."""
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise OSError(f"{self.path} was written by a newer gateway (schema {version}, known is {SCHEMA_VERSION})")
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS clients"
-            " (id TEXT PRIMARY KEY, tier TEXT NOT NULL, changed_at REAL NOT NULL) WITHOUT ROWID"
-        )
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        return dict(connection.execute("SELECT id, tier FROM clients"))
-
-    def _execute(self, statement: str, parameters: tuple[object, ...]) -> None:
-        if self._connection is None:
-            raise sqlite3.ProgrammingError("the client store is not open")
-        self._connection.execute(statement, parameters)
+async def _ignore_too(_before: Client, _after: Client) -> None:
+    pass
 
 
 class ClientRegistry:
-    """Answers who a client is. Registered by the API beats configured, which beats the default tier."""
+    """Answers who a client is. Granted beats registered by the API, which beats configured, and that the default.
+
+    A grant ends on every process by that machine's clock: where clocks differ, so do the moments. It is then taken
+    out of the store by one of them, not before the store's own clock says so.
+    """
 
     def __init__(
-        self, tiers: Mapping[str, Quota], default_tier: str, configured: Mapping[str, str], store: ClientStore
+        self,
+        tiers: Mapping[str, Quota],
+        default_tier: str,
+        configured: Mapping[str, str],
+        store: ClientStore,
+        *,
+        limit: int = CLIENT_LIMIT,
+        deadline: float = 0.02,
+        wall_clock: Clock = time.time,
+        random_source: random.Random | None = None,
+        on_change: Callable[[Client, Client], None] = _ignore,
+        on_grant_ended: Callable[[Client, Client], Awaitable[None]] = _ignore_too,
     ) -> None:
-        """Hold `tiers` (upper-case name to quota) and `configured` (client id to tier name)."""
+        """Hold `tiers` (upper-case name to quota) and `configured` (client id to tier name).
+
+        At most `limit` clients of the store are remembered; a request waits `deadline` seconds for one that is not.
+        `on_change` is called when a client has changed in this process by other means than its own `set_tier` and the
+        like, for buckets in its memory. `on_grant_ended` is awaited in one of the store's processes, for buckets they
+        share.
+        """
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
         self._configured = {
@@ -113,66 +99,374 @@ class ClientRegistry:
             for client_id, tier in configured.items()
         }
         self.version = 0  # goes up with every change, so that who has looked a client up knows to look again
-        self._registered: dict[str, Client] = {}
+        self.trouble: str | None = None  # why the store cannot be used, while it cannot
+        self._limit, self._deadline = limit, deadline
+        self._wall_clock = wall_clock
+        self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._on_change, self._on_grant_ended = on_change, on_grant_ended
         self._store = store
-        self._change = asyncio.Lock()
+        self._mark = UNREAD
+        self._copy = self._loading = ClientCopy(limit, self._resolve)
+        self._copy.is_complete = True  # until there is something to look up
+        self._known = self._copy.clients
+        self._endings: list[Ending] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._asked: dict[str, asyncio.Future[Client]] = {}
+        self._asking: asyncio.Task[None] | None = None
+        self._doubted: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<ClientRegistry [{len(self._registered)} registered, {len(self._configured)} configured]>"
+        trouble = f", {self.trouble}" if self.trouble else ""
+        part = "" if self._copy.is_complete else " of those"
+        return f"<ClientRegistry [{len(self._known)}{part} registered, {len(self._configured)} configured{trouble}]>"
+
+    # The store
 
     async def load(self) -> None:
-        """Read the registered clients from disk. Raises OSError."""
-        self.version += 1
-        for client_id, tier in (await self._store.open()).items():
-            if tier in self.tiers:
-                self._registered[client_id] = self._register(client_id, tier)
-            else:
-                logger.warning("client %r is registered for tier %r, which is not configured", client_id, tier)
+        """Read the registered clients. Raises OSError, but starts without a remote store and waits for it."""
+        try:
+            await self._reload()
+        except OSError as error:
+            if not self._store.is_remote:
+                raise
+            self._lose_touch(error)
+
+    async def keep_up(self) -> None:
+        """Follow what others change, until cancelled. After the store was away all is read anew."""
+        clock = asyncio.get_running_loop().time
+        pause, longest = _RECONNECT_AFTER
+        while True:
+            began = clock()
+            try:
+                if self.trouble is not None:
+                    await self._reload()
+                await self._store.watch(self._catch_up)
+            except OSError as error:
+                self._lose_touch(error)
+            except Exception as error:  # a defect here must not leave tiers as they are for good
+                logger.exception("the client store")
+                self.trouble = repr(error)
+            if clock() - began > longest:
+                pause = _RECONNECT_AFTER[0]
+            await asyncio.sleep(pause * self._random.uniform(0.5, 1))
+            pause = min(2 * pause, longest)
 
     async def close(self) -> None:
-        """Close the store."""
+        """End what is under way and close the store."""
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks = [*self._tasks, *([self._asking] if self._asking else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._store.close()
 
+    def _lose_touch(self, error: OSError) -> None:
+        if self.trouble is None:
+            logger.error(
+                "the client store cannot be used, tiers stay as they are (%d registered clients known): %s",
+                len(self._known),
+                error,
+            )
+        self.trouble = str(error)
+
+    async def _reload(self) -> None:
+        """Take the store's records in place of those held; what is written meanwhile goes into both copies."""
+        fresh = self._loading = ClientCopy(self._limit, self._resolve)
+        different = set()
+        try:
+            snapshot = await self._store.load(self._limit)
+            fresh.is_complete = snapshot.is_complete
+            for count, record in enumerate(snapshot.records):
+                fresh.put(record)
+                if fresh.clients.get(record.id) != self._known.get(record.id):
+                    different.add(record.id)
+                if count % _BATCH == 0:
+                    await asyncio.sleep(0)
+        except BaseException:
+            self._loading = self._copy
+            raise
+        self._take_over(fresh, snapshot, different | (self._known.keys() - fresh.clients.keys()))
+
+    def _take_over(self, fresh: ClientCopy, snapshot: Snapshot, different: set[str]) -> None:
+        known = self._known
+        if self._mark.epoch and self._mark.epoch != snapshot.mark.epoch:
+            logger.warning("the client store has begun anew, with %d clients; %d were known", len(fresh), len(known))
+        if not fresh.is_complete:
+            logger.warning("more than store.client_limit (%d) clients: the others are looked up", self._limit)
+        if self.trouble is not None:
+            logger.warning("the client store can be used again")
+        self._copy, self._mark, self.trouble = fresh, snapshot.mark, None
+        self._known = fresh.clients
+        self._doubted.clear()
+        self.version += 1
+        for client_id in different:
+            self._tell(known.get(client_id) or self._fallback(client_id), self.named(client_id))
+        self._endings = [_ending(record) for record in snapshot.records if record.grant is not None]
+        heapq.heapify(self._endings)
+        self._warn_of_unknown_tiers(snapshot)
+        self._set_timer()
+
+    def _warn_of_unknown_tiers(self, snapshot: Snapshot) -> None:
+        for record in snapshot.records:
+            if record.tier is not None and record.tier not in self.tiers:
+                logger.warning("client %r is registered for tier %r, which is not configured", record.id, record.tier)
+
+    async def _catch_up(self) -> None:
+        changes = await self._store.changes(self._mark)
+        if changes is None:
+            await self._reload()
+            return
+        for record in changes.records:
+            if self._copy.is_complete or self._copy.knows(record.id) or record.id in self._asked:
+                self._apply(record)
+            else:
+                self._doubted.discard(record.id)
+                self.version += 1  # somebody may still go by what was once known of it
+        self._mark = changes.mark
+        self._copy.forget_empty(changes.mark.version)
+
+    # Who is who
+
     def named(self, client_id: str) -> Client:
-        """Return the client that calls itself `client_id`."""
-        known = self._registered.get(client_id) or self._configured.get(client_id)
+        """Return the client that calls itself `client_id`, as far as is known here."""
+        known = self._known.get(client_id) or self._configured.get(client_id)
         return known or Client(client_id, bucket_key(client_id), self.default, "default")
 
     def unnamed(self, address: str) -> Client:
         """Return the client that gave no name: it is its address."""
         return Client(address, f"address:{address}", self.default, "address")
 
+    def find(self, client_id: str) -> Client | None:
+        """Return the client that calls itself `client_id`, or None if it takes a `look_up`."""
+        if self._copy.is_complete or self._copy.knows(client_id):
+            return self.named(client_id)
+        if self.trouble is not None or client_id in self._doubted:
+            return self.named(client_id)
+        return None
+
+    async def look_up(self, client_id: str) -> Client:
+        """Ask the store of a client. What it does not tell in time counts as not registered, for a second."""
+        answer = self._asked.get(client_id)
+        if answer is None:
+            if len(self._asked) >= self._limit + _BATCH:
+                return self.named(client_id)
+            answer = self._asked[client_id] = asyncio.get_running_loop().create_future()
+            if self._asking is None:
+                self._asking = asyncio.create_task(self._ask(), name="client look-ups")
+        await asyncio.wait([answer], timeout=self._deadline)
+        if answer.done():
+            return answer.result()
+        self._doubt(client_id)
+        return self.named(client_id)
+
+    async def _ask(self) -> None:
+        try:
+            while self._asked:
+                batch = list(islice(self._asked, _BATCH))
+                try:
+                    records = await self._store.look_up(batch)
+                except OSError as error:
+                    logger.warning("%d clients could not be looked up: %s", len(batch), error)
+                    for client_id in batch:
+                        self._doubt(client_id)
+                        self._asked.pop(client_id).set_result(self.named(client_id))
+                else:
+                    for client_id, record in zip(batch, records, strict=True):
+                        self._note(client_id, record)
+                        self._asked.pop(client_id).set_result(self.named(client_id))
+        finally:
+            self._asking = None
+
+    def _note(self, client_id: str, record: ClientRecord | None) -> None:
+        """Take over what a look-up has told. Who has gone by the default meanwhile is to look again."""
+        is_awaited = client_id not in self._doubted
+        self._doubted.discard(client_id)
+        if record is None:
+            self._copy.put_absent(client_id)
+        elif is_awaited and self._copy.get(client_id) is None:
+            self._put(record)
+        else:
+            self._apply(record)
+
+    def _doubt(self, client_id: str) -> None:
+        if not self._doubted:
+            asyncio.get_running_loop().call_later(_RETRY_AFTER, self._look_again)
+        self._doubted.add(client_id)
+
+    def _look_again(self) -> None:
+        self._doubted.clear()
+        self.version += 1
+
+    # Changes
+
     async def set_tier(self, client_id: str, tier: str) -> tuple[Client, Client]:
         """Register `client_id` for `tier` (a configured name), durably. Returns it as it was and as it is.
 
-        Raises StoreUnavailable when it could not be stored; nothing has changed then.
+        Raises StoreUnavailable when it could not be stored; the message tells whether that is certain.
         """
-        async with self._change:
-            await self._persist(self._store.put(client_id, tier))
-            before = self.named(client_id)
-            self._registered[client_id] = self._register(client_id, tier)
-            self.version += 1
-        return before, self._registered[client_id]
+        return await self._write(client_id, Change(tier=tier))
+
+    async def grant(self, client_id: str, tier: str, until: float) -> tuple[Client, Client]:
+        """Give `client_id` a tier until a moment in seconds since the epoch, in place of an earlier grant.
+
+        See `set_tier`.
+        """
+        return await self._write(client_id, Change(grant=Grant(tier, until)))
+
+    async def revoke(self, client_id: str) -> tuple[Client, Client]:
+        """End the grant of `client_id`, if it has one; see `set_tier`."""
+        return await self._write(client_id, Change(grant=None))
 
     async def forget(self, client_id: str) -> tuple[Client, Client]:
-        """Remove the registration of `client_id`, durably. Returns it as it was and as it is; see `set_tier`."""
-        async with self._change:
-            await self._persist(self._store.delete(client_id))
-            before = self.named(client_id)
-            self._registered.pop(client_id, None)
-            self.version += 1
-        return before, self.named(client_id)
+        """Remove all that the API has said of `client_id`, registration and grant; see `set_tier`."""
+        return await self._write(client_id, Change(tier=None, grant=None))
 
-    def _register(self, client_id: str, tier: str) -> Client:
-        return Client(client_id, bucket_key(client_id), self.tiers[tier], "registered")
-
-    async def _persist(self, write: Awaitable[None]) -> None:
+    async def inspect(self, client_id: str) -> Inspection:
+        """Return a client as the store has it, or as it is known here if the store cannot be asked."""
+        is_confirmed = True
         try:
-            await write
+            (record,) = await self._store.look_up([client_id])
+        except OSError:
+            record, is_confirmed = self._copy.get(client_id), False
+        if record is None:
+            record = ClientRecord(client_id)
+        elif is_confirmed:
+            self._apply(record)
+        otherwise = self._registered(record) or self._fallback(client_id)
+        client = self._resolve(record) or otherwise
+        grant = record.grant if client.source == "granted" else None
+        return Inspection(client, grant, otherwise, is_confirmed)
+
+    async def _write(self, client_id: str, change: Change) -> tuple[Client, Client]:
+        try:
+            written = await self._store.write(client_id, change)
+        except OutcomeUnknown as error:
+            raise StoreUnavailable(
+                f"The change may or may not have been made: {self._store.name} did not answer."
+                f" GET /clients/{client_id} tells when it answers again.",
+                retry_after=5,
+            ) from error
         except OSError as error:
             raise StoreUnavailable(
-                f"The change could not be written to {FILE_NAME} and was not made.", retry_after=5
+                f"The change could not be written to {self._store.name} and was not made.", retry_after=5
             ) from error
+        if written.before.version:
+            self._apply(written.before)  # whatever others did before goes first
+        before = self.named(client_id)
+        self._adopt(written)
+        return before, self.named(client_id)
+
+    def _adopt(self, written: Written) -> None:
+        """Take over a change that this process has made itself."""
+        self._put(written.after, is_new_epoch=written.epoch != self._mark.epoch)
+        self.version += 1
+
+    def _apply(self, record: ClientRecord) -> None:
+        """Take over a change that somebody has made."""
+        before = self.named(record.id)
+        if self._put(record):
+            self._tell(before, self.named(record.id))
+
+    def _put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:
+        if self._loading is not self._copy:
+            self._loading.put(record)
+        was_complete = self._copy.is_complete
+        if not self._copy.put(record, is_new_epoch=is_new_epoch):
+            return False
+        if was_complete and not self._copy.is_complete:
+            logger.warning("more than store.client_limit (%d) clients: the others are looked up", self._limit)
+        if record.grant is not None:
+            self._expect(_ending(record))
+        return True
+
+    def _tell(self, before: Client, after: Client) -> None:
+        if before != after:
+            self.version += 1
+            self._on_change(before, after)
+
+    # Grants
+
+    def _expect(self, ending: Ending) -> None:
+        if len(self._endings) > 2 * self._limit:  # grants that were replaced long before their end
+            self._endings = [each for each in self._endings if self._is_current(each)]
+            heapq.heapify(self._endings)
+        heapq.heappush(self._endings, ending)
+        self._set_timer()
+
+    def _is_current(self, ending: Ending) -> bool:
+        record = self._copy.get(ending.client_id)
+        return record is not None and record.version == ending.version
+
+    def end_grants(self) -> None:
+        """End every grant whose time is over."""
+        now = self._wall_clock()
+        while self._endings and self._endings[0].until <= now:
+            ending = heapq.heappop(self._endings)
+            record = self._copy.get(ending.client_id)
+            if record is None:
+                self.version += 1  # somebody may still go by what was once known of it
+            elif record.version == ending.version:
+                self._end_grant(record)
+        self._set_timer()
+
+    def _end_grant(self, record: ClientRecord) -> None:
+        before = self.named(record.id)
+        self._copy.refresh(record)
+        after = self.named(record.id)
+        self._tell(before, after)
+        self._start(self._claim(record, after))
+
+    async def _claim(self, record: ClientRecord, after: Client) -> None:
+        """Take an ended grant out of the store, and do what one process has to do then."""
+        written = None
+        await asyncio.sleep(self._random.uniform(0, _CLAIM_WITHIN))
+        while written is None and self._copy.get(record.id) == record:
+            with suppress(OSError):
+                written = await self._store.end_grant(record.id, record.version)
+            if written is None:
+                await asyncio.sleep(_RETRY_AFTER)
+        if written is not None:
+            self._apply(written.after)
+            quota = self.tiers.get(record.grant.tier) if record.grant is not None else None
+            if quota is not None:
+                await self._on_grant_ended(replace(after, quota=quota, source="granted"), after)
+
+    def _start(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._endings:
+            nap = min(max(self._endings[0].until - self._wall_clock(), 0), _LONGEST_NAP)
+            self._timer = asyncio.get_running_loop().call_later(nap, self.end_grants)
+
+    # What a record comes to
+
+    def _resolve(self, record: ClientRecord) -> Client | None:
+        grant = record.grant
+        if grant is not None and grant.tier in self.tiers and grant.until > self._wall_clock():
+            return Client(record.id, bucket_key(record.id), self.tiers[grant.tier], "granted")
+        return self._registered(record)
+
+    def _registered(self, record: ClientRecord) -> Client | None:
+        quota = None if record.tier is None else self.tiers.get(record.tier)
+        return None if quota is None else Client(record.id, bucket_key(record.id), quota, "registered")
+
+    def _fallback(self, client_id: str) -> Client:
+        """Return what a client is of whom the store says nothing."""
+        known = self._configured.get(client_id)
+        return known or Client(client_id, bucket_key(client_id), self.default, "default")
+
+
+def _ending(record: ClientRecord) -> Ending:
+    assert record.grant is not None  # noqa: S101 - only such are asked for
+    return Ending(record.grant.until, record.id, record.version)
 
 
 def bucket_key(client_id: str) -> str:

@@ -122,6 +122,17 @@ class StoreSection(Section):
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
     deadline: Seconds = 0.02
     bucket_limit: int = Field(default=1_000_000, ge=1)
+    clients: Literal["auto", "sqlite", "store"] = Field(
+        default="auto",
+        description="Where registered clients are kept: a file in state_dir, or the store. auto: in a shared store.",
+    )
+    client_limit: int = Field(default=100_000, ge=1, description="Registered clients held in memory.")
+
+    @property
+    def keeps_clients(self) -> bool:
+        """True when registered clients are kept in the store itself, not in a file in `state_dir`."""
+        is_shared = urlsplit(self.url).scheme not in ("memory", "embedded")
+        return is_shared if self.clients == "auto" else self.clients == "store"
 
 
 def _long_enough(token: SecretStr) -> SecretStr:
@@ -337,7 +348,7 @@ class GatewayConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> "GatewayConfig":
-        problems = [*_server_problems(self), *_tier_problems(self), *_route_problems(self)]
+        problems = [*_server_problems(self), *_store_problems(self), *_tier_problems(self), *_route_problems(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -405,6 +416,11 @@ def _server_problems(config: GatewayConfig) -> Iterator[str]:
             "server.workers: more than one worker needs a store they share, and only memory:// is available in this"
             f" version, got {config.server.workers}"
         )
+
+
+def _store_problems(config: GatewayConfig) -> Iterator[str]:
+    if config.store.clients == "store" and config.store.url == "memory://":
+        yield "store.clients: memory:// outlives no restart, so clients go into a file: sqlite or auto, got 'store'"
 
 
 def _tier_problems(config: GatewayConfig) -> Iterator[str]:

@@ -215,7 +215,7 @@ class Express:
         if standing.version != self._clients.version or standing.cost != cost:
             self._charge_anew(standing, cost)
         now_ns = self._clock_ns()
-        decision = limit.decide(standing.charges, now_ns)
+        decision = limit.decide(standing.charges, now_ns) if standing.client is not None else None
         if decision is None:
             return False
         exchange = Exchange(
@@ -255,10 +255,13 @@ class Express:
         self.record.end(exchange, self.clock())
 
     def _charge_anew(self, standing: Standing, cost: float) -> None:
-        """Work out what a request of that cost draws on, as clients are registered now."""
+        """Work out what a request of that cost draws on, as clients are registered now, unless that takes asking."""
         standing.client = client = self._identify.client(standing.name, standing.peer)
-        standing.version, standing.cost = self._clients.version, cost
-        standing.charges = self.limit.charges(client, standing.peer, cost)
+        if client is not None:
+            standing.version, standing.cost = self._clients.version, cost
+            standing.charges = self.limit.charges(client, standing.peer, cost)
+        else:
+            standing.version = -1
 
     def _look_up(self, client: ClientConnection, came: bytes) -> Lines | None:
         """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""

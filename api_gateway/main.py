@@ -24,7 +24,8 @@ from api_gateway.admin import Console, Phase
 from api_gateway.auth import AdminGuard
 from api_gateway.balancer import Pick, Target, Upstream, least_requests, rendezvous_hash, round_robin
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Transition
-from api_gateway.clients import ClientRegistry, ClientStore
+from api_gateway.client_records import ClientStore
+from api_gateway.clients import ClientRegistry
 from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
@@ -34,9 +35,11 @@ from api_gateway.health import HealthPolicy, watch
 from api_gateway.link import Lane
 from api_gateway.metrics import Exposition, Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
-from api_gateway.models import Quota
-from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.models import Client, Quota
+from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
+from api_gateway.redis_clients import RedisClients
 from api_gateway.router import CostRule, Receive, Route, Router, RouteTable, Scope, Send, Service, Timeouts
+from api_gateway.sqlite_clients import SqliteClients
 from api_gateway.transport import UpstreamTransport, probe, tls_context
 
 logger = logging.getLogger(__name__)
@@ -161,6 +164,8 @@ async def _live(
             await gateway.clients.load()
         except OSError as error:
             raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
+        following = asyncio.create_task(gateway.clients.keep_up(), name="client store")
+        stack.push_async_callback(_cancelled, following)
         for service in gateway.services.values():
             stack.push_async_callback(service.transport.aclose)
         checks = asyncio.create_task(_check_health(gateway), name="health checks")
@@ -176,15 +181,20 @@ def _build(
     limit = config.address_limit
     address_quota = Quota.per_second("address", limit.rate, limit.capacity) if limit.rate else None
     quotas = [*tiers.values(), address_quota] if address_quota else list(tiers.values())
+    limiter = MemoryLimiter(quotas, bucket_limit=config.store.bucket_limit)
     return Gateway(
         config=config,
-        limiter=MemoryLimiter(quotas, bucket_limit=config.store.bucket_limit),
+        limiter=limiter,
         address_quota=address_quota,
         clients=ClientRegistry(
             tiers,
             config.default_tier,
             {client_id: section.tier for client_id, section in config.clients.items()},
-            ClientStore(config.state_dir),
+            client_store(config),
+            limit=config.store.client_limit,
+            deadline=config.store.deadline,
+            on_change=partial(_follow, limiter),
+            on_grant_ended=partial(_follow_shared, limiter),
         ),
         services={
             name: _service(name, section, transports.get(name), now) for name, section in config.upstreams.items()
@@ -198,6 +208,23 @@ def _build(
             rejections,
         ),
     )
+
+
+def client_store(config: GatewayConfig) -> ClientStore:
+    """Return the store of registered clients, which opens when it is loaded: the shared store, or a file."""
+    return RedisClients(config.store.url) if config.store.keeps_clients else SqliteClients(config.state_dir)
+
+
+def _follow(limiter: RateLimiter, before: Client, after: Client) -> None:
+    """Take a bucket in this process's memory over to a tier that was changed elsewhere, or has ended."""
+    if isinstance(limiter, MemoryLimiter):
+        limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())
+
+
+async def _follow_shared(limiter: RateLimiter, before: Client, after: Client) -> None:
+    """Take a bucket in the shared store over to the tier behind a grant's end, in one process for all."""
+    if not isinstance(limiter, MemoryLimiter):
+        await limiter.move(before.key, before.quota, after.quota, time.monotonic_ns())
 
 
 def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTransport | None, now: float) -> Service:

@@ -231,7 +231,13 @@ class Identify:
         exchange: Exchange = scope[EXCHANGE]
         exchange.peer, scope[IS_TRUSTED], name = self.caller(exchange.peer, scope[FIELDS])
         exchange.client = self.client(name, exchange.peer)
+        if exchange.client is None and name is not None:
+            return self._look_up(name, exchange, scope, receive, send)
         return self.app(scope, receive, send)
+
+    async def _look_up(self, name: str, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange.client = await self.clients.look_up(name)
+        await self.app(scope, receive, send)
 
     def caller(self, peer: str, fields: Fields) -> tuple[str, bool, str | None]:
         """Return the client's own address, whether `peer` is a trusted proxy, and the name the client gave.
@@ -243,9 +249,9 @@ class Identify:
             peer = client_address(peer, fields, self._trusted)
         return peer, is_trusted, auth.client_id(fields, self._header)
 
-    def client(self, name: str | None, address: str) -> Client:
-        """Return the client as it is registered now."""
-        return self.clients.unnamed(address_key(address)) if name is None else self.clients.named(name)
+    def client(self, name: str | None, address: str) -> Client | None:
+        """Return the client as it is registered now, or None if the store is to be asked."""
+        return self.clients.unnamed(address_key(address)) if name is None else self.clients.find(name)
 
 
 class Match:

@@ -7,7 +7,7 @@ from enum import Enum
 from fractions import Fraction
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 HeaderList = list[tuple[bytes, bytes]]
 Clock = Callable[[], float]  # monotonic seconds
@@ -92,12 +92,12 @@ class Client:
     id: str
     key: str
     quota: Quota
-    source: Literal["registered", "configured", "default", "address"]
+    source: Literal["granted", "registered", "configured", "default", "address"]
 
     @property
     def is_registered(self) -> bool:
         """True when an operator vouches for this id, by the API or by the configuration."""
-        return self.source in ("registered", "configured")
+        return self.source in ("granted", "registered", "configured")
 
 
 class Outcome(Enum):
@@ -183,6 +183,16 @@ class TierChange(Body):
     tier: str = Field(description="Name of a configured tier, in any case.", examples=["PREMIUM"])
 
 
+class GrantRequest(Body):
+    """The body of POST /clients/{id}/grants: a tier, and either until when or for how long."""
+
+    tier: str = Field(description="Name of a configured tier, in any case.", examples=["PREMIUM"])
+    until: AwareDatetime | None = Field(
+        default=None, description="When it ends, ISO 8601 with its offset.", examples=["2026-12-01T00:00:00Z"]
+    )
+    duration: float | None = Field(default=None, alias="for", description="Seconds it lasts.", gt=0, le=3_200_000_000)
+
+
 class TierView(Body):
     """A tier and its terms."""
 
@@ -199,13 +209,26 @@ class BucketView(Body):
     full_in: float = Field(description="Seconds until the bucket is full.")
 
 
+class GrantView(Body):
+    """A tier that a client has for a while."""
+
+    tier: str
+    until: str = Field(description="UTC, ISO 8601, by the clock of each gateway's machine.")
+    then: str = Field(description="Name of the tier that the client returns to.")
+
+
 class ClientView(Body):
     """A client, its tier and its bucket."""
 
     client_id: str
     tier: TierView
-    source: Literal["registered", "configured", "default"] = Field(
-        description="Where the tier comes from: this API, the configuration, or nowhere (the default tier)."
+    source: Literal["granted", "registered", "configured", "default"] = Field(
+        description="Where the tier comes from: a grant, a registration by this API, the configuration, or nowhere"
+        " (the default tier)."
+    )
+    grant: GrantView | None
+    confirmed: bool = Field(
+        description="False if the store could not be asked: then this is what this gateway goes by meanwhile."
     )
     bucket: BucketView
 
@@ -220,6 +243,21 @@ class TierChanged(Body):
     tokens_after: float
     persisted: bool = Field(description="True once the change survives a restart.")
     effective: Literal["immediately"] = "immediately"
+
+
+class GrantChanged(TierChanged):
+    """What a grant, or its end, did. The bucket keeps its filled fraction."""
+
+    until: str | None = Field(description="When the client's grant ends, UTC, ISO 8601; None if it has none.")
+
+
+class BucketReset(Body):
+    """What refilling a client's bucket did."""
+
+    client_id: str
+    tier: TierView
+    tokens_before: float
+    tokens_after: float
 
 
 class OpeningView(Body):

@@ -13,11 +13,12 @@ from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 Client = Redis | RedisCluster
 StoreError = (RedisError, OSError, TimeoutError)  # all that a command can fail with
+REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _PORTS = {"single": 6379, "cluster": 6379, "sentinel": 26379}

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, running_gateway
+from tests.kit import (
+    STORE_SERVERS,
+    Behaviour,
+    FakeClock,
+    RawUpstream,
+    RunningGateway,
+    StoreServer,
+    reply,
+    running_gateway,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +28,18 @@ def _no_ambient_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         if name.upper().startswith("GATEWAY_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(params=STORE_SERVERS)
+def store_server(request: pytest.FixtureRequest) -> Iterator[StoreServer]:
+    """Run a shared store of each kind that is there; a socket's path must be short, so it is not in `tmp_path`."""
+    program = STORE_SERVERS[request.param]
+    if program is None:
+        pytest.skip(f"{request.param}-server is not installed")
+    with tempfile.TemporaryDirectory(prefix="store-") as folder:
+        server = StoreServer(program, Path(folder))
+        yield server
+        server.stop()
 
 
 @pytest.fixture

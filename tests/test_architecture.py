@@ -10,9 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "models", "headers", "heads", "diagnosis"),
-    ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
+    ("client_records", "client_copy", "config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
     (
         "store",
+        "sqlite_clients",
+        "redis_clients",
         "clients",
         "alarm",
         "pool",
@@ -38,6 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 SIBLINGS = {
     ("headers", "models"),
     ("heads", "headers"),
+    ("client_copy", "client_records"),
+    ("redis_clients", "store"),
     ("heads", "models"),
     ("express", "middleware"),
     ("express", "router"),
@@ -64,7 +68,7 @@ OUTSIDE = {
     "starlette": {"admin"},
     "prometheus_client": {"metrics"},
     "redis": {"store"},
-    "sqlite3": {"clients"},
+    "sqlite3": {"sqlite_clients"},
     "pydantic": {"models", "config", "diagnosis"},
     "pydantic_settings": {"config"},
     "yaml": {"diagnosis"},

@@ -1,337 +1,693 @@
-"""Which client has which tier, and that what was confirmed is on disk."""
+"""Who a client is: registered, granted, configured or none of it; what fits into memory, and what is looked up."""
 
 import asyncio
 import logging
-import os
-import sqlite3
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-import api_gateway
-from api_gateway.clients import FILE_NAME, SCHEMA_VERSION, ClientRegistry, ClientStore, bucket_key
+from api_gateway.client_records import (
+    KEEP,
+    KEPT_CHANGES,
+    Change,
+    Changes,
+    ClientRecord,
+    ClientStore,
+    Grant,
+    Mark,
+    OutcomeUnknown,
+    Snapshot,
+    Written,
+)
+from api_gateway.clients import ClientRegistry, bucket_key
 from api_gateway.errors import StoreUnavailable
-from api_gateway.models import Quota
+from api_gateway.models import Client, Quota
+from tests.kit import FakeClock, soon
 
 TIERS = {
     name: Quota.per_second(name, rate, capacity)
     for name, rate, capacity in (("FREE", 1, 10), ("BASIC", 5, 50), ("PREMIUM", 20, 200))
 }
+Pair = tuple[str, str]
 
 
-def registry_of(store: ClientStore, configured: dict[str, str] | None = None, *without: str) -> ClientRegistry:
-    """Return a registry on `store` that knows all tiers but those in `without`."""
-    tiers = {name: quota for name, quota in TIERS.items() if name not in without}
-    return ClientRegistry(tiers, "FREE", configured or {}, store)
+class HeldStore:
+    """A store in memory that several registries may share, that can be told to fail or to make one wait."""
+
+    name = "the test's store"
+
+    def __init__(self, wall_clock: FakeClock | None = None, *, is_remote: bool = True) -> None:
+        self.is_remote = is_remote
+        self.records: dict[str, ClientRecord] = {}
+        self.mark = Mark("first", 0)
+        self.failure: OSError | None = None
+        self.look_up_failure: OSError | None = None
+        self.questions: list[list[str]] = []
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.watchers: list[asyncio.Event] = []
+        self.ended = 0
+        self._wall_clock = wall_clock or FakeClock()
+
+    async def _reach(self) -> None:
+        await asyncio.sleep(0)
+        if self.failure is not None:
+            raise self.failure
+
+    def tell(self) -> None:
+        for watcher in self.watchers:
+            watcher.set()
+
+    def fail(self, error: OSError) -> None:
+        self.failure = error
+        self.tell()
+
+    async def load(self, limit: int) -> Snapshot:
+        await self._reach()
+        live = [record for record in self.records.values() if not record.is_empty]
+        return Snapshot(live[:limit], self.mark, is_complete=len(live) <= limit)
+
+    async def write(self, client_id: str, change: Change) -> Written:
+        await self._reach()
+        before = self.records.get(client_id, ClientRecord(client_id))
+        self.mark = self.mark._replace(version=self.mark.version + 1)
+        tier = before.tier if change.tier is KEEP else change.tier
+        grant = before.grant if change.grant is KEEP else change.grant
+        after = self.records[client_id] = ClientRecord(client_id, tier, grant, self.mark.version)
+        self.tell()
+        return Written(before, after, self.mark.epoch)
+
+    async def end_grant(self, client_id: str, version: int) -> Written | None:
+        await self._reach()
+        record = self.records[client_id]
+        if record.version != version or record.grant is None or record.grant.until > self._wall_clock():
+            return None
+        self.ended += 1
+        return await self.write(client_id, Change(grant=None))
+
+    async def changes(self, since: Mark) -> Changes | None:
+        await self._reach()
+        if since.epoch != self.mark.epoch or since.version < self.mark.version - KEPT_CHANGES:
+            return None
+        newer = [record for record in self.records.values() if record.version > since.version]
+        return Changes(sorted(newer, key=lambda record: record.version), self.mark)
+
+    async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
+        self.questions.append(list(client_ids))
+        await self.answers.wait()
+        if self.look_up_failure is not None:
+            raise self.look_up_failure
+        await self._reach()
+        return [self.records.get(each) for each in client_ids]
+
+    async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
+        news = asyncio.Event()
+        self.watchers.append(news)
+        try:
+            while True:
+                news.clear()
+                await on_news()
+                await news.wait()
+        finally:
+            self.watchers.remove(news)
+
+    async def close(self) -> None:
+        pass
 
 
 @asynccontextmanager
-async def loaded(
-    state_dir: Path, configured: dict[str, str] | None = None, *without: str
+async def following(
+    store: ClientStore, configured: dict[str, str] | None = None, *without: str, **options: Any
 ) -> AsyncIterator[ClientRegistry]:
-    """Load a registry from a directory, as a start of the gateway does, and close it."""
-    registry = registry_of(ClientStore(state_dir), configured, *without)
+    """Run a registry as the gateway does, on a store it may share with others."""
+    tiers = {name: quota for name, quota in TIERS.items() if name not in without}
+    registry = ClientRegistry(tiers, "FREE", configured or {}, store, **options)
+    await registry.load()
+    task = asyncio.create_task(registry.keep_up())
     try:
-        await registry.load()
         yield registry
     finally:
+        task.cancel()
+        await asyncio.wait([task])
         await registry.close()
 
 
-def tier_of(registry: ClientRegistry, client_id: str) -> tuple[str, str]:
-    client = registry.named(client_id)
-    return client.quota.name, client.source
+def view(client: Client | None) -> Pair | None:
+    return None if client is None else (client.quota.name, client.source)
 
 
-def rows(state_dir: Path) -> dict[str, str]:
-    """Return what lies on disk."""
-    with closing(sqlite3.connect(state_dir / FILE_NAME)) as connection:
-        return dict(connection.execute("SELECT id, tier FROM clients"))
-
-
-def alter(state_dir: Path, statement: str) -> list[Any]:
-    """Do something to the file behind the gateway's back."""
-    with closing(sqlite3.connect(state_dir / FILE_NAME)) as connection, connection:
-        return connection.execute(statement).fetchall()
+def tier_of(registry: ClientRegistry, client_id: str) -> Pair | None:
+    return view(registry.named(client_id))
 
 
 # Who a client is
 
 
-async def test_registered_beats_configured_beats_the_default(tmp_path: Path) -> None:
-    async with loaded(tmp_path, {"acme": "BASIC", "initech": "BASIC"}) as registry:
-        await registry.set_tier("acme", "PREMIUM")
-        assert tier_of(registry, "acme") == ("PREMIUM", "registered")
+async def test_granted_beats_registered_beats_configured_beats_the_default() -> None:
+    store = HeldStore()
+    async with following(store, {"acme": "BASIC", "initech": "BASIC"}, wall_clock=FakeClock(1000)) as registry:
+        await registry.set_tier("acme", "FREE")
+        assert tier_of(registry, "acme") == ("FREE", "registered")
+        await registry.grant("acme", "PREMIUM", 2000)
+        assert tier_of(registry, "acme") == ("PREMIUM", "granted")
         assert tier_of(registry, "initech") == ("BASIC", "configured")
         assert tier_of(registry, "umbrella") == ("FREE", "default")
 
 
-async def test_a_client_has_the_terms_of_its_tier_and_a_bucket_of_its_own(tmp_path: Path) -> None:
-    async with loaded(tmp_path, {"acme": "BASIC"}) as registry:
+async def test_a_client_has_the_terms_of_its_tier_and_a_bucket_of_its_own() -> None:
+    async with following(HeldStore(), {"acme": "BASIC"}) as registry:
         client = registry.named("acme")
         assert (client.id, client.key, client.quota) == ("acme", bucket_key("acme"), TIERS["BASIC"])
 
 
-async def test_a_client_cannot_name_itself_into_the_bucket_of_an_address(tmp_path: Path) -> None:
-    async with loaded(tmp_path) as registry:
+async def test_a_client_cannot_name_itself_into_the_bucket_of_an_address() -> None:
+    async with following(HeldStore()) as registry:
         unnamed = registry.unnamed("192.0.2.7")
         assert (unnamed.id, unnamed.quota.name, unnamed.source) == ("192.0.2.7", "FREE", "address")
         for name in ("192.0.2.7", unnamed.key, "address:192.0.2.7"):
             assert registry.named(name).key != unnamed.key
 
 
-async def test_asking_for_a_client_remembers_nothing(tmp_path: Path) -> None:
-    async with loaded(tmp_path) as registry:
-        before = repr(registry)
+async def test_asking_for_a_client_remembers_nothing() -> None:
+    async with following(HeldStore()) as registry:
+        before = repr(registry), repr(registry._copy)
         for number in range(1000):
-            registry.named(f"stranger-{number}")
-        assert repr(registry) == before
+            registry.find(f"stranger-{number}")
+        assert (repr(registry), repr(registry._copy)) == before
 
 
-async def test_a_default_tier_that_does_not_exist_is_a_defect_told_at_once(tmp_path: Path) -> None:
+def test_a_default_tier_that_does_not_exist_is_a_defect_told_at_once() -> None:
     with pytest.raises(KeyError):
-        ClientRegistry(TIERS, "GOLD", {}, ClientStore(tmp_path))
+        ClientRegistry(TIERS, "GOLD", {}, HeldStore())
+
+
+async def test_a_registry_tells_its_state() -> None:
+    store = HeldStore()
+    async with following(store, {"a": "BASIC", "b": "BASIC"}) as registry:
+        await registry.set_tier("c", "BASIC")
+        assert repr(registry) == "<ClientRegistry [1 registered, 2 configured]>"
+        store.fail(OSError("gone"))
+        await soon(lambda: registry.trouble is not None, "the failure is noticed")
+        assert repr(registry) == "<ClientRegistry [1 registered, 2 configured, gone]>"
 
 
 # Changes
 
 
-async def test_a_change_tells_before_and_after_and_holds_at_once(tmp_path: Path) -> None:
-    async with loaded(tmp_path, {"acme": "BASIC"}) as registry:
+async def test_a_change_tells_before_and_after_and_holds_at_once() -> None:
+    async with following(HeldStore(), {"acme": "BASIC"}) as registry:
         before, after = await registry.set_tier("acme", "PREMIUM")
-        assert (before.quota.name, before.source) == ("BASIC", "configured")
+        assert view(before) == ("BASIC", "configured")
         assert after == registry.named("acme")
         before, after = await registry.set_tier("acme", "FREE")
         assert (before.quota.name, after.quota.name) == ("PREMIUM", "FREE")
 
 
-async def test_a_change_survives_a_restart(tmp_path: Path) -> None:
-    async with loaded(tmp_path / "deep" / "state") as registry:
-        await registry.set_tier("acme", "BASIC")
-        await registry.set_tier("acme", "PREMIUM")
-        await registry.set_tier("üñí", "BASIC")
-    async with loaded(tmp_path / "deep" / "state", {"acme": "BASIC"}) as registry:
-        assert tier_of(registry, "acme") == ("PREMIUM", "registered")
-        assert tier_of(registry, "üñí") == ("BASIC", "registered")
+async def test_every_change_makes_who_has_looked_look_again() -> None:
+    async with following(HeldStore(), wall_clock=FakeClock()) as registry:
+        for change in (
+            registry.set_tier("acme", "PREMIUM"),
+            registry.grant("acme", "BASIC", 2000),
+            registry.revoke("acme"),
+            registry.forget("acme"),
+        ):
+            version = registry.version
+            await change
+            assert registry.version > version
 
 
-async def test_forgetting_a_client_returns_it_to_what_it_was_and_survives_a_restart(tmp_path: Path) -> None:
-    async with loaded(tmp_path, {"acme": "BASIC"}) as registry:
-        await registry.set_tier("acme", "PREMIUM")
+async def test_forgetting_a_client_takes_registration_and_grant() -> None:
+    async with following(HeldStore(), {"acme": "BASIC"}, wall_clock=FakeClock(1000)) as registry:
+        await registry.set_tier("acme", "FREE")
+        await registry.grant("acme", "PREMIUM", 2000)
         before, after = await registry.forget("acme")
-        assert (before.quota.name, after.quota.name, after.source) == ("PREMIUM", "BASIC", "configured")
+        assert (view(before), view(after)) == (("PREMIUM", "granted"), ("BASIC", "configured"))
         assert after == registry.named("acme")
-    assert rows(tmp_path) == {}
-    async with loaded(tmp_path) as registry:
-        assert tier_of(registry, "acme") == ("FREE", "default")
 
 
-async def test_forgetting_a_client_nobody_registered_changes_nothing(tmp_path: Path) -> None:
-    async with loaded(tmp_path) as registry:
+async def test_forgetting_a_client_nobody_registered_changes_nothing() -> None:
+    async with following(HeldStore()) as registry:
         before, after = await registry.forget("acme")
         assert before == after
         assert after.source == "default"
 
 
-class WatchedStore(ClientStore):
-    """A store that gives way in the middle of a write and counts how many are under way."""
+async def test_what_one_changes_others_follow_and_only_they_are_told() -> None:
+    """Who makes a change takes the bucket over itself; the others learn of it by the callback, once."""
+    told: dict[str, list[tuple[Pair | None, Pair | None]]] = {"one": [], "other": []}
 
-    running = most = 0
+    def teller(name: str) -> Callable[[Client, Client], None]:
+        return lambda before, after: told[name].append((view(before), view(after)))
 
-    async def put(self, client_id: str, tier: str) -> None:
-        self.running += 1
-        self.most = max(self.most, self.running)
-        for _ in range(5):
-            await asyncio.sleep(0)
-        await super().put(client_id, tier)
-        self.running -= 1
-
-
-async def test_changes_at_one_time_are_made_one_after_the_other(tmp_path: Path) -> None:
-    store = WatchedStore(tmp_path)
-    registry = registry_of(store)
-    await registry.load()
-    order = ["BASIC", "PREMIUM", "FREE", "BASIC"]
-    changes = await asyncio.gather(*(registry.set_tier("acme", tier) for tier in order))
-    assert store.most == 1
-    assert [(before.quota.name, after.quota.name) for before, after in changes] == [
-        ("FREE", "BASIC"),
-        ("BASIC", "PREMIUM"),
-        ("PREMIUM", "FREE"),
-        ("FREE", "BASIC"),
+    store = HeldStore()
+    async with (
+        following(store, on_change=teller("one")) as one,
+        following(store, {"acme": "BASIC"}, on_change=teller("other")) as other,
+    ):
+        version = other.version
+        await one.set_tier("acme", "PREMIUM")
+        await soon(lambda: tier_of(other, "acme") == ("PREMIUM", "registered"), "the other follows")
+        assert other.version > version
+        await one.forget("acme")
+        await soon(lambda: tier_of(other, "acme") == ("BASIC", "configured"), "the other follows")
+    assert told["one"] == []
+    assert told["other"] == [
+        (("BASIC", "configured"), ("PREMIUM", "registered")),
+        (("PREMIUM", "registered"), ("BASIC", "configured")),
     ]
-    await registry.close()
-    assert rows(tmp_path) == {"acme": "BASIC"}
 
 
-CHILD = """
-import asyncio, sys, time
-from pathlib import Path
-from api_gateway.clients import ClientRegistry, ClientStore
-from api_gateway.models import Quota
-
-async def main():
-    tiers = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "PREMIUM")}
-    registry = ClientRegistry(tiers, "FREE", {}, ClientStore(Path(sys.argv[1])))
+async def test_a_change_begins_from_what_others_made_before_it() -> None:
+    """The bucket in this process's memory is on the quota it knows of: it is taken along both steps."""
+    told: list[tuple[Pair | None, Pair | None]] = []
+    store = HeldStore()
+    registry = ClientRegistry(
+        TIERS, "FREE", {}, store, on_change=lambda before, after: told.append((view(before), view(after)))
+    )
     await registry.load()
-    await registry.set_tier("acme", "PREMIUM")
-    print("confirmed", flush=True)
-    time.sleep(60)
-
-asyncio.run(main())
-"""
+    await store.write("acme", Change(tier="BASIC"))  # by somebody else, and not yet heard of here
+    before, after = await registry.set_tier("acme", "PREMIUM")
+    assert told == [(("FREE", "default"), ("BASIC", "registered"))]
+    assert (view(before), view(after)) == (("BASIC", "registered"), ("PREMIUM", "registered"))
 
 
-async def test_what_was_confirmed_survives_kill_9(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(api_gateway.__file__).parents[1])}
-    with subprocess.Popen(  # noqa: ASYNC220 - nothing else runs on this loop
-        [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, env=environment
-    ) as child:
-        assert child.stdout is not None
-        confirmation = child.stdout.readline()
-        child.kill()
-    assert confirmation == b"confirmed\n"
-    assert child.returncode == -9
-    async with loaded(tmp_path) as registry:
+async def test_an_older_record_never_takes_the_place_of_a_newer_one() -> None:
+    store = HeldStore()
+    async with following(store) as registry:
+        await registry.set_tier("acme", "BASIC")
+        older = store.records["acme"]
+        await registry.set_tier("acme", "PREMIUM")
+        registry._apply(older)
         assert tier_of(registry, "acme") == ("PREMIUM", "registered")
+        await registry.forget("acme")
+        registry._apply(replace(older, version=2))
+        assert tier_of(registry, "acme") == ("FREE", "default")
+
+
+async def test_who_is_too_far_behind_reads_all_anew() -> None:
+    store = HeldStore()
+    async with following(store) as registry:
+        await registry.set_tier("acme", "BASIC")
+        store.records["acme"] = ClientRecord("acme", "PREMIUM", version=KEPT_CHANGES + 9)
+        store.mark = Mark("first", KEPT_CHANGES + 9)
+        store.tell()
+        await soon(lambda: tier_of(registry, "acme") == ("PREMIUM", "registered"), "all is read anew")
 
 
 # Failures
 
 
-async def close(registry: ClientRegistry, _: Path) -> None:
-    await registry.close()
-
-
-async def drop_table(_: ClientRegistry, state_dir: Path) -> None:
-    alter(state_dir, "DROP TABLE clients")
-
-
-@pytest.mark.parametrize("breakage", [close, drop_table])
-async def test_a_change_that_cannot_be_written_is_not_made(
-    tmp_path: Path, breakage: Callable[[ClientRegistry, Path], Awaitable[None]]
-) -> None:
-    async with loaded(tmp_path) as registry:
+async def test_a_change_that_cannot_be_stored_is_not_made() -> None:
+    store = HeldStore()
+    async with following(store) as registry:
         await registry.set_tier("acme", "BASIC")
-        await breakage(registry, tmp_path)
-        with pytest.raises(StoreUnavailable, match=FILE_NAME) as caught:
-            await registry.set_tier("acme", "PREMIUM")
-        assert caught.value.retry_after == 5
-        with pytest.raises(StoreUnavailable, match=FILE_NAME):
-            await registry.forget("acme")
+        store.failure = OSError("away")
+        for change in (registry.set_tier("acme", "PREMIUM"), registry.forget("acme")):
+            with pytest.raises(StoreUnavailable, match=r"the test's store and was not made") as caught:
+                await change
+            assert caught.value.retry_after == 5
         assert tier_of(registry, "acme") == ("BASIC", "registered")
-
-
-async def test_a_store_that_was_never_opened_refuses_changes(tmp_path: Path) -> None:
-    registry = registry_of(ClientStore(tmp_path))
-    with pytest.raises(StoreUnavailable) as caught:
-        await registry.set_tier("acme", "BASIC")
-    assert "not open" in str(caught.value.__cause__)
-    assert tier_of(registry, "acme") == ("FREE", "default")
-    await registry.close()
-
-
-async def test_a_change_can_be_made_again_after_one_has_failed(tmp_path: Path) -> None:
-    async with loaded(tmp_path) as registry:
-        alter(tmp_path, "ALTER TABLE clients RENAME TO gone")
-        with pytest.raises(StoreUnavailable):
-            await registry.set_tier("acme", "BASIC")
-        alter(tmp_path, "ALTER TABLE gone RENAME TO clients")
+        store.failure = None
         await registry.set_tier("acme", "PREMIUM")
-    assert rows(tmp_path) == {"acme": "PREMIUM"}
-
-
-async def test_a_tier_that_is_no_longer_configured_falls_back_and_is_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The tier may come back with the next configuration; the registration must not be lost meanwhile."""
-    async with loaded(tmp_path) as registry:
-        await registry.set_tier("acme", "PREMIUM")
-        await registry.set_tier("initech", "PREMIUM")
-    with caplog.at_level(logging.WARNING):
-        async with loaded(tmp_path, {"initech": "BASIC"}, "PREMIUM") as registry:
-            assert tier_of(registry, "acme") == ("FREE", "default")
-            assert tier_of(registry, "initech") == ("BASIC", "configured")
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2
-    assert any("'acme'" in message and "'PREMIUM'" in message for message in told)
-    async with loaded(tmp_path) as registry:
         assert tier_of(registry, "acme") == ("PREMIUM", "registered")
 
 
-async def test_a_file_of_a_newer_gateway_is_refused_and_left_alone(tmp_path: Path) -> None:
-    async with loaded(tmp_path) as registry:
+async def test_a_change_of_unknown_outcome_is_told_as_such() -> None:
+    store = HeldStore()
+    async with following(store) as registry:
+        store.failure = OutcomeUnknown("no answer")
+        with pytest.raises(StoreUnavailable, match=r"may or may not have been made.*GET /clients/acme"):
+            await registry.set_tier("acme", "PREMIUM")
+
+
+async def test_a_store_of_this_machine_must_open() -> None:
+    store = HeldStore(is_remote=False)
+    store.failure = OSError("no such disk")
+    with pytest.raises(OSError, match="no such disk"):
+        await ClientRegistry(TIERS, "FREE", {}, store).load()
+
+
+async def test_a_remote_store_may_be_away_at_start_and_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    store = HeldStore()
+    await store.write("acme", Change(tier="PREMIUM"))
+    store.failure = OSError("not up yet")
+    async with following(store, {"initech": "BASIC"}) as registry:
+        assert registry.trouble == "not up yet"
+        assert tier_of(registry, "initech") == ("BASIC", "configured")
+        assert view(registry.find("acme")) == ("FREE", "default")
+        version = registry.version
+        store.failure = None
+        await soon(lambda: tier_of(registry, "acme") == ("PREMIUM", "registered"), "the store is found")
+        assert registry.version > version
+        assert registry.trouble is None
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("cannot be used" in message for message in told) == 1
+    assert sum("can be used again" in message for message in told) == 1
+
+
+async def test_after_a_failure_nothing_is_taken_for_granted() -> None:
+    """A server that failed over may have lost changes that were read from it before."""
+    store = HeldStore()
+    async with following(store) as registry:
         await registry.set_tier("acme", "PREMIUM")
-    alter(tmp_path, f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    registry = registry_of(ClientStore(tmp_path))
-    with pytest.raises(OSError, match=f"newer gateway .*{SCHEMA_VERSION + 1}.*{SCHEMA_VERSION}"):
-        await registry.load()
+        store.fail(OSError("fails over"))
+        await soon(lambda: registry.trouble is not None, "the failure is noticed")
+        store.records["acme"] = replace(store.records["acme"], tier="BASIC")  # same version
+        store.failure = None
+        await soon(lambda: tier_of(registry, "acme") == ("BASIC", "registered"), "all is read anew")
+
+
+async def test_a_store_that_begins_anew_is_believed_and_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    store = HeldStore()
+    async with following(store) as registry:
+        await registry.set_tier("acme", "PREMIUM")
+        store.records, store.mark = {}, Mark("second", 0)
+        for _ in range(3):  # its versions may have overtaken those of its former life
+            await store.write("initech", Change(tier="BASIC"))
+        await soon(lambda: tier_of(registry, "initech") == ("BASIC", "registered"), "the new life is read")
+        assert tier_of(registry, "acme") == ("FREE", "default")
+    assert any("begun anew" in record.getMessage() for record in caplog.records)
+
+
+async def test_a_write_into_a_store_that_began_anew_holds_at_once() -> None:
+    store = HeldStore()
+    registry = ClientRegistry(TIERS, "FREE", {}, store)
+    for _ in range(3):
+        await store.write("acme", Change(tier="BASIC"))
+    await registry.load()
+    store.records, store.mark = {}, Mark("second", 0)
+    await registry.set_tier("acme", "PREMIUM")
+    assert tier_of(registry, "acme") == ("PREMIUM", "registered")
+
+
+async def test_what_is_written_during_a_reload_is_not_lost() -> None:
+    store = HeldStore()
+    async with following(store) as registry:
+        reload = asyncio.create_task(registry._reload())
+        snapshot_taken = asyncio.create_task(store.load(10))
+        await snapshot_taken
+        await registry.set_tier("acme", "PREMIUM")
+        await reload
+        assert tier_of(registry, "acme") == ("PREMIUM", "registered")
+
+
+async def test_a_defect_does_not_end_the_following(caplog: pytest.LogCaptureFixture) -> None:
+    store = HeldStore()
+
+    def fail_once(_before: Client, _after: Client) -> None:
+        registry._on_change = lambda before, after: None
+        raise ZeroDivisionError
+
+    async with following(store, on_change=fail_once) as registry:
+        await store.write("acme", Change(tier="BASIC"))
+        await soon(lambda: tier_of(registry, "acme") == ("BASIC", "registered"), "it goes on")
+        await soon(lambda: registry.trouble is None, "it recovers")
+        await store.write("acme", Change(tier="PREMIUM"))
+        await soon(lambda: tier_of(registry, "acme") == ("PREMIUM", "registered"), "it follows again")
+    assert any(record.exc_info for record in caplog.records)
+
+
+async def test_a_tier_that_is_not_configured_here_falls_back_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """It may come back with the next configuration; the registration must not be lost meanwhile."""
+    store = HeldStore()
+    await store.write("acme", Change(tier="PREMIUM"))
+    await store.write("initech", Change(tier="PREMIUM", grant=Grant("PREMIUM", 2000)))
+    with caplog.at_level(logging.WARNING):
+        async with following(store, {"initech": "BASIC"}, "PREMIUM", wall_clock=FakeClock()) as registry:
+            assert tier_of(registry, "acme") == ("FREE", "default")
+            assert tier_of(registry, "initech") == ("BASIC", "configured")
+    assert any("'acme'" in record.getMessage() and "'PREMIUM'" in record.getMessage() for record in caplog.records)
+    async with following(store, wall_clock=FakeClock()) as registry:
+        assert tier_of(registry, "acme") == ("PREMIUM", "registered")
+
+
+# The bound, and looking up
+
+
+async def crowded(store: HeldStore, count: int) -> None:
+    for number in range(count):
+        await store.write(f"client-{number}", Change(tier="PREMIUM"))
+
+
+async def test_while_all_fit_a_miss_is_an_answer() -> None:
+    store = HeldStore()
+    await crowded(store, 20)
+    async with following(store, limit=20) as registry:
+        assert view(registry.find("stranger")) == ("FREE", "default")
+        assert store.questions == []
+
+
+async def test_what_does_not_fit_is_looked_up_once_and_remembered() -> None:
+    store = HeldStore()
+    await crowded(store, 25)
+    async with following(store, limit=20) as registry:
+        assert registry.find("client-24") is None
+        assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
+        assert view(registry.find("client-24")) == ("PREMIUM", "registered")
+        assert registry.find("stranger") is None
+        assert view(await registry.look_up("stranger")) == ("FREE", "default")
+        assert view(registry.find("stranger")) == ("FREE", "default")
+        assert store.questions == [["client-24"], ["stranger"]]
+        assert len(registry._copy) == 20
+
+
+async def test_a_configured_client_may_be_registered_for_another_tier_in_the_store() -> None:
+    store = HeldStore()
+    await crowded(store, 25)
+    async with following(store, {"client-24": "BASIC"}, limit=20) as registry:
+        assert registry.find("client-24") is None
+        assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
+
+
+async def test_one_too_many_turns_a_complete_copy_into_a_partial_one(caplog: pytest.LogCaptureFixture) -> None:
+    store = HeldStore()
+    async with following(store, limit=20) as registry:
+        for number in range(21):
+            await registry.set_tier(f"client-{number}", "BASIC")
+        assert registry.find("client-0") is None
+        assert view(await registry.look_up("client-0")) == ("BASIC", "registered")
+    assert sum("client_limit" in record.getMessage() for record in caplog.records) == 1
+
+
+async def test_those_used_last_stay() -> None:
+    store = HeldStore()
+    await crowded(store, 30)
+    async with following(store, limit=20) as registry:
+        for number in range(20, 30):
+            registry.find("client-3")
+            await registry.look_up(f"client-{number}")
+        assert registry.find("client-3") is not None
+        assert registry.find("client-4") is None
+
+
+async def test_invented_names_do_not_push_out_those_that_exist() -> None:
+    store = HeldStore()
+    await crowded(store, 101)
+    async with following(store, limit=100) as registry:
+        for number in range(500):
+            await registry.look_up(f"stranger-{number}")
+        known = sum(registry.find(f"client-{number}") is not None for number in range(101))
+        assert known >= 89
+        assert len(registry._copy) == 100
+
+
+async def test_many_who_ask_for_one_client_ask_once_and_many_clients_are_one_question() -> None:
+    store = HeldStore()
+    await crowded(store, 25)
+    async with following(store, limit=20, deadline=5) as registry:
+        store.answers.clear()
+        asking = [asyncio.create_task(registry.look_up("client-24")) for _ in range(10)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        asking += [asyncio.create_task(registry.look_up(f"client-{number}")) for number in (22, 23, 24)]
+        await asyncio.sleep(0)
+        store.answers.set()
+        found = await asyncio.gather(*asking)
+        assert {view(client) for client in found} == {("PREMIUM", "registered")}
+        assert store.questions == [["client-24"], ["client-22", "client-23"]]
+
+
+async def test_what_is_late_counts_as_not_registered_until_it_comes() -> None:
+    store = HeldStore()
+    await crowded(store, 25)
+    async with following(store, limit=20, deadline=0.01) as registry:
+        store.answers.clear()
+        assert view(await registry.look_up("client-24")) == ("FREE", "default")
+        assert view(registry.find("client-24")) == ("FREE", "default"), "nobody waits for it twice"
+        assert view(registry.find("client-1")) == ("PREMIUM", "registered")
+        version = registry.version
+        store.answers.set()
+        await soon(lambda: view(registry.find("client-24")) == ("PREMIUM", "registered"), "the answer is noted")
+        assert registry.version > version, "who went by the default looks again"
+
+
+async def test_a_look_up_that_failed_is_made_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_gateway.clients._RETRY_AFTER", 0.05)
+    store = HeldStore()
+    await crowded(store, 25)
+    async with following(store, limit=20) as registry:
+        store.look_up_failure = OSError("away")
+        assert view(await registry.look_up("client-24")) == ("FREE", "default")
+        assert view(registry.find("client-24")) == ("FREE", "default")
+        version, store.look_up_failure = registry.version, None
+        await soon(lambda: registry.version > version, "it may be asked again")
+        assert registry.find("client-24") is None
+        assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
+
+
+async def test_while_the_store_is_known_to_be_away_nobody_waits_for_it() -> None:
+    store = HeldStore()
+    await crowded(store, 25)
+    async with following(store, limit=20) as registry:
+        store.fail(OSError("away"))
+        await soon(lambda: registry.trouble is not None, "the failure is noticed")
+        assert view(registry.find("client-24")) == ("FREE", "default")
+        store.failure = None
+        await soon(lambda: registry.trouble is None, "the store is back")
+        assert registry.find("client-24") is None
+
+
+async def test_a_change_of_a_client_that_is_not_remembered_is_not_missed() -> None:
+    """Somebody may still go by what it once was; and a question under way may bring what it was before."""
+    store = HeldStore()
+    await crowded(store, 25)
+    async with following(store, limit=20, deadline=5) as registry:
+        version = registry.version
+        await store.write("client-24", Change(tier="BASIC"))
+        await soon(lambda: registry.version > version, "who has looked looks again")
+        assert registry.find("client-24") is None
+        asking = asyncio.create_task(registry.look_up("newcomer"))
+        await asyncio.sleep(0)
+        registry._apply(ClientRecord("newcomer", "BASIC", version=99))  # told while the question is under way
+        assert view(await asking) == ("BASIC", "registered")
+
+
+async def test_a_name_known_to_be_absent_may_be_registered() -> None:
+    store = HeldStore()
+    await crowded(store, 25)
+    async with following(store, limit=20) as registry:
+        await registry.look_up("newcomer")
+        await store.write("newcomer", Change(tier="BASIC"))
+        await soon(lambda: view(registry.find("newcomer")) == ("BASIC", "registered"), "it is told of")
+
+
+# Inspection
+
+
+async def test_an_inspection_asks_the_store() -> None:
+    store = HeldStore()
+    registry = ClientRegistry(TIERS, "FREE", {}, store, wall_clock=FakeClock(1000))
+    await registry.load()
+    await store.write("acme", Change(tier="BASIC", grant=Grant("PREMIUM", 2000)))
+    found = await registry.inspect("acme")
+    assert (view(found.client), found.grant, view(found.otherwise), found.is_confirmed) == (
+        ("PREMIUM", "granted"),
+        Grant("PREMIUM", 2000),
+        ("BASIC", "registered"),
+        True,
+    )
+    assert registry.named("acme") == found.client, "what was learnt holds"
+    store.failure = OSError("away")
+    found = await registry.inspect("acme")
+    assert (view(found.client), found.is_confirmed) == (("PREMIUM", "granted"), False)
     await registry.close()
-    assert alter(tmp_path, "PRAGMA user_version") == [(SCHEMA_VERSION + 1,)]
-    assert rows(tmp_path) == {"acme": "PREMIUM"}
 
 
-async def test_a_file_that_is_no_database_is_refused_and_let_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A connection left open would be told of as a ResourceWarning by newer interpreters."""
-    (tmp_path / FILE_NAME).write_bytes(b"this is not a database, whatever its name says" * 100)
-    opened: list[sqlite3.Connection] = []
-    connect = sqlite3.connect
-
-    def watched(*arguments: Any, **options: Any) -> sqlite3.Connection:
-        opened.append(connect(*arguments, **options))
-        return opened[-1]
-
-    monkeypatch.setattr(sqlite3, "connect", watched)
-    store = ClientStore(tmp_path)
-    with pytest.raises(OSError, match="not a database"):
-        await store.open()
-    await store.close()
-    (connection,) = opened
-    try:
-        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-            connection.execute("SELECT 1")
-    finally:
-        connection.close()
+# Grants
 
 
-async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    store = ClientStore(tmp_path / "file" / "state")
-    with pytest.raises(OSError, match="file"):
-        await store.open()
-    await store.close()
+async def test_a_grant_ends_on_time_on_every_process_and_one_of_them_clears_it() -> None:
+    clock = FakeClock(1000)
+    store = HeldStore(clock)
+    changed: list[str] = []
+    cleared: list[tuple[Pair | None, Pair | None]] = []
+
+    async def on_grant_ended(before: Client, after: Client) -> None:
+        cleared.append((view(before), view(after)))
+
+    options: dict[str, Any] = {"wall_clock": clock, "on_grant_ended": on_grant_ended}
+    async with (
+        following(store, on_change=lambda before, after: changed.append("one"), **options) as one,
+        following(store, on_change=lambda before, after: changed.append("other"), **options) as other,
+    ):
+        await one.set_tier("acme", "BASIC")
+        await one.grant("acme", "PREMIUM", 1060)
+        await soon(lambda: tier_of(other, "acme") == ("PREMIUM", "granted"), "the other follows")
+        changed.clear()
+        clock.now = 1059.999
+        one.end_grants()
+        assert tier_of(one, "acme") == ("PREMIUM", "granted")
+        clock.now = 1060
+        versions = one.version, other.version
+        one.end_grants()
+        other.end_grants()
+        assert tier_of(one, "acme") == tier_of(other, "acme") == ("BASIC", "registered")
+        assert one.version > versions[0]
+        assert other.version > versions[1]
+        await soon(lambda: store.records["acme"].grant is None and bool(cleared), "one of them clears it")
+        await soon(lambda: not one._tasks and not other._tasks, "the other lets it be")
+    assert changed == ["one", "other"], "each process takes its own bucket over, once"
+    assert store.ended == 1
+    assert cleared == [(("PREMIUM", "granted"), ("BASIC", "registered"))]
 
 
-# The file
+async def test_a_grant_ends_by_itself() -> None:
+    clock = FakeClock(1000)
+    async with following(HeldStore(clock), wall_clock=clock) as registry:
+        await registry.grant("acme", "PREMIUM", 1000.05)
+        clock.now = 1000.05
+        await soon(lambda: tier_of(registry, "acme") == ("FREE", "default"), "it ends")
 
 
-async def test_the_file_has_a_write_ahead_log_and_waits_for_the_disk(tmp_path: Path) -> None:
-    store = ClientStore(tmp_path)
-    await store.open()
-    connection = store._connection
-    assert connection is not None
-    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
-    assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
-    await store.close()
+async def test_a_grant_that_was_replaced_does_not_end_the_one_in_its_place() -> None:
+    clock = FakeClock(1000)
+    async with following(HeldStore(clock), wall_clock=clock) as registry:
+        await registry.grant("acme", "PREMIUM", 1060)
+        await registry.grant("acme", "PREMIUM", 1120)
+        clock.now = 1090
+        registry.end_grants()
+        assert tier_of(registry, "acme") == ("PREMIUM", "granted")
 
 
-async def test_a_store_can_be_closed_twice(tmp_path: Path) -> None:
-    store = ClientStore(tmp_path)
-    await store.open()
-    await store.close()
-    await store.close()
+async def test_a_tier_and_a_grant_are_changed_each_by_itself() -> None:
+    async with following(HeldStore(), wall_clock=FakeClock(1000)) as registry:
+        await registry.grant("acme", "PREMIUM", 2000)
+        await registry.set_tier("acme", "BASIC")
+        assert tier_of(registry, "acme") == ("PREMIUM", "granted")
+        before, after = await registry.revoke("acme")
+        assert (view(before), view(after)) == (("PREMIUM", "granted"), ("BASIC", "registered"))
 
 
-async def test_both_tell_their_state(tmp_path: Path) -> None:
-    async with loaded(tmp_path, {"a": "BASIC", "b": "BASIC"}) as registry:
-        await registry.set_tier("c", "BASIC")
-        assert repr(registry) == "<ClientRegistry [1 registered, 2 configured]>"
-    assert str(tmp_path / FILE_NAME) in repr(ClientStore(tmp_path))
+async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
+    clock = FakeClock(3000)
+    store = HeldStore(clock)
+    await store.write("acme", Change(grant=Grant("PREMIUM", 2000)))
+    async with following(store, wall_clock=clock) as registry:
+        assert tier_of(registry, "acme") == ("FREE", "default")
+        await soon(lambda: store.records["acme"].is_empty, "it is cleared")
+
+
+async def test_a_grant_that_ends_while_the_store_is_away_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_gateway.clients._RETRY_AFTER", 0.02)
+    clock = FakeClock(1000)
+    store = HeldStore(clock)
+    async with following(store, wall_clock=clock) as registry:
+        await registry.grant("acme", "PREMIUM", 1060)
+        store.failure = OSError("away")
+        clock.now = 1060
+        registry.end_grants()
+        assert tier_of(registry, "acme") == ("FREE", "default")
+        await asyncio.sleep(0)
+        store.failure = None
+        await soon(lambda: store.records["acme"].is_empty, "it is cleared later")
+
+
+async def test_the_ends_of_replaced_grants_are_forgotten() -> None:
+    async with following(HeldStore(), wall_clock=FakeClock(1000), limit=10) as registry:
+        for number in range(200):
+            await registry.grant("acme", "PREMIUM", 5000 + number)
+        assert len(registry._endings) <= 22
+        assert tier_of(registry, "acme") == ("PREMIUM", "granted")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.clients import ClientRegistry, ClientStore
+from api_gateway.clients import ClientRegistry
 from api_gateway.errors import (
     ClientDisconnected,
     ClientIdInvalid,
@@ -42,6 +42,7 @@ from api_gateway.middleware import (
 from api_gateway.models import NANOSECONDS, Client, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.router import FIELDS, CostRule, Message, Receive, Route, Router, RouteTable, Scope, Send
+from api_gateway.sqlite_clients import SqliteClients
 from tests.kit import FakeClock
 
 HOST = (b"host", b"gateway.test")
@@ -380,7 +381,7 @@ def begun(scope: Scope, client: Client | None = None, cost: float = 1.0) -> Exch
 def identified(tmp_path: Path) -> Callable[..., Awaitable[Exchange]]:
     """Let `Identify` look at a request; return the exchange."""
     registry = ClientRegistry(
-        {"FREE": FREE, "PREMIUM": PREMIUM}, "FREE", {"acme": "PREMIUM"}, ClientStore(tmp_path / "unused")
+        {"FREE": FREE, "PREMIUM": PREMIUM}, "FREE", {"acme": "PREMIUM"}, SqliteClients(tmp_path / "unused")
     )
 
     async def identify(scope: Scope, *trusted: str, header: str = "X-Client-ID") -> Exchange:
@@ -443,7 +444,7 @@ async def test_a_stranger_is_not_trusted_because_somebody_is(identified: Identif
 
 
 async def test_a_client_id_that_is_none_goes_no_further(tmp_path: Path) -> None:
-    registry = ClientRegistry({"FREE": FREE}, "FREE", {}, ClientStore(tmp_path))
+    registry = ClientRegistry({"FREE": FREE}, "FREE", {}, SqliteClients(tmp_path))
     step = Identify(never, clients=registry, header="X-Client-ID", trusted_proxies=[])
     scope = http("/api", (b"x-client-id", b"a b"))
     exchange = begun(scope)
@@ -750,7 +751,7 @@ async def test_the_last_step_hands_the_exchange_to_the_router(is_trusted: bool) 
 
 async def test_the_steps_together_refuse_with_everything_that_is_known(tmp_path: Path) -> None:
     router = SilentRouter(USERS)
-    registry = ClientRegistry({"FREE": FREE}, "FREE", {}, ClientStore(tmp_path))
+    registry = ClientRegistry({"FREE": FREE}, "FREE", {}, SqliteClients(tmp_path))
     limiting = Limiting()
     limiting.step.app = Proxy(router=router)
     matching_step = Match(limiting.step, router=router)

@@ -1,0 +1,227 @@
+"""The client store on a Redis or Valkey server that all gateways share.
+
+Each change is one script: it takes the next version, is noted in the index of changes, and is published. Everybody
+subscribes, and asks for newer versions twice a second all the same, so that a message that is lost costs half a
+second at most. The keys share a hash tag, so in a cluster they lie on one node. The server must not evict
+(`maxmemory-policy noeviction`), and tiers are as durable as it is (`appendonly yes`).
+"""
+
+import asyncio
+import json
+import logging
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from api_gateway.client_records import (
+    KEEP,
+    KEPT_CHANGES,
+    Change,
+    Changes,
+    ClientRecord,
+    Grant,
+    Mark,
+    OutcomeUnknown,
+    Snapshot,
+    Written,
+)
+from api_gateway.store import REFUSALS, StoreError, connect
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL = 0.5  # seconds between two questions for newer versions
+TIMEOUT = 2.0  # seconds a command may take; nobody's request waits for one
+_PAGE = 1_000  # records read at once
+_RESUBSCRIBE_AFTER = 2.0  # seconds at most
+
+PREFIX = "{gateway:clients}:"
+META, RECORDS, CHANGES, CHANNEL = f"{PREFIX}meta", f"{PREFIX}records", f"{PREFIX}changes", f"{PREFIX}changed"
+
+_WRITE = (Path(__file__).parent / "clients.lua").read_text()
+# Says what became of a change, and calls it off if it has not been made: its command may still be under way.
+_SETTLE = """
+local outcome = redis.call('GET', KEYS[3])
+if not outcome then
+  redis.call('SET', KEYS[3], 'void', 'EX', 600)
+elseif outcome ~= 'void' then
+  return {'made', outcome, redis.call('HGET', KEYS[2], ARGV[1]), redis.call('HGET', KEYS[1], 'epoch')}
+end
+return {'void'}
+"""
+_CHANGES = """
+local found = redis.call('HMGET', KEYS[1], 'epoch', 'version')
+local epoch, version, since = found[1] or '', tonumber(found[2] or 0), tonumber(ARGV[2])
+if epoch ~= ARGV[1] or since > version or since < version - ARGV[3] then
+  return false
+end
+local answer = {epoch, version}
+if since < version then
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. since, '+inf')) do
+    answer[#answer + 1] = id
+    answer[#answer + 1] = redis.call('HGET', KEYS[2], id) or ''
+  end
+end
+return answer
+"""
+
+
+class RedisClients:
+    """Client records in hashes of a shared server. See `ClientStore`."""
+
+    name = "the shared store"
+    is_remote = True
+
+    def __init__(self, url: str, *, timeout: float = TIMEOUT, random_source: random.Random | None = None) -> None:
+        """Connect to `url` (see `StoreUrl`) when first used. Raises ValueError."""
+        self._client: Any = connect(url, timeout=timeout)
+        self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._news = asyncio.Event()
+        self._is_subscribed = False
+
+    def __repr__(self) -> str:
+        return f"<RedisClients [{'subscribed' if self._is_subscribed else 'not subscribed'}]>"
+
+    async def load(self, limit: int) -> Snapshot:
+        """See `ClientStore`. What changes while it reads is newer than the mark, and so read again."""
+        epoch, version = await self._ask(self._client.hmget(META, "epoch", "version"))
+        mark = Mark((epoch or b"").decode(), int(version or 0))
+        records: dict[str, ClientRecord] = {}
+        cursor, is_complete = 0, True
+        while True:
+            cursor, page = await self._ask(self._client.hscan(RECORDS, cursor, count=_PAGE))
+            records |= {record.id: record for record in _records(page.items()) if not record.is_empty}
+            if len(records) > limit or not cursor:
+                break
+        if len(records) > limit:
+            is_complete = False
+            records = dict(list(records.items())[:limit])
+        return Snapshot(list(records.values()), mark, is_complete)
+
+    async def write(self, client_id: str, change: Change) -> Written:
+        """See `ClientStore`."""
+        written = await self._write(client_id, change, "")
+        assert written is not None  # noqa: S101 - without a condition it is always made
+        return written
+
+    async def end_grant(self, client_id: str, version: int) -> Written | None:
+        """See `ClientStore`; whether its time is over is told by the server's clock."""
+        return await self._write(client_id, Change(grant=None), str(version))
+
+    async def changes(self, since: Mark) -> Changes | None:
+        """See `ClientStore`."""
+        keys = META, RECORDS, CHANGES
+        answer = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, KEPT_CHANGES))
+        if answer is None:
+            return None
+        epoch, version, *pairs = answer
+        found = _records(zip(pairs[::2], pairs[1::2], strict=True))
+        return Changes(found, Mark(epoch.decode(), int(version)))
+
+    async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
+        """See `ClientStore`."""
+        texts = await self._ask(self._client.hmget(RECORDS, *client_ids))
+        return [text and _record(each.encode(), text) for each, text in zip(client_ids, texts, strict=True)]
+
+    async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
+        """See `ClientStore`; the first call comes at once."""
+        subscription = asyncio.create_task(self._subscribe(), name="client store subscription")
+        try:
+            while True:
+                self._news.clear()
+                await on_news()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_INTERVAL):
+                        await self._news.wait()
+        finally:
+            subscription.cancel()
+            await asyncio.wait([subscription])
+
+    async def close(self) -> None:
+        """See `ClientStore`."""
+        with suppress(*StoreError):
+            await self._client.aclose()
+
+    async def _subscribe(self) -> None:
+        """Listen for changes until cancelled; connect again after a while when the connection is lost."""
+        while True:
+            with suppress(*StoreError):
+                await self._listen()
+            await asyncio.sleep(_RESUBSCRIBE_AFTER * self._random.random())
+
+    async def _listen(self) -> None:
+        async with self._client.pubsub(ignore_subscribe_messages=True) as subscription:
+            try:
+                await subscription.subscribe(CHANNEL)
+                self._is_subscribed = True
+                while True:
+                    await subscription.get_message(timeout=None)
+                    self._news.set()
+            finally:
+                self._is_subscribed = False
+
+    async def _write(self, client_id: str, change: Change, ended_version: str) -> Written | None:
+        await self._ask(self._client.hget(META, "epoch"))  # what fails here has certainly changed nothing
+        outcome = f"{PREFIX}outcome:{secrets.token_hex(12)}"
+        keys = META, RECORDS, CHANGES, outcome
+        arguments = client_id, secrets.token_hex(8), KEPT_CHANGES, CHANNEL, *_arguments(change), ended_version
+        try:
+            answer = await self._client.eval(_WRITE, len(keys), *keys, *arguments)
+        except REFUSALS as error:
+            raise OSError(f"the server refuses the change: {error}") from error
+        except StoreError as error:
+            answer = await self._settle(client_id, outcome, error)
+        if answer[0] == b"kept":
+            return None
+        if answer[0] == b"void":
+            raise OSError("the server did not answer in time; the change was called off")
+        _, before, after, epoch = answer
+        key = client_id.encode()
+        empty = ClientRecord(client_id)
+        return Written(_record(key, before) or empty, _record(key, after) or empty, epoch.decode())
+
+    async def _settle(self, client_id: str, outcome: str, cause: Exception) -> Any:
+        keys = META, RECORDS, outcome
+        try:
+            return await self._client.eval(_SETTLE, len(keys), *keys, client_id)
+        except StoreError as error:
+            raise OutcomeUnknown(f"the store failed ({cause}), and then did not tell what became of it") from error
+
+    async def _ask(self, answer: Awaitable[Any]) -> Any:
+        try:
+            return await answer
+        except StoreError as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _arguments(change: Change) -> list[str]:
+    """Return what the script is given of a change: for each field whether it is set, and to what."""
+    tier: str = "" if change.tier is KEEP else change.tier or ""
+    grant = None if change.grant is KEEP else change.grant
+    return [
+        "" if change.tier is KEEP else "1",
+        tier,
+        "" if change.grant is KEEP else "1",
+        grant.tier if grant else "",
+        f"{grant.until:.3f}" if grant else "",
+    ]
+
+
+def _records(pairs: Iterable[tuple[bytes, bytes]]) -> list[ClientRecord]:
+    return [record for pair in pairs if (record := _record(*pair)) is not None]
+
+
+def _record(client_id: bytes, text: bytes) -> ClientRecord | None:
+    """Read one record; one that cannot be read was written by somebody else, and says nothing."""
+    if not text:
+        return None
+    try:
+        fields = json.loads(text)
+        tier, granted = fields.get("tier"), fields.get("grant")
+        grant = Grant(granted, fields["grant_until"]) if granted else None
+        return ClientRecord(client_id.decode(), tier, grant, fields["version"], fields["changed_at"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.error("%s of client %r cannot be read and is ignored: %r", RECORDS, client_id, error)  # noqa: TRY400 - nothing of ours failed
+        return None
