@@ -28,6 +28,7 @@ from api_gateway.client_records import (
 )
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Client, Clock, Quota
+from api_gateway.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -156,10 +157,7 @@ class ClientRegistry:
         """End what is under way and close the store."""
         if self._timer is not None:
             self._timer.cancel()
-        tasks = [*self._tasks, *([self._asking] if self._asking else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks, *([self._asking] if self._asking else []))
         await self._store.close()
 
     def _lose_touch(self, error: OSError) -> None:

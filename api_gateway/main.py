@@ -40,6 +40,7 @@ from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.router import CostRule, Receive, Route, Router, RouteTable, Scope, Send, Service, Timeouts
 from api_gateway.sqlite_clients import SqliteClients
+from api_gateway.tasks import end
 from api_gateway.transport import UpstreamTransport, probe, tls_context
 
 logger = logging.getLogger(__name__)
@@ -352,7 +353,7 @@ async def _check_health(gateway: Gateway) -> None:
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
     """Cancel a task of ours and wait for its end; what it had failed with before is raised."""
-    task.cancel()
+    await end(task)
     with suppress(asyncio.CancelledError):
         await task
 

@@ -29,11 +29,13 @@ from api_gateway.client_records import (
     Written,
 )
 from api_gateway.store import REFUSALS, StoreError, connect
+from api_gateway.tasks import end
 
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.5  # seconds between two questions for newer versions
 TIMEOUT = 2.0  # seconds a command may take; nobody's request waits for one
+_WRITERS = 4  # changes under way at once; each takes a connection
 _PAGE = 1_000  # records read at once
 _RESUBSCRIBE_AFTER = 2.0  # seconds at most
 
@@ -79,6 +81,7 @@ class RedisClients:
         self._client: Any = connect(url, timeout=timeout)
         self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._news = asyncio.Event()
+        self._writers = asyncio.Semaphore(_WRITERS)
         self._is_subscribed = False
 
     def __repr__(self) -> str:
@@ -136,8 +139,7 @@ class RedisClients:
                     async with asyncio.timeout(POLL_INTERVAL):
                         await self._news.wait()
         finally:
-            subscription.cancel()
-            await asyncio.wait([subscription])
+            await end(subscription)
 
     async def close(self) -> None:
         """See `ClientStore`."""
@@ -163,6 +165,10 @@ class RedisClients:
                 self._is_subscribed = False
 
     async def _write(self, client_id: str, change: Change, ended_version: str) -> Written | None:
+        async with self._writers:
+            return await self._write_now(client_id, change, ended_version)
+
+    async def _write_now(self, client_id: str, change: Change, ended_version: str) -> Written | None:
         await self._ask(self._client.hget(META, "epoch"))  # what fails here has certainly changed nothing
         outcome = f"{PREFIX}outcome:{secrets.token_hex(12)}"
         keys = META, RECORDS, CHANGES, outcome

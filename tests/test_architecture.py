@@ -13,6 +13,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("client_records", "client_copy", "config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
     (
         "store",
+        "tasks",
         "sqlite_clients",
         "redis_clients",
         "clients",
@@ -42,6 +43,8 @@ SIBLINGS = {
     ("heads", "headers"),
     ("client_copy", "client_records"),
     ("redis_clients", "store"),
+    ("redis_clients", "tasks"),
+    ("clients", "tasks"),
     ("heads", "models"),
     ("express", "middleware"),
     ("express", "router"),

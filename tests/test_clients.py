@@ -25,6 +25,7 @@ from api_gateway.client_records import (
 from api_gateway.clients import ClientRegistry, bucket_key
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Client, Quota
+from api_gateway.tasks import end
 from tests.kit import FakeClock, soon
 
 TIERS = {
@@ -130,8 +131,7 @@ async def following(
     try:
         yield registry
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        await end(task)
         await registry.close()
 
 

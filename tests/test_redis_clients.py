@@ -20,16 +20,16 @@ TIER_NAMES = ("FREE", "BASIC", "PREMIUM")
 
 
 @asynccontextmanager
-async def joined(server: StoreServer, *, timeout: float = 0.3, **options: Any) -> AsyncIterator[ClientRegistry]:
+async def joined(server: StoreServer, *, patience: float = 0.3, **options: Any) -> AsyncIterator[ClientRegistry]:
     """Run a registry on that server, as a gateway does, with less patience."""
-    async with following(RedisClients(server.url, timeout=timeout), **options) as registry:
+    async with following(RedisClients(server.url, timeout=patience), **options) as registry:
         yield registry
 
 
 @asynccontextmanager
-async def opened(server: StoreServer, timeout: float = 0.3) -> AsyncIterator[RedisClients]:
+async def opened(server: StoreServer, patience: float = 0.3) -> AsyncIterator[RedisClients]:
     """Use a store by itself."""
-    store = RedisClients(server.url, timeout=timeout)
+    store = RedisClients(server.url, timeout=patience)
     try:
         yield store
     finally:
@@ -90,25 +90,28 @@ async def test_a_restart_of_the_gateway_keeps_tiers_and_grants(store_server: Sto
 
 
 async def test_all_who_write_at_one_time_end_up_with_the_last_writer(store_server: StoreServer) -> None:
-    async with joined(store_server, timeout=5) as one, joined(store_server, timeout=5) as other:
-        async with joined(store_server, timeout=5) as third:
-            everybody, source = (one, other, third), random.Random(7)
-            changes = [
-                registry.set_tier(f"client-{number % 4}", source.choice(TIER_NAMES))
-                for number in range(100)
-                for registry in everybody
-            ]
-            await asyncio.gather(*changes)
-            async with opened(store_server) as store:
-                snapshot = await store.load(10)
-            assert snapshot.mark.version == 300
-            final = {record.id: (record.tier, "registered") for record in snapshot.records}
-            assert len(final) == 4
-            await soon(
-                lambda: all(tier_of(each, name) == what for each in everybody for name, what in final.items()),
-                "all of them agree",
-                within=1,
-            )
+    async with (
+        joined(store_server, patience=5) as one,
+        joined(store_server, patience=5) as other,
+        joined(store_server, patience=5) as third,
+    ):
+        everybody, source = (one, other, third), random.Random(7)
+        changes = [
+            registry.set_tier(f"client-{number % 4}", source.choice(TIER_NAMES))
+            for number in range(100)
+            for registry in everybody
+        ]
+        await asyncio.gather(*changes)
+        async with opened(store_server) as store:
+            snapshot = await store.load(10)
+        assert snapshot.mark.version == 300
+        final = {record.id: (record.tier, "registered") for record in snapshot.records}
+        assert len(final) == 4
+        await soon(
+            lambda: all(tier_of(each, name) == what for each in everybody for name, what in final.items()),
+            "all of them agree",
+            within=1,
+        )
 
 
 async def test_a_grant_ends_on_time_everywhere(store_server: StoreServer) -> None:
@@ -117,7 +120,7 @@ async def test_a_grant_ends_on_time_everywhere(store_server: StoreServer) -> Non
     async def on_grant_ended(*clients: Any) -> None:
         cleared.append([view(client) for client in clients])
 
-    options = {"on_grant_ended": on_grant_ended}
+    options: dict[str, Any] = {"on_grant_ended": on_grant_ended}
     async with joined(store_server, **options) as one, joined(store_server, **options) as other:
         until = time.time() + 0.4
         await one.grant("acme", "PREMIUM", until)
@@ -213,7 +216,7 @@ async def test_a_store_that_hangs_delays_nobody_who_is_known_and_others_by_the_d
     async with opened(store_server) as store:
         for number in range(25):
             await store.write(f"client-{number}", Change(tier="PREMIUM"))
-    async with joined(store_server, limit=20, deadline=0.05, timeout=2) as registry:
+    async with joined(store_server, limit=20, deadline=0.05, patience=2) as registry:
         names = [f"client-{number}" for number in range(25)]
         known = [name for name in names if registry.find(name) is not None]
         unknown = [name for name in names if name not in known]
@@ -301,7 +304,7 @@ async def test_a_write_that_the_store_does_not_answer_is_of_unknown_outcome(
     store_server: StoreServer, paused: Callable[[], None]
 ) -> None:
     """It hangs between the first question and the change, and keeps hanging; later it may do the change, or not."""
-    async with opened(store_server, timeout=0.2) as store:
+    async with opened(store_server, patience=0.2) as store:
         await store.write("acme", Change(tier="BASIC"))
         ask = store._ask
 

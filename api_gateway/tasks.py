@@ -1,0 +1,19 @@
+"""Ends tasks of ours, for certain."""
+
+import asyncio
+from typing import Any
+
+_AGAIN_AFTER = 0.1  # seconds
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait for their end.
+
+    A single cancellation may be lost in what a task waits for: `asyncio.wait_for` before Python 3.12 swallows one that
+    comes together with the result, and the Redis client waits so while it connects.
+    """
+    running = {task for task in tasks if not task.done()}
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=_AGAIN_AFTER)
