@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-_AGAIN_AFTER = 0.1  # seconds
+_AGAIN_AFTER = 0.25  # seconds, enough for a task to tidy up
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
