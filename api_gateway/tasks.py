@@ -7,13 +7,20 @@ _AGAIN_AFTER = 0.25  # seconds, enough for a task to tidy up
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and wait for their end.
+    """Cancel tasks and wait for their end, also when cancelled itself meanwhile.
 
     A single cancellation may be lost in what a task waits for: `asyncio.wait_for` before Python 3.12 swallows one that
-    comes together with the result, and the Redis client waits so while it connects.
+    comes together with the result, and the Redis client sends its commands so.
     """
+    interruption = None
     running = {task for task in tasks if not task.done()}
     while running:
         for task in running:
             task.cancel()
-        _, running = await asyncio.wait(running, timeout=_AGAIN_AFTER)
+        try:
+            await asyncio.wait(running, timeout=_AGAIN_AFTER)
+        except asyncio.CancelledError as cancelled:
+            interruption = cancelled
+        running = {task for task in running if not task.done()}
+    if interruption is not None:
+        raise interruption

@@ -1,0 +1,38 @@
+"""A task that is ended has ended, whatever became of the first cancellation."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from api_gateway.tasks import end
+
+
+async def deaf(times: int) -> None:
+    """Swallow so many cancellations, as `asyncio.wait_for` does at the wrong moment."""
+    for _ in range(times):
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+    await asyncio.sleep(60)
+
+
+async def test_several_tasks_are_ended_and_those_that_have_ended_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_gateway.tasks._AGAIN_AFTER", 0.01)
+    tasks = [asyncio.create_task(deaf(times)) for times in (0, 1, 2)]
+    done = asyncio.create_task(asyncio.sleep(0))
+    await asyncio.sleep(0.001)
+    await end(*tasks, done)
+    assert all(task.cancelled() for task in tasks)
+    assert not done.cancelled()
+
+
+async def test_it_goes_through_with_it_when_it_is_cancelled_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_gateway.tasks._AGAIN_AFTER", 0.01)
+    task = asyncio.create_task(deaf(2))
+    await asyncio.sleep(0)
+    ending = asyncio.create_task(end(task))
+    await asyncio.sleep(0)
+    ending.cancel()
+    await asyncio.wait([ending])
+    assert ending.cancelled()
+    assert task.cancelled()
