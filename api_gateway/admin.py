@@ -51,7 +51,7 @@ from api_gateway.models import (
     TierView,
     UpstreamView,
 )
-from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.rate_limiter import RateLimiter
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
@@ -70,7 +70,7 @@ class Console:
 
     version: str
     guard: AdminGuard
-    limiter: MemoryLimiter
+    limiter: RateLimiter
     clients: ClientRegistry
     upstreams: Mapping[str, Upstream]
     recorder: Recorder

@@ -33,11 +33,13 @@ from pydantic_settings import (
 )
 
 from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml
+from api_gateway.store_url import MEMORY, StoreUrl
 
 ENV_PREFIX = "GATEWAY_"
 ENV_FILE = ".env"
 CONFIG_VARIABLE = "GATEWAY_CONFIG"
 MIN_TOKEN_LENGTH = 8
+LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
 _SECRET = (("admin", "token"),)
 
 logger = logging.getLogger(__name__)
@@ -115,13 +117,27 @@ class ServerSection(Section):
     trusted_proxies: list[Network] = []
 
 
-class StoreSection(Section):
-    """Where buckets are kept. `on_failure` and `deadline` speak of shared stores."""
+def _store_url(url: str) -> str:
+    if url != MEMORY:
+        StoreUrl.parse(url)
+    return url
 
-    url: str = "memory://"
+
+class StoreSection(Section):
+    """Where buckets are kept. All but the first and the last speak of shared stores."""
+
+    url: Annotated[str, AfterValidator(_store_url)] = MEMORY
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
-    deadline: Seconds = 0.02
+    deadline: Seconds = Field(default=0.02, description="How long a request waits for the store.")
+    timeout: Seconds = Field(default=1, description="For everything else that is asked of the store.")
+    processes: int = Field(default=1, ge=1, description="How many gateways there are at least, on all machines.")
+    prefix: str = Field(default="gateway", pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="Begins every key.")
     bucket_limit: int = Field(default=1_000_000, ge=1)
+
+    @property
+    def is_shared(self) -> bool:
+        """True if buckets are kept elsewhere than in this process."""
+        return self.url != MEMORY
 
 
 def _long_enough(token: SecretStr) -> SecretStr:
@@ -398,13 +414,25 @@ def _merge_tiers(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _server_problems(config: GatewayConfig) -> Iterator[str]:
-    if config.store.url != "memory://":
-        yield f"store.url: only memory:// is available in this version, got {config.store.url!r}"
-    if config.server.workers > 1:
+    if config.server.workers > 1 and not config.store.is_shared:
         yield (
             "server.workers: more than one worker needs a store they share, and only memory:// is available in this"
             f" version, got {config.server.workers}"
         )
+    if config.store.is_shared:
+        yield from _budget_problems(config)
+
+
+def _budget_problems(config: GatewayConfig) -> Iterator[str]:
+    terms: dict[str, TierSection | AddressLimitSection] = {
+        f"tiers.{name}": tier for name, tier in config.tiers.items()
+    }
+    for place, term in {**terms, "address_limit": config.address_limit}.items():
+        if term.rate and term.capacity / term.rate > LONGEST_BUDGET:
+            yield (
+                f"{place}: takes {term.capacity / term.rate:g} s to fill, and in a shared store a bucket may take"
+                f" {LONGEST_BUDGET} at most"
+            )
 
 
 def _tier_problems(config: GatewayConfig) -> Iterator[str]:

@@ -216,8 +216,6 @@ class Express:
             self._charge_anew(standing, cost)
         now_ns = self._clock_ns()
         decision = limit.decide(standing.charges, now_ns)
-        if decision is None:
-            return False
         exchange = Exchange(
             standing.request_id or new_request_id(),
             method,
@@ -229,16 +227,21 @@ class Express:
         )
         exchange.cost, exchange.decision = cost, decision
         self.record.begin(exchange)
-        if not decision.allowed:
-            self._refuse(client, exchange, decision, keep_alive=standing.keep_alive)
+        if decision is not None and not decision.allowed:
+            client.reply(
+                self.refusal(exchange, decision, keep_alive=standing.keep_alive), keep_alive=standing.keep_alive
+            )
+            self.record.end(exchange, self.clock())
             return True
-        exchange.upstream = route.upstream
-        service.retry_budget.deposit()
-        Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
+        passage = Passage(self, client, lines, exchange, route, asked)
+        if decision is None:
+            passage.hear(service, target, body, now_ns)
+        else:
+            passage.depart(service, target, body)
         return True
 
-    def _refuse(self, client: ClientConnection, exchange: Exchange, decision: Decision, *, keep_alive: bool) -> None:
-        """Answer who is out of tokens: a client that floods is told so at the least cost."""
+    def refusal(self, exchange: Exchange, decision: Decision, *, keep_alive: bool) -> bytes:
+        """Return the answer to who is out of tokens: a client that floods is told so at the least cost."""
         error = refusal(exchange, decision)
         note_failure(exchange, error)
         exchange.status = error.status
@@ -248,11 +251,7 @@ class Express:
         if not keep_alive:
             headers.append((b"connection", b"close"))
         exchange.bytes_out = len(body)
-        client.reply(
-            render_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body),
-            keep_alive=keep_alive,
-        )
-        self.record.end(exchange, self.clock())
+        return render_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body)
 
     def _charge_anew(self, standing: Standing, cost: float) -> None:
         """Work out what a request of that cost draws on, as clients are registered now."""
@@ -309,13 +308,13 @@ class Passage(Answer):
     """One request on the straight way, and the answer to it."""
 
     has_left: bool  # the straight way, for the ordinary one
-    lease: Lease  # from `depart` on
+    lease: Lease | None  # from `depart` on
 
     def __init__(
         self, express: Express, client: ClientConnection, lines: Lines, exchange: Exchange, route: Route, asked: bytes
     ) -> None:
         """`asked` is the request target as the client sent it."""
-        self.connection = self.error = None
+        self.connection = self.error = self.lease = None
         self.is_to_head = exchange.method == "HEAD"
         self.hooks = NO_HOOKS
         self.pieces = []
@@ -330,9 +329,31 @@ class Passage(Answer):
 
     # Towards the upstream
 
+    def hear(self, service: Service, target: bytes, body: bytes, now_ns: int) -> None:
+        """Wait for the decision of the buckets' store, then go on."""
+        self._client.embark(self)
+        limit = self._express.limit
+        limit.ask(self._lines.standing.charges, now_ns, partial(self._on_decision, service, target, body))
+
+    def _on_decision(self, service: Service, target: bytes, body: bytes, decision: Decision) -> None:
+        if self.has_left:  # the client, meanwhile
+            return
+        express, exchange = self._express, self.exchange
+        exchange.decision = decision
+        if not decision.allowed:
+            self._client.transport.write(express.refusal(exchange, decision, keep_alive=self.keep_alive))
+            self._client.disembark(keep_alive=self.keep_alive)
+            express.record.end(exchange, express.clock())
+        elif service.upstream.is_untroubled():
+            self.depart(service, target, body)
+        else:
+            self._leave(body, is_sent=False)
+
     def depart(self, service: Service, target: bytes, body: bytes) -> None:
         """Send the request, if there is a connection free for it."""
         exchange = self.exchange
+        exchange.upstream = self._route.upstream
+        service.retry_budget.deposit()
         self.lease = lease = service.upstream.checkout(exchange.started, self._lines.standing.charges[0].key)
         connection = service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one
@@ -385,8 +406,8 @@ class Passage(Answer):
         """Return the answer's head as the client shall see it, and count it."""
         express, exchange = self._express, self.exchange
         exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
+        assert self.lease is not None and exchange.decision is not None  # noqa: S101, PT018 - or nothing would be sent
         express.router.on_head(exchange, self.lease, self.status, now)
-        assert exchange.decision is not None  # noqa: S101 - without one there is no passage
         lines = express.limit.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"
@@ -404,6 +425,7 @@ class Passage(Answer):
         if self.has_left:
             super().wake()
         elif self.exchange.status and self.error is not None:
+            assert self.lease is not None  # noqa: S101 - what has been answered has been sent
             failure = self._express.router.on_broken_body(self.lease, self.error)
             note_failure(self.exchange, failure)
             self._end(self._express.clock(), Outcome.FAILURE, keep_alive=False)
@@ -433,7 +455,8 @@ class Passage(Answer):
     # The end
 
     def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
-        self.lease.release(now, outcome)
+        if self.lease is not None:
+            self.lease.release(now, outcome)
         self._client.disembark(keep_alive=keep_alive)
         self._express.record.end(self.exchange, now)
 
@@ -451,12 +474,11 @@ class Passage(Answer):
     def _serve(self, answer: Answer | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve the request in the ordinary way, from where it is."""
         scope[FIELDS] = fields_of(scope["headers"])
+        router, exchange, route = self._express.router, self.exchange, self._route
         go_on = partial(
-            self._express.router.resume,
-            self.exchange,
-            self._route,
-            self.lease,
-            answer,
+            partial(router.forward, exchange, route)
+            if self.lease is None
+            else partial(router.resume, exchange, route, self.lease, answer),
             is_trusted=self._lines.standing.is_trusted,
         )
         return self._express.record.conclude(self.exchange, go_on, scope, receive, send)

@@ -36,7 +36,9 @@ from api_gateway.metrics import Exposition, Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
 from api_gateway.models import Quota
 from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.router import CostRule, Receive, Route, Router, RouteTable, Scope, Send, Service, Timeouts
+from api_gateway.store import StoreSession
 from api_gateway.transport import UpstreamTransport, probe, tls_context
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class Gateway:
     """The live parts of one gateway."""
 
     config: GatewayConfig
-    limiter: MemoryLimiter
+    limiter: MemoryLimiter | RedisLimiter
     address_quota: Quota | None
     clients: ClientRegistry
     services: dict[str, Service]
@@ -161,6 +163,9 @@ async def _live(
             await gateway.clients.load()
         except OSError as error:
             raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
+        if isinstance(gateway.limiter, RedisLimiter):
+            stack.push_async_callback(gateway.limiter.close)
+            await gateway.limiter.start()
         for service in gateway.services.values():
             stack.push_async_callback(service.transport.aclose)
         checks = asyncio.create_task(_check_health(gateway), name="health checks")
@@ -178,7 +183,7 @@ def _build(
     quotas = [*tiers.values(), address_quota] if address_quota else list(tiers.values())
     return Gateway(
         config=config,
-        limiter=MemoryLimiter(quotas, bucket_limit=config.store.bucket_limit),
+        limiter=_limiter(config, quotas),
         address_quota=address_quota,
         clients=ClientRegistry(
             tiers,
@@ -197,6 +202,24 @@ def _build(
             now,
             rejections,
         ),
+    )
+
+
+def _limiter(config: GatewayConfig, quotas: list[Quota]) -> MemoryLimiter | RedisLimiter:
+    store = config.store
+    if not store.is_shared:
+        return MemoryLimiter(quotas, bucket_limit=store.bucket_limit)
+    return RedisLimiter(
+        StoreSession(store.url, timeout=store.timeout),
+        quotas,
+        policy=store.on_failure,
+        deadline=store.deadline,
+        processes=max(store.processes, config.server.workers),
+        bucket_limit=store.bucket_limit,
+        prefix=store.prefix,
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+        source=random.Random(),  # noqa: S311 - names a process and spreads attempts, guards nothing
     )
 
 

@@ -26,6 +26,7 @@ from api_gateway.errors import (
     InternalError,
     RateLimited,
     Reason,
+    StoreUnavailable,
     problem,
 )
 from api_gateway.headers import (
@@ -278,8 +279,8 @@ class Limit:
     ) -> None:
         """`address_quota` None leaves addresses uncounted; those in `exempt` networks are."""
         self.app = app
-        self._limiter = limiter
         self.decide = limiter.decide
+        self.ask = limiter.ask
         self._clock_ns = clock_ns
         self._address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
@@ -301,7 +302,7 @@ class Limit:
     async def _wait(self, charges: list[Charge], now_ns: int, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask the store of the buckets. Only the answer is waited for here: who leaves breaks nobody's connection."""
         answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self._limiter.ask(charges, now_ns, partial(_resolve, answer))
+        self.ask(charges, now_ns, partial(_resolve, answer))
         self._apply(scope[EXCHANGE], await answer)
         await self.app(scope, receive, send)
 
@@ -364,6 +365,10 @@ def _template(quota: Quota) -> bytes:
 def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
     """Return the error that tells the client which limit refused it, and when the same request will pass."""
     quota, client = decision.quota, exchange.client
+    if decision.source == "deny":
+        return StoreUnavailable(
+            "The store of the rate limits does not answer, and nothing is admitted without it.", retry_after=1
+        )
     assert client is not None  # noqa: S101 - Identify came before
     is_peer = decision.key != client.key
     who = f"Address '{address_key(exchange.peer)}'" if is_peer else f"Client '{client.id}' (tier {quota.name})"

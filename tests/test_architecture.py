@@ -9,10 +9,12 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "headers", "heads", "diagnosis"),
-    ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
+    ("errors", "models", "headers", "heads", "diagnosis", "store_url"),
+    ("config", "rate_limiter", "local_share", "circuit_breaker", "balancer", "auth"),
     (
         "store",
+        "dispatcher",
+        "redis_limiter",
         "clients",
         "alarm",
         "pool",
@@ -36,6 +38,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 SIBLINGS = {
+    ("local_share", "rate_limiter"),
+    ("dispatcher", "store"),
+    ("redis_limiter", "dispatcher"),
+    ("redis_limiter", "store"),
     ("headers", "models"),
     ("heads", "headers"),
     ("heads", "models"),
@@ -64,6 +70,7 @@ OUTSIDE = {
     "starlette": {"admin"},
     "prometheus_client": {"metrics"},
     "redis": {"store"},
+    "hiredis": {"store"},
     "sqlite3": {"clients"},
     "pydantic": {"models", "config", "diagnosis"},
     "pydantic_settings": {"config"},

@@ -494,7 +494,11 @@ def test_a_target_is_scheme_host_and_port_only(url: str) -> None:
         ({"tiers": {"FREE": None}}, ["default_tier", "'FREE'"]),
         ({"clients": {"acme": {"tier": "GOLD"}}}, ["clients.acme.tier", "'GOLD'"]),
         ({"server": {"workers": 2}}, ["server.workers", "got 2"]),
-        ({"store": {"url": "redis://127.0.0.1"}}, ["store.url", "'redis://127.0.0.1'"]),
+        ({"store": {"url": "mongodb://127.0.0.1"}}, ["store.url", "'mongodb://127.0.0.1'", "redis://"]),
+        (
+            {"store": {"url": "redis://127.0.0.1"}, "tiers": {"FREE": {"rate": 0.001, "capacity": 3000}}},
+            ["tiers.FREE", "3e+06 s to fill", "2000000"],
+        ),
     ],
 )
 def test_sections_that_contradict_each_other_are_refused(sections: dict[str, Any], telling: list[str]) -> None:

@@ -37,7 +37,7 @@ def test_the_test_packages_are_development_extras(package: str) -> None:
 def test_locust_is_an_extra_that_development_includes() -> None:
     extras = PROJECT["optional-dependencies"]
     assert any(line.startswith("locust>=") for line in extras["load"])
-    assert "api-gateway[load]" in extras["dev"]
+    assert "api-gateway[load,workers]" in extras["dev"]
 
 
 def test_the_licence_is_mit_and_there() -> None:

@@ -106,7 +106,7 @@ def drained(quota: Quota, now_ns: int, key: str = "a", **options: int) -> Memory
 
 
 def entries(limiter: MemoryLimiter) -> tuple[dict[str, int], dict[str, int], dict[int, int]]:
-    return dict(limiter._current), dict(limiter._previous), dict(limiter._overflow)
+    return dict(limiter._table.current), dict(limiter._table.previous), dict(limiter._overflow)
 
 
 def assert_conforms(admitted: Sequence[tuple[int, Fraction]], capacity: Fraction, per_ns: Fraction) -> None:
@@ -323,7 +323,7 @@ def test_a_full_bucket_is_forgotten(pauses: tuple[int, ...]) -> None:
         now_ns += pause * SECOND
         limiter.decide([charge(FREE, 0, "other")], now_ns)
     assert len(limiter) == 0
-    assert "a" not in limiter._current | limiter._previous
+    assert "a" not in limiter._table.current | limiter._table.previous
 
 
 def test_a_bucket_is_kept_for_as_long_as_the_longest_budget_of_all() -> None:
@@ -349,15 +349,15 @@ def test_what_was_forgotten_is_freed_a_few_entries_per_decision(pauses: tuple[in
     for number in range(101):
         limiter.decide([charge(FREE, 1, f"old-{number}")], START)
     for pause in pauses:
-        assert limiter._retired == []
+        assert limiter._table.retired == []
         now_ns += pause * SECOND
         limiter.decide([charge(FREE, 0, "new")], now_ns)
-    left = [sum(map(len, limiter._retired))]
+    left = [sum(map(len, limiter._table.retired))]
     for number in range(12):
         limiter.decide([charge(FREE, 1, f"new-{number}")], now_ns)
-        left.append(sum(map(len, limiter._retired)))
+        left.append(sum(map(len, limiter._table.retired)))
     assert left == [93, 85, 77, 69, 61, 53, 45, 37, 29, 21, 13, 5, 0]
-    assert limiter._retired == []
+    assert limiter._table.retired == []
     assert len(limiter) == 12
 
 
@@ -367,7 +367,7 @@ def test_two_generations_retired_at_once_are_both_freed() -> None:
     for _ in range(3):
         limiter.decide([charge(FREE, 0)], START + 60 * SECOND)
         assert len(limiter) == 0
-    assert limiter._retired == []
+    assert limiter._table.retired == []
 
 
 # Change of tier
@@ -560,7 +560,7 @@ def test_an_entry_made_later_starts_from_its_shared_bucket() -> None:
     limiter.decide([charge(FREE, 8, "newcomer")], START + 15 * SECOND)
     assert (len(limiter), limiter.overflowed) == (1, 1)
     decision = limiter.decide([charge(FREE, 3, "newcomer")], START + 20 * SECOND)
-    assert (list(limiter._current), limiter.overflowed) == (["newcomer"], 1)
+    assert (list(limiter._table.current), limiter.overflowed) == (["newcomer"], 1)
     assert decision.remaining == 10 - 8 + 5 - 3
 
 
@@ -570,8 +570,8 @@ def test_a_resident_keeps_its_own_bucket_while_the_table_is_full() -> None:
     for second in (0, 9, 10, 11, 19, 20, 21):
         limiter.decide([charge(FREE, 1, "resident")], START + second * SECOND)
         limiter.decide([charge(FREE, 1, f"stranger-{second}")], START + second * SECOND)
-    assert "resident" in limiter._current
-    assert "resident" not in limiter._previous
+    assert "resident" in limiter._table.current
+    assert "resident" not in limiter._table.previous
     assert limiter.overflowed == 7
 
 
@@ -591,7 +591,7 @@ def test_invented_ids_hold_no_more_than_the_limit() -> None:
         decision = limiter.decide([charge(FREE, 1, f"invented-{number}")], START + number * MILLISECOND)
         assert decision.allowed or decision.wait_ns <= SECOND
         most = max(most, len(limiter))
-        assert sum(map(len, limiter._retired)) <= 500
+        assert sum(map(len, limiter._table.retired)) <= 500
     assert most == 500
     assert limiter.overflowed > 10_000
     assert len(limiter._overflow) <= OVERFLOW_SLOTS
