@@ -227,7 +227,9 @@ class Express:
             standing.client,
             route.name,
         )
-        exchange.cost, exchange.decision = cost, decision
+        exchange.cost, exchange.decision, exchange.charges = cost, decision, standing.charges
+        if limit.shadow is not None:
+            limit.shadow.observe(exchange)
         self.record.begin(exchange)
         if not decision.allowed:
             self._refuse(client, exchange, decision, keep_alive=standing.keep_alive)
@@ -386,6 +388,8 @@ class Passage(Answer):
         express, exchange = self._express, self.exchange
         exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
         express.router.on_head(exchange, self.lease, self.status, now)
+        if self.cost is not None:
+            express.router.on_cost(exchange, (self.cost,))
         assert exchange.decision is not None  # noqa: S101 - without one there is no passage
         lines = express.limit.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
