@@ -16,8 +16,9 @@ _UP = NANOSECONDS - 1  # added before whole seconds are taken, so that they are 
 class LimitFields:
     """Renders decisions.
 
-    `r` is the whole tokens left. While there are any, `t` is the time the quota takes to refill them, so that a client
-    that spends r tokens in t seconds keeps to the rate; a request that has to wait is told how long.
+    `r` is the whole tokens left, and `t` the time the quota takes to refill as many: a client that spends r tokens in t
+    seconds keeps to the rate. Without a token left, `t` is the time until there is one. A request that has to wait is
+    told r=0 and how long, in agreement with its `Retry-After`; X-RateLimit-Remaining says what is left for cheaper ones.
     """
 
     def __init__(self) -> None:
@@ -32,10 +33,15 @@ class LimitFields:
         template = self._templates.get(quota.name)
         if template is None:
             template = self._templates[quota.name] = _template(quota)
-        left = decision.remaining
-        until_ns = decision.wait_ns if decision.wait_ns > 0 else left * quota.emission_ns
+        left = usable = decision.remaining
+        if decision.wait_ns > 0:
+            usable, until_ns = 0, decision.wait_ns
+        elif left:
+            until_ns = left * quota.emission_ns
+        else:
+            until_ns = decision.reset_ns - quota.burst_ns + quota.emission_ns
         effective = (until_ns + _UP) // NANOSECONDS or 1
-        return template % (left, effective, left, (decision.reset_ns + _UP) // NANOSECONDS)
+        return template % (usable, effective, left, (decision.reset_ns + _UP) // NANOSECONDS)
 
     def headers(self, decision: Decision) -> HeaderList:
         """Return the same as pairs."""

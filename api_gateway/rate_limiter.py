@@ -115,6 +115,7 @@ class MemoryLimiter:
         self._previous: dict[str, int] = {}
         self._retired: list[dict[str, int]] = []
         self._overflow: dict[int, int] = {}
+        self._refunds = Refunds()
         self._rotated_at_ns = 0  # the first decision rotates two empty generations
         self.overflowed = 0
 
@@ -176,7 +177,11 @@ class MemoryLimiter:
         debts_ns = []
         for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
             burst_ns = charge.quota.burst_ns
-            tat_ns = settled(self._load(charge.key), burst_ns, charge.increment_ns, decision.at_ns + debt_ns, now_ns)
+            before_ns = self._load(charge.key)
+            charged_ns = decision.at_ns + debt_ns - self._refunds.since(charge.key, decision.at_ns)
+            tat_ns = settled(before_ns, burst_ns, charge.increment_ns, charged_ns, now_ns)
+            if now_ns < tat_ns < before_ns:
+                self._refunds.note(charge.key, now_ns, before_ns - tat_ns)
             self._period_ns = max(self._period_ns, tat_ns - now_ns)  # what owes is remembered until it has paid
             self._store(charge.key, tat_ns)
             debts_ns.append(tat_ns - now_ns)
@@ -247,6 +252,7 @@ class MemoryLimiter:
         else:
             self._previous = self._current
         self._current = {}
+        self._refunds.forget(now_ns - 2 * self._period_ns)
         self._overflow = {slot: tat_ns for slot, tat_ns in self._overflow.items() if tat_ns > now_ns}
         self._rotated_at_ns = now_ns
 
@@ -262,6 +268,41 @@ class MemoryLimiter:
             retired.popitem()
         if not retired:
             self._retired.pop()
+
+
+class Refunds:
+    """What buckets were lately given back while they still owed: charges of before lie that much nearer than noted.
+
+    Without it two requests that overlap could both be given back what has been refilled only once. A bucket has a
+    few entries at most; older ones are counted as if they were newer, which gives back less.
+    """
+
+    MOST = 32
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, list[tuple[int, int]]] = {}  # time and nanoseconds given back
+
+    def __repr__(self) -> str:
+        return f"<Refunds of {len(self._by_key)} buckets>"
+
+    def since(self, key: str, at_ns: int) -> int:
+        """Return what the bucket was given back from `at_ns` on."""
+        if not self._by_key:
+            return 0
+        return sum(given_ns for noted_ns, given_ns in self._by_key.get(key, ()) if noted_ns >= at_ns)
+
+    def note(self, key: str, now_ns: int, given_ns: int) -> None:
+        """Remember a refund."""
+        noted = self._by_key.setdefault(key, [])
+        noted.append((now_ns, given_ns))
+        if len(noted) > self.MOST:
+            (_, one), (at_ns, other) = noted[:2]
+            noted[:2] = [(at_ns, one + other)]
+
+    def forget(self, before_ns: int) -> None:
+        """Forget buckets whose refunds are all older."""
+        if self._by_key:
+            self._by_key = {key: noted for key, noted in self._by_key.items() if noted[-1][0] >= before_ns}
 
 
 def joint_decision(
