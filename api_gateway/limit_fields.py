@@ -16,9 +16,10 @@ _UP = NANOSECONDS - 1  # added before whole seconds are taken, so that they are 
 class LimitFields:
     """Renders decisions.
 
-    `r` is the whole tokens left, and `t` the time the quota takes to refill as many: a client that spends r tokens in t
-    seconds keeps to the rate. Without a token left, `t` is the time until there is one. A request that has to wait is
-    told r=0 and how long, in agreement with its `Retry-After`; X-RateLimit-Remaining says what is left for cheaper ones.
+    `r` is the whole tokens left, and `t` the time the quota takes to refill as many: a client that spends r tokens in
+    t seconds keeps to the rate. Without a token left, `t` is the time until there is one. A request that has to wait
+    is told r=0 and how long, in agreement with its `Retry-After`; X-RateLimit-Remaining says what is left for cheaper
+    ones.
     """
 
     def __init__(self) -> None:

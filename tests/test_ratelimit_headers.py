@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api_gateway.config import MAX_FILL
+from api_gateway.express import Express
 from api_gateway.limit_fields import NAMES, LimitFields
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import MemoryLimiter
@@ -26,7 +27,7 @@ Item = tuple[str, dict[str, Any]]
 
 def items(values: list[bytes]) -> list[Item]:
     """Parse a list of strings with parameters, however many lines it came in."""
-    parsed = http_sf.parse(b", ".join(values), tltype="list")
+    parsed: Any = http_sf.parse(b", ".join(values), tltype="list")
     assert all(isinstance(name, str) for name, _ in parsed)
     return [(name, dict(parameters)) for name, parameters in parsed]
 
@@ -72,15 +73,27 @@ def running(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
-def get(running: RunningGateway, up: RawUpstream, request: pytest.FixtureRequest) -> Callable[..., RawAnswer]:
+def get(
+    running: RunningGateway, up: RawUpstream, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RawAnswer]:
     """Ask on one of the two ways, with a client of one's own unless it is named."""
+    taken: list[bool] = []
+    board = Express.board
+
+    def noting(self: Express, client: Any, received: bytes) -> bool:
+        taken.append(board(self, client, received))
+        return taken[-1]
+
+    monkeypatch.setattr(Express, "board", noting)
     up.behave = reply()
     assert ask(f"{running.url}/api/warm", headers={"X-Client-ID": "roomy"}).status == 200
     own = f"{request.node.name}"[:100].replace(" ", "-")
 
     def get(way: str, path: str = "/api/x", client: str = own) -> RawAnswer:
         with RawClient(running.port) as raw:
-            return raw.get(path, (f"X-Client-ID: {client}", *WAYS[way]))
+            answer = raw.get(path, (f"X-Client-ID: {client}", *WAYS[way]))
+        assert taken[-1] == (way == "straight") or answer.status in (405, 503)  # no others leave it before they begin
+        return answer
 
     return get
 
