@@ -99,7 +99,7 @@ class Explainer:
         exchange.client = client = self._client(exchange, question)
         route, error = self._route(exchange, question)
         buckets = await self._inspect(self._limit.charges(client, exchange.peer, exchange.cost))
-        binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more))
+        binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
         if error is None and not binding.decision.allowed:
             error = refusal(exchange, binding.decision)
         if error is None and route is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, least_requests, round_robin
@@ -207,7 +207,12 @@ def assert_foretold(told: Explanation, got: dict[str, Any], exchange: Exchange, 
         assert told.binding == exchange.decision.key
 
 
+PLAIN = Question(client_id=None, path="/api/one", address="192.0.2.7")
+NEVER = Question(client_id="a", path="/api/one/never", address="192.0.2.7")
+
+
 @given(script=steps)
+@example(script=[*[(0, 200, 0, PLAIN)] * 4, (0, 200, 0, NEVER)])  # two buckets that never hold it: the first is named
 @settings(deadline=None, max_examples=150)
 def test_the_verdict_is_what_the_request_then_gets_and_asking_changes_nothing(
     script: list[tuple[int, int, int, Question]], tmp_path_factory: pytest.TempPathFactory

@@ -179,6 +179,19 @@ def test_a_client_cannot_tell_a_cost(gateway: StartGateway, upstream: StartUpstr
     assert up.requests[-1].all("x-gateway-cost") == []
 
 
+def test_a_handshake_can_tell_its_cost(gateway: StartGateway, upstream: StartUpstream) -> None:
+    up = upstream()
+    running = warm(gateway(in_front_of(up.url) | {"tiers": SLOWLY}))
+    lines = b"Upgrade: websocket\r\nConnection: Upgrade\r\nX-Gateway-Cost: 4\r\n"
+    up.behave = lambda wire, _request: wire.send(b"HTTP/1.1 101 Switching Protocols\r\n" + lines + b"\r\n")
+    with RawClient(running.port) as raw:
+        raw.request("GET", "/api/x", ("X-Client-ID: c", "Upgrade: websocket", "Connection: Upgrade"))
+        head = (raw.read_until(b"\r\n\r\n") or b"").lower()
+    assert head.startswith(b"http/1.1 101")
+    assert b"x-ratelimit-remaining: 6\r\n" in head
+    assert b"x-gateway-cost" not in head
+
+
 @both_ways
 def test_interim_answers_and_trailers_tell_none(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
     up = upstream()
