@@ -113,7 +113,7 @@ class MemoryLimiter:
         self._bucket_limit = bucket_limit
         self._current: dict[str, int] = {}
         self._previous: dict[str, int] = {}
-        self._retired: list[dict[str, int]] = []
+        self._retired: list[dict[str, int] | dict[str, list[tuple[int, int]]]] = []
         self._overflow: dict[int, int] = {}
         self._refunds = Refunds()
         self._rotated_at_ns = 0  # the first decision rotates two empty generations
@@ -252,7 +252,7 @@ class MemoryLimiter:
         else:
             self._previous = self._current
         self._current = {}
-        self._refunds.forget(now_ns - 2 * self._period_ns)
+        self._retired += self._refunds.turn()
         self._overflow = {slot: tat_ns for slot, tat_ns in self._overflow.items() if tat_ns > now_ns}
         self._rotated_at_ns = now_ns
 
@@ -274,35 +274,39 @@ class Refunds:
     """What buckets were lately given back while they still owed: charges of before lie that much nearer than noted.
 
     Without it two requests that overlap could both be given back what has been refilled only once. A bucket has a
-    few entries at most; older ones are counted as if they were newer, which gives back less.
+    few entries at most; older ones are counted as if they were newer, which gives back less. They are kept for two
+    generations, as buckets are: what was charged before those has been refilled, and is not given back anyway.
     """
 
     MOST = 32
 
     def __init__(self) -> None:
-        self._by_key: dict[str, list[tuple[int, int]]] = {}  # time and nanoseconds given back
+        self._current: dict[str, list[tuple[int, int]]] = {}  # time and nanoseconds given back
+        self._previous: dict[str, list[tuple[int, int]]] = {}
 
     def __repr__(self) -> str:
-        return f"<Refunds of {len(self._by_key)} buckets>"
+        return f"<Refunds of {len(self)} buckets>"
+
+    def __len__(self) -> int:
+        return len(self._current) + len(self._previous)
 
     def since(self, key: str, at_ns: int) -> int:
         """Return what the bucket was given back from `at_ns` on."""
-        if not self._by_key:
-            return 0
-        return sum(given_ns for noted_ns, given_ns in self._by_key.get(key, ()) if noted_ns >= at_ns)
+        noted = (*self._previous.get(key, ()), *self._current.get(key, ()))
+        return sum(given_ns for noted_ns, given_ns in noted if noted_ns >= at_ns)
 
     def note(self, key: str, now_ns: int, given_ns: int) -> None:
         """Remember a refund."""
-        noted = self._by_key.setdefault(key, [])
+        noted = self._current.setdefault(key, [])
         noted.append((now_ns, given_ns))
         if len(noted) > self.MOST:
             (_, one), (at_ns, other) = noted[:2]
             noted[:2] = [(at_ns, one + other)]
 
-    def forget(self, before_ns: int) -> None:
-        """Forget buckets whose refunds are all older."""
-        if self._by_key:
-            self._by_key = {key: noted for key, noted in self._by_key.items() if noted[-1][0] >= before_ns}
+    def turn(self) -> list[dict[str, list[tuple[int, int]]]]:
+        """Begin a generation; return the one that is over, if it holds anything, to be freed piece by piece."""
+        retired, self._previous, self._current = self._previous, self._current, {}
+        return [retired] if retired else []
 
 
 def joint_decision(

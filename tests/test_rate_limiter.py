@@ -899,7 +899,10 @@ def test_what_is_remembered_of_refunds_is_bounded_and_forgotten() -> None:
         decision = limiter.decide([charge(FREE, 1)], now_ns)
         limiter.settle([Charge("a", FREE, -SECOND)], decision, now_ns + 1)
         assert limiter.peek("a", FREE, now_ns + 1).remaining == 9
-    assert len(limiter._refunds._by_key["a"]) <= 32
+    assert len(limiter._refunds._current["a"]) <= 32
     limiter.settle([Charge("a", FREE, -SECOND)], first, now_ns)
-    limiter.decide([charge(FREE, 1)], now_ns + 30 * SECOND)
-    assert not limiter._refunds._by_key
+    assert len(limiter._refunds) == 1
+    for later in (30, 60, 61):
+        limiter.decide([charge(FREE, 1)], now_ns + later * SECOND)
+    assert len(limiter._refunds) == 0
+    assert not limiter._retired
