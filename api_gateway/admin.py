@@ -26,6 +26,7 @@ from api_gateway.errors import (
     NoRoute,
     problem,
 )
+from api_gateway.explanation import Explainer
 from api_gateway.headers import is_visible_ascii, is_within
 from api_gateway.metrics import Exposition, Recorder
 from api_gateway.models import (
@@ -39,11 +40,15 @@ from api_gateway.models import (
     ClientView,
     Clock,
     Decision,
+    Explanation,
     HealthView,
+    HeavyClient,
+    HeavyClients,
     LatencyView,
     MetricsView,
     OpeningView,
     Problem,
+    Question,
     Quota,
     TargetView,
     TierChange,
@@ -77,6 +82,7 @@ class Console:
     exposition: Exposition
     clock: Clock
     clock_ns: Callable[[], int]
+    explainer: Explainer
     phase: Phase = Phase.STARTING
 
 
@@ -199,6 +205,37 @@ async def circuit_breakers(console: Guarded) -> BreakersView:
     )
 
 
+@guarded_router.post(
+    "/explain",
+    summary="What a request would be answered, and why",
+    responses={
+        400: {"description": "The client id is not 1 to 128 visible ASCII characters.", **_PROBLEM},
+        422: {"description": "The path is not proxied, or the body is not a question.", **_PROBLEM},
+    },
+)
+async def explain(question: Question, console: Guarded) -> Explanation:
+    """Answer who the client is, what the request costs, what every bucket says, and what would come of it.
+
+    Nothing is charged, sent or moved by asking.
+    """
+    return await console.explainer.explain(question)
+
+
+@guarded_router.get("/clients", summary="The heaviest clients")
+async def heaviest_clients(
+    console: Guarded,
+    sort: Annotated[Literal["limited", "requests"], Query()] = "limited",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> HeavyClients:
+    """Answer who made most requests, or was limited most often, since the start: from counters for 1000 clients.
+
+    Every client with more than a thousandth of all of them is among those counted.
+    """
+    recorder = console.recorder
+    chosen = recorder.limited_by_client if sort == "limited" else recorder.requests_by_client
+    return HeavyClients(sort=sort, clients=[_heavy(console, found.key) for found in chosen.heaviest(limit)])
+
+
 @clients_router.post(
     "/clients/{client_id:path}/tier",
     summary="Set a client's tier",
@@ -286,6 +323,21 @@ def _in_our_words(raised: Exception) -> GatewayError:
 def _check_id(client_id: str) -> None:
     if not is_visible_ascii(client_id.encode()):
         raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {client_id!r}.")
+
+
+def _heavy(console: Console, key: str) -> HeavyClient:
+    found = console.clients.keyed(key)
+    limited, requests = console.recorder.limited_by_client, console.recorder.requests_by_client
+    limits, made = limited.estimate(key), requests.estimate(key)
+    return HeavyClient(
+        client_id=found.id,
+        source=found.source,
+        tier=found.quota.name,
+        limited=limits.count,
+        limited_error=limits.error,
+        requests=made.count,
+        requests_error=made.error,
+    )
 
 
 async def _move(console: Console, before: Client, after: Client) -> TierChanged:

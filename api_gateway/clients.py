@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE_NAME = "clients.sqlite3"
+_CLIENT, _ADDRESS = "client:", "address:"  # what the keys of their buckets begin with
 
 
 class ClientStore:
@@ -140,7 +141,11 @@ class ClientRegistry:
 
     def unnamed(self, address: str) -> Client:
         """Return the client that gave no name: it is its address."""
-        return Client(address, f"address:{address}", self.default, "address")
+        return Client(address, f"{_ADDRESS}{address}", self.default, "address")
+
+    def keyed(self, key: str) -> Client:
+        """Return the client whose bucket has this key."""
+        return self.unnamed(key[len(_ADDRESS) :]) if key.startswith(_ADDRESS) else self.named(key[len(_CLIENT) :])
 
     async def set_tier(self, client_id: str, tier: str) -> tuple[Client, Client]:
         """Register `client_id` for `tier` (a configured name), durably. Returns it as it was and as it is.
@@ -177,4 +182,4 @@ class ClientRegistry:
 
 def bucket_key(client_id: str) -> str:
     """Return the key of a named client's bucket, which no address can have."""
-    return f"client:{client_id}"
+    return f"{_CLIENT}{client_id}"

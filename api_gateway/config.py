@@ -40,6 +40,7 @@ ENV_FILE = ".env"
 CONFIG_VARIABLE = "GATEWAY_CONFIG"
 MIN_TOKEN_LENGTH = 8
 LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
+MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
 _SECRET = (("admin", "token"),)
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Name]
@@ -167,11 +169,19 @@ class AddressLimitSection(Section):
     exempt: list[Network] = [IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")]
 
 
+class CandidateSection(Section):
+    """Other terms for a tier, which are tried and counted but limit nobody."""
+
+    rate: float = Field(gt=0, le=1_000_000)
+    capacity: int = Field(ge=1, le=1_000_000_000)
+
+
 class TierSection(Section):
     """Tokens a second, and tokens a full bucket holds."""
 
     rate: float = Field(gt=0, le=1_000_000)
     capacity: int = Field(ge=1, le=1_000_000_000)
+    candidate: CandidateSection | None = None
 
 
 class ClientSection(Section):
@@ -263,6 +273,7 @@ class CostSection(Section):
     methods: Methods | None = None
     path: WholePath | None = None
     cost: float = Field(ge=0, le=1_000_000_000)
+    candidate_cost: Cost | None = None
 
 
 class RouteSection(Section):
@@ -275,6 +286,7 @@ class RouteSection(Section):
     methods: Methods | None = None
     host: Annotated[str, AfterValidator(str.lower)] | None = None
     cost: float = Field(default=1, ge=0, le=1_000_000_000)
+    candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
     costs: list[CostSection] = []
 
 
@@ -439,13 +451,25 @@ def _tier_problems(config: GatewayConfig) -> Iterator[str]:
     known = ", ".join(config.tiers)
     if config.default_tier not in config.tiers:
         yield f"default_tier: no such tier, got {config.default_tier!r}; the tiers are {known}"
+    for place, terms in _all_terms(config):
+        seconds = terms.capacity / terms.rate if terms.rate else 0.0
+        if seconds > MAX_FILL:
+            yield f"{place}: the bucket must fill within {MAX_FILL:g} s (ten years), got {seconds:g}"
     for client_id, client in config.clients.items():
         if client.tier not in config.tiers:
             yield f"clients.{client_id}.tier: no such tier, got {client.tier!r}; the tiers are {known}"
 
 
+def _all_terms(config: GatewayConfig) -> Iterator[tuple[str, TierSection | CandidateSection | AddressLimitSection]]:
+    yield "address_limit", config.address_limit
+    for name, tier in config.tiers.items():
+        yield f"tiers.{name}", tier
+        if tier.candidate is not None:
+            yield f"tiers.{name}.candidate", tier.candidate
+
+
 def _route_problems(config: GatewayConfig) -> Iterator[str]:
-    largest = max((tier.capacity for tier in config.tiers.values()), default=0)
+    largest = max((terms.capacity for place, terms in _all_terms(config) if place != "address_limit"), default=0)
     names: dict[str, int] = {}
     matches: dict[tuple[object, ...], str] = {}
     for index, route in enumerate(config.routes):
@@ -466,7 +490,9 @@ def _route_problems(config: GatewayConfig) -> Iterator[str]:
                 yield f"{place}.path: route {other!r} has this host, path and method, got {route.path!r} ({method})"
         for key, cost in [
             ("cost", route.cost),
+            ("candidate_cost", route.candidate_cost),
             *((f"costs[{i}].cost", c.cost) for i, c in enumerate(route.costs)),
+            *((f"costs[{i}].candidate_cost", c.candidate_cost) for i, c in enumerate(route.costs)),
         ]:
-            if cost > largest:
+            if cost is not None and cost > largest:
                 yield f"{place}.{key}: above the capacity of every tier (at most {largest}), got {cost:g}"

@@ -225,20 +225,25 @@ class Express:
             standing.client,
             route.name,
         )
-        exchange.cost, exchange.decision = cost, decision
+        exchange.cost, exchange.charges = cost, standing.charges
         self.record.begin(exchange)
-        if decision is not None and not decision.allowed:
-            client.reply(
-                self.refusal(exchange, decision, keep_alive=standing.keep_alive), keep_alive=standing.keep_alive
-            )
-            self.record.end(exchange, self.clock())
-            return True
-        passage = Passage(self, client, lines, exchange, route, asked)
         if decision is None:
-            passage.hear(service, target, body, now_ns)
-        else:
-            passage.depart(service, target, body)
+            Passage(self, client, lines, exchange, route, asked).hear(service, target, body, now_ns)
+            return True
+        self.note(exchange, decision)
+        if decision.allowed:
+            Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
+            return True
+        keep_alive = standing.keep_alive
+        client.reply(self.refusal(exchange, decision, keep_alive=keep_alive), keep_alive=keep_alive)
+        self.record.end(exchange, self.clock())
         return True
+
+    def note(self, exchange: Exchange, decision: Decision) -> None:
+        """Write down what has been decided, and try other limits beside it."""
+        exchange.decision = decision
+        if self.limit.shadow is not None:
+            self.limit.shadow.observe(exchange)
 
     def refusal(self, exchange: Exchange, decision: Decision, *, keep_alive: bool) -> bytes:
         """Return the answer to who is out of tokens: a client that floods is told so at the least cost."""
@@ -339,7 +344,7 @@ class Passage(Answer):
         if self.has_left:  # the client, meanwhile
             return
         express, exchange = self._express, self.exchange
-        exchange.decision = decision
+        express.note(exchange, decision)
         if not decision.allowed:
             self._client.transport.write(express.refusal(exchange, decision, keep_alive=self.keep_alive))
             self._client.disembark(keep_alive=self.keep_alive)
@@ -408,6 +413,8 @@ class Passage(Answer):
         exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
         assert self.lease is not None and exchange.decision is not None  # noqa: S101, PT018 - or nothing would be sent
         express.router.on_head(exchange, self.lease, self.status, now)
+        if self.cost is not None:
+            express.router.on_cost(exchange, (self.cost,))
         lines = express.limit.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"

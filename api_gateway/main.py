@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from api_gateway.clients import ClientRegistry, ClientStore
 from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
+from api_gateway.explanation import Explainer
 from api_gateway.express import Express
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy, watch
@@ -38,6 +39,8 @@ from api_gateway.models import Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.router import CostRule, Receive, Route, Router, RouteTable, Scope, Send, Service, Timeouts
+from api_gateway.settlement import Settlement
+from api_gateway.shadow import Shadow
 from api_gateway.store import StoreSession
 from api_gateway.transport import UpstreamTransport, probe, tls_context
 
@@ -61,6 +64,7 @@ class Gateway:
     clients: ClientRegistry
     services: dict[str, Service]
     recorder: Recorder
+    candidates: dict[str, Quota]
 
 
 class GatewayApp(FastAPI):
@@ -114,8 +118,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _live(settings, rejections, transports or {}) as gateway:
-            app.state.console = _console(gateway)
-            switch.data_plane, switch.lane = _data_plane(gateway, server_headers)
+            switch.data_plane, switch.lane, explainer = _data_plane(gateway, server_headers)
+            app.state.console = _console(gateway, explainer)
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
@@ -180,7 +184,12 @@ def _build(
     tiers = {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()}
     limit = config.address_limit
     address_quota = Quota.per_second("address", limit.rate, limit.capacity) if limit.rate else None
-    quotas = [*tiers.values(), address_quota] if address_quota else list(tiers.values())
+    candidates = {
+        name: Quota.per_second(f"{name} candidate", tier.candidate.rate, tier.candidate.capacity)
+        for name, tier in config.tiers.items()
+        if tier.candidate is not None
+    }
+    quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
     return Gateway(
         config=config,
         limiter=_limiter(config, quotas),
@@ -202,6 +211,7 @@ def _build(
             now,
             rejections,
         ),
+        candidates=candidates,
     )
 
 
@@ -266,19 +276,23 @@ def _route(section: RouteSection) -> Route:
         host=section.host,
         cost=section.cost,
         costs=tuple(
-            CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost) for rule in section.costs
+            CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost, rule.candidate_cost)
+            for rule in section.costs
         ),
+        candidate_cost=section.candidate_cost,
     )
 
 
-def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express]:
-    """Build the steps of a proxied request, and the straight way past them.
+def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express, Explainer]:
+    """Build the steps of a proxied request, the straight way past them, and what explains both.
 
     Read from the inside out: what stands last sees a request first.
     """
     config, recorder = gateway.config, gateway.recorder
+    routes = [_route(section) for section in config.routes]
+    settlement = Settlement(limiter=gateway.limiter, clock_ns=time.monotonic_ns, recorder=recorder)
     router = Router(
-        RouteTable([_route(section) for section in config.routes]),
+        RouteTable(routes),
         gateway.services,
         clock=time.monotonic,
         max_body_bytes=config.server.max_body_bytes,
@@ -286,6 +300,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         omit=server_headers,
         observe_try=recorder.observe_try,
         on_transition=_log_transition,
+        on_cost=settlement.on_cost,
     )
     limit = Limit(
         Proxy(router=router),
@@ -293,6 +308,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         clock_ns=time.monotonic_ns,
         address_quota=gateway.address_quota,
         exempt=config.address_limit.exempt,
+        shadow=_shadow(gateway, routes),
     )
     identify = Identify(
         Match(limit, router=router),
@@ -305,6 +321,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         clock=time.monotonic,
         recorder=recorder,
         observers=[recorder.observe, *([AccessLog(time.time).write] if config.log.access else [])],
+        on_failure=settlement.on_failure,
     )
     express = Express(
         record=record,
@@ -314,10 +331,30 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
     )
-    return record, express
+    explainer = Explainer(
+        identify=identify,
+        router=router,
+        limit=limit,
+        limiter=gateway.limiter,
+        header=config.identity.header,
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+    )
+    return record, express, explainer
 
 
-def _console(gateway: Gateway) -> Console:
+def _shadow(gateway: Gateway, routes: Iterable[Route]) -> Shadow | None:
+    shadow = Shadow(
+        limiter=gateway.limiter,
+        clock_ns=time.monotonic_ns,
+        recorder=gateway.recorder,
+        candidates=gateway.candidates,
+        routes=routes,
+    )
+    return None if shadow.is_empty else shadow
+
+
+def _console(gateway: Gateway, explainer: Explainer) -> Console:
     token = gateway.config.admin.token
     upstreams = {name: service.upstream for name, service in gateway.services.items()}
     return Console(
@@ -330,6 +367,7 @@ def _console(gateway: Gateway) -> Console:
         exposition=Exposition(gateway.recorder, upstreams, gateway.limiter.__len__, __version__),
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
+        explainer=explainer,
     )
 
 

@@ -34,6 +34,7 @@ from api_gateway.models import (
     RateWindow,
     RequestCounts,
 )
+from api_gateway.sketch import Sketch
 
 RELATIVE_ERROR = 0.01
 _GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
@@ -49,6 +50,9 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 OTHER = "_other"
 NO_ROUTE = "_none"
 NO_TIER = "_none"
+# What became of a cost after the decision: more was charged, some or all given back, or what an upstream told of it
+# could not be read.
+SETTLEMENTS = ("charged", "refunded", "unreadable")
 
 # What a try on an upstream can end in: the class of its status, or why it has none.
 OUTCOMES = (
@@ -189,6 +193,7 @@ class Recorder:
 
         `rejections` by reason may already be counted elsewhere: by the server, for what never becomes an exchange.
         """
+        tiers = tuple(tiers)
         self.started = now
         self.in_flight = 0
         self.routes = {name: Series() for name in (*routes, NO_ROUTE)}
@@ -198,6 +203,11 @@ class Recorder:
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
+        self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed, but not by the candidate
+        self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused, but not by the candidate
+        self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
+        self.requests_by_client = Sketch()  # by the client's key
+        self.limited_by_client = Sketch()
         self._percentiles = tuple(percentiles)
 
     def __repr__(self) -> str:
@@ -214,8 +224,14 @@ class Recorder:
         running.count(exchange)
         if exchange.reason is not None:
             self.rejections[exchange.reason] += 1
+        if client is not None:
+            self.requests_by_client.add(client.key)
         if exchange.decision is not None:
-            (self.allowed if exchange.decision.allowed else self.limited)[tier] += 1
+            if exchange.decision.allowed:
+                self.allowed[tier] += 1
+            else:
+                self.limited[tier] += 1
+                self.limited_by_client.add(exchange.client_key)
         if exchange.sent_at is not None and exchange.status != SWITCHED:
             running.time(exchange.finished - exchange.started)
 
@@ -262,6 +278,9 @@ class Recorder:
             rate_limiter=LimiterView(
                 allowed=dict(self.allowed),
                 limited=dict(self.limited),
+                would_limit=dict(self.would_limit),
+                would_allow=dict(self.would_allow),
+                settlements=dict(self.settlements),
                 buckets=buckets,
                 bucket_limit=bucket_limit,
                 overflowed=overflowed,
@@ -394,6 +413,28 @@ class Exposition:
             for tier, count in counts.items():
                 decisions.add_metric([tier, decision], count)
         yield decisions
+        for name, words, by_tier in (
+            (
+                "gateway_rate_limit_would_limit",
+                "Allowed requests a candidate would limit.",
+                self._recorder.would_limit,
+            ),
+            (
+                "gateway_rate_limit_would_allow",
+                "Limited requests a candidate would allow.",
+                self._recorder.would_allow,
+            ),
+        ):
+            family = CounterMetricFamily(name, words, labels=["tier"])
+            for tier, count in by_tier.items():
+                family.add_metric([tier], count)
+            yield family
+        settlements = CounterMetricFamily(
+            "gateway_rate_limit_settlements", "Costs settled after the decision.", labels=["kind"]
+        )
+        for kind, count in self._recorder.settlements.items():
+            settlements.add_metric([kind], count)
+        yield settlements
         yield GaugeMetricFamily("gateway_rate_limit_buckets", "Buckets in memory.", value=self._bucket_count())
 
     def _upstream_families(self) -> Iterator[Metric]:

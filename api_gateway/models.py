@@ -1,7 +1,7 @@
 """The vocabulary every layer shares: plain values of one request, and the bodies of the operator's answers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
@@ -113,7 +113,9 @@ class Exchange:
     """The record of one request, filled from left to right; log and metrics are derived from it alone.
 
     Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
-    the answer. `answer_headers` are the gateway's own and go on whatever answer is sent.
+    the answer. `answer_headers` are the gateway's own and go on whatever answer is sent. `charges` are what `decision`
+    was made on, `trial` the same of a candidate beside it. `has_reached` says that some of the request may have
+    reached an upstream that then failed.
     """
 
     id: str
@@ -138,6 +140,9 @@ class Exchange:
     bytes_out: int = 0
     finished: float = 0.0
     answer_headers: HeaderList = field(default_factory=list)
+    charges: Sequence[Charge] = ()
+    trial: tuple[Sequence[Charge], Decision] | None = None
+    has_reached: bool = False
 
     @property
     def client_key(self) -> str:
@@ -349,6 +354,11 @@ class LimiterView(Body):
 
     allowed: dict[str, int] = Field(description="Decisions by tier.")
     limited: dict[str, int] = Field(description="Decisions by tier.")
+    would_limit: dict[str, int] = Field(description="Allowed requests that a candidate would limit, by tier.")
+    would_allow: dict[str, int] = Field(description="Limited requests that a candidate would allow, by tier.")
+    settlements: dict[str, int] = Field(
+        description="Costs settled after the decision: more charged, given back, or told in a way nobody can read."
+    )
     buckets: int = Field(description="Buckets in memory; full ones are forgotten.")
     bucket_limit: int
     overflowed: int = Field(description="Decisions made on a shared bucket because the table was full.")
@@ -374,3 +384,103 @@ class MetricsView(Body):
     rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]
+
+
+class Question(Body):
+    """A request that has not been made, and about which `POST /explain` is asked."""
+
+    client_id: str | None = Field(description="What would name the client; null for a client that gives no name.")
+    method: str = Field(default="GET", pattern=r"^[A-Z][A-Z-]{0,31}$")
+    path: str = Field(
+        max_length=65_536,
+        pattern=r"^/[\x21-\x7e]*$",
+        description="Path and query as they go over the wire.",
+        examples=["/api/users"],
+    )
+    host: str = Field(default="", max_length=255, description="The request's Host, for routes that ask for one.")
+    address: str = Field(default="127.0.0.1", max_length=64, description="The address that connects.")
+
+
+class ClientExplained(Body):
+    """Who the client is taken for."""
+
+    id: str
+    source: Literal["registered", "configured", "default", "address"]
+    why: str = Field(description="What names it, and where its tier comes from.")
+    registered: bool = Field(description="True if an operator vouches for it; else its address is limited too.")
+    tier: TierView
+
+
+class RouteExplained(Body):
+    """The route, and what the request costs."""
+
+    name: str
+    path: str
+    upstream: str
+    cost: float
+    cost_from: str = Field(description="`route`, or the rule of the route that says what it costs.")
+
+
+class BucketExplained(Body):
+    """One bucket that the request draws on, as it is now."""
+
+    key: str
+    policy: str = Field(description="The name of its quota in RateLimit and RateLimit-Policy.")
+    tokens: float = Field(description="Tokens now; below 0 while it owes what was settled later.")
+    capacity: int
+    cost: float
+    passes: bool
+    wait: float | None = Field(description="Seconds until this request passes; 0 now, null never.")
+    full_in: float = Field(description="Seconds until the bucket is full.")
+
+
+class UpstreamExplained(Body):
+    """Where the request would go."""
+
+    name: str
+    breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    next_probe_in: float | None = Field(description="Seconds until a probe is let through; null unless OPEN.")
+    healthy: int = Field(description="Targets that pass their health checks, or have none.")
+    targets: int
+
+
+class Verdict(Body):
+    """What would come of the request: `status` and `reason` are those of the answer the gateway would make itself."""
+
+    outcome: Literal["allowed", "limited", "never", "refused"]
+    status: int | None
+    reason: str | None
+    retry_after: float | None = Field(description="Seconds until it passes, as far as that is known.")
+    words: str
+
+
+class Explanation(Body):
+    """The answer to a question, and every figure it rests on."""
+
+    verdict: Verdict
+    client: ClientExplained
+    route: RouteExplained | None
+    buckets: list[BucketExplained]
+    binding: str = Field(description="Key of the bucket that refuses longest, or takes the fewest such requests more.")
+    candidate: BucketExplained | None = Field(description="The bucket that is tried beside them; it limits nobody.")
+    upstream: UpstreamExplained | None
+    limiter: Source = Field(description="What the figures rest on.")
+
+
+class HeavyClient(Body):
+    """A client and how often it came; each true count lies between the count less its error, and the count."""
+
+    client_id: str
+    source: Literal["registered", "configured", "default", "address"]
+    tier: str
+    limited: int
+    limited_error: int
+    requests: int
+    requests_error: int
+
+
+class HeavyClients(Body):
+    """The heaviest clients, the heaviest first."""
+
+    sort: Literal["limited", "requests"]
+    clients: list[HeavyClient]

@@ -127,7 +127,7 @@ class DebtTable:
         self.limit = limit
         self.current: dict[str, int] = {}
         self.previous: dict[str, int] = {}
-        self.retired: list[dict[str, int]] = []
+        self.retired: list[dict[str, int] | dict[str, list[tuple[int, int]]]] = []  # to be freed piece by piece
         self.rotated_at_ns = 0  # the first use rotates two empty generations
 
     def __repr__(self) -> str:
@@ -202,6 +202,7 @@ class MemoryLimiter:
         """Hold buckets of any of `quotas`. A quota with a longer budget may only come in by `change_quota`."""
         self._table = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
         self._overflow: dict[int, int] = {}
+        self._refunds = Refunds()
         self.overflowed = 0
 
     def __repr__(self) -> str:
@@ -269,10 +270,12 @@ class MemoryLimiter:
         debts_ns = []
         for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
             burst_ns = charge.quota.burst_ns
-            tat_ns = settled(self._load(charge.key), burst_ns, charge.increment_ns, decision.at_ns + debt_ns, now_ns)
-            self._table.period_ns = max(
-                self._table.period_ns, tat_ns - now_ns
-            )  # what owes is remembered until it has paid
+            before_ns = self._load(charge.key)
+            charged_ns = decision.at_ns + debt_ns - self._refunds.since(charge.key, decision.at_ns)
+            tat_ns = settled(before_ns, burst_ns, charge.increment_ns, charged_ns, now_ns)
+            if now_ns < tat_ns < before_ns:
+                self._refunds.note(charge.key, now_ns, before_ns - tat_ns)
+            self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # remembered until it has paid
             self._store(charge.key, tat_ns)
             debts_ns.append(tat_ns - now_ns)
         return decision_after(decision, debts_ns, now_ns)
@@ -330,12 +333,54 @@ class MemoryLimiter:
             self.overflowed += 1
 
     def _advance(self, now_ns: int) -> None:
-        if self._table.advance(now_ns) and self._overflow:
+        if not self._table.advance(now_ns):
+            return
+        self._table.retired += self._refunds.turn()
+        if self._overflow:
             # Single buckets heal from a clock that stepped back when they are used, shared ones here.
             latest_ns = now_ns + self._table.period_ns
             self._overflow = {
                 slot: min(tat_ns, latest_ns) for slot, tat_ns in self._overflow.items() if tat_ns > now_ns
             }
+
+
+class Refunds:
+    """What buckets were lately given back while they still owed: charges of before lie that much nearer than noted.
+
+    Without it two requests that overlap could both be given back what has been refilled only once. A bucket has a
+    few entries at most; older ones are counted as if they were newer, which gives back less. They are kept for two
+    generations, as buckets are: what was charged before those has been refilled, and is not given back anyway.
+    """
+
+    MOST = 32
+
+    def __init__(self) -> None:
+        self._current: dict[str, list[tuple[int, int]]] = {}  # time and nanoseconds given back
+        self._previous: dict[str, list[tuple[int, int]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Refunds of {len(self)} buckets>"
+
+    def __len__(self) -> int:
+        return len(self._current) + len(self._previous)
+
+    def since(self, key: str, at_ns: int) -> int:
+        """Return what the bucket was given back from `at_ns` on."""
+        noted = (*self._previous.get(key, ()), *self._current.get(key, ()))
+        return sum(given_ns for noted_ns, given_ns in noted if noted_ns >= at_ns)
+
+    def note(self, key: str, now_ns: int, given_ns: int) -> None:
+        """Remember a refund."""
+        noted = self._current.setdefault(key, [])
+        noted.append((now_ns, given_ns))
+        if len(noted) > self.MOST:
+            (_, one), (at_ns, other) = noted[:2]
+            noted[:2] = [(at_ns, one + other)]
+
+    def turn(self) -> list[dict[str, list[tuple[int, int]]]]:
+        """Begin a generation; return the one that is over, if it holds anything, to be freed piece by piece."""
+        retired, self._previous, self._current = self._previous, self._current, {}
+        return [retired] if retired else []
 
 
 def joint_decision(

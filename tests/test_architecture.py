@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "models", "headers", "heads", "diagnosis", "store_url"),
-    ("config", "rate_limiter", "local_share", "circuit_breaker", "balancer", "auth"),
+    ("config", "rate_limiter", "local_share", "circuit_breaker", "balancer", "auth", "limit_fields", "sketch"),
     (
         "store",
         "dispatcher",
@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cycle",
         "protocol",
     ),
-    ("router", "middleware", "express"),
+    ("router", "shadow", "settlement", "middleware", "express", "explanation"),
     ("admin", "demo"),
     ("main",),
     ("cli",),
@@ -49,6 +49,10 @@ SIBLINGS = {
     ("express", "router"),
     ("balancer", "circuit_breaker"),
     ("middleware", "router"),
+    ("middleware", "shadow"),
+    ("shadow", "router"),
+    ("explanation", "middleware"),
+    ("explanation", "router"),
     ("protocol", "cycle"),
     ("answer", "alarm"),
     ("connection", "alarm"),

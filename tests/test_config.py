@@ -305,6 +305,7 @@ def test_precedence_holds_for_tiers_however_they_are_spelt(
     assert load_config(path, {"tiers": {"FREE": {"rate": 4}}}).tiers["FREE"].model_dump() == {
         "rate": 4,
         "capacity": 22,
+        "candidate": None,
     }
 
 

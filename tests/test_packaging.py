@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 import api_gateway
 from api_gateway.config import GatewayConfig, load_config
@@ -65,3 +66,23 @@ def test_the_full_example_shows_the_defaults() -> None:
         example.upstreams[name].model_dump(exclude={"targets", "health_check"}) for name in ("users", "orders")
     )
     assert shown == plain
+
+
+def test_the_full_example_names_every_setting() -> None:
+    """Each section has every one of its settings somewhere in examples/gateway.yaml."""
+    named: dict[type[BaseModel], set[str]] = {}
+
+    def walk(value: object) -> None:
+        if isinstance(value, BaseModel):
+            named.setdefault(type(value), set()).update(value.model_fields_set)
+            for field in type(value).model_fields:
+                walk(getattr(value, field))
+        elif isinstance(value, dict | list):
+            for one in value.values() if isinstance(value, dict) else value:
+                walk(one)
+
+    walk(load_config(ROOT / "examples" / "gateway.yaml"))
+    assert {kind.__name__: set(kind.model_fields) - fields for kind, fields in named.items()} == {
+        kind.__name__: set() for kind in named
+    }
+    assert len(named) > 15
