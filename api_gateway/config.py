@@ -38,6 +38,8 @@ ENV_PREFIX = "GATEWAY_"
 ENV_FILE = ".env"
 CONFIG_VARIABLE = "GATEWAY_CONFIG"
 MIN_TOKEN_LENGTH = 8
+MEMORY_STORE = "memory://"
+STORE_SCHEMES = ("redis", "rediss", "unix")
 _SECRET = (("admin", "token"),)
 
 logger = logging.getLogger(__name__)
@@ -116,9 +118,12 @@ class ServerSection(Section):
 
 
 class StoreSection(Section):
-    """Where buckets are kept. `on_failure` and `deadline` speak of shared stores."""
+    """Where buckets are kept. `on_failure` and `deadline` speak of shared stores.
 
-    url: str = "memory://"
+    Several workers with `memory://` share an embedded store that the gateway starts for them.
+    """
+
+    url: str = MEMORY_STORE
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
     deadline: Seconds = 0.02
     bucket_limit: int = Field(default=1_000_000, ge=1)
@@ -398,13 +403,10 @@ def _merge_tiers(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _server_problems(config: GatewayConfig) -> Iterator[str]:
-    if config.store.url != "memory://":
-        yield f"store.url: only memory:// is available in this version, got {config.store.url!r}"
-    if config.server.workers > 1:
-        yield (
-            "server.workers: more than one worker needs a store they share, and only memory:// is available in this"
-            f" version, got {config.server.workers}"
-        )
+    scheme, _, rest = config.store.url.partition("://")
+    if (scheme not in STORE_SCHEMES or not rest) and config.store.url != MEMORY_STORE:
+        others = ", ".join(f"{known}://…" for known in STORE_SCHEMES)
+        yield f"store.url: must be {MEMORY_STORE} or {others}, got {config.store.url!r}"
 
 
 def _tier_problems(config: GatewayConfig) -> Iterator[str]:

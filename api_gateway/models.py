@@ -244,6 +244,9 @@ class BreakerView(Body):
     next_probe_in: float | None = Field(description="Seconds until a probe is let through; None unless OPEN.")
     last_opened: OpeningView | None
     thresholds: BreakerThresholds
+    workers: dict[str, Literal["CLOSED", "OPEN", "HALF_OPEN"]] | None = Field(
+        default=None, description="The state in each worker, where several serve; `state` is the worst of them."
+    )
 
 
 class BreakersView(Body):

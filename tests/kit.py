@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from api_gateway.cli import GatewayServer
 from api_gateway.config import GatewayConfig
+from api_gateway.server import GatewayServer
 
 PATIENCE = 10.0  # seconds a scene may take to come about before a test gives up
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "headers", "heads", "diagnosis"),
+    ("errors", "models", "headers", "heads", "diagnosis", "lifeline"),
     ("config", "rate_limiter", "circuit_breaker", "balancer", "auth"),
     (
         "clients",
@@ -23,14 +23,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tunnel",
         "health",
         "metrics",
+        "report",
+        "crew",
         "access_log",
         "link",
         "cycle",
         "protocol",
+        "brief",
+        "listening",
+        "embedded",
     ),
     ("router", "middleware", "express"),
     ("admin", "demo"),
     ("main",),
+    ("server", "staff"),
+    ("worker", "supervisor"),
     ("cli",),
     ("__main__",),
 )
@@ -41,6 +48,8 @@ SIBLINGS = {
     ("express", "middleware"),
     ("express", "router"),
     ("balancer", "circuit_breaker"),
+    ("report", "metrics"),
+    ("crew", "report"),
     ("middleware", "router"),
     ("protocol", "cycle"),
     ("answer", "alarm"),
@@ -59,14 +68,14 @@ SIBLINGS = {
 OUTSIDE = {
     "httpx": {"pool", "outgoing", "answer", "connection", "transport", "guarded", "router", "main"},
     "httptools": {"connection", "protocol"},
-    "fastapi": {"admin", "main", "cli"},
+    "fastapi": {"admin", "main", "server"},
     "starlette": {"admin"},
     "prometheus_client": {"metrics"},
     "sqlite3": {"clients"},
     "pydantic": {"models", "config", "diagnosis"},
     "pydantic_settings": {"config"},
     "yaml": {"diagnosis"},
-    "uvicorn": {"protocol", "demo", "cli"},
+    "uvicorn": {"protocol", "demo", "server"},
 }
 NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config"}
 
