@@ -19,15 +19,18 @@ def main(descriptor: int, folder: str, command: list[str]) -> int:
     program = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 - who starts us says what
     signal.signal(signal.SIGTERM, lambda *_: program.terminate())
 
+    is_cut = threading.Event()
+
     def watch() -> None:
         while os.read(descriptor, 1):
             pass
+        is_cut.set()
         program.terminate()
-        program.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
     threading.Thread(target=watch, daemon=True).start()
     code = program.wait()
+    if is_cut.is_set():  # nobody else is left to do it
+        shutil.rmtree(folder, ignore_errors=True)
     return code if code >= 0 else 128 - code
 
 

@@ -115,6 +115,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _live(settings, rejections, transports or {}) as gateway:
+            app.state.gateway = gateway
             app.state.console = _console(gateway, crew or Alone())
             switch.data_plane, switch.lane = _data_plane(gateway, server_headers)
             app.state.console.phase = Phase.SERVING

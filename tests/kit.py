@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 from api_gateway.config import GatewayConfig
@@ -64,8 +65,10 @@ class RunningGateway:
 
     @property
     def console(self) -> Any:
-        """The live parts the operator's endpoints look at."""
-        return self.server._app.state.console
+        """The live parts."""
+        gateway = self.server._app.state.gateway
+        upstreams = {name: service.upstream for name, service in gateway.services.items()}
+        return SimpleNamespace(recorder=gateway.recorder, upstreams=upstreams, clients=gateway.clients)
 
     def stop(self) -> None:
         """Stop it and wait for its end."""
