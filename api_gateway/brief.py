@@ -43,4 +43,4 @@ def hand_over(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]
 
 def take_over(values: dict[str, Any]) -> GatewayConfig:
     """Return the configuration that was handed over."""
-    return GatewayConfig.model_validate(values)
+    return GatewayConfig(_env_file=None, **values)  # the environment is the same, and `.env` is in the values

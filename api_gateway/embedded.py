@@ -98,17 +98,20 @@ class EmbeddedStore:
 
     async def _launch(self) -> None:
         command = [self._server, "--unixsocket", str(self._socket), *_OPTIONS, *_MEMORY_OPTIONS]
-        self._process = process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", lifeline.__file__, str(self._watched), str(self._folder)),
-            *(*command, "--dir", str(self._folder)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            pass_fds=(self._watched,),
-            process_group=0,  # an interrupt at the terminal is for the supervisor
-        )
-        assert process.stdout is not None  # noqa: S101 - piped above
-        self._log = asyncio.create_task(self._forward(process.stdout))
+        output, its_output = os.pipe()  # ours: asyncio's own would delay the news of an end until all have closed it
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", lifeline.__file__, str(self._watched), str(self._folder)),
+                *(*command, "--dir", str(self._folder)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=its_output,
+                stderr=its_output,
+                pass_fds=(self._watched,),
+                process_group=0,  # an interrupt at the terminal is for the supervisor
+            )
+        finally:
+            os.close(its_output)
+            self._log = asyncio.create_task(self._forward(output), name="log of the embedded store")
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 while not await self._answers():
@@ -160,10 +163,18 @@ class EmbeddedStore:
                     await self._log  # its end is that of the server, which writes to the same pipe
                     return
 
-    async def _forward(self, lines: asyncio.StreamReader) -> None:
+    async def _forward(self, output: int) -> None:
         """Log what the server writes; it is of interest when something is wrong."""
-        async for line in lines:
-            text = line.decode(errors="replace").strip()
-            if text:
-                self._last_lines.append(text)
-                logger.debug("store: %s", text)
+        lines = asyncio.StreamReader()
+        file = os.fdopen(output, "rb", buffering=0)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(lines), file
+        )
+        try:
+            async for line in lines:
+                text = line.decode(errors="replace").strip()
+                if text:
+                    self._last_lines.append(text)
+                    logger.debug("store: %s", text)
+        finally:
+            transport.close()

@@ -36,7 +36,7 @@ LEAVE_AFTER = 1.0  # seconds of such a delay from which on new connections go to
 
 def delay_after(failures: int) -> float:
     """Return the seconds to wait before a start, after so many in a row that failed."""
-    return min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1)) if failures else 0.0
+    return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(failures - 1, 20)) if failures else 0.0
 
 
 @dataclass(eq=False, slots=True)
