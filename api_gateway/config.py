@@ -109,7 +109,7 @@ class ServerSection(Section):
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
     max_header_lines: int = Field(default=200, ge=10)
-    max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit.")
+    max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit. Each worker counts its own.")
     header_timeout: Seconds = 10
     idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
     keep_alive_timeout: Seconds = 75
