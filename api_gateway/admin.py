@@ -1,8 +1,8 @@
 """The operator's endpoints: see health, metrics, breakers and clients, and change a client's tier."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from api_gateway.auth import AdminGuard
-from api_gateway.balancer import Upstream
-from api_gateway.circuit_breaker import CircuitBreaker, State
+from api_gateway.circuit_breaker import State
 from api_gateway.clients import ClientRegistry
+from api_gateway.crew import Crew
 from api_gateway.errors import (
     BadRequest,
     ClientIdInvalid,
@@ -50,6 +50,7 @@ from api_gateway.models import (
     Problem,
     Question,
     Quota,
+    StoreView,
     TargetView,
     TierChange,
     TierChanged,
@@ -57,6 +58,7 @@ from api_gateway.models import (
     UpstreamView,
 )
 from api_gateway.rate_limiter import RateLimiter
+from api_gateway.report import BreakerReport, UpstreamReport
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
@@ -77,9 +79,7 @@ class Console:
     guard: AdminGuard
     limiter: RateLimiter
     clients: ClientRegistry
-    upstreams: Mapping[str, Upstream]
-    recorder: Recorder
-    exposition: Exposition
+    crew: Crew
     clock: Clock
     clock_ns: Callable[[], int]
     explainer: Explainer
@@ -143,16 +143,19 @@ async def readyz(console: Open) -> Response:
 @open_router.get("/health", summary="Health of the gateway and its upstreams", response_model_exclude_unset=True)
 async def health(request: Request, console: Open) -> HealthView:
     """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
-    now = console.clock()
-    upstreams = {name: _upstream_view(upstream, now) for name, upstream in console.upstreams.items()}
+    report = await console.crew.gather()
+    upstreams = {name: _upstream_view(upstream) for name, upstream in report.upstreams.items()}
     words = {view.status for view in upstreams.values()}
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
         status = "fail"
+    elif not report.limiter.is_whole:
+        status = "warn"
     if not console.guard.allows(request.headers.raw, is_loopback=_is_loopback(request)):
         return HealthView(status=status)
-    uptime = round(now - console.recorder.started, 3)
-    return HealthView(status=status, version=console.version, uptime=uptime, upstreams=upstreams)
+    uptime = round(console.clock() - report.recorder.started, 3)
+    limits = StoreView(**asdict(report.limiter))
+    return HealthView(status=status, version=console.version, uptime=uptime, upstreams=upstreams, limits=limits)
 
 
 class MetricsFormat(StrEnum):
@@ -174,34 +177,37 @@ async def metrics(
     format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the public name
 ) -> Any:
     """Answer JSON, or exposition text where `?format=prometheus` or `Accept` asks for it."""
-    for upstream in console.upstreams.values():
-        upstream.breaker.advance(console.clock())
+    report = await console.crew.gather()
     accept = request.headers.get("accept", "")
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
-        body, content_type = console.exposition.render(accept)
+        exposition = Exposition(report.recorder, report.upstreams, report.limiter, report.buckets, console.version)
+        body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})
-    return console.recorder.snapshot(
+    return report.recorder.snapshot(
         console.clock(),
-        console.upstreams,
-        buckets=len(console.limiter),
-        bucket_limit=console.limiter.bucket_limit,
-        overflowed=console.limiter.overflowed,
+        report.upstreams,
+        buckets=report.buckets,
+        bucket_limit=report.bucket_limit,
+        overflowed=report.overflowed,
+        limiter=report.limiter,
     )
 
 
 @guarded_router.get("/metrics/latency", summary="Latency percentiles")
 async def latency(console: Guarded) -> LatencyView:
     """Answer the percentiles over the last minute, the last five minutes and since the start."""
-    return console.recorder.latency(console.clock())
+    report = await console.crew.gather()
+    return report.recorder.latency(console.clock())
 
 
-@guarded_router.get("/circuit-breakers", summary="Every circuit breaker")
+@guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model_exclude_unset=True)
 async def circuit_breakers(console: Guarded) -> BreakersView:
     """Answer state, counts, thresholds, since when, when the next probe is due and why it last opened."""
+    report = await console.crew.gather()
     now = console.clock()
     return BreakersView(
-        circuit_breakers={name: _breaker_view(upstream.breaker, now) for name, upstream in console.upstreams.items()}
+        circuit_breakers={name: _breaker_view(upstream.breaker, now) for name, upstream in report.upstreams.items()}
     )
 
 
@@ -231,9 +237,10 @@ async def heaviest_clients(
 
     Every client with more than a thousandth of all of them is among those counted.
     """
-    recorder = console.recorder
+    recorder = (await console.crew.gather()).recorder
     chosen = recorder.limited_by_client if sort == "limited" else recorder.requests_by_client
-    return HeavyClients(sort=sort, clients=[_heavy(console, found.key) for found in chosen.heaviest(limit)])
+    clients = [_heavy(console.clients, recorder, found.key) for found in chosen.heaviest(limit)]
+    return HeavyClients(sort=sort, clients=clients)
 
 
 @clients_router.post(
@@ -325,10 +332,9 @@ def _check_id(client_id: str) -> None:
         raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {client_id!r}.")
 
 
-def _heavy(console: Console, key: str) -> HeavyClient:
-    found = console.clients.keyed(key)
-    limited, requests = console.recorder.limited_by_client, console.recorder.requests_by_client
-    limits, made = limited.estimate(key), requests.estimate(key)
+def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient:
+    found = clients.keyed(key)
+    limits, made = recorder.limited_by_client.estimate(key), recorder.requests_by_client.estimate(key)
     return HeavyClient(
         client_id=found.id,
         source=found.source,
@@ -374,10 +380,13 @@ def _utc(at: float, now: float) -> str:
     return datetime.fromtimestamp(time.time() - (now - at), UTC).isoformat(timespec="milliseconds")
 
 
-def _breaker_view(breaker: CircuitBreaker, now: float) -> BreakerView:
-    breaker.advance(now)
-    calls, failures = breaker.window_totals(now)
-    opened, policy = breaker.last_opened, breaker.policy
+def _breaker_view(breaker: BreakerReport, now: float) -> BreakerView:
+    calls, failures, policy = breaker.window_calls, breaker.window_failures, breaker.policy
+    opened = None
+    if breaker.opened_at is not None:
+        opened = OpeningView(at=_utc(breaker.opened_at, now), cause=breaker.opened_cause)
+    several = {"workers": {name: state.value for name, state in breaker.workers.items()}} if breaker.workers else {}
+    is_open, probe_at = breaker.state is State.OPEN, breaker.next_probe_at
     return BreakerView(
         state=breaker.state.value,
         since=_utc(breaker.since, now),
@@ -388,8 +397,8 @@ def _breaker_view(breaker: CircuitBreaker, now: float) -> BreakerView:
         probes_in_flight=breaker.probes_in_flight,
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,
-        next_probe_in=round(breaker.retry_after(now), 3) if breaker.state is State.OPEN else None,
-        last_opened=None if opened is None else OpeningView(at=_utc(opened.at, now), cause=opened.cause),
+        next_probe_in=round(max(0.0, probe_at - now), 3) if is_open and probe_at is not None else None,
+        last_opened=opened,
         thresholds=BreakerThresholds(
             failure_threshold=policy.failure_threshold,
             failure_rate=policy.failure_rate,
@@ -398,19 +407,13 @@ def _breaker_view(breaker: CircuitBreaker, now: float) -> BreakerView:
             recovery_timeout=policy.recovery_timeout,
             half_open_max_calls=policy.half_open_max_calls,
         ),
+        **several,
     )
 
 
-def _upstream_view(upstream: Upstream, now: float) -> UpstreamView:
-    upstream.breaker.advance(now)
-    healthy = sum(target.is_healthy for target in upstream.targets)
-    status: Literal["pass", "warn", "fail"] = "pass"
-    if healthy == 0 or upstream.breaker.state is State.OPEN:
-        status = "fail"
-    elif healthy < len(upstream.targets) or upstream.breaker.state is State.HALF_OPEN:
-        status = "warn"
+def _upstream_view(upstream: UpstreamReport) -> UpstreamView:
     return UpstreamView(
-        status=status,
+        status=upstream.status,
         breaker=upstream.breaker.state.value,
         targets=[
             TargetView(

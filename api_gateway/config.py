@@ -111,7 +111,7 @@ class ServerSection(Section):
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
     max_header_lines: int = Field(default=200, ge=10)
-    max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit.")
+    max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit. Each worker counts its own.")
     header_timeout: Seconds = 10
     idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
     keep_alive_timeout: Seconds = 75
@@ -126,7 +126,10 @@ def _store_url(url: str) -> str:
 
 
 class StoreSection(Section):
-    """Where buckets are kept. All but the first and the last speak of shared stores."""
+    """Where buckets are kept. All but the first and the last speak of shared stores.
+
+    Several workers with `memory://` share an embedded store that the gateway starts for them.
+    """
 
     url: Annotated[str, AfterValidator(_store_url)] = MEMORY
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
@@ -426,11 +429,6 @@ def _merge_tiers(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _server_problems(config: GatewayConfig) -> Iterator[str]:
-    if config.server.workers > 1 and not config.store.is_shared:
-        yield (
-            "server.workers: more than one worker needs a store they share, and only memory:// is available in this"
-            f" version, got {config.server.workers}"
-        )
     if config.store.is_shared:
         yield from _budget_problems(config)
 

@@ -332,6 +332,11 @@ class Passage(Answer):
         self._route = route
         self._asked = asked
 
+    @property
+    def is_head_sent(self) -> bool:
+        """Tell whether it is too late to say that the connection will be closed."""
+        return self.exchange.status != 0
+
     # Towards the upstream
 
     def hear(self, service: Service, target: bytes, body: bytes, now_ns: int) -> None:

@@ -26,6 +26,7 @@ from api_gateway.balancer import Pick, Target, Upstream, least_requests, rendezv
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Transition
 from api_gateway.clients import ClientRegistry, ClientStore
 from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
+from api_gateway.crew import Alone, Crew
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
 from api_gateway.explanation import Explainer
@@ -33,11 +34,12 @@ from api_gateway.express import Express
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy, watch
 from api_gateway.link import Lane
-from api_gateway.metrics import Exposition, Recorder
+from api_gateway.metrics import Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
 from api_gateway.models import Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_limiter import RedisLimiter
+from api_gateway.report import Report, UpstreamReport
 from api_gateway.router import CostRule, Receive, Route, Router, RouteTable, Scope, Send, Service, Timeouts
 from api_gateway.settlement import Settlement
 from api_gateway.shadow import Shadow
@@ -102,13 +104,14 @@ def create_app(
     server_headers: frozenset[bytes] = frozenset(),
     refused: Counter[str] | None = None,
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
+    crew: Crew | None = None,
 ) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
     `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
     out in their favour, so that none comes twice. `refused` is where the server counts what it refuses by itself.
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
-    test; cancellation is kept out of them.
+    test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -118,8 +121,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _live(settings, rejections, transports or {}) as gateway:
+            app.state.gateway = gateway
             switch.data_plane, switch.lane, explainer = _data_plane(gateway, server_headers)
-            app.state.console = _console(gateway, explainer)
+            app.state.console = _console(gateway, explainer, crew or Alone())
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
@@ -354,20 +358,32 @@ def _shadow(gateway: Gateway, routes: Iterable[Route]) -> Shadow | None:
     return None if shadow.is_empty else shadow
 
 
-def _console(gateway: Gateway, explainer: Explainer) -> Console:
+def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
     token = gateway.config.admin.token
-    upstreams = {name: service.upstream for name, service in gateway.services.items()}
+    crew.enlist(partial(_look, gateway))
     return Console(
         version=__version__,
         guard=AdminGuard(token.get_secret_value() if token else None),
         limiter=gateway.limiter,
         clients=gateway.clients,
-        upstreams=upstreams,
-        recorder=gateway.recorder,
-        exposition=Exposition(gateway.recorder, upstreams, gateway.limiter.__len__, __version__),
+        crew=crew,
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
         explainer=explainer,
+    )
+
+
+def _look(gateway: Gateway) -> Report:
+    """Return how this process stands."""
+    now = time.monotonic()
+    return Report(
+        worker="",
+        recorder=gateway.recorder,
+        upstreams={name: UpstreamReport.of(service.upstream, now) for name, service in gateway.services.items()},
+        buckets=len(gateway.limiter),
+        bucket_limit=gateway.limiter.bucket_limit,
+        overflowed=gateway.limiter.overflowed,
+        limiter=gateway.limiter.state(),
     )
 
 

@@ -100,6 +100,27 @@ class Client:
         return self.source in ("registered", "configured")
 
 
+@dataclass(frozen=True, slots=True)
+class LimiterState:
+    """What decisions rest on now, and how the shared store has fared, if there is one.
+
+    `processes` is how many gateways share a bucket while the store cannot be used; `questions` were answered by the
+    store in so many `batches`, and `failures` are batches that were not, and attempts to connect.
+    """
+
+    mode: Source = "memory"
+    processes: int = 1
+    batches: int = 0
+    questions: int = 0
+    failures: int = 0
+    last_error: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """True while limits are exact."""
+        return self.mode in ("memory", "store")
+
+
 class Outcome(Enum):
     """What a try on an upstream says about that upstream."""
 
@@ -260,6 +281,9 @@ class BreakerView(Body):
     next_probe_in: float | None = Field(description="Seconds until a probe is let through; None unless OPEN.")
     last_opened: OpeningView | None
     thresholds: BreakerThresholds
+    workers: dict[str, Literal["CLOSED", "OPEN", "HALF_OPEN"]] | None = Field(
+        default=None, description="The state in each worker, where several serve; `state` is the worst of them."
+    )
 
 
 class BreakersView(Body):
@@ -286,6 +310,17 @@ class UpstreamView(Body):
     targets: list[TargetView]
 
 
+class StoreView(Body):
+    """What the limits rest on now. `memory` and `store` are exact, all else is the policy for a store that is away."""
+
+    mode: Source
+    processes: int = Field(description="Gateways that share a bucket while the store cannot be used.")
+    batches: int = Field(description="Calls that the store answered in time.")
+    questions: int = Field(description="Decisions and settlements in them.")
+    failures: int = Field(description="Calls that it did not answer in time, and attempts to connect.")
+    last_error: str | None
+
+
 class HealthView(BaseModel):
     """Overall health. From elsewhere than the operator's place only `status` is shown."""
 
@@ -293,6 +328,7 @@ class HealthView(BaseModel):
     version: str | None = None
     uptime: float | None = Field(default=None, description="Seconds since the start.")
     upstreams: dict[str, UpstreamView] | None = None
+    limits: StoreView | None = None
 
 
 class LatencyWindow(Body):
@@ -362,6 +398,8 @@ class LimiterView(Body):
     buckets: int = Field(description="Buckets in memory; full ones are forgotten.")
     bucket_limit: int
     overflowed: int = Field(description="Decisions made on a shared bucket because the table was full.")
+    sources: dict[str, int] = Field(description="Decisions by what they rest on: memory, store, deny_cache, …")
+    store: "StoreView"
 
 
 class BreakerCounts(Body):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from api_gateway.models import Charge, Decision, Quota, Source
+from api_gateway.models import Charge, Decision, LimiterState, Quota, Source
 
 NEVER = -1
 OVERFLOW_SLOTS = 65_536
@@ -37,9 +37,8 @@ class RateLimiter(Protocol):
         """Entries in this process at most."""
         ...
 
-    @property
-    def mode(self) -> Source:
-        """What decisions rest on now."""
+    def state(self) -> LimiterState:
+        """Return what decisions rest on now."""
         ...
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
@@ -217,10 +216,9 @@ class MemoryLimiter:
         """Entries held at most."""
         return self._table.limit
 
-    @property
-    def mode(self) -> Source:
-        """Always "memory"."""
-        return "memory"
+    def state(self) -> LimiterState:
+        """See `RateLimiter`; always "memory"."""
+        return LimiterState()
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """See `RateLimiter`; it never takes asking."""

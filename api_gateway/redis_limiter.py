@@ -17,7 +17,7 @@ from typing import Literal
 from api_gateway.dispatcher import Dispatcher, Question
 from api_gateway.errors import StoreUnavailable
 from api_gateway.local_share import LocalShare
-from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, Quota, Source
+from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota, Source
 from api_gateway.rate_limiter import DebtTable, decision_after, decision_of, joint_decision, settled, take
 from api_gateway.store import Script, ScriptCall, StoreError, StoreSession
 
@@ -106,6 +106,18 @@ class RedisLimiter:
     def mode(self) -> Source:
         """What decisions rest on now: the store, or the policy for when it cannot be used."""
         return "store" if self.dispatcher.is_usable else self.policy
+
+    def state(self) -> LimiterState:
+        """See `RateLimiter`."""
+        dispatcher = self.dispatcher
+        return LimiterState(
+            mode=self.mode,
+            processes=self.share.processes,
+            batches=dispatcher.batches,
+            questions=dispatcher.questions,
+            failures=dispatcher.failures,
+            last_error=dispatcher.last_error,
+        )
 
     async def start(self) -> None:
         """Connect to the store. Returns once it has answered, or has had its time to."""

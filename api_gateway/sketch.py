@@ -86,6 +86,13 @@ class Sketch:
         counters = [(key, count, error) for key, (count, error) in self._counters.items()]
         return {"size": self._size, "counters": counters}
 
+    @classmethod
+    def from_state(cls, state: SketchState) -> "Sketch":
+        """Build the sketch whose `state` this is."""
+        sketch = cls(state["size"])
+        sketch._counters = {key: [count, error] for key, count, error in state["counters"]}
+        return sketch
+
     def merge(self, state: SketchState) -> None:
         """Take in what another sketch of the same size has counted.
 

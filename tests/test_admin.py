@@ -60,7 +60,8 @@ def test_changing_a_tier_is_guarded(tokened: RunningGateway) -> None:
 def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> None:
     assert set(ask(f"{tokened.url}/health").json()) == {"status"}
     full = ask(f"{tokened.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
-    assert {"status", "version", "uptime", "upstreams"} == set(full)
+    assert {"status", "version", "uptime", "upstreams", "limits"} == set(full)
+    assert full["limits"]["mode"] == "memory"
 
 
 @pytest.mark.parametrize(

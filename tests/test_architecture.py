@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "headers", "heads", "diagnosis", "store_url"),
+    ("errors", "models", "headers", "heads", "diagnosis", "store_url", "lifeline"),
     ("config", "rate_limiter", "local_share", "circuit_breaker", "balancer", "auth", "limit_fields", "sketch"),
     (
         "store",
@@ -26,14 +26,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tunnel",
         "health",
         "metrics",
+        "report",
+        "crew",
         "access_log",
         "link",
         "cycle",
         "protocol",
+        "brief",
+        "listening",
+        "embedded",
     ),
     ("router", "shadow", "settlement", "middleware", "express", "explanation"),
     ("admin", "demo"),
     ("main",),
+    ("server", "staff"),
+    ("worker", "supervisor"),
     ("cli",),
     ("__main__",),
 )
@@ -48,6 +55,8 @@ SIBLINGS = {
     ("express", "middleware"),
     ("express", "router"),
     ("balancer", "circuit_breaker"),
+    ("report", "metrics"),
+    ("crew", "report"),
     ("middleware", "router"),
     ("middleware", "shadow"),
     ("shadow", "router"),
@@ -70,7 +79,7 @@ SIBLINGS = {
 OUTSIDE = {
     "httpx": {"pool", "outgoing", "answer", "connection", "transport", "guarded", "router", "main"},
     "httptools": {"connection", "protocol"},
-    "fastapi": {"admin", "main", "cli"},
+    "fastapi": {"admin", "main", "server"},
     "starlette": {"admin"},
     "prometheus_client": {"metrics"},
     "redis": {"store"},
@@ -79,7 +88,7 @@ OUTSIDE = {
     "pydantic": {"models", "config", "diagnosis"},
     "pydantic_settings": {"config"},
     "yaml": {"diagnosis"},
-    "uvicorn": {"protocol", "demo", "cli"},
+    "uvicorn": {"protocol", "demo", "server"},
 }
 NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config"}
 

