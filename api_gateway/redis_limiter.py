@@ -141,7 +141,11 @@ class RedisLimiter:
         """See `RateLimiter`."""
         if not self.dispatcher.is_usable:
             return self.without_store(charges, now_ns)
-        return self._refused_already(charges, now_ns) if self._hears_refunds else None
+        if self._hears_refunds:
+            for charge in charges:
+                if self._told_tat(charge) + charge.increment_ns > now_ns + charge.quota.burst_ns:
+                    return self._refusal(charges, now_ns)
+        return None
 
     def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
         """See `RateLimiter`."""
@@ -221,16 +225,18 @@ class RedisLimiter:
             self._told[charge.quota.burst_ns] = table
         if table.is_due(asked_ns):
             table.advance(asked_ns)
-        table.put(charge.key, asked_ns + debt_ns - debt_ns // SKEW)
-
-    def _refused_already(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
-        for charge in charges:
-            if self._told_tat(charge) + charge.increment_ns > now_ns + charge.quota.burst_ns:
-                break
+        tat_ns = asked_ns + debt_ns - debt_ns // SKEW
+        if charge.key in table.current:
+            table.current[charge.key] = tat_ns
         else:
-            return None
+            table.put(charge.key, tat_ns)
+
+    def _refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Refuse by what the store said before; None if it would not refuse after all."""
+        tats = [self._told_tat(charge) for charge in charges]
         taken = [
-            take(self._told_tat(charge), charge.quota.burst_ns, charge.increment_ns, now_ns) for charge in charges
+            take(tat_ns, charge.quota.burst_ns, charge.increment_ns, now_ns)
+            for tat_ns, charge in zip(tats, charges, strict=True)
         ]
         decision = joint_decision(charges, taken, now_ns, "deny_cache")
         return None if decision.allowed else decision
@@ -314,6 +320,10 @@ class _Take(Question):
     def write(self, call: ScriptCall) -> None:
         """See `Question`; what was admitted meanwhile is told first."""
         limiter, arguments = self._limiter, call.arguments
+        if len(self._charges) == 1 and not limiter.share.has_debts:  # the common case
+            charge = self._charges[0]
+            arguments += (1, call.number(self.key), charge.quota.burst_ns, charge.increment_ns)
+            return
         numbers = [call.number(limiter.store_key(charge.key)) for charge in self._charges]
         if limiter.share.has_debts:
             for number, charge in zip(numbers, self._charges, strict=True):
@@ -328,6 +338,13 @@ class _Take(Question):
         """Work out the decision as the script did, from the same figures by the same rule."""
         limiter, charges, asked_ns = self._limiter, self._charges, self._asked_ns
         now_ns = clock_us * 1000
+        if len(charges) == 1:
+            charge = charges[0]
+            after_ns, wait_ns = take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns)
+            limiter.remember(charge, after_ns - now_ns, asked_ns)
+            if not self.is_over:
+                self._answer(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
+            return
         taken = [take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns) for charge in charges]
         decision = joint_decision(charges, taken, now_ns, "store")
         for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
