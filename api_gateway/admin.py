@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from api_gateway.auth import AdminGuard
-from api_gateway.balancer import Upstream
-from api_gateway.circuit_breaker import CircuitBreaker, State
+from api_gateway.circuit_breaker import State
 from api_gateway.clients import ClientRegistry
+from api_gateway.crew import Crew
 from api_gateway.errors import (
     BadRequest,
     ClientIdInvalid,
@@ -26,6 +26,7 @@ from api_gateway.errors import (
     NoRoute,
     problem,
 )
+from api_gateway.explanation import Explainer
 from api_gateway.headers import is_visible_ascii, is_within
 from api_gateway.metrics import Exposition, Recorder
 from api_gateway.models import (
@@ -40,22 +41,28 @@ from api_gateway.models import (
     ClientView,
     Clock,
     Decision,
+    Explanation,
     GrantChanged,
     GrantRequest,
     GrantView,
     HealthView,
+    HeavyClient,
+    HeavyClients,
     LatencyView,
     MetricsView,
     OpeningView,
     Problem,
+    Question,
     Quota,
+    StoreView,
     TargetView,
     TierChange,
     TierChanged,
     TierView,
     UpstreamView,
 )
-from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.rate_limiter import RateLimiter
+from api_gateway.report import BreakerReport, UpstreamReport
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
@@ -74,13 +81,12 @@ class Console:
 
     version: str
     guard: AdminGuard
-    limiter: MemoryLimiter
+    limiter: RateLimiter
     clients: ClientRegistry
-    upstreams: Mapping[str, Upstream]
-    recorder: Recorder
-    exposition: Exposition
+    crew: Crew
     clock: Clock
     clock_ns: Callable[[], int]
+    explainer: Explainer
     phase: Phase = Phase.STARTING
 
 
@@ -148,16 +154,19 @@ async def readyz(console: Open) -> Response:
 @open_router.get("/health", summary="Health of the gateway and its upstreams", response_model_exclude_unset=True)
 async def health(request: Request, console: Open) -> HealthView:
     """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
-    now = console.clock()
-    upstreams = {name: _upstream_view(upstream, now) for name, upstream in console.upstreams.items()}
+    report = await console.crew.gather()
+    upstreams = {name: _upstream_view(upstream) for name, upstream in report.upstreams.items()}
     words = {view.status for view in upstreams.values()}
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
         status = "fail"
+    elif not report.limiter.is_whole:
+        status = "warn"
     if not console.guard.allows(request.headers.raw, is_loopback=_is_loopback(request)):
         return HealthView(status=status)
-    uptime = round(now - console.recorder.started, 3)
-    return HealthView(status=status, version=console.version, uptime=uptime, upstreams=upstreams)
+    uptime = round(console.clock() - report.recorder.started, 3)
+    limits = StoreView(**asdict(report.limiter))
+    return HealthView(status=status, version=console.version, uptime=uptime, upstreams=upstreams, limits=limits)
 
 
 class MetricsFormat(StrEnum):
@@ -179,35 +188,70 @@ async def metrics(
     format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the public name
 ) -> Any:
     """Answer JSON, or exposition text where `?format=prometheus` or `Accept` asks for it."""
-    for upstream in console.upstreams.values():
-        upstream.breaker.advance(console.clock())
+    report = await console.crew.gather()
     accept = request.headers.get("accept", "")
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
-        body, content_type = console.exposition.render(accept)
+        exposition = Exposition(report.recorder, report.upstreams, report.limiter, report.buckets, console.version)
+        body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})
-    return console.recorder.snapshot(
+    return report.recorder.snapshot(
         console.clock(),
-        console.upstreams,
-        buckets=len(console.limiter),
-        bucket_limit=console.limiter.bucket_limit,
-        overflowed=console.limiter.overflowed,
+        report.upstreams,
+        buckets=report.buckets,
+        bucket_limit=report.bucket_limit,
+        overflowed=report.overflowed,
+        limiter=report.limiter,
     )
 
 
 @guarded_router.get("/metrics/latency", summary="Latency percentiles")
 async def latency(console: Guarded) -> LatencyView:
     """Answer the percentiles over the last minute, the last five minutes and since the start."""
-    return console.recorder.latency(console.clock())
+    report = await console.crew.gather()
+    return report.recorder.latency(console.clock())
 
 
-@guarded_router.get("/circuit-breakers", summary="Every circuit breaker")
+@guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model_exclude_unset=True)
 async def circuit_breakers(console: Guarded) -> BreakersView:
     """Answer state, counts, thresholds, since when, when the next probe is due and why it last opened."""
+    report = await console.crew.gather()
     now = console.clock()
     return BreakersView(
-        circuit_breakers={name: _breaker_view(upstream.breaker, now) for name, upstream in console.upstreams.items()}
+        circuit_breakers={name: _breaker_view(upstream.breaker, now) for name, upstream in report.upstreams.items()}
     )
+
+
+@guarded_router.post(
+    "/explain",
+    summary="What a request would be answered, and why",
+    responses={
+        400: {"description": "The client id is not 1 to 128 visible ASCII characters.", **_PROBLEM},
+        422: {"description": "The path is not proxied, or the body is not a question.", **_PROBLEM},
+    },
+)
+async def explain(question: Question, console: Guarded) -> Explanation:
+    """Answer who the client is, what the request costs, what every bucket says, and what would come of it.
+
+    Nothing is charged, sent or moved by asking.
+    """
+    return await console.explainer.explain(question)
+
+
+@guarded_router.get("/clients", summary="The heaviest clients")
+async def heaviest_clients(
+    console: Guarded,
+    sort: Annotated[Literal["limited", "requests"], Query()] = "limited",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> HeavyClients:
+    """Answer who made most requests, or was limited most often, since the start: from counters for 1000 clients.
+
+    Every client with more than a thousandth of all of them is among those counted.
+    """
+    recorder = (await console.crew.gather()).recorder
+    chosen = recorder.limited_by_client if sort == "limited" else recorder.requests_by_client
+    clients = [_heavy(console.clients, recorder, found.key) for found in chosen.heaviest(limit)]
+    return HeavyClients(sort=sort, clients=clients)
 
 
 @clients_router.post(
@@ -384,6 +428,20 @@ async def _regrant(console: Console, until: float | None, before: Client, after:
     return GrantChanged(**changed.model_dump(), until=None if until is None else _wall_time(until))
 
 
+def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient:
+    found = clients.keyed(key)
+    limits, made = recorder.limited_by_client.estimate(key), recorder.requests_by_client.estimate(key)
+    return HeavyClient(
+        client_id=found.id,
+        source=found.source,
+        tier=found.quota.name,
+        limited=limits.count,
+        limited_error=limits.error,
+        requests=made.count,
+        requests_error=made.error,
+    )
+
+
 async def _move(console: Console, before: Client, after: Client) -> TierChanged:
     """Take the bucket over to the new tier and report it."""
     held = await _bucket(console, before)
@@ -422,10 +480,13 @@ def _wall_time(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
 
-def _breaker_view(breaker: CircuitBreaker, now: float) -> BreakerView:
-    breaker.advance(now)
-    calls, failures = breaker.window_totals(now)
-    opened, policy = breaker.last_opened, breaker.policy
+def _breaker_view(breaker: BreakerReport, now: float) -> BreakerView:
+    calls, failures, policy = breaker.window_calls, breaker.window_failures, breaker.policy
+    opened = None
+    if breaker.opened_at is not None:
+        opened = OpeningView(at=_utc(breaker.opened_at, now), cause=breaker.opened_cause)
+    several = {"workers": {name: state.value for name, state in breaker.workers.items()}} if breaker.workers else {}
+    is_open, probe_at = breaker.state is State.OPEN, breaker.next_probe_at
     return BreakerView(
         state=breaker.state.value,
         since=_utc(breaker.since, now),
@@ -436,8 +497,8 @@ def _breaker_view(breaker: CircuitBreaker, now: float) -> BreakerView:
         probes_in_flight=breaker.probes_in_flight,
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,
-        next_probe_in=round(breaker.retry_after(now), 3) if breaker.state is State.OPEN else None,
-        last_opened=None if opened is None else OpeningView(at=_utc(opened.at, now), cause=opened.cause),
+        next_probe_in=round(max(0.0, probe_at - now), 3) if is_open and probe_at is not None else None,
+        last_opened=opened,
         thresholds=BreakerThresholds(
             failure_threshold=policy.failure_threshold,
             failure_rate=policy.failure_rate,
@@ -446,19 +507,13 @@ def _breaker_view(breaker: CircuitBreaker, now: float) -> BreakerView:
             recovery_timeout=policy.recovery_timeout,
             half_open_max_calls=policy.half_open_max_calls,
         ),
+        **several,
     )
 
 
-def _upstream_view(upstream: Upstream, now: float) -> UpstreamView:
-    upstream.breaker.advance(now)
-    healthy = sum(target.is_healthy for target in upstream.targets)
-    status: Literal["pass", "warn", "fail"] = "pass"
-    if healthy == 0 or upstream.breaker.state is State.OPEN:
-        status = "fail"
-    elif healthy < len(upstream.targets) or upstream.breaker.state is State.HALF_OPEN:
-        status = "warn"
+def _upstream_view(upstream: UpstreamReport) -> UpstreamView:
     return UpstreamView(
-        status=status,
+        status=upstream.status,
         breaker=upstream.breaker.state.value,
         targets=[
             TargetView(

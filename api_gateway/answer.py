@@ -87,6 +87,7 @@ class Answer(httpx.AsyncByteStream):
     head = b""  # as it came, if it was a plain one; what the parser took apart has none
     passed = b""  # the lines of a plain head that go further, the status line before them
     has_date = False  # of a plain head
+    cost: bytes | None = None  # that a plain head tells of
     trailers: HeaderList = []  # noqa: RUF012 - replaced by those that come, never changed
     leftover = b""  # what came behind a 101
     is_head_complete = False

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from api_gateway.circuit_breaker import CircuitBreaker, State, Ticket, Transition
-from api_gateway.errors import CircuitOpen, NoHealthyUpstream
+from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
 
 
@@ -133,17 +133,26 @@ class Upstream:
         if len(candidates) > 1 or not candidates[0].is_healthy:
             candidates = [target for target in candidates if target.is_healthy]
         if not candidates:
-            raise NoHealthyUpstream(
-                f"Upstream '{self.name}' has no healthy target: all {len(self.targets)} fail their health checks.",
-                retry_after=1,
-                extra={"upstream": self.name},
-            )
+            raise self._unhealthy()
         ticket = self.breaker.admit(now)
         if ticket is None:
             raise self._refusal(now)
         untried = [target for target in candidates if target not in tried] if tried else candidates
         candidates = untried or candidates
         return Lease(self, self._pick(candidates, key) if len(candidates) > 1 else candidates[0], ticket)
+
+    def refusal(self, now: float) -> Unavailable | None:
+        """Return what `checkout` would raise now, or None; nothing is taken by that."""
+        if not any(target.is_healthy for target in self.targets):
+            return self._unhealthy()
+        return None if self.breaker.would_admit(now) else self._refusal(now)
+
+    def _unhealthy(self) -> NoHealthyUpstream:
+        return NoHealthyUpstream(
+            f"Upstream '{self.name}' has no healthy target: all {len(self.targets)} fail their health checks.",
+            retry_after=1,
+            extra={"upstream": self.name},
+        )
 
     def _refusal(self, now: float) -> CircuitOpen:
         wait = self.breaker.retry_after(now)

@@ -133,12 +133,29 @@ class CircuitBreaker:
         if self.state is State.CLOSED:
             return self._closed_ticket
         self.advance(now)
-        if self.state is State.HALF_OPEN and self._has_probe_to_give(now):
+        if self.would_admit(now):
+            if self.probes_in_flight >= self.policy.half_open_max_calls:
+                # Those that have not come back by now count as lost, so that none can lock us: their tickets are void.
+                self._generation += 1
+                self.probes_in_flight = 0
             self.probes_in_flight += 1
             self._last_probe_at = now
             return Ticket(self._generation, is_probe=True)
         self.rejected_total += 1
         return None
+
+    def would_admit(self, now: float) -> bool:
+        """Tell whether `admit` would give a ticket now; nothing moves by that."""
+        state = self.state_at(now)
+        if state is State.HALF_OPEN and self.state is state:
+            is_free = self.probes_in_flight < self.policy.half_open_max_calls
+            return is_free or now - self._last_probe_at >= self.policy.recovery_timeout
+        return state is not State.OPEN
+
+    def state_at(self, now: float) -> State:
+        """Return the state with the move that time alone causes, which need not have been made yet."""
+        is_due = self.state is State.OPEN and now - self.since >= self.policy.recovery_timeout
+        return State.HALF_OPEN if is_due else self.state
 
     def settle(self, ticket: Ticket, outcome: Outcome, now: float, detail: str = "") -> Transition | None:
         """Count the outcome of an admitted try; `detail` says in words what failed. Returns the move it caused."""
@@ -155,7 +172,7 @@ class CircuitBreaker:
 
     def advance(self, now: float) -> Transition | None:
         """Make the move that time alone causes: from OPEN to HALF_OPEN once the recovery timeout has passed."""
-        if self.state is State.OPEN and now - self.since >= self.policy.recovery_timeout:
+        if self.state_at(now) is not self.state:
             return self._move(Event.RECOVERY_DUE, now, f"{self.policy.recovery_timeout:g} s have passed")
         return None
 
@@ -168,16 +185,6 @@ class CircuitBreaker:
     def window_totals(self, now: float) -> tuple[int, int]:
         """Return calls and failures counted inside the window."""
         return self._window.totals(now)
-
-    def _has_probe_to_give(self, now: float) -> bool:
-        if self.probes_in_flight < self.policy.half_open_max_calls:
-            return True
-        if now - self._last_probe_at < self.policy.recovery_timeout:
-            return False
-        # Probes that have not come back by now count as lost, so that none can lock us; their tickets are void.
-        self._generation += 1
-        self.probes_in_flight = 0
-        return True
 
     def _count_failure(self, now: float, detail: str) -> Transition | None:
         self._window.record(now, is_failure=True)

@@ -9,9 +9,8 @@ import heapq
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -33,11 +32,12 @@ from api_gateway.tasks import end
 logger = logging.getLogger(__name__)
 
 CLIENT_LIMIT = 100_000
+_CLIENT, _ADDRESS = "client:", "address:"  # what the keys of their buckets begin with
 _BATCH = 500  # clients looked up at once, or taken over between two looks at other work
 _RETRY_AFTER = 1.0  # seconds until a look-up that failed is tried again
 _RECONNECT_AFTER = (0.1, 2.0)  # seconds, doubled from one failure to the next
 _LONGEST_NAP = 30.0  # seconds until the wall clock is looked at again: it may be set
-_CLAIM_WITHIN = 0.2  # seconds over which those that have seen a grant end spread out
+_CLEAR_WITHIN = 0.2  # seconds over which those that have seen a grant end spread out
 
 
 class Inspection(NamedTuple):
@@ -61,10 +61,6 @@ def _ignore(_before: Client, _after: Client) -> None:
     pass
 
 
-async def _ignore_too(_before: Client, _after: Client) -> None:
-    pass
-
-
 class ClientRegistry:
     """Answers who a client is. Granted beats registered by the API, which beats configured, and that the default.
 
@@ -84,14 +80,12 @@ class ClientRegistry:
         wall_clock: Clock = time.time,
         random_source: random.Random | None = None,
         on_change: Callable[[Client, Client], None] = _ignore,
-        on_grant_ended: Callable[[Client, Client], Awaitable[None]] = _ignore_too,
     ) -> None:
         """Hold `tiers` (upper-case name to quota) and `configured` (client id to tier name).
 
         At most `limit` clients of the store are remembered; a request waits `deadline` seconds for one that is not.
         `on_change` is called when a client has changed in this process by other means than its own `set_tier` and the
-        like, for buckets in its memory. `on_grant_ended` is awaited in one of the store's processes, for buckets they
-        share.
+        like: its bucket is to be taken over.
         """
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
@@ -104,7 +98,7 @@ class ClientRegistry:
         self._limit, self._deadline = limit, deadline
         self._wall_clock = wall_clock
         self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
-        self._on_change, self._on_grant_ended = on_change, on_grant_ended
+        self._on_change = on_change
         self._store = store
         self._mark = UNREAD
         self._copy = self._loading = ClientCopy(limit, self._resolve)
@@ -234,7 +228,11 @@ class ClientRegistry:
 
     def unnamed(self, address: str) -> Client:
         """Return the client that gave no name: it is its address."""
-        return Client(address, f"address:{address}", self.default, "address")
+        return Client(address, f"{_ADDRESS}{address}", self.default, "address")
+
+    def keyed(self, key: str) -> Client:
+        """Return the client whose bucket has this key."""
+        return self.unnamed(key[len(_ADDRESS) :]) if key.startswith(_ADDRESS) else self.named(key[len(_CLIENT) :])
 
     def find(self, client_id: str) -> Client | None:
         """Return the client that calls itself `client_id`, or None if it takes a `look_up`."""
@@ -412,14 +410,15 @@ class ClientRegistry:
     def _end_grant(self, record: ClientRecord) -> None:
         before = self.named(record.id)
         self._copy.refresh(record)
-        after = self.named(record.id)
-        self._tell(before, after)
-        self._start(self._claim(record, after))
+        self._tell(before, self.named(record.id))
+        task = asyncio.create_task(self._clear(record), name="clearing of an ended grant")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _claim(self, record: ClientRecord, after: Client) -> None:
-        """Take an ended grant out of the store, and do what one process has to do then."""
+    async def _clear(self, record: ClientRecord) -> None:
+        """Take an ended grant out of the store, unless another process does. Nothing waits for it to be done."""
         written = None
-        await asyncio.sleep(self._random.uniform(0, _CLAIM_WITHIN))
+        await asyncio.sleep(self._random.uniform(0, _CLEAR_WITHIN))
         while written is None and self._copy.get(record.id) == record:
             with suppress(OSError):
                 written = await self._store.end_grant(record.id, record.version)
@@ -427,14 +426,6 @@ class ClientRegistry:
                 await asyncio.sleep(_RETRY_AFTER)
         if written is not None:
             self._apply(written.after)
-            quota = self.tiers.get(record.grant.tier) if record.grant is not None else None
-            if quota is not None:
-                await self._on_grant_ended(replace(after, quota=quota, source="granted"), after)
-
-    def _start(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -469,4 +460,4 @@ def _ending(record: ClientRecord) -> Ending:
 
 def bucket_key(client_id: str) -> str:
     """Return the key of a named client's bucket, which no address can have."""
-    return f"client:{client_id}"
+    return f"{_CLIENT}{client_id}"

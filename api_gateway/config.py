@@ -33,11 +33,14 @@ from pydantic_settings import (
 )
 
 from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml
+from api_gateway.store_url import MEMORY, StoreUrl
 
 ENV_PREFIX = "GATEWAY_"
 ENV_FILE = ".env"
 CONFIG_VARIABLE = "GATEWAY_CONFIG"
 MIN_TOKEN_LENGTH = 8
+LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
+MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
 _SECRET = (("admin", "token"),)
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Name]
@@ -107,7 +111,7 @@ class ServerSection(Section):
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
     max_header_lines: int = Field(default=200, ge=10)
-    max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit.")
+    max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit. Each worker counts its own.")
     header_timeout: Seconds = 10
     idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
     keep_alive_timeout: Seconds = 75
@@ -115,12 +119,24 @@ class ServerSection(Section):
     trusted_proxies: list[Network] = []
 
 
-class StoreSection(Section):
-    """Where buckets are kept. `on_failure` and `deadline` speak of shared stores."""
+def _store_url(url: str) -> str:
+    if url != MEMORY:
+        StoreUrl.parse(url)
+    return url
 
-    url: str = "memory://"
+
+class StoreSection(Section):
+    """Where buckets are kept. All but the first and the last speak of shared stores.
+
+    Several workers with `memory://` share an embedded store that the gateway starts for them.
+    """
+
+    url: Annotated[str, AfterValidator(_store_url)] = MEMORY
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
-    deadline: Seconds = 0.02
+    deadline: Seconds = Field(default=0.02, description="How long a request waits for the store.")
+    timeout: Seconds = Field(default=1, description="For everything else that is asked of the store.")
+    processes: int = Field(default=1, ge=1, description="How many gateways there are at least, on all machines.")
+    prefix: str = Field(default="gateway", pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="Begins every key.")
     bucket_limit: int = Field(default=1_000_000, ge=1)
     clients: Literal["auto", "sqlite", "store"] = Field(
         default="auto",
@@ -131,8 +147,12 @@ class StoreSection(Section):
     @property
     def keeps_clients(self) -> bool:
         """True when registered clients are kept in the store itself, not in a file in `state_dir`."""
-        is_shared = urlsplit(self.url).scheme not in ("memory", "embedded")
-        return is_shared if self.clients == "auto" else self.clients == "store"
+        return self.is_shared if self.clients == "auto" else self.clients == "store"
+
+    @property
+    def is_shared(self) -> bool:
+        """True if buckets are kept elsewhere than in this process."""
+        return self.url != MEMORY
 
 
 def _long_enough(token: SecretStr) -> SecretStr:
@@ -162,11 +182,19 @@ class AddressLimitSection(Section):
     exempt: list[Network] = [IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")]
 
 
+class CandidateSection(Section):
+    """Other terms for a tier, which are tried and counted but limit nobody."""
+
+    rate: float = Field(gt=0, le=1_000_000)
+    capacity: int = Field(ge=1, le=1_000_000_000)
+
+
 class TierSection(Section):
     """Tokens a second, and tokens a full bucket holds."""
 
     rate: float = Field(gt=0, le=1_000_000)
     capacity: int = Field(ge=1, le=1_000_000_000)
+    candidate: CandidateSection | None = None
 
 
 class ClientSection(Section):
@@ -258,6 +286,7 @@ class CostSection(Section):
     methods: Methods | None = None
     path: WholePath | None = None
     cost: float = Field(ge=0, le=1_000_000_000)
+    candidate_cost: Cost | None = None
 
 
 class RouteSection(Section):
@@ -270,6 +299,7 @@ class RouteSection(Section):
     methods: Methods | None = None
     host: Annotated[str, AfterValidator(str.lower)] | None = None
     cost: float = Field(default=1, ge=0, le=1_000_000_000)
+    candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
     costs: list[CostSection] = []
 
 
@@ -409,17 +439,24 @@ def _merge_tiers(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _server_problems(config: GatewayConfig) -> Iterator[str]:
-    if config.store.url != "memory://":
-        yield f"store.url: only memory:// is available in this version, got {config.store.url!r}"
-    if config.server.workers > 1:
-        yield (
-            "server.workers: more than one worker needs a store they share, and only memory:// is available in this"
-            f" version, got {config.server.workers}"
-        )
+    if config.store.is_shared:
+        yield from _budget_problems(config)
+
+
+def _budget_problems(config: GatewayConfig) -> Iterator[str]:
+    terms: dict[str, TierSection | AddressLimitSection] = {
+        f"tiers.{name}": tier for name, tier in config.tiers.items()
+    }
+    for place, term in {**terms, "address_limit": config.address_limit}.items():
+        if term.rate and term.capacity / term.rate > LONGEST_BUDGET:
+            yield (
+                f"{place}: takes {term.capacity / term.rate:g} s to fill, and in a shared store a bucket may take"
+                f" {LONGEST_BUDGET} at most"
+            )
 
 
 def _store_problems(config: GatewayConfig) -> Iterator[str]:
-    if config.store.clients == "store" and config.store.url == "memory://":
+    if config.store.clients == "store" and not config.store.is_shared:
         yield "store.clients: memory:// outlives no restart, so clients go into a file: sqlite or auto, got 'store'"
 
 
@@ -427,13 +464,25 @@ def _tier_problems(config: GatewayConfig) -> Iterator[str]:
     known = ", ".join(config.tiers)
     if config.default_tier not in config.tiers:
         yield f"default_tier: no such tier, got {config.default_tier!r}; the tiers are {known}"
+    for place, terms in _all_terms(config):
+        seconds = terms.capacity / terms.rate if terms.rate else 0.0
+        if seconds > MAX_FILL:
+            yield f"{place}: the bucket must fill within {MAX_FILL:g} s (ten years), got {seconds:g}"
     for client_id, client in config.clients.items():
         if client.tier not in config.tiers:
             yield f"clients.{client_id}.tier: no such tier, got {client.tier!r}; the tiers are {known}"
 
 
+def _all_terms(config: GatewayConfig) -> Iterator[tuple[str, TierSection | CandidateSection | AddressLimitSection]]:
+    yield "address_limit", config.address_limit
+    for name, tier in config.tiers.items():
+        yield f"tiers.{name}", tier
+        if tier.candidate is not None:
+            yield f"tiers.{name}.candidate", tier.candidate
+
+
 def _route_problems(config: GatewayConfig) -> Iterator[str]:
-    largest = max((tier.capacity for tier in config.tiers.values()), default=0)
+    largest = max((terms.capacity for place, terms in _all_terms(config) if place != "address_limit"), default=0)
     names: dict[str, int] = {}
     matches: dict[tuple[object, ...], str] = {}
     for index, route in enumerate(config.routes):
@@ -454,7 +503,9 @@ def _route_problems(config: GatewayConfig) -> Iterator[str]:
                 yield f"{place}.path: route {other!r} has this host, path and method, got {route.path!r} ({method})"
         for key, cost in [
             ("cost", route.cost),
+            ("candidate_cost", route.candidate_cost),
             *((f"costs[{i}].cost", c.cost) for i, c in enumerate(route.costs)),
+            *((f"costs[{i}].candidate_cost", c.candidate_cost) for i, c in enumerate(route.costs)),
         ]:
-            if cost > largest:
+            if cost is not None and cost > largest:
                 yield f"{place}.{key}: above the capacity of every tier (at most {largest}), got {cost:g}"

@@ -173,13 +173,15 @@ class Connection(asyncio.Protocol):
         parts = split_answer(data, is_to_head=answer.is_to_head)
         if parts is None:
             return False
-        status, passed, size, length, keeps_alive, has_date = parts
+        status, passed, size, length, keeps_alive, has_date, cost = parts
         came = len(data) - size
         if came > length or size > MAX_HEAD_BYTES:  # what is wrong with it is for the parser to find
             return False
         self._received = size + came
         answer.status, answer.passed, answer.has_date, answer.keeps_alive = status, passed, has_date, keeps_alive
         answer.head = data[:size]
+        if cost is not None:
+            answer.cost = cost
         answer.is_head_complete = True
         if came:
             answer.pieces.append(data[size:])

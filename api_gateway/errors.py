@@ -205,7 +205,7 @@ class Draining(Unavailable):
 
 
 class StoreUnavailable(Unavailable):
-    """A change could not be persisted, and was therefore not made."""
+    """The store did not take a change, which was therefore not made; or it does not answer, and nothing may pass."""
 
     reason = Reason.STORE_UNAVAILABLE
 

@@ -210,14 +210,12 @@ class Express:
             return False
         service = router.services[route.upstream]
         limit = self.limit
-        if not service.takes_passages or not service.upstream.is_untroubled():
-            return False
         if standing.version != self._clients.version or standing.cost != cost:
             self._charge_anew(standing, cost)
-        now_ns = self._clock_ns()
-        decision = limit.decide(standing.charges, now_ns) if standing.client is not None else None
-        if decision is None:
+        if standing.client is None or not service.takes_passages or not service.upstream.is_untroubled():
             return False
+        now_ns = self._clock_ns()
+        decision = limit.decide(standing.charges, now_ns)
         exchange = Exchange(
             standing.request_id or new_request_id(),
             method,
@@ -227,18 +225,28 @@ class Express:
             standing.client,
             route.name,
         )
-        exchange.cost, exchange.decision = cost, decision
+        exchange.cost, exchange.charges = cost, standing.charges
         self.record.begin(exchange)
-        if not decision.allowed:
-            self._refuse(client, exchange, decision, keep_alive=standing.keep_alive)
+        if decision is None:
+            Passage(self, client, lines, exchange, route, asked).hear(service, target, body, now_ns)
             return True
-        exchange.upstream = route.upstream
-        service.retry_budget.deposit()
-        Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
+        self.note(exchange, decision)
+        if decision.allowed:
+            Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
+            return True
+        keep_alive = standing.keep_alive
+        client.reply(self.refusal(exchange, decision, keep_alive=keep_alive), keep_alive=keep_alive)
+        self.record.end(exchange, self.clock())
         return True
 
-    def _refuse(self, client: ClientConnection, exchange: Exchange, decision: Decision, *, keep_alive: bool) -> None:
-        """Answer who is out of tokens: a client that floods is told so at the least cost."""
+    def note(self, exchange: Exchange, decision: Decision) -> None:
+        """Write down what has been decided, and try other limits beside it."""
+        exchange.decision = decision
+        if self.limit.shadow is not None:
+            self.limit.shadow.observe(exchange)
+
+    def refusal(self, exchange: Exchange, decision: Decision, *, keep_alive: bool) -> bytes:
+        """Return the answer to who is out of tokens: a client that floods is told so at the least cost."""
         error = refusal(exchange, decision)
         note_failure(exchange, error)
         exchange.status = error.status
@@ -248,11 +256,7 @@ class Express:
         if not keep_alive:
             headers.append((b"connection", b"close"))
         exchange.bytes_out = len(body)
-        client.reply(
-            render_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body),
-            keep_alive=keep_alive,
-        )
-        self.record.end(exchange, self.clock())
+        return render_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body)
 
     def _charge_anew(self, standing: Standing, cost: float) -> None:
         """Work out what a request of that cost draws on, as clients are registered now, unless that takes asking."""
@@ -312,13 +316,13 @@ class Passage(Answer):
     """One request on the straight way, and the answer to it."""
 
     has_left: bool  # the straight way, for the ordinary one
-    lease: Lease  # from `depart` on
+    lease: Lease | None  # from `depart` on
 
     def __init__(
         self, express: Express, client: ClientConnection, lines: Lines, exchange: Exchange, route: Route, asked: bytes
     ) -> None:
         """`asked` is the request target as the client sent it."""
-        self.connection = self.error = None
+        self.connection = self.error = self.lease = None
         self.is_to_head = exchange.method == "HEAD"
         self.hooks = NO_HOOKS
         self.pieces = []
@@ -331,11 +335,38 @@ class Passage(Answer):
         self._route = route
         self._asked = asked
 
+    @property
+    def is_head_sent(self) -> bool:
+        """Tell whether it is too late to say that the connection will be closed."""
+        return self.exchange.status != 0
+
     # Towards the upstream
+
+    def hear(self, service: Service, target: bytes, body: bytes, now_ns: int) -> None:
+        """Wait for the decision of the buckets' store, then go on."""
+        self._client.embark(self)
+        limit = self._express.limit
+        limit.ask(self._lines.standing.charges, now_ns, partial(self._on_decision, service, target, body))
+
+    def _on_decision(self, service: Service, target: bytes, body: bytes, decision: Decision) -> None:
+        if self.has_left:  # the client, meanwhile
+            return
+        express, exchange = self._express, self.exchange
+        express.note(exchange, decision)
+        if not decision.allowed:
+            self._client.transport.write(express.refusal(exchange, decision, keep_alive=self.keep_alive))
+            self._client.disembark(keep_alive=self.keep_alive)
+            express.record.end(exchange, express.clock())
+        elif service.upstream.is_untroubled():
+            self.depart(service, target, body)
+        else:
+            self._leave(body, is_sent=False)
 
     def depart(self, service: Service, target: bytes, body: bytes) -> None:
         """Send the request, if there is a connection free for it."""
         exchange = self.exchange
+        exchange.upstream = self._route.upstream
+        service.retry_budget.deposit()
         self.lease = lease = service.upstream.checkout(exchange.started, self._lines.standing.charges[0].key)
         connection = service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one
@@ -388,8 +419,10 @@ class Passage(Answer):
         """Return the answer's head as the client shall see it, and count it."""
         express, exchange = self._express, self.exchange
         exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
+        assert self.lease is not None and exchange.decision is not None  # noqa: S101, PT018 - or nothing would be sent
         express.router.on_head(exchange, self.lease, self.status, now)
-        assert exchange.decision is not None  # noqa: S101 - without one there is no passage
+        if self.cost is not None:
+            express.router.on_cost(exchange, (self.cost,))
         lines = express.limit.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"
@@ -407,6 +440,7 @@ class Passage(Answer):
         if self.has_left:
             super().wake()
         elif self.exchange.status and self.error is not None:
+            assert self.lease is not None  # noqa: S101 - what has been answered has been sent
             failure = self._express.router.on_broken_body(self.lease, self.error)
             note_failure(self.exchange, failure)
             self._end(self._express.clock(), Outcome.FAILURE, keep_alive=False)
@@ -436,7 +470,8 @@ class Passage(Answer):
     # The end
 
     def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
-        self.lease.release(now, outcome)
+        if self.lease is not None:
+            self.lease.release(now, outcome)
         self._client.disembark(keep_alive=keep_alive)
         self._express.record.end(self.exchange, now)
 
@@ -454,12 +489,11 @@ class Passage(Answer):
     def _serve(self, answer: Answer | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve the request in the ordinary way, from where it is."""
         scope[FIELDS] = fields_of(scope["headers"])
+        router, exchange, route = self._express.router, self.exchange, self._route
         go_on = partial(
-            self._express.router.resume,
-            self.exchange,
-            self._route,
-            self.lease,
-            answer,
+            partial(router.forward, exchange, route)
+            if self.lease is None
+            else partial(router.resume, exchange, route, self.lease, answer),
             is_trusted=self._lines.standing.is_trusted,
         )
         return self._express.record.conclude(self.exchange, go_on, scope, receive, send)

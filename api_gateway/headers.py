@@ -44,10 +44,11 @@ FORWARDING = frozenset(
     }
 )
 # The gateway's word on these is the one that counts, so an upstream's is left out and not merged.
-OURS = frozenset({b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id"})
+COST = b"x-gateway-cost"  # by which an upstream tells us what its answer has cost; nobody else may
+OURS = frozenset({b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id", COST})
 
 # `Host` becomes the target's. The coding is checked to be `chunked` before, and is how the body goes on.
-_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id"}
+_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id", COST}
 # What must not come behind a body: it would have been acted on already, or would frame what has been framed
 # (RFC 9110 section 6.5.1).
 _NEVER_TRAILING = (

@@ -8,7 +8,7 @@ accepts, and means the same. Pure functions on bytes.
 
 import re
 
-from api_gateway.headers import HOP_BY_HOP, OURS, Fields
+from api_gateway.headers import COST, HOP_BY_HOP, OURS, Fields
 from api_gateway.models import HeaderList
 
 # Possessive quantifiers (`*+`): a head is matched or not in one pass, however it is made. A group that `(?(n)(?!)|…)`
@@ -36,6 +36,7 @@ _ANSWER = re.compile(
     rb"|(?(4)(?!)|(\r\n(?i:connection: (?:keep-alive|(close)))))"
     rb"|(?(6)(?!)|(\r\n(?i:keep-alive): " + _VALUE + rb"))"
     rb"|(?(7)(?!)|(\r\n(?i:x-request-id): " + _VALUE + rb"))"
+    rb"|(?(8)(?!)|(\r\n(?i:" + COST + rb"): " + _VALUE + rb"))"
     rb")*+\r\n\r\n"
 )  # fmt: skip
 
@@ -99,8 +100,8 @@ def split_request(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | N
     return _METHODS[method], path, query, received[start : end + 2], received[end + 4 :]
 
 
-def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int, int, bool, bool] | None:
-    """Return status, head, size of the head, length of the body, and whether it keeps alive and has a date.
+def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int, int, bool, bool, bytes | None] | None:
+    """Return status, head, size of the head, length of the body, whether it keeps alive and has a date, and its cost.
 
     None unless it is a plain final answer whose body has a known length. The head is returned as it came up to its
     last line's end, but for the lines that go no further.
@@ -108,19 +109,21 @@ def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int,
     match = _ANSWER.match(received)
     if match is None:
         return None
-    digits, length, date, connection, close, keep_alive, request_id = match.groups()
+    digits, length, date, connection, close, keep_alive, request_id, cost = match.groups()
     status, size = int(digits), match.end()
     head = received[: size - 4]
     for line in (connection, keep_alive, request_id):
         if line is not None:
             head = head.replace(line, b"", 1)
+    if cost is not None:
+        head, cost = head.replace(cost, b"", 1), cost[len(COST) + 4 :]
     if is_to_head or status in _BODILESS:
         if status == 204 and length is not None:  # noqa: PLR2004 - it may not announce one (RFC 9110 section 8.6)
             return None
         length = 0
     elif length is None:
         return None
-    return status, head, size, int(length), close is None, date is not None
+    return status, head, size, int(length), close is None, date is not None, cost
 
 
 def pairs_of(head: bytes) -> HeaderList:

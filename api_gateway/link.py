@@ -14,6 +14,11 @@ class Passage(Protocol):
 
     keep_alive: bool  # whether the connection may serve another one after it
 
+    @property
+    def is_head_sent(self) -> bool:
+        """Tell whether it is too late to say that the connection will be closed."""
+        ...
+
     def on_writable(self) -> None:
         """Hear that the client has read on after it was too slow."""
         ...

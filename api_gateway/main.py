@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,19 +27,26 @@ from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Transitio
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry
 from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
+from api_gateway.crew import Alone, Crew
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
+from api_gateway.explanation import Explainer
 from api_gateway.express import Express
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy, watch
 from api_gateway.link import Lane
-from api_gateway.metrics import Exposition, Recorder
+from api_gateway.metrics import Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
 from api_gateway.models import Client, Quota
-from api_gateway.rate_limiter import MemoryLimiter, RateLimiter
+from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
+from api_gateway.redis_limiter import RedisLimiter
+from api_gateway.report import Report, UpstreamReport
 from api_gateway.router import CostRule, Receive, Route, Router, RouteTable, Scope, Send, Service, Timeouts
+from api_gateway.settlement import Settlement
+from api_gateway.shadow import Shadow
 from api_gateway.sqlite_clients import SqliteClients
+from api_gateway.store import StoreSession
 from api_gateway.tasks import end
 from api_gateway.transport import UpstreamTransport, probe, tls_context
 
@@ -58,11 +65,12 @@ class Gateway:
     """The live parts of one gateway."""
 
     config: GatewayConfig
-    limiter: MemoryLimiter
+    limiter: MemoryLimiter | RedisLimiter
     address_quota: Quota | None
     clients: ClientRegistry
     services: dict[str, Service]
     recorder: Recorder
+    candidates: dict[str, Quota]
 
 
 class GatewayApp(FastAPI):
@@ -100,13 +108,14 @@ def create_app(
     server_headers: frozenset[bytes] = frozenset(),
     refused: Counter[str] | None = None,
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
+    crew: Crew | None = None,
 ) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
     `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
     out in their favour, so that none comes twice. `refused` is where the server counts what it refuses by itself.
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
-    test; cancellation is kept out of them.
+    test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -116,8 +125,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _live(settings, rejections, transports or {}) as gateway:
-            app.state.console = _console(gateway)
-            switch.data_plane, switch.lane = _data_plane(gateway, server_headers)
+            app.state.gateway = gateway
+            switch.data_plane, switch.lane, explainer = _data_plane(gateway, server_headers)
+            app.state.console = _console(gateway, explainer, crew or Alone())
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
@@ -167,6 +177,9 @@ async def _live(
             raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
         following = asyncio.create_task(gateway.clients.keep_up(), name="client store")
         stack.push_async_callback(_cancelled, following)
+        if isinstance(gateway.limiter, RedisLimiter):
+            stack.push_async_callback(gateway.limiter.close)
+            await gateway.limiter.start()
         for service in gateway.services.values():
             stack.push_async_callback(service.transport.aclose)
         checks = asyncio.create_task(_check_health(gateway), name="health checks")
@@ -181,8 +194,13 @@ def _build(
     tiers = {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()}
     limit = config.address_limit
     address_quota = Quota.per_second("address", limit.rate, limit.capacity) if limit.rate else None
-    quotas = [*tiers.values(), address_quota] if address_quota else list(tiers.values())
-    limiter = MemoryLimiter(quotas, bucket_limit=config.store.bucket_limit)
+    candidates = {
+        name: Quota.per_second(f"{name} candidate", tier.candidate.rate, tier.candidate.capacity)
+        for name, tier in config.tiers.items()
+        if tier.candidate is not None
+    }
+    quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
+    limiter = _limiter(config, quotas)
     return Gateway(
         config=config,
         limiter=limiter,
@@ -195,7 +213,6 @@ def _build(
             limit=config.store.client_limit,
             deadline=config.store.deadline,
             on_change=partial(_follow, limiter),
-            on_grant_ended=partial(_follow_shared, limiter),
         ),
         services={
             name: _service(name, section, transports.get(name), now) for name, section in config.upstreams.items()
@@ -208,24 +225,45 @@ def _build(
             now,
             rejections,
         ),
+        candidates=candidates,
+    )
+
+
+def _limiter(config: GatewayConfig, quotas: list[Quota]) -> MemoryLimiter | RedisLimiter:
+    store = config.store
+    if not store.is_shared:
+        return MemoryLimiter(quotas, bucket_limit=store.bucket_limit)
+    return RedisLimiter(
+        StoreSession(store.url, timeout=store.timeout),
+        quotas,
+        policy=store.on_failure,
+        deadline=store.deadline,
+        processes=max(store.processes, config.server.workers),
+        bucket_limit=store.bucket_limit,
+        prefix=store.prefix,
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+        source=random.Random(),  # noqa: S311 - names a process and spreads attempts, guards nothing
     )
 
 
 def client_store(config: GatewayConfig) -> ClientStore:
     """Return the store of registered clients, which opens when it is loaded: the shared store, or a file."""
-    return RedisClients(config.store.url) if config.store.keeps_clients else SqliteClients(config.state_dir)
+    store = config.store
+    if not store.keeps_clients:
+        return SqliteClients(config.state_dir)
+    return RedisClients(StoreSession(store.url, timeout=store.timeout), prefix=store.prefix)
 
 
-def _follow(limiter: RateLimiter, before: Client, after: Client) -> None:
-    """Take a bucket in this process's memory over to a tier that was changed elsewhere, or has ended."""
+def _follow(limiter: MemoryLimiter | RedisLimiter, before: Client, after: Client) -> None:
+    """Take a bucket in this process's memory over to a tier that was changed elsewhere, or has ended.
+
+    In a shared store buckets carry their budgets, and move when they are next used.
+    """
     if isinstance(limiter, MemoryLimiter):
         limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())
-
-
-async def _follow_shared(limiter: RateLimiter, before: Client, after: Client) -> None:
-    """Take a bucket in the shared store over to the tier behind a grant's end, in one process for all."""
-    if not isinstance(limiter, MemoryLimiter):
-        await limiter.move(before.key, before.quota, after.quota, time.monotonic_ns())
+    else:
+        limiter.share.move(before.key, before.quota, after.quota, time.monotonic_ns())
 
 
 def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTransport | None, now: float) -> Service:
@@ -271,19 +309,23 @@ def _route(section: RouteSection) -> Route:
         host=section.host,
         cost=section.cost,
         costs=tuple(
-            CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost) for rule in section.costs
+            CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost, rule.candidate_cost)
+            for rule in section.costs
         ),
+        candidate_cost=section.candidate_cost,
     )
 
 
-def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express]:
-    """Build the steps of a proxied request, and the straight way past them.
+def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express, Explainer]:
+    """Build the steps of a proxied request, the straight way past them, and what explains both.
 
     Read from the inside out: what stands last sees a request first.
     """
     config, recorder = gateway.config, gateway.recorder
+    routes = [_route(section) for section in config.routes]
+    settlement = Settlement(limiter=gateway.limiter, clock_ns=time.monotonic_ns, recorder=recorder)
     router = Router(
-        RouteTable([_route(section) for section in config.routes]),
+        RouteTable(routes),
         gateway.services,
         clock=time.monotonic,
         max_body_bytes=config.server.max_body_bytes,
@@ -291,6 +333,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         omit=server_headers,
         observe_try=recorder.observe_try,
         on_transition=_log_transition,
+        on_cost=settlement.on_cost,
     )
     limit = Limit(
         Proxy(router=router),
@@ -298,6 +341,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         clock_ns=time.monotonic_ns,
         address_quota=gateway.address_quota,
         exempt=config.address_limit.exempt,
+        shadow=_shadow(gateway, routes),
     )
     identify = Identify(
         Match(limit, router=router),
@@ -310,6 +354,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         clock=time.monotonic,
         recorder=recorder,
         observers=[recorder.observe, *([AccessLog(time.time).write] if config.log.access else [])],
+        on_failure=settlement.on_failure,
     )
     express = Express(
         record=record,
@@ -319,22 +364,55 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
     )
-    return record, express
+    explainer = Explainer(
+        identify=identify,
+        router=router,
+        limit=limit,
+        limiter=gateway.limiter,
+        header=config.identity.header,
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+    )
+    return record, express, explainer
 
 
-def _console(gateway: Gateway) -> Console:
+def _shadow(gateway: Gateway, routes: Iterable[Route]) -> Shadow | None:
+    shadow = Shadow(
+        limiter=gateway.limiter,
+        clock_ns=time.monotonic_ns,
+        recorder=gateway.recorder,
+        candidates=gateway.candidates,
+        routes=routes,
+    )
+    return None if shadow.is_empty else shadow
+
+
+def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
     token = gateway.config.admin.token
-    upstreams = {name: service.upstream for name, service in gateway.services.items()}
+    crew.enlist(partial(_look, gateway))
     return Console(
         version=__version__,
         guard=AdminGuard(token.get_secret_value() if token else None),
         limiter=gateway.limiter,
         clients=gateway.clients,
-        upstreams=upstreams,
-        recorder=gateway.recorder,
-        exposition=Exposition(gateway.recorder, upstreams, gateway.limiter.__len__, __version__),
+        crew=crew,
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
+        explainer=explainer,
+    )
+
+
+def _look(gateway: Gateway) -> Report:
+    """Return how this process stands."""
+    now = time.monotonic()
+    return Report(
+        worker="",
+        recorder=gateway.recorder,
+        upstreams={name: UpstreamReport.of(service.upstream, now) for name, service in gateway.services.items()},
+        buckets=len(gateway.limiter),
+        bucket_limit=gateway.limiter.bucket_limit,
+        overflowed=gateway.limiter.overflowed,
+        limiter=gateway.limiter.state(),
     )
 
 

@@ -7,7 +7,9 @@ gamma = 1.01/0.99 every bucket's middle is within 1 % of every value in it, henc
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -19,7 +21,6 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from api_gateway.balancer import Upstream
 from api_gateway.circuit_breaker import State
 from api_gateway.errors import Reason
 from api_gateway.models import (
@@ -28,12 +29,21 @@ from api_gateway.models import (
     LatencySeries,
     LatencyView,
     LatencyWindow,
+    LimiterState,
     LimiterView,
     MetricsView,
     RateSeries,
     RateWindow,
     RequestCounts,
+    Source,
+    StoreView,
 )
+from api_gateway.sketch import Sketch
+
+Label = TypeVar("Label")
+
+# Those of a recorder's counters that are kept by one label.
+_COUNTERS = ("rejections", "allowed", "limited", "sources", "would_limit", "would_allow", "settlements")
 
 RELATIVE_ERROR = 0.01
 _GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
@@ -49,6 +59,9 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 OTHER = "_other"
 NO_ROUTE = "_none"
 NO_TIER = "_none"
+# What became of a cost after the decision: more was charged, some or all given back, or what an upstream told of it
+# could not be read.
+SETTLEMENTS = ("charged", "refunded", "unreadable")
 
 # What a try on an upstream can end in: the class of its status, or why it has none.
 OUTCOMES = (
@@ -93,6 +106,35 @@ def percentile(buckets: Mapping[int, int], percent: float) -> float | None:
 _FLOOR_BUCKET = bucket_of(_FLOOR)
 
 
+class BreakerFigures(Protocol):
+    """What is shown of a circuit breaker."""
+
+    @property
+    def state(self) -> State: ...  # noqa: D102
+    @property
+    def opened_total(self) -> int: ...  # noqa: D102
+    @property
+    def rejected_total(self) -> int: ...  # noqa: D102
+
+
+class TargetFigures(Protocol):
+    """What is shown of a target."""
+
+    @property
+    def url(self) -> str: ...  # noqa: D102
+    @property
+    def is_healthy(self) -> bool: ...  # noqa: D102
+
+
+class UpstreamFigures(Protocol):
+    """What is shown of an upstream, be it the live one or what several workers say of theirs."""
+
+    @property
+    def breaker(self) -> BreakerFigures: ...  # noqa: D102
+    @property
+    def targets(self) -> Collection[TargetFigures]: ...  # noqa: D102
+
+
 class Tally:
     """Counts of one span of time: answers by kind, and durations in logarithmic buckets."""
 
@@ -112,6 +154,19 @@ class Tally:
         self.total_seconds += other.total_seconds
         for bucket, count in other.buckets.items():
             self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+
+    def state(self) -> list[Any]:
+        """Return the counts as JSON can hold them."""
+        counts = [self.requests, self.gateway_errors, self.upstream_errors, self.limited, self.total_seconds]
+        return [*counts, list(self.buckets.items())]
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> "Tally":
+        """Build the tally whose `state` this is."""
+        tally = cls()
+        tally.requests, tally.gateway_errors, tally.upstream_errors, tally.limited, tally.total_seconds, pairs = state
+        tally.buckets = dict(pairs)
+        return tally
 
     def count(self, exchange: Exchange) -> None:
         """Count one answer."""
@@ -155,6 +210,43 @@ class Series:
         self._from, self._until = number * SLICE, (number + 1) * SLICE
         return self._running
 
+    def state(self, since: int = 0) -> dict[str, Any]:
+        """Return the counts as JSON can hold them; of the slices those numbered `since` and above."""
+        slices = zip(self._numbers, self._slices, strict=True)
+        return {
+            "past": self._past.state(),
+            "slices": [(number, tally.state()) for number, tally in slices if number >= since],
+        }
+
+    def update(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says. Slices it does not hold are as they were when it held them last."""
+        self._past = Tally.from_state(state["past"])
+        for number, tally in state["slices"]:
+            self._put(number, Tally.from_state(tally))
+
+    def absorb(self, other: "Series") -> None:
+        """Take in the counts of another series whose times are on the same clock."""
+        self._past.add(other._past)  # noqa: SLF001 - of the same class
+        for number, tally in zip(other._numbers, other._slices, strict=True):  # noqa: SLF001 - as above
+            if number < 0:  # it has never been used
+                continue
+            slot = number % _SLICES
+            mine = self._numbers[slot]
+            if number < mine:  # it is out of every window already
+                self._past.add(tally)
+                continue
+            merged = Tally()
+            merged.add(tally)
+            if number == mine:
+                merged.add(self._slices[slot])
+            else:
+                self._past.add(self._slices[slot])
+            self._put(number, merged)
+
+    def _put(self, number: int, tally: Tally) -> None:
+        self._numbers[number % _SLICES], self._slices[number % _SLICES] = number, tally
+        self._from = self._until = 0.0  # the running slice may be another one now
+
     @property
     def total(self) -> Tally:
         """The tally since the start."""
@@ -174,7 +266,10 @@ class Series:
 
 
 class Recorder:
-    """Everything counted in this process."""
+    """Everything counted in one process, or what those of several come to.
+
+    The slices are numbered by the monotonic clock, which the processes of a machine have in common.
+    """
 
     def __init__(
         self,
@@ -189,6 +284,7 @@ class Recorder:
 
         `rejections` by reason may already be counted elsewhere: by the server, for what never becomes an exchange.
         """
+        tiers = tuple(tiers)
         self.started = now
         self.in_flight = 0
         self.routes = {name: Series() for name in (*routes, NO_ROUTE)}
@@ -198,10 +294,58 @@ class Recorder:
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
-        self._percentiles = tuple(percentiles)
+        self.sources: Counter[str] = Counter()  # decisions by what they rest on
+        self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed, but not by the candidate
+        self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused, but not by the candidate
+        self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
+        self.requests_by_client = Sketch()  # by the client's key
+        self.limited_by_client = Sketch()
+        self.percentiles = tuple(percentiles)
 
     def __repr__(self) -> str:
         return f"<Recorder [{self.requests.total()} requests, {self.in_flight} in flight]>"
+
+    def state(self, since: int = 0) -> dict[str, Any]:
+        """Return everything as JSON can hold it; of the slices those numbered `since` and above."""
+        return {
+            "started": self.started,
+            "in_flight": self.in_flight,
+            "routes": {name: series.state(since) for name, series in self.routes.items()},
+            "upstreams": {name: series.state(since) for name, series in self.upstreams.items()},
+            "requests": [(*key, count) for key, count in self.requests.items()],
+            "outcomes": self.outcomes,
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "requests_by_client": self.requests_by_client.state(),
+            "limited_by_client": self.limited_by_client.state(),
+        }
+
+    def update(self, state: Mapping[str, Any]) -> None:
+        """Become what another recorder's `state` says, given every state of it since its first."""
+        self.started, self.in_flight = state["started"], state["in_flight"]
+        for mine, theirs in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
+            for name, series in theirs.items():
+                mine.setdefault(name, Series()).update(series)
+        self.requests = Counter({tuple(key): count for *key, count in state["requests"]})
+        self.outcomes = {name: Counter(counts) for name, counts in state["outcomes"].items()}
+        for name in _COUNTERS:
+            setattr(self, name, Counter(state[name]))
+        self.requests_by_client = Sketch.from_state(state["requests_by_client"])
+        self.limited_by_client = Sketch.from_state(state["limited_by_client"])
+
+    def absorb(self, other: "Recorder") -> None:
+        """Take in what another recorder has counted."""
+        self.started = min(self.started, other.started)
+        self.in_flight += other.in_flight
+        for mine, theirs in ((self.routes, other.routes), (self.upstreams, other.upstreams)):
+            for name, series in theirs.items():
+                mine.setdefault(name, Series()).absorb(series)
+        for name, outcomes in other.outcomes.items():
+            _add(self.outcomes.setdefault(name, Counter()), outcomes)
+        _add(self.requests, other.requests)
+        for name in _COUNTERS:
+            _add(getattr(self, name), getattr(other, name))
+        self.requests_by_client.merge(other.requests_by_client.state())
+        self.limited_by_client.merge(other.limited_by_client.state())
 
     def observe(self, exchange: Exchange) -> None:
         """Count one finished exchange."""
@@ -214,8 +358,15 @@ class Recorder:
         running.count(exchange)
         if exchange.reason is not None:
             self.rejections[exchange.reason] += 1
+        if client is not None:
+            self.requests_by_client.add(client.key)
         if exchange.decision is not None:
-            (self.allowed if exchange.decision.allowed else self.limited)[tier] += 1
+            self.sources[exchange.decision.source] += 1
+            if exchange.decision.allowed:
+                self.allowed[tier] += 1
+            else:
+                self.limited[tier] += 1
+                self.limited_by_client.add(exchange.client_key)
         if exchange.sent_at is not None and exchange.status != SWITCHED:
             running.time(exchange.finished - exchange.started)
 
@@ -238,11 +389,12 @@ class Recorder:
     def snapshot(
         self,
         now: float,
-        upstreams: Mapping[str, Upstream],
+        upstreams: Mapping[str, UpstreamFigures],
         *,
         buckets: int,
         bucket_limit: int,
         overflowed: int,
+        limiter: LimiterState,
     ) -> MetricsView:
         """Return every figure since the start."""
         return MetricsView(
@@ -262,9 +414,14 @@ class Recorder:
             rate_limiter=LimiterView(
                 allowed=dict(self.allowed),
                 limited=dict(self.limited),
+                would_limit=dict(self.would_limit),
+                would_allow=dict(self.would_allow),
+                settlements=dict(self.settlements),
                 buckets=buckets,
                 bucket_limit=bucket_limit,
                 overflowed=overflowed,
+                sources=dict(self.sources),
+                store=StoreView(**asdict(limiter)),
             ),
             circuit_breakers={
                 name: BreakerCounts(
@@ -304,12 +461,18 @@ class Recorder:
             count=count,
             mean_ms=round(tally.total_seconds / count * 1000, 3) if count else None,
             percentiles_ms={
-                f"p{percent:g}": _milliseconds(percentile(tally.buckets, percent)) for percent in self._percentiles
+                f"p{percent:g}": _milliseconds(percentile(tally.buckets, percent)) for percent in self.percentiles
             },
         )
 
     def _rates_of(self, series: Sequence[Series], now: float) -> RateSeries:
         return RateSeries(**{name: _rate_window(span, tally) for name, span, tally in self._windows(series, now)})
+
+
+def _add(mine: Counter[Label], theirs: Counter[Label]) -> None:
+    """Add counts to counts. `Counter.__iadd__` would drop those at zero, which are shown too."""
+    for label, count in theirs.items():
+        mine[label] += count
 
 
 def _milliseconds(seconds: float | None) -> float | None:
@@ -338,13 +501,15 @@ class Exposition:
     def __init__(
         self,
         recorder: Recorder,
-        upstreams: Mapping[str, Upstream],
-        bucket_count: Callable[[], int],
+        upstreams: Mapping[str, UpstreamFigures],
+        limiter: LimiterState,
+        buckets: int,
         version: str,
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
-        self._bucket_count = bucket_count
+        self._limiter = limiter
+        self._buckets = buckets
         self._version = version
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -394,7 +559,43 @@ class Exposition:
             for tier, count in counts.items():
                 decisions.add_metric([tier, decision], count)
         yield decisions
-        yield GaugeMetricFamily("gateway_rate_limit_buckets", "Buckets in memory.", value=self._bucket_count())
+        for name, words, by_tier in (
+            (
+                "gateway_rate_limit_would_limit",
+                "Allowed requests a candidate would limit.",
+                self._recorder.would_limit,
+            ),
+            (
+                "gateway_rate_limit_would_allow",
+                "Limited requests a candidate would allow.",
+                self._recorder.would_allow,
+            ),
+        ):
+            family = CounterMetricFamily(name, words, labels=["tier"])
+            for tier, count in by_tier.items():
+                family.add_metric([tier], count)
+            yield family
+        settlements = CounterMetricFamily(
+            "gateway_rate_limit_settlements", "Costs settled after the decision.", labels=["kind"]
+        )
+        for kind, count in self._recorder.settlements.items():
+            settlements.add_metric([kind], count)
+        yield settlements
+        sources = CounterMetricFamily(
+            "gateway_rate_limit_decision_sources", "Decisions by what they rest on.", labels=["source"]
+        )
+        modes = GaugeMetricFamily("gateway_rate_limit_mode", "1 for what decisions rest on now.", labels=["mode"])
+        for source in get_args(Source):
+            sources.add_metric([source], self._recorder.sources[source])
+            modes.add_metric([source], source == self._limiter.mode)
+        yield sources
+        yield modes
+        yield CounterMetricFamily(
+            "gateway_store_failures",
+            "Calls of the store without an answer in time, and attempts to connect.",
+            value=self._limiter.failures,
+        )
+        yield GaugeMetricFamily("gateway_rate_limit_buckets", "Buckets in memory.", value=self._buckets)
 
     def _upstream_families(self) -> Iterator[Metric]:
         tries = CounterMetricFamily(

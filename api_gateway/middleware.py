@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import json
 import logging
-import math
 import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import lru_cache, partial
@@ -26,6 +25,7 @@ from api_gateway.errors import (
     InternalError,
     RateLimited,
     Reason,
+    StoreUnavailable,
     problem,
 )
 from api_gateway.headers import (
@@ -38,11 +38,13 @@ from api_gateway.headers import (
     is_visible_ascii,
     is_within,
 )
+from api_gateway.limit_fields import LimitFields
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.router import FIELDS, Receive, Router, Scope, Send
+from api_gateway.shadow import Shadow
 
 logger = logging.getLogger(__name__)
 _ID_PREFIX = f"{random.Random().getrandbits(96):024x}"  # noqa: S311 - seeded by the system; ids must differ, not be secret
@@ -52,7 +54,6 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Observer = Callable[[Exchange], None]
 
 API_PREFIX = "/api"
-_UP = NANOSECONDS - 1  # added before whole seconds are taken, so that they are rounded up
 EXCHANGE = "gateway.exchange"
 ROUTE = "gateway.route"
 IS_TRUSTED = "gateway.is_trusted"
@@ -106,11 +107,14 @@ class Record:
         clock: Clock,
         recorder: Recorder,
         observers: Sequence[Observer],
+        on_failure: Callable[[Exchange, GatewayError], None] | None = None,
     ) -> None:
+        """`on_failure` hears of an error before the client does, which is told then what the buckets hold."""
         self.app = app
         self._clock = clock
         self._recorder = recorder
         self._observers = tuple(observers)
+        self._on_failure = on_failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to its end."""
@@ -145,6 +149,8 @@ class Record:
 
     async def _refuse(self, exchange: Exchange, error: GatewayError, send: Send) -> None:
         has_begun = exchange.status != 0  # then leaving it unfinished makes the server close the connection
+        if self._on_failure is not None:
+            self._on_failure(exchange, error)
         note_failure(exchange, error)
         if has_begun or isinstance(error, ClientDisconnected):
             return
@@ -231,12 +237,12 @@ class Identify:
         exchange: Exchange = scope[EXCHANGE]
         exchange.peer, scope[IS_TRUSTED], name = self.caller(exchange.peer, scope[FIELDS])
         exchange.client = self.client(name, exchange.peer)
-        if exchange.client is None and name is not None:
+        if exchange.client is None:
             return self._look_up(name, exchange, scope, receive, send)
         return self.app(scope, receive, send)
 
-    async def _look_up(self, name: str, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange.client = await self.clients.look_up(name)
+    async def _look_up(self, name: str | None, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange.client = await self.ask(name, exchange.peer)
         await self.app(scope, receive, send)
 
     def caller(self, peer: str, fields: Fields) -> tuple[str, bool, str | None]:
@@ -252,6 +258,11 @@ class Identify:
     def client(self, name: str | None, address: str) -> Client | None:
         """Return the client as it is registered now, or None if the store is to be asked."""
         return self.clients.unnamed(address_key(address)) if name is None else self.clients.find(name)
+
+    async def ask(self, name: str | None, address: str) -> Client:
+        """Return the client as it is registered now, asking the store if need be."""
+        known = self.client(name, address)
+        return await self.clients.look_up(name or "") if known is None else known
 
 
 class Match:
@@ -281,22 +292,28 @@ class Limit:
         clock_ns: Callable[[], int],
         address_quota: Quota | None,
         exempt: Collection[Any],
+        shadow: Shadow | None = None,
     ) -> None:
-        """`address_quota` None leaves addresses uncounted; those in `exempt` networks are."""
+        """`address_quota` None leaves addresses uncounted; those in `exempt` networks are.
+
+        `shadow` tries other limits beside these.
+        """
         self.app = app
-        self._limiter = limiter
         self.decide = limiter.decide
+        self.ask = limiter.ask
         self._clock_ns = clock_ns
         self._address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
         self._increments: dict[tuple[str, float], int] = {}
-        self._templates: dict[str, bytes] = {}
+        self.shadow = shadow
+        self.fields = LimitFields()
+        self.lines, self.headers = self.fields.lines, self.fields.headers
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `decision` and its headers; raises RateLimited and CostExceedsCapacity."""
         exchange: Exchange = scope[EXCHANGE]
         assert exchange.client is not None  # noqa: S101 - Identify came before
-        charges = self.charges(exchange.client, exchange.peer, exchange.cost)
+        charges = exchange.charges = self.charges(exchange.client, exchange.peer, exchange.cost)
         now_ns = self._clock_ns()
         decision = self.decide(charges, now_ns)
         if decision is None:
@@ -307,13 +324,15 @@ class Limit:
     async def _wait(self, charges: list[Charge], now_ns: int, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask the store of the buckets. Only the answer is waited for here: who leaves breaks nobody's connection."""
         answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self._limiter.ask(charges, now_ns, partial(_resolve, answer))
+        self.ask(charges, now_ns, partial(_resolve, answer))
         self._apply(scope[EXCHANGE], await answer)
         await self.app(scope, receive, send)
 
     def _apply(self, exchange: Exchange, decision: Decision) -> None:
         exchange.decision = decision
         exchange.answer_headers += self.headers(decision)
+        if self.shadow is not None:
+            self.shadow.observe(exchange)
         if not decision.allowed:
             raise refusal(exchange, decision)
 
@@ -332,44 +351,19 @@ class Limit:
             increment = self._increments[key] = quota.cost_ns(cost)
         return increment
 
-    def headers(self, decision: Decision) -> HeaderList:
-        """Return the fields of draft-ietf-httpapi-ratelimit-headers-11, and the older trio in delta seconds."""
-        lines = (line.split(b": ", 1) for line in self.lines(decision).splitlines())
-        return [(name, value) for name, value in lines]
-
-    def lines(self, decision: Decision) -> bytes:
-        """Return the same as they go over the wire, each with its line break."""
-        quota = decision.quota
-        template = self._templates.get(quota.name)
-        if template is None:
-            template = self._templates[quota.name] = _template(quota)
-        left = decision.remaining
-        until_ns = left * quota.emission_ns if decision.allowed else max(decision.wait_ns, 0)
-        effective = (until_ns + _UP) // NANOSECONDS or 1
-        return template % (left, effective, left, (decision.reset_ns + _UP) // NANOSECONDS)
-
 
 def _resolve(answer: asyncio.Future[Decision], decision: Decision) -> None:
     if not answer.done():  # the request may have been cancelled meanwhile
         answer.set_result(decision)
 
 
-def _template(quota: Quota) -> bytes:
-    """Return the header lines under this quota, with blanks for what differs from one answer to the next."""
-    name = quota.name.lower().encode()  # letters, digits and "_.-", so no blank of its own
-    window = math.ceil(quota.burst_ns / NANOSECONDS)
-    return (
-        b'ratelimit-policy: "%b";q=%d;w=%d\r\n'
-        b'ratelimit: "%b";r=%%d;t=%%d\r\n'
-        b"x-ratelimit-limit: %d\r\n"
-        b"x-ratelimit-remaining: %%d\r\n"
-        b"x-ratelimit-reset: %%d\r\n"
-    ) % (name, quota.capacity, window, name, quota.capacity)
-
-
 def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
     """Return the error that tells the client which limit refused it, and when the same request will pass."""
     quota, client = decision.quota, exchange.client
+    if decision.source == "deny":
+        return StoreUnavailable(
+            "The store of the rate limits does not answer, and nothing is admitted without it.", retry_after=1
+        )
     assert client is not None  # noqa: S101 - Identify came before
     is_peer = decision.key != client.key
     who = f"Address '{address_key(exchange.peer)}'" if is_peer else f"Client '{client.id}' (tier {quota.name})"

@@ -1,7 +1,7 @@
 """The vocabulary every layer shares: plain values of one request, and the bodies of the operator's answers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
@@ -17,6 +17,9 @@ NANOSECONDS = 1_000_000_000
 # What a decision rests on: buckets in this process, in the shared store, what the store said before of a bucket that
 # must still be empty, or, while the store cannot be used, the policy for that.
 Source = Literal["memory", "store", "deny_cache", "local_share", "deny", "allow"]
+
+# Where a client's tier comes from: a grant, a registration by the API, the configuration, or nowhere.
+ClientSource = Literal["granted", "registered", "configured", "default", "address"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +95,33 @@ class Client:
     id: str
     key: str
     quota: Quota
-    source: Literal["granted", "registered", "configured", "default", "address"]
+    source: ClientSource
 
     @property
     def is_registered(self) -> bool:
         """True when an operator vouches for this id, by the API or by the configuration."""
         return self.source in ("granted", "registered", "configured")
+
+
+@dataclass(frozen=True, slots=True)
+class LimiterState:
+    """What decisions rest on now, and how the shared store has fared, if there is one.
+
+    `processes` is how many gateways share a bucket while the store cannot be used; `questions` were answered by the
+    store in so many `batches`, and `failures` are batches that were not, and attempts to connect.
+    """
+
+    mode: Source = "memory"
+    processes: int = 1
+    batches: int = 0
+    questions: int = 0
+    failures: int = 0
+    last_error: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """True while limits are exact."""
+        return self.mode in ("memory", "store")
 
 
 class Outcome(Enum):
@@ -113,7 +137,9 @@ class Exchange:
     """The record of one request, filled from left to right; log and metrics are derived from it alone.
 
     Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
-    the answer. `answer_headers` are the gateway's own and go on whatever answer is sent.
+    the answer. `answer_headers` are the gateway's own and go on whatever answer is sent. `charges` are what `decision`
+    was made on, `trial` the same of a candidate beside it. `has_reached` says that some of the request may have
+    reached an upstream that then failed.
     """
 
     id: str
@@ -138,6 +164,9 @@ class Exchange:
     bytes_out: int = 0
     finished: float = 0.0
     answer_headers: HeaderList = field(default_factory=list)
+    charges: Sequence[Charge] = ()
+    trial: tuple[Sequence[Charge], Decision] | None = None
+    has_reached: bool = False
 
     @property
     def client_key(self) -> str:
@@ -293,6 +322,9 @@ class BreakerView(Body):
     next_probe_in: float | None = Field(description="Seconds until a probe is let through; None unless OPEN.")
     last_opened: OpeningView | None
     thresholds: BreakerThresholds
+    workers: dict[str, Literal["CLOSED", "OPEN", "HALF_OPEN"]] | None = Field(
+        default=None, description="The state in each worker, where several serve; `state` is the worst of them."
+    )
 
 
 class BreakersView(Body):
@@ -319,6 +351,17 @@ class UpstreamView(Body):
     targets: list[TargetView]
 
 
+class StoreView(Body):
+    """What the limits rest on now. `memory` and `store` are exact, all else is the policy for a store that is away."""
+
+    mode: Source
+    processes: int = Field(description="Gateways that share a bucket while the store cannot be used.")
+    batches: int = Field(description="Calls that the store answered in time.")
+    questions: int = Field(description="Decisions and settlements in them.")
+    failures: int = Field(description="Calls that it did not answer in time, and attempts to connect.")
+    last_error: str | None
+
+
 class HealthView(BaseModel):
     """Overall health. From elsewhere than the operator's place only `status` is shown."""
 
@@ -326,6 +369,7 @@ class HealthView(BaseModel):
     version: str | None = None
     uptime: float | None = Field(default=None, description="Seconds since the start.")
     upstreams: dict[str, UpstreamView] | None = None
+    limits: StoreView | None = None
 
 
 class LatencyWindow(Body):
@@ -387,9 +431,16 @@ class LimiterView(Body):
 
     allowed: dict[str, int] = Field(description="Decisions by tier.")
     limited: dict[str, int] = Field(description="Decisions by tier.")
+    would_limit: dict[str, int] = Field(description="Allowed requests that a candidate would limit, by tier.")
+    would_allow: dict[str, int] = Field(description="Limited requests that a candidate would allow, by tier.")
+    settlements: dict[str, int] = Field(
+        description="Costs settled after the decision: more charged, given back, or told in a way nobody can read."
+    )
     buckets: int = Field(description="Buckets in memory; full ones are forgotten.")
     bucket_limit: int
     overflowed: int = Field(description="Decisions made on a shared bucket because the table was full.")
+    sources: dict[str, int] = Field(description="Decisions by what they rest on: memory, store, deny_cache, …")
+    store: "StoreView"
 
 
 class BreakerCounts(Body):
@@ -412,3 +463,103 @@ class MetricsView(Body):
     rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]
+
+
+class Question(Body):
+    """A request that has not been made, and about which `POST /explain` is asked."""
+
+    client_id: str | None = Field(description="What would name the client; null for a client that gives no name.")
+    method: str = Field(default="GET", pattern=r"^[A-Z][A-Z-]{0,31}$")
+    path: str = Field(
+        max_length=65_536,
+        pattern=r"^/[\x21-\x7e]*$",
+        description="Path and query as they go over the wire.",
+        examples=["/api/users"],
+    )
+    host: str = Field(default="", max_length=255, description="The request's Host, for routes that ask for one.")
+    address: str = Field(default="127.0.0.1", max_length=64, description="The address that connects.")
+
+
+class ClientExplained(Body):
+    """Who the client is taken for."""
+
+    id: str
+    source: ClientSource
+    why: str = Field(description="What names it, and where its tier comes from.")
+    registered: bool = Field(description="True if an operator vouches for it; else its address is limited too.")
+    tier: TierView
+
+
+class RouteExplained(Body):
+    """The route, and what the request costs."""
+
+    name: str
+    path: str
+    upstream: str
+    cost: float
+    cost_from: str = Field(description="`route`, or the rule of the route that says what it costs.")
+
+
+class BucketExplained(Body):
+    """One bucket that the request draws on, as it is now."""
+
+    key: str
+    policy: str = Field(description="The name of its quota in RateLimit and RateLimit-Policy.")
+    tokens: float = Field(description="Tokens now; below 0 while it owes what was settled later.")
+    capacity: int
+    cost: float
+    passes: bool
+    wait: float | None = Field(description="Seconds until this request passes; 0 now, null never.")
+    full_in: float = Field(description="Seconds until the bucket is full.")
+
+
+class UpstreamExplained(Body):
+    """Where the request would go."""
+
+    name: str
+    breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    next_probe_in: float | None = Field(description="Seconds until a probe is let through; null unless OPEN.")
+    healthy: int = Field(description="Targets that pass their health checks, or have none.")
+    targets: int
+
+
+class Verdict(Body):
+    """What would come of the request: `status` and `reason` are those of the answer the gateway would make itself."""
+
+    outcome: Literal["allowed", "limited", "never", "refused"]
+    status: int | None
+    reason: str | None
+    retry_after: float | None = Field(description="Seconds until it passes, as far as that is known.")
+    words: str
+
+
+class Explanation(Body):
+    """The answer to a question, and every figure it rests on."""
+
+    verdict: Verdict
+    client: ClientExplained
+    route: RouteExplained | None
+    buckets: list[BucketExplained]
+    binding: str = Field(description="Key of the bucket that refuses longest, or takes the fewest such requests more.")
+    candidate: BucketExplained | None = Field(description="The bucket that is tried beside them; it limits nobody.")
+    upstream: UpstreamExplained | None
+    limiter: Source = Field(description="What the figures rest on.")
+
+
+class HeavyClient(Body):
+    """A client and how often it came; each true count lies between the count less its error, and the count."""
+
+    client_id: str
+    source: ClientSource
+    tier: str
+    limited: int
+    limited_error: int
+    requests: int
+    requests_error: int
+
+
+class HeavyClients(Body):
+    """The heaviest clients, the heaviest first."""
+
+    sort: Literal["limited", "requests"]
+    clients: list[HeavyClient]

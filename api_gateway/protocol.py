@@ -61,6 +61,7 @@ class Bounds:
     header_timeout: float = 10.0
     keep_alive_timeout: float = 75.0
     idle_timeout: float = 60.0
+    drain_linger: float = 2.0
     connections_per_peer: int = 0
 
 
@@ -100,6 +101,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_timed = True  # the alarm runs for this head; the first one's since the connection was made
         self._is_over = self._is_ending = self._is_read_paused = False
         self._is_last = False  # what is held back is the last that will be served
+        self._is_draining = False  # the server stops: no connection goes on behind an answer
         self._unsent = 0  # bytes the client had not read when last looked at
         self._alarm = Alarm(self.loop, self._on_alarm)
         self._alarm.set(self.bounds.header_timeout)
@@ -144,16 +146,34 @@ class GatewayProtocol(HttpToolsProtocol):
         )
 
     def shutdown(self) -> None:
-        """Close once what is being served has been, at the server's wish."""
+        """End the connection at the server's wish, without losing a request that is on its way here.
+
+        An answer whose head is still to be sent says `Connection: close`. A connection between two requests stays for
+        `drain_linger` seconds, so that a client that is just sending gets its answer, and that answer says it then.
+        """
+        if self._is_draining or self._is_handed_over:
+            return
+        self._is_draining = True
+        self._mark_last()
+
+    def _mark_last(self) -> None:
+        """Have the last answer that is due say that the connection ends, unless its head has been sent already."""
         last = self._waiting[-1] if self._waiting else self._serving
-        if self._held and not self._is_handed_over:
-            self._is_last = True
-        elif self._passage is not None:
-            self._passage.keep_alive = False
+        if self._held:  # the last of these will be it, once they are parsed
+            return
+        if self._passage is not None:
+            self._passage.keep_alive = self._passage.keep_alive and self._passage.is_head_sent
         elif last is not None and not last.is_answered:
-            last.keep_alive = False
-        elif not self._is_handed_over:
-            self._close()
+            last.keep_alive = last.keep_alive and last.is_started
+        elif not self._is_ending:
+            self._await_last()
+
+    def _await_last(self) -> None:
+        """Wait a moment for one more request, which goes the ordinary way."""
+        self._is_at_rest = False
+        if not (self._has_begun or self._unparsed or self._reading is not None):
+            self._is_timed = False  # a head that begins by then has its own time
+            self._alarm.set(self.bounds.drain_linger)
 
     # Reading
 
@@ -172,6 +192,8 @@ class GatewayProtocol(HttpToolsProtocol):
             self._hold(data)
         else:
             self._parse(data)
+            if self._is_draining:
+                self._mark_last()
 
     def _hold(self, data: bytes | memoryview) -> None:
         """Keep what may not be parsed yet."""
@@ -214,6 +236,8 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_holding = False
         if not self._is_over:
             self._parse(data)
+            if self._is_draining:
+                self._mark_last()
             self.resume_reading()
 
     def _on_error(self, error: httptools.HttpParserError) -> None:
@@ -509,6 +533,8 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         if self._is_last:
             self._close()
+        elif self._is_draining:
+            self._await_last()
         else:
             self._is_at_rest = self._lane is not None and not self.is_write_paused
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from api_gateway.models import Charge, Decision, Quota, Source
+from api_gateway.models import Charge, Decision, LimiterState, Quota, Source
 
 NEVER = -1
 OVERFLOW_SLOTS = 65_536
@@ -23,8 +23,23 @@ _SWEEP = 8  # retired entries freed per decision: more than one decision can add
 class RateLimiter(Protocol):
     """What the gateway asks of a limiter, wherever its buckets are kept.
 
-    `charges` holds at least one bucket, and no bucket twice; `now_ns` is the process's monotonic clock.
+    `charges` holds at least one bucket, and no bucket twice; `now_ns` is the process's monotonic clock. Its length is
+    the number of entries in this process; `overflowed` counts the decisions made on a shared bucket because there
+    was no room for another.
     """
+
+    overflowed: int
+
+    def __len__(self) -> int: ...
+
+    @property
+    def bucket_limit(self) -> int:
+        """Entries in this process at most."""
+        ...
+
+    def state(self) -> LimiterState:
+        """Return what decisions rest on now."""
+        ...
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
         """Charge all buckets or none, if that can be decided at once; None if the buckets' store must be asked.
@@ -94,13 +109,88 @@ def rescale(tat_ns: int, old: Quota, new: Quota, now_ns: int) -> int:
     return now_ns - (-debt_ns * new.burst_ns // old.burst_ns)
 
 
-class MemoryLimiter:
-    """Buckets in two plain dicts, forgotten once full.
+class DebtTable:
+    """TATs by key in two plain dicts, forgotten once they are past.
 
-    Entries are written to the current generation and read from both. When a generation is older than the largest
-    budget of any quota, everything in the one before it is full again, and a full bucket is the same as none: so
-    dropping it changes no decision. A bucket thus costs one dict entry, lives for at most two such periods after its
-    last use, and needs no timer.
+    Entries are written to the current generation and read from both. When a generation is older than the longest debt
+    there can be, everything in the one before it is past, and a bucket whose TAT is past is full, which is the same as
+    none: so dropping it changes no decision. An entry lives for at most two such periods after its last use, and
+    needs no timer. `current` may be read and written directly by who has called `advance`.
+    """
+
+    __slots__ = ("current", "limit", "period_ns", "previous", "retired", "rotated_at_ns")
+
+    def __init__(self, period_ns: int, limit: int) -> None:
+        """`period_ns` is the longest debt, and may be raised later; `limit` bounds the entries."""
+        self.period_ns = period_ns
+        self.limit = limit
+        self.current: dict[str, int] = {}
+        self.previous: dict[str, int] = {}
+        self.retired: list[dict[str, int] | dict[str, list[tuple[int, int]]]] = []  # to be freed piece by piece
+        self.rotated_at_ns = 0  # the first use rotates two empty generations
+
+    def __repr__(self) -> str:
+        return f"<DebtTable [{len(self)} of {self.limit}]>"
+
+    def __len__(self) -> int:
+        """Return the entries held; a key used in two generations counts twice."""
+        return len(self.current) + len(self.previous)
+
+    def get(self, key: str) -> int | None:
+        """Return the TAT of a key, None if it has none."""
+        tat_ns = self.current.get(key)
+        return self.previous.get(key) if tat_ns is None else tat_ns
+
+    def put(self, key: str, tat_ns: int) -> bool:
+        """Keep the TAT of a key; False if the table is full."""
+        if key in self.current or len(self) < self.limit or self.previous.pop(key, None) is not None:
+            self.current[key] = tat_ns
+            return True
+        return False
+
+    def drop(self, key: str) -> None:
+        """Forget a key."""
+        self.current.pop(key, None)
+        self.previous.pop(key, None)
+
+    def is_due(self, now_ns: int) -> bool:
+        """Tell whether `advance` has something to do."""
+        return bool(self.retired) or not 0 <= now_ns - self.rotated_at_ns < self.period_ns
+
+    def advance(self, now_ns: int) -> bool:
+        """Forget what is past; a little of it at a time. Returns whether a generation has begun."""
+        age_ns = now_ns - self.rotated_at_ns
+        begins = not 0 <= age_ns < self.period_ns
+        if age_ns >= self.period_ns:
+            self._rotate(now_ns, are_both_past=age_ns >= 2 * self.period_ns)
+        elif begins:  # the clock stepped back: the generation begins anew
+            self.rotated_at_ns = now_ns
+        if self.retired:
+            self._sweep()
+        return begins
+
+    def _rotate(self, now_ns: int, *, are_both_past: bool) -> None:
+        if self.previous:
+            self.retired.append(self.previous)
+        if are_both_past and self.current:
+            self.retired.append(self.current)
+            self.previous = {}
+        else:
+            self.previous = self.current
+        self.current = {}
+        self.rotated_at_ns = now_ns
+
+    def _sweep(self) -> None:
+        """Free a few retired entries; freeing a large dict at once would stop the loop for milliseconds."""
+        retired = self.retired[-1]
+        for _ in range(min(_SWEEP, len(retired))):
+            retired.popitem()
+        if not retired:
+            self.retired.pop()
+
+
+class MemoryLimiter:
+    """Buckets in a table of this process. A bucket costs one dict entry.
 
     `bucket_limit` bounds the entries. Beyond it a new key draws on one of 65,536 shared buckets, chosen by hash. A
     shared bucket admits no more to all its keys together than to one, and an entry made for such a key later starts
@@ -109,42 +199,43 @@ class MemoryLimiter:
 
     def __init__(self, quotas: Iterable[Quota], *, bucket_limit: int = 1_000_000) -> None:
         """Hold buckets of any of `quotas`. A quota with a longer budget may only come in by `change_quota`."""
-        self._period_ns = max((quota.burst_ns for quota in quotas), default=1)
-        self._bucket_limit = bucket_limit
-        self._current: dict[str, int] = {}
-        self._previous: dict[str, int] = {}
-        self._retired: list[dict[str, int]] = []
+        self._table = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
         self._overflow: dict[int, int] = {}
-        self._rotated_at_ns = 0  # the first decision rotates two empty generations
+        self._refunds = Refunds()
         self.overflowed = 0
 
     def __repr__(self) -> str:
-        return f"<MemoryLimiter [{len(self)} of {self._bucket_limit} buckets, {self.overflowed} overflowed]>"
+        return f"<MemoryLimiter [{len(self)} of {self.bucket_limit} buckets, {self.overflowed} overflowed]>"
 
     def __len__(self) -> int:
         """Return the entries held; a bucket used in two generations counts twice."""
-        return len(self._current) + len(self._previous)
+        return len(self._table)
 
     @property
     def bucket_limit(self) -> int:
         """Entries held at most."""
-        return self._bucket_limit
+        return self._table.limit
+
+    def state(self) -> LimiterState:
+        """See `RateLimiter`; always "memory"."""
+        return LimiterState()
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """See `RateLimiter`; it never takes asking."""
-        if self._retired or not 0 <= now_ns - self._rotated_at_ns < self._period_ns:
+        table = self._table
+        if table.retired or not 0 <= now_ns - table.rotated_at_ns < table.period_ns:  # `is_due`, written out
             self._advance(now_ns)
         if len(charges) > 1:
             return self._decide_all(charges, now_ns)
         charge = charges[0]
         quota, increment_ns = charge.quota, charge.increment_ns
-        tat_ns = self._current.get(charge.key)
+        tat_ns = table.current.get(charge.key)
         if tat_ns is not None:
             # A warm bucket that passes, `take` written out: the common case takes half the time so.
             debt_ns = (tat_ns - now_ns if tat_ns > now_ns else 0) + increment_ns
             if debt_ns <= quota.burst_ns:
                 if increment_ns:
-                    self._current[charge.key] = now_ns + debt_ns
+                    table.current[charge.key] = now_ns + debt_ns
                 remaining = (quota.burst_ns - debt_ns) // quota.emission_ns
                 return Decision(charge.key, quota, True, remaining, 0, debt_ns, now_ns)
         else:
@@ -160,13 +251,14 @@ class MemoryLimiter:
 
     def peek(self, key: str, quota: Quota, now_ns: int) -> Decision:
         """Return the bucket as it is, charging nothing."""
-        return self._preview(Charge(key, quota, 0), now_ns)
+        return self.preview(Charge(key, quota, 0), now_ns)
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """See `RateLimiter`."""
-        return [self._preview(charge, now_ns) for charge in charges]
+        return [self.preview(charge, now_ns) for charge in charges]
 
-    def _preview(self, charge: Charge, now_ns: int) -> Decision:
+    def preview(self, charge: Charge, now_ns: int) -> Decision:
+        """Return what one bucket says to a charge, charging nothing."""
         tat_ns, wait_ns = take(self._load(charge.key), charge.quota.burst_ns, charge.increment_ns, now_ns)
         return decision_of(charge, tat_ns, wait_ns, now_ns)
 
@@ -176,16 +268,19 @@ class MemoryLimiter:
         debts_ns = []
         for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
             burst_ns = charge.quota.burst_ns
-            tat_ns = settled(self._load(charge.key), burst_ns, charge.increment_ns, decision.at_ns + debt_ns, now_ns)
-            self._period_ns = max(self._period_ns, tat_ns - now_ns)  # what owes is remembered until it has paid
+            before_ns = self._load(charge.key)
+            charged_ns = decision.at_ns + debt_ns - self._refunds.since(charge.key, decision.at_ns)
+            tat_ns = settled(before_ns, burst_ns, charge.increment_ns, charged_ns, now_ns)
+            if now_ns < tat_ns < before_ns:
+                self._refunds.note(charge.key, now_ns, before_ns - tat_ns)
+            self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # remembered until it has paid
             self._store(charge.key, tat_ns)
             debts_ns.append(tat_ns - now_ns)
         return decision_after(decision, debts_ns, now_ns)
 
     async def refill(self, key: str) -> None:
         """See `RateLimiter`."""
-        if self._load(key):
-            self._store(key, 0)
+        self.forget(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """See `RateLimiter`."""
@@ -194,7 +289,7 @@ class MemoryLimiter:
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Move the bucket to `new`, keeping its filled share. Between budgets of one length nothing changes."""
         self._advance(now_ns)
-        self._period_ns = max(self._period_ns, new.burst_ns)
+        self._table.period_ns = max(self._table.period_ns, new.burst_ns)
         tat_ns = self._load(key)
         if old.burst_ns != new.burst_ns and tat_ns > now_ns:
             self._store(key, rescale(tat_ns, old, new, now_ns))
@@ -212,56 +307,78 @@ class MemoryLimiter:
                 self._store(charge.key, after_ns)
         return joint_decision(charges, taken, now_ns)
 
+    def forget(self, key: str) -> None:
+        """Take a bucket for full."""
+        if self._load(key):
+            self._store(key, 0)
+
+    def owe(self, key: str, tat_ns: int) -> None:
+        """Take over what is known of a bucket from elsewhere: it is not full before `tat_ns`."""
+        if tat_ns > self._load(key):
+            self._store(key, tat_ns)
+
     def _load(self, key: str) -> int:
-        tat_ns = self._current.get(key)
+        tat_ns = self._table.get(key)
         if tat_ns is None:
-            tat_ns = self._previous.get(key)
-            if tat_ns is None:
-                # Also after the table has emptied: what a shared bucket still owes, its keys owe.
-                return self._overflow.get(hash(key) % OVERFLOW_SLOTS, 0) if self._overflow else 0
+            # Also after the table has emptied: what a shared bucket still owes, its keys owe.
+            return self._overflow.get(hash(key) % OVERFLOW_SLOTS, 0) if self._overflow else 0
         return tat_ns
 
     def _store(self, key: str, tat_ns: int) -> None:
-        if key in self._current or len(self) < self._bucket_limit or self._previous.pop(key, None) is not None:
-            self._current[key] = tat_ns
-            return
-        slot = hash(key) % OVERFLOW_SLOTS
-        self._overflow[slot] = max(tat_ns, self._overflow.get(slot, 0))
-        self.overflowed += 1
+        if not self._table.put(key, tat_ns):
+            slot = hash(key) % OVERFLOW_SLOTS
+            self._overflow[slot] = max(tat_ns, self._overflow.get(slot, 0))
+            self.overflowed += 1
 
     def _advance(self, now_ns: int) -> None:
-        age_ns = now_ns - self._rotated_at_ns
-        if age_ns >= self._period_ns:
-            self._rotate(now_ns)
-        elif age_ns < 0:
-            self._step_back(now_ns)
-        if self._retired:
-            self._sweep()
+        if not self._table.advance(now_ns):
+            return
+        self._table.retired += self._refunds.turn()
+        if self._overflow:
+            # Single buckets heal from a clock that stepped back when they are used, shared ones here.
+            latest_ns = now_ns + self._table.period_ns
+            self._overflow = {
+                slot: min(tat_ns, latest_ns) for slot, tat_ns in self._overflow.items() if tat_ns > now_ns
+            }
 
-    def _rotate(self, now_ns: int) -> None:
-        if self._previous:
-            self._retired.append(self._previous)
-        if now_ns - self._rotated_at_ns >= 2 * self._period_ns and self._current:
-            self._retired.append(self._current)
-            self._previous = {}
-        else:
-            self._previous = self._current
-        self._current = {}
-        self._overflow = {slot: tat_ns for slot, tat_ns in self._overflow.items() if tat_ns > now_ns}
-        self._rotated_at_ns = now_ns
 
-    def _step_back(self, now_ns: int) -> None:
-        """Begin the generation anew after the clock stepped back. Single buckets heal when used, shared ones here."""
-        self._rotated_at_ns = now_ns
-        self._overflow = {slot: min(tat_ns, now_ns + self._period_ns) for slot, tat_ns in self._overflow.items()}
+class Refunds:
+    """What buckets were lately given back while they still owed: charges of before lie that much nearer than noted.
 
-    def _sweep(self) -> None:
-        """Free a few retired entries; freeing a large dict at once would stop the loop for milliseconds."""
-        retired = self._retired[-1]
-        for _ in range(min(_SWEEP, len(retired))):
-            retired.popitem()
-        if not retired:
-            self._retired.pop()
+    Without it two requests that overlap could both be given back what has been refilled only once. A bucket has a
+    few entries at most; older ones are counted as if they were newer, which gives back less. They are kept for two
+    generations, as buckets are: what was charged before those has been refilled, and is not given back anyway.
+    """
+
+    MOST = 32
+
+    def __init__(self) -> None:
+        self._current: dict[str, list[tuple[int, int]]] = {}  # time and nanoseconds given back
+        self._previous: dict[str, list[tuple[int, int]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Refunds of {len(self)} buckets>"
+
+    def __len__(self) -> int:
+        return len(self._current) + len(self._previous)
+
+    def since(self, key: str, at_ns: int) -> int:
+        """Return what the bucket was given back from `at_ns` on."""
+        noted = (*self._previous.get(key, ()), *self._current.get(key, ()))
+        return sum(given_ns for noted_ns, given_ns in noted if noted_ns >= at_ns)
+
+    def note(self, key: str, now_ns: int, given_ns: int) -> None:
+        """Remember a refund."""
+        noted = self._current.setdefault(key, [])
+        noted.append((now_ns, given_ns))
+        if len(noted) > self.MOST:
+            (_, one), (at_ns, other) = noted[:2]
+            noted[:2] = [(at_ns, one + other)]
+
+    def turn(self) -> list[dict[str, list[tuple[int, int]]]]:
+        """Begin a generation; return the one that is over, if it holds anything, to be freed piece by piece."""
+        retired, self._previous, self._current = self._previous, self._current, {}
+        return [retired] if retired else []
 
 
 def joint_decision(

@@ -9,7 +9,6 @@ second at most. The keys share a hash tag, so in a cluster they lie on one node.
 import asyncio
 import json
 import logging
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -28,19 +27,14 @@ from api_gateway.client_records import (
     Snapshot,
     Written,
 )
-from api_gateway.store import REFUSALS, StoreError, connect
+from api_gateway.store import REFUSALS, StoreError, StoreSession
 from api_gateway.tasks import end
 
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.5  # seconds between two questions for newer versions
-TIMEOUT = 2.0  # seconds a command may take; nobody's request waits for one
 _WRITERS = 4  # changes under way at once; each takes a connection
 _PAGE = 1_000  # records read at once
-_RESUBSCRIBE_AFTER = 2.0  # seconds at most
-
-PREFIX = "{gateway:clients}:"
-META, RECORDS, CHANGES, CHANNEL = f"{PREFIX}meta", f"{PREFIX}records", f"{PREFIX}changes", f"{PREFIX}changed"
 
 _WRITE = (Path(__file__).parent / "clients.lua").read_text()
 # Says what became of a change, and calls it off if it has not been made: its command may still be under way.
@@ -76,25 +70,28 @@ class RedisClients:
     name = "the shared store"
     is_remote = True
 
-    def __init__(self, url: str, *, timeout: float = TIMEOUT, random_source: random.Random | None = None) -> None:
-        """Connect to `url` (see `StoreUrl`) when first used. Raises ValueError."""
-        self._client: Any = connect(url, timeout=timeout)
-        self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
+    def __init__(self, session: StoreSession, *, prefix: str = "gateway") -> None:
+        """Use a session of one's own, which connects when first used; every key begins with `{prefix:clients}:`."""
+        self._session = session
+        self._client: Any = session.client
+        start = f"{{{prefix}:clients}}:"
+        self._meta, self._records, self._changes = f"{start}meta", f"{start}records", f"{start}changes"
+        self._outcomes, self._channel = f"{start}outcome:", f"{start}changed"
         self._news = asyncio.Event()
         self._writers = asyncio.Semaphore(_WRITERS)
-        self._is_subscribed = False
+        self._is_listening = False
 
     def __repr__(self) -> str:
-        return f"<RedisClients [{'subscribed' if self._is_subscribed else 'not subscribed'}]>"
+        return f"<RedisClients [{'listening' if self._is_listening else 'not listening'}]>"
 
     async def load(self, limit: int) -> Snapshot:
         """See `ClientStore`. What changes while it reads is newer than the mark, and so read again."""
-        epoch, version = await self._ask(self._client.hmget(META, "epoch", "version"))
+        epoch, version = await self._ask(self._client.hmget(self._meta, "epoch", "version"))
         mark = Mark((epoch or b"").decode(), int(version or 0))
         records: dict[str, ClientRecord] = {}
         cursor, is_complete = 0, True
         while True:
-            cursor, page = await self._ask(self._client.hscan(RECORDS, cursor, count=_PAGE))
+            cursor, page = await self._ask(self._client.hscan(self._records, cursor, count=_PAGE))
             records |= {record.id: record for record in _records(page.items()) if not record.is_empty}
             if len(records) > limit or not cursor:
                 break
@@ -115,7 +112,7 @@ class RedisClients:
 
     async def changes(self, since: Mark) -> Changes | None:
         """See `ClientStore`."""
-        keys = META, RECORDS, CHANGES
+        keys = self._meta, self._records, self._changes
         answer = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, KEPT_CHANGES))
         if answer is None:
             return None
@@ -125,12 +122,14 @@ class RedisClients:
 
     async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
         """See `ClientStore`."""
-        texts = await self._ask(self._client.hmget(RECORDS, *client_ids))
+        texts = await self._ask(self._client.hmget(self._records, *client_ids))
         return [text and _record(each.encode(), text) for each, text in zip(client_ids, texts, strict=True)]
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
         """See `ClientStore`; the first call comes at once."""
-        subscription = asyncio.create_task(self._subscribe(), name="client store subscription")
+        subscription = asyncio.create_task(
+            self._session.listen(self._channel, self._on_message, self._on_listening), name="client store subscription"
+        )
         try:
             while True:
                 self._news.clear()
@@ -144,35 +143,24 @@ class RedisClients:
     async def close(self) -> None:
         """See `ClientStore`."""
         with suppress(*StoreError):
-            await self._client.aclose()
+            await self._session.close()
 
-    async def _subscribe(self) -> None:
-        """Listen for changes until cancelled; connect again after a while when the connection is lost."""
-        while True:
-            with suppress(*StoreError):
-                await self._listen()
-            await asyncio.sleep(_RESUBSCRIBE_AFTER * self._random.random())
+    def _on_message(self, _version: str) -> None:
+        self._news.set()
 
-    async def _listen(self) -> None:
-        async with self._client.pubsub(ignore_subscribe_messages=True) as subscription:
-            try:
-                await subscription.subscribe(CHANNEL)
-                self._is_subscribed = True
-                while True:
-                    await subscription.get_message(timeout=None)
-                    self._news.set()
-            finally:
-                self._is_subscribed = False
+    def _on_listening(self, is_listening: bool) -> None:  # noqa: FBT001 - what is told, not what is asked for
+        self._is_listening = is_listening
+        self._news.set()  # what was published before it began is not told
 
     async def _write(self, client_id: str, change: Change, ended_version: str) -> Written | None:
         async with self._writers:
             return await self._write_now(client_id, change, ended_version)
 
     async def _write_now(self, client_id: str, change: Change, ended_version: str) -> Written | None:
-        await self._ask(self._client.hget(META, "epoch"))  # what fails here has certainly changed nothing
-        outcome = f"{PREFIX}outcome:{secrets.token_hex(12)}"
-        keys = META, RECORDS, CHANGES, outcome
-        arguments = client_id, secrets.token_hex(8), KEPT_CHANGES, CHANNEL, *_arguments(change), ended_version
+        await self._ask(self._client.hget(self._meta, "epoch"))  # what fails here has certainly changed nothing
+        outcome = f"{self._outcomes}{secrets.token_hex(12)}"
+        keys = self._meta, self._records, self._changes, outcome
+        arguments = client_id, secrets.token_hex(8), KEPT_CHANGES, self._channel, *_arguments(change), ended_version
         try:
             answer = await self._client.eval(_WRITE, len(keys), *keys, *arguments)
         except REFUSALS as error:
@@ -189,7 +177,7 @@ class RedisClients:
         return Written(_record(key, before) or empty, _record(key, after) or empty, epoch.decode())
 
     async def _settle(self, client_id: str, outcome: str, cause: Exception) -> Any:
-        keys = META, RECORDS, outcome
+        keys = self._meta, self._records, outcome
         try:
             return await self._client.eval(_SETTLE, len(keys), *keys, client_id)
         except StoreError as error:
@@ -229,5 +217,5 @@ def _record(client_id: bytes, text: bytes) -> ClientRecord | None:
         grant = Grant(granted, fields["grant_until"]) if granted else None
         return ClientRecord(client_id.decode(), tier, grant, fields["version"], fields["changed_at"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.error("%s of client %r cannot be read and is ignored: %r", RECORDS, client_id, error)  # noqa: TRY400 - nothing of ours failed
+        logger.error("the record of client %r cannot be read and is ignored: %r", client_id, error)  # noqa: TRY400 - nothing of ours failed
         return None

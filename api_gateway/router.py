@@ -33,7 +33,16 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from api_gateway.headers import Fields, fields_of, for_client, for_upstream, framing, interim_to_pass, trailers_to_pass
+from api_gateway.headers import (
+    COST,
+    Fields,
+    fields_of,
+    for_client,
+    for_upstream,
+    framing,
+    interim_to_pass,
+    trailers_to_pass,
+)
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
 from api_gateway.outgoing import NO_BODY, NoBody, Origin, Outgoing
@@ -72,11 +81,19 @@ _TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class CostRule:
-    """What matching requests cost in tokens instead of the route's own cost; None matches any."""
+    """What matching requests cost in tokens instead of the route's own cost; None matches any.
+
+    `candidate_cost` is a cost that is tried beside it, see `Shadow`.
+    """
 
     methods: frozenset[str] | None
     path: str | None
     cost: float
+    candidate_cost: float | None = None
+
+    def __str__(self) -> str:
+        methods = "any method" if self.methods is None else " ".join(sorted(self.methods))
+        return f"{methods} {'anywhere' if self.path is None else self.path}"
 
     def matches(self, method: str, path: str) -> bool:
         """Tell whether the rule speaks of this request."""
@@ -95,10 +112,26 @@ class Route:
     host: str | None = None
     cost: float = 1.0
     costs: tuple[CostRule, ...] = ()
+    candidate_cost: float | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return what a request costs, in tokens."""
         return next((rule.cost for rule in self.costs if rule.matches(method, path)), self.cost)
+
+    def rule_for(self, method: str, path: str) -> CostRule | None:
+        """Return the rule that says what a request costs, or None if that is the route itself."""
+        path = matching_path(path)
+        return next((rule for rule in self.costs if rule.matches(method, path)), None)
+
+    def candidate_cost_of(self, method: str, path: str) -> float | None:
+        """Return the cost that is tried beside the one a request has, or None if there is none."""
+        rule = self.rule_for(method, path)
+        return self.candidate_cost if rule is None else rule.candidate_cost
+
+    @property
+    def has_candidate(self) -> bool:
+        """True if some of its requests have a cost that is tried."""
+        return self.candidate_cost is not None or any(rule.candidate_cost is not None for rule in self.costs)
 
 
 def is_below(path: str, prefix: str) -> bool:
@@ -300,8 +333,12 @@ class Router:
         omit: frozenset[bytes] = frozenset(),
         observe_try: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
+        on_cost: Callable[[Exchange, Sequence[bytes]], None] | None = None,
     ) -> None:
-        """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out."""
+        """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out.
+
+        `on_cost` hears of an answer that tells its cost, before its head is sent.
+        """
         self.routes = routes
         self.services = dict(services)
         self._clock = clock
@@ -311,6 +348,7 @@ class Router:
         self._omit_with_length = omit | {b"content-length"}
         self._observe_try = observe_try
         self._on_transition = on_transition
+        self.on_cost = on_cost or _ignore_cost
 
     def forward(
         self,
@@ -323,8 +361,7 @@ class Router:
         is_trusted: bool,
     ) -> Awaitable[None]:
         """Send the request to the route's upstream and its answer to the client. Raises GatewayError."""
-        if exchange.method in REFUSED_METHODS:
-            raise MethodNotAllowed(f"{exchange.method} is not proxied.", headers={"allow": PROXIED_METHODS})
+        refuse_method(exchange.method)
         service = self.services[route.upstream]
         exchange.upstream = route.upstream
         link: Link | None = scope.get(LINK)
@@ -427,6 +464,7 @@ class Router:
                     if not _may_retry(exchange, service, lease, request, error):
                         raise
                     failed = error
+                    exchange.has_reached |= not error.is_retry_safe
                 else:
                     return
                 finally:
@@ -525,7 +563,7 @@ class Router:
                 "type": "http.response.start",
                 "status": response.status_code,
                 "reason": response.extensions.get("reason_phrase"),
-                "headers": for_client(headers, fields, exchange.answer_headers, omit),
+                "headers": self._for_client(exchange, headers, fields, omit),
                 "trailers": passes_trailers,
                 "upstream_fields": fields if isinstance(stream, Answer) else None,
                 "is_body_ready": stream.is_ready,
@@ -545,6 +583,14 @@ class Router:
             passed = trailers_to_pass(stream.trailers, self.protected)
             await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
 
+    def _for_client(
+        self, exchange: Exchange, headers: HeaderList, fields: Fields, omit: frozenset[bytes]
+    ) -> HeaderList:
+        """Return the headers of an answer as the client shall see them, its cost settled."""
+        if COST in fields:
+            self.on_cost(exchange, fields[COST])
+        return for_client(headers, fields, exchange.answer_headers, omit)
+
     async def _tunnel(
         self, exchange: Exchange, service: Service, lease: Lease, request: "_Request", response: httpx.Response
     ) -> None:
@@ -554,7 +600,7 @@ class Router:
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         self._settle_success(lease)
         headers, fields, _ = _parts(response)
-        headers = for_client(headers, fields, exchange.answer_headers, self._omit)
+        headers = self._for_client(exchange, headers, fields, self._omit)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
         try:
             upstream, from_upstream = response.extensions["switched"].take_over()
@@ -711,11 +757,21 @@ async def _response(
     return await transport.handle_async_request(request)
 
 
+def _ignore_cost(_exchange: Exchange, _given: Sequence[bytes]) -> None:
+    """Leave it at what was charged."""
+
+
 def _spelt_target(scope: Scope) -> bytes:
     """Return path and query as another server than ours tells them."""
     query: bytes = scope["query_string"]
     path: bytes = scope["raw_path"]
     return path + b"?" + query if query else path
+
+
+def refuse_method(method: str) -> None:
+    """Raise MethodNotAllowed if no upstream is ever asked with this method."""
+    if method in REFUSED_METHODS:
+        raise MethodNotAllowed(f"{method} is not proxied.", headers={"allow": PROXIED_METHODS})
 
 
 def upstream_target(route: Route, target: bytes) -> bytes:

@@ -1,115 +1,203 @@
-"""The shared store, a Redis or Valkey server: how its URL is read and how it is connected to.
+"""The shared store, a Redis or Valkey server: how its URL is read, how it is connected to, and how scripts are called.
 
 The only module that knows the client library. Nothing here retries: whether a command may be sent twice is for the
 caller to know, and a decision of the limiter may not.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+import asyncio
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+from hiredis import pack_command
 from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.crc import key_slot
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
+
+from api_gateway.store_url import StoreUrl
+
+logger = logging.getLogger(__name__)
 
 Client = Redis | RedisCluster
 StoreError = (RedisError, OSError, TimeoutError)  # all that a command can fail with
 REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
 
-SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
-_PORTS = {"single": 6379, "cluster": 6379, "sentinel": 26379}
-_TLS_FILES = {"ca_file": "ssl_ca_certs", "certificate": "ssl_certfile", "key": "ssl_keyfile"}
+RELISTEN_AFTER = 0.2  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class StoreUrl:
-    """Where a store is, read from its URL.
+class ScriptCall:
+    """One call of a script: the keys it may touch, and its arguments."""
 
-    `redis://[user:password@]host[:port][/db]`, `rediss://` for TLS, `unix:///path[?db=0]`; with `+sentinel` the hosts
-    are sentinels and the path names the master (`/master[/db]`), with `+cluster` they are any nodes of the cluster.
-    Several hosts are parted by commas. `?ca_file=`, `?certificate=` and `?key=` name PEM files for TLS.
-    """
+    __slots__ = ("arguments", "keys")
 
-    kind: Literal["single", "sentinel", "cluster"]
-    hosts: tuple[tuple[str, int], ...]
-    path: str | None
-    master: str | None
-    options: Mapping[str, Any]
+    def __init__(self) -> None:
+        self.keys: dict[str, int] = {}
+        self.arguments: list[str | int] = []
 
-    @classmethod
-    def parse(cls, url: str) -> "StoreUrl":
-        """Read a URL. Raises ValueError that says what is wrong with it, and never shows a password."""
-        parts = urlsplit(url)
-        if parts.scheme not in SCHEMES:
-            raise ValueError(f"must be memory:// or begin with {', '.join(f'{name}://' for name in SCHEMES)}")
-        _, _, variant = parts.scheme.partition("+")
-        kind: Literal["single", "sentinel", "cluster"] = "single"
-        if variant == "sentinel":
-            kind = "sentinel"
-        elif variant == "cluster":
-            kind = "cluster"
-        options = _options(parts.query, is_tls=parts.scheme.startswith("rediss"))
-        options |= _credentials(parts.netloc)
-        if parts.scheme == "unix":
-            if not parts.path or parts.hostname:
-                raise ValueError("must name a socket by its whole path, as in unix:///run/store.sock")
-            return cls(kind, (), unquote(parts.path), None, options)
-        path = [unquote(piece) for piece in parts.path.split("/") if piece]
-        master = None
-        if kind == "sentinel":
-            if not path:
-                raise ValueError("must name the master, as in redis+sentinel://host:26379/mymaster")
-            master = path.pop(0)
-        if path:
-            options["db"] = _number(path.pop(0), "the database")
-        if path or (kind == "cluster" and options.get("db")):
-            raise ValueError("must end behind the database's number, and a cluster has only database 0")
-        hosts = _hosts(parts.netloc, _PORTS[kind])
-        if kind == "single" and len(hosts) > 1:
-            raise ValueError("names several hosts, which takes +sentinel or +cluster in its scheme")
-        return cls(kind, hosts, None, master, options)
+    def number(self, key: str) -> int:
+        """Return the number of a key among the call's keys, as the script counts them."""
+        return self.keys.setdefault(key, len(self.keys) + 1)
 
 
-def _options(query: str, *, is_tls: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True):
-        if name == "db":
-            options["db"] = _number(value, "db")
-        elif name in _TLS_FILES and is_tls:
-            options[_TLS_FILES[name]] = value
-        else:
-            raise ValueError(f"has the unknown parameter {name!r}; known are db, and with TLS {', '.join(_TLS_FILES)}")
-    return options | ({"ssl": True} if is_tls else {})
+class Carrier(Protocol):
+    """A connected way to the store on which one script can be called. Nothing is ever sent twice."""
+
+    is_divided: bool  # True if keys lie on several servers; a call then takes keys of one slot only
+
+    def slot(self, key: str) -> int:
+        """Return the slot in which a key lies."""
+        ...
+
+    async def run(self, calls: Sequence[ScriptCall]) -> list[list[int]]:
+        """Call the script and return the replies. Raises one of `StoreError`; the carrier is of no use then."""
+        ...
+
+    def abort(self) -> None:
+        """Let go of the connection at once."""
+        ...
 
 
-def _credentials(netloc: str) -> dict[str, str]:
-    given, at, _ = netloc.rpartition("@")
-    user, _, password = given.partition(":")
-    named = {"username": unquote(user), "password": unquote(password)} if at else {}
-    return {name: value for name, value in named.items() if value}
+class Script:
+    """A script and the name by which servers know it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-def _hosts(netloc: str, default_port: int) -> tuple[tuple[str, int], ...]:
-    hosts = []
-    for place in netloc.rpartition("@")[2].split(","):
-        one = urlsplit(f"//{place}")
-        if not one.hostname:
-            raise ValueError("must name a host")
+class StoreSession:
+    """What one process needs to talk to the store for as long as it lives."""
+
+    def __init__(self, url: str, *, timeout: float) -> None:
+        """`timeout` (seconds) bounds ordinary commands and connecting. Raises ValueError."""
+        self.client = connect(url, timeout=timeout)
+        self.is_divided = isinstance(self.client, RedisCluster)  # then a call takes keys of one slot only
+
+    def __repr__(self) -> str:
+        return f"<StoreSession [{type(self.client).__name__}]>"
+
+    async def carrier(self, script: Script) -> Carrier:
+        """Connect and make the script known. Raises one of `StoreError`."""
+        if isinstance(self.client, RedisCluster):
+            await self.client.initialize()
+            return _ClusterCarrier(self.client, script)
+        connection = self.client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
+        connection.socket_timeout = None  # the caller's deadline is the only one
+        carrier = _Connection(connection, script)
         try:
-            hosts.append((one.hostname, one.port or default_port))
-        except ValueError:
-            raise ValueError(f"has a port that is no port in {place!r}") from None
-    return tuple(hosts)
+            await connection.connect()
+            await carrier.introduce()
+        except BaseException:
+            carrier.abort()
+            raise
+        return carrier
+
+    async def listen(self, channel: str, on_message: Callable[[str], None], on_state: Callable[[bool], None]) -> None:
+        """Hand on what is published on a channel, until cancelled; reconnects by itself.
+
+        `on_state` tells when listening begins and when it has broken off: in between nothing is missed.
+        """
+        while True:
+            pubsub = self.client.pubsub()
+            try:
+                await pubsub.subscribe(channel)
+                async for message in pubsub.listen():
+                    if message["type"] == "subscribe":
+                        on_state(True)
+                    elif message["type"] == "message":
+                        on_message(message["data"].decode())
+            except StoreError:
+                logger.debug("listening on %s broke off", channel, exc_info=True)
+            finally:
+                on_state(False)
+                await pubsub.aclose()  # type: ignore[no-untyped-call]  # theirs
+            await asyncio.sleep(RELISTEN_AFTER)
+
+    async def close(self) -> None:
+        """Close the client."""
+        await self.client.aclose()
 
 
-def _number(text: str, what: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"{what} must be a number, got {text!r}")
-    return int(text)
+class _Connection:
+    """A connection to one server, by itself: outside of any pool."""
+
+    is_divided = False
+
+    def __init__(self, connection: AbstractConnection, script: Script) -> None:
+        self._connection = connection
+        self._script = script
+
+    def slot(self, key: str) -> int:  # noqa: ARG002 - all keys lie on one server
+        """See `Carrier`."""
+        return 0
+
+    async def introduce(self) -> None:
+        """Load the script: one that was loaded is kept, while servers since Valkey 8 forget those only seen."""
+        await self._connection.send_command("SCRIPT", "LOAD", self._script.text)
+        await self._connection.read_response(timeout=math.inf)
+
+    async def run(self, calls: Sequence[ScriptCall]) -> list[list[int]]:
+        """See `Carrier`."""
+        return [await self._run(call) for call in calls]
+
+    async def _run(self, call: ScriptCall) -> list[int]:
+        try:
+            return await self._ask(_packed("EVALSHA", self._script.sha, call))
+        except NoScriptError:  # nothing has been executed: the server has forgotten its scripts
+            return await self._ask(_packed("EVAL", self._script.text, call))
+
+    async def _ask(self, command: bytes) -> list[int]:
+        await self._connection.send_packed_command([command], check_health=False)
+        reply: list[int] = await self._connection.read_response(timeout=math.inf)
+        return reply
+
+    def abort(self) -> None:
+        """See `Carrier`."""
+        self._connection._close()  # type: ignore[no-untyped-call]  # noqa: SLF001 - `disconnect`, less the waiting
+
+
+class _ClusterCarrier:
+    """A cluster: its client keeps a connection to every node."""
+
+    is_divided = True
+
+    def __init__(self, client: RedisCluster, script: Script) -> None:
+        self._client = client
+        self._script = script
+
+    def slot(self, key: str) -> int:
+        """See `Carrier`."""
+        return key_slot(key.encode())
+
+    async def run(self, calls: Sequence[ScriptCall]) -> list[list[int]]:
+        """See `Carrier`; calls go out at once, each to its node."""
+        return await asyncio.gather(*[self._run(call) for call in calls])
+
+    async def _run(self, call: ScriptCall) -> list[int]:
+        count, keys, arguments = len(call.keys), call.keys, call.arguments
+        try:
+            reply: list[int] = await self._client.execute_command(
+                "EVALSHA", self._script.sha, count, *keys, *arguments
+            )
+        except NoScriptError:
+            reply = await self._client.execute_command("EVAL", self._script.text, count, *keys, *arguments)
+        return reply
+
+    def abort(self) -> None:
+        """See `Carrier`: the client has dropped what broke."""
+
+
+def _packed(verb: str, script: str, call: ScriptCall) -> bytes:
+    parts: tuple[Any, ...] = (verb, script, len(call.keys), *call.keys, *call.arguments)
+    packed: bytes = pack_command(parts)
+    return packed
 
 
 def connect(url: str, *, timeout: float) -> Client:

@@ -19,10 +19,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
-from api_gateway.cli import GatewayServer
 from api_gateway.config import GatewayConfig
+from api_gateway.server import GatewayServer
 
 PATIENCE = 10.0  # seconds a scene may take to come about before a test gives up
 
@@ -79,8 +80,10 @@ class RunningGateway:
 
     @property
     def console(self) -> Any:
-        """The live parts the operator's endpoints look at."""
-        return self.server._app.state.console
+        """The live parts."""
+        gateway = self.server._app.state.gateway
+        upstreams = {name: service.upstream for name, service in gateway.services.items()}
+        return SimpleNamespace(recorder=gateway.recorder, upstreams=upstreams, clients=gateway.clients)
 
     def stop(self) -> None:
         """Stop it and wait for its end."""

@@ -9,7 +9,7 @@ from api_gateway import models
 from tests.kit import RunningGateway, ask, in_front_of, running_gateway
 
 TOKEN = "correct-horse-battery"
-GUARDED = ["/metrics", "/metrics/latency", "/circuit-breakers", "/clients/acme"]
+GUARDED = ["/metrics", "/metrics/latency", "/circuit-breakers", "/clients", "/clients/acme"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,8 @@ def test_changing_a_tier_is_guarded(tokened: RunningGateway) -> None:
 def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> None:
     assert set(ask(f"{tokened.url}/health").json()) == {"status"}
     full = ask(f"{tokened.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
-    assert {"status", "version", "uptime", "upstreams"} == set(full)
+    assert {"status", "version", "uptime", "upstreams", "limits"} == set(full)
+    assert full["limits"]["mode"] == "memory"
 
 
 @pytest.mark.parametrize(
@@ -94,8 +95,10 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/metrics",
         "/metrics/latency",
         "/circuit-breakers",
+        "/clients",
         "/clients/{client_id}/tier",
         "/clients/{client_id}",
+        "/explain",
     }
 
 
@@ -107,13 +110,14 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         ("/metrics/latency", models.LatencyView),
         ("/circuit-breakers", models.BreakersView),
         ("/clients/acme", models.ClientView),
+        ("/clients", models.HeavyClients),
     ],
 )
 def test_answers_are_what_the_schema_says(plain: RunningGateway, path: str, model: Any) -> None:
     body = ask(plain.url + path).json()
     model.model_validate(body)
     schema = ask(f"{plain.url}/openapi.json").json()
-    name = "/clients/{client_id}" if path.startswith("/clients") else path
+    name = "/clients/{client_id}" if path.startswith("/clients/") else path
     shown = schema["paths"][name]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert shown == {"$ref": f"#/components/schemas/{model.__name__}"}
 

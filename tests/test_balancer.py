@@ -363,3 +363,37 @@ def test_reprs_tell_the_state() -> None:
     budget.withdraw()
     budget.deposit()
     assert repr(budget) == "<RetryBudget [9.5 retries left]>"
+
+
+# Asked beforehand
+
+
+@given(
+    health=st.lists(st.booleans(), min_size=2, max_size=2),
+    steps=st.lists(st.tuples(st.sampled_from((0.0, 5.0, 30.0)), st.none() | st.sampled_from(Outcome)), max_size=12),
+)
+@settings(deadline=None)
+def test_a_refusal_is_foretold_in_the_same_words_and_by_asking_nothing_moves(
+    health: list[bool], steps: list[tuple[float, Outcome | None]]
+) -> None:
+    upstream, now = upstream_of(targets(a=2, b=1)), NOW
+    for seconds, outcome in steps:
+        now += seconds
+        for target, is_healthy in zip(upstream.targets, health, strict=True):
+            target.is_healthy = is_healthy
+        held = [(target.in_flight, target.credit) for target in upstream.targets]
+        state, rejected = upstream.breaker.state, upstream.breaker.rejected_total
+        foretold = upstream.refusal(now)
+        assert (upstream.breaker.state, upstream.breaker.rejected_total) == (state, rejected)
+        assert [(target.in_flight, target.credit) for target in upstream.targets] == held
+        if foretold is None:
+            lease = upstream.checkout(now, "")
+            if outcome is not None:  # else it never comes back
+                lease.settle(outcome, now)
+                lease.release(now)
+            continue
+        with pytest.raises((CircuitOpen, NoHealthyUpstream)) as raised:
+            upstream.checkout(now, "")
+        error = raised.value
+        assert (type(foretold), foretold.detail, foretold.extra) == (type(error), error.detail, error.extra)
+        assert foretold.retry_after == error.retry_after

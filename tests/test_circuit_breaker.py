@@ -458,7 +458,11 @@ class Walk(RuleBasedStateMachine):
     @rule(target=tries)
     def admit(self) -> Try | MultipleResults[Try]:
         before = self.breaker.state
+        foretold, state = self.breaker.would_admit(self.model.now), self.breaker.state_at(self.model.now)
+        assert self.breaker.state is before
         ticket = self.breaker.admit(self.model.now)
+        assert (ticket is not None) == foretold
+        assert self.breaker.state is state
         assert (ticket is not None) == self.model.may_try()
         assert before is self.breaker.state or (before, self.breaker.state) == (OPEN, HALF_OPEN)
         if ticket is None:

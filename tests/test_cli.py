@@ -1,84 +1,16 @@
 """The command line as a process of its own: start, check, mistakes, stopping."""
 
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, reply
 from tests.kit import RawRequest as Request
-
-ROOT = Path(__file__).parent.parent
-WAYS = {
-    "run_gateway.py": [str(ROOT / "run_gateway.py"), "--port", "0"],
-    "python -m": ["-m", "api_gateway", "--port", "0"],
-}
-
-
-@dataclass
-class Running:
-    """A process of ours, and the files its output goes to."""
-
-    popen: "subprocess.Popen[bytes]"
-    stdout: Path
-    stderr: Path
-
-    @property
-    def output(self) -> str:
-        """What it has printed so far."""
-        return self.stdout.read_text()
-
-    @property
-    def errors(self) -> str:
-        """What it has complained of so far."""
-        return self.stderr.read_text()
-
-    @property
-    def url(self) -> str:
-        """The address its welcome names."""
-        eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens")
-        found = re.search(r"http://localhost:(\d+)", self.output)
-        assert found, self.output + self.errors
-        return f"http://127.0.0.1:{found[1]}"
-
-    def exit_code(self) -> int:
-        """Wait for its end."""
-        return self.popen.wait(PATIENCE)
-
-    def terminate(self) -> int:
-        """Ask it to stop and wait for its end."""
-        self.popen.send_signal(signal.SIGTERM)
-        return self.exit_code()
-
-
-@contextmanager
-def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
-    """Run Python with these arguments; stop it by its own process id at the end."""
-    variables = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1", **environment}
-    stdout, stderr = cwd / "stdout.txt", cwd / "stderr.txt"
-    with stdout.open("wb") as out, stderr.open("wb") as err:
-        popen = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=variables, stdout=out, stderr=err)
-    try:
-        yield Running(popen, stdout, stderr)
-    finally:
-        if popen.poll() is None:
-            popen.kill()
-        popen.wait()
-
-
-def config_file(folder: Path, upstream: str, extra: str = "") -> str:
-    path = folder / "gateway.yaml"
-    path.write_text(f'upstreams: {{up: {{targets: [{{url: "{upstream}"}}]}}}}\n{extra}')
-    return str(path)
+from tests.processes import WAYS, config_file, process
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())

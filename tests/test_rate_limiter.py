@@ -86,7 +86,7 @@ class Unforgetting:
         if wait_ns == 0:
             self.tats[charge.key] = after_ns
         debt_ns = max(after_ns - now_ns, 0)
-        remaining = (charge.quota.burst_ns - debt_ns) // charge.quota.emission_ns
+        remaining = max(charge.quota.burst_ns - debt_ns, 0) // charge.quota.emission_ns
         return Decision(charge.key, charge.quota, wait_ns == 0, remaining, wait_ns, debt_ns)
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
@@ -106,7 +106,7 @@ def drained(quota: Quota, now_ns: int, key: str = "a", **options: int) -> Memory
 
 
 def entries(limiter: MemoryLimiter) -> tuple[dict[str, int], dict[str, int], dict[int, int]]:
-    return dict(limiter._current), dict(limiter._previous), dict(limiter._overflow)
+    return dict(limiter._table.current), dict(limiter._table.previous), dict(limiter._overflow)
 
 
 def assert_conforms(admitted: Sequence[tuple[int, Fraction]], capacity: Fraction, per_ns: Fraction) -> None:
@@ -323,7 +323,7 @@ def test_a_full_bucket_is_forgotten(pauses: tuple[int, ...]) -> None:
         now_ns += pause * SECOND
         limiter.decide([charge(FREE, 0, "other")], now_ns)
     assert len(limiter) == 0
-    assert "a" not in limiter._current | limiter._previous
+    assert "a" not in limiter._table.current | limiter._table.previous
 
 
 def test_a_bucket_is_kept_for_as_long_as_the_longest_budget_of_all() -> None:
@@ -349,15 +349,15 @@ def test_what_was_forgotten_is_freed_a_few_entries_per_decision(pauses: tuple[in
     for number in range(101):
         limiter.decide([charge(FREE, 1, f"old-{number}")], START)
     for pause in pauses:
-        assert limiter._retired == []
+        assert limiter._table.retired == []
         now_ns += pause * SECOND
         limiter.decide([charge(FREE, 0, "new")], now_ns)
-    left = [sum(map(len, limiter._retired))]
+    left = [sum(map(len, limiter._table.retired))]
     for number in range(12):
         limiter.decide([charge(FREE, 1, f"new-{number}")], now_ns)
-        left.append(sum(map(len, limiter._retired)))
+        left.append(sum(map(len, limiter._table.retired)))
     assert left == [93, 85, 77, 69, 61, 53, 45, 37, 29, 21, 13, 5, 0]
-    assert limiter._retired == []
+    assert limiter._table.retired == []
     assert len(limiter) == 12
 
 
@@ -367,7 +367,7 @@ def test_two_generations_retired_at_once_are_both_freed() -> None:
     for _ in range(3):
         limiter.decide([charge(FREE, 0)], START + 60 * SECOND)
         assert len(limiter) == 0
-    assert limiter._retired == []
+    assert limiter._table.retired == []
 
 
 # Change of tier
@@ -560,7 +560,7 @@ def test_an_entry_made_later_starts_from_its_shared_bucket() -> None:
     limiter.decide([charge(FREE, 8, "newcomer")], START + 15 * SECOND)
     assert (len(limiter), limiter.overflowed) == (1, 1)
     decision = limiter.decide([charge(FREE, 3, "newcomer")], START + 20 * SECOND)
-    assert (list(limiter._current), limiter.overflowed) == (["newcomer"], 1)
+    assert (list(limiter._table.current), limiter.overflowed) == (["newcomer"], 1)
     assert decision.remaining == 10 - 8 + 5 - 3
 
 
@@ -570,8 +570,8 @@ def test_a_resident_keeps_its_own_bucket_while_the_table_is_full() -> None:
     for second in (0, 9, 10, 11, 19, 20, 21):
         limiter.decide([charge(FREE, 1, "resident")], START + second * SECOND)
         limiter.decide([charge(FREE, 1, f"stranger-{second}")], START + second * SECOND)
-    assert "resident" in limiter._current
-    assert "resident" not in limiter._previous
+    assert "resident" in limiter._table.current
+    assert "resident" not in limiter._table.previous
     assert limiter.overflowed == 7
 
 
@@ -591,7 +591,7 @@ def test_invented_ids_hold_no_more_than_the_limit() -> None:
         decision = limiter.decide([charge(FREE, 1, f"invented-{number}")], START + number * MILLISECOND)
         assert decision.allowed or decision.wait_ns <= SECOND
         most = max(most, len(limiter))
-        assert sum(map(len, limiter._retired)) <= 500
+        assert sum(map(len, limiter._table.retired)) <= 500
     assert most == 500
     assert limiter.overflowed > 10_000
     assert len(limiter._overflow) <= OVERFLOW_SLOTS
@@ -771,3 +771,138 @@ def test_a_limiter_without_quotas_still_answers() -> None:
     limiter.change_quota("a", FREE, FREE, START)
     limiter.decide([charge(FREE, 10)], START)
     assert not limiter.decide([charge(FREE)], START + SECOND - 1).allowed
+
+
+# After the fact
+
+
+def tat_of(limiter: MemoryLimiter, quota: Quota, now_ns: int, key: str = "a") -> int:
+    return max(limiter._load(key), now_ns)
+
+
+settlements = st.lists(
+    st.tuples(
+        st.sampled_from((0, 1, MILLISECOND)) | st.integers(0, 12 * SECOND),  # gap
+        st.sampled_from(("charge", "charge", "settle", "settle")),
+        st.sampled_from((0, 0, 0.5, 1, 3, 7)) | st.integers(0, 20),  # the cost, or what it is settled to
+        st.integers(0, 5),  # which of the open ones
+    ),
+    min_size=2,
+    max_size=40,
+)
+
+
+@given(quota=st.sampled_from((FREE, SLOW, THIRD)), script=settlements)
+@example(  # two that overlap, both given back, after the bucket was full in between
+    quota=FREE,
+    script=[
+        (0, "charge", 5, 0),
+        (1, "charge", 5, 0),
+        (1, "settle", 0, 0),
+        (5500 * MILLISECOND, "charge", 3, 0),
+        (500 * MILLISECOND, "settle", 0, 0),
+    ],
+)
+@thorough
+def test_giving_back_never_leaves_more_than_had_it_not_been_charged(
+    quota: Quota, script: list[tuple[int, str, float, int]]
+) -> None:
+    """The other world knows from the start what each request will have cost, if that is less."""
+    limiter, now_ns = MemoryLimiter([quota]), START
+    events: list[list[int]] = []  # time, and nanoseconds as it turned out
+    open_: list[tuple[Decision, int, int]] = []
+    for gap_ns, kind, cost, which in script:
+        now_ns += gap_ns
+        if kind == "charge":
+            decision = limiter.decide([charge(quota, cost)], now_ns)
+            if decision.allowed:
+                events.append([now_ns, quota.cost_ns(cost)])
+                open_.append((decision, quota.cost_ns(cost), len(events) - 1))
+        elif open_:
+            decision, charged_ns, event = open_.pop(which % len(open_))
+            change_ns = quota.cost_ns(cost) - charged_ns
+            if tat_of(limiter, quota, now_ns) + change_ns > now_ns + 2 * quota.burst_ns:
+                change_ns = 0  # what is forgiven beyond two budgets is another test's
+            limiter.settle([Charge("a", quota, change_ns)], decision, now_ns)
+            if change_ns < 0:
+                events[event][1] += change_ns
+            else:
+                events.append([now_ns, change_ns])
+        other_ns = 0
+        for at_ns, cost_ns in events:
+            other_ns = max(other_ns, at_ns) + cost_ns
+        assert tat_of(limiter, quota, now_ns) >= max(other_ns, now_ns)
+
+
+@given(quota=quotas, spent=st.floats(0, 1), cost=st.floats(0, 1), gap_ns=st.integers(0, SECOND))
+@quick
+def test_what_is_given_back_at_once_is_as_if_never_charged(
+    quota: Quota, spent: float, cost: float, gap_ns: int
+) -> None:
+    limiter, now_ns = MemoryLimiter([quota]), START
+    limiter.decide([charge(quota, spent * quota.capacity)], now_ns)
+    now_ns += gap_ns
+    before = limiter.peek("a", quota, now_ns)
+    decision = limiter.decide([charge(quota, cost * quota.capacity)], now_ns)
+    if decision.allowed:
+        refund = Charge("a", quota, -quota.cost_ns(cost * quota.capacity))
+        after = limiter.settle([refund], decision, now_ns)
+        assert (after.remaining, after.reset_ns) == (before.remaining, before.reset_ns)
+        assert limiter.peek("a", quota, now_ns) == before
+
+
+@given(quota=quotas, spent=st.floats(0, 1), more=st.floats(0, 3), cost=st.floats(0.001, 1))
+@quick
+def test_a_later_charge_delays_by_exactly_its_time_and_never_beyond_a_second_budget(
+    quota: Quota, spent: float, more: float, cost: float
+) -> None:
+    limiter, more_ns = MemoryLimiter([quota]), quota.cost_ns(more * quota.capacity)
+    decision = limiter.decide([charge(quota, spent * quota.capacity)], START)
+    after = limiter.settle([Charge("a", quota, more_ns)], decision, START)
+    owed_ns = min(decision.reset_ns + more_ns, 2 * quota.burst_ns)
+    assert after.reset_ns == owed_ns
+    assert after.allowed
+    assert after.remaining == max(quota.burst_ns - owed_ns, 0) // quota.emission_ns
+    asked = charge(quota, cost * quota.capacity)
+    next_one = limiter.decide([asked], START)
+    exact_ns = owed_ns + asked.increment_ns - quota.burst_ns
+    assert next_one.wait_ns == (NEVER if asked.increment_ns > quota.burst_ns else max(exact_ns, 0))
+
+
+def test_a_debt_is_remembered_until_it_is_paid() -> None:
+    """Longer than a bucket can be empty: generations turn more slowly for it."""
+    limiter, twin = MemoryLimiter([FREE]), Unforgetting()
+    decision = limiter.decide([charge(FREE, 10)], START)
+    limiter.settle([charge(FREE, 10)], decision, START)
+    twin.tats["a"] = START + 20 * SECOND
+    for after in (1, 9, 10, 11, 15, 19, 20, 21, 40):
+        now_ns = START + after * SECOND
+        assert limiter.decide([charge(FREE, 0, "other")], now_ns).allowed
+        assert limiter.peek("a", FREE, now_ns) == twin.decide(Charge("a", FREE, 0), now_ns)
+
+
+def test_all_buckets_of_a_request_are_settled_each_by_its_own_debt() -> None:
+    limiter = MemoryLimiter([FREE, SLOW])
+    limiter.decide([charge(SLOW, 4, "b")], START)
+    decision = limiter.decide([charge(FREE, 2), charge(SLOW, 2, "b")], START + SECOND)
+    back = [Charge("a", FREE, -FREE.cost_ns(2)), Charge("b", SLOW, -SLOW.cost_ns(2))]
+    after = limiter.settle(back, decision, START + SECOND)
+    assert (after.reset_ns, after.others_ns) == (0, (7 * SECOND,))
+    assert limiter.peek("b", SLOW, START + SECOND).reset_ns == 7 * SECOND
+
+
+def test_what_is_remembered_of_refunds_is_bounded_and_forgotten() -> None:
+    limiter, now_ns = MemoryLimiter([FREE]), START
+    first = limiter.decide([charge(FREE, 1)], now_ns)
+    for _ in range(1000):
+        now_ns += 1
+        decision = limiter.decide([charge(FREE, 1)], now_ns)
+        limiter.settle([Charge("a", FREE, -SECOND)], decision, now_ns + 1)
+        assert limiter.peek("a", FREE, now_ns + 1).remaining == 9
+    assert len(limiter._refunds._current["a"]) <= 32
+    limiter.settle([Charge("a", FREE, -SECOND)], first, now_ns)
+    assert len(limiter._refunds) == 1
+    for later in (30, 60, 61):
+        limiter.decide([charge(FREE, 1)], now_ns + later * SECOND)
+    assert len(limiter._refunds) == 0
+    assert not limiter._table.retired

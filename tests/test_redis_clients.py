@@ -12,24 +12,27 @@ import pytest
 from api_gateway.client_records import Change, ClientRecord, Grant, OutcomeUnknown
 from api_gateway.clients import ClientRegistry
 from api_gateway.errors import StoreUnavailable
-from api_gateway.redis_clients import CHANGES, META, PREFIX, RECORDS, RedisClients
+from api_gateway.redis_clients import RedisClients
+from api_gateway.store import StoreSession
 from tests.kit import StoreServer, soon
 from tests.test_clients import following, tier_of, view
 
+PREFIX = "{gateway:clients}:"
+META, RECORDS, CHANGES = f"{PREFIX}meta", f"{PREFIX}records", f"{PREFIX}changes"
 TIER_NAMES = ("FREE", "BASIC", "PREMIUM")
 
 
 @asynccontextmanager
 async def joined(server: StoreServer, *, patience: float = 0.3, **options: Any) -> AsyncIterator[ClientRegistry]:
     """Run a registry on that server, as a gateway does, with less patience."""
-    async with following(RedisClients(server.url, timeout=patience), **options) as registry:
+    async with following(RedisClients(StoreSession(server.url, timeout=patience)), **options) as registry:
         yield registry
 
 
 @asynccontextmanager
 async def opened(server: StoreServer, patience: float = 0.3) -> AsyncIterator[RedisClients]:
     """Use a store by itself."""
-    store = RedisClients(server.url, timeout=patience)
+    store = RedisClients(StoreSession(server.url, timeout=patience))
     try:
         yield store
     finally:
@@ -37,7 +40,7 @@ async def opened(server: StoreServer, patience: float = 0.3) -> AsyncIterator[Re
 
 
 def is_subscribed(*registries: ClientRegistry) -> Callable[[], bool]:
-    return lambda: all(registry._store._is_subscribed for registry in registries)  # type: ignore[attr-defined]  # it is ours
+    return lambda: all(registry._store._is_listening for registry in registries)  # type: ignore[attr-defined]  # it is ours
 
 
 # Following
@@ -57,10 +60,9 @@ async def test_what_one_gateway_changes_another_follows_at_once(store_server: St
 async def test_without_messages_it_follows_within_a_second(
     store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api_gateway.redis_clients.CHANNEL", "elsewhere")
+    monkeypatch.setattr(RedisClients, "_on_message", lambda self, version: None)
     async with joined(store_server) as other:
         await soon(is_subscribed(other), "it subscribes")
-        monkeypatch.undo()
         async with opened(store_server) as store:
             await store.write("acme", Change(tier="PREMIUM"))
         assert await soon(lambda: tier_of(other, "acme") == ("PREMIUM", "registered"), "it follows") < 1
@@ -115,22 +117,17 @@ async def test_all_who_write_at_one_time_end_up_with_the_last_writer(store_serve
 
 
 async def test_a_grant_ends_on_time_everywhere(store_server: StoreServer) -> None:
-    cleared = []
-
-    async def on_grant_ended(*clients: Any) -> None:
-        cleared.append([view(client) for client in clients])
-
-    options: dict[str, Any] = {"on_grant_ended": on_grant_ended}
-    async with joined(store_server, **options) as one, joined(store_server, **options) as other:
+    async with joined(store_server) as one, joined(store_server) as other:
         until = time.time() + 0.4
         await one.grant("acme", "PREMIUM", until)
         await soon(lambda: tier_of(other, "acme") == ("PREMIUM", "granted"), "the other follows", within=0.4)
         for registry in (one, other):
             await soon(lambda each=registry: tier_of(each, "acme") == ("FREE", "default"), "it ends")  # type: ignore[misc]  # a loop's value
         assert 0 <= time.time() - until < 0.2
-        await soon(lambda: bool(cleared), "one of them clears it")
-        await soon(lambda: not one._tasks and not other._tasks, "the other lets it be")
-    assert cleared == [[("PREMIUM", "granted"), ("FREE", "default")]]
+        await soon(lambda: not one._tasks and not other._tasks, "one clears it, and the other lets it be")
+        (record,) = await one._store.look_up(["acme"])
+        assert record is not None
+        assert (record.is_empty, record.version) == (True, 2)
 
 
 # The records
@@ -204,7 +201,7 @@ async def test_a_grant_is_cleared_once_and_not_before_its_end(store_server: Stor
         assert ended is not None
         assert (ended.after.tier, ended.after.grant) == ("FREE", None)
         assert await store.end_grant("over", over.version) is None
-        assert "subscribed" in repr(store)
+        assert repr(store) == "<RedisClients [not listening]>"
 
 
 # Looking up

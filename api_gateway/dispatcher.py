@@ -1,0 +1,291 @@
+"""Carries questions to the store: whatever waits goes out in one script call, without a timer that would collect it.
+
+Requests never own a connection. They leave a question, and are answered by a callback; so one that is cancelled breaks
+nothing, and many that come within one turn of the event loop share one write and one read. A question is sent once at
+most: what may have been executed is never sent again. It is answered within the deadline, if need be with a failure.
+
+A connection serves only after the store has answered on it within the deadline. Three failures in a row, or half of
+twenty, open the breaker: then nothing is sent, and nothing waits, until the store has answered a trial in time.
+"""
+
+import asyncio
+import logging
+import random
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State, Ticket
+from api_gateway.models import Clock, Outcome
+from api_gateway.store import Carrier, Script, ScriptCall, StoreError, StoreSession
+
+logger = logging.getLogger(__name__)
+
+LANES = 2  # batches under way at once: one is answered while the next is written
+MAX_BATCH = 128  # questions; a script call keeps the store from everything else
+CONNECT_TIMEOUT = 1.0  # seconds; requests do not wait for it
+MAX_SILENCE = 1.0  # seconds without a word from the store
+FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between attempts to connect
+
+POLICY = BreakerPolicy(
+    failure_threshold=3, failure_rate=0.5, minimum_calls=20, window=10, recovery_timeout=1, half_open_max_calls=1
+)
+
+
+class Question(ABC):
+    """What is asked of the script within a batch; see token_bucket.lua for the operations.
+
+    `key` is one of its buckets: on a cluster all of them must lie where that one does.
+    """
+
+    __slots__ = ("expires", "is_over", "is_sent", "key")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.expires = 0.0
+        self.is_sent = self.is_over = False
+
+    @abstractmethod
+    def write(self, call: ScriptCall) -> None:
+        """Append its operations."""
+
+    @abstractmethod
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        """Take its part of the reply, and act on it unless the question `is_over`."""
+
+    @abstractmethod
+    def fail(self) -> None:
+        """Do without the store. If it `is_sent`, it may have been executed all the same."""
+
+
+class Dispatcher:
+    """Asks one store on behalf of one process."""
+
+    def __init__(
+        self,
+        session: StoreSession,
+        script: Script,
+        *,
+        deadline: float,
+        clock: Clock,
+        source: random.Random,
+        on_trouble: Callable[[], None],
+    ) -> None:
+        """`deadline` is in seconds, from leaving the question to its answer. Any failure calls `on_trouble`."""
+        self.deadline = deadline
+        self._session = session
+        self._script = script
+        self._clock = clock
+        self._source = source
+        self._on_trouble = on_trouble
+        self._waiting: deque[Question] = deque()
+        self._open: deque[Question] = deque()  # waiting or sent, in order
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._is_waking = False
+        self._lanes: list[asyncio.Task[None]] = []
+        self._connected = asyncio.Event()
+        self.connections = 0
+        self.breaker = CircuitBreaker(POLICY, clock())
+        self.batches = self.questions = self.failures = 0
+        self.last_error: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher [{self.connections} connections, {len(self._waiting)} waiting, {self.breaker.state}]>"
+
+    @property
+    def is_usable(self) -> bool:
+        """True while a question has a chance of being answered in time."""
+        return self.connections > 0 and self.breaker.state is State.CLOSED
+
+    async def start(self) -> None:
+        """Connect, and go on connecting until `close`. Returns once the store has answered, or failed to do so."""
+        self._loop = asyncio.get_running_loop()
+        self._lanes = [asyncio.create_task(self._run_lane(), name=f"store lane {n}") for n in range(LANES)]
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await self._connected.wait()
+        except TimeoutError:
+            logger.warning("the store cannot be used yet: %s", self.last_error or "it does not answer")
+
+    async def close(self) -> None:
+        """Disconnect. What still waits is answered with a failure."""
+        for lane in self._lanes:
+            lane.cancel()
+        await asyncio.gather(*self._lanes, return_exceptions=True)
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._fail_waiting()
+
+    def submit(self, question: Question) -> None:
+        """Have a question answered, or failed, within the deadline."""
+        question.expires = self._loop.time() + self.deadline
+        self._waiting.append(question)
+        self._open.append(question)
+        if self._alarm is None:
+            self._alarm = self._loop.call_at(question.expires, self._expire)
+        if self._idle and not self._is_waking:
+            self._is_waking = True
+            self._loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        """Set idle lanes to work, at the end of the turn in which the questions came."""
+        self._is_waking = False
+        for _ in range(0, len(self._waiting), MAX_BATCH):
+            if not self._idle:
+                return
+            idle = self._idle.popleft()
+            if not idle.done():
+                idle.set_result(None)
+
+    def _expire(self) -> None:
+        """Fail what is as old as it may get."""
+        self._alarm = None
+        now = self._loop.time()
+        while self._open and (self._open[0].is_over or self._open[0].expires <= now):
+            _fail(self._open.popleft())
+        if self._open:
+            self._alarm = self._loop.call_at(self._open[0].expires, self._expire)
+
+    def _fail_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for question in waiting:
+            _fail(question)
+
+    # Lanes
+
+    async def _run_lane(self) -> None:
+        """Keep one connection, and carry batches over it."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    carrier = await self._session.carrier(self._script)
+            except StoreError as error:
+                self._count(self.breaker.admit(self._clock()), Outcome.FAILURE, error)
+                await asyncio.sleep(pause * self._source.uniform(0.5, 1.5))
+                pause = min(2 * pause, LAST_PAUSE)
+                continue
+            try:
+                await self._serve(carrier)
+            except StoreError:
+                pause = FIRST_PAUSE  # it has been counted where it happened
+            finally:
+                carrier.abort()
+
+    async def _serve(self, carrier: Carrier) -> None:
+        """Carry batches, once the store has answered in time; returns by raising."""
+        await self._try_out(carrier)
+        self.connections += 1
+        self._connected.set()
+        try:
+            while True:
+                if self.breaker.state is not State.CLOSED:
+                    await self._try_out(carrier)
+                while self._waiting:
+                    await self._carry(carrier)
+                if not await self._is_woken():
+                    await self._try_out(carrier)  # a connection that broke while idle shall not cost a request
+        finally:
+            self.connections -= 1
+
+    async def _is_woken(self) -> bool:
+        """Wait for questions, but not for ever; tell whether there are any."""
+        idle = self._loop.create_future()
+        self._idle.append(idle)
+        try:
+            async with asyncio.timeout(MAX_SILENCE):
+                await idle
+        except TimeoutError:
+            return False
+        finally:
+            if not idle.done() or idle.cancelled():
+                self._idle.remove(idle)
+        return True
+
+    async def _try_out(self, carrier: Carrier) -> None:
+        """Have the store answer to nothing in time: the breaker's probe, so that no request has to be it."""
+        while True:
+            ticket = self.breaker.admit(self._clock())
+            if ticket is not None:
+                break
+            await asyncio.sleep(max(self.breaker.retry_after(self._clock()), self.deadline))
+        try:
+            async with asyncio.timeout(self.deadline):
+                await carrier.run([ScriptCall()])
+        except StoreError as error:
+            self._count(ticket, Outcome.FAILURE, error)
+            raise
+        self._count(ticket, Outcome.SUCCESS, None)
+
+    async def _carry(self, carrier: Carrier) -> None:
+        """Send a batch and hand out the replies."""
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+        groups = _groups(carrier, [question for question in batch if not question.is_over])
+        if not groups:
+            return
+        ticket = self.breaker.admit(self._clock())
+        replies = None
+        try:
+            async with asyncio.timeout_at(batch[-1].expires):
+                replies = await carrier.run([_call(group) for group in groups])
+        except StoreError as error:
+            self._count(ticket, Outcome.FAILURE, error)
+            raise
+        finally:
+            if replies is None:
+                for question in batch:
+                    _fail(question)
+        self._count(ticket, Outcome.SUCCESS, None)
+        self.batches += 1
+        self.questions += len(batch)
+        for group, reply in zip(groups, replies, strict=True):
+            values = iter(reply)
+            clock_us = next(values)
+            for question in group:
+                question.read(clock_us, values)
+                question.is_over = True
+
+    def _count(self, ticket: Ticket | None, outcome: Outcome, error: BaseException | None) -> None:
+        detail = "" if error is None else str(error) or type(error).__name__
+        if error is not None:
+            self.failures += 1
+            self.last_error = detail
+            self._on_trouble()
+        if ticket is None:
+            return
+        moved = self.breaker.settle(ticket, outcome, self._clock(), detail)
+        if moved is not None:
+            is_open = moved.target is State.OPEN
+            logger.log(
+                logging.WARNING if is_open else logging.INFO,
+                "the store is %s: %s",
+                "not used for now" if is_open else "in use again",
+                moved.cause,
+            )
+            if is_open:
+                self._fail_waiting()
+
+
+def _groups(carrier: Carrier, questions: list[Question]) -> list[list[Question]]:
+    """Put together what one call of the script can answer."""
+    if not carrier.is_divided:
+        return [questions] if questions else []
+    groups: dict[int, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(carrier.slot(question.key), []).append(question)
+    return list(groups.values())
+
+
+def _call(questions: list[Question]) -> ScriptCall:
+    call = ScriptCall()
+    for question in questions:
+        question.write(call)
+        question.is_sent = True
+    return call
+
+
+def _fail(question: Question) -> None:
+    if not question.is_over:
+        question.is_over = True
+        question.fail()

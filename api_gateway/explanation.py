@@ -1,0 +1,219 @@
+"""What the gateway would say to a request, and why, without the request: nothing is charged, sent or moved.
+
+It asks the objects that decide on requests, in the order in which those meet them, and by the same pure functions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import unquote
+
+from api_gateway.circuit_breaker import State
+from api_gateway.errors import GatewayError, InvalidValue, Reason
+from api_gateway.headers import fields_of, host_name
+from api_gateway.middleware import Identify, Limit, is_proxied, refusal
+from api_gateway.models import (
+    NANOSECONDS,
+    BucketExplained,
+    Charge,
+    Client,
+    ClientExplained,
+    Clock,
+    Decision,
+    Exchange,
+    Explanation,
+    Question,
+    RouteExplained,
+    TierView,
+    UpstreamExplained,
+    Verdict,
+)
+from api_gateway.rate_limiter import NEVER, RateLimiter
+from api_gateway.router import Route, Router, refuse_method, upstream_target
+
+_WHY = {
+    "granted": "named by {header}; it has its tier for a while, by POST /clients/{{id}}/grants",
+    "registered": "named by {header}; its tier was set by POST /clients/{{id}}/tier",
+    "configured": "named by {header}; its tier stands in the configuration",
+    "default": "named by {header}; nobody registered it, so it has the default tier, and its address is limited too",
+    "address": "no {header}, so it is its address, with the default tier",
+}
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """One bucket, what would be charged to it, and what it says to that."""
+
+    charge: Charge
+    decision: Decision
+
+    @property
+    def owed_ns(self) -> int:
+        """What is missing to a full bucket now; a charge that passes is not made."""
+        return self.decision.reset_ns - (self.charge.increment_ns if self.decision.allowed else 0)
+
+    @property
+    def wait_ns(self) -> float:
+        """Nanoseconds until the charge passes, without end if it never does."""
+        return float("inf") if self.decision.wait_ns == NEVER else self.decision.wait_ns
+
+    @property
+    def more(self) -> float:
+        """How many such charges it takes after this one."""
+        left_ns = self.charge.quota.burst_ns - self.decision.reset_ns
+        return left_ns / self.charge.increment_ns if self.charge.increment_ns else float("inf")
+
+
+class Explainer:
+    """Answers questions about requests that have not been made."""
+
+    def __init__(
+        self,
+        *,
+        identify: Identify,
+        router: Router,
+        limit: Limit,
+        limiter: RateLimiter,
+        header: str,
+        clock: Clock,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        """`header` is the one that names clients; both clocks are the same one."""
+        self._identify = identify
+        self._router = router
+        self._limit = limit
+        self._limiter = limiter
+        self._header = header
+        self._clock = clock
+        self._clock_ns = clock_ns
+
+    def __repr__(self) -> str:
+        return f"<Explainer of {self._router.routes!r}>"
+
+    async def explain(self, question: Question) -> Explanation:
+        """Return what would happen, and every figure it rests on. Raises ClientIdInvalid and InvalidValue."""
+        target = question.path.encode("ascii")
+        path = unquote(question.path.partition("?")[0])
+        if not is_proxied(path):
+            raise InvalidValue(f"path: only /api and what is below it is proxied, got {path!r}.")
+        exchange = Exchange("explain", question.method, path, question.address, self._clock())
+        exchange.client = client = await self._client(exchange, question)
+        route, error = self._route(exchange, question)
+        buckets = await self._inspect(self._limit.charges(client, exchange.peer, exchange.cost))
+        binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
+        if error is None and not binding.decision.allowed:
+            error = refusal(exchange, binding.decision)
+        if error is None and route is not None:
+            error = self._refused(route, question.method, target)
+        return Explanation(
+            verdict=_verdict(error),
+            client=self._client_view(client),
+            route=None if route is None else self._route_view(route, exchange),
+            buckets=[_bucket_view(bucket) for bucket in buckets],
+            binding=binding.charge.key,
+            candidate=await self._candidate(client, exchange),
+            upstream=None if route is None else self._upstream_view(route),
+            limiter=binding.decision.source,
+        )
+
+    async def _client(self, exchange: Exchange, question: Question) -> Client:
+        headers = []
+        if question.client_id is not None:
+            headers.append((self._header.encode(), question.client_id.encode()))
+        exchange.peer, _, name = self._identify.caller(exchange.peer, fields_of(headers))
+        return await self._identify.ask(name, exchange.peer)
+
+    def _route(self, exchange: Exchange, question: Question) -> tuple[Route | None, GatewayError | None]:
+        host = host_name({b"host": [question.host.encode()]})
+        try:
+            route, exchange.cost = self._router.routes.find(host, exchange.method, exchange.path)
+        except GatewayError as error:
+            return None, error
+        exchange.route = route.name
+        return route, None
+
+    async def _inspect(self, charges: Sequence[Charge]) -> list[_Bucket]:
+        decisions = await self._limiter.inspect(charges, self._clock_ns())
+        return [_Bucket(charge, decision) for charge, decision in zip(charges, decisions, strict=True)]
+
+    def _refused(self, route: Route, method: str, target: bytes) -> GatewayError | None:
+        """Return why a request that may pass the limiter would go no further."""
+        try:
+            refuse_method(method)
+            upstream_target(route, target)
+        except GatewayError as error:
+            return error
+        return self._router.services[route.upstream].upstream.refusal(self._clock())
+
+    async def _candidate(self, client: Client, exchange: Exchange) -> BucketExplained | None:
+        shadow = self._limit.shadow
+        if shadow is None:
+            return None
+        charges = shadow.charges(client, exchange.route, exchange.method, exchange.path, exchange.cost)
+        found = await self._inspect(charges) if charges else []
+        return _bucket_view(found[0]) if found else None
+
+    def _client_view(self, client: Client) -> ClientExplained:
+        quota = client.quota
+        return ClientExplained(
+            id=client.id,
+            source=client.source,
+            why=_WHY[client.source].format(header=self._header),
+            registered=client.is_registered,
+            tier=TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity),
+        )
+
+    def _route_view(self, route: Route, exchange: Exchange) -> RouteExplained:
+        rule = route.rule_for(exchange.method, exchange.path)
+        return RouteExplained(
+            name=route.name,
+            path=route.path,
+            upstream=route.upstream,
+            cost=exchange.cost,
+            cost_from="route" if rule is None else f"rule: {rule}",
+        )
+
+    def _upstream_view(self, route: Route) -> UpstreamExplained:
+        upstream, now = self._router.services[route.upstream].upstream, self._clock()
+        state = upstream.breaker.state_at(now)
+        return UpstreamExplained(
+            name=upstream.name,
+            breaker=state.value,
+            next_probe_in=round(upstream.breaker.retry_after(now), 3) if state is State.OPEN else None,
+            healthy=sum(target.is_healthy for target in upstream.targets),
+            targets=len(upstream.targets),
+        )
+
+
+_OUTCOMES: Mapping[Reason, Literal["limited", "never"]] = {
+    Reason.RATE_LIMITED: "limited",
+    Reason.COST_EXCEEDS_CAPACITY: "never",
+}
+
+
+def _verdict(error: GatewayError | None) -> Verdict:
+    if error is None:
+        words = "Every bucket holds what the request costs, and its upstream may be tried."
+        return Verdict(outcome="allowed", status=None, reason=None, retry_after=None, words=words)
+    return Verdict(
+        outcome=_OUTCOMES.get(error.reason, "refused"),
+        status=error.status,
+        reason=error.reason.value,
+        retry_after=error.retry_after,
+        words=error.detail,
+    )
+
+
+def _bucket_view(bucket: _Bucket) -> BucketExplained:
+    charge, decision = bucket.charge, bucket.decision
+    quota = charge.quota
+    return BucketExplained(
+        key=charge.key,
+        policy=quota.name.lower(),
+        tokens=round((quota.burst_ns - bucket.owed_ns) / quota.emission_ns, 3),
+        capacity=quota.capacity,
+        cost=round(charge.increment_ns / quota.emission_ns, 6),
+        passes=decision.allowed,
+        wait=None if decision.wait_ns == NEVER else decision.wait_ns / NANOSECONDS,
+        full_in=round(bucket.owed_ns / NANOSECONDS, 3),
+    )

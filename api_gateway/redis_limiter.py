@@ -1,0 +1,456 @@
+"""The rate limiter whose buckets lie in a shared store: the same decisions as in memory, for any number of processes.
+
+The store is asked once for a decision, and what it says of a bucket is also remembered: a bucket that was so empty
+that it must still be is refused here, without asking, and the answer is what the store's would have been. While the
+store cannot be used, decisions are made here by the policy that is configured, and the store is told afterwards.
+"""
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from importlib.resources import files
+from typing import Literal
+
+from api_gateway.dispatcher import Dispatcher, Question
+from api_gateway.errors import StoreUnavailable
+from api_gateway.local_share import LocalShare
+from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota, Source
+from api_gateway.rate_limiter import DebtTable, decision_after, decision_of, joint_decision, settled, take
+from api_gateway.store import Script, ScriptCall, StoreError, StoreSession
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["local_share", "deny", "allow"]
+
+SCRIPT = Script(files("api_gateway").joinpath("token_bucket.lua").read_text())
+SKEW = 1000  # a remembered debt is shortened by a thousandth: more than two clocks may differ in speed
+BEAT = 2.0  # seconds between heartbeats
+DEAD_AFTER = 3 * BEAT
+MEMORY_OF_PROCESSES = 3600.0  # seconds for which a process that has gone is still counted
+
+# Counts who has been heard of lately. KEYS[1] the processes by the time of their last beat; ARGV: name, seconds.
+HEARTBEAT = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+redis.call('ZADD', KEYS[1], string.format('%.3f', now), ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.3f', now - ARGV[2]))
+redis.call('EXPIRE', KEYS[1], math.ceil(ARGV[2] * 10))
+return redis.call('ZCARD', KEYS[1])
+"""
+
+
+class RedisLimiter:
+    """Token buckets in a Redis or Valkey; see `RateLimiter`."""
+
+    def __init__(
+        self,
+        session: StoreSession,
+        quotas: Iterable[Quota],
+        *,
+        policy: Policy,
+        deadline: float,
+        processes: int,
+        bucket_limit: int,
+        prefix: str,
+        clock: Clock,
+        clock_ns: Callable[[], int],
+        source: random.Random,
+    ) -> None:
+        """Ask within `deadline` seconds. `processes` is how many gateways there are at least.
+
+        `bucket_limit` bounds what is remembered here, `prefix` begins every key in the store.
+        """
+        quotas = list(quotas)
+        self.policy: Policy = policy
+        self._bucket_limit = bucket_limit
+        self.overflowed = 0
+        self.dispatcher = Dispatcher(
+            session, SCRIPT, deadline=deadline, clock=clock, source=source, on_trouble=self._on_trouble
+        )
+        self.share = LocalShare(quotas, bucket_limit=bucket_limit)
+        self.share.processes = processes
+        self._session = session
+        self._is_divided = session.is_divided
+        self._configured_processes = processes
+        self._seen: dict[int, float] = {}  # numbers of processes, and when each was last seen
+        self._name = f"{source.getrandbits(64):016x}"
+        self._prefix = prefix
+        self._refunds = f"{prefix}:refunds"
+        self._clock = clock
+        self.clock_ns = clock_ns
+        # What the store said of buckets, by the length of their budget: after a change of tier it says nothing.
+        self._told: dict[int, DebtTable] = {}
+        self._told_before: dict[int, DebtTable] = {}  # and refunds may have been missed since
+        self._hears_refunds = False
+        self._trusted_from_ns = 0  # what was asked earlier may be told wrongly
+        self._listener: asyncio.Task[None] | None = None
+        self._heart: asyncio.Task[None] | None = None
+        self.store_key = lru_cache(maxsize=65_536)(self._hashed)
+
+    def __repr__(self) -> str:
+        return f"<RedisLimiter [{self.mode}, {len(self)} buckets remembered]>"
+
+    def __len__(self) -> int:
+        """Return how many buckets are remembered in this process."""
+        return sum(map(len, [*self._told.values(), *self._told_before.values()])) + len(self.share)
+
+    @property
+    def bucket_limit(self) -> int:
+        """Entries of each kind remembered at most."""
+        return self._bucket_limit
+
+    @property
+    def mode(self) -> Source:
+        """What decisions rest on now: the store, or the policy for when it cannot be used."""
+        return "store" if self.dispatcher.is_usable else self.policy
+
+    def state(self) -> LimiterState:
+        """See `RateLimiter`."""
+        dispatcher = self.dispatcher
+        return LimiterState(
+            mode=self.mode,
+            processes=self.share.processes,
+            batches=dispatcher.batches,
+            questions=dispatcher.questions,
+            failures=dispatcher.failures,
+            last_error=dispatcher.last_error,
+        )
+
+    async def start(self) -> None:
+        """Connect to the store. Returns once it has answered, or has had its time to."""
+        await self.dispatcher.start()
+        self._listener = self._listen()
+        self._heart = asyncio.create_task(self._beat(), name="store heartbeat")
+
+    async def close(self) -> None:
+        """Disconnect."""
+        tasks = [task for task in (self._listener, self._heart) if task is not None]
+        self._listener = self._heart = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.dispatcher.close()
+        await self._session.close()
+
+    # Decisions
+
+    def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """See `RateLimiter`."""
+        if not self.dispatcher.is_usable:
+            return self.without_store(charges, now_ns)
+        if self._hears_refunds:
+            for charge in charges:
+                if self._told_tat(charge) + charge.increment_ns > now_ns + charge.quota.burst_ns:
+                    return self._refusal(charges, now_ns)
+        return None
+
+    def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+        """See `RateLimiter`."""
+        if len(charges) > 1 and self._is_divided:
+            _Jointly(self, charges, now_ns, answer).submit()
+        else:
+            self.dispatcher.submit(_Take(self, charges, now_ns, answer))
+
+    async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
+        """See `RateLimiter`."""
+        return list(await asyncio.gather(*[self._inspect(charge, now_ns) for charge in charges]))
+
+    async def _inspect(self, charge: Charge, now_ns: int) -> Decision:
+        if not self.dispatcher.is_usable:
+            return self.share.inspect(charge, self.last_told(charge), now_ns)
+        seen: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        self.dispatcher.submit(_Look(self, charge, now_ns, seen))
+        return await seen
+
+    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+        """See `RateLimiter`. The store is told, and not waited for; what is returned is as of the decision."""
+        if decision.source != "store":
+            return self.share.settle(charges, decision, now_ns)
+        at_ns = decision.at_ns
+        debts_ns = []
+        for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
+            tat_ns = at_ns + debt_ns
+            self.dispatcher.submit(_Settle(self, charge, tat_ns))
+            debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, tat_ns, at_ns) - at_ns)
+            self._forget_told(charge.key)
+        return decision_after(decision, debts_ns, at_ns)
+
+    async def refill(self, key: str) -> None:
+        """See `RateLimiter`. Raises StoreUnavailable; the bucket may or may not be full then."""
+        try:
+            await self._session.client.delete(self.store_key(key))
+            await self._session.client.publish(self._refunds, key)
+        except StoreError as error:
+            raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
+        self._on_refund(key)
+        self.share.forget(key)
+
+    async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+        """See `RateLimiter`. In the store a bucket carries its budget, and moves when it is next used."""
+        self.share.move(key, old, new, now_ns)
+
+    def without_store(self, charges: Sequence[Charge], now_ns: int) -> Decision:
+        """Decide by the policy for when the store cannot be used."""
+        if self.policy == "local_share":
+            return self.share.decide(charges, [self.last_told(charge) for charge in charges], now_ns)
+        first = charges[0]
+        if self.policy == "deny":
+            return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
+        self.share.admit(charges, now_ns)
+        others_ns = tuple(charge.increment_ns for charge in charges[1:])
+        return decision_of(first, now_ns + first.increment_ns, 0, now_ns, "allow", others_ns)
+
+    # What the store said before
+
+    def last_told(self, charge: Charge) -> int:
+        """Return the TAT of a bucket by what the store last said of it, for want of anything better."""
+        before = self._told_before.get(charge.quota.burst_ns)
+        return max(self._told_tat(charge), before.get(charge.key) or 0 if before is not None else 0)
+
+    def _told_tat(self, charge: Charge) -> int:
+        """Return the TAT of a bucket by what the store said of it: never later than the true one."""
+        table = self._told.get(charge.quota.burst_ns)
+        return table.get(charge.key) or 0 if table is not None else 0
+
+    def remember(self, charge: Charge, debt_ns: int, asked_ns: int) -> None:
+        """Keep what a bucket owed when the store was asked; it was asked at `asked_ns` or later."""
+        if asked_ns < self._trusted_from_ns:
+            return
+        table = self._told.get(charge.quota.burst_ns)
+        if table is None:
+            table = DebtTable(2 * charge.quota.burst_ns, self._bucket_limit)
+            self._told[charge.quota.burst_ns] = table
+        if table.is_due(asked_ns):
+            table.advance(asked_ns)
+        tat_ns = asked_ns + debt_ns - debt_ns // SKEW
+        if charge.key in table.current:
+            table.current[charge.key] = tat_ns
+        else:
+            table.put(charge.key, tat_ns)
+
+    def _refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
+        """Refuse by what the store said before; None if it would not refuse after all."""
+        tats = [self._told_tat(charge) for charge in charges]
+        taken = [
+            take(tat_ns, charge.quota.burst_ns, charge.increment_ns, now_ns)
+            for tat_ns, charge in zip(tats, charges, strict=True)
+        ]
+        decision = joint_decision(charges, taken, now_ns, "deny_cache")
+        return None if decision.allowed else decision
+
+    def _forget_told(self, key: str) -> None:
+        for table in self._told.values():
+            table.drop(key)
+
+    def _on_refund(self, key: str) -> None:
+        """Take note that a bucket holds more than the store said, and may say still in replies under way."""
+        self._forget_told(key)
+        self._trusted_from_ns = self.clock_ns()
+
+    def _on_listening(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
+        """Trust what was said only as long as refunds are heard of."""
+        self._hears_refunds = is_listening
+        self._trusted_from_ns = self.clock_ns()
+        for burst_ns, table in self._told.items():
+            if len(table):
+                self._told_before[burst_ns] = table
+        self._told = {}
+
+    def _on_trouble(self) -> None:
+        """Listen anew: what broke one connection may have silenced the other."""
+        self._on_listening(False)
+        if self._listener is not None:
+            self._listener.cancel()
+            self._listener = self._listen()
+
+    def _listen(self) -> asyncio.Task[None]:
+        listening = self._session.listen(self._refunds, self._on_refund, self._on_listening)
+        return asyncio.create_task(listening, name="store refunds")
+
+    # Keys
+
+    def _hashed(self, key: str) -> str:
+        """Return the name of a bucket in the store: of one length, telling nothing, and free to lie in any slot."""
+        return f"{self._prefix}:bucket:{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
+
+    @property
+    def refunds(self) -> str:
+        """The channel on which refunds are told."""
+        return self._refunds
+
+    # How many there are
+
+    async def _beat(self) -> None:
+        """Tell that this process lives, and learn how many do."""
+        while True:
+            try:
+                alive = await self._session.client.eval(
+                    HEARTBEAT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
+                )
+            except StoreError:
+                logger.debug("no heartbeat", exc_info=True)
+            else:
+                self.note_processes(int(alive), self._clock())
+            await asyncio.sleep(BEAT)
+
+    def note_processes(self, alive: int, now: float) -> None:
+        """Count gateways: the most that were alive at once within the last hour, and no fewer than configured."""
+        self._seen[alive] = now
+        self._seen = {number: at for number, at in self._seen.items() if now - at <= MEMORY_OF_PROCESSES}
+        self.share.processes = max(self._configured_processes, *self._seen)
+
+
+class _Take(Question):
+    """Charges the buckets of one request."""
+
+    __slots__ = ("_answer", "_asked_ns", "_charges", "_limiter")
+
+    def __init__(
+        self, limiter: RedisLimiter, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]
+    ) -> None:
+        super().__init__(limiter.store_key(charges[0].key))
+        self._limiter = limiter
+        self._charges = charges
+        self._asked_ns = now_ns
+        self._answer = answer
+
+    def write(self, call: ScriptCall) -> None:
+        """See `Question`; what was admitted meanwhile is told first."""
+        limiter, arguments = self._limiter, call.arguments
+        if len(self._charges) == 1 and not limiter.share.has_debts:  # the common case
+            charge = self._charges[0]
+            arguments += (1, call.number(self.key), charge.quota.burst_ns, charge.increment_ns)
+            return
+        numbers = [call.number(limiter.store_key(charge.key)) for charge in self._charges]
+        if limiter.share.has_debts:
+            for number, charge in zip(numbers, self._charges, strict=True):
+                owed_ns = limiter.share.owed(charge.key, self._asked_ns)
+                if owed_ns:
+                    arguments += ("debt", number, charge.quota.burst_ns, owed_ns)
+        arguments.append(len(numbers))
+        for number, charge in zip(numbers, self._charges, strict=True):
+            arguments += (number, charge.quota.burst_ns, charge.increment_ns)
+
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        """Work out the decision as the script did, from the same figures by the same rule."""
+        limiter, charges, asked_ns = self._limiter, self._charges, self._asked_ns
+        now_ns = clock_us * 1000
+        if len(charges) == 1:
+            charge = charges[0]
+            after_ns, wait_ns = take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns)
+            limiter.remember(charge, after_ns - now_ns, asked_ns)
+            if not self.is_over:
+                self._answer(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
+            return
+        taken = [take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns) for charge in charges]
+        decision = joint_decision(charges, taken, now_ns, "store")
+        for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
+            given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # by another bucket's refusal
+            limiter.remember(charge, tat_ns - now_ns - given_back_ns, asked_ns)
+        if not self.is_over:
+            self._answer(decision)
+
+    def fail(self) -> None:
+        """Decide by the policy."""
+        self._answer(self._limiter.without_store(self._charges, self._limiter.clock_ns()))
+
+
+class _Jointly:
+    """Charges buckets that lie on several servers of a cluster: all, or none in the end.
+
+    Each is charged where it lies. If one refuses, what the others took is given back: for the time of that round trip
+    they hold less than they should, never more.
+    """
+
+    def __init__(
+        self, limiter: RedisLimiter, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]
+    ) -> None:
+        self._limiter = limiter
+        self._charges = charges
+        self._now_ns = now_ns
+        self._answer = answer
+        self._decisions: list[Decision | None] = [None] * len(charges)
+
+    def submit(self) -> None:
+        """Ask for every bucket."""
+        for index, charge in enumerate(self._charges):
+            answer = partial(self._on_decision, index)
+            self._limiter.dispatcher.submit(_Take(self._limiter, [charge], self._now_ns, answer))
+
+    def _on_decision(self, index: int, decision: Decision) -> None:
+        self._decisions[index] = decision
+        decisions = [known for known in self._decisions if known is not None]
+        if len(decisions) < len(self._charges):
+            return
+        refusals = [known for known in decisions if not known.allowed]
+        if not refusals:
+            first, *others = decisions
+            first.others_ns = tuple(other.reset_ns for other in others)
+            self._answer(first)
+            return
+        for charge, known in zip(self._charges, decisions, strict=True):
+            if known.allowed and charge.increment_ns:
+                back = Charge(charge.key, charge.quota, -charge.increment_ns)
+                self._limiter.settle([back], known, self._now_ns)
+        self._answer(max(refusals, key=lambda known: (known.wait_ns < 0, known.wait_ns)))
+
+
+class _Look(Question):
+    """Looks at one bucket."""
+
+    __slots__ = ("_asked_ns", "_charge", "_limiter", "_seen")
+
+    def __init__(self, limiter: RedisLimiter, charge: Charge, now_ns: int, seen: asyncio.Future[Decision]) -> None:
+        super().__init__(limiter.store_key(charge.key))
+        self._limiter = limiter
+        self._charge = charge
+        self._asked_ns = now_ns
+        self._seen = seen
+
+    def write(self, call: ScriptCall) -> None:
+        """See `Question`: a charge of nothing."""
+        call.arguments += (1, call.number(self.key), self._charge.quota.burst_ns, 0)
+
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        """See `Question`."""
+        now_ns, quota = clock_us * 1000, self._charge.quota
+        tat_ns, wait_ns = take(now_ns + next(reply), quota.burst_ns, self._charge.increment_ns, now_ns)
+        if not self._seen.done():
+            self._seen.set_result(decision_of(self._charge, tat_ns, wait_ns, now_ns, "store"))
+
+    def fail(self) -> None:
+        """See `Question`."""
+        if not self._seen.done():
+            limiter, charge = self._limiter, self._charge
+            self._seen.set_result(limiter.share.inspect(charge, limiter.last_told(charge), self._asked_ns))
+
+
+class _Settle(Question):
+    """Charges a bucket later, or gives back. Nobody waits; if it fails, the store keeps what it has."""
+
+    __slots__ = ("_charge", "_limiter", "_tat_ns")
+
+    def __init__(self, limiter: RedisLimiter, charge: Charge, tat_ns: int) -> None:
+        """`tat_ns` is the bucket's TAT after the charge that is settled, on the store's clock."""
+        super().__init__(limiter.store_key(charge.key))
+        self._limiter = limiter
+        self._charge = charge
+        self._tat_ns = tat_ns
+
+    def write(self, call: ScriptCall) -> None:
+        """See `Question`; whoever remembers the bucket as emptier is told."""
+        charge = self._charge
+        number = call.number(self.key)
+        call.arguments += ("settle", number, charge.quota.burst_ns, charge.increment_ns, self._tat_ns)
+        if charge.increment_ns < 0:
+            call.arguments += ("told", self._limiter.refunds, charge.key)
+
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - nobody waits
+        """See `Question`."""
+        next(reply)
+
+    def fail(self) -> None:
+        """See `Question`."""

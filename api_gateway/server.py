@@ -1,0 +1,145 @@
+"""The server that runs the gateway in one process: uvicorn's, with our protocol, and logging to standard error."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import math
+import signal
+import socket
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from api_gateway.admin import Phase
+from api_gateway.config import GatewayConfig, ServerSection
+from api_gateway.crew import Crew
+from api_gateway.demo import banner
+from api_gateway.main import create_app
+from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+
+_UNFINISHED = "ASGI callable returned without completing response."
+DRAIN_LINGER = 2.0  # seconds; see `protocol.GatewayProtocol.shutdown`
+
+
+class GatewayServer(uvicorn.Server):
+    """A uvicorn server that says where it listens, tells readiness when it drains, and exits 0 after a signal."""
+
+    def __init__(self, config: GatewayConfig, crew: Crew | None = None) -> None:
+        self._settings = config
+        refused: Counter[str] = Counter()
+        self._app: FastAPI = create_app(config, refused=refused, crew=crew)
+        section = config.server
+        super().__init__(
+            uvicorn.Config(
+                self._app,
+                host=section.host,
+                port=section.port,
+                http=bounded_protocol(_bounds(section), refused),
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=math.ceil(section.keep_alive_timeout),
+                timeout_graceful_shutdown=math.ceil(section.drain_timeout),
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and tell."""
+        await super().startup(sockets)
+        if self.started:
+            _tune_garbage_collection()
+            self.announce()
+
+    def announce(self) -> None:
+        """Tell the person at the terminal that the gateway serves."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        print(welcome(self._settings, host, port), flush=True)
+
+    async def _wait_tasks_to_complete(self) -> None:
+        """Wait until everything is answered; when the time for that is over, end what no task serves too."""
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # it may have been accepted and not yet made when the others heard of it
+        try:
+            await super()._wait_tasks_to_complete()
+        except asyncio.CancelledError:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, GatewayProtocol):
+                    connection.cut_off()
+            raise
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; a second interrupt ends without waiting."""
+        console = getattr(self._app.state, "console", None)
+        if console is not None:  # the signal may come before start-up is done
+            console.phase = Phase.DRAINING
+        super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while serving, without raising them again at the end: a clean stop is exit code 0."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread gets any
+            yield
+            return
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def welcome(config: GatewayConfig, host: str, port: int, workers: int = 1) -> str:
+    """Return what a person needs to know when the gateway listens there."""
+    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host  # noqa: S104 - compared, not bound
+    address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    crew = [f"{workers} workers serve it."] if workers > 1 else []
+    if config.is_demo:
+        return "\n".join([banner(address), *crew])
+    routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
+    return "\n".join([f"Listening on {address}", *routes, *crew])
+
+
+def _tune_garbage_collection() -> None:
+    """Let the collector look less often, and never again at what start-up made.
+
+    A request leaves no cycles behind, so reference counts free all of it; the default thresholds cost a fifth of its
+    time for nothing. What errors leave is still collected.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def _bounds(section: ServerSection) -> Bounds:
+    return Bounds(
+        header_bytes=section.max_header_bytes,
+        header_lines=section.max_header_lines,
+        header_timeout=section.header_timeout,
+        keep_alive_timeout=section.keep_alive_timeout,
+        idle_timeout=section.idle_timeout,
+        drain_linger=min(DRAIN_LINGER, section.drain_timeout / 2),
+        connections_per_peer=section.max_connections_per_peer,
+    )
+
+
+def configure_logging(level: str, who: str = "") -> None:
+    """Log to standard error; `who` tells one process of several from the others."""
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
+        force=True,
+    )
+    # What the server says of its life is said in the welcome; its errors stay.
+    logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")
+    # Leaving an answer unfinished is how the gateway breaks one that the upstream broke; its own log has the reason.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != _UNFINISHED)

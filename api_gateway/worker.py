@@ -1,0 +1,46 @@
+"""One worker process of several: the gateway on sockets it inherits, in touch with its supervisor."""
+
+import signal
+import socket
+from typing import Any
+
+from api_gateway.brief import take_over
+from api_gateway.config import GatewayConfig
+from api_gateway.crew import Member
+from api_gateway.main import STARTUP_FAILED
+from api_gateway.server import GatewayServer, configure_logging
+
+
+def main(brief: dict[str, Any]) -> int:
+    """Serve until told to stop, or until the supervisor is gone. Returns the exit code; see `brief.Brief`."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is for the supervisor
+    config = take_over(brief["config"])
+    configure_logging(config.log.level, f"worker {brief['number']}: ")
+    server = WorkerServer(config, socket.socket(fileno=brief["channel"]))
+    server.run([socket.socket(fileno=listener) for listener in brief["listeners"]])
+    return 0 if server.started else STARTUP_FAILED
+
+
+class WorkerServer(GatewayServer):
+    """The server, which tells its supervisor when it serves, how it stands, and how it stood in the end."""
+
+    def __init__(self, config: GatewayConfig, channel: socket.socket) -> None:
+        self._member = Member(channel, self._on_orphaned)
+        super().__init__(config, self._member)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, in touch with the supervisor from the first."""
+        await self._member.join()
+        await super().startup(sockets)
+
+    def announce(self) -> None:
+        """Tell the supervisor, and not the person at the terminal."""
+        self._member.say_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, and report what was counted in all."""
+        await super().shutdown(sockets)
+        await self._member.leave()
+
+    def _on_orphaned(self) -> None:
+        self.handle_exit(signal.SIGTERM, None)

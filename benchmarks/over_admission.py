@@ -1,0 +1,426 @@
+"""How much more than its limit a client gets while the shared store fails: admitted against the bound.
+
+`python -m benchmarks.over_admission` runs four gateways over one store, with a small TCP proxy before each, and one
+hot client that asks five times as often as it may, spread over the four, at a fixed rate whatever comes back. Each row
+is one failure. It prints what was admitted, the most that the bound allows, and the largest burst: over all windows,
+what was admitted less what the rate refills meanwhile. The bounds are those of docs/limits.md, for a capacity of C
+tokens and a rate of r; each move between the store and a share of one's own may add one capacity.
+"""
+
+import argparse
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from api_gateway.embedded import find_server
+from benchmarks.processes import free_port, running
+
+ROOT = Path(__file__).parent.parent
+GATEWAYS = 4
+RATE, CAPACITY = 100, 1000  # ENTERPRISE
+OFFERED = 5 * RATE
+READY = 10.0  # seconds for a store to answer
+
+
+class Store:
+    """A store on a port of its own, which can be killed, paused and started again, empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        """Start it, empty, and wait until it answers."""
+        command = [
+            str(find_server()),
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
+        self._process = subprocess.Popen(command, cwd=self._folder, stdout=subprocess.DEVNULL)  # noqa: ASYNC220, S603 - our own
+        deadline = time.monotonic() + READY
+        while time.monotonic() < deadline:
+            with suppress(OSError):
+                await self.tell("PING")
+                return
+            await asyncio.sleep(0.02)
+        raise RuntimeError(f"the store does not answer on port {self.port}")
+
+    async def tell(self, command: str) -> None:
+        """Send a command by a connection of its own, and wait for the answer."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(command.encode() + b"\r\n")
+        await reader.readline()
+        writer.close()
+
+    def signal(self, number: int) -> None:
+        """Signal it."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class Link:
+    """A proxy between one gateway and the store. `delay` is in seconds each way back; `is_mute` swallows replies."""
+
+    def __init__(self, store: Store) -> None:
+        self.delay = 0.0
+        self.is_mute = self.is_cut = False
+        self._store = store
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> int:
+        """Listen; return the port."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    def cut(self) -> None:
+        """Break every connection, and let none through until `is_cut` is taken back."""
+        self.is_cut = True
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    def close(self) -> None:
+        """Stop."""
+        self._server.close()
+        self.cut()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            if self.is_cut:
+                return
+            there, onward = await asyncio.open_connection("127.0.0.1", self._store.port)
+            self._writers.add(onward)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pass(reader, onward, is_back=False))
+                group.create_task(self._pass(there, writer, is_back=True))
+        except (OSError, ExceptionGroup):
+            pass
+        finally:
+            writer.transport.abort()
+
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, is_back: bool) -> None:
+        try:
+            while piece := await source.read(65_536):
+                if is_back and self.delay:
+                    await asyncio.sleep(self.delay)
+                if not (is_back and self.is_mute):
+                    sink.write(piece)
+        finally:
+            self._writers.discard(sink)
+            sink.transport.abort()
+
+
+@dataclass
+class Scene:
+    """What a failure may lay hands on, and how long the row lasts; the failure is in its middle third."""
+
+    store: Store
+    links: list[Link]
+    seconds: float
+
+    async def until(self, part: float) -> None:
+        """Sleep for that part of the row."""
+        await asyncio.sleep(self.seconds * part)
+
+
+async def healthy(scene: Scene) -> None:
+    """Do nothing."""
+
+
+async def flushed(scene: Scene) -> None:
+    """Have the store forget its scripts again and again."""
+    while True:
+        await scene.store.tell("SCRIPT FLUSH")
+        await asyncio.sleep(0.2)
+
+
+def slowed(delay: float) -> Callable[[Scene], Awaitable[None]]:
+    """Return a failure that delays every reply."""
+
+    async def slow(scene: Scene) -> None:
+        await scene.until(1 / 3)
+        for link in scene.links:
+            link.delay = delay
+        await scene.until(1 / 3)
+        for link in scene.links:
+            link.delay = 0.0
+
+    return slow
+
+
+async def paused(scene: Scene) -> None:
+    """Stop the store, so that it neither answers nor refuses."""
+    await scene.until(1 / 3)
+    scene.store.signal(signal.SIGSTOP)
+    await scene.until(1 / 3)
+    scene.store.signal(signal.SIGCONT)
+
+
+async def killed(scene: Scene) -> None:
+    """Kill the store and start it again, empty."""
+    await scene.until(1 / 3)
+    scene.store.kill()
+    await scene.until(1 / 3)
+    await scene.store.start()
+
+
+async def muted(scene: Scene) -> None:
+    """Let the store execute everything, and lose its replies."""
+    await scene.until(1 / 3)
+    for link in scene.links:
+        link.is_mute = True
+    await scene.until(1 / 3)
+    for link in scene.links:
+        link.is_mute = False
+
+
+async def half_cut(scene: Scene) -> None:
+    """Cut off every other gateway."""
+    await scene.until(1 / 3)
+    for link in scene.links[::2]:
+        link.cut()
+    await scene.until(1 / 3)
+    for link in scene.links[::2]:
+        link.is_cut = False
+
+
+async def restarted(scene: Scene) -> None:
+    """Kill the store and start it again at once, empty."""
+    await scene.until(1 / 2)
+    scene.store.kill()
+    await scene.store.start()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A failure and its bound: so many capacities, and so many seconds of the rate beyond the row's own."""
+
+    name: str
+    act: Callable[[Scene], Awaitable[None]]
+    capacities: float
+    why: str
+    seconds_more: float = 0.0  # as a part of the row's length
+
+    def bound(self, seconds: float) -> float:
+        """Return the most that may be admitted."""
+        return CAPACITY * self.capacities + RATE * seconds * (1 + self.seconds_more)
+
+
+ROWS = (
+    Row("healthy", healthy, 1, "C + r·d"),
+    Row("SCRIPT FLUSH five times a second", flushed, 1, "C + r·d"),
+    Row("replies 10 ms late", slowed(0.01), 1, "C + r·d"),
+    Row("replies 60 ms late for a third of it", slowed(0.06), 3, "C + r·d + C a move"),
+    Row("store paused for a third of it", paused, 3, "C + r·d + C a move"),
+    Row("replies lost after execution for a third of it", muted, 3, "C + r·d + C a move"),
+    Row("2 of 4 gateways cut off for a third of it", half_cut, 1.5, "C + r·d + 2/4 (C + r·d/3)", 1 / 6),
+    Row("store killed for a third of it, then empty", killed, 4, "C + r·d + C a move + C"),
+    Row("store restarted at once, then empty", restarted, 4, "C + r·d + C a move + C"),
+)
+
+
+@dataclass
+class Tally:
+    """When requests were admitted (monotonic seconds), and what the others came to."""
+
+    admitted: list[float] = field(default_factory=list)
+    refused: int = 0
+    failed: int = 0
+    slowest: float = 0.0
+
+
+class Prober(asyncio.Protocol):
+    """One connection to a gateway: one request after the other, sent when told to."""
+
+    REQUEST = b"GET /api/x HTTP/1.1\r\nHost: gateway\r\nX-Client-ID: hot\r\n\r\n"
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._buffer = b""
+        self._sent: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP
+        self.transport = transport
+
+    @property
+    def is_free(self) -> bool:
+        """True if the last request has been answered."""
+        return self._sent is None
+
+    def ask(self) -> None:
+        """Send a request."""
+        self._sent = time.monotonic()
+        self.transport.write(self.REQUEST)
+
+    def data_received(self, data: bytes) -> None:
+        """Count an answer once it is whole."""
+        self._buffer += data
+        head, found, body = self._buffer.partition(b"\r\n\r\n")
+        if not found or self._sent is None:
+            return
+        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        if len(body) < length:
+            return
+        now, tally = time.monotonic(), self._tally
+        tally.slowest = max(tally.slowest, now - self._sent)
+        self._buffer, self._sent = b"", None
+        status = head[9:12]
+        if status == b"200":
+            tally.admitted.append(now)
+        elif status == b"429":
+            tally.refused += 1
+        else:
+            tally.failed += 1
+
+
+async def offer(ports: Sequence[int], seconds: float) -> Tally:
+    """Ask at a fixed rate, by turns; a request is late by itself only, for there are connections enough."""
+    tally, loop = Tally(), asyncio.get_running_loop()
+    free: list[list[Prober]] = [[] for _ in ports]
+    for index, port in enumerate(ports):
+        for _ in range(16):
+            _, prober = await loop.create_connection(lambda: Prober(tally), "127.0.0.1", port)
+            free[index].append(prober)
+    began = time.monotonic()
+    for number in range(int(OFFERED * seconds)):
+        await asyncio.sleep(max(0.0, began + number / OFFERED - time.monotonic()))
+        ready = next((one for one in free[number % len(ports)] if one.is_free), None)
+        if ready is None:
+            tally.failed += 1
+        else:
+            ready.ask()
+    await asyncio.sleep(0.5)
+    for one in chain.from_iterable(free):
+        one.transport.abort()
+    return tally
+
+
+def largest_burst(times: Sequence[float], rate: float) -> float:
+    """Return the most by which a window holds more than `rate` times its length."""
+    best = lowest = 0.0
+    lowest = float("inf")
+    for count, at in enumerate(times):
+        lowest = min(lowest, count - rate * at)
+        best = max(best, count + 1 - rate * at - lowest)
+    return best
+
+
+def configuration(port: int, store: int, upstream: int, state: Path) -> str:
+    """Return the configuration of one of the gateways."""
+    return json.dumps(
+        {
+            "server": {"port": port},
+            "store": {"url": f"redis://127.0.0.1:{store}", "processes": GATEWAYS},
+            "state_dir": str(state),
+            "log": {"access": False},
+            "address_limit": {"rate": 0},
+            "clients": {"hot": {"tier": "ENTERPRISE"}},
+            "upstreams": {"up": {"targets": [{"url": f"http://127.0.0.1:{upstream}"}]}},
+            "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
+        }
+    )
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError, asyncio.IncompleteReadError):
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+    writer.close()
+
+
+async def measure(row: Row, seconds: float, folder: Path) -> Tally:
+    """Run one row from the start: a fresh store, fresh gateways."""
+    loop = asyncio.get_running_loop()
+    upstream = await asyncio.start_server(_answer, "127.0.0.1", 0)
+    store = Store(folder)
+    await store.start()
+    links = [Link(store) for _ in range(GATEWAYS)]
+    ports = [free_port() for _ in links]
+    with ExitStack() as stack:
+        stack.callback(store.kill)
+        stack.callback(upstream.close)
+        for index, (link, port) in enumerate(zip(links, ports, strict=True)):
+            place = folder / f"gateway-{index}"
+            place.mkdir()
+            file = place / "gateway.yaml"
+            listens_at = await link.start()
+            stack.callback(link.close)
+            file.write_text(configuration(port, listens_at, upstream.sockets[0].getsockname()[1], place / "state"))
+            command = [sys.executable, str(ROOT / "run_gateway.py"), "--config", str(file)]
+            gateway = running(command, core=index % 2, port=port, folder=place)
+            await loop.run_in_executor(None, stack.enter_context, gateway)
+        await asyncio.sleep(1)  # until all know of each other
+        acting = asyncio.ensure_future(row.act(Scene(store, links, seconds)))
+        tally = await offer(ports, seconds)
+        acting.cancel()
+        await asyncio.gather(acting, return_exceptions=True)
+        store.signal(signal.SIGCONT)
+        await loop.run_in_executor(None, stack.close)
+    return tally
+
+
+def line(row: Row, tally: Tally, seconds: float) -> str:
+    """Return a row of the table."""
+    bound = row.bound(seconds)
+    burst = largest_burst(tally.admitted, RATE)
+    return (
+        f"| {row.name} | {len(tally.admitted):,} | {bound:,.0f} | {len(tally.admitted) / bound:.2f} | {burst:,.0f} |"
+        f" {tally.failed} | {tally.slowest * 1000:.0f} | {row.why} |"
+    )
+
+
+async def run(seconds: float, names: Sequence[str]) -> bool:
+    """Measure the rows whose name begins with one of `names`, all if there are none; True if no bound was broken."""
+    sys.stdout.write(
+        "| | admitted | bound | share | largest burst | failed | slowest, ms | bound is |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---|\n"
+    )
+    holds = True
+    for row in ROWS:
+        if names and not any(row.name.startswith(name) for name in names):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            tally = await measure(row, seconds, Path(folder))
+        sys.stdout.write(line(row, tally, seconds) + "\n")
+        sys.stdout.flush()
+        holds = holds and len(tally.admitted) <= row.bound(seconds)
+    return holds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print the table; the exit code is 1 if a bound was broken."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.over_admission", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=30, help="for each row (default: %(default)s)")
+    parser.add_argument("row", nargs="*", help="what the names of the rows to run begin with (default: all)")
+    options = parser.parse_args(arguments)
+    return 0 if asyncio.run(run(options.seconds, options.row)) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""What tests run the gateway as: a process of its own, ended by its own process id."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.kit import PATIENCE, eventually
+
+ROOT = Path(__file__).parent.parent
+WAYS = {
+    "run_gateway.py": [str(ROOT / "run_gateway.py"), "--port", "0"],
+    "python -m": ["-m", "api_gateway", "--port", "0"],
+}
+
+
+@dataclass
+class Running:
+    """A process of ours, and the files its output goes to."""
+
+    popen: "subprocess.Popen[bytes]"
+    stdout: Path
+    stderr: Path
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.stdout.read_text()
+
+    @property
+    def errors(self) -> str:
+        """What it has complained of so far."""
+        return self.stderr.read_text()
+
+    @property
+    def url(self) -> str:
+        """The address its welcome names."""
+        eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens")
+        found = re.search(r"http://localhost:(\d+)", self.output)
+        assert found, self.output + self.errors
+        return f"http://127.0.0.1:{found[1]}"
+
+    @property
+    def port(self) -> int:
+        """The port its welcome names."""
+        return int(self.url.rpartition(":")[2])
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        self.popen.send_signal(number)
+
+    def exit_code(self) -> int:
+        """Wait for its end."""
+        return self.popen.wait(PATIENCE)
+
+    def terminate(self) -> int:
+        """Ask it to stop and wait for its end."""
+        self.signal(signal.SIGTERM)
+        return self.exit_code()
+
+
+@contextmanager
+def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
+    """Run Python with these arguments; stop it by its own process id at the end."""
+    variables = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1", **environment}
+    stdout, stderr = cwd / "stdout.txt", cwd / "stderr.txt"
+    with stdout.open("wb") as out, stderr.open("wb") as err:
+        popen = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=variables, stdout=out, stderr=err)
+    try:
+        yield Running(popen, stdout, stderr)
+    finally:
+        if popen.poll() is None:
+            popen.kill()
+        popen.wait()
+
+
+def config_file(folder: Path, upstream: str, extra: str = "") -> str:
+    """Write a configuration with one upstream; return its path."""
+    path = folder / "gateway.yaml"
+    path.write_text(f'upstreams: {{up: {{targets: [{{url: "{upstream}"}}]}}}}\n{extra}')
+    return str(path)
+
+
+# As Linux tells in /proc
+
+
+def children(pid: int) -> dict[int, list[str]]:
+    """Return the children of a process and their command lines."""
+    found: dict[int, list[str]] = {}
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                with suppress(OSError):
+                    found[int(child)] = Path(f"/proc/{child}/cmdline").read_text().split("\0")[:-1]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill(pid: int) -> None:
+    """End one process."""
+    os.kill(pid, signal.SIGKILL)

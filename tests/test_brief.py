@@ -1,0 +1,58 @@
+"""What a worker is told is what the supervisor has read, secrets and removed defaults too."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api_gateway.brief import Brief, hand_over, take_over
+from api_gateway.config import load_config
+from api_gateway.demo import DemoUpstreams
+
+WHOLE: dict[str, Any] = {
+    "server": {"workers": 4, "trusted_proxies": ["10.0.0.0/8", "::1"], "drain_timeout": 2.5},
+    "store": {"url": "redis://cache"},
+    "admin": {"token": "correct-horse"},
+    "tiers": {"GOLD": {"rate": 0.5, "capacity": 7}, "FREE": None},
+    "default_tier": "GOLD",
+    "clients": {"acme": {"tier": "gold"}},
+    "upstreams": {
+        "up": {"targets": [{"url": "http://127.0.0.1:9"}], "tls": {"ca_file": "ca.pem"}, "health_check": {}}
+    },
+    "routes": [{"name": "up", "path": "/api/up", "upstream": "up", "costs": [{"methods": ["post"], "cost": 0.25}]}],
+    "address_limit": {"exempt": ["192.0.2.0/24"]},
+}
+
+
+@pytest.mark.parametrize("sections", [{}, WHOLE], ids=["nothing", "everything"])
+def test_a_configuration_arrives_as_it_was(sections: dict[str, Any]) -> None:
+    config = load_config(None, sections)
+    arrived = take_over(json.loads(json.dumps(hand_over(config, {}))))
+    assert arrived == config
+    assert "FREE" not in arrived.tiers or not sections
+
+
+def test_an_edit_of_the_sources_does_not_reach_a_worker_that_takes_a_place(tmp_path: Path) -> None:
+    """Only a reload does; otherwise some would be what others are not."""
+    values = hand_over(load_config(None, WHOLE), {})
+    (tmp_path / ".env").write_text("GATEWAY_CLIENTS__OTHER__TIER=BASIC\nGATEWAY_LOG__LEVEL=debug\n")
+    arrived = take_over(values)
+    assert list(arrived.clients) == ["acme"]
+    assert arrived.log.level == "info"
+
+
+def test_sections_take_the_place_of_the_configuration_s_own() -> None:
+    demo = DemoUpstreams()
+    try:
+        config = take_over(hand_over(load_config(None, {}), demo.sections()))
+        assert not config.is_demo
+        assert set(config.upstreams) == set(demo.urls)
+    finally:
+        demo.close()
+
+
+def test_a_brief_travels_as_json() -> None:
+    brief = json.loads(Brief(3, {"a": 1}, 7, [8, 9]).encode())
+    assert (brief["number"], brief["config"], brief["channel"], brief["listeners"]) == (3, {"a": 1}, 7, [8, 9])
+    assert brief["path"]

@@ -1,0 +1,139 @@
+"""A worker and its supervisor talk: what is asked is answered with what is new, and silence is not waited for."""
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from api_gateway import crew
+from api_gateway.crew import Alone, Member, encode
+from api_gateway.metrics import Recorder
+from api_gateway.report import Report
+
+
+def look() -> Report:
+    return Report("", Recorder(["users"], ["people"], ["FREE"], (50,), time.monotonic()), buckets=7)
+
+
+class Peer:
+    """The supervisor's end of a channel."""
+
+    def __init__(self, on_orphaned: Callable[[], None] = lambda: None) -> None:
+        self.sock, theirs = socket.socketpair()
+        self.member = Member(theirs, on_orphaned)
+        self.member.enlist(look)
+
+    async def open(self) -> None:
+        self.reader, self.writer = await asyncio.open_unix_connection(sock=self.sock)
+        await self.member.join()
+
+    async def heard(self, kind: str) -> Any:
+        while True:
+            message = json.loads(await asyncio.wait_for(self.reader.readline(), 5))
+            if message["kind"] == kind:
+                return message
+
+    async def close(self) -> None:
+        await self.member.leave()
+        self.writer.close()
+
+
+async def test_who_is_alone_shows_what_is_live() -> None:
+    alone, own = Alone(), look()
+    alone.enlist(lambda: own)
+    assert await alone.gather() is own
+
+
+async def test_a_worker_says_that_it_is_ready_reports_when_asked_and_at_the_end() -> None:
+    peer = Peer()
+    await peer.open()
+    peer.member.say_ready()
+    assert abs((await peer.heard("ready"))["clock"] - time.monotonic()) < 5
+    peer.writer.write(encode("report", id=3))
+    asked = await peer.heard("report")
+    assert (asked["answers"], asked["report"]["buckets"]) == (3, 7)
+    await peer.close()
+    assert (await peer.heard("report"))["answers"] == 0
+
+
+async def test_a_worker_reports_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "REPORT_INTERVAL", 0.01)
+    peer = Peer()
+    await peer.open()
+    peer.member.say_ready()
+    for _ in range(3):
+        assert (await peer.heard("report"))["answers"] == 0
+    await peer.close()
+
+
+async def test_what_is_gathered_is_what_the_supervisor_answers() -> None:
+    peer = Peer()
+    await peer.open()
+    gathering = asyncio.create_task(peer.member.gather())
+    asked = await peer.heard("gather")
+    assert asked["report"]["buckets"] == 7, "what it shows may be asked for before it is shown"
+    all_together = look()
+    all_together.buckets = 21
+    peer.writer.write(encode("gathered", id=asked["id"], report=all_together.state()))
+    report = await gathering
+    assert report.buckets == 21
+    assert report.recorder.percentiles == (50,)
+    await peer.close()
+
+
+async def test_silence_is_made_up_for_by_the_last_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(crew, "PATIENCE", 0.05)
+    peer = Peer()
+    await peer.open()
+    with caplog.at_level(logging.WARNING):
+        assert (await peer.member.gather()).buckets == 7, "its own, for want of any answer"
+    assert "has not answered" in caplog.text
+    late = look()
+    late.buckets = 20
+    await peer.heard("gather")
+    peer.writer.write(encode("gathered", id=1, report=late.state()))  # nobody waits for it any more
+    gathering = asyncio.create_task(peer.member.gather())
+    await peer.heard("gather")
+    late.buckets = 21
+    peer.writer.write(encode("gathered", id=2, report=late.state()))
+    assert (await gathering).buckets == 21
+    assert (await peer.member.gather()).buckets == 21
+    await peer.close()
+
+
+async def test_a_worker_whose_supervisor_is_gone_is_told_once() -> None:
+    told: list[int] = []
+    peer = Peer(lambda: told.append(1))
+    await peer.open()
+    peer.member.say_ready()
+    peer.writer.close()
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if told:
+            break
+    assert told == [1]
+    assert (await asyncio.wait_for(peer.member.gather(), 5)).buckets == 7
+    await peer.member.leave()
+    assert told == [1]
+
+
+async def test_a_supervisor_that_does_not_read_gets_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "MAX_UNSENT", 1)
+    peer = Peer()
+    await peer.open()
+    peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    peer.reader._transport.pause_reading()  # type: ignore[attr-defined]  # as if it hung
+    for _ in range(3000):
+        peer.member._report()
+    unsent = peer.member._writer.transport.get_write_buffer_size()
+    assert unsent < 5000
+    peer.reader._transport.resume_reading()  # type: ignore[attr-defined]
+    await asyncio.sleep(0.05)
+    await peer.close()

@@ -1,0 +1,440 @@
+"""Explain: its verdict is what the request then gets, whatever the state, and asking changes nothing."""
+
+import asyncio
+import copy
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from api_gateway.balancer import Target, Upstream, least_requests, round_robin
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
+from api_gateway.clients import ClientRegistry
+from api_gateway.explanation import Explainer
+from api_gateway.metrics import Recorder
+from api_gateway.middleware import Identify, Limit, Match, Proxy, Record
+from api_gateway.models import NANOSECONDS, Exchange, Explanation, Question, Quota
+from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.router import CostRule, Message, Route, Router, RouteTable, Service, Timeouts
+from api_gateway.settlement import Settlement
+from api_gateway.shadow import Shadow
+from api_gateway.sqlite_clients import SqliteClients
+from tests.kit import RawUpstream, RunningGateway, ask, in_front_of
+
+StartGateway = Callable[[dict[str, Any]], RunningGateway]
+StartUpstream = Callable[..., RawUpstream]
+
+FREE = Quota.per_second("FREE", 1, 5)
+PAID = Quota.per_second("PAID", 10, 20)
+ADDRESS = Quota.per_second("address", 2, 6)
+CANDIDATE = Quota.per_second("FREE candidate", 1, 3)
+
+
+class Moody(httpx.AsyncBaseTransport):
+    """An upstream that answers as it is told."""
+
+    status = 200
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if not self.status:
+            raise httpx.ConnectError("refused")
+        return httpx.Response(self.status, stream=Nothing())
+
+
+class Nothing(httpx.AsyncByteStream):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        return
+        yield b""
+
+
+class Stage:
+    """The whole request path in memory, on a clock that is moved by hand."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.now_ns = 1_000 * NANOSECONDS
+        self.limiter = MemoryLimiter([FREE, PAID, ADDRESS])
+        self.recorder = Recorder(["plain", "two"], ["one", "pair"], ["FREE", "PAID"], [50], 0.0)
+        self.transport = Moody()
+        policy = BreakerPolicy(failure_threshold=2, recovery_timeout=4)
+        self.upstreams = [
+            Upstream("one", [Target("http://127.0.0.1:1")], CircuitBreaker(policy, self.now), round_robin),
+            Upstream(
+                "pair",
+                [Target("http://127.0.0.1:1"), Target("http://127.0.0.1:2", weight=2)],
+                CircuitBreaker(policy, self.now),
+                least_requests(random.Random(1)),
+            ),
+        ]
+        timeouts = Timeouts(1, 1, 1, None)
+        routes = [
+            Route("plain", "/api/one", "one", methods=frozenset({"GET", "POST", "TRACE"}), costs=COSTS),
+            Route("two", "/api/pair", "pair", host="pair.test", cost=2, strip_prefix="/api"),
+        ]
+        settlement = Settlement(limiter=self.limiter, clock_ns=lambda: self.now_ns, recorder=self.recorder)
+        router = Router(
+            RouteTable(routes),
+            {one.name: Service(one, self.transport, timeouts) for one in self.upstreams},
+            clock=lambda: self.now,
+            max_body_bytes=1000,
+            observe_try=self.recorder.observe_try,
+            on_transition=lambda *_: None,
+            on_cost=settlement.on_cost,
+        )
+        shadow = Shadow(
+            limiter=self.limiter,
+            clock_ns=lambda: self.now_ns,
+            recorder=self.recorder,
+            candidates={"FREE": CANDIDATE},
+            routes=routes,
+        )
+        limit = Limit(
+            Proxy(router=router),
+            limiter=self.limiter,
+            clock_ns=lambda: self.now_ns,
+            address_quota=ADDRESS,
+            exempt=(),
+            shadow=shadow,
+        )
+        tiers = {"FREE": FREE, "PAID": PAID}
+        registry = ClientRegistry(tiers, "FREE", {"paid": "PAID"}, SqliteClients(tmp_path / "unused"))
+        identify = Identify(Match(limit, router=router), clients=registry, header="X-Client-ID", trusted_proxies=())
+        self.seen: list[Exchange] = []
+        self.record = Record(
+            identify,
+            clock=lambda: self.now,
+            recorder=self.recorder,
+            observers=[self.recorder.observe, self.seen.append],
+            on_failure=settlement.on_failure,
+        )
+        self.explainer = Explainer(
+            identify=identify,
+            router=router,
+            limit=limit,
+            limiter=self.limiter,
+            header="X-Client-ID",
+            clock=lambda: self.now,
+            clock_ns=lambda: self.now_ns,
+        )
+
+    @property
+    def now(self) -> float:
+        return self.now_ns / NANOSECONDS
+
+    def state(self) -> Any:
+        """Everything a request could change."""
+        breakers = [copy.deepcopy(vars(one.breaker)) for one in self.upstreams]
+        for breaker in breakers:
+            breaker["_window"] = vars(breaker["_window"])
+        targets = [(target.in_flight, target.credit) for one in self.upstreams for target in one.targets]
+        limiter = self.limiter
+        table = limiter._table
+        tables = dict(table.current), dict(table.previous), dict(limiter._overflow), table.rotated_at_ns
+        return breakers, targets, tables, dict(self.recorder.would_limit), len(self.recorder.requests_by_client)
+
+    async def request(self, question: Question) -> dict[str, Any]:
+        """Make the request that the question is about; return status and problem."""
+        messages: list[Message] = []
+
+        async def send(message: Message) -> None:
+            messages.append(message)
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        headers = [(b"host", question.host.encode())]
+        if question.client_id is not None:
+            headers.append((b"x-client-id", question.client_id.encode()))
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": question.method,
+            "path": question.path,
+            "raw_path": question.path.encode(),
+            "query_string": b"",
+            "scheme": "http",
+            "headers": headers,
+            "client": (question.address, 50_000),
+        }
+        await self.record(scope, receive, send)
+        body = b"".join(message.get("body", b"") for message in messages[1:])
+        return {"status": messages[0]["status"], "headers": dict(messages[0]["headers"]), "body": body}
+
+
+COSTS = (CostRule(frozenset({"POST"}), "/api/one/export", 4.5, 2), CostRule(None, "/api/one/never", 21))
+
+questions = st.builds(
+    Question,
+    client_id=st.sampled_from([None, "a", "b", "paid"]),
+    method=st.sampled_from(["GET", "GET", "POST", "PUT", "TRACE"]),
+    path=st.sampled_from(
+        (
+            *("/api/one", "/api/one", "/api/one/x", "/api/one/export", "/api/one//export", "/api/one/never"),
+            *("/api/pair/1", "/api/pair", "/api//pair", "/api", "/api/other"),
+        )
+    ),
+    host=st.sampled_from(["pair.test", "pair.test:80", "other.test"]),
+    address=st.sampled_from(["192.0.2.7", "192.0.2.8", "2001:db8::1"]),
+)
+moods = st.sampled_from([200, 200, 200, 500, 0])
+steps = st.lists(
+    st.tuples(st.sampled_from((0, 1)) | st.integers(0, 6 * NANOSECONDS), moods, st.integers(0, 7), questions),
+    max_size=30,
+)
+
+
+def assert_foretold(told: Explanation, got: dict[str, Any], exchange: Exchange, mood: int) -> None:
+    """Compare a verdict with the answer to the request."""
+    verdict = told.verdict
+    assert exchange.client is not None
+    assert (told.client.id, told.client.tier.name) == (exchange.client.id, exchange.client.quota.name)
+    assert (told.route.name if told.route else None) == exchange.route
+    if verdict.outcome == "allowed":
+        assert exchange.decision is not None
+        assert exchange.decision.allowed
+        assert got["status"] == (mood or 502)
+        return
+    problem = json.loads(got["body"])
+    assert (verdict.status, verdict.reason, verdict.words) == (got["status"], problem["reason"], problem["detail"])
+    assert verdict.retry_after == pytest.approx(problem.get("retry_after_seconds"), abs=0.001)
+    assert (verdict.retry_after is None) == (b"retry-after" not in got["headers"])
+    expected = {"rate_limited": "limited", "cost_exceeds_capacity": "never"}.get(problem["reason"], "refused")
+    assert verdict.outcome == expected
+    if exchange.decision is not None and not exchange.decision.allowed:
+        assert told.binding == exchange.decision.key
+
+
+PLAIN = Question(client_id=None, path="/api/one", address="192.0.2.7")
+NEVER = Question(client_id="a", path="/api/one/never", address="192.0.2.7")
+
+
+@given(script=steps)
+@example(script=[*[(0, 200, 0, PLAIN)] * 4, (0, 200, 0, NEVER)])  # two buckets that never hold it: the first is named
+@settings(deadline=None, max_examples=150)
+def test_the_verdict_is_what_the_request_then_gets_and_asking_changes_nothing(
+    script: list[tuple[int, int, int, Question]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    stage = Stage(tmp_path_factory.getbasetemp())
+
+    async def play() -> None:
+        for gap_ns, mood, health, question in script:
+            stage.now_ns += gap_ns
+            stage.transport.status = mood
+            targets = [target for one in stage.upstreams for target in one.targets]
+            for bit, target in enumerate(targets):
+                target.is_healthy = bool(health >> bit & 1) or health == 0
+            before = stage.state()
+            told = await stage.explainer.explain(question)
+            assert await stage.explainer.explain(question) == told
+            assert stage.state() == before
+            got = await stage.request(question)
+            assert_foretold(told, got, stage.seen[-1], mood)
+
+    asyncio.run(play())
+
+
+@given(script=steps, question=questions)
+@settings(deadline=None, max_examples=50)
+def test_what_is_limited_passes_the_limiter_when_it_was_said_to(
+    script: list[tuple[int, int, int, Question]], question: Question, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    stage = Stage(tmp_path_factory.getbasetemp())
+
+    async def play() -> None:
+        for gap_ns, _, _, other in script:
+            stage.now_ns += gap_ns
+            await stage.request(other)
+        told = await stage.explainer.explain(question)
+        waits = [bucket.wait for bucket in told.buckets]
+        if told.verdict.outcome == "limited":
+            assert all(wait is not None for wait in waits)
+            wait_ns = round(max(wait or 0 for wait in waits) * NANOSECONDS)
+            stage.now_ns += wait_ns
+            assert (await stage.explainer.explain(question)).verdict.outcome != "limited"
+            stage.now_ns -= 1
+            assert (await stage.explainer.explain(question)).verdict.outcome == "limited"
+
+    asyncio.run(play())
+
+
+# What it shows
+
+
+async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    question = Question(client_id="a", method="POST", path="/api/one/export?all", address="192.0.2.7")
+    assert (await stage.request(question.model_copy(update={"path": "/api/one"})))["status"] == 200
+    stage.now_ns += NANOSECONDS // 4
+    told = await stage.explainer.explain(question)
+    assert told.verdict.model_dump() == {
+        "outcome": "limited",
+        "status": 429,
+        "reason": "rate_limited",
+        "retry_after": 0.25,
+        "words": told.verdict.words,
+    }
+    assert told.client.model_dump() == {
+        "id": "a",
+        "source": "default",
+        "why": told.client.why,
+        "registered": False,
+        "tier": {"name": "FREE", "rate": 1, "capacity": 5},
+    }
+    assert "X-Client-ID" in told.client.why
+    assert told.route is not None
+    assert told.route.model_dump() == {
+        "name": "plain",
+        "path": "/api/one",
+        "upstream": "one",
+        "cost": 4.5,
+        "cost_from": "rule: POST /api/one/export",
+    }
+    own, address = told.buckets
+    assert own.model_dump() == {
+        "key": "client:a",
+        "policy": "free",
+        "tokens": 4.25,
+        "capacity": 5,
+        "cost": 4.5,
+        "passes": False,
+        "wait": 0.25,
+        "full_in": 0.75,
+    }
+    assert (address.key, address.policy, address.tokens, address.passes) == ("peer:192.0.2.7", "address", 5.5, True)
+    assert told.binding == "client:a"
+    assert told.candidate is not None
+    assert (told.candidate.key, told.candidate.cost, told.candidate.passes) == ("candidate:client:a", 2, True)
+    assert told.upstream is not None
+    assert told.upstream.model_dump() == {
+        "name": "one",
+        "breaker": "CLOSED",
+        "next_probe_in": None,
+        "healthy": 1,
+        "targets": 1,
+    }
+    assert told.limiter == "memory"
+
+
+async def test_of_those_that_pass_the_one_that_will_bind_first_binds(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    for client in ("a", "b"):
+        await stage.request(Question(client_id=client, path="/api/one", address="192.0.2.7"))
+    told = await stage.explainer.explain(Question(client_id="a", path="/api/one", address="192.0.2.7"))
+    assert [bucket.tokens for bucket in told.buckets] == [4, 4]
+    assert told.binding == "client:a"
+    await stage.request(Question(client_id="b", path="/api/one", address="192.0.2.7"))
+    told = await stage.explainer.explain(Question(client_id="a", path="/api/one", address="192.0.2.7"))
+    assert (told.verdict.outcome, told.binding) == ("allowed", "peer:192.0.2.7")
+
+
+@pytest.mark.parametrize(
+    ("client_id", "source", "count"), [(None, "address", 2), ("a", "default", 2), ("paid", "configured", 1)]
+)
+async def test_it_says_who_somebody_is_and_why(tmp_path: Path, client_id: str | None, source: str, count: int) -> None:
+    told = await Stage(tmp_path).explainer.explain(Question(client_id=client_id, path="/api/one"))
+    assert (told.client.source, len(told.buckets)) == (source, count)
+    assert told.client.registered == (count == 1)
+    assert told.route is not None
+    assert told.route.cost_from == "route"
+
+
+async def test_a_breaker_whose_time_has_come_is_shown_as_it_would_be_met(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    question = Question(client_id="paid", path="/api/one")
+    stage.transport.status = 500
+    for _ in range(2):
+        await stage.request(question)
+    told = await stage.explainer.explain(question)
+    assert (told.verdict.reason, told.verdict.status) == ("circuit_open", 503)
+    assert told.upstream is not None
+    assert (told.upstream.breaker, told.upstream.next_probe_in) == ("OPEN", 4)
+    stage.now_ns += 4 * NANOSECONDS
+    told = await stage.explainer.explain(question)
+    assert told.upstream is not None
+    assert (told.verdict.outcome, told.upstream.breaker) == ("allowed", "HALF_OPEN")
+    assert stage.upstreams[0].breaker.state is State.OPEN
+
+
+# Over HTTP
+
+
+@pytest.fixture
+def running(gateway: StartGateway, upstream: StartUpstream) -> RunningGateway:
+    return gateway(in_front_of(upstream().url) | {"tiers": {"FREE": {"rate": 0.01, "capacity": 2}}})
+
+
+def explained(running: RunningGateway, body: Any, **headers: str) -> Any:
+    return ask(
+        f"{running.url}/explain",
+        method="POST",
+        headers={"Content-Type": "application/json", **headers},
+        body=json.dumps(body).encode(),
+    )
+
+
+def test_it_is_asked_by_post_and_costs_nothing(running: RunningGateway) -> None:
+    for _ in range(5):
+        answer = explained(running, {"client_id": "c", "method": "GET", "path": "/api/x"})
+        assert answer.status == 200
+        found = Explanation.model_validate(answer.json())
+        assert (found.verdict.outcome, found.buckets[0].tokens) == ("allowed", 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        ({"client_id": "a b", "path": "/api/x"}, 400, "client_id_invalid"),
+        ({"client_id": "", "path": "/api/x"}, 400, "client_id_invalid"),
+        ({"client_id": "ü", "path": "/api/x"}, 400, "client_id_invalid"),
+        ({"client_id": "c", "path": "/health"}, 422, "invalid_value"),
+        ({"client_id": "c", "path": "/api/ü"}, 422, "invalid_value"),
+        ({"client_id": "c", "path": "api"}, 422, "invalid_value"),
+        ({"client_id": "c", "path": "/api", "method": "get it"}, 422, "invalid_value"),
+        ({"path": "/api"}, 422, "invalid_value"),
+        ({"client_id": "c", "path": "/api", "more": 1}, 422, "invalid_value"),
+    ],
+)
+def test_what_is_no_question_is_refused_in_words(
+    running: RunningGateway, body: dict[str, Any], status: int, reason: str
+) -> None:
+    answer = explained(running, body)
+    assert (answer.status, answer.json()["reason"]) == (status, reason)
+
+
+def test_it_is_the_operators(running: RunningGateway) -> None:
+    answer = explained(running, {"client_id": "c", "path": "/api"}, Forwarded="for=192.0.2.1")
+    assert (answer.status, answer.json()["reason"]) == (403, "forbidden")
+    answer = ask(f"{running.url}/clients", headers={"Forwarded": "for=192.0.2.1"})
+    assert (answer.status, answer.json()["reason"]) == (403, "forbidden")
+
+
+def test_the_heaviest_clients_are_listed(running: RunningGateway) -> None:
+    for client, times in (("eager", 6), ("busy", 2), ("busier", 3)):
+        for _ in range(times):
+            ask(f"{running.url}/api/x", headers={"X-Client-ID": client})
+    ask(f"{running.url}/api/x")
+    found = ask(f"{running.url}/clients?sort=limited").json()
+    assert [(one["client_id"], one["limited"], one["requests"]) for one in found["clients"]] == [
+        ("eager", 4, 6),
+        ("busier", 1, 3),
+    ]
+    assert found["clients"][0] == {
+        "client_id": "eager",
+        "source": "default",
+        "tier": "FREE",
+        "limited": 4,
+        "limited_error": 0,
+        "requests": 6,
+        "requests_error": 0,
+    }
+    found = ask(f"{running.url}/clients?sort=requests&limit=3").json()
+    assert [one["client_id"] for one in found["clients"]] == ["eager", "busier", "busy"]
+    everyone = ask(f"{running.url}/clients?sort=requests").json()["clients"]
+    assert (everyone[-1]["client_id"], everyone[-1]["source"]) == ("127.0.0.1", "address")
+    for query in ("sort=size", "limit=0", "limit=1001"):
+        assert ask(f"{running.url}/clients?{query}").status == 422

@@ -1,0 +1,97 @@
+"""The sockets of the workers: one port for all, not shared with anybody else, and out of the group on request."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from api_gateway import listening
+from api_gateway.listening import Sockets, bind_for, leave_group
+
+linux = pytest.mark.skipif(not listening.IS_BALANCED, reason="the kernel does not balance there")
+
+
+@contextmanager
+def bound(workers: int, host: str = "127.0.0.1", port: int = 0) -> Iterator[list[Sockets]]:
+    sets = bind_for(workers, host, port)
+    try:
+        yield sets
+    finally:
+        for sock in (sock for one in sets for sock in one):
+            sock.close()
+
+
+def accepted(sock: socket.socket) -> int:
+    """Accept what waits; return how many."""
+    sock.settimeout(0.05)
+    count = 0
+    with suppress(TimeoutError):
+        while True:
+            sock.accept()[0].close()
+            count += 1
+    return count
+
+
+def connect(port: int, times: int) -> None:
+    for _ in range(times):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+
+
+@pytest.mark.parametrize("is_balanced", [pytest.param(True, marks=linux), False])
+def test_any_free_port_is_the_same_for_all(monkeypatch: pytest.MonkeyPatch, *, is_balanced: bool) -> None:
+    monkeypatch.setattr(listening, "IS_BALANCED", is_balanced)
+    with bound(3) as sets:
+        (port,) = {sock.getsockname()[1] for one in sets for sock in one}
+        assert port
+        for one in sets:
+            one[0].listen()
+        connect(port, 30)
+        counts = [accepted(one[0]) for one in sets]
+        assert sum(counts) == 30
+        assert not is_balanced or sum(count > 0 for count in counts) > 1
+
+
+@linux
+def test_a_port_that_another_would_share_is_refused() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(OSError, match="in use"):
+            bind_for(2, "127.0.0.1", other.getsockname()[1])
+
+
+def test_a_host_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(OSError, match="assign"):
+        bind_for(2, "192.0.2.1", 0)
+
+
+def test_a_name_without_an_address_is_refused() -> None:
+    with pytest.raises(OSError, match=r"."):
+        bind_for(2, "no.such.host.invalid", 0)
+
+
+@linux
+def test_who_has_left_the_group_gets_no_connection_until_he_listens_again() -> None:
+    with bound(2) as ((one,), (other,)):
+        leave_group([one])  # it has not listened yet, which is no harm
+        port = one.getsockname()[1]
+        one.listen()
+        other.listen()
+        leave_group([one])
+        connect(port, 20)
+        assert accepted(other) == 20
+        one.listen()
+        connect(port, 40)
+        assert accepted(one) > 0
+
+
+def test_every_address_of_a_name_is_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, 1, 6, "", (host, 0)) for host in ("127.0.0.1", "127.0.0.2", "192.0.2.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with bound(2, "several") as sets:
+        names = [[sock.getsockname() for sock in one] for one in sets]
+        assert names[0] == names[1]
+        assert [host for host, _ in names[0]] == ["127.0.0.1", "127.0.0.2"], "what this machine lacks is left out"
+        assert len({port for _, port in names[0]}) == 1

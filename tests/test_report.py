@@ -1,0 +1,218 @@
+"""What several workers have counted comes to what one would have counted that had seen everything."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from api_gateway.balancer import Target, Upstream, round_robin
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
+from api_gateway.metrics import SLICE, Exposition, Recorder
+from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
+from api_gateway.report import BreakerReport, Report, UpstreamReport, merge, oldest_changed
+
+START = 1000.0
+FREE = Quota.per_second("FREE", 1, 10)
+PERCENTILES = (50, 99)
+KINDS: dict[str, dict[str, Any]] = {
+    "fine": {"status": 200, "source": "upstream", "route": "users"},
+    "failed": {"status": 502, "source": "gateway", "route": "orders", "reason": "upstream_reset"},
+    "broken": {"status": 500, "source": "upstream", "route": "orders"},
+    "limited": {"status": 429, "source": "gateway", "route": "users", "reason": "rate_limited"},
+    "lost": {"status": 404, "source": "gateway", "route": None, "reason": "no_route"},
+}
+
+
+def recorder() -> Recorder:
+    return Recorder(["users", "orders"], ["people"], ["FREE"], PERCENTILES, START)
+
+
+def exchange(kind: str, seconds: float, at: float) -> Exchange:
+    made = Exchange("id", "GET", "/api/x", "192.0.2.7", at - seconds, Client("a", "client:a", FREE, "default"))
+    made.finished, made.sent_at = at, made.started if KINDS[kind]["source"] == "upstream" else None
+    if kind != "lost":
+        made.decision = Decision("client:a", FREE, kind != "limited", 0, 0, 0)
+    for name, value in KINDS[kind].items():
+        setattr(made, name, value)
+    return made
+
+
+def count(one: Recorder, kind: str, seconds: float, at: float) -> None:
+    one.observe(exchange(kind, seconds, at))
+    if KINDS[kind]["source"] == "upstream":
+        one.observe_try("people", f"{KINDS[kind]['status'] // 100}xx", seconds, at)
+
+
+def shown(report: Report, now: float) -> tuple[Any, ...]:
+    """Return all that is made of a recorder."""
+    found = report.recorder
+    view = found.snapshot(now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
+    text, _ = Exposition(found, report.upstreams, LimiterState(), 0, "1").render("text/plain")
+    return view.model_dump(), sorted(text.decode().splitlines())
+
+
+def through_json(state: dict[str, Any]) -> dict[str, Any]:
+    travelled: dict[str, Any] = json.loads(json.dumps(state))
+    return travelled
+
+
+# Durations are sums of powers of two, so that adding them in another order gives the same.
+EVENTS = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # which worker
+        st.sampled_from(list(KINDS)),
+        st.integers(1, 4096).map(lambda ticks: ticks / 1024),
+        st.one_of(st.just(0.0), st.floats(0, 3), st.floats(0, 700)),  # seconds since the event before
+        st.sampled_from(["", "", "", "report", "die"]),  # what the worker does after it
+    ),
+    max_size=40,
+)
+
+
+@given(EVENTS, st.floats(0, 400))
+@example([(0, "fine", 0.5, 0.0, ""), (1, "fine", 0.5, 300.0, "report"), (0, "fine", 0.5, 0.0, "die")], 0.0)
+@example([(0, "fine", 0.5, 4.999, "report"), (0, "fine", 0.25, 0.002, "report")], 0.0)
+def test_the_sum_of_the_workers_is_what_one_would_have_counted(
+    events: list[tuple[int, str, float, float, str]], rest: float
+) -> None:
+    whole, parts = recorder(), [recorder() for _ in range(3)]
+    mirrors, since = [Report.blank(str(name)) for name in range(3)], [0, 0, 0]
+    gone, now = merge([]), START
+
+    def report(worker: int) -> None:
+        state = Report("", parts[worker]).state(since[worker])
+        since[worker] = oldest_changed(now)
+        mirrors[worker].update(through_json(state))
+
+    for worker, kind, seconds, pause, then in events:
+        now += pause
+        count(whole, kind, seconds, now)
+        count(parts[worker], kind, seconds, now)
+        if then:
+            report(worker)
+        if then == "die":
+            mirrors[worker].end()
+            gone = merge([gone, mirrors[worker]])
+            parts[worker], mirrors[worker], since[worker] = recorder(), Report.blank(str(worker)), 0
+    now += rest
+    for worker in range(3):
+        report(worker)
+    told = Report.blank(percentiles=PERCENTILES)
+    told.update(through_json(merge([gone, *mirrors]).state()))
+    assert shown(told, now) == shown(Report("", whole), now)
+
+
+@given(EVENTS)
+def test_a_recorder_that_was_put_together_can_go_on_counting(
+    events: list[tuple[int, str, float, float, str]],
+) -> None:
+    whole, moved, now = recorder(), recorder(), START
+    for _, kind, seconds, pause, then in events:
+        now += pause
+        count(whole, kind, seconds, now)
+        count(moved, kind, seconds, now)
+        if then:
+            again = recorder()
+            again.update(through_json(moved.state()))
+            moved = again
+    assert shown(Report("", moved), now) == shown(Report("", whole), now)
+
+
+def test_a_report_between_two_holds_what_has_changed_only() -> None:
+    one = recorder()
+    for step in range(50):
+        count(one, "fine", 0.5, START + step * SLICE)
+    now = START + 49 * SLICE
+    assert len(one.state()["routes"]["users"]["slices"]) == 50
+    assert len(one.state(oldest_changed(now))["routes"]["users"]["slices"]) == 2
+
+
+def test_what_has_ended_keeps_its_counts_and_runs_nothing() -> None:
+    one = Report("1", recorder(), buckets=5, overflowed=2)
+    count(one.recorder, "fine", 0.5, START)
+    one.recorder.in_flight = 3
+    one.end()
+    both = merge([merge([]), one])
+    assert (both.recorder.in_flight, both.buckets) == (0, 0)
+    assert (both.recorder.requests.total(), both.overflowed) == (1, 2)
+
+
+# Breakers and targets
+
+
+def upstream(*, failures: int = 0, at: float = START, healthy: int = 2) -> Upstream:
+    breaker = CircuitBreaker(BreakerPolicy(failure_threshold=3, recovery_timeout=10), START)
+    for _ in range(failures):
+        ticket = breaker.admit(at)
+        assert ticket is not None
+        breaker.settle(ticket, Outcome.FAILURE, at, "status 500")
+    targets = [Target(f"http://127.0.0.1:{port}", in_flight=1) for port in (9001, 9002)]
+    for target in targets[healthy:]:
+        target.is_healthy, target.is_checked, target.last_check = False, True, "refused"
+    return Upstream("people", targets, breaker, round_robin)
+
+
+def report_of(worker: str, now: float, **state: Any) -> Report:
+    one = Report(worker, recorder(), {"people": UpstreamReport.of(upstream(**state), now)})
+    other = Report.blank(worker)
+    other.update(through_json(one.state()))
+    assert other.upstreams == one.upstreams, "nothing is lost on the way"
+    return other
+
+
+def test_of_states_the_worst_is_shown_and_counts_are_summed() -> None:
+    now = START + 5
+    workers = [
+        report_of("1", now, failures=2, at=START + 4),
+        report_of("2", now, failures=3, at=START + 2),
+        report_of("3", now, failures=3, at=START + 1),
+    ]
+    breaker = merge(workers).upstreams["people"].breaker
+    assert breaker == BreakerReport(
+        state=State.OPEN,
+        since=START + 1,
+        consecutive_failures=2,
+        window_calls=2,
+        window_failures=2,
+        probes_in_flight=0,
+        opened_total=2,
+        rejected_total=0,
+        next_probe_at=START + 11,
+        opened_at=START + 2,
+        opened_cause="3 consecutive failures; last: status 500",
+        policy=BreakerPolicy(failure_threshold=3, recovery_timeout=10),
+        workers={"1": State.CLOSED, "2": State.OPEN, "3": State.OPEN},
+    )
+
+
+def test_half_open_is_worse_than_closed_and_better_than_open() -> None:
+    now = START + 10
+    half, closed = report_of("1", now, failures=3), report_of("2", now)
+    assert merge([closed, half]).upstreams["people"].breaker.state is State.HALF_OPEN
+    assert merge([closed, half]).upstreams["people"].status == "warn"
+    still_open = report_of("3", now, failures=3, at=START + 5)
+    assert merge([half, closed, still_open]).upstreams["people"].breaker.state is State.OPEN
+
+
+def test_a_target_is_healthy_when_every_worker_finds_it_so() -> None:
+    both = merge([report_of("1", START), report_of("2", START, healthy=1)]).upstreams["people"]
+    assert [(target.is_healthy, target.in_flight, target.last_check) for target in both.targets] == [
+        (True, 2, None),
+        (False, 2, "refused"),
+    ]
+    assert both.status == "warn"
+
+
+def test_a_worker_that_has_ended_counts_and_has_no_say_in_the_state() -> None:
+    ended = report_of("1", START + 1, failures=3)
+    ended.end()
+    breaker = merge([merge([merge([]), ended]), report_of("1", START + 1)]).upstreams["people"].breaker
+    assert (breaker.state, breaker.opened_total, breaker.workers) == (State.CLOSED, 1, {"1": State.CLOSED})
+
+
+def test_an_upstream_that_no_worker_has_any_more_is_not_shown() -> None:
+    ended = report_of("1", START)
+    ended.end()
+    assert merge([ended, replace(report_of("1", START), upstreams={})]).upstreams == {}

@@ -1,0 +1,140 @@
+"""What the supervisor adds up, how long it waits between starts, and what a reload may change."""
+
+import asyncio
+import logging
+from typing import Any, cast
+
+import pytest
+
+from api_gateway import supervisor
+from api_gateway.config import load_config
+from api_gateway.metrics import Recorder
+from api_gateway.report import Report
+from api_gateway.staff import Worker
+from api_gateway.supervisor import FIRST_DELAY, LONGEST_DELAY, Ledger, Supervisor, delay_after
+
+
+def test_a_first_failure_is_made_good_soon_and_later_ones_less_and_less_so() -> None:
+    delays = [delay_after(failures) for failures in range(12)]
+    assert delays[:4] == [0, FIRST_DELAY, 2 * FIRST_DELAY, 4 * FIRST_DELAY]
+    assert delays == sorted(delays)
+    assert delays[-1] == LONGEST_DELAY
+    assert delay_after(5000) == LONGEST_DELAY
+
+
+class Puppet:
+    """A worker that reports what it is told to, when it is told to."""
+
+    def __init__(self, number: int) -> None:
+        self.report = Report(str(number), Recorder(["users"], [], ["FREE"], (50,), 0.0))
+        self.count = 0
+        self.asked: list[asyncio.Future[None]] = []
+
+    def ask(self, _number: int) -> asyncio.Future[None]:
+        self.asked.append(asyncio.get_running_loop().create_future())
+        return self.asked[-1]
+
+    def answer(self) -> None:
+        self.report.recorder.allowed["FREE"] = self.count
+        for asked in self.asked:
+            if not asked.done():
+                asked.set_result(None)
+
+
+def ledger_of(*puppets: Puppet) -> Ledger:
+    return Ledger([cast("Worker", puppet) for puppet in puppets])
+
+
+def allowed(state: dict[str, Any]) -> int:
+    found: int = state["recorder"]["allowed"]["FREE"]
+    return found
+
+
+async def turns(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_all_are_asked_and_added_up() -> None:
+    one, other = Puppet(1), Puppet(2)
+    one.count, other.count = 3, 4
+    gathering = asyncio.create_task(ledger_of(one, other).gather())
+    await turns()
+    assert not gathering.done()
+    one.answer()
+    other.answer()
+    assert allowed(await gathering) == 7
+
+
+async def test_who_asks_during_a_round_hears_what_has_happened_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Puppet(1), Puppet(2)
+    ledger = ledger_of(one, other)
+    first = asyncio.create_task(ledger.gather())
+    await turns()
+    one.answer()
+    one.count = 5  # behind the back of the first round
+    late = [asyncio.create_task(ledger.gather()) for _ in range(3)]
+    await turns()
+    other.answer()
+    assert allowed(await first) == 0
+    await turns()
+    assert len(one.asked) == 2, "those who wait share a round"
+    one.answer()
+    other.answer()
+    assert [allowed(state) for state in await asyncio.gather(*late)] == [5, 5, 5]
+
+
+async def test_who_does_not_answer_is_shown_as_he_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "ANSWER_TIMEOUT", 0.01)
+    one, other = Puppet(1), Puppet(2)
+    other.count = 2
+    other.answer()
+    other.count = 9
+    one.count = 1
+    gathering = asyncio.create_task(ledger_of(one, other).gather())
+    await turns()
+    one.answer()
+    assert allowed(await gathering) == 3
+
+
+async def test_who_ends_leaves_his_counts_and_nothing_else() -> None:
+    one, other = Puppet(1), Puppet(2)
+    ledger = ledger_of(one, other)
+    one.count, one.report.recorder.in_flight, one.report.buckets = 4, 2, 10
+    one.answer()
+    ledger.strike(cast("Worker", one))
+    gathering = asyncio.create_task(ledger.gather())
+    await turns()
+    other.answer()
+    state = await gathering
+    assert (allowed(state), state["recorder"]["in_flight"], state["buckets"]) == (4, 0, 0)
+
+
+async def test_a_gathering_that_one_gives_up_goes_on_for_the_others() -> None:
+    one = Puppet(1)
+    ledger = ledger_of(one)
+    impatient, patient = asyncio.create_task(ledger.gather()), asyncio.create_task(ledger.gather())
+    await turns()
+    impatient.cancel()
+    await turns()
+    one.answer()
+    assert allowed(await patient) == 0
+
+
+def test_what_only_a_restart_can_change_stays_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    def read(**sections: Any) -> Any:
+        return load_config(None, {"log": {"level": "error"}, **sections})
+
+    before = read(server={"port": 1, "workers": 2})
+    now = read(
+        server={"port": 2, "workers": 3, "drain_timeout": 5}, store={"url": "redis://cache"}, default_tier="BASIC"
+    )
+    with caplog.at_level(logging.WARNING):
+        settled = Supervisor(before, lambda: now)._settled(now)
+    assert [record.getMessage().split(" has")[0] for record in caplog.records] == [
+        "server.port",
+        "server.workers",
+        "store.url",
+    ]
+    assert (settled.server.port, settled.server.workers, settled.store.url) == (1, 2, "memory://")
+    assert (settled.server.drain_timeout, settled.default_tier) == (5, "BASIC")
