@@ -83,7 +83,9 @@ class RunningGateway:
         """The live parts."""
         gateway = self.server._app.state.gateway
         upstreams = {name: service.upstream for name, service in gateway.services.items()}
-        return SimpleNamespace(recorder=gateway.recorder, upstreams=upstreams, clients=gateway.clients)
+        return SimpleNamespace(
+            recorder=gateway.recorder, upstreams=upstreams, clients=gateway.clients, limiter=gateway.limiter
+        )
 
     def stop(self) -> None:
         """Stop it and wait for its end."""

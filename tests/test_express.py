@@ -367,6 +367,22 @@ def test_a_tier_counts_from_the_next_request_on_the_same_connection(running: Run
     assert limits == [[b"100000"], [b"200"], [b"100000"]]
 
 
+def test_a_client_to_be_looked_up_is_for_the_ordinary_way(
+    running: RunningGateway, boarded: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = running.console.clients
+    with RawClient(running.port) as client:
+        assert client.get(headers=("X-Client-ID: b",)).status == 200
+        boarded.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(clients, "find", lambda client_id: None)
+            clients.version += 1
+            answers = [client.get(headers=("X-Client-ID: b",)) for _ in range(2)]
+        answers.append(client.get(headers=("X-Client-ID: b",)))
+    assert [answer.status for answer in answers] == [200, 200, 200]
+    assert boarded == [False, False, True]
+
+
 def test_an_open_breaker_is_for_the_ordinary_way(gateway: StartGateway, up: RawUpstream, boarded: list[bool]) -> None:
     breaker = {"failure_threshold": 1, "recovery_timeout": 0.2}
     running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)

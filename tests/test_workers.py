@@ -469,3 +469,21 @@ def test_the_demo_is_shared_by_the_workers(tmp_path: Path) -> None:
         assert running.output.count("curl") == 3
         assert running.terminate() == 0
     assert running.errors.count("ERROR") == 0
+
+
+def test_a_tier_set_at_one_worker_holds_at_all_of_them_and_after_a_restart(tmp_path: Path) -> None:
+    """The workers share one file; that their embedded store forgets everything at its end does not matter."""
+    upstream = RawUpstream(reply(b"ok"))
+    body, headers = b'{"tier": "PREMIUM"}', {"Content-Type": "application/json"}
+    with crew(tmp_path, upstream.url, workers=2) as running:
+        answer = ask(f"{running.url}/clients/acme/tier", method="POST", headers=headers, body=body)
+        assert (answer.status, answer.json()["persisted"]) == (200, True)
+        time.sleep(1)  # what is promised: within a second, everywhere
+        limits = set()
+        for _ in range(24):  # connections are spread over the workers
+            with RawClient(running.port) as client:
+                limits.add(client.get("/api/up", ("X-Client-ID: acme",)).all("x-ratelimit-limit")[0])
+        assert limits == {b"200"}
+    with crew(tmp_path, upstream.url, workers=2) as running:
+        assert ask(f"{running.url}/clients/acme").json()["source"] == "registered"
+    upstream.close()
