@@ -1,7 +1,7 @@
 """What one process remembers of the client store: all records if they fit, else those used last. Bounded, no I/O."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from api_gateway.client_records import ClientRecord
 from api_gateway.models import Client
@@ -36,6 +36,10 @@ class ClientCopy:
     def get(self, client_id: str) -> ClientRecord | None:
         """Return the record held of a client."""
         return self._records.get(client_id)
+
+    def records(self) -> Iterable[ClientRecord]:
+        """Return the records held."""
+        return self._records.values()
 
     def knows(self, client_id: str) -> bool:
         """Tell whether it is known what the store says of a client, and note that it was used."""

@@ -5,16 +5,16 @@ of it. What does not fit into memory is looked up, all that is asked for at one 
 """
 
 import asyncio
-import heapq
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import islice
 from typing import NamedTuple
 
 from api_gateway.client_copy import ClientCopy
+from api_gateway.client_look_ups import BATCH, LookUps
 from api_gateway.client_records import (
     UNREAD,
     Change,
@@ -25,6 +25,7 @@ from api_gateway.client_records import (
     Snapshot,
     Written,
 )
+from api_gateway.endings import Ending, Endings
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Client, Clock, Quota
 from api_gateway.tasks import end
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LIMIT = 100_000
 _CLIENT, _ADDRESS = "client:", "address:"  # what the keys of their buckets begin with
-_BATCH = 500  # clients looked up at once, or taken over between two looks at other work
-_RETRY_AFTER = 1.0  # seconds until a look-up that failed is tried again
+_TAKEN_AT_ONCE = 500  # records, between two looks at other work
+_CLEAR_AGAIN_AFTER = 1.0  # seconds
 _RECONNECT_AFTER = (0.1, 2.0)  # seconds, doubled from one failure to the next
 _LONGEST_NAP = 30.0  # seconds until the wall clock is looked at again: it may be set
 _CLEAR_WITHIN = 0.2  # seconds over which those that have seen a grant end spread out
@@ -47,14 +48,6 @@ class Inspection(NamedTuple):
     grant: Grant | None
     otherwise: Client
     is_confirmed: bool
-
-
-class Ending(NamedTuple):
-    """When the grant in one version of a client's record ends."""
-
-    until: float
-    client_id: str
-    version: int
 
 
 def _ignore(_before: Client, _after: Client) -> None:
@@ -95,7 +88,7 @@ class ClientRegistry:
         }
         self.version = 0  # goes up with every change, so that who has looked a client up knows to look again
         self.trouble: str | None = None  # why the store cannot be used, while it cannot
-        self._limit, self._deadline = limit, deadline
+        self._limit = limit
         self._wall_clock = wall_clock
         self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._on_change = on_change
@@ -104,11 +97,13 @@ class ClientRegistry:
         self._copy = self._loading = ClientCopy(limit, self._resolve)
         self._copy.is_complete = True  # until there is something to look up
         self._known = self._copy.clients
-        self._endings: list[Ending] = []
+        self._endings = Endings(limit)
         self._timer: asyncio.TimerHandle | None = None
-        self._asked: dict[str, asyncio.Future[Client]] = {}
-        self._asking: asyncio.Task[None] | None = None
-        self._doubted: set[str] = set()
+        self._look_ups = LookUps(
+            store.look_up, self._note, self.named, self._look_again, limit=limit + BATCH, deadline=deadline
+        )
+        self._writing: Counter[str] = Counter()  # changes under way, by client
+        self._heard: dict[str, list[ClientRecord]] = {}  # of such clients meanwhile
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -151,7 +146,8 @@ class ClientRegistry:
         """End what is under way and close the store."""
         if self._timer is not None:
             self._timer.cancel()
-        await end(*self._tasks, *([self._asking] if self._asking else []))
+        await end(*self._tasks)
+        await self._look_ups.close()
         await self._store.close()
 
     def _lose_touch(self, error: OSError) -> None:
@@ -174,7 +170,7 @@ class ClientRegistry:
                 fresh.put(record)
                 if fresh.clients.get(record.id) != self._known.get(record.id):
                     different.add(record.id)
-                if count % _BATCH == 0:
+                if count % _TAKEN_AT_ONCE == 0:
                     await asyncio.sleep(0)
         except BaseException:
             self._loading = self._copy
@@ -191,12 +187,11 @@ class ClientRegistry:
             logger.warning("the client store can be used again")
         self._copy, self._mark, self.trouble = fresh, snapshot.mark, None
         self._known = fresh.clients
-        self._doubted.clear()
+        self._look_ups.forgive()
         self.version += 1
         for client_id in different:
             self._tell(known.get(client_id) or self._fallback(client_id), self.named(client_id))
-        self._endings = [_ending(record) for record in snapshot.records if record.grant is not None]
-        heapq.heapify(self._endings)
+        self._endings.replace(fresh.records())
         self._warn_of_unknown_tiers(snapshot)
         self._set_timer()
 
@@ -211,10 +206,12 @@ class ClientRegistry:
             await self._reload()
             return
         for record in changes.records:
-            if self._copy.is_complete or self._copy.knows(record.id) or record.id in self._asked:
+            if record.id in self._writing:
+                self._heard.setdefault(record.id, []).append(record)
+            elif self._copy.is_complete or self._copy.knows(record.id) or self._look_ups.is_asked(record.id):
                 self._apply(record)
             else:
-                self._doubted.discard(record.id)
+                self._look_ups.forgive(record.id)
                 self.version += 1  # somebody may still go by what was once known of it
         self._mark = changes.mark
         self._copy.forget_empty(changes.mark.version)
@@ -238,61 +235,24 @@ class ClientRegistry:
         """Return the client that calls itself `client_id`, or None if it takes a `look_up`."""
         if self._copy.is_complete or self._copy.knows(client_id):
             return self.named(client_id)
-        if self.trouble is not None or client_id in self._doubted:
+        if self.trouble is not None or self._look_ups.is_late(client_id):
             return self.named(client_id)
         return None
 
     async def look_up(self, client_id: str) -> Client:
         """Ask the store of a client. What it does not tell in time counts as not registered, for a second."""
-        answer = self._asked.get(client_id)
-        if answer is None:
-            if len(self._asked) >= self._limit + _BATCH:
-                return self.named(client_id)
-            answer = self._asked[client_id] = asyncio.get_running_loop().create_future()
-            if self._asking is None:
-                self._asking = asyncio.create_task(self._ask(), name="client look-ups")
-        await asyncio.wait([answer], timeout=self._deadline)
-        if answer.done():
-            return answer.result()
-        self._doubt(client_id)
-        return self.named(client_id)
+        return await self._look_ups.look_up(client_id)
 
-    async def _ask(self) -> None:
-        try:
-            while self._asked:
-                batch = list(islice(self._asked, _BATCH))
-                try:
-                    records = await self._store.look_up(batch)
-                except OSError as error:
-                    logger.warning("%d clients could not be looked up: %s", len(batch), error)
-                    for client_id in batch:
-                        self._doubt(client_id)
-                        self._asked.pop(client_id).set_result(self.named(client_id))
-                else:
-                    for client_id, record in zip(batch, records, strict=True):
-                        self._note(client_id, record)
-                        self._asked.pop(client_id).set_result(self.named(client_id))
-        finally:
-            self._asking = None
-
-    def _note(self, client_id: str, record: ClientRecord | None) -> None:
+    def _note(self, client_id: str, record: ClientRecord | None, was_late: bool) -> None:  # noqa: FBT001 - told so
         """Take over what a look-up has told. Who has gone by the default meanwhile is to look again."""
-        is_awaited = client_id not in self._doubted
-        self._doubted.discard(client_id)
         if record is None:
             self._copy.put_absent(client_id)
-        elif is_awaited and self._copy.get(client_id) is None:
-            self._put(record)
-        else:
+        elif was_late or self._copy.get(client_id) is not None:
             self._apply(record)
-
-    def _doubt(self, client_id: str) -> None:
-        if not self._doubted:
-            asyncio.get_running_loop().call_later(_RETRY_AFTER, self._look_again)
-        self._doubted.add(client_id)
+        else:
+            self._put(record)
 
     def _look_again(self) -> None:
-        self._doubted.clear()
         self.version += 1
 
     # Changes
@@ -336,8 +296,20 @@ class ClientRegistry:
         return Inspection(client, grant, otherwise, is_confirmed)
 
     async def _write(self, client_id: str, change: Change) -> tuple[Client, Client]:
+        """Make a change. What is heard of the client meanwhile waits: it may be this very change."""
+        self._writing[client_id] += 1
         try:
-            written = await self._store.write(client_id, change)
+            return self._adopt(await self._store_change(client_id, change))
+        finally:
+            self._writing[client_id] -= 1
+            if not self._writing[client_id]:
+                del self._writing[client_id]
+                for record in self._heard.pop(client_id, ()):
+                    self._apply(record)
+
+    async def _store_change(self, client_id: str, change: Change) -> Written:
+        try:
+            return await self._store.write(client_id, change)
         except OutcomeUnknown as error:
             raise StoreUnavailable(
                 f"The change may or may not have been made: {self._store.name} did not answer."
@@ -348,16 +320,16 @@ class ClientRegistry:
             raise StoreUnavailable(
                 f"The change could not be written to {self._store.name} and was not made.", retry_after=5
             ) from error
-        if written.before.version:
-            self._apply(written.before)  # whatever others did before goes first
-        before = self.named(client_id)
-        self._adopt(written)
-        return before, self.named(client_id)
 
-    def _adopt(self, written: Written) -> None:
-        """Take over a change that this process has made itself."""
+    def _adopt(self, written: Written) -> tuple[Client, Client]:
+        """Take over a change that this process has made itself, behind what others had made before it."""
+        client_id = written.after.id
+        if written.before.version:
+            self._apply(written.before)
+        before = self.named(client_id)
         self._put(written.after, is_new_epoch=written.epoch != self._mark.epoch)
         self.version += 1
+        return before, self.named(client_id)
 
     def _apply(self, record: ClientRecord) -> None:
         """Take over a change that somebody has made."""
@@ -374,7 +346,8 @@ class ClientRegistry:
         if was_complete and not self._copy.is_complete:
             logger.warning("more than store.client_limit (%d) clients: the others are looked up", self._limit)
         if record.grant is not None:
-            self._expect(_ending(record))
+            self._endings.expect(record, self._is_current)
+            self._set_timer()
         return True
 
     def _tell(self, before: Client, after: Client) -> None:
@@ -384,22 +357,13 @@ class ClientRegistry:
 
     # Grants
 
-    def _expect(self, ending: Ending) -> None:
-        if len(self._endings) > 2 * self._limit:  # grants that were replaced long before their end
-            self._endings = [each for each in self._endings if self._is_current(each)]
-            heapq.heapify(self._endings)
-        heapq.heappush(self._endings, ending)
-        self._set_timer()
-
     def _is_current(self, ending: Ending) -> bool:
         record = self._copy.get(ending.client_id)
         return record is not None and record.version == ending.version
 
     def end_grants(self) -> None:
         """End every grant whose time is over."""
-        now = self._wall_clock()
-        while self._endings and self._endings[0].until <= now:
-            ending = heapq.heappop(self._endings)
+        for ending in self._endings.due(self._wall_clock()):
             record = self._copy.get(ending.client_id)
             if record is None:
                 self.version += 1  # somebody may still go by what was once known of it
@@ -423,7 +387,7 @@ class ClientRegistry:
             with suppress(OSError):
                 written = await self._store.end_grant(record.id, record.version)
             if written is None:
-                await asyncio.sleep(_RETRY_AFTER)
+                await asyncio.sleep(_CLEAR_AGAIN_AFTER)
         if written is not None:
             self._apply(written.after)
 
@@ -431,8 +395,8 @@ class ClientRegistry:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._endings:
-            nap = min(max(self._endings[0].until - self._wall_clock(), 0), _LONGEST_NAP)
+        if self._endings.next_at is not None:
+            nap = min(max(self._endings.next_at - self._wall_clock(), 0), _LONGEST_NAP)
             self._timer = asyncio.get_running_loop().call_later(nap, self.end_grants)
 
     # What a record comes to
@@ -451,11 +415,6 @@ class ClientRegistry:
         """Return what a client is of whom the store says nothing."""
         known = self._configured.get(client_id)
         return known or Client(client_id, bucket_key(client_id), self.default, "default")
-
-
-def _ending(record: ClientRecord) -> Ending:
-    assert record.grant is not None  # noqa: S101 - only such are asked for
-    return Ending(record.grant.until, record.id, record.version)
 
 
 def bucket_key(client_id: str) -> str:
