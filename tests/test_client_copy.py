@@ -41,8 +41,8 @@ steps = st.lists(
 @given(st.integers(1, 12), st.booleans(), steps)
 def test_it_is_bounded_and_what_it_says_is_so(
     limit: int,
-    is_complete: bool,
-    steps: list[tuple[str, str, str | None]],  # noqa: FBT001 - drawn
+    is_complete: bool,  # noqa: FBT001 - drawn
+    steps: list[tuple[str, str, str | None]],
 ) -> None:
     copy = ClientCopy(limit, resolve)
     copy.is_complete = is_complete
