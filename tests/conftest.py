@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, running_gateway
+from tests.store_kit import SERVERS, StoreServer
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +52,13 @@ def gateway(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], RunningGatewa
             return stack.enter_context(running_gateway(sections, tmp_path / f"state-{count}"))
 
         yield start
+
+
+@pytest.fixture(params=SERVERS)
+def store(request: pytest.FixtureRequest) -> Iterator[StoreServer]:
+    """A real store of its own, once for every server there is."""
+    binary = SERVERS[request.param]
+    if binary is None:
+        pytest.skip(f"there is no {request.param} server on the PATH")
+    with StoreServer(binary) as server:
+        yield server
