@@ -10,6 +10,7 @@ twenty, open the breaker: then nothing is sent, and nothing waits, until the sto
 
 import asyncio
 import logging
+import math
 import random
 from abc import ABC, abstractmethod
 from collections import deque
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State, Ticket
 from api_gateway.models import Clock, Outcome
 from api_gateway.store import Carrier, Script, ScriptCall, StoreError, StoreSession
+from api_gateway.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +112,10 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Disconnect. What still waits is answered with a failure."""
-        for lane in self._lanes:
-            lane.cancel()
-        await asyncio.gather(*self._lanes, return_exceptions=True)
+        await end(*self._lanes)
         if self._alarm is not None:
             self._alarm.cancel()
+            self._alarm = None
         self._fail_waiting()
 
     def submit(self, question: Question) -> None:
@@ -124,6 +125,9 @@ class Dispatcher:
         self._open.append(question)
         if self._alarm is None:
             self._alarm = self._loop.call_at(question.expires, self._expire)
+        self._rouse()
+
+    def _rouse(self) -> None:
         if self._idle and not self._is_waking:
             self._is_waking = True
             self._loop.call_soon(self._wake)
@@ -131,12 +135,12 @@ class Dispatcher:
     def _wake(self) -> None:
         """Set idle lanes to work, at the end of the turn in which the questions came."""
         self._is_waking = False
-        for _ in range(0, len(self._waiting), MAX_BATCH):
-            if not self._idle:
-                return
+        lanes = math.ceil(len(self._waiting) / MAX_BATCH)
+        while lanes and self._idle:
             idle = self._idle.popleft()
-            if not idle.done():
+            if not idle.done():  # or else its lane has just ended its rest by itself, and tries its connection out
                 idle.set_result(None)
+                lanes -= 1
 
     def _expire(self) -> None:
         """Fail what is as old as it may get."""
@@ -170,6 +174,9 @@ class Dispatcher:
                 await self._serve(carrier)
             except StoreError:
                 pause = FIRST_PAUSE  # it has been counted where it happened
+            except Exception:  # a defect of ours; the lane begins anew, or questions would wait for it for ever
+                logger.exception("a connection to the store is given up")
+                await asyncio.sleep(pause)
             finally:
                 carrier.abort()
 
@@ -188,6 +195,8 @@ class Dispatcher:
                     await self._try_out(carrier)  # a connection that broke while idle shall not cost a request
         finally:
             self.connections -= 1
+            if self._waiting:  # it was woken for them
+                self._rouse()
 
     async def _is_woken(self) -> bool:
         """Wait for questions, but not for ever; tell whether there are any."""
@@ -199,7 +208,7 @@ class Dispatcher:
         except TimeoutError:
             return False
         finally:
-            if not idle.done() or idle.cancelled():
+            if idle in self._idle:  # nobody has woken it
                 self._idle.remove(idle)
         return True
 
@@ -243,8 +252,7 @@ class Dispatcher:
             values = iter(reply)
             clock_us = next(values)
             for question in group:
-                question.read(clock_us, values)
-                question.is_over = True
+                _read(question, clock_us, values)
 
     def _count(self, ticket: Ticket | None, outcome: Outcome, error: BaseException | None) -> None:
         detail = "" if error is None else str(error) or type(error).__name__
@@ -285,7 +293,20 @@ def _call(questions: list[Question]) -> ScriptCall:
     return call
 
 
-def _fail(question: Question) -> None:
-    if not question.is_over:
+def _read(question: Question, clock_us: int, values: Iterator[int]) -> None:
+    try:
+        question.read(clock_us, values)
+    except Exception:  # a defect of whoever asked; the others have their answers coming
+        logger.exception("an answer of the store could not be acted on")
+    finally:
         question.is_over = True
+
+
+def _fail(question: Question) -> None:
+    if question.is_over:
+        return
+    question.is_over = True
+    try:
         question.fail()
+    except Exception:  # as above
+        logger.exception("a question to the store could not be given up")

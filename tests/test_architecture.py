@@ -63,7 +63,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 SIBLINGS = {
     ("local_share", "rate_limiter"),
     ("dispatcher", "store"),
+    ("dispatcher", "tasks"),
     ("redis_limiter", "dispatcher"),
+    ("redis_limiter", "tasks"),
     ("redis_limiter", "store"),
     ("headers", "models"),
     ("heads", "headers"),

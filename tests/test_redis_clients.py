@@ -14,7 +14,8 @@ from api_gateway.clients import ClientRegistry
 from api_gateway.errors import StoreUnavailable
 from api_gateway.redis_clients import RedisClients
 from api_gateway.store import StoreSession
-from tests.kit import StoreServer, soon
+from tests.kit import soon
+from tests.store_kit import StoreServer
 from tests.test_clients import following, tier_of, view
 
 PREFIX = "{gateway:clients}:"

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.kit import PATIENCE, RawClient, RawUpstream, RunningGateway, StoreServer, ask, eventually, in_front_of
+from tests.kit import PATIENCE, RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of
+from tests.store_kit import StoreServer
 
 GatewayStarter = Callable[[dict[str, Any]], RunningGateway]
 

@@ -1,0 +1,271 @@
+"""Real store servers to be killed, stopped and started again, and a proxy in front of one that loses what it shall.
+
+Every server has a directory and a socket of its own; what is started here is ended by its process id.
+"""
+
+import asyncio
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from api_gateway.embedded import find_server
+from api_gateway.models import Charge, Decision, Quota
+from api_gateway.redis_limiter import RedisLimiter
+from api_gateway.store import StoreSession
+from tests.kit import PATIENCE
+
+SERVERS = {"valkey": find_server(), "redis": shutil.which("redis-server")}
+CALM = 1.0  # a deadline, in seconds, that a busy machine does not miss
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class StoreServer:
+    """A server process. `options` are lines of its configuration."""
+
+    def __init__(self, binary: str, *options: str, port: int = 0, mode: tuple[str, ...] = ()) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="store-"))  # short: a socket's path has 107 bytes at most
+        self.path = self.directory / "socket"
+        self.port = port
+        self.url = f"unix://{self.path}"
+        self.admin: Any = Redis(unix_socket_path=str(self.path), socket_timeout=PATIENCE)
+        self._config = self.directory / "conf"
+        lines = [f"port {port}", f"unixsocket {self.path}", f"dir {self.directory}", 'save ""', *options]
+        self._config.write_text("\n".join([*lines, ""]))
+        self._command = [binary, str(self._config), *mode]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        shutil.rmtree(self.directory)
+
+    def start(self) -> None:
+        """Start with whatever is on the disk, which is nothing, and wait until it can be spoken to."""
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        end = time.monotonic() + PATIENCE
+        while True:
+            with suppress(RedisError, OSError), socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(self.path))
+                return
+            assert self._process.poll() is None, (self.directory / "log").read_text()
+            assert time.monotonic() < end, "the store did not start"
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.admin.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(PATIENCE)
+            self._process = None
+            self.path.unlink(missing_ok=True)
+
+    def pause(self) -> None:
+        """Let it neither answer nor break anything off."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
+
+    def restart_empty(self) -> None:
+        """Have it come back without what it held."""
+        self.kill()
+        self.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def command(self, *words: str) -> bytes:
+        """Send one command on a connection of its own and return the raw reply."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(str(self.path))
+            parts = [f"${len(word.encode())}\r\n{word}\r\n" for word in words]
+            sock.sendall(f"*{len(words)}\r\n{''.join(parts)}".encode())
+            return sock.recv(65_536)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+
+    def connections(self, kind: str = "normal") -> list[dict[str, str]]:
+        """Return the connections of clients but for the one that asks."""
+        mine = self.admin.client_id()
+        return [one for one in self.admin.client_list(_type=kind) if int(one["id"]) != mine]
+
+
+class Proxy:
+    """Stands between gateways and a server: late, deaf, or without replies."""
+
+    def __init__(self, server: StoreServer) -> None:
+        self._server = server
+        self.delay = 0.0  # of replies, in seconds
+        self.loses_replies = False  # after the server has executed what was asked
+        self.is_deaf = False  # nothing passes in either direction, and nothing breaks
+        self.accepted = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Self:
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._listener.close()
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._listener.wait_closed()
+
+    def cut(self) -> None:
+        """Break all connections."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        try:
+            from_server, to_server = await asyncio.open_unix_connection(str(self._server.path))
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, to_server}
+        for pump in (self._ask(reader, to_server), self._answer(from_server, writer)):
+            task = asyncio.create_task(pump)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                if not self.is_deaf:
+                    writer.write(data)
+        writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65_536):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                if not (self.is_deaf or self.loses_replies):
+                    writer.write(data)
+        writer.close()
+
+
+def limiter_of(url: str, *quotas: Quota, **options: Any) -> RedisLimiter:
+    """Return one gateway's limiter, not yet started."""
+    given: dict[str, Any] = {
+        "policy": "local_share",
+        "deadline": CALM,
+        "processes": 1,
+        "bucket_limit": 10_000,
+        "prefix": "test",
+    }
+    return RedisLimiter(
+        StoreSession(url, timeout=1),
+        quotas,
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+        source=random.Random(),
+        **(given | options),
+    )
+
+
+@asynccontextmanager
+async def gateways(url: str, *quotas: Quota, count: int = 1, **options: Any) -> AsyncIterator[list[RedisLimiter]]:
+    """Run the limiters of some gateways on one store."""
+    limiters = [limiter_of(url, *quotas, **options) for _ in range(count)]
+    await asyncio.gather(*[limiter.start() for limiter in limiters])
+    try:
+        yield limiters
+    finally:
+        await asyncio.gather(*[limiter.close() for limiter in limiters])
+
+
+def asking(limiter: RedisLimiter, *charges: Charge) -> asyncio.Future[Decision]:
+    """Decide as a gateway does: at once, or when the store has answered."""
+    answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+    now_ns = time.monotonic_ns()
+    decision = limiter.decide(charges, now_ns)
+    if decision is not None:
+        answer.set_result(decision)
+    else:
+        limiter.ask(charges, now_ns, answer.set_result)
+    return answer
+
+
+def charge(quota: Quota, cost: float = 1, key: str = "client") -> Charge:
+    """Return what a request of that cost draws on."""
+    return Charge(key, quota, quota.cost_ns(cost))
+
+
+async def until(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
+    """Wait until `condition` holds; fail with `what` if it does not in time."""
+    end = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < end, f"did not happen within {within:g} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+async def hammer(
+    limiters: list[RedisLimiter], asked: Charge, seconds: float, *, pause: float = 0.002
+) -> list[tuple[float, float, Decision]]:
+    """Have every gateway ask again and again; return for each decision when it was asked for and when it came."""
+    seen: list[tuple[float, float, Decision]] = []
+    end = time.monotonic() + seconds
+
+    async def one(limiter: RedisLimiter) -> None:
+        while (begun := time.monotonic()) < end:
+            decision = await asking(limiter, asked)
+            seen.append((begun, time.monotonic(), decision))
+            await asyncio.sleep(pause)
+
+    await asyncio.gather(*map(one, limiters))
+    return sorted(seen, key=lambda one: one[0])
+
+
+def burst_of(seen: list[tuple[float, float, Decision]], rate: float, cost: float = 1) -> float:
+    """Return the most that was admitted in any window beyond `rate` times its length.
+
+    When a decision was made is known from its asking and its answer only, so a window is taken to be as long as it
+    may have been: what is returned is never more than the truth.
+    """
+    worst = latest = spent = 0.0
+    head = -math.inf
+    for begun, came, decision in seen:
+        if decision.allowed:
+            latest = max(latest, came)
+            head = max(head, rate * begun - spent)
+            spent += cost
+            worst = max(worst, spent - rate * latest + head)
+    return worst

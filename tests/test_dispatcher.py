@@ -1,0 +1,439 @@
+"""The dispatcher against a real store: one answer to each question, in time, whatever breaks and whoever leaves."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from api_gateway.circuit_breaker import State
+from api_gateway.dispatcher import LANES, MAX_BATCH, Dispatcher, Question
+from api_gateway.redis_limiter import SCRIPT
+from api_gateway.store import Script, ScriptCall, StoreSession
+from tests.store_kit import CALM, SERVERS, Proxy, StoreServer, until
+
+# Echoes what was asked, and counts it: a reply that goes astray shows itself.
+ECHO = Script("""
+local time = redis.call('TIME')
+local reply = {time[1] * 1000000 + time[2]}
+for at = 1, #ARGV do
+  redis.call('INCR', KEYS[1])
+  reply[#reply + 1] = tonumber(ARGV[at])
+end
+return reply
+""")
+EPSILON = 0.15  # seconds that a busy machine may add to a deadline
+
+
+class Echo(Question):
+    """Asks for a number."""
+
+    def __init__(self, number: int, key: str = "count") -> None:
+        super().__init__(key)
+        self.number = number
+        self.begun = time.monotonic()
+        self.took: float | None = None
+        self.heard: int | None = None
+        self.answers = 0
+        self.is_failed = False
+
+    def write(self, call: ScriptCall) -> None:
+        call.number(self.key)
+        call.arguments.append(self.number)
+
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        heard = next(reply)
+        if not self.is_over:
+            self.heard = heard
+            self._note()
+
+    def fail(self) -> None:
+        self.is_failed = True
+        self._note()
+
+    def _note(self) -> None:
+        self.took = time.monotonic() - self.begun
+        self.answers += 1
+
+    @property
+    def is_answered_rightly(self) -> bool:
+        return self.answers == 1 and self.heard == self.number
+
+
+@asynccontextmanager
+async def dispatching(url: str, *, script: Script = ECHO, deadline: float = CALM) -> AsyncIterator[Dispatcher]:
+    session = StoreSession(url, timeout=1)
+    troubles: list[None] = []
+    dispatcher = Dispatcher(
+        session,
+        script,
+        deadline=deadline,
+        clock=time.monotonic,
+        source=random.Random(1),
+        on_trouble=lambda: troubles.append(None),
+    )
+    await dispatcher.start()
+    try:
+        yield dispatcher
+        assert all(not lane.done() for lane in dispatcher._lanes), "a lane has died"
+        assert len(troubles) == dispatcher.failures
+    finally:
+        await dispatcher.close()
+        await session.close()
+
+
+def ask(dispatcher: Dispatcher, count: int, first: int = 0) -> list[Echo]:
+    asked = [Echo(number) for number in range(first, first + count)]
+    for question in asked:
+        dispatcher.submit(question)
+    return asked
+
+
+async def answered(asked: list[Echo]) -> None:
+    await until(lambda: all(question.answers for question in asked), "all are answered")
+
+
+def lanes_idle(dispatcher: Dispatcher) -> int:
+    return sum(not idle.done() for idle in dispatcher._idle)
+
+
+# Batches
+
+
+async def test_what_is_asked_in_one_turn_shares_a_call(store: StoreServer) -> None:
+    async with dispatching(store.url) as dispatcher:
+        before = dispatcher.batches
+        asked = ask(dispatcher, 10)
+        await answered(asked)
+        assert dispatcher.batches == before + 1
+        assert all(question.is_answered_rightly for question in asked)
+
+
+async def test_a_call_holds_so_many_questions_and_the_rest_go_in_the_next(store: StoreServer) -> None:
+    async with dispatching(store.url) as dispatcher:
+        asked = ask(dispatcher, 5 * MAX_BATCH + 1)
+        await answered(asked)
+        assert all(question.is_answered_rightly for question in asked)
+        assert dispatcher.batches == 6
+        assert int(store.admin.get("count") or 0) == len(asked)
+
+
+async def test_there_are_two_connections_and_no_more(store: StoreServer) -> None:
+    async with dispatching(store.url) as dispatcher:
+        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        for _ in range(50):
+            await answered(ask(dispatcher, 7))
+        assert len(store.connections()) == LANES
+    assert store.connections() == []
+
+
+async def test_each_lane_is_idle_once_at_most(store: StoreServer) -> None:
+    async with dispatching(store.url) as dispatcher:
+        for number in range(200):
+            asked = ask(dispatcher, number % 3 + 1)
+            if number % 7:
+                await answered(asked)
+            assert len(dispatcher._idle) <= LANES
+        await answered(asked)
+        await until(lambda: lanes_idle(dispatcher) == LANES == len(dispatcher._idle), "both rest")
+
+
+async def test_nothing_is_kept_of_what_is_over(store: StoreServer) -> None:
+    async with dispatching(store.url, deadline=0.2) as dispatcher:
+        for _ in range(20):
+            await answered(ask(dispatcher, 50))
+        await until(lambda: not dispatcher._open and not dispatcher._waiting, "all is forgotten", within=1)
+        assert dispatcher._alarm is None
+
+
+# Scripts
+
+
+async def test_a_script_the_store_has_forgotten_is_sent_again(store: StoreServer) -> None:
+    async with dispatching(store.url) as dispatcher:
+        for number in range(30):
+            if number % 3 == 0:
+                store.admin.script_flush()
+            asked = ask(dispatcher, 3)
+            await answered(asked)
+            assert all(question.is_answered_rightly for question in asked)
+        assert dispatcher.failures == 0
+        assert int(store.admin.get("count") or 0) == 90
+
+
+async def test_an_error_of_the_script_fails_its_questions_at_once(store: StoreServer) -> None:
+    store.admin.lpush("count", "not a number")
+    async with dispatching(store.url, deadline=5) as dispatcher:
+        asked = ask(dispatcher, 3)
+        await answered(asked)
+        assert all(question.is_failed and question.took is not None and question.took < 1 for question in asked)
+        store.admin.delete("count")
+        await until(lambda: dispatcher.is_usable, "it is used again")
+        asked = ask(dispatcher, 3)
+        await answered(asked)
+        assert all(question.is_answered_rightly for question in asked)
+
+
+# In time
+
+
+async def start_down(store: StoreServer) -> None:
+    store.kill()
+
+
+async def stopped(store: StoreServer) -> None:
+    store.pause()
+
+
+async def paused(store: StoreServer) -> None:
+    store.admin.execute_command("CLIENT", "PAUSE", "700", "ALL")
+
+
+TROUBLES = {"killed": start_down, "stopped": stopped, "paused by a client": paused}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
+async def test_no_question_waits_longer_than_the_deadline(store: StoreServer, trouble: Any) -> None:
+    """Whether it was under way, waited for a lane, or came while lanes reconnected."""
+    async with dispatching(store.url, deadline=0.1) as dispatcher:
+        asked = ask(dispatcher, 300)
+        await trouble(store)
+        for number in range(30):
+            asked += ask(dispatcher, 3, first=1000 * number)
+            await asyncio.sleep(0.01)
+        await answered(asked)
+        assert max(question.took or 9 for question in asked) < 0.1 + EPSILON
+        assert all(question.answers == 1 for question in asked)
+        assert any(question.is_failed for question in asked)
+        store.resume() if trouble is stopped else None
+
+
+async def test_a_start_without_the_store_is_no_failure(store: StoreServer) -> None:
+    store.kill()
+    begun = time.monotonic()
+    async with dispatching(store.url, deadline=0.05) as dispatcher:
+        assert time.monotonic() - begun < 1.0 + EPSILON
+        assert not dispatcher.is_usable
+        assert dispatcher.last_error
+        asked = ask(dispatcher, 3)
+        await answered(asked)
+        assert all(question.is_failed and (question.took or 9) < 0.05 + EPSILON for question in asked)
+        store.start()
+        await until(lambda: dispatcher.is_usable, "it is used once it is there")
+        asked = ask(dispatcher, 3)
+        await answered(asked)
+        assert all(question.is_answered_rightly for question in asked)
+
+
+async def test_closing_fails_what_waits(store: StoreServer) -> None:
+    async with dispatching(store.url, deadline=5) as dispatcher:
+        store.pause()
+        asked = ask(dispatcher, 300)
+        await asyncio.sleep(0.02)
+        closing = asyncio.create_task(dispatcher.close())
+        await answered(asked)
+        assert all(question.is_failed and (question.took or 9) < 1 for question in asked)
+        await closing
+        store.resume()
+        dispatcher._lanes = []
+        dispatcher.deadline = 0.01
+        late = ask(dispatcher, 1)
+        await answered(late)
+        assert late[0].is_failed
+
+
+# At most once
+
+
+async def test_what_may_have_been_executed_is_not_sent_again(store: StoreServer) -> None:
+    """The store executes everything, and none of its replies arrives."""
+    async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.15) as dispatcher:
+        await answered(ask(dispatcher, 5))
+        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        proxy.loses_replies = True
+        asked = ask(dispatcher, 200, first=100)
+        await answered(asked)
+        assert all(question.is_failed for question in asked)
+        proxy.loses_replies = False
+        proxy.cut()
+        await until(lambda: dispatcher.is_usable, "it is used again")
+        fresh = ask(dispatcher, 5, first=1000)
+        await answered(fresh)
+        assert all(question.is_answered_rightly for question in fresh)
+        sent = sum(question.is_sent for question in asked)
+        assert 0 < sent <= 200
+        assert int(store.admin.get("count") or 0) == 5 + sent + 5
+
+
+async def test_a_reply_that_comes_late_is_nobody_elses(store: StoreServer) -> None:
+    async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.1) as dispatcher:
+        await answered(ask(dispatcher, 1))
+        late: list[Echo] = []
+        for number in range(8):
+            proxy.delay = 0.13 if number % 2 else 0.0
+            late += ask(dispatcher, 2, first=100 * number)
+            await asyncio.sleep(0.06)
+        await answered(late)
+        proxy.delay = 0.0
+        assert all(question.answers == 1 for question in late)
+        assert all(question.is_failed or question.heard == question.number for question in late)
+        assert any(question.is_failed for question in late)
+
+
+# The breaker
+
+
+async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_for(
+    store: StoreServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.1) as dispatcher:
+        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        proxy.is_deaf = True
+        asked: list[Echo] = []
+        while dispatcher.breaker.state is State.CLOSED:
+            asked += ask(dispatcher, 1)
+            await asyncio.sleep(0.02)
+        opened_at = time.monotonic()
+        assert not dispatcher.is_usable
+        await answered(asked)
+        await asyncio.sleep(0.3)
+        proxy.is_deaf = False
+        proxy.cut()
+        before = dispatcher.questions
+        await until(lambda: dispatcher.is_usable, "a trial closes it")
+        assert dispatcher.questions == before
+        assert 0.9 < time.monotonic() - opened_at < 4
+        fresh = ask(dispatcher, 3)
+        await answered(fresh)
+        assert all(question.is_answered_rightly for question in fresh)
+    assert "the store is not used for now" in caplog.text
+    assert "the store is in use again" in caplog.text
+
+
+async def test_a_connection_that_breaks_while_idle_costs_no_question(store: StoreServer) -> None:
+    """The trial after a second's silence finds it."""
+    async with dispatching(store.url) as dispatcher:
+        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        store.admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await until(lambda: dispatcher.failures >= LANES, "they are found broken", within=3)
+        await until(lambda: dispatcher.connections == LANES, "both serve again")
+        asked = ask(dispatcher, 3)
+        await answered(asked)
+        assert all(question.is_answered_rightly for question in asked)
+
+
+# Whoever leaves
+
+
+async def test_connections_cut_at_random_mix_up_no_replies(store: StoreServer) -> None:
+    """Nor do questions that give up: every one hears its own number, or that it failed, and once."""
+    source = random.Random(7)
+    async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.2) as dispatcher:
+        asked: list[Echo] = []
+        for number in range(150):
+            asked += ask(dispatcher, source.randrange(1, 6), first=10 * number)
+            match source.randrange(12):
+                case 0:
+                    proxy.cut()
+                case 1:
+                    proxy.delay = source.choice((0.0, 0.0, 0.01, 0.05))
+                case 2:
+                    for question in asked[-2:]:
+                        question.is_over = True  # as after its deadline
+                        question.answers = question.answers or 1
+                        question.heard = question.heard if question.heard is not None else question.number
+            await asyncio.sleep(0.004)
+        await answered(asked)
+        assert all(question.answers == 1 for question in asked)
+        assert all(question.is_failed or question.heard == question.number for question in asked)
+        proxy.delay = 0.0
+        await until(lambda: dispatcher.is_usable and dispatcher.connections == LANES, "it goes on")
+        await answered(ask(dispatcher, 3))
+        assert len(store.connections()) <= LANES
+
+
+async def test_a_question_that_comes_as_a_rest_ends_loses_neither_itself_nor_the_lane(
+    store: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one turn of the loop, the question first: the lane is woken, and has ended its rest by itself."""
+    monkeypatch.setattr("api_gateway.dispatcher.MAX_SILENCE", 0.05)
+    async with dispatching(store.url) as dispatcher:
+        for number in range(3):
+            await until(lambda: lanes_idle(dispatcher) == LANES, "both rest")
+            asked: list[Echo] = []
+            asyncio.get_running_loop().call_later(0, lambda: asked.extend(ask(dispatcher, 1)))  # noqa: B023 - called within the turn
+            time.sleep(0.06)  # noqa: ASYNC251 - the loop is kept busy, so that both are due at once
+            await until(lambda: bool(asked and asked[0].answers), "it is answered")  # noqa: B023 - as above
+            assert asked[0].is_answered_rightly, number
+
+
+# Errors of others
+
+
+class Unruly(Echo):
+    """Fails to take its answer."""
+
+    def _note(self) -> None:
+        super()._note()
+        raise ValueError("unruly")
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+async def test_an_answer_that_cannot_be_taken_harms_nobody_else(
+    store: StoreServer, caplog: pytest.LogCaptureFixture, *, is_alive: bool
+) -> None:
+    async with dispatching(store.url, deadline=0.2) as dispatcher:
+        if not is_alive:
+            store.pause()
+        for _ in range(3):
+            asked = [Echo(1), Unruly(2), Echo(3)]
+            for question in asked:
+                dispatcher.submit(question)
+            await answered(asked)
+            assert [question.answers for question in asked] == [1, 1, 1]
+            assert all((question.took or 9) < 0.2 + EPSILON for question in asked)
+        store.resume()
+        await until(lambda: dispatcher.is_usable, "it is used")
+        fresh = ask(dispatcher, 2)
+        await answered(fresh)
+        assert all(question.is_answered_rightly for question in fresh)
+    assert "unruly" in caplog.text
+
+
+async def test_an_error_nobody_thought_of_ends_no_lane(
+    store: StoreServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with dispatching(store.url) as dispatcher:
+        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        real = dispatcher._carry
+        calls = []
+
+        async def failing(carrier: Any) -> None:
+            calls.append(carrier)
+            if len(calls) <= LANES:
+                raise LookupError("nobody thought of it")
+            await real(carrier)
+
+        monkeypatch.setattr(dispatcher, "_carry", failing)
+        asked = ask(dispatcher, 2)
+        await until(lambda: len(calls) > LANES, "lanes go on")
+        await answered(asked)
+    assert "nobody thought of it" in caplog.text
+
+
+# The limiter's own script finds its way through every server
+
+
+async def test_the_script_of_the_limiter_is_known_to_every_server(store: StoreServer) -> None:
+    async with dispatching(store.url, script=SCRIPT) as dispatcher:
+        assert store.admin.script_exists(SCRIPT.sha) == [True]
+        assert dispatcher.is_usable
+
+
+def test_the_extras_bring_a_server() -> None:
+    assert SERVERS["valkey"]
