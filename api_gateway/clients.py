@@ -6,6 +6,7 @@ of it. What does not fit into memory is looked up, all that is asked for at one 
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import Counter
@@ -267,9 +268,10 @@ class ClientRegistry:
     async def grant(self, client_id: str, tier: str, until: float) -> tuple[Client, Client]:
         """Give `client_id` a tier until a moment in seconds since the epoch, in place of an earlier grant.
 
-        See `set_tier`.
+        It is kept to the millisecond, rounded up. See `set_tier`.
         """
-        return await self._write(client_id, Change(grant=Grant(tier, until)))
+        whole = math.ceil(round(until * 1000, 3)) / 1000  # stores keep three digits; it shall not end early for that
+        return await self._write(client_id, Change(grant=Grant(tier, whole)))
 
     async def revoke(self, client_id: str) -> tuple[Client, Client]:
         """End the grant of `client_id`, if it has one; see `set_tier`."""

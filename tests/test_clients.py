@@ -660,6 +660,14 @@ async def test_a_grant_ends_by_itself() -> None:
         await soon(lambda: tier_of(registry, "acme") == ("FREE", "default"), "it ends")
 
 
+@pytest.mark.parametrize(("until", "kept"), [(2000.0001, 2000.001), (2000.1, 2000.1), (2000.0, 2000.0)])
+async def test_a_grant_never_ends_early_for_being_rounded(until: float, kept: float) -> None:
+    store = HeldStore()
+    async with following(store, wall_clock=FakeClock(1000)) as registry:
+        await registry.grant("acme", "PREMIUM", until)
+    assert store.records["acme"].grant == Grant("PREMIUM", kept)
+
+
 async def test_a_grant_that_was_replaced_does_not_end_the_one_in_its_place() -> None:
     clock = FakeClock(1000)
     async with following(HeldStore(clock), wall_clock=clock) as registry:

@@ -65,7 +65,8 @@ def test_a_decision_tells_the_wait_in_seconds_where_waiting_helps(wait_ns: int, 
 
 
 @pytest.mark.parametrize(
-    ("source", "expected"), [("registered", True), ("configured", True), ("default", False), ("address", False)]
+    ("source", "expected"),
+    [("granted", True), ("registered", True), ("configured", True), ("default", False), ("address", False)],
 )
 def test_a_client_is_registered_if_an_operator_vouches_for_it(source: str, expected: bool) -> None:  # noqa: FBT001 - parametrised
     assert Client("a", "client:a", FREE, source).is_registered is expected  # type: ignore[arg-type]  # of the list above

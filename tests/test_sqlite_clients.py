@@ -49,7 +49,7 @@ def alter(state_dir: Path, statement: str) -> list[Any]:
 
 
 async def test_a_change_survives_a_restart(tmp_path: Path) -> None:
-    until = time.time() + 600
+    until = round(time.time() + 600.125, 3)
     async with following(SqliteClients(tmp_path / "deep" / "state")) as registry:
         await registry.set_tier("acme", "BASIC")
         await registry.set_tier("acme", "PREMIUM")
