@@ -30,17 +30,20 @@ class LocalShare:
         """Return the entries held."""
         return len(self._limiter) + len(self._admitted)
 
-    def decide(self, charges: Sequence[Charge], known: Iterable[int], now_ns: int) -> Decision:
+    def decide(
+        self, charges: Sequence[Charge], known: Iterable[int], now_ns: int, *, may_be_charged: bool
+    ) -> Decision:
         """Charge this process's share of all buckets, or of none.
 
-        `known` holds for each bucket the TAT that the store last told of it, on this process's clock.
+        `known` holds for each bucket the TAT that the store last told of it, on this process's clock. If the request
+        `may_be_charged` in the store already, which did not say so, it is not charged there once more.
         """
         for charge, tat_ns in zip(charges, known, strict=True):
             self._limiter.owe(charge.key, tat_ns)
         decision = self._limiter.decide([self._scaled(charge) for charge in charges], now_ns)
         decision.remaining //= self.processes
         decision.source = "local_share"
-        if decision.allowed:
+        if decision.allowed and not may_be_charged:
             self.admit(charges, now_ns)
         return decision
 
@@ -89,7 +92,7 @@ class LocalShare:
         self._limiter.forget(key)
         self._admitted.drop(key)
 
-    def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+    def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Take a bucket from one quota to another."""
         self._limiter.change_quota(key, old, new, now_ns)
 

@@ -256,14 +256,8 @@ def client_store(config: GatewayConfig) -> ClientStore:
 
 
 def _follow(limiter: MemoryLimiter | RedisLimiter, before: Client, after: Client) -> None:
-    """Take a bucket in this process's memory over to a tier that was changed elsewhere, or has ended.
-
-    In a shared store buckets carry their budgets, and move when they are next used.
-    """
-    if isinstance(limiter, MemoryLimiter):
-        limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())
-    else:
-        limiter.share.move(before.key, before.quota, after.quota, time.monotonic_ns())
+    """Take a bucket over to a tier that was changed elsewhere, or has ended. In a shared store it moves by itself."""
+    limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())
 
 
 def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTransport | None, now: float) -> Service:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Literal
@@ -18,7 +19,7 @@ from api_gateway.dispatcher import Dispatcher, Question
 from api_gateway.errors import StoreUnavailable
 from api_gateway.local_share import LocalShare
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota, Source
-from api_gateway.rate_limiter import DebtTable, decision_after, decision_of, joint_decision, settled, take
+from api_gateway.rate_limiter import DebtTable, Refunds, decision_after, decision_of, joint_decision, settled, take
 from api_gateway.store import Script, ScriptCall, StoreError, StoreSession
 from api_gateway.tasks import end
 
@@ -30,6 +31,8 @@ SCRIPT = Script(files("api_gateway").joinpath("token_bucket.lua").read_text())
 SKEW = 1000  # a remembered debt is shortened by a thousandth: more than two clocks may differ in speed
 BEAT = 2.0  # seconds between heartbeats
 DEAD_AFTER = 3 * BEAT
+MESSAGE_NS = NANOSECONDS // 10  # a refund is heard of within this time
+REFUNDS_KEPT_NS = 600 * NANOSECONDS  # longer than a request lasts between its charge and its settlement, as a rule
 MEMORY_OF_PROCESSES = 3600.0  # seconds for which a process that has gone is still counted
 
 # Counts who has been heard of lately. KEYS[1] the processes by the time of their last beat; ARGV: name, seconds.
@@ -86,6 +89,9 @@ class RedisLimiter:
         self._told: dict[int, DebtTable] = {}
         self._told_before: dict[int, DebtTable] = {}  # and refunds may have been missed since
         self._hears_refunds = False
+        self._given_back = Refunds()  # by the store's clock, which is ahead of ours by
+        self.offset_ns = 0
+        self._refunds_turn_ns = 0
         self._trusted_from_ns = 0  # what was asked earlier may be told wrongly
         self._listener: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
@@ -173,33 +179,47 @@ class RedisLimiter:
         debts_ns = []
         for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
             tat_ns = at_ns + debt_ns
-            self.dispatcher.submit(_Settle(self, charge, tat_ns))
-            debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, tat_ns, at_ns) - at_ns)
-            self._forget_told(charge.key)
+            charged_ns = tat_ns - self._given_back.since(charge.key, at_ns)
+            self.dispatcher.submit(_Settle(self, charge, charged_ns))
+            debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, charged_ns, at_ns) - at_ns)
+            if charge.increment_ns < 0:
+                self._note_refund(charge.key, -charge.increment_ns)
         return decision_after(decision, debts_ns, at_ns)
 
     async def refill(self, key: str) -> None:
         """See `RateLimiter`. Raises StoreUnavailable; the bucket may or may not be full then."""
         try:
             await self._session.client.delete(self.store_key(key))
-            await self._session.client.publish(self._refunds, key)
+            await self._session.client.publish(self._refunds, f"0 {key}")
         except StoreError as error:
             raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
-        self._on_refund(key)
+        self._note_refund(key, 0)
         self.share.forget(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """See `RateLimiter`. In the store a bucket carries its budget, and moves when it is next used."""
-        self.share.move(key, old, new, now_ns)
+        self.change_quota(key, old, new, now_ns)
+        if old.burst_ns != new.burst_ns:  # others have to forget what the store said of it under the old one
+            with suppress(*StoreError):
+                await self._session.client.publish(self._refunds, f"0 {key}")
 
-    def without_store(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Decide by the policy for when the store cannot be used."""
+    def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+        """Take what this process knows of a bucket from one quota to another."""
+        self.share.change_quota(key, old, new, now_ns)
+        if old.burst_ns != new.burst_ns:
+            self._forget_told(key)
+            self._trusted_from_ns = now_ns
+
+    def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
+        """Decide by the policy for when the store cannot be used, though it `may_be_charged` there."""
         if self.policy == "local_share":
-            return self.share.decide(charges, [self.last_told(charge) for charge in charges], now_ns)
+            known = [self.last_told(charge) for charge in charges]
+            return self.share.decide(charges, known, now_ns, may_be_charged=may_be_charged)
         first = charges[0]
         if self.policy == "deny":
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
-        self.share.admit(charges, now_ns)
+        if not may_be_charged:
+            self.share.admit(charges, now_ns)
         others_ns = tuple(charge.increment_ns for charge in charges[1:])
         return decision_of(first, now_ns + first.increment_ns, 0, now_ns, "allow", others_ns)
 
@@ -245,10 +265,25 @@ class RedisLimiter:
         for table in self._told.values():
             table.drop(key)
 
-    def _on_refund(self, key: str) -> None:
-        """Take note that a bucket holds more than the store said, and may say still in replies under way."""
+    def _on_refund(self, message: str) -> None:
+        """Hear of a refund: nanoseconds and key."""
+        given, _, key = message.partition(" ")
+        if key and given.isdecimal():
+            self._note_refund(key, int(given))
+
+    def _note_refund(self, key: str, given_ns: int) -> None:
+        """Take note that a bucket holds more than the store said, and may say still in replies under way.
+
+        What was charged before lies so much nearer: see `Refunds`. On the store's clock that was now, or later by as
+        much as the message took; who is charged meanwhile is given back less.
+        """
         self._forget_told(key)
         self._trusted_from_ns = self.clock_ns()
+        if given_ns:
+            if self._refunds_turn_ns <= self._trusted_from_ns:
+                self._given_back.turn()
+                self._refunds_turn_ns = self._trusted_from_ns + REFUNDS_KEPT_NS
+            self._given_back.note(key, self._trusted_from_ns + self.offset_ns + MESSAGE_NS, given_ns)
 
     def _on_listening(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
         """Trust what was said only as long as refunds are heard of."""
@@ -340,6 +375,7 @@ class _Take(Question):
         """Work out the decision as the script did, from the same figures by the same rule."""
         limiter, charges, asked_ns = self._limiter, self._charges, self._asked_ns
         now_ns = clock_us * 1000
+        limiter.offset_ns = now_ns - asked_ns
         if len(charges) == 1:
             charge = charges[0]
             after_ns, wait_ns = take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns)
@@ -357,7 +393,8 @@ class _Take(Question):
 
     def fail(self) -> None:
         """Decide by the policy."""
-        self._answer(self._limiter.without_store(self._charges, self._limiter.clock_ns()))
+        limiter = self._limiter
+        self._answer(limiter.without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent))
 
 
 class _Jointly:
@@ -448,7 +485,7 @@ class _Settle(Question):
         number = call.number(self.key)
         call.arguments += ("settle", number, charge.quota.burst_ns, charge.increment_ns, self._tat_ns)
         if charge.increment_ns < 0:
-            call.arguments += ("told", self._limiter.refunds, charge.key)
+            call.arguments += ("told", self._limiter.refunds, f"{-charge.increment_ns} {charge.key}")
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - nobody waits
         """See `Question`."""

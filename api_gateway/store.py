@@ -112,7 +112,7 @@ class StoreSession:
                     if message["type"] == "subscribe":
                         on_state(True)
                     elif message["type"] == "message":
-                        on_message(message["data"].decode())
+                        on_message(message["data"].decode(errors="replace"))
             except StoreError:
                 logger.debug("listening on %s broke off", channel, exc_info=True)
             finally:

@@ -26,21 +26,24 @@ end
 local function load(bucket, budget)
   local debt, written_under = debts[bucket], budgets[bucket]
   if not debt then
-    local value = redis.call('GET', KEYS[bucket])
+    local value = redis.pcall('GET', KEYS[bucket])
     debt, written_under = 0, budget
     if value then
-      local digits, under = string.match(value, '^(%d%d%d%d+) (%d+)$')
-      debt = digits and math.max(owed(digits), 0) or budget
-      written_under = tonumber(under) or budget
+      local digits, under
+      if type(value) == 'string' then digits, under = string.match(value, '^(%d%d%d%d+) (%d+)$') end
+      under = tonumber(under or 0)
+      if under > 0 and under < 2 ^ 53 then
+        debt, written_under = math.max(owed(digits), 0), under
+      else -- not of our writing: the bucket is empty now
+        debt, written[bucket] = budget, true
+      end
     end
   end
-  if written_under ~= budget and debt > 0 then -- another tier: the same share of the bucket stays filled
-    debt = math.ceil(math.min(debt, 2 * written_under) * budget / written_under)
-    written[bucket] = true
+  if debt > 2 * written_under then -- more than can be owed: a clock stepped back. The bucket is empty now.
+    debt, written[bucket] = written_under, true
   end
-  if debt > 2 * budget then -- more than can be owed: a clock stepped back. The bucket is empty now.
-    debt = budget
-    written[bucket] = true
+  if written_under ~= budget and debt > 0 then -- another tier: the same share of the bucket stays filled
+    debt, written[bucket] = math.ceil(debt * budget / written_under), true
   end
   debts[bucket], budgets[bucket] = debt, budget
   return debt

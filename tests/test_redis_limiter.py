@@ -165,7 +165,7 @@ async def test_what_costs_much_stays_possible_in_an_outage(store: StoreServer) -
     async with gateways(store.url, FAST, count=4, processes=4) as limiters:
         seen = await hammer(limiters, charge(FAST, 30), 0.45)
         assert all(any(decision.allowed for *_, decision in seen) for _ in limiters)
-        assert 30 * 4 <= burst_of(seen, 30 * 4 / 0.5, cost=30) <= 30 * 4
+        assert 0.99 * 30 * 4 <= burst_of(seen, 30 * 4 / 0.5, cost=30) <= 30 * 4
 
 
 async def test_who_is_cut_off_has_a_share_and_no_more(store: StoreServer) -> None:
@@ -489,7 +489,7 @@ async def test_every_key_it_leaves_expires(store: StoreServer) -> None:
         await decided(limiter, 3)
         await decided(limiter, 3, FAST, "other")
         await asking(limiter, charge(SLOW, 2, "a"), charge(FAST, 2, "b"))
-        await until(lambda: len(list(store.admin.scan_iter())) == 5, "the heartbeat has been there")
+        await until(lambda: store.admin.exists("test:processes"), "the heartbeat has been there")
         assert all(store.admin.pttl(key) > 0 for key in store.admin.scan_iter())
         left = store.admin.pttl(limiter.store_key("client"))
         assert 2_999_000 < left <= 3_000_001
