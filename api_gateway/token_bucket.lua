@@ -43,7 +43,9 @@ local function load(bucket, budget)
     debt, written[bucket] = written_under, true
   end
   if written_under ~= budget and debt > 0 then -- another tier: the same share of the bucket stays filled
-    debt, written[bucket] = math.ceil(debt * budget / written_under), true
+    local whole = debt % written_under == 0 -- else rounded up, and once more, for a double may have been rounded down
+    debt = debt / written_under * budget
+    debt, written[bucket] = whole and debt or math.floor(debt) + 1, true
   end
   debts[bucket], budgets[bucket] = debt, budget
   return debt
