@@ -122,7 +122,7 @@ class StoreSession:
 
     async def close(self) -> None:
         """Close the client."""
-        await self.client.aclose()
+        await disconnect(self.client)
 
 
 class _Connection:
@@ -211,7 +211,7 @@ def connect(url: str, *, timeout: float) -> Client:
         return Redis(unix_socket_path=place.path, **options)
     if place.kind == "cluster":
         nodes = [ClusterNode(host, port) for host, port in place.hosts]
-        return RedisCluster(startup_nodes=nodes, cluster_error_retry_attempts=0, **options)
+        return RedisCluster(startup_nodes=nodes, **options)
     if place.kind == "sentinel":
         watchers = {key: value for key, value in options.items() if key not in ("db", "username", "password")}
         sentinel = Sentinel(list(place.hosts), sentinel_kwargs=watchers, **options)  # type: ignore[no-untyped-call]  # theirs
@@ -219,6 +219,14 @@ def connect(url: str, *, timeout: float) -> Client:
         return master
     ((host, port),) = place.hosts
     return Redis(host=host, port=port, **options)
+
+
+async def disconnect(client: Client) -> None:
+    """Close a client, and with it the sentinels it has asked."""
+    await client.aclose()
+    sentinel = None if isinstance(client, RedisCluster) else getattr(client.connection_pool, "sentinel_manager", None)
+    for watcher in sentinel.sentinels if sentinel is not None else ():
+        await watcher.aclose()
 
 
 def _common(timeout: float) -> dict[str, Any]:
