@@ -81,6 +81,8 @@ class LocalShare:
 
     def owed(self, key: str, now_ns: int) -> int:
         """Return what was admitted here and has not been refilled since, in nanoseconds, and forget it."""
+        if self._admitted.is_due(now_ns):
+            self._admitted.advance(now_ns)
         tat_ns = self._admitted.get(key)
         if tat_ns is None:
             return 0
