@@ -1,0 +1,134 @@
+"""Requests on the straight way that wait for the store of the buckets: answered, left, pipelined, drained, refused."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of, reply
+from tests.store_kit import StoreServer
+
+GatewayStarter = Callable[[dict[str, Any]], RunningGateway]
+WAIT = 0.4  # seconds: the deadline here, so that there is time to do something while a request waits
+HOT = ("X-Client-ID: hot",)
+
+
+@pytest.fixture
+def up(upstream: Callable[..., RawUpstream]) -> RawUpstream:
+    return upstream()
+
+
+def started(
+    gateway: GatewayStarter, up: RawUpstream, store: StoreServer, *, on_failure: str = "allow", **sections: Any
+) -> RunningGateway:
+    options = {"url": store.url, "deadline": WAIT, "on_failure": on_failure}
+    running = gateway(in_front_of(up.url) | {"store": options} | sections)
+    with RawClient(running.port) as client:  # a connection to the upstream, and a decision of the store
+        eventually(lambda: b"200" in client.get("/api/x", HOT).head, "the store decides")
+    up.requests.clear()
+    return running
+
+
+@contextmanager
+def paused(store: StoreServer) -> Iterator[None]:
+    store.pause()
+    try:
+        yield
+    finally:
+        store.resume()
+
+
+def sources(running: RunningGateway) -> dict[str, int]:
+    found: dict[str, int] = ask(f"{running.url}/metrics").json()["rate_limiter"]["sources"]
+    return found
+
+
+def test_the_store_decides_and_the_answer_is_that_of_a_bucket(
+    gateway: GatewayStarter, up: RawUpstream, store: StoreServer
+) -> None:
+    running = started(gateway, up, store, tiers={"FREE": {"rate": 1, "capacity": 10}})
+    with RawClient(running.port) as client:
+        answers = [client.get("/api/x", ("X-Client-ID: other",)) for _ in range(12)]
+    assert [answer.status for answer in answers] == [200] * 10 + [429] * 2
+    assert [answer.all("x-ratelimit-remaining") for answer in answers[:10]] == [[b"%d" % n] for n in range(9, -1, -1)]
+    assert answers[-1].all("retry-after") == [b"1"]
+    found = sources(running)
+    assert found["store"] == 11
+    assert found["deny_cache"] == 2, "what must still be empty is refused without asking"
+
+
+def test_who_waits_for_the_deadline_is_answered_then(
+    gateway: GatewayStarter, up: RawUpstream, store: StoreServer
+) -> None:
+    running = started(gateway, up, store)
+    with paused(store), RawClient(running.port) as client:
+        began = time.monotonic()
+        assert client.get("/api/x", HOT).status == 200
+        assert WAIT * 0.5 < time.monotonic() - began < WAIT + 0.5
+    assert sources(running)["allow"] == 1
+
+
+def test_a_store_that_is_needed_and_away_is_told_of(
+    gateway: GatewayStarter, up: RawUpstream, store: StoreServer
+) -> None:
+    running = started(gateway, up, store, on_failure="deny")
+    with paused(store), RawClient(running.port) as client:
+        answer = client.get("/api/x", HOT)
+    assert answer.status == 503
+    assert b'"reason": "store_unavailable"' in answer.body
+    assert answer.all("retry-after") == [b"1"]
+    assert up.requests == []
+
+
+def test_a_client_that_leaves_while_it_waits_is_recorded_and_goes_no_further(
+    gateway: GatewayStarter, up: RawUpstream, store: StoreServer
+) -> None:
+    running = started(gateway, up, store)
+    before = running.console.recorder.requests.total()
+    with paused(store):
+        with RawClient(running.port) as client:
+            client.request(headers=HOT)
+            time.sleep(WAIT / 4)
+        eventually(lambda: running.console.recorder.requests.total() == before + 1, "it is recorded")
+    time.sleep(WAIT)
+    assert up.requests == []
+    assert running.console.recorder.rejections["client_disconnected"] == 1
+    assert running.console.recorder.in_flight == 0
+
+
+def test_what_comes_behind_it_is_served_after_it(gateway: GatewayStarter, up: RawUpstream, store: StoreServer) -> None:
+    running = started(gateway, up, store)
+    with paused(store), RawClient(running.port) as client:
+        client.request(target="/api/first", headers=HOT)
+        time.sleep(WAIT / 4)
+        client.request(target="/api/second", headers=HOT)
+        assert [client.answer().status for _ in range(2)] == [200, 200]
+    assert [request.line.split()[1] for request in up.requests] == [b"/api/first", b"/api/second"]
+
+
+def test_a_gateway_that_stops_answers_it_first(gateway: GatewayStarter, up: RawUpstream, store: StoreServer) -> None:
+    running = started(gateway, up, store)
+    with paused(store), RawClient(running.port) as client:
+        client.request(headers=HOT)
+        time.sleep(WAIT / 4)
+        running.stop()
+        answer = client.answer()
+    assert answer.status == 200
+    assert answer.all("connection") == [b"close"]
+
+
+def test_an_upstream_whose_breaker_opens_meanwhile_gets_nothing(
+    gateway: GatewayStarter, upstream: Callable[..., RawUpstream], store: StoreServer
+) -> None:
+    origin = upstream(reply(status=b"500 Oh"))
+    breaker = {"failure_threshold": 1, "recovery_timeout": 60}
+    options = {"url": store.url, "deadline": WAIT, "on_failure": "allow"}
+    running = gateway(in_front_of(origin.url, circuit_breaker=breaker) | {"store": options})
+    with paused(store), RawClient(running.port) as one, RawClient(running.port) as other:
+        one.request(headers=HOT)
+        time.sleep(WAIT / 4)
+        other.request(headers=HOT)
+        assert sorted((one.answer().status, other.answer().status)) == [500, 503]
+    assert len(origin.requests) == 1
