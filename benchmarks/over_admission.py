@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -250,6 +251,7 @@ class Tally:
     admitted: list[float] = field(default_factory=list)
     refused: int = 0
     failed: int = 0
+    unlike: Counter[bytes] = field(default_factory=Counter)  # other statuses
     slowest: float = 0.0
 
 
@@ -297,26 +299,25 @@ class Prober(asyncio.Protocol):
             tally.refused += 1
         else:
             tally.failed += 1
+            tally.unlike[status] += 1
 
 
 async def offer(ports: Sequence[int], seconds: float) -> Tally:
-    """Ask at a fixed rate, by turns; a request is late by itself only, for there are connections enough."""
+    """Ask at a fixed rate, by turns; a request waits for no other, for there are connections as needed."""
     tally, loop = Tally(), asyncio.get_running_loop()
-    free: list[list[Prober]] = [[] for _ in ports]
-    for index, port in enumerate(ports):
-        for _ in range(16):
-            _, prober = await loop.create_connection(lambda: Prober(tally), "127.0.0.1", port)
-            free[index].append(prober)
+    opened: list[list[Prober]] = [[] for _ in ports]
     began = time.monotonic()
     for number in range(int(OFFERED * seconds)):
         await asyncio.sleep(max(0.0, began + number / OFFERED - time.monotonic()))
-        ready = next((one for one in free[number % len(ports)] if one.is_free), None)
+        place = number % len(ports)
+        ready = next((one for one in opened[place] if one.is_free), None)
         if ready is None:
-            tally.failed += 1
-        else:
-            ready.ask()
+            _, ready = await loop.create_connection(lambda: Prober(tally), "127.0.0.1", ports[place])
+            opened[place].append(ready)
+        ready.ask()
     await asyncio.sleep(0.5)
-    for one in chain.from_iterable(free):
+    tally.failed += sum(not one.is_free for one in chain.from_iterable(opened))
+    for one in chain.from_iterable(opened):
         one.transport.abort()
     return tally
 
@@ -409,6 +410,8 @@ async def run(seconds: float, names: Sequence[str]) -> bool:
             tally = await measure(row, seconds, Path(folder))
         sys.stdout.write(line(row, tally, seconds) + "\n")
         sys.stdout.flush()
+        if tally.unlike:
+            sys.stderr.write(f"{row.name}: {dict(tally.unlike)}\n")
         holds = holds and len(tally.admitted) <= row.bound(seconds)
     return holds
 
