@@ -39,7 +39,7 @@ class LocalShare:
         `may_be_charged` in the store already, which did not say so, it is not charged there once more.
         """
         for charge, tat_ns in zip(charges, known, strict=True):
-            self._limiter.owe(charge.key, tat_ns)
+            self._limiter.owe(charge.key, tat_ns, now_ns)
         decision = self._limiter.decide([self._scaled(charge) for charge in charges], now_ns)
         decision.remaining //= self.processes
         decision.source = "local_share"
@@ -49,7 +49,7 @@ class LocalShare:
 
     def inspect(self, charge: Charge, known_ns: int, now_ns: int) -> Decision:
         """Return what this process's share of a bucket says to a charge, charging nothing."""
-        self._limiter.owe(charge.key, known_ns)
+        self._limiter.owe(charge.key, known_ns, now_ns)
         decision = self._limiter.preview(self._scaled(charge), now_ns)
         decision.remaining //= self.processes
         decision.source = "local_share"

@@ -312,8 +312,9 @@ class MemoryLimiter:
         if self._load(key):
             self._store(key, 0)
 
-    def owe(self, key: str, tat_ns: int) -> None:
+    def owe(self, key: str, tat_ns: int, now_ns: int) -> None:
         """Take over what is known of a bucket from elsewhere: it is not full before `tat_ns`."""
+        self._advance(now_ns)  # or the next decision would, and might drop the generation that this is put in
         if tat_ns > self._load(key):
             self._store(key, tat_ns)
 

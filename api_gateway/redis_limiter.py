@@ -20,7 +20,7 @@ from api_gateway.errors import StoreUnavailable
 from api_gateway.local_share import LocalShare
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota, Source
 from api_gateway.rate_limiter import DebtTable, Refunds, decision_after, decision_of, joint_decision, settled, take
-from api_gateway.store import Script, ScriptCall, StoreError, StoreSession
+from api_gateway.store import Script, ScriptCall, StoreError, StoreSession, not_cancelled
 from api_gateway.tasks import end
 
 logger = logging.getLogger(__name__)
@@ -331,6 +331,7 @@ class RedisLimiter:
                 logger.debug("no heartbeat", exc_info=True)
             else:
                 self.note_processes(int(alive), self._clock())
+            not_cancelled()
             await asyncio.sleep(BEAT)
 
     def note_processes(self, alive: int, now: float) -> None:

@@ -18,7 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from api_gateway.store_url import StoreUrl
@@ -26,7 +26,7 @@ from api_gateway.store_url import StoreUrl
 logger = logging.getLogger(__name__)
 
 Client = Redis | RedisCluster
-StoreError = (RedisError, OSError, TimeoutError)  # all that a command can fail with
+StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all that a command can fail with
 REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
 
 RELISTEN_AFTER = 0.2  # seconds
@@ -87,6 +87,7 @@ class StoreSession:
         """Connect and make the script known. Raises one of `StoreError`."""
         if isinstance(self.client, RedisCluster):
             await self.client.initialize()
+            not_cancelled()
             return _ClusterCarrier(self.client, script)
         connection = self.client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
         connection.socket_timeout = None  # the caller's deadline is the only one
@@ -94,6 +95,7 @@ class StoreSession:
         try:
             await connection.connect()
             await carrier.introduce()
+            not_cancelled()
         except BaseException:
             carrier.abort()
             raise
@@ -107,7 +109,10 @@ class StoreSession:
         while True:
             pubsub = self.client.pubsub()
             try:
+                if isinstance(self.client, RedisCluster):
+                    await self.client.initialize()  # or it raises KeyError for a slot it knows nothing of
                 await pubsub.subscribe(channel)
+                not_cancelled()
                 async for message in pubsub.listen():
                     if message["type"] == "subscribe":
                         on_state(True)
@@ -192,6 +197,17 @@ class _ClusterCarrier:
 
     def abort(self) -> None:
         """See `Carrier`: the client has dropped what broke."""
+
+
+def not_cancelled() -> None:
+    """Raise CancelledError if this task was cancelled, and the cancellation was lost.
+
+    `asyncio.wait_for`, which the client library sends with, loses one that comes together with its result; before
+    Python 3.12.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _packed(verb: str, script: str, call: ScriptCall) -> bytes:
