@@ -40,9 +40,7 @@ class LocalShare:
         """
         for charge, tat_ns in zip(charges, known, strict=True):
             self._limiter.owe(charge.key, tat_ns, now_ns)
-        decision = self._limiter.decide([self._scaled(charge) for charge in charges], now_ns)
-        decision.remaining //= self.processes
-        decision.source = "local_share"
+        decision = self._as_share(self._limiter.decide([self._scaled(charge) for charge in charges], now_ns))
         if decision.allowed and not may_be_charged:
             self.admit(charges, now_ns)
         return decision
@@ -50,15 +48,11 @@ class LocalShare:
     def inspect(self, charge: Charge, known_ns: int, now_ns: int) -> Decision:
         """Return what this process's share of a bucket says to a charge, charging nothing."""
         self._limiter.owe(charge.key, known_ns, now_ns)
-        decision = self._limiter.preview(self._scaled(charge), now_ns)
-        decision.remaining //= self.processes
-        decision.source = "local_share"
-        return decision
+        return self._as_share(self._limiter.preview(self._scaled(charge), now_ns))
 
     def admit(self, charges: Iterable[Charge], now_ns: int) -> None:
         """Remember what was admitted without the store."""
-        if self._admitted.is_due(now_ns):
-            self._admitted.advance(now_ns)
+        self._admitted.advance(now_ns)
         for charge in charges:
             admitted_ns = max(self._admitted.get(charge.key) or 0, now_ns) + charge.increment_ns
             self._admitted.put(charge.key, min(admitted_ns, now_ns + charge.quota.burst_ns))
@@ -81,8 +75,7 @@ class LocalShare:
 
     def owed(self, key: str, now_ns: int) -> int:
         """Return what was admitted here and has not been refilled since, in nanoseconds, and forget it."""
-        if self._admitted.is_due(now_ns):
-            self._admitted.advance(now_ns)
+        self._admitted.advance(now_ns)
         tat_ns = self._admitted.get(key)
         if tat_ns is None:
             return 0
@@ -97,6 +90,12 @@ class LocalShare:
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Take a bucket from one quota to another."""
         self._limiter.change_quota(key, old, new, now_ns)
+
+    def _as_share(self, decision: Decision) -> Decision:
+        """Say of a decision on scaled charges what it means to the client."""
+        decision.remaining //= self.processes
+        decision.source = "local_share"
+        return decision
 
     def _scaled(self, charge: Charge) -> Charge:
         burst_ns, increment_ns = charge.quota.burst_ns, charge.increment_ns

@@ -304,7 +304,6 @@ class Limit:
         self._clock_ns = clock_ns
         self._address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
-        self._increments: dict[tuple[str, float], int] = {}
         self.shadow = shadow
         self.fields = LimitFields()
         self.lines, self.headers = self.fields.lines, self.fields.headers
@@ -338,18 +337,11 @@ class Limit:
 
     def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
         """Return what a request of `client` from the address `peer` draws on; all or none is to be charged."""
-        charges = [Charge(client.key, client.quota, self._increment(client.quota, cost))]
+        charges = [Charge(client.key, client.quota, client.quota.cost_ns(cost))]
         quota = self._address_quota
         if quota is not None and not client.is_registered and not self._is_exempt(peer):
-            charges.append(Charge(f"peer:{address_key(peer)}", quota, self._increment(quota, cost)))
+            charges.append(Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(cost)))
         return charges
-
-    def _increment(self, quota: Quota, cost: float) -> int:
-        key = quota.name, cost
-        increment = self._increments.get(key)
-        if increment is None:  # costs and quotas come from the configuration, so this fills once
-            increment = self._increments[key] = quota.cost_ns(cost)
-        return increment
 
 
 def _resolve(answer: asyncio.Future[Decision], decision: Decision) -> None:

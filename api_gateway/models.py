@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
@@ -47,7 +48,13 @@ class Quota:
 
     def cost_ns(self, cost: float) -> int:
         """Return what `cost` tokens (fractions allowed, >= 0) take off the budget, in nanoseconds."""
-        return math.ceil(Fraction(str(cost)) * self.emission_ns)
+        return _cost_ns(self.emission_ns, cost)
+
+
+@lru_cache(maxsize=4096)
+def _cost_ns(emission_ns: int, cost: float) -> int:
+    """Work out `Quota.cost_ns`: fractions take their time, and there are few costs."""
+    return math.ceil(Fraction(str(cost)) * emission_ns)
 
 
 @dataclass(slots=True)

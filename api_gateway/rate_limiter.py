@@ -91,6 +91,14 @@ def take(tat_ns: int, burst_ns: int, increment_ns: int, now_ns: int) -> tuple[in
     return base, wait_ns if increment_ns <= burst_ns else NEVER
 
 
+def take_each(tats_ns: Iterable[int], charges: Iterable[Charge], now_ns: int) -> list[tuple[int, int]]:
+    """Return what `take` says of several buckets, each by itself."""
+    return [
+        take(tat_ns, charge.quota.burst_ns, charge.increment_ns, now_ns)
+        for tat_ns, charge in zip(tats_ns, charges, strict=True)
+    ]
+
+
 def settled(tat_ns: int, burst_ns: int, change_ns: int, charged_ns: int, now_ns: int) -> int:
     """Return the TAT of a bucket after a later charge (`change_ns` above 0) or a refund (below).
 
@@ -152,10 +160,6 @@ class DebtTable:
         """Forget a key."""
         self.current.pop(key, None)
         self.previous.pop(key, None)
-
-    def is_due(self, now_ns: int) -> bool:
-        """Tell whether `advance` has something to do."""
-        return bool(self.retired) or not 0 <= now_ns - self.rotated_at_ns < self.period_ns
 
     def advance(self, now_ns: int) -> bool:
         """Forget what is past; a little of it at a time. Returns whether a generation has begun."""
@@ -223,7 +227,7 @@ class MemoryLimiter:
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """See `RateLimiter`; it never takes asking."""
         table = self._table
-        if table.retired or not 0 <= now_ns - table.rotated_at_ns < table.period_ns:  # `is_due`, written out
+        if table.retired or not 0 <= now_ns - table.rotated_at_ns < table.period_ns:  # else nothing would come of it
             self._advance(now_ns)
         if len(charges) > 1:
             return self._decide_all(charges, now_ns)
@@ -248,10 +252,6 @@ class MemoryLimiter:
     def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
         """See `RateLimiter`; nothing asks, because `decide` always decides."""
         answer(self.decide(charges, now_ns))
-
-    def peek(self, key: str, quota: Quota, now_ns: int) -> Decision:
-        """Return the bucket as it is, charging nothing."""
-        return self.preview(Charge(key, quota, 0), now_ns)
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """See `RateLimiter`."""
@@ -297,10 +297,7 @@ class MemoryLimiter:
     def _decide_all(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """Evaluate every bucket first, then charge every one or none."""
         tats = [self._load(charge.key) for charge in charges]
-        taken = [
-            take(tat, charge.quota.burst_ns, charge.increment_ns, now_ns)
-            for tat, charge in zip(tats, charges, strict=True)
-        ]
+        taken = take_each(tats, charges, now_ns)
         refused = any(wait_ns for _, wait_ns in taken)
         for charge, tat_ns, (after_ns, _) in zip(charges, tats, taken, strict=True):
             if (not refused and charge.increment_ns) or after_ns < tat_ns:

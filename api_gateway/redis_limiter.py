@@ -19,9 +19,18 @@ from api_gateway.dispatcher import Dispatcher, Question
 from api_gateway.errors import StoreUnavailable
 from api_gateway.local_share import LocalShare
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota, Source
-from api_gateway.rate_limiter import DebtTable, Refunds, decision_after, decision_of, joint_decision, settled, take
-from api_gateway.store import Script, ScriptCall, StoreError, StoreSession, not_cancelled
-from api_gateway.tasks import end
+from api_gateway.rate_limiter import (
+    DebtTable,
+    Refunds,
+    decision_after,
+    decision_of,
+    joint_decision,
+    settled,
+    take,
+    take_each,
+)
+from api_gateway.store import Script, ScriptCall, StoreError, StoreSession
+from api_gateway.tasks import end, not_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +53,11 @@ redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.3f', now - ARGV
 redis.call('EXPIRE', KEYS[1], math.ceil(ARGV[2] * 10))
 return redis.call('ZCARD', KEYS[1])
 """
+
+
+def refund_message(key: str, given_ns: int) -> str:
+    """Return what is published when a bucket has been given back so much, or (0) is fuller for another reason."""
+    return f"{given_ns} {key}"
 
 
 class RedisLimiter:
@@ -69,7 +83,7 @@ class RedisLimiter:
         """
         quotas = list(quotas)
         self.policy: Policy = policy
-        self._bucket_limit = bucket_limit
+        self.bucket_limit = bucket_limit
         self.overflowed = 0
         self.dispatcher = Dispatcher(
             session, SCRIPT, deadline=deadline, clock=clock, source=source, on_trouble=self._on_trouble
@@ -77,12 +91,11 @@ class RedisLimiter:
         self.share = LocalShare(quotas, bucket_limit=bucket_limit)
         self.share.processes = processes
         self._session = session
-        self._is_divided = session.is_divided
         self._configured_processes = processes
         self._seen: dict[int, float] = {}  # numbers of processes, and when each was last seen
         self._name = f"{source.getrandbits(64):016x}"
         self._prefix = prefix
-        self._refunds = f"{prefix}:refunds"
+        self.refunds = f"{prefix}:refunds"  # the channel on which they are told
         self._clock = clock
         self.clock_ns = clock_ns
         # What the store said of buckets, by the length of their budget: after a change of tier it says nothing.
@@ -104,11 +117,6 @@ class RedisLimiter:
     def __len__(self) -> int:
         """Return how many buckets are remembered in this process."""
         return sum(map(len, [*self._told.values(), *self._told_before.values()])) + len(self.share)
-
-    @property
-    def bucket_limit(self) -> int:
-        """Entries of each kind remembered at most."""
-        return self._bucket_limit
 
     @property
     def mode(self) -> Source:
@@ -155,7 +163,7 @@ class RedisLimiter:
 
     def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
         """See `RateLimiter`."""
-        if len(charges) > 1 and self._is_divided:
+        if len(charges) > 1 and self._session.is_divided:
             _Jointly(self, charges, now_ns, answer).submit()
         else:
             self.dispatcher.submit(_Take(self, charges, now_ns, answer))
@@ -190,7 +198,7 @@ class RedisLimiter:
         """See `RateLimiter`. Raises StoreUnavailable; the bucket may or may not be full then."""
         try:
             await self._session.client.delete(self.store_key(key))
-            await self._session.client.publish(self._refunds, f"0 {key}")
+            await self._tell_others(key)
         except StoreError as error:
             raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
         self._note_refund(key, 0)
@@ -201,14 +209,17 @@ class RedisLimiter:
         self.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:  # others have to forget what the store said of it under the old one
             with suppress(*StoreError):
-                await self._session.client.publish(self._refunds, f"0 {key}")
+                await self._tell_others(key)
+
+    async def _tell_others(self, key: str) -> None:
+        """Have everybody forget what the store said of a bucket."""
+        await self._session.client.publish(self.refunds, refund_message(key, 0))
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Take what this process knows of a bucket from one quota to another."""
         self.share.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:
-            self._forget_told(key)
-            self._trusted_from_ns = now_ns
+            self._note_refund(key, 0)
 
     def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
         """Decide by the policy for when the store cannot be used, though it `may_be_charged` there."""
@@ -241,10 +252,9 @@ class RedisLimiter:
             return
         table = self._told.get(charge.quota.burst_ns)
         if table is None:
-            table = DebtTable(2 * charge.quota.burst_ns, self._bucket_limit)
+            table = DebtTable(2 * charge.quota.burst_ns, self.bucket_limit)
             self._told[charge.quota.burst_ns] = table
-        if table.is_due(asked_ns):
-            table.advance(asked_ns)
+        table.advance(asked_ns)
         tat_ns = asked_ns + debt_ns - debt_ns // SKEW
         if charge.key in table.current:
             table.current[charge.key] = tat_ns
@@ -253,11 +263,7 @@ class RedisLimiter:
 
     def _refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
         """Refuse by what the store said before; None if it would not refuse after all."""
-        tats = [self._told_tat(charge) for charge in charges]
-        taken = [
-            take(tat_ns, charge.quota.burst_ns, charge.increment_ns, now_ns)
-            for tat_ns, charge in zip(tats, charges, strict=True)
-        ]
+        taken = take_each([self._told_tat(charge) for charge in charges], charges, now_ns)
         decision = joint_decision(charges, taken, now_ns, "deny_cache")
         return None if decision.allowed else decision
 
@@ -266,7 +272,7 @@ class RedisLimiter:
             table.drop(key)
 
     def _on_refund(self, message: str) -> None:
-        """Hear of a refund: nanoseconds and key."""
+        """Hear of a refund; see `refund_message`."""
         given, _, key = message.partition(" ")
         if key and given.isdecimal():
             self._note_refund(key, int(given))
@@ -304,7 +310,7 @@ class RedisLimiter:
             self._listener = self._listen()
 
     def _listen(self) -> asyncio.Task[None]:
-        listening = self._session.listen(self._refunds, self._on_refund, self._on_listening)
+        listening = self._session.listen(self.refunds, self._on_refund, self._on_listening)
         return asyncio.create_task(listening, name="store refunds")
 
     # Keys
@@ -312,11 +318,6 @@ class RedisLimiter:
     def _hashed(self, key: str) -> str:
         """Return the name of a bucket in the store: of one length, telling nothing, and free to lie in any slot."""
         return f"{self._prefix}:bucket:{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
-
-    @property
-    def refunds(self) -> str:
-        """The channel on which refunds are told."""
-        return self._refunds
 
     # How many there are
 
@@ -384,7 +385,7 @@ class _Take(Question):
             if not self.is_over:
                 self._answer(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
             return
-        taken = [take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns) for charge in charges]
+        taken = take_each([now_ns + next(reply) for _ in charges], charges, now_ns)
         decision = joint_decision(charges, taken, now_ns, "store")
         for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
             given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # by another bucket's refusal
@@ -486,7 +487,7 @@ class _Settle(Question):
         number = call.number(self.key)
         call.arguments += ("settle", number, charge.quota.burst_ns, charge.increment_ns, self._tat_ns)
         if charge.increment_ns < 0:
-            call.arguments += ("told", self._limiter.refunds, f"{-charge.increment_ns} {charge.key}")
+            call.arguments += ("told", self._limiter.refunds, refund_message(charge.key, -charge.increment_ns))
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - nobody waits
         """See `Question`."""

@@ -116,11 +116,14 @@ class Route:
 
     def cost_of(self, method: str, path: str) -> float:
         """Return what a request costs, in tokens."""
-        return next((rule.cost for rule in self.costs if rule.matches(method, path)), self.cost)
+        rule = self._rule_of(method, path)
+        return self.cost if rule is None else rule.cost
 
     def rule_for(self, method: str, path: str) -> CostRule | None:
         """Return the rule that says what a request costs, or None if that is the route itself."""
-        path = matching_path(path)
+        return self._rule_of(method, matching_path(path))
+
+    def _rule_of(self, method: str, path: str) -> CostRule | None:
         return next((rule for rule in self.costs if rule.matches(method, path)), None)
 
     def candidate_cost_of(self, method: str, path: str) -> float | None:

@@ -6,12 +6,11 @@ Both come before the answer's head goes out, so that its fields show the buckets
 import logging
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 from api_gateway.errors import GatewayError
 from api_gateway.limit_fields import NAMES, LimitFields
 from api_gateway.metrics import Recorder
-from api_gateway.models import Charge, Decision, Exchange, Quota
+from api_gateway.models import Charge, Decision, Exchange
 from api_gateway.rate_limiter import RateLimiter
 
 MAX_COST = 1_000_000_000
@@ -71,7 +70,7 @@ class Settlement:
     def _change(self, charges: Sequence[Charge], decision: Decision, cost: float) -> Decision:
         """Bring buckets from what they were charged to `cost`."""
         changes = [
-            Charge(charge.key, charge.quota, _cost_ns(charge.quota, cost) - charge.increment_ns) for charge in charges
+            Charge(charge.key, charge.quota, charge.quota.cost_ns(cost) - charge.increment_ns) for charge in charges
         ]
         return self._limiter.settle(changes, decision, self._clock_ns())
 
@@ -82,8 +81,3 @@ def cost_of(given: Sequence[bytes]) -> float | None:
         return None
     cost = float(given[0])
     return cost if cost <= MAX_COST else None
-
-
-@lru_cache(maxsize=4096)
-def _cost_ns(quota: Quota, cost: float) -> int:
-    return quota.cost_ns(cost)

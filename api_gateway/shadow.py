@@ -31,7 +31,6 @@ class Shadow:
         self._recorder = recorder
         self._candidates = dict(candidates)
         self._routes = {route.name: route for route in routes if route.has_candidate}
-        self._increments: dict[tuple[str, float], int] = {}
 
     def __repr__(self) -> str:
         return f"<Shadow of tiers {sorted(self._candidates)} and routes {sorted(self._routes)}>"
@@ -65,14 +64,7 @@ class Shadow:
         if tried is not None:
             candidate = tried.candidate_cost_of(method, path)
             cost = cost if candidate is None else candidate
-        return [Charge(f"candidate:{client.key}", quota, self._increment(quota, cost))]
-
-    def _increment(self, quota: Quota, cost: float) -> int:
-        key = quota.name, cost
-        increment = self._increments.get(key)
-        if increment is None:  # costs and quotas come from the configuration, so this fills once
-            increment = self._increments[key] = quota.cost_ns(cost)
-        return increment
+        return [Charge(f"candidate:{client.key}", quota, quota.cost_ns(cost))]
 
     def _count(self, exchange: Exchange, charges: Sequence[Charge], trial: Decision) -> None:
         exchange.trial = charges, trial

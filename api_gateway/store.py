@@ -1,4 +1,4 @@
-"""The shared store, a Redis or Valkey server: how its URL is read, how it is connected to, and how scripts are called.
+"""The shared store, a Redis or Valkey server: how it is connected to, listened to, and its scripts are called.
 
 The only module that knows the client library. Nothing here retries: whether a command may be sent twice is for the
 caller to know, and a decision of the limiter may not.
@@ -22,6 +22,7 @@ from redis.exceptions import NoScriptError, RedisClusterException, RedisError, R
 from redis.maint_notifications import MaintNotificationsConfig
 
 from api_gateway.store_url import StoreUrl
+from api_gateway.tasks import not_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -197,17 +198,6 @@ class _ClusterCarrier:
 
     def abort(self) -> None:
         """See `Carrier`: the client has dropped what broke."""
-
-
-def not_cancelled() -> None:
-    """Raise CancelledError if this task was cancelled, and the cancellation was lost.
-
-    `asyncio.wait_for`, which the client library sends with, loses one that comes together with its result; before
-    Python 3.12.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def _packed(verb: str, script: str, call: ScriptCall) -> bytes:

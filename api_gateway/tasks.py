@@ -1,4 +1,8 @@
-"""Ends tasks of ours, for certain."""
+"""Ends tasks of ours, for certain.
+
+A single cancellation may be lost in what a task waits for: `asyncio.wait_for` before Python 3.12 swallows one that
+comes together with the result, and the Redis client sends its commands so.
+"""
 
 import asyncio
 from typing import Any
@@ -7,11 +11,7 @@ _AGAIN_AFTER = 0.25  # seconds, enough for a task to tidy up
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and wait for their end, also when cancelled itself meanwhile.
-
-    A single cancellation may be lost in what a task waits for: `asyncio.wait_for` before Python 3.12 swallows one that
-    comes together with the result, and the Redis client sends its commands so.
-    """
+    """Cancel tasks and wait for their end, also when cancelled itself meanwhile."""
     interruption = None
     running = {task for task in tasks if not task.done()}
     while running:
@@ -24,3 +24,10 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
         running = {task for task in running if not task.done()}
     if interruption is not None:
         raise interruption
+
+
+def not_cancelled() -> None:
+    """Raise CancelledError if this task was cancelled, and the cancellation was lost."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

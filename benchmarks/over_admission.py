@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from api_gateway.embedded import find_server
-from benchmarks.processes import free_port, running
+from benchmarks.processes import free_port, running, store_command
 
 ROOT = Path(__file__).parent.parent
 GATEWAYS = 4
@@ -42,17 +41,7 @@ class Store:
 
     async def start(self) -> None:
         """Start it, empty, and wait until it answers."""
-        command = [
-            str(find_server()),
-            "--port",
-            str(self.port),
-            "--bind",
-            "127.0.0.1",
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-        ]
+        command = store_command(self.port)
         self._process = subprocess.Popen(command, cwd=self._folder, stdout=subprocess.DEVNULL)  # noqa: ASYNC220, S603 - our own
         deadline = time.monotonic() + READY
         while time.monotonic() < deadline:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from api_gateway.embedded import find_server
+
 LISTEN_TIMEOUT = 30.0
 STOP_TIMEOUT = 40.0
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -73,6 +75,11 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def store_command(port: int) -> list[str]:
+    """Return the command of a store that listens on `port` and keeps nothing. Raises NoServer."""
+    return [find_server(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
 
 
 def free_port() -> int:

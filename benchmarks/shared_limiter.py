@@ -23,12 +23,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from api_gateway.embedded import find_server
 from api_gateway.models import Charge, Decision, Quota
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.store import StoreSession
 from benchmarks import load
-from benchmarks.processes import cpu_seconds, family, free_port, pinned, running
+from benchmarks.processes import cpu_seconds, family, free_port, pinned, running, store_command
 from benchmarks.upstream import upstream
 
 ROOT = Path(__file__).parent.parent
@@ -42,10 +41,11 @@ Decide = Callable[[str], Awaitable[bool]]
 def store() -> Iterator[str]:
     """Run a store on core 1; yield its URL."""
     port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [find_server(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        with running(command, core=1, port=port, folder=Path(folder)):
-            yield f"redis://127.0.0.1:{port}/0"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(store_command(port), core=1, port=port, folder=Path(folder)),
+    ):
+        yield f"redis://127.0.0.1:{port}/0"
 
 
 async def ours(url: str) -> Decide:

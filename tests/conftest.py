@@ -55,11 +55,17 @@ def gateway(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], RunningGatewa
 
 
 @pytest.fixture(params=SERVERS)
-def store(request: pytest.FixtureRequest) -> Iterator[StoreServer]:
-    """A real store of its own, once for every server there is."""
-    binary = SERVERS[request.param]
-    if binary is None:
+def binary(request: pytest.FixtureRequest) -> str:
+    """The program of a store, once for every server there is."""
+    found = SERVERS[request.param]
+    if found is None:
         pytest.skip(f"there is no {request.param} server on the PATH")
+    return found
+
+
+@pytest.fixture
+def store(binary: str) -> Iterator[StoreServer]:
+    """A real store of its own."""
     with StoreServer(binary) as server:
         yield server
 

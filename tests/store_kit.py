@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -227,14 +227,6 @@ def asking(limiter: RedisLimiter, *charges: Charge) -> asyncio.Future[Decision]:
 def charge(quota: Quota, cost: float = 1, key: str = "client") -> Charge:
     """Return what a request of that cost draws on."""
     return Charge(key, quota, quota.cost_ns(cost))
-
-
-async def until(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
-    """Wait until `condition` holds; fail with `what` if it does not in time."""
-    end = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < end, f"did not happen within {within:g} s: {what}"
-        await asyncio.sleep(0.005)
 
 
 async def hammer(

@@ -64,6 +64,7 @@ SIBLINGS = {
     ("local_share", "rate_limiter"),
     ("dispatcher", "store"),
     ("dispatcher", "tasks"),
+    ("store", "tasks"),
     ("redis_limiter", "dispatcher"),
     ("redis_limiter", "tasks"),
     ("redis_limiter", "store"),

@@ -14,7 +14,8 @@ from api_gateway.circuit_breaker import State
 from api_gateway.dispatcher import LANES, MAX_BATCH, Dispatcher, Question
 from api_gateway.redis_limiter import SCRIPT
 from api_gateway.store import Script, ScriptCall, StoreSession
-from tests.store_kit import CALM, SERVERS, Proxy, StoreServer, until
+from tests.kit import soon
+from tests.store_kit import CALM, SERVERS, Proxy, StoreServer
 
 # Echoes what was asked, and counts it: a reply that goes astray shows itself.
 ECHO = Script("""
@@ -94,7 +95,7 @@ def ask(dispatcher: Dispatcher, count: int, first: int = 0) -> list[Echo]:
 
 
 async def answered(asked: list[Echo]) -> None:
-    await until(lambda: all(question.answers for question in asked), "all are answered")
+    await soon(lambda: all(question.answers for question in asked), "all are answered")
 
 
 def lanes_idle(dispatcher: Dispatcher) -> int:
@@ -124,7 +125,7 @@ async def test_a_call_holds_so_many_questions_and_the_rest_go_in_the_next(store:
 
 async def test_there_are_two_connections_and_no_more(store: StoreServer) -> None:
     async with dispatching(store.url) as dispatcher:
-        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
         for _ in range(50):
             await answered(ask(dispatcher, 7))
         assert len(store.connections()) == LANES
@@ -139,14 +140,14 @@ async def test_each_lane_is_idle_once_at_most(store: StoreServer) -> None:
                 await answered(asked)
             assert len(dispatcher._idle) <= LANES
         await answered(asked)
-        await until(lambda: lanes_idle(dispatcher) == LANES == len(dispatcher._idle), "both rest")
+        await soon(lambda: lanes_idle(dispatcher) == LANES == len(dispatcher._idle), "both rest")
 
 
 async def test_nothing_is_kept_of_what_is_over(store: StoreServer) -> None:
     async with dispatching(store.url, deadline=0.2) as dispatcher:
         for _ in range(20):
             await answered(ask(dispatcher, 50))
-        await until(lambda: not dispatcher._open and not dispatcher._waiting, "all is forgotten", within=1)
+        await soon(lambda: not dispatcher._open and not dispatcher._waiting, "all is forgotten", within=1)
         assert dispatcher._alarm is None
 
 
@@ -172,7 +173,7 @@ async def test_an_error_of_the_script_fails_its_questions_at_once(store: StoreSe
         await answered(asked)
         assert all(question.is_failed and question.took is not None and question.took < 1 for question in asked)
         store.admin.delete("count")
-        await until(lambda: dispatcher.is_usable, "it is used again")
+        await soon(lambda: dispatcher.is_usable, "it is used again")
         asked = ask(dispatcher, 3)
         await answered(asked)
         assert all(question.is_answered_rightly for question in asked)
@@ -223,7 +224,7 @@ async def test_a_start_without_the_store_is_no_failure(store: StoreServer) -> No
         await answered(asked)
         assert all(question.is_failed and (question.took or 9) < 0.05 + EPSILON for question in asked)
         store.start()
-        await until(lambda: dispatcher.is_usable, "it is used once it is there")
+        await soon(lambda: dispatcher.is_usable, "it is used once it is there")
         asked = ask(dispatcher, 3)
         await answered(asked)
         assert all(question.is_answered_rightly for question in asked)
@@ -253,14 +254,14 @@ async def test_what_may_have_been_executed_is_not_sent_again(store: StoreServer)
     """The store executes everything, and none of its replies arrives."""
     async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.15) as dispatcher:
         await answered(ask(dispatcher, 5))
-        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
         proxy.loses_replies = True
         asked = ask(dispatcher, 200, first=100)
         await answered(asked)
         assert all(question.is_failed for question in asked)
         proxy.loses_replies = False
         proxy.cut()
-        await until(lambda: dispatcher.is_usable, "it is used again")
+        await soon(lambda: dispatcher.is_usable, "it is used again")
         fresh = ask(dispatcher, 5, first=1000)
         await answered(fresh)
         assert all(question.is_answered_rightly for question in fresh)
@@ -292,7 +293,7 @@ async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_
 ) -> None:
     caplog.set_level(logging.INFO)
     async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.1) as dispatcher:
-        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
         proxy.is_deaf = True
         asked: list[Echo] = []
         while dispatcher.breaker.state is State.CLOSED:
@@ -305,7 +306,7 @@ async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_
         proxy.is_deaf = False
         proxy.cut()
         before = dispatcher.questions
-        await until(lambda: dispatcher.is_usable, "a trial closes it")
+        await soon(lambda: dispatcher.is_usable, "a trial closes it")
         assert dispatcher.questions == before
         assert 0.9 < time.monotonic() - opened_at < 4
         fresh = ask(dispatcher, 3)
@@ -318,10 +319,10 @@ async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_
 async def test_a_connection_that_breaks_while_idle_costs_no_question(store: StoreServer) -> None:
     """The trial after a second's silence finds it."""
     async with dispatching(store.url) as dispatcher:
-        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
         store.admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-        await until(lambda: dispatcher.failures >= LANES, "they are found broken", within=3)
-        await until(lambda: dispatcher.connections == LANES, "both serve again")
+        await soon(lambda: dispatcher.failures >= LANES, "they are found broken", within=3)
+        await soon(lambda: dispatcher.connections == LANES, "both serve again")
         asked = ask(dispatcher, 3)
         await answered(asked)
         assert all(question.is_answered_rightly for question in asked)
@@ -352,7 +353,7 @@ async def test_connections_cut_at_random_mix_up_no_replies(store: StoreServer) -
         assert all(question.answers == 1 for question in asked)
         assert all(question.is_failed or question.heard == question.number for question in asked)
         proxy.delay = 0.0
-        await until(lambda: dispatcher.is_usable and dispatcher.connections == LANES, "it goes on")
+        await soon(lambda: dispatcher.is_usable and dispatcher.connections == LANES, "it goes on")
         await answered(ask(dispatcher, 3))
         assert len(store.connections()) <= LANES
 
@@ -364,11 +365,11 @@ async def test_a_question_that_comes_as_a_rest_ends_loses_neither_itself_nor_the
     monkeypatch.setattr("api_gateway.dispatcher.MAX_SILENCE", 0.05)
     async with dispatching(store.url) as dispatcher:
         for number in range(3):
-            await until(lambda: lanes_idle(dispatcher) == LANES, "both rest")
+            await soon(lambda: lanes_idle(dispatcher) == LANES, "both rest")
             asked: list[Echo] = []
             asyncio.get_running_loop().call_later(0, lambda: asked.extend(ask(dispatcher, 1)))  # noqa: B023 - called within the turn
             time.sleep(0.06)  # noqa: ASYNC251 - the loop is kept busy, so that both are due at once
-            await until(lambda: bool(asked and asked[0].answers), "it is answered")  # noqa: B023 - as above
+            await soon(lambda: bool(asked and asked[0].answers), "it is answered")  # noqa: B023 - as above
             assert asked[0].is_answered_rightly, number
 
 
@@ -398,7 +399,7 @@ async def test_an_answer_that_cannot_be_taken_harms_nobody_else(
             assert [question.answers for question in asked] == [1, 1, 1]
             assert all((question.took or 9) < 0.2 + EPSILON for question in asked)
         store.resume()
-        await until(lambda: dispatcher.is_usable, "it is used")
+        await soon(lambda: dispatcher.is_usable, "it is used")
         fresh = ask(dispatcher, 2)
         await answered(fresh)
         assert all(question.is_answered_rightly for question in fresh)
@@ -409,7 +410,7 @@ async def test_an_error_nobody_thought_of_ends_no_lane(
     store: StoreServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with dispatching(store.url) as dispatcher:
-        await until(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
         real = dispatcher._carry
         calls = []
 
@@ -421,7 +422,7 @@ async def test_an_error_nobody_thought_of_ends_no_lane(
 
         monkeypatch.setattr(dispatcher, "_carry", failing)
         asked = ask(dispatcher, 2)
-        await until(lambda: len(calls) > LANES, "lanes go on")
+        await soon(lambda: len(calls) > LANES, "lanes go on")
         await answered(asked)
     assert "nobody thought of it" in caplog.text
 

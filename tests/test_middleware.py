@@ -39,7 +39,7 @@ from api_gateway.middleware import (
     Split,
     Switch,
 )
-from api_gateway.models import NANOSECONDS, Client, Exchange, HeaderList, Quota
+from api_gateway.models import NANOSECONDS, Charge, Client, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.router import FIELDS, CostRule, Message, Receive, Route, Router, RouteTable, Scope, Send
 from api_gateway.sqlite_clients import SqliteClients
@@ -558,7 +558,7 @@ class Limiting:
         return sum([await self.passes(client, peer=peer) for _ in range(of)])
 
     def left(self, key: str, quota: Quota) -> int:
-        return self.limiter.peek(key, quota, self.now_ns).remaining
+        return self.limiter.preview(Charge(key, quota, 0), self.now_ns).remaining
 
 
 def limit_fields(headers: HeaderList) -> dict[str, str]:

@@ -225,7 +225,7 @@ def test_a_refusal_does_not_carry_a_bucket_into_the_next_generation() -> None:
 def test_peeking_writes_nothing_and_shows_the_bucket(key: str) -> None:
     limiter = drained(FREE, START)
     before = entries(limiter)
-    seen = limiter.peek(key, FREE, START + 2500 * MILLISECOND)
+    seen = limiter.preview(Charge(key, FREE, 0), START + 2500 * MILLISECOND)
     assert entries(limiter) == before
     assert (seen.key, seen.quota, seen.allowed, seen.wait_ns) == (key, FREE, True, 0)
     assert (seen.remaining, seen.reset_ns) == ((2, 7500 * MILLISECOND) if key == "a" else (10, 0))
@@ -240,7 +240,7 @@ def test_a_cost_above_capacity_is_never_admitted_and_has_no_wait() -> None:
 def test_ten_idle_years_fill_the_bucket_and_no_more() -> None:
     limiter = drained(FREE, START)
     later_ns = START + 10 * 365 * 86_400 * SECOND
-    assert limiter.peek("a", FREE, later_ns).remaining == 10
+    assert limiter.preview(Charge("a", FREE, 0), later_ns).remaining == 10
     assert limiter.decide([charge(FREE, 10)], later_ns).allowed
     assert not limiter.decide([charge(FREE, 0.1)], later_ns).allowed
 
@@ -248,7 +248,7 @@ def test_ten_idle_years_fill_the_bucket_and_no_more() -> None:
 def test_a_key_draws_on_its_own_bucket_only() -> None:
     keys = ["client:a", "client:{a}", "client:a\0", "client:A", "client:" + "a" * 65_536, "client:ä", ""]
     limiter = drained(FREE, START, keys[0])
-    assert [limiter.peek(key, FREE, START).remaining for key in keys] == [0, 10, 10, 10, 10, 10, 10]
+    assert [limiter.preview(Charge(key, FREE, 0), START).remaining for key in keys] == [0, 10, 10, 10, 10, 10, 10]
 
 
 async def test_acquiring_is_deciding() -> None:
@@ -309,7 +309,7 @@ def test_forgetting_changes_no_decision(script: list[tuple[int, str, Quota | Non
             limiter.change_quota(key, held[key], change, now_ns)
             oracle.change_quota(key, held[key], change, now_ns)
             held[key] = change
-        peeked = limiter.peek(key, held[key], now_ns)
+        peeked = limiter.preview(Charge(key, held[key], 0), now_ns)
         assert peeked == oracle.decide(Charge(key, held[key], 0), now_ns)
         asked = charge(held[key], cost, key)
         assert limiter.decide([asked], now_ns) == oracle.decide(asked, now_ns)
@@ -331,7 +331,7 @@ def test_a_bucket_is_kept_for_as_long_as_the_longest_budget_of_all() -> None:
     limiter.decide([charge(SLOW, 30)], START)
     for second in (10, 20, 30, 40, 50):
         limiter.decide([charge(FREE, 1, "other")], START + second * SECOND)
-        assert limiter.peek("a", SLOW, START + second * SECOND).remaining == second / 2
+        assert limiter.preview(Charge("a", SLOW, 0), START + second * SECOND).remaining == second / 2
 
 
 def test_a_bucket_in_use_is_kept_across_generations() -> None:
@@ -381,7 +381,7 @@ def test_a_change_of_tier_keeps_the_filled_share(old: Quota, new: Quota, remaini
     limiter = MemoryLimiter([old])
     limiter.decide([charge(old, old.capacity / 2)], START)
     limiter.change_quota("a", old, new, START)
-    seen = limiter.peek("a", new, START)
+    seen = limiter.preview(Charge("a", new, 0), START)
     assert (seen.remaining, seen.reset_ns) == (remaining, reset * SECOND)
 
 
@@ -391,7 +391,7 @@ def test_a_full_bucket_is_full_in_every_tier(spent_before: int) -> None:
     limiter.decide([charge(FREE, spent_before)], START - 9 * SECOND)
     before = entries(limiter)
     limiter.change_quota("a", FREE, SLOW, START)
-    assert limiter.peek("a", SLOW, START).remaining == 30
+    assert limiter.preview(Charge("a", SLOW, 0), START).remaining == 30
     assert entries(limiter) == before
 
 
@@ -444,7 +444,7 @@ def test_all_buckets_are_charged_and_the_first_is_reported() -> None:
     limiter = MemoryLimiter([FREE, SLOW])
     decision = limiter.decide([charge(FREE, 4, "client"), charge(SLOW, 4, "peer")], START)
     assert (decision.key, decision.allowed, decision.remaining, decision.reset_ns) == ("client", True, 6, 4 * SECOND)
-    assert limiter.peek("peer", SLOW, START).remaining == 26
+    assert limiter.preview(Charge("peer", SLOW, 0), START).remaining == 26
 
 
 @pytest.mark.parametrize("order", [("client", "peer"), ("peer", "client")])
@@ -452,7 +452,7 @@ def test_what_one_bucket_refuses_is_charged_to_none(order: tuple[str, str]) -> N
     limiter = drained(FREE, START, "peer")
     decision = limiter.decide([charge(FREE, 1, key) for key in order], START)
     assert (decision.key, decision.allowed, decision.wait_ns) == ("peer", False, SECOND)
-    assert limiter.peek("client", FREE, START).remaining == 10
+    assert limiter.preview(Charge("client", FREE, 0), START).remaining == 10
 
 
 @pytest.mark.parametrize(
@@ -619,7 +619,7 @@ def test_a_step_back_heals_within_a_token(cost: float, companions: tuple[str, ..
     limiter.decide([charge(FREE, cost), *(charge(FREE, 1, key) for key in companions)], back_ns)
     assert not limiter.decide([charge(FREE)], back_ns + SECOND - 1).allowed
     assert limiter.decide([charge(FREE)], back_ns + SECOND).allowed
-    assert limiter.peek("a", FREE, back_ns + 11 * SECOND).remaining == 10
+    assert limiter.preview(Charge("a", FREE, 0), back_ns + 11 * SECOND).remaining == 10
 
 
 def test_a_step_back_tells_the_wait_that_will_be_true() -> None:
@@ -842,13 +842,13 @@ def test_what_is_given_back_at_once_is_as_if_never_charged(
     limiter, now_ns = MemoryLimiter([quota]), START
     limiter.decide([charge(quota, spent * quota.capacity)], now_ns)
     now_ns += gap_ns
-    before = limiter.peek("a", quota, now_ns)
+    before = limiter.preview(Charge("a", quota, 0), now_ns)
     decision = limiter.decide([charge(quota, cost * quota.capacity)], now_ns)
     if decision.allowed:
         refund = Charge("a", quota, -quota.cost_ns(cost * quota.capacity))
         after = limiter.settle([refund], decision, now_ns)
         assert (after.remaining, after.reset_ns) == (before.remaining, before.reset_ns)
-        assert limiter.peek("a", quota, now_ns) == before
+        assert limiter.preview(Charge("a", quota, 0), now_ns) == before
 
 
 @given(quota=quotas, spent=st.floats(0, 1), more=st.floats(0, 3), cost=st.floats(0.001, 1))
@@ -878,7 +878,7 @@ def test_a_debt_is_remembered_until_it_is_paid() -> None:
     for after in (1, 9, 10, 11, 15, 19, 20, 21, 40):
         now_ns = START + after * SECOND
         assert limiter.decide([charge(FREE, 0, "other")], now_ns).allowed
-        assert limiter.peek("a", FREE, now_ns) == twin.decide(Charge("a", FREE, 0), now_ns)
+        assert limiter.preview(Charge("a", FREE, 0), now_ns) == twin.decide(Charge("a", FREE, 0), now_ns)
 
 
 def test_all_buckets_of_a_request_are_settled_each_by_its_own_debt() -> None:
@@ -888,7 +888,7 @@ def test_all_buckets_of_a_request_are_settled_each_by_its_own_debt() -> None:
     back = [Charge("a", FREE, -FREE.cost_ns(2)), Charge("b", SLOW, -SLOW.cost_ns(2))]
     after = limiter.settle(back, decision, START + SECOND)
     assert (after.reset_ns, after.others_ns) == (0, (7 * SECOND,))
-    assert limiter.peek("b", SLOW, START + SECOND).reset_ns == 7 * SECOND
+    assert limiter.preview(Charge("b", SLOW, 0), START + SECOND).reset_ns == 7 * SECOND
 
 
 def test_what_is_remembered_of_refunds_is_bounded_and_forgotten() -> None:
@@ -898,7 +898,7 @@ def test_what_is_remembered_of_refunds_is_bounded_and_forgotten() -> None:
         now_ns += 1
         decision = limiter.decide([charge(FREE, 1)], now_ns)
         limiter.settle([Charge("a", FREE, -SECOND)], decision, now_ns + 1)
-        assert limiter.peek("a", FREE, now_ns + 1).remaining == 9
+        assert limiter.preview(Charge("a", FREE, 0), now_ns + 1).remaining == 9
     assert len(limiter._refunds._current["a"]) <= 32
     limiter.settle([Charge("a", FREE, -SECOND)], first, now_ns)
     assert len(limiter._refunds) == 1

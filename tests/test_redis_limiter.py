@@ -14,18 +14,8 @@ from redis.exceptions import RedisError
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import NANOSECONDS, Decision, Quota
 from api_gateway.redis_limiter import BEAT, MEMORY_OF_PROCESSES, RedisLimiter
-from tests.kit import FakeClock
-from tests.store_kit import (
-    Proxy,
-    StoreServer,
-    asking,
-    burst_of,
-    charge,
-    gateways,
-    hammer,
-    limiter_of,
-    until,
-)
+from tests.kit import FakeClock, soon
+from tests.store_kit import Proxy, StoreServer, asking, burst_of, charge, gateways, hammer, limiter_of
 
 FAST = Quota.per_second("fast", 80, 40)  # half a second's budget
 SLOW = Quota.per_second("slow", 0.001, 10)  # nothing worth mentioning is refilled during a test
@@ -39,7 +29,7 @@ async def decided(limiter: RedisLimiter, cost: float = 1, quota: Quota = SLOW, k
 
 
 async def serving(limiters: list[RedisLimiter]) -> None:
-    await until(
+    await soon(
         lambda: all(one.dispatcher.connections == 2 and one._hears_refunds for one in limiters), "all are connected"
     )
 
@@ -217,7 +207,7 @@ async def cut_off(limiter: RedisLimiter, proxy: Proxy) -> None:
     """Have a gateway notice that it has no store any more, without charging anything."""
     proxy.is_deaf = True
     proxy.cut()
-    await until(lambda: not limiter.dispatcher.is_usable, "it is noticed")
+    await soon(lambda: not limiter.dispatcher.is_usable, "it is noticed")
 
 
 async def test_what_was_admitted_alone_is_charged_once_when_the_store_is_back(store: StoreServer) -> None:
@@ -232,7 +222,7 @@ async def test_what_was_admitted_alone_is_charged_once_when_the_store_is_back(st
         assert [(await decided(limiter, 3)).allowed for _ in range(3)] == [True, True, False]
         assert (await decided(witness, 0)).remaining == 8
         proxy.is_deaf = False
-        await until(lambda: limiter.dispatcher.is_usable, "it is back")
+        await soon(lambda: limiter.dispatcher.is_usable, "it is back")
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(witness, 0)).remaining == 2
@@ -250,7 +240,7 @@ async def test_a_debt_empties_the_bucket_at_most(store: StoreServer) -> None:
         assert (await decided(limiter, 8)).source == "local_share"
         assert (await decided(witness, 7)).allowed
         proxy.is_deaf = False
-        await until(lambda: limiter.dispatcher.is_usable, "it is back")
+        await soon(lambda: limiter.dispatcher.is_usable, "it is back")
         looked = await decided(limiter, 0)
         assert (looked.remaining, looked.reset_ns <= SLOW.burst_ns) == (0, True)
 
@@ -278,7 +268,7 @@ async def test_the_other_policies_are_followed_to_the_letter(
         answers = [await decided(limiter, 4) for _ in range(5)]
         assert {(answer.allowed, answer.source) for answer in answers} == {(policy == "allow", policy)}
         proxy.is_deaf = False
-        await until(lambda: limiter.dispatcher.is_usable, "it is back")
+        await soon(lambda: limiter.dispatcher.is_usable, "it is back")
         assert (await decided(limiter, 0)).remaining == (0 if policy == "allow" else 10)
 
 
@@ -307,7 +297,7 @@ async def test_a_refill_reaches_the_deny_caches_of_others(store: StoreServer) ->
         assert [await told(limiter) for limiter in limiters] == [True, True]
         await limiters[0].refill("client")
         assert (await decided(limiters[0], 0)).remaining == 10
-        await until(lambda: limiters[1].decide([charge(SLOW, 10)], time.monotonic_ns()) is None, "it is heard of")
+        await soon(lambda: limiters[1].decide([charge(SLOW, 10)], time.monotonic_ns()) is None, "it is heard of")
         assert (await decided(limiters[1], 10)).allowed
 
 
@@ -317,7 +307,7 @@ async def test_a_refund_reaches_the_deny_caches_of_others(store: StoreServer) ->
         decision = await decided(limiters[0], 10)
         assert await told(limiters[1])
         limiters[0].settle([charge_of(-10)], decision, time.monotonic_ns())
-        await until(lambda: limiters[1].decide([charge(SLOW, 10)], time.monotonic_ns()) is None, "it is heard of")
+        await soon(lambda: limiters[1].decide([charge(SLOW, 10)], time.monotonic_ns()) is None, "it is heard of")
         assert (await decided(limiters[1], 10)).allowed
 
 
@@ -335,7 +325,7 @@ async def test_a_refund_in_an_outage_of_the_listener_is_not_missed(store: StoreS
         await decided(limiters[0], 10)
         assert await told(limiters[1])
         store.admin.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-        await until(lambda: not limiters[1]._hears_refunds, "it is noticed")
+        await soon(lambda: not limiters[1]._hears_refunds, "it is noticed")
         assert (await decided(limiters[1], 10)).source == "store"
         await limiters[0].refill("client")
         assert (await decided(limiters[1], 10)).allowed
@@ -421,7 +411,7 @@ async def test_what_the_share_decided_is_settled_with_the_share(store: StoreServ
         assert decision.source == "local_share"
         assert limiter.settle([charge_of(-4)], decision, time.monotonic_ns()).remaining == 8
         proxy.is_deaf = False
-        await until(lambda: limiter.dispatcher.is_usable, "it is back")
+        await soon(lambda: limiter.dispatcher.is_usable, "it is back")
         assert (await decided(limiter, 0)).remaining == 8
         limiter.settle([charge_of(3)], decision, time.monotonic_ns())  # it was told already, and there is more
         assert (await decided(limiter, 0)).remaining == 5
@@ -469,7 +459,7 @@ async def test_a_store_without_room_is_no_store(store: StoreServer) -> None:
         store.admin.config_set("maxmemory", "1")
         assert (await decided(limiter, 1)).source == "local_share"
         store.admin.config_set("maxmemory", "0")
-        await until(lambda: limiter.dispatcher.is_usable, "it is used again")
+        await soon(lambda: limiter.dispatcher.is_usable, "it is used again")
         assert (await decided(limiter, 0)).source == "store"
 
 
@@ -479,7 +469,7 @@ async def test_a_store_that_may_not_be_written_to_is_no_store(store: StoreServer
         store.admin.execute_command("REPLICAOF", "127.0.0.1", "1")
         assert (await decided(limiter, 1)).source == "local_share"
         store.admin.execute_command("REPLICAOF", "NO", "ONE")
-        await until(lambda: limiter.dispatcher.is_usable, "it is used again")
+        await soon(lambda: limiter.dispatcher.is_usable, "it is used again")
         assert (await decided(limiter, 0)).source == "store"
 
 
@@ -489,7 +479,7 @@ async def test_every_key_it_leaves_expires(store: StoreServer) -> None:
         await decided(limiter, 3)
         await decided(limiter, 3, FAST, "other")
         await asking(limiter, charge(SLOW, 2, "a"), charge(FAST, 2, "b"))
-        await until(lambda: store.admin.exists("test:processes"), "the heartbeat has been there")
+        await soon(lambda: store.admin.exists("test:processes"), "the heartbeat has been there")
         assert all(store.admin.pttl(key) != -1 for key in store.admin.scan_iter())
         left = store.admin.pttl(limiter.store_key("client"))
         assert 2_999_000 < left <= 3_000_001
@@ -515,7 +505,7 @@ async def test_keys_tell_nothing_and_steer_nothing(store: StoreServer) -> None:
 async def test_gateways_count_each_other(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api_gateway.redis_limiter.BEAT", 0.05)
     async with gateways(store.url, SLOW, count=3) as limiters:
-        await until(lambda: all(limiter.share.processes == 3 for limiter in limiters), "all know of all")
+        await soon(lambda: all(limiter.share.processes == 3 for limiter in limiters), "all know of all")
     assert BEAT == 2.0
 
 
@@ -541,7 +531,7 @@ async def test_a_heart_that_cannot_beat_beats_again(store: StoreServer, monkeypa
     store.kill()
     async with gateways(store.url, SLOW) as (limiter,):
         store.start()
-        await until(lambda: bool(limiter._seen), "it beats")
+        await soon(lambda: bool(limiter._seen), "it beats")
 
 
 async def test_its_repr_tells_what_it_rests_on(store: StoreServer) -> None:

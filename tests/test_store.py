@@ -2,38 +2,17 @@
 
 import asyncio
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 
 import pytest
 from redis import Redis
-from redis.exceptions import RedisError
 
 from api_gateway.models import Quota
 from api_gateway.store_url import StoreUrl
-from tests.kit import PATIENCE
-from tests.store_kit import SERVERS, StoreServer, asking, charge, free_port, gateways
+from tests.kit import eventually
+from tests.store_kit import StoreServer, asking, charge, free_port, gateways
 
 SLOW = Quota.per_second("slow", 0.001, 10)
-
-
-@pytest.fixture(params=SERVERS)
-def binary(request: pytest.FixtureRequest) -> str:
-    found = SERVERS[request.param]
-    if found is None:
-        pytest.skip(f"there is no {request.param} server on the PATH")
-    return found
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while True:
-        with suppress(RedisError, OSError):
-            if condition():
-                return
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
 
 
 async def spends_ten(url: str) -> None:

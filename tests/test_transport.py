@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from api_gateway.transport import UpstreamTransport, probe, tls_context
-from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, reply
+from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, reply, soon
 
 StartUpstream = Callable[..., RawUpstream]
 MIB = 1024 * 1024
@@ -94,13 +94,6 @@ async def read(response: httpx.Response) -> bytes:
 
 async def fetch(transport: UpstreamTransport, request: httpx.Request) -> bytes:
     return await read(await transport.handle_async_request(request))
-
-
-async def soon(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
-    end = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < end, f"did not happen within {within:g} s: {what}"
-        await asyncio.sleep(0.005)
 
 
 def state(transport: UpstreamTransport) -> str:
