@@ -141,11 +141,14 @@ class Proxy:
 
     async def __aexit__(self, *_: object) -> None:
         self._listener.close()
+        await asyncio.sleep(0.01)  # until those that have just been accepted are known here
         self.cut()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.cut()  # what was connected in between
         await self._listener.wait_closed()
+        await asyncio.sleep(0)  # sockets are closed in the turn after
 
     def cut(self) -> None:
         """Break all connections."""
@@ -154,16 +157,22 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
+        self._writers.add(writer)
+        accepting = asyncio.current_task()
+        assert accepting is not None
+        self._keep(accepting)  # or one that is connecting in the end would leave its sockets behind
         try:
             from_server, to_server = await asyncio.open_unix_connection(str(self._server.path))
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, to_server}
+        self._writers.add(to_server)
         for pump in (self._ask(reader, to_server), self._answer(from_server, writer)):
-            task = asyncio.create_task(pump)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(asyncio.create_task(pump))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
