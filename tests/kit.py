@@ -176,7 +176,10 @@ class Wire:
         self.sock.sendall(data)
 
     def unread_by_peer(self) -> int:
-        """Return the bytes that wait in the kernel for a peer on this machine; 0 where that cannot be seen."""
+        """Return the bytes that wait in the kernel for a peer on this machine; 0 where that cannot be seen.
+
+        Raises OSError when the connection is over.
+        """
         table = Path("/proc/net/tcp")
         if not table.exists():
             return 0
