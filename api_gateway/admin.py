@@ -38,6 +38,7 @@ from api_gateway.models import (
     BucketView,
     Charge,
     Client,
+    ClientStoreView,
     ClientView,
     Clock,
     Decision,
@@ -160,13 +161,21 @@ async def health(request: Request, console: Open) -> HealthView:
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
         status = "fail"
-    elif not report.limiter.is_whole:
+    elif not report.limiter.is_whole or report.client_trouble is not None:
         status = "warn"
     if not console.guard.allows(request.headers.raw, is_loopback=_is_loopback(request)):
         return HealthView(status=status)
     uptime = round(console.clock() - report.recorder.started, 3)
-    limits = StoreView(**asdict(report.limiter))
-    return HealthView(status=status, version=console.version, uptime=uptime, upstreams=upstreams, limits=limits)
+    return HealthView(
+        status=status,
+        version=console.version,
+        uptime=uptime,
+        upstreams=upstreams,
+        limits=StoreView(**asdict(report.limiter)),
+        clients=ClientStoreView(
+            status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
+        ),
+    )
 
 
 class MetricsFormat(StrEnum):

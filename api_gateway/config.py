@@ -116,6 +116,12 @@ class ServerSection(Section):
     idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
     keep_alive_timeout: Seconds = 75
     drain_timeout: Seconds = 30
+    worker_timeout: float = Field(
+        default=30,
+        ge=2,
+        le=86_400,
+        description="How long one of several workers may give no sign of life before it is replaced.",
+    )
     trusted_proxies: list[Network] = []
 
 

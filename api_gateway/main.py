@@ -407,6 +407,7 @@ def _look(gateway: Gateway) -> Report:
         bucket_limit=gateway.limiter.bucket_limit,
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
+        client_trouble=gateway.clients.trouble,
     )
 
 

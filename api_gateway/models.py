@@ -369,6 +369,13 @@ class StoreView(Body):
     last_error: str | None
 
 
+class ClientStoreView(Body):
+    """Whether registered clients can be read and changed. While they cannot, tiers stay as they were last known."""
+
+    status: Literal["pass", "warn"]
+    error: str | None
+
+
 class HealthView(BaseModel):
     """Overall health. From elsewhere than the operator's place only `status` is shown."""
 
@@ -377,6 +384,7 @@ class HealthView(BaseModel):
     uptime: float | None = Field(default=None, description="Seconds since the start.")
     upstreams: dict[str, UpstreamView] | None = None
     limits: StoreView | None = None
+    clients: ClientStoreView | None = None
 
 
 class LatencyWindow(Body):

@@ -124,6 +124,7 @@ class Report:
     bucket_limit: int = 0
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
+    client_trouble: str | None = None  # why the client store cannot be used, while it cannot
     is_over: bool = False
 
     @classmethod
@@ -142,6 +143,7 @@ class Report:
             "bucket_limit": self.bucket_limit,
             "overflowed": self.overflowed,
             "limiter": asdict(self.limiter),
+            "client_trouble": self.client_trouble,
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -151,6 +153,7 @@ class Report:
         self.buckets, self.bucket_limit = state["buckets"], state["bucket_limit"]
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
+        self.client_trouble = state["client_trouble"]
 
     def end(self) -> None:
         """Keep what was counted and drop what was going on: the worker has ended."""
@@ -172,6 +175,7 @@ def merge(reports: Sequence[Report]) -> Report:
         merged.bucket_limit = max(merged.bucket_limit, report.bucket_limit)
         merged.overflowed += report.overflowed
     merged.limiter = _merge_limiters(reports)
+    merged.client_trouble = next((it.client_trouble for it in reports if it.client_trouble and not it.is_over), None)
     merged.is_over = all(report.is_over for report in reports)
     names = dict.fromkeys(name for report in reports for name in report.upstreams)
     for name in names:

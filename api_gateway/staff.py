@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 Gather = Callable[[], Awaitable[dict[str, Any]]]
 
+LOOKS = 10  # that must find a worker silent before it is taken to hang
 MAX_SKEW = 60.0  # seconds that a message may have been on its way before the clocks are taken to be different
 
 
@@ -27,8 +28,14 @@ class Worker:
     """One worker. `report` is kept current by the worker; it may be looked at and not changed while it lives."""
 
     def __init__(
-        self, number: int, process: Process, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], gather: Gather
+        self,
+        number: int,
+        process: Process,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        gather: Gather,
+        patience: float,
     ) -> None:
+        """Kill it when it has given no sign of life for `patience` seconds."""
         self.started = time.monotonic()
         self.report = Report.blank(str(number))
         self._number = number
@@ -38,7 +45,10 @@ class Worker:
         self._ready = asyncio.get_running_loop().create_future()
         self._asked: dict[int, asyncio.Future[None]] = {}
         self._answers: set[asyncio.Task[None]] = set()
+        self._is_heard = False  # since the last look
         self._listening = asyncio.create_task(self._listen(), name=f"worker {number}")
+        watching = asyncio.create_task(self._watch(patience), name=f"watch over worker {number}")
+        self._listening.add_done_callback(lambda _: watching.cancel())
 
     def __repr__(self) -> str:
         return f"<worker {self._number} [{self._process.pid}]>"
@@ -88,7 +98,18 @@ class Worker:
                 self._ready.set_result(False)
             self._answered(None)
 
+    async def _watch(self, patience: float) -> None:
+        """Kill it when it hangs. Looks are counted and not seconds: a supervisor that was stopped blames nobody."""
+        silent = 0
+        while silent < LOOKS:
+            await asyncio.sleep(patience / LOOKS)
+            silent = 0 if self._is_heard else silent + 1
+            self._is_heard = False
+        logger.error("%r has given no sign of life for %g s and is ended", self, patience)
+        self.kill()
+
     def _take(self, message: dict[str, Any]) -> None:
+        self._is_heard = True
         if message["kind"] == "ready":
             self._on_ready(message["clock"])
             return
@@ -122,11 +143,17 @@ class Worker:
 
 
 async def hire(
-    number: int, config: dict[str, Any], sockets: Sequence[socket.socket], inherited: Sequence[int], gather: Gather
+    number: int,
+    config: dict[str, Any],
+    sockets: Sequence[socket.socket],
+    inherited: Sequence[int],
+    gather: Gather,
+    patience: float,
 ) -> Worker:
     """Start a worker, by exec and not by fork: it takes the code as it is now, and nothing of this process's loop.
 
-    It inherits `sockets` and the descriptors `inherited`; `gather` answers when it asks how all workers stand.
+    It inherits `sockets` and the descriptors `inherited`; `gather` answers when it asks how all workers stand. One
+    that gives no sign of life for `patience` seconds is killed.
     """
     ours, theirs = socket.socketpair()
     streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
@@ -144,7 +171,7 @@ async def hire(
         raise
     brief = Brief(number, config, theirs.fileno(), listeners)
     theirs.close()  # the worker has its own by that number
-    worker = Worker(number, process, streams, gather)
+    worker = Worker(number, process, streams, gather, patience)
     assert process.stdin is not None  # noqa: S101 - piped above
     process.stdin.write(brief.encode())
     process.stdin.close()

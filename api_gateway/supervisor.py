@@ -191,7 +191,8 @@ class Supervisor:
         if self._store is not None:
             config["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
             inherited.append(self._store.lifeline)
-        worker = await hire(post.number, config, post.sockets, inherited, self._ledger.gather)
+        patience = self._config.server.worker_timeout
+        worker = await hire(post.number, config, post.sockets, inherited, self._ledger.gather, patience)
         self._ledger.workers.append(worker)
         return worker
 

@@ -108,6 +108,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "idle_timeout": 60,
         "keep_alive_timeout": 75,
         "drain_timeout": 30,
+        "worker_timeout": 30,
         "trusted_proxies": [],
     }
     assert config.store.url == "memory://"

@@ -69,5 +69,8 @@ def test_while_the_store_is_away_changes_are_refused_in_words_and_a_view_says_wh
     assert (refused["http"], refused["reason"]) == (503, "store_unavailable")
     assert "was not made" in refused["detail"]
     assert limit(running, "acme") == 50
+    health = ask(f"{running.url}/health").json()
+    assert (health["status"], health["clients"]["status"]) == ("warn", "warn")
+    assert health["clients"]["error"]
     store_server.start()
     eventually(lambda: ask(f"{running.url}/clients/acme").json()["source"] == "default", "it has begun anew")

@@ -1,5 +1,6 @@
 """Several workers are one gateway: what they count, how one dies, is replaced and relieved, and how all end."""
 
+import os
 import re
 import signal
 import socket
@@ -244,6 +245,18 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_falls(up: RawUpstrea
         assert running.total() <= len(load.answered) + len(load.failures)
         assert running.workers["gateway worker 3"] == before["gateway worker 3"]
         assert running.errors.count("another follows") == 2
+
+
+def test_a_worker_that_hangs_is_ended_and_replaced(up: RawUpstream, tmp_path: Path) -> None:
+    with crew(tmp_path, up.url, workers=2, GATEWAY_SERVER__WORKER_TIMEOUT="2") as running:
+        before = running.workers
+        os.kill(before["gateway worker 2"], signal.SIGSTOP)
+        eventually(lambda: "no sign of life for 2 s" in running.errors, "it is noticed")
+        eventually(
+            lambda: running.workers.get("gateway worker 2") not in (None, before["gateway worker 2"]), "replaced"
+        )
+        assert running.workers["gateway worker 1"] == before["gateway worker 1"]
+        running.serve(connections=8)
 
 
 def test_a_worker_that_dies_again_and_again_is_started_less_and_less_often(up: RawUpstream, tmp_path: Path) -> None:
