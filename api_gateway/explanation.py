@@ -29,7 +29,8 @@ from api_gateway.models import (
     Verdict,
 )
 from api_gateway.rate_limiter import NEVER, RateLimiter
-from api_gateway.router import Route, Router, refuse_method, upstream_target
+from api_gateway.router import Router
+from api_gateway.routes import Route, refuse_method, upstream_target
 
 _WHY = {
     "granted": "named by {header}; it has its tier for a while, by POST /clients/{{id}}/grants",

@@ -44,7 +44,10 @@ from api_gateway.middleware import (
     refusal,
 )
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Outcome
-from api_gateway.router import FIELDS, LEFT, Receive, Route, Router, Scope, Send, Service, upstream_target
+from api_gateway.request import FIELDS, LEFT, Receive, Scope, Send
+from api_gateway.router import Router
+from api_gateway.routes import Route, upstream_target
+from api_gateway.service import Service
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 MAX_NOTED = 32  # headers of a request that mean something here

@@ -42,7 +42,10 @@ from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.report import Report, UpstreamReport
-from api_gateway.router import CostRule, Receive, Route, Router, RouteTable, Scope, Send, Service, Timeouts
+from api_gateway.request import Receive, Scope, Send
+from api_gateway.router import Router
+from api_gateway.routes import CostRule, Route, RouteTable
+from api_gateway.service import Service, Timeouts
 from api_gateway.settlement import Settlement
 from api_gateway.shadow import Shadow
 from api_gateway.sqlite_clients import SqliteClients

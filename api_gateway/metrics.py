@@ -1,4 +1,4 @@
-"""What is counted: recorders fed once per exchange, percentiles with a bound, the JSON snapshot and Prometheus text.
+"""What is counted: recorders fed once per exchange, percentiles with a bound, and the JSON snapshot.
 
 Plain integers on one event loop, no locks. Label values come from the configuration or from closed lists, so nothing
 here grows with clients or paths. Latency goes into logarithmic buckets (DDSketch, Masson et al. 2019): with
@@ -9,17 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol, TypeVar, get_args
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-)
-from prometheus_client.exposition import choose_encoder
+from typing import Any, Protocol, TypeVar
 
 from api_gateway.circuit_breaker import State
 from api_gateway.errors import Reason
@@ -35,7 +25,6 @@ from api_gateway.models import (
     RateSeries,
     RateWindow,
     RequestCounts,
-    Source,
     StoreView,
 )
 from api_gateway.sketch import Sketch
@@ -79,8 +68,6 @@ OUTCOMES = (
 )
 
 SWITCHED = 101  # a tunnel lasts as long as its two ends like, which is no latency
-# The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
-DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 
 
 def bucket_of(seconds: float) -> int:
@@ -493,160 +480,3 @@ def _rate_window(span: float, tally: Tally) -> RateWindow:
 
 
 # For Prometheus
-
-
-class Exposition:
-    """A Prometheus collector that reads the recorder and the live objects at scrape time."""
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        upstreams: Mapping[str, UpstreamFigures],
-        limiter: LimiterState,
-        buckets: int,
-        version: str,
-    ) -> None:
-        self._recorder = recorder
-        self._upstreams = upstreams
-        self._limiter = limiter
-        self._buckets = buckets
-        self._version = version
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """Return the exposition text and its content type, OpenMetrics where `accept` asks for it."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield every metric family."""
-        yield InfoMetricFamily("gateway_build", "The gateway's version.", value={"version": self._version})
-        yield from self._requests()
-        yield from self._limits()
-        yield from self._upstream_families()
-        yield from self._breakers()
-
-    def _requests(self) -> Iterator[Metric]:
-        recorder = self._recorder
-        requests = CounterMetricFamily(
-            "gateway_http_requests",
-            "Proxied requests, by who made the answer.",
-            labels=["route", "method", "code", "source", "tier"],
-        )
-        for (route, method, status, source, tier), count in recorder.requests.items():
-            requests.add_metric([route, method, str(status), source, tier], count)
-        yield requests
-        yield GaugeMetricFamily("gateway_http_requests_in_flight", "Requests running now.", value=recorder.in_flight)
-        durations = HistogramMetricFamily(
-            "gateway_http_request_duration_seconds",
-            "Time from request to the end of its answer, of requests that reached an upstream; bounds within 1 %.",
-            labels=["route"],
-        )
-        for name, series in recorder.routes.items():
-            durations.add_metric([name], _classic(series.total), sum_value=series.total.total_seconds)
-        yield durations
-        rejections = CounterMetricFamily("gateway_rejections", "Answers made by the gateway.", labels=["reason"])
-        for reason in Reason:
-            rejections.add_metric([reason.value], recorder.rejections[reason.value])
-        yield rejections
-
-    def _limits(self) -> Iterator[Metric]:
-        decisions = CounterMetricFamily(
-            "gateway_rate_limit_decisions", "Decisions of the rate limiter.", labels=["tier", "decision"]
-        )
-        for decision, counts in (("allowed", self._recorder.allowed), ("limited", self._recorder.limited)):
-            for tier, count in counts.items():
-                decisions.add_metric([tier, decision], count)
-        yield decisions
-        for name, words, by_tier in (
-            (
-                "gateway_rate_limit_would_limit",
-                "Allowed requests a candidate would limit.",
-                self._recorder.would_limit,
-            ),
-            (
-                "gateway_rate_limit_would_allow",
-                "Limited requests a candidate would allow.",
-                self._recorder.would_allow,
-            ),
-        ):
-            family = CounterMetricFamily(name, words, labels=["tier"])
-            for tier, count in by_tier.items():
-                family.add_metric([tier], count)
-            yield family
-        settlements = CounterMetricFamily(
-            "gateway_rate_limit_settlements", "Costs settled after the decision.", labels=["kind"]
-        )
-        for kind, count in self._recorder.settlements.items():
-            settlements.add_metric([kind], count)
-        yield settlements
-        sources = CounterMetricFamily(
-            "gateway_rate_limit_decision_sources", "Decisions by what they rest on.", labels=["source"]
-        )
-        modes = GaugeMetricFamily("gateway_rate_limit_mode", "1 for what decisions rest on now.", labels=["mode"])
-        for source in get_args(Source):
-            sources.add_metric([source], self._recorder.sources[source])
-            modes.add_metric([source], source == self._limiter.mode)
-        yield sources
-        yield modes
-        yield CounterMetricFamily(
-            "gateway_store_failures",
-            "Calls of the store without an answer in time, and attempts to connect.",
-            value=self._limiter.failures,
-        )
-        yield GaugeMetricFamily("gateway_rate_limit_buckets", "Buckets in memory.", value=self._buckets)
-
-    def _upstream_families(self) -> Iterator[Metric]:
-        tries = CounterMetricFamily(
-            "gateway_upstream_requests",
-            "Tries on upstreams, by class of status or cause of failure.",
-            labels=["upstream", "outcome"],
-        )
-        for name, outcomes in self._recorder.outcomes.items():
-            for outcome in dict.fromkeys((*OUTCOMES, *outcomes)):
-                tries.add_metric([name, outcome], outcomes[outcome])
-        yield tries
-        durations = HistogramMetricFamily(
-            "gateway_upstream_request_duration_seconds",
-            "Time from a try to the head of its answer; bounds within 1 %.",
-            labels=["upstream"],
-        )
-        for name, series in self._recorder.upstreams.items():
-            durations.add_metric([name], _classic(series.total), sum_value=series.total.total_seconds)
-        yield durations
-        healthy = GaugeMetricFamily(
-            "gateway_upstream_healthy", "1 while the target is healthy.", labels=["upstream", "target"]
-        )
-        for name, upstream in self._upstreams.items():
-            for target in upstream.targets:
-                healthy.add_metric([name, target.url], target.is_healthy)
-        yield healthy
-
-    def _breakers(self) -> Iterator[Metric]:
-        states = GaugeMetricFamily(
-            "gateway_circuit_breaker_state",
-            "1 for the state the breaker is in.",
-            labels=["upstream", "state"],
-        )
-        opened = CounterMetricFamily(
-            "gateway_circuit_breaker_opened", "Times the breaker opened.", labels=["upstream"]
-        )
-        rejected = CounterMetricFamily("gateway_circuit_breaker_rejected", "Requests it refused.", labels=["upstream"])
-        for name, upstream in self._upstreams.items():
-            for state in State:
-                states.add_metric([name, state.value.lower()], upstream.breaker.state is state)
-            opened.add_metric([name], upstream.breaker.opened_total)
-            rejected.add_metric([name], upstream.breaker.rejected_total)
-        yield states
-        yield opened
-        yield rejected
-
-
-def _classic(tally: Tally) -> list[tuple[str, float]]:
-    """Fold logarithmic buckets into the cumulative ones of a classic histogram."""
-    cumulative: list[tuple[str, float]] = [
-        (str(bound), sum(count for bucket, count in tally.buckets.items() if value_of(bucket) <= bound))
-        for bound in DURATION_BOUNDS
-    ]
-    return [*cumulative, ("+Inf", sum(tally.buckets.values()))]

@@ -43,7 +43,8 @@ from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import NEVER, RateLimiter
-from api_gateway.router import FIELDS, Receive, Router, Scope, Send
+from api_gateway.request import FIELDS, Receive, Scope, Send
+from api_gateway.router import Router
 from api_gateway.shadow import Shadow
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from functools import partial
 from api_gateway.metrics import Recorder
 from api_gateway.models import Charge, Client, Decision, Exchange, Quota
 from api_gateway.rate_limiter import RateLimiter
-from api_gateway.router import Route
+from api_gateway.routes import Route
 
 
 class Shadow:

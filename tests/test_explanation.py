@@ -21,7 +21,10 @@ from api_gateway.metrics import Recorder
 from api_gateway.middleware import Identify, Limit, Match, Proxy, Record
 from api_gateway.models import NANOSECONDS, Exchange, Explanation, Question, Quota
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.router import CostRule, Message, Route, Router, RouteTable, Service, Timeouts
+from api_gateway.request import Message
+from api_gateway.router import Router
+from api_gateway.routes import CostRule, Route, RouteTable
+from api_gateway.service import Service, Timeouts
 from api_gateway.settlement import Settlement
 from api_gateway.shadow import Shadow
 from api_gateway.sqlite_clients import SqliteClients

@@ -41,7 +41,9 @@ from api_gateway.middleware import (
 )
 from api_gateway.models import NANOSECONDS, Charge, Client, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.router import FIELDS, CostRule, Message, Receive, Route, Router, RouteTable, Scope, Send
+from api_gateway.request import FIELDS, Message, Receive, Scope, Send
+from api_gateway.router import Router
+from api_gateway.routes import CostRule, Route, RouteTable
 from api_gateway.sqlite_clients import SqliteClients
 from tests.kit import FakeClock
 

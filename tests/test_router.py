@@ -15,20 +15,10 @@ from api_gateway.balancer import Target, Upstream, round_robin
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
 from api_gateway.errors import BadRequest, BodyTooLarge, ClientDisconnected, MethodNotAllowed, NoRoute, UpstreamTimeout
 from api_gateway.models import Exchange
-from api_gateway.router import (
-    FIELDS,
-    CostRule,
-    Message,
-    RequestBody,
-    Route,
-    Router,
-    RouteTable,
-    Service,
-    Timeouts,
-    is_below,
-    matching_path,
-    upstream_target,
-)
+from api_gateway.request import FIELDS, Message, RequestBody
+from api_gateway.router import Router
+from api_gateway.routes import CostRule, Route, RouteTable, is_below, matching_path, upstream_target
+from api_gateway.service import Service, Timeouts
 
 
 def route(path: str, **options: Any) -> Route:

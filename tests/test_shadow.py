@@ -13,7 +13,7 @@ from api_gateway.diagnosis import ConfigError
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.router import CostRule, Route
+from api_gateway.routes import CostRule, Route
 from api_gateway.shadow import Shadow
 from tests.kit import RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
 
