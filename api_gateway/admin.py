@@ -27,8 +27,9 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.explanation import Explainer
+from api_gateway.exposition import Exposition
 from api_gateway.headers import is_visible_ascii, is_within
-from api_gateway.metrics import Exposition, Recorder
+from api_gateway.metrics import Recorder
 from api_gateway.models import (
     NANOSECONDS,
     BreakersView,

@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from api_gateway.balancer import Target, Upstream, round_robin
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
-from api_gateway.metrics import DURATION_BOUNDS, Exposition, Recorder, Tally, bucket_of, percentile
+from api_gateway.exposition import DURATION_BOUNDS, Exposition
+from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota, RateWindow
 
 START = 1000.0

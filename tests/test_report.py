@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, round_robin
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
-from api_gateway.metrics import SLICE, Exposition, Recorder
+from api_gateway.exposition import Exposition
+from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.report import BreakerReport, Report, UpstreamReport, merge, oldest_changed
 
