@@ -152,6 +152,12 @@ class Answer(httpx.AsyncByteStream):
             self.error = error
             self.wake()
 
+    def finish(self) -> None:
+        """Take what has come for all there is. What may still come is let go, with its connection."""
+        self.close()
+        self.is_complete = True
+        self.wake()
+
     @property
     def is_ready(self) -> bool:
         """True if `read` would not wait."""

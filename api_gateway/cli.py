@@ -37,16 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _supervise(Supervisor(config, read))
     server = GatewayServer(config)
     server.run()
-    return 0 if server.started else STARTUP_FAILED
+    return server.exit_code if server.started else STARTUP_FAILED
 
 
 def _supervise(supervisor: Supervisor) -> int:
     try:
-        asyncio.run(supervisor.run())
+        return asyncio.run(supervisor.run())
     except StartupError as error:
         print(error, file=sys.stderr)
         return STARTUP_FAILED
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -115,6 +115,12 @@ class ServerSection(Section):
     header_timeout: Seconds = 10
     idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
     keep_alive_timeout: Seconds = 75
+    drain_delay: float = Field(
+        default=0,
+        ge=0,
+        le=3600,
+        description="How long a gateway that was told to stop still accepts, not ready any more, before it drains.",
+    )
     drain_timeout: Seconds = 30
     worker_timeout: float = Field(
         default=30,

@@ -1,12 +1,14 @@
 """Who else serves: nobody, or the other workers, whom the supervisor asks on a worker's behalf.
 
-Messages are lines of JSON over a socket pair. A worker sends `ready` once, `report` every second, when asked and as
-its last word, and `gather` to hear how all stand; the supervisor sends `report` to ask and `gathered` to answer.
+Messages are lines of JSON over a socket pair. A worker sends `ready` once, `report` every second and when asked,
+`gather` to hear how all stand, and as its last word `left`; the supervisor sends `report` to ask and `gathered` to
+answer.
 """
 
 import asyncio
 import json
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from api_gateway.report import Report, oldest_changed
 logger = logging.getLogger(__name__)
 
 Look = Callable[[], Report]
+
+RELIEF = signal.SIGUSR1  # tells a worker that another one has taken its place
 
 REPORT_INTERVAL = 1.0  # seconds: what is counted in them is what a killed worker takes with it
 PATIENCE = 1.0  # seconds for the supervisor to answer, who gives the workers half of that
@@ -83,11 +87,11 @@ class Member:
         self._say("ready", clock=time.monotonic())
         self._tasks.append(asyncio.create_task(self._report_regularly(), name="reports"))
 
-    async def leave(self) -> None:
-        """Report for the last time, and stop listening."""
+    async def leave(self, cut_off: int = 0) -> None:
+        """Report for the last time, with what could not be ended in time, and stop listening."""
         for task in self._tasks:
             task.cancel()
-        self._report()
+        self._say("left", cut_off=cut_off, report=self._state())
         with suppress(OSError):  # the supervisor may have gone before
             await self._writer.drain()
             self._writer.close()

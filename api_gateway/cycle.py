@@ -60,6 +60,8 @@ class Cycle:
     upgrade = b""
     app: Any = None  # what serves it, if not the connection's application
     on_leaving: Callable[[], object] | None = None
+    on_stopping: Callable[[], object] | None = None
+    is_stopping = False
     keep_alive = True
     is_http10 = False
     is_body_complete = False
@@ -112,6 +114,12 @@ class Cycle:
         self._wake()
         if self.on_leaving is not None and not self.is_answered:
             self.on_leaving()
+
+    def stop(self) -> None:
+        """The server stops: what has no end of its own shall end soon."""
+        self.is_stopping = True
+        if self.on_stopping is not None:
+            self.on_stopping()
 
     def _wake(self) -> None:
         waiter = self._waiter

@@ -151,9 +151,13 @@ class GatewayProtocol(HttpToolsProtocol):
         An answer whose head is still to be sent says `Connection: close`. A connection between two requests stays for
         `drain_linger` seconds, so that a client that is just sending gets its answer, and that answer says it then.
         """
-        if self._is_draining or self._is_handed_over:
+        if self._is_draining:
             return
         self._is_draining = True
+        if self._serving is not None:
+            self._serving.stop()
+        if self._is_handed_over:
+            return
         self._mark_last()
 
     def _mark_last(self) -> None:
@@ -497,6 +501,12 @@ class GatewayProtocol(HttpToolsProtocol):
             self._rest_between()
         else:
             self._close()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a request is served here, or a tunnel is open."""
+        is_working = self._worker is not None and self._rest is None and not self._worker.done()
+        return self._passage is not None or is_working
 
     def cut_off(self) -> None:
         """End a request that has taken the lane, and the connection: the time to drain is over."""

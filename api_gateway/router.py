@@ -26,6 +26,7 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
+from api_gateway.event_stream import event_stream
 from api_gateway.headers import (
     COST,
     Fields,
@@ -321,12 +322,15 @@ class Router:
                 "is_body_ready": stream.is_ready,
             }
         )
+        events = event_stream(request.link, fields, stream)
         more = True
         while more:
             try:
                 piece, more = await stream.read()
             except httpx.TransportError as error:
                 raise self.on_broken_body(lease, error) from error
+            if events is not None and events.on_piece(piece):
+                more = False
             exchange.bytes_out += len(piece)
             if not more:
                 self.settle(lease, Outcome.SUCCESS, self._clock())
@@ -360,6 +364,7 @@ class Router:
             raise _translate(error, lease.upstream.name) from error
         client, from_client = link.switch(response.extensions["reason_phrase"], headers)
         tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, service.tunnel_timeout)
+        link.on_stopping = tunnel.go_away
         try:
             await tunnel.run(from_client, from_upstream)
         finally:

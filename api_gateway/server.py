@@ -9,8 +9,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -23,15 +24,27 @@ from api_gateway.demo import banner
 from api_gateway.main import create_app
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 
-_UNFINISHED = "ASGI callable returned without completing response."
+logger = logging.getLogger(__name__)
+
+CUT_OFF = 4  # exit code: not everything was answered in the time to drain
+
+# What the server says of its own that is said here, or in the access log, in better words.
+_UNSAID = ("ASGI callable returned without completing response.", "Cancel %s running task(s)")
+_STEP = 0.1  # seconds between two looks at whether it shall end at once
 DRAIN_LINGER = 2.0  # seconds; see `protocol.GatewayProtocol.shutdown`
 
 
 class GatewayServer(uvicorn.Server):
-    """A uvicorn server that says where it listens, tells readiness when it drains, and exits 0 after a signal."""
+    """A uvicorn server that says where it listens, and stops without losing a request.
+
+    After a signal it is not ready any more but goes on serving for `drain_delay` seconds, so that whoever spreads
+    requests over gateways can take notice. Then it accepts no more, and what runs has `drain_timeout` seconds to end.
+    """
 
     def __init__(self, config: GatewayConfig, crew: Crew | None = None) -> None:
         self._settings = config
+        self._delay = config.server.drain_delay
+        self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
         refused: Counter[str] = Counter()
         self._app: FastAPI = create_app(config, refused=refused, crew=crew)
         section = config.server
@@ -63,17 +76,35 @@ class GatewayServer(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         print(welcome(self._settings, host, port), flush=True)
 
+    @property
+    def exit_code(self) -> int:
+        """What the process shall end with, once it has served."""
+        return CUT_OFF if self.cut_off else 0
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop: go on for a while as if nothing was, then drain."""
+        until = time.monotonic() + self._delay
+        while not self.force_exit and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110 - set by a signal
+            await asyncio.sleep(min(left, _STEP))
+        await super().shutdown(sockets)
+
     async def _wait_tasks_to_complete(self) -> None:
         """Wait until everything is answered; when the time for that is over, end what no task serves too."""
         for connection in list(self.server_state.connections):
             connection.shutdown()  # it may have been accepted and not yet made when the others heard of it
         try:
             await super()._wait_tasks_to_complete()
-        except asyncio.CancelledError:
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, GatewayProtocol):
-                    connection.cut_off()
-            raise
+        finally:
+            self._cut_off()
+
+    def _cut_off(self) -> None:
+        """End what is still running, and count it."""
+        running = [one for one in self.server_state.connections if isinstance(one, GatewayProtocol) and one.is_busy]
+        if running:
+            self.cut_off = len(running)
+            logger.error("%d requests were cut off: the time to drain was over", self.cut_off)
+        for connection in running:
+            connection.cut_off()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second interrupt ends without waiting."""
@@ -88,13 +119,16 @@ class GatewayServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():  # only the main thread gets any
             yield
             return
-        handled = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, previous in before.items():
+                signal.signal(number, previous)
+
+    def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
+        """Return what to do at which signal."""
+        return {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
 
 
 def welcome(config: GatewayConfig, host: str, port: int, workers: int = 1) -> str:
@@ -142,4 +176,4 @@ def configure_logging(level: str, who: str = "") -> None:
     # What the server says of its life is said in the welcome; its errors stay.
     logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")
     # Leaving an answer unfinished is how the gateway breaks one that the upstream broke; its own log has the reason.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != _UNFINISHED)
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith(_UNSAID))

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from api_gateway.brief import ENTRY, Brief
-from api_gateway.crew import MAX_MESSAGE, encode
+from api_gateway.crew import MAX_MESSAGE, RELIEF, encode
 from api_gateway.report import Report
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Worker:
         """Kill it when it has given no sign of life for `patience` seconds."""
         self.started = time.monotonic()
         self.report = Report.blank(str(number))
+        self.cut_off = 0  # requests that it could not end in its time to drain
         self._number = number
         self._process = process
         self._reader, self._writer = streams
@@ -67,6 +68,10 @@ class Worker:
     def terminate(self) -> None:
         """Ask it to drain and end."""
         self._signal(signal.SIGTERM)
+
+    def relieve(self) -> None:
+        """Tell it that another one has taken its place; it drains and ends."""
+        self._signal(RELIEF)
 
     def kill(self) -> None:
         """End it."""
@@ -114,7 +119,10 @@ class Worker:
             self._on_ready(message["clock"])
             return
         self.report.update(message["report"])
-        if message["kind"] == "gather":
+        if message["kind"] == "left":
+            self.cut_off = message["cut_off"]
+            self._answered(None)
+        elif message["kind"] == "gather":
             answer = asyncio.create_task(self._answer(message["id"]), name="answer")
             self._answers.add(answer)
             answer.add_done_callback(self._answers.discard)

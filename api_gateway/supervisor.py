@@ -21,7 +21,7 @@ from api_gateway.embedded import EmbeddedStore, NoServer, find_server
 from api_gateway.listening import Sockets, bind_for, leave_group
 from api_gateway.main import StartupError
 from api_gateway.report import Report, merge
-from api_gateway.server import configure_logging, welcome
+from api_gateway.server import CUT_OFF, configure_logging, welcome
 from api_gateway.staff import Worker, hire
 
 logger = logging.getLogger(__name__)
@@ -98,20 +98,22 @@ class Supervisor:
         self._stack = AsyncExitStack()
         self._store: EmbeddedStore | None = None
         self._demo: DemoUpstreams | None = None
+        self._cut_off = 0
         self._stopping = asyncio.Event()
         self._reloading = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<Supervisor [{len(self._ledger.workers)} workers]>"
 
-    async def run(self) -> None:
-        """Serve until told to stop. Raises StartupError."""
+    async def run(self) -> int:
+        """Serve until told to stop; return the exit code. Raises StartupError."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
         loop.add_signal_handler(signal.SIGHUP, self._reloading.set)
         async with self._stack:
             await self._until_stopped(self._live())
+        return CUT_OFF if self._cut_off else 0
 
     async def _until_stopped(self, life: Coroutine[Any, Any, None]) -> None:
         living = asyncio.create_task(life, name="supervision")
@@ -181,7 +183,13 @@ class Supervisor:
         for post in self._posts:
             for sock in post.sockets:
                 sock.close()  # the workers close theirs: from now on connections are refused
-        await asyncio.gather(*(self._relieve(worker) for worker in list(self._ledger.workers)))
+        workers = list(self._ledger.workers)
+        for worker in workers:
+            worker.terminate()
+        await asyncio.gather(*(self._see_off(worker) for worker in workers))
+        self._cut_off = sum(worker.cut_off for worker in workers)
+        if self._cut_off:
+            logger.error("%d requests were cut off in all", self._cut_off)
 
     # Workers
 
@@ -197,15 +205,21 @@ class Supervisor:
         return worker
 
     async def _relieve(self, worker: Worker) -> None:
-        """Stop one worker and wait for its end."""
-        worker.terminate()
+        """Stop one worker whose place another has taken, and wait for its end."""
+        worker.relieve()
+        await self._see_off(worker)
+
+    async def _see_off(self, worker: Worker) -> None:
+        """Wait for the end of a worker that was told to stop."""
+        server = self._config.server
         try:
-            async with asyncio.timeout(self._config.server.drain_timeout + DRAIN_MARGIN):
+            async with asyncio.timeout(server.drain_delay + server.drain_timeout + DRAIN_MARGIN):
                 await worker.wait()
         except TimeoutError:
             logger.warning("%s did not stop in time and is ended", worker)
             worker.kill()
             await worker.wait()
+            worker.cut_off = max(1, worker.cut_off)  # at least what it hung on
         if worker in self._ledger.workers:
             self._ledger.strike(worker)
 

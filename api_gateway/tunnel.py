@@ -1,12 +1,14 @@
 """Two connections joined after a switch of protocols (WebSocket): what one side sends the other gets, byte for byte.
 
-The frames inside are nobody's business here, so text, binary, ping, pong, close codes and extensions all pass. A slow
-reader makes the other side wait, and the end of one direction is passed on while the other may still flow.
+What the frames hold is nobody's business here, so text, binary, ping, pong, close codes and extensions all pass. A
+slow reader makes the other side wait, and the end of one direction is passed on while the other may still flow. Only
+a gateway that stops puts in a frame of its own, between two of the upstream's.
 """
 
 import asyncio
 
 from api_gateway.alarm import Alarm
+from api_gateway.frames import GOING_AWAY, FrameEdges
 
 LINGER = 1.0  # seconds of silence that one direction may fall into after the other has ended
 
@@ -30,7 +32,7 @@ class Tunnel:
         self.alarm = Alarm(loop, self.abort)
         self._ended: asyncio.Future[None] = loop.create_future()
         self._client = _End(self, client)
-        self._upstream = _End(self, upstream)
+        self._upstream = _UpstreamEnd(self, upstream)
         self._client.other, self._upstream.other = self._upstream, self._client
 
     def __repr__(self) -> str:
@@ -54,6 +56,10 @@ class Tunnel:
         """End it now, both ways."""
         self._client.transport.abort()
         self._upstream.transport.abort()
+
+    def go_away(self) -> None:
+        """Ask the client to close the connection and come back on another one."""
+        self._upstream.go_away()
 
     def on_lost(self) -> None:
         """One side is gone; so is the tunnel once the other is."""
@@ -126,3 +132,36 @@ class _End(asyncio.Protocol):
             else:
                 self.other.transport.abort()
         self._tunnel.on_lost()
+
+
+class _UpstreamEnd(_End):
+    """The upstream's side, which can be interrupted between two frames."""
+
+    def __init__(self, tunnel: Tunnel, transport: asyncio.Transport) -> None:
+        super().__init__(tunnel, transport)
+        self._edges = FrameEdges()
+        self._is_leaving = self._has_left = False
+
+    def data_received(self, data: bytes) -> None:
+        """Pass it on, and follow the frames; behind a close frame of ours comes nothing more."""
+        if self._is_leaving and not self._has_left and (rest := self._edges.rest(data)) is not None:
+            super().data_received(data[:rest])
+            self._leave()
+        elif self._has_left:
+            self.received += len(data)
+        else:
+            if not self._is_leaving:
+                self._edges.feed(data)
+            super().data_received(data)
+
+    def go_away(self) -> None:
+        """Send the client a close frame as soon as the frame that has begun is over."""
+        if not self._is_leaving and not self._edges.has_closed:
+            self._is_leaving = True
+            if self._edges.is_between:
+                self._leave()
+
+    def _leave(self) -> None:
+        self._has_left = True
+        if not self.other.is_lost and not self.other.transport.is_closing():
+            self.other.transport.write(GOING_AWAY)

@@ -2,11 +2,13 @@
 
 import signal
 import socket
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from api_gateway.brief import take_over
 from api_gateway.config import GatewayConfig
-from api_gateway.crew import Member
+from api_gateway.crew import RELIEF, Member
 from api_gateway.main import STARTUP_FAILED
 from api_gateway.server import GatewayServer, configure_logging
 
@@ -18,7 +20,7 @@ def main(brief: dict[str, Any]) -> int:
     configure_logging(config.log.level, f"worker {brief['number']}: ")
     server = WorkerServer(config, socket.socket(fileno=brief["channel"]))
     server.run([socket.socket(fileno=listener) for listener in brief["listeners"]])
-    return 0 if server.started else STARTUP_FAILED
+    return server.exit_code if server.started else STARTUP_FAILED
 
 
 class WorkerServer(GatewayServer):
@@ -40,7 +42,15 @@ class WorkerServer(GatewayServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, and report what was counted in all."""
         await super().shutdown(sockets)
-        await self._member.leave()
+        await self._member.leave(self.cut_off)
+
+    def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
+        return {**super()._handlers(), RELIEF: self._on_relieved}
+
+    def _on_relieved(self, _number: int, _frame: FrameType | None) -> None:
+        """Drain at once: another worker serves at this place already, and the gateway is as ready as it was."""
+        self._delay = 0
+        self.should_exit = True
 
     def _on_orphaned(self) -> None:
         self.handle_exit(signal.SIGTERM, None)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "headers", "heads", "diagnosis", "store_url", "lifeline"),
+    ("errors", "models", "headers", "heads", "diagnosis", "store_url", "lifeline", "frames"),
     (
         "client_records",
         "client_copy",
@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "transport",
         "guarded",
         "tunnel",
+        "event_stream",
         "health",
         "metrics",
         "exposition",
@@ -98,6 +99,8 @@ SIBLINGS = {
     ("explanation", "router"),
     ("protocol", "cycle"),
     ("answer", "alarm"),
+    ("event_stream", "answer"),
+    ("event_stream", "link"),
     ("connection", "alarm"),
     ("connection", "answer"),
     ("connection", "outgoing"),

@@ -129,8 +129,34 @@ def test_a_request_that_outlasts_the_drain_timeout_is_cut_off(tmp_path: Path) ->
             client.request("GET", "/api/up")
             assert arrived.wait(PATIENCE)
             started = time.monotonic()
-            running.terminate()
+            assert running.terminate() == 4
         assert 0.9 < time.monotonic() - started < 5
+        assert "1 requests were cut off" in running.errors
+    upstream.close()
+
+
+def test_a_gateway_that_was_told_to_stop_serves_on_for_a_while_but_is_not_ready(tmp_path: Path) -> None:
+    upstream = RawUpstream(reply(b"fine"))
+    path = config_file(
+        tmp_path, upstream.url, "server: {drain_delay: 1}\ntiers: {FREE: {rate: 1000, capacity: 1000}}\n"
+    )
+    with process(*WAYS["python -m"], "--config", path, cwd=tmp_path) as running:
+        port = running.port
+        with RawClient(port) as early:
+            assert early.get("/api/up").status == 200
+            started = time.monotonic()
+            running.signal(signal.SIGTERM)
+            eventually(lambda: ask(f"{running.url}/readyz").status == 503, "it is not ready")
+            while time.monotonic() - started < 0.8:
+                with RawClient(port) as late:
+                    answer = late.get("/api/up")
+                    assert (answer.status, answer.all("connection")) == (200, [])
+                assert early.get("/api/up").status == 200
+                time.sleep(0.05)
+            eventually(lambda: not is_open(port), "new connections are refused")
+            last = early.get("/api/up")
+            assert (last.status, last.all("connection")) == (200, [b"close"])
+        assert running.exit_code() == 0
     upstream.close()
 
 

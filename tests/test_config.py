@@ -107,6 +107,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "header_timeout": 10,
         "idle_timeout": 60,
         "keep_alive_timeout": 75,
+        "drain_delay": 0,
         "drain_timeout": 30,
         "worker_timeout": 30,
         "trusted_proxies": [],

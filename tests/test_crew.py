@@ -57,8 +57,10 @@ async def test_a_worker_says_that_it_is_ready_reports_when_asked_and_at_the_end(
     peer.writer.write(encode("report", id=3))
     asked = await peer.heard("report")
     assert (asked["answers"], asked["report"]["buckets"]) == (3, 7)
-    await peer.close()
-    assert (await peer.heard("report"))["answers"] == 0
+    await peer.member.leave(cut_off=2)
+    left = await peer.heard("left")
+    assert (left["cut_off"], left["report"]["buckets"]) == (2, 7)
+    peer.writer.close()
 
 
 async def test_a_worker_reports_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

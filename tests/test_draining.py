@@ -18,10 +18,12 @@ from tests.kit import (
     in_front_of,
     reply,
 )
+from tests.test_websocket import ASKING, BINARY, CLOSE, SWITCHED, TEXT, frame
 
 Start = Callable[[dict[str, Any]], RunningGateway]
 Upstreams = Callable[..., RawUpstream]
 
+GOING = b"\x03\xe9"  # 1001, going away
 DRAIN = {"server": {"drain_timeout": 2}}  # so a connection between two requests stays for one second
 
 
@@ -139,3 +141,85 @@ def test_what_waits_behind_an_answer_is_answered_too(gateway: Start, upstream: U
         assert [answer.body.split()[1] for answer in answers] == [b"/api/1", b"/api/2", b"/api/3"]
         assert [answer.all("connection") for answer in answers] == [[], [], [b"close"]]
         assert client.is_closed()
+
+
+# What has no end of its own
+
+
+def test_a_websocket_is_told_to_close_between_two_frames(gateway: Start, upstream: Upstreams) -> None:
+    halfway = threading.Event()
+    heard: list[bytes] = []
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        whole = frame(BINARY, bytes(300))
+        wire.send(SWITCHED + frame(TEXT, b"hello") + whole[:100])
+        assert halfway.wait(PATIENCE)
+        wire.send(whole[100:] + frame(TEXT, b"too late"))
+        heard.append(wire.read_exactly(8))
+        wire.send(frame(CLOSE, GOING[:2]))
+        return False
+
+    running = gateway(in_front_of(upstream(behave).url) | {"server": {"drain_timeout": 10}})
+    with RawClient(running.port) as client:
+        client.request("GET", "/api/x", ASKING)
+        assert client.read_until(b"\r\n\r\n") is not None
+        assert client.read_exactly(7 + 100) == frame(TEXT, b"hello") + frame(BINARY, bytes(300))[:100]
+        stop(running)
+        halfway.set()
+        rest = frame(BINARY, bytes(300))[100:] + frame(CLOSE, GOING)
+        assert client.read_exactly(len(rest)) == rest
+        goodbye = frame(CLOSE, GOING, masked=True)
+        client.send(goodbye)
+        assert client.read_exactly(1) == b"", "nothing follows a close frame"
+    eventually(lambda: heard == [goodbye], "the upstream hears the client's goodbye")
+
+
+def test_a_websocket_that_is_closing_already_is_told_nothing_more(gateway: Start, upstream: Upstreams) -> None:
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        wire.send(SWITCHED + frame(CLOSE, b"\x03\xe8"))
+        wire.read_exactly(8)
+        return False
+
+    running = gateway(in_front_of(upstream(behave).url) | {"server": {"drain_timeout": 10}})
+    with RawClient(running.port) as client:
+        client.request("GET", "/api/x", ASKING)
+        assert client.read_until(b"\r\n\r\n") is not None
+        assert client.read_exactly(4) == frame(CLOSE, b"\x03\xe8")
+        stop(running)
+        client.send(frame(CLOSE, b"\x03\xe8", masked=True))
+        assert client.read_exactly(1) == b""
+
+
+@pytest.mark.parametrize("edge", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+@pytest.mark.parametrize("is_halfway", [False, True], ids=["between events", "within an event"])
+def test_an_event_stream_ends_between_two_events_and_whole(
+    gateway: Start, upstream: Upstreams, edge: bytes, *, is_halfway: bool
+) -> None:
+    going_on, left = threading.Event(), threading.Event()
+
+    def chunk(data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data)
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        wire.send(head + chunk(b"data: 1" + edge + (b"data: " if is_halfway else b"")))
+        if is_halfway:
+            assert going_on.wait(PATIENCE)
+            wire.send(chunk(b"2" + edge))
+        while wire.fill():
+            pass
+        left.set()
+        return False
+
+    running = gateway(in_front_of(upstream(behave).url) | {"server": {"drain_timeout": 10}})
+    with RawClient(running.port) as client:
+        client.request("GET", "/api/events")
+        assert client.read_until(b"data: 1") is not None
+        time.sleep(0.05)
+        stop(running)
+        going_on.set()
+        rest = client.read_until(b"0\r\n\r\n")
+        assert rest is not None, "the end is told, as of an answer that is complete"
+        assert (b"2" + edge in rest) == is_halfway
+        assert client.is_closed()
+    assert left.wait(PATIENCE), "the upstream is let go"

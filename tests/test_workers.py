@@ -277,11 +277,18 @@ def test_a_worker_that_dies_again_and_again_is_started_less_and_less_often(up: R
 def test_a_reload_relieves_every_worker_and_loses_no_request(up: RawUpstream, tmp_path: Path) -> None:
     with crew(tmp_path, up.url) as running:
         before = running.workers
+        ready: set[int] = set()
+
+        def is_reloaded() -> bool:
+            ready.add(ask(f"{running.url}/readyz").status)
+            return "all 4 workers are new" in running.errors
+
         with Load(running.port) as load:
             eventually(lambda: len(load.answered) > 200, "it is under load")
             running.signal(signal.SIGHUP)
-            eventually(lambda: "all 4 workers are new" in running.errors, "it reloads", within=30)
+            eventually(is_reloaded, "it reloads", within=30)
             after = running.workers
+        assert ready == {200}, "a gateway that relieves its workers is ready all the while"
         assert load.failures == []
         assert max(load.answered) > 20, "connections were kept"
         assert set(after) == set(before)
@@ -388,6 +395,20 @@ def test_a_stop_lets_a_request_in_flight_finish_and_refuses_new_ones(tmp_path: P
         answer = client.answer()
         assert (answer.status, answer.body, answer.all("connection")) == (200, b"late but whole", [b"close"])
         assert running.exit_code() == 0
+    upstream.close()
+
+
+def test_what_workers_could_not_end_in_time_is_told_and_shows_in_the_exit_code(tmp_path: Path) -> None:
+    upstream, arrived, may_answer = hanging()
+    with (
+        crew(tmp_path, upstream.url, workers=2, GATEWAY_SERVER__DRAIN_TIMEOUT="1") as running,
+        RawClient(running.port) as client,
+    ):
+        client.request("GET", "/api/up")
+        assert arrived.wait(PATIENCE)
+        assert running.terminate() == 4
+        assert "1 requests were cut off in all" in running.errors
+    may_answer.set()
     upstream.close()
 
 

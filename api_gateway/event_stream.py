@@ -1,0 +1,43 @@
+"""Answers without an end of their own: a stream of server-sent events is ended between two of them.
+
+Its reader comes back by itself, on another connection, and says which event it had last (the HTML standard, section
+9.2). So a gateway that stops need not cut it off.
+"""
+
+from api_gateway.answer import Answer
+from api_gateway.headers import Fields
+from api_gateway.link import Link
+
+_TYPE = b"text/event-stream"
+_EDGES = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event ends with an empty line
+_LONGEST = 4
+
+
+class EventStream:
+    """Ends `answer` once the server stops and no event is half sent."""
+
+    def __init__(self, link: Link, answer: Answer) -> None:
+        self._link = link
+        self._answer = answer
+        self._tail = _EDGES[0]  # before the first event is between two as well
+        link.on_stopping = self._on_stopping
+
+    def __repr__(self) -> str:
+        return f"<EventStream [{'between events' if self._tail.endswith(_EDGES) else 'within an event'}]>"
+
+    def on_piece(self, piece: bytes) -> bool:
+        """Note what is passed on; tell whether the stream shall end behind it."""
+        self._tail = (self._tail + piece)[-_LONGEST:]
+        return self._link.is_stopping and self._tail.endswith(_EDGES)
+
+    def _on_stopping(self) -> None:
+        if self._tail.endswith(_EDGES) and not self._answer.pieces:
+            self._answer.finish()
+
+
+def event_stream(link: Link | None, fields: Fields, answer: object) -> EventStream | None:
+    """Return what ends the answer of these headers politely, or None if it has an end of its own."""
+    types = fields.get(b"content-type")
+    if types is None or link is None or not types[0].lower().startswith(_TYPE) or b"content-length" in fields:
+        return None
+    return EventStream(link, answer) if isinstance(answer, Answer) else None
