@@ -44,7 +44,8 @@ class IdFilter:
 
     def update(self, other: "IdFilter") -> None:
         """Add what a filter for the same limit holds. Raises ValueError."""
-        if len(other._bits) != len(self._bits):
-            raise ValueError(f"a filter of {len(other._bits)} bytes cannot be added to one of {len(self._bits)}")
-        joined = int.from_bytes(self._bits, "little") | int.from_bytes(other._bits, "little")
+        bits = other._bits  # noqa: SLF001 - of the same class
+        if len(bits) != len(self._bits):
+            raise ValueError(f"a filter of {len(bits)} bytes cannot be added to one of {len(self._bits)}")
+        joined = int.from_bytes(self._bits, "little") | int.from_bytes(bits, "little")
         self._bits[:] = joined.to_bytes(len(self._bits), "little")

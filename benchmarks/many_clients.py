@@ -1,10 +1,10 @@
 """What a flood of invented client ids costs a client that behaves, and the memory it takes.
 
-`python -m benchmarks.many_clients` runs one gateway on one core; upstream (nginx), store and load are on the other. Two
+`python -m benchmarks.many_clients` runs one gateway on one core; upstream (nginx), store and load have the other. Two
 clients keep to their limits: one of the ENTERPRISE tier asks 50 times a second, one of FREE every other second, at
-fixed times whatever comes back. Beside them a flood comes at a fixed rate, by turns from one known id and from ids none of
-which comes twice, all of them FREE and each within its limits: what differs is the invention of ids alone. The address
-they come from is not counted, as if each came from one of its own: nothing but the tables' bounds stands in the way.
+fixed times whatever comes back. Beside them a flood comes at a fixed rate, in short turns from one known id and from
+ids none of which comes twice, each within its limits: what differs is the invention of ids alone. Half of the ids come
+so, the others at a stretch. The address they come from is not limited: nothing stands between them and the tables.
 """
 
 import argparse
@@ -37,8 +37,9 @@ KNOWN = 0  # number of the one id that is known
 OFTEN, SELDOM = "asks-often", "asks-seldom"
 RATES = {OFTEN: 50.0, SELDOM: 0.5}  # requests a second
 REFUSALS = (429, 503)
+IDLE_SHARE = 4  # an idle gateway is watched for this part of the time of a flood
 HELD = 10_000  # registered clients in memory, where they do not all fit
-PHASES = ("idle", "one id", "many ids")
+IDLE, ONE, MANY, STRETCH = "nobody", "one id", "ids that never repeat", "the same, at a stretch"
 UNLIMITED = 1_000_000  # requests a second
 SAMPLED_EVERY = 2.0  # seconds between two looks at the tables
 
@@ -67,7 +68,6 @@ class Phase:
     costs: list[float] = field(default_factory=list)  # microseconds of CPU time for each
     medians: list[float] = field(default_factory=list)  # milliseconds
     tails: list[float] = field(default_factory=list)  # milliseconds, the 99th percentile
-    slowest: list[float] = field(default_factory=list)  # milliseconds, the client that asks seldom
     statuses: Counter[str] = field(default_factory=Counter)  # of the flood
     refused: Counter[int] = field(default_factory=Counter)  # clients that keep to their limits
     peak: int = 0  # bytes
@@ -80,7 +80,7 @@ class Measured:
 
     start: int
     after: int = 0
-    phases: dict[str, Phase] = field(default_factory=lambda: {name: Phase() for name in PHASES})
+    phases: dict[str, Phase] = field(default_factory=lambda: {name: Phase() for name in (IDLE, ONE, MANY, STRETCH)})
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Scene:
         reset_peak(self._pid)
         before = cpu_seconds(self._pid)
         with ExitStack() as stack:
-            flood = None if name == "idle" else self._flood(name, requests)
+            flood = None if name == IDLE else self._flood(name, requests)
             seconds = requests / self._rate
             often, seldom = (stack.enter_context(self._asking(client, phase)) for client in RATES)
             other = threading.Thread(target=seldom.run, args=(RATES[SELDOM], seconds))
@@ -180,13 +180,12 @@ class Scene:
         measured = sorted(often.measured)
         phase.medians.append(percentile(measured, 0.5) * 1000)
         phase.tails.append(percentile(measured, 0.99) * 1000)
-        phase.slowest.append(max(seldom.measured) * 1000)
         phase.peak = max(phase.peak, resident_bytes(self._pid, peak=True))
         self.measured.after = resident_bytes(self._pid)
 
     def _flood(self, name: str, requests: int) -> "subprocess.Popen[str]":
-        first, ids = (self._next, requests) if name == "many ids" else (KNOWN, 1)
-        self._next += ids if name == "many ids" else 0
+        first, ids = (KNOWN, 1) if name == ONE else (self._next, requests)
+        self._next += 0 if name == ONE else ids
         options = ["--rate", str(self._rate), "--count", str(requests), "--first", str(first), "--ids", str(ids)]
         command = [sys.executable, "-m", "benchmarks.flood", str(self._port), *options]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own words
@@ -217,9 +216,10 @@ class Scene:
 
 
 def measure(row: Row, behind: int, *, ids: int, seconds: float, rounds: int) -> Measured:
-    """Start a gateway and measure it: idle, then by turns under one id and under many."""
+    """Start a gateway and measure it: by turns under one id, under many and idle, then under many at a stretch."""
     port, store = free_port(), free_port()
-    requests = ids // rounds
+    half = ids // 2
+    part = half // rounds
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "store").mkdir()
@@ -230,52 +230,62 @@ def measure(row: Row, behind: int, *, ids: int, seconds: float, rounds: int) -> 
         pid = stack.enter_context(running(command, core=GATEWAY_CORE, port=port, folder=folder, env=env))
         await_ready(port)
         scene = Scene(pid, port, ids / seconds)
-        scene.run("idle", requests)
         for _ in range(rounds):
-            scene.run("one id", requests)
-            scene.run("many ids", requests)
-        scene.run("one id", requests)
+            scene.run(ONE, part)
+            scene.run(MANY, part)
+            scene.run(IDLE, part // IDLE_SHARE)
+        scene.run(STRETCH, ids - part * rounds)
+        scene.run(ONE, part)
     return scene.measured
 
 
-def _spread(values: Sequence[float]) -> str:
+def _middle(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def lines(row: Row, measured: Measured) -> Iterator[str]:
-    """Return what was measured of a row, as lines of three tables; the name of its table comes first."""
-    phases = measured.phases
-    for name, phase in phases.items():
+def latencies_of(row: Row, measured: Measured) -> Iterator[str]:
+    """Return the lines on the clients that keep to their limits."""
+    usual = statistics.median(measured.phases[ONE].tails)
+    for name, phase in measured.phases.items():
         rate = f"{statistics.median(phase.rates):,.0f}" if phase.rates else ""
         cost = f"{statistics.median(phase.costs):.0f}" if phase.costs else ""
-        times = statistics.median(phase.tails) / statistics.median(phases["one id"].tails)
         yield (
-            f"latency| {row.name}, {name} | {rate} | {cost} | {_spread(phase.medians)} | {_spread(phase.tails)} |"
-            f" {times:.2f} | {max(phase.slowest):.1f} | {phase.refused.total()} |"
+            f"| {row.name}: {name} | {rate} | {cost} | {_middle(phase.medians)} | {_middle(phase.tails)} |"
+            f" {statistics.median(phase.tails) / usual:.2f} | {phase.refused.total()} |"
         )
-    figures = [measured.start, phases["one id"].peak, phases["many ids"].peak, measured.after]
-    yield f"memory| {row.name} | {' | '.join(f'{figure / 1e6:.0f}' for figure in figures)} |"
-    tables = phases["many ids"].tables
-    for name in tables | phases["one id"].tables:
-        yield f"tables| {row.name}, {name} | {phases['one id'].tables[name]:,} | {tables[name]:,} |"
 
 
-HEADS = {
-    "latency": (
-        "| a client at 50 requests/s beside | requests/s | CPU µs/request | p50, ms | p99, ms | p99 to one id's |"
-        " slowest of a client at 0.5/s, ms | refused |\n|---|---:|---:|---:|---:|---:|---:|---:|"
-    ),
-    "memory": "| resident memory, MB | at start | peak, one id | peak, many ids | after |\n|---|---:|---:|---:|---:|",
-    "tables": "| entries at most | one id | many ids |\n|---|---:|---:|",
-}
+def memory_of(row: Row, measured: Measured) -> str:
+    """Return the line on resident memory, in MB."""
+    figures = (measured.start, *(measured.phases[name].peak for name in (ONE, MANY, STRETCH)), measured.after)
+    return f"| {row.name} | {' | '.join(f'{figure / 1e6:.0f}' for figure in figures)} |"
+
+
+def tables_of(found: Sequence[tuple[Row, Measured]]) -> Iterator[str]:
+    """Return the lines on what tables held at most."""
+    most = [measured.phases[MANY].tables | measured.phases[STRETCH].tables for _, measured in found]
+    for name in dict.fromkeys(name for tables in most for name in tables):
+        yield f"| {name} | {' | '.join(f'{tables[name]:,}' for tables in most)} |"
 
 
 def report(found: Sequence[tuple[Row, Measured]]) -> str:
     """Return the tables."""
-    written = [line.partition("|") for row, measured in found for line in lines(row, measured)]
-    return "\n\n".join(
-        "\n".join([head, *("".join(("", "", text)) for table, _, text in written if table == name)])
-        for name, head in HEADS.items()
+    names = [row.name for row, _ in found]
+    head = "| within its limits, beside | requests/s | CPU µs/request | p50, ms | p99, ms | to one id's | refused |"
+    return "\n".join(
+        [
+            head,
+            "|---|---:|---:|---:|---:|---:|---:|",
+            *(line for row, measured in found for line in latencies_of(row, measured)),
+            "",
+            f"| resident memory, MB | at start | {ONE} | {MANY} | {STRETCH} | after |",
+            "|---|---:|---:|---:|---:|---:|",
+            *(memory_of(row, measured) for row, measured in found),
+            "",
+            f"| entries at most | {' | '.join(names)} |",
+            f"|---|{'---:|' * len(names)}",
+            *tables_of(found),
+        ]
     )
 
 
@@ -284,17 +294,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_clients", description=__doc__)
     parser.add_argument("--ids", type=int, default=1_000_000, help="ids in all (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="time in which they come (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="parts they come in (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="parts the first half of them comes in")
     parser.add_argument("row", nargs="*", help="what the names of the rows to run begin with (default: all)")
     options = parser.parse_args(arguments)
-    chosen = [row for row in ROWS if not options.row or row.name.startswith(tuple(options.row))]
     found = []
     with tempfile.TemporaryDirectory() as folder, upstream(Path(folder), LOAD_CORE) as behind, pinned(LOAD_CORE):
-        for row in chosen:
+        for row in ROWS:
+            if options.row and not row.name.startswith(tuple(options.row)):
+                continue
             measured = measure(row, behind, ids=options.ids, seconds=options.seconds, rounds=options.rounds)
             found.append((row, measured))
             for name, phase in measured.phases.items():
-                sys.stderr.write(f"{row.name}, {name}: {dict(phase.statuses)}\n")
+                sys.stderr.write(f"{row.name}: {name}: {dict(phase.statuses)}\n")
     sys.stdout.write(report(found) + "\n")
     return 1 if any(phase.refused for _, measured in found for phase in measured.phases.values()) else 0
 

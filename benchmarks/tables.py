@@ -1,6 +1,6 @@
 """The gateway with one path more, `/tables`, which tells how many entries each table of the process holds.
 
-`python -m benchmarks.tables <configuration>`. Only measurements need it: it looks into what the gateway keeps to itself.
+`python -m benchmarks.tables <configuration>`. It looks into what is the gateway's own, as only a measurement may.
 """
 
 import logging
@@ -19,8 +19,7 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
     """Return the entries of every table that a client could make grow."""
     clients: Any = gateway.clients
     limiter: Any = gateway.limiter
-    buckets = len(limiter)
-    retired, keys = 0, 0
+    keys = 0
     if isinstance(gateway.limiter, RedisLimiter):
         keys = limiter.store_key.cache_info().currsize
         tables = [*limiter._told.values(), *limiter._told_before.values(), limiter.share._admitted]
@@ -28,10 +27,9 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
         refunds = [limiter._given_back, limiter.share._limiter._refunds]
     else:
         tables, refunds = [limiter._table], [limiter._refunds]
-    retired = sum(len(part) for table in tables for part in table.retired)
     return {
-        "buckets": buckets,
-        "to be freed": retired,
+        "buckets": len(limiter),
+        "buckets to be freed": sum(len(part) for table in tables for part in table.retired),
         "refunds": sum(map(len, refunds)),
         "store keys": keys,
         "client copy": len(clients._copy),

@@ -71,10 +71,10 @@ class HeldStore:
     async def load(self, limit: int) -> Snapshot:
         await self._reach()
         live = [record for record in self.records.values() if not record.is_empty]
-        ids = IdFilter(limit) if self.tells_ids else None
-        for record in live if ids else ():
+        ids = IdFilter(limit)
+        for record in live:
             ids.add(record.id)
-        return Snapshot(live[:limit], self.mark, len(live) <= limit, ids)
+        return Snapshot(live[:limit], self.mark, len(live) <= limit, ids if self.tells_ids else None)
 
     async def write(self, client_id: str, change: Change) -> Written:
         await self._reach()
