@@ -3,8 +3,8 @@
 `python -m benchmarks.many_clients` runs one gateway on one core; upstream (nginx), store and load have the other. Two
 clients keep to their limits: one of the ENTERPRISE tier asks 50 times a second, one of FREE every other second, at
 fixed times whatever comes back. Beside them a flood comes at a fixed rate, in short turns from one known id and from
-ids none of which comes twice, each within its limits: what differs is the invention of ids alone. Half of the ids come
-so, the others at a stretch. The address they come from is not limited: nothing stands between them and the tables.
+ids none of which comes twice, each within its limits: what differs is the invention of ids alone. A quarter of the ids
+come so, the others at a stretch. The address they come from is not limited: nothing stands between them and the tables.
 """
 
 import argparse
@@ -37,6 +37,7 @@ KNOWN = 0  # number of the one id that is known
 OFTEN, SELDOM = "asks-often", "asks-seldom"
 RATES = {OFTEN: 50.0, SELDOM: 0.5}  # requests a second
 REFUSALS = (429, 503)
+STRETCHED = 4  # all but the first of so many parts of the ids come at a stretch
 IDLE_SHARE = 4  # an idle gateway is watched for this part of the time of a flood
 HELD = 10_000  # registered clients in memory, where they do not all fit
 IDLE, ONE, MANY, STRETCH = "nobody", "one id", "ids that never repeat", "the same, at a stretch"
@@ -218,8 +219,7 @@ class Scene:
 def measure(row: Row, behind: int, *, ids: int, seconds: float, rounds: int) -> Measured:
     """Start a gateway and measure it: by turns under one id, under many and idle, then under many at a stretch."""
     port, store = free_port(), free_port()
-    half = ids // 2
-    part = half // rounds
+    part = ids // (rounds * STRETCHED)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "store").mkdir()
@@ -234,7 +234,8 @@ def measure(row: Row, behind: int, *, ids: int, seconds: float, rounds: int) -> 
             scene.run(ONE, part)
             scene.run(MANY, part)
             scene.run(IDLE, part // IDLE_SHARE)
-        scene.run(STRETCH, ids - part * rounds)
+        for _ in range(rounds * (STRETCHED - 1)):
+            scene.run(STRETCH, part)
         scene.run(ONE, part)
     return scene.measured
 
@@ -294,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_clients", description=__doc__)
     parser.add_argument("--ids", type=int, default=1_000_000, help="ids in all (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="time in which they come (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="parts the first half of them comes in")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
     parser.add_argument("row", nargs="*", help="what the names of the rows to run begin with (default: all)")
     options = parser.parse_args(arguments)
     found = []
