@@ -86,7 +86,10 @@ class RedisClients:
         return f"<RedisClients [{'listening' if self._is_listening else 'not listening'}]>"
 
     async def load(self, limit: int) -> Snapshot:
-        """See `ClientStore`. What changes while it reads is newer than the mark, and so read again."""
+        """See `ClientStore`. What changes while it reads is newer than the mark, and so read again.
+
+        All ids are read, a page at a time, also where there are more than `limit`.
+        """
         epoch, version = await self._ask(self._client.hmget(self._meta, "epoch", "version"))
         mark = Mark((epoch or b"").decode(), int(version or 0))
         records: dict[str, ClientRecord] = {}
