@@ -2,9 +2,10 @@
 
 `python -m benchmarks.many_clients` runs one gateway on one core; upstream (nginx), store and load have the other. Two
 clients keep to their limits: one of the ENTERPRISE tier asks 50 times a second, one of FREE every other second, at
-fixed times whatever comes back. Beside them a flood comes at a fixed rate, in short turns from one known id and from
-ids none of which comes twice, each within its limits: what differs is the invention of ids alone. A quarter of the
-ids come so, the others at a stretch. The address they come from is not limited, so that they reach every table.
+fixed times whatever comes back, and both at the start of each turn. Beside them a flood comes at a fixed rate, in short
+turns from one known id and from ids none of which comes twice, each within its limits: what differs is the invention of
+ids alone. A quarter of the ids come so, the others at a stretch. The address they come from is not limited, so that
+they reach every table.
 """
 
 import argparse
@@ -305,8 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             measured = measure(row, behind, ids=options.ids, seconds=options.seconds, rounds=options.rounds)
             found.append((row, measured))
-            for name, phase in measured.phases.items():
-                sys.stderr.write(f"{row.name}: {name}: {dict(phase.statuses)}\n")
+            for line in (*latencies_of(row, measured), memory_of(row, measured)):
+                sys.stderr.write(f"{line}\n")
+            statuses = sum((phase.statuses for phase in measured.phases.values()), Counter[str]())
+            sys.stderr.write(f"{row.name}: the flood was answered {dict(statuses)}\n")
     sys.stdout.write(report(found) + "\n")
     return 1 if any(phase.refused for _, measured in found for phase in measured.phases.values()) else 0
 
