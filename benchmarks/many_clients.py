@@ -2,10 +2,10 @@
 
 `python -m benchmarks.many_clients` runs one gateway on one core; upstream (nginx), store and load have the other. Two
 clients keep to their limits: one of the ENTERPRISE tier asks 50 times a second, one of FREE every other second, at
-fixed times whatever comes back, and both at the start of each turn. Beside them a flood comes at a fixed rate, in short
-turns from one known id and from ids none of which comes twice, each within its limits: what differs is the invention of
-ids alone. A quarter of the ids come so, the others at a stretch. The address they come from is not limited, so that
-they reach every table.
+fixed times whatever comes back, and both at the start of each turn. Beside them a flood comes at a fixed rate, in
+short turns from one known id and from ids none of which comes twice, each within its limits: what differs is the
+invention of ids alone. A quarter of the ids come so, the others at a stretch. The address they come from is not
+limited, so that they reach every table.
 """
 
 import argparse
