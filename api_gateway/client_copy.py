@@ -3,7 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from api_gateway.client_records import ClientRecord
+from api_gateway.client_records import ClientRecord, Snapshot
+from api_gateway.id_filter import IdFilter
 from api_gateway.models import Client
 
 _ABSENT_SHARE = 10  # invented ids may take this part of the room from the clients that exist
@@ -12,7 +13,8 @@ _ABSENT_SHARE = 10  # invented ids may take this part of the room from the clien
 class ClientCopy:
     """Records by id, the client each comes to in `clients`, and ids known to have no record.
 
-    While it is complete, an id without a record is known to have none. Else `knows` tells.
+    While it is complete, an id without a record is known to have none. Else `knows` tells, and `rules_out` of most
+    ids that are invented.
     """
 
     def __init__(self, limit: int, resolve: Callable[[ClientRecord], Client | None]) -> None:
@@ -23,6 +25,7 @@ class ClientCopy:
         self._records: OrderedDict[str, ClientRecord] = OrderedDict()
         self._absent: OrderedDict[str, None] = OrderedDict()
         self._empty: set[str] = set()
+        self._ids: IdFilter | None = IdFilter(limit)  # all that may have a record; None if that is not known
         self._resolve = resolve
 
     def __repr__(self) -> str:
@@ -51,6 +54,25 @@ class ClientCopy:
             return self.is_complete
         return True
 
+    def rules_out(self, client_id: str) -> bool:
+        """Tell whether it is certain that nothing is stored of a client, without knowing of it in particular."""
+        return self._ids is not None and client_id not in self._ids
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Hear how much there is, before its records are put in."""
+        self.is_complete = snapshot.is_complete
+        if snapshot.is_complete:
+            return
+        if snapshot.ids is None:
+            self._ids = None
+        elif self._ids is not None:
+            self._ids.update(snapshot.ids)
+
+    def expect(self, client_id: str) -> None:
+        """Note that there may be a record of a client, which is not held."""
+        if self._ids is not None:
+            self._ids.add(client_id)
+
     def put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:
         """Take a record over unless one as new is held; tell whether it was taken.
 
@@ -59,6 +81,7 @@ class ClientCopy:
         held = self._records.get(record.id)
         if held is not None and held.version >= record.version and not is_new_epoch:
             return False
+        self.expect(record.id)
         self._records[record.id] = record
         self._records.move_to_end(record.id)
         self._absent.pop(record.id, None)

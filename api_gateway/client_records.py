@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from api_gateway.id_filter import IdFilter
+
 KEPT_CHANGES = 10_000  # whoever is further behind than this reads everything anew
 
 
@@ -65,11 +67,15 @@ UNREAD = Mark("", 0)
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Records as they were at `mark` or later; not all of them if there were more than asked for."""
+    """Records as they were at `mark` or later; not all of them if there were more than asked for.
+
+    Then `ids`, made for as many as were asked for, holds the ids of all; None if the store does not tell them.
+    """
 
     records: Sequence[ClientRecord]
     mark: Mark
     is_complete: bool
+    ids: IdFilter | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ class ClientRegistry:
         different = set()
         try:
             snapshot = await self._store.load(self._limit)
-            fresh.is_complete = snapshot.is_complete
+            fresh.start(snapshot)
             for count, record in enumerate(snapshot.records):
                 fresh.put(record)
                 if fresh.clients.get(record.id) != self._known.get(record.id):
@@ -212,6 +212,7 @@ class ClientRegistry:
             elif self._copy.is_complete or self._copy.knows(record.id) or self._look_ups.is_asked(record.id):
                 self._apply(record)
             else:
+                self._copy.expect(record.id)
                 self._look_ups.forgive(record.id)
                 self.version += 1  # somebody may still go by what was once known of it
         self._mark = changes.mark
@@ -234,7 +235,8 @@ class ClientRegistry:
 
     def find(self, client_id: str) -> Client | None:
         """Return the client that calls itself `client_id`, or None if it takes a `look_up`."""
-        if self._copy.is_complete or self._copy.knows(client_id):
+        copy = self._copy
+        if copy.is_complete or copy.knows(client_id) or copy.rules_out(client_id):
             return self.named(client_id)
         if self.trouble is not None or self._look_ups.is_late(client_id):
             return self.named(client_id)

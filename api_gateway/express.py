@@ -102,6 +102,15 @@ class Standing:
     def __repr__(self) -> str:
         return f"<Standing of {self.name or self.peer!r}>"
 
+    def named(self, name: str | None) -> "Standing":
+        """Return what the same headers come to with a client's name beside them."""
+        other = Standing.__new__(Standing)  # the arguments of `__init__` would be taken apart a second time
+        other.length, other.keep_alive = self.length, self.keep_alive
+        other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
+        other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
+        other.version, other.cost, other.client, other.charges = -1, -1.0, None, []
+        return other
+
 
 class Lines(NamedTuple):
     """The header lines of a request as they came, what they come to, and as they go upstream."""
@@ -176,7 +185,10 @@ class Express:
         self._clients = identify.clients
         self._clock_ns = clock_ns
         self._noted = NotedLines(noted(router.protected))
-        self._known = lru_cache(maxsize=MAX_KNOWN)(self._understand)
+        self._known = lru_cache(maxsize=MAX_KNOWN)(self._told_apart)
+        self._nameless = lru_cache(maxsize=MAX_KNOWN)(self._understand)
+        # Unless the client's name lies in a header that says something else, too.
+        self._names_apart = identify.header not in noted(frozenset())
 
     def board(self, client: ClientConnection, received: bytes) -> bool:
         """Take the request that was received on its way, or change nothing and return False."""
@@ -279,6 +291,20 @@ class Express:
         understand = self._known if len(came) <= MAX_KNOWN_BYTES else self._understand
         standing = understand(peer, client.scheme, tuple(found))
         return None if standing is None else Lines(came, standing, without(came, standing.dropped) + standing.added)
+
+    def _told_apart(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> Standing | None:
+        """Understand the client's name by itself: who invents names invents no more than those, as a rule."""
+        header = self._identify.header
+        names = [pair for pair in found if pair[0].lower() == header]
+        if len(names) != 1 or not self._names_apart:
+            return self._understand(peer, scheme, found)
+        nameless = self._nameless(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
+        if nameless is None:
+            return None
+        try:
+            return nameless.named(self._identify.name(fields_of(names)))
+        except GatewayError:
+            return None
 
     def _understand(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> Standing | None:
         fields = fields_of(found)

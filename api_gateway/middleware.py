@@ -229,7 +229,7 @@ class Identify:
     ) -> None:
         self.app = app
         self.clients = clients
-        self._header = header.lower().encode()
+        self.header = header.lower().encode()
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
 
@@ -254,7 +254,11 @@ class Identify:
         is_trusted = bool(self._trusted) and self._is_trusted(peer)
         if is_trusted:
             peer = client_address(peer, fields, self._trusted)
-        return peer, is_trusted, auth.client_id(fields, self._header)
+        return peer, is_trusted, self.name(fields)
+
+    def name(self, fields: Fields) -> str | None:
+        """Return the name the client gave, if it gave one. Raises ClientIdInvalid."""
+        return auth.client_id(fields, self.header)
 
     def client(self, name: str | None, address: str) -> Client | None:
         """Return the client as it is registered now, or None if the store is to be asked."""

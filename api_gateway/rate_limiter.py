@@ -233,17 +233,17 @@ class MemoryLimiter:
             return self._decide_all(charges, now_ns)
         charge = charges[0]
         quota, increment_ns = charge.quota, charge.increment_ns
-        tat_ns = table.current.get(charge.key)
-        if tat_ns is not None:
-            # A warm bucket that passes, `take` written out: the common case takes half the time so.
-            debt_ns = (tat_ns - now_ns if tat_ns > now_ns else 0) + increment_ns
-            if debt_ns <= quota.burst_ns:
-                if increment_ns:
-                    table.current[charge.key] = now_ns + debt_ns
-                remaining = (quota.burst_ns - debt_ns) // quota.emission_ns
-                return Decision(charge.key, quota, True, remaining, 0, debt_ns, now_ns)
-        else:
-            tat_ns = self._load(charge.key)
+        held_ns = table.current.get(charge.key)
+        tat_ns = self._load(charge.key) if held_ns is None else held_ns
+        # A bucket that passes, `take` written out: the common case takes half the time so.
+        debt_ns = (tat_ns - now_ns if tat_ns > now_ns else 0) + increment_ns
+        if debt_ns <= quota.burst_ns:
+            if increment_ns and held_ns is not None:
+                table.current[charge.key] = now_ns + debt_ns
+            elif increment_ns:
+                self._store(charge.key, now_ns + debt_ns)
+            remaining = (quota.burst_ns - debt_ns) // quota.emission_ns
+            return Decision(charge.key, quota, True, remaining, 0, debt_ns, now_ns)
         after_ns, wait_ns = take(tat_ns, quota.burst_ns, increment_ns, now_ns)
         if (wait_ns == 0 and increment_ns) or after_ns < tat_ns:
             self._store(charge.key, after_ns)

@@ -27,6 +27,7 @@ from api_gateway.client_records import (
     Snapshot,
     Written,
 )
+from api_gateway.id_filter import IdFilter
 from api_gateway.store import REFUSALS, StoreError, StoreSession
 from api_gateway.tasks import end
 
@@ -85,20 +86,25 @@ class RedisClients:
         return f"<RedisClients [{'listening' if self._is_listening else 'not listening'}]>"
 
     async def load(self, limit: int) -> Snapshot:
-        """See `ClientStore`. What changes while it reads is newer than the mark, and so read again."""
+        """See `ClientStore`. What changes while it reads is newer than the mark, and so read again.
+
+        All ids are read, a page at a time, also where there are more than `limit`.
+        """
         epoch, version = await self._ask(self._client.hmget(self._meta, "epoch", "version"))
         mark = Mark((epoch or b"").decode(), int(version or 0))
         records: dict[str, ClientRecord] = {}
-        cursor, is_complete = 0, True
+        ids = IdFilter(limit)
+        cursor = 0
         while True:
             cursor, page = await self._ask(self._client.hscan(self._records, cursor, count=_PAGE))
-            records |= {record.id: record for record in _records(page.items()) if not record.is_empty}
-            if len(records) > limit or not cursor:
+            for client_id in page:
+                ids.add(client_id.decode("ascii", "replace"))
+            if len(records) <= limit:
+                records |= {record.id: record for record in _records(page.items()) if not record.is_empty}
+            if not cursor:
                 break
-        if len(records) > limit:
-            is_complete = False
-            records = dict(list(records.items())[:limit])
-        return Snapshot(list(records.values()), mark, is_complete)
+        is_complete = len(records) <= limit
+        return Snapshot(list(records.values())[:limit], mark, is_complete, None if is_complete else ids)
 
     async def write(self, client_id: str, change: Change) -> Written:
         """See `ClientStore`."""

@@ -24,6 +24,7 @@ from api_gateway.client_records import (
     Snapshot,
     Written,
 )
+from api_gateway.id_filter import IdFilter
 
 T = TypeVar("T")
 
@@ -125,8 +126,16 @@ class SqliteClients:
                 " ORDER BY version DESC LIMIT ?",
                 (limit + 1,),
             ).fetchall()
+            is_complete = len(rows) <= limit
+            ids = None if is_complete or not limit else self._ids(self._connection, limit)
         records = [_record(row) for row in reversed(rows[:limit])]
-        return Snapshot(records, Mark(EPOCH, version), is_complete=len(rows) <= limit)
+        return Snapshot(records, Mark(EPOCH, version), is_complete, ids)
+
+    def _ids(self, connection: sqlite3.Connection, limit: int) -> IdFilter:
+        ids = IdFilter(limit)
+        for (client_id,) in connection.execute("SELECT id FROM clients"):
+            ids.add(client_id)
+        return ids
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import httptools
 
@@ -159,11 +160,16 @@ class Answer:
         except httptools.HttpParserError as error:
             raise Failed(f"not an answer of HTTP: {error}") from error
 
+    @property
+    def status(self) -> int:
+        """The status of the last answer."""
+        code: int = self._parser.get_status_code()
+        return code
+
     def check(self, size: int) -> None:
         """Raise Failed unless the status is 2xx and the body has this size."""
-        status = self._parser.get_status_code()
-        if status not in _OK or self.length != size:
-            raise Failed(f"status {status} with {self.length} bytes, not 200 with {size}")
+        if self.status not in _OK or self.length != size:
+            raise Failed(f"status {self.status} with {self.length} bytes, not 200 with {size}")
 
     def on_body(self, body: bytes) -> None:
         """The parser calls this."""
@@ -205,8 +211,12 @@ class Client:
             raise Failed("the connection was closed before the answer")
         self._answer.feed(received)
         if self._answer.done:
-            self._answer.check(len(SMALL))
+            self.check(self._answer)
         return self._answer.done
+
+    def check(self, answer: Answer) -> None:
+        """Raise Failed if an answer is not the one expected."""
+        answer.check(len(SMALL))
 
     def ask(self) -> None:
         """Send a request and wait for its answer."""
@@ -220,26 +230,17 @@ def latencies(port: int, *, core: int, rate: float, seconds: float, most: int = 
 
     Raises Failed if more than `most` are unanswered at once: then the rate is not held.
     """
-    with pinned(core), contextlib.closing(OpenLoop(port, most)) as loop:
+    with pinned(core), contextlib.closing(OpenLoop(partial(Client, port), most)) as loop:
         loop.warm_up()
-        start, total = time.perf_counter() + 0.01, round(rate * seconds)
-        for number in range(total):
-            due = start + number / rate
-            while (wait := due - time.perf_counter()) > 0:
-                loop.receive(wait)
-            if not loop.send(due):
-                raise Failed(f"does not hold {rate:g} requests/s")
-        while len(loop.measured) < total:
-            if not loop.receive(_PATIENCE):
-                raise Failed(f"{total - len(loop.measured)} requests were not answered in {_PATIENCE:g} s")
+        loop.run(rate, seconds)
     return sorted(loop.measured)
 
 
 class OpenLoop:
     """Connections to one server, those with an unanswered request apart, and the seconds each answer took."""
 
-    def __init__(self, port: int, most: int) -> None:
-        self._port = port
+    def __init__(self, connect: Callable[[], Client], most: int = 500) -> None:
+        self._connect = connect
         self._most = most
         self._idle: list[Client] = []
         self._busy: set[Client] = set()
@@ -256,14 +257,27 @@ class OpenLoop:
     def warm_up(self, connections: int = 8) -> None:
         """Open some connections and ask once on each."""
         for _ in range(connections):
-            self._idle.append(Client(self._port))
+            self._idle.append(self._connect())
             self._idle[-1].ask()
+
+    def run(self, rate: float, seconds: float) -> None:
+        """Send at a fixed rate for a while, and wait for the answers. Raises Failed."""
+        start, total = time.perf_counter() + 0.01, round(rate * seconds)
+        for number in range(total):
+            due = start + number / rate
+            while (wait := due - time.perf_counter()) > 0:
+                self.receive(wait)
+            if not self.send(due):
+                raise Failed(f"does not hold {rate:g} requests/s")
+        while len(self.measured) < total:
+            if not self.receive(_PATIENCE):
+                raise Failed(f"{total - len(self.measured)} requests were not answered in {_PATIENCE:g} s")
 
     def send(self, due: float) -> bool:
         """Send a request that was due then, on a connection that has none; false if too many are unanswered."""
         if len(self._busy) >= self._most:
             return False
-        client = self._idle.pop() if self._idle else Client(self._port)
+        client = self._idle.pop() if self._idle else self._connect()
         self._busy.add(client)
         client.send(due)
         return True

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "api_gateway"
 
 # Lowest first. Within a layer a module may import those to its left where a `<` says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "models", "headers", "heads", "diagnosis", "store_url", "lifeline", "frames"),
+    ("errors", "models", "headers", "heads", "diagnosis", "store_url", "lifeline", "frames", "id_filter"),
     (
         "client_records",
         "client_copy",

@@ -14,8 +14,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import limiter
+from benchmarks import limiter, many_clients
 from benchmarks.compare import main
+from benchmarks.flood import flood
 from benchmarks.load import Failed, latencies, parse_wrk, percentile
 from benchmarks.peers import PEERS, Place
 from benchmarks.plot import Row, draw
@@ -85,6 +86,14 @@ def server(answer: Callable[[], bytes]) -> Iterator[int]:
                 body = answer()
                 sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
+    with accepting(serve) as port:
+        yield port
+
+
+@contextmanager
+def accepting(serve: Callable[[socket], None]) -> Iterator[int]:
+    """Serve every connection on its own thread."""
+
     def accept() -> None:
         while True:
             try:
@@ -99,6 +108,21 @@ def server(answer: Callable[[], bytes]) -> Iterator[int]:
         yield listener.getsockname()[1]
         listener.shutdown(2)
         thread.join()
+
+
+@contextmanager
+def listening(seen: list[bytes]) -> Iterator[int]:
+    """Answer every request with JSON, in two pieces, and keep it."""
+
+    def serve(sock: socket) -> None:
+        with sock:
+            while request := sock.recv(65_536):
+                seen.append(request)
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+                sock.sendall(b"{}")
+
+    with accepting(serve) as port:
+        yield port
 
 
 def test_a_server_that_stalls_delays_all_that_was_due_meanwhile() -> None:
@@ -129,6 +153,19 @@ def test_a_wrong_answer_or_a_rate_not_held_is_no_latency() -> None:
 
     with server(slow) as port, pytest.raises(Failed, match="does not hold 500 requests/s"):
         latencies(port, core=0, rate=500, seconds=1, most=20)
+
+
+def test_a_flood_holds_its_rate_and_no_id_comes_twice_unless_it_shall() -> None:
+    seen: list[bytes] = []
+    for ids, expected in ((60, 60), (1, 1)):
+        seen.clear()
+        with listening(seen) as port:
+            done = flood(port, rate=300, count=60, first=7, ids=ids)
+        assert (done.requests, done.statuses) == (60, {"200": 60})
+        assert done.seconds == pytest.approx(0.2, abs=0.1)
+        assert len(seen) == 60
+        assert len(set(seen)) == expected
+        assert min(seen).endswith(b"X-Client-ID: id-000000007\r\n\r\n")
 
 
 # Processes
@@ -287,3 +324,16 @@ def test_a_short_comparison_prints_a_table_and_writes_a_plot(tmp_path: Path) -> 
     assert 0 < constant < gateway
     assert ">this gateway</text>" in (tmp_path / "plot.svg").read_text()
     assert json.loads((tmp_path / "all.json").read_text())["found"]["small"].keys() == {"gateway", "constant"}
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx on the PATH")
+def test_a_short_flood_of_invented_ids_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = many_clients.main(["memory", "--ids", "400", "--seconds", "0.8", "--rounds", "1"])
+    except OSError as error:  # no second core to hold the gateway on
+        pytest.skip(str(error))
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    rows = {line.split(" | ")[0].strip("| "): line for line in printed.splitlines()}
+    assert rows["memory: ids that never repeat"].endswith("| 0 |"), "nobody is refused"
+    assert 300 <= int(rows["buckets"].split(" | ")[1].strip(" |")) <= 403, "each id has a bucket"

@@ -24,6 +24,7 @@ from api_gateway.client_records import (
 )
 from api_gateway.clients import ClientRegistry, bucket_key
 from api_gateway.errors import StoreUnavailable
+from api_gateway.id_filter import IdFilter
 from api_gateway.models import Client, Quota
 from api_gateway.tasks import end
 from tests.kit import FakeClock, soon
@@ -51,6 +52,7 @@ class HeldStore:
         self.answers.set()
         self.watchers: list[asyncio.Event] = []
         self.ended = 0
+        self.tells_ids = False
         self._wall_clock = wall_clock or FakeClock()
 
     async def _reach(self) -> None:
@@ -69,7 +71,10 @@ class HeldStore:
     async def load(self, limit: int) -> Snapshot:
         await self._reach()
         live = [record for record in self.records.values() if not record.is_empty]
-        return Snapshot(live[:limit], self.mark, is_complete=len(live) <= limit)
+        ids = IdFilter(limit)
+        for record in live:
+            ids.add(record.id)
+        return Snapshot(live[:limit], self.mark, len(live) <= limit, ids if self.tells_ids else None)
 
     async def write(self, client_id: str, change: Change) -> Written:
         await self._reach()
@@ -587,6 +592,46 @@ async def test_a_change_of_a_client_that_is_not_remembered_is_not_missed() -> No
         await asyncio.sleep(0)
         registry._apply(ClientRecord("newcomer", "BASIC", version=99))  # told while the question is under way
         assert view(await asking) == ("BASIC", "registered")
+
+
+async def test_invented_names_are_not_looked_up_where_the_store_tells_all_ids() -> None:
+    store = HeldStore()
+    store.tells_ids = True
+    await crowded(store, 25)
+    async with following(store, limit=20) as registry:
+        found = [registry.find(f"stranger-{number}") for number in range(500)]
+        assert sum(client is None for client in found) <= 5, "a few may be taken for others"
+        assert {view(client) for client in found} <= {("FREE", "default"), None}
+        assert registry.find("client-24") is None
+        assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
+        await store.write("stranger-1", Change(tier="BASIC"))
+        await soon(lambda: registry.find("stranger-1") is None, "it is told of, and looked up")
+        await registry.set_tier("stranger-2", "BASIC")
+        for number in range(20):
+            await registry.look_up(f"client-{number}")
+        assert registry.find("stranger-2") is None, "it had to make room, and is looked up"
+
+
+async def test_who_is_registered_here_while_all_is_read_anew_is_looked_up_later() -> None:
+    store = HeldStore()
+    store.tells_ids = True
+    await crowded(store, 25)
+    async with following(store, limit=20) as registry:
+        reading = asyncio.create_task(registry._reload())
+        await asyncio.sleep(0)
+        for number in range(25):
+            registry._put(ClientRecord(f"newcomer-{number}", "BASIC", version=100 + number))
+        await reading
+        assert all(view(registry.find(f"newcomer-{number}")) != ("FREE", "default") for number in range(25))
+
+
+async def test_one_too_many_makes_nobody_unknown_who_is_registered() -> None:
+    store = HeldStore()
+    async with following(store, limit=20) as registry:
+        for number in range(30):
+            await registry.set_tier(f"client-{number}", "BASIC")
+        assert all(view(registry.find(f"client-{number}")) != ("FREE", "default") for number in range(30))
+        assert sum(registry.find(f"stranger-{number}") is None for number in range(500)) <= 5
 
 
 async def test_a_name_known_to_be_absent_may_be_registered() -> None:

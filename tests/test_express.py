@@ -422,6 +422,43 @@ def test_what_one_client_sent_is_not_taken_for_anothers(running: RunningGateway,
                 assert (up.requests[-1].all("x-client-id"), up.requests[-1].all("cookie")) == ([name.encode()],) * 2
 
 
+def test_a_name_is_told_apart_from_the_headers_beside_it(
+    running: RunningGateway, up: RawUpstream, boarded: list[bool]
+) -> None:
+    """What the others come to is worked out once for all names, and a name that is none is refused as ever."""
+    done = finished(running)
+    boarded.clear()
+    names = ("new-1", "new-2", "n\xefw", "new-3", "", "new-1")
+    with RawClient(running.port) as client:
+        answers = [
+            client.get(headers=("X-Request-ID: mine", f"X-Client-ID: {name}", "X_Client_Id: forged")) for name in names
+        ]
+        twice = client.get(headers=("X-Request-ID: mine", "X-Client-ID: new-1", "x-client-id: new-2"))
+    assert [answer.status for answer in (*answers, twice)] == [200, 200, 400, 200, 400, 200, 400]
+    assert boarded == [True, True, False, True, False, True, False]
+    eventually(lambda: len(done) == 7, "all end")
+    named = [exchange.client.id for exchange in done if exchange.client is not None]
+    assert named == ["new-1", "new-2", "new-3", "new-1"]
+    assert [exchange.charges[0].key for exchange in done if exchange.client] == [f"client:{name}" for name in named]
+    assert {exchange.id for exchange in done} == {"mine"}
+    assert [request.all("x-client-id") for request in up.requests] == [[name.encode()] for name in named]
+    assert not any(request.all("x_client_id") for request in up.requests)
+
+
+def test_a_name_may_lie_in_a_header_that_says_something_else_too(
+    gateway: StartGateway, up: RawUpstream, boarded: list[bool]
+) -> None:
+    running = warm(gateway(in_front_of(up.url) | {"identity": {"header": "X-Request-ID"}}), up)
+    done = finished(running)
+    boarded.clear()
+    with RawClient(running.port) as client:
+        answers = [client.get(headers=(f"X-Request-ID: {name}",)) for name in "ab"]
+    assert boarded == [True, True]
+    assert [answer.all("x-request-id") for answer in answers] == [[b"a"], [b"b"]]
+    eventually(lambda: len(done) == 2, "both end")
+    assert [exchange.client and exchange.client.id for exchange in done] == ["a", "b"]
+
+
 # One after the other
 
 

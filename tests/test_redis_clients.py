@@ -189,6 +189,8 @@ async def test_no_more_than_asked_for_is_loaded(store_server: StoreServer) -> No
         await store.write("gone", Change(tier=None))
         snapshot = await store.load(3)
         assert (len(snapshot.records), snapshot.is_complete) == (3, False)
+        assert snapshot.ids is not None
+        assert all(f"client-{number}" in snapshot.ids for number in range(5))
         assert (await store.load(5)).is_complete
 
 

@@ -222,6 +222,8 @@ async def test_no_more_than_asked_for_is_loaded(tmp_path: Path) -> None:
     snapshot = await store.load(3)
     assert [record.id for record in snapshot.records] == ["client-2", "client-3", "client-4"], "the newest"
     assert not snapshot.is_complete
+    assert snapshot.ids is not None
+    assert all(f"client-{number}" in snapshot.ids for number in range(5))
     assert (await store.load(5)).is_complete
     await store.close()
 

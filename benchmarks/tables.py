@@ -1,0 +1,62 @@
+"""The gateway with one path more, `/tables`, which tells how many entries each table of the process holds.
+
+`python -m benchmarks.tables <configuration>`. It looks into what is the gateway's own, as only a measurement may.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from api_gateway.config import load_config
+from api_gateway.main import Gateway
+from api_gateway.metrics import Recorder
+from api_gateway.redis_limiter import RedisLimiter
+from api_gateway.server import GatewayServer, configure_logging
+
+
+def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
+    """Return the entries of every table that a client could make grow."""
+    clients: Any = gateway.clients
+    limiter: Any = gateway.limiter
+    keys = 0
+    if isinstance(gateway.limiter, RedisLimiter):
+        keys = limiter.store_key.cache_info().currsize
+        tables = [*limiter._told.values(), *limiter._told_before.values(), limiter.share._admitted]
+        tables.append(limiter.share._limiter._table)
+        refunds = [limiter._given_back, limiter.share._limiter._refunds]
+    else:
+        tables, refunds = [limiter._table], [limiter._refunds]
+    return {
+        "buckets": len(limiter),
+        "buckets to be freed": sum(len(part) for table in tables for part in table.retired),
+        "refunds": sum(map(len, refunds)),
+        "store keys": keys,
+        "client copy": len(clients._copy),
+        "look-ups": len(clients._look_ups._asked) + len(clients._look_ups._late),
+        "heads": lane._known.cache_info().currsize,
+        "sketches": len(gateway.recorder.requests_by_client) + len(gateway.recorder.limited_by_client),
+        "series": series_of(gateway.recorder),
+    }
+
+
+def series_of(recorder: Recorder) -> int:
+    """Return how many labelled figures the metrics have."""
+    counters = [value for value in vars(recorder).values() if isinstance(value, dict)]
+    return sum(map(len, counters)) + sum(map(len, recorder.outcomes.values()))
+
+
+def main() -> int:
+    """Run the gateway."""
+    config = load_config(Path(sys.argv[1]))
+    configure_logging(config.log.level)
+    server = GatewayServer(config)
+    app: Any = server._app
+    app.add_api_route("/tables", lambda: sizes(app.state.gateway, app.lane))
+    server.run()
+    logging.shutdown()
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
