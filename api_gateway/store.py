@@ -8,11 +8,12 @@ import asyncio
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from hiredis import pack_command
 from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
@@ -31,6 +32,7 @@ StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all t
 REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
 
 RELISTEN_AFTER = 0.2  # seconds
+MAX_QUIET = 0.5  # seconds for which a subscription may hear nothing; it is asked then, and has as long to answer
 
 
 class ScriptCall:
@@ -105,7 +107,8 @@ class StoreSession:
     async def listen(self, channel: str, on_message: Callable[[str], None], on_state: Callable[[bool], None]) -> None:
         """Hand on what is published on a channel, until cancelled; reconnects by itself.
 
-        `on_state` tells when listening begins and when it has broken off: in between nothing is missed.
+        `on_state` tells when listening begins and when it has broken off: in between nothing is missed, but for what
+        a connection that has died without a sign loses within 2 * MAX_QUIET.
         """
         while True:
             pubsub = self.client.pubsub()
@@ -114,7 +117,7 @@ class StoreSession:
                     await self.client.initialize()  # or it raises KeyError for a slot it knows nothing of
                 await pubsub.subscribe(channel)
                 not_cancelled()
-                async for message in pubsub.listen():
+                async for message in _heard(pubsub):
                     if message["type"] == "subscribe":
                         on_state(True)
                     elif message["type"] == "message":
@@ -198,6 +201,22 @@ class _ClusterCarrier:
 
     def abort(self) -> None:
         """See `Carrier`: the client has dropped what broke."""
+
+
+async def _heard(pubsub: PubSub) -> AsyncIterator[dict[str, Any]]:
+    """Yield what a subscription hears, for as long as it proves to be alive. Raises one of `StoreError`."""
+    is_asked = False
+    while True:
+        message = await pubsub.get_message(timeout=MAX_QUIET)
+        not_cancelled()
+        if message is not None:
+            is_asked = False
+            yield message
+        elif is_asked:
+            raise TimeoutError(f"nothing was heard for {2 * MAX_QUIET:g} s")
+        else:
+            await pubsub.ping()
+            is_asked = True
 
 
 def _packed(verb: str, script: str, call: ScriptCall) -> bytes:

@@ -122,6 +122,13 @@ class StoreServer:
         return [one for one in self.admin.client_list(_type=kind) if int(one["id"]) != mine]
 
 
+class _Link:
+    """One connection through the proxy."""
+
+    def __init__(self) -> None:
+        self.is_subscription = self.is_dead = False
+
+
 class Proxy:
     """Stands between gateways and a server: late, deaf, or without replies."""
 
@@ -133,6 +140,7 @@ class Proxy:
         self.accepted = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._links: list[_Link] = []
 
     async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -155,6 +163,13 @@ class Proxy:
         for writer in self._writers:
             writer.transport.abort()
 
+    def lose_subscriptions(self) -> int:
+        """Let the subscriptions there are die without a sign, as behind a firewall; return how many there are."""
+        lost = [link for link in self._links if link.is_subscription]
+        for link in lost:
+            link.is_dead = True
+        return len(lost)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         self._writers.add(writer)
@@ -167,26 +182,29 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers.add(to_server)
-        for pump in (self._ask(reader, to_server), self._answer(from_server, writer)):
+        link = _Link()
+        self._links.append(link)
+        for pump in (self._ask(reader, to_server, link), self._answer(from_server, writer, link)):
             self._keep(asyncio.create_task(pump))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link) -> None:
         with suppress(OSError):
             while data := await reader.read(65_536):
-                if not self.is_deaf:
+                link.is_subscription |= b"SUBSCRIBE" in data
+                if not (self.is_deaf or link.is_dead):
                     writer.write(data)
         writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link) -> None:
         with suppress(OSError):
             while data := await reader.read(65_536):
                 if self.delay:
                     await asyncio.sleep(self.delay)
-                if not (self.is_deaf or self.loses_replies):
+                if not (self.is_deaf or self.loses_replies or link.is_dead):
                     writer.write(data)
         writer.close()
 
