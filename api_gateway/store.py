@@ -8,7 +8,8 @@ import asyncio
 import hashlib
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from hiredis import pack_command
@@ -19,6 +20,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
+from redis.exceptions import ConnectionError as Broken
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
@@ -31,6 +33,7 @@ Client = Redis | RedisCluster
 StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all that a command can fail with
 REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
 
+OTHER_NAME = (62, 64)  # what OpenSSL says of a certificate that is for another host name, or another address
 RELISTEN_AFTER = 0.2  # seconds
 MAX_QUIET = 0.5  # seconds for which a subscription may hear nothing; it is asked then, and has as long to answer
 
@@ -79,7 +82,12 @@ class StoreSession:
     """What one process needs to talk to the store for as long as it lives."""
 
     def __init__(self, url: str, *, timeout: float) -> None:
-        """`timeout` (seconds) bounds ordinary commands and connecting. Raises ValueError."""
+        """`timeout` (seconds) bounds ordinary commands and connecting.
+
+        Raises ValueError, and OSError if the files that the URL names cannot be used.
+        """
+        self._place = StoreUrl.parse(url)
+        _check_files(self._place.options)
         self.client = connect(url, timeout=timeout)
         self.is_divided = isinstance(self.client, RedisCluster)  # then a call takes keys of one slot only
 
@@ -87,7 +95,16 @@ class StoreSession:
         return f"<StoreSession [{type(self.client).__name__}]>"
 
     async def carrier(self, script: Script) -> Carrier:
-        """Connect and make the script known. Raises one of `StoreError`."""
+        """Connect and make the script known. Raises one of `StoreError`, which names the setting that may be wrong."""
+        try:
+            return await self._carrier(script)
+        except StoreError as error:
+            hint = _hint(error, self._place)
+            if hint is None:
+                raise
+            raise Broken(f"{error} {hint}") from error
+
+    async def _carrier(self, script: Script) -> Carrier:
         if isinstance(self.client, RedisCluster):
             await self.client.initialize()
             not_cancelled()
@@ -252,6 +269,46 @@ async def disconnect(client: Client) -> None:
     sentinel = None if isinstance(client, RedisCluster) else getattr(client.connection_pool, "sentinel_manager", None)
     for watcher in sentinel.sentinels if sentinel is not None else ():
         await watcher.aclose()
+
+
+def _check_files(options: Mapping[str, Any]) -> None:
+    """Find out now, and with a name, that a PEM file cannot be used: later it would be a store that is away."""
+    for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        if option in options:
+            with open(options[option], "rb"):  # noqa: PTH123 - what is opened is nothing to read here
+                pass
+    try:
+        context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+    except ssl.SSLError as error:
+        raise OSError(f"{options['ssl_ca_certs']}: {error}") from error
+    if "ssl_certfile" in options:
+        try:
+            context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+        except ssl.SSLError as error:
+            raise OSError(f"{options['ssl_certfile']} with its key: {error}") from error
+
+
+def _hint(error: BaseException, place: StoreUrl) -> str | None:
+    """Return what about the URL may be why the store could not be connected to, None if nothing points there."""
+    is_tls = "ssl" in place.options
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            if cause.verify_code in OTHER_NAME:
+                return "The host in store.url must be one that the server's certificate is for."
+            return "The authority of the server's certificate must be the system's, or ?ca_file= in store.url."
+        is_broken_off = isinstance(cause, ConnectionResetError) or "closed by server" in str(cause)
+        if is_broken_off and not is_tls and place.path is None:
+            return "If the server expects TLS, store.url must begin with rediss."
+        if (is_broken_off or "CERTIFICATE_REQUIRED" in str(cause)) and is_tls and "ssl_certfile" not in place.options:
+            return "If the server asks for a certificate, it is ?certificate= and &key= in store.url."
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _common(timeout: float) -> dict[str, Any]:

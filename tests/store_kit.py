@@ -39,6 +39,14 @@ def free_port() -> int:
         return port
 
 
+def speaks_tls(binary: str) -> bool:
+    """Tell whether a server was built with TLS: one that was misses its certificate, and does not start either."""
+    ended = subprocess.run(
+        [binary, "--port", "0", "--tls-port", "1"], capture_output=True, timeout=PATIENCE, check=False
+    )
+    return b"certificate" in ended.stdout.lower() or b"tls-cert-file" in ended.stdout
+
+
 class StoreServer:
     """A server process. `options` are lines of its configuration."""
 

@@ -99,6 +99,8 @@ async def test_sentinels_say_which_server_is_the_master(binary: str) -> None:
         ("redis+cluster://host/1", "only database 0"),
         ("redis://host?timeout=1", "'timeout'"),
         ("redis://host?ca_file=x", "'ca_file'"),
+        ("rediss://host?ca_file=", "ca_file="),
+        ("rediss://host?key=key.pem", "without the certificate"),
         ("unix://host/path", "whole path"),
     ],
 )
