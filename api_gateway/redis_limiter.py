@@ -29,7 +29,7 @@ from api_gateway.rate_limiter import (
     take,
     take_each,
 )
-from api_gateway.store import Script, ScriptCall, StoreError, StoreSession
+from api_gateway.store import Evictions, Script, ScriptCall, StoreError, StoreSession
 from api_gateway.tasks import end, not_cancelled
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,8 @@ class RedisLimiter:
         self._session = session
         self._configured_processes = processes
         self._seen: dict[int, float] = {}  # numbers of processes, and when each was last seen
+        self._evictions = Evictions(0, None)
+        self._warning: str | None = None
         self._name = f"{source.getrandbits(64):016x}"
         self._prefix = prefix
         self.refunds = f"{prefix}:refunds"  # the channel on which they are told
@@ -133,6 +135,8 @@ class RedisLimiter:
             questions=dispatcher.questions,
             failures=dispatcher.failures,
             last_error=dispatcher.last_error,
+            evicted_keys=self._evictions.keys,
+            warning=self._warning,
         )
 
     async def start(self) -> None:
@@ -332,14 +336,32 @@ class RedisLimiter:
                 logger.debug("no heartbeat", exc_info=True)
             else:
                 self.note_processes(int(alive), self._clock())
+                await self._look_for_evictions()
             not_cancelled()
             await asyncio.sleep(BEAT)
+
+    async def _look_for_evictions(self) -> None:
+        """Learn whether the store forgets buckets, and say so once. Who may not ask (by an ACL) does without."""
+        try:
+            self._evictions = await self._session.evictions()
+        except StoreError:
+            logger.debug("evictions are not known", exc_info=True)
+            return
+        before, self._warning = self._warning, _warning(self._evictions.policy)
+        if self._warning is not None and before is None:
+            logger.warning("%s", self._warning)
 
     def note_processes(self, alive: int, now: float) -> None:
         """Count gateways: the most that were alive at once within the last hour, and no fewer than configured."""
         self._seen[alive] = now
         self._seen = {number: at for number, at in self._seen.items() if now - at <= MEMORY_OF_PROCESSES}
         self.share.processes = max(self._configured_processes, *self._seen)
+
+
+def _warning(policy: str | None) -> str | None:
+    if policy is None or policy == "volatile-ttl":  # which throws out first what is fullest, and so forgives least
+        return None
+    return f"the store has maxmemory-policy {policy}: a bucket it evicts is full again; it should be noeviction"
 
 
 class _Take(Question):

@@ -10,7 +10,7 @@ import logging
 import math
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hiredis import pack_command
 from redis.asyncio import Redis, RedisCluster, Sentinel
@@ -76,6 +76,16 @@ class Script:
     def __init__(self, text: str) -> None:
         self.text = text
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+class Evictions(NamedTuple):
+    """How many keys a store has thrown out for want of memory, and the policy by which it would, None if it would not.
+
+    On a cluster the sum, and the policy of any node.
+    """
+
+    keys: int
+    policy: str | None
 
 
 class StoreSession:
@@ -145,6 +155,20 @@ class StoreSession:
                 on_state(False)
                 await pubsub.aclose()  # type: ignore[no-untyped-call]  # theirs
             await asyncio.sleep(RELISTEN_AFTER)
+
+    async def evictions(self) -> Evictions:
+        """Ask what the store throws out. Raises one of `StoreError`."""
+        found = [await self._info("stats"), await self._info("memory")]
+        keys = sum(node["evicted_keys"] for node in found[0])
+        policies = {node["maxmemory_policy"] for node in found[1] if node["maxmemory"]} - {"noeviction"}
+        return Evictions(keys, min(policies, default=None))
+
+    async def _info(self, section: str) -> list[dict[str, Any]]:
+        """Return what every server that holds keys tells of itself."""
+        if not isinstance(self.client, RedisCluster):
+            return [await self.client.info(section)]
+        found = await self.client.info(section, target_nodes=RedisCluster.PRIMARIES)
+        return list(found.values()) if all(isinstance(node, dict) for node in found.values()) else [found]
 
     async def close(self) -> None:
         """Close the client."""

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -48,9 +48,16 @@ def speaks_tls(binary: str) -> bool:
 
 
 class StoreServer:
-    """A server process. `options` are lines of its configuration."""
+    """A server process. `options` are lines of its configuration, `variables` join its environment."""
 
-    def __init__(self, binary: str, *options: str, port: int = 0, mode: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        binary: str,
+        *options: str,
+        port: int = 0,
+        mode: tuple[str, ...] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="store-"))  # short: a socket's path has 107 bytes at most
         self.path = self.directory / "socket"
         self.port = port
@@ -60,6 +67,7 @@ class StoreServer:
         lines = [f"port {port}", f"unixsocket {self.path}", f"dir {self.directory}", 'save ""', *options]
         self._config.write_text("\n".join([*lines, ""]))
         self._command = [binary, str(self._config), *mode]
+        self._environment = {**os.environ, **(variables or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -73,7 +81,7 @@ class StoreServer:
     def start(self) -> None:
         """Start with whatever is on the disk, which is nothing, and wait until it can be spoken to."""
         with (self.directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
         end = time.monotonic() + PATIENCE
         while True:
             with suppress(RedisError, OSError), socket.socket(socket.AF_UNIX) as sock:
