@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Literal
 
+from api_gateway.cluster_dispatcher import ClusterDispatcher
 from api_gateway.dispatcher import Dispatcher, Question
 from api_gateway.errors import StoreUnavailable
 from api_gateway.local_share import LocalShare
@@ -85,7 +86,8 @@ class RedisLimiter:
         self.policy: Policy = policy
         self.bucket_limit = bucket_limit
         self.overflowed = 0
-        self.dispatcher = Dispatcher(
+        asker = ClusterDispatcher if session.is_divided else Dispatcher
+        self.dispatcher: Dispatcher | ClusterDispatcher = asker(
             session, SCRIPT, deadline=deadline, clock=clock, source=source, on_trouble=self._on_trouble
         )
         self.share = LocalShare(quotas, bucket_limit=bucket_limit)
@@ -122,8 +124,8 @@ class RedisLimiter:
 
     @property
     def mode(self) -> Source:
-        """What decisions rest on now: the store, or the policy for when it cannot be used."""
-        return "store" if self.dispatcher.is_usable else self.policy
+        """What decisions rest on now: the store, or (on a cluster: some of them) the policy for when it is away."""
+        return "store" if self.dispatcher.is_whole else self.policy
 
     def state(self) -> LimiterState:
         """See `RateLimiter`."""

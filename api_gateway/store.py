@@ -10,7 +10,8 @@ import logging
 import math
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 from hiredis import pack_command
 from redis.asyncio import Redis, RedisCluster, Sentinel
@@ -20,8 +21,16 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
+from redis.exceptions import (
+    AskError,
+    MovedError,
+    NoScriptError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as Broken
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from api_gateway.store_url import StoreUrl
@@ -31,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 Client = Redis | RedisCluster
 StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all that a command can fail with
+MOVED = (MovedError, AskError, TryAgainError)  # the keys lie elsewhere, or are on their way
 REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
 
 OTHER_NAME = (62, 64)  # what OpenSSL says of a certificate that is for another host name, or another address
@@ -50,24 +60,6 @@ class ScriptCall:
     def number(self, key: str) -> int:
         """Return the number of a key among the call's keys, as the script counts them."""
         return self.keys.setdefault(key, len(self.keys) + 1)
-
-
-class Carrier(Protocol):
-    """A connected way to the store on which one script can be called. Nothing is ever sent twice."""
-
-    is_divided: bool  # True if keys lie on several servers; a call then takes keys of one slot only
-
-    def slot(self, key: str) -> int:
-        """Return the slot in which a key lies."""
-        ...
-
-    async def run(self, calls: Sequence[ScriptCall]) -> list[list[int]]:
-        """Call the script and return the replies. Raises one of `StoreError`; the carrier is of no use then."""
-        ...
-
-    def abort(self) -> None:
-        """Let go of the connection at once."""
-        ...
 
 
 class Script:
@@ -104,32 +96,60 @@ class StoreSession:
     def __repr__(self) -> str:
         return f"<StoreSession [{type(self.client).__name__}]>"
 
-    async def carrier(self, script: Script) -> Carrier:
-        """Connect and make the script known. Raises one of `StoreError`, which names the setting that may be wrong."""
+    async def carrier(self, script: Script, node: str = "") -> "Carrier":
+        """Connect and make the script known; `node` is one of `nodes`, where there are several.
+
+        Raises one of `StoreError`, which names the setting that may be wrong.
+        """
+        with self._hinting():
+            connection = self._connection(node)
+            connection.socket_timeout = None  # the caller's deadline is the only one
+            carrier = Carrier(connection, script, self.client if isinstance(self.client, RedisCluster) else None)
+            try:
+                await connection.connect()  # type: ignore[no-untyped-call]  # theirs
+                await carrier.introduce()
+                not_cancelled()
+            except BaseException:
+                carrier.abort()
+                raise
+            return carrier
+
+    async def nodes(self) -> set[str]:
+        """Ask a cluster anew which servers hold its keys, and return their names. Raises one of `StoreError`."""
+        assert isinstance(self.client, RedisCluster)  # noqa: S101 - nothing else is divided
+        with self._hinting():
+            if self.client.get_nodes():
+                await self.client.nodes_manager.initialize()
+            else:
+                await self.client.initialize()
+            not_cancelled()
+        return {node.name for node in self.client.get_primaries()}
+
+    def node_of(self, key: str) -> str:
+        """Return the name of the server on which a cluster keeps a key, "" if none is known."""
+        assert isinstance(self.client, RedisCluster)  # noqa: S101 - nothing else is divided
+        owners = self.client.nodes_manager.slots_cache.get(key_slot(key.encode()))
+        return owners[0].name if owners else ""
+
+    def _connection(self, node: str) -> AbstractConnection:
+        if not isinstance(self.client, RedisCluster):
+            made: AbstractConnection = self.client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
+            return made
+        known = self.client.get_node(node_name=node)
+        if known is None:
+            raise RedisClusterException(f"{node} has left the cluster")
+        return known.connection_class(**{**known.connection_kwargs, "retry": Retry(NoBackoff(), 0)})
+
+    @contextmanager
+    def _hinting(self) -> Iterator[None]:
+        """Name the setting in an error that it may have caused."""
         try:
-            return await self._carrier(script)
+            yield
         except StoreError as error:
             hint = _hint(error, self._place)
             if hint is None:
                 raise
             raise Broken(f"{error} {hint}") from error
-
-    async def _carrier(self, script: Script) -> Carrier:
-        if isinstance(self.client, RedisCluster):
-            await self.client.initialize()
-            not_cancelled()
-            return _ClusterCarrier(self.client, script)
-        connection = self.client.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # theirs
-        connection.socket_timeout = None  # the caller's deadline is the only one
-        carrier = _Connection(connection, script)
-        try:
-            await connection.connect()
-            await carrier.introduce()
-            not_cancelled()
-        except BaseException:
-            carrier.abort()
-            raise
-        return carrier
 
     async def listen(self, channel: str, on_message: Callable[[str], None], on_state: Callable[[bool], None]) -> None:
         """Hand on what is published on a channel, until cancelled; reconnects by itself.
@@ -175,18 +195,21 @@ class StoreSession:
         await disconnect(self.client)
 
 
-class _Connection:
-    """A connection to one server, by itself: outside of any pool."""
+class Carrier:
+    """A connection to one server, outside of any pool, on which one script can be called.
 
-    is_divided = False
+    Nothing that may have been executed is sent twice.
+    """
 
-    def __init__(self, connection: AbstractConnection, script: Script) -> None:
+    def __init__(self, connection: AbstractConnection, script: Script, cluster: RedisCluster | None) -> None:
+        """If the server is one of a cluster, a call takes keys of one slot only."""
         self._connection = connection
         self._script = script
+        self._cluster = cluster
 
-    def slot(self, key: str) -> int:  # noqa: ARG002 - all keys lie on one server
-        """See `Carrier`."""
-        return 0
+    def slot(self, key: str) -> int:
+        """Return the slot in which a key lies; 0 where there are none."""
+        return 0 if self._cluster is None else key_slot(key.encode())
 
     async def introduce(self) -> None:
         """Load the script: one that was loaded is kept, while servers since Valkey 8 forget those only seen."""
@@ -194,54 +217,41 @@ class _Connection:
         await self._connection.read_response(timeout=math.inf)
 
     async def run(self, calls: Sequence[ScriptCall]) -> list[list[int]]:
-        """See `Carrier`."""
-        return [await self._run(call) for call in calls]
+        """Call the script, all calls in one write, and return the replies.
 
-    async def _run(self, call: ScriptCall) -> list[int]:
+        Raises one of `StoreError`; the carrier is of no use then.
+        """
+        commands = [_packed("EVALSHA", self._script.sha, call) for call in calls]
+        await self._connection.send_packed_command(commands, check_health=False)
+        replies = [await self._reply() for _ in calls]
+        for number, (call, reply) in enumerate(zip(calls, replies, strict=True)):
+            if isinstance(reply, ResponseError):
+                replies[number] = await self._repeat(call, reply)
+        return cast("list[list[int]]", replies)
+
+    async def _reply(self) -> list[int] | ResponseError:
         try:
-            return await self._ask(_packed("EVALSHA", self._script.sha, call))
-        except NoScriptError:  # nothing has been executed: the server has forgotten its scripts
-            return await self._ask(_packed("EVAL", self._script.text, call))
+            reply: list[int] = await self._connection.read_response(timeout=math.inf)
+        except ResponseError as refusal:
+            return refusal
+        return reply
 
-    async def _ask(self, command: bytes) -> list[int]:
-        await self._connection.send_packed_command([command], check_health=False)
-        reply: list[int] = await self._connection.read_response(timeout=math.inf)
+    async def _repeat(self, call: ScriptCall, refusal: ResponseError) -> list[int]:
+        """Call once more, if the refusal proves that nothing has been executed; else raise it."""
+        if isinstance(refusal, NoScriptError):  # the server has forgotten its scripts
+            command = _packed("EVAL", self._script.text, call)
+            await self._connection.send_packed_command([command], check_health=False)
+            reply: list[int] = await self._connection.read_response(timeout=math.inf)
+        elif isinstance(refusal, MOVED) and self._cluster is not None:  # its client follows, and learns
+            reply = await self._cluster.eval(self._script.text, len(call.keys), *call.keys, *call.arguments)
+            not_cancelled()
+        else:
+            raise refusal
         return reply
 
     def abort(self) -> None:
-        """See `Carrier`."""
+        """Let go of the connection at once."""
         self._connection._close()  # type: ignore[no-untyped-call]  # noqa: SLF001 - `disconnect`, less the waiting
-
-
-class _ClusterCarrier:
-    """A cluster: its client keeps a connection to every node."""
-
-    is_divided = True
-
-    def __init__(self, client: RedisCluster, script: Script) -> None:
-        self._client = client
-        self._script = script
-
-    def slot(self, key: str) -> int:
-        """See `Carrier`."""
-        return key_slot(key.encode())
-
-    async def run(self, calls: Sequence[ScriptCall]) -> list[list[int]]:
-        """See `Carrier`; calls go out at once, each to its node."""
-        return await asyncio.gather(*[self._run(call) for call in calls])
-
-    async def _run(self, call: ScriptCall) -> list[int]:
-        count, keys, arguments = len(call.keys), call.keys, call.arguments
-        try:
-            reply: list[int] = await self._client.execute_command(
-                "EVALSHA", self._script.sha, count, *keys, *arguments
-            )
-        except NoScriptError:
-            reply = await self._client.execute_command("EVAL", self._script.text, count, *keys, *arguments)
-        return reply
-
-    def abort(self) -> None:
-        """See `Carrier`: the client has dropped what broke."""
 
 
 async def _heard(pubsub: PubSub) -> AsyncIterator[dict[str, Any]]:
@@ -290,6 +300,9 @@ def connect(url: str, *, timeout: float) -> Client:
 async def disconnect(client: Client) -> None:
     """Close a client, and with it the sentinels it has asked."""
     await client.aclose()
+    if isinstance(client, RedisCluster):  # which after a failure takes itself for closed, whatever it has open
+        for group in ("nodes_cache", "startup_nodes"):
+            await client.nodes_manager.aclose(group)
     sentinel = None if isinstance(client, RedisCluster) else getattr(client.connection_pool, "sentinel_manager", None)
     for watcher in sentinel.sentinels if sentinel is not None else ():
         await watcher.aclose()
