@@ -21,6 +21,7 @@ async def spends_ten(url: str) -> None:
         for limiter in limiters:
             limiter._hears_refunds = False  # so that the store is asked each time
         decisions = await asyncio.gather(*[asking(limiters[n % 2], charge(SLOW)) for n in range(14)])
+        assert await limiters[0]._session.evictions() == (0, None)
     assert {decision.source for decision in decisions} == {"store"}
     assert sum(decision.allowed for decision in decisions) == 10
 

@@ -46,7 +46,7 @@ async def hammered(limiters: list[RedisLimiter], is_over: asyncio.Event) -> list
     seen: list[tuple[float, float, Decision]] = []
     while not is_over.is_set():
         seen += await hammer(limiters, charge(FAST, key="other"), 0.2)
-    return seen + await hammer(limiters, charge(FAST, key="other"), 0.6)
+    return seen + await hammer(limiters, charge(FAST, key="other"), 0.3)
 
 
 # A fail-over
