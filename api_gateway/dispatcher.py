@@ -287,6 +287,8 @@ class Dispatcher:
 
 def _groups(carrier: Carrier, questions: list[Question]) -> list[list[Question]]:
     """Put together what one call of the script can answer."""
+    if not carrier.is_divided:
+        return [questions] if questions else []
     groups: dict[int, list[Question]] = {}
     for question in questions:
         groups.setdefault(carrier.slot(question.key), []).append(question)

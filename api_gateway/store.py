@@ -206,10 +206,11 @@ class Carrier:
         self._connection = connection
         self._script = script
         self._cluster = cluster
+        self.is_divided = cluster is not None
 
     def slot(self, key: str) -> int:
-        """Return the slot in which a key lies; 0 where there are none."""
-        return 0 if self._cluster is None else key_slot(key.encode())
+        """Return the slot in which a cluster keeps a key."""
+        return key_slot(key.encode())
 
     async def introduce(self) -> None:
         """Load the script: one that was loaded is kept, while servers since Valkey 8 forget those only seen."""
