@@ -338,7 +338,7 @@ class RedisLimiter:
                 logger.debug("no heartbeat", exc_info=True)
             else:
                 self.note_processes(int(alive), self._clock())
-                await self._look_for_evictions()
+            await self._look_for_evictions()  # also of a store so full that it refuses the heartbeat
             not_cancelled()
             await asyncio.sleep(BEAT)
 
