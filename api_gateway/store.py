@@ -311,10 +311,12 @@ async def disconnect(client: Client) -> None:
 
 def _check_files(options: Mapping[str, Any]) -> None:
     """Find out now, and with a name, that a PEM file cannot be used: later it would be a store that is away."""
-    for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
-        if option in options:
-            with open(options[option], "rb"):  # noqa: PTH123 - what is opened is nothing to read here
-                pass
+    named = [options[option] for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if option in options]
+    for file in named:
+        with open(file, "rb"):  # noqa: PTH123 - what is opened is nothing to read here
+            pass
+    if not named:  # a context takes its time
+        return
     try:
         context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
     except ssl.SSLError as error:
