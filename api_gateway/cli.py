@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         asyncio.run(_preflight(config))
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return STARTUP_FAILED
     except OSError as error:
         print(f"state_dir: {config.state_dir}: the client store cannot be opened: {error}", file=sys.stderr)
         return STARTUP_FAILED

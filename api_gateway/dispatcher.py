@@ -72,10 +72,15 @@ class Dispatcher:
         clock: Clock,
         source: random.Random,
         on_trouble: Callable[[], None],
+        node: str = "",
     ) -> None:
-        """`deadline` is in seconds, from leaving the question to its answer. Any failure calls `on_trouble`."""
+        """`deadline` is in seconds, from leaving the question to its answer. Any failure calls `on_trouble`.
+
+        `node` is the server to ask, where the store has several.
+        """
         self.deadline = deadline
         self._session = session
+        self._node = node
         self._script = script
         self._clock = clock
         self._source = source
@@ -99,6 +104,11 @@ class Dispatcher:
     def is_usable(self) -> bool:
         """True while a question has a chance of being answered in time."""
         return self.connections > 0 and self.breaker.state is State.CLOSED
+
+    @property
+    def is_whole(self) -> bool:
+        """True while that holds for every question."""
+        return self.is_usable
 
     async def start(self) -> None:
         """Connect, and go on connecting until `close`. Returns once the store has answered, or failed to do so."""
@@ -147,14 +157,14 @@ class Dispatcher:
         self._alarm = None
         now = self._loop.time()
         while self._open and (self._open[0].is_over or self._open[0].expires <= now):
-            _fail(self._open.popleft())
+            give_up(self._open.popleft())
         if self._open:
             self._alarm = self._loop.call_at(self._open[0].expires, self._expire)
 
     def _fail_waiting(self) -> None:
         waiting, self._waiting = self._waiting, deque()
         for question in waiting:
-            _fail(question)
+            give_up(question)
 
     # Lanes
 
@@ -164,7 +174,7 @@ class Dispatcher:
         while True:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
-                    carrier = await self._session.carrier(self._script)
+                    carrier = await self._session.carrier(self._script, self._node)
             except StoreError as error:
                 self._count(self.breaker.admit(self._clock()), Outcome.FAILURE, error)
                 await asyncio.sleep(pause * self._source.uniform(0.5, 1.5))
@@ -244,7 +254,7 @@ class Dispatcher:
         finally:
             if replies is None:
                 for question in batch:
-                    _fail(question)
+                    give_up(question)
         self._count(ticket, Outcome.SUCCESS, None)
         self.batches += 1
         self.questions += len(batch)
@@ -302,7 +312,8 @@ def _read(question: Question, clock_us: int, values: Iterator[int]) -> None:
         question.is_over = True
 
 
-def _fail(question: Question) -> None:
+def give_up(question: Question) -> None:
+    """Fail a question, unless it is over."""
     if question.is_over:
         return
     question.is_over = True

@@ -122,6 +122,11 @@ class Exposition:
             "Calls of the store without an answer in time, and attempts to connect.",
             value=self._limiter.failures,
         )
+        yield GaugeMetricFamily(
+            "gateway_store_evicted_keys",
+            "Keys the store has thrown out for want of memory since it began; a bucket among them is full again.",
+            value=self._limiter.evicted_keys,
+        )
         yield GaugeMetricFamily("gateway_rate_limit_buckets", "Buckets in memory.", value=self._buckets)
 
     def _upstream_families(self) -> Iterator[Metric]:

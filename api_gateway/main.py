@@ -237,7 +237,7 @@ def _limiter(config: GatewayConfig, quotas: list[Quota]) -> MemoryLimiter | Redi
     if not store.is_shared:
         return MemoryLimiter(quotas, bucket_limit=store.bucket_limit)
     return RedisLimiter(
-        StoreSession(store.url, timeout=store.timeout),
+        _session(config),
         quotas,
         policy=store.on_failure,
         deadline=store.deadline,
@@ -251,11 +251,21 @@ def _limiter(config: GatewayConfig, quotas: list[Quota]) -> MemoryLimiter | Redi
 
 
 def client_store(config: GatewayConfig) -> ClientStore:
-    """Return the store of registered clients, which opens when it is loaded: the shared store, or a file."""
+    """Return the store of registered clients, which opens when it is loaded: the shared store, or a file.
+
+    Raises StartupError.
+    """
     store = config.store
     if not store.keeps_clients:
         return SqliteClients(config.state_dir)
-    return RedisClients(StoreSession(store.url, timeout=store.timeout), prefix=store.prefix)
+    return RedisClients(_session(config), prefix=store.prefix)
+
+
+def _session(config: GatewayConfig) -> StoreSession:
+    try:
+        return StoreSession(config.store.url, timeout=config.store.timeout)
+    except OSError as error:
+        raise StartupError(f"store.url: the files cannot be used: {error}") from error
 
 
 def _follow(limiter: MemoryLimiter | RedisLimiter, before: Client, after: Client) -> None:

@@ -115,7 +115,8 @@ class LimiterState:
     """What decisions rest on now, and how the shared store has fared, if there is one.
 
     `processes` is how many gateways share a bucket while the store cannot be used; `questions` were answered by the
-    store in so many `batches`, and `failures` are batches that were not, and attempts to connect.
+    store in so many `batches`, and `failures` are batches that were not, and attempts to connect. `evicted_keys` are
+    those the store has thrown out for want of memory since it began, buckets or not.
     """
 
     mode: Source = "memory"
@@ -124,11 +125,13 @@ class LimiterState:
     questions: int = 0
     failures: int = 0
     last_error: str | None = None
+    evicted_keys: int = 0
+    warning: str | None = None
 
     @property
     def is_whole(self) -> bool:
-        """True while limits are exact."""
-        return self.mode in ("memory", "store")
+        """True while limits are exact, and nothing is known that will make them otherwise."""
+        return self.mode in ("memory", "store") and self.warning is None
 
 
 class Outcome(Enum):
@@ -367,6 +370,8 @@ class StoreView(Body):
     questions: int = Field(description="Decisions and settlements in them.")
     failures: int = Field(description="Calls that it did not answer in time, and attempts to connect.")
     last_error: str | None
+    evicted_keys: int = Field(description="Keys the store has thrown out for want of memory, since it began.")
+    warning: str | None = Field(description="What about the store makes limits inexact, if anything does.")
 
 
 class ClientStoreView(Body):

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Literal
 
+from api_gateway.cluster_dispatcher import ClusterDispatcher
 from api_gateway.dispatcher import Dispatcher, Question
 from api_gateway.errors import StoreUnavailable
 from api_gateway.local_share import LocalShare
@@ -29,7 +30,7 @@ from api_gateway.rate_limiter import (
     take,
     take_each,
 )
-from api_gateway.store import Script, ScriptCall, StoreError, StoreSession
+from api_gateway.store import Evictions, Script, ScriptCall, StoreError, StoreSession
 from api_gateway.tasks import end, not_cancelled
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class RedisLimiter:
         self.policy: Policy = policy
         self.bucket_limit = bucket_limit
         self.overflowed = 0
-        self.dispatcher = Dispatcher(
+        asker = ClusterDispatcher if session.is_divided else Dispatcher
+        self.dispatcher: Dispatcher | ClusterDispatcher = asker(
             session, SCRIPT, deadline=deadline, clock=clock, source=source, on_trouble=self._on_trouble
         )
         self.share = LocalShare(quotas, bucket_limit=bucket_limit)
@@ -93,6 +95,8 @@ class RedisLimiter:
         self._session = session
         self._configured_processes = processes
         self._seen: dict[int, float] = {}  # numbers of processes, and when each was last seen
+        self._evictions = Evictions(0, None)
+        self._warning: str | None = None
         self._name = f"{source.getrandbits(64):016x}"
         self._prefix = prefix
         self.refunds = f"{prefix}:refunds"  # the channel on which they are told
@@ -120,8 +124,8 @@ class RedisLimiter:
 
     @property
     def mode(self) -> Source:
-        """What decisions rest on now: the store, or the policy for when it cannot be used."""
-        return "store" if self.dispatcher.is_usable else self.policy
+        """What decisions rest on now: the store, or (on a cluster: some of them) the policy for when it is away."""
+        return "store" if self.dispatcher.is_whole else self.policy
 
     def state(self) -> LimiterState:
         """See `RateLimiter`."""
@@ -133,6 +137,8 @@ class RedisLimiter:
             questions=dispatcher.questions,
             failures=dispatcher.failures,
             last_error=dispatcher.last_error,
+            evicted_keys=self._evictions.keys,
+            warning=self._warning,
         )
 
     async def start(self) -> None:
@@ -332,14 +338,32 @@ class RedisLimiter:
                 logger.debug("no heartbeat", exc_info=True)
             else:
                 self.note_processes(int(alive), self._clock())
+            await self._look_for_evictions()  # also of a store so full that it refuses the heartbeat
             not_cancelled()
             await asyncio.sleep(BEAT)
+
+    async def _look_for_evictions(self) -> None:
+        """Learn whether the store forgets buckets, and say so once. Who may not ask (by an ACL) does without."""
+        try:
+            self._evictions = await self._session.evictions()
+        except StoreError:
+            logger.debug("evictions are not known", exc_info=True)
+            return
+        before, self._warning = self._warning, _warning(self._evictions.policy)
+        if self._warning is not None and before is None:
+            logger.warning("%s", self._warning)
 
     def note_processes(self, alive: int, now: float) -> None:
         """Count gateways: the most that were alive at once within the last hour, and no fewer than configured."""
         self._seen[alive] = now
         self._seen = {number: at for number, at in self._seen.items() if now - at <= MEMORY_OF_PROCESSES}
         self.share.processes = max(self._configured_processes, *self._seen)
+
+
+def _warning(policy: str | None) -> str | None:
+    if policy is None or policy == "volatile-ttl":  # which throws out first what is fullest, and so forgives least
+        return None
+    return f"the store has maxmemory-policy {policy}: a bucket it evicts is full again; it should be noeviction"
 
 
 class _Take(Question):

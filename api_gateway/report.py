@@ -196,6 +196,8 @@ def _merge_limiters(reports: Sequence[Report]) -> LimiterState:
         questions=sum(state.questions for state in states),
         failures=sum(state.failures for state in states),
         last_error=next((state.last_error for state in present if state.last_error), None),
+        evicted_keys=max((state.evicted_keys for state in present), default=0),  # all ask the same store
+        warning=next((state.warning for state in present if state.warning), None),
     )
 
 

@@ -19,7 +19,8 @@ class StoreUrl:
 
     `redis://[user:password@]host[:port][/db]`, `rediss://` for TLS, `unix:///path[?db=0]`; with `+sentinel` the hosts
     are sentinels and the path names the master (`/master[/db]`), with `+cluster` they are any nodes of the cluster.
-    Several hosts are parted by commas. `?ca_file=`, `?certificate=` and `?key=` name PEM files for TLS.
+    Several hosts are parted by commas. For TLS, `?ca_file=` names the authorities to trust instead of the system's,
+    and `&certificate=` with its `&key=` what is shown to a server that asks for one: PEM files.
     """
 
     kind: Kind
@@ -35,6 +36,8 @@ class StoreUrl:
         if parts.scheme not in SCHEMES:
             raise ValueError(f"must be memory:// or begin with {', '.join(f'{name}://' for name in SCHEMES)}")
         options = _options(parts.query, is_tls=parts.scheme.startswith("rediss")) | _credentials(parts.netloc)
+        if "ssl_keyfile" in options and "ssl_certfile" not in options:
+            raise ValueError("names a key without the certificate that it belongs to")
         if parts.scheme == "unix":
             if not parts.path or parts.hostname:
                 raise ValueError("must name a socket by its whole path, as in unix:///run/store.sock")
@@ -60,6 +63,8 @@ def _options(query: str, *, is_tls: bool) -> dict[str, Any]:
         if name == "db":
             options["db"] = _number(value, "db")
         elif name in _TLS_FILES and is_tls:
+            if not value:
+                raise ValueError(f"must name a PEM file by {name}=, got none")
             options[_TLS_FILES[name]] = value
         else:
             raise ValueError(f"has the unknown parameter {name!r}; known are db, and with TLS {', '.join(_TLS_FILES)}")

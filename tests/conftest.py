@@ -1,6 +1,8 @@
 """Fixtures shared by all tests."""
 
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,3 +76,38 @@ def store(binary: str) -> Iterator[StoreServer]:
 def store_server(store: StoreServer) -> StoreServer:
     """The same, where a client store is what is called a store."""
     return store
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `<name>.pem` and `<name>.key` for 127.0.0.1 and for other.test, each its own authority."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    directory = tmp_path_factory.mktemp("certificates")
+    for name, alternative in (("here", "IP:127.0.0.1"), ("other", "DNS:other.test")):
+        subprocess.run(
+            [
+                openssl,
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+                "-subj",
+                "/CN=test",
+                "-addext",
+                f"subjectAltName={alternative}",
+                "-days",
+                "1",
+                "-keyout",
+                str(directory / f"{name}.key"),
+                "-out",
+                str(directory / f"{name}.pem"),
+            ],
+            check=True,
+            capture_output=True,
+        )
+    return directory

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -39,10 +39,25 @@ def free_port() -> int:
         return port
 
 
-class StoreServer:
-    """A server process. `options` are lines of its configuration."""
+def speaks_tls(binary: str) -> bool:
+    """Tell whether a server was built with TLS: one that was misses its certificate, and does not start either."""
+    ended = subprocess.run(
+        [binary, "--port", "0", "--tls-port", "1"], capture_output=True, timeout=PATIENCE, check=False
+    )
+    return b"certificate" in ended.stdout.lower() or b"tls-cert-file" in ended.stdout
 
-    def __init__(self, binary: str, *options: str, port: int = 0, mode: tuple[str, ...] = ()) -> None:
+
+class StoreServer:
+    """A server process. `options` are lines of its configuration, `variables` join its environment."""
+
+    def __init__(
+        self,
+        binary: str,
+        *options: str,
+        port: int = 0,
+        mode: tuple[str, ...] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="store-"))  # short: a socket's path has 107 bytes at most
         self.path = self.directory / "socket"
         self.port = port
@@ -52,6 +67,7 @@ class StoreServer:
         lines = [f"port {port}", f"unixsocket {self.path}", f"dir {self.directory}", 'save ""', *options]
         self._config.write_text("\n".join([*lines, ""]))
         self._command = [binary, str(self._config), *mode]
+        self._environment = {**os.environ, **(variables or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -65,7 +81,7 @@ class StoreServer:
     def start(self) -> None:
         """Start with whatever is on the disk, which is nothing, and wait until it can be spoken to."""
         with (self.directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
         end = time.monotonic() + PATIENCE
         while True:
             with suppress(RedisError, OSError), socket.socket(socket.AF_UNIX) as sock:
@@ -122,6 +138,13 @@ class StoreServer:
         return [one for one in self.admin.client_list(_type=kind) if int(one["id"]) != mine]
 
 
+class _Link:
+    """One connection through the proxy."""
+
+    def __init__(self) -> None:
+        self.is_subscription = self.is_dead = False
+
+
 class Proxy:
     """Stands between gateways and a server: late, deaf, or without replies."""
 
@@ -133,6 +156,7 @@ class Proxy:
         self.accepted = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._links: list[_Link] = []
 
     async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -155,6 +179,13 @@ class Proxy:
         for writer in self._writers:
             writer.transport.abort()
 
+    def lose_subscriptions(self) -> int:
+        """Let the subscriptions there are die without a sign, as behind a firewall; return how many there are."""
+        lost = [link for link in self._links if link.is_subscription]
+        for link in lost:
+            link.is_dead = True
+        return len(lost)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         self._writers.add(writer)
@@ -167,26 +198,29 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers.add(to_server)
-        for pump in (self._ask(reader, to_server), self._answer(from_server, writer)):
+        link = _Link()
+        self._links.append(link)
+        for pump in (self._ask(reader, to_server, link), self._answer(from_server, writer, link)):
             self._keep(asyncio.create_task(pump))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link) -> None:
         with suppress(OSError):
             while data := await reader.read(65_536):
-                if not self.is_deaf:
+                link.is_subscription |= b"SUBSCRIBE" in data
+                if not (self.is_deaf or link.is_dead):
                     writer.write(data)
         writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _Link) -> None:
         with suppress(OSError):
             while data := await reader.read(65_536):
                 if self.delay:
                     await asyncio.sleep(self.delay)
-                if not (self.is_deaf or self.loses_replies):
+                if not (self.is_deaf or self.loses_replies or link.is_dead):
                     writer.write(data)
         writer.close()
 

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "store",
         "dispatcher",
+        "cluster_dispatcher",
         "redis_limiter",
         "tasks",
         "client_look_ups",
@@ -68,6 +69,10 @@ SIBLINGS = {
     ("dispatcher", "store"),
     ("dispatcher", "tasks"),
     ("store", "tasks"),
+    ("cluster_dispatcher", "dispatcher"),
+    ("cluster_dispatcher", "store"),
+    ("cluster_dispatcher", "tasks"),
+    ("redis_limiter", "cluster_dispatcher"),
     ("redis_limiter", "dispatcher"),
     ("redis_limiter", "tasks"),
     ("redis_limiter", "store"),

@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import NANOSECONDS, Decision, Quota
 from api_gateway.redis_limiter import BEAT, MEMORY_OF_PROCESSES, RedisLimiter
+from api_gateway.store import MAX_QUIET
 from tests.kit import FakeClock, soon
 from tests.store_kit import Proxy, StoreServer, asking, burst_of, charge, gateways, hammer, limiter_of
 
@@ -331,6 +332,34 @@ async def test_a_refund_in_an_outage_of_the_listener_is_not_missed(store: StoreS
         assert (await decided(limiters[1], 10)).allowed
         await serving(limiters)
         assert (await decided(limiters[1], 0)).source == "store"
+
+
+async def test_a_subscription_that_dies_without_a_sign_is_found_out(store: StoreServer) -> None:
+    """No other connection fails. For 2 * MAX_QUIET at most a refill is missed, and then nothing told before counts."""
+    async with Proxy(store) as proxy, gateways(proxy.url, SLOW) as (deafened,), gateways(store.url, SLOW) as (other,):
+        await serving([deafened, other])
+        await decided(deafened, 10)
+        assert await told(deafened)
+        assert proxy.lose_subscriptions() == 1
+        await other.refill("client")
+        found_out = await soon(lambda: not deafened._hears_refunds, "it is found out")
+        assert found_out < 2 * MAX_QUIET + EPSILON
+        assert (await decided(deafened, 10)).allowed
+        await serving([deafened])
+        assert await told(deafened)
+        assert deafened.dispatcher.failures == 0
+
+
+async def test_a_subscription_with_nothing_to_hear_lasts(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_gateway.store.MAX_QUIET", 0.1)
+    async with gateways(store.url, SLOW) as (limiter,):
+        await serving([limiter])
+        await decided(limiter, 10)
+        assert await told(limiter)
+        (before,) = store.connections("pubsub")
+        await asyncio.sleep(0.5)
+        assert [one["id"] for one in store.connections("pubsub")] == [before["id"]]
+        assert (await decided(limiter, 10)).source == "deny_cache"
 
 
 async def test_what_is_not_a_key_on_the_channel_deafens_nobody(store: StoreServer) -> None:

@@ -21,6 +21,7 @@ async def spends_ten(url: str) -> None:
         for limiter in limiters:
             limiter._hears_refunds = False  # so that the store is asked each time
         decisions = await asyncio.gather(*[asking(limiters[n % 2], charge(SLOW)) for n in range(14)])
+        assert await limiters[0]._session.evictions() == (0, None)
     assert {decision.source for decision in decisions} == {"store"}
     assert sum(decision.allowed for decision in decisions) == 10
 
@@ -99,6 +100,8 @@ async def test_sentinels_say_which_server_is_the_master(binary: str) -> None:
         ("redis+cluster://host/1", "only database 0"),
         ("redis://host?timeout=1", "'timeout'"),
         ("redis://host?ca_file=x", "'ca_file'"),
+        ("rediss://host?ca_file=", "ca_file="),
+        ("rediss://host?key=key.pem", "without the certificate"),
         ("unix://host/path", "whole path"),
     ],
 )

@@ -3,10 +3,8 @@
 import asyncio
 import random
 import re
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -958,41 +956,6 @@ async def test_an_upstream_that_stops_reading_is_a_read_timeout(
 
 
 # TLS
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `<name>.pem` and `<name>.key` for 127.0.0.1 and for other.test, each its own authority."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl to make a certificate with")
-    directory = tmp_path_factory.mktemp("certificates")
-    for name, alternative in (("here", "IP:127.0.0.1"), ("other", "DNS:other.test")):
-        subprocess.run(
-            [
-                openssl,
-                "req",
-                "-x509",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:prime256v1",
-                "-nodes",
-                "-subj",
-                "/CN=test",
-                "-addext",
-                f"subjectAltName={alternative}",
-                "-days",
-                "1",
-                "-keyout",
-                str(directory / f"{name}.key"),
-                "-out",
-                str(directory / f"{name}.pem"),
-            ],
-            check=True,
-            capture_output=True,
-        )
-    return directory
 
 
 async def tls_exchange(certificates: Path, name: str, tls: ssl.SSLContext, count: int = 1) -> tuple[list[bytes], int]:

@@ -1,0 +1,150 @@
+"""A store behind TLS, a real server: what is trusted, what is refused, and what the refusal says."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.exceptions import RedisError
+
+from api_gateway import GatewayConfig, create_app
+from api_gateway.main import StartupError
+from api_gateway.models import Quota
+from api_gateway.redis_limiter import SCRIPT
+from api_gateway.store import StoreSession
+from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of, soon
+from tests.store_kit import StoreServer, asking, charge, free_port, gateways, speaks_tls
+
+SLOW = Quota.per_second("slow", 0.001, 10)
+Serve = Callable[..., StoreServer]
+
+
+@pytest.fixture
+def serve(binary: str, certificates: Path) -> Iterator[Serve]:
+    """Start servers that speak nothing but TLS on their port; they are ended in the end."""
+    if not speaks_tls(binary):
+        pytest.skip("this server was built without TLS")
+    started: list[StoreServer] = []
+
+    def start(name: str = "here", *, asks: bool = False) -> StoreServer:
+        port = free_port()
+        files = [f"tls-cert-file {certificates}/{name}.pem", f"tls-key-file {certificates}/{name}.key"]
+        trust = [f"tls-ca-cert-file {certificates}/{name}.pem", f"tls-auth-clients {'yes' if asks else 'no'}"]
+        server = StoreServer(binary, "bind 127.0.0.1", f"tls-port {port}", *files, *trust)
+        server.__enter__()
+        server.port = port
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.__exit__()
+
+
+def url_of(server: StoreServer, certificates: Path, **files: str) -> str:
+    query = "&".join(f"{name}={certificates / file}" for name, file in files.items())
+    return f"rediss://127.0.0.1:{server.port}?{query}"
+
+
+# What works
+
+
+async def test_gateways_decide_and_hear_of_each_other_through_tls(serve: Serve, certificates: Path) -> None:
+    """Decisions, and a refill that is published."""
+    server = serve()
+    async with gateways(url_of(server, certificates, ca_file="here.pem"), SLOW, count=2) as limiters:
+        await soon(lambda: all(limiter._hears_refunds for limiter in limiters), "they listen")
+        decisions = [await asking(limiters[n % 2], charge(SLOW)) for n in range(12)]
+        assert [decision.allowed for decision in decisions] == [True] * 10 + [False] * 2
+        assert {decision.source for decision in decisions[:11]} == {"store"}
+        assert (await asking(limiters[1], charge(SLOW))).source == "deny_cache"
+        await limiters[0].refill("client")
+        await soon(lambda: limiters[1]._told_tat(charge(SLOW)) == 0, "it is heard of")
+        assert (await asking(limiters[1], charge(SLOW))).allowed
+
+
+async def test_a_certificate_is_shown_to_a_server_that_asks_for_one(serve: Serve, certificates: Path) -> None:
+    server = serve(asks=True)
+    url = url_of(server, certificates, ca_file="here.pem", certificate="here.pem", key="here.key")
+    async with gateways(url, SLOW) as (limiter,):
+        assert (await asking(limiter, charge(SLOW))).source == "store"
+
+
+def test_the_client_store_writes_and_is_told_through_tls(
+    serve: Serve, certificates: Path, upstream: Callable[..., RawUpstream], gateway: Callable[..., RunningGateway]
+) -> None:
+    server = serve()
+    url = url_of(server, certificates, ca_file="here.pem")
+    sections = in_front_of(upstream().url) | {"store": {"url": url, "deadline": 0.5}}
+    one, other = gateway(sections), gateway(sections)
+    eventually(lambda: len(server.connections("pubsub")) == 4, "limiters and clients of both are listening")
+    json = {"Content-Type": "application/json"}
+    changed = ask(f"{one.url}/clients/acme/tier", method="POST", headers=json, body=b'{"tier": "BASIC"}')
+    assert changed.status == 200
+    with RawClient(other.port) as client:
+
+        def limit() -> list[bytes]:
+            return client.get("/api/x", ("X-Client-ID: acme",)).all("x-ratelimit-limit")
+
+        eventually(lambda: limit() == [b"50"], "the other follows", within=1)
+
+
+# What does not, and what it says
+
+WRONG: dict[str, tuple[str, bool, dict[str, str], list[str]]] = {
+    "another authority": (
+        "here",
+        False,
+        {"ca_file": "other.pem"},
+        ["self-signed certificate", "?ca_file=", "store.url"],
+    ),
+    "the system's": ("here", False, {}, ["self-signed certificate", "?ca_file=", "store.url"]),
+    "another host": ("other", False, {"ca_file": "other.pem"}, ["not valid for '127.0.0.1'", "host in store.url"]),
+    "no certificate": ("here", True, {"ca_file": "here.pem"}, ["?certificate=", "store.url"]),
+}
+
+
+@pytest.mark.parametrize(("name", "asks", "files", "telling"), WRONG.values(), ids=WRONG)
+async def test_a_server_that_is_not_trusted_or_does_not_trust_is_no_store_and_the_setting_is_named(
+    serve: Serve, certificates: Path, *, name: str, asks: bool, files: dict[str, str], telling: list[str]
+) -> None:
+    session = StoreSession(url_of(serve(name, asks=asks), certificates, **files), timeout=1)
+    with pytest.raises(RedisError) as refused:
+        await session.carrier(SCRIPT)
+    assert [words for words in telling if words not in str(refused.value)] == []
+    await session.close()
+
+
+def test_without_tls_to_a_port_that_expects_it_the_policy_decides_and_health_says_why(
+    serve: Serve, upstream: Callable[..., RawUpstream], gateway: Callable[..., RunningGateway]
+) -> None:
+    server = serve()
+    store = {"url": f"redis://127.0.0.1:{server.port}", "clients": "sqlite"}
+    running = gateway(in_front_of(upstream().url) | {"store": store})
+    assert ask(f"{running.url}/api/x").status == 200
+    health = ask(f"{running.url}/health").json()
+    assert (health["status"], health["limits"]["mode"]) == ("warn", "local_share")
+    assert "If the server expects TLS, store.url must begin with rediss" in health["limits"]["last_error"]
+
+
+# Files
+
+
+UNUSABLE: dict[str, tuple[dict[str, str], list[str]]] = {
+    "missing": ({"ca_file": "nowhere.pem"}, ["No such file", "nowhere.pem"]),
+    "no certificate in it": ({"ca_file": "here.key"}, ["here.key", "no certificate"]),
+    "without its key": ({"ca_file": "here.pem", "certificate": "here.pem"}, ["here.pem with its key"]),
+    "another's key": ({"certificate": "here.pem", "key": "other.key"}, ["here.pem with its key", "mismatch"]),
+}
+
+
+@pytest.mark.parametrize(("files", "telling"), UNUSABLE.values(), ids=UNUSABLE)
+async def test_files_that_cannot_be_used_are_named_at_the_start(
+    certificates: Path, files: dict[str, str], telling: list[str]
+) -> None:
+    query = "&".join(f"{name}={certificates / file}" for name, file in files.items())
+    sections: dict[str, Any] = {"store": {"url": f"rediss://127.0.0.1:1?{query}"}}
+    with pytest.raises(StartupError, match=r"store\.url: the files cannot be used: ") as refused:
+        async with (app := create_app(GatewayConfig.model_validate(sections))).router.lifespan_context(app):
+            pass
+    assert [words for words in telling if words not in str(refused.value)] == []
