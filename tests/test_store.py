@@ -10,7 +10,7 @@ from redis import Redis
 from api_gateway.models import Quota
 from api_gateway.store_url import StoreUrl
 from tests.kit import eventually
-from tests.store_kit import StoreServer, asking, charge, free_port, gateways
+from tests.store_kit import StoreServer, asking, charge, free_port, gateways, is_older_than_7
 
 SLOW = Quota.per_second("slow", 0.001, 10)
 
@@ -48,6 +48,8 @@ async def test_a_wrong_password_is_told_and_not_shown(binary: str, caplog: pytes
 @pytest.fixture
 def cluster(binary: str) -> Iterator[int]:
     """Run a cluster of one node; yield its port."""
+    if is_older_than_7(binary):
+        pytest.skip("before version 7 a node's second port follows from its first, and may not be free")
     port = free_port()
     options = ["bind 127.0.0.1", "cluster-enabled yes", f"cluster-port {free_port()}"]
     with StoreServer(binary, *options, port=port) as server:
