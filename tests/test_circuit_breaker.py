@@ -20,7 +20,6 @@ from hypothesis.stateful import (
 from api_gateway.circuit_breaker import (
     TRANSITIONS,
     BreakerPolicy,
-    CallWindow,
     CircuitBreaker,
     Event,
     State,
@@ -154,31 +153,6 @@ def test_failures_count_for_as_long_as_the_window(later: float, opens: bool) -> 
         call(breaker, outcome)
     call(breaker, SUCCESS, NOW + later)
     assert (call(breaker, FAILURE, NOW + later) is not None) == opens
-
-
-def test_the_window_forgets_a_slice_at_a_time() -> None:
-    window = CallWindow(10)
-    for second in range(10):
-        window.record(NOW + second, is_failure=second < 5)
-    assert [window.totals(NOW + second) for second in (9.9, 10, 12, 15, 18.9, 19)] == [
-        (10, 5),
-        (9, 4),
-        (7, 2),
-        (4, 0),
-        (1, 0),
-        (0, 0),
-    ]
-    window.record(NOW + 10, is_failure=True)
-    assert window.totals(NOW + 10) == (10, 5)
-    window.clear()
-    assert window.totals(NOW + 10) == (0, 0)
-
-
-def test_a_young_clock_counts_like_an_old_one() -> None:
-    window = CallWindow(10)
-    assert window.totals(0) == (0, 0)
-    window.record(0, is_failure=True)
-    assert [window.totals(now) for now in (0, 9.9, 10)] == [(1, 1), (1, 1), (0, 0)]
 
 
 # OPEN
