@@ -270,7 +270,8 @@ def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTran
         "hash": rendezvous_hash,
     }
     targets = [Target(target.url, target.weight) for target in section.targets]
-    breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now)
+    source = random.Random()  # noqa: S311 - spreads probes, guards nothing
+    breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now, source)
     return Service(
         Upstream(name, targets, breaker, picks[section.balance]),
         _transport(name, section) if transport is None else GuardedTransport(transport),
