@@ -11,7 +11,14 @@ from api_gateway import models
 from tests.kit import RunningGateway, ask, eventually, in_front_of, running_gateway
 
 TOKEN = "correct-horse-battery"
-GUARDED = ["/metrics", "/metrics/latency", "/circuit-breakers", "/clients", "/clients/acme"]
+GUARDED = [
+    "/metrics",
+    "/metrics/latency",
+    "/circuit-breakers",
+    "/circuit-breakers/up/history",
+    "/clients",
+    "/clients/acme",
+]
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +191,8 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/metrics",
         "/metrics/latency",
         "/circuit-breakers",
+        "/circuit-breakers/{name}",
+        "/circuit-breakers/{name}/history",
         "/clients",
         "/clients/{client_id}/tier",
         "/clients/{client_id}/grants",
@@ -200,6 +209,7 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         ("/metrics", models.MetricsView),
         ("/metrics/latency", models.LatencyView),
         ("/circuit-breakers", models.BreakersView),
+        ("/circuit-breakers/up/history", models.HistoryView),
         ("/clients/acme", models.ClientView),
         ("/clients", models.HeavyClients),
     ],
@@ -208,7 +218,7 @@ def test_answers_are_what_the_schema_says(plain: RunningGateway, path: str, mode
     body = ask(plain.url + path).json()
     model.model_validate(body)
     schema = ask(f"{plain.url}/openapi.json").json()
-    name = "/clients/{client_id}" if path.startswith("/clients/") else path
+    name = path.replace("/clients/acme", "/clients/{client_id}").replace("/up/", "/{name}/")
     shown = schema["paths"][name]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert shown == {"$ref": f"#/components/schemas/{model.__name__}"}
 

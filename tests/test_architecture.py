@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "guarded",
         "tunnel",
         "health",
+        "breaker_modes",
         "metrics",
         "exposition",
         "report",

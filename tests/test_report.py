@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode, State
 from api_gateway.exposition import Exposition
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
@@ -177,9 +177,15 @@ def test_of_states_the_worst_is_shown_and_counts_are_summed() -> None:
         consecutive_failures=2,
         window_calls=2,
         window_failures=2,
+        window_slow=0,
         probes_in_flight=0,
         opened_total=2,
         rejected_total=0,
+        slow_total=0,
+        would_open_total=0,
+        would_reject_total=0,
+        mode=Mode.AUTO,
+        ramp_share=None,
         next_probe_at=START + 11,
         opened_at=START + 2,
         opened_cause="3 consecutive failures; last: status 500",
