@@ -462,9 +462,8 @@ def _mistake(item: Mapping[str, Any]) -> str:
 def _check_breaker(console: Console, name: str) -> None:
     known = console.modes.names
     if name not in known:
-        raise NoRoute(
-            f"There is no circuit breaker '{name}'{nearest(name, known) or '; there are ' + ', '.join(known)}."
-        )
+        hint = nearest(name, known) or f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}."
+        raise NoRoute(f"There is no circuit breaker '{name}'{hint}")
 
 
 def _who(request: Request, console: Console) -> str:
