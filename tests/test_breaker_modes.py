@@ -39,11 +39,9 @@ class Worker:
         self.breaker = CircuitBreaker(BreakerPolicy(), self.clock())
         self.board = ModeBoard(file, {"users": self.breaker}, clock=self.clock, wall_clock=wall)
 
-    @property
     def mode(self) -> Mode:
         return self.breaker.mode
 
-    @property
     def trouble(self) -> str | None:
         return self.board.trouble
 
@@ -137,20 +135,20 @@ async def test_a_mode_that_one_sets_is_followed_by_the_others(file: ModeFile) ->
     wall = FakeClock(WALL)
     one, other = Worker(file, wall), Worker(file, wall)
     assert await one.board.set("users", HELD) is None
-    assert one.mode is Mode.FORCED_OPEN
-    assert other.mode is Mode.AUTO
+    assert one.mode() is Mode.FORCED_OPEN
+    assert other.mode() is Mode.AUTO
     await other.board.look()
-    assert (other.mode, other.board.override("users")) == (Mode.FORCED_OPEN, HELD)
+    assert (other.mode(), other.board.override("users")) == (Mode.FORCED_OPEN, HELD)
     assert await other.board.set("users", None) == HELD
     await one.board.look()
-    assert one.mode is Mode.AUTO
+    assert one.mode() is Mode.AUTO
 
 
 async def test_it_is_in_force_again_after_a_restart(file: ModeFile) -> None:
     await Worker(file, FakeClock(WALL)).board.set("users", WATCHED)
     restarted = Worker(file, FakeClock(WALL + 86_400))
     await restarted.board.look()
-    assert restarted.mode is Mode.OBSERVE
+    assert restarted.mode() is Mode.OBSERVE
 
 
 @pytest.mark.parametrize("mode", [Mode.FORCED_OPEN, Mode.FORCED_CLOSED, Mode.OBSERVE])
@@ -161,11 +159,11 @@ async def test_it_ends_by_itself_by_the_wall_clock(file: ModeFile, mode: Mode) -
     wall.advance(599)
     worker.clock.advance(599)
     await worker.board.look()
-    assert worker.mode is mode
+    assert worker.mode() is mode
     wall.advance(1)
     worker.clock.advance(1)
     await worker.board.look()
-    assert (worker.mode, worker.board.override("users")) == (Mode.AUTO, None)
+    assert (worker.mode(), worker.board.override("users")) == (Mode.AUTO, None)
 
 
 async def test_a_file_that_cannot_be_used_changes_nothing_and_is_told_once(
@@ -176,15 +174,15 @@ async def test_a_file_that_cannot_be_used_changes_nothing_and_is_told_once(
     file.path.write_text("{")
     for _ in range(3):
         await worker.board.look()
-    assert worker.mode is Mode.FORCED_OPEN
+    assert worker.mode() is Mode.FORCED_OPEN
     (told,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert f"{file.path}:1:2: not JSON" in told
-    assert worker.trouble is not None
+    assert worker.trouble() is not None
     with pytest.raises(StoreUnavailable, match=r"The mode was not changed: .*not JSON"):
         await worker.board.set("users", None)
     file.path.unlink()
     await worker.board.look()
-    assert (worker.mode, worker.trouble) == (Mode.AUTO, None)
+    assert (worker.mode(), worker.trouble()) == (Mode.AUTO, None)
 
 
 async def test_a_folder_that_cannot_be_read_is_tried_again(file: ModeFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +191,9 @@ async def test_a_folder_that_cannot_be_read_is_tried_again(file: ModeFile, monke
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError("not yours")))
         await worker.board.look()
-    assert worker.trouble == "not yours"
+    assert worker.trouble() == "not yours"
     await worker.board.look()
-    assert (worker.trouble, worker.mode) == (None, Mode.FORCED_OPEN)
+    assert (worker.trouble(), worker.mode()) == (None, Mode.FORCED_OPEN)
 
 
 async def test_a_name_that_no_upstream_has_is_warned_of(file: ModeFile, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +218,7 @@ async def test_it_follows_within_a_second(file: ModeFile) -> None:
     following = asyncio.create_task(worker.board.keep_up())
     try:
         file.change("users", HELD, WALL)
-        took = await soon(lambda: worker.mode is Mode.FORCED_OPEN, "the breaker is in the mode")
+        took = await soon(lambda: worker.mode() is Mode.FORCED_OPEN, "the breaker is in the mode")
         assert took < 1
     finally:
         following.cancel()
