@@ -14,9 +14,11 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from api_gateway.auth import AdminGuard
-from api_gateway.circuit_breaker import State
+from api_gateway.breaker_modes import ModeBoard, Override
+from api_gateway.circuit_breaker import FlightRecord, Mode, State
 from api_gateway.clients import ClientRegistry
 from api_gateway.crew import Crew
+from api_gateway.diagnosis import nearest
 from api_gateway.errors import (
     BadRequest,
     ClientIdInvalid,
@@ -44,14 +46,20 @@ from api_gateway.models import (
     Clock,
     Decision,
     Explanation,
+    FailedCallView,
+    FlightRecordView,
     GrantChanged,
     GrantRequest,
     GrantView,
     HealthView,
     HeavyClient,
     HeavyClients,
+    HistoryView,
     LatencyView,
     MetricsView,
+    ModeChange,
+    ModeChanged,
+    ModeView,
     OpeningView,
     Problem,
     Question,
@@ -89,6 +97,7 @@ class Console:
     clock: Clock
     clock_ns: Callable[[], int]
     explainer: Explainer
+    modes: ModeBoard
     phase: Phase = Phase.STARTING
 
 
@@ -224,12 +233,59 @@ async def latency(console: Guarded) -> LatencyView:
 
 @guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model_exclude_unset=True)
 async def circuit_breakers(console: Guarded) -> BreakersView:
-    """Answer state, counts, thresholds, since when, when the next probe is due and why it last opened."""
+    """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
+    await console.modes.look()
     report = await console.crew.gather()
     now = console.clock()
+    trouble = {} if console.modes.trouble is None else {"modes_error": console.modes.trouble}
     return BreakersView(
-        circuit_breakers={name: _breaker_view(upstream.breaker, now) for name, upstream in report.upstreams.items()}
+        circuit_breakers={
+            name: _breaker_view(upstream.breaker, console.modes.override(name), now)
+            for name, upstream in report.upstreams.items()
+        },
+        **trouble,
     )
+
+
+@guarded_router.post(
+    "/circuit-breakers/{name}",
+    summary="Put a circuit breaker into a mode",
+    responses={
+        404: {"description": "There is no circuit breaker of that name.", **_PROBLEM},
+        422: {"description": "No such mode, or another mistake in the body.", **_PROBLEM},
+        **_STORE_REFUSAL,
+    },
+)
+async def set_mode(name: str, change: ModeChange, request: Request, console: Guarded) -> ModeChanged:
+    """Force a breaker open or closed, only observe it, or leave it to itself again (`auto`).
+
+    The mode holds for `seconds`, or until it is changed, also over a restart. It is on disk when this answers; every
+    worker of this gateway follows within a second. In `observe` calls are counted and moves are made and shown, but
+    nothing is refused.
+    """
+    _check_breaker(console, name)
+    if change.mode == "auto" and change.seconds is not None:
+        raise InvalidValue(f"body.seconds: auto ends what was set before and lasts, got {change.seconds:g}.")
+    override, wall = None, time.time()
+    if change.mode != "auto":
+        until = None if change.seconds is None else wall + change.seconds
+        override = Override(Mode(change.mode), wall, until, change.reason, _who(request, console))
+    before = await console.modes.set(name, override)
+    return ModeChanged(name=name, previous=_mode_view(before), current=_mode_view(override))
+
+
+@guarded_router.get(
+    "/circuit-breakers/{name}/history",
+    summary="A circuit breaker's last moves",
+    responses={404: {"description": "There is no circuit breaker of that name.", **_PROBLEM}},
+)
+async def history(name: str, console: Guarded) -> HistoryView:
+    """Answer the last 50 moves of each worker's breaker, the newest first, with what led to each."""
+    _check_breaker(console, name)
+    report = await console.crew.gather(with_histories=True)
+    now = console.clock()
+    moves = [_move_view(record, now) for record in reversed(report.histories.get(name, []))]
+    return HistoryView(name=name, history=moves)
 
 
 @guarded_router.post(
@@ -403,6 +459,19 @@ def _mistake(item: Mapping[str, Any]) -> str:
     return f"{'.'.join(map(str, item['loc']))}: {item['msg']}{value}"
 
 
+def _check_breaker(console: Console, name: str) -> None:
+    known = console.modes.names
+    if name not in known:
+        hint = nearest(name, known) or f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}."
+        raise NoRoute(f"There is no circuit breaker '{name}'{hint}")
+
+
+def _who(request: Request, console: Console) -> str:
+    """Say where the request comes from, and how it showed that it may."""
+    host = request.client.host if request.client is not None else "unknown"
+    return f"{host}, with the admin token" if console.guard.has_token else host
+
+
 def _tier(console: Console, name: str) -> str:
     tier = name.upper()
     if tier not in console.clients.tiers:
@@ -490,8 +559,47 @@ def _wall_time(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
 
 
-def _breaker_view(breaker: BreakerReport, now: float) -> BreakerView:
-    calls, failures, policy = breaker.window_calls, breaker.window_failures, breaker.policy
+def _mode_view(override: Override | None) -> ModeView:
+    if override is None:
+        return ModeView(mode=Mode.AUTO.value)
+    return ModeView(
+        mode=override.mode.value,
+        since=_wall_time(override.since),
+        until=None if override.until is None else _wall_time(override.until),
+        reason=override.reason,
+        who=override.who,
+    )
+
+
+def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
+    failures = [
+        FailedCallView(
+            at=_utc(call.at, now),
+            route=call.route or None,
+            detail=call.detail,
+            duration=None if call.duration is None else round(call.duration, 4),
+            request_id=call.request_id or None,
+        )
+        for call in reversed(record.failures)
+    ]
+    given = {
+        "at": _utc(record.at, now),
+        "from": record.source.value,
+        "to": record.target.value,
+        "cause": record.cause,
+        "mode": record.mode.value,
+        "window_calls": record.counts.calls,
+        "window_failures": record.counts.failures,
+        "window_slow": record.counts.slow,
+        "last_failures": failures,
+        "next_probe_at": None if record.next_probe_at is None else _utc(record.next_probe_at, now),
+        "worker": record.worker or None,
+    }
+    return FlightRecordView.model_validate(given)
+
+
+def _breaker_view(breaker: BreakerReport, override: Override | None, now: float) -> BreakerView:
+    calls, failures, slow = breaker.window_calls, breaker.window_failures, breaker.window_slow
     opened = None
     if breaker.opened_at is not None:
         opened = OpeningView(at=_utc(breaker.opened_at, now), cause=breaker.opened_cause)
@@ -500,23 +608,24 @@ def _breaker_view(breaker: BreakerReport, now: float) -> BreakerView:
     return BreakerView(
         state=breaker.state.value,
         since=_utc(breaker.since, now),
+        mode=Mode.AUTO.value if override is None else override.mode.value,
+        override=None if override is None else _mode_view(override),
         consecutive_failures=breaker.consecutive_failures,
         window_calls=calls,
         window_failures=failures,
         window_failure_rate=round(failures / calls, 4) if calls else None,
+        window_slow=slow,
+        window_slow_rate=round(slow / calls, 4) if calls else None,
         probes_in_flight=breaker.probes_in_flight,
+        ramp_share=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,
+        slow_total=breaker.slow_total,
+        would_open_total=breaker.would_open_total,
+        would_reject_total=breaker.would_reject_total,
         next_probe_in=round(max(0.0, probe_at - now), 3) if is_open and probe_at is not None else None,
         last_opened=opened,
-        thresholds=BreakerThresholds(
-            failure_threshold=policy.failure_threshold,
-            failure_rate=policy.failure_rate,
-            minimum_calls=policy.minimum_calls,
-            window=policy.window,
-            recovery_timeout=policy.recovery_timeout,
-            half_open_max_calls=policy.half_open_max_calls,
-        ),
+        thresholds=BreakerThresholds(**asdict(breaker.policy)),
         **several,
     )
 

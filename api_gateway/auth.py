@@ -44,6 +44,11 @@ class AdminGuard:
     def __repr__(self) -> str:
         return f"<AdminGuard [{'loopback only' if self._expected is None else 'bearer token'}]>"
 
+    @property
+    def has_token(self) -> bool:
+        """True if whoever passes has shown the token."""
+        return self._expected is not None
+
     def check(self, headers: HeaderList, *, is_loopback: bool) -> None:
         """Raise Unauthorized or Forbidden unless the request may pass."""
         if self._expected is not None:

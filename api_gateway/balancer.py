@@ -7,8 +7,9 @@ import hashlib
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from api_gateway.circuit_breaker import CircuitBreaker, State, Ticket, Transition
+from api_gateway.circuit_breaker import CircuitBreaker, Ticket, Transition
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
 
@@ -72,24 +73,46 @@ def rendezvous_hash(targets: Sequence[Target], key: str) -> Target:
     return max(targets, key=score)
 
 
+class SlowHead(NamedTuple):
+    """A good answer whose head was long in coming, for the breaker to hear of at the answer's end."""
+
+    duration: float  # seconds
+    route: str
+    request_id: str
+
+
 class Lease:
     """One try on one target. Settling it gives back the target and tells the breaker; only the first time counts."""
 
-    __slots__ = ("_is_settled", "target", "ticket", "upstream")
+    __slots__ = ("_is_settled", "slow", "target", "ticket", "upstream")
 
     def __init__(self, upstream: "Upstream", target: Target, ticket: Ticket) -> None:
         self.upstream = upstream
         self.target = target
         self.ticket = ticket
+        self.slow: SlowHead | None = None
         self._is_settled = False
         target.in_flight += 1
 
-    def settle(self, outcome: Outcome, now: float, detail: str = "") -> Transition | None:
+    def settle(
+        self,
+        outcome: Outcome,
+        now: float,
+        detail: str = "",
+        *,
+        duration: float | None = None,
+        route: str = "",
+        request_id: str = "",
+    ) -> Transition | None:
         """Tell how the try ended. Returns the breaker's move, if it caused one."""
         if self._is_settled:
             return None
         self._is_settled = True
-        return self.upstream.breaker.settle(self.ticket, outcome, now, detail)
+        if self.slow is not None and duration is None:
+            duration, route, request_id = self.slow
+        return self.upstream.breaker.settle(
+            self.ticket, outcome, now, detail, duration=duration, route=route, request_id=request_id
+        )
 
     def release(self, now: float, outcome: Outcome = Outcome.IGNORED) -> None:
         """Give the target back, and settle the try unless it is: by default it blames nobody.
@@ -117,15 +140,15 @@ class Upstream:
 
     def is_untroubled(self) -> bool:
         """Tell whether `checkout` would give a lease that is no probe."""
-        if self.breaker.state is not State.CLOSED:
+        if not self.breaker.admits_all:
             return False
         for target in self.targets:  # noqa: SIM110 - any() takes five times as long, on every request
             if target.is_healthy:
                 return True
         return False
 
-    def checkout(self, now: float, key: str, tried: Collection[Target] = ()) -> Lease:
-        """Return a lease on a healthy target, preferring those not in `tried`.
+    def checkout(self, now: float, key: str, tried: Collection[Target] = (), *, is_safe: bool = True) -> Lease:
+        """Return a lease on a healthy target, preferring those not in `tried`; `is_safe` is for `admit`.
 
         Raises NoHealthyUpstream when there is none, CircuitOpen when the breaker does not admit.
         """
@@ -134,7 +157,7 @@ class Upstream:
             candidates = [target for target in candidates if target.is_healthy]
         if not candidates:
             raise self._unhealthy()
-        ticket = self.breaker.admit(now)
+        ticket = self.breaker.admit(now, is_safe=is_safe)
         if ticket is None:
             raise self._refusal(now)
         untried = [target for target in candidates if target not in tried] if tried else candidates
@@ -155,17 +178,11 @@ class Upstream:
         )
 
     def _refusal(self, now: float) -> CircuitOpen:
-        wait = self.breaker.retry_after(now)
-        if self.breaker.state is State.OPEN:
-            opened = self.breaker.last_opened
-            cause = f" after {opened.cause}" if opened else ""
-            detail = f"The circuit breaker of upstream '{self.name}' is OPEN{cause}. Next probe in {wait:.1f} s."
-        else:
-            detail = f"The circuit breaker of upstream '{self.name}' is HALF_OPEN and its probes are under way."
+        breaker = self.breaker
         return CircuitOpen(
-            detail,
-            retry_after=max(wait, 1.0),
-            extra={"upstream": self.name, "circuit_breaker": self.breaker.state.value},
+            f"The circuit breaker of upstream '{self.name}' is {breaker.hindrance(now)}",
+            retry_after=max(breaker.retry_after(now), 1.0),
+            extra={"upstream": self.name, "circuit_breaker": breaker.state.value},
         )
 
 

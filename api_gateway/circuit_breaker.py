@@ -5,12 +5,21 @@ generation of the state it was given in. A result that comes back after the stat
 generation and changes nothing, so a slow failure from before an outage cannot reopen a breaker that has recovered.
 """
 
+import random
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from api_gateway.call_window import Counts, CountWindow, TimeWindow, Window
 from api_gateway.models import Outcome
+from api_gateway.ramp import Ramp, RateMeter
+
+KEPT_RECORDS = 50
+KEPT_FAILURES = 10
+PATIENCE = 1.0  # seconds without a safe request, after which an unsafe one may be the probe
+NEVER = float("inf")
 
 
 class State(StrEnum):
@@ -19,6 +28,24 @@ class State(StrEnum):
     CLOSED = "CLOSED"
     OPEN = "OPEN"
     HALF_OPEN = "HALF_OPEN"
+
+
+class Mode(StrEnum):
+    """What an operator makes of a breaker: its state stands beside it.
+
+    `auto` acts by the state. `observe` counts and moves in the same way and refuses nothing. `forced_open` admits
+    nothing, `forced_closed` all, and in both the state stays as it is.
+    """
+
+    AUTO = "auto"
+    OBSERVE = "observe"
+    FORCED_CLOSED = "forced_closed"
+    FORCED_OPEN = "forced_open"
+
+    @property
+    def is_forced(self) -> bool:
+        """True while nothing moves the state."""
+        return self is Mode.FORCED_CLOSED or self is Mode.FORCED_OPEN
 
 
 class Event(StrEnum):
@@ -41,13 +68,24 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
 )
 
 
+def diagram() -> str:
+    """Return the table as a Mermaid state diagram, for the documentation."""
+    moves = [f"    {source} --> {target}: {event}" for (source, event), target in TRANSITIONS.items()]
+    return "\n".join(["stateDiagram-v2", f"    [*] --> {State.CLOSED}", *moves])
+
+
 @dataclass(frozen=True, slots=True)
 class BreakerPolicy:
     """When to open and how to recover; durations in seconds.
 
-    It opens after `failure_threshold` consecutive failures, or when at least `minimum_calls` calls were counted
-    inside `window` and the share of failures among them reaches `failure_rate`. After `recovery_timeout` it admits
-    `half_open_max_calls` probes at once, and closes when as many have succeeded.
+    It opens after `failure_threshold` consecutive failures, or when at least `minimum_calls` calls were counted and
+    the share of failures among them reaches `failure_rate`, or that of calls of `slow_call_duration` or longer
+    reaches `slow_call_rate`. What counts are the calls of the last `window` seconds, or the last `window_calls`.
+
+    It stays open for `recovery_timeout`, twice as long with each opening in a row up to `max_recovery_timeout` (None:
+    always as long), and up to `jitter` of that longer by chance. Then it admits `half_open_max_calls` probes at once,
+    and closes when as many have succeeded. For `ramp` seconds after that not all calls are admitted; see `Ramp`.
+    It opens for its first time again once it has been closed for `window` seconds.
     """
 
     failure_threshold: int = 5
@@ -56,6 +94,12 @@ class BreakerPolicy:
     window: float = 30.0
     recovery_timeout: float = 30.0
     half_open_max_calls: int = 1
+    slow_call_duration: float | None = None
+    slow_call_rate: float | None = None
+    window_calls: int | None = None
+    max_recovery_timeout: float | None = None
+    jitter: float = 0.0
+    ramp: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,160 +110,385 @@ class Ticket:
     is_probe: bool
 
 
+_UNCOUNTED = Ticket(-1, is_probe=False)  # no generation: whatever comes of the call changes nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One move, when and why."""
+    """One move, when and why. In mode `observe` it is what would have been."""
 
     at: float
     source: State
     target: State
     cause: str
+    mode: Mode = Mode.AUTO
 
 
-class CallWindow:
-    """Calls and failures of the last `span` seconds, in ten slices; it forgets a slice at a time."""
+@dataclass(frozen=True, slots=True)
+class FailedCall:
+    """A call that failed, or was slow; `detail` is its status or error. What is not known of it is None or empty."""
 
-    SLICES = 10
+    at: float
+    detail: str
+    duration: float | None
+    route: str
+    request_id: str
 
-    def __init__(self, span: float) -> None:
-        self._width = span / self.SLICES
-        self.clear()
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._numbers = [-1] * self.SLICES
-        self._calls = [0] * self.SLICES
-        self._failures = [0] * self.SLICES
+@dataclass(frozen=True, slots=True)
+class FlightRecord:
+    """A move and what led to it: the window's counts, and the last calls that failed since the move before.
 
-    def record(self, now: float, *, is_failure: bool) -> None:
-        """Count one call."""
-        number = int(now / self._width)
-        slot = number % self.SLICES
-        if self._numbers[slot] != number:
-            self._numbers[slot], self._calls[slot], self._failures[slot] = number, 0, 0
-        self._calls[slot] += 1
-        self._failures[slot] += is_failure
+    `number` counts the breaker's moves from 1. `next_probe_at` is None unless the move opened it.
+    """
 
-    def totals(self, now: float) -> tuple[int, int]:
-        """Return calls and failures of the slices still inside the span."""
-        oldest = int(now / self._width) - self.SLICES
-        live = [slot for slot in range(self.SLICES) if self._numbers[slot] > oldest]
-        return sum(self._calls[slot] for slot in live), sum(self._failures[slot] for slot in live)
+    number: int
+    at: float
+    source: State
+    target: State
+    cause: str
+    mode: Mode
+    counts: Counts
+    failures: tuple[FailedCall, ...]
+    next_probe_at: float | None
+    worker: str = ""
 
 
 class CircuitBreaker:
     """Counts outcomes and decides whether the upstream may be tried. Not thread-safe."""
 
-    def __init__(self, policy: BreakerPolicy, now: float) -> None:
+    def __init__(self, policy: BreakerPolicy, now: float, source: random.Random | None = None) -> None:
+        """`source` spreads the times it stays open, by `policy.jitter`; without one they are not spread."""
         self.policy = policy
         self.state = State.CLOSED
+        self.mode = Mode.AUTO
+        self.mode_until: float | None = None
         self.since = now
+        self.admits_all = True  # without being asked twice: the hot path looks at nothing else
+        self.slow_after = NEVER if policy.slow_call_duration is None else policy.slow_call_duration
         self.consecutive_failures = 0
         self.probes_in_flight = 0
-        self.opened_total = 0
-        self.rejected_total = 0
+        self.opened_total = self.rejected_total = self.slow_total = 0
+        self.would_open_total = self.would_reject_total = 0  # in mode observe
         self.last_opened: Transition | None = None
-        self._window = CallWindow(policy.window)
+        self.records: deque[FlightRecord] = deque(maxlen=KEPT_RECORDS)
+        self.ramp: Ramp | None = None
+        self._source = source
+        self._window: Window = _window(policy)
+        self._meter = RateMeter()
+        self._failures: deque[FailedCall] = deque(maxlen=KEPT_FAILURES)
         self._generation = 0
         self._closed_ticket = Ticket(0, is_probe=False)  # one for all: every call of a generation is alike
         self._probe_successes = 0
-        self._last_probe_at = now
+        self._last_probe_at = self._last_safe_at = now
+        self._moves = 0
+        self._rate = 0.0  # calls a second before it opened
+        self._open_time = 0.0  # of the last opening, without the jitter
+        self._due = now
 
     def __repr__(self) -> str:
-        return f"<CircuitBreaker [{self.state}, {self.consecutive_failures} consecutive failures]>"
+        mode = "" if self.mode is Mode.AUTO else f" {self.mode},"
+        return f"<CircuitBreaker [{self.state},{mode} {self.consecutive_failures} consecutive failures]>"
 
-    def admit(self, now: float) -> Ticket | None:
-        """Return a ticket that must be settled once, or None when the upstream may not be tried."""
-        if self.state is State.CLOSED:
+    # Admission
+
+    def admit(self, now: float, *, is_safe: bool = True) -> Ticket | None:
+        """Return a ticket that must be settled once, or None when the upstream may not be tried.
+
+        `is_safe` says that the request may be repeated without harm. One that may not becomes a probe only when none
+        that may has come for a second.
+        """
+        if self.admits_all:
+            meter = self._meter
+            meter.count += 1
+            if now >= meter.due:
+                meter.mark(now)
             return self._closed_ticket
         self.advance(now)
-        if self.would_admit(now):
-            if self.probes_in_flight >= self.policy.half_open_max_calls:
-                # Those that have not come back by now count as lost, so that none can lock us: their tickets are void.
-                self._generation += 1
-                self.probes_in_flight = 0
-            self.probes_in_flight += 1
-            self._last_probe_at = now
-            return Ticket(self._generation, is_probe=True)
-        self.rejected_total += 1
-        return None
+        ticket = self._admit_by_mode(now, is_safe=is_safe)
+        if is_safe:
+            self._last_safe_at = now
+        return ticket
 
-    def would_admit(self, now: float) -> bool:
+    def would_admit(self, now: float, *, is_safe: bool = True) -> bool:
         """Tell whether `admit` would give a ticket now; nothing moves by that."""
-        state = self.state_at(now)
-        if state is State.HALF_OPEN and self.state is state:
-            is_free = self.probes_in_flight < self.policy.half_open_max_calls
-            return is_free or now - self._last_probe_at >= self.policy.recovery_timeout
-        return state is not State.OPEN
+        mode = self.mode_at(now)
+        return mode is not Mode.FORCED_OPEN and (mode is not Mode.AUTO or self._passes(now, is_safe=is_safe))
 
     def state_at(self, now: float) -> State:
         """Return the state with the move that time alone causes, which need not have been made yet."""
-        is_due = self.state is State.OPEN and now - self.since >= self.policy.recovery_timeout
+        is_due = self.state is State.OPEN and now >= self._due and not self.mode_at(now).is_forced
         return State.HALF_OPEN if is_due else self.state
 
-    def settle(self, ticket: Ticket, outcome: Outcome, now: float, detail: str = "") -> Transition | None:
-        """Count the outcome of an admitted try; `detail` says in words what failed. Returns the move it caused."""
-        if ticket.generation != self._generation:
+    def mode_at(self, now: float) -> Mode:
+        """Return the mode, which may have ended without having been left yet."""
+        return Mode.AUTO if self.mode_until is not None and now >= self.mode_until else self.mode
+
+    def refuses(self, now: float) -> bool:
+        """Tell whether nobody would be admitted but, if its time has come, a probe."""
+        mode = self.mode_at(now)
+        return mode is Mode.FORCED_OPEN or (mode is Mode.AUTO and self.state_at(now) is State.OPEN)
+
+    def _admit_by_mode(self, now: float, *, is_safe: bool) -> Ticket | None:
+        if self.mode is Mode.FORCED_OPEN:
+            self.rejected_total += 1
             return None
-        if self.state is State.HALF_OPEN:
-            return self._settle_probe(outcome, now, detail)
-        if outcome is Outcome.FAILURE:
-            return self._count_failure(now, detail)
-        if outcome is Outcome.SUCCESS:
+        if self.mode is Mode.FORCED_CLOSED:
+            return self._closed_ticket if self.state is State.CLOSED else _UNCOUNTED
+        ticket = self._admit_by_state(now, is_safe=is_safe)
+        if ticket is None and self.mode is Mode.OBSERVE:
+            self.would_reject_total += 1
+            return _UNCOUNTED
+        self.rejected_total += ticket is None
+        return ticket
+
+    def _admit_by_state(self, now: float, *, is_safe: bool) -> Ticket | None:
+        if not self._passes(now, is_safe=is_safe):
+            return None
+        if self.state is State.CLOSED:
+            self._meter.count += 1
+            if self.ramp is not None:
+                self.ramp.take(now)
+            return self._closed_ticket
+        if self.probes_in_flight >= self.policy.half_open_max_calls:
+            # Those that have not come back by now count as lost, so that none can lock us: their tickets are void.
+            self._generation += 1
+            self.probes_in_flight = 0
+        self.probes_in_flight += 1
+        self._last_probe_at = now
+        return Ticket(self._generation, is_probe=self.mode is Mode.AUTO)
+
+    def _passes(self, now: float, *, is_safe: bool) -> bool:
+        """Tell whether the state admits a request now."""
+        state = self.state_at(now)
+        if state is State.CLOSED:
+            return self.ramp is None or self.ramp.is_over(now) or self.ramp.wait(now) == 0
+        if state is State.OPEN or (not is_safe and now - self._last_safe_at < PATIENCE):
+            return False
+        is_free = self.probes_in_flight < self.policy.half_open_max_calls or self.state is not state
+        return is_free or now - self._last_probe_at >= self.policy.recovery_timeout
+
+    # Results
+
+    def settle(
+        self,
+        ticket: Ticket,
+        outcome: Outcome,
+        now: float,
+        detail: str = "",
+        *,
+        duration: float | None = None,
+        route: str = "",
+        request_id: str = "",
+    ) -> Transition | None:
+        """Count the outcome of an admitted try. Returns the move it caused.
+
+        `duration` is in seconds, from sending to the answer's head or to the failure. `detail` says in words what
+        failed; it, `route` and `request_id` go into the flight record.
+        """
+        if ticket.generation != self._generation or outcome is Outcome.IGNORED:
+            if ticket.generation == self._generation and self.state is State.HALF_OPEN:
+                self.probes_in_flight -= 1
+            return None
+        is_slow = duration is not None and duration >= self.slow_after
+        if outcome is Outcome.SUCCESS and not is_slow and self.state is State.CLOSED:
             self._window.record(now, is_failure=False)
             self.consecutive_failures = 0
-        return None
+            return None
+        if outcome is Outcome.FAILURE or is_slow:
+            self.slow_total += is_slow
+            self._failures.append(FailedCall(now, detail or _slowness(duration), duration, route, request_id))
+        if self.state is State.HALF_OPEN:
+            return self._settle_probe(outcome, now, detail, duration if is_slow else None)
+        return self._count_trouble(outcome, now, detail, is_slow=is_slow)
 
     def advance(self, now: float) -> Transition | None:
-        """Make the move that time alone causes: from OPEN to HALF_OPEN once the recovery timeout has passed."""
+        """Make the moves that time alone causes: to HALF_OPEN once its time is over, out of a mode or a ramp."""
+        if self.mode_until is not None and now >= self.mode_until:
+            self.set_mode(Mode.AUTO, now)
+        if self.ramp is not None and self.ramp.is_over(now):
+            self.ramp = None
+            self._look_again()
         if self.state_at(now) is not self.state:
-            return self._move(Event.RECOVERY_DUE, now, f"{self.policy.recovery_timeout:g} s have passed")
+            return self._move(Event.RECOVERY_DUE, now, f"{round(self._due - self.since, 1):g} s have passed")
         return None
 
+    def set_mode(self, mode: Mode, now: float, until: float | None = None) -> None:
+        """Put it into a mode until a moment, or until it is put into another. What is on its way counts no more.
+
+        Traffic that was held off comes back as after an outage.
+        """
+        before, self.mode, self.mode_until = self.mode, mode, until
+        if mode is before:
+            return
+        self._begin_generation()
+        if mode is Mode.FORCED_OPEN and self.state is State.CLOSED:
+            self._note_rate(now)
+        if before is Mode.FORCED_OPEN and self.state is State.CLOSED:
+            self._begin_ramp(now)
+        if mode.is_forced:
+            self.ramp = None
+        self._look_again()
+
+    # What it says of itself
+
     def retry_after(self, now: float) -> float:
-        """Return the seconds until a probe may be let through, at least 0."""
+        """Return the seconds until a request may be let through, at least 0; a guess where only an operator knows."""
+        mode = self.mode_at(now)
+        if mode is Mode.FORCED_OPEN:
+            return self.policy.recovery_timeout if self.mode_until is None else self.mode_until - now
+        if mode is Mode.FORCED_CLOSED:
+            return 0.0
         if self.state is State.OPEN:
-            return max(0.0, self.since + self.policy.recovery_timeout - now)
-        return 0.0
+            return max(0.0, self._due - now)
+        return self.ramp.wait(now) if self.ramp is not None and not self.ramp.is_over(now) else 0.0
+
+    def next_probe_at(self) -> float | None:
+        """Return when the next probe is due; None unless it is OPEN and left to itself."""
+        return self._due if self.state is State.OPEN and not self.mode.is_forced else None
+
+    def ramp_share(self, now: float) -> float | None:
+        """Return what share of the rate before the outage is admitted, 0 to 1; None unless it is coming back."""
+        return self.ramp.share(now) if self.ramp is not None and not self.ramp.is_over(now) else None
+
+    def hindrance(self, now: float) -> str:
+        """Say why a request is not admitted, to go behind 'the circuit breaker is'."""
+        wait = self.retry_after(now)
+        state = self.state_at(now)
+        if self.mode_at(now) is Mode.FORCED_OPEN:
+            end = "" if self.mode_until is None else f" for another {wait:.1f} s"
+            return f"held open by an operator{end}."
+        if state is State.OPEN:
+            cause = f" after {self.last_opened.cause}" if self.last_opened else ""
+            return f"OPEN{cause}. Next probe in {wait:.1f} s."
+        if state is State.HALF_OPEN:
+            return "HALF_OPEN and its probes are under way."
+        return f"CLOSED again and lets traffic back step by step. Next call in {wait:.1f} s."
 
     def window_totals(self, now: float) -> tuple[int, int]:
         """Return calls and failures counted inside the window."""
-        return self._window.totals(now)
+        calls, failures, _ = self._window.counts(now)
+        return calls, failures
 
-    def _count_failure(self, now: float, detail: str) -> Transition | None:
-        self._window.record(now, is_failure=True)
-        self.consecutive_failures += 1
-        cause = self._threshold_reached(now)
+    def window_counts(self, now: float) -> Counts:
+        """Return what was counted inside the window."""
+        return self._window.counts(now)
+
+    # Counting
+
+    def _count_trouble(self, outcome: Outcome, now: float, detail: str, *, is_slow: bool) -> Transition | None:
+        is_failure = outcome is Outcome.FAILURE
+        self._window.record(now, is_failure=is_failure, is_slow=is_slow)
+        self.consecutive_failures = self.consecutive_failures + 1 if is_failure else 0
+        cause = None if self.mode.is_forced else self._threshold_reached(now)
         if cause is None:
             return None
         return self._move(Event.THRESHOLD_REACHED, now, f"{cause}; last: {detail}" if detail else cause)
 
     def _threshold_reached(self, now: float) -> str | None:
-        if self.consecutive_failures >= self.policy.failure_threshold:
+        policy = self.policy
+        if self.consecutive_failures >= policy.failure_threshold:
             return f"{self.consecutive_failures} consecutive failures"
-        calls, failures = self._window.totals(now)
-        if calls >= self.policy.minimum_calls and failures / calls >= self.policy.failure_rate:
-            return f"{failures} of {calls} calls failed within {self.policy.window:g} s"
+        calls, failures, slow = self._window.counts(now)
+        if calls < policy.minimum_calls:
+            return None
+        which, where = self._window.words(calls)
+        if failures / calls >= policy.failure_rate:
+            return f"{failures} {which} calls failed{where}"
+        if policy.slow_call_rate is not None and slow / calls >= policy.slow_call_rate:
+            return f"{slow} {which} calls took {self.slow_after:g} s or longer{where}"
         return None
 
-    def _settle_probe(self, outcome: Outcome, now: float, detail: str) -> Transition | None:
+    def _settle_probe(self, outcome: Outcome, now: float, detail: str, slow: float | None) -> Transition | None:
         self.probes_in_flight -= 1
         if outcome is Outcome.FAILURE:
             return self._move(Event.PROBE_FAILED, now, f"probe failed: {detail}" if detail else "probe failed")
-        if outcome is Outcome.SUCCESS:
-            self._probe_successes += 1
-            if self._probe_successes >= self.policy.half_open_max_calls:
-                return self._move(Event.PROBES_SUCCEEDED, now, f"{self._probe_successes} probes succeeded")
+        if slow is not None:
+            return self._move(Event.PROBE_FAILED, now, f"probe failed: {_slowness(slow)}")
+        self._probe_successes += 1
+        if self._probe_successes >= self.policy.half_open_max_calls:
+            return self._move(Event.PROBES_SUCCEEDED, now, f"{self._probe_successes} probes succeeded")
         return None
 
+    # Moving
+
     def _move(self, event: Event, now: float, cause: str) -> Transition:
-        transition = Transition(now, self.state, TRANSITIONS[self.state, event], cause)
+        transition = Transition(now, self.state, TRANSITIONS[self.state, event], cause, self.mode)
+        counts = self._window.counts(now)
+        if transition.target is State.OPEN:
+            self._open(transition)
         self.state, self.since = transition.target, now
+        self._begin_generation()
+        self.consecutive_failures = self._probe_successes = 0
+        self._window.clear()
+        if self.state is State.CLOSED:
+            self._begin_ramp(now)
+        self._look_again()
+        self._write_down(transition, counts)
+        return transition
+
+    def _open(self, transition: Transition) -> None:
+        now = transition.at
+        if transition.source is State.CLOSED:
+            self._note_rate(now)
+        self.ramp = None
+        self._open_time = self._next_open_time(transition)
+        spread = self.policy.jitter * self._source.random() if self._source is not None else 0.0
+        self._due = now + self._open_time * (1 + spread)
+        self._last_safe_at = now
+        self.last_opened = transition
+        if self.mode is Mode.OBSERVE:
+            self.would_open_total += 1
+        else:
+            self.opened_total += 1
+
+    def _next_open_time(self, transition: Transition) -> float:
+        """Return how long it is open: as at first if it was closed long enough, else twice as long as last time."""
+        policy = self.policy
+        was_stable = transition.source is State.CLOSED and transition.at - self.since >= policy.window
+        if self._open_time == 0 or was_stable or policy.max_recovery_timeout is None:
+            return policy.recovery_timeout
+        return max(policy.recovery_timeout, min(2 * self._open_time, policy.max_recovery_timeout))
+
+    def _note_rate(self, now: float) -> None:
+        """Note the rate of calls, to come back to it; one that was held down by a ramp says nothing."""
+        if self.ramp is None or self.ramp.is_over(now):
+            self._rate = self._meter.rate(now)
+
+    def _begin_ramp(self, now: float) -> None:
+        if self.policy.ramp:
+            self.ramp = Ramp(self._rate, self.policy.ramp, now)
+
+    def _begin_generation(self) -> None:
+        """Void every ticket that is out."""
         self._generation += 1
         self._closed_ticket = Ticket(self._generation, is_probe=False)
-        self.consecutive_failures = self.probes_in_flight = self._probe_successes = 0
-        self._window.clear()
-        if self.state is State.OPEN:
-            self.opened_total += 1
-            self.last_opened = transition
-        return transition
+        self.probes_in_flight = 0
+
+    def _look_again(self) -> None:
+        is_plain = self.state is State.CLOSED and self.ramp is None
+        self.admits_all = is_plain and self.mode is not Mode.FORCED_OPEN
+
+    def _write_down(self, transition: Transition, counts: Counts) -> None:
+        self._moves += 1
+        record = FlightRecord(
+            number=self._moves,
+            at=transition.at,
+            source=transition.source,
+            target=transition.target,
+            cause=transition.cause,
+            mode=transition.mode,
+            counts=counts,
+            failures=tuple(self._failures),
+            next_probe_at=self.next_probe_at(),
+        )
+        self.records.append(record)
+        self._failures.clear()
+
+
+def _window(policy: BreakerPolicy) -> Window:
+    return TimeWindow(policy.window) if policy.window_calls is None else CountWindow(policy.window_calls)
+
+
+def _slowness(duration: float | None) -> str:
+    return "" if duration is None else f"it took {duration:.3g} s"

@@ -41,6 +41,7 @@ CONFIG_VARIABLE = "GATEWAY_CONFIG"
 MIN_TOKEN_LENGTH = 8
 LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
 MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
+LONGEST_RECOVERY = 300  # seconds a breaker stays open at most, unless it is told otherwise
 _SECRET = (("admin", "token"),)
 
 logger = logging.getLogger(__name__)
@@ -253,14 +254,33 @@ class HealthCheckSection(Section):
 
 
 class CircuitBreakerSection(Section):
-    """When the upstream's breaker opens and how it recovers."""
+    """When the upstream's breaker opens and how it recovers; durations in seconds.
+
+    `slow_call_duration` and `slow_call_rate` come together. `window_calls` counts the last so many calls instead of
+    those of `window`. `jitter` is the share of its open time by which a breaker may stay open longer.
+    """
 
     failure_threshold: int = Field(default=5, ge=1)
     failure_rate: float = Field(default=0.5, gt=0, le=1)
+    slow_call_duration: Seconds | None = None
+    slow_call_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     minimum_calls: int = Field(default=20, ge=1)
     window: Seconds = 30
+    window_calls: Annotated[int, Field(ge=1, le=100_000)] | None = None
     recovery_timeout: Seconds = 30
+    max_recovery_timeout: Seconds = LONGEST_RECOVERY
+    jitter: float = Field(default=0.1, ge=0, le=1)
     half_open_max_calls: int = Field(default=1, ge=1)
+    ramp: float = Field(default=10, ge=0, le=3600, description="Seconds until all traffic is back; 0 is at once.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reach(cls, given: Any) -> Any:
+        """Let the longest recovery be no shorter than the first, unless both are given."""
+        first = given.get("recovery_timeout") if isinstance(given, Mapping) else None
+        if isinstance(first, int | float) and first > LONGEST_RECOVERY and "max_recovery_timeout" not in given:
+            return {**given, "max_recovery_timeout": first}
+        return given
 
 
 class RetrySection(Section):
@@ -390,7 +410,13 @@ class GatewayConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> "GatewayConfig":
-        problems = [*_server_problems(self), *_store_problems(self), *_tier_problems(self), *_route_problems(self)]
+        problems = [
+            *_server_problems(self),
+            *_store_problems(self),
+            *_tier_problems(self),
+            *_breaker_problems(self),
+            *_route_problems(self),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -491,6 +517,25 @@ def _all_terms(config: GatewayConfig) -> Iterator[tuple[str, TierSection | Candi
         yield f"tiers.{name}", tier
         if tier.candidate is not None:
             yield f"tiers.{name}.candidate", tier.candidate
+
+
+def _breaker_problems(config: GatewayConfig) -> Iterator[str]:
+    for name, upstream in config.upstreams.items():
+        breaker, place = upstream.circuit_breaker, f"upstreams.{name}.circuit_breaker"
+        if breaker.max_recovery_timeout < breaker.recovery_timeout:
+            yield (
+                f"{place}.max_recovery_timeout: must be at least recovery_timeout ({breaker.recovery_timeout:g}),"
+                f" got {breaker.max_recovery_timeout:g}"
+            )
+        if breaker.slow_call_rate is not None and breaker.slow_call_duration is None:
+            yield f"{place}.slow_call_rate: needs slow_call_duration, got {breaker.slow_call_rate:g} alone"
+        if breaker.slow_call_duration is not None and breaker.slow_call_rate is None:
+            yield f"{place}.slow_call_duration: needs slow_call_rate, got {breaker.slow_call_duration:g} alone"
+        if breaker.window_calls is not None and breaker.window_calls < breaker.minimum_calls:
+            yield (
+                f"{place}.window_calls: must be at least minimum_calls ({breaker.minimum_calls}), or no rate is ever"
+                f" reached, got {breaker.window_calls}"
+            )
 
 
 def _route_problems(config: GatewayConfig) -> Iterator[str]:

@@ -36,8 +36,8 @@ class Crew(Protocol):
         """Say how to look at the process that serves here."""
         ...
 
-    async def gather(self) -> Report:
-        """Return the report of all together."""
+    async def gather(self, *, with_histories: bool = False) -> Report:
+        """Return the report of all together; the histories of the breakers come when asked for, as they are large."""
         ...
 
 
@@ -51,7 +51,7 @@ class Alone:
         """See `Crew`."""
         self._look = look
 
-    async def gather(self) -> Report:
+    async def gather(self, *, with_histories: bool = False) -> Report:  # noqa: ARG002 - they are at hand
         """See `Crew`."""
         return self._look()
 
@@ -97,7 +97,7 @@ class Member:
             self._writer.close()
             await self._writer.wait_closed()
 
-    async def gather(self) -> Report:
+    async def gather(self, *, with_histories: bool = False) -> Report:
         """Return the report of all together.
 
         What is shown has passed through the supervisor, who keeps it: so nothing that was shown once falls when this
@@ -106,7 +106,7 @@ class Member:
         """
         self._number = number = self._number + 1
         answer = self._asked[number] = asyncio.get_running_loop().create_future()
-        self._say("gather", id=number, report=self._state())
+        self._say("gather", id=number, with_histories=with_histories, report=self._state())
         try:
             async with asyncio.timeout(PATIENCE):
                 self._last = await answer

@@ -157,7 +157,7 @@ class DemoUpstreams:
             name: {"targets": [{"url": url}], "health_check": check} for name, url in self.urls.items()
         }
         # Small enough that a person sees it open and recover within a minute.
-        upstreams["flaky"]["circuit_breaker"] = {"failure_threshold": 3, "recovery_timeout": 5}
+        upstreams["flaky"]["circuit_breaker"] = {"failure_threshold": 3, "recovery_timeout": 5, "jitter": 0}
         routes: list[dict[str, Any]] = [
             {"name": name, "path": f"/api/{name}", "upstream": name, "strip_prefix": "/api"} for name in self.urls
         ]

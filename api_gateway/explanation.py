@@ -176,11 +176,11 @@ class Explainer:
 
     def _upstream_view(self, route: Route) -> UpstreamExplained:
         upstream, now = self._router.services[route.upstream].upstream, self._clock()
-        state = upstream.breaker.state_at(now)
+        state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
         return UpstreamExplained(
             name=upstream.name,
             breaker=state.value,
-            next_probe_in=round(upstream.breaker.retry_after(now), 3) if state is State.OPEN else None,
+            next_probe_in=round(due - now, 3) if state is State.OPEN and due is not None else None,
             healthy=sum(target.is_healthy for target in upstream.targets),
             targets=len(upstream.targets),
         )

@@ -13,7 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from api_gateway.circuit_breaker import State
+from api_gateway.circuit_breaker import Mode, State
 from api_gateway.errors import Reason
 from api_gateway.metrics import OUTCOMES, Recorder, Tally, UpstreamFigures, value_of
 from api_gateway.models import LimiterState, Source
@@ -161,18 +161,27 @@ class Exposition:
             "1 for the state the breaker is in.",
             labels=["upstream", "state"],
         )
-        opened = CounterMetricFamily(
-            "gateway_circuit_breaker_opened", "Times the breaker opened.", labels=["upstream"]
+        modes = GaugeMetricFamily(
+            "gateway_circuit_breaker_mode", "1 for the mode an operator has it in.", labels=["upstream", "mode"]
         )
-        rejected = CounterMetricFamily("gateway_circuit_breaker_rejected", "Requests it refused.", labels=["upstream"])
         for name, upstream in self._upstreams.items():
             for state in State:
                 states.add_metric([name, state.value.lower()], upstream.breaker.state is state)
-            opened.add_metric([name], upstream.breaker.opened_total)
-            rejected.add_metric([name], upstream.breaker.rejected_total)
+            for mode in Mode:
+                modes.add_metric([name, mode.value], upstream.breaker.mode is mode)
         yield states
-        yield opened
-        yield rejected
+        yield modes
+        for key, words in (
+            ("opened", "Times the breaker opened."),
+            ("rejected", "Requests it refused."),
+            ("slow_calls", "Calls that took slow_call_duration or longer."),
+            ("would_open", "Times it would have opened, but was only observed."),
+            ("would_reject", "Requests it would have refused, but was only observed."),
+        ):
+            family = CounterMetricFamily(f"gateway_circuit_breaker_{key}", words, labels=["upstream"])
+            for name, upstream in self._upstreams.items():
+                family.add_metric([name], getattr(upstream.breaker, f"{key.removesuffix('_calls')}_total"))
+            yield family
 
 
 def _classic(tally: Tally) -> list[tuple[str, float]]:

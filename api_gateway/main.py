@@ -23,7 +23,8 @@ from api_gateway.access_log import AccessLog
 from api_gateway.admin import Console, Phase
 from api_gateway.auth import AdminGuard
 from api_gateway.balancer import Pick, Target, Upstream, least_requests, rendezvous_hash, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Transition
+from api_gateway.breaker_modes import ModeBoard, ModeFile
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode, Transition
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry
 from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
@@ -74,6 +75,7 @@ class Gateway:
     services: dict[str, Service]
     recorder: Recorder
     candidates: dict[str, Quota]
+    modes: ModeBoard
 
 
 class GatewayApp(FastAPI):
@@ -183,6 +185,9 @@ async def _live(
         if isinstance(gateway.limiter, RedisLimiter):
             stack.push_async_callback(gateway.limiter.close)
             await gateway.limiter.start()
+        await gateway.modes.look()
+        modes = asyncio.create_task(gateway.modes.keep_up(), name="modes of circuit breakers")
+        stack.push_async_callback(_cancelled, modes)
         for service in gateway.services.values():
             stack.push_async_callback(service.transport.aclose)
         checks = asyncio.create_task(_check_health(gateway), name="health checks")
@@ -204,6 +209,7 @@ def _build(
     }
     quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
     limiter = _limiter(config, quotas)
+    services = {name: _service(name, section, transports.get(name), now) for name, section in config.upstreams.items()}
     return Gateway(
         config=config,
         limiter=limiter,
@@ -217,9 +223,7 @@ def _build(
             deadline=config.store.deadline,
             on_change=partial(_follow, limiter),
         ),
-        services={
-            name: _service(name, section, transports.get(name), now) for name, section in config.upstreams.items()
-        },
+        services=services,
         recorder=Recorder(
             (route.name for route in config.routes),
             config.upstreams,
@@ -229,6 +233,12 @@ def _build(
             rejections,
         ),
         candidates=candidates,
+        modes=ModeBoard(
+            ModeFile(config.state_dir),
+            {name: service.upstream.breaker for name, service in services.items()},
+            clock=time.monotonic,
+            wall_clock=time.time,
+        ),
     )
 
 
@@ -280,7 +290,8 @@ def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTran
         "hash": rendezvous_hash,
     }
     targets = [Target(target.url, target.weight) for target in section.targets]
-    breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now)
+    source = random.Random()  # noqa: S311 - spreads probes, guards nothing
+    breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now, source)
     return Service(
         Upstream(name, targets, breaker, picks[section.balance]),
         _transport(name, section) if transport is None else GuardedTransport(transport),
@@ -406,6 +417,7 @@ def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
         explainer=explainer,
+        modes=gateway.modes,
     )
 
 
@@ -421,6 +433,7 @@ def _look(gateway: Gateway) -> Report:
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
         client_trouble=gateway.clients.trouble,
+        histories={name: list(service.upstream.breaker.records) for name, service in gateway.services.items()},
     )
 
 
@@ -448,8 +461,9 @@ def _log_transition(upstream: str, transition: Transition) -> None:
     level = logging.WARNING if transition.target == "OPEN" else logging.INFO
     logger.log(
         level,
-        "circuit breaker %s: %s -> %s: %s",
+        "circuit breaker %s%s: %s -> %s: %s",
         upstream,
+        " (only observed)" if transition.mode is Mode.OBSERVE else "",
         transition.source,
         transition.target,
         transition.cause,

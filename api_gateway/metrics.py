@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
-from api_gateway.circuit_breaker import State
+from api_gateway.circuit_breaker import Mode, State
 from api_gateway.errors import Reason
 from api_gateway.models import (
     BreakerCounts,
@@ -99,9 +99,17 @@ class BreakerFigures(Protocol):
     @property
     def state(self) -> State: ...  # noqa: D102
     @property
+    def mode(self) -> Mode: ...  # noqa: D102
+    @property
     def opened_total(self) -> int: ...  # noqa: D102
     @property
     def rejected_total(self) -> int: ...  # noqa: D102
+    @property
+    def slow_total(self) -> int: ...  # noqa: D102
+    @property
+    def would_open_total(self) -> int: ...  # noqa: D102
+    @property
+    def would_reject_total(self) -> int: ...  # noqa: D102
 
 
 class TargetFigures(Protocol):
@@ -415,6 +423,10 @@ class Recorder:
                     state=upstream.breaker.state.value,
                     opened_total=upstream.breaker.opened_total,
                     rejected_total=upstream.breaker.rejected_total,
+                    mode=upstream.breaker.mode.value,
+                    slow_total=upstream.breaker.slow_total,
+                    would_open_total=upstream.breaker.would_open_total,
+                    would_reject_total=upstream.breaker.would_reject_total,
                 )
                 for name, upstream in upstreams.items()
             },

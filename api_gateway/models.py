@@ -19,6 +19,8 @@ NANOSECONDS = 1_000_000_000
 # must still be empty, or, while the store cannot be used, the policy for that.
 Source = Literal["memory", "store", "deny_cache", "local_share", "deny", "allow"]
 
+BreakerMode = Literal["auto", "observe", "forced_closed", "forced_open"]
+
 # Where a client's tier comes from: a grant, a registration by the API, the configuration, or nowhere.
 ClientSource = Literal["granted", "registered", "configured", "default", "address"]
 
@@ -311,24 +313,67 @@ class BreakerThresholds(Body):
 
     failure_threshold: int
     failure_rate: float
+    slow_call_duration: float | None
+    slow_call_rate: float | None
     minimum_calls: int
     window: float
+    window_calls: int | None
     recovery_timeout: float
+    max_recovery_timeout: float | None
+    jitter: float
     half_open_max_calls: int
+    ramp: float
+
+
+class ModeChange(Body):
+    """The body of POST /circuit-breakers/{name}: the mode, for how many seconds (null: until changed), and why."""
+
+    mode: BreakerMode = Field(description="`auto` takes back what was set before.", examples=["forced_open"])
+    seconds: float | None = Field(default=None, gt=0, le=3_200_000_000, examples=[600])
+    reason: str = Field(default="", max_length=500, examples=["the database is being moved"])
+
+
+class ModeView(Body):
+    """A breaker's mode, and of one that an operator has set when, until when, why and by whom."""
+
+    mode: BreakerMode
+    since: str | None = Field(default=None, description="UTC, ISO 8601.")
+    until: str | None = Field(default=None, description="UTC, ISO 8601; null until it is changed.")
+    reason: str = ""
+    who: str | None = Field(default=None, description="Where the request came from that set it.")
+
+
+class ModeChanged(Body):
+    """What a change of mode did. This worker follows at once, the others within a second."""
+
+    name: str
+    previous: ModeView
+    current: ModeView
 
 
 class BreakerView(Body):
-    """One circuit breaker."""
+    """One circuit breaker. `state` is what it makes of the calls, `mode` what an operator makes of it."""
 
     state: Literal["CLOSED", "OPEN", "HALF_OPEN"]
     since: str = Field(description="When it entered this state, UTC, ISO 8601.")
+    mode: BreakerMode
+    override: ModeView | None = Field(description="What an operator has set; null in mode auto.")
     consecutive_failures: int
     window_calls: int = Field(description="Counted calls inside the window.")
     window_failures: int
     window_failure_rate: float | None = Field(description="None while the window holds no call.")
+    window_slow: int = Field(description="Calls inside the window that took slow_call_duration or longer.")
+    window_slow_rate: float | None = Field(description="None while the window holds no call.")
     probes_in_flight: int
+    ramp_share: float | None = Field(
+        description="Share of the rate before it opened that is admitted, and 10 a second at least; null unless it has"
+        " just closed."
+    )
     opened_total: int
     rejected_total: int
+    slow_total: int
+    would_open_total: int = Field(description="Times it would have opened, in mode observe.")
+    would_reject_total: int = Field(description="Requests it would have refused, in mode observe.")
     next_probe_in: float | None = Field(description="Seconds until a probe is let through; None unless OPEN.")
     last_opened: OpeningView | None
     thresholds: BreakerThresholds
@@ -341,6 +386,42 @@ class BreakersView(Body):
     """Every circuit breaker, by upstream."""
 
     circuit_breakers: dict[str, BreakerView]
+    modes_error: str | None = Field(
+        default=None, description="Why the file of modes cannot be used; while it cannot, modes stay as they are."
+    )
+
+
+class FailedCallView(Body):
+    """A call that failed or was slow, shortly before a breaker moved."""
+
+    at: str = Field(description="UTC, ISO 8601.")
+    route: str | None
+    detail: str = Field(description="Its status or error.")
+    duration: float | None = Field(description="Seconds from sending to the answer's head, or to the failure.")
+    request_id: str | None
+
+
+class FlightRecordView(Body):
+    """A move of a breaker and what led to it."""
+
+    at: str = Field(description="UTC, ISO 8601.")
+    source: Literal["CLOSED", "OPEN", "HALF_OPEN"] = Field(alias="from")
+    target: Literal["CLOSED", "OPEN", "HALF_OPEN"] = Field(alias="to")
+    cause: str
+    mode: BreakerMode = Field(description="In mode observe nothing was refused.")
+    window_calls: int
+    window_failures: int
+    window_slow: int
+    last_failures: list[FailedCallView] = Field(description="Since the move before, the newest first; at most 10.")
+    next_probe_at: str | None = Field(description="UTC, ISO 8601; null unless it opened.")
+    worker: str | None = Field(default=None, description="Whose breaker it was, where several serve.")
+
+
+class HistoryView(Body):
+    """A breaker's last moves, the newest first."""
+
+    name: str
+    history: list[FlightRecordView]
 
 
 class TargetView(Body):
@@ -467,8 +548,12 @@ class BreakerCounts(Body):
     """A breaker's figures."""
 
     state: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    mode: BreakerMode
     opened_total: int
     rejected_total: int
+    slow_total: int
+    would_open_total: int
+    would_reject_total: int
 
 
 class MetricsView(Body):

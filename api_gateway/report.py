@@ -8,14 +8,25 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from api_gateway.balancer import Upstream
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
+from api_gateway.call_window import Counts
+from api_gateway.circuit_breaker import (
+    KEPT_RECORDS,
+    BreakerPolicy,
+    CircuitBreaker,
+    FailedCall,
+    FlightRecord,
+    Mode,
+    State,
+)
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
 
 Status = Literal["pass", "warn", "fail"]
 
+_HISTORY = KEPT_RECORDS  # moves kept of each breaker, of one worker
 _BADNESS = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 _GRAVITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
+_SEVERITY = {Mode.AUTO: 0, Mode.OBSERVE: 1, Mode.FORCED_CLOSED: 2, Mode.FORCED_OPEN: 3}
 _EXACT = frozenset({"memory", "store"})
 _EVER = float("inf")
 
@@ -29,9 +40,15 @@ class BreakerReport:
     consecutive_failures: int
     window_calls: int
     window_failures: int
+    window_slow: int
     probes_in_flight: int
     opened_total: int
     rejected_total: int
+    slow_total: int
+    would_open_total: int
+    would_reject_total: int
+    mode: Mode
+    ramp_share: float | None
     next_probe_at: float | None
     opened_at: float | None
     opened_cause: str
@@ -42,7 +59,7 @@ class BreakerReport:
     def of(cls, breaker: CircuitBreaker, now: float) -> "BreakerReport":
         """Look at a breaker, after the moves that time has made."""
         breaker.advance(now)
-        calls, failures = breaker.window_totals(now)
+        calls, failures, slow = breaker.window_counts(now)
         opened = breaker.last_opened
         return cls(
             state=breaker.state,
@@ -50,10 +67,16 @@ class BreakerReport:
             consecutive_failures=breaker.consecutive_failures,
             window_calls=calls,
             window_failures=failures,
+            window_slow=slow,
             probes_in_flight=breaker.probes_in_flight,
             opened_total=breaker.opened_total,
             rejected_total=breaker.rejected_total,
-            next_probe_at=now + breaker.retry_after(now) if breaker.state is State.OPEN else None,
+            slow_total=breaker.slow_total,
+            would_open_total=breaker.would_open_total,
+            would_reject_total=breaker.would_reject_total,
+            mode=breaker.mode,
+            ramp_share=breaker.ramp_share(now),
+            next_probe_at=breaker.next_probe_at(),
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             policy=breaker.policy,
@@ -63,7 +86,8 @@ class BreakerReport:
     def from_state(cls, state: Mapping[str, Any]) -> "BreakerReport":
         """Build the report that `asdict` and JSON have made this of."""
         workers = {name: State(word) for name, word in state["workers"].items()}
-        own = {"state": State(state["state"]), "policy": BreakerPolicy(**state["policy"]), "workers": workers}
+        policy = BreakerPolicy(**state["policy"])
+        own = {"state": State(state["state"]), "mode": Mode(state["mode"]), "policy": policy, "workers": workers}
         return cls(**{**state, **own})
 
 
@@ -80,7 +104,7 @@ class TargetReport:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamReport:
-    """An upstream: `pass` while every target is healthy, `fail` when none is or its breaker is open."""
+    """An upstream: `pass` while every target is healthy, `fail` when none is or its breaker refuses all."""
 
     status: Status
     breaker: BreakerReport
@@ -92,9 +116,9 @@ class UpstreamReport:
         breaker = BreakerReport.of(upstream.breaker, now)
         healthy = sum(target.is_healthy for target in upstream.targets)
         status: Status = "pass"
-        if healthy == 0 or breaker.state is State.OPEN:
+        if healthy == 0 or upstream.breaker.refuses(now):
             status = "fail"
-        elif healthy < len(upstream.targets) or breaker.state is State.HALF_OPEN:
+        elif healthy < len(upstream.targets) or breaker.state is not State.CLOSED:
             status = "warn"
         targets = [
             TargetReport(target.url, target.is_healthy, target.in_flight, target.is_checked, target.last_check)
@@ -125,6 +149,7 @@ class Report:
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
     client_trouble: str | None = None  # why the client store cannot be used, while it cannot
+    histories: dict[str, list[FlightRecord]] = field(default_factory=dict)  # of the breakers, the oldest move first
     is_over: bool = False
 
     @classmethod
@@ -144,6 +169,10 @@ class Report:
             "overflowed": self.overflowed,
             "limiter": asdict(self.limiter),
             "client_trouble": self.client_trouble,
+            "histories": {
+                name: [asdict(record) for record in records if int(record.at / SLICE) >= since]
+                for name, records in self.histories.items()
+            },
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -154,6 +183,15 @@ class Report:
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
         self.client_trouble = state["client_trouble"]
+        for name, records in state["histories"].items():
+            self._note(name, [_record(record) for record in records])
+
+    def _note(self, name: str, records: list[FlightRecord]) -> None:
+        """Append the moves that have not been told before."""
+        known = self.histories.setdefault(name, [])
+        told = {(record.worker, record.number) for record in known}
+        known += [record for record in records if (record.worker, record.number) not in told]
+        del known[: -_HISTORY * max(1, len({record.worker for record in known}))]
 
     def end(self) -> None:
         """Keep what was counted and drop what was going on: the worker has ended."""
@@ -183,6 +221,7 @@ def merge(reports: Sequence[Report]) -> Report:
         present = [report for report in found if not report.is_over]
         if present or merged.is_over:
             merged.upstreams[name] = _merge_upstream(name, found, present or found)
+            merged.histories[name] = _merge_histories(name, reports)
     return merged
 
 
@@ -201,12 +240,37 @@ def _merge_limiters(reports: Sequence[Report]) -> LimiterState:
     )
 
 
+def _merge_histories(name: str, reports: Sequence[Report]) -> list[FlightRecord]:
+    """Return the moves of all, by time, each saying whose it is; of those that have ended the last ones."""
+    moves = [
+        record if record.worker else replace(record, worker=report.worker)
+        for report in reports
+        for record in report.histories.get(name, ())
+    ]
+    return sorted(moves, key=lambda record: record.at)[-_HISTORY * len(reports) :]
+
+
+def _record(state: Mapping[str, Any]) -> FlightRecord:
+    """Build the record that `asdict` and JSON have made this of."""
+    own = {
+        "source": State(state["source"]),
+        "target": State(state["target"]),
+        "mode": Mode(state["mode"]),
+        "counts": Counts(*state["counts"]),
+        "failures": tuple(FailedCall(**failure) for failure in state["failures"]),
+    }
+    return FlightRecord(**{**state, **own})
+
+
 def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report]) -> UpstreamReport:
     upstreams = [report.upstreams[name] for report in present]
     breaker = replace(
         _worst([upstream.breaker for upstream in upstreams]),
         opened_total=sum(report.upstreams[name].breaker.opened_total for report in found),
         rejected_total=sum(report.upstreams[name].breaker.rejected_total for report in found),
+        slow_total=sum(report.upstreams[name].breaker.slow_total for report in found),
+        would_open_total=sum(report.upstreams[name].breaker.would_open_total for report in found),
+        would_reject_total=sum(report.upstreams[name].breaker.would_reject_total for report in found),
         workers={report.worker: report.upstreams[name].breaker.state for report in present},
     )
     status = max((upstream.status for upstream in upstreams), key=_GRAVITY.__getitem__)
@@ -225,6 +289,9 @@ def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:
         consecutive_failures=max(breaker.consecutive_failures for breaker in breakers),
         window_calls=sum(breaker.window_calls for breaker in breakers),
         window_failures=sum(breaker.window_failures for breaker in breakers),
+        window_slow=sum(breaker.window_slow for breaker in breakers),
+        mode=max((breaker.mode for breaker in breakers), key=_SEVERITY.__getitem__),
+        ramp_share=min((breaker.ramp_share for breaker in breakers if breaker.ramp_share is not None), default=None),
         probes_in_flight=sum(breaker.probes_in_flight for breaker in breakers),
         next_probe_at=min(probes, default=None),
         opened_at=latest.opened_at,

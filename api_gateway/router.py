@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import httpx
 
 from api_gateway.answer import Answer, Incoming
-from api_gateway.balancer import Lease, Target
+from api_gateway.balancer import Lease, SlowHead, Target
 from api_gateway.circuit_breaker import Transition
 from api_gateway.errors import (
     BadRequest,
@@ -236,7 +236,8 @@ class Router:
     ) -> Lease:
         """Return the next target's lease; raises what the try before `failed` with if there is none."""
         try:
-            return service.upstream.checkout(self._clock(), exchange.client_key, tried)
+            is_safe = exchange.method in IDEMPOTENT
+            return service.upstream.checkout(self._clock(), exchange.client_key, tried, is_safe=is_safe)
         except Unavailable as error:
             raise failed or error from None
 
@@ -257,7 +258,7 @@ class Router:
         try:
             response = await _response(service.transport, outgoing, answer)
         except httpx.TransportError as error:
-            raise self._failure(lease, error) from error
+            raise self._failure(exchange, lease, error) from error
         self.on_head(exchange, lease, response.status_code, self._clock())
         settle_probe = None
         if lease.ticket.is_probe:  # a long stream must not keep the breaker from closing
@@ -276,30 +277,35 @@ class Router:
             else:
                 await response.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one
 
-    def _failure(self, lease: Lease, error: httpx.TransportError) -> GatewayError:
+    def _failure(self, exchange: Exchange, lease: Lease, error: httpx.TransportError) -> GatewayError:
         """Settle a try that got no answer, and return what it failed with in our words."""
         upstream = lease.upstream.name
         failure = _translate(error, upstream)
-        self._observe_try(upstream, failure.reason, None, self._clock())
+        now = self._clock()
+        self._observe_try(upstream, failure.reason, None, now)
         if isinstance(failure, UpstreamFailed):
-            self.settle(lease, Outcome.FAILURE, self._clock(), failure.reason)
+            self._settle_failure(exchange, lease, now, failure.reason, now)
         return failure
 
     def on_head(self, exchange: Exchange, lease: Lease, status: int, now: float) -> None:
         """Count the answer's head; a status that is an error settles the try already."""
         assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
         exchange.head_at = now
-        self._observe_try(lease.upstream.name, _CLASSES[status // 100], now - exchange.sent_at, now)
+        took = now - exchange.sent_at
+        self._observe_try(lease.upstream.name, _CLASSES[status // 100], took, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
-            self.settle(lease, Outcome.FAILURE, now, f"status {status}")
+            self._settle_failure(exchange, lease, now, f"status {status}", now)
         elif status >= 400:  # noqa: PLR2004 - the class of client errors
             self.settle(lease, Outcome.IGNORED, now)
+        elif took >= lease.upstream.breaker.slow_after:
+            lease.slow = SlowHead(took, exchange.route or "", exchange.id)
 
-    def on_broken_body(self, lease: Lease, error: Exception) -> GatewayError:
+    def on_broken_body(self, exchange: Exchange, lease: Lease, error: Exception) -> GatewayError:
         """Settle a try whose answer broke off, and return what it failed with in our words."""
         failure = _translate(error, lease.upstream.name)
         failure.__cause__ = error
-        self.settle(lease, Outcome.FAILURE, self._clock(), f"{failure.reason} within the body")
+        head_at = exchange.head_at or exchange.started
+        self._settle_failure(exchange, lease, self._clock(), f"{failure.reason} within the body", head_at)
         return failure
 
     async def _relay(
@@ -328,7 +334,7 @@ class Router:
             try:
                 piece, more = await stream.read()
             except httpx.TransportError as error:
-                raise self.on_broken_body(lease, error) from error
+                raise self.on_broken_body(exchange, lease, error) from error
             if events is not None and events.on_piece(piece):
                 more = False
             exchange.bytes_out += len(piece)
@@ -370,12 +376,24 @@ class Router:
         finally:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
+    def _settle_failure(self, exchange: Exchange, lease: Lease, now: float, detail: str, until: float) -> None:
+        """Tell the breaker of a failure, and for its record what failed; the try took `until` its head, or its end."""
+        took = until - (exchange.sent_at or until)
+        self._tell(
+            lease,
+            lease.settle(
+                Outcome.FAILURE, now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
+            ),
+        )
+
     def _settle_success(self, lease: Lease) -> None:
         self.settle(lease, Outcome.SUCCESS, self._clock())
 
     def settle(self, lease: Lease, outcome: Outcome, now: float, detail: str = "") -> None:
         """Tell the breaker how a try ended, and the log if that moved it."""
-        transition = lease.settle(outcome, now, detail)
+        self._tell(lease, lease.settle(outcome, now, detail))
+
+    def _tell(self, lease: Lease, transition: Transition | None) -> None:
         if transition is not None:
             self._on_transition(lease.upstream.name, transition)
 

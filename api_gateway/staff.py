@@ -123,7 +123,7 @@ class Worker:
             self.cut_off = message["cut_off"]
             self._answered(None)
         elif message["kind"] == "gather":
-            answer = asyncio.create_task(self._answer(message["id"]), name="answer")
+            answer = asyncio.create_task(self._answer(message["id"], message["with_histories"]), name="answer")
             self._answers.add(answer)
             answer.add_done_callback(self._answers.discard)
         else:
@@ -137,8 +137,10 @@ class Worker:
         if not self._ready.done():
             self._ready.set_result(is_shared)
 
-    async def _answer(self, number: int) -> None:
+    async def _answer(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - as the message says
         report = await self._gather()
+        if not with_histories:
+            report = {**report, "histories": {}}
         if not self._writer.is_closing():
             self._writer.write(encode("gathered", id=number, report=report))
 

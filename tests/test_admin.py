@@ -2,16 +2,28 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from api_gateway import models
-from tests.kit import RunningGateway, ask, eventually, in_front_of, running_gateway
+from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of, reply, running_gateway
+
+StartGateway = Callable[[dict[str, Any]], RunningGateway]
+StartUpstream = Callable[..., RawUpstream]
 
 TOKEN = "correct-horse-battery"
-GUARDED = ["/metrics", "/metrics/latency", "/circuit-breakers", "/clients", "/clients/acme"]
+GUARDED = [
+    "/metrics",
+    "/metrics/latency",
+    "/circuit-breakers",
+    "/circuit-breakers/up/history",
+    "/clients",
+    "/clients/acme",
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +77,12 @@ def test_changing_a_tier_is_guarded(tokened: RunningGateway) -> None:
         ("POST", "/clients/acme/grants", b'{"tier": "BASIC", "for": 1}'),
         ("DELETE", "/clients/acme/grants", None),
         ("POST", "/clients/acme/reset", b""),
+        ("POST", "/circuit-breakers/up", b'{"mode": "auto"}'),
     ],
 )
-def test_grants_and_resets_are_guarded(tokened: RunningGateway, method: str, path: str, body: bytes | None) -> None:
+def test_grants_resets_and_modes_are_guarded(
+    tokened: RunningGateway, method: str, path: str, body: bytes | None
+) -> None:
     headers = {"Content-Type": "application/json"}
     assert ask(tokened.url + path, method=method, headers=headers, body=body).status == 401
     headers["Authorization"] = f"Bearer {TOKEN}"
@@ -145,6 +160,140 @@ def test_a_grant_that_makes_no_sense_is_refused_by_place_and_value(
     assert all(word in answer["detail"] for word in named), answer["detail"]
 
 
+def test_a_breaker_is_put_into_a_mode_and_back(tokened: RunningGateway) -> None:
+    authorized = {"Authorization": f"Bearer {TOKEN}"}
+
+    def change(body: dict[str, Any]) -> Any:
+        headers = authorized | {"Content-Type": "application/json"}
+        answer = ask(
+            f"{tokened.url}/circuit-breakers/up", method="POST", headers=headers, body=json.dumps(body).encode()
+        )
+        assert answer.status == 200, answer.body
+        models.ModeChanged.model_validate(answer.json())
+        return answer.json()
+
+    def shown() -> Any:
+        return ask(f"{tokened.url}/circuit-breakers", headers=authorized).json()["circuit_breakers"]["up"]
+
+    assert (shown()["mode"], shown()["override"]) == ("auto", None)
+    changed = change({"mode": "forced_open", "seconds": 600, "reason": "moving house"})
+    assert (changed["name"], changed["previous"]["mode"], changed["current"]["mode"]) == ("up", "auto", "forced_open")
+    assert shown()["override"] == changed["current"]
+    assert (changed["current"]["reason"], changed["current"]["who"]) == (
+        "moving house",
+        "127.0.0.1, with the admin token",
+    )
+    since, until = (datetime.fromisoformat(changed["current"][key]) for key in ("since", "until"))
+    assert (until - since).total_seconds() == 600
+    refused = ask(f"{tokened.url}/api/x").json()
+    assert (refused["reason"], refused["circuit_breaker"]) == ("circuit_open", "CLOSED")
+    assert "held open by an operator for another" in refused["detail"]
+    assert "moving house" not in refused["detail"]
+    assert 590 < refused["retry_after_seconds"] <= 600
+    assert ask(f"{tokened.url}/health", headers=authorized).json()["upstreams"]["up"]["status"] == "fail"
+    observed = change({"mode": "observe", "seconds": None})
+    assert (observed["previous"], observed["current"]["until"]) == (changed["current"], None)
+    assert ask(f"{tokened.url}/api/x").json()["reason"] == "upstream_connect_error"
+    assert change({"mode": "auto"})["previous"]["mode"] == "observe"
+    assert (shown()["mode"], shown()["override"]) == ("auto", None)
+
+
+def test_in_observe_nothing_is_refused_and_what_would_have_been_is_shown(gateway: StartGateway) -> None:
+    sections = in_front_of("http://127.0.0.1:9", circuit_breaker={"failure_threshold": 2}, retry={"attempts": 1})
+    running = gateway(sections)
+    post(f"{running.url}/circuit-breakers/up", {"mode": "observe"})
+    assert {ask(f"{running.url}/api/x").json()["reason"] for _ in range(5)} == {"upstream_connect_error"}
+    shown = ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]
+    assert (shown["state"], shown["opened_total"], shown["rejected_total"]) == ("OPEN", 0, 0)
+    assert (shown["would_open_total"], shown["would_reject_total"]) == (1, 3)
+    assert ask(f"{running.url}/health").json()["upstreams"]["up"]["status"] == "warn"
+    (move,) = ask(f"{running.url}/circuit-breakers/up/history").json()["history"]
+    assert (move["from"], move["to"], move["mode"]) == ("CLOSED", "OPEN", "observe")
+
+
+def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream: StartUpstream) -> None:
+    up = upstream(reply(b"no", b"503 Service Unavailable"))
+    sections = in_front_of(up.url, circuit_breaker={"failure_threshold": 2, "recovery_timeout": 0.2, "jitter": 0})
+    running = gateway(sections)
+    for number in range(2):
+        assert ask(f"{running.url}/api/x", headers={"X-Request-ID": f"request-{number}"}).status == 503
+    up.behave = reply()
+    eventually(lambda: ask(f"{running.url}/api/x").status == 200, "it recovers")
+    answer = ask(f"{running.url}/circuit-breakers/up/history").json()
+    models.HistoryView.model_validate(answer)
+    closed, half_open, opened = answer["history"]
+    assert [(move["from"], move["to"]) for move in answer["history"]] == [
+        ("HALF_OPEN", "CLOSED"),
+        ("OPEN", "HALF_OPEN"),
+        ("CLOSED", "OPEN"),
+    ]
+    assert opened["cause"] == "2 consecutive failures; last: status 503"
+    assert (opened["window_calls"], opened["window_failures"], opened["window_slow"]) == (2, 2, 0)
+    assert [(call["request_id"], call["route"], call["detail"]) for call in opened["last_failures"]] == [
+        ("request-1", "all", "status 503"),
+        ("request-0", "all", "status 503"),
+    ]
+    assert all(0 < call["duration"] < 5 for call in opened["last_failures"])
+    moments = [datetime.fromisoformat(move["at"]) for move in (opened, half_open, closed)]
+    assert moments == sorted(moments)
+    wait = datetime.fromisoformat(opened["next_probe_at"]) - moments[0]
+    assert abs(wait.total_seconds() - 0.2) < 0.01
+    assert (closed["next_probe_at"], opened["worker"]) == (None, None)
+    assert 0 <= ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]["ramp_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"mode": "open"}, ["body.mode", "'forced_open'", "got 'open'"]),
+        ({}, ["body.mode", "required"]),
+        ({"mode": "observe", "seconds": 0}, ["body.seconds", "got 0"]),
+        ({"mode": "observe", "seconds": 1e300}, ["body.seconds", "got 1e+300"]),
+        ({"mode": "auto", "seconds": 60}, ["body.seconds", "got 60"]),
+        ({"mode": "observe", "reason": "x" * 501}, ["body.reason", "500"]),
+        ({"mode": "observe", "minutes": 5}, ["body.minutes", "got 5"]),
+    ],
+)
+def test_a_mode_that_makes_no_sense_is_refused_by_place_and_value(
+    plain: RunningGateway, body: dict[str, Any], named: list[str]
+) -> None:
+    answer = post(f"{plain.url}/circuit-breakers/up", body)
+    assert (answer["http"], answer["reason"]) == (422, "invalid_value")
+    assert all(word in answer["detail"] for word in named), answer["detail"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("upp", "There is no circuit breaker 'upp'; did you mean 'up'?"),
+        ("zzz", "There is no circuit breaker 'zzz'; there is up."),
+    ],
+)
+def test_a_breaker_that_is_not_there_is_answered_with_the_nearest_name(
+    plain: RunningGateway, name: str, words: str
+) -> None:
+    for answer in (
+        post(f"{plain.url}/circuit-breakers/{name}", {"mode": "auto"}),
+        ask(f"{plain.url}/circuit-breakers/{name}/history").json() | {"http": 404},
+    ):
+        assert (answer["http"], answer["status"], answer["detail"]) == (404, 404, words)
+
+
+def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "circuit_breakers.json"
+    file.write_text('{"circuit_breakers": {"up": {"mode": "on"}}}')
+    with running_gateway(in_front_of("http://127.0.0.1:9"), tmp_path) as running:
+        told = ask(f"{running.url}/circuit-breakers").json()
+        assert told["modes_error"].startswith(f"{file}: circuit_breakers.up: must hold mode, since")
+        assert told["circuit_breakers"]["up"]["mode"] == "auto"
+        answer = post(f"{running.url}/circuit-breakers/up", {"mode": "observe"})
+        assert (answer["http"], answer["reason"]) == (503, "store_unavailable")
+        assert str(file) in answer["detail"]
+        file.unlink()
+        assert "modes_error" not in ask(f"{running.url}/circuit-breakers").json()
+        assert post(f"{running.url}/circuit-breakers/up", {"mode": "observe"})["http"] == 200
+
+
 def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> None:
     assert set(ask(f"{tokened.url}/health").json()) == {"status"}
     full = ask(f"{tokened.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
@@ -184,6 +333,8 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/metrics",
         "/metrics/latency",
         "/circuit-breakers",
+        "/circuit-breakers/{name}",
+        "/circuit-breakers/{name}/history",
         "/clients",
         "/clients/{client_id}/tier",
         "/clients/{client_id}/grants",
@@ -200,6 +351,7 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         ("/metrics", models.MetricsView),
         ("/metrics/latency", models.LatencyView),
         ("/circuit-breakers", models.BreakersView),
+        ("/circuit-breakers/up/history", models.HistoryView),
         ("/clients/acme", models.ClientView),
         ("/clients", models.HeavyClients),
     ],
@@ -208,7 +360,7 @@ def test_answers_are_what_the_schema_says(plain: RunningGateway, path: str, mode
     body = ask(plain.url + path).json()
     model.model_validate(body)
     schema = ask(f"{plain.url}/openapi.json").json()
-    name = "/clients/{client_id}" if path.startswith("/clients/") else path
+    name = path.replace("/clients/acme", "/clients/{client_id}").replace("/up/", "/{name}/")
     shown = schema["paths"][name]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert shown == {"$ref": f"#/components/schemas/{model.__name__}"}
 

@@ -246,8 +246,8 @@ def test_a_half_open_breaker_says_that_its_probes_are_under_way() -> None:
 
 
 def test_an_open_breaker_without_a_past_names_no_cause() -> None:
-    upstream = upstream_of(targets(a=1))
-    upstream.breaker.state = State.OPEN
+    upstream = opened(targets(a=1))
+    upstream.breaker.last_opened = None
     with pytest.raises(CircuitOpen, match=r"is OPEN\. Next probe in 30\.0 s\.$"):
         upstream.checkout(NOW, "")
 

@@ -1,7 +1,9 @@
 """The breaker's table of moves, what triggers each, and a random walk against a model that keeps a plain log."""
 
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -17,15 +19,19 @@ from hypothesis.stateful import (
     rule,
 )
 
+from api_gateway.call_window import Counts
 from api_gateway.circuit_breaker import (
     TRANSITIONS,
     BreakerPolicy,
-    CallWindow,
     CircuitBreaker,
     Event,
+    FailedCall,
+    FlightRecord,
+    Mode,
     State,
     Ticket,
     Transition,
+    diagram,
 )
 from api_gateway.models import Outcome
 
@@ -154,31 +160,6 @@ def test_failures_count_for_as_long_as_the_window(later: float, opens: bool) -> 
         call(breaker, outcome)
     call(breaker, SUCCESS, NOW + later)
     assert (call(breaker, FAILURE, NOW + later) is not None) == opens
-
-
-def test_the_window_forgets_a_slice_at_a_time() -> None:
-    window = CallWindow(10)
-    for second in range(10):
-        window.record(NOW + second, is_failure=second < 5)
-    assert [window.totals(NOW + second) for second in (9.9, 10, 12, 15, 18.9, 19)] == [
-        (10, 5),
-        (9, 4),
-        (7, 2),
-        (4, 0),
-        (1, 0),
-        (0, 0),
-    ]
-    window.record(NOW + 10, is_failure=True)
-    assert window.totals(NOW + 10) == (10, 5)
-    window.clear()
-    assert window.totals(NOW + 10) == (0, 0)
-
-
-def test_a_young_clock_counts_like_an_old_one() -> None:
-    window = CallWindow(10)
-    assert window.totals(0) == (0, 0)
-    window.record(0, is_failure=True)
-    assert [window.totals(now) for now in (0, 9.9, 10)] == [(1, 1), (1, 1), (0, 0)]
 
 
 # OPEN
@@ -337,6 +318,368 @@ def test_a_lost_probe_that_comes_back_changes_nothing(outcome: Outcome) -> None:
     assert breaker.settle(lost, outcome, now + 31) is None
     assert breaker.probes_in_flight == 1
     assert breaker.admit(now + 31) is None
+
+
+# Slow calls
+
+BY_SLOWNESS = BreakerPolicy(
+    failure_threshold=1000, minimum_calls=4, window=10, slow_call_duration=2, slow_call_rate=0.5
+)
+
+
+def took(breaker: CircuitBreaker, seconds: float | None, outcome: Outcome = SUCCESS) -> Transition | None:
+    return breaker.settle(admitted(breaker), outcome, NOW, duration=seconds)
+
+
+def test_it_opens_at_a_share_of_slow_calls_though_all_of_them_succeeded() -> None:
+    breaker = CircuitBreaker(BY_SLOWNESS, NOW)
+    for seconds in (0.1, None, 2.0):
+        assert took(breaker, seconds) is None
+    assert breaker.window_counts(NOW) == (3, 0, 1)
+    assert took(breaker, 7.0) == Transition(NOW, CLOSED, OPEN, "2 of 4 calls took 2 s or longer within 10 s")
+    assert breaker.slow_total == 2
+
+
+def test_a_share_of_too_few_slow_calls_says_nothing() -> None:
+    breaker = CircuitBreaker(BY_SLOWNESS, NOW)
+    assert [took(breaker, 60) for _ in range(3)] == [None, None, None]
+
+
+def test_slowness_of_what_says_nothing_of_the_upstream_says_nothing() -> None:
+    breaker = CircuitBreaker(BY_SLOWNESS, NOW)
+    assert [took(breaker, 60, IGNORED) for _ in range(9)] == [None] * 9
+    assert (breaker.slow_total, breaker.window_counts(NOW)) == (0, (0, 0, 0))
+
+
+def test_without_a_duration_for_them_no_call_is_slow() -> None:
+    breaker = CircuitBreaker(BY_RATE, NOW)
+    assert [took(breaker, 3600) for _ in range(9)] == [None] * 9
+    assert breaker.window_counts(NOW) == (9, 0, 0)
+
+
+def test_a_slow_call_that_failed_is_both() -> None:
+    breaker = CircuitBreaker(BY_SLOWNESS, NOW)
+    took(breaker, 3, FAILURE)
+    assert (breaker.window_counts(NOW), breaker.consecutive_failures) == ((1, 1, 1), 1)
+
+
+def test_a_slow_success_breaks_the_streak_of_failures() -> None:
+    breaker = CircuitBreaker(BY_SLOWNESS, NOW)
+    took(breaker, 0.1, FAILURE)
+    took(breaker, 3)
+    assert breaker.consecutive_failures == 0
+
+
+def test_a_slow_probe_is_a_failed_one() -> None:
+    breaker = CircuitBreaker(BY_SLOWNESS, NOW)
+    for _ in range(4):
+        took(breaker, 2)
+    move = breaker.settle(admitted(breaker, NOW + 30), SUCCESS, NOW + 33, duration=2.5)
+    assert move == Transition(NOW + 33, HALF_OPEN, OPEN, "probe failed: it took 2.5 s")
+
+
+# A window of calls
+
+
+def test_it_opens_at_a_share_of_the_last_calls_however_old() -> None:
+    breaker = CircuitBreaker(BreakerPolicy(failure_threshold=1000, minimum_calls=3, window_calls=4), NOW)
+    for day, outcome in enumerate((FAILURE, SUCCESS, SUCCESS, SUCCESS, FAILURE)):
+        assert call(breaker, outcome, NOW + day * 86_400) is None
+    move = call(breaker, FAILURE, NOW + 5 * 86_400)
+    assert move is not None
+    assert move.cause == "2 of the last 4 calls failed"
+
+
+# How long it stays open
+
+GROWING = BreakerPolicy(failure_threshold=1, window=20, recovery_timeout=10, max_recovery_timeout=60)
+
+
+def fail_again(breaker: CircuitBreaker, now: float) -> float:
+    """Let the next probe fail as soon as it is due; return when."""
+    due = now + breaker.retry_after(now)
+    call(breaker, FAILURE, due)
+    assert breaker.state is OPEN
+    return due
+
+
+def test_the_open_time_doubles_with_each_opening_in_a_row_up_to_its_maximum() -> None:
+    breaker, now, waits = opened(GROWING), NOW, []
+    for _ in range(5):
+        waits.append(breaker.retry_after(now))
+        now = fail_again(breaker, now)
+    assert waits == [10, 20, 40, 60, 60]
+
+
+@pytest.mark.parametrize(("closed_for", "then"), [(0, 40), (19.9, 40), (20, 10)])
+def test_it_is_the_first_one_again_after_a_stable_period(closed_for: float, then: float) -> None:
+    breaker = opened(GROWING)
+    now = fail_again(breaker, NOW)
+    now += breaker.retry_after(now)
+    call(breaker, SUCCESS, now)
+    assert breaker.state is CLOSED
+    call(breaker, FAILURE, now + closed_for)
+    assert breaker.retry_after(now + closed_for) == then
+
+
+def test_without_a_maximum_it_stays_open_for_the_same_time_each_time() -> None:
+    breaker, now = opened(BreakerPolicy(failure_threshold=1)), NOW
+    for _ in range(4):
+        assert breaker.retry_after(now) == 30
+        now = fail_again(breaker, now)
+
+
+def test_jitter_only_adds_and_what_is_told_is_the_real_time() -> None:
+    policy, waits = replace(GROWING, jitter=0.5), set()
+    for seed in range(50):
+        breaker = CircuitBreaker(policy, NOW, random.Random(seed))
+        call(breaker, FAILURE)
+        wait = breaker.retry_after(NOW)
+        assert 10 <= wait <= 15
+        assert breaker.next_probe_at() == NOW + wait
+        assert breaker.admit(NOW + wait - 0.001) is None
+        assert breaker.admit(NOW + wait) is not None
+        waits.add(round(wait, 2))
+    assert len(waits) > 40, "breakers that opened together do not probe together"
+
+
+# Which requests are probes
+
+
+def test_an_unsafe_request_is_no_probe_while_safe_ones_come() -> None:
+    breaker, now = probing()
+    breaker._last_safe_at = now
+    assert breaker.admit(now + 0.5, is_safe=False) is None
+    assert not breaker.would_admit(now + 0.5, is_safe=False)
+    assert admitted(breaker, now + 0.6).is_probe
+
+
+def test_an_unsafe_request_is_the_probe_when_no_safe_one_has_come_for_a_second() -> None:
+    breaker = opened()
+    breaker.admit(NOW + 29.5)
+    assert breaker.admit(NOW + 30.4, is_safe=False) is None
+    ticket = breaker.admit(NOW + 30.5, is_safe=False)
+    assert ticket is not None
+    assert ticket.is_probe
+
+
+def test_a_service_with_unsafe_requests_only_waits_no_longer_than_any() -> None:
+    assert opened().admit(NOW + 30, is_safe=False) is not None
+
+
+def test_while_closed_every_request_is_alike() -> None:
+    assert CircuitBreaker(BY_STREAK, NOW).admit(NOW, is_safe=False) is not None
+
+
+# The ramp
+
+RAMPED = BreakerPolicy(failure_threshold=1, recovery_timeout=30, ramp=10, window=5)
+
+
+def recovered(rate: int) -> tuple[CircuitBreaker, float]:
+    """Return a breaker that had so many calls a second before its outage and has just closed, and the time."""
+    breaker = CircuitBreaker(RAMPED, NOW)
+    for number in range(20 * rate):
+        call(breaker, SUCCESS, NOW + number / rate)
+    call(breaker, FAILURE, NOW + 20)
+    call(breaker, SUCCESS, NOW + 50)
+    assert breaker.state is CLOSED
+    return breaker, NOW + 50
+
+
+def test_traffic_comes_back_step_by_step() -> None:
+    breaker, now = recovered(100)
+    assert not breaker.admits_all
+    passed = [breaker.admit(now + number / 200) is not None for number in range(2000)]
+    assert sum(passed[:200]) < 30
+    assert 850 * 0.5 < sum(passed) < 1100 * 0.5 + 20
+    assert breaker.rejected_total == 2000 - sum(passed)
+    assert [breaker.ramp_share(now + second) for second in (0, 5, 10)] == [0, 0.5, None]
+    assert breaker.admit(now + 10) is not None
+    assert breaker.admits_all
+
+
+def test_a_call_that_the_ramp_refuses_is_told_when_to_come_again() -> None:
+    breaker, now = recovered(100)
+    while breaker.admit(now) is not None:
+        pass
+    wait = breaker.retry_after(now)
+    assert 0 < wait <= 0.1
+    assert not breaker.would_admit(now)
+    assert "lets traffic back step by step" in breaker.hindrance(now)
+    assert breaker.would_admit(now + wait)
+
+
+def test_calls_of_the_ramp_count_like_any() -> None:
+    breaker, now = recovered(100)
+    assert call(breaker, FAILURE, now + 1) is not None
+    assert breaker.state is OPEN
+    assert breaker.ramp_share(now + 1) is None
+
+
+def test_a_rate_that_was_held_down_by_a_ramp_is_not_taken_for_the_usual_one() -> None:
+    breaker, now = recovered(1000)
+    usual = breaker._rate
+    for number in range(10):
+        call(breaker, SUCCESS, now + number / 100)
+    call(breaker, FAILURE, now + 1)
+    call(breaker, SUCCESS, now + 40)
+    assert breaker.ramp is not None
+    assert breaker.ramp.rate == usual > 900
+
+
+# Modes
+
+
+def test_forced_open_admits_nothing_until_it_ends() -> None:
+    breaker = CircuitBreaker(BY_STREAK, NOW)
+    breaker.set_mode(Mode.FORCED_OPEN, NOW, NOW + 60)
+    assert [breaker.admit(NOW + second) for second in (0, 30, 59.9)] == [None, None, None]
+    assert (breaker.state, breaker.rejected_total, breaker.retry_after(NOW + 20)) == (CLOSED, 3, 40)
+    assert breaker.hindrance(NOW + 20) == "held open by an operator for another 40.0 s."
+    assert breaker.would_admit(NOW + 60)
+    assert breaker.admit(NOW + 60) is not None
+    assert breaker.mode is Mode.AUTO
+
+
+def test_forced_open_without_an_end_promises_no_time() -> None:
+    breaker = CircuitBreaker(BY_STREAK, NOW)
+    breaker.set_mode(Mode.FORCED_OPEN, NOW)
+    assert breaker.admit(NOW + 1e6) is None
+    assert breaker.retry_after(NOW + 1e6) == breaker.policy.recovery_timeout
+    assert breaker.hindrance(NOW) == "held open by an operator."
+
+
+def test_what_was_held_off_by_an_operator_comes_back_step_by_step() -> None:
+    breaker = CircuitBreaker(RAMPED, NOW)
+    for number in range(1000):
+        call(breaker, SUCCESS, NOW + number / 100)
+    breaker.set_mode(Mode.FORCED_OPEN, NOW + 10)
+    breaker.set_mode(Mode.AUTO, NOW + 600)
+    assert breaker.ramp is not None
+    assert breaker.ramp.rate > 90
+
+
+@pytest.mark.parametrize("state", State)
+def test_forced_closed_admits_all_and_moves_nothing(state: State) -> None:
+    ways = {CLOSED: (CircuitBreaker(BY_STREAK, NOW), NOW), OPEN: (opened(), NOW), HALF_OPEN: probing()}
+    breaker, now = ways[state]
+    breaker.set_mode(Mode.FORCED_CLOSED, now)
+    for second in range(100):
+        ticket = admitted(breaker, now + second)
+        assert not ticket.is_probe
+        assert breaker.settle(ticket, FAILURE, now + second) is None
+    assert (breaker.state, breaker.rejected_total) == (state, 0)
+    assert breaker.next_probe_at() is None
+
+
+def test_failures_counted_while_it_was_forced_closed_open_it_afterwards() -> None:
+    breaker = CircuitBreaker(BY_STREAK, NOW)
+    breaker.set_mode(Mode.FORCED_CLOSED, NOW)
+    for _ in range(5):
+        call(breaker, FAILURE)
+    breaker.set_mode(Mode.AUTO, NOW)
+    assert breaker.state is CLOSED
+    assert call(breaker, FAILURE) is not None
+
+
+def test_observe_moves_and_counts_and_refuses_nothing() -> None:
+    breaker = CircuitBreaker(BY_STREAK, NOW)
+    breaker.set_mode(Mode.OBSERVE, NOW)
+    for _ in range(3):
+        call(breaker, FAILURE)
+    assert (breaker.state, breaker.opened_total, breaker.would_open_total) == (OPEN, 0, 1)
+    assert call(breaker, FAILURE, NOW + 1) is None
+    assert (breaker.rejected_total, breaker.would_reject_total) == (0, 1)
+    probe, other = admitted(breaker, NOW + 30), admitted(breaker, NOW + 30)
+    assert not probe.is_probe, "it may be retried as any other"
+    assert breaker.settle(other, FAILURE, NOW + 31) is None, "as if it had been refused"
+    assert breaker.settle(probe, SUCCESS, NOW + 31) is not None
+    assert [(record.mode, record.target) for record in breaker.records] == [
+        (Mode.OBSERVE, OPEN),
+        (Mode.OBSERVE, HALF_OPEN),
+        (Mode.OBSERVE, CLOSED),
+    ]
+
+
+def test_what_is_on_its_way_when_the_mode_changes_counts_no_more() -> None:
+    breaker, now = probing()
+    probe = admitted(breaker, now)
+    breaker.set_mode(Mode.OBSERVE, now)
+    assert breaker.probes_in_flight == 0
+    assert breaker.settle(probe, SUCCESS, now + 1) is None
+
+
+def test_the_same_mode_again_only_moves_its_end() -> None:
+    breaker = CircuitBreaker(BY_STREAK, NOW)
+    breaker.set_mode(Mode.OBSERVE, NOW, NOW + 5)
+    ticket = admitted(breaker)
+    breaker.set_mode(Mode.OBSERVE, NOW + 1, NOW + 50)
+    breaker.advance(NOW + 5)
+    assert breaker.mode is Mode.OBSERVE
+    breaker.settle(ticket, SUCCESS, NOW + 5)
+    assert breaker.window_totals(NOW + 5) == (1, 0)
+
+
+@pytest.mark.parametrize(("mode", "refuses"), [("auto", True), ("forced_open", True), ("observe", False)])
+def test_it_tells_whether_it_refuses(mode: str, refuses: bool) -> None:  # noqa: FBT001 - a table's column
+    breaker = opened()
+    breaker.set_mode(Mode(mode), NOW)
+    assert breaker.refuses(NOW) == refuses
+    assert not CircuitBreaker(BY_STREAK, NOW).refuses(NOW)
+
+
+# The flight record
+
+
+def test_each_move_is_written_down_with_what_led_to_it() -> None:
+    breaker = CircuitBreaker(BY_STREAK, NOW)
+    call(breaker, SUCCESS)
+    for number in range(3):
+        ticket = admitted(breaker)
+        at = NOW + number
+        breaker.settle(ticket, FAILURE, at, "status 503", duration=0.5, route="users", request_id=f"r{number}")
+    call(breaker, SUCCESS, NOW + 40)
+    first, second, third = breaker.records
+    assert first == FlightRecord(
+        number=1,
+        at=NOW + 2,
+        source=CLOSED,
+        target=OPEN,
+        cause="3 consecutive failures; last: status 503",
+        mode=Mode.AUTO,
+        counts=Counts(4, 3, 0),
+        failures=tuple(FailedCall(NOW + n, "status 503", 0.5, "users", f"r{n}") for n in range(3)),
+        next_probe_at=NOW + 32,
+    )
+    assert (second.source, second.target, second.failures, second.next_probe_at) == (OPEN, HALF_OPEN, (), None)
+    assert (third.number, third.target) == (3, CLOSED)
+
+
+def test_the_record_holds_the_last_ten_failures_and_the_last_fifty_moves() -> None:
+    breaker = CircuitBreaker(replace(BY_STREAK, failure_threshold=12), NOW)
+    for number in range(12):
+        breaker.settle(admitted(breaker), FAILURE, NOW, f"status 5{number:02}")
+    assert [failure.detail for failure in breaker.records[0].failures] == [f"status 5{n:02}" for n in range(2, 12)]
+    for number in range(1, 61):
+        call(breaker, FAILURE, NOW + 30 * number)
+    assert len(breaker.records) == 50
+    assert breaker.records[-1].number == 121
+
+
+# The diagram in the documentation
+
+
+def test_the_diagram_shows_every_move() -> None:
+    lines = diagram().splitlines()
+    assert lines[:2] == ["stateDiagram-v2", "    [*] --> CLOSED"]
+    assert len(lines) == 2 + len(TRANSITIONS)
+    assert "    HALF_OPEN --> OPEN: probe failed" in lines
+
+
+def test_the_diagram_in_the_documentation_is_current() -> None:
+    page = (Path(__file__).parent.parent / "docs/circuit-breakers.md").read_text()
+    assert f"```mermaid\n{diagram()}\n```" in page
 
 
 # How it shows itself

@@ -33,7 +33,8 @@ upstreams:
     pool: {max_connections: 511, idle_timeout: 61}
     health_check: {path: /alive, interval: 6, timeout: 3, healthy_after: 4, unhealthy_after: 7}
     circuit_breaker: {failure_threshold: 6, failure_rate: 0.6, minimum_calls: 21, window: 33, recovery_timeout: 34,
-                      half_open_max_calls: 2}
+                      half_open_max_calls: 2, slow_call_duration: 1.5, slow_call_rate: 0.7, window_calls: 99,
+                      max_recovery_timeout: 350, jitter: 0.2, ramp: 11}
     retry: {attempts: 3, budget: 0.3}
 routes:
   - {name: users, path: /api/users, upstream: users, strip_prefix: /api, methods: [get, POST], host: Example.ORG,
@@ -131,12 +132,47 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert config.upstreams["users"].circuit_breaker.model_dump() == {
         "failure_threshold": 5,
         "failure_rate": 0.5,
+        "slow_call_duration": None,
+        "slow_call_rate": None,
         "minimum_calls": 20,
         "window": 30,
+        "window_calls": None,
         "recovery_timeout": 30,
+        "max_recovery_timeout": 300,
+        "jitter": 0.1,
         "half_open_max_calls": 1,
+        "ramp": 10,
     }
     assert config.upstreams["users"].retry.model_dump() == {"attempts": 2, "budget": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (
+            {"recovery_timeout": 60, "max_recovery_timeout": 20},
+            "max_recovery_timeout: must be at least recovery_timeout (60), got 20",
+        ),
+        ({"slow_call_rate": 0.5}, "slow_call_rate: needs slow_call_duration, got 0.5 alone"),
+        ({"slow_call_duration": 2}, "slow_call_duration: needs slow_call_rate, got 2 alone"),
+        (
+            {"window_calls": 10, "minimum_calls": 11},
+            "window_calls: must be at least minimum_calls (11), or no rate is ever reached, got 10",
+        ),
+    ],
+)
+def test_keys_of_a_breaker_that_contradict_each_other_are_named(keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(None, {"upstreams": {"users": {**ONE_UPSTREAM["users"], "circuit_breaker": keys}}})
+    assert raised.value.problems == [f"upstreams.users.circuit_breaker.{problem}"]
+
+
+def test_a_long_recovery_needs_no_longer_maximum_to_be_given() -> None:
+    """Nor does it when the configuration is handed on whole, as to a worker."""
+    upstream = {**ONE_UPSTREAM["users"], "circuit_breaker": {"recovery_timeout": 900}}
+    config = load_config(None, {"upstreams": {"users": upstream}})
+    assert config.upstreams["users"].circuit_breaker.max_recovery_timeout == 900
+    assert GatewayConfig.model_validate(config.model_dump()) == config
 
 
 def test_a_health_check_has_defaults_once_it_is_asked_for() -> None:

@@ -384,7 +384,7 @@ def test_a_client_to_be_looked_up_is_for_the_ordinary_way(
 
 
 def test_an_open_breaker_is_for_the_ordinary_way(gateway: StartGateway, up: RawUpstream, boarded: list[bool]) -> None:
-    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2}
+    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0}
     running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
     up.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
@@ -394,6 +394,73 @@ def test_an_open_breaker_is_for_the_ordinary_way(gateway: StartGateway, up: RawU
         up.behave = reply()
         assert [client.get().status for _ in range(2)] == [200, 200]
     assert boarded == [True, False, False, True]
+
+
+def test_a_breaker_that_lets_traffic_back_step_by_step_is_for_the_ordinary_way(
+    gateway: StartGateway, up: RawUpstream, boarded: list[bool]
+) -> None:
+    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0.5}
+    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
+    up.behave = reply(b"no", b"500 Oops")
+    with RawClient(running.port) as client:
+        assert client.get().status == 500
+        up.behave = reply()
+        eventually(lambda: client.get().status == 200, "it recovers")
+        boarded.clear()
+        assert client.get().status == 200
+        eventually(lambda: client.get().status == 200 and boarded[-1], "all traffic is back")
+    assert boarded[0] is False
+
+
+@pytest.mark.parametrize("header", [(), (ODD,)], ids=["straight", "ordinary"])
+def test_slow_answers_open_the_breaker_on_either_way(
+    gateway: StartGateway, up: RawUpstream, caplog: pytest.LogCaptureFixture, header: tuple[str, ...]
+) -> None:
+    """Though all of them succeed; what is written down of them has route, duration and request id."""
+    breaker = {"slow_call_duration": 0.05, "slow_call_rate": 1, "minimum_calls": 2, "window_calls": 2}
+    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        time.sleep(0.1)
+        return reply()(wire, request)
+
+    up.behave = behave
+    with RawClient(running.port) as client:
+        statuses = [client.get(headers=(f"X-Request-ID: slow-{number}", *header)).status for number in range(3)]
+        assert statuses == [200, 200, 503]
+    (move,) = ask(f"{running.url}/circuit-breakers/up/history").json()["history"]
+    assert move["cause"] == "2 of the last 2 calls took 0.05 s or longer"
+    assert (move["window_calls"], move["window_failures"], move["window_slow"]) == (2, 0, 2)
+    assert [(call["request_id"], call["route"]) for call in move["last_failures"]] == [
+        ("slow-1", "all"),
+        ("slow-0", "all"),
+    ]
+    assert all(0.1 <= call["duration"] < PATIENCE for call in move["last_failures"])
+    assert "circuit breaker up: CLOSED -> OPEN: 2 of the last 2 calls took" in caplog.text
+
+
+@pytest.mark.parametrize("header", [(), (ODD,)], ids=["straight", "ordinary"])
+def test_a_failure_is_written_down_alike_on_either_way(
+    gateway: StartGateway, up: RawUpstream, header: tuple[str, ...]
+) -> None:
+    running = warm(gateway(in_front_of(up.url, circuit_breaker={"failure_threshold": 2})), up)
+    with RawClient(running.port) as client:
+        up.behave = reply(b"no", b"500 Oops")
+        assert client.get(headers=("X-Request-ID: r-0", *header)).status == 500
+
+        def break_off(wire: Wire, _request: RawRequest) -> bool:
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+            time.sleep(0.05)
+            return False
+
+        up.behave = break_off
+        assert not client.get(headers=("X-Request-ID: r-1", *header)).is_complete
+    (move,) = ask(f"{running.url}/circuit-breakers/up/history").json()["history"]
+    assert [(call["request_id"], call["route"], call["detail"]) for call in move["last_failures"]] == [
+        ("r-1", "all", "upstream_reset within the body"),
+        ("r-0", "all", "status 500"),
+    ]
+    assert all(0 <= call["duration"] < PATIENCE for call in move["last_failures"])
 
 
 def test_bounds_hold(gateway: StartGateway, up: RawUpstream) -> None:

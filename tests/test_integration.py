@@ -154,7 +154,7 @@ def test_a_breaker_opens_refuses_without_touching_the_upstream_and_recovers(
         return reply(status=b"500 Oops" if is_failing else b"200 OK")(wire, request)
 
     up = upstream(behave)
-    breaker = {"failure_threshold": 3, "recovery_timeout": 0.5}
+    breaker = {"failure_threshold": 3, "recovery_timeout": 0.5, "jitter": 0}
     running = gateway(in_front_of(up.url, circuit_breaker=breaker))
     assert [get(running, "/api/x", "c").status for _ in range(3)] == [500] * 3
     refused = get(running, "/api/x", "c")
@@ -167,6 +167,27 @@ def test_a_breaker_opens_refuses_without_touching_the_upstream_and_recovers(
     is_failing = False
     eventually(lambda: get(running, "/api/x", "c").status == 200, "the breaker lets a probe through")
     assert get(running, "/circuit-breakers").json()["circuit_breakers"]["up"]["state"] == "CLOSED"
+
+
+def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come(
+    gateway: StartGateway, upstream: StartUpstream
+) -> None:
+    is_failing = True
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        return reply(status=b"500 Oops" if is_failing else b"200 OK")(wire, request)
+
+    up = upstream(behave)
+    running = gateway(in_front_of(up.url, circuit_breaker={"failure_threshold": 1}))
+    assert get(running, "/api/x", "c").status == 500
+    is_failing = False
+    breaker = running.console.upstreams["up"].breaker
+    breaker._due, breaker._last_safe_at = 0.0, float("inf")  # its time has come, and a safe request a moment ago
+    posted = ask(f"{running.url}/api/x", method="POST", body=b"order")
+    assert (posted.status, len(up.requests)) == (503, 1)
+    assert "HALF_OPEN" in posted.json()["detail"]
+    assert get(running, "/api/x", "c").status == 200
+    assert ask(f"{running.url}/api/x", method="POST", body=b"order").status == 200
 
 
 def test_client_errors_never_open_a_breaker(gateway: StartGateway, upstream: StartUpstream) -> None:

@@ -15,7 +15,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from api_gateway.balancer import Target, Upstream, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode
 from api_gateway.errors import Reason, UpstreamFailed
 from api_gateway.exposition import DURATION_BOUNDS, Exposition
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
@@ -352,7 +352,15 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
     assert (view.uptime, view.requests.in_flight, view.requests.total) == (12.5, 3, 0)
     limiter = view.rate_limiter
     assert (limiter.buckets, limiter.bucket_limit, limiter.overflowed) == (4, 9, 2)
-    assert view.circuit_breakers["people"].model_dump() == {"state": "OPEN", "opened_total": 1, "rejected_total": 1}
+    assert view.circuit_breakers["people"].model_dump() == {
+        "state": "OPEN",
+        "mode": "auto",
+        "opened_total": 1,
+        "rejected_total": 1,
+        "slow_total": 0,
+        "would_open_total": 0,
+        "would_reject_total": 0,
+    }
     assert json.loads(view.model_dump_json())["latency"]["overall"]["last_60s"]["count"] == 0
 
 
@@ -512,6 +520,9 @@ def test_every_series_known_from_the_configuration_exists_at_zero_from_the_start
         *(f"gateway_upstream_request_duration_seconds_count{{upstream={name}}}" for name in ("people", "shop")),
         "gateway_circuit_breaker_opened_total{upstream=people}",
         "gateway_circuit_breaker_rejected_total{upstream=people}",
+        "gateway_circuit_breaker_slow_calls_total{upstream=people}",
+        "gateway_circuit_breaker_would_open_total{upstream=people}",
+        "gateway_circuit_breaker_would_reject_total{upstream=people}",
         "gateway_http_requests_in_flight{}",
     ]
     assert {name: found.get(name) for name in expected} == dict.fromkeys(expected, 0)
@@ -541,6 +552,24 @@ def test_the_state_of_a_breaker_is_one_of_three() -> None:
     upstream.breaker.advance(START + 30)
     assert state() == [0, 0, 1]
     assert samples(exposition)["gateway_circuit_breaker_opened_total{upstream=people}"] == 1
+
+
+def test_the_mode_of_a_breaker_is_one_of_four_and_what_it_would_have_done_is_counted() -> None:
+    upstream = people(BreakerPolicy(failure_threshold=1, slow_call_duration=1, slow_call_rate=1))
+    exposition = exposition_of(recorder_of(), upstream)
+    for mode in Mode:
+        upstream.breaker.set_mode(mode, START)
+        found = samples(exposition)
+        modes = {other: found[f"gateway_circuit_breaker_mode{{mode={other},upstream=people}}"] for other in Mode}
+        assert modes == {other: other is mode for other in Mode}
+    upstream.breaker.set_mode(Mode.OBSERVE, START)
+    upstream.checkout(START, "").settle(Outcome.FAILURE, START, "status 500", duration=2)
+    upstream.checkout(START, "").release(START)
+    found = samples(exposition)
+    assert {
+        key: found[f"gateway_circuit_breaker_{key}_total{{upstream=people}}"]
+        for key in ("opened", "rejected", "slow_calls", "would_open", "would_reject")
+    } == {"opened": 0, "rejected": 0, "slow_calls": 1, "would_open": 1, "would_reject": 1}
 
 
 def test_counters_never_fall(busy: Exposition) -> None:

@@ -1,5 +1,6 @@
 """The README is run: its commands as they stand, and what it shows compared with what comes."""
 
+import json
 import os
 import re
 import shutil
@@ -75,6 +76,20 @@ def test_an_example_prints_what_is_shown(gateway: RunningGateway, command: str, 
         assert normal(run.stdout) == normal(shown)
     else:
         assert run.stdout
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the page's examples are for curl")
+def test_the_commands_of_the_page_on_circuit_breakers_do_what_it_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs/circuit-breakers.md").read_text()
+    commands = re.findall(r"```sh\n(.*?)\n```", page, flags=re.DOTALL)
+    with running_gateway({}, tmp_path) as running:
+        address = f"127.0.0.1:{running.port}"
+        adapted = [["bash", "-c", command.replace("localhost:8000", address)] for command in commands]
+        told = [json.loads(subprocess.run(one, capture_output=True, check=True).stdout) for one in adapted]
+    modes = [(answer["previous"]["mode"], answer["current"]["mode"]) for answer in told[:3]]
+    assert modes == [("auto", "forced_open"), ("forced_open", "auto"), ("auto", "observe")]
+    assert told[3]["circuit_breakers"]["users"]["mode"] == "observe"
+    assert (told[4]["name"], told[4]["history"]) == ("users", [])
 
 
 def test_every_yaml_block_is_a_valid_configuration() -> None:

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
+from api_gateway.circuit_breaker import KEPT_RECORDS, BreakerPolicy, CircuitBreaker, Mode, State
 from api_gateway.exposition import Exposition
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
@@ -177,9 +177,15 @@ def test_of_states_the_worst_is_shown_and_counts_are_summed() -> None:
         consecutive_failures=2,
         window_calls=2,
         window_failures=2,
+        window_slow=0,
         probes_in_flight=0,
         opened_total=2,
         rejected_total=0,
+        slow_total=0,
+        would_open_total=0,
+        would_reject_total=0,
+        mode=Mode.AUTO,
+        ramp_share=None,
         next_probe_at=START + 11,
         opened_at=START + 2,
         opened_cause="3 consecutive failures; last: status 500",
@@ -217,3 +223,58 @@ def test_an_upstream_that_no_worker_has_any_more_is_not_shown() -> None:
     ended = report_of("1", START)
     ended.end()
     assert merge([ended, replace(report_of("1", START), upstreams={})]).upstreams == {}
+
+
+# Histories
+
+
+def history_of(worker: str, moves: int, at: float = START) -> Report:
+    """Return the report of a worker whose breaker opened and half-opened by turns, so many moves in all."""
+    breaker = CircuitBreaker(BreakerPolicy(failure_threshold=1, recovery_timeout=1), START)
+    for number in range(moves):
+        now = at + number
+        ticket = breaker.admit(now)
+        if ticket is not None and number % 2 == 0:
+            breaker.settle(ticket, Outcome.FAILURE, now, "status 500", duration=0.5, route="users", request_id="r")
+    return Report(
+        worker,
+        recorder(),
+        {"people": report_of(worker, at).upstreams["people"]},
+        histories={"people": list(breaker.records)},
+    )
+
+
+def test_a_history_travels_whole_and_what_was_told_is_not_told_again() -> None:
+    live = history_of("1", 9)
+    mirror = Report.blank("1")
+    mirror.update(through_json(live.state()))
+    assert mirror.histories == live.histories
+    since = oldest_changed(live.histories["people"][-1].at)
+    again = live.state(since)
+    assert 0 < len(again["histories"]["people"]) <= len(live.histories["people"])
+    mirror.update(through_json(again))
+    assert mirror.histories == live.histories
+    mirror.update(through_json(live.state(since + 10)))
+    assert mirror.histories == live.histories
+
+
+def test_the_histories_of_several_are_merged_by_time_and_say_whose_each_move_is() -> None:
+    merged = merge([history_of("1", 5), history_of("2", 5, START + 0.5)])
+    moves = merged.histories["people"]
+    assert {move.worker for move in moves} == {"1", "2"}
+    assert [move.at for move in moves] == sorted(move.at for move in moves)
+    told = Report.blank()
+    told.update(through_json(merged.state()))
+    assert told.histories == merged.histories
+
+
+def test_the_moves_of_a_worker_that_has_ended_are_kept_up_to_a_bound() -> None:
+    gone = merge([])
+    for life in range(20):
+        ended = history_of("1", 60, START + 100 * life)
+        ended.end()
+        gone = merge([gone, ended])
+    moves = merge([gone, history_of("1", 2, START + 5000)]).histories["people"]
+    assert len(moves) <= 3 * KEPT_RECORDS
+    assert moves[-1].at >= START + 5000
+    assert moves[0].worker == "1"

@@ -142,8 +142,62 @@ def test_a_breaker_that_is_open_in_one_worker_shows(tmp_path: Path) -> None:
         assert {(answer["state"], answer["opened_total"], answer["rejected_total"]) for answer in answers} == {
             ("OPEN", 1, 1)
         }
-        assert all(0 < answer["next_probe_in"] <= 30 for answer in answers)
+        assert all(0 < answer["next_probe_in"] <= 33 for answer in answers)
         assert {ask(f"{running.url}/health").json()["status"] for _ in range(4)} == {"fail"}
+        assert running.terminate() == 0
+    upstream.close()
+
+
+def test_a_mode_that_one_worker_is_told_is_followed_by_all_also_after_a_restart(
+    up: RawUpstream, tmp_path: Path
+) -> None:
+    path = config_file(tmp_path, up.url, GENEROUS)
+    command = [*WAYS["python -m"], "--config", path, "--workers", "2"]
+
+    def statuses(port: int) -> set[int]:
+        """Return what so many new connections are answered that each worker is among those who answer."""
+        found = set()
+        for _ in range(16):
+            with RawClient(port) as client:
+                found.add(client.get("/api/up").status)
+        return found
+
+    with process(*command, cwd=tmp_path) as running:
+        body = b'{"mode": "forced_open", "seconds": null, "reason": "a test"}'
+        headers = {"Content-Type": "application/json"}
+        answer = ask(f"{running.url}/circuit-breakers/up", method="POST", headers=headers, body=body).json()
+        assert (answer["previous"]["mode"], answer["current"]["mode"]) == ("auto", "forced_open")
+        eventually(lambda: statuses(running.port) == {503}, "every worker follows")
+        shown = [ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"] for _ in range(8)]
+        assert {(one["mode"], one["override"]["reason"]) for one in shown} == {("forced_open", "a test")}
+        text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
+        assert 'gateway_circuit_breaker_mode{mode="forced_open",upstream="up"} 1.0' in text
+        assert running.terminate() == 0
+    with process(*command, cwd=tmp_path) as running:
+        assert statuses(running.port) == {503}
+        assert running.terminate() == 0
+
+
+def test_the_history_is_that_of_all_workers_and_each_move_says_whose_it_is(tmp_path: Path) -> None:
+    upstream = RawUpstream(reply(b"no", b"500 Internal Server Error"))
+    path = config_file(tmp_path, upstream.url, GENEROUS)
+    text = Path(path).read_text().replace("]}}", "], circuit_breaker: {failure_threshold: 3}}}")
+    Path(path).write_text(text)
+    with process(*WAYS["python -m"], "--config", path, "--workers", "2", cwd=tmp_path) as running:
+
+        def workers() -> set[str]:
+            with RawClient(running.port) as client:  # one connection is one worker
+                for _ in range(3):
+                    client.get("/api/up")
+            answer = ask(f"{running.url}/circuit-breakers/up/history").json()
+            models.HistoryView.model_validate(answer)
+            moments = [move["at"] for move in answer["history"]]
+            assert moments == sorted(moments, reverse=True)
+            return {move["worker"] for move in answer["history"]}
+
+        eventually(lambda: workers() == {"1", "2"}, "both workers' breakers open")
+        answers = [ask(f"{running.url}/circuit-breakers/up/history").json() for _ in range(6)]
+        assert all(answer == answers[0] or len(answer["history"]) == 2 for answer in answers)
         assert running.terminate() == 0
     upstream.close()
 
