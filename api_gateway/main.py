@@ -9,9 +9,9 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,16 +33,19 @@ from api_gateway.diagnosis import ConfigError
 from api_gateway.explanation import Explainer
 from api_gateway.express import Express
 from api_gateway.guarded import GuardedTransport, http2_transport
-from api_gateway.health import HealthPolicy, watch
+from api_gateway.health import Ask, HealthPolicy, HealthWatch
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
 from api_gateway.models import Client, Quota
+from api_gateway.picks import share_of_key
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.report import Report, UpstreamReport
 from api_gateway.request import Receive, Scope, Send
+from api_gateway.resolution import Answer, Name, Resolve, keep_resolving, look_up
+from api_gateway.rotation import Draw, Rotation, RotationPolicy
 from api_gateway.router import Router
 from api_gateway.routes import CostRule, Route, RouteTable
 from api_gateway.service import Service, Timeouts
@@ -74,6 +77,8 @@ class Gateway:
     services: dict[str, Service]
     recorder: Recorder
     candidates: dict[str, Quota]
+    names: dict[str, list[Name]] = field(default_factory=dict)  # of upstreams whose targets are resolved
+    watches: dict[str, HealthWatch] = field(default_factory=dict)
 
 
 class GatewayApp(FastAPI):
@@ -112,6 +117,7 @@ def create_app(
     refused: Counter[str] | None = None,
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     crew: Crew | None = None,
+    resolve: Resolve = look_up,
 ) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
@@ -119,6 +125,7 @@ def create_app(
     out in their favour, so that none comes twice. `refused` is where the server counts what it refuses by itself.
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
     test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
+    `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -127,7 +134,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _live(settings, rejections, transports or {}) as gateway:
+        async with _live(settings, rejections, transports or {}, resolve) as gateway:
             app.state.gateway = gateway
             switch.data_plane, switch.lane, explainer = _data_plane(gateway, server_headers)
             app.state.console = _console(gateway, explainer, crew or Alone())
@@ -163,7 +170,10 @@ def __getattr__(name: str) -> Any:
 
 @asynccontextmanager
 async def _live(
-    config: GatewayConfig, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport]
+    config: GatewayConfig,
+    rejections: Counter[str],
+    transports: Mapping[str, httpx.AsyncBaseTransport],
+    resolve: Resolve,
 ) -> AsyncIterator[Gateway]:
     """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
     async with AsyncExitStack() as stack:
@@ -187,6 +197,8 @@ async def _live(
             stack.push_async_callback(service.transport.aclose)
         checks = asyncio.create_task(_check_health(gateway), name="health checks")
         stack.push_async_callback(_cancelled, checks)
+        resolving = asyncio.create_task(_resolve_names(gateway, resolve), name="names")
+        stack.push_async_callback(_cancelled, resolving)
         yield gateway
 
 
@@ -204,8 +216,14 @@ def _build(
     }
     quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
     limiter = _limiter(config, quotas)
+    names = {
+        name: [Name(target.url, target.weight) for target in section.targets]
+        for name, section in config.upstreams.items()
+        if section.resolve is not None
+    }
     return Gateway(
         config=config,
+        names=names,
         limiter=limiter,
         address_quota=address_quota,
         clients=ClientRegistry(
@@ -218,7 +236,8 @@ def _build(
             on_change=partial(_follow, limiter),
         ),
         services={
-            name: _service(name, section, transports.get(name), now) for name, section in config.upstreams.items()
+            name: _service(name, section, transports.get(name), now, names.get(name))
+            for name, section in config.upstreams.items()
         },
         recorder=Recorder(
             (route.name for route in config.routes),
@@ -263,21 +282,48 @@ def _follow(limiter: MemoryLimiter | RedisLimiter, before: Client, after: Client
     limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())
 
 
-def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTransport | None, now: float) -> Service:
+def _service(
+    name: str,
+    section: UpstreamSection,
+    transport: httpx.AsyncBaseTransport | None,
+    now: float,
+    names: list[Name] | None,
+) -> Service:
     picks: dict[str, Pick] = {
         "round_robin": round_robin,
         "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
         "hash": rendezvous_hash,
     }
     targets = [Target(target.url, target.weight) for target in section.targets]
-    breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now)
+    if names is not None:
+        targets = [target for one in names for target in one.targets]
+    _, _, header = section.hash_on.partition(":")
+    upstream = Upstream(name, targets, _breaker(section, now), picks[section.balance], rotation=_rotation(section))
     return Service(
-        Upstream(name, targets, breaker, picks[section.balance]),
+        upstream,
         _transport(name, section) if transport is None else GuardedTransport(transport),
         Timeouts(**section.timeouts.model_dump()),
         attempts=section.retry.attempts,
         retry_budget=section.retry.budget,
+        hash_header=header.lower().encode() or None,
     )
+
+
+def _breaker(section: UpstreamSection, now: float) -> CircuitBreaker:
+    settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected"})
+    return CircuitBreaker(BreakerPolicy(**settings), now)
+
+
+def _rotation(section: UpstreamSection) -> Rotation:
+    return Rotation(
+        RotationPolicy(section.circuit_breaker.max_ejected, section.slow_start),
+        draw=share_of_key if section.balance == "hash" else _by_chance(random.Random()),  # noqa: S311 - as above
+        make_breaker=partial(_breaker, section) if section.circuit_breaker.per_target else None,
+    )
+
+
+def _by_chance(source: random.Random) -> Draw:
+    return lambda _target, _key: source.random()
 
 
 def _transport(name: str, section: UpstreamSection) -> httpx.AsyncBaseTransport:
@@ -330,6 +376,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         omit=server_headers,
         observe_try=recorder.observe_try,
         on_transition=_log_transition,
+        on_target_move=_log_target_move,
         on_cost=settlement.on_cost,
     )
     limit = Limit(
@@ -405,7 +452,10 @@ def _look(gateway: Gateway) -> Report:
     return Report(
         worker="",
         recorder=gateway.recorder,
-        upstreams={name: UpstreamReport.of(service.upstream, now) for name, service in gateway.services.items()},
+        upstreams={
+            name: UpstreamReport.of(service.upstream, now, gateway.names.get(name, ()))
+            for name, service in gateway.services.items()
+        },
         buckets=len(gateway.limiter),
         bucket_limit=gateway.limiter.bucket_limit,
         overflowed=gateway.limiter.overflowed,
@@ -420,11 +470,68 @@ async def _check_health(gateway: Gateway) -> None:
         for name, service in gateway.services.items():
             section = gateway.config.upstreams[name].health_check
             if section is not None:
-                policy = HealthPolicy(**section.model_dump())
-                ask = partial(probe, service.transport)
-                group.create_task(
-                    watch(service.upstream.targets, policy, ask, partial(_log_health, name), random.Random())  # noqa: S311 - spreads checks, guards nothing
+                ranges = tuple(_range(spelt) for spelt in section.statuses)
+                policy = HealthPolicy(**section.model_dump(exclude={"statuses"}), statuses=ranges)
+                watch = gateway.watches[name] = HealthWatch(
+                    policy,
+                    partial(_asker, service.transport),
+                    partial(_on_verdict, service.upstream),
+                    clock=time.monotonic,
+                    source=random.Random(),  # noqa: S311 - spreads checks, guards nothing
                 )
+                watch.follow(service.upstream.targets)
+                group.create_task(watch.run())
+
+
+def _range(spelt: str) -> range:
+    low, _, high = spelt.partition("-")
+    return range(int(low), int(high) + 1)
+
+
+def _asker(transport: httpx.AsyncBaseTransport, target: Target) -> Ask:
+    return partial(probe, transport, address=target.address)
+
+
+def _on_verdict(upstream: Upstream, target: Target) -> None:
+    """Take in that health checks have changed their mind about a target."""
+    if target.is_healthy:
+        upstream.rotation.welcome(target, time.monotonic())
+    _log_health(upstream.name, target)
+
+
+async def _resolve_names(gateway: Gateway, resolve: Resolve) -> None:
+    """Keep the targets of upstreams with `resolve` what their names stand for, until cancelled."""
+    async with asyncio.TaskGroup() as group:
+        for name, names in gateway.names.items():
+            group.create_task(
+                keep_resolving(
+                    names,
+                    gateway.config.upstreams[name].resolve or 0,
+                    resolve,
+                    _follower(gateway, name),
+                    clock=time.monotonic,
+                    source=random.Random(),  # noqa: S311 - spreads questions, guards nothing
+                )
+            )
+
+
+def _follower(gateway: Gateway, upstream: str) -> Callable[[Answer], None]:
+    """Return what is told of every answer: it logs what is new, and sends requests and checks where it says."""
+    service, names = gateway.services[upstream], gateway.names[upstream]
+    last_errors: dict[Name, str] = {}
+
+    def on_answer(answer: Answer) -> None:
+        _log_answer(upstream, answer, last_errors.get(answer.name))
+        last_errors[answer.name] = answer.name.error or ""
+        if answer.is_change:
+            targets = [target for name in names for target in name.targets]
+            service.retarget(targets, time.monotonic())
+            if upstream in gateway.watches:
+                gateway.watches[upstream].follow(targets)
+        else:
+            service.sweep()
+
+    return on_answer
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -449,3 +556,23 @@ def _log_transition(upstream: str, transition: Transition) -> None:
 def _log_health(upstream: str, target: Target) -> None:
     verdict = "healthy again" if target.is_healthy else "unhealthy"
     logger.warning("upstream %s: target %s is %s: %s", upstream, target.url, verdict, target.last_check)
+
+
+def _log_target_move(upstream: str, target: Target, move: Transition) -> None:
+    if move.target == "OPEN":
+        logger.warning("upstream %s: target %s is ejected: %s", upstream, target.url, move.cause)
+    else:
+        logger.info("upstream %s: target %s returns: %s", upstream, target.url, move.cause)
+
+
+def _log_answer(upstream: str, answer: Answer, last_error: str | None) -> None:
+    """Tell what is new in an answer: other addresses, another error, or that there is none any more."""
+    name = answer.name
+    known = ", ".join(name.addresses) or "the name itself"
+    if name.error is not None and name.error != last_error:
+        logger.warning("upstream %s: %s cannot be resolved, %s is kept: %s", upstream, name.host, known, name.error)
+    elif answer.is_change:
+        changes = [*(f"+{address}" for address in answer.came), *(f"-{address}" for address in answer.went)]
+        logger.info("upstream %s: %s is %s (%s)", upstream, name.host, known, " ".join(changes))
+    elif answer.is_recovered:
+        logger.info("upstream %s: %s is resolved again: %s", upstream, name.host, known)
