@@ -17,6 +17,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from api_gateway.outgoing import Origin
 from api_gateway.transport import UpstreamTransport, probe, tls_context
 from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, reply, soon
 
@@ -957,6 +958,44 @@ async def test_an_upstream_that_stops_reading_is_a_read_timeout(
     assert state(transport) == "0 busy, 0 idle, 0 waiting"
 
 
+# Targets that are gone
+
+
+async def test_what_is_retired_keeps_no_idle_connection_and_is_forgotten(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream()
+    origin = Origin.of(httpx.URL(up.url))
+    await fetch(transport, request_to(up))
+    assert state(transport) == "0 busy, 1 idle, 0 waiting"
+    assert transport.retire(origin)
+    assert transport._pools == {}
+    assert transport.retire(origin), "there is nothing left to retire"
+
+
+async def test_what_is_retired_while_in_use_is_closed_when_given_back(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream()
+    origin = Origin.of(httpx.URL(up.url))
+    connection = await transport.pool(origin).take(1, 1)
+    assert not transport.retire(origin)
+    transport.pool(origin).give(connection)
+    assert connection.is_closed
+    assert transport.retire(origin)
+
+
+async def test_what_was_retired_can_be_revived(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream()
+    pool = transport.pool(Origin.of(httpx.URL(up.url)))
+    pool.retire()
+    await fetch(transport, request_to(up))
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+    pool.revive()
+    await fetch(transport, request_to(up))
+    assert state(transport) == "0 busy, 1 idle, 0 waiting"
+
+
 # TLS
 
 
@@ -995,8 +1034,13 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-async def tls_exchange(certificates: Path, name: str, tls: ssl.SSLContext, count: int = 1) -> tuple[list[bytes], int]:
-    """Make requests to an upstream with the certificate `name`; return the answers and how many connections it saw."""
+async def tls_exchange(
+    certificates: Path, name: str, tls: ssl.SSLContext, count: int = 1, *, host: str | None = None
+) -> tuple[list[bytes], int]:
+    """Make requests to an upstream with the certificate `name`; return the answers and how many connections it saw.
+
+    `host` is a name that was resolved to its address.
+    """
     connections = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1014,6 +1058,8 @@ async def tls_exchange(certificates: Path, name: str, tls: ssl.SSLContext, count
     url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         async with server, UpstreamTransport(tls=tls) as transport:
+            if host is not None:
+                return [b"%d" % await probe(transport, url.replace("127.0.0.1", host), 5, address="127.0.0.1")], 1
             return [await fetch(transport, request_to(url)) for _ in range(count)], connections
     finally:
         await asyncio.sleep(0)  # lets the server's side of a refused handshake end
@@ -1037,6 +1083,13 @@ async def test_a_certificate_of_an_unknown_authority_is_a_connect_error(certific
 async def test_a_certificate_for_another_name_is_a_connect_error(certificates: Path) -> None:
     with pytest.raises(httpx.ConnectError):
         await tls_exchange(certificates, "other", trusting(certificates, "other"))
+
+
+async def test_a_resolved_address_must_show_the_certificate_of_its_name(certificates: Path) -> None:
+    answers, _ = await tls_exchange(certificates, "other", trusting(certificates, "other"), host="other.test")
+    assert answers == [b"200"]
+    with pytest.raises(httpx.ConnectError):
+        await tls_exchange(certificates, "here", trusting(certificates, "here"), host="other.test")
 
 
 # Health checks
