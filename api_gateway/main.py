@@ -9,9 +9,9 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from api_gateway.diagnosis import ConfigError
 from api_gateway.explanation import Explainer
 from api_gateway.express import Express
 from api_gateway.guarded import GuardedTransport, http2_transport
-from api_gateway.health import Ask, HealthPolicy, HealthWatch
+from api_gateway.health import HealthPolicy
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
@@ -44,7 +44,7 @@ from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.report import Report, UpstreamReport
 from api_gateway.request import Receive, Scope, Send
-from api_gateway.resolution import Answer, Name, Resolve, keep_resolving, look_up
+from api_gateway.resolution import Name, Resolve, look_up
 from api_gateway.rotation import Draw, Rotation, RotationPolicy
 from api_gateway.router import Router
 from api_gateway.routes import CostRule, Route, RouteTable
@@ -54,7 +54,8 @@ from api_gateway.shadow import Shadow
 from api_gateway.sqlite_clients import SqliteClients
 from api_gateway.store import StoreSession
 from api_gateway.tasks import end
-from api_gateway.transport import UpstreamTransport, probe, tls_context
+from api_gateway.transport import UpstreamTransport, tls_context
+from api_gateway.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ class Gateway:
     services: dict[str, Service]
     recorder: Recorder
     candidates: dict[str, Quota]
-    names: dict[str, list[Name]] = field(default_factory=dict)  # of upstreams whose targets are resolved
-    watches: dict[str, HealthWatch] = field(default_factory=dict)
+    upkeeps: dict[str, Upkeep]
 
 
 class GatewayApp(FastAPI):
@@ -182,7 +182,7 @@ async def _live(
             await demo.start()
             stack.push_async_callback(demo.stop)
             config = config.model_validate({**config.model_dump(), **demo.sections()})
-        gateway = _build(config, rejections, transports)
+        gateway = _build(config, rejections, transports, resolve)
         stack.push_async_callback(gateway.clients.close)
         try:
             await gateway.clients.load()
@@ -195,15 +195,16 @@ async def _live(
             await gateway.limiter.start()
         for service in gateway.services.values():
             stack.push_async_callback(service.transport.aclose)
-        checks = asyncio.create_task(_check_health(gateway), name="health checks")
-        stack.push_async_callback(_cancelled, checks)
-        resolving = asyncio.create_task(_resolve_names(gateway, resolve), name="names")
-        stack.push_async_callback(_cancelled, resolving)
+        keeping = asyncio.create_task(_keep_up(gateway), name="health checks and names")
+        stack.push_async_callback(_cancelled, keeping)
         yield gateway
 
 
 def _build(
-    config: GatewayConfig, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport]
+    config: GatewayConfig,
+    rejections: Counter[str],
+    transports: Mapping[str, httpx.AsyncBaseTransport],
+    resolve: Resolve,
 ) -> Gateway:
     now = time.monotonic()
     tiers = {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()}
@@ -216,14 +217,13 @@ def _build(
     }
     quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
     limiter = _limiter(config, quotas)
-    names = {
-        name: [Name(target.url, target.weight) for target in section.targets]
+    names = {name: _names(section) for name, section in config.upstreams.items()}
+    services = {
+        name: _service(name, section, transports.get(name), now, names[name])
         for name, section in config.upstreams.items()
-        if section.resolve is not None
     }
     return Gateway(
         config=config,
-        names=names,
         limiter=limiter,
         address_quota=address_quota,
         clients=ClientRegistry(
@@ -235,9 +235,9 @@ def _build(
             deadline=config.store.deadline,
             on_change=partial(_follow, limiter),
         ),
-        services={
-            name: _service(name, section, transports.get(name), now, names.get(name))
-            for name, section in config.upstreams.items()
+        services=services,
+        upkeeps={
+            name: _upkeep(config.upstreams[name], service, names[name], resolve) for name, service in services.items()
         },
         recorder=Recorder(
             (route.name for route in config.routes),
@@ -287,16 +287,14 @@ def _service(
     section: UpstreamSection,
     transport: httpx.AsyncBaseTransport | None,
     now: float,
-    names: list[Name] | None,
+    names: list[Name],
 ) -> Service:
     picks: dict[str, Pick] = {
         "round_robin": round_robin,
         "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
         "hash": rendezvous_hash,
     }
-    targets = [Target(target.url, target.weight) for target in section.targets]
-    if names is not None:
-        targets = [target for one in names for target in one.targets]
+    targets = [target for one in names for target in one.targets]
     _, _, header = section.hash_on.partition(":")
     upstream = Upstream(name, targets, _breaker(section, now), picks[section.balance], rotation=_rotation(section))
     return Service(
@@ -306,6 +304,27 @@ def _service(
         attempts=section.retry.attempts,
         retry_budget=section.retry.budget,
         hash_header=header.lower().encode() or None,
+    )
+
+
+def _names(section: UpstreamSection) -> list[Name]:
+    return [Name(target.url, target.weight) for target in section.targets]
+
+
+def _upkeep(section: UpstreamSection, service: Service, names: list[Name], resolve: Resolve) -> Upkeep:
+    policy, check = None, section.health_check
+    if check is not None:
+        ranges = (spelt.split("-") for spelt in check.statuses)
+        statuses = tuple(range(int(low), int(high) + 1) for low, high in ranges)
+        policy = HealthPolicy(**check.model_dump(exclude={"statuses"}), statuses=statuses)
+    return Upkeep(
+        service,
+        policy=policy,
+        names=names if section.resolve is not None else (),
+        interval=section.resolve or 0.0,
+        resolve=resolve,
+        clock=time.monotonic,
+        source=random.Random(),  # noqa: S311 - spreads checks and questions, guards nothing
     )
 
 
@@ -453,7 +472,7 @@ def _look(gateway: Gateway) -> Report:
         worker="",
         recorder=gateway.recorder,
         upstreams={
-            name: UpstreamReport.of(service.upstream, now, gateway.names.get(name, ()))
+            name: UpstreamReport.of(service.upstream, now, gateway.upkeeps[name].names)
             for name, service in gateway.services.items()
         },
         buckets=len(gateway.limiter),
@@ -464,74 +483,11 @@ def _look(gateway: Gateway) -> Report:
     )
 
 
-async def _check_health(gateway: Gateway) -> None:
-    """Check the targets of every upstream that asks for it, until cancelled."""
+async def _keep_up(gateway: Gateway) -> None:
+    """Check targets and follow names, until cancelled."""
     async with asyncio.TaskGroup() as group:
-        for name, service in gateway.services.items():
-            section = gateway.config.upstreams[name].health_check
-            if section is not None:
-                ranges = tuple(_range(spelt) for spelt in section.statuses)
-                policy = HealthPolicy(**section.model_dump(exclude={"statuses"}), statuses=ranges)
-                watch = gateway.watches[name] = HealthWatch(
-                    policy,
-                    partial(_asker, service.transport),
-                    partial(_on_verdict, service.upstream),
-                    clock=time.monotonic,
-                    source=random.Random(),  # noqa: S311 - spreads checks, guards nothing
-                )
-                watch.follow(service.upstream.targets)
-                group.create_task(watch.run())
-
-
-def _range(spelt: str) -> range:
-    low, _, high = spelt.partition("-")
-    return range(int(low), int(high) + 1)
-
-
-def _asker(transport: httpx.AsyncBaseTransport, target: Target) -> Ask:
-    return partial(probe, transport, address=target.address)
-
-
-def _on_verdict(upstream: Upstream, target: Target) -> None:
-    """Take in that health checks have changed their mind about a target."""
-    if target.is_healthy:
-        upstream.rotation.welcome(target, time.monotonic())
-    _log_health(upstream.name, target)
-
-
-async def _resolve_names(gateway: Gateway, resolve: Resolve) -> None:
-    """Keep the targets of upstreams with `resolve` what their names stand for, until cancelled."""
-    async with asyncio.TaskGroup() as group:
-        for name, names in gateway.names.items():
-            group.create_task(
-                keep_resolving(
-                    names,
-                    gateway.config.upstreams[name].resolve or 0,
-                    resolve,
-                    _follower(gateway, name),
-                    clock=time.monotonic,
-                    source=random.Random(),  # noqa: S311 - spreads questions, guards nothing
-                )
-            )
-
-
-def _follower(gateway: Gateway, upstream: str) -> Callable[[Answer], None]:
-    """Return what is told of every answer: it logs what is new, and sends requests and checks where it says."""
-    service, names = gateway.services[upstream], gateway.names[upstream]
-    last_errors: dict[Name, str] = {}
-
-    def on_answer(answer: Answer) -> None:
-        _log_answer(upstream, answer, last_errors.get(answer.name))
-        last_errors[answer.name] = answer.name.error or ""
-        if answer.is_change:
-            targets = [target for name in names for target in name.targets]
-            service.retarget(targets, time.monotonic())
-            if upstream in gateway.watches:
-                gateway.watches[upstream].follow(targets)
-        else:
-            service.sweep()
-
-    return on_answer
+        for upkeep in gateway.upkeeps.values():
+            group.create_task(upkeep.run())
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -553,26 +509,8 @@ def _log_transition(upstream: str, transition: Transition) -> None:
     )
 
 
-def _log_health(upstream: str, target: Target) -> None:
-    verdict = "healthy again" if target.is_healthy else "unhealthy"
-    logger.warning("upstream %s: target %s is %s: %s", upstream, target.url, verdict, target.last_check)
-
-
 def _log_target_move(upstream: str, target: Target, move: Transition) -> None:
     if move.target == "OPEN":
         logger.warning("upstream %s: target %s is ejected: %s", upstream, target.url, move.cause)
     else:
         logger.info("upstream %s: target %s returns: %s", upstream, target.url, move.cause)
-
-
-def _log_answer(upstream: str, answer: Answer, last_error: str | None) -> None:
-    """Tell what is new in an answer: other addresses, another error, or that there is none any more."""
-    name = answer.name
-    known = ", ".join(name.addresses) or "the name itself"
-    if name.error is not None and name.error != last_error:
-        logger.warning("upstream %s: %s cannot be resolved, %s is kept: %s", upstream, name.host, known, name.error)
-    elif answer.is_change:
-        changes = [*(f"+{address}" for address in answer.came), *(f"-{address}" for address in answer.went)]
-        logger.info("upstream %s: %s is %s (%s)", upstream, name.host, known, " ".join(changes))
-    elif answer.is_recovered:
-        logger.info("upstream %s: %s is resolved again: %s", upstream, name.host, known)
