@@ -67,7 +67,7 @@ class Rotation:
         elif outcome is not Outcome.IGNORED:
             target.withheld = 0
         move = breaker.settle(ticket, outcome, now, detail)
-        if move is not None:
+        if move is not None and target in targets:  # else it is gone, and rotates no more
             self._note_move(target, move)
         return move
 

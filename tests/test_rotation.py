@@ -345,6 +345,16 @@ def test_a_target_that_is_gone_gets_no_new_request_and_its_leases_run_on() -> No
     assert gone.in_flight == 0
 
 
+def test_what_still_runs_on_a_target_that_is_gone_unsettles_nothing() -> None:
+    upstream = upstream_of(3)
+    gone = upstream.targets[0]
+    leases = [lease_on(upstream, gone) for _ in range(3)]
+    upstream.retarget(upstream.targets[1:], NOW)
+    for lease in leases:
+        lease.release(NOW, Outcome.FAILURE)
+    assert not upstream.rotation.unsettled
+
+
 def test_of_fewer_targets_no_more_than_their_share_stays_ejected() -> None:
     """Those that are out longest return, slowly, to breakers that know nothing of them."""
     upstream = upstream_of(4, slow_start=10, draw=lambda _target, _key: 0.0)
@@ -455,6 +465,11 @@ class Balancing(RuleBasedStateMachine):
             out = [one for one in self.upstream.targets if one.breaker and one.breaker.state is not State.CLOSED]
             assert len(out) <= self.policy.max_ejected * len(self.upstream.targets)
             assert len(out) < len(self.upstream.targets)
+
+    @invariant()
+    def only_targets_that_are_there_are_unsettled(self) -> None:
+        if hasattr(self, "upstream"):
+            assert self.upstream.rotation.unsettled <= set(self.upstream.targets)
 
     @invariant()
     def one_that_is_healthy_is_always_offered(self) -> None:

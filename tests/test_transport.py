@@ -958,6 +958,38 @@ async def test_an_upstream_that_stops_reading_is_a_read_timeout(
     assert state(transport) == "0 busy, 0 idle, 0 waiting"
 
 
+# Targets that were resolved
+
+
+@pytest.mark.parametrize(
+    ("address", "url", "sni"),
+    [
+        (None, "https://users.test:8443/a%2Fb?c", None),
+        ("10.0.0.1", "https://10.0.0.1:8443/a%2Fb?c", "users.test"),
+        ("fd00::1", "https://[fd00::1]:8443/a%2Fb?c", "users.test"),
+    ],
+)
+def test_another_transport_is_told_where_to_connect_and_whom_to_expect(
+    address: str | None, url: str, sni: str | None
+) -> None:
+    origin = Origin.of(httpx.URL("https://users.test:8443"), address)
+    request = origin.plain_request("GET", [(b"host", origin.netloc)], b"/a%2Fb?c", extensions={"timeout": {}})
+    assert (str(request.url), request.headers["host"]) == (url, "users.test:8443")
+    assert request.extensions.get("sni_hostname") == sni
+
+
+async def test_a_probe_by_another_transport_connects_to_the_address() -> None:
+    asked: list[httpx.Request] = []
+
+    class Other(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            asked.append(request)
+            return httpx.Response(204)
+
+    assert await probe(Other(), "http://users.test:80/up?x", 1, address="10.0.0.1") == 204
+    assert (str(asked[0].url), asked[0].headers["host"]) == ("http://10.0.0.1/up?x", "users.test")
+
+
 # Targets that are gone
 
 
