@@ -65,14 +65,13 @@ from api_gateway.models import (
     Question,
     Quota,
     StoreView,
-    TargetView,
     TierChange,
     TierChanged,
     TierView,
-    UpstreamView,
 )
 from api_gateway.rate_limiter import RateLimiter
-from api_gateway.report import BreakerReport, UpstreamReport
+from api_gateway.report import BreakerReport
+from api_gateway.target_views import upstream_view, verdict_view
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
@@ -166,7 +165,7 @@ async def readyz(console: Open) -> Response:
 async def health(request: Request, console: Open) -> HealthView:
     """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
     report = await console.crew.gather()
-    upstreams = {name: _upstream_view(upstream) for name, upstream in report.upstreams.items()}
+    upstreams = {name: upstream_view(upstream, console.clock()) for name, upstream in report.upstreams.items()}
     words = {view.status for view in upstreams.values()}
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
@@ -241,6 +240,10 @@ async def circuit_breakers(console: Guarded) -> BreakersView:
     return BreakersView(
         circuit_breakers={
             name: _breaker_view(upstream.breaker, console.modes.override(name), now)
+            for name, upstream in report.upstreams.items()
+        },
+        targets={
+            name: {target.url: verdict_view(target, now) for target in upstream.targets}
             for name, upstream in report.upstreams.items()
         },
         **trouble,
@@ -627,21 +630,4 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
         last_opened=opened,
         thresholds=BreakerThresholds(**asdict(breaker.policy)),
         **several,
-    )
-
-
-def _upstream_view(upstream: UpstreamReport) -> UpstreamView:
-    return UpstreamView(
-        status=upstream.status,
-        breaker=upstream.breaker.state.value,
-        targets=[
-            TargetView(
-                url=target.url,
-                healthy=target.is_healthy,
-                in_flight=target.in_flight,
-                checked=target.is_checked,
-                last_check=target.last_check,
-            )
-            for target in upstream.targets
-        ],
     )

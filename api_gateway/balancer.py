@@ -1,76 +1,29 @@
-"""An upstream and its targets: choose one that is healthy, ask the breaker, and take the result back.
+"""An upstream and its targets: choose one that is offered, ask the breakers, and take the result back.
 
-Synchronous and without clock; the random source is handed in. Nothing here knows HTTP.
+Synchronous and without clock. Nothing here knows HTTP. Who is offered is for `rotation` to say, which of them for
+`picks`.
 """
 
-import hashlib
-import random
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket, Transition
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
+from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin
+from api_gateway.rotation import Rotation
+from api_gateway.targets import Target
 
-
-@dataclass(eq=False, slots=True)
-class Target:
-    """One address of an upstream. `in_flight` counts requests sent and not yet answered to the end."""
-
-    url: str
-    weight: int = 1
-    is_healthy: bool = True
-    is_checked: bool = False
-    last_check: str | None = None
-    in_flight: int = 0
-    credit: int = field(default=0, repr=False)  # of the smooth weighted round robin
-
-
-Pick = Callable[[Sequence[Target], str], Target]
-
-
-def round_robin(targets: Sequence[Target], _key: str) -> Target:
-    """Take turns by weight, interleaved (nginx's smooth weighted round robin): 2:1 gives a b a, never a a b."""
-    if len(targets) == 1:
-        return targets[0]
-    for target in targets:
-        target.credit += target.weight
-    chosen = max(targets, key=lambda target: target.credit)
-    chosen.credit -= sum(target.weight for target in targets)
-    return chosen
-
-
-def least_requests(source: random.Random) -> Pick:
-    """Return a pick of the less loaded of two random targets, by requests in flight per weight.
-
-    Two choices get within a constant of the best (Mitzenmacher 2001) and, unlike the exact minimum, do not send every
-    gateway to the same target at once.
-    """
-
-    def pick(targets: Sequence[Target], _key: str) -> Target:
-        if len(targets) == 1:
-            return targets[0]
-        one, other = source.sample(targets, 2)
-        return one if one.in_flight * other.weight <= other.in_flight * one.weight else other
-
-    return pick
-
-
-def rendezvous_hash(targets: Sequence[Target], key: str) -> Target:
-    """Send one key to one target for as long as it is healthy (highest random weight, Thaler and Ravishankar 1998).
-
-    Weights count as that many virtual targets. Losing a target moves only the keys it had.
-    """
-
-    def score(target: Target) -> bytes:
-        name = target.url.encode()
-        return max(
-            hashlib.blake2b(b"%d|%b|%b" % (copy, name, key.encode()), digest_size=8).digest()
-            for copy in range(target.weight)
-        )
-
-    return max(targets, key=score)
+__all__ = [
+    "Lease",
+    "Pick",
+    "RetryBudget",
+    "Target",
+    "Upstream",
+    "least_requests",
+    "rendezvous_hash",
+    "round_robin",
+]
 
 
 class SlowHead(NamedTuple):
@@ -82,14 +35,24 @@ class SlowHead(NamedTuple):
 
 
 class Lease:
-    """One try on one target. Settling it gives back the target and tells the breaker; only the first time counts."""
+    """One try on one target. Settling it gives back the target and tells the breakers; only the first time counts.
 
-    __slots__ = ("_is_settled", "slow", "target", "ticket", "upstream")
+    `ticket` is of the upstream's breaker, `target_ticket` of the target's own; `target_move` is the move of the latter
+    that the last settling caused.
+    """
 
-    def __init__(self, upstream: "Upstream", target: Target, ticket: Ticket) -> None:
+    __slots__ = ("_is_settled", "slow", "target", "target_move", "target_ticket", "ticket", "upstream")
+
+    target_move: Transition | None
+
+    def __init__(
+        self, upstream: "Upstream", target: Target, ticket: Ticket, target_ticket: Ticket | None = None
+    ) -> None:
         self.upstream = upstream
         self.target = target
         self.ticket = ticket
+        self.target_ticket = target_ticket
+        self.target_move = None
         self.slow: SlowHead | None = None
         self._is_settled = False
         target.in_flight += 1
@@ -104,12 +67,25 @@ class Lease:
         route: str = "",
         request_id: str = "",
     ) -> Transition | None:
-        """Tell how the try ended. Returns the breaker's move, if it caused one."""
+        """Tell how the try ended. Returns the move of the upstream's breaker, if it caused one."""
         if self._is_settled:
+            self.target_move = None
             return None
         self._is_settled = True
         if self.slow is not None and duration is None:
             duration, route, request_id = self.slow
+        if self.target_ticket is not None:
+            self.target_move = self.upstream.rotation.settle(
+                self.upstream.targets,
+                self.target,
+                self.target_ticket,
+                outcome,
+                now,
+                detail,
+                duration=duration,
+                route=route,
+                request_id=request_id,
+            )
         return self.upstream.breaker.settle(
             self.ticket, outcome, now, detail, duration=duration, route=route, request_id=request_id
         )
@@ -121,25 +97,46 @@ class Lease:
         """
         if not self._is_settled:
             self._is_settled = True
+            if self.target_ticket is not None:
+                self.upstream.rotation.settle(self.upstream.targets, self.target, self.target_ticket, outcome, now)
             self.upstream.breaker.settle(self.ticket, outcome, now)
         self.target.in_flight -= 1
 
+    @property
+    def is_probe(self) -> bool:
+        """Tell whether either breaker waits for the result to know if it may close."""
+        return self.ticket.is_probe or (self.target_ticket is not None and self.target_ticket.is_probe)
+
 
 class Upstream:
-    """A named service: its targets, its breaker and its way to choose."""
+    """A named service: its targets, its breaker, who of them is offered, and its way to choose."""
 
-    def __init__(self, name: str, targets: Sequence[Target], breaker: CircuitBreaker, pick: Pick) -> None:
+    def __init__(
+        self,
+        name: str,
+        targets: Sequence[Target],
+        breaker: CircuitBreaker,
+        pick: Pick,
+        *,
+        rotation: Rotation | None = None,
+    ) -> None:
         self.name = name
-        self.targets = list(targets)
         self.breaker = breaker
+        self.rotation = rotation or Rotation()
         self._pick = pick
+        self.retarget(targets, breaker.since)
 
     def __repr__(self) -> str:
         healthy = sum(target.is_healthy for target in self.targets)
         return f"<Upstream {self.name!r} [{healthy} of {len(self.targets)} healthy, {self.breaker.state}]>"
 
+    def retarget(self, targets: Sequence[Target], now: float) -> None:
+        """Offer `targets` from now on. Leases on others run on to their end."""
+        self.targets = list(targets)
+        self.rotation.keep(self.targets, now)
+
     def is_untroubled(self) -> bool:
-        """Tell whether `checkout` would give a lease that is no probe."""
+        """Tell whether `checkout` would give a lease that is no probe of the upstream's breaker."""
         if not self.breaker.admits_all:
             return False
         for target in self.targets:  # noqa: SIM110 - any() takes five times as long, on every request
@@ -148,9 +145,10 @@ class Upstream:
         return False
 
     def checkout(self, now: float, key: str, tried: Collection[Target] = (), *, is_safe: bool = True) -> Lease:
-        """Return a lease on a healthy target, preferring those not in `tried`; `is_safe` is for `admit`.
+        """Return a lease on a healthy target that is not ejected, preferring those not in `tried`.
 
-        Raises NoHealthyUpstream when there is none, CircuitOpen when the breaker does not admit.
+        `is_safe` is for `admit`. Raises NoHealthyUpstream when there is none, CircuitOpen when the breaker does not
+        admit.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
@@ -160,9 +158,14 @@ class Upstream:
         ticket = self.breaker.admit(now, is_safe=is_safe)
         if ticket is None:
             raise self._refusal(now)
-        untried = [target for target in candidates if target not in tried] if tried else candidates
-        candidates = untried or candidates
-        return Lease(self, self._pick(candidates, key) if len(candidates) > 1 else candidates[0], ticket)
+        offered: Sequence[Target] = candidates
+        if self.rotation.unsettled:
+            offered = self.rotation.offered(candidates, tried, now, key, is_safe=is_safe)
+        elif tried:
+            offered = [target for target in candidates if target not in tried] or candidates
+        target = self._pick(offered, key) if len(offered) > 1 else offered[0]
+        own = target.breaker
+        return Lease(self, target, ticket, None if own is None else own.admit(now, is_safe=is_safe))
 
     def refusal(self, now: float) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""

@@ -98,6 +98,19 @@ def _origin_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _status_range(given: Any) -> Any:
+    """Spell a number, or a range of two, as `200-399`."""
+    spelt = "" if isinstance(given, bool | float) else str(given)
+    low, dash, high = spelt.partition("-")
+    high = high if dash else low
+    if not (low.isdecimal() and high.isdecimal()):
+        raise ValueError("must be a status such as 204, or a range such as 200-399")
+    if not 100 <= int(low) <= int(high) <= 599:  # noqa: PLR2004 - the statuses there are
+        raise ValueError("must lie within 100 to 599, the lower one first")
+    return f"{int(low)}-{int(high)}"
+
+
+StatusRange = Annotated[str, BeforeValidator(_status_range)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url)]
@@ -244,13 +257,14 @@ class PoolSection(Section):
 
 
 class HealthCheckSection(Section):
-    """Active checks of every target."""
+    """Active checks of every target. A status that is one of `statuses` is a good result."""
 
     path: WholePath = "/health"
     interval: Seconds = 5
     timeout: Seconds = 2
     healthy_after: int = Field(default=2, ge=1)
     unhealthy_after: int = Field(default=3, ge=1)
+    statuses: list[StatusRange] = Field(default=["200-399"], min_length=1)
 
 
 class CircuitBreakerSection(Section):
@@ -272,6 +286,8 @@ class CircuitBreakerSection(Section):
     jitter: float = Field(default=0.1, ge=0, le=1)
     half_open_max_calls: int = Field(default=1, ge=1)
     ramp: float = Field(default=10, ge=0, le=3600, description="Seconds until all traffic is back; 0 is at once.")
+    per_target: bool = Field(default=True, description="A breaker of each target beside the upstream's own.")
+    max_ejected: float = Field(default=0.5, ge=0, le=1, description="Share of the targets, rounded down.")
 
     @model_validator(mode="before")
     @classmethod
@@ -302,7 +318,18 @@ class UpstreamSection(Section):
     """A service behind the gateway. `http2` speaks HTTP/2 to https targets that offer it (needs the package h2)."""
 
     targets: list[TargetSection] = Field(min_length=1)
+    resolve: float | None = Field(
+        default=None, ge=1, le=86_400, description="Seconds after which the names of targets are resolved anew."
+    )
     balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"
+    hash_on: str = Field(
+        default="client",
+        pattern=r"^(client|header:[A-Za-z0-9-]{1,64})$",
+        description="What `balance: hash` goes by: client, or header:X-Name.",
+    )
+    slow_start: float = Field(
+        default=10, ge=0, le=86_400, description="Seconds over which a target that returns gets its full share."
+    )
     timeouts: TimeoutsSection = TimeoutsSection()
     pool: PoolSection = PoolSection()
     tls: TlsSection = TlsSection()
@@ -414,6 +441,7 @@ class GatewayConfig(BaseSettings):
             *_server_problems(self),
             *_store_problems(self),
             *_tier_problems(self),
+            *_upstream_problems(self),
             *_breaker_problems(self),
             *_route_problems(self),
         ]
@@ -517,6 +545,12 @@ def _all_terms(config: GatewayConfig) -> Iterator[tuple[str, TierSection | Candi
         yield f"tiers.{name}", tier
         if tier.candidate is not None:
             yield f"tiers.{name}.candidate", tier.candidate
+
+
+def _upstream_problems(config: GatewayConfig) -> Iterator[str]:
+    for name, upstream in config.upstreams.items():
+        if upstream.hash_on != "client" and upstream.balance != "hash":
+            yield f"upstreams.{name}.hash_on: needs balance: hash, got {upstream.hash_on!r} with {upstream.balance!r}"
 
 
 def _breaker_problems(config: GatewayConfig) -> Iterator[str]:

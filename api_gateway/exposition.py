@@ -147,13 +147,27 @@ class Exposition:
         for name, series in self._recorder.upstreams.items():
             durations.add_metric([name], _classic(series.total), sum_value=series.total.total_seconds)
         yield durations
-        healthy = GaugeMetricFamily(
-            "gateway_upstream_healthy", "1 while the target is healthy.", labels=["upstream", "target"]
+        yield from self._targets()
+
+    def _targets(self) -> Iterator[Metric]:
+        """Yield what is known of the targets there are now: the series of one that is gone end."""
+        labels = ["upstream", "target"]
+        healthy = GaugeMetricFamily("gateway_upstream_healthy", "1 while the target is healthy.", labels=labels)
+        ejected = GaugeMetricFamily(
+            "gateway_upstream_ejected", "1 while live requests keep the target out of rotation.", labels=labels
+        )
+        ejections = CounterMetricFamily(
+            "gateway_upstream_ejections", "Times the target's own breaker opened.", labels=labels
         )
         for name, upstream in self._upstreams.items():
-            for target in upstream.targets:
-                healthy.add_metric([name, target.url], target.is_healthy)
+            for url, target in {target.url: target for target in upstream.targets}.items():
+                healthy.add_metric([name, url], target.is_healthy)
+                if target.passive is not None:
+                    ejected.add_metric([name, url], target.passive.is_ejected)
+                    ejections.add_metric([name, url], target.passive.ejections_total)
         yield healthy
+        yield ejected
+        yield ejections
 
     def _breakers(self) -> Iterator[Metric]:
         states = GaugeMetricFamily(

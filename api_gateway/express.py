@@ -397,7 +397,8 @@ class Passage(Answer):
         exchange.upstream = self._route.upstream
         service.retry_budget.deposit()
         self.lease = lease = service.upstream.checkout(exchange.started, self._lines.standing.charges[0].key)
-        connection = service.idle_connection(lease.target)
+        probe = lease.target_ticket is not None and lease.target_ticket.is_probe  # its long answer settles early there
+        connection = None if probe else service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one
             self._leave(body, is_sent=False)
             return

@@ -34,16 +34,19 @@ from api_gateway.diagnosis import ConfigError
 from api_gateway.explanation import Explainer
 from api_gateway.express import Express
 from api_gateway.guarded import GuardedTransport, http2_transport
-from api_gateway.health import HealthPolicy, watch
+from api_gateway.health import HealthPolicy
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
 from api_gateway.models import Client, Quota
+from api_gateway.picks import share_of_key
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.report import Report, UpstreamReport
 from api_gateway.request import Receive, Scope, Send
+from api_gateway.resolution import Name, Resolve, look_up
+from api_gateway.rotation import Draw, Rotation, RotationPolicy
 from api_gateway.router import Router
 from api_gateway.routes import CostRule, Route, RouteTable
 from api_gateway.service import Service, Timeouts
@@ -52,7 +55,8 @@ from api_gateway.shadow import Shadow
 from api_gateway.sqlite_clients import SqliteClients
 from api_gateway.store import StoreSession
 from api_gateway.tasks import end
-from api_gateway.transport import UpstreamTransport, probe, tls_context
+from api_gateway.transport import UpstreamTransport, tls_context
+from api_gateway.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ class Gateway:
     recorder: Recorder
     candidates: dict[str, Quota]
     modes: ModeBoard
+    upkeeps: dict[str, Upkeep]
 
 
 class GatewayApp(FastAPI):
@@ -114,6 +119,7 @@ def create_app(
     refused: Counter[str] | None = None,
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     crew: Crew | None = None,
+    resolve: Resolve = look_up,
 ) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
@@ -121,6 +127,7 @@ def create_app(
     out in their favour, so that none comes twice. `refused` is where the server counts what it refuses by itself.
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
     test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
+    `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -129,7 +136,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _live(settings, rejections, transports or {}) as gateway:
+        async with _live(settings, rejections, transports or {}, resolve) as gateway:
             app.state.gateway = gateway
             switch.data_plane, switch.lane, explainer = _data_plane(gateway, server_headers)
             app.state.console = _console(gateway, explainer, crew or Alone())
@@ -165,7 +172,10 @@ def __getattr__(name: str) -> Any:
 
 @asynccontextmanager
 async def _live(
-    config: GatewayConfig, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport]
+    config: GatewayConfig,
+    rejections: Counter[str],
+    transports: Mapping[str, httpx.AsyncBaseTransport],
+    resolve: Resolve,
 ) -> AsyncIterator[Gateway]:
     """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
     async with AsyncExitStack() as stack:
@@ -174,7 +184,7 @@ async def _live(
             await demo.start()
             stack.push_async_callback(demo.stop)
             config = config.model_validate({**config.model_dump(), **demo.sections()})
-        gateway = _build(config, rejections, transports)
+        gateway = _build(config, rejections, transports, resolve)
         stack.push_async_callback(gateway.clients.close)
         try:
             await gateway.clients.load()
@@ -190,13 +200,16 @@ async def _live(
         stack.push_async_callback(_cancelled, modes)
         for service in gateway.services.values():
             stack.push_async_callback(service.transport.aclose)
-        checks = asyncio.create_task(_check_health(gateway), name="health checks")
-        stack.push_async_callback(_cancelled, checks)
+        keeping = asyncio.create_task(_keep_up(gateway), name="health checks and names")
+        stack.push_async_callback(_cancelled, keeping)
         yield gateway
 
 
 def _build(
-    config: GatewayConfig, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport]
+    config: GatewayConfig,
+    rejections: Counter[str],
+    transports: Mapping[str, httpx.AsyncBaseTransport],
+    resolve: Resolve,
 ) -> Gateway:
     now = time.monotonic()
     tiers = {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()}
@@ -209,7 +222,11 @@ def _build(
     }
     quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
     limiter = _limiter(config, quotas)
-    services = {name: _service(name, section, transports.get(name), now) for name, section in config.upstreams.items()}
+    names = {name: _names(section) for name, section in config.upstreams.items()}
+    services = {
+        name: _service(name, section, transports.get(name), now, names[name])
+        for name, section in config.upstreams.items()
+    }
     return Gateway(
         config=config,
         limiter=limiter,
@@ -224,6 +241,9 @@ def _build(
             on_change=partial(_follow, limiter),
         ),
         services=services,
+        upkeeps={
+            name: _upkeep(config.upstreams[name], service, names[name], resolve) for name, service in services.items()
+        },
         recorder=Recorder(
             (route.name for route in config.routes),
             config.upstreams,
@@ -283,22 +303,73 @@ def _follow(limiter: MemoryLimiter | RedisLimiter, before: Client, after: Client
     limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())
 
 
-def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTransport | None, now: float) -> Service:
+def _service(
+    name: str,
+    section: UpstreamSection,
+    transport: httpx.AsyncBaseTransport | None,
+    now: float,
+    names: list[Name],
+) -> Service:
     picks: dict[str, Pick] = {
         "round_robin": round_robin,
         "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
         "hash": rendezvous_hash,
     }
-    targets = [Target(target.url, target.weight) for target in section.targets]
-    source = random.Random()  # noqa: S311 - spreads probes, guards nothing
-    breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now, source)
+    targets = [target for one in names for target in one.targets]
+    _, _, header = section.hash_on.partition(":")
+    upstream = Upstream(name, targets, _breaker(section, now), picks[section.balance], rotation=_rotation(section))
     return Service(
-        Upstream(name, targets, breaker, picks[section.balance]),
+        upstream,
         _transport(name, section) if transport is None else GuardedTransport(transport),
         Timeouts(**section.timeouts.model_dump()),
         attempts=section.retry.attempts,
         retry_budget=section.retry.budget,
+        hash_header=header.lower().encode() or None,
     )
+
+
+def _names(section: UpstreamSection) -> list[Name]:
+    return [Name(target.url, target.weight) for target in section.targets]
+
+
+def _upkeep(section: UpstreamSection, service: Service, names: list[Name], resolve: Resolve) -> Upkeep:
+    policy, check = None, section.health_check
+    if check is not None:
+        ranges = (spelt.split("-") for spelt in check.statuses)
+        statuses = tuple(range(int(low), int(high) + 1) for low, high in ranges)
+        policy = HealthPolicy(**check.model_dump(exclude={"statuses"}), statuses=statuses)
+    return Upkeep(
+        service,
+        policy=policy,
+        names=names if section.resolve is not None else (),
+        interval=section.resolve or 0.0,
+        resolve=resolve,
+        clock=time.monotonic,
+        source=random.Random(),  # noqa: S311 - spreads checks and questions, guards nothing
+    )
+
+
+def _breaker(section: UpstreamSection, now: float) -> CircuitBreaker:
+    settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected"})
+    return CircuitBreaker(BreakerPolicy(**settings), now, random.Random())  # noqa: S311 - spreads probes
+
+
+def _target_breaker(section: UpstreamSection, now: float) -> CircuitBreaker:
+    """Return a breaker of one target: traffic comes back to it by its slow start."""
+    settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected"}) | {"ramp": 0.0}
+    return CircuitBreaker(BreakerPolicy(**settings), now, random.Random())  # noqa: S311 - spreads probes
+
+
+def _rotation(section: UpstreamSection) -> Rotation:
+    return Rotation(
+        RotationPolicy(section.circuit_breaker.max_ejected, section.slow_start),
+        draw=share_of_key if section.balance == "hash" else _by_chance(random.Random()),  # noqa: S311 - as above
+        make_breaker=partial(_target_breaker, section) if section.circuit_breaker.per_target else None,
+    )
+
+
+def _by_chance(source: random.Random) -> Draw:
+    return lambda _target, _key: source.random()
 
 
 def _transport(name: str, section: UpstreamSection) -> httpx.AsyncBaseTransport:
@@ -351,6 +422,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         omit=server_headers,
         observe_try=recorder.observe_try,
         on_transition=_log_transition,
+        on_target_move=_log_target_move,
         on_cost=settlement.on_cost,
     )
     limit = Limit(
@@ -427,7 +499,10 @@ def _look(gateway: Gateway) -> Report:
     return Report(
         worker="",
         recorder=gateway.recorder,
-        upstreams={name: UpstreamReport.of(service.upstream, now) for name, service in gateway.services.items()},
+        upstreams={
+            name: UpstreamReport.of(service.upstream, now, gateway.upkeeps[name].names)
+            for name, service in gateway.services.items()
+        },
         buckets=len(gateway.limiter),
         bucket_limit=gateway.limiter.bucket_limit,
         overflowed=gateway.limiter.overflowed,
@@ -437,17 +512,11 @@ def _look(gateway: Gateway) -> Report:
     )
 
 
-async def _check_health(gateway: Gateway) -> None:
-    """Check the targets of every upstream that asks for it, until cancelled."""
+async def _keep_up(gateway: Gateway) -> None:
+    """Check targets and follow names, until cancelled."""
     async with asyncio.TaskGroup() as group:
-        for name, service in gateway.services.items():
-            section = gateway.config.upstreams[name].health_check
-            if section is not None:
-                policy = HealthPolicy(**section.model_dump())
-                ask = partial(probe, service.transport)
-                group.create_task(
-                    watch(service.upstream.targets, policy, ask, partial(_log_health, name), random.Random())  # noqa: S311 - spreads checks, guards nothing
-                )
+        for upkeep in gateway.upkeeps.values():
+            group.create_task(upkeep.run())
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -470,6 +539,8 @@ def _log_transition(upstream: str, transition: Transition) -> None:
     )
 
 
-def _log_health(upstream: str, target: Target) -> None:
-    verdict = "healthy again" if target.is_healthy else "unhealthy"
-    logger.warning("upstream %s: target %s is %s: %s", upstream, target.url, verdict, target.last_check)
+def _log_target_move(upstream: str, target: Target, move: Transition) -> None:
+    if move.target == "OPEN":
+        logger.warning("upstream %s: target %s is ejected: %s", upstream, target.url, move.cause)
+    else:
+        logger.info("upstream %s: target %s returns: %s", upstream, target.url, move.cause)

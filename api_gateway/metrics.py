@@ -112,6 +112,15 @@ class BreakerFigures(Protocol):
     def would_reject_total(self) -> int: ...  # noqa: D102
 
 
+class EjectionFigures(Protocol):
+    """What is shown of a target's own breaker."""
+
+    @property
+    def is_ejected(self) -> bool: ...  # noqa: D102
+    @property
+    def ejections_total(self) -> int: ...  # noqa: D102
+
+
 class TargetFigures(Protocol):
     """What is shown of a target."""
 
@@ -119,10 +128,12 @@ class TargetFigures(Protocol):
     def url(self) -> str: ...  # noqa: D102
     @property
     def is_healthy(self) -> bool: ...  # noqa: D102
+    @property
+    def passive(self) -> EjectionFigures | None: ...  # noqa: D102
 
 
 class UpstreamFigures(Protocol):
-    """What is shown of an upstream, be it the live one or what several workers say of theirs."""
+    """What is shown of an upstream: what one worker reports of it, or several together."""
 
     @property
     def breaker(self) -> BreakerFigures: ...  # noqa: D102

@@ -382,13 +382,46 @@ class BreakerView(Body):
     )
 
 
+class ActiveView(Body):
+    """What the health checks of a target have found."""
+
+    result: str = Field(description="What the last check found.")
+    at: str = Field(description="When that was, UTC, ISO 8601.")
+    good: bool
+    consecutive: int = Field(description="Results alike in a row: good ones, or bad ones.")
+    last_error: str | None
+    last_error_at: str | None
+
+
+class PassiveView(Body):
+    """What live requests have shown of a target: its own circuit breaker."""
+
+    breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    ejected: bool = Field(description="True while it gets no request for it.")
+    consecutive_failures: int
+    last_opened: OpeningView | None
+    next_probe_in: float | None = Field(description="Seconds until a request tries it again; None unless OPEN.")
+    ejections_total: int
+    kept: str | None = Field(description="Why failures do not eject it; None if nothing keeps it.")
+
+
+class VerdictView(Body):
+    """Both verdicts on a target."""
+
+    healthy: bool
+    active: ActiveView | None = Field(description="None while no health check has come back.")
+    passive: PassiveView | None = Field(description="None where the target has no breaker of its own.")
+    share: float = Field(description="How often it is a candidate, 0 to 1: less than 1 while it starts slowly.")
+
+
 class BreakersView(Body):
-    """Every circuit breaker, by upstream."""
+    """Every circuit breaker, by upstream, and the verdicts on the targets."""
 
     circuit_breakers: dict[str, BreakerView]
     modes_error: str | None = Field(
         default=None, description="Why the file of modes cannot be used; while it cannot, modes stay as they are."
     )
+    targets: dict[str, dict[str, VerdictView]] = Field(default={}, description="By upstream and URL.")
 
 
 class FailedCallView(Body):
@@ -424,6 +457,15 @@ class HistoryView(Body):
     history: list[FlightRecordView]
 
 
+class NameView(Body):
+    """A name whose addresses are the targets."""
+
+    host: str
+    addresses: list[str] = Field(description="Empty until it was resolved: then the name itself is the target.")
+    asked_at: str | None = Field(description="UTC, ISO 8601.")
+    error: str | None = Field(description="Why the last question failed; what was known before is kept.")
+
+
 class TargetView(Body):
     """One target of an upstream."""
 
@@ -432,14 +474,19 @@ class TargetView(Body):
     in_flight: int
     checked: bool = Field(description="False when no health check is configured, so nothing is known.")
     last_check: str | None = Field(description="What the last health check found.")
+    name: str | None = Field(default=None, description="The URL whose host stands for this address.")
+    active: ActiveView | None = None
+    passive: PassiveView | None = None
+    share: float = 1.0
 
 
 class UpstreamView(Body):
-    """Health of an upstream: pass while every target is healthy, fail when none is or its breaker is open."""
+    """Health of an upstream: pass while every target is in rotation, fail when none is healthy or its breaker open."""
 
     status: Literal["pass", "warn", "fail"]
     breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
     targets: list[TargetView]
+    names: list[NameView] | None = None
 
 
 class StoreView(Body):

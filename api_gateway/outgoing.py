@@ -12,20 +12,33 @@ from api_gateway.models import HeaderList
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Scheme, host and port of a target, worked out once. `netloc` is what belongs into `Host`."""
+    """Scheme, host and port of a target, worked out once. `netloc` is what belongs into `Host`.
+
+    `host` is whom the certificate must name, `address` where to connect: the same, unless the name was resolved.
+    """
 
     url: httpx.URL
     scheme: str
     host: str
     port: int
     netloc: bytes
-    key: tuple[str, str, int] = field(compare=False)
+    address: str
+    key: tuple[str, str, int, str] = field(compare=False)
 
     @classmethod
-    def of(cls, url: httpx.URL) -> "Origin":
+    def of(cls, url: httpx.URL, address: str | None = None) -> "Origin":
         """Take `url` apart."""
         port = url.port or (443 if url.scheme == "https" else 80)
-        return cls(url, url.scheme, url.host, port, url.netloc, (url.scheme, url.host, port))
+        place = address or url.host
+        return cls(url, url.scheme, url.host, port, url.netloc, place, (url.scheme, url.host, port, place))
+
+    def plain_request(self, method: str, headers: HeaderList, target: bytes, **options: Any) -> httpx.Request:
+        """Return a request as any transport takes it: where to connect is in its URL, whom to expect beside it."""
+        url = self.url.copy_with(raw_path=target)
+        if self.address != self.host:
+            url = url.copy_with(host=self.address)
+            options["extensions"] = {**options["extensions"], "sni_hostname": self.host}
+        return httpx.Request(method, url, headers=headers, **options)
 
 
 class Outgoing(httpx.Request):

@@ -44,6 +44,7 @@ class Pool(Generic[C]):
         self._waiters: deque[asyncio.Future[C | None]] = deque()
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
+        self._is_retired = False
 
     def __repr__(self) -> str:
         busy = self._slots - len(self._idle)
@@ -87,6 +88,9 @@ class Pool(Generic[C]):
             if waiter is not None:
                 waiter.set_result(connection)
                 return
+        if self._is_retired:
+            connection.close()
+            return
         connection.idle_since = connection.loop.time()
         self._idle[connection] = None
         if self._sweep_timer is None:
@@ -99,6 +103,21 @@ class Pool(Generic[C]):
         self._open.remove(connection)
         self._idle.pop(connection, None)
         self._free_slot()
+
+    def retire(self) -> None:
+        """Keep no idle connection any more: those in use are closed when they are given back."""
+        self._is_retired = True
+        for connection in list(self._idle):
+            connection.close()
+
+    def revive(self) -> None:
+        """Keep idle connections again."""
+        self._is_retired = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether there is neither a connection nor anybody who waits for one."""
+        return self._slots == 0
 
     def close(self) -> None:
         """Close every connection, and turn away who waits for one."""

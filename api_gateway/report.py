@@ -20,6 +20,8 @@ from api_gateway.circuit_breaker import (
 )
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
+from api_gateway.resolution import Name
+from api_gateway.targets import CheckRecord, Target
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -92,45 +94,119 @@ class BreakerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PassiveReport:
+    """What live requests have shown of a target. `withheld` failures in a row did not eject it: it may not be."""
+
+    state: State
+    is_ejected: bool
+    withheld: int
+    consecutive_failures: int
+    next_probe_at: float | None
+    opened_at: float | None
+    opened_cause: str
+    ejections_total: int
+
+    @classmethod
+    def of(cls, upstream: Upstream, target: Target, now: float) -> "PassiveReport | None":
+        """Look at a target's breaker, if it has one."""
+        breaker = target.breaker
+        if breaker is None:
+            return None
+        opened, state = breaker.last_opened, breaker.state_at(now)
+        return cls(
+            state=state,
+            is_ejected=upstream.rotation.is_ejected(upstream.targets, target, now),
+            withheld=target.withheld,
+            consecutive_failures=breaker.consecutive_failures,
+            next_probe_at=now + breaker.retry_after(now) if state is State.OPEN else None,
+            opened_at=None if opened is None else opened.at,
+            opened_cause="" if opened is None else opened.cause,
+            ejections_total=target.ejections_total,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TargetReport:
-    """A target of an upstream."""
+    """A target of an upstream; `share` is how often it is a candidate, less than 1 while it starts slowly."""
 
     url: str
     is_healthy: bool
     in_flight: int
     is_checked: bool
     last_check: str | None
+    named: str | None = None
+    share: float = 1.0
+    checks: CheckRecord = field(default_factory=CheckRecord)
+    passive: PassiveReport | None = None
+
+    @classmethod
+    def of(cls, upstream: Upstream, target: Target, now: float) -> "TargetReport":
+        """Look at a target."""
+        return cls(
+            url=target.url,
+            is_healthy=target.is_healthy,
+            in_flight=target.in_flight,
+            is_checked=target.is_checked,
+            last_check=target.last_check,
+            named=target.named,
+            share=upstream.rotation.share(target, now),
+            checks=replace(target.checks),
+            passive=PassiveReport.of(upstream, target, now),
+        )
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "TargetReport":
+        """Build the report that `asdict` and JSON have made this of."""
+        passive = state["passive"] and PassiveReport(**{**state["passive"], "state": State(state["passive"]["state"])})
+        return cls(**{**state, "checks": CheckRecord(**state["checks"]), "passive": passive})
+
+    @property
+    def is_in_rotation(self) -> bool:
+        """Tell whether it gets requests like any other."""
+        return self.is_healthy and (self.passive is None or not self.passive.is_ejected)
+
+
+@dataclass(frozen=True, slots=True)
+class NameReport:
+    """A name whose addresses are targets."""
+
+    host: str
+    addresses: tuple[str, ...]
+    asked_at: float | None
+    error: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamReport:
-    """An upstream: `pass` while every target is healthy, `fail` when none is or its breaker refuses all."""
+    """An upstream: `pass` while all targets are in rotation, `fail` if none is healthy or its breaker refuses all."""
 
     status: Status
     breaker: BreakerReport
     targets: tuple[TargetReport, ...]
+    names: tuple[NameReport, ...] = ()
 
     @classmethod
-    def of(cls, upstream: Upstream, now: float) -> "UpstreamReport":
-        """Look at an upstream."""
+    def of(cls, upstream: Upstream, now: float, names: Iterable[Name] = ()) -> "UpstreamReport":
+        """Look at an upstream, and at the `names` that its targets come from."""
         breaker = BreakerReport.of(upstream.breaker, now)
-        healthy = sum(target.is_healthy for target in upstream.targets)
+        targets = tuple(TargetReport.of(upstream, target, now) for target in upstream.targets)
+        asked = tuple(
+            NameReport(name.host, name.addresses, name.asked_at, name.error) for name in names if not name.is_address
+        )
+        is_whole = all(target.is_in_rotation for target in targets) and not any(name.error for name in asked)
         status: Status = "pass"
-        if healthy == 0 or upstream.breaker.refuses(now):
+        if not any(target.is_healthy for target in targets) or upstream.breaker.refuses(now):
             status = "fail"
-        elif healthy < len(upstream.targets) or breaker.state is not State.CLOSED:
+        elif not is_whole or breaker.state is not State.CLOSED:
             status = "warn"
-        targets = [
-            TargetReport(target.url, target.is_healthy, target.in_flight, target.is_checked, target.last_check)
-            for target in upstream.targets
-        ]
-        return cls(status, breaker, tuple(targets))
+        return cls(status, breaker, targets, asked)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "UpstreamReport":
         """Build the report that `asdict` and JSON have made this of."""
-        targets = tuple(TargetReport(**target) for target in state["targets"])
-        return cls(state["status"], BreakerReport.from_state(state["breaker"]), targets)
+        targets = tuple(map(TargetReport.from_state, state["targets"]))
+        names = tuple(NameReport(**{**name, "addresses": tuple(name["addresses"])}) for name in state["names"])
+        return cls(state["status"], BreakerReport.from_state(state["breaker"]), targets, names)
 
 
 @dataclass(slots=True)
@@ -275,8 +351,11 @@ def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report
     )
     status = max((upstream.status for upstream in upstreams), key=_GRAVITY.__getitem__)
     urls = dict.fromkeys(target.url for upstream in upstreams for target in upstream.targets)
-    targets = (_merge_target(url, upstreams) for url in urls)
-    return UpstreamReport(status, breaker, tuple(targets))
+    everywhere = [report.upstreams[name] for report in found]
+    targets = (_merge_target(url, upstreams, everywhere) for url in urls)
+    spoken = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
+    names = {one.host: one for one in spoken}  # the last to be said is one with an error, if any
+    return UpstreamReport(status, breaker, tuple(targets), tuple(names.values()))
 
 
 def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:
@@ -299,7 +378,39 @@ def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:
     )
 
 
-def _merge_target(url: str, upstreams: Iterable[UpstreamReport]) -> TargetReport:
+def _merge_target(url: str, upstreams: Iterable[UpstreamReport], everywhere: Iterable[UpstreamReport]) -> TargetReport:
+    """Return the worst that is said of a target. What was counted `everywhere` counts, also by who has ended."""
     targets = [target for upstream in upstreams for target in upstream.targets if target.url == url]
     telling = min(targets, key=lambda target: (target.is_healthy, not target.is_checked))
-    return replace(telling, in_flight=sum(target.in_flight for target in targets))
+    passive = [target.passive for target in targets if target.passive is not None]
+    return replace(
+        telling,
+        in_flight=sum(target.in_flight for target in targets),
+        share=min(target.share for target in targets),
+        passive=_merge_passive(
+            passive,
+            sum(
+                target.passive.ejections_total
+                for upstream in everywhere
+                for target in upstream.targets
+                if target.url == url and target.passive is not None
+            ),
+        ),
+    )
+
+
+def _merge_passive(passive: Sequence[PassiveReport], ejections_total: int) -> PassiveReport | None:
+    if not passive:
+        return None
+    worst = max(passive, key=lambda one: (one.is_ejected, _BADNESS[one.state], one.consecutive_failures))
+    probes = [one.next_probe_at for one in passive if one.next_probe_at is not None]
+    return replace(
+        worst,
+        withheld=max(one.withheld for one in passive),
+        next_probe_at=min(probes, default=None),
+        ejections_total=ejections_total,
+    )
+
+
+def _is_in_error(name: NameReport) -> bool:
+    return name.error is not None

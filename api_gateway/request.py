@@ -198,8 +198,7 @@ class UpstreamRequest:
                 self.link.defer_continue()
         extensions: dict[str, Any] = {"target": self.target, "timeout": service.limits, "hooks": self}
         if not service.speaks_pairs:
-            url = origin.url.copy_with(raw_path=self.target)
-            return httpx.Request(exchange.method, url, headers=headers, stream=self.body, extensions=extensions)
+            return origin.plain_request(exchange.method, headers, self.target, stream=self.body, extensions=extensions)
         if self.upgrade and self.link is not None:
             headers += [(b"connection", b"Upgrade"), (b"upgrade", self.link.upgrade)]
         return Outgoing(exchange.method, origin, headers, self.body, self.framing, extensions)

@@ -72,6 +72,10 @@ _TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
 )
 
 
+def _ignore_move(_upstream: str, _target: Target, _move: Transition) -> None:
+    """Tell nobody."""
+
+
 class Router:
     """Forwards exchanges to upstreams."""
 
@@ -86,6 +90,7 @@ class Router:
         omit: frozenset[bytes] = frozenset(),
         observe_try: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
+        on_target_move: Callable[[str, Target, Transition], None] = _ignore_move,
         on_cost: Callable[[Exchange, Sequence[bytes]], None] | None = None,
     ) -> None:
         """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out.
@@ -101,6 +106,7 @@ class Router:
         self._omit_with_length = omit | {b"content-length"}
         self._observe_try = observe_try
         self._on_transition = on_transition
+        self._on_target_move = on_target_move
         self.on_cost = on_cost or _ignore_cost
 
     def forward(
@@ -208,7 +214,7 @@ class Router:
         try:
             while True:
                 if lease is None:
-                    lease = self._next_lease(exchange, service, tried, failed)
+                    lease = self._next_lease(exchange, service, request, tried, failed)
                 tried.append(lease.target)
                 exchange.attempts += 1
                 try:
@@ -232,12 +238,18 @@ class Router:
                 link.on_leaving = None
 
     def _next_lease(
-        self, exchange: Exchange, service: Service, tried: list[Target], failed: UpstreamFailed | None
+        self,
+        exchange: Exchange,
+        service: Service,
+        request: UpstreamRequest,
+        tried: list[Target],
+        failed: UpstreamFailed | None,
     ) -> Lease:
         """Return the next target's lease; raises what the try before `failed` with if there is none."""
+        key = exchange.client_key if service.hash_header is None else service.key_in(request.fields, exchange)
         try:
             is_safe = exchange.method in IDEMPOTENT
-            return service.upstream.checkout(self._clock(), exchange.client_key, tried, is_safe=is_safe)
+            return service.upstream.checkout(self._clock(), key, tried, is_safe=is_safe)
         except Unavailable as error:
             raise failed or error from None
 
@@ -261,7 +273,7 @@ class Router:
             raise self._failure(exchange, lease, error) from error
         self.on_head(exchange, lease, response.status_code, self._clock())
         settle_probe = None
-        if lease.ticket.is_probe:  # a long stream must not keep the breaker from closing
+        if lease.is_probe:  # a long stream must not keep a breaker from closing
             loop = asyncio.get_running_loop()
             settle_probe = loop.call_later(PROBE_SETTLES_AFTER, self._settle_success, lease)
         try:
@@ -390,12 +402,14 @@ class Router:
         self.settle(lease, Outcome.SUCCESS, self._clock())
 
     def settle(self, lease: Lease, outcome: Outcome, now: float, detail: str = "") -> None:
-        """Tell the breaker how a try ended, and the log if that moved it."""
+        """Tell the breakers how a try ended, and the log if that moved one."""
         self._tell(lease, lease.settle(outcome, now, detail))
 
     def _tell(self, lease: Lease, transition: Transition | None) -> None:
         if transition is not None:
             self._on_transition(lease.upstream.name, transition)
+        if lease.target_move is not None:
+            self._on_target_move(lease.upstream.name, lease.target, lease.target_move)
 
 
 class _Foreign:

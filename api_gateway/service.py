@@ -1,12 +1,14 @@
 """An upstream with what is needed to send to it: its transport, its time limits and its retries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import httpx
 
 from api_gateway.balancer import RetryBudget, Target, Upstream
 from api_gateway.connection import Connection
+from api_gateway.headers import Fields
+from api_gateway.models import Exchange
 from api_gateway.outgoing import Origin
 from api_gateway.transport import UpstreamTransport
 
@@ -23,7 +25,10 @@ class Timeouts:
 
 
 class Service:
-    """An upstream with what is needed to send to it. `attempts` counts the first try too."""
+    """An upstream with what is needed to send to it. `attempts` counts the first try too.
+
+    `hash_header` (lower case) is the header whose value is the key that a target is chosen by, instead of the client.
+    """
 
     def __init__(
         self,
@@ -33,15 +38,18 @@ class Service:
         *,
         attempts: int = 1,
         retry_budget: float = 0.0,
+        hash_header: bytes | None = None,
     ) -> None:
         self.upstream = upstream
         self.transport = transport
         self.total_timeout = timeouts.total
         self.attempts = attempts
         self.retry_budget = RetryBudget(retry_budget)
-        self.origins = {target: Origin.of(httpx.URL(target.url)) for target in upstream.targets}
+        self.hash_header = hash_header
+        self.origins = {target: _origin(target) for target in upstream.targets}
+        self._gone: set[Target] = set()
         self.speaks_pairs = isinstance(transport, UpstreamTransport)
-        self.takes_passages = self.speaks_pairs and timeouts.total is None
+        self.takes_passages = self.speaks_pairs and timeouts.total is None and hash_header is None
         self._take_idle: dict[Target, Callable[[], Connection | None]] = {}
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
@@ -55,6 +63,36 @@ class Service:
     def __repr__(self) -> str:
         return f"<Service {self.upstream!r}>"
 
+    def key_in(self, fields: Fields, exchange: Exchange) -> str:
+        """Return the key that a target is chosen by: what the header says, or the client if it says nothing."""
+        values = None if self.hash_header is None else fields.get(self.hash_header)
+        return exchange.client_key if values is None else values[0].decode("latin-1")
+
+    def retarget(self, targets: Sequence[Target], now: float) -> None:
+        """Send to `targets` from now on. Requests that run on others go on; no connection is kept to those."""
+        before = self.upstream.targets
+        for target in targets:
+            if target not in self.origins:
+                self.origins[target] = _origin(target)
+                if isinstance(self.transport, UpstreamTransport):
+                    self.transport.pool(self.origins[target]).revive()
+        self.upstream.retarget(targets, now)
+        self._gone.update(target for target in before if target not in targets)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Let go of targets that are gone, as far as nothing runs on them any more."""
+        live = {self.origins[target].key for target in self.upstream.targets}
+        for target in list(self._gone):
+            origin = self.origins[target]
+            is_free = True
+            if isinstance(self.transport, UpstreamTransport) and origin.key not in live:
+                is_free = self.transport.retire(origin)
+            if is_free and target.in_flight == 0:
+                self._gone.discard(target)
+                self._take_idle.pop(target, None)
+                del self.origins[target]
+
     def idle_connection(self, target: Target) -> Connection | None:
         """Take a connection of our own transport to `target`, if one is free."""
         take = self._take_idle.get(target)
@@ -62,3 +100,7 @@ class Service:
             assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - no other takes passages
             take = self._take_idle[target] = self.transport.pool(self.origins[target]).take_idle
         return take()
+
+
+def _origin(target: Target) -> Origin:
+    return Origin.of(httpx.URL(target.named or target.url), target.address)

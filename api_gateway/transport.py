@@ -15,6 +15,7 @@ ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (wh
 import asyncio
 import ssl
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -39,7 +40,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         self._max_connections = max_connections
         self._idle_timeout = idle_timeout
         self._tls = tls
-        self._pools: dict[tuple[str, str, int], Pool[Connection]] = {}
+        self._pools: dict[tuple[str, str, int, str], Pool[Connection]] = {}
 
     def __repr__(self) -> str:
         return f"<UpstreamTransport {self._pools!r}>"
@@ -75,6 +76,16 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         """Return the connections to `origin`."""
         return self._pools.get(origin.key) or self._make_pool(origin)
 
+    def retire(self, origin: Origin) -> bool:
+        """Keep no idle connection to `origin`, and forget it once none is left. Returns whether that is so."""
+        pool = self._pools.get(origin.key)
+        if pool is not None:
+            pool.retire()
+            if not pool.is_empty:
+                return False
+            del self._pools[origin.key]
+        return True
+
     async def _wait(self, pool: Pool[Connection], request: Outgoing, *, is_fresh: bool = False) -> Connection:
         timeouts = request.extensions.get("timeout", NO_LIMITS)
         return await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=is_fresh)
@@ -101,10 +112,16 @@ async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | 
     """Open a connection within that time."""
     loop = asyncio.get_running_loop()
     connection = Connection(loop)
-    place = f"{origin.host}:{origin.port}"
+    place = f"{origin.address}:{origin.port}"
     try:
         async with asyncio.timeout(seconds):
-            await loop.create_connection(lambda: connection, origin.host, origin.port, ssl=tls)
+            await loop.create_connection(
+                lambda: connection,
+                origin.address,
+                origin.port,
+                ssl=tls,
+                server_hostname=None if tls is None else origin.host,
+            )
     except BaseException as error:
         connection.close()
         if isinstance(error, TimeoutError):
@@ -131,12 +148,21 @@ def tls_context(
     return context
 
 
-async def probe(transport: httpx.AsyncBaseTransport, url: str, seconds: float) -> int:
-    """GET `url` for a health check and return the status; raises httpx.TransportError, also after `seconds`."""
-    limits = {"connect": seconds, "pool": seconds, "read": seconds}
+async def probe(transport: httpx.AsyncBaseTransport, url: str, seconds: float, *, address: str | None = None) -> int:
+    """GET `url` for a health check and return the status; raises httpx.TransportError, also after `seconds`.
+
+    `address` is where to connect instead of what the host of `url` stands for.
+    """
     target = httpx.URL(url)
+    origin = Origin.of(target, address)
     headers = [(b"host", target.netloc), (b"user-agent", b"api-gateway-health")]
-    request = httpx.Request("GET", target, headers=headers, stream=NO_BODY, extensions={"timeout": limits})
+    extensions: dict[str, Any] = {"timeout": {"connect": seconds, "pool": seconds, "read": seconds}}
+    request: httpx.Request
+    if isinstance(transport, UpstreamTransport):
+        extensions["target"] = target.raw_path
+        request = Outgoing("GET", origin, headers, NO_BODY, None, extensions)
+    else:
+        request = origin.plain_request("GET", headers, target.raw_path, stream=NO_BODY, extensions=extensions)
     response = await transport.handle_async_request(request)
     await response.aclose()
     return response.status_code

@@ -280,13 +280,14 @@ class RawUpstream:
 
     behave: Behaviour = field(default_factory=reply)
     reads_body: bool = True
+    address: tuple[str, int] = ("127.0.0.1", 0)
 
     def __post_init__(self) -> None:
         self.requests: list[RawRequest] = []
         self.wires: list[Wire] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listener = socket.create_server(self.address, backlog=128)
         self.port: int = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{self.address[0]}:{self.port}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:

@@ -142,7 +142,11 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "jitter": 0.1,
         "half_open_max_calls": 1,
         "ramp": 10,
+        "per_target": True,
+        "max_ejected": 0.5,
     }
+    users = config.upstreams["users"]
+    assert (users.resolve, users.balance, users.hash_on, users.slow_start) == (None, "round_robin", "client", 10)
     assert config.upstreams["users"].retry.model_dump() == {"attempts": 2, "budget": 0.2}
 
 
@@ -185,7 +189,38 @@ def test_a_health_check_has_defaults_once_it_is_asked_for() -> None:
         "timeout": 2,
         "healthy_after": 2,
         "unhealthy_after": 3,
+        "statuses": ["200-399"],
     }
+
+
+def of_users(**keys: Any) -> dict[str, Any]:
+    return {"upstreams": {"users": {**ONE_UPSTREAM["users"], **keys}}}
+
+
+def test_a_health_check_takes_statuses_and_ranges_of_them() -> None:
+    config = load_config(None, of_users(health_check={"statuses": [204, "401", "500-503"]}))
+    check = config.upstreams["users"].health_check
+    assert check is not None
+    assert check.statuses == ["204-204", "401-401", "500-503"]
+
+
+@pytest.mark.parametrize("status", [0, 99, 600, True, 200.5, "2xx", "399-200", "200-", "200-600", "-", ""])
+def test_a_status_that_is_none_is_refused(status: Any) -> None:
+    (line,) = problems(of_users(health_check={"statuses": [status]}))
+    assert "upstreams.users.health_check.statuses[0]: " in line
+    assert line.endswith(f", got {status!r}")
+
+
+@pytest.mark.parametrize("hash_on", ["header:", "header:X Name", "cookie:a", "Client", ""])
+def test_what_a_hash_cannot_go_by_is_refused(hash_on: str) -> None:
+    (line,) = problems(of_users(balance="hash", hash_on=hash_on))
+    assert "upstreams.users.hash_on: " in line
+
+
+def test_a_header_to_hash_on_needs_hashing() -> None:
+    assert load_config(None, of_users(balance="hash", hash_on="header:X-Tenant"))
+    (line,) = problems(of_users(hash_on="header:X-Tenant"))
+    assert line.endswith("upstreams.users.hash_on: needs balance: hash, got 'header:X-Tenant' with 'round_robin'")
 
 
 def test_the_configuration_is_frozen() -> None:
@@ -482,6 +517,21 @@ def test_an_unknown_key_like_no_other_names_them_all() -> None:
         ({"default_tier": 3}, "default_tier", "3"),
         ({"clients": {"a b": {"tier": "FREE"}}}, "clients.a b", "'a b'"),
         ({"upstreams": {"users": {"targets": []}}}, "upstreams.users.targets", "[]"),
+        (
+            {"upstreams": {"users": {**ONE_UPSTREAM["users"], "resolve": 0.5}}},
+            "upstreams.users.resolve",
+            "0.5",
+        ),
+        (
+            {"upstreams": {"users": {**ONE_UPSTREAM["users"], "slow_start": -1}}},
+            "upstreams.users.slow_start",
+            "-1",
+        ),
+        (
+            {"upstreams": {"users": {**ONE_UPSTREAM["users"], "circuit_breaker": {"max_ejected": 1.1}}}},
+            "upstreams.users.circuit_breaker.max_ejected",
+            "1.1",
+        ),
         ({"metrics": {"percentiles": [50, 100]}}, "metrics.percentiles[1]", "100"),
         (one_route(methods=[]), "routes[0].methods", "[]"),
         (one_route(methods=["G T"]), "routes[0].methods[0]", "'G T'"),

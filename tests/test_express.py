@@ -463,6 +463,141 @@ def test_a_failure_is_written_down_alike_on_either_way(
     assert all(0 <= call["duration"] < PATIENCE for call in move["last_failures"])
 
 
+BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["straight", "ordinary"])
+
+
+def breaks_off(wire: Wire, _request: RawRequest) -> bool:
+    """End the connection within the head, so that it cannot pass for one that was closed while idle."""
+    wire.send(b"HTTP")
+    return False
+
+
+def with_a_bad_target(
+    gateway: StartGateway, up: RawUpstream, bad: RawUpstream, headers: tuple[str, ...], **options: Any
+) -> RunningGateway:
+    """Return a gateway in front of both, the bad one ejected for having failed twice."""
+    sections = in_front_of(
+        up.url,
+        bad.url,
+        circuit_breaker={"failure_threshold": 2, "minimum_calls": 1000, "recovery_timeout": 0.4},
+        **{"slow_start": 0, **options},
+    )
+    running = warm(gateway(sections), up)
+    warm(running, bad)
+    bad.behave = reply(b"no", b"500 Oops")
+    with RawClient(running.port) as client:
+        assert sorted(client.get(headers=headers).status for _ in range(4)) == [200, 200, 500, 500]
+    target = running.console.upstreams["up"].targets[1]
+    assert target.breaker.state == "OPEN"
+    assert running.console.upstreams["up"].breaker.state == "CLOSED"
+    bad.requests.clear()
+    up.requests.clear()
+    return running
+
+
+@BOTH_WAYS
+def test_an_ejected_target_gets_nothing_on_either_way(
+    gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, boarded: list[bool], headers: tuple[str, ...]
+) -> None:
+    bad = upstream()
+    running = with_a_bad_target(gateway, up, bad, headers)
+    boarded.clear()
+    with RawClient(running.port) as client:
+        assert [client.get(headers=headers).status for _ in range(6)] == [200] * 6
+    assert (len(up.requests), len(bad.requests)) == (6, 0)
+    assert boarded == [not headers] * 6, "it keeps no request from the straight way"
+    assert is_calm(running, up)
+
+
+@BOTH_WAYS
+def test_a_probe_of_a_target_that_fails_is_made_good_by_another_on_either_way(
+    gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, headers: tuple[str, ...]
+) -> None:
+    bad = upstream()
+    running = with_a_bad_target(gateway, up, bad, headers)
+    bad.behave = breaks_off
+    time.sleep(0.45)
+    done = finished(running)
+    with RawClient(running.port) as client:
+        assert [client.get(headers=headers).status for _ in range(6)] == [200] * 6
+    assert (len(up.requests), len(bad.requests)) == (6, 1)
+    eventually(lambda: len(done) == 6, "all are recorded")
+    assert sorted(exchange.attempts for exchange in done) == [1, 1, 1, 1, 1, 2]
+    assert running.console.upstreams["up"].targets[1].breaker.state == "OPEN"
+    assert is_calm(running, up)
+
+
+@BOTH_WAYS
+def test_a_probe_of_a_target_that_succeeds_brings_it_back_on_either_way(
+    gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, headers: tuple[str, ...]
+) -> None:
+    bad = upstream()
+    running = with_a_bad_target(gateway, up, bad, headers)
+    bad.behave = reply()
+    time.sleep(0.45)
+    with RawClient(running.port) as client:
+        assert [client.get(headers=headers).status for _ in range(8)] == [200] * 8
+    assert running.console.upstreams["up"].targets[1].breaker.state == "CLOSED"
+    assert len(bad.requests) >= 3
+    assert len(up.requests) + len(bad.requests) == 8
+    assert is_calm(running, up)
+
+
+@BOTH_WAYS
+def test_a_probe_whose_answer_takes_long_settles_before_its_end_on_either_way(
+    gateway: StartGateway,
+    up: RawUpstream,
+    upstream: StartUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("api_gateway.router.PROBE_SETTLES_AFTER", 0.05)
+    bad, may_end = upstream(), threading.Event()
+    running = with_a_bad_target(gateway, up, bad, headers)
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(OK[:-1])
+        may_end.wait(PATIENCE)
+        wire.send(OK[-1:])
+
+    bad.behave = behave
+    target = running.console.upstreams["up"].targets[1]
+    time.sleep(0.45)
+    with RawClient(running.port) as one, RawClient(running.port) as other:
+        for client in (one, other):  # one of them is the probe
+            client.request(headers=headers)
+        eventually(lambda: target.breaker.state == "CLOSED", "it is back")
+        assert target.in_flight == 1
+        may_end.set()
+        assert [client.answer().body for client in (one, other)] == [b"ok", b"ok"]
+    assert is_calm(running, up)
+
+
+def test_a_header_to_choose_by_is_for_the_ordinary_way(
+    gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, boarded: list[bool]
+) -> None:
+    other = upstream()
+    sections = in_front_of(up.url, other.url, balance="hash", hash_on="header:X-Tenant")
+    running = gateway(sections)
+    both = (up, other)
+    with RawClient(running.port) as client:
+        homes = []
+        for tenant in range(12):
+            for one in both:
+                one.requests.clear()
+            for name in ("a", "b", "c"):
+                assert client.get(headers=(f"X-Tenant: {tenant}", f"X-Client-ID: {name}")).status == 200
+            homes.append([len(one.requests) for one in both])
+        assert sorted(map(sorted, homes)) == [[0, 3]] * 12, "a tenant has one home, whoever asks"
+        assert len({tuple(home) for home in homes}) == 2, "and not all have the same"
+        for one in both:
+            one.requests.clear()
+        for name in map(str, range(20)):
+            assert client.get(headers=(f"X-Client-ID: {name}",)).status == 200
+        assert all(one.requests for one in both), "without the header it goes by client"
+    assert not any(boarded)
+
+
 def test_bounds_hold(gateway: StartGateway, up: RawUpstream) -> None:
     server = {"max_header_lines": 10, "max_header_bytes": 3000, "max_body_bytes": 4}
     running = warm(gateway(in_front_of(up.url) | {"server": server}), up)

@@ -9,10 +9,13 @@ from contextlib import asynccontextmanager
 import pytest
 
 from api_gateway.balancer import Target
-from api_gateway.health import Ask, HealthJudge, HealthPolicy, check, watch
+from api_gateway.health import Ask, HealthJudge, HealthPolicy, HealthWatch, check
+from tests.kit import FakeClock, soon
 
 POLICY = HealthPolicy("/health", interval=0.001, timeout=5, healthy_after=2, unhealthy_after=3)
 URL = "http://10.0.0.1:9001"
+NOW = 1000.0
+CLOCK = FakeClock(NOW)
 
 
 def judged(*, is_healthy: bool = True, policy: HealthPolicy = POLICY) -> tuple[HealthJudge, Target]:
@@ -65,7 +68,7 @@ def test_the_verdict_changes_after_enough_contrary_results_in_a_row(
 ) -> None:
     judge, target = judged(is_healthy=is_healthy)
     for result, change in zip(results, changes, strict=True):
-        assert judge.observe(is_good=result == "+", finding=result) == (change == "*")
+        assert judge.observe(is_good=result == "+", finding=result, now=NOW) == (change == "*")
         is_healthy ^= change == "*"
         assert target.is_healthy == is_healthy
 
@@ -73,27 +76,44 @@ def test_the_verdict_changes_after_enough_contrary_results_in_a_row(
 def test_one_result_is_enough_where_the_policy_says_so() -> None:
     judge, target = judged(policy=HealthPolicy("/health", healthy_after=1, unhealthy_after=1))
     for is_good in (False, True, False):
-        assert judge.observe(is_good=is_good, finding="")
+        assert judge.observe(is_good=is_good, finding="", now=NOW)
         assert target.is_healthy == is_good
 
 
 def test_a_target_shows_that_it_was_checked_and_what_was_found() -> None:
     judge, target = judged()
     assert (target.is_checked, target.last_check) == (False, None)
-    judge.observe(is_good=False, finding="status 503")
+    judge.observe(is_good=False, finding="status 503", now=NOW)
     assert (target.is_checked, target.last_check) == (True, "status 503")
 
 
 def test_its_repr_tells_verdict_and_doubt() -> None:
     judge, _ = judged()
-    judge.observe(is_good=False, finding="")
+    judge.observe(is_good=False, finding="", now=NOW)
     assert repr(judge) == "<HealthJudge [healthy, 1 contrary in a row]>"
-    judge.observe(is_good=False, finding="")
-    judge.observe(is_good=False, finding="")
+    judge.observe(is_good=False, finding="", now=NOW)
+    judge.observe(is_good=False, finding="", now=NOW)
     assert repr(judge) == "<HealthJudge [unhealthy, 0 contrary in a row]>"
 
 
+def test_a_target_shows_how_many_results_alike_came_in_a_row_and_its_last_error() -> None:
+    judge, target = judged()
+    for second, (is_good, finding) in enumerate([(True, "fine"), (False, "no"), (False, "worse"), (True, "fine")]):
+        judge.observe(is_good=is_good, finding=finding, now=NOW + second)
+        expected = (NOW + second, is_good, 1 if second != 2 else 2)
+        assert (target.checks.at, target.checks.is_good, target.checks.consecutive) == expected
+    assert (target.checks.last_error, target.checks.last_error_at) == ("worse", NOW + 2)
+
+
 # One check
+
+
+@pytest.mark.parametrize(("status", "is_good"), [(199, False), (200, True), (204, True), (205, False), (418, True)])
+async def test_the_policy_says_which_statuses_are_good(status: int, is_good: bool) -> None:  # noqa: FBT001 - a table's column
+    policy = HealthPolicy("/", statuses=(range(200, 205), range(418, 419)))
+    judge, target = judged()
+    await check(judge, policy, URL, answering(status), CLOCK)
+    assert target.checks.is_good is is_good
 
 
 @pytest.mark.parametrize(
@@ -113,13 +133,13 @@ def test_its_repr_tells_verdict_and_doubt() -> None:
 )
 async def test_a_check_finds(ask: Ask, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
     judge, target = judged(is_healthy=not is_good, policy=HealthPolicy("/", healthy_after=1, unhealthy_after=1))
-    assert await check(judge, POLICY, URL, ask)
+    assert await check(judge, POLICY, URL, ask, CLOCK)
     assert (target.is_healthy, target.last_check) == (is_good, finding)
 
 
 async def test_silence_is_found_after_the_timeout() -> None:
     judge, target = judged()
-    assert not await check(judge, HealthPolicy("/health", timeout=0.001), URL, silent)
+    assert not await check(judge, HealthPolicy("/health", timeout=0.001), URL, silent, CLOCK)
     assert target.last_check == "no answer within 0.001 s"
     assert repr(judge) == "<HealthJudge [healthy, 1 contrary in a row]>"
 
@@ -131,13 +151,13 @@ async def test_a_check_asks_the_health_path_with_its_timeout() -> None:
         asked.append((url, timeout))
         return 200
 
-    await check(judged()[0], POLICY, URL, ask)
+    await check(judged()[0], POLICY, URL, ask, CLOCK)
     assert asked == [(f"{URL}/health", 5)]
 
 
 async def test_cancelling_a_check_passes_through_and_finds_nothing() -> None:
     judge, target = judged()
-    task = asyncio.create_task(check(judge, POLICY, URL, silent))
+    task = asyncio.create_task(check(judge, POLICY, URL, silent, CLOCK))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -151,12 +171,14 @@ async def test_cancelling_a_check_passes_through_and_finds_nothing() -> None:
 @asynccontextmanager
 async def watching(
     targets: Sequence[Target], ask: Ask, on_change: Callable[[Target], None] = lambda _: None
-) -> AsyncIterator[None]:
+) -> AsyncIterator[HealthWatch]:
     """Watch for the length of a block, which may take 5 s; the end is a cancellation that passes through."""
-    task = asyncio.create_task(watch(targets, POLICY, ask, on_change, random.Random(1)))
+    watch = HealthWatch(POLICY, lambda _: ask, on_change, clock=CLOCK, source=random.Random(1))
+    watch.follow(targets)
+    task = asyncio.create_task(watch.run())
     try:
         async with asyncio.timeout(5):
-            yield
+            yield watch
     finally:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -222,10 +244,38 @@ async def test_a_slow_target_delays_no_other() -> None:
     assert asked["http://slow/health"] == 1
 
 
-async def test_targets_are_asked_at_once_and_then_about_every_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+class Pauses:
+    """Takes the place of sleeping: notes how long it would have been; the first `short` of `count` end at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, *, short: int) -> None:
+        self.seconds: list[float] = []
+        self.are_over = asyncio.Event()
+        self._count = count
+        self._short = short
+        monkeypatch.setattr("api_gateway.health.asyncio.sleep", self._sleep)
+
+    async def _sleep(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        if len(self.seconds) == self._count:
+            self.are_over.set()
+        if len(self.seconds) > self._short:
+            await asyncio.get_running_loop().create_future()
+
+
+async def test_a_target_is_asked_about_every_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spread by a tenth, so that gateways started together do not ask together for ever."""
-    pauses: list[float] = []
-    enough = asyncio.Event()
+    pauses = Pauses(monkeypatch, 201, short=200)
+    async with watching([Target(URL)], answering(200)):
+        await pauses.are_over.wait()
+    between = pauses.seconds[1:]
+    assert all(0.0009 <= pause <= 0.0011 for pause in between)
+    assert max(between) - min(between) > 0.0001
+    assert sum(between) / 200 == pytest.approx(0.001, rel=0.02)
+
+
+async def test_first_checks_spread_over_the_first_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else many targets, workers and gateways that start together would all ask at once."""
+    pauses = Pauses(monkeypatch, 400, short=0)
     asked = 0
 
     async def ask(_url: str, _timeout: float) -> int:
@@ -233,16 +283,60 @@ async def test_targets_are_asked_at_once_and_then_about_every_interval(monkeypat
         asked += 1
         return 200
 
-    async def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-        if len(pauses) == 200:
-            enough.set()
-            await asyncio.get_running_loop().create_future()
+    async with watching([Target(URL) for _ in range(400)], ask):
+        await pauses.are_over.wait()
+    assert asked == 0
+    assert all(0 <= pause < 0.001 for pause in pauses.seconds)
+    quarters = Counter(int(pause / 0.00025) for pause in pauses.seconds)
+    assert all(70 < quarters[quarter] < 130 for quarter in range(4))
 
-    monkeypatch.setattr("api_gateway.health.asyncio.sleep", sleep)
+
+async def test_a_target_is_never_asked_twice_at_once() -> None:
+    """Also when its answer takes longer than the interval."""
+    running = most = done = 0
+    enough = asyncio.Event()
+
+    async def ask(_url: str, _timeout: float) -> int:
+        nonlocal running, most, done
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.005)
+        running -= 1
+        done += 1
+        if done == 4:
+            enough.set()
+        return 200
+
     async with watching([Target(URL)], ask):
         await enough.wait()
-    assert asked == 200
-    assert all(0.0009 <= pause <= 0.0011 for pause in pauses)
-    assert max(pauses) - min(pauses) > 0.0001
-    assert sum(pauses) / 200 == pytest.approx(0.001, rel=0.02)
+    assert most == 1
+
+
+async def test_new_targets_are_checked_and_those_that_are_gone_no_more() -> None:
+    asked: Counter[str] = Counter()
+    stays, goes, comes = (Target(f"http://{name}") for name in ("stays", "goes", "comes"))
+
+    async def ask(url: str, _timeout: float) -> int:
+        asked[url.split("/")[2]] += 1
+        return 200
+
+    async with watching([stays, goes], ask) as watch:
+        await soon(lambda: asked["stays"] > 1 and asked["goes"] > 1, "both are checked")
+        watch.follow([stays, comes])
+        assert repr(watch) == "<HealthWatch [2 targets]>"
+        await asyncio.sleep(0)
+        asked.clear()
+        await soon(lambda: asked["stays"] > 3 and asked["comes"] > 3, "the new one is checked")
+    assert set(asked) == {"stays", "comes"}
+
+
+async def test_a_resolved_target_is_asked_by_its_name() -> None:
+    asked: list[str] = []
+
+    async def ask(url: str, _timeout: float) -> int:
+        asked.append(url)
+        return 200
+
+    async with watching([Target(URL, named="http://users.internal", address="10.0.0.1")], ask):
+        await soon(lambda: bool(asked), "it is checked")
+    assert asked[0] == "http://users.internal/health"

@@ -208,7 +208,7 @@ def test_an_unhealthy_target_gets_no_traffic_until_it_is_well(gateway: StartGate
 
     one, other = upstream(behave), upstream(reply(b"well one"))
     check = {"path": "/health", "interval": 0.05, "timeout": 1, "healthy_after": 2, "unhealthy_after": 2}
-    running = gateway(in_front_of(one.url, other.url, health_check=check))
+    running = gateway(in_front_of(one.url, other.url, health_check=check, slow_start=0))
     is_sick = True
     eventually(lambda: get(running, "/health").json()["status"] == "warn", "the sick target is noticed")
     assert {get(running, "/api/x", "c").body for _ in range(6)} == {b"well one"}

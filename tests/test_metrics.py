@@ -20,6 +20,8 @@ from api_gateway.errors import Reason, UpstreamFailed
 from api_gateway.exposition import DURATION_BOUNDS, Exposition
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota, RateWindow
+from api_gateway.report import UpstreamReport
+from api_gateway.rotation import Rotation
 
 START = 1000.0
 TIERS = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "PREMIUM")}
@@ -58,7 +60,8 @@ def people(policy: BreakerPolicy | None = None) -> Upstream:
 
 
 def exposition_of(recorder: Recorder, *upstreams: Upstream) -> Exposition:
-    return Exposition(recorder, {one.name: one for one in upstreams or (people(),)}, LimiterState(), 7, "1.2.3")
+    reports = {one.name: UpstreamReport.of(one, START) for one in upstreams or (people(),)}
+    return Exposition(recorder, reports, LimiterState(), 7, "1.2.3")
 
 
 def families(exposition: Exposition, accept: str = "text/plain") -> Iterator[Metric]:
@@ -347,7 +350,12 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
     trip(upstream)
     upstream.breaker.admit(START)
     view = recorder.snapshot(
-        START + 12.5, {"people": upstream}, buckets=4, bucket_limit=9, overflowed=2, limiter=LimiterState()
+        START + 12.5,
+        {"people": UpstreamReport.of(upstream, START)},
+        buckets=4,
+        bucket_limit=9,
+        overflowed=2,
+        limiter=LimiterState(),
     )
     assert (view.uptime, view.requests.in_flight, view.requests.total) == (12.5, 3, 0)
     limiter = view.rate_limiter
@@ -540,10 +548,9 @@ def test_an_outcome_that_nobody_foresaw_is_counted_all_the_same(outcome: str) ->
 
 def test_the_state_of_a_breaker_is_one_of_three() -> None:
     upstream = people(BreakerPolicy(failure_threshold=1, recovery_timeout=30))
-    exposition = exposition_of(recorder_of(), upstream)
 
     def state() -> list[float]:
-        found = samples(exposition)
+        found = samples(exposition_of(recorder_of(), upstream))
         return [found[f"gateway_circuit_breaker_state{{state={state},upstream=people}}"] for state in STATES]
 
     assert state() == [1, 0, 0]
@@ -551,7 +558,26 @@ def test_the_state_of_a_breaker_is_one_of_three() -> None:
     assert state() == [0, 1, 0]
     upstream.breaker.advance(START + 30)
     assert state() == [0, 0, 1]
-    assert samples(exposition)["gateway_circuit_breaker_opened_total{upstream=people}"] == 1
+    opened = samples(exposition_of(recorder_of(), upstream))["gateway_circuit_breaker_opened_total{upstream=people}"]
+    assert opened == 1
+
+
+def test_the_series_of_a_target_end_with_it() -> None:
+    upstream = people()
+    upstream.targets[1].is_healthy, upstream.targets[0].ejections_total = True, 3
+    rotation = Rotation(make_breaker=lambda now: CircuitBreaker(BreakerPolicy(failure_threshold=1), now))
+    upstream = Upstream("people", upstream.targets, upstream.breaker, round_robin, rotation=rotation)
+    first, second = upstream.targets
+    lease = upstream.checkout(START, "", tried=[second])
+    lease.settle(Outcome.FAILURE, START)
+    found = samples(exposition_of(recorder_of(), upstream))
+    for name, values in (("ejected", (1, 0)), ("ejections_total", (4, 0)), ("healthy", (1, 1))):
+        for target, value in zip((first, second), values, strict=True):
+            assert found[f"gateway_upstream_{name}{{target={target.url},upstream=people}}"] == value
+    upstream.retarget([second], START)
+    left = samples(exposition_of(recorder_of(), upstream))
+    assert not [series for series in left if first.url in series]
+    assert [series for series in left if second.url in series]
 
 
 def test_the_mode_of_a_breaker_is_one_of_four_and_what_it_would_have_done_is_counted() -> None:

@@ -12,7 +12,16 @@ from api_gateway.circuit_breaker import KEPT_RECORDS, BreakerPolicy, CircuitBrea
 from api_gateway.exposition import Exposition
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
-from api_gateway.report import BreakerReport, Report, UpstreamReport, merge, oldest_changed
+from api_gateway.report import (
+    BreakerReport,
+    NameReport,
+    PassiveReport,
+    Report,
+    UpstreamReport,
+    merge,
+    oldest_changed,
+)
+from api_gateway.rotation import Rotation
 
 START = 1000.0
 FREE = Quota.per_second("FREE", 1, 10)
@@ -210,6 +219,62 @@ def test_a_target_is_healthy_when_every_worker_finds_it_so() -> None:
         (False, 2, "refused"),
     ]
     assert both.status == "warn"
+
+
+def ejecting(worker: str, now: float, *, failures: int, names: tuple[NameReport, ...] = ()) -> Report:
+    """Return the report of a worker on whose first target so many tries have failed; three eject it."""
+    policy = BreakerPolicy(failure_threshold=3, recovery_timeout=10)
+    rotation = Rotation(make_breaker=lambda at: CircuitBreaker(policy, at))
+    whole = CircuitBreaker(BreakerPolicy(failure_threshold=100), START)
+    people = Upstream(
+        "people",
+        [Target("http://127.0.0.1:9001"), Target("http://127.0.0.1:9002")],
+        whole,
+        round_robin,
+        rotation=rotation,
+    )
+    for _ in range(failures):
+        people.checkout(now, "", people.targets[1:]).release(now, Outcome.FAILURE)
+    seen = replace(UpstreamReport.of(people, now), names=names)
+    one, other = Report(worker, recorder(), {"people": seen}), Report.blank(worker)
+    other.update(through_json(one.state()))
+    assert other.upstreams == one.upstreams, "nothing is lost on the way"
+    return other
+
+
+def test_a_target_is_ejected_when_any_worker_finds_it_so() -> None:
+    now = START + 5
+    workers = [ejecting("1", now, failures=2), ejecting("2", now - 1, failures=3), ejecting("3", now, failures=3)]
+    merged = merge(workers).upstreams["people"]
+    first, second = (target.passive for target in merged.targets)
+    assert first == PassiveReport(
+        state=State.OPEN,
+        is_ejected=True,
+        withheld=0,
+        consecutive_failures=0,
+        next_probe_at=now + 9,
+        opened_at=now - 1,
+        opened_cause="3 consecutive failures",
+        ejections_total=2,
+    )
+    assert second is not None
+    assert (second.state, second.is_ejected, second.ejections_total) == (State.CLOSED, False, 0)
+    assert (merged.status, merged.breaker.state) == ("warn", State.CLOSED)
+
+
+def test_ejections_by_a_worker_that_has_ended_still_count() -> None:
+    ended = ejecting("1", START, failures=3)
+    ended.end()
+    target = merge([ended, ejecting("1", START + 1, failures=1)]).upstreams["people"].targets[0]
+    assert target.passive is not None
+    assert (target.passive.is_ejected, target.passive.ejections_total) == (False, 1)
+
+
+def test_a_name_that_any_worker_cannot_resolve_is_shown_with_its_error() -> None:
+    fine = NameReport("users.test", ("10.0.0.1",), START, None)
+    broken = replace(fine, error="no such host")
+    reports = [ejecting(str(number), START, failures=0, names=(one,)) for number, one in enumerate((broken, fine))]
+    assert merge(reports).upstreams["people"].names == (broken,)
 
 
 def test_a_worker_that_has_ended_counts_and_has_no_say_in_the_state() -> None:

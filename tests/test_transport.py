@@ -15,6 +15,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from api_gateway.outgoing import Origin
 from api_gateway.transport import UpstreamTransport, probe, tls_context
 from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, reply, soon
 
@@ -955,11 +956,86 @@ async def test_an_upstream_that_stops_reading_is_a_read_timeout(
     assert state(transport) == "0 busy, 0 idle, 0 waiting"
 
 
+# Targets that were resolved
+
+
+@pytest.mark.parametrize(
+    ("address", "url", "sni"),
+    [
+        (None, "https://users.test:8443/a%2Fb?c", None),
+        ("10.0.0.1", "https://10.0.0.1:8443/a%2Fb?c", "users.test"),
+        ("fd00::1", "https://[fd00::1]:8443/a%2Fb?c", "users.test"),
+    ],
+)
+def test_another_transport_is_told_where_to_connect_and_whom_to_expect(
+    address: str | None, url: str, sni: str | None
+) -> None:
+    origin = Origin.of(httpx.URL("https://users.test:8443"), address)
+    request = origin.plain_request("GET", [(b"host", origin.netloc)], b"/a%2Fb?c", extensions={"timeout": {}})
+    assert (str(request.url), request.headers["host"]) == (url, "users.test:8443")
+    assert request.extensions.get("sni_hostname") == sni
+
+
+async def test_a_probe_by_another_transport_connects_to_the_address() -> None:
+    asked: list[httpx.Request] = []
+
+    class Other(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            asked.append(request)
+            return httpx.Response(204)
+
+    assert await probe(Other(), "http://users.test:80/up?x", 1, address="10.0.0.1") == 204
+    assert (str(asked[0].url), asked[0].headers["host"]) == ("http://10.0.0.1/up?x", "users.test")
+
+
+# Targets that are gone
+
+
+async def test_what_is_retired_keeps_no_idle_connection_and_is_forgotten(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream()
+    origin = Origin.of(httpx.URL(up.url))
+    await fetch(transport, request_to(up))
+    assert state(transport) == "0 busy, 1 idle, 0 waiting"
+    assert transport.retire(origin)
+    assert transport._pools == {}
+    assert transport.retire(origin), "there is nothing left to retire"
+
+
+async def test_what_is_retired_while_in_use_is_closed_when_given_back(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    up = upstream()
+    origin = Origin.of(httpx.URL(up.url))
+    connection = await transport.pool(origin).take(1, 1)
+    assert not transport.retire(origin)
+    transport.pool(origin).give(connection)
+    assert connection.is_closed
+    assert transport.retire(origin)
+
+
+async def test_what_was_retired_can_be_revived(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+    up = upstream()
+    pool = transport.pool(Origin.of(httpx.URL(up.url)))
+    pool.retire()
+    await fetch(transport, request_to(up))
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+    pool.revive()
+    await fetch(transport, request_to(up))
+    assert state(transport) == "0 busy, 1 idle, 0 waiting"
+
+
 # TLS
 
 
-async def tls_exchange(certificates: Path, name: str, tls: ssl.SSLContext, count: int = 1) -> tuple[list[bytes], int]:
-    """Make requests to an upstream with the certificate `name`; return the answers and how many connections it saw."""
+async def tls_exchange(
+    certificates: Path, name: str, tls: ssl.SSLContext, count: int = 1, *, host: str | None = None
+) -> tuple[list[bytes], int]:
+    """Make requests to an upstream with the certificate `name`; return the answers and how many connections it saw.
+
+    `host` is a name that was resolved to its address.
+    """
     connections = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -977,6 +1053,8 @@ async def tls_exchange(certificates: Path, name: str, tls: ssl.SSLContext, count
     url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         async with server, UpstreamTransport(tls=tls) as transport:
+            if host is not None:
+                return [b"%d" % await probe(transport, url.replace("127.0.0.1", host), 5, address="127.0.0.1")], 1
             return [await fetch(transport, request_to(url)) for _ in range(count)], connections
     finally:
         await asyncio.sleep(0)  # lets the server's side of a refused handshake end
@@ -1000,6 +1078,13 @@ async def test_a_certificate_of_an_unknown_authority_is_a_connect_error(certific
 async def test_a_certificate_for_another_name_is_a_connect_error(certificates: Path) -> None:
     with pytest.raises(httpx.ConnectError):
         await tls_exchange(certificates, "other", trusting(certificates, "other"))
+
+
+async def test_a_resolved_address_must_show_the_certificate_of_its_name(certificates: Path) -> None:
+    answers, _ = await tls_exchange(certificates, "other", trusting(certificates, "other"), host="other.test")
+    assert answers == [b"200"]
+    with pytest.raises(httpx.ConnectError):
+        await tls_exchange(certificates, "here", trusting(certificates, "here"), host="other.test")
 
 
 # Health checks

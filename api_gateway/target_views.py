@@ -1,0 +1,100 @@
+"""How the operator is shown an upstream's targets: what checks and live requests say of each, in words and times."""
+
+import time
+from datetime import UTC, datetime
+
+from api_gateway.circuit_breaker import State
+from api_gateway.models import ActiveView, NameView, OpeningView, PassiveView, TargetView, UpstreamView, VerdictView
+from api_gateway.report import NameReport, PassiveReport, TargetReport, UpstreamReport
+
+
+def upstream_view(upstream: UpstreamReport, now: float) -> UpstreamView:
+    """Return how an upstream stands."""
+    names = {"names": [_name_view(name, now) for name in upstream.names]} if upstream.names else {}
+    return UpstreamView(
+        status=upstream.status,
+        breaker=upstream.breaker.state.value,
+        targets=[_target_view(target, now) for target in upstream.targets],
+        **names,
+    )
+
+
+def verdict_view(target: TargetReport, now: float) -> VerdictView:
+    """Return both verdicts on a target."""
+    return VerdictView(
+        healthy=target.is_healthy,
+        active=_active_view(target, now),
+        passive=_passive_view(target.passive, now),
+        share=round(target.share, 3),
+    )
+
+
+def _target_view(target: TargetReport, now: float) -> TargetView:
+    verdict = verdict_view(target, now)
+    return TargetView(
+        url=target.url,
+        healthy=target.is_healthy,
+        in_flight=target.in_flight,
+        checked=target.is_checked,
+        last_check=target.last_check,
+        active=verdict.active,
+        passive=verdict.passive,
+        share=verdict.share,
+        **({} if target.named is None else {"name": target.named}),
+    )
+
+
+def _active_view(target: TargetReport, now: float) -> ActiveView | None:
+    checks = target.checks
+    if checks.at is None:
+        return None
+    return ActiveView(
+        result=target.last_check or "",
+        at=_utc(checks.at, now),
+        good=checks.is_good,
+        consecutive=checks.consecutive,
+        last_error=checks.last_error,
+        last_error_at=None if checks.last_error_at is None else _utc(checks.last_error_at, now),
+    )
+
+
+def _passive_view(passive: PassiveReport | None, now: float) -> PassiveView | None:
+    if passive is None:
+        return None
+    opened, probe_at = None, passive.next_probe_at
+    if passive.opened_at is not None:
+        opened = OpeningView(at=_utc(passive.opened_at, now), cause=passive.opened_cause)
+    return PassiveView(
+        breaker=passive.state.value,
+        ejected=passive.is_ejected,
+        consecutive_failures=passive.consecutive_failures,
+        last_opened=opened,
+        next_probe_in=None if probe_at is None else round(max(0.0, probe_at - now), 3),
+        ejections_total=passive.ejections_total,
+        kept=_why_kept(passive),
+    )
+
+
+def _why_kept(passive: PassiveReport) -> str | None:
+    if passive.state is State.OPEN and not passive.is_ejected:
+        return "No other target is in rotation, so it gets requests although its breaker is OPEN."
+    if passive.withheld:
+        return (
+            f"Its last failures in a row ({passive.withheld}) did not count towards ejection: no other target is in"
+            " rotation, or max_ejected of the targets are out already."
+        )
+    return None
+
+
+def _name_view(name: NameReport, now: float) -> NameView:
+    return NameView(
+        host=name.host,
+        addresses=list(name.addresses),
+        asked_at=None if name.asked_at is None else _utc(name.asked_at, now),
+        error=name.error,
+    )
+
+
+def _utc(at: float, now: float) -> str:
+    """Return a monotonic moment as wall-clock time."""
+    return datetime.fromtimestamp(time.time() - (now - at), UTC).isoformat(timespec="milliseconds")

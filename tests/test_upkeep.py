@@ -1,0 +1,98 @@
+"""How an upstream's targets are kept up to date: who is sent to and checked after an answer, and what is logged."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from api_gateway.balancer import Upstream, round_robin
+from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
+from api_gateway.health import HealthPolicy
+from api_gateway.resolution import Name
+from api_gateway.service import Service, Timeouts
+from api_gateway.transport import UpstreamTransport
+from api_gateway.upkeep import Upkeep
+from tests.kit import FakeClock
+
+NOW = 1000.0
+
+
+async def nobody(_host: str, _port: int) -> Sequence[str]:
+    """Answer never."""
+    await asyncio.get_running_loop().create_future()
+    return ()
+
+
+def kept(policy: HealthPolicy | None = None) -> tuple[Upkeep, Service, Name, Name]:
+    """Return the upkeep of an upstream with two names."""
+    one, other = Name("http://one.test"), Name("http://other.test", 2)
+    breaker = CircuitBreaker(BreakerPolicy(), NOW)
+    upstream = Upstream("users", [*one.targets, *other.targets], breaker, round_robin)
+    service = Service(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))
+    upkeep = Upkeep(
+        service,
+        policy=policy,
+        names=[one, other],
+        resolve=nobody,
+        clock=FakeClock(NOW),
+        source=random.Random(1),
+    )
+    return upkeep, service, one, other
+
+
+def urls(service: Service) -> list[str]:
+    return [target.url for target in service.upstream.targets]
+
+
+def test_each_name_keeps_its_place_and_its_weight() -> None:
+    upkeep, service, one, other = kept()
+    upkeep._on_answer(other.learn(["10.0.0.2", "10.0.0.1"], NOW))
+    assert urls(service) == ["http://one.test", "http://10.0.0.1:80", "http://10.0.0.2:80"]
+    assert [target.weight for target in service.upstream.targets] == [1, 2, 2]
+    upkeep._on_answer(one.learn(["10.0.0.9"], NOW))
+    assert urls(service) == ["http://10.0.0.9:80", "http://10.0.0.1:80", "http://10.0.0.2:80"]
+    assert set(service.origins) == set(service.upstream.targets)
+
+
+def test_a_target_that_is_gone_is_let_go_of_once_nothing_runs_on_it() -> None:
+    upkeep, service, one, _ = kept()
+    upkeep._on_answer(one.learn(["10.0.0.1"], NOW))
+    gone, other = service.upstream.targets
+    lease = service.upstream.checkout(NOW, "", [other])
+    assert lease.target is gone
+    upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
+    assert lease.target in service.origins, "a request that has not been sent yet finds its way"
+    upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
+    assert lease.target in service.origins
+    lease.release(NOW)
+    upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
+    assert lease.target not in service.origins
+
+
+def test_the_log_hears_each_thing_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    upkeep, _, one, _ = kept()
+    for error in ("no such host", "no such host", "no answer within 30 s"):
+        upkeep._on_answer(one.fail(error, NOW))
+    for addresses in (["10.0.0.1"], ["10.0.0.1"], ["10.0.0.2"]):
+        upkeep._on_answer(one.learn(addresses, NOW))
+    upkeep._on_answer(one.fail("no such host", NOW))
+    upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
+    assert caplog.messages == [
+        "upstream users: one.test cannot be resolved, the name itself is kept: no such host",
+        "upstream users: one.test cannot be resolved, the name itself is kept: no answer within 30 s",
+        "upstream users: one.test is 10.0.0.1 (+10.0.0.1)",
+        "upstream users: one.test is 10.0.0.2 (+10.0.0.2 -10.0.0.1)",
+        "upstream users: one.test cannot be resolved, 10.0.0.2 is kept: no such host",
+        "upstream users: one.test is resolved again: 10.0.0.2",
+    ]
+
+
+def test_its_repr_tells_what_it_keeps() -> None:
+    upkeep, *_ = kept(HealthPolicy("/health"))
+    assert repr(upkeep) == (
+        "<Upkeep of 'users' [<HealthWatch [0 targets]>, [<Name 'one.test' [not resolved]>,"
+        " <Name 'other.test' [not resolved]>]]>"
+    )
