@@ -70,7 +70,7 @@ class Walk(RuleBasedStateMachine):
         self.now = NOW
         self.policy = policy
         self.breaker = CircuitBreaker(policy, NOW, random.Random(seed))
-        self.changes = 0  # of the mode
+        self.mode, self.changes = Mode.AUTO, 0
         self.probes: list[Try] = []  # out, of this recovery, and not lost
         self.seen: list[FlightRecord] = []
         self.ramp: Ramp | None = None
@@ -84,16 +84,13 @@ class Walk(RuleBasedStateMachine):
     def follow(self) -> None:
         """Take note of what the breaker has done."""
         breaker = self.breaker
+        if breaker.mode is not self.mode:  # set, or ended by itself
+            self.mode, self.changes = breaker.mode, self.changes + 1
         number = self.seen[-1].number if self.seen else 0
         self.seen += [record for record in breaker.records if record.number > number]
         self.probes = [probe for probe in self.probes if probe.era == self.era]
         if breaker.ramp is not self.ramp:
             self.ramp, self.ramped = breaker.ramp, []
-
-    def end_mode(self) -> None:
-        """Take note of a mode that has ended by itself."""
-        if self.breaker.mode_until is not None and self.now >= self.breaker.mode_until:
-            self.changes += self.breaker.mode is not Mode.AUTO
 
     @rule(seconds=PAUSES)
     def wait(self, seconds: float) -> None:
@@ -101,14 +98,12 @@ class Walk(RuleBasedStateMachine):
 
     @rule()
     def look(self) -> None:
-        self.end_mode()
         self.breaker.advance(self.now)
         self.follow()
 
     @rule(mode=st.sampled_from(Mode), seconds=st.none() | st.sampled_from((0.5, 5.0, 60.0)))
     def set_mode(self, mode: Mode, seconds: float | None) -> None:
         state, rejected = self.breaker.state, self.breaker.rejected_total
-        self.changes += mode is not self.breaker.mode
         self.breaker.set_mode(mode, self.now, None if seconds is None else self.now + seconds)
         assert (self.breaker.state, self.breaker.rejected_total) == (state, rejected), "a mode is no move"
         self.follow()
@@ -118,7 +113,6 @@ class Walk(RuleBasedStateMachine):
         breaker = self.breaker
         foretold = breaker.would_admit(self.now, is_safe=is_safe)
         refused, would_refuse = breaker.rejected_total, breaker.would_reject_total
-        self.end_mode()
         ticket = breaker.admit(self.now, is_safe=is_safe)
         self.follow()
         assert (ticket is not None) == foretold
@@ -165,7 +159,6 @@ class Walk(RuleBasedStateMachine):
         """Reach deep openings, which single steps seldom do."""
         for _ in range(steps):
             self.now += self.breaker.retry_after(self.now) if self.breaker.state is OPEN else 0.0
-            self.end_mode()
             ticket = self.breaker.admit(self.now)
             if ticket is not None:
                 self.breaker.settle(ticket, Outcome.FAILURE, self.now)
@@ -175,7 +168,6 @@ class Walk(RuleBasedStateMachine):
     @rule()
     def recover(self) -> None:
         for _ in range(self.policy.half_open_max_calls):
-            self.end_mode()
             ticket = self.breaker.admit(self.now)
             if ticket is not None:
                 self.breaker.settle(ticket, Outcome.SUCCESS, self.now)
