@@ -26,12 +26,20 @@ from api_gateway.balancer import Pick, Target, Upstream, least_requests, rendezv
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Transition
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry
-from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
+from api_gateway.config import (
+    FallbackSection,
+    GatewayConfig,
+    RetrySection,
+    RouteSection,
+    UpstreamSection,
+    load_config,
+)
 from api_gateway.crew import Alone, Crew
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
 from api_gateway.explanation import Explainer
 from api_gateway.express import Express
+from api_gateway.fallback import Fallback
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy, watch
 from api_gateway.link import Lane
@@ -43,6 +51,7 @@ from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.report import Report, UpstreamReport
 from api_gateway.request import Receive, Scope, Send
+from api_gateway.retry import RetryPolicy
 from api_gateway.router import Router
 from api_gateway.routes import CostRule, Route, RouteTable
 from api_gateway.service import Service, Timeouts
@@ -275,8 +284,20 @@ def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTran
         Upstream(name, targets, breaker, picks[section.balance]),
         _transport(name, section) if transport is None else GuardedTransport(transport),
         Timeouts(**section.timeouts.model_dump()),
-        attempts=section.retry.attempts,
-        retry_budget=section.retry.budget,
+        retry=_retry_policy(section.retry),
+    )
+
+
+def _retry_policy(section: RetrySection) -> RetryPolicy:
+    return RetryPolicy(
+        attempts=section.attempts,
+        budget=section.budget,
+        floor=section.floor,
+        base=section.backoff.base,
+        cap=section.backoff.cap,
+        max_retry_after=section.max_retry_after,
+        statuses=frozenset(section.statuses),
+        max_body_bytes=section.max_body_bytes,
     )
 
 
@@ -310,6 +331,19 @@ def _route(section: RouteSection) -> Route:
             for rule in section.costs
         ),
         candidate_cost=section.candidate_cost,
+        timeout=section.timeout,
+        fallback=None if section.fallback is None else _fallback(section.fallback),
+    )
+
+
+def _fallback(section: FallbackSection) -> Fallback:
+    if section.upstream is not None:
+        return Fallback(section.upstream)
+    return Fallback(
+        None,
+        section.status or 200,
+        tuple((name.encode(), value.encode()) for name, value in section.headers.items()),
+        section.body.encode(),
     )
 
 
@@ -331,6 +365,9 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         observe_try=recorder.observe_try,
         on_transition=_log_transition,
         on_cost=settlement.on_cost,
+        on_retry=recorder.observe_retry,
+        on_denial=recorder.observe_denial,
+        on_fallback=settlement.on_fallback,
     )
     limit = Limit(
         Proxy(router=router),

@@ -146,7 +146,8 @@ class Exchange:
     Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
     the answer. `answer_headers` are the gateway's own and go on whatever answer is sent. `charges` are what `decision`
     was made on, `trial` the same of a candidate beside it. `has_reached` says that some of the request may have
-    reached an upstream that then failed.
+    reached an upstream that then failed. `retried` are the causes of the tries that were repeated, `fallback` who
+    answered in the place of the route's upstream, with `reason` and `detail` of why.
     """
 
     id: str
@@ -174,6 +175,8 @@ class Exchange:
     charges: Sequence[Charge] = ()
     trial: tuple[Sequence[Charge], Decision] | None = None
     has_reached: bool = False
+    retried: tuple[str, ...] = ()
+    fallback: str | None = None
 
     @property
     def client_key(self) -> str:
@@ -475,6 +478,13 @@ class MetricsView(Body):
     route_rates: dict[str, RateSeries]
     latency: LatencyView
     upstream_outcomes: dict[str, dict[str, int]]
+    retries: dict[str, dict[str, int]] = Field(
+        description="Repeated tries, by upstream and what the last failed with."
+    )
+    retries_denied: dict[str, dict[str, int]] = Field(
+        description="Failed tries that were not repeated, by upstream and why."
+    )
+    fallbacks: dict[str, dict[str, int]] = Field(description="Fallbacks used, by route and reason of the failure.")
     rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]

@@ -135,7 +135,15 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "recovery_timeout": 30,
         "half_open_max_calls": 1,
     }
-    assert config.upstreams["users"].retry.model_dump() == {"attempts": 2, "budget": 0.2}
+    assert config.upstreams["users"].retry.model_dump() == {
+        "attempts": 2,
+        "budget": 0.2,
+        "floor": 1,
+        "backoff": {"base": 0.025, "cap": 0.25},
+        "max_retry_after": 1,
+        "statuses": [502, 503, 504],
+        "max_body_bytes": 65_536,
+    }
 
 
 def test_a_health_check_has_defaults_once_it_is_asked_for() -> None:

@@ -286,13 +286,16 @@ def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
     assert len(up.requests) == (2 if method == "GET" else 1)
 
 
-def test_a_body_that_was_sent_is_not_sent_again(running: RunningGateway, client: RawClient, up: RawUpstream) -> None:
+@pytest.mark.parametrize(("method", "tries"), [("PUT", 2), ("POST", 1)])
+def test_a_body_that_was_sent_is_sent_again_only_where_that_is_safe(
+    running: RunningGateway, client: RawClient, up: RawUpstream, method: str, tries: int
+) -> None:
     up.behave = lambda _wire, _request: False
-    client.request("PUT", headers=("Content-Length: 4",), body=b"body")
+    client.request(method, headers=("Content-Length: 4",), body=b"body")
     answer = client.answer()
     assert answer.status == 502
     assert b"upstream_reset" in answer.body
-    assert [request.body for request in up.requests] == [b"body"]
+    assert [request.body for request in up.requests] == [b"body"] * tries
     eventually(lambda: is_calm(running, up), "nothing is held")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.balancer import RetryBudget
+from api_gateway.retry import RetryBudget
 from tests.kit import (
     Behaviour,
     RawAnswer,
@@ -16,12 +16,14 @@ from tests.kit import (
     RawUpstream,
     RunningGateway,
     Wire,
+    eventually,
     reply,
     running_gateway,
 )
 
 NEVER_OPENS = {"failure_threshold": 100_000, "minimum_calls": 100_000}
 RESERVE = int(RetryBudget.RESERVE)
+KEPT = 10_000  # bytes of a body
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +39,11 @@ def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with socket.create_server(("127.0.0.1", 0)) as listener:
         refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
-    def section(attempts: int, budget: float, *urls: str, **breaker: int) -> dict[str, Any]:
+    def section(attempts: int, budget: float, *urls: str, **breaker: float) -> dict[str, Any]:
         return {
             "targets": [{"url": url} for url in urls or (shared.url,)],
             "balance": "round_robin",
-            "retry": {"attempts": attempts, "budget": budget},
+            "retry": {"attempts": attempts, "budget": budget, "floor": 0, "max_body_bytes": KEPT},
             "circuit_breaker": NEVER_OPENS | breaker,
             "timeouts": {"connect": 1, "response": 0.3, "idle": 0.3},
         }
@@ -93,6 +95,9 @@ def is_garbled(wire: Wire, _request: RawRequest) -> bool:
 def is_silent(wire: Wire, _request: RawRequest) -> bool:
     wire.is_closed()
     return False
+
+
+unavailable = reply(b"not now", b"503 Service Unavailable", ((b"X-From", b"upstream"),))
 
 
 FAILURES: tuple[Behaviour, ...] = (dies, is_reset, is_garbled, is_silent)
@@ -168,11 +173,49 @@ def test_a_request_that_may_have_had_its_effect_is_not_repeated(
     assert len(up.requests) == 1
 
 
-def test_a_body_that_is_gone_is_not_sent_again(plain: RunningGateway, up: RawUpstream) -> None:
-    """It is streamed and not held, so even PUT cannot be repeated once its body has been read."""
-    up.behave = first(dies)
-    assert ask(plain, "PUT", "/api/twice", b"data").status == 502
-    assert len(up.requests) == 1
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize(("size", "is_kept"), [(4, True), (KEPT, True), (KEPT + 1, False), (50 * KEPT, False)])
+@pytest.mark.parametrize("failing", [dies, is_garbled, is_silent, unavailable])
+def test_a_body_is_sent_again_if_it_was_kept_whole(
+    plain: RunningGateway, up: RawUpstream, framing: str, size: int, failing: Behaviour, *, is_kept: bool
+) -> None:
+    """What is larger is streamed and gone, so even PUT cannot be repeated then."""
+    up.behave = first(failing)
+    body = bytes(number % 251 for number in range(size))
+    with RawClient(plain.port) as client:
+        if framing == "length":
+            client.request("PUT", "/api/twice", (f"Content-Length: {size}",), body)
+        else:
+            half = size // 2
+            chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:half], body[half:]))
+            client.request("PUT", "/api/twice", ("Transfer-Encoding: chunked",), chunks + b"0\r\n\r\n")
+        status = client.answer().status
+    assert [request.body for request in up.requests] == [body] * (2 if is_kept else 1)
+    assert (status == 200) is is_kept
+
+
+def test_a_body_that_is_still_coming_is_sent_again_from_its_start(plain: RunningGateway, up: RawUpstream) -> None:
+    """An upstream may fail before it has read all of it; the rest goes on to the next."""
+    up.reads_body = False
+    bodies: list[bytes] = []
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if not bodies:
+            bodies.append(wire.read_exactly(4))
+            return dies(wire, request)
+        bodies.append(wire.read_exactly(8))
+        return reply()(wire, request)
+
+    up.behave = behave
+    try:
+        with RawClient(plain.port) as client:
+            client.request("PUT", "/api/twice", ("Content-Length: 8",), b"half")
+            eventually(lambda: len(up.requests) == 2, "it is tried again")
+            client.send(b"half")
+            assert client.answer().status == 200
+    finally:
+        up.reads_body = True
+    assert bodies == [b"half", b"halfhalf"]
 
 
 @pytest.mark.parametrize(
@@ -193,11 +236,9 @@ def test_nothing_is_repeated_after_the_head(plain: RunningGateway, up: RawUpstre
     assert len(up.requests) == 1
 
 
-@pytest.mark.parametrize(
-    "status", [b"500 Internal Server Error", b"503 Service Unavailable", b"429 Too Many Requests"]
-)
+@pytest.mark.parametrize("status", [b"500 Internal Server Error", b"404 Not Found", b"429 Too Many Requests"])
 def test_an_answer_is_an_answer(plain: RunningGateway, up: RawUpstream, status: bytes) -> None:
-    """Whatever its status says, it is the upstream's word and goes to the client."""
+    """Whatever its status says, it is the upstream's word and goes to the client, unless it is one of `statuses`."""
     up.behave = reply(b"no", status)
     answer = ask(plain, "GET", "/api/twice")
     assert (answer.status, answer.body) == (int(status[:3]), b"no")
