@@ -36,6 +36,11 @@ class Fallback:
         return headers
 
 
+def add_failure(first: GatewayError, second: GatewayError) -> None:
+    """Have `first`, which a fallback was to make good, say that this has failed with `second`."""
+    first.detail += f" Its fallback cannot answer either: {second.detail}"
+
+
 def stands_in(fallback: Fallback, error: GatewayError, *, is_repeatable: bool, is_kept: bool) -> bool:
     """Tell whether `fallback` answers a request that ended with `error` before any byte was sent to the client.
 

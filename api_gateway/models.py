@@ -548,10 +548,21 @@ class UpstreamExplained(Body):
     targets: int
 
 
-class Verdict(Body):
-    """What would come of the request: `status` and `reason` are those of the answer the gateway would make itself."""
+class FallbackExplained(Body):
+    """What answers if the upstream cannot."""
 
-    outcome: Literal["allowed", "limited", "never", "refused"]
+    name: str = Field(description="`static`, or the upstream that is asked instead.")
+    status: int | None = Field(description="Of the static answer; null where an upstream gives it.")
+    used: bool = Field(description="True if it would answer now, because the upstream would not be tried.")
+
+
+class Verdict(Body):
+    """What would come of the request: `status` and `reason` are those of the answer the gateway would make itself.
+
+    Where a fallback would answer, `reason` is why, and `status` the static answer's.
+    """
+
+    outcome: Literal["allowed", "limited", "never", "refused", "fallback"]
     status: int | None
     reason: str | None
     retry_after: float | None = Field(description="Seconds until it passes, as far as that is known.")
@@ -568,6 +579,7 @@ class Explanation(Body):
     binding: str = Field(description="Key of the bucket that refuses longest, or takes the fewest such requests more.")
     candidate: BucketExplained | None = Field(description="The bucket that is tried beside them; it limits nobody.")
     upstream: UpstreamExplained | None
+    fallback: FallbackExplained | None
     limiter: Source = Field(description="What the figures rest on.")
 
 

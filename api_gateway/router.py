@@ -23,7 +23,7 @@ from api_gateway.errors import (
     UpstreamTimeout,
 )
 from api_gateway.failures import note_failure, translate
-from api_gateway.fallback import Fallback, stands_in
+from api_gateway.fallback import Fallback, add_failure, stands_in
 from api_gateway.headers import (
     COST,
     FALLBACK,
@@ -250,7 +250,7 @@ class Router:
             exchange.upstream, exchange.fallback = failed, None
             exchange.has_reached |= not error.is_retry_safe
             exchange.answer_headers = [pair for pair in exchange.answer_headers if pair[0] != FALLBACK]
-            first.detail += f" Its fallback failed too: {error.detail}"
+            add_failure(first, error)
             raise first from error
 
     def _body(
