@@ -14,6 +14,7 @@ import httpx
 from api_gateway.answer import Answer
 from api_gateway.balancer import Lease, Target
 from api_gateway.circuit_breaker import State, Transition
+from api_gateway.deadline import Deadline
 from api_gateway.errors import (
     ClientDisconnected,
     GatewayError,
@@ -182,16 +183,16 @@ class Router:
     ) -> None:
         """Bound the tries in time, and watch for the client's leaving where the server does not tell."""
         deadline = request.deadline
+        left = None if deadline is None else deadline.left(self._clock())
+        if deadline is not None and left == 0:  # it went before anything could be sent
+            raise _overdue(exchange, deadline)
         with nullcontext() if request.link is not None else DisconnectWatch(receive, request.body):
             try:
-                async with asyncio.timeout(
-                    None if deadline is None else deadline.left(self._clock())
-                ) as request.timer:
+                async with asyncio.timeout(left) as request.timer:
                     await self._try_targets(exchange, service, request, send)
             except TimeoutError as error:
                 assert deadline is not None  # noqa: S101 - nothing else runs out
-                kind = UpstreamTimeout if exchange.has_reached else UpstreamConnectTimeout
-                raise kind(deadline.words(), extra={"deadline": deadline.source}) from error
+                raise _overdue(exchange, deadline) from error
 
     async def _or_else(
         self,
@@ -543,6 +544,12 @@ class Router:
         transition = lease.settle(outcome, now, detail)
         if transition is not None:
             self._on_transition(lease.upstream.name, transition)
+
+
+def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
+    """Return what a request ends with whose deadline has passed; it was free if nothing has been sent."""
+    kind = UpstreamTimeout if exchange.has_reached else UpstreamConnectTimeout
+    return kind(deadline.words(), extra={"deadline": deadline.source})
 
 
 def _ignore(*_: object) -> None:
