@@ -265,7 +265,7 @@ class Match:
     def __init__(self, app: ASGIApp, *, router: Router) -> None:
         self.app = app
         self._routes = router.routes
-        self._services = router.services
+        self._totals = {name: service.total_timeout for name, service in router.services.items()}
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `route` and `cost`; raises NoRoute, MethodNotAllowed, and BadRequest for an unusable deadline."""
@@ -273,8 +273,7 @@ class Match:
         route, exchange.cost = self._routes.find(host_name(scope[FIELDS]), exchange.method, exchange.path)
         exchange.route = route.name
         scope[ROUTE] = route
-        total = self._services[route.upstream].total_timeout
-        scope[DEADLINE] = deadline_of(route, total, scope[FIELDS], exchange.started)
+        scope[DEADLINE] = deadline_of(route, self._totals.get(route.upstream), scope[FIELDS], exchange.started)
         return self.app(scope, receive, send)
 
 
