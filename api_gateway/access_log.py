@@ -34,6 +34,8 @@ class AccessLog:
             "upstream": exchange.upstream,
             "target": exchange.target,
             "attempts": exchange.attempts,
+            "retried": exchange.retried,
+            "fallback": exchange.fallback,
             "cost": exchange.cost,
             "remaining": decision.remaining if decision else None,
             "bytes_in": exchange.bytes_in,

@@ -17,7 +17,6 @@ from api_gateway.targets import Target
 __all__ = [
     "Lease",
     "Pick",
-    "RetryBudget",
     "Target",
     "Upstream",
     "least_requests",
@@ -167,6 +166,10 @@ class Upstream:
         own = target.breaker
         return Lease(self, target, ticket, None if own is None else own.admit(now, is_safe=is_safe))
 
+    def has_other(self, tried: Collection[Target]) -> bool:
+        """Tell whether there is a healthy target that is not in `tried`."""
+        return any(target.is_healthy and target not in tried for target in self.targets)
+
     def refusal(self, now: float) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""
         if not any(target.is_healthy for target in self.targets):
@@ -187,32 +190,3 @@ class Upstream:
             retry_after=max(breaker.retry_after(now), 1.0),
             extra={"upstream": self.name, "circuit_breaker": breaker.state.value},
         )
-
-
-class RetryBudget:
-    """Retries as a share of live requests, so that retrying cannot multiply an outage.
-
-    Every request adds `share` to the reserve and every retry takes 1, up to `RESERVE` kept for quiet times
-    (the floor). After Finagle's RetryBudget.
-    """
-
-    RESERVE = 10.0
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._balance = self.RESERVE if share > 0 else 0.0
-
-    def __repr__(self) -> str:
-        return f"<RetryBudget [{self._balance:.1f} retries left]>"
-
-    def deposit(self) -> None:
-        """Count one live request."""
-        if self._balance < self.RESERVE:
-            self._balance = min(self.RESERVE, self._balance + self._share)
-
-    def withdraw(self) -> bool:
-        """Take one retry if there is one."""
-        if self._balance < 1:
-            return False
-        self._balance -= 1
-        return True

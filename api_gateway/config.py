@@ -42,7 +42,12 @@ MIN_TOKEN_LENGTH = 8
 LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
 MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
 LONGEST_RECOVERY = 300  # seconds a breaker stays open at most, unless it is told otherwise
+TOO_MANY_REQUESTS = 429
 _SECRET = (("admin", "token"),)
+_FRAMING = frozenset(
+    {"connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+    | {"x-request-id", "x-gateway-fallback"}
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +116,23 @@ def _status_range(given: Any) -> Any:
 
 
 StatusRange = Annotated[str, BeforeValidator(_status_range)]
+
+
+def _retried_status(status: int) -> int:
+    if status != TOO_MANY_REQUESTS and not 500 <= status <= 599:  # noqa: PLR2004 - the class of server errors
+        raise ValueError("must be 429 or 500 to 599")
+    return status
+
+
+def _own_header(name: str) -> str:
+    if name.lower() in _FRAMING or name.lower().startswith(("x-ratelimit-", "ratelimit")):
+        raise ValueError("is written by the gateway itself")
+    return name
+
+
+RetriedStatus = Annotated[int, AfterValidator(_retried_status)]
+HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"), AfterValidator(_own_header)]
+HeaderValue = Annotated[str, Field(pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", max_length=4096)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url)]
@@ -299,11 +321,25 @@ class CircuitBreakerSection(Section):
         return given
 
 
+class BackoffSection(Section):
+    """Seconds of the longest pause before the second try, doubled with each one after it, and its bound."""
+
+    base: float = Field(default=0.025, ge=0, le=60)
+    cap: float = Field(default=0.25, ge=0, le=60)
+
+
 class RetrySection(Section):
-    """Tries per request in all, and retries as a share of live requests."""
+    """Tries per request in all, retries as a share of live requests (0: none), and what is tried again."""
 
     attempts: int = Field(default=2, ge=1, le=10)
     budget: float = Field(default=0.2, ge=0, le=1)
+    floor: float = Field(default=1, ge=0, le=1000, description="Retries a second beside the share.")
+    backoff: BackoffSection = BackoffSection()
+    max_retry_after: float = Field(
+        default=1, ge=0, le=60, description="An upstream that asks for a longer wait is not asked again."
+    )
+    statuses: list[RetriedStatus] = [502, 503, 504]
+    max_body_bytes: int = Field(default=65_536, ge=0, le=16_777_216, description="Kept of a body, to send it again.")
 
 
 class TlsSection(Section):
@@ -348,6 +384,25 @@ class CostSection(Section):
     candidate_cost: Cost | None = None
 
 
+class FallbackSection(Section):
+    """What answers if the upstream cannot: another upstream, or `status` with `headers` and `body`."""
+
+    status: int | None = Field(default=None, ge=200, le=599)
+    headers: dict[HeaderName, HeaderValue] = {}
+    body: str = ""
+    upstream: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "FallbackSection":
+        if (self.status is None) is (self.upstream is None):
+            raise ValueError("must have either a status or an upstream")
+        if self.upstream is not None and (self.headers or self.body):
+            raise ValueError("headers and body belong to a status; what an upstream answers has its own")
+        if self.body and self.status in (204, 304):
+            raise ValueError(f"an answer with status {self.status} has no body")
+        return self
+
+
 class RouteSection(Section):
     """Which requests go to which upstream, at what cost."""
 
@@ -360,6 +415,8 @@ class RouteSection(Section):
     cost: float = Field(default=1, ge=0, le=1_000_000_000)
     candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
     costs: list[CostSection] = []
+    timeout: Seconds | None = Field(default=None, description="For all of a request, instead of the upstream's total.")
+    fallback: FallbackSection | None = None
 
 
 class MetricsSection(Section):
@@ -572,6 +629,15 @@ def _breaker_problems(config: GatewayConfig) -> Iterator[str]:
             )
 
 
+def _fallback_problems(config: GatewayConfig, route: RouteSection, place: str) -> Iterator[str]:
+    other = None if route.fallback is None else route.fallback.upstream
+    if other is not None and other not in config.upstreams:
+        hint = nearest(other, config.upstreams)
+        yield f"{place}.fallback.upstream: no such upstream, got {other!r}{hint}"
+    elif other == route.upstream:
+        yield f"{place}.fallback.upstream: must be another upstream than the route's own, got {other!r}"
+
+
 def _route_problems(config: GatewayConfig) -> Iterator[str]:
     largest = max((terms.capacity for place, terms in _all_terms(config) if place != "address_limit"), default=0)
     names: dict[str, int] = {}
@@ -586,6 +652,7 @@ def _route_problems(config: GatewayConfig) -> Iterator[str]:
         if route.upstream not in config.upstreams:
             hint = nearest(route.upstream, config.upstreams)
             yield f"{place}.upstream: no such upstream, got {route.upstream!r}{hint}"
+        yield from _fallback_problems(config, route, place)
         if route.strip_prefix and not f"{route.path}/".startswith(f"{route.strip_prefix.rstrip('/')}/"):
             yield f"{place}.strip_prefix: must be a prefix of the path {route.path!r}, got {route.strip_prefix!r}"
         for method in route.methods or ["any"]:

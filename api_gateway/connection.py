@@ -69,6 +69,7 @@ class Connection(asyncio.Protocol):
         except BaseException:
             self.close()
             raise
+        request.is_sent = True
         if request.framing is None:
             self.start(answer, head)
         else:

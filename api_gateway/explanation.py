@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from api_gateway.circuit_breaker import State
 from api_gateway.errors import GatewayError, InvalidValue, Reason
+from api_gateway.fallback import Fallback, add_failure, stands_in
 from api_gateway.headers import fields_of, host_name
 from api_gateway.middleware import Identify, Limit, is_proxied, refusal
 from api_gateway.models import (
@@ -22,6 +23,7 @@ from api_gateway.models import (
     Decision,
     Exchange,
     Explanation,
+    FallbackExplained,
     Question,
     RouteExplained,
     TierView,
@@ -106,14 +108,16 @@ class Explainer:
             error = refusal(exchange, binding.decision)
         if error is None and route is not None:
             error = self._refused(route, question.method, target)
+        fallback = self._fallback(route, error)
         return Explanation(
-            verdict=_verdict(error),
+            verdict=_verdict(error, fallback),
             client=self._client_view(client),
             route=None if route is None else self._route_view(route, exchange),
             buckets=[_bucket_view(bucket) for bucket in buckets],
             binding=binding.charge.key,
             candidate=await self._candidate(client, exchange),
             upstream=None if route is None else self._upstream_view(route),
+            fallback=fallback,
             limiter=binding.decision.source,
         )
 
@@ -145,6 +149,19 @@ class Explainer:
         except GatewayError as error:
             return error
         return self._router.services[route.upstream].upstream.refusal(self._clock())
+
+    def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
+        """Return what the route falls back on, and whether it would now, as `error` is in the way."""
+        fallback = None if route is None else route.fallback
+        if fallback is None:
+            return None
+        is_used = error is not None and stands_in(fallback, error, is_repeatable=True, is_kept=True)
+        if is_used and error is not None and fallback.upstream is not None:
+            other = self._router.services[fallback.upstream].upstream.refusal(self._clock())
+            if other is not None:
+                add_failure(error, other)
+            is_used = other is None
+        return _fallback_view(fallback, is_used=is_used)
 
     async def _candidate(self, client: Client, exchange: Exchange) -> BucketExplained | None:
         shadow = self._limit.shadow
@@ -192,10 +209,14 @@ _OUTCOMES: Mapping[Reason, Literal["limited", "never"]] = {
 }
 
 
-def _verdict(error: GatewayError | None) -> Verdict:
+def _verdict(error: GatewayError | None, fallback: FallbackExplained | None) -> Verdict:
     if error is None:
         words = "Every bucket holds what the request costs, and its upstream may be tried."
         return Verdict(outcome="allowed", status=None, reason=None, retry_after=None, words=words)
+    if fallback is not None and fallback.used:
+        words = f"{error.detail} The fallback '{fallback.name}' answers."
+        reason = error.reason.value
+        return Verdict(outcome="fallback", status=fallback.status, reason=reason, retry_after=None, words=words)
     return Verdict(
         outcome=_OUTCOMES.get(error.reason, "refused"),
         status=error.status,
@@ -203,6 +224,11 @@ def _verdict(error: GatewayError | None) -> Verdict:
         retry_after=error.retry_after,
         words=error.detail,
     )
+
+
+def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
+    status = fallback.status if fallback.upstream is None else None
+    return FallbackExplained(name=fallback.name, status=status, used=is_used)
 
 
 def _bucket_view(bucket: _Bucket) -> BucketExplained:

@@ -15,8 +15,9 @@ from prometheus_client.exposition import choose_encoder
 
 from api_gateway.circuit_breaker import Mode, State
 from api_gateway.errors import Reason
-from api_gateway.metrics import OUTCOMES, Recorder, Tally, UpstreamFigures, value_of
+from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, UpstreamFigures, value_of
 from api_gateway.models import LimiterState, Source
+from api_gateway.retry import Why
 
 # The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -52,6 +53,7 @@ class Exposition:
         yield from self._requests()
         yield from self._limits()
         yield from self._upstream_families()
+        yield from self._retries()
         yield from self._breakers()
 
     def _requests(self) -> Iterator[Metric]:
@@ -168,6 +170,32 @@ class Exposition:
         yield healthy
         yield ejected
         yield ejections
+
+    def _retries(self) -> Iterator[Metric]:
+        recorder = self._recorder
+        for name, words, label, closed, counts in (
+            (
+                "gateway_retries",
+                "Repeated tries, by what the last failed with.",
+                "cause",
+                RETRY_CAUSES,
+                recorder.retries,
+            ),
+            ("gateway_retries_denied", "Failed tries not repeated.", "why", tuple(Why), recorder.retries_denied),
+        ):
+            family = CounterMetricFamily(name, words, labels=["upstream", label])
+            known = dict.fromkeys((upstream, value) for upstream in recorder.upstreams for value in closed)
+            for key in known | dict.fromkeys(counts):
+                family.add_metric([str(value) for value in key], counts[key])
+            yield family
+        fallbacks = CounterMetricFamily(
+            "gateway_fallbacks",
+            "Fallbacks used, by who answered and the reason of the failure.",
+            labels=["route", "fallback", "reason"],
+        )
+        for labels, count in recorder.fallbacks.items():
+            fallbacks.add_metric(list(labels), count)
+        yield fallbacks
 
     def _breakers(self) -> Iterator[Metric]:
         states = GaugeMetricFamily(

@@ -18,6 +18,7 @@ from api_gateway.answer import NO_HOOKS, Answer, NoHooks
 from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
 from api_gateway.errors import ClientDisconnected, GatewayError
+from api_gateway.failures import note_failure
 from api_gateway.headers import (
     VIA_NAME,
     Fields,
@@ -39,7 +40,6 @@ from api_gateway.middleware import (
     given_request_id,
     is_proxied,
     new_request_id,
-    note_failure,
     problem_answer,
     refusal,
 )
@@ -53,6 +53,7 @@ _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 MAX_NOTED = 32  # headers of a request that mean something here
 MAX_KNOWN_BYTES = 4_096  # of header lines whose meaning is remembered
 MAX_KNOWN = 1_024  # meanings remembered
+_MAY_BE_RETRIED = 429  # the least status that an upstream's retries can name
 _MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
 
 
@@ -227,7 +228,8 @@ class Express:
         limit = self.limit
         if standing.version != self._clients.version or standing.cost != cost:
             self._charge_anew(standing, cost)
-        if standing.client is None or not service.takes_passages or not service.upstream.is_untroubled():
+        is_open = service.takes_passages and route.timeout is None and service.upstream.is_untroubled()
+        if standing.client is None or not is_open:
             return False
         now_ns = self._clock_ns()
         decision = limit.decide(standing.charges, now_ns)
@@ -346,6 +348,7 @@ class Passage(Answer):
 
     has_left: bool  # the straight way, for the ordinary one
     lease: Lease | None  # from `depart` on
+    kept: bytes | None = None  # the body, from `depart` on, if it may be sent again
 
     def __init__(
         self, express: Express, client: ClientConnection, lines: Lines, exchange: Exchange, route: Route, asked: bytes
@@ -405,6 +408,8 @@ class Passage(Answer):
         origin = service.origins[lease.target]
         exchange.target, exchange.sent_at, exchange.bytes_in = lease.target.url, exchange.started, len(body)
         self.connection, self.timeouts = connection, service.limits
+        if body and len(body) <= service.retries.policy.max_body_bytes:
+            self.kept = body
         self._client.embark(self)
         connection.start(
             self,
@@ -426,6 +431,9 @@ class Passage(Answer):
             self._on_trouble()
             return
         client, exchange = self._client, self.exchange
+        if self.status >= _MAY_BE_RETRIED and not exchange.status and self._may_be_retried():
+            self._leave(b"", is_sent=True)
+            return
         now = self._express.clock()
         piece = self.take()
         exchange.bytes_out += len(piece)
@@ -444,6 +452,10 @@ class Passage(Answer):
         else:
             connection.resume_reading()  # it is paused when much comes at once
             connection.set_alarm("idle")
+
+    def _may_be_retried(self) -> bool:
+        """Tell whether an answer with this status is for the ordinary way, which may ask once more."""
+        return self.status in self._express.router.services[self._route.upstream].retried_statuses
 
     def _head(self, now: float) -> bytes:
         """Return the answer's head as the client shall see it, and count it."""
@@ -525,7 +537,7 @@ class Passage(Answer):
         go_on = partial(
             partial(router.forward, exchange, route)
             if self.lease is None
-            else partial(router.resume, exchange, route, self.lease, answer),
+            else partial(router.resume, exchange, route, self.lease, answer, kept=self.kept),
             is_trusted=self._lines.standing.is_trusted,
         )
         return self._express.record.conclude(self.exchange, go_on, scope, receive, send)

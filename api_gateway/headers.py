@@ -43,12 +43,16 @@ FORWARDING = frozenset(
         b"x-real-ip",
     }
 )
+REQUEST_TIMEOUT = b"x-request-timeout"  # the seconds a client gives a request; what is left of them goes on
 # The gateway's word on these is the one that counts, so an upstream's is left out and not merged.
 COST = b"x-gateway-cost"  # by which an upstream tells us what its answer has cost; nobody else may
-OURS = frozenset({b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id", COST})
+FALLBACK = b"x-gateway-fallback"  # by which we tell who answered in the place of the route's upstream
+OURS = frozenset(
+    {b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id", COST, FALLBACK}
+)
 
 # `Host` becomes the target's. The coding is checked to be `chunked` before, and is how the body goes on.
-_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id", COST}
+_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id", COST, REQUEST_TIMEOUT}
 # What must not come behind a body: it would have been acted on already, or would frame what has been framed
 # (RFC 9110 section 6.5.1).
 _NEVER_TRAILING = (

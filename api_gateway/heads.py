@@ -8,7 +8,7 @@ accepts, and means the same. Pure functions on bytes.
 
 import re
 
-from api_gateway.headers import COST, HOP_BY_HOP, OURS, Fields
+from api_gateway.headers import COST, HOP_BY_HOP, OURS, REQUEST_TIMEOUT, Fields
 from api_gateway.models import HeaderList
 
 # Possessive quantifiers (`*+`): a head is matched or not in one pass, however it is made. A group that `(?(n)(?!)|…)`
@@ -42,7 +42,16 @@ _ANSWER = re.compile(
 
 _METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
 _UNUSUAL_IN_REQUESTS = frozenset(
-    {b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"max-forwards", b"proxy-connection"}
+    {
+        b"transfer-encoding",
+        b"upgrade",
+        b"expect",
+        b"te",
+        b"trailer",
+        b"max-forwards",
+        b"proxy-connection",
+        REQUEST_TIMEOUT,
+    }
 )
 _BODILESS = frozenset({204, 304})
 _NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]

@@ -27,12 +27,20 @@ from api_gateway.breaker_modes import ModeBoard, ModeFile
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode, Transition
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry
-from api_gateway.config import GatewayConfig, RouteSection, UpstreamSection, load_config
+from api_gateway.config import (
+    FallbackSection,
+    GatewayConfig,
+    RetrySection,
+    RouteSection,
+    UpstreamSection,
+    load_config,
+)
 from api_gateway.crew import Alone, Crew
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
 from api_gateway.explanation import Explainer
 from api_gateway.express import Express
+from api_gateway.fallback import Fallback
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy
 from api_gateway.link import Lane
@@ -46,6 +54,7 @@ from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.report import Report, UpstreamReport
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Name, Resolve, look_up
+from api_gateway.retry import RetryPolicy
 from api_gateway.rotation import Draw, Rotation, RotationPolicy
 from api_gateway.router import Router
 from api_gateway.routes import CostRule, Route, RouteTable
@@ -322,9 +331,21 @@ def _service(
         upstream,
         _transport(name, section) if transport is None else GuardedTransport(transport),
         Timeouts(**section.timeouts.model_dump()),
-        attempts=section.retry.attempts,
-        retry_budget=section.retry.budget,
+        retry=_retry_policy(section.retry),
         hash_header=header.lower().encode() or None,
+    )
+
+
+def _retry_policy(section: RetrySection) -> RetryPolicy:
+    return RetryPolicy(
+        attempts=section.attempts,
+        budget=section.budget,
+        floor=section.floor,
+        base=section.backoff.base,
+        cap=section.backoff.cap,
+        max_retry_after=section.max_retry_after,
+        statuses=frozenset(section.statuses),
+        max_body_bytes=section.max_body_bytes,
     )
 
 
@@ -402,6 +423,19 @@ def _route(section: RouteSection) -> Route:
             for rule in section.costs
         ),
         candidate_cost=section.candidate_cost,
+        timeout=section.timeout,
+        fallback=None if section.fallback is None else _fallback(section.fallback),
+    )
+
+
+def _fallback(section: FallbackSection) -> Fallback:
+    if section.upstream is not None:
+        return Fallback(section.upstream)
+    return Fallback(
+        None,
+        section.status or 200,
+        tuple((name.encode(), value.encode()) for name, value in section.headers.items()),
+        section.body.encode(),
     )
 
 
@@ -424,6 +458,9 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         on_transition=_log_transition,
         on_target_move=_log_target_move,
         on_cost=settlement.on_cost,
+        on_retry=recorder.observe_retry,
+        on_denial=recorder.observe_denial,
+        on_fallback=settlement.on_fallback,
     )
     limit = Limit(
         Proxy(router=router),

@@ -34,6 +34,9 @@ Label = TypeVar("Label")
 # Those of a recorder's counters that are kept by one label.
 _COUNTERS = ("rejections", "allowed", "limited", "sources", "would_limit", "would_allow", "settlements")
 
+# And those kept by several.
+_TABLES = ("requests", "retries", "retries_denied", "fallbacks")
+
 RELATIVE_ERROR = 0.01
 _GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
 _LOG_GAMMA = math.log(_GAMMA)
@@ -65,6 +68,14 @@ OUTCOMES = (
     Reason.UPSTREAM_TIMEOUT.value,
     Reason.OVERLOADED.value,
     Reason.BAD_REQUEST.value,
+)
+
+# What a try that failed can be repeated for, beside statuses.
+RETRY_CAUSES = (
+    Reason.UPSTREAM_CONNECT_ERROR.value,
+    Reason.UPSTREAM_RESET.value,
+    Reason.UPSTREAM_PROTOCOL_ERROR.value,
+    Reason.UPSTREAM_TIMEOUT.value,
 )
 
 SWITCHED = 101  # a tunnel lasts as long as its two ends like, which is no latency
@@ -297,6 +308,9 @@ class Recorder:
         self.upstreams = {name: Series() for name in upstreams}
         self.requests: Counter[tuple[str, str, int, str, str]] = Counter()  # route, method, status, source, tier
         self.outcomes: dict[str, Counter[str]] = {name: Counter() for name in self.upstreams}
+        self.retries: Counter[tuple[str, str]] = Counter()  # upstream, cause
+        self.retries_denied: Counter[tuple[str, str]] = Counter()  # upstream, why
+        self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, who answered, the reason of the failure
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
@@ -318,7 +332,7 @@ class Recorder:
             "in_flight": self.in_flight,
             "routes": {name: series.state(since) for name, series in self.routes.items()},
             "upstreams": {name: series.state(since) for name, series in self.upstreams.items()},
-            "requests": [(*key, count) for key, count in self.requests.items()],
+            **{name: [(*key, count) for key, count in getattr(self, name).items()] for name in _TABLES},
             "outcomes": self.outcomes,
             **{name: getattr(self, name) for name in _COUNTERS},
             "requests_by_client": self.requests_by_client.state(),
@@ -331,7 +345,8 @@ class Recorder:
         for mine, theirs in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
             for name, series in theirs.items():
                 mine.setdefault(name, Series()).update(series)
-        self.requests = Counter({tuple(key): count for *key, count in state["requests"]})
+        for name in _TABLES:
+            setattr(self, name, Counter({tuple(key): count for *key, count in state[name]}))
         self.outcomes = {name: Counter(counts) for name, counts in state["outcomes"].items()}
         for name in _COUNTERS:
             setattr(self, name, Counter(state[name]))
@@ -347,8 +362,7 @@ class Recorder:
                 mine.setdefault(name, Series()).absorb(series)
         for name, outcomes in other.outcomes.items():
             _add(self.outcomes.setdefault(name, Counter()), outcomes)
-        _add(self.requests, other.requests)
-        for name in _COUNTERS:
+        for name in (*_TABLES, *_COUNTERS):
             _add(getattr(self, name), getattr(other, name))
         self.requests_by_client.merge(other.requests_by_client.state())
         self.limited_by_client.merge(other.limited_by_client.state())
@@ -362,7 +376,7 @@ class Recorder:
         self.requests[route, method, exchange.status, exchange.source, tier] += 1
         running = self.routes[route].at(exchange.finished)
         running.count(exchange)
-        if exchange.reason is not None:
+        if exchange.reason is not None and exchange.fallback is None:
             self.rejections[exchange.reason] += 1
         if client is not None:
             self.requests_by_client.add(client.key)
@@ -381,6 +395,14 @@ class Recorder:
         self.outcomes[upstream][outcome] += 1
         if seconds is not None:
             self.upstreams[upstream].at(now).time(seconds)
+
+    def observe_retry(self, upstream: str, cause: str) -> None:
+        """Count a try that was made because the one before failed with `cause`, a reason or a status."""
+        self.retries[upstream, cause] += 1
+
+    def observe_denial(self, upstream: str, why: str) -> None:
+        """Count a failed try that was not repeated."""
+        self.retries_denied[upstream, why] += 1
 
     # For people
 
@@ -416,6 +438,9 @@ class Recorder:
             route_rates={name: self._rates_of([series], now) for name, series in self.routes.items()},
             latency=self.latency(now),
             upstream_outcomes={name: dict(outcomes) for name, outcomes in self.outcomes.items()},
+            retries=_nested(self.upstreams, self.retries),
+            retries_denied=_nested(self.upstreams, self.retries_denied),
+            fallbacks=_by_route(self.fallbacks),
             rejections=dict(self.rejections),
             rate_limiter=LimiterView(
                 allowed=dict(self.allowed),
@@ -483,6 +508,19 @@ def _add(mine: Counter[Label], theirs: Counter[Label]) -> None:
     """Add counts to counts. `Counter.__iadd__` would drop those at zero, which are shown too."""
     for label, count in theirs.items():
         mine[label] += count
+
+
+def _nested(names: Iterable[str], counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """Return counts by two labels as one table for each of the first."""
+    return {name: {second: count for (first, second), count in counts.items() if first == name} for name in names}
+
+
+def _by_route(fallbacks: Mapping[tuple[str, str, str], int]) -> dict[str, dict[str, int]]:
+    """Return for each route that has used its fallback how often, by the reason of the failure."""
+    found: dict[str, Counter[str]] = {}
+    for (route, _, reason), count in fallbacks.items():
+        found.setdefault(route, Counter())[reason] += count
+    return {route: dict(counts) for route, counts in found.items()}
 
 
 def _milliseconds(seconds: float | None) -> float | None:

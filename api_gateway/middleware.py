@@ -16,6 +16,7 @@ from typing import Any
 
 from api_gateway import auth
 from api_gateway.clients import ClientRegistry
+from api_gateway.deadline import deadline_of
 from api_gateway.errors import (
     BadRequest,
     ClientDisconnected,
@@ -28,6 +29,7 @@ from api_gateway.errors import (
     StoreUnavailable,
     problem,
 )
+from api_gateway.failures import note_failure
 from api_gateway.headers import (
     Fields,
     address_key,
@@ -43,7 +45,7 @@ from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import NEVER, RateLimiter
-from api_gateway.request import FIELDS, Receive, Scope, Send
+from api_gateway.request import DEADLINE, FIELDS, Receive, Scope, Send
 from api_gateway.router import Router
 from api_gateway.shadow import Shadow
 
@@ -184,15 +186,6 @@ def new_request_id() -> str:
     return f"{_ID_PREFIX}{next(_id_numbers):08x}"
 
 
-def note_failure(exchange: Exchange, error: GatewayError) -> None:
-    """Write into the record why an exchange failed; of one whose client has left also that this was its end."""
-    exchange.reason = error.reason.value
-    cause = str(error.__cause__ or "")
-    exchange.detail = f"{error.detail} ({cause})" if cause else error.detail
-    if isinstance(error, ClientDisconnected):
-        exchange.status, exchange.source = error.status, "gateway"
-
-
 def _refuse_flaws(scope: Scope) -> None:
     fault = flaw(scope[FIELDS], scope["http_version"])
     if fault is not None:
@@ -271,18 +264,20 @@ class Identify:
 
 
 class Match:
-    """Finds the route and with it the cost."""
+    """Finds the route, and with it the cost and the deadline."""
 
     def __init__(self, app: ASGIApp, *, router: Router) -> None:
         self.app = app
         self._routes = router.routes
+        self._totals = {name: service.total_timeout for name, service in router.services.items()}
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Write `route` and `cost`; raises NoRoute and MethodNotAllowed."""
+        """Write `route` and `cost`; raises NoRoute, MethodNotAllowed, and BadRequest for an unusable deadline."""
         exchange: Exchange = scope[EXCHANGE]
         route, exchange.cost = self._routes.find(host_name(scope[FIELDS]), exchange.method, exchange.path)
         exchange.route = route.name
         scope[ROUTE] = route
+        scope[DEADLINE] = deadline_of(route, self._totals.get(route.upstream), scope[FIELDS], exchange.started)
         return self.app(scope, receive, send)
 
 

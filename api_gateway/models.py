@@ -151,7 +151,8 @@ class Exchange:
     Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
     the answer. `answer_headers` are the gateway's own and go on whatever answer is sent. `charges` are what `decision`
     was made on, `trial` the same of a candidate beside it. `has_reached` says that some of the request may have
-    reached an upstream that then failed.
+    reached an upstream that then failed. `retried` are the causes of the tries that were repeated, `fallback` who
+    answered in the place of the route's upstream, with `reason` and `detail` of why.
     """
 
     id: str
@@ -179,6 +180,8 @@ class Exchange:
     charges: Sequence[Charge] = ()
     trial: tuple[Sequence[Charge], Decision] | None = None
     has_reached: bool = False
+    retried: tuple[str, ...] = ()
+    fallback: str | None = None
 
     @property
     def client_key(self) -> str:
@@ -612,6 +615,13 @@ class MetricsView(Body):
     route_rates: dict[str, RateSeries]
     latency: LatencyView
     upstream_outcomes: dict[str, dict[str, int]]
+    retries: dict[str, dict[str, int]] = Field(
+        description="Repeated tries, by upstream and what the last failed with."
+    )
+    retries_denied: dict[str, dict[str, int]] = Field(
+        description="Failed tries that were not repeated, by upstream and why."
+    )
+    fallbacks: dict[str, dict[str, int]] = Field(description="Fallbacks used, by route and reason of the failure.")
     rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]
@@ -675,10 +685,21 @@ class UpstreamExplained(Body):
     targets: int
 
 
-class Verdict(Body):
-    """What would come of the request: `status` and `reason` are those of the answer the gateway would make itself."""
+class FallbackExplained(Body):
+    """What answers if the upstream cannot."""
 
-    outcome: Literal["allowed", "limited", "never", "refused"]
+    name: str = Field(description="`static`, or the upstream that is asked instead.")
+    status: int | None = Field(description="Of the static answer; null where an upstream gives it.")
+    used: bool = Field(description="True if it would answer now, because the upstream would not be tried.")
+
+
+class Verdict(Body):
+    """What would come of the request: `status` and `reason` are those of the answer the gateway would make itself.
+
+    Where a fallback would answer, `reason` is why, and `status` the static answer's.
+    """
+
+    outcome: Literal["allowed", "limited", "never", "refused", "fallback"]
     status: int | None
     reason: str | None
     retry_after: float | None = Field(description="Seconds until it passes, as far as that is known.")
@@ -695,6 +716,7 @@ class Explanation(Body):
     binding: str = Field(description="Key of the bucket that refuses longest, or takes the fewest such requests more.")
     candidate: BucketExplained | None = Field(description="The bucket that is tried beside them; it limits nobody.")
     upstream: UpstreamExplained | None
+    fallback: FallbackExplained | None
     limiter: Source = Field(description="What the figures rest on.")
 
 

@@ -44,8 +44,10 @@ class Origin:
 class Outgoing(httpx.Request):
     """A request whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them.
 
-    `framing` is b"chunked", b"length", or None for a request without a body.
+    `framing` is b"chunked", b"length", or None for a request without a body. `is_sent`: some of it is on its way.
     """
+
+    is_sent = False
 
     def __init__(  # it sets all that a request has, and leaves out what httpx would work out for people
         self,
@@ -83,6 +85,7 @@ class NoBody(httpx.AsyncByteStream):
 
     is_started = False
     is_finished = True
+    is_kept = True  # it can be sent from its start, whether it has been before or not
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield nothing."""

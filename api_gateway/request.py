@@ -7,8 +7,9 @@ from typing import Any
 import httpx
 
 from api_gateway.balancer import Target
+from api_gateway.deadline import Deadline
 from api_gateway.errors import BodyTooLarge, ClientDisconnected
-from api_gateway.headers import Fields, for_upstream, framing, interim_to_pass, trailers_to_pass
+from api_gateway.headers import REQUEST_TIMEOUT, Fields, for_upstream, framing, interim_to_pass, trailers_to_pass
 from api_gateway.link import Link
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
@@ -20,6 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
+DEADLINE = "gateway.deadline"  # and its deadline, if it has one
 BODILESS = frozenset({204, 304})
 LEFT = "The client left before its answer was complete."
 PATIENCE = 0.05  # seconds an upstream may take before we also watch for the client's leaving
@@ -28,18 +30,30 @@ _MAX_HOP_DIGITS = 9  # of Max-Forwards; one that says more says nothing
 
 
 class RequestBody(httpx.AsyncByteStream):
-    """The client's body, piece by piece as it arrives; raises BodyTooLarge and ClientDisconnected."""
+    """The client's body, piece by piece as it arrives; raises BodyTooLarge and ClientDisconnected.
 
-    def __init__(self, receive: Receive, limit: int, exchange: Exchange) -> None:
+    The first `keep` bytes are kept, so that it can be sent from its start again; one that has more of them cannot.
+    """
+
+    def __init__(self, receive: Receive, limit: int, exchange: Exchange, keep: int = 0) -> None:
         self._receive = receive
         self._limit = limit
         self._exchange = exchange
+        self._keep = keep
+        self._kept: list[bytes] = []
         self.is_started = False
         self.is_finished = False
 
+    @property
+    def is_kept(self) -> bool:
+        """True while it can be sent from its start."""
+        return not self.is_started or self._exchange.bytes_in <= self._keep
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield what the client sends."""
+        """Yield what was kept, then what the client sends."""
         self.is_started = True
+        for piece in tuple(self._kept):
+            yield piece
         while not self.is_finished:
             message = await self._receive()
             if message["type"] == "http.disconnect":
@@ -50,16 +64,51 @@ class RequestBody(httpx.AsyncByteStream):
                 raise body_too_large(self._limit)
             self.is_finished = not message.get("more_body", False)
             if piece:
+                self._hold(piece)
                 yield piece
+
+    def _hold(self, piece: bytes) -> None:
+        if self._exchange.bytes_in <= self._keep:
+            self._kept.append(piece)
+        else:
+            self._kept.clear()
 
 
 class SentBody(NoBody):
-    """The body of a request that has been sent already, and cannot be once more."""
+    """The body of a request that has been sent whole already; `kept` is None if it cannot be once more."""
 
     is_started = True
 
+    def __init__(self, kept: bytes | None) -> None:
+        self._kept = kept
+        self.is_kept = kept is not None
 
-SENT_BODY = SentBody()
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield it again."""
+        if self._kept:
+            yield self._kept
+
+
+class LeavingWatch:
+    """Turns the cancellation by which our own server tells that the client has left into ClientDisconnected.
+
+    Used as `with`. Raises it at once if the client has left before.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def __enter__(self) -> None:
+        """Ask to be told."""
+        if self._link.is_disconnected:
+            raise ClientDisconnected(LEFT)
+        self._link.on_leaving = self._link.task.cancel
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Stop being told."""
+        self._link.on_leaving = None
+        if kind is asyncio.CancelledError and self._link.is_disconnected and self._link.task.uncancel() == 0:
+            raise ClientDisconnected(LEFT) from error
 
 
 class DisconnectWatch:
@@ -114,12 +163,14 @@ class UpstreamRequest:
         "_protected",
         "_scope",
         "body",
+        "deadline",
         "expects_continue",
         "fields",
         "framing",
         "headers",
         "link",
         "target",
+        "timer",
         "upgrade",
     )
 
@@ -139,6 +190,8 @@ class UpstreamRequest:
         self.fields: Fields = scope[FIELDS]
         self.framing = framing(self.fields)
         self.body: RequestBody | NoBody = NO_BODY
+        self.deadline: Deadline | None = scope.get(DEADLINE)
+        self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
         self.headers: HeaderList = scope["headers"] if link is None else link.headers
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
         self.upgrade = link is not None and link.upgrade == b"websocket" and self.framing is None
@@ -151,6 +204,11 @@ class UpstreamRequest:
         left = b"%d" % (int(hops) - 1)
         self.headers = [(name, left if name.lower() == b"max-forwards" else value) for name, value in self.headers]
         return int(hops) == 0
+
+    @property
+    def is_overdue(self) -> bool:
+        """True while its task is being cancelled because its deadline has passed."""
+        return self.timer is not None and self.timer.expired()
 
     @property
     def takes_trailers(self) -> bool:
@@ -176,8 +234,8 @@ class UpstreamRequest:
         """Return the trailers that came behind the body."""
         return [] if self.link is None else trailers_to_pass(self.link.trailers, self._protected)
 
-    def render(self, exchange: Exchange, service: Service, target: Target) -> httpx.Request:
-        """Return the request for one target."""
+    def render(self, exchange: Exchange, service: Service, target: Target, now: float) -> httpx.Request:
+        """Return the request for one target, with what is left of its time."""
         origin = service.origins[target]
         scope = self._scope
         headers = for_upstream(
@@ -196,6 +254,8 @@ class UpstreamRequest:
                 headers = [pair for pair in headers if pair[0].lower() != b"expect"]
             elif self.expects_continue:
                 self.link.defer_continue()
+        if self.deadline is not None and self.deadline.is_passed_on:
+            headers.append((REQUEST_TIMEOUT, self.deadline.value(now)))
         extensions: dict[str, Any] = {"target": self.target, "timeout": service.limits, "hooks": self}
         if not service.speaks_pairs:
             return origin.plain_request(exchange.method, headers, self.target, stream=self.body, extensions=extensions)

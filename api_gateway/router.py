@@ -5,71 +5,71 @@ what a result means to it is decided in `balancer` and `circuit_breaker`; how by
 """
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import httpx
 
-from api_gateway.answer import Answer, Incoming
+from api_gateway.answer import Answer
 from api_gateway.balancer import Lease, SlowHead, Target
-from api_gateway.circuit_breaker import Transition
+from api_gateway.circuit_breaker import State, Transition
+from api_gateway.deadline import Deadline
 from api_gateway.errors import (
-    BadRequest,
     ClientDisconnected,
     GatewayError,
-    Overloaded,
     Unavailable,
-    UpstreamConnectError,
     UpstreamConnectTimeout,
     UpstreamFailed,
-    UpstreamProtocolError,
-    UpstreamReset,
     UpstreamTimeout,
 )
 from api_gateway.event_stream import event_stream
+from api_gateway.failures import note_failure, translate
+from api_gateway.fallback import Fallback, add_failure, stands_in
 from api_gateway.headers import (
     COST,
+    FALLBACK,
     Fields,
-    fields_of,
     for_client,
     trailers_to_pass,
 )
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
-from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
+from api_gateway.outgoing import NO_BODY, NoBody
+from api_gateway.reply import fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
     BODILESS,
     LEFT,
-    SENT_BODY,
     DisconnectWatch,
+    LeavingWatch,
     Receive,
     RequestBody,
     Scope,
     Send,
+    SentBody,
     UpstreamRequest,
     body_too_large,
     spelt_target,
 )
+from api_gateway.retry import Failed, Why, is_repeatable, retry_after_of
 from api_gateway.routes import PROXIED_METHODS, Route, RouteTable, refuse_method, upstream_target
 from api_gateway.service import Service
-from api_gateway.transport import UpstreamTransport
 from api_gateway.tunnel import Tunnel
 
-IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 SWITCHING_PROTOCOLS = 101
 _CLASSES = tuple(f"{number}xx" for number in range(6))
 PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success
 
-# httpx's failures in our words, most specific first. What the client is told names no address.
-_TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
-    (httpx.PoolTimeout, Overloaded, "no connection to it came free in time"),
-    (httpx.ConnectTimeout, UpstreamConnectTimeout, "it did not accept a connection in time"),
-    (httpx.TimeoutException, UpstreamTimeout, "it was silent for too long"),
-    (httpx.ConnectError, UpstreamConnectError, "no connection to it could be made"),
-    (httpx.UnsupportedProtocol, UpstreamConnectError, "no connection to it could be made"),
-    (httpx.ProtocolError, UpstreamProtocolError, "its answer was not valid HTTP"),
-    (httpx.TransportError, UpstreamReset, "its connection broke before the answer was complete"),
-)
+
+@dataclass(slots=True)
+class _Again:
+    """A try that failed and is to be repeated after `pause` seconds, with what it ended with if that cannot be."""
+
+    cause: str
+    pause: float
+    lease: Lease
+    error: UpstreamFailed | None = None
+    response: httpx.Response | None = None
 
 
 def _ignore_move(_upstream: str, _target: Target, _move: Transition) -> None:
@@ -92,10 +92,15 @@ class Router:
         on_transition: Callable[[str, Transition], None],
         on_target_move: Callable[[str, Target, Transition], None] = _ignore_move,
         on_cost: Callable[[Exchange, Sequence[bytes]], None] | None = None,
+        on_retry: Callable[[str, str], None] | None = None,
+        on_denial: Callable[[str, str], None] | None = None,
+        on_fallback: Callable[[Exchange, GatewayError], None] | None = None,
     ) -> None:
         """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out.
 
-        `on_cost` hears of an answer that tells its cost, before its head is sent.
+        `on_cost` hears of an answer that tells its cost, before its head is sent. `on_retry` hears of every repeated
+        try, by upstream and cause, `on_denial` of every failed one that is not, and why; `on_fallback` of a fallback
+        that takes over after an error, before it answers.
         """
         self.routes = routes
         self.services = dict(services)
@@ -107,7 +112,9 @@ class Router:
         self._observe_try = observe_try
         self._on_transition = on_transition
         self._on_target_move = on_target_move
-        self.on_cost = on_cost or _ignore_cost
+        self.on_cost = on_cost or _ignore
+        self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
+        self._on_fallback = on_fallback or _ignore
 
     def forward(
         self,
@@ -128,11 +135,12 @@ class Router:
         request = UpstreamRequest(scope, link, target, is_trusted, self.protected)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
             return self._answer_options(exchange, send)
-        request.body = self._body(exchange, request, receive)
+        request.body = self._body(exchange, service, request, receive)
         service.retry_budget.deposit()
-        if link is not None and service.total_timeout is None:
-            return self._try_targets(exchange, service, request, send)
-        return self._guard(exchange, service, request, receive, send)
+        tries = self._tries(exchange, service, request, receive, send)
+        if route.fallback is None:
+            return tries
+        return self._or_else(exchange, route.fallback, request, receive, send, tries)
 
     def resume(
         self,
@@ -145,10 +153,11 @@ class Router:
         send: Send,
         *,
         is_trusted: bool,
+        kept: bytes | None = None,
     ) -> Awaitable[None]:
         """Go on with an exchange whose first try has begun, as `forward` does.
 
-        `answer` is None if the request has not been sent yet.
+        `answer` is None if the request has not been sent yet; `kept` is the body of one that has, if there is one.
         """
         service = self.services[route.upstream]
         link: Link = scope[LINK]
@@ -159,29 +168,109 @@ class Router:
             raise ClientDisconnected(LEFT)
         request = UpstreamRequest(scope, link, upstream_target(route, link.target), is_trusted, self.protected)
         if answer is None:
-            request.body = self._body(exchange, request, receive)
+            request.body = self._body(exchange, service, request, receive)
         else:
             answer.hooks = request
-            request.body = NO_BODY if request.framing is None else SENT_BODY
-        return self._try_targets(exchange, service, request, send, lease, answer)
+            request.body = NO_BODY if request.framing is None else SentBody(kept)
+        tries = self._try_targets(exchange, service, request, send, lease, answer)
+        if route.fallback is None:
+            return tries
+        return self._or_else(exchange, route.fallback, request, receive, send, tries)
+
+    def _tries(
+        self, exchange: Exchange, service: Service, request: UpstreamRequest, receive: Receive, send: Send
+    ) -> Awaitable[None]:
+        """Return the tries on one upstream, bounded in time if the request is."""
+        if request.link is not None and request.deadline is None:
+            return self._try_targets(exchange, service, request, send)
+        return self._guard(exchange, service, request, receive, send)
 
     async def _guard(
         self, exchange: Exchange, service: Service, request: UpstreamRequest, receive: Receive, send: Send
     ) -> None:
-        """Bound the whole exchange in time, and watch for the client's leaving where the server does not tell."""
+        """Bound the tries in time, and watch for the client's leaving where the server does not tell."""
+        deadline = request.deadline
+        left = None if deadline is None else deadline.left(self._clock())
+        if deadline is not None and left == 0:  # it went before anything could be sent
+            raise _overdue(exchange, deadline)
         with nullcontext() if request.link is not None else DisconnectWatch(receive, request.body):
             try:
-                async with asyncio.timeout(service.total_timeout):
+                async with asyncio.timeout(left) as request.timer:
                     await self._try_targets(exchange, service, request, send)
             except TimeoutError as error:
-                raise UpstreamTimeout(f"No complete answer within {service.total_timeout} s.") from error
+                assert deadline is not None  # noqa: S101 - nothing else runs out
+                raise _overdue(exchange, deadline) from error
 
-    def _body(self, exchange: Exchange, request: UpstreamRequest, receive: Receive) -> RequestBody | NoBody:
+    async def _or_else(
+        self,
+        exchange: Exchange,
+        fallback: Fallback,
+        request: UpstreamRequest,
+        receive: Receive,
+        send: Send,
+        tries: Awaitable[None],
+    ) -> None:
+        """Have the fallback answer where the tries have come to nothing, nothing has been sent, and it may."""
+        try:
+            await tries
+        except (Unavailable, UpstreamFailed) as error:
+            if exchange.status or not stands_in(
+                fallback,
+                error,
+                is_repeatable=is_repeatable(exchange.method, request.fields),
+                is_kept=request.body.is_kept,
+            ):
+                raise
+            note_failure(exchange, error)
+            exchange.fallback = fallback.name
+            self._on_fallback(exchange, error)
+            exchange.has_reached |= not error.is_retry_safe
+            exchange.answer_headers.append((FALLBACK, fallback.name.encode()))
+            if fallback.upstream is None:
+                await self._answer_statically(exchange, fallback, send)
+            else:
+                await self._ask_instead(exchange, fallback.upstream, error, request, receive, send)
+
+    async def _answer_statically(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:
+        exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
+        headers = [*fallback.fields(), *exchange.answer_headers]
+        await send({"type": "http.response.start", "status": fallback.status, "headers": headers})
+        await send({"type": "http.response.body", "body": fallback.body, "more_body": False})
+
+    async def _ask_instead(
+        self,
+        exchange: Exchange,
+        upstream: str,
+        first: GatewayError,
+        request: UpstreamRequest,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Have another upstream answer; if that fails too before it has begun, it was the `first` failure."""
+        failed, exchange.upstream = exchange.upstream, upstream
+        service = self.services[upstream]
+        service.retry_budget.deposit()
+        try:
+            await self._tries(exchange, service, request, receive, send)
+        except (Unavailable, UpstreamFailed) as error:
+            if exchange.status:
+                raise
+            exchange.upstream, exchange.fallback = failed, None
+            exchange.has_reached |= not error.is_retry_safe
+            exchange.answer_headers = [pair for pair in exchange.answer_headers if pair[0] != FALLBACK]
+            add_failure(first, error)
+            raise first from error
+
+    def _body(
+        self, exchange: Exchange, service: Service, request: UpstreamRequest, receive: Receive
+    ) -> RequestBody | NoBody:
         if request.framing is None:
             return NO_BODY
         if request.framing == b"length" and int(request.fields[b"content-length"][0]) > self.max_body_bytes:
             raise body_too_large(self.max_body_bytes)
-        return RequestBody(receive, self.max_body_bytes, exchange)
+        may_repeat = is_repeatable(exchange.method, request.fields)
+        keep = service.retries.policy.max_body_bytes if may_repeat else 0
+        return RequestBody(receive, self.max_body_bytes, exchange, keep)
 
     async def _answer_options(self, exchange: Exchange, send: Send) -> None:
         """Answer for the upstream, as a request that may go no further asks (RFC 9110 section 7.6.2)."""
@@ -190,7 +279,7 @@ class Router:
         await send({"type": "http.response.start", "status": 204, "headers": headers})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _try_targets(  # noqa: C901 - one loop, with all its ways out
+    async def _try_targets(
         self,
         exchange: Exchange,
         service: Service,
@@ -204,54 +293,48 @@ class Router:
         `lease` and `answer` are those of a first try that has begun. A client that leaves meanwhile ends it: our own
         server then cancels this task.
         """
-        link = request.link
-        if link is not None:
-            if link.is_disconnected:
-                raise ClientDisconnected(LEFT)
-            link.on_leaving = link.task.cancel
         tried: list[Target] = []
-        failed: UpstreamFailed | None = None
-        try:
-            while True:
-                if lease is None:
-                    lease = self._next_lease(exchange, service, request, tried, failed)
-                tried.append(lease.target)
-                exchange.attempts += 1
-                try:
-                    await self._try(exchange, service, lease, request, send, answer)
-                except UpstreamFailed as error:
-                    if not _may_retry(exchange, service, lease, request, error):
-                        raise
-                    failed = error
-                    exchange.has_reached |= not error.is_retry_safe
-                else:
-                    return
-                finally:
-                    lease.release(self._clock())
-                    lease = answer = None
-        except asyncio.CancelledError as error:
-            if link is not None and link.is_disconnected and link.task.uncancel() == 0:
-                raise ClientDisconnected(LEFT) from error
-            raise
-        finally:
-            if link is not None:
-                link.on_leaving = None
+        watch: AbstractContextManager[None] = nullcontext() if request.link is None else LeavingWatch(request.link)
+        with watch:
+            if lease is None:
+                lease = self._checkout(exchange, service, request, tried)
+            again = await self._try(exchange, service, lease, request, send, tried, answer)
+            while again is not None:
+                again = await self._try_again(exchange, service, again, request, send, tried)
 
-    def _next_lease(
+    def _checkout(
+        self, exchange: Exchange, service: Service, request: UpstreamRequest, tried: Sequence[Target]
+    ) -> Lease:
+        key = exchange.client_key if service.hash_header is None else service.key_in(request.fields, exchange)
+        is_safe = is_repeatable(exchange.method, request.fields)
+        return service.upstream.checkout(self._clock(), key, tried, is_safe=is_safe)
+
+    async def _try_again(
         self,
         exchange: Exchange,
         service: Service,
+        again: _Again,
         request: UpstreamRequest,
+        send: Send,
         tried: list[Target],
-        failed: UpstreamFailed | None,
-    ) -> Lease:
-        """Return the next target's lease; raises what the try before `failed` with if there is none."""
-        key = exchange.client_key if service.hash_header is None else service.key_in(request.fields, exchange)
+    ) -> _Again | None:
+        """Make another try after the pause. What the last one ended with stands if there is no target by then."""
         try:
-            is_safe = exchange.method in IDEMPOTENT
-            return service.upstream.checkout(self._clock(), key, tried, is_safe=is_safe)
-        except Unavailable as error:
-            raise failed or error from None
+            await asyncio.sleep(again.pause)
+            lease = self._checkout(exchange, service, request, tried)
+        except Unavailable:
+            self._on_denial(service.upstream.name, Why.UNAVAILABLE)
+            if again.response is None:
+                assert again.error is not None  # noqa: S101 - a try ends with one or the other
+                raise again.error from again.error.__cause__
+            await self._relay(exchange, again.lease, request, again.response, send)
+            return None
+        finally:
+            if again.response is not None:
+                await let_go(again.response)
+        exchange.retried += (again.cause,)
+        self._on_retry(service.upstream.name, again.cause)
+        return await self._try(exchange, service, lease, request, send, tried)
 
     async def _try(
         self,
@@ -260,18 +343,100 @@ class Router:
         lease: Lease,
         request: UpstreamRequest,
         send: Send,
-        answer: Answer | None,
-    ) -> None:
-        """Send the request to one target and its answer on; settles the try if it failed before or within."""
-        outgoing = request.render(exchange, service, lease.target)
+        tried: list[Target],
+        answer: Answer | None = None,
+    ) -> _Again | None:
+        """Send the request to one target and its answer on, unless it has failed so that another try is worth it."""
+        tried.append(lease.target)
+        exchange.attempts += 1
+        try:
+            try:
+                response = await self._send(exchange, service, lease, request, answer)
+            except UpstreamFailed as error:
+                pause = self._pause(exchange, service, lease, request, tried, is_sent=not error.is_retry_safe)
+                if pause is None:
+                    raise
+                exchange.has_reached |= not error.is_retry_safe
+                return _Again(error.reason.value, pause, lease, error=error)
+            if response.status_code in service.retried_statuses:
+                after = retry_after_of(fields_in(response))
+                pause = self._pause(exchange, service, lease, request, tried, is_sent=True, retry_after=after)
+                if pause is not None:
+                    exchange.has_reached = True
+                    return _Again(str(response.status_code), pause, lease, response=response)
+            await self._pass_on(exchange, service, lease, request, response, send)
+            return None
+        finally:
+            lease.release(self._clock())
+
+    def _pause(
+        self,
+        exchange: Exchange,
+        service: Service,
+        lease: Lease,
+        request: UpstreamRequest,
+        tried: Sequence[Target],
+        *,
+        is_sent: bool,
+        retry_after: float | None = None,
+    ) -> float | None:
+        """Return the seconds until another try, taken off the budget, or None if there is to be none."""
+        now = self._clock()
+        failed = Failed(
+            attempts=len(tried),
+            is_sent=is_sent,
+            is_repeatable=is_repeatable(exchange.method, request.fields),
+            is_kept=request.body.is_kept,
+            is_troubled=lease.ticket.is_probe or lease.upstream.breaker.state is not State.CLOSED,
+            is_elsewhere=lease.upstream.has_other(tried),
+            retry_after=retry_after,
+            left=None if request.deadline is None else request.deadline.left(now),
+        )
+        verdict = service.retries.verdict(failed, now)
+        if isinstance(verdict, Why):
+            self._on_denial(lease.upstream.name, verdict)
+            return None
+        return verdict
+
+    async def _send(
+        self, exchange: Exchange, service: Service, lease: Lease, request: UpstreamRequest, answer: Answer | None
+    ) -> httpx.Response:
+        """Send the request to one target and return the answer's head; settles the try if that fails."""
+        now = self._clock()
+        outgoing = request.render(exchange, service, lease.target, now)
         if answer is None:
             exchange.target = lease.target.url
-            exchange.sent_at = self._clock()
+            exchange.sent_at, exchange.head_at = now, None
         try:
-            response = await _response(service.transport, outgoing, answer)
+            response = await reply_to(service.transport, outgoing, answer)
         except httpx.TransportError as error:
             raise self._failure(exchange, lease, error) from error
+        except asyncio.CancelledError:
+            if request.is_overdue and getattr(outgoing, "is_sent", True):
+                exchange.has_reached = True
+                self._on_overdue(exchange, lease, request)
+            raise
         self.on_head(exchange, lease, response.status_code, self._clock())
+        return response
+
+    def _on_overdue(self, exchange: Exchange, lease: Lease, request: UpstreamRequest) -> None:
+        """Settle a try that the deadline ends: a failure, unless it is the client who is impatient or slow."""
+        assert request.deadline is not None  # noqa: S101 - it has just passed
+        if request.deadline.blames_upstream and request.body.is_finished:
+            now, reason = self._clock(), UpstreamTimeout.reason.value
+            self._observe_try(lease.upstream.name, reason, None, now)
+            self._settle_failure(exchange, lease, now, f"{reason} (deadline)", now)
+
+    async def _pass_on(
+        self,
+        exchange: Exchange,
+        service: Service,
+        lease: Lease,
+        request: UpstreamRequest,
+        response: httpx.Response,
+        send: Send,
+    ) -> None:
+        """Send an answer on, whatever it is."""
         settle_probe = None
         if lease.is_probe:  # a long stream must not keep a breaker from closing
             loop = asyncio.get_running_loop()
@@ -284,15 +449,12 @@ class Router:
         finally:
             if settle_probe is not None:
                 settle_probe.cancel()
-            if isinstance(response, Incoming):
-                response.stream.close()
-            else:
-                await response.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one
+            await let_go(response)
 
     def _failure(self, exchange: Exchange, lease: Lease, error: httpx.TransportError) -> GatewayError:
         """Settle a try that got no answer, and return what it failed with in our words."""
         upstream = lease.upstream.name
-        failure = _translate(error, upstream)
+        failure = translate(error, upstream)
         now = self._clock()
         self._observe_try(upstream, failure.reason, None, now)
         if isinstance(failure, UpstreamFailed):
@@ -314,7 +476,7 @@ class Router:
 
     def on_broken_body(self, exchange: Exchange, lease: Lease, error: Exception) -> GatewayError:
         """Settle a try whose answer broke off, and return what it failed with in our words."""
-        failure = _translate(error, lease.upstream.name)
+        failure = translate(error, lease.upstream.name)
         failure.__cause__ = error
         head_at = exchange.head_at or exchange.started
         self._settle_failure(exchange, lease, self._clock(), f"{failure.reason} within the body", head_at)
@@ -325,7 +487,7 @@ class Router:
     ) -> None:
         """Send the answer on, piece by piece; its end settles the try as a success, its breaking off as a failure."""
         exchange.status, exchange.source = response.status_code, "upstream"
-        headers, fields, stream = _parts(response)
+        headers, fields, stream = parts_of(response)
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
         may_have_trailers = b"transfer-encoding" in fields and response.status_code not in BODILESS
         passes_trailers = may_have_trailers and b"te" in request.fields and request.takes_trailers
@@ -347,6 +509,10 @@ class Router:
                 piece, more = await stream.read()
             except httpx.TransportError as error:
                 raise self.on_broken_body(exchange, lease, error) from error
+            except asyncio.CancelledError:
+                if request.is_overdue:
+                    self._on_overdue(exchange, lease, request)
+                raise
             if events is not None and events.on_piece(piece):
                 more = False
             exchange.bytes_out += len(piece)
@@ -372,14 +538,16 @@ class Router:
         link = request.link
         assert link is not None  # noqa: S101 - nobody else asks for an upgrade
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
+        if request.timer is not None:  # it was the handshake's
+            request.timer.reschedule(None)
         self._settle_success(lease)
-        headers, fields, _ = _parts(response)
+        headers, fields, _ = parts_of(response)
         headers = self._for_client(exchange, headers, fields, self._omit)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
         try:
             upstream, from_upstream = response.extensions["switched"].take_over()
         except httpx.TransportError as error:
-            raise _translate(error, lease.upstream.name) from error
+            raise translate(error, lease.upstream.name) from error
         client, from_client = link.switch(response.extensions["reason_phrase"], headers)
         tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, service.tunnel_timeout)
         link.on_stopping = tunnel.go_away
@@ -412,60 +580,11 @@ class Router:
             self._on_target_move(lease.upstream.name, lease.target, lease.target_move)
 
 
-class _Foreign:
-    """The body of an answer that another transport gave, read as our own are."""
-
-    is_ready = False
-    trailers: HeaderList = []  # noqa: RUF012 - there are none
-
-    def __init__(self, stream: AsyncIterable[bytes]) -> None:
-        self._pieces = aiter(stream)
-
-    async def read(self) -> tuple[bytes, bool]:
-        """Return the next piece and whether more may follow."""
-        try:
-            return await anext(self._pieces), True
-        except StopAsyncIteration:
-            return b"", False
+def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
+    """Return what a request ends with whose deadline has passed; it was free if nothing has been sent."""
+    kind = UpstreamTimeout if exchange.has_reached else UpstreamConnectTimeout
+    return kind(deadline.words(), extra={"deadline": deadline.source})
 
 
-def _parts(response: httpx.Response) -> tuple[HeaderList, Fields, Answer | _Foreign]:
-    """Return the headers of an answer, the same by name, and its body."""
-    if isinstance(response, Incoming):
-        answer = response.stream
-        return answer.headers, answer.fields, answer
-    headers = response.headers.raw
-    return headers, fields_of(headers), _Foreign(response.stream)  # type: ignore[arg-type]  # an async one
-
-
-async def _response(
-    transport: httpx.AsyncBaseTransport, request: httpx.Request, answer: Answer | None
-) -> httpx.Response:
-    """Send the request, unless it has an answer under way already, and return the response."""
-    if answer is not None and isinstance(transport, UpstreamTransport) and isinstance(request, Outgoing):
-        return await transport.response_to(request, answer)
-    return await transport.handle_async_request(request)
-
-
-def _ignore_cost(_exchange: Exchange, _given: Sequence[bytes]) -> None:
-    """Leave it at what was charged."""
-
-
-def _may_retry(
-    exchange: Exchange, service: Service, lease: Lease, request: UpstreamRequest, error: UpstreamFailed
-) -> bool:
-    """Tell whether another try is allowed; takes it off the budget if so."""
-    if exchange.status or exchange.attempts >= service.attempts or lease.ticket.is_probe or request.body.is_started:
-        return False
-    if not error.is_retry_safe and exchange.method not in IDEMPOTENT:
-        return False
-    return service.retry_budget.withdraw()
-
-
-def _translate(error: Exception, upstream: str) -> GatewayError:
-    """Put one of httpx's failures in our words."""
-    if isinstance(error, httpx.LocalProtocolError):
-        return BadRequest(f"The request cannot be sent on: {error}.")
-    kind, words = next((ours, words) for theirs, ours, words in _TRANSLATION if isinstance(error, theirs))
-    retry_after = 1.0 if kind is Overloaded else None
-    return kind(f"Upstream '{upstream}': {words}.", retry_after=retry_after, extra={"upstream": upstream})
+def _ignore(*_: object) -> None:
+    """Leave it at that."""

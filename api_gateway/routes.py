@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
+from api_gateway.fallback import Fallback
 
 PROXIED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 REFUSED_METHODS = frozenset({"TRACE", "CONNECT"})  # RFC 9110 section 9.3.8: TRACE would echo credentials
@@ -36,7 +37,10 @@ class CostRule:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One way through the gateway. `host`, `methods` None match any; the first rule of `costs` that matches counts."""
+    """One way through the gateway. `host`, `methods` None match any; the first rule of `costs` that matches counts.
+
+    `timeout` is the seconds a request has in all, None for those of its upstream. `fallback` answers for the upstream.
+    """
 
     name: str
     path: str
@@ -47,6 +51,8 @@ class Route:
     cost: float = 1.0
     costs: tuple[CostRule, ...] = ()
     candidate_cost: float | None = None
+    timeout: float | None = None
+    fallback: Fallback | None = None
 
     def cost_of(self, method: str, path: str) -> float:
         """Return what a request costs, in tokens."""

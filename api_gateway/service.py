@@ -1,15 +1,17 @@
 """An upstream with what is needed to send to it: its transport, its time limits and its retries."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import httpx
 
-from api_gateway.balancer import RetryBudget, Target, Upstream
+from api_gateway.balancer import Target, Upstream
 from api_gateway.connection import Connection
 from api_gateway.headers import Fields
 from api_gateway.models import Exchange
 from api_gateway.outgoing import Origin
+from api_gateway.retry import Retries, RetryPolicy
 from api_gateway.transport import UpstreamTransport
 
 
@@ -25,7 +27,7 @@ class Timeouts:
 
 
 class Service:
-    """An upstream with what is needed to send to it. `attempts` counts the first try too.
+    """An upstream with what is needed to send to it. `retry` is one try and no other by default.
 
     `hash_header` (lower case) is the header whose value is the key that a target is chosen by, instead of the client.
     """
@@ -36,15 +38,16 @@ class Service:
         transport: httpx.AsyncBaseTransport,
         timeouts: Timeouts,
         *,
-        attempts: int = 1,
-        retry_budget: float = 0.0,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
+        source: random.Random | None = None,
         hash_header: bytes | None = None,
     ) -> None:
         self.upstream = upstream
         self.transport = transport
         self.total_timeout = timeouts.total
-        self.attempts = attempts
-        self.retry_budget = RetryBudget(retry_budget)
+        self.retries = Retries(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
+        self.retry_budget = self.retries.budget
+        self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
         self.hash_header = hash_header
         self.origins = {target: _origin(target) for target in upstream.targets}
         self._gone: set[Target] = set()

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 
 from api_gateway.errors import GatewayError
+from api_gateway.fallback import STATIC
 from api_gateway.limit_fields import NAMES, LimitFields
-from api_gateway.metrics import Recorder
+from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.models import Charge, Decision, Exchange
 from api_gateway.rate_limiter import RateLimiter
 
@@ -53,6 +54,16 @@ class Settlement:
         """Give back everything, if the answer is ours and nothing of the request has reached an upstream."""
         if error.is_retry_safe and not exchange.status and not exchange.has_reached:
             self._settle(exchange, 0)
+
+    def on_fallback(self, exchange: Exchange, error: GatewayError) -> None:
+        """Count a fallback that takes over after `error`. A static one is charged for as an error would be.
+
+        So it costs nothing, unless the request has reached an upstream: if that was free too, the limits would
+        protect an upstream no longer just while it fails. What another upstream answers is charged for.
+        """
+        self._recorder.fallbacks[exchange.route or NO_ROUTE, exchange.fallback or STATIC, error.reason.value] += 1
+        if exchange.fallback == STATIC:
+            self.on_failure(exchange, error)
 
     def _settle(self, exchange: Exchange, cost: float) -> None:
         decision = exchange.decision

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from api_gateway.balancer import (
     Lease,
     Pick,
-    RetryBudget,
     Target,
     Upstream,
     least_requests,
@@ -310,44 +309,6 @@ def test_what_is_in_flight_is_what_is_leased(steps: list[tuple[bool, int, Outcom
         ]
 
 
-# Retry budget
-
-
-def spent(budget: RetryBudget) -> int:
-    """Take every retry there is; return how many."""
-    count = 0
-    while budget.withdraw():
-        count += 1
-    return count
-
-
-def test_a_quiet_service_may_retry_ten_times() -> None:
-    assert spent(RetryBudget(0.2)) == 10
-
-
-@pytest.mark.parametrize(("share", "requests", "retries"), [(0.25, 3, 0), (0.25, 4, 1), (0.5, 7, 3), (1, 5, 5)])
-def test_retries_are_a_share_of_requests(share: float, requests: int, retries: int) -> None:
-    budget = RetryBudget(share)
-    spent(budget)
-    for _ in range(requests):
-        budget.deposit()
-    assert spent(budget) == retries
-
-
-def test_the_reserve_does_not_grow_beyond_ten() -> None:
-    budget = RetryBudget(0.5)
-    for _ in range(1000):
-        budget.deposit()
-    assert spent(budget) == 10
-
-
-def test_a_budget_of_nothing_allows_no_retry() -> None:
-    budget = RetryBudget(0)
-    for _ in range(1000):
-        budget.deposit()
-    assert spent(budget) == 0
-
-
 # How they show themselves
 
 
@@ -359,10 +320,6 @@ def test_reprs_tell_the_state() -> None:
     assert repr(pool[1]) == (
         "Target(url='b', weight=2, is_healthy=False, is_checked=False, last_check=None, in_flight=0)"
     )
-    budget = RetryBudget(0.5)
-    budget.withdraw()
-    budget.deposit()
-    assert repr(budget) == "<RetryBudget [9.5 retries left]>"
 
 
 # Asked beforehand

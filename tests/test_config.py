@@ -147,7 +147,15 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     }
     users = config.upstreams["users"]
     assert (users.resolve, users.balance, users.hash_on, users.slow_start) == (None, "round_robin", "client", 10)
-    assert config.upstreams["users"].retry.model_dump() == {"attempts": 2, "budget": 0.2}
+    assert config.upstreams["users"].retry.model_dump() == {
+        "attempts": 2,
+        "budget": 0.2,
+        "floor": 1,
+        "backoff": {"base": 0.025, "cap": 0.25},
+        "max_retry_after": 1,
+        "statuses": [502, 503, 504],
+        "max_body_bytes": 65_536,
+    }
 
 
 @pytest.mark.parametrize(

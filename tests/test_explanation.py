@@ -17,6 +17,7 @@ from api_gateway.balancer import Target, Upstream, least_requests, round_robin
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
 from api_gateway.clients import ClientRegistry
 from api_gateway.explanation import Explainer
+from api_gateway.fallback import Fallback
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import Identify, Limit, Match, Proxy, Record
 from api_gateway.models import NANOSECONDS, Exchange, Explanation, Question, Quota
@@ -62,7 +63,7 @@ class Stage:
     def __init__(self, tmp_path: Path) -> None:
         self.now_ns = 1_000 * NANOSECONDS
         self.limiter = MemoryLimiter([FREE, PAID, ADDRESS])
-        self.recorder = Recorder(["plain", "two"], ["one", "pair"], ["FREE", "PAID"], [50], 0.0)
+        self.recorder = Recorder(["plain", "two", "static", "other"], ["one", "pair"], ["FREE", "PAID"], [50], 0.0)
         self.transport = Moody()
         policy = BreakerPolicy(failure_threshold=2, recovery_timeout=4)
         self.upstreams = [
@@ -78,6 +79,8 @@ class Stage:
         routes = [
             Route("plain", "/api/one", "one", methods=frozenset({"GET", "POST", "TRACE"}), costs=COSTS),
             Route("two", "/api/pair", "pair", host="pair.test", cost=2, strip_prefix="/api"),
+            Route("static", "/api/static", "one", fallback=Fallback(status=203, body=b"instead")),
+            Route("other", "/api/instead", "one", fallback=Fallback("pair")),
         ]
         settlement = Settlement(limiter=self.limiter, clock_ns=lambda: self.now_ns, recorder=self.recorder)
         router = Router(
@@ -88,6 +91,7 @@ class Stage:
             observe_try=self.recorder.observe_try,
             on_transition=lambda *_: None,
             on_cost=settlement.on_cost,
+            on_fallback=settlement.on_fallback,
         )
         shadow = Shadow(
             limiter=self.limiter,
@@ -178,7 +182,7 @@ questions = st.builds(
     path=st.sampled_from(
         (
             *("/api/one", "/api/one", "/api/one/x", "/api/one/export", "/api/one//export", "/api/one/never"),
-            *("/api/pair/1", "/api/pair", "/api//pair", "/api", "/api/other"),
+            *("/api/pair/1", "/api/pair", "/api//pair", "/api", "/api/other", "/api/static", "/api/instead"),
         )
     ),
     host=st.sampled_from(["pair.test", "pair.test:80", "other.test"]),
@@ -200,7 +204,14 @@ def assert_foretold(told: Explanation, got: dict[str, Any], exchange: Exchange, 
     if verdict.outcome == "allowed":
         assert exchange.decision is not None
         assert exchange.decision.allowed
-        assert got["status"] == (mood or 502)
+        assert got["status"] == (mood or (203 if exchange.fallback == "static" else 502))
+        return
+    if verdict.outcome == "fallback":
+        assert told.fallback is not None
+        assert exchange.reason == verdict.reason
+        assert got["status"] == (verdict.status or mood or 503)
+        if got["status"] != 503:
+            assert (exchange.fallback, got["headers"][b"x-gateway-fallback"].decode()) == (told.fallback.name,) * 2
         return
     problem = json.loads(got["body"])
     assert (verdict.status, verdict.reason, verdict.words) == (got["status"], problem["reason"], problem["detail"])
@@ -266,6 +277,32 @@ def test_what_is_limited_passes_the_limiter_when_it_was_said_to(
 
 
 # What it shows
+
+
+@pytest.mark.parametrize(
+    ("path", "pair_is_up", "outcome", "fallback"),
+    [
+        ("/api/static", True, "fallback", {"name": "static", "status": 203, "used": True}),
+        ("/api/instead", True, "fallback", {"name": "pair", "status": None, "used": True}),
+        ("/api/instead", False, "refused", {"name": "pair", "status": None, "used": False}),
+    ],
+)
+async def test_it_tells_of_the_fallback_and_whether_it_would_answer(
+    tmp_path: Path, path: str, outcome: str, fallback: dict[str, Any], *, pair_is_up: bool
+) -> None:
+    stage = Stage(tmp_path)
+    question = Question(client_id="a", path=path, address="192.0.2.7")
+    told = await stage.explainer.explain(question)
+    assert told.verdict.outcome == "allowed"
+    assert told.fallback is not None
+    assert told.fallback.model_dump() == fallback | {"used": False}
+    for upstream in stage.upstreams[: 1 if pair_is_up else 2]:
+        for target in upstream.targets:
+            target.is_healthy = False
+    told = await stage.explainer.explain(question)
+    assert (told.verdict.outcome, told.verdict.reason) == (outcome, "no_healthy_upstream")
+    assert told.fallback is not None
+    assert told.fallback.model_dump() == fallback
 
 
 async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:

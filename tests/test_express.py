@@ -56,7 +56,10 @@ def shared_upstream() -> Iterator[RawUpstream]:
 @pytest.fixture(scope="module")
 def shared_gateway(shared_upstream: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
     sections = in_front_of(
-        shared_upstream.url, timeouts={"response": 0.5, "idle": 0.5}, circuit_breaker={"minimum_calls": 1000}
+        shared_upstream.url,
+        timeouts={"response": 0.5, "idle": 0.5},
+        circuit_breaker={"minimum_calls": 1000},
+        retry={"budget": 1, "floor": 100},
     )
     sections["routes"].append({"name": "cut", "path": "/api/cut", "upstream": "up", "strip_prefix": "/api/cut"})
     with running_gateway(sections, tmp_path_factory.mktemp("state")) as running:
@@ -286,13 +289,96 @@ def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
     assert len(up.requests) == (2 if method == "GET" else 1)
 
 
-def test_a_body_that_was_sent_is_not_sent_again(running: RunningGateway, client: RawClient, up: RawUpstream) -> None:
+NOT_NOW = b"HTTP/1.1 503 Not now\r\nX-From: upstream\r\nContent-Length: 2\r\n\r\nno"
+LONG = b"x" * 300_000
+KEY = "Idempotency-Key: a"
+BODY = "Content-Length: 4"
+
+# What is asked, what the upstream does try by try, and what comes of it: status, body, tries, causes of retries.
+Try = bytes | None  # what it sends; None ends the connection within a head
+AGAIN: dict[str, tuple[str, tuple[str, ...], bytes, tuple[Try, ...], tuple[int, bytes, int, tuple[str, ...]]]] = {
+    "a status": ("GET", (), b"", (NOT_NOW, OK), (200, b"ok", 2, ("503",))),
+    "a status twice": ("GET", (), b"", (NOT_NOW, NOT_NOW), (503, b"no", 2, ("503",))),
+    "then a failure": ("GET", (), b"", (NOT_NOW, None), (502, b"upstream_reset", 2, ("503",))),
+    "after a failure": ("GET", (), b"", (None, NOT_NOW), (503, b"no", 2, ("upstream_reset",))),
+    "an effect": ("POST", (BODY,), b"body", (NOT_NOW,), (503, b"no", 1, ())),
+    "an effect unseen": ("POST", (BODY,), b"body", (None,), (502, b"upstream_reset", 1, ())),
+    "a key": ("POST", (BODY, KEY), b"body", (NOT_NOW, OK), (200, b"ok", 2, ("503",))),
+    "a key unseen": ("PATCH", (BODY, KEY), b"body", (None, OK), (200, b"ok", 2, ("upstream_reset",))),
+    "a kept body": ("PUT", (BODY,), b"body", (NOT_NOW, OK), (200, b"ok", 2, ("503",))),
+    "another status": ("GET", (), b"", (NOT_NOW.replace(b"503", b"500"),), (500, b"no", 1, ())),
+    "asked to wait": ("GET", (), b"", (NOT_NOW.replace(b"X-From: upstream", b"Retry-After: 2"),), (503, b"no", 1, ())),
+    "not for long": (
+        *("GET", (), b""),
+        (NOT_NOW.replace(b"X-From: upstream", b"Retry-After: 0"), OK),
+        (200, b"ok", 2, ("503",)),
+    ),
+    "a long one": (
+        *("GET", (), b""),
+        (b"HTTP/1.1 503 Not now\r\nContent-Length: 300000\r\n\r\n" + LONG,) * 2,
+        (503, LONG, 2, ("503",)),
+    ),
+    "half of one": (
+        *("GET", (), b""),
+        (b"HTTP/1.1 503 Not now\r\nContent-Length: 300000\r\n\r\nhalf", OK),
+        (200, b"ok", 2, ("503",)),
+    ),
+    "in chunks": (
+        *("GET", (), b""),
+        (b"HTTP/1.1 503 Not now\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nno\r\n0\r\n\r\n",) * 2,
+        (503, b"no", 2, ("503",)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "headers", "body", "tries", "expected"), AGAIN.values(), ids=AGAIN)
+def test_what_is_tried_again_is_so_on_both_ways(
+    running: RunningGateway,
+    up: RawUpstream,
+    boarded: list[bool],
+    method: str,
+    headers: tuple[str, ...],
+    body: bytes,
+    tries: tuple[Try, ...],
+    expected: tuple[int, bytes, int, tuple[str, ...]],
+) -> None:
+    """Nothing of an answer that is not the last reaches the client, and the last one does as it came."""
+    left: list[Try] = []
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        answer = left.pop(0)
+        wire.send(answer or b"HTTP")
+        return answer is not None
+
+    up.behave = behave
+    done = finished(running)
+    boarded.clear()
+    status, content, count, causes = expected
+    for extra in ((), (ODD,)):
+        left[:] = tries
+        up.requests.clear()
+        with RawClient(running.port) as client:
+            client.request(method, "/api/x", (*headers, *extra), body)
+            answer = client.answer()
+        assert (answer.status, answer.is_complete) == (status, True)
+        assert content in answer.body
+        assert answer.all("x-from") == ([b"upstream"] if content == b"no" and b"X-From" in (tries[-1] or b"") else [])
+        assert [request.body for request in up.requests] == [body] * count
+    assert boarded == [True, False]
+    eventually(lambda: len(done) == 2 and is_calm(running, up), "nothing is held")
+    assert [(one.attempts, one.retried) for one in done] == [(count, causes)] * 2
+
+
+@pytest.mark.parametrize(("method", "tries"), [("PUT", 2), ("POST", 1)])
+def test_a_body_that_was_sent_is_sent_again_only_where_that_is_safe(
+    running: RunningGateway, client: RawClient, up: RawUpstream, method: str, tries: int
+) -> None:
     up.behave = lambda _wire, _request: False
-    client.request("PUT", headers=("Content-Length: 4",), body=b"body")
+    client.request(method, headers=("Content-Length: 4",), body=b"body")
     answer = client.answer()
     assert answer.status == 502
     assert b"upstream_reset" in answer.body
-    assert [request.body for request in up.requests] == [b"body"]
+    assert [request.body for request in up.requests] == [b"body"] * tries
     eventually(lambda: is_calm(running, up), "nothing is held")
 
 

@@ -1,14 +1,16 @@
 """A failed try is repeated where that is safe: before the answer's first byte, within attempts and budget."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from api_gateway.balancer import RetryBudget
+from api_gateway.retry import RetryBudget
 from tests.kit import (
+    PATIENCE,
     Behaviour,
     RawAnswer,
     RawClient,
@@ -16,12 +18,15 @@ from tests.kit import (
     RawUpstream,
     RunningGateway,
     Wire,
+    eventually,
     reply,
     running_gateway,
 )
+from tests.kit import ask as exposition
 
 NEVER_OPENS = {"failure_threshold": 100_000, "minimum_calls": 100_000}
 RESERVE = int(RetryBudget.RESERVE)
+KEPT = 10_000  # bytes of a body
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +37,26 @@ def shared() -> Iterator[RawUpstream]:
 
 
 @pytest.fixture(scope="module")
-def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def pair() -> Iterator[RawUpstream]:
+    """The second target of `pair`, which is well."""
+    server = RawUpstream(reply(b"other"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def plain(
+    shared: RawUpstream, pair: RawUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningGateway]:
     """One upstream for each policy, all of them the same server, reached below a path of their name."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
-    def section(attempts: int, budget: float, *urls: str, **breaker: int) -> dict[str, Any]:
+    def section(attempts: int, budget: float, *urls: str, **breaker: float) -> dict[str, Any]:
         return {
             "targets": [{"url": url} for url in urls or (shared.url,)],
             "balance": "round_robin",
-            "retry": {"attempts": attempts, "budget": budget},
+            "retry": {"attempts": attempts, "budget": budget, "floor": 0, "max_body_bytes": KEPT},
             "circuit_breaker": NEVER_OPENS | breaker,
             "timeouts": {"connect": 1, "response": 0.3, "idle": 0.3},
         }
@@ -55,6 +70,14 @@ def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "settling": section(2, 1),
         "opening": section(5, 1, failure_threshold=2),
         "half": section(2, 1, refused, shared.url),
+        "floored": section(10, 0.01)
+        | {"retry": {"attempts": 10, "budget": 0.01, "floor": 20, "backoff": {"base": 0}}},
+        "choosy": section(2, 1) | {"retry": {"attempts": 2, "budget": 1, "statuses": [429, 500]}},
+        "pausing": section(2, 1) | {"retry": {"attempts": 2, "budget": 1, "backoff": {"base": 1, "cap": 1}}},
+        "pair": section(2, 1, shared.url, pair.url)
+        | {"retry": {"attempts": 2, "budget": 1, "backoff": {"base": 60, "cap": 60}}},
+        "probing": section(2, 1, failure_threshold=1, recovery_timeout=0.1),
+        "scarce": section(3, 1) | {"pool": {"max_connections": 1}, "timeouts": {"connect": 0.2}},
         "refused": section(2, 1, refused),
     }
     sections = {
@@ -95,6 +118,9 @@ def is_silent(wire: Wire, _request: RawRequest) -> bool:
     return False
 
 
+unavailable = reply(b"not now", b"503 Service Unavailable", ((b"X-From", b"upstream"),))
+
+
 FAILURES: tuple[Behaviour, ...] = (dies, is_reset, is_garbled, is_silent)
 
 
@@ -109,9 +135,9 @@ def first(failing: Behaviour, times: int = 1) -> Behaviour:
     return behave
 
 
-def ask(gateway: RunningGateway, method: str, target: str, body: bytes = b"") -> RawAnswer:
+def ask(gateway: RunningGateway, method: str, target: str, body: bytes = b"", *headers: str) -> RawAnswer:
     with RawClient(gateway.port) as client:
-        client.request(method, target, (f"Content-Length: {len(body)}",) if body else (), body)
+        client.request(method, target, (*headers, *((f"Content-Length: {len(body)}",) if body else ())), body)
         return client.answer(method)
 
 
@@ -168,11 +194,49 @@ def test_a_request_that_may_have_had_its_effect_is_not_repeated(
     assert len(up.requests) == 1
 
 
-def test_a_body_that_is_gone_is_not_sent_again(plain: RunningGateway, up: RawUpstream) -> None:
-    """It is streamed and not held, so even PUT cannot be repeated once its body has been read."""
-    up.behave = first(dies)
-    assert ask(plain, "PUT", "/api/twice", b"data").status == 502
-    assert len(up.requests) == 1
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize(("size", "is_kept"), [(4, True), (KEPT, True), (KEPT + 1, False), (50 * KEPT, False)])
+@pytest.mark.parametrize("failing", [dies, is_garbled, is_silent, unavailable])
+def test_a_body_is_sent_again_if_it_was_kept_whole(
+    plain: RunningGateway, up: RawUpstream, framing: str, size: int, failing: Behaviour, *, is_kept: bool
+) -> None:
+    """What is larger is streamed and gone, so even PUT cannot be repeated then."""
+    up.behave = first(failing)
+    body = bytes(number % 251 for number in range(size))
+    with RawClient(plain.port) as client:
+        if framing == "length":
+            client.request("PUT", "/api/twice", (f"Content-Length: {size}",), body)
+        else:
+            half = size // 2
+            chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:half], body[half:]))
+            client.request("PUT", "/api/twice", ("Transfer-Encoding: chunked",), chunks + b"0\r\n\r\n")
+        status = client.answer().status
+    assert [request.body for request in up.requests] == [body] * (2 if is_kept else 1)
+    assert (status == 200) is is_kept
+
+
+def test_a_body_that_is_still_coming_is_sent_again_from_its_start(plain: RunningGateway, up: RawUpstream) -> None:
+    """An upstream may fail before it has read all of it; the rest goes on to the next."""
+    up.reads_body = False
+    bodies: list[bytes] = []
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if not bodies:
+            bodies.append(wire.read_exactly(4))
+            return dies(wire, request)
+        bodies.append(wire.read_exactly(8))
+        return reply()(wire, request)
+
+    up.behave = behave
+    try:
+        with RawClient(plain.port) as client:
+            client.request("PUT", "/api/twice", ("Content-Length: 8",), b"half")
+            eventually(lambda: len(up.requests) == 2, "it is tried again")
+            client.send(b"half")
+            assert client.answer().status == 200
+    finally:
+        up.reads_body = True
+    assert bodies == [b"half", b"halfhalf"]
 
 
 @pytest.mark.parametrize(
@@ -193,11 +257,9 @@ def test_nothing_is_repeated_after_the_head(plain: RunningGateway, up: RawUpstre
     assert len(up.requests) == 1
 
 
-@pytest.mark.parametrize(
-    "status", [b"500 Internal Server Error", b"503 Service Unavailable", b"429 Too Many Requests"]
-)
+@pytest.mark.parametrize("status", [b"500 Internal Server Error", b"404 Not Found", b"429 Too Many Requests"])
 def test_an_answer_is_an_answer(plain: RunningGateway, up: RawUpstream, status: bytes) -> None:
-    """Whatever its status says, it is the upstream's word and goes to the client."""
+    """Whatever its status says, it is the upstream's word and goes to the client, unless it is one of `statuses`."""
     up.behave = reply(b"no", status)
     answer = ask(plain, "GET", "/api/twice")
     assert (answer.status, answer.body) == (int(status[:3]), b"no")
@@ -255,3 +317,157 @@ def test_no_target_stays_held(plain: RunningGateway, up: RawUpstream) -> None:
     for _ in range(3):
         ask(plain, "GET", "/api/thrice")
     assert [target.in_flight for target in plain.console.upstreams["thrice"].targets] == [0]
+
+
+# Answers that are tried again
+
+
+@pytest.mark.parametrize("status", [b"502 Bad Gateway", b"503 Service Unavailable", b"504 Gateway Timeout"])
+def test_an_answer_with_one_of_these_statuses_is_asked_for_again(
+    plain: RunningGateway, up: RawUpstream, status: bytes
+) -> None:
+    up.behave = first(reply(b"no", status))
+    answer = ask(plain, "GET", "/api/twice")
+    assert (answer.status, answer.body) == (200, b"ok")
+    assert len(up.requests) == 2
+
+
+def test_the_statuses_are_configured(plain: RunningGateway, up: RawUpstream) -> None:
+    for status, tries in ((b"429 Slow down", 2), (b"500 Oops", 2), (b"503 Not now", 1)):
+        up.requests.clear()
+        up.behave = reply(b"no", status)
+        assert ask(plain, "GET", "/api/choosy").status == int(status[:3])
+        assert len(up.requests) == tries
+
+
+@pytest.mark.parametrize("name", ["once", "unfunded", "twice"])
+def test_the_last_answer_is_passed_on_as_it_came(plain: RunningGateway, up: RawUpstream, name: str) -> None:
+    """When no try is left, or none is paid for; the gateway puts no words of its own in its place."""
+    up.behave = unavailable
+    answer = ask(plain, "GET", f"/api/{name}")
+    assert (answer.status, answer.body, answer.all("x-from")) == (503, b"not now", [b"upstream"])
+    assert len(up.requests) == (2 if name == "twice" else 1)
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_a_key_makes_a_request_repeatable(plain: RunningGateway, up: RawUpstream, method: str) -> None:
+    """By it the upstream knows the request again, so it must be there both times."""
+    for failing in (dies, unavailable):
+        up.requests.clear()
+        up.behave = first(failing)
+        assert ask(plain, method, "/api/twice", b"data", "Idempotency-Key: 7f3a").status == 200
+        assert [request.all("idempotency-key") for request in up.requests] == [[b"7f3a"]] * 2
+
+
+# When
+
+
+@pytest.mark.parametrize(("asked", "tries"), [(b"0", 2), (b"1", 2), (b"2", 1), (b"Thu, 01 Jan 2099 00:00:00 GMT", 1)])
+def test_what_the_upstream_asks_for_is_waited_for_or_it_is_not_asked_again(
+    plain: RunningGateway, up: RawUpstream, asked: bytes, tries: int
+) -> None:
+    up.behave = first(reply(b"no", b"503 Not now", ((b"Retry-After", asked),)))
+    began = time.monotonic()
+    answer = ask(plain, "GET", "/api/twice")
+    took = time.monotonic() - began
+    assert len(up.requests) == tries
+    assert answer.status == (200 if tries == 2 else 503)
+    assert (took >= 1) is (asked == b"1")
+    assert tries == 2 or answer.all("retry-after") == [asked]
+
+
+def test_another_target_is_tried_at_once_and_the_same_one_after_a_pause(
+    plain: RunningGateway, up: RawUpstream, pair: RawUpstream
+) -> None:
+    up.behave = dies
+    times = []
+    for _ in range(4):
+        began = time.monotonic()
+        assert ask(plain, "GET", "/api/pair").body == b"other"
+        times.append(time.monotonic() - began)
+    assert max(times) < 1
+    assert len(up.requests) >= 1
+    up.behave = first(dies, times=3)
+    pauses = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert ask(plain, "GET", "/api/pausing").status in (200, 502)
+        pauses.append(time.monotonic() - began)
+    assert max(pauses) > 0.02
+
+
+# Never
+
+
+def test_a_probe_is_not_repeated_nor_anything_while_the_upstream_is_being_probed(
+    plain: RunningGateway, up: RawUpstream
+) -> None:
+    breaker = plain.console.upstreams["probing"].breaker
+    up.behave = unavailable
+    assert ask(plain, "GET", "/api/probing").status == 503
+    assert breaker.state == "OPEN"
+    up.requests.clear()
+    time.sleep(0.15)
+    answer = ask(plain, "GET", "/api/probing")
+    assert (answer.status, answer.body) == (503, b"not now")
+    assert len(up.requests) == 1
+    assert plain.console.recorder.retries_denied["probing", "breaker"] >= 2
+
+
+def test_a_request_that_found_no_connection_is_not_repeated(plain: RunningGateway, up: RawUpstream) -> None:
+    """What sheds load is not asked again; the client is told to wait."""
+    made, gate = tries(plain, "scarce"), threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        gate.wait(PATIENCE)
+        reply()(wire, request)
+
+    up.behave = behave
+    with RawClient(plain.port) as holder:
+        holder.request("POST", "/api/scarce", ("Content-Length: 0",))
+        eventually(lambda: len(up.requests) == 1, "the one connection is taken")
+        answer = ask(plain, "GET", "/api/scarce")
+        gate.set()
+        assert holder.answer().status == 200
+    assert (answer.status, b'"overloaded"' in answer.body) == (503, True)
+    assert made() == {"overloaded": 1, "2xx": 1}
+
+
+# How many
+
+
+def test_the_floor_lets_a_quiet_service_retry(plain: RunningGateway, up: RawUpstream) -> None:
+    """And no more than it says, whatever comes: share, floor and reserve are all there is."""
+    up.behave = dies
+    began = time.monotonic()
+    for _ in range(15):
+        assert ask(plain, "GET", "/api/floored").status == 502
+    time.sleep(0.2)
+    for _ in range(5):
+        ask(plain, "GET", "/api/floored")
+    seconds = time.monotonic() - began
+    retries = len(up.requests) - 20
+    assert RESERVE + 3 <= retries <= RESERVE + 0.01 * 20 + 20 * seconds
+
+
+def test_retries_are_counted_by_cause_and_those_denied_by_why(plain: RunningGateway, up: RawUpstream) -> None:
+    recorder = plain.console.recorder
+    before = dict(recorder.retries), dict(recorder.retries_denied)
+    up.behave = first(dies)
+    assert ask(plain, "GET", "/api/thrice").status == 200
+    up.behave = first(unavailable)
+    assert ask(plain, "GET", "/api/thrice").status == 200
+    up.behave = first(dies)
+    assert ask(plain, "POST", "/api/thrice").status == 502
+    up.behave = dies
+    assert ask(plain, "GET", "/api/unfunded").status == 502
+
+    def since(counts: dict[tuple[str, str], int], then: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+        return {key: count - then.get(key, 0) for key, count in counts.items() if count != then.get(key, 0)}
+
+    assert since(recorder.retries, before[0]) == {("thrice", "upstream_reset"): 1, ("thrice", "503"): 1}
+    assert since(recorder.retries_denied, before[1]) == {("thrice", "method"): 1, ("unfunded", "budget"): 1}
+    text = exposition(f"{plain.url}/metrics?format=prometheus").body.decode()
+    assert 'gateway_retries_total{cause="503",upstream="thrice"}' in text
+    assert 'gateway_retries_denied_total{upstream="unfunded",why="budget"}' in text
+    assert 'gateway_retries_denied_total{upstream="once",why="retry_after"} 0.0' in text

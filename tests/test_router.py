@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, round_robin
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
+from api_gateway.deadline import deadline_of
 from api_gateway.errors import BadRequest, BodyTooLarge, ClientDisconnected, MethodNotAllowed, NoRoute, UpstreamTimeout
 from api_gateway.models import Exchange
-from api_gateway.request import FIELDS, Message, RequestBody
+from api_gateway.request import DEADLINE, FIELDS, Message, RequestBody
+from api_gateway.retry import RetryPolicy
 from api_gateway.router import Router
 from api_gateway.routes import CostRule, Route, RouteTable, is_below, matching_path, upstream_target
 from api_gateway.service import Service, Timeouts
@@ -354,7 +356,7 @@ class Stub(httpx.AsyncBaseTransport):
 def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: Any = None) -> Any:
     """Return a coroutine that forwards one request to `stub`, and the upstream it goes to."""
     upstream = Upstream("up", [Target("http://up.test")], CircuitBreaker(BreakerPolicy(10_000), 0.0), round_robin)
-    service = Service(upstream, stub, Timeouts(1, 1, 1, total), attempts=10_000, retry_budget=1.0)
+    service = Service(upstream, stub, Timeouts(1, 1, 1, total), retry=RetryPolicy(10_000, budget=1.0))
     the_route = route("/api")
 
     async def send(message: Message) -> None:
@@ -375,6 +377,7 @@ def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: An
     scope = {
         "headers": [(b"host", b"gateway.test")],
         FIELDS: {b"host": [b"gateway.test"]},
+        DEADLINE: deadline_of(the_route, total, {}, time.monotonic()),
         "client": ("192.0.2.1", 1),
         "scheme": "http",
         "http_version": "1.1",

@@ -1,0 +1,396 @@
+"""What answers when a route's upstream cannot: for which failures, what it says of itself, and what it costs."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from api_gateway.config import GatewayConfig
+from api_gateway.errors import (
+    BadRequest,
+    CircuitOpen,
+    ClientDisconnected,
+    GatewayError,
+    NoHealthyUpstream,
+    Overloaded,
+    StoreUnavailable,
+    UpstreamConnectError,
+    UpstreamConnectTimeout,
+    UpstreamProtocolError,
+    UpstreamReset,
+    UpstreamTimeout,
+)
+from api_gateway.fallback import Fallback, stands_in
+from api_gateway.models import Exchange, Outcome
+from tests.kit import (
+    RawAnswer,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    ask,
+    eventually,
+    reply,
+    running_gateway,
+)
+
+ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
+STATIC, OTHER = Fallback(status=200), Fallback("other")
+
+
+# For which failures
+
+
+@pytest.mark.parametrize(
+    ("kind", "repeatable", "once"),
+    [
+        (NoHealthyUpstream, True, True),
+        (CircuitOpen, True, True),
+        (Overloaded, True, True),
+        (UpstreamConnectError, True, True),
+        (UpstreamConnectTimeout, True, True),
+        (UpstreamReset, True, False),
+        (UpstreamTimeout, True, False),
+        (UpstreamProtocolError, False, False),
+        (StoreUnavailable, False, False),
+        (BadRequest, False, False),
+        (ClientDisconnected, False, False),
+    ],
+)
+def test_it_stands_in_for_refusals_and_for_tries_that_failed_harmlessly(
+    kind: type[GatewayError], *, repeatable: bool, once: bool
+) -> None:
+    for fallback in (STATIC, OTHER):
+        assert stands_in(fallback, kind("no"), is_repeatable=True, is_kept=True) is repeatable
+        assert stands_in(fallback, kind("no"), is_repeatable=False, is_kept=True) is once
+
+
+def test_another_upstream_needs_the_body_and_a_static_answer_does_not() -> None:
+    error = UpstreamReset("no")
+    assert stands_in(STATIC, error, is_repeatable=True, is_kept=False)
+    assert not stands_in(OTHER, error, is_repeatable=True, is_kept=False)
+
+
+# Configuration
+
+
+def problems(fallback: Any) -> str:
+    section = {"targets": [{"url": "http://127.0.0.1:1"}]}
+    route = {"name": "r", "path": "/api", "upstream": "users", "fallback": fallback}
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - pydantic's own, whose words are looked at
+        GatewayConfig.model_validate({"upstreams": {"users": section, "orders": section}, "routes": [route]})
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fallback", "words"),
+    [
+        ({"upstream": "order"}, "routes[0] (r).fallback.upstream: no such upstream, got 'order'"),
+        ({"upstream": "order"}, "orders"),
+        ({"upstream": "users"}, "must be another upstream than the route's own"),
+        ({}, "either a status or an upstream"),
+        ({"status": 200, "upstream": "orders"}, "either a status or an upstream"),
+        ({"upstream": "orders", "body": "x"}, "belong to a status"),
+        ({"status": 204, "body": "x"}, "has no body"),
+        ({"status": 101}, "greater than or equal to 200"),
+        ({"status": 200, "headers": {"Content-Length": "1"}}, "is written by the gateway itself"),
+        ({"status": 200, "headers": {"X-Request-Id": "1"}}, "is written by the gateway itself"),
+        ({"status": 200, "headers": {"X y": "1"}}, "should match pattern"),
+        ({"status": 200, "headers": {"X": "a\r\nb"}}, "should match pattern"),
+        ({"upstream": "orders", "fallback": {"status": 200}}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_mistake_is_named(fallback: dict[str, Any], words: str) -> None:
+    """A fallback has none itself, so nothing goes round in circles."""
+    assert words in problems(fallback)
+
+
+# On the wire
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RawUpstream]:
+    server = RawUpstream()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def spare() -> Iterator[RawUpstream]:
+    server = RawUpstream(reply(b"spare", headers=((b"X-Gateway-Fallback", b"forged"), (b"X-From", b"spare"))))
+    yield server
+    server.close()
+
+
+INSTEAD = {"status": 203, "headers": {"Content-Type": "application/json", "X-Why": "a b"}, "body": '{"ü": []}'}
+
+
+@pytest.fixture(scope="module")
+def running(
+    shared: RawUpstream, spare: RawUpstream, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningGateway]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    calm = {"failure_threshold": 100_000, "minimum_calls": 100_000}
+
+    def section(url: str, breaker: dict[str, Any] = calm, **options: Any) -> dict[str, Any]:
+        retry = {"attempts": 2, "budget": 1, "floor": 1000, "backoff": {"base": 0.001}}
+        timeouts = {"response": 0.3}
+        return {"targets": [{"url": url}], "circuit_breaker": breaker, "retry": retry, "timeouts": timeouts, **options}
+
+    upstreams = {
+        "main": section(shared.url),
+        "opening": section(shared.url, {"failure_threshold": 1, "recovery_timeout": 60}),
+        "refused": section(refused),
+        "spare": section(spare.url),
+    }
+    other = {"upstream": "spare"}
+    routes = [
+        ("main-static", "main", INSTEAD, None),
+        ("main-other", "main", other, None),
+        ("opening-other", "opening", other, None),
+        ("opening-static", "opening", INSTEAD, None),
+        ("refused-static", "refused", INSTEAD, None),
+        ("refused-other", "refused", other, None),
+        ("main-refused", "main", {"upstream": "refused"}, None),
+        ("timed-static", "main", INSTEAD, 0.2),
+        ("timed-other", "main", other, 0.2),
+        ("empty", "refused", {"status": 204}, None),
+        ("plain", "refused", {"status": 200, "body": "sorry"}, None),
+        ("none", "main", None, None),
+    ]
+    sections = {
+        "upstreams": upstreams,
+        "routes": [
+            {"name": name, "path": f"/api/{name}", "upstream": upstream, "fallback": fallback, "timeout": timeout}
+            for name, upstream, fallback, timeout in routes
+        ],
+        "tiers": {"FREE": {"rate": 0.001, "capacity": 100_000}},
+    }
+    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def up(running: RunningGateway, shared: RawUpstream, spare: RawUpstream) -> RawUpstream:
+    """The main upstream, with a connection to it kept so that the straight way is open."""
+    shared.behave = reply(b"main")
+    assert ask(f"{running.url}/api/none").status == 200
+    shared.requests.clear()
+    spare.requests.clear()
+    return shared
+
+
+@pytest.fixture
+def done(running: RunningGateway) -> Iterator[list[Exchange]]:
+    """Every exchange that ends."""
+    app: Any = running.server._app
+    record = app.lane.record
+    seen: list[Exchange] = []
+    before = record._observers
+    record._observers = (*before, seen.append)
+    yield seen
+    record._observers = before
+
+
+def dies(wire: Wire, _request: RawRequest) -> bool:
+    wire.send(b"HTTP")
+    return False
+
+
+def is_silent(wire: Wire, _request: RawRequest) -> bool:
+    wire.is_closed()
+    return False
+
+
+def garbles(wire: Wire, _request: RawRequest) -> bool:
+    wire.send(b"garbage\r\n\r\n")
+    return False
+
+
+def get(running: RunningGateway, target: str, *headers: str, method: str = "GET", body: bytes = b"") -> RawAnswer:
+    with RawClient(running.port) as client:
+        client.request(method, target, (*headers, *((f"Content-Length: {len(body)}",) if body else ())), body)
+        return client.answer(method)
+
+
+@pytest.mark.parametrize("odd", [(), (ODD,)])
+@pytest.mark.parametrize(
+    ("name", "behave", "reason"),
+    [
+        ("main", dies, "upstream_reset"),
+        ("main", is_silent, "upstream_timeout"),
+        ("refused", dies, "upstream_connect_error"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["static", "other"])
+def test_it_answers_for_a_failure_says_so_and_the_record_keeps_why(
+    running: RunningGateway,
+    up: RawUpstream,
+    done: list[Exchange],
+    name: str,
+    behave: Callable[[Wire, RawRequest], bool],
+    reason: str,
+    kind: str,
+    odd: tuple[str, ...],
+) -> None:
+    up.behave = behave
+    route, said = f"{name}-{kind}", "static" if kind == "static" else "spare"
+    answer = get(running, f"/api/{route}", *odd)
+    assert answer.all("x-gateway-fallback") == [said.encode()]
+    if kind == "static":
+        assert (answer.status, answer.body) == (203, INSTEAD["body"].encode())  # type: ignore[attr-defined]  # a string
+        assert (answer.all("content-type"), answer.all("x-why")) == ([b"application/json"], [b"a b"])
+    else:
+        assert (answer.status, answer.body, answer.all("x-from")) == (200, b"spare", [b"spare"])
+    assert len(answer.all("x-request-id")) == len(answer.all("ratelimit")) == 1
+    eventually(lambda: len(done) == 1, "it is recorded")
+    record = done[0]
+    assert (record.fallback, record.reason, record.route) == (said, reason, route)
+    assert (record.source, record.upstream) == (("gateway", name) if kind == "static" else ("upstream", "spare"))
+    assert "Upstream" in (record.detail or "")
+    recorder = running.console.recorder
+    assert recorder.fallbacks[route, said, reason] > 0
+
+
+@pytest.mark.parametrize("kind", ["static", "other"])
+def test_it_answers_where_the_breaker_refuses(running: RunningGateway, up: RawUpstream, kind: str) -> None:
+    """Nothing is sent to an upstream whose breaker is open; the fallback is asked at once."""
+    breaker = running.console.upstreams["opening"].breaker
+    ticket = breaker.admit(time.monotonic())
+    if ticket is not None:
+        breaker.settle(ticket, Outcome.FAILURE, time.monotonic())
+    for odd in ((), (ODD,)):
+        answer = get(running, f"/api/opening-{kind}", *odd, method="POST", body=b"data")
+        assert answer.status == (203 if kind == "static" else 200)
+    assert up.requests == []
+
+
+@pytest.mark.parametrize("kind", ["static", "other"])
+def test_it_answers_where_no_target_is_healthy(running: RunningGateway, up: RawUpstream, kind: str) -> None:
+    (target,) = running.console.upstreams["main"].targets
+    target.is_healthy = False
+    try:
+        answer = get(running, f"/api/main-{kind}", method="POST", body=b"data")
+    finally:
+        target.is_healthy = True
+    assert answer.status == (203 if kind == "static" else 200)
+    assert up.requests == []
+
+
+@pytest.mark.parametrize("odd", [(), (ODD,)])
+@pytest.mark.parametrize("kind", ["static", "other"])
+def test_a_request_that_may_have_had_its_effect_is_told_so(
+    running: RunningGateway, up: RawUpstream, spare: RawUpstream, kind: str, odd: tuple[str, ...]
+) -> None:
+    up.behave = dies
+    answer = get(running, f"/api/main-{kind}", *odd, method="POST", body=b"data")
+    assert (answer.status, answer.all("x-gateway-fallback")) == (502, [])
+    assert spare.requests == []
+
+
+@pytest.mark.parametrize("odd", [(), (ODD,)])
+@pytest.mark.parametrize("headers", [("Idempotency-Key: a",), ()])
+def test_the_other_upstream_gets_the_body_too(
+    running: RunningGateway, up: RawUpstream, spare: RawUpstream, headers: tuple[str, ...], odd: tuple[str, ...]
+) -> None:
+    """A method that is no promise needs a key."""
+    up.behave = dies
+    answer = get(running, "/api/main-other", *headers, *odd, method="POST" if headers else "PUT", body=b"data")
+    assert (answer.status, [request.body for request in spare.requests]) == (200, [b"data"])
+
+
+@pytest.mark.parametrize("kind", ["static", "other"])
+@pytest.mark.parametrize(
+    "behave",
+    [garbles, reply(b"no", b"500 No"), reply(b"no", b"503 No"), reply(b"no", b"404 No")],
+    ids=["garbage", "500", "503", "404"],
+)
+def test_an_answer_of_the_upstream_is_its_own_and_stands(
+    running: RunningGateway, up: RawUpstream, kind: str, behave: Any
+) -> None:
+    up.behave = behave
+    answer = get(running, f"/api/main-{kind}")
+    assert answer.status in (500, 503, 404, 502)
+    assert answer.all("x-gateway-fallback") == []
+
+
+def test_it_never_answers_behind_the_first_byte(running: RunningGateway, up: RawUpstream) -> None:
+    def breaks_off(wire: Wire, _request: RawRequest) -> bool:
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+        return False
+
+    up.behave = breaks_off
+    for odd in ((), (ODD,)):
+        answer = get(running, "/api/main-static", *odd)
+        assert (answer.status, answer.body, answer.is_complete) == (200, b"half", False)
+
+
+def test_a_fallback_that_fails_leaves_the_first_failure(
+    running: RunningGateway, up: RawUpstream, done: list[Exchange]
+) -> None:
+    up.behave = is_silent
+    answer = get(running, "/api/main-refused")
+    problem = json.loads(answer.body)
+    assert (answer.status, problem["reason"], answer.all("x-gateway-fallback")) == (504, "upstream_timeout", [])
+    assert "Its fallback cannot answer either: Upstream 'refused'" in problem["detail"]
+    eventually(lambda: len(done) == 1, "it is recorded")
+    assert (done[0].fallback, done[0].upstream, done[0].reason) == (None, "main", "upstream_timeout")
+
+
+def test_a_deadline_leaves_time_for_a_static_answer_only(running: RunningGateway, up: RawUpstream) -> None:
+    up.behave = is_silent
+    assert get(running, "/api/timed-static").status == 203
+    assert get(running, "/api/timed-other").status == 504
+
+
+@pytest.mark.parametrize(("method", "path", "body"), [("HEAD", "plain", b""), ("GET", "empty", b"")])
+def test_a_static_answer_without_a_body_is_framed_as_such(
+    running: RunningGateway, up: RawUpstream, method: str, path: str, body: bytes
+) -> None:
+    with RawClient(running.port) as client:
+        for _ in range(2):  # on one connection, which is still in step
+            client.request(method, f"/api/{path}")
+            answer = client.answer(method)
+            assert answer.status == (204 if path == "empty" else 200)
+            assert answer.all("content-length") == ([] if path == "empty" else [b"5"])
+
+
+def test_a_plain_body_is_text(running: RunningGateway, up: RawUpstream) -> None:
+    answer = get(running, "/api/plain")
+    assert (answer.body, answer.all("content-type")) == (b"sorry", [b"text/plain; charset=utf-8"])
+
+
+# What it costs
+
+
+def spent(running: RunningGateway, target: str, *headers: str) -> int:
+    """Return the tokens that a request takes, as the answer itself tells, beside what one to another route says."""
+    left = int(get(running, "/api/none", "X-Client-ID: payer").all("x-ratelimit-remaining")[0])
+    answer = get(running, target, "X-Client-ID: payer", *headers)
+    return left - int(answer.all("x-ratelimit-remaining")[0])
+
+
+@pytest.mark.parametrize("odd", [(), (ODD,)])
+def test_a_static_answer_costs_nothing_where_nothing_was_sent_and_all_else_is_charged(
+    running: RunningGateway, up: RawUpstream, odd: tuple[str, ...]
+) -> None:
+    """Were it free after the upstream was reached, limits would protect an upstream no longer while it fails."""
+    assert spent(running, "/api/refused-static", *odd) == 0
+    assert spent(running, "/api/refused-other", *odd) == 1
+    up.behave = lambda wire, request: (reply() if b"none" in request.line else dies)(wire, request)
+    assert spent(running, "/api/main-static", *odd) == 1
+    assert spent(running, "/api/main-other", *odd) == 1
+
+
+def test_the_metrics_tell_of_it(running: RunningGateway, up: RawUpstream) -> None:
+    before = running.console.recorder.rejections["upstream_connect_error"]
+    assert get(running, "/api/plain").status == 200
+    text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
+    assert 'gateway_fallbacks_total{fallback="static",reason="upstream_connect_error",route="plain"}' in text
+    assert running.console.recorder.rejections["upstream_connect_error"] == before
+    assert ask(f"{running.url}/metrics").json()["fallbacks"]["plain"]["upstream_connect_error"] >= 1
