@@ -29,7 +29,7 @@ from api_gateway.errors import (
 from api_gateway.explanation import Explainer
 from api_gateway.exposition import Exposition
 from api_gateway.headers import is_visible_ascii, is_within
-from api_gateway.metrics import Recorder
+from api_gateway.metrics import GATEWAY, Recorder
 from api_gateway.models import (
     NANOSECONDS,
     BreakersView,
@@ -50,6 +50,7 @@ from api_gateway.models import (
     HealthView,
     HeavyClient,
     HeavyClients,
+    LagView,
     LatencyView,
     MetricsView,
     OpeningView,
@@ -157,7 +158,7 @@ async def readyz(console: Open) -> Response:
 async def health(request: Request, console: Open) -> HealthView:
     """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
     report = await console.crew.gather()
-    upstreams = {name: _upstream_view(upstream) for name, upstream in report.upstreams.items()}
+    upstreams = {name: _upstream_view(name, upstream, report.recorder) for name, upstream in report.upstreams.items()}
     words = {view.status for view in upstreams.values()}
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
@@ -176,6 +177,7 @@ async def health(request: Request, console: Open) -> HealthView:
         clients=ClientStoreView(
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
+        event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
     )
 
 
@@ -202,7 +204,9 @@ async def metrics(
     accept = request.headers.get("accept", "")
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
-        exposition = Exposition(report.recorder, report.upstreams, report.limiter, report.buckets, console.version)
+        exposition = Exposition(
+            report.recorder, report.upstreams, report.limiter, report.buckets, console.version, report.lag
+        )
         body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})
     return report.recorder.snapshot(
@@ -212,6 +216,7 @@ async def metrics(
         bucket_limit=report.bucket_limit,
         overflowed=report.overflowed,
         limiter=report.limiter,
+        lag=report.lag,
     )
 
 
@@ -521,7 +526,7 @@ def _breaker_view(breaker: BreakerReport, now: float) -> BreakerView:
     )
 
 
-def _upstream_view(upstream: UpstreamReport) -> UpstreamView:
+def _upstream_view(name: str, upstream: UpstreamReport, recorder: Recorder) -> UpstreamView:
     return UpstreamView(
         status=upstream.status,
         breaker=upstream.breaker.state.value,
@@ -535,4 +540,5 @@ def _upstream_view(upstream: UpstreamReport) -> UpstreamView:
             )
             for target in upstream.targets
         ],
+        concurrency=recorder.concurrency(name, upstream),
     )

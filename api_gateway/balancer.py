@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from api_gateway.circuit_breaker import CircuitBreaker, State, Ticket, Transition
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
+from api_gateway.overload import Concurrency, ConcurrencyLimit
 
 
 @dataclass(eq=False, slots=True)
@@ -100,13 +101,24 @@ class Lease:
             self._is_settled = True
             self.upstream.breaker.settle(self.ticket, outcome, now)
         self.target.in_flight -= 1
+        limit = self.upstream.limit
+        if limit is not None:
+            limit.give_back()
 
 
 class Upstream:
-    """A named service: its targets, its breaker and its way to choose."""
+    """A named service: its targets, its breaker, its way to choose and what may be under way there at once."""
 
-    def __init__(self, name: str, targets: Sequence[Target], breaker: CircuitBreaker, pick: Pick) -> None:
+    def __init__(
+        self,
+        name: str,
+        targets: Sequence[Target],
+        breaker: CircuitBreaker,
+        pick: Pick,
+        limit: ConcurrencyLimit | None = None,
+    ) -> None:
         self.name = name
+        self.limit = limit
         self.targets = list(targets)
         self.breaker = breaker
         self._pick = pick
@@ -114,6 +126,14 @@ class Upstream:
     def __repr__(self) -> str:
         healthy = sum(target.is_healthy for target in self.targets)
         return f"<Upstream {self.name!r} [{healthy} of {len(self.targets)} healthy, {self.breaker.state}]>"
+
+    @property
+    def concurrency(self) -> Concurrency:
+        """What is under way, and what may be."""
+        limit = self.limit
+        if limit is not None:
+            return Concurrency(limit.limit, limit.in_flight)
+        return Concurrency(None, sum(target.in_flight for target in self.targets))
 
     def is_untroubled(self) -> bool:
         """Tell whether `checkout` would give a lease that is no probe."""
@@ -124,27 +144,35 @@ class Upstream:
                 return True
         return False
 
-    def checkout(self, now: float, key: str, tried: Collection[Target] = ()) -> Lease:
+    def checkout(self, now: float, key: str, tried: Collection[Target] = (), *, band: int = 0) -> Lease:
         """Return a lease on a healthy target, preferring those not in `tried`.
 
-        Raises NoHealthyUpstream when there is none, CircuitOpen when the breaker does not admit.
+        Raises NoHealthyUpstream when there is none, Shed when there is no place for the band, CircuitOpen when the
+        breaker does not admit; in this order, so that no probe is spent on what does not go.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
             candidates = [target for target in candidates if target.is_healthy]
         if not candidates:
             raise self._unhealthy()
+        limit = self.limit
+        if limit is not None and not limit.admits(band):
+            raise limit.refusal(self.name, band)
         ticket = self.breaker.admit(now)
         if ticket is None:
             raise self._refusal(now)
+        if limit is not None:
+            limit.take(band)
         untried = [target for target in candidates if target not in tried] if tried else candidates
         candidates = untried or candidates
         return Lease(self, self._pick(candidates, key) if len(candidates) > 1 else candidates[0], ticket)
 
-    def refusal(self, now: float) -> Unavailable | None:
+    def refusal(self, now: float, band: int = 0) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""
         if not any(target.is_healthy for target in self.targets):
             return self._unhealthy()
+        if self.limit is not None and self.limit.is_full_for(band):
+            return self.limit.refusal(self.name, band)
         return None if self.breaker.would_admit(now) else self._refusal(now)
 
     def _unhealthy(self) -> NoHealthyUpstream:

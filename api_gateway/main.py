@@ -32,12 +32,15 @@ from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
 from api_gateway.explanation import Explainer
 from api_gateway.express import Express
+from api_gateway.gradient import AdaptivePolicy, Gradient
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy, watch
+from api_gateway.lag import LagSampler
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
-from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
+from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief, Split, Switch, is_proxied
 from api_gateway.models import Client, Quota
+from api_gateway.overload import Bands, ConcurrencyLimit, LagLimit
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
@@ -74,6 +77,8 @@ class Gateway:
     services: dict[str, Service]
     recorder: Recorder
     candidates: dict[str, Quota]
+    bands: Bands
+    lag: LagLimit
 
 
 class GatewayApp(FastAPI):
@@ -187,6 +192,9 @@ async def _live(
             stack.push_async_callback(service.transport.aclose)
         checks = asyncio.create_task(_check_health(gateway), name="health checks")
         stack.push_async_callback(_cancelled, checks)
+        sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
+        sampler.start()
+        stack.callback(sampler.stop)
         yield gateway
 
 
@@ -204,6 +212,7 @@ def _build(
     }
     quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
     limiter = _limiter(config, quotas)
+    bands = Bands({name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()})
     return Gateway(
         config=config,
         limiter=limiter,
@@ -218,7 +227,8 @@ def _build(
             on_change=partial(_follow, limiter),
         ),
         services={
-            name: _service(name, section, transports.get(name), now) for name, section in config.upstreams.items()
+            name: _service(name, section, transports.get(name), now, bands)
+            for name, section in config.upstreams.items()
         },
         recorder=Recorder(
             (route.name for route in config.routes),
@@ -229,6 +239,8 @@ def _build(
             rejections,
         ),
         candidates=candidates,
+        bands=bands,
+        lag=LagLimit(config.server.max_lag, bands, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
     )
 
 
@@ -263,7 +275,9 @@ def _follow(limiter: MemoryLimiter | RedisLimiter, before: Client, after: Client
     limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())
 
 
-def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTransport | None, now: float) -> Service:
+def _service(
+    name: str, section: UpstreamSection, transport: httpx.AsyncBaseTransport | None, now: float, bands: Bands
+) -> Service:
     picks: dict[str, Pick] = {
         "round_robin": round_robin,
         "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
@@ -272,12 +286,23 @@ def _service(name: str, section: UpstreamSection, transport: httpx.AsyncBaseTran
     targets = [Target(target.url, target.weight) for target in section.targets]
     breaker = CircuitBreaker(BreakerPolicy(**section.circuit_breaker.model_dump()), now)
     return Service(
-        Upstream(name, targets, breaker, picks[section.balance]),
+        Upstream(name, targets, breaker, picks[section.balance], _concurrency(section, bands, now)),
         _transport(name, section) if transport is None else GuardedTransport(transport),
         Timeouts(**section.timeouts.model_dump()),
         attempts=section.retry.attempts,
         retry_budget=section.retry.budget,
     )
+
+
+def _concurrency(section: UpstreamSection, bands: Bands, now: float) -> ConcurrencyLimit | None:
+    concurrency, source = section.concurrency, random.Random()  # noqa: S311 - spreads load, guards nothing
+    if concurrency is None:
+        return None
+    if concurrency.adaptive is not None:
+        policy = AdaptivePolicy(**concurrency.adaptive.model_dump())
+        return ConcurrencyLimit(Gradient(policy, now), bands, source=source)
+    assert concurrency.limit is not None  # noqa: S101 - one of them is set
+    return ConcurrencyLimit(concurrency.limit, bands, source=source)
 
 
 def _transport(name: str, section: UpstreamSection) -> httpx.AsyncBaseTransport:
@@ -331,6 +356,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         observe_try=recorder.observe_try,
         on_transition=_log_transition,
         on_cost=settlement.on_cost,
+        bands=gateway.bands,
     )
     limit = Limit(
         Proxy(router=router),
@@ -340,8 +366,9 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway, routes),
     )
+    relief = Relief(limit, lag=gateway.lag, bands=gateway.bands)
     identify = Identify(
-        Match(limit, router=router),
+        Match(relief, router=router),
         clients=gateway.clients,
         header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
@@ -358,6 +385,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         identify=identify,
         limit=limit,
         router=router,
+        lag=gateway.lag,
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
     )
@@ -366,6 +394,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         router=router,
         limit=limit,
         limiter=gateway.limiter,
+        lag=gateway.lag,
         header=config.identity.header,
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
@@ -411,6 +440,7 @@ def _look(gateway: Gateway) -> Report:
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
         client_trouble=gateway.clients.trouble,
+        lag=gateway.lag.lag,
     )
 
 

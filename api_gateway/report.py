@@ -11,6 +11,7 @@ from api_gateway.balancer import Upstream
 from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
+from api_gateway.overload import Concurrency
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -85,6 +86,7 @@ class UpstreamReport:
     status: Status
     breaker: BreakerReport
     targets: tuple[TargetReport, ...]
+    concurrency: Concurrency = Concurrency()  # noqa: RUF009 - frozen
 
     @classmethod
     def of(cls, upstream: Upstream, now: float) -> "UpstreamReport":
@@ -100,13 +102,14 @@ class UpstreamReport:
             TargetReport(target.url, target.is_healthy, target.in_flight, target.is_checked, target.last_check)
             for target in upstream.targets
         ]
-        return cls(status, breaker, tuple(targets))
+        return cls(status, breaker, tuple(targets), upstream.concurrency)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "UpstreamReport":
         """Build the report that `asdict` and JSON have made this of."""
         targets = tuple(TargetReport(**target) for target in state["targets"])
-        return cls(state["status"], BreakerReport.from_state(state["breaker"]), targets)
+        concurrency = Concurrency(**state["concurrency"])
+        return cls(state["status"], BreakerReport.from_state(state["breaker"]), targets, concurrency)
 
 
 @dataclass(slots=True)
@@ -126,6 +129,7 @@ class Report:
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
     client_trouble: str | None = None  # why the client store cannot be used, while it cannot
     is_over: bool = False
+    lag: float = 0.0  # seconds by which the event loop runs late
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "Report":
@@ -144,6 +148,7 @@ class Report:
             "overflowed": self.overflowed,
             "limiter": asdict(self.limiter),
             "client_trouble": self.client_trouble,
+            "lag": self.lag,
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -154,11 +159,13 @@ class Report:
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
         self.client_trouble = state["client_trouble"]
+        self.lag = state["lag"]
 
     def end(self) -> None:
         """Keep what was counted and drop what was going on: the worker has ended."""
         self.is_over = True
         self.recorder.in_flight = self.buckets = 0
+        self.lag = 0.0
 
 
 def oldest_changed(now: float) -> int:
@@ -174,6 +181,7 @@ def merge(reports: Sequence[Report]) -> Report:
         merged.buckets += report.buckets
         merged.bucket_limit = max(merged.bucket_limit, report.bucket_limit)
         merged.overflowed += report.overflowed
+        merged.lag = max(merged.lag, report.lag)
     merged.limiter = _merge_limiters(reports)
     merged.client_trouble = next((it.client_trouble for it in reports if it.client_trouble and not it.is_over), None)
     merged.is_over = all(report.is_over for report in reports)
@@ -210,7 +218,14 @@ def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report
     status = max((upstream.status for upstream in upstreams), key=_GRAVITY.__getitem__)
     urls = dict.fromkeys(target.url for upstream in upstreams for target in upstream.targets)
     targets = (_merge_target(url, upstreams) for url in urls)
-    return UpstreamReport(status, breaker, tuple(targets))
+    return UpstreamReport(status, breaker, tuple(targets), _merge_concurrency(upstreams))
+
+
+def _merge_concurrency(upstreams: Sequence[UpstreamReport]) -> Concurrency:
+    """Return what workers may have under way together: each has a limit of its own."""
+    found = [upstream.concurrency for upstream in upstreams]
+    limits = [concurrency.limit for concurrency in found if concurrency.limit is not None]
+    return Concurrency(sum(limits) if limits else None, sum(concurrency.in_flight for concurrency in found))
 
 
 def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:

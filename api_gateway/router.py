@@ -36,6 +36,7 @@ from api_gateway.headers import (
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
 from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
+from api_gateway.overload import ONE_BAND, Bands
 from api_gateway.request import (
     BODILESS,
     LEFT,
@@ -86,10 +87,11 @@ class Router:
         observe_try: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
         on_cost: Callable[[Exchange, Sequence[bytes]], None] | None = None,
+        bands: Bands = ONE_BAND,
     ) -> None:
         """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out.
 
-        `on_cost` hears of an answer that tells its cost, before its head is sent.
+        `on_cost` hears of an answer that tells its cost, before its head is sent. `bands` say who is shed first.
         """
         self.routes = routes
         self.services = dict(services)
@@ -101,6 +103,7 @@ class Router:
         self._observe_try = observe_try
         self._on_transition = on_transition
         self.on_cost = on_cost or _ignore_cost
+        self.bands = bands
 
     def forward(
         self,
@@ -233,9 +236,13 @@ class Router:
     def _next_lease(
         self, exchange: Exchange, service: Service, tried: list[Target], failed: UpstreamFailed | None
     ) -> Lease:
-        """Return the next target's lease; raises what the try before `failed` with if there is none."""
+        """Return the next target's lease; raises what the try before `failed` with if there is none.
+
+        Another try asks as the lowest band: nothing is tried twice while anybody is shed.
+        """
+        band = 0 if tried or exchange.client is None else self.bands.of(exchange.client.quota.name)
         try:
-            return service.upstream.checkout(self._clock(), exchange.client_key, tried)
+            return service.upstream.checkout(self._clock(), exchange.client_key, tried, band=band)
         except Unavailable as error:
             raise failed or error from None
 
@@ -256,7 +263,11 @@ class Router:
         try:
             response = await _response(service.transport, outgoing, answer)
         except httpx.TransportError as error:
-            raise self._failure(lease, error) from error
+            failure = self._failure(lease, error)
+            if lease.upstream.limit is not None and isinstance(failure, UpstreamTimeout) and not failure.is_retry_safe:
+                now = self._clock()
+                lease.upstream.limit.observe(now - (exchange.sent_at or now), now)  # it takes at least as long
+            raise failure from error
         self.on_head(exchange, lease, response.status_code, self._clock())
         settle_probe = None
         if lease.ticket.is_probe:  # a long stream must not keep the breaker from closing
@@ -288,10 +299,14 @@ class Router:
         """Count the answer's head; a status that is an error settles the try already."""
         assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
         exchange.head_at = now
-        self._observe_try(lease.upstream.name, _CLASSES[status // 100], now - exchange.sent_at, now)
+        seconds = now - exchange.sent_at
+        self._observe_try(lease.upstream.name, _CLASSES[status // 100], seconds, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
             self.settle(lease, Outcome.FAILURE, now, f"status {status}")
-        elif status >= 400:  # noqa: PLR2004 - the class of client errors
+            return
+        if lease.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
+            lease.upstream.limit.observe(seconds, now)
+        if status >= 400:  # noqa: PLR2004 - the class of client errors
             self.settle(lease, Outcome.IGNORED, now)
 
     def on_broken_body(self, lease: Lease, error: Exception) -> GatewayError:

@@ -148,7 +148,7 @@ def test_a_grant_that_makes_no_sense_is_refused_by_place_and_value(
 def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> None:
     assert set(ask(f"{tokened.url}/health").json()) == {"status"}
     full = ask(f"{tokened.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
-    assert {"status", "version", "uptime", "upstreams", "limits", "clients"} == set(full)
+    assert {"status", "version", "uptime", "upstreams", "limits", "clients", "event_loop"} == set(full)
     assert full["limits"]["mode"] == "memory"
     assert full["clients"] == {"status": "pass", "error": None}
 

@@ -109,6 +109,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "keep_alive_timeout": 75,
         "drain_timeout": 30,
         "worker_timeout": 30,
+        "max_lag": 0.25,
         "trusted_proxies": [],
     }
     assert config.store.url == "memory://"
@@ -136,6 +137,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "half_open_max_calls": 1,
     }
     assert config.upstreams["users"].retry.model_dump() == {"attempts": 2, "budget": 0.2}
+    assert config.upstreams["users"].concurrency is None
 
 
 def test_a_health_check_has_defaults_once_it_is_asked_for() -> None:
@@ -306,6 +308,7 @@ def test_precedence_holds_for_tiers_however_they_are_spelt(
     assert load_config(path, {"tiers": {"FREE": {"rate": 4}}}).tiers["FREE"].model_dump() == {
         "rate": 4,
         "capacity": 22,
+        "priority": None,
         "candidate": None,
     }
 
