@@ -78,6 +78,11 @@ class Gradient:
             return self.limit
         return max(self.policy.floor, self.limit * MARGIN / self.policy.tolerance)
 
+    @property
+    def unqueued(self) -> float:
+        """What should leave no queue, if the limit is right."""
+        return max(self.policy.floor, self.limit / self.policy.tolerance)
+
     def add(self, seconds: float, now: float) -> bool:
         """Take in one latency; tell whether a window is full. While the queue of before a look drains, none counts."""
         if now < self._counted_from:

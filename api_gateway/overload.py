@@ -72,14 +72,14 @@ class ConcurrencyLimit:
     `bounds` are the places of each band, `shares` of the limit rounded up. The limit is fixed, or a gradient finds it.
     """
 
-    __slots__ = ("_bands", "_gradient", "_is_met", "_peak", "_source", "bounds", "in_flight", "limit")
+    __slots__ = ("_bands", "_gradient", "_met", "_peak", "_source", "bounds", "in_flight", "limit")
 
     def __init__(self, limit: float | Gradient, bands: Bands = ONE_BAND, *, source: random.Random) -> None:
         self._bands = bands
         self._gradient = limit if isinstance(limit, Gradient) else None
         self._source = source
-        self._is_met = False  # since the gradient's window began
         self._peak = self.in_flight = 0
+        self._met = len(bands)  # the lowest band that met its bound since the gradient's window began
         self._set(limit.allowed if isinstance(limit, Gradient) else limit)
 
     def __repr__(self) -> str:
@@ -98,7 +98,8 @@ class ConcurrencyLimit:
         """Tell whether a request of that band may go now."""
         if self.in_flight < self.bounds[band]:
             return True
-        self._is_met = True
+        if band < self._met:
+            self._met = band
         return False
 
     def is_full_for(self, band: int) -> bool:
@@ -110,8 +111,8 @@ class ConcurrencyLimit:
         self.in_flight = taken = self.in_flight + 1
         if taken > self._peak:
             self._peak = taken
-            if taken >= self.bounds[band]:
-                self._is_met = True
+            if taken >= self.bounds[band] and band < self._met:
+                self._met = band
 
     def give_back(self) -> None:
         """Count one less."""
@@ -121,9 +122,12 @@ class ConcurrencyLimit:
         """Learn from the time one request took to the head of its answer."""
         gradient = self._gradient
         if gradient is not None and gradient.add(seconds, now):
-            gradient.close_window(now, is_met=self._is_met, is_calm=2 * self._peak <= self.bounds[0])
-            self._is_met, self._peak = False, self.in_flight
+            bands, met = len(self.bounds), self._met
+            gradient.close_window(now, is_met=met < bands, is_calm=2 * self._peak <= self.bounds[0])
+            self._met, self._peak = bands, self.in_flight
             self._set(gradient.allowed)
+            if gradient.is_looking and met < bands - 1:  # a look costs the lower bands, if they are many enough
+                self.bounds = (*self.bounds[:-1], math.ceil(gradient.unqueued))
 
     def refusal(self, upstream: str, band: int) -> Shed:
         """Return the error that tells a request of that band that it came at a bad time."""
