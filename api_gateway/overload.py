@@ -98,8 +98,7 @@ class ConcurrencyLimit:
         """Tell whether a request of that band may go now."""
         if self.in_flight < self.bounds[band]:
             return True
-        if band < self._met:
-            self._met = band
+        self._met = min(self._met, band)
         return False
 
     def is_full_for(self, band: int) -> bool:
