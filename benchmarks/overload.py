@@ -220,7 +220,7 @@ def configuration(port: int, upstream: int, concurrency: Mapping[str, Any] | Non
     )
 
 
-async def measure(name: str, seconds: float, settling: float, folder: Path) -> Found:
+async def measure(name: str, seconds: float, settling: float, calm: float, folder: Path) -> Found:
     """Run one way of limiting from the start: a fresh upstream, a fresh gateway."""
     loop, port = asyncio.get_running_loop(), free_port()
     places = Places()
@@ -236,7 +236,7 @@ async def measure(name: str, seconds: float, settling: float, folder: Path) -> F
         crowd = Crowd(port)
         stack.callback(crowd.close)
         quiet, unseen, loaded = ({tier: Tally() for tier in MIX} for _ in range(3))
-        await crowd.offer(QUIET / sum(MIX.values()), max(5.0, seconds / 2), quiet)
+        await crowd.offer(QUIET / sum(MIX.values()), calm, quiet)
         await crowd.settle(quiet)
         await crowd.offer(1, settling, unseen)
         await crowd.offer(1, seconds, loaded)
@@ -289,12 +289,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
     parser.add_argument("--seconds", type=float, default=20, help="that are counted, for each way")
     parser.add_argument("--settling", type=float, default=10, help="seconds of overload before")
+    parser.add_argument("--quiet", type=float, default=10, help="seconds without load before that")
     parser.add_argument("--only", choices=LIMITS, action="append", help="one way; may be given several times")
     options = parser.parse_args(arguments)
     found = []
     for name in options.only or LIMITS:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(asyncio.run(measure(name, options.seconds, options.settling, Path(folder))))
+            found.append(asyncio.run(measure(name, options.seconds, options.settling, options.quiet, Path(folder))))
         sys.stderr.write(f"{name}: measured\n")
     sys.stdout.write(table(found))
     return 0
