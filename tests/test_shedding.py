@@ -298,6 +298,17 @@ def test_an_adaptive_limit_learns_from_answers_on_both_ways_and_not_from_errors(
     assert len(learnt) == 1
 
 
+def test_a_timeout_counts_as_long_as_it_took(stage: Stage, gateway: StartGateway, way: tuple[str, ...]) -> None:
+    sections = sections_for(stage, timeouts={"response": 0.3}, retry={"attempts": 1})
+    sections["upstreams"]["up"]["concurrency"] = {"adaptive": {}}
+    running = warm(gateway(sections), stage)
+    limit, learnt = running.console.upstreams["up"].limit, list[float]()
+    limit._gradient = Listening(limit._gradient, learnt)
+    assert get(running, "FREE", way, "/api/held").status == 504
+    stage.go_on.set()
+    assert [seconds > 0.29 for seconds in learnt] == [True]
+
+
 class Listening:
     """A gradient that keeps what it is told."""
 
