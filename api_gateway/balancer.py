@@ -161,10 +161,10 @@ class Upstream:
         ticket = self.breaker.admit(now)
         if ticket is None:
             raise self._refusal(now)
-        if limit is not None:
-            limit.take(band)
         untried = [target for target in candidates if target not in tried] if tried else candidates
         candidates = untried or candidates
+        if limit is not None:
+            limit.take(band)
         return Lease(self, self._pick(candidates, key) if len(candidates) > 1 else candidates[0], ticket)
 
     def refusal(self, now: float, band: int = 0) -> Unavailable | None:

@@ -275,7 +275,7 @@ class AdaptiveSection(Section):
 
     floor: int = Field(default=10, ge=1, le=1_000_000)
     ceiling: int = Field(default=1000, ge=1, le=1_000_000)
-    tolerance: float = Field(default=1.5, ge=1.1, le=10)
+    tolerance: float = Field(default=1.4, ge=1.1, le=10)
 
 
 class ConcurrencySection(Section):

@@ -234,12 +234,13 @@ class Express:
             route.name,
         )
         exchange.cost, exchange.charges = cost, standing.charges
-        self.record.begin(exchange)
         lag = self._lag
         if lag.is_over and lag.sheds(standing.band):
+            self.record.begin(exchange)
             self._refuse(client, exchange, lag.refusal(standing.band), keep_alive=standing.keep_alive)
             return True
         decision = limit.decide(standing.charges, now_ns)
+        self.record.begin(exchange)
         if decision is None:
             Passage(self, client, lines, exchange, route, asked).hear(service, target, body, now_ns)
             return True

@@ -1,14 +1,14 @@
 """How much may be under way at an upstream, found from how long its answers take.
 
 After the gradient of Netflix's concurrency-limits (Gradient2) and Envoy's adaptive concurrency filter. Unlike Envoy's,
-it never refuses everybody in order to measure: it lowers the limit a little, for some tenths of a second every half
-minute. Synchronous and without clock.
+it never refuses everybody in order to measure: it lowers the limit to about a third, for some tenths of a second every
+half minute. Synchronous and without clock.
 """
 
 import math
 from dataclasses import dataclass
 
-WINDOW = 0.1  # seconds that one look at the latency takes at least; twice the undisturbed latency where that is more
+WINDOW = 0.1  # seconds of a window at least; twice the undisturbed latency where that is more
 ENOUGH = 20  # samples without which a window goes on
 MOST = 1_000  # samples after which a window knows enough
 START = 50.0  # the limit before anything is known, within floor and ceiling
@@ -28,7 +28,7 @@ class AdaptivePolicy:
 
     floor: int = 10
     ceiling: int = 1000
-    tolerance: float = 1.5
+    tolerance: float = 1.4
 
 
 class Gradient:

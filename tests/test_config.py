@@ -148,7 +148,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
 def test_an_adaptive_limit_has_defaults_once_it_is_asked_for() -> None:
     section = load_config(None, limited({"adaptive": {}})).upstreams["users"].concurrency
     assert section is not None
-    assert section.model_dump() == {"limit": None, "adaptive": {"floor": 10, "ceiling": 1000, "tolerance": 1.5}}
+    assert section.model_dump() == {"limit": None, "adaptive": {"floor": 10, "ceiling": 1000, "tolerance": 1.4}}
 
 
 def test_a_health_check_has_defaults_once_it_is_asked_for() -> None:
