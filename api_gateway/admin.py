@@ -31,7 +31,7 @@ from api_gateway.errors import (
 from api_gateway.explanation import Explainer
 from api_gateway.exposition import Exposition
 from api_gateway.headers import is_visible_ascii, is_within
-from api_gateway.metrics import Recorder
+from api_gateway.metrics import GATEWAY, Recorder
 from api_gateway.models import (
     NANOSECONDS,
     BreakersView,
@@ -55,6 +55,7 @@ from api_gateway.models import (
     HeavyClient,
     HeavyClients,
     HistoryView,
+    LagView,
     LatencyView,
     MetricsView,
     ModeChange,
@@ -165,7 +166,10 @@ async def readyz(console: Open) -> Response:
 async def health(request: Request, console: Open) -> HealthView:
     """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
     report = await console.crew.gather()
-    upstreams = {name: upstream_view(upstream, console.clock()) for name, upstream in report.upstreams.items()}
+    upstreams = {
+        name: upstream_view(upstream, console.clock(), report.recorder.concurrency(name, upstream))
+        for name, upstream in report.upstreams.items()
+    }
     words = {view.status for view in upstreams.values()}
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
@@ -184,6 +188,7 @@ async def health(request: Request, console: Open) -> HealthView:
         clients=ClientStoreView(
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
+        event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
     )
 
 
@@ -210,7 +215,9 @@ async def metrics(
     accept = request.headers.get("accept", "")
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
-        exposition = Exposition(report.recorder, report.upstreams, report.limiter, report.buckets, console.version)
+        exposition = Exposition(
+            report.recorder, report.upstreams, report.limiter, report.buckets, console.version, report.lag
+        )
         body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})
     return report.recorder.snapshot(
@@ -220,6 +227,7 @@ async def metrics(
         bucket_limit=report.bucket_limit,
         overflowed=report.overflowed,
         limiter=report.limiter,
+        lag=report.lag,
     )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket, Transition
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
+from api_gateway.overload import Concurrency, ConcurrencyLimit
 from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin
 from api_gateway.rotation import Rotation
 from api_gateway.targets import Target
@@ -100,6 +101,9 @@ class Lease:
                 self.upstream.rotation.settle(self.upstream.targets, self.target, self.target_ticket, outcome, now)
             self.upstream.breaker.settle(self.ticket, outcome, now)
         self.target.in_flight -= 1
+        limit = self.upstream.limit
+        if limit is not None:
+            limit.give_back()
 
     @property
     def is_probe(self) -> bool:
@@ -108,7 +112,7 @@ class Lease:
 
 
 class Upstream:
-    """A named service: its targets, its breaker, who of them is offered, and its way to choose."""
+    """A named service: its targets and who of them is offered, its breaker, its way to choose, and its limit."""
 
     def __init__(
         self,
@@ -118,8 +122,10 @@ class Upstream:
         pick: Pick,
         *,
         rotation: Rotation | None = None,
+        limit: ConcurrencyLimit | None = None,
     ) -> None:
         self.name = name
+        self.limit = limit
         self.breaker = breaker
         self.rotation = rotation or Rotation()
         self._pick = pick
@@ -134,6 +140,14 @@ class Upstream:
         self.targets = list(targets)
         self.rotation.keep(self.targets, now)
 
+    @property
+    def concurrency(self) -> Concurrency:
+        """What is under way, and what may be."""
+        limit = self.limit
+        if limit is not None:
+            return Concurrency(limit.limit, limit.in_flight)
+        return Concurrency(None, sum(target.in_flight for target in self.targets))
+
     def is_untroubled(self) -> bool:
         """Tell whether `checkout` would give a lease that is no probe of the upstream's breaker."""
         if not self.breaker.admits_all:
@@ -143,20 +157,28 @@ class Upstream:
                 return True
         return False
 
-    def checkout(self, now: float, key: str, tried: Collection[Target] = (), *, is_safe: bool = True) -> Lease:
+    def checkout(
+        self, now: float, key: str, tried: Collection[Target] = (), *, band: int = 0, is_safe: bool = True
+    ) -> Lease:
         """Return a lease on a healthy target that is not ejected, preferring those not in `tried`.
 
-        `is_safe` is for `admit`. Raises NoHealthyUpstream when there is none, CircuitOpen when the breaker does not
-        admit.
+        `is_safe` is for `admit`. Raises NoHealthyUpstream when there is none, Shed when there is no place for the
+        band, CircuitOpen when the breaker does not admit; in this order, so that no probe is spent on what does not
+        go.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
             candidates = [target for target in candidates if target.is_healthy]
         if not candidates:
             raise self._unhealthy()
+        limit = self.limit
+        if limit is not None and not limit.admits(band):
+            raise limit.refusal(self.name, band)
         ticket = self.breaker.admit(now, is_safe=is_safe)
         if ticket is None:
             raise self._refusal(now)
+        if limit is not None:
+            limit.take(band)
         offered: Sequence[Target] = candidates
         if self.rotation.unsettled:
             offered = self.rotation.offered(candidates, tried, now, key, is_safe=is_safe)
@@ -166,14 +188,17 @@ class Upstream:
         own = target.breaker
         return Lease(self, target, ticket, None if own is None else own.admit(now, is_safe=is_safe))
 
-    def has_other(self, tried: Collection[Target]) -> bool:
-        """Tell whether there is a healthy target that is not in `tried`."""
-        return any(target.is_healthy and target not in tried for target in self.targets)
+    def has_other(self, tried: Collection[Target], now: float) -> bool:
+        """Tell whether there is a target in rotation that is not in `tried`."""
+        others = [target for target in self.targets if target.is_healthy and target not in tried]
+        return any(not self.rotation.is_ejected(self.targets, target, now) for target in others)
 
-    def refusal(self, now: float) -> Unavailable | None:
+    def refusal(self, now: float, band: int = 0) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""
         if not any(target.is_healthy for target in self.targets):
             return self._unhealthy()
+        if self.limit is not None and self.limit.is_full_for(band):
+            return self.limit.refusal(self.name, band)
         return None if self.breaker.would_admit(now) else self._refusal(now)
 
     def _unhealthy(self) -> NoHealthyUpstream:

@@ -164,6 +164,9 @@ class ServerSection(Section):
         le=86_400,
         description="How long one of several workers may give no sign of life before it is replaced.",
     )
+    max_lag: Seconds | None = Field(
+        default=0.25, description="How late the event loop may run before requests are shed by tier. None: never."
+    )
     trusted_proxies: list[Network] = []
 
 
@@ -242,6 +245,9 @@ class TierSection(Section):
 
     rate: float = Field(gt=0, le=1_000_000)
     capacity: int = Field(ge=1, le=1_000_000_000)
+    priority: int | None = Field(
+        default=None, ge=0, le=1000, description="The lowest is shed first under overload. None: the lowest rate."
+    )
     candidate: CandidateSection | None = None
 
 
@@ -342,6 +348,21 @@ class RetrySection(Section):
     max_body_bytes: int = Field(default=65_536, ge=0, le=16_777_216, description="Kept of a body, to send it again.")
 
 
+class AdaptiveSection(Section):
+    """A limit found from the upstream's latency, which is held near `tolerance` times what it is without a queue."""
+
+    floor: int = Field(default=10, ge=1, le=1_000_000)
+    ceiling: int = Field(default=1000, ge=1, le=1_000_000)
+    tolerance: float = Field(default=1.4, ge=1.1, le=10)
+
+
+class ConcurrencySection(Section):
+    """What each gateway process may have under way at the upstream at once: a fixed limit, or one that adapts."""
+
+    limit: int | None = Field(default=None, ge=1, le=1_000_000)
+    adaptive: AdaptiveSection | None = None
+
+
 class TlsSection(Section):
     """PEM files for https targets: whom to trust instead of the system's store, and what to show of ourselves."""
 
@@ -373,6 +394,7 @@ class UpstreamSection(Section):
     health_check: HealthCheckSection | None = None
     circuit_breaker: CircuitBreakerSection = CircuitBreakerSection()
     retry: RetrySection = RetrySection()
+    concurrency: ConcurrencySection | None = None
 
 
 class CostSection(Section):
@@ -500,6 +522,7 @@ class GatewayConfig(BaseSettings):
             *_tier_problems(self),
             *_upstream_problems(self),
             *_breaker_problems(self),
+            *_overload_problems(self),
             *_route_problems(self),
         ]
         if problems:
@@ -594,6 +617,22 @@ def _tier_problems(config: GatewayConfig) -> Iterator[str]:
     for client_id, client in config.clients.items():
         if client.tier not in config.tiers:
             yield f"clients.{client_id}.tier: no such tier, got {client.tier!r}; the tiers are {known}"
+
+
+def _overload_problems(config: GatewayConfig) -> Iterator[str]:
+    unranked = [name for name, tier in config.tiers.items() if tier.priority is None]
+    if unranked and len(unranked) < len(config.tiers):
+        yield f"tiers.{unranked[0]}.priority: every tier needs one as soon as one has, got None"
+    for name, upstream in config.upstreams.items():
+        section, place = upstream.concurrency, f"upstreams.{name}.concurrency"
+        if section is None:
+            continue
+        if (section.limit is None) == (section.adaptive is None):
+            got = "both" if section.limit is not None else "neither"
+            yield f"{place}: needs either limit or adaptive, got {got}"
+        adaptive = section.adaptive
+        if adaptive is not None and adaptive.floor > adaptive.ceiling:
+            yield f"{place}.adaptive.floor: must be at most the ceiling {adaptive.ceiling}, got {adaptive.floor}"
 
 
 def _all_terms(config: GatewayConfig) -> Iterator[tuple[str, TierSection | CandidateSection | AddressLimitSection]]:

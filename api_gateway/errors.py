@@ -8,7 +8,9 @@
     │   ├── BodyTooLarge, HeadersTooLarge, HeadTimeout
     │   └── RateLimited, CostExceedsCapacity
     ├── Unavailable         the gateway declines to try: 503
-    │   └── CircuitOpen, NoHealthyUpstream, Overloaded, Draining, StoreUnavailable
+    │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable
+    │   └── Overloaded
+    │       └── Shed        more is under way than can be served well
     ├── UpstreamFailed      it tried and the upstream failed: 502, 504
     │   └── UpstreamConnectError, UpstreamReset, UpstreamProtocolError, UpstreamTimeout
     ├── InternalError       a defect of the gateway: 500
@@ -196,6 +198,10 @@ class Overloaded(Unavailable):
     """No connection to the upstream came free in time."""
 
     reason = Reason.OVERLOADED
+
+
+class Shed(Overloaded):
+    """More is under way than the upstream, or the gateway itself, can serve well; lower tiers are refused first."""
 
 
 class Draining(Unavailable):

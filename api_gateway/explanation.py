@@ -3,6 +3,7 @@
 It asks the objects that decide on requests, in the order in which those meet them, and by the same pure functions.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,19 +21,24 @@ from api_gateway.models import (
     Client,
     ClientExplained,
     Clock,
+    ConcurrencyExplained,
     Decision,
     Exchange,
     Explanation,
     FallbackExplained,
+    LagExplained,
     Question,
     RouteExplained,
     TierView,
     UpstreamExplained,
     Verdict,
 )
+from api_gateway.overload import ConcurrencyLimit, LagLimit
 from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.router import Router
 from api_gateway.routes import Route, refuse_method, upstream_target
+
+LIKELY = 0.5  # share of requests refused at random from which a refusal is what is foretold
 
 _WHY = {
     "granted": "named by {header}; it has its tier for a while, by POST /clients/{{id}}/grants",
@@ -77,6 +83,7 @@ class Explainer:
         router: Router,
         limit: Limit,
         limiter: RateLimiter,
+        lag: LagLimit | None = None,
         header: str,
         clock: Clock,
         clock_ns: Callable[[], int],
@@ -86,6 +93,7 @@ class Explainer:
         self._router = router
         self._limit = limit
         self._limiter = limiter
+        self._lag = lag or LagLimit(None, router.bands, source=random.Random())  # noqa: S311 - guards nothing
         self._header = header
         self._clock = clock
         self._clock_ns = clock_ns
@@ -101,13 +109,16 @@ class Explainer:
             raise InvalidValue(f"path: only /api and what is below it is proxied, got {path!r}.")
         exchange = Exchange("explain", question.method, path, question.address, self._clock())
         exchange.client = client = await self._client(exchange, question)
+        band = self._router.bands.of(client.quota.name)
         route, error = self._route(exchange, question)
+        if error is None and self._lag.share(band) >= LIKELY:
+            error = self._lag.refusal(band)
         buckets = await self._inspect(self._limit.charges(client, exchange.peer, exchange.cost))
         binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
         if error is None and not binding.decision.allowed:
             error = refusal(exchange, binding.decision)
         if error is None and route is not None:
-            error = self._refused(route, question.method, target)
+            error = self._refused(route, question.method, target, band)
         fallback = self._fallback(route, error)
         return Explanation(
             verdict=_verdict(error, fallback),
@@ -116,8 +127,9 @@ class Explainer:
             buckets=[_bucket_view(bucket) for bucket in buckets],
             binding=binding.charge.key,
             candidate=await self._candidate(client, exchange),
-            upstream=None if route is None else self._upstream_view(route),
+            upstream=None if route is None else self._upstream_view(route, band),
             fallback=fallback,
+            event_loop=LagExplained(seconds=round(self._lag.lag, 6), shed_share=round(self._lag.share(band), 3)),
             limiter=binding.decision.source,
         )
 
@@ -141,14 +153,14 @@ class Explainer:
         decisions = await self._limiter.inspect(charges, self._clock_ns())
         return [_Bucket(charge, decision) for charge, decision in zip(charges, decisions, strict=True)]
 
-    def _refused(self, route: Route, method: str, target: bytes) -> GatewayError | None:
+    def _refused(self, route: Route, method: str, target: bytes, band: int) -> GatewayError | None:
         """Return why a request that may pass the limiter would go no further."""
         try:
             refuse_method(method)
             upstream_target(route, target)
         except GatewayError as error:
             return error
-        return self._router.services[route.upstream].upstream.refusal(self._clock())
+        return self._router.services[route.upstream].upstream.refusal(self._clock(), band)
 
     def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
         """Return what the route falls back on, and whether it would now, as `error` is in the way."""
@@ -191,7 +203,7 @@ class Explainer:
             cost_from="route" if rule is None else f"rule: {rule}",
         )
 
-    def _upstream_view(self, route: Route) -> UpstreamExplained:
+    def _upstream_view(self, route: Route, band: int) -> UpstreamExplained:
         upstream, now = self._router.services[route.upstream].upstream, self._clock()
         state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
         return UpstreamExplained(
@@ -200,6 +212,7 @@ class Explainer:
             next_probe_in=round(due - now, 3) if state is State.OPEN and due is not None else None,
             healthy=sum(target.is_healthy for target in upstream.targets),
             targets=len(upstream.targets),
+            concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, band),
         )
 
 
@@ -229,6 +242,15 @@ def _verdict(error: GatewayError | None, fallback: FallbackExplained | None) -> 
 def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
     status = fallback.status if fallback.upstream is None else None
     return FallbackExplained(name=fallback.name, status=status, used=is_used)
+
+
+def _concurrency_view(limit: ConcurrencyLimit, band: int) -> ConcurrencyExplained:
+    return ConcurrencyExplained(
+        limit=round(limit.limit, 1),
+        bound=limit.bounds[band],
+        in_flight=limit.in_flight,
+        admits=not limit.is_full_for(band),
+    )
 
 
 def _bucket_view(bucket: _Bucket) -> BucketExplained:

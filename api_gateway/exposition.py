@@ -33,12 +33,14 @@ class Exposition:
         limiter: LimiterState,
         buckets: int,
         version: str,
+        lag: float = 0.0,
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
         self._limiter = limiter
         self._buckets = buckets
         self._version = version
+        self._lag = lag
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -55,6 +57,7 @@ class Exposition:
         yield from self._upstream_families()
         yield from self._retries()
         yield from self._breakers()
+        yield from self._overload()
 
     def _requests(self) -> Iterator[Metric]:
         recorder = self._recorder
@@ -224,6 +227,28 @@ class Exposition:
             for name, upstream in self._upstreams.items():
                 family.add_metric([name], getattr(upstream.breaker, f"{key.removesuffix('_calls')}_total"))
             yield family
+
+    def _overload(self) -> Iterator[Metric]:
+        limits = GaugeMetricFamily(
+            "gateway_concurrency_limit", "Requests that may be under way at once.", labels=["upstream"]
+        )
+        in_flight = GaugeMetricFamily(
+            "gateway_concurrency_in_flight", "Requests, streams and tunnels under way.", labels=["upstream"]
+        )
+        for name, upstream in self._upstreams.items():
+            if upstream.concurrency.limit is not None:
+                limits.add_metric([name], upstream.concurrency.limit)
+            in_flight.add_metric([name], upstream.concurrency.in_flight)
+        yield limits
+        yield in_flight
+        shed = CounterMetricFamily(
+            "gateway_shed", "Requests refused because too much was under way.", labels=["upstream", "tier"]
+        )
+        for name, counts in self._recorder.shed.items():
+            for tier, count in counts.items():
+                shed.add_metric([name, tier], count)
+        yield shed
+        yield GaugeMetricFamily("gateway_event_loop_lag_seconds", "How late the event loop runs.", value=self._lag)
 
 
 def _classic(tally: Tally) -> list[tuple[str, float]]:

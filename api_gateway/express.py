@@ -2,9 +2,10 @@
 
 Most requests need nothing to be waited for but the upstream's answer. They take the same decisions here as in
 `middleware` and `router`, from the same objects, but without a scope, a coroutine or a task. Nothing is refused here
-but who is out of tokens. A request that is out of the ordinary, or would be refused for another reason, is left alone
-before anything has been done for it, and goes the ordinary way from its start. One that turns out so later (another
-answer than a plain one, a connection that broke, no connection free) goes on in the ordinary way from where it is.
+but who is out of tokens, and what there is no place for. A request that is out of the ordinary, or would be refused
+for another reason, is left alone before anything has been done for it, and goes the ordinary way from its start. One
+that turns out so later (another answer than a plain one, a connection that broke, no connection free) goes on in the
+ordinary way from where it is.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from urllib.parse import unquote
 from api_gateway.answer import NO_HOOKS, Answer, NoHooks
 from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
-from api_gateway.errors import ClientDisconnected, GatewayError
+from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
 from api_gateway.failures import note_failure
 from api_gateway.headers import (
     VIA_NAME,
@@ -44,6 +45,7 @@ from api_gateway.middleware import (
     refusal,
 )
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Outcome
+from api_gateway.overload import LagLimit
 from api_gateway.request import FIELDS, LEFT, Receive, Scope, Send
 from api_gateway.router import Router
 from api_gateway.routes import Route, upstream_target
@@ -65,6 +67,7 @@ class Standing:
 
     __slots__ = (
         "added",
+        "band",
         "charges",
         "client",
         "cost",
@@ -99,6 +102,7 @@ class Standing:
         self.client: Client | None = None
         self.cost = -1.0
         self.charges: list[Charge] = []  # for that client and cost
+        self.band = 0  # of that client
 
     def __repr__(self) -> str:
         return f"<Standing of {self.name or self.peer!r}>"
@@ -174,6 +178,7 @@ class Express:
         identify: Identify,
         limit: Limit,
         router: Router,
+        lag: LagLimit,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
@@ -181,6 +186,7 @@ class Express:
         self.record = record
         self.limit = limit
         self.router = router
+        self._lag = lag
         self.clock = clock
         self._identify = identify
         self._clients = identify.clients
@@ -207,7 +213,7 @@ class Express:
             return False
         return self._take(client, lines, method, raw_path, query, body)
 
-    def _take(
+    def _take(  # noqa: PLR0911 - every way out is a decision
         self, client: ClientConnection, lines: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
         """Take a plain request on its way if it can be decided on now, or change nothing and return False."""
@@ -228,11 +234,13 @@ class Express:
         limit = self.limit
         if standing.version != self._clients.version or standing.cost != cost:
             self._charge_anew(standing, cost)
-        is_open = service.takes_passages and route.timeout is None and service.upstream.is_untroubled()
-        if standing.client is None or not is_open:
+        upstream = service.upstream
+        is_plain = (
+            service.takes_passages and route.timeout is None and (route.fallback is None or upstream.limit is None)
+        )
+        if standing.client is None or not is_plain or not upstream.is_untroubled():
             return False
         now_ns = self._clock_ns()
-        decision = limit.decide(standing.charges, now_ns)
         exchange = Exchange(
             standing.request_id or new_request_id(),
             method,
@@ -243,18 +251,30 @@ class Express:
             route.name,
         )
         exchange.cost, exchange.charges = cost, standing.charges
+        lag = self._lag
+        if lag.is_over and lag.sheds(standing.band):
+            self.record.begin(exchange)
+            self._refuse(client, exchange, lag.refusal(standing.band), keep_alive=standing.keep_alive)
+            return True
+        decision = limit.decide(standing.charges, now_ns)
         self.record.begin(exchange)
         if decision is None:
             Passage(self, client, lines, exchange, route, asked).hear(service, target, body, now_ns)
             return True
         self.note(exchange, decision)
-        if decision.allowed:
-            Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
+        if not decision.allowed:
+            self._refuse(client, exchange, refusal(exchange, decision), keep_alive=standing.keep_alive)
             return True
-        keep_alive = standing.keep_alive
-        client.reply(self.refusal(exchange, decision, keep_alive=keep_alive), keep_alive=keep_alive)
-        self.record.end(exchange, self.clock())
+        try:
+            Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
+        except Unavailable as error:
+            self._refuse(client, exchange, error, keep_alive=standing.keep_alive)
         return True
+
+    def _refuse(self, client: ClientConnection, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
+        """Answer a request that has not embarked."""
+        client.reply(self.refusal(exchange, error, keep_alive=keep_alive), keep_alive=keep_alive)
+        self.record.end(exchange, self.clock())
 
     def note(self, exchange: Exchange, decision: Decision) -> None:
         """Write down what has been decided, and try other limits beside it."""
@@ -262,13 +282,13 @@ class Express:
         if self.limit.shadow is not None:
             self.limit.shadow.observe(exchange)
 
-    def refusal(self, exchange: Exchange, decision: Decision, *, keep_alive: bool) -> bytes:
-        """Return the answer to who is out of tokens: a client that floods is told so at the least cost."""
-        error = refusal(exchange, decision)
-        note_failure(exchange, error)
+    def refusal(self, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> bytes:
+        """Return the answer that tells of `error`: a client that floods is told so at the least cost."""
+        self.record.note_failure(exchange, error)
         exchange.status = error.status
         headers, body = problem_answer(error, instance=exchange.path, request_id=exchange.id)
-        headers += answer_headers(exchange, self.limit.headers(decision))
+        decision = exchange.decision
+        headers += answer_headers(exchange, [] if decision is None else self.limit.headers(decision))
         headers.append((b"date", http_date(int(time.time()))))
         if not keep_alive:
             headers.append((b"connection", b"close"))
@@ -281,6 +301,7 @@ class Express:
         if client is not None:
             standing.version, standing.cost = self._clients.version, cost
             standing.charges = self.limit.charges(client, standing.peer, cost)
+            standing.band = self.router.bands.of(client.quota.name)
         else:
             standing.version = -1
 
@@ -386,20 +407,28 @@ class Passage(Answer):
         express, exchange = self._express, self.exchange
         express.note(exchange, decision)
         if not decision.allowed:
-            self._client.transport.write(express.refusal(exchange, decision, keep_alive=self.keep_alive))
-            self._client.disembark(keep_alive=self.keep_alive)
-            express.record.end(exchange, express.clock())
+            self._refuse(refusal(exchange, decision))
         elif service.upstream.is_untroubled():
-            self.depart(service, target, body)
+            try:
+                self.depart(service, target, body)
+            except Unavailable as error:
+                self._refuse(error)
         else:
             self._leave(body, is_sent=False)
 
+    def _refuse(self, error: GatewayError) -> None:
+        express, exchange = self._express, self.exchange
+        self._client.transport.write(express.refusal(exchange, error, keep_alive=self.keep_alive))
+        self._client.disembark(keep_alive=self.keep_alive)
+        express.record.end(exchange, express.clock())
+
     def depart(self, service: Service, target: bytes, body: bytes) -> None:
-        """Send the request, if there is a connection free for it."""
-        exchange = self.exchange
+        """Send the request, if there is a connection free for it. Raises Unavailable if it may not go."""
+        exchange, standing = self.exchange, self._lines.standing
         exchange.upstream = self._route.upstream
         service.retry_budget.deposit()
-        self.lease = lease = service.upstream.checkout(exchange.started, self._lines.standing.charges[0].key)
+        checkout = service.upstream.checkout
+        self.lease = lease = checkout(exchange.started, standing.charges[0].key, band=standing.band)
         probe = lease.target_ticket is not None and lease.target_ticket.is_probe  # its long answer settles early there
         connection = None if probe else service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one

@@ -7,6 +7,7 @@ from api_gateway.errors import (
     ClientDisconnected,
     GatewayError,
     Overloaded,
+    Shed,
     UpstreamConnectError,
     UpstreamConnectTimeout,
     UpstreamProtocolError,
@@ -39,6 +40,7 @@ def translate(error: Exception, upstream: str) -> GatewayError:
 def note_failure(exchange: Exchange, error: GatewayError) -> None:
     """Write into the record why an exchange failed; of one whose client has left also that this was its end."""
     exchange.reason = error.reason.value
+    exchange.is_shed = isinstance(error, Shed)
     cause = str(error.__cause__ or "")
     exchange.detail = f"{error.detail} ({cause})" if cause else error.detail
     if isinstance(error, ClientDisconnected):

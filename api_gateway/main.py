@@ -41,12 +41,15 @@ from api_gateway.diagnosis import ConfigError
 from api_gateway.explanation import Explainer
 from api_gateway.express import Express
 from api_gateway.fallback import Fallback
+from api_gateway.gradient import AdaptivePolicy, Gradient
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy
+from api_gateway.lag import LagSampler
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
-from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Split, Switch, is_proxied
+from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief, Split, Switch, is_proxied
 from api_gateway.models import Client, Quota
+from api_gateway.overload import Bands, ConcurrencyLimit, LagLimit
 from api_gateway.picks import share_of_key
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
@@ -90,6 +93,8 @@ class Gateway:
     candidates: dict[str, Quota]
     modes: ModeBoard
     upkeeps: dict[str, Upkeep]
+    bands: Bands
+    lag: LagLimit
 
 
 class GatewayApp(FastAPI):
@@ -211,6 +216,9 @@ async def _live(
             stack.push_async_callback(service.transport.aclose)
         keeping = asyncio.create_task(_keep_up(gateway), name="health checks and names")
         stack.push_async_callback(_cancelled, keeping)
+        sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
+        sampler.start()
+        stack.callback(sampler.stop)
         yield gateway
 
 
@@ -231,9 +239,10 @@ def _build(
     }
     quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
     limiter = _limiter(config, quotas)
+    bands = Bands({name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()})
     names = {name: _names(section) for name, section in config.upstreams.items()}
     services = {
-        name: _service(name, section, transports.get(name), now, names[name])
+        name: _service(name, section, transports.get(name), now, names[name], bands)
         for name, section in config.upstreams.items()
     }
     return Gateway(
@@ -268,6 +277,8 @@ def _build(
             clock=time.monotonic,
             wall_clock=time.time,
         ),
+        bands=bands,
+        lag=LagLimit(config.server.max_lag, bands, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
     )
 
 
@@ -318,6 +329,7 @@ def _service(
     transport: httpx.AsyncBaseTransport | None,
     now: float,
     names: list[Name],
+    bands: Bands,
 ) -> Service:
     picks: dict[str, Pick] = {
         "round_robin": round_robin,
@@ -326,7 +338,14 @@ def _service(
     }
     targets = [target for one in names for target in one.targets]
     _, _, header = section.hash_on.partition(":")
-    upstream = Upstream(name, targets, _breaker(section, now), picks[section.balance], rotation=_rotation(section))
+    upstream = Upstream(
+        name,
+        targets,
+        _breaker(section, now),
+        picks[section.balance],
+        rotation=_rotation(section),
+        limit=_concurrency(section, bands, now),
+    )
     return Service(
         upstream,
         _transport(name, section) if transport is None else GuardedTransport(transport),
@@ -393,6 +412,17 @@ def _by_chance(source: random.Random) -> Draw:
     return lambda _target, _key: source.random()
 
 
+def _concurrency(section: UpstreamSection, bands: Bands, now: float) -> ConcurrencyLimit | None:
+    concurrency, source = section.concurrency, random.Random()  # noqa: S311 - spreads load, guards nothing
+    if concurrency is None:
+        return None
+    if concurrency.adaptive is not None:
+        policy = AdaptivePolicy(**concurrency.adaptive.model_dump())
+        return ConcurrencyLimit(Gradient(policy, now), bands, source=source)
+    assert concurrency.limit is not None  # noqa: S101 - one of them is set
+    return ConcurrencyLimit(concurrency.limit, bands, source=source)
+
+
 def _transport(name: str, section: UpstreamSection) -> httpx.AsyncBaseTransport:
     tls = None
     if any(target.url.startswith("https:") for target in section.targets):
@@ -439,15 +469,9 @@ def _fallback(section: FallbackSection) -> Fallback:
     )
 
 
-def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express, Explainer]:
-    """Build the steps of a proxied request, the straight way past them, and what explains both.
-
-    Read from the inside out: what stands last sees a request first.
-    """
+def _router(gateway: Gateway, routes: list[Route], settlement: Settlement, server_headers: frozenset[bytes]) -> Router:
     config, recorder = gateway.config, gateway.recorder
-    routes = [_route(section) for section in config.routes]
-    settlement = Settlement(limiter=gateway.limiter, clock_ns=time.monotonic_ns, recorder=recorder)
-    router = Router(
+    return Router(
         RouteTable(routes),
         gateway.services,
         clock=time.monotonic,
@@ -461,7 +485,19 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         on_retry=recorder.observe_retry,
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,
+        bands=gateway.bands,
     )
+
+
+def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express, Explainer]:
+    """Build the steps of a proxied request, the straight way past them, and what explains both.
+
+    Read from the inside out: what stands last sees a request first.
+    """
+    config, recorder = gateway.config, gateway.recorder
+    routes = [_route(section) for section in config.routes]
+    settlement = Settlement(limiter=gateway.limiter, clock_ns=time.monotonic_ns, recorder=recorder)
+    router = _router(gateway, routes, settlement, server_headers)
     limit = Limit(
         Proxy(router=router),
         limiter=gateway.limiter,
@@ -470,8 +506,9 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway, routes),
     )
+    relief = Relief(limit, lag=gateway.lag, bands=gateway.bands)
     identify = Identify(
-        Match(limit, router=router),
+        Match(relief, router=router),
         clients=gateway.clients,
         header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
@@ -488,6 +525,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         identify=identify,
         limit=limit,
         router=router,
+        lag=gateway.lag,
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
     )
@@ -496,6 +534,7 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         router=router,
         limit=limit,
         limiter=gateway.limiter,
+        lag=gateway.lag,
         header=config.identity.header,
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,
@@ -546,6 +585,7 @@ def _look(gateway: Gateway) -> Report:
         limiter=gateway.limiter.state(),
         client_trouble=gateway.clients.trouble,
         histories={name: list(service.upstream.breaker.records) for name, service in gateway.services.items()},
+        lag=gateway.lag.lag,
     )
 
 

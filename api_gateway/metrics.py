@@ -15,6 +15,7 @@ from api_gateway.circuit_breaker import Mode, State
 from api_gateway.errors import Reason
 from api_gateway.models import (
     BreakerCounts,
+    ConcurrencyView,
     Exchange,
     LatencySeries,
     LatencyView,
@@ -22,6 +23,7 @@ from api_gateway.models import (
     LimiterState,
     LimiterView,
     MetricsView,
+    OverloadView,
     RateSeries,
     RateWindow,
     RequestCounts,
@@ -51,6 +53,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 OTHER = "_other"
 NO_ROUTE = "_none"
 NO_TIER = "_none"
+GATEWAY = "_gateway"  # in place of an upstream, for what the gateway sheds before it knows one
 # What became of a cost after the decision: more was charged, some or all given back, or what an upstream told of it
 # could not be read.
 SETTLEMENTS = ("charged", "refunded", "unreadable")
@@ -143,6 +146,15 @@ class TargetFigures(Protocol):
     def passive(self) -> EjectionFigures | None: ...  # noqa: D102
 
 
+class ConcurrencyFigures(Protocol):
+    """What is shown of what is under way."""
+
+    @property
+    def limit(self) -> float | None: ...  # noqa: D102
+    @property
+    def in_flight(self) -> int: ...  # noqa: D102
+
+
 class UpstreamFigures(Protocol):
     """What is shown of an upstream: what one worker reports of it, or several together."""
 
@@ -150,6 +162,8 @@ class UpstreamFigures(Protocol):
     def breaker(self) -> BreakerFigures: ...  # noqa: D102
     @property
     def targets(self) -> Collection[TargetFigures]: ...  # noqa: D102
+    @property
+    def concurrency(self) -> ConcurrencyFigures: ...  # noqa: D102
 
 
 class Tally:
@@ -318,6 +332,8 @@ class Recorder:
         self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed, but not by the candidate
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused, but not by the candidate
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
+        places = (*self.upstreams, GATEWAY)
+        self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.requests_by_client = Sketch()  # by the client's key
         self.limited_by_client = Sketch()
         self.percentiles = tuple(percentiles)
@@ -334,6 +350,7 @@ class Recorder:
             "upstreams": {name: series.state(since) for name, series in self.upstreams.items()},
             **{name: [(*key, count) for key, count in getattr(self, name).items()] for name in _TABLES},
             "outcomes": self.outcomes,
+            "shed": self.shed,
             **{name: getattr(self, name) for name in _COUNTERS},
             "requests_by_client": self.requests_by_client.state(),
             "limited_by_client": self.limited_by_client.state(),
@@ -348,6 +365,7 @@ class Recorder:
         for name in _TABLES:
             setattr(self, name, Counter({tuple(key): count for *key, count in state[name]}))
         self.outcomes = {name: Counter(counts) for name, counts in state["outcomes"].items()}
+        self.shed = {name: Counter(counts) for name, counts in state["shed"].items()}
         for name in _COUNTERS:
             setattr(self, name, Counter(state[name]))
         self.requests_by_client = Sketch.from_state(state["requests_by_client"])
@@ -362,6 +380,8 @@ class Recorder:
                 mine.setdefault(name, Series()).absorb(series)
         for name, outcomes in other.outcomes.items():
             _add(self.outcomes.setdefault(name, Counter()), outcomes)
+        for name, counts in other.shed.items():
+            _add(self.shed.setdefault(name, Counter()), counts)
         for name in (*_TABLES, *_COUNTERS):
             _add(getattr(self, name), getattr(other, name))
         self.requests_by_client.merge(other.requests_by_client.state())
@@ -378,6 +398,8 @@ class Recorder:
         running.count(exchange)
         if exchange.reason is not None and exchange.fallback is None:
             self.rejections[exchange.reason] += 1
+        if exchange.is_shed:
+            self.shed[exchange.upstream or GATEWAY][tier] += 1
         if client is not None:
             self.requests_by_client.add(client.key)
         if exchange.decision is not None:
@@ -423,6 +445,7 @@ class Recorder:
         bucket_limit: int,
         overflowed: int,
         limiter: LimiterState,
+        lag: float = 0.0,
     ) -> MetricsView:
         """Return every figure since the start."""
         return MetricsView(
@@ -466,7 +489,18 @@ class Recorder:
                 )
                 for name, upstream in upstreams.items()
             },
+            overload=OverloadView(
+                event_loop_lag=round(lag, 6),
+                upstreams={name: self.concurrency(name, upstream) for name, upstream in upstreams.items()},
+                shed={name: dict(counts) for name, counts in self.shed.items()},
+            ),
         )
+
+    def concurrency(self, name: str, upstream: UpstreamFigures) -> ConcurrencyView:
+        """Return what is under way at an upstream, and what was refused for it."""
+        figures = upstream.concurrency
+        limit = None if figures.limit is None else round(figures.limit, 1)
+        return ConcurrencyView(limit=limit, in_flight=figures.in_flight, shed=self.shed[name].total())
 
     def _sum_by(self, label: Callable[[tuple[str, str, int, str, str]], str]) -> dict[str, int]:
         sums: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The pure-ASGI steps of a proxied request, outermost first: split, record, identify, match, limit, proxy.
+"""The pure-ASGI steps of a proxied request, outermost first: split, record, identify, match, relief, limit, proxy.
 
 Each step holds only configuration. What belongs to one request lies in its `Exchange`, which `Record` puts into the
 scope, and in which every later step writes its own fields and talks to nobody else. A step that has nothing to wait
@@ -44,6 +44,7 @@ from api_gateway.limit_fields import LimitFields
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
+from api_gateway.overload import Bands, LagLimit
 from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.request import DEADLINE, FIELDS, Receive, Scope, Send
 from api_gateway.router import Router
@@ -152,15 +153,19 @@ class Record:
 
     async def _refuse(self, exchange: Exchange, error: GatewayError, send: Send) -> None:
         has_begun = exchange.status != 0  # then leaving it unfinished makes the server close the connection
-        if self._on_failure is not None:
-            self._on_failure(exchange, error)
-        note_failure(exchange, error)
+        self.note_failure(exchange, error)
         if has_begun or isinstance(error, ClientDisconnected):
             return
         exchange.status, exchange.source = error.status, "gateway"
         exchange.bytes_out = await send_problem(
             error, send, instance=exchange.path, request_id=exchange.id, headers=exchange.answer_headers
         )
+
+    def note_failure(self, exchange: Exchange, error: GatewayError) -> None:
+        """Settle what a failed exchange was charged, and write into the record why it failed."""
+        if self._on_failure is not None:
+            self._on_failure(exchange, error)
+        note_failure(exchange, error)
 
     def end(self, exchange: Exchange, now: float) -> None:
         """Hand the finished exchange to the observers."""
@@ -278,6 +283,23 @@ class Match:
         exchange.route = route.name
         scope[ROUTE] = route
         scope[DEADLINE] = deadline_of(route, self._totals.get(route.upstream), scope[FIELDS], exchange.started)
+        return self.app(scope, receive, send)
+
+
+class Relief:
+    """Refuses a share of the requests while the event loop runs late, the lowest tiers' first."""
+
+    def __init__(self, app: ASGIApp, *, lag: LagLimit, bands: Bands) -> None:
+        self.app = app
+        self._lag = lag
+        self._bands = bands
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Go on, or raise Shed."""
+        if self._lag.is_over:
+            band = self._bands.of(scope[EXCHANGE].client.quota.name)
+            if self._lag.sheds(band):
+                raise self._lag.refusal(band)
         return self.app(scope, receive, send)
 
 

@@ -151,8 +151,9 @@ class Exchange:
     Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
     the answer. `answer_headers` are the gateway's own and go on whatever answer is sent. `charges` are what `decision`
     was made on, `trial` the same of a candidate beside it. `has_reached` says that some of the request may have
-    reached an upstream that then failed. `retried` are the causes of the tries that were repeated, `fallback` who
-    answered in the place of the route's upstream, with `reason` and `detail` of why.
+    reached an upstream that then failed, `is_shed` that it was refused because too much was under way. `retried` are
+    the causes of the tries that were repeated, `fallback` who answered in the place of the route's upstream, with
+    `reason` and `detail` of why.
     """
 
     id: str
@@ -182,6 +183,7 @@ class Exchange:
     has_reached: bool = False
     retried: tuple[str, ...] = ()
     fallback: str | None = None
+    is_shed: bool = False
 
     @property
     def client_key(self) -> str:
@@ -490,6 +492,22 @@ class UpstreamView(Body):
     breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
     targets: list[TargetView]
     names: list[NameView] | None = None
+    concurrency: "ConcurrencyView"
+
+
+class ConcurrencyView(Body):
+    """What is under way at an upstream, and what may be, in all workers."""
+
+    limit: float | None = Field(description="Requests that may be under way at once; null is no limit.")
+    in_flight: int = Field(description="Requests, streams and tunnels under way.")
+    shed: int = Field(description="Requests refused for it since the start.")
+
+
+class LagView(Body):
+    """How late the event loop runs: the worst worker's."""
+
+    seconds: float = Field(description="Median of the last samples.")
+    shed: int = Field(description="Requests refused for it since the start.")
 
 
 class StoreView(Body):
@@ -521,6 +539,7 @@ class HealthView(BaseModel):
     upstreams: dict[str, UpstreamView] | None = None
     limits: StoreView | None = None
     clients: ClientStoreView | None = None
+    event_loop: LagView | None = None
 
 
 class LatencyWindow(Body):
@@ -606,6 +625,14 @@ class BreakerCounts(Body):
     would_reject_total: int
 
 
+class OverloadView(Body):
+    """What was refused because too much was under way, and how much is."""
+
+    event_loop_lag: float = Field(description="Seconds by which the event loop runs late.")
+    upstreams: dict[str, ConcurrencyView]
+    shed: dict[str, dict[str, int]] = Field(description="By upstream and tier; `_gateway` is the gateway itself.")
+
+
 class MetricsView(Body):
     """Everything counted since the start, for people; Prometheus reads the same URL as text."""
 
@@ -625,6 +652,7 @@ class MetricsView(Body):
     rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]
+    overload: OverloadView
 
 
 class Question(Body):
@@ -683,6 +711,23 @@ class UpstreamExplained(Body):
     next_probe_in: float | None = Field(description="Seconds until a probe is let through; null unless OPEN.")
     healthy: int = Field(description="Targets that pass their health checks, or have none.")
     targets: int
+    concurrency: "ConcurrencyExplained | None" = Field(description="null if the upstream has no limit.")
+
+
+class ConcurrencyExplained(Body):
+    """What may be under way at the upstream, and what is, in the worker that was asked."""
+
+    limit: float
+    bound: int = Field(description="Requests of this tier are admitted while fewer are under way.")
+    in_flight: int
+    admits: bool
+
+
+class LagExplained(Body):
+    """How late the event loop of the worker runs that was asked."""
+
+    seconds: float
+    shed_share: float = Field(description="Share of this tier's requests that is refused for it now, 0 to 1.")
 
 
 class FallbackExplained(Body):
@@ -717,6 +762,7 @@ class Explanation(Body):
     candidate: BucketExplained | None = Field(description="The bucket that is tried beside them; it limits nobody.")
     upstream: UpstreamExplained | None
     fallback: FallbackExplained | None
+    event_loop: LagExplained
     limiter: Source = Field(description="What the figures rest on.")
 
 

@@ -20,6 +20,7 @@ from api_gateway.circuit_breaker import (
 )
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
+from api_gateway.overload import Concurrency
 from api_gateway.resolution import Name
 from api_gateway.targets import CheckRecord, Target
 
@@ -184,6 +185,7 @@ class UpstreamReport:
     breaker: BreakerReport
     targets: tuple[TargetReport, ...]
     names: tuple[NameReport, ...] = ()
+    concurrency: Concurrency = Concurrency()  # noqa: RUF009 - frozen
 
     @classmethod
     def of(cls, upstream: Upstream, now: float, names: Iterable[Name] = ()) -> "UpstreamReport":
@@ -199,14 +201,15 @@ class UpstreamReport:
             status = "fail"
         elif not is_whole or breaker.state is not State.CLOSED:
             status = "warn"
-        return cls(status, breaker, targets, asked)
+        return cls(status, breaker, targets, asked, upstream.concurrency)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "UpstreamReport":
         """Build the report that `asdict` and JSON have made this of."""
         targets = tuple(map(TargetReport.from_state, state["targets"]))
         names = tuple(NameReport(**{**name, "addresses": tuple(name["addresses"])}) for name in state["names"])
-        return cls(state["status"], BreakerReport.from_state(state["breaker"]), targets, names)
+        concurrency = Concurrency(**state["concurrency"])
+        return cls(state["status"], BreakerReport.from_state(state["breaker"]), targets, names, concurrency)
 
 
 @dataclass(slots=True)
@@ -227,6 +230,7 @@ class Report:
     client_trouble: str | None = None  # why the client store cannot be used, while it cannot
     histories: dict[str, list[FlightRecord]] = field(default_factory=dict)  # of the breakers, the oldest move first
     is_over: bool = False
+    lag: float = 0.0  # seconds by which the event loop runs late
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "Report":
@@ -249,6 +253,7 @@ class Report:
                 name: [asdict(record) for record in records if int(record.at / SLICE) >= since]
                 for name, records in self.histories.items()
             },
+            "lag": self.lag,
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -259,6 +264,7 @@ class Report:
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
         self.client_trouble = state["client_trouble"]
+        self.lag = state["lag"]
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])
 
@@ -273,6 +279,7 @@ class Report:
         """Keep what was counted and drop what was going on: the worker has ended."""
         self.is_over = True
         self.recorder.in_flight = self.buckets = 0
+        self.lag = 0.0
 
 
 def oldest_changed(now: float) -> int:
@@ -288,6 +295,7 @@ def merge(reports: Sequence[Report]) -> Report:
         merged.buckets += report.buckets
         merged.bucket_limit = max(merged.bucket_limit, report.bucket_limit)
         merged.overflowed += report.overflowed
+        merged.lag = max(merged.lag, report.lag)
     merged.limiter = _merge_limiters(reports)
     merged.client_trouble = next((it.client_trouble for it in reports if it.client_trouble and not it.is_over), None)
     merged.is_over = all(report.is_over for report in reports)
@@ -355,7 +363,14 @@ def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report
     targets = (_merge_target(url, upstreams, everywhere) for url in urls)
     spoken = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
     names = {one.host: one for one in spoken}  # the last to be said is one with an error, if any
-    return UpstreamReport(status, breaker, tuple(targets), tuple(names.values()))
+    return UpstreamReport(status, breaker, tuple(targets), tuple(names.values()), _merge_concurrency(upstreams))
+
+
+def _merge_concurrency(upstreams: Sequence[UpstreamReport]) -> Concurrency:
+    """Return what workers may have under way together: each has a limit of its own."""
+    found = [upstream.concurrency for upstream in upstreams]
+    limits = [concurrency.limit for concurrency in found if concurrency.limit is not None]
+    return Concurrency(sum(limits) if limits else None, sum(concurrency.in_flight for concurrency in found))
 
 
 def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:

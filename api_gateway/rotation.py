@@ -73,7 +73,9 @@ class Rotation:
         """
         breaker = target.breaker
         assert breaker is not None  # noqa: S101 - it gave the ticket
-        if outcome is Outcome.FAILURE and breaker.state is not State.OPEN and not self.may_eject(targets, target):
+        is_slow = outcome is Outcome.SUCCESS and duration is not None and duration >= breaker.slow_after
+        may_move = outcome is Outcome.FAILURE or is_slow
+        if may_move and breaker.state is not State.OPEN and not self.may_eject(targets, target):
             target.withheld += 1
             outcome = Outcome.IGNORED
         elif outcome is not Outcome.IGNORED:

@@ -13,7 +13,7 @@ import httpx
 
 from api_gateway.answer import Answer
 from api_gateway.balancer import Lease, SlowHead, Target
-from api_gateway.circuit_breaker import State, Transition
+from api_gateway.circuit_breaker import Transition
 from api_gateway.deadline import Deadline
 from api_gateway.errors import (
     ClientDisconnected,
@@ -36,6 +36,7 @@ from api_gateway.headers import (
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
 from api_gateway.outgoing import NO_BODY, NoBody
+from api_gateway.overload import ONE_BAND, Bands
 from api_gateway.reply import fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
     BODILESS,
@@ -95,12 +96,14 @@ class Router:
         on_retry: Callable[[str, str], None] | None = None,
         on_denial: Callable[[str, str], None] | None = None,
         on_fallback: Callable[[Exchange, GatewayError], None] | None = None,
+        bands: Bands = ONE_BAND,
     ) -> None:
         """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out.
 
         `on_cost` hears of an answer that tells its cost, before its head is sent. `on_retry` hears of every repeated
         try, by upstream and cause, `on_denial` of every failed one that is not, and why; `on_fallback` of a fallback
-        that takes over after an error, before it answers.
+        that takes over after an error, before it answers. `bands` say who is shed
+        first.
         """
         self.routes = routes
         self.services = dict(services)
@@ -115,6 +118,7 @@ class Router:
         self.on_cost = on_cost or _ignore
         self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
         self._on_fallback = on_fallback or _ignore
+        self.bands = bands
 
     def forward(
         self,
@@ -305,9 +309,11 @@ class Router:
     def _checkout(
         self, exchange: Exchange, service: Service, request: UpstreamRequest, tried: Sequence[Target]
     ) -> Lease:
+        """Return the next target's lease; another try asks as the lowest band, to give way to whoever is shed."""
         key = exchange.client_key if service.hash_header is None else service.key_in(request.fields, exchange)
         is_safe = is_repeatable(exchange.method, request.fields)
-        return service.upstream.checkout(self._clock(), key, tried, is_safe=is_safe)
+        band = 0 if tried or exchange.client is None else self.bands.of(exchange.client.quota.name)
+        return service.upstream.checkout(self._clock(), key, tried, band=band, is_safe=is_safe)
 
     async def _try_again(
         self,
@@ -387,8 +393,8 @@ class Router:
             is_sent=is_sent,
             is_repeatable=is_repeatable(exchange.method, request.fields),
             is_kept=request.body.is_kept,
-            is_troubled=lease.ticket.is_probe or lease.upstream.breaker.state is not State.CLOSED,
-            is_elsewhere=lease.upstream.has_other(tried),
+            is_troubled=lease.ticket.is_probe or not lease.upstream.breaker.admits_all,
+            is_elsewhere=lease.upstream.has_other(tried, now),
             retry_after=retry_after,
             left=None if request.deadline is None else request.deadline.left(now),
         )
@@ -410,7 +416,11 @@ class Router:
         try:
             response = await reply_to(service.transport, outgoing, answer)
         except httpx.TransportError as error:
-            raise self._failure(exchange, lease, error) from error
+            failure = self._failure(exchange, lease, error)
+            if lease.upstream.limit is not None and isinstance(failure, UpstreamTimeout) and not failure.is_retry_safe:
+                sent_at, now = exchange.sent_at or now, self._clock()
+                lease.upstream.limit.observe(now - sent_at, now)  # it takes at least as long
+            raise failure from error
         except asyncio.CancelledError:
             if request.is_overdue and getattr(outgoing, "is_sent", True):
                 exchange.has_reached = True
@@ -469,7 +479,10 @@ class Router:
         self._observe_try(lease.upstream.name, _CLASSES[status // 100], took, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
             self._settle_failure(exchange, lease, now, f"status {status}", now)
-        elif status >= 400:  # noqa: PLR2004 - the class of client errors
+            return
+        if lease.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
+            lease.upstream.limit.observe(took, now)
+        if status >= 400:  # noqa: PLR2004 - the class of client errors
             self.settle(lease, Outcome.IGNORED, now)
         elif took >= lease.upstream.breaker.slow_after:
             lease.slow = SlowHead(took, exchange.route or "", exchange.id)

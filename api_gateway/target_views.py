@@ -4,17 +4,27 @@ import time
 from datetime import UTC, datetime
 
 from api_gateway.circuit_breaker import State
-from api_gateway.models import ActiveView, NameView, OpeningView, PassiveView, TargetView, UpstreamView, VerdictView
+from api_gateway.models import (
+    ActiveView,
+    ConcurrencyView,
+    NameView,
+    OpeningView,
+    PassiveView,
+    TargetView,
+    UpstreamView,
+    VerdictView,
+)
 from api_gateway.report import NameReport, PassiveReport, TargetReport, UpstreamReport
 
 
-def upstream_view(upstream: UpstreamReport, now: float) -> UpstreamView:
+def upstream_view(upstream: UpstreamReport, now: float, concurrency: ConcurrencyView) -> UpstreamView:
     """Return how an upstream stands."""
     names = {"names": [_name_view(name, now) for name in upstream.names]} if upstream.names else {}
     return UpstreamView(
         status=upstream.status,
         breaker=upstream.breaker.state.value,
         targets=[_target_view(target, now) for target in upstream.targets],
+        concurrency=concurrency,
         **names,
     )
 

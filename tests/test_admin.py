@@ -212,11 +212,11 @@ def test_in_observe_nothing_is_refused_and_what_would_have_been_is_shown(gateway
 
 
 def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream: StartUpstream) -> None:
-    up = upstream(reply(b"no", b"503 Service Unavailable"))
+    up = upstream(reply(b"no", b"500 Internal Server Error"))
     sections = in_front_of(up.url, circuit_breaker={"failure_threshold": 2, "recovery_timeout": 0.2, "jitter": 0})
     running = gateway(sections)
     for number in range(2):
-        assert ask(f"{running.url}/api/x", headers={"X-Request-ID": f"request-{number}"}).status == 503
+        assert ask(f"{running.url}/api/x", headers={"X-Request-ID": f"request-{number}"}).status == 500
     up.behave = reply()
     eventually(lambda: ask(f"{running.url}/api/x").status == 200, "it recovers")
     answer = ask(f"{running.url}/circuit-breakers/up/history").json()
@@ -227,11 +227,11 @@ def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream
         ("OPEN", "HALF_OPEN"),
         ("CLOSED", "OPEN"),
     ]
-    assert opened["cause"] == "2 consecutive failures; last: status 503"
+    assert opened["cause"] == "2 consecutive failures; last: status 500"
     assert (opened["window_calls"], opened["window_failures"], opened["window_slow"]) == (2, 2, 0)
     assert [(call["request_id"], call["route"], call["detail"]) for call in opened["last_failures"]] == [
-        ("request-1", "all", "status 503"),
-        ("request-0", "all", "status 503"),
+        ("request-1", "all", "status 500"),
+        ("request-0", "all", "status 500"),
     ]
     assert all(0 < call["duration"] < 5 for call in opened["last_failures"])
     moments = [datetime.fromisoformat(move["at"]) for move in (opened, half_open, closed)]
@@ -297,7 +297,7 @@ def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path:
 def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> None:
     assert set(ask(f"{tokened.url}/health").json()) == {"status"}
     full = ask(f"{tokened.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
-    assert {"status", "version", "uptime", "upstreams", "limits", "clients"} == set(full)
+    assert {"status", "version", "uptime", "upstreams", "limits", "clients", "event_loop"} == set(full)
     assert full["limits"]["mode"] == "memory"
     assert full["clients"] == {"status": "pass", "error": None}
 

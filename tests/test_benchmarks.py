@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import limiter, many_clients
+from benchmarks import limiter, many_clients, overload
 from benchmarks.compare import main
 from benchmarks.flood import flood
 from benchmarks.load import Failed, latencies, parse_wrk, percentile
@@ -301,6 +301,32 @@ def test_a_limiter_from_elsewhere_is_timed_where_it_is_installed(name: str) -> N
     for contestant in limiter.CONTESTANTS:
         if name in getattr(contestant.build, "__qualname__", ""):
             assert limiter.microseconds(contestant.build(), 100) > 0
+
+
+def test_the_table_of_an_overload_holds_the_latencies_against_the_calmest() -> None:
+    def found(name: str, calm: float, good: int, limit: float | None) -> overload.Found:
+        quiet, loaded = ({tier: overload.Tally() for tier in overload.MIX} for _ in range(2))
+        quiet["FREE"].good = [calm] * 100
+        loaded["ENTERPRISE"] = overload.Tally(offered=2000, good=[0.15] * good, refused=2000 - good)
+        return overload.Found(name, quiet, loaded, seconds=10, limit=limit)
+
+    lines = overload.table([found("without", 0.2, 1000, None), found("with", 0.1, 1900, 42.5)]).splitlines()
+    assert lines[2] == "| without | ENTERPRISE | 200 | 50.0% | 150 | 150 | 1.50 |"
+    assert lines[5] == "| without | FREE | 0 | 0.0% | - | - | - |"
+    assert lines[-3:] == [
+        "- unloaded: p50 100 ms, p99 100 ms",
+        "- without: goodput 50.0% of the capacity",
+        "- with: goodput 95.0% of the capacity; the limit at the end: 42.5",
+    ]
+
+
+def test_a_short_overload_sheds_the_lowest_tier_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overload.main(["--only", "limit: 40", "--seconds", "2", "--settling", "1", "--quiet", "1"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| lim")]
+    shares = {row[1]: float(row[3].rstrip("%")) for row in rows}
+    assert list(shares) == ["ENTERPRISE", "PREMIUM", "BASIC", "FREE"]
+    assert shares["ENTERPRISE"] > 80
+    assert shares["FREE"] < 40
 
 
 @pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("wrk"), reason="needs nginx and wrk on the PATH")

@@ -73,6 +73,11 @@ def file(tmp_path: Path) -> Callable[[Any], Path]:
     return write
 
 
+def limited(concurrency: dict[str, Any]) -> dict[str, Any]:
+    """Return sections whose one upstream has this limit."""
+    return {"upstreams": {"users": {**ONE_UPSTREAM["users"], "concurrency": concurrency}}}
+
+
 def problems(sections: dict[str, Any]) -> list[str]:
     """Return the lines that these sections are refused with."""
     with pytest.raises(ConfigError) as caught:
@@ -111,6 +116,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "drain_delay": 0,
         "drain_timeout": 30,
         "worker_timeout": 30,
+        "max_lag": 0.25,
         "trusted_proxies": [],
     }
     assert config.store.url == "memory://"
@@ -156,6 +162,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "statuses": [502, 503, 504],
         "max_body_bytes": 65_536,
     }
+    assert users.concurrency is None
 
 
 @pytest.mark.parametrize(
@@ -185,6 +192,12 @@ def test_a_long_recovery_needs_no_longer_maximum_to_be_given() -> None:
     config = load_config(None, {"upstreams": {"users": upstream}})
     assert config.upstreams["users"].circuit_breaker.max_recovery_timeout == 900
     assert GatewayConfig.model_validate(config.model_dump()) == config
+
+
+def test_an_adaptive_limit_has_defaults_once_it_is_asked_for() -> None:
+    section = load_config(None, limited({"adaptive": {}})).upstreams["users"].concurrency
+    assert section is not None
+    assert section.model_dump() == {"limit": None, "adaptive": {"floor": 10, "ceiling": 1000, "tolerance": 1.4}}
 
 
 def test_a_health_check_has_defaults_once_it_is_asked_for() -> None:
@@ -386,6 +399,7 @@ def test_precedence_holds_for_tiers_however_they_are_spelt(
     assert load_config(path, {"tiers": {"FREE": {"rate": 4}}}).tiers["FREE"].model_dump() == {
         "rate": 4,
         "capacity": 22,
+        "priority": None,
         "candidate": None,
     }
 
@@ -489,6 +503,7 @@ def test_a_number_is_no_network() -> None:
         (("upstreams", "users"), "target", "targets"),
         (("upstreams", "users", "health_check"), "pth", "path"),
         (("upstreams", "users", "targets", 0), "wieght", "weight"),
+        (("upstreams", "users"), "concurency", "concurrency"),
         (("routes", 0), "strip_prefx", "strip_prefix"),
         (("routes", 0, "costs", 0), "method", "methods"),
     ],
@@ -518,6 +533,11 @@ def test_an_unknown_key_like_no_other_names_them_all() -> None:
         ({"server": {"header_timeout": 0}}, "server.header_timeout", "0"),
         ({"server": {"trusted_proxies": ["10.0.0.0/33"]}}, "server.trusted_proxies[0]", "'10.0.0.0/33'"),
         ({"server": {"trusted_proxies": [1.5]}}, "server.trusted_proxies[0]", "1.5"),
+        ({"server": {"max_lag": 0}}, "server.max_lag", "0"),
+        ({"tiers": {"FREE": {"priority": -1}}}, "tiers.FREE.priority", "-1"),
+        (limited({"limit": 0}), "upstreams.users.concurrency.limit", "0"),
+        (limited({"adaptive": {"floor": 0}}), "upstreams.users.concurrency.adaptive.floor", "0"),
+        (limited({"adaptive": {"tolerance": 1}}), "upstreams.users.concurrency.adaptive.tolerance", "1"),
         ({"identity": {"mode": "jwt"}}, "identity.mode", "'jwt'"),
         ({"identity": {"header": "X Client"}}, "identity.header", "'X Client'"),
         ({"tiers": {"FREE": {"rate": 0}}}, "tiers.FREE.rate", "0"),
@@ -590,6 +610,13 @@ def test_a_target_is_scheme_host_and_port_only(url: str) -> None:
         ({"default_tier": "GOLD"}, ["default_tier", "'GOLD'", "FREE, BASIC, PREMIUM, ENTERPRISE"]),
         ({"tiers": {"FREE": None}}, ["default_tier", "'FREE'"]),
         ({"clients": {"acme": {"tier": "GOLD"}}}, ["clients.acme.tier", "'GOLD'"]),
+        ({"tiers": {"BASIC": {"priority": 1}}}, ["tiers.FREE.priority", "got None"]),
+        (limited({}), ["upstreams.users.concurrency", "limit or adaptive", "got neither"]),
+        (limited({"limit": 1, "adaptive": {}}), ["upstreams.users.concurrency", "limit or adaptive", "got both"]),
+        (
+            limited({"adaptive": {"floor": 20, "ceiling": 19}}),
+            ["upstreams.users.concurrency.adaptive.floor", "the ceiling 19", "got 20"],
+        ),
         ({"store": {"url": "postgres://127.0.0.1"}}, ["store.url", "redis://", "'postgres://127.0.0.1'"]),
         ({"store": {"url": "redis:127.0.0.1"}}, ["store.url", "'redis:127.0.0.1'"]),
         ({"store": {"url": "redis://"}}, ["store.url", "'redis://'"]),

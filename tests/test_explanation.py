@@ -356,6 +356,7 @@ async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
         "next_probe_in": None,
         "healthy": 1,
         "targets": 1,
+        "concurrency": None,
     }
     assert told.limiter == "memory"
 

@@ -582,16 +582,15 @@ def test_the_series_of_a_target_end_with_it() -> None:
 
 def test_the_mode_of_a_breaker_is_one_of_four_and_what_it_would_have_done_is_counted() -> None:
     upstream = people(BreakerPolicy(failure_threshold=1, slow_call_duration=1, slow_call_rate=1))
-    exposition = exposition_of(recorder_of(), upstream)
     for mode in Mode:
         upstream.breaker.set_mode(mode, START)
-        found = samples(exposition)
+        found = samples(exposition_of(recorder_of(), upstream))
         modes = {other: found[f"gateway_circuit_breaker_mode{{mode={other},upstream=people}}"] for other in Mode}
         assert modes == {other: other is mode for other in Mode}
     upstream.breaker.set_mode(Mode.OBSERVE, START)
     upstream.checkout(START, "").settle(Outcome.FAILURE, START, "status 500", duration=2)
     upstream.checkout(START, "").release(START)
-    found = samples(exposition)
+    found = samples(exposition_of(recorder_of(), upstream))
     assert {
         key: found[f"gateway_circuit_breaker_{key}_total{{upstream=people}}"]
         for key in ("opened", "rejected", "slow_calls", "would_open", "would_reject")

@@ -1,6 +1,7 @@
 """What several workers have counted comes to what one would have counted that had seen everything."""
 
 import json
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from api_gateway.circuit_breaker import KEPT_RECORDS, BreakerPolicy, CircuitBrea
 from api_gateway.exposition import Exposition
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
+from api_gateway.overload import Concurrency, ConcurrencyLimit
 from api_gateway.report import (
     BreakerReport,
     NameReport,
@@ -282,6 +284,37 @@ def test_a_worker_that_has_ended_counts_and_has_no_say_in_the_state() -> None:
     ended.end()
     breaker = merge([merge([merge([]), ended]), report_of("1", START + 1)]).upstreams["people"].breaker
     assert (breaker.state, breaker.opened_total, breaker.workers) == (State.CLOSED, 1, {"1": State.CLOSED})
+
+
+def limited_report(worker: str, places: float, taken: int, shed: int, lag: float) -> Report:
+    """A worker with so many places, as another process gets to know it."""
+    live, found = upstream(), recorder()
+    live.limit = ConcurrencyLimit(places, source=random.Random(1))
+    live.limit.in_flight = taken
+    found.shed["people"]["FREE"] += shed
+    found.shed["_gateway"]["FREE"] += 1
+    other = Report.blank(worker)
+    told = Report(worker, found, {"people": UpstreamReport.of(live, START)}, lag=lag)
+    other.update(through_json(told.state()))
+    return other
+
+
+def test_places_and_what_was_shed_are_summed_and_the_latest_loop_is_shown() -> None:
+    both = merge([limited_report("1", 40, 7, 5, 0.01), limited_report("2", 30.5, 3, 2, 0.4)])
+    assert both.upstreams["people"].concurrency == Concurrency(70.5, 10)
+    assert both.recorder.shed == {"people": {"FREE": 7}, "_gateway": {"FREE": 2}}
+    assert both.lag == 0.4
+    ended = limited_report("3", 100, 9, 4, 9.0)
+    ended.end()
+    after = merge([both, ended])
+    assert after.upstreams["people"].concurrency == Concurrency(70.5, 10)
+    assert after.recorder.shed["people"] == {"FREE": 11}
+    assert after.lag == 0.4
+
+
+def test_without_a_limit_what_is_under_way_is_summed() -> None:
+    both = merge([report_of("1", START), report_of("2", START)])
+    assert both.upstreams["people"].concurrency == Concurrency(None, 4)
 
 
 def test_an_upstream_that_no_worker_has_any_more_is_not_shown() -> None:

@@ -248,6 +248,18 @@ def test_a_probe_of_the_last_in_rotation_that_fails_leaves_it_there() -> None:
     assert {lease.target.url for lease in held} == {"a"}, "more than its breaker admits, as there is nobody else"
 
 
+def test_slow_answers_eject_a_target_too_but_not_the_last() -> None:
+    policy = BreakerPolicy(slow_call_duration=1, slow_call_rate=0.5, minimum_calls=2, recovery_timeout=30)
+    upstream = upstream_of(2, policy=policy)
+    for _ in range(10):
+        lease = upstream.checkout(NOW, "")
+        lease.settle(Outcome.SUCCESS, NOW, duration=2)
+        lease.release(NOW)
+    assert len(ejected(upstream)) == 1
+    (left,) = [target for target in upstream.targets if target.url != ejected(upstream)]
+    assert left.withheld > 0
+
+
 # Slow start
 
 

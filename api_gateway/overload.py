@@ -1,0 +1,200 @@
+"""How much may be under way at once, and who is refused first when it is too much.
+
+Nobody waits here: a request is admitted, or refused at once with a time to come back at. Synchronous and without
+clock; the random source is handed in.
+"""
+
+import math
+import random
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from api_gateway.errors import Shed
+from api_gateway.gradient import Gradient
+
+LOWEST_SHARE = 0.5  # of a limit that the lowest band may fill
+LONGEST_RETRY_AFTER = 3  # seconds; the shortest is 1
+LAGS = 5  # samples of the event loop's lag whose median counts: one stall, or two, shed nobody
+BAND_WIDTH = 0.5  # of the greatest lag that may be: what takes a band from the first refused to the last
+HIGHEST_SHED = 0.9  # of the highest band's requests: some always pass
+
+_GATEWAY = "The gateway itself is overloaded: its event loop runs {lag:.2f} s late, and {most:g} s is the most it may."
+
+
+class Bands:
+    """The tiers in the order in which they are shed, lowest first. Tiers of one rank share a band.
+
+    A band is admitted while less than its share of the limit is under way, whoever holds it. The shares rise evenly
+    from one half to the whole, so that each band finds places which those below it cannot take; and the lowest
+    alone can still fill half the limit, which keeps an upstream busy whose limit is twice what it works on at once.
+    """
+
+    def __init__(self, ranks: Mapping[str, float]) -> None:
+        """`ranks` are by tier; the highest is shed last."""
+        order = sorted(set(ranks.values()))
+        self._bands = {tier: bisect_left(order, rank) for tier, rank in ranks.items()}
+        count = max(1, len(order))
+        rise = (1 - LOWEST_SHARE) / (count - 1) if count > 1 else 0.0
+        self.shares = tuple(1 - rise * (count - 1 - band) for band in range(count))
+
+    def __repr__(self) -> str:
+        return f"<Bands {[self.name(band) for band in range(len(self.shares))]}>"
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def of(self, tier: str) -> int:
+        """Return the band of a tier; of one that is not known, the lowest."""
+        return self._bands.get(tier, 0)
+
+    def name(self, band: int) -> str:
+        """Return the tiers of a band."""
+        return " or ".join(tier for tier, its in self._bands.items() if its == band)
+
+
+ONE_BAND = Bands({})
+
+
+@dataclass(frozen=True, slots=True)
+class Concurrency:
+    """What may be under way at an upstream, None if that is not limited, and what is."""
+
+    limit: float | None = None
+    in_flight: int = 0
+
+
+class ConcurrencyLimit:
+    """The requests, streams and tunnels that this process may have under way at one upstream.
+
+    `bounds` are the places of each band, `shares` of the limit rounded up. The limit is fixed, or a gradient finds it.
+    """
+
+    __slots__ = ("_bands", "_gradient", "_met", "_peak", "_source", "bounds", "in_flight", "limit")
+
+    def __init__(self, limit: float | Gradient, bands: Bands = ONE_BAND, *, source: random.Random) -> None:
+        self._bands = bands
+        self._gradient = limit if isinstance(limit, Gradient) else None
+        self._source = source
+        self._peak = self.in_flight = 0
+        self._met = len(bands)  # the lowest band that met its bound since the gradient's window began
+        self._set(limit.allowed if isinstance(limit, Gradient) else limit)
+
+    def __repr__(self) -> str:
+        return f"<ConcurrencyLimit [{self.in_flight} of {self.limit:g}]>"
+
+    @property
+    def is_adaptive(self) -> bool:
+        """True if it follows the upstream's latency."""
+        return self._gradient is not None
+
+    def _set(self, limit: float) -> None:
+        self.limit = limit
+        self.bounds = tuple(math.ceil(limit * share) for share in self._bands.shares)
+
+    def admits(self, band: int) -> bool:
+        """Tell whether a request of that band may go now."""
+        if self.in_flight < self.bounds[band]:
+            return True
+        self._met = min(self._met, band)
+        return False
+
+    def is_full_for(self, band: int) -> bool:
+        """Tell whether `admits` would refuse; nothing is learnt from the question."""
+        return self.in_flight >= self.bounds[band]
+
+    def take(self, band: int) -> None:
+        """Count one more under way, which `admits` has allowed."""
+        self.in_flight = taken = self.in_flight + 1
+        if taken > self._peak:
+            self._peak = taken
+            if taken >= self.bounds[band] and band < self._met:
+                self._met = band
+
+    def give_back(self) -> None:
+        """Count one less."""
+        self.in_flight -= 1
+
+    def observe(self, seconds: float, now: float) -> None:
+        """Learn from the time one request took to the head of its answer."""
+        gradient = self._gradient
+        if gradient is not None and gradient.add(seconds, now):
+            bands, met = len(self.bounds), self._met
+            gradient.close_window(now, is_met=met < bands, is_calm=2 * self._peak <= self.bounds[0])
+            self._met, self._peak = bands, self.in_flight
+            self._set(gradient.allowed)
+            if gradient.is_looking and met < bands - 1:  # a look costs the lower bands, if they are many enough
+                self.bounds = (*self.bounds[:-1], math.ceil(gradient.unqueued))
+
+    def refusal(self, upstream: str, band: int) -> Shed:
+        """Return the error that tells a request of that band that it came at a bad time."""
+        bound = self.bounds[band]
+        tier = self._bands.name(band)
+        whose = f"requests of tier {tier} are admitted" if tier else "requests are admitted"
+        return Shed(
+            f"Upstream '{upstream}' is overloaded: of {self.limit:.4g} requests that may be under way"
+            f" {self.in_flight} are, and {whose} below {bound}.",
+            retry_after=_retry_after(self._source),
+            extra={
+                "upstream": upstream,
+                "tier": tier,
+                "concurrency_limit": round(self.limit, 1),
+                "concurrency_bound": bound,
+                "in_flight": self.in_flight,
+            },
+        )
+
+
+class LagLimit:
+    """How late the event loop may run, beyond which requests are refused before anything is done for them.
+
+    What counts is the median of the last few samples, so that a pause of the garbage collector or one stall sheds
+    nobody. From `most` seconds on the lowest band is shed, a share that rises to all of it at one and a half times
+    that; then the next. Of the highest, one in ten always passes.
+    """
+
+    def __init__(self, most: float | None, bands: Bands = ONE_BAND, *, source: random.Random) -> None:
+        """`most` is seconds; None sheds nobody."""
+        self.most = math.inf if most is None else most
+        self.lag = 0.0
+        self.is_over = False
+        self._bands = bands
+        self._source = source
+        self._lags: deque[float] = deque(maxlen=LAGS)
+
+    def __repr__(self) -> str:
+        return f"<LagLimit [{self.lag:.3f} of {self.most:g} s]>"
+
+    def observe(self, seconds: float) -> None:
+        """Take in how late a timer was."""
+        self._lags.append(seconds)
+        self.lag = median(self._lags) if len(self._lags) == LAGS else 0.0
+        self.is_over = self.lag > self.most
+
+    def share(self, band: int) -> float:
+        """Return which share of a band's requests is refused now, 0 to 1."""
+        if not self.is_over:
+            return 0.0
+        share = (self.lag / self.most - 1) / BAND_WIDTH - band
+        return max(0.0, min(HIGHEST_SHED if band == len(self._bands) - 1 else 1.0, share))
+
+    def sheds(self, band: int) -> bool:
+        """Decide on one request."""
+        return self._source.random() < self.share(band)
+
+    def refusal(self, band: int) -> Shed:
+        """Return the error that tells a request of that band that it came at a bad time."""
+        tier, share = self._bands.name(band), self.share(band)
+        whose = f" of tier {tier}" if tier else ""
+        return Shed(
+            f"{_GATEWAY.format(lag=self.lag, most=self.most)} {share:.0%} of the requests{whose} are refused now.",
+            retry_after=_retry_after(self._source),
+            extra={"tier": tier, "event_loop_lag": round(self.lag, 3), "max_lag": self.most},
+        )
+
+
+def _retry_after(source: random.Random) -> float:
+    """Return whole seconds, differing, so that those refused together do not come back together."""
+    return float(source.randint(1, LONGEST_RETRY_AFTER))
