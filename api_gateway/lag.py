@@ -1,7 +1,7 @@
-"""How late the event loop runs: how long what is ready now waits for its turn.
+"""How late the event loop runs: how late a timer rings, or how long what is ready then waits for its turn.
 
-A timer's delay would tell less: one that rings every tenth of a second is on time in a loop whose every turn takes
-just that.
+The timer alone would tell too little: one that rings every tenth of a second is on time in a loop whose every turn
+takes just that.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ HOPS = 2  # callbacks it takes to wait for what the sockets bring meanwhile: the
 
 
 class LagSampler:
-    """Tells `observe`, ten times a second, how many seconds a turn of the loop took."""
+    """Tells `observe`, ten times a second, by how many seconds the loop is late."""
 
-    __slots__ = ("_began", "_handle", "_hops", "_loop", "_observe")
+    __slots__ = ("_began", "_handle", "_hops", "_late", "_loop", "_observe")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, observe: Callable[[float], None]) -> None:
         self._loop = loop
         self._observe = observe
-        self._began = 0.0
+        self._began = self._late = 0.0
         self._hops = 0
         self._handle: asyncio.Handle | None = None
 
@@ -29,6 +29,7 @@ class LagSampler:
 
     def start(self) -> None:
         """Begin."""
+        self._began = time.monotonic()
         self._handle = self._loop.call_later(EVERY, self._on_timer)
 
     def stop(self) -> None:
@@ -38,7 +39,9 @@ class LagSampler:
             self._handle = None
 
     def _on_timer(self) -> None:
-        self._began, self._hops = time.monotonic(), HOPS
+        now = time.monotonic()
+        self._late = now - self._began - EVERY
+        self._began, self._hops = now, HOPS
         self._handle = self._loop.call_soon(self._on_hop)
 
     def _on_hop(self) -> None:
@@ -46,5 +49,5 @@ class LagSampler:
         if self._hops:
             self._handle = self._loop.call_soon(self._on_hop)
             return
-        self._observe(time.monotonic() - self._began)
+        self._observe(max(self._late, time.monotonic() - self._began))
         self.start()

@@ -41,6 +41,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
     errors.CircuitOpen: (503, "circuit_open"),
     errors.NoHealthyUpstream: (503, "no_healthy_upstream"),
     errors.Overloaded: (503, "overloaded"),
+    errors.Shed: (503, "overloaded"),
     errors.Draining: (503, "draining"),
     errors.StoreUnavailable: (503, "store_unavailable"),
     errors.UpstreamConnectError: (502, "upstream_connect_error"),

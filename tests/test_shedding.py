@@ -372,13 +372,13 @@ def test_the_lag_is_told(late: Callable[[float], RunningGateway]) -> None:
 
 
 def test_a_loop_that_is_really_late_is_noticed(stage: Stage, gateway: StartGateway) -> None:
-    running = warm(gateway(sections_for(stage) | {"server": {"max_lag": 0.02}}), stage)
+    running = warm(gateway(sections_for(stage) | {"server": {"max_lag": 0.08}}), stage)
     is_calm = threading.Event()
     lag = running.server._app.state.gateway.lag
 
     def stall() -> None:
         if not is_calm.is_set():
-            time.sleep(0.1)
+            time.sleep(0.3)
             server_loop.call_later(0.001, stall)
 
     server_loop = running.server.servers[0].get_loop()
@@ -386,8 +386,7 @@ def test_a_loop_that_is_really_late_is_noticed(stage: Stage, gateway: StartGatew
     eventually(lambda: lag.is_over, "it is noticed")
     eventually(lambda: get(running, "FREE").status == 503, "the lowest tier is shed")
     is_calm.set()
-    eventually(lambda: not lag.is_over, "it is over")
-    assert get(running, "FREE").status == 200
+    eventually(lambda: get(running, "FREE").status == 200, "it is over")
 
 
 # What operators see
