@@ -132,7 +132,8 @@ class Rotation:
             self.welcome(target, now)
 
     def _most(self, targets: Sequence[Target]) -> int:
-        return int(self.policy.max_ejected * len(targets) + 1e-9)
+        """Return how many of them may be out at once: never all."""
+        return min(int(self.policy.max_ejected * len(targets) + 1e-9), len(targets) - 1)
 
     def _admits(self, target: Target, now: float, *, is_safe: bool = True) -> bool:
         breaker = target.breaker

@@ -380,6 +380,16 @@ def test_of_fewer_targets_no_more_than_their_share_stays_ejected() -> None:
     assert a.ejections_total == 1
 
 
+def test_the_only_target_that_is_left_is_not_ejected() -> None:
+    """Found by the machine below."""
+    upstream = upstream_of(2, max_ejected=1)
+    first, _ = upstream.targets
+    fail(upstream, first)
+    upstream.retarget([first], NOW)
+    assert first.breaker is not None
+    assert first.breaker.state is State.CLOSED
+
+
 # Whatever happens
 
 
