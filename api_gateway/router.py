@@ -348,8 +348,7 @@ class Router:
                 exchange.has_reached |= not error.is_retry_safe
                 return _Again(error.reason.value, pause, lease, error=error)
             if response.status_code in service.retried_statuses:
-                after = retry_after_of(fields_in(response))
-                pause = self._pause(exchange, service, lease, request, tried, is_sent=True, retry_after=after)
+                pause = self._pause(exchange, service, lease, request, tried, is_sent=True, answer=response)
                 if pause is not None:
                     exchange.has_reached = True
                     return _Again(str(response.status_code), pause, lease, response=response)
@@ -367,18 +366,21 @@ class Router:
         tried: Sequence[Target],
         *,
         is_sent: bool,
-        retry_after: float | None = None,
+        answer: httpx.Response | None = None,
     ) -> float | None:
-        """Return the seconds until another try, taken off the budget, or None if there is to be none."""
+        """Return the seconds until another try, taken off the budget, or None if there is to be none.
+
+        While there is an `answer`, the rest of a body still goes where it came from, and could be lost to another try.
+        """
         now = self._clock()
         failed = Failed(
             attempts=len(tried),
             is_sent=is_sent,
             is_repeatable=is_repeatable(exchange.method, request.fields),
-            is_kept=request.body.is_kept,
+            is_kept=request.body.is_kept and (answer is None or request.body.is_finished),
             is_troubled=lease.ticket.is_probe or lease.upstream.breaker.state is not State.CLOSED,
             is_elsewhere=lease.upstream.has_other(tried),
-            retry_after=retry_after,
+            retry_after=None if answer is None else retry_after_of(fields_in(answer)),
             left=None if request.deadline is None else request.deadline.left(now),
         )
         verdict = service.retries.verdict(failed, now)
