@@ -51,6 +51,8 @@ class RequestBody(httpx.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield what was kept, then what the client sends."""
+        if not self.is_kept:
+            raise RuntimeError("a body that was not kept cannot be sent again")
         self.is_started = True
         for piece in tuple(self._kept):
             yield piece

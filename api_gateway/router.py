@@ -24,11 +24,9 @@ from api_gateway.errors import (
     UpstreamTimeout,
 )
 from api_gateway.event_stream import event_stream
-from api_gateway.failures import note_failure, translate
-from api_gateway.fallback import Fallback, add_failure, stands_in
+from api_gateway.failures import translate
 from api_gateway.headers import (
     COST,
-    FALLBACK,
     Fields,
     for_client,
     trailers_to_pass,
@@ -55,6 +53,7 @@ from api_gateway.request import (
 from api_gateway.retry import Failed, Why, is_repeatable, retry_after_of
 from api_gateway.routes import PROXIED_METHODS, Route, RouteTable, refuse_method, upstream_target
 from api_gateway.service import Service
+from api_gateway.stand_in import StandIn
 from api_gateway.tunnel import Tunnel
 
 SWITCHING_PROTOCOLS = 101
@@ -117,7 +116,7 @@ class Router:
         self._on_target_move = on_target_move
         self.on_cost = on_cost or _ignore
         self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
-        self._on_fallback = on_fallback or _ignore
+        self._stand_in = StandIn(self.services, self._tries, on_fallback or _ignore)
         self.bands = bands
 
     def forward(
@@ -144,7 +143,7 @@ class Router:
         tries = self._tries(exchange, service, request, receive, send)
         if route.fallback is None:
             return tries
-        return self._or_else(exchange, route.fallback, request, receive, send, tries)
+        return self._stand_in.answer(exchange, route.fallback, request, receive, send, tries)
 
     def resume(
         self,
@@ -179,7 +178,7 @@ class Router:
         tries = self._try_targets(exchange, service, request, send, lease, answer)
         if route.fallback is None:
             return tries
-        return self._or_else(exchange, route.fallback, request, receive, send, tries)
+        return self._stand_in.answer(exchange, route.fallback, request, receive, send, tries)
 
     def _tries(
         self, exchange: Exchange, service: Service, request: UpstreamRequest, receive: Receive, send: Send
@@ -204,66 +203,6 @@ class Router:
             except TimeoutError as error:
                 assert deadline is not None  # noqa: S101 - nothing else runs out
                 raise _overdue(exchange, deadline) from error
-
-    async def _or_else(
-        self,
-        exchange: Exchange,
-        fallback: Fallback,
-        request: UpstreamRequest,
-        receive: Receive,
-        send: Send,
-        tries: Awaitable[None],
-    ) -> None:
-        """Have the fallback answer where the tries have come to nothing, nothing has been sent, and it may."""
-        try:
-            await tries
-        except (Unavailable, UpstreamFailed) as error:
-            if exchange.status or not stands_in(
-                fallback,
-                error,
-                is_repeatable=is_repeatable(exchange.method, request.fields),
-                is_kept=request.body.is_kept,
-            ):
-                raise
-            note_failure(exchange, error)
-            exchange.fallback = fallback.name
-            self._on_fallback(exchange, error)
-            exchange.has_reached |= not error.is_retry_safe
-            exchange.answer_headers.append((FALLBACK, fallback.name.encode()))
-            if fallback.upstream is None:
-                await self._answer_statically(exchange, fallback, send)
-            else:
-                await self._ask_instead(exchange, fallback.upstream, error, request, receive, send)
-
-    async def _answer_statically(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:
-        exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
-        headers = [*fallback.fields(), *exchange.answer_headers]
-        await send({"type": "http.response.start", "status": fallback.status, "headers": headers})
-        await send({"type": "http.response.body", "body": fallback.body, "more_body": False})
-
-    async def _ask_instead(
-        self,
-        exchange: Exchange,
-        upstream: str,
-        first: GatewayError,
-        request: UpstreamRequest,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        """Have another upstream answer; if that fails too before it has begun, it was the `first` failure."""
-        failed, exchange.upstream = exchange.upstream, upstream
-        service = self.services[upstream]
-        service.retry_budget.deposit()
-        try:
-            await self._tries(exchange, service, request, receive, send)
-        except (Unavailable, UpstreamFailed) as error:
-            if exchange.status:
-                raise
-            exchange.upstream, exchange.fallback = failed, None
-            exchange.has_reached |= not error.is_retry_safe
-            exchange.answer_headers = [pair for pair in exchange.answer_headers if pair[0] != FALLBACK]
-            add_failure(first, error)
-            raise first from error
 
     def _body(
         self, exchange: Exchange, service: Service, request: UpstreamRequest, receive: Receive
@@ -365,8 +304,7 @@ class Router:
                 exchange.has_reached |= not error.is_retry_safe
                 return _Again(error.reason.value, pause, lease, error=error)
             if response.status_code in service.retried_statuses:
-                after = retry_after_of(fields_in(response))
-                pause = self._pause(exchange, service, lease, request, tried, is_sent=True, retry_after=after)
+                pause = self._pause(exchange, service, lease, request, tried, is_sent=True, answer=response)
                 if pause is not None:
                     exchange.has_reached = True
                     return _Again(str(response.status_code), pause, lease, response=response)
@@ -384,18 +322,21 @@ class Router:
         tried: Sequence[Target],
         *,
         is_sent: bool,
-        retry_after: float | None = None,
+        answer: httpx.Response | None = None,
     ) -> float | None:
-        """Return the seconds until another try, taken off the budget, or None if there is to be none."""
+        """Return the seconds until another try, taken off the budget, or None if there is to be none.
+
+        While there is an `answer`, the rest of a body still goes where it came from, and could be lost to another try.
+        """
         now = self._clock()
         failed = Failed(
             attempts=len(tried),
             is_sent=is_sent,
             is_repeatable=is_repeatable(exchange.method, request.fields),
-            is_kept=request.body.is_kept,
+            is_kept=request.body.is_kept and (answer is None or request.body.is_finished),
             is_troubled=lease.ticket.is_probe or not lease.upstream.breaker.admits_all,
             is_elsewhere=lease.upstream.has_other(tried, now),
-            retry_after=retry_after,
+            retry_after=None if answer is None else retry_after_of(fields_in(answer)),
             left=None if request.deadline is None else request.deadline.left(now),
         )
         verdict = service.retries.verdict(failed, now)

@@ -319,6 +319,19 @@ def test_no_target_stays_held(plain: RunningGateway, up: RawUpstream) -> None:
     assert [target.in_flight for target in plain.console.upstreams["thrice"].targets] == [0]
 
 
+def test_an_answer_that_comes_before_the_whole_body_is_passed_on(plain: RunningGateway, up: RawUpstream) -> None:
+    """The rest of the body still goes to who gave it, and would be lost to another try."""
+    up.reads_body = False
+    up.behave = unavailable
+    try:
+        with RawClient(plain.port) as client:
+            client.request("PUT", "/api/twice", ("Content-Length: 8",), b"half")
+            assert client.answer().status == 503
+    finally:
+        up.reads_body = True
+    assert len(up.requests) == 1
+
+
 # Answers that are tried again
 
 

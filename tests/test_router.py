@@ -318,6 +318,18 @@ async def test_a_client_that_leaves_breaks_its_body_off() -> None:
     assert not body.is_finished
 
 
+async def test_a_body_is_given_again_from_its_start_while_it_is_kept_whole() -> None:
+    messages = (piece(b"ab", more=True), piece(b"c", more=True), piece(b"d", more=False))
+    body = RequestBody(receiving(*messages), 9, exchange("PUT"), keep=3)
+    first = aiter(body)
+    assert [await anext(first), await anext(first)] == [b"ab", b"c"]
+    assert body.is_kept
+    assert [found async for found in body] == [b"ab", b"c", b"d"]
+    assert not body.is_kept
+    with pytest.raises(RuntimeError):
+        await anext(aiter(body))
+
+
 # The limit on a whole exchange
 
 
