@@ -284,9 +284,13 @@ class RawUpstream:
     def __post_init__(self) -> None:
         self.requests: list[RawRequest] = []
         self.wires: list[Wire] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port: int = self._listener.getsockname()[1]
+        self.listen()
         self.url = f"http://127.0.0.1:{self.port}"
+
+    def listen(self, port: int = 0) -> None:
+        """Listen, at first or again."""
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
