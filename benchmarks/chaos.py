@@ -391,24 +391,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     proxies = [proxy for proxy in proxies if proxy.found()]
     cores = sorted(os.sched_getaffinity(0))
     found: dict[str, dict[str, Figures]] = {}
+    has_all = True
     for name in _chosen(options.failures, list(FAILURES), parser):
         for proxy in proxies:
             try:
                 one = run_one(proxy, FAILURES[name], options.rate, options.seconds, cores)
             except (RuntimeError, OSError) as problem:
                 sys.stderr.write(f"{proxy.name}, {name}: FAILED: {problem}\n")
-                return 1
+                has_all = False
+                continue
             sys.stderr.write(f"{proxy.name}, {name}: {one}\n")
             found.setdefault(name, {})[proxy.name] = one
-        rows = [(proxy.title, found[name][proxy.name]) for proxy in proxies]
+        rows = [(proxy.title, found[name][proxy.name]) for proxy in proxies if proxy.name in found.get(name, {})]
         sys.stdout.write(table(FAILURES[name], rows) + "\n")
         sys.stdout.flush()
-    by_proxy = [(proxy.title, [figures[proxy.name] for figures in found.values()]) for proxy in proxies]
+    whole = [proxy for proxy in proxies if all(proxy.name in peers for peers in found.values())]
+    by_proxy = [(proxy.title, [figures[proxy.name] for figures in found.values()]) for proxy in whole]
     sys.stdout.write(summary(by_proxy))
     if options.json:
         everything = {name: {peer: asdict(one) for peer, one in peers.items()} for name, peers in found.items()}
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
-    return 0
+    return 0 if has_all else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ connections). The notes outlive it: number and monotonic time of a request are a
 import asyncio
 import os
 import random
+import socket
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.processes import free_port, pinned
+from benchmarks.processes import pinned
 
 ROOT = Path(__file__).parent.parent
 SLOW = 2.0  # seconds
@@ -107,7 +108,7 @@ class Target:
     """A target from outside: a process that can be told how to serve, stopped, killed and started again."""
 
     def __init__(self, folder: Path, core: int) -> None:
-        self.port = free_port()
+        self.port = steady_port()
         self._file = folder / f"{self.port}.notes"
         self._file.touch()
         self._core = core
@@ -158,6 +159,20 @@ class Target:
         """Return the number and the time of every request it has got."""
         written = self._file.read_bytes()
         return list(_NOTE.iter_unpack(written[: len(written) // _NOTE.size * _NOTE.size]))
+
+
+def steady_port() -> int:
+    """Return a port nobody listens on, from below those that the kernel gives to who connects.
+
+    While its target is down, nobody can get it by chance, nor be connected to itself by it.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    chance = random.Random()  # noqa: S311 - any port will do
+    while True:
+        port = chance.randrange(lowest // 2, lowest)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager
