@@ -406,6 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(table(FAILURES[name], rows) + "\n")
         sys.stdout.flush()
     whole = [proxy for proxy in proxies if all(proxy.name in peers for peers in found.values())]
+    if not whole:
+        return 1
     by_proxy = [(proxy.title, [figures[proxy.name] for figures in found.values()]) for proxy in whole]
     sys.stdout.write(summary(by_proxy))
     if options.json:
