@@ -4,8 +4,9 @@
 measurement one target fails in one way for some seconds and is well again for as many. A request has failed that got
 no whole answer of 200, and is slow beyond a second from when it was due. Retries are what targets saw beyond one
 request each. `out` is the time until the failing target gets less than a tenth of its share, `back` that from its
-recovery until it gets four fifths of it, and `peak` the most it gets in any second meanwhile, in shares. Everything is
-on the machine's monotonic clock, the targets' notes too. Settings are those of `benchmarks.fallible`. Linux only.
+recovery until it gets four fifths of it, and `peak` the most it gets in any second since its recovery, in shares.
+Everything is on the machine's monotonic clock, the targets' notes too. Settings are those of `benchmarks.fallible`.
+Linux only.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -45,12 +47,13 @@ _REQUEST = b"GET /api/%d HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Client-ID: chaos\r\n\r
 
 @dataclass(slots=True)
 class Call:
-    """One request: when it was due, and what came of it. Status 0: no whole answer."""
+    """One request: when it was due, when the load came to send it, and what came of it. Status 0: no whole answer."""
 
     number: int
     due: float
     status: int = 0
     lasted: float = PATIENCE
+    sent: float = 0.0
 
     def is_failed(self) -> bool:
         """Tell whether its client did not get what it asked for."""
@@ -133,7 +136,8 @@ class Load:
         while not until.done():
             call = Call(len(self.calls), began + len(self.calls) / self._rate)
             await asyncio.sleep(max(0.0, call.due - time.monotonic()))
-            self.lag = max(self.lag, time.monotonic() - call.due)
+            call.sent = time.monotonic()
+            self.lag = max(self.lag, call.sent - call.due)
             self.calls.append(call)
             if self._idle:
                 self._idle.pop().ask(call)
@@ -266,7 +270,7 @@ def figures(run: Run, shows: str) -> Figures:
         if contacts is None
         else _until(contacts, run.failed_at, run.well_at, lambda n: n < OUT * share * BIN),
         back=_until(noted, run.well_at, run.ended_at, lambda n: n >= BACK * share * BIN),
-        peak=_peak([at for at in noted if at >= run.well_at + QUEUED]) / share,
+        peak=_peak([at for at in noted if at >= run.well_at + QUEUED], [call.sent for call in calls], share),
         statuses=dict(Counter(call.status for call in calls if call.is_failed())),
     )
 
@@ -289,14 +293,17 @@ def _until(times: Sequence[float], start: float, end: float, is_so: Callable[[in
     return None
 
 
-def _peak(times: Sequence[float]) -> float:
-    """Return the most that lie within a second; times are sorted."""
-    best = first = 0
+def _peak(times: Sequence[float], sent: Sequence[float], share: float) -> float:
+    """Return the most requests that a target got within a second, in shares; all times are sorted.
+
+    Where the load itself was late and sent more than was due in that second, shares are larger.
+    """
+    best = 0.0
     for last, at in enumerate(times):
-        while times[first] <= at - 1:
-            first += 1
-        best = max(best, last - first + 1)
-    return float(best)
+        got = last + 1 - bisect_right(times, at - 1)
+        offered = bisect_right(sent, at) - bisect_right(sent, at - 1)
+        best = max(best, got / max(share, offered / TARGETS))
+    return best
 
 
 # Running

@@ -27,7 +27,7 @@ def run() -> Run:
 
     The other two get what it does not. Before, and when it is back, each gets every third request.
     """
-    calls = [Call(number, number / RATE, 200, 0.01) for number in range(int(6 * RATE))]
+    calls = [Call(number, number / RATE, 200, 0.01, number / RATE) for number in range(int(6 * RATE))]
     notes: list[list[tuple[int, float]]] = [[], [], []]
     for call in calls:
         is_out = 2.5 <= call.due < 5
@@ -61,6 +61,10 @@ def test_the_peak_is_the_most_that_a_second_holds_while_it_recovers(run: Run) ->
     run.notes[0] += [(700, 5.5)] * 20  # 40 are its share
     run.notes[0] += [(700, 4.1)] * 90  # sent while it was stopped
     assert figures(run, "notes").peak == pytest.approx(1.5, abs=0.03)
+    for call in run.calls[560:680]:
+        call.sent = 5.45  # all at once, some of them late: with the others, 180 within the second
+    run.calls.sort(key=lambda call: call.sent)
+    assert figures(run, "notes").peak < 1.3
 
 
 def test_a_target_that_is_never_left_out_or_never_back_has_no_time(run: Run) -> None:

@@ -87,6 +87,7 @@ def unread(name: str, behave: Any) -> Fault:
 
 RESET, TIMEOUT, GARBLED = "upstream_reset", "upstream_timeout", "upstream_protocol_error"
 REFUSED = "upstream_connect_error"
+DRIPS = (*[b"1\r\nx\r\n"] * 5, b"0\r\n\r\n")
 REFUSAL = b"HTTP/1.1 413 Too much\r\nContent-Length: 2\r\n\r\nno"
 TABLE = (
     # While connecting
@@ -129,9 +130,7 @@ TABLE = (
     passes("is unavailable", says(b"HTTP/1.1 503 Later\r\nContent-Length: 2\r\n\r\nno"), 503, "failure"),
     passes("knows nothing", says(b"HTTP/1.1 404 Unknown\r\nContent-Length: 2\r\n\r\nno"), 404, "ignored"),
     passes("drips a body", says(COUNTED, b"-done", every=0.1), 200, "success", lasts=0.1),
-    passes(
-        "drips a long body", says(CHUNKED, *[b"1\r\nx\r\n"] * 6, b"0\r\n\r\n", every=0.1), 200, "success", lasts=0.7
-    ),
+    passes("drips a long body", says(CHUNKED, *DRIPS, every=0.07), 200, "success", lasts=IDLE),
     passes("ends a body by its close", says(UNTIL_CLOSE, then="ends"), 200, "success"),
     passes("shuts its side behind an answer", shuts_its_side(WHOLE), 200, "success"),
     # While the request is still being sent
