@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from api_gateway.config import GatewayConfig
-from benchmarks.chaos import FAILURES, Call, Figures, Run, figures, summary, table
+from benchmarks.chaos import FAILURES, Figures, Run, figures, summary, table
 from benchmarks.chaos import main as chaos
 from benchmarks.fallible import PROXIES, RESILIENCE, Place, known, this_gateway
 from benchmarks.soak import ALLOWED, Clients, Notes, Verdict, rise
+from benchmarks.steady import Call
 from benchmarks.target import targets
 from tests.kit import ask, eventually
 

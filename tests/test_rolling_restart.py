@@ -21,7 +21,7 @@ from tests.processes import Running, process
 CLIENTS = 8
 PAUSE = 0.005  # seconds between an answer and a client's next request
 CHECKS = 0.1  # seconds between HAProxy's looks at /readyz
-DRAINING = {"drain_timeout": 2, "drain_delay": 6 * CHECKS}
+DRAINING = {"drain_timeout": 2, "drain_delay": 10 * CHECKS}
 KNOWN = {name: value for name, value in DRAINING.items() if name in ServerSection.model_fields}
 
 pytestmark = [
@@ -47,6 +47,7 @@ defaults
   timeout connect 2s
   timeout client 20s
   timeout server 20s
+  timeout check 5s
   retries 0
   {"option http-keep-alive" if keeps else "option http-server-close"}
 frontend clients
