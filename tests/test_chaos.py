@@ -11,9 +11,10 @@ from api_gateway.config import GatewayConfig
 from benchmarks.chaos import FAILURES, Figures, Run, figures, summary, table
 from benchmarks.chaos import main as chaos
 from benchmarks.fallible import PROXIES, RESILIENCE, Place, known, this_gateway
-from benchmarks.soak import ALLOWED, Clients, Notes, Verdict, rise
+from benchmarks.soak import ALLOWED, Notes, Verdict, rise
 from benchmarks.steady import Call
 from benchmarks.target import targets
+from benchmarks.visitors import Clients
 from tests.kit import ask, eventually
 
 ROOT = Path(__file__).parent.parent
