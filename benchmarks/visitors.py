@@ -114,6 +114,8 @@ class Clients:
 
     async def plain(self) -> None:
         """A GET on a connection that is kept."""
+        while self._idle and self._idle[-1][0].at_eof():  # the gateway does not keep them for ever
+            self._idle.pop()[1].transport.abort()
         streams = self._idle.pop() if self._idle else await self._connect()
         status, _ = await self._ask(streams, "GET /api/x")
         self._idle.append(streams)
