@@ -28,8 +28,8 @@ RESILIENCE: Mapping[str, Any] = {
         "recovery_timeout": 2,
         "per_target": True,
         "max_ejected": 0.5,
-        "slow_start": 2,
     },
+    "slow_start": 2,
     "retry": {"attempts": 3, "budget": 0.2, "statuses": [502, 503, 504]},
 }
 
