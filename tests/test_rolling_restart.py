@@ -15,6 +15,7 @@ import pytest
 
 from api_gateway.config import ServerSection
 from benchmarks.processes import free_port
+from benchmarks.target import steady_port
 from tests.kit import RawClient, RawUpstream, ask, eventually
 from tests.processes import Running, process
 
@@ -135,7 +136,7 @@ def requests_of(running: Running) -> int:
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["connections kept", "a new connection each"])
 def test_a_rolling_restart_loses_no_request(tmp_path: Path, start: Callable[[int], Running], *, keeps: bool) -> None:
-    ports = (free_port(), free_port())
+    ports = (steady_port(), steady_port())  # nobody else may get one while its gateway is away
     gateways = [start(port) for port in ports]
     with haproxy(tmp_path, ports, keeps=keeps) as port:
         eventually(lambda: answers(port), "HAProxy passes requests on")
