@@ -21,6 +21,7 @@ HIGH_WATER = 256 * 1024  # bytes of an answer held for a slow client before the 
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
 _BODILESS = frozenset({204, 304})
 _SURPLUS = "more came than was announced"
+_TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
 
 
@@ -234,9 +235,15 @@ class Connection(asyncio.Protocol):
         if answer.is_complete:
             self._on_progress(answer)
         elif self._unparsed > MAX_HEAD_BYTES or (not answer.is_head_complete and self._received > MAX_HEAD_BYTES):
-            self._fail(answer, f"a head of more than {MAX_HEAD_BYTES} bytes")
+            self._fail(answer, _TOO_LONG)
         else:
             self._on_progress(answer)
+
+    def _is_too_long(self, headers: HeaderList) -> bool:
+        """Tell whether a head, or trailers, should have been refused had they not come in one piece."""
+        if self._received <= MAX_HEAD_BYTES:
+            return False
+        return sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES
 
     def on_message_begin(self) -> None:
         """A message starts; if the answer is already complete, it is one nobody asked for."""
@@ -261,6 +268,9 @@ class Connection(asyncio.Protocol):
         reason, self._reason = self._reason, b""
         answer = self._answer
         if answer is None or answer.is_complete or answer.error is not None:
+            return
+        if self._is_too_long(headers):
+            self._fail(answer, _TOO_LONG)
             return
         status = self._parser.get_status_code()
         if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
@@ -313,7 +323,9 @@ class Connection(asyncio.Protocol):
         answer = self._answer
         if answer is None or answer.error is not None:
             return
-        if answer.is_head_complete and answer.status != SWITCHING:
+        if self._is_too_long(self._headers):
+            self._fail(answer, _TOO_LONG)
+        elif answer.is_head_complete and answer.status != SWITCHING:
             answer.is_complete = True
             if self._headers:
                 answer.trailers, self._headers = self._headers, []

@@ -569,6 +569,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 raise
             finally:
                 del cycle.scope[LINK]  # they refer to each other, and would wait for the garbage collector
+                cycle.app = None  # as it does where it goes on with what began on the straight way
             if not cycle.is_answered and not cycle.is_disconnected:
                 self._on_unfinished(cycle)
         self._serving = self._reading = None  # they refer to us

@@ -285,9 +285,13 @@ class RawUpstream:
     def __post_init__(self) -> None:
         self.requests: list[RawRequest] = []
         self.wires: list[Wire] = []
-        self._listener = socket.create_server(self.address, backlog=128)
-        self.port: int = self._listener.getsockname()[1]
+        self.listen(self.address[1])
         self.url = f"http://{self.address[0]}:{self.port}"
+
+    def listen(self, port: int = 0) -> None:
+        """Listen, at first or again."""
+        self._listener = socket.create_server((self.address[0], port), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:

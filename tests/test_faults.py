@@ -1,0 +1,264 @@
+"""What every failure of an upstream comes to, for client, breaker, metrics and access log, and in what time.
+
+Each fault meets a plain GET, which goes the straight way, and a POST with a chunked body, which goes the ordinary one;
+some meet a POST of which the client has sent half, or one that is more than fits on the way.
+Afterwards the gateway holds no more than before, and serves.
+"""
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from socket import SHUT_RDWR
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from tests.faulty import (
+    CHUNKED,
+    COUNTED,
+    HEAD,
+    INTERIM,
+    UNTIL_CLOSE,
+    WHOLE,
+    Fault,
+    FaultyUpstream,
+    Listening,
+    repeats,
+    says,
+    shuts_its_side,
+)
+from tests.kit import RawAnswer, RawClient, ask, eventually
+from tests.processes import Running, process
+
+CONNECT, RESPONSE, IDLE = 0.3, 0.4, 0.4  # seconds the gateway gives its upstream
+SLACK = 1.5  # seconds a busy machine may add
+PATH = "/api/x"
+WAYS = ("GET", "POST")
+BODIES = {
+    "GET": b"",
+    "POST": b"4\r\ndata\r\n0\r\n\r\n",
+    "half": b"4\r\ndata\r\n",
+    "flood": (b"100000\r\n%b\r\n" % bytes(0x100000)) * 32 + b"0\r\n\r\n",  # more than the kernel holds
+}
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="descriptors are counted in /proc")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one fault comes to. `reason` is None for an answer of the upstream's own, passed on."""
+
+    fault: Fault
+    status: int
+    reason: str | None
+    outcome: str  # of the try, in the metrics
+    breaker: str  # failure, success or ignored
+    lasts: float = 0.0  # seconds until the gateway gives up
+    breaks_off: bool = False
+    ways: tuple[str, ...] = WAYS
+
+
+def fails(
+    name: str, behave: Any, status: int, reason: str, *, lasts: float = 0.0, ways: tuple[str, ...] = WAYS
+) -> Row:
+    """Return the row of a fault before the answer's head."""
+    return Row(Fault(name, behave), status, reason, reason, "failure", lasts, ways=ways)
+
+
+def breaks_off(name: str, behave: Any, reason: str, *, lasts: float = 0.0) -> Row:
+    """Return the row of a fault behind the head: the client has seen a status, and sees that the body is not all."""
+    return Row(Fault(name, behave), 200, reason, "2xx", "failure", lasts, breaks_off=True)
+
+
+def passes(name: str, behave: Any, status: int, breaker: str, *, lasts: float = 0.0) -> Row:
+    """Return the row of an answer that is passed on as it is."""
+    return Row(Fault(name, behave), status, None, f"{status // 100}xx", breaker, lasts)
+
+
+def unread(name: str, behave: Any) -> Fault:
+    """Return a fault that shows as soon as the request's head is there."""
+    return Fault(name, behave, reads_body=False)
+
+
+RESET, TIMEOUT, GARBLED = "upstream_reset", "upstream_timeout", "upstream_protocol_error"
+REFUSED = "upstream_connect_error"
+DRIPS = (*[b"1\r\nx\r\n"] * 5, b"0\r\n\r\n")
+REFUSAL = b"HTTP/1.1 413 Too much\r\nContent-Length: 2\r\n\r\nno"
+TABLE = (
+    # While connecting
+    Row(Fault("refuses", listening=Listening.REFUSES), 502, REFUSED, REFUSED, "failure"),
+    Row(Fault("has a full backlog", listening=Listening.IS_FULL), 504, TIMEOUT, TIMEOUT, "failure", CONNECT),
+    # Before the head
+    fails("never answers", says(then="stalls"), 504, TIMEOUT, lasts=RESPONSE),
+    fails("hangs up without a word", says(then="ends"), 502, RESET),
+    fails("resets without a word", says(then="resets"), 502, RESET),
+    fails("ends within the head", says(HEAD[:9], then="ends"), 502, RESET),
+    fails("resets within the head", says(HEAD, then="resets"), 502, RESET),
+    fails("stalls within the head", says(HEAD, then="stalls"), 504, TIMEOUT, lasts=RESPONSE),
+    fails("drips its head", repeats(b"X", 0.02, after=HEAD), 504, TIMEOUT, lasts=RESPONSE),
+    fails("only ever gives hints", repeats(INTERIM, 0.02), 504, TIMEOUT, lasts=RESPONSE),
+    fails("floods with hints", repeats(INTERIM * 100, 0), 502, GARBLED),
+    fails("shuts its side at once", shuts_its_side(), 502, RESET),
+    fails("speaks another protocol", says(b"SSH-2.0-OpenSSH_9.2\r\n"), 502, GARBLED),
+    fails("sends a head of 80 KB", says(HEAD + b"X-Big: %b\r\n\r\n" % (b"x" * 80_000)), 502, GARBLED),
+    fails("sends a head that never ends", repeats(b"X-Big: x\r\n" * 1000, 0, after=HEAD), 502, GARBLED),
+    fails("tells two lengths", says(HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nok"), 502, GARBLED),
+    fails("tells a length that is none", says(HEAD + b"Content-Length: -2\r\n\r\nok"), 502, GARBLED),
+    fails("switches protocols unasked", says(b"HTTP/1.1 101 Go\r\nUpgrade: x\r\n\r\n"), 502, GARBLED),
+    fails("says more than it told", says(WHOLE + b"more"), 502, GARBLED),
+    fails("answers twice", says(WHOLE * 2), 502, GARBLED),
+    # Within the body
+    breaks_off("ends within a counted body", says(COUNTED, then="ends"), RESET),
+    breaks_off("ends within a chunked body", says(CHUNKED, then="ends"), RESET),
+    breaks_off("resets within a counted body", says(COUNTED, then="resets"), RESET),
+    breaks_off("resets within a chunked body", says(CHUNKED, then="resets"), RESET),
+    breaks_off("resets within a body until its close", says(UNTIL_CLOSE, then="resets"), RESET),
+    breaks_off("stalls within a counted body", says(COUNTED, then="stalls"), TIMEOUT, lasts=IDLE),
+    breaks_off("stalls within a chunked body", says(CHUNKED, then="stalls"), TIMEOUT, lasts=IDLE),
+    breaks_off("stalls within a body until its close", says(UNTIL_CLOSE, then="stalls"), TIMEOUT, lasts=IDLE),
+    breaks_off("shuts its side within a body", shuts_its_side(COUNTED), RESET),
+    breaks_off("sends trailers of 80 KB", says(CHUNKED, b"0\r\nX-Big: %b\r\n\r\n" % (b"x" * 80_000)), GARBLED),
+    breaks_off("sends garbage for a chunk", says(CHUNKED, b"oops\r\n"), GARBLED),
+    breaks_off("sends more than it told, later", says(COUNTED, b"-done and more"), GARBLED),
+    # No fault of the connection
+    passes("is broken", says(b"HTTP/1.1 500 Broken\r\nContent-Length: 2\r\n\r\nno"), 500, "failure"),
+    passes("is unavailable", says(b"HTTP/1.1 503 Later\r\nContent-Length: 2\r\n\r\nno"), 503, "failure"),
+    passes("knows nothing", says(b"HTTP/1.1 404 Unknown\r\nContent-Length: 2\r\n\r\nno"), 404, "ignored"),
+    passes("drips a body", says(COUNTED, b"-done", every=0.1), 200, "success", lasts=0.1),
+    passes("drips a long body", says(CHUNKED, *DRIPS, every=0.07), 200, "success", lasts=IDLE),
+    passes("ends a body by its close", says(UNTIL_CLOSE, then="ends"), 200, "success"),
+    passes("shuts its side behind an answer", shuts_its_side(WHOLE), 200, "success"),
+    # While the request is still being sent
+    Row(unread("answers early", says(WHOLE, then="stalls")), 200, None, "2xx", "success", ways=("half",)),
+    Row(unread("refuses early", says(REFUSAL, then="stalls")), 413, None, "4xx", "ignored", ways=("half", "flood")),
+    Row(unread("ends early", says(then="ends")), 502, RESET, RESET, "failure", ways=("half", "flood")),
+    Row(unread("resets early", says(then="resets")), 502, RESET, RESET, "failure", ways=("half", "flood")),
+    Row(unread("stops reading", says(then="stalls")), 504, TIMEOUT, TIMEOUT, "failure", IDLE, ways=("flood",)),
+)
+CASES = [pytest.param(row, way, id=f"{row.fault.name}, {way}") for row in TABLE for way in row.ways]
+
+
+def send_what_goes(client: RawClient, method: str, headers: tuple[str, ...], body: bytes) -> None:
+    """Send a request, or as much of it as is taken."""
+    with suppress(OSError):
+        client.request(method, PATH, headers, body)
+
+
+@dataclass
+class Scene:
+    """A gateway in a process of its own, and the one upstream it has."""
+
+    running: Running
+    upstream: FaultyUpstream
+    descriptors: int = 0  # it holds at rest, one connection to its upstream among them
+
+    def send(self, way: str, request_id: str = "good") -> RawAnswer:
+        """Make one request on a connection of its own."""
+        with RawClient(self.running.port) as client:
+            framing = ("Transfer-Encoding: chunked",) if BODIES[way] else ()
+            method = "POST" if framing else "GET"
+            headers = (f"X-Request-ID: {request_id}", *framing)
+            sender = Thread(target=send_what_goes, args=(client, method, headers, BODIES[way]))
+            sender.start()
+            answer = client.answer()
+            with suppress(OSError):
+                client.sock.shutdown(SHUT_RDWR)  # ends a sending that goes on
+            sender.join()
+            return answer
+
+    def tries(self) -> Counter[str]:
+        """Return the tries so far by outcome."""
+        text = ask(f"{self.running.url}/metrics?format=prometheus").body.decode()
+        found = re.findall(r'gateway_upstream_requests_total\{outcome="(\w+)",upstream="up"\} (\d+)', text)
+        return Counter({outcome: int(count) for outcome, count in found})
+
+    def breaker(self) -> tuple[int, int]:
+        """Return the calls that counted for the breaker so far, and the failures among them."""
+        view = ask(f"{self.running.url}/circuit-breakers").json()["circuit_breakers"]["up"]
+        return view["window_calls"], view["window_failures"]
+
+    def log_of(self, request_id: str) -> dict[str, Any]:
+        """Return the line of the access log."""
+        found: list[dict[str, Any]] = []
+
+        def is_there() -> bool:
+            lines = (json.loads(line) for line in self.running.output.splitlines() if line.startswith("{"))
+            found.extend(line for line in lines if line["request_id"] == request_id)
+            return bool(found)
+
+        eventually(is_there, "the request is logged")
+        return found[0]
+
+    def in_flight(self) -> int:
+        """Return the requests it says are under way."""
+        answer = ask(f"{self.running.url}/metrics", headers={"Accept": "application/json"})
+        found: int = answer.json()["requests"]["in_flight"]
+        return found
+
+    def open_descriptors(self) -> int:
+        """Count what the process holds open."""
+        return sum(1 for _ in Path(f"/proc/{self.running.popen.pid}/fd").iterdir())
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("faults")
+    upstream = FaultyUpstream()
+    sections = {
+        "upstreams": {
+            "up": {
+                "targets": [{"url": upstream.url}],
+                "timeouts": {"connect": CONNECT, "response": RESPONSE, "idle": IDLE},
+                "pool": {"max_connections": 2},  # so that one that leaks is missed at once
+                "circuit_breaker": {"failure_threshold": 10_000, "minimum_calls": 10_000, "window": 3600},
+                "retry": {"attempts": 1},
+            }
+        },
+        "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
+        "tiers": {"FREE": {"rate": 1000, "capacity": 100_000}},
+    }
+    file = folder / "gateway.yaml"
+    file.write_text(json.dumps(sections))
+    with process("-m", "api_gateway", "--port", "0", "--config", str(file), cwd=folder) as running:
+        found = Scene(running, upstream)
+        for way in WAYS:
+            assert found.send(way).status == 200
+        assert found.in_flight() == 0
+        time.sleep(0.1)
+        found.descriptors = found.open_descriptors()
+        yield found
+        assert running.terminate() == 0
+        assert "Traceback" not in running.errors, running.errors
+    upstream.close()
+
+
+@pytest.mark.parametrize(("row", "way"), CASES)
+def test_a_fault_is_told_to_all_it_concerns_and_leaves_nothing_behind(
+    scene: Scene, row: Row, way: str, request: pytest.FixtureRequest
+) -> None:
+    request_id = re.sub(r"\W+", "-", request.node.callspec.id)
+    tries, (calls, failures) = scene.tries(), scene.breaker()
+    with scene.upstream.failing(row.fault):
+        if row.fault.listening is not Listening.ACCEPTS:
+            eventually(lambda: scene.open_descriptors() < scene.descriptors, "the connection it had is gone", within=3)
+        begun = time.monotonic()
+        answer = scene.send(way, request_id)
+        lasted = time.monotonic() - begun
+        line = scene.log_of(request_id)
+    assert (answer.status, answer.is_complete) == (row.status, not row.breaks_off)
+    if row.reason is not None and not row.breaks_off:
+        assert json.loads(answer.body)["reason"] == row.reason
+    assert row.lasts * 0.9 <= lasted < row.lasts + SLACK
+    assert (line["status"], line["reason"]) == (row.status, row.reason)
+    assert line["source"] == ("gateway" if row.reason is not None and not row.breaks_off else "upstream")
+    assert scene.tries() - tries == Counter({row.outcome: 1})
+    more_calls, more_failures = {"failure": (1, 1), "success": (1, 0), "ignored": (0, 0)}[row.breaker]
+    assert scene.breaker() == (calls + more_calls, failures + more_failures)
+    assert [scene.send(good).status for good in WAYS] == [200, 200]
+    assert scene.in_flight() == 0
+    eventually(lambda: scene.open_descriptors() == scene.descriptors, "as many descriptors as before", within=3)
