@@ -1,0 +1,761 @@
+"""What holds for every limiter, on one exact model and a virtual clock: memory, and the store's real script.
+
+The numbers are those of the reference, section 10. "Both" are the memory limiter, and the limiter that asks a store,
+on the real text of its script.
+
+ 1 conformance          both     test_no_window_admits_more_than_capacity_and_rate_allow
+ 2 no false denial      both     TestMemory, TestShared; test_every_decision_is_that_of_an_exact_token_bucket
+ 3 exact wait           both     as 2; test_the_exact_wait_of_governor
+ 4 header wait          both     test_who_sleeps_for_retry_after_gets_through; deny cache: 20
+ 5 free refusals        both     TestMemory, TestShared
+ 6 range                both     TestMemory, TestShared
+ 7 clock                both     TestMemory, TestShared; test_a_step_back_heals_within_a_token, test_ten_idle_years_...
+ 8 eviction             both     TestMemory, TestShared
+ 9 memory bound         memory   test_rate_limiter.py, "Bounded memory"
+10 change of tier       both     TestMemory, TestShared; test_changing_tiers_back_and_forth_gains_nothing
+11 batch                store    test_a_batch_decides_as_one_after_the_other_would
+12 isolation            both     TestMemory, TestShared; test_a_key_draws_on_its_own_bucket_only
+13 all or nothing       both     TestMemory, TestShared; test_several_buckets_are_charged_all_or_nothing
+14 equality             both     all of these: one model, to the nanosecond
+15 expiry               store    TestShared
+16 at most once         servers  test_dispatcher.py, test_what_may_have_been_executed_is_not_sent_again; and
+                                 test_redis_limiter.py, test_replies_lost_after_execution_charge_once
+17 deadline             servers  test_no_request_waits_longer_than_the_deadline_whatever_the_store_does
+18 cancellation storm   servers  test_requests_cancelled_at_random_mix_up_no_answers
+19 script loss          servers  test_a_store_that_forgets_its_scripts_decides_as_ever
+20 deny cache           store    test_what_is_refused_from_memory_the_store_would_refuse
+21 leases               store    there are none, so L = 0: test_many_gateways_admit_what_one_bucket_holds
+22 without the store    store    test_bounds_hold_for_every_schedule_of_outages, test_each_bound_is_reached
+23 header grammar       -        test_ratelimit_headers.py, test_the_fields_are_structured_and_...
+"""
+
+import asyncio
+import copy
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any, NamedTuple, Protocol, cast
+
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from api_gateway.config import LONGEST_BUDGET, MAX_FILL
+from api_gateway.dispatcher import LANES
+from api_gateway.middleware import refusal
+from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota, Source
+from api_gateway.rate_limiter import NEVER, MemoryLimiter
+from api_gateway.redis_limiter import MESSAGE_NS
+from tests.exact_buckets import ExactBuckets, assert_conforms
+from tests.kit import soon
+from tests.lua_store import MICROSECOND, LuaLimiter, LuaStore
+from tests.store_kit import Proxy, StoreServer, asking, gateways
+
+SECOND = NANOSECONDS
+MILLISECOND = SECOND // 1000
+START = 1_795_000_000 * SECOND
+
+FREE = Quota.per_second("FREE", 1, 10)
+ENTERPRISE = Quota.per_second("ENTERPRISE", 100, 1000)  # as FREE, it fills in 10 s
+SLOW = Quota.per_second("SLOW", 0.5, 30)  # fills in 60 s
+THIRD = Quota.per_second("THIRD", 3, 7)  # whose emission interval is no whole number of nanoseconds
+QUOTAS = (FREE, ENTERPRISE, SLOW, THIRD)
+
+Drawn = st.SearchStrategy
+quotas: Drawn[Quota] = st.builds(
+    Quota.per_second,
+    st.just("drawn"),
+    st.sampled_from((0.1, 0.5, 1, 3, 7, 100)) | st.floats(0.01, 5000),
+    st.integers(1, 1000),
+)
+costs: Drawn[float] = st.sampled_from((0, 0.1, 0.5, 1, 1, 1, 2.5)) | st.integers(0, 1200)
+TOLD_WAIT = None  # instead of a gap: as long as the last refusal said
+gaps: Drawn[int | None] = st.sampled_from((TOLD_WAIT, 0, 1)) | st.integers(0, 2 * SECOND) | st.integers(0, 30 * SECOND)
+thorough = settings(deadline=None, max_examples=100)
+quick = settings(deadline=None, max_examples=50)
+
+
+def charge(quota: Quota, cost: float = 1, key: str = "a") -> Charge:
+    return Charge(key, quota, quota.cost_ns(cost))
+
+
+# The two
+
+
+class Backend(Protocol):
+    """A limiter and what it is kept in. `tick_ns` is the finest time it knows."""
+
+    source: Source
+    tick_ns: int
+    heals_when_looked_at: bool
+    notes_late_ns: int  # a refund counts for charges made this much later
+
+    def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision: ...
+
+    def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]: ...
+
+    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision: ...
+
+    def refill(self, key: str) -> None: ...
+
+    def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None: ...
+
+    def forget_what_is_full(self, now_ns: int) -> None: ...
+
+    def kept(self) -> dict[str, Any]:
+        """Return what is kept of each bucket."""
+        ...
+
+    def trial(self) -> Any:
+        """Return a context of which nothing remains."""
+        ...
+
+
+def at_once(waiting: Any) -> Any:
+    """Run what need not wait for anything."""
+    return asyncio.run(waiting)
+
+
+class Memory:
+    source: Source = "memory"
+    tick_ns = 1
+    heals_when_looked_at = False
+    notes_late_ns = 0
+
+    def __init__(self, known: Sequence[Quota]) -> None:
+        self.limiter = MemoryLimiter(known)
+
+    def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
+        return self.limiter.decide(charges, now_ns)
+
+    def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
+        return cast("list[Decision]", at_once(self.limiter.inspect(charges, now_ns)))
+
+    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+        return self.limiter.settle(charges, decision, now_ns)
+
+    def refill(self, key: str) -> None:
+        at_once(self.limiter.refill(key))
+
+    def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+        at_once(self.limiter.move(key, old, new, now_ns))
+
+    def forget_what_is_full(self, now_ns: int) -> None:
+        self.limiter._advance(now_ns)
+
+    def kept(self) -> dict[str, Any]:
+        return {**self.limiter._table.previous, **self.limiter._table.current}
+
+    @contextmanager
+    def trial(self) -> Iterator["Memory"]:
+        yield copy.deepcopy(self)
+
+
+class Shared:
+    source: Source = "store"
+    tick_ns = MICROSECOND
+    heals_when_looked_at = True
+    notes_late_ns = MESSAGE_NS
+
+    def __init__(self, known: Sequence[Quota]) -> None:
+        self.store = LuaStore(START // MICROSECOND)
+        self.limiter = LuaLimiter(self.store, known)
+        self.names: dict[str, str] = {}
+
+    def _set(self, charges: Sequence[Charge], now_ns: int) -> None:
+        self.store.now_us = now_ns // MICROSECOND
+        for one in charges:
+            self.names[self.limiter.store_key(one.key)] = one.key
+
+    def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
+        self._set(charges, now_ns)
+        return self.limiter.decided(charges, now_ns)
+
+    def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
+        self._set(charges, now_ns)
+        return cast("list[Decision]", at_once(self.limiter.inspect(charges, now_ns)))
+
+    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+        self._set(charges, now_ns)
+        return self.limiter.settle(charges, decision, now_ns)
+
+    def refill(self, key: str) -> None:
+        at_once(self.limiter.refill(key))
+
+    def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
+        self._set([], now_ns)
+        at_once(self.limiter.move(key, old, new, now_ns))
+
+    def forget_what_is_full(self, now_ns: int) -> None:
+        self._set([], now_ns)
+        self.store.sweep()
+
+    def kept(self) -> dict[str, Any]:
+        return {self.names[name]: value for name, value in self.store.values.items()}
+
+    @contextmanager
+    def trial(self) -> Iterator["Shared"]:
+        now_us, values = self.store.now_us, dict(self.store.values)
+        yield self
+        self.store.now_us, self.store.values = now_us, values
+
+
+BACKENDS = {"memory": Memory, "the script": Shared}
+both = pytest.mark.parametrize("make", BACKENDS.values(), ids=BACKENDS)
+Make = type[Memory] | type[Shared]
+
+
+def up_to(tick_ns: int, length_ns: int) -> int:
+    """Return a length of time in whole ticks, rounded up."""
+    return -(-length_ns // tick_ns) * tick_ns
+
+
+def assert_the_wait_is_exact(backend: Backend, asked: Sequence[Charge], decision: Decision, now_ns: int) -> None:
+    """At the end of the wait the same request passes, one tick earlier it does not."""
+    wait_ns = up_to(backend.tick_ns, decision.wait_ns)
+    with backend.trial() as twin:
+        assert not twin.decide(asked, now_ns + wait_ns - backend.tick_ns).allowed
+        assert twin.decide(asked, now_ns + wait_ns).allowed
+
+
+# Everything that can happen to buckets
+
+
+class Open(NamedTuple):
+    """A charge that can still be settled."""
+
+    decision: Decision
+    charges: list[Charge]
+    refunds_before: int
+
+
+class Refund(NamedTuple):
+    """What a bucket was given back: when, what was asked for, and what it came to."""
+
+    key: str
+    at_ns: int
+    asked_ns: int
+    given_ns: Fraction
+
+
+class Walk(RuleBasedStateMachine):
+    """A limiter and exact buckets, side by side through whatever happens."""
+
+    make: Make
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend: Backend = self.make(QUOTAS)
+        self.exact = ExactBuckets(self.backend.source)
+        self.now_ns = START
+        self.held = {"a": FREE, "b": FREE, "c": SLOW, "{a}\0": THIRD}
+        self.open: list[Open] = []
+        self.refunds: list[Refund] = []
+
+    def begin(self) -> None:
+        """Let the limiter forget what it will; it may forget only what is full."""
+        self.backend.forget_what_is_full(self.now_ns)
+        kept = self.backend.kept()
+        for key in list(self.exact.full_at):
+            if key not in kept:
+                self.exact.forget(key)
+
+    def asked(self, keys: Sequence[str], share: float) -> list[Charge]:
+        return [charge(self.held[key], round(share * self.held[key].capacity, 2), key) for key in keys]
+
+    def look(self, keys: Sequence[str]) -> None:
+        """Ask for nothing, which heals what a clock that stepped back has left."""
+        for key in keys:
+            free = [Charge(key, self.held[key], 0)]
+            assert self.backend.decide(free, self.now_ns) == self.exact.decide(free, self.now_ns)
+
+    def kept_of_all_but(self, keys: set[str]) -> dict[str, Any]:
+        return {key: value for key, value in self.backend.kept().items() if key not in keys}
+
+    keys = st.lists(st.sampled_from(("a", "a", "a", "b", "c", "{a}\0")), min_size=1, max_size=3, unique=True)
+    shares = st.sampled_from((0, 0.1, 0.1, 0.25, 0.5, 1, 1.01)) | st.floats(0, 1.2)
+
+    @rule(keys=keys, share=shares)
+    def decide(self, keys: list[str], share: float) -> None:
+        self.begin()
+        asked = self.asked(keys, share)
+        healing = {
+            key for key in keys if self.exact.level(key, self.held[key], self.now_ns) < -self.held[key].capacity
+        }
+        before = self.kept_of_all_but(healing)
+        decision = self.backend.decide(asked, self.now_ns)
+        assert decision == self.exact.decide(asked, self.now_ns)
+        assert 0 <= decision.remaining <= decision.quota.capacity
+        if decision.allowed and any(one.increment_ns for one in asked):
+            self.open.append(Open(decision, asked, len(self.refunds)))
+        else:
+            assert self.kept_of_all_but(healing) == before, "what is refused or free writes nothing"
+        if decision.wait_ns > 0:
+            assert_the_wait_is_exact(self.backend, asked, decision, self.now_ns)
+
+    @rule(keys=keys, share=shares)
+    def inspect(self, keys: list[str], share: float) -> None:
+        self.begin()
+        if self.backend.heals_when_looked_at:
+            self.look(keys)
+        asked, before = self.asked(keys, share), self.backend.kept()
+        assert self.backend.inspect(asked, self.now_ns) == [self.exact.inspect(one, self.now_ns) for one in asked]
+        assert self.backend.kept() == before, "who looks writes nothing"
+
+    @precondition(lambda self: self.open)
+    @rule(which=st.integers(0, 100), factor=st.sampled_from((-1, -1, -0.5, 0.5, 3)))
+    def settle(self, which: int, factor: float) -> None:
+        self.begin()
+        one = self.open.pop(which % len(self.open))
+        self.look([part.key for part in one.charges])
+        changes = [Charge(part.key, part.quota, int(part.increment_ns * factor)) for part in one.charges]
+        owed = [self.exact.owed(change.key, self.now_ns) for change in changes]
+        self.backend.settle(changes, one.decision, self.now_ns)
+        debts_ns = (one.decision.reset_ns, *one.decision.others_ns)
+        for change, debt_ns, owed_ns in zip(changes, debts_ns, owed, strict=True):
+            looked = self.backend.decide([Charge(change.key, change.quota, 0)], self.now_ns)
+            if change.increment_ns >= 0:
+                most_ns = max(owed_ns, min(owed_ns + change.increment_ns, Fraction(2 * change.quota.burst_ns)))
+                assert looked.reset_ns == most_ns
+            else:
+                self.check_refund(one, change, debt_ns, owed_ns, looked.reset_ns)
+            self.exact.owe(change.key, looked.reset_ns, self.now_ns)
+
+    def check_refund(self, one: Open, change: Charge, debt_ns: int, owed_ns: Fraction, found_ns: int) -> None:
+        """What was charged and has not been refilled is given back, less what lay before it and was given back."""
+        later = [refund for refund in self.refunds[one.refunds_before :] if refund.key == change.key]
+        left_ns = one.decision.at_ns + debt_ns - sum(refund.given_ns for refund in later) - self.now_ns
+        exact_ns = max(owed_ns - min(-change.increment_ns, max(left_ns, 0)), 0)
+        earlier = [
+            refund
+            for refund in self.refunds[: one.refunds_before]
+            if refund.key == change.key and refund.at_ns + self.backend.notes_late_ns >= one.decision.at_ns
+        ]
+        is_known = self.backend.source == "memory" or all(refund.asked_ns == refund.given_ns for refund in later)
+        if earlier or not is_known:  # then less is given back, to be on the safe side
+            assert exact_ns <= found_ns <= owed_ns
+        else:
+            assert found_ns == exact_ns
+        self.refunds.append(Refund(change.key, self.now_ns, -change.increment_ns, owed_ns - found_ns))
+
+    @rule(key=st.sampled_from("abc"))
+    def refill(self, key: str) -> None:
+        self.begin()
+        self.backend.refill(key)
+        self.exact.refill(key)
+        self.look([key])
+
+    @rule(key=st.sampled_from("abc"), new=st.sampled_from(QUOTAS))
+    def move(self, key: str, new: Quota) -> None:
+        self.begin()
+        self.look([key])
+        self.backend.move(key, self.held[key], new, self.now_ns)
+        self.exact.move(key, self.held[key], new, self.now_ns)
+        self.held[key] = new
+        owed_ns = self.backend.decide([Charge(key, new, 0)], self.now_ns).reset_ns
+        excess_ns = owed_ns - self.exact.owed(key, self.now_ns)
+        assert 0 <= excess_ns < (1 if self.backend.source == "memory" else 2), "rounded to the stricter side"
+        if key in self.exact.full_at:
+            self.exact.owe(key, owed_ns, self.now_ns)
+        self.open = [one for one in self.open if key not in {part.key for part in one.charges}]
+
+    @rule(gap_ns=st.sampled_from((1, SECOND, 10 * SECOND - 1, 10 * SECOND, 20 * SECOND)) | st.integers(0, 30 * SECOND))
+    def pass_time(self, gap_ns: int) -> None:
+        gap_ns = up_to(self.backend.tick_ns, gap_ns)
+        self.now_ns += gap_ns
+        self.exact.passed_ns += gap_ns
+
+    @rule(years=st.sampled_from((0.001, 1, 10)))
+    def idle(self, years: float) -> None:
+        self.pass_time(int(years * 365 * 86_400) * SECOND)
+
+    @rule(
+        step_ns=st.sampled_from((1, SECOND, 10 * SECOND, 3600 * SECOND)) | st.integers(0, 86_400 * SECOND),
+    )
+    def step_back(self, step_ns: int) -> None:
+        self.now_ns -= up_to(self.backend.tick_ns, step_ns)
+        self.open.clear()
+
+    @rule()
+    def forget(self) -> None:
+        self.begin()
+
+
+class MemoryWalk(Walk):
+    make = Memory
+
+
+class SharedWalk(Walk):
+    make = Shared
+
+    @invariant()
+    def a_key_lives_until_its_bucket_is_full_and_not_a_millisecond_longer(self) -> None:
+        backend = cast("Shared", self.backend)
+        for name, (_, expires_ms) in backend.store.values.items():
+            full_at_ns = self.exact.full_at[backend.names[name]]
+            assert 0 <= expires_ms * MILLISECOND - full_at_ns < MILLISECOND
+
+
+TestMemory = MemoryWalk.TestCase
+TestMemory.settings = settings(deadline=None, max_examples=70, stateful_step_count=40)
+TestShared = SharedWalk.TestCase
+TestShared.settings = TestMemory.settings
+
+
+# One bucket, under every quota there may be
+
+
+@both
+@given(quota=quotas, steps=st.lists(st.tuples(gaps, costs), min_size=1, max_size=40))
+@example(quota=THIRD, steps=[(0, 7), (0, 1), (TOLD_WAIT, 1), (0, 0.1), (TOLD_WAIT, 0.1)])
+@thorough
+def test_every_decision_is_that_of_an_exact_token_bucket(
+    make: Make, quota: Quota, steps: list[tuple[int | None, float]]
+) -> None:
+    """Decision, tokens left, time to full and wait are the fractions' own; the wait is right to the nanosecond."""
+    backend, now_ns, told_ns = make([quota]), START, 0
+    exact = ExactBuckets(backend.source)
+    for gap_ns, cost in steps:
+        now_ns += up_to(backend.tick_ns, told_ns if gap_ns is TOLD_WAIT else gap_ns)
+        asked = [charge(quota, cost)]
+        decision = backend.decide(asked, now_ns)
+        assert decision == exact.decide(asked, now_ns)
+        told_ns = max(decision.wait_ns, 0)
+        if decision.wait_ns > 0:
+            assert_the_wait_is_exact(backend, asked, decision, now_ns)
+
+
+@both
+@given(
+    quota=quotas,
+    steps=st.lists(st.tuples(gaps, costs, st.sampled_from((0, 0, 0, 1, 3600))), min_size=1, max_size=40),
+)
+@thorough
+def test_no_window_admits_more_than_capacity_and_rate_allow(
+    make: Make, quota: Quota, steps: list[tuple[int | None, float, int]]
+) -> None:
+    """By the rate and the costs as written, before anything was rounded; a clock that steps back gains nothing."""
+    backend, now_ns, passed_ns, told_ns = make([quota]), START, 0, 0
+    admitted: list[tuple[int, Fraction]] = []
+    for gap_ns, cost, step_back in steps:
+        gap_ns = up_to(backend.tick_ns, told_ns if gap_ns is TOLD_WAIT else gap_ns)
+        passed_ns += gap_ns
+        now_ns += gap_ns - step_back * SECOND
+        decision = backend.decide([charge(quota, cost)], now_ns)
+        told_ns = max(decision.wait_ns, 0)
+        if decision.allowed:
+            admitted.append((passed_ns, Fraction(str(cost))))
+    assert_conforms(admitted, quota.capacity, Fraction(str(quota.rate)) / SECOND)
+
+
+@both
+@given(
+    rate=st.sampled_from((1e-8, 1e-6, 0.1, 3)) | st.floats(1e-8, 5000),
+    capacity=st.integers(1, 1000),
+    spent=st.floats(0, 1),
+    cost=st.floats(0.001, 1),
+    since_ns=st.integers(0, 3 * SECOND),
+)
+@example(rate=1e-8, capacity=3, spent=1, cost=0.5, since_ns=SECOND - 1)
+@thorough
+def test_who_sleeps_for_retry_after_gets_through(
+    make: Make, rate: float, capacity: int, spent: float, cost: float, since_ns: int
+) -> None:
+    """By the header as it is sent, under every quota that may be configured, years long ones too."""
+    assume(capacity / rate <= (MAX_FILL if make is Memory else LONGEST_BUDGET))
+    quota = Quota.per_second("drawn", rate, capacity)
+    backend, asked = make([quota]), charge(quota, cost * quota.capacity)
+    backend.decide([charge(quota, spent * quota.capacity)], START)
+    now_ns = START + up_to(backend.tick_ns, since_ns)
+    refused = backend.decide([asked], now_ns)
+    if refused.allowed:
+        assert refused.retry_after is None
+        return
+    wait = sent_retry_after(asked, refused)
+    assert wait is not None
+    assert wait >= 1
+    assert (wait - 1) * SECOND < refused.wait_ns <= wait * SECOND
+    assert backend.decide([asked], now_ns + wait * SECOND).allowed
+
+
+def sent_retry_after(asked: Charge, decision: Decision) -> int | None:
+    """Return the seconds in the header of the gateway's answer, None if it has none."""
+    exchange = Exchange("id", "GET", "/", "192.0.2.7", 0.0, Client("c", asked.key, asked.quota, "default"))
+    sent = refusal(exchange, decision).headers.get("retry-after")
+    return None if sent is None else int(sent)
+
+
+@both
+@pytest.mark.parametrize("cost", [10.1, 1000])
+def test_a_cost_above_capacity_is_never_admitted_nor_charged_and_has_no_wait(make: Make, cost: float) -> None:
+    backend, asked = make([FREE]), charge(FREE, cost)
+    decision = backend.decide([asked], START)
+    assert (decision.allowed, decision.wait_ns, decision.retry_after) == (False, NEVER, None)
+    assert sent_retry_after(asked, decision) is None
+    assert backend.kept() == {}
+
+
+@both
+def test_ten_idle_years_fill_the_bucket_and_no_more(make: Make) -> None:
+    backend, later_ns = make([FREE]), START + 10 * 365 * 86_400 * SECOND
+    assert backend.decide([charge(FREE, 10)], START).allowed
+    assert backend.inspect([charge(FREE, 0)], later_ns)[0].remaining == 10
+    assert backend.decide([charge(FREE, 10)], later_ns).allowed
+    assert not backend.decide([charge(FREE, 0.1)], later_ns).allowed
+
+
+@both
+@pytest.mark.parametrize("cost", [0, 1, 11], ids=["free of charge", "refused", "never possible"])
+@pytest.mark.parametrize("companions", [(), ("b",)], ids=["alone", "with another bucket"])
+def test_a_step_back_heals_within_a_token(make: Make, cost: float, companions: tuple[str, ...]) -> None:
+    """The first look, whatever its result, brings the bucket to "empty now"; from there it refills as ever."""
+    backend, back_ns = make([FREE]), START - 3600 * SECOND
+    assert backend.decide([charge(FREE, 10)], START).allowed
+    backend.decide([charge(FREE, cost), *(charge(FREE, 1, key) for key in companions)], back_ns)
+    assert not backend.decide([charge(FREE)], back_ns + SECOND - backend.tick_ns).allowed
+    assert backend.decide([charge(FREE)], back_ns + SECOND).allowed
+    assert backend.inspect([charge(FREE, 0)], back_ns + 11 * SECOND)[0].remaining == 10
+
+
+ODD_KEYS = ("client:a", "client:{a}", "{client:}a", "client:a\0", "client:A", "client:" + "a" * 65_536, "client:ä", "")
+
+
+@both
+@given(order=st.permutations(ODD_KEYS))
+@quick
+def test_a_key_draws_on_its_own_bucket_only(make: Make, order: Sequence[str]) -> None:
+    backend = make([FREE])
+    for spent, key in enumerate(order, 1):
+        assert backend.decide([charge(FREE, spent, key)], START).remaining == 10 - spent
+    looked = backend.inspect([charge(FREE, 0, key) for key in order], START)
+    assert [one.remaining for one in looked] == [10 - spent for spent, _ in enumerate(order, 1)]
+
+
+def test_no_id_steers_a_key_of_the_store_into_a_slot() -> None:
+    limiter = LuaLimiter(LuaStore(0), [FREE])
+    names = {limiter.store_key(key) for key in ODD_KEYS}
+    assert len(names) == len(ODD_KEYS)
+    assert len({len(name) for name in names}) == 1
+    assert all(name.isascii() and name.isprintable() and not set(name) & set("{}") for name in names)
+
+
+# Several buckets, and a batch of requests
+
+
+@both
+@given(
+    one=quotas,
+    other=quotas,
+    steps=st.lists(st.tuples(st.integers(0, 2 * SECOND), costs, costs), min_size=1, max_size=30),
+)
+@quick
+def test_several_buckets_are_charged_all_or_nothing(
+    make: Make, one: Quota, other: Quota, steps: list[tuple[int, float, float]]
+) -> None:
+    """For costs of zero too: allowed exactly if each would allow it alone, and else none of them is charged."""
+    backend, now_ns = make([one, other]), START
+    exact = ExactBuckets(backend.source)
+    for gap_ns, cost, more in steps:
+        now_ns += up_to(backend.tick_ns, gap_ns)
+        asked = [charge(one, cost, "a"), charge(other, more, "b")]
+        alone = [exact.inspect(part, now_ns) for part in asked]
+        decision = backend.decide(asked, now_ns)
+        assert decision.allowed == all(part.allowed for part in alone)
+        assert decision == exact.decide(asked, now_ns)
+        looked = backend.inspect([charge(one, 0, "a"), charge(other, 0, "b")], now_ns)
+        assert looked == [exact.inspect(charge(one, 0, "a"), now_ns), exact.inspect(charge(other, 0, "b"), now_ns)]
+
+
+@given(
+    requests=st.lists(
+        st.lists(st.tuples(st.sampled_from("abc"), costs), min_size=1, max_size=3, unique_by=lambda part: part[0]),
+        min_size=1,
+        max_size=20,
+    )
+)
+@thorough
+def test_a_batch_decides_as_one_after_the_other_would(requests: list[list[tuple[str, float]]]) -> None:
+    """In one call of the script, in the order in which they came, and with the same left in the store."""
+    held = {"a": FREE, "b": SLOW, "c": THIRD}
+    at_once, one_by_one = (LuaLimiter(LuaStore(START // MICROSECOND), QUOTAS) for _ in range(2))
+    answers: list[Decision] = []
+    at_once.wire.is_slow = True
+    charges = [[charge(held[key], cost, key) for key, cost in request] for request in requests]
+    for asked in charges:
+        at_once.ask(asked, START, answers.append)
+    at_once.wire.execute()
+    at_once.wire.deliver()
+    assert answers == [one_by_one.decided(asked, START) for asked in charges]
+    assert at_once.wire.store.values == one_by_one.wire.store.values
+
+
+# Change of tier
+
+
+@both
+@given(old=quotas, new=quotas, share=st.floats(0, 1))
+@thorough
+def test_a_change_of_tier_keeps_the_share_of_the_bucket_that_is_filled(
+    make: Make, old: Quota, new: Quota, share: float
+) -> None:
+    """To the nanosecond, or as exactly as a double is, and to the stricter side."""
+    backend, exact = make([old, new]), ExactBuckets()
+    spend = [Charge("a", old, int(share * old.burst_ns))]
+    backend.decide(spend, START)
+    exact.decide(spend, START)
+    backend.move("a", old, new, START)
+    exact.move("a", old, new, START)
+    found_ns = backend.decide([Charge("a", new, 0)], START).reset_ns
+    most_ns = 1 if make is Memory else max(2, new.burst_ns // 2**50)
+    assert 0 <= found_ns - exact.owed("a", START) < most_ns or found_ns == exact.owed("a", START)
+    assert found_ns <= new.burst_ns
+
+
+@both
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(0, 3 * SECOND), st.sampled_from((FREE, ENTERPRISE)), st.floats(0, 1)),
+        min_size=1,
+        max_size=40,
+    )
+)
+@quick
+def test_changing_tiers_back_and_forth_gains_nothing(make: Make, steps: list[tuple[int, Quota, float]]) -> None:
+    """Whatever the tier, a bucket is one budget of 10 s: no window gives more than 1 + d / 10 s of it."""
+    backend, held, now_ns = make(QUOTAS), FREE, START
+    admitted: list[tuple[int, Fraction]] = []
+    for gap_ns, tier, share in steps:
+        now_ns += up_to(backend.tick_ns, gap_ns)
+        backend.move("a", held, tier, now_ns)
+        held = tier
+        asked = charge(tier, share * tier.capacity)
+        if backend.decide([asked], now_ns).allowed:
+            admitted.append((now_ns, Fraction(asked.increment_ns, tier.burst_ns)))
+    assert_conforms(admitted, 1, Fraction(1, 10 * SECOND))
+
+
+@both
+@given(steps=st.lists(st.tuples(st.sampled_from(QUOTAS), st.floats(0, 0.5)), max_size=40))
+@quick
+def test_no_change_of_tier_within_an_instant_yields_a_second_bucket(
+    make: Make, steps: list[tuple[Quota, float]]
+) -> None:
+    backend, held, spent = make(QUOTAS), FREE, Fraction(0)
+    for tier, share in steps:
+        backend.move("a", held, tier, START)
+        held = tier
+        asked = charge(tier, share * tier.capacity)
+        if backend.decide([asked], START).allowed:
+            spent += Fraction(asked.increment_ns, tier.burst_ns)
+    assert spent <= 1
+
+
+# What others publish. The figures are facts taken from their test tables, restated for these limiters; sources and
+# licences stand with each.
+
+
+@both
+def test_the_table_of_throttled_and_redis_cell(make: Make) -> None:
+    """Five tokens, one a second.
+
+    throttled/throttled rate_test.go (BSD-3-Clause); all but the last row also in brandur/redis-cell src/cell/mod.rs
+    (MIT).
+    """
+    quota = Quota.per_second("q", 1, 5)
+    backend = make([quota])
+    table = [  # at ms, cost -> allowed, remaining, reset ms, wait ms
+        (0, 6, False, 5, 0, NEVER),
+        (0, 1, True, 4, 1000, 0),
+        (0, 1, True, 3, 2000, 0),
+        (0, 1, True, 2, 3000, 0),
+        (0, 1, True, 1, 4000, 0),
+        (0, 1, True, 0, 5000, 0),
+        (0, 1, False, 0, 5000, 1000),
+        (3000, 1, True, 2, 3000, 0),
+        (3100, 1, True, 1, 3900, 0),
+        (4000, 1, True, 1, 4000, 0),
+        (8000, 1, True, 4, 1000, 0),
+        (9500, 1, True, 4, 1000, 0),
+        (9500, 0, True, 4, 1000, 0),
+        (9500, 2, True, 2, 3000, 0),
+        (9500, 5, False, 2, 3000, 3000),
+        (15000, 6, False, 5, 0, NEVER),
+    ]
+    for row, (at, cost, allowed, remaining, reset, wait) in enumerate(table):
+        found = backend.decide([charge(quota, cost)], START + at * MILLISECOND)
+        wait_ns = wait if wait == NEVER else wait * MILLISECOND
+        expected = Decision("a", quota, allowed, remaining, wait_ns, reset * MILLISECOND, source=backend.source)
+        assert found == expected, f"row {row}"
+
+
+@both
+@pytest.mark.parametrize(
+    ("capacity", "table"),  # cost -> allowed, remaining; then ms to the next row
+    [
+        (
+            10,
+            [
+                (1, True, 9, 1000),
+                (1, True, 8, 1000),
+                (1, True, 7, 1500),
+                (0, True, 8, 3000),
+                (0, True, 9, 0),
+                (9, True, 0, 0),
+                (1, False, 0, 3000),
+                (0, True, 1, 60_000),
+                (0, True, 10, 60_000),
+                (10, True, 0, 29_000),
+                (9, True, 0, 3000),
+                (1, True, 0, 1000),
+            ],
+        ),
+        (
+            20,
+            [
+                (1, True, 19, 1000),
+                (1, True, 18, 1000),
+                (1, True, 17, 1500),
+                (0, True, 18, 3000),
+                (0, True, 19, 0),
+                (19, True, 0, 0),
+                (1, False, 0, 3000),
+                (0, True, 1, 60_000),
+                (0, True, 20, 1000),
+            ],
+        ),
+    ],
+    ids=["burst 10", "burst 20"],
+)
+def test_the_leaky_buckets_of_gubernator(make: Make, capacity: int, table: list[tuple[int, bool, int, int]]) -> None:
+    """Ten per 30 s: mailgun/gubernator functional_test.go, TestLeakyBucket and ...WithBurst (Apache-2.0)."""
+    quota = Quota("q", 1 / 3, capacity, 3 * SECOND, capacity * 3 * SECOND)
+    backend, now_ns = make([quota]), START
+    for row, (cost, allowed, remaining, pause) in enumerate(table):
+        found = backend.decide([charge(quota, cost)], now_ns)
+        assert (found.allowed, found.remaining) == (allowed, remaining), f"row {row}"
+        now_ns += pause * MILLISECOND
+
+
+@both
+@given(capacity=st.integers(1, 10_000), further=st.integers(0, 50), parts=st.integers(1, 50))
+@quick
+def test_the_exact_wait_of_governor(make: Make, capacity: int, further: int, parts: int) -> None:
+    """Exhausted, then kept so: no fraction of the told wait is enough, all of it is.
+
+    The property accurate_not_until of boinkor-net/governor tests/proptests.rs (MIT).
+    """
+    quota = Quota.per_second("q", capacity, capacity)
+    backend, now_ns = make([quota]), START
+    backend.decide([charge(quota, capacity)], START)
+    for _ in range(further):
+        now_ns += up_to(backend.tick_ns, backend.decide([charge(quota)], now_ns).wait_ns)
+        assert backend.decide([charge(quota)], now_ns).allowed
+    wait_ns = backend.decide([charge(quota)], now_ns).wait_ns
+    assert quota.emission_ns - backend.tick_ns * further <= wait_ns <= quota.emission_ns
+    for part in range(parts):
+        assert not backend.decide([charge(quota)], now_ns + wait_ns * part // parts).allowed
+    assert backend.decide([charge(quota)], now_ns + up_to(backend.tick_ns, wait_ns)).allowed
