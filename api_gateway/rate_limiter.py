@@ -112,8 +112,12 @@ def settled(tat_ns: int, burst_ns: int, change_ns: int, charged_ns: int, now_ns:
 
 
 def rescale(tat_ns: int, old: Quota, new: Quota, now_ns: int) -> int:
-    """Return the TAT that leaves the same share of the bucket filled under `new`; rounded to the stricter side."""
-    debt_ns = min(max(tat_ns - now_ns, 0), 2 * old.burst_ns)
+    """Return the TAT that leaves the same share of the bucket filled under `new`; rounded to the stricter side.
+
+    A TAT that cannot be is brought back to "empty now", as `take` does.
+    """
+    healed_ns, _ = take(tat_ns, old.burst_ns, 0, now_ns)
+    debt_ns = healed_ns - now_ns
     return now_ns - (-debt_ns * new.burst_ns // old.burst_ns)
 
 

@@ -400,7 +400,8 @@ def test_a_full_bucket_is_full_in_every_tier(spent_before: int) -> None:
 def test_rescaling_errs_to_the_stricter_side_by_less_than_a_nanosecond(old: Quota, new: Quota, debt: float) -> None:
     tat_ns = START + int(debt * old.burst_ns)
     owed = rescale(tat_ns, old, new, START) - START
-    exact = Fraction(min(tat_ns - START, 2 * old.burst_ns), old.burst_ns) * new.burst_ns
+    possible_ns = tat_ns - START if tat_ns - START <= 2 * old.burst_ns else old.burst_ns  # else it is empty now
+    exact = Fraction(possible_ns, old.burst_ns) * new.burst_ns
     assert 0 <= owed - exact < 1
 
 
