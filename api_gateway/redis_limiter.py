@@ -265,7 +265,19 @@ class RedisLimiter:
         """Refuse by what the store said before; None if it would not refuse after all."""
         taken = take_each([self._told_tat(charge) for charge in charges], charges, now_ns)
         decision = joint_decision(charges, taken, now_ns, "deny_cache")
-        return None if decision.allowed else decision
+        if decision.allowed:
+            return None
+        if decision.wait_ns > 0:
+            decision.wait_ns += self._lateness_ns(decision.quota)
+        return decision
+
+    def _lateness_ns(self, quota: Quota) -> int:
+        """Return by how much what is remembered of a bucket may be earlier than the truth.
+
+        Who is told to wait must find it full enough afterwards, so it is added to the wait: the answer may have come
+        two deadlines after the question (its own, and its batch's), and clocks may differ the other way as well.
+        """
+        return round(2 * self.dispatcher.deadline * NANOSECONDS) + 2 * (2 * quota.burst_ns // SKEW)
 
     def _forget_told(self, key: str) -> None:
         for table in self._told.values():

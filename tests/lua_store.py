@@ -17,6 +17,7 @@ from api_gateway.redis_limiter import SCRIPT, RedisLimiter
 from api_gateway.store import StoreSession
 
 MICROSECOND = 1000  # in nanoseconds
+DEADLINE = 0.02  # seconds
 _PREPARE = """
 function(text)
   local script = loadstring(text)
@@ -90,6 +91,7 @@ class Wire(Dispatcher):
         self.store = store
         self.is_up = True
         self.is_slow = False
+        self.deadline = DEADLINE
         self.waiting: list[Question] = []
         self.under_way: deque[tuple[list[Question], list[int]]] = deque()  # executed, and not answered yet
         self.batches = self.questions = self.failures = 0
@@ -170,7 +172,7 @@ class LuaLimiter(RedisLimiter):
             cast("StoreSession", _Session(store)),
             quotas,
             policy="local_share",
-            deadline=0.02,
+            deadline=DEADLINE,
             processes=processes,
             bucket_limit=10_000,
             prefix="test",

@@ -34,6 +34,7 @@ import copy
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -49,10 +50,10 @@ from api_gateway.dispatcher import LANES
 from api_gateway.middleware import refusal
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota, Source
 from api_gateway.rate_limiter import NEVER, MemoryLimiter
-from api_gateway.redis_limiter import MESSAGE_NS
+from api_gateway.redis_limiter import MESSAGE_NS, _Settle, _Take
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import soon
-from tests.lua_store import MICROSECOND, LuaLimiter, LuaStore
+from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
 from tests.store_kit import Proxy, StoreServer, asking, gateways
 
 SECOND = NANOSECONDS
@@ -65,6 +66,7 @@ ENTERPRISE = Quota.per_second("ENTERPRISE", 100, 1000)  # as FREE, it fills in 1
 SLOW = Quota.per_second("SLOW", 0.5, 30)  # fills in 60 s
 THIRD = Quota.per_second("THIRD", 3, 7)  # whose emission interval is no whole number of nanoseconds
 QUOTAS = (FREE, ENTERPRISE, SLOW, THIRD)
+LONGEST_LAG_NS = round(DEADLINE * SECOND)  # from asking to hearing the answer
 
 Drawn = st.SearchStrategy
 quotas: Drawn[Quota] = st.builds(
@@ -755,3 +757,181 @@ def test_the_exact_wait_of_governor(make: Make, capacity: int, further: int, par
     for part in range(parts):
         assert not backend.decide([charge(quota)], now_ns + wait_ns * part // parts).allowed
     assert backend.decide([charge(quota)], now_ns + up_to(backend.tick_ns, wait_ns)).allowed
+
+
+# Many gateways on one store
+
+
+class Fleet:
+    """Gateways on one store, questions and replies under way, clocks that do not run alike."""
+
+    def __init__(self, speeds_ppm: Sequence[int], known: Sequence[Quota] = QUOTAS) -> None:
+        self.passed_ns = 0
+        self.store = LuaStore(START // MICROSECOND)
+        self.speeds_ppm = speeds_ppm
+        self.limiters: list[LuaLimiter] = []
+        for number in range(len(speeds_ppm)):
+            limiter = LuaLimiter(
+                self.store,
+                known,
+                processes=len(speeds_ppm),
+                remembers=True,
+                clock_ns=lambda number=number: self.clock_ns(number),  # type: ignore[misc]  # no type for defaults
+            )
+            limiter.wire.is_slow = True
+            self.limiters.append(limiter)
+
+    def clock_ns(self, number: int) -> int:
+        """Return what a gateway's own clock shows."""
+        return (number + 1) * 1_000_000 * SECOND + self.passed_ns + self.passed_ns * self.speeds_ppm[number] // 10**6
+
+    def pass_time(self, gap_ns: int) -> None:
+        self.passed_ns += gap_ns
+        self.store.now_us = (START + self.passed_ns) // MICROSECOND
+
+    @property
+    def store_ns(self) -> int:
+        return self.store.now_us * MICROSECOND
+
+    @property
+    def is_quiet(self) -> bool:
+        return not any(one.wire.waiting or one.wire.under_way for one in self.limiters)
+
+    def decide(self, number: int, asked: Sequence[Charge]) -> Decision | None:
+        return self.limiters[number].decide(asked, self.clock_ns(number))
+
+    def execute(self, number: int) -> None:
+        """Have the store execute what a gateway has sent; whoever listens hears of refunds."""
+        self.limiters[number].wire.execute()
+        self.publish()
+
+    def publish(self) -> None:
+        told, self.store.told = self.store.told, []
+        for _, message in told:
+            for limiter in self.limiters:
+                if limiter._hears_refunds:
+                    limiter._on_refund(message)
+
+    def owed(self, asked: Charge) -> int:
+        """Return what the store says a bucket owes now, without a trace."""
+        values = dict(self.store.values)
+        _, debt = self.store.call([self.limiters[0].store_key(asked.key)], 1, 1, asked.quota.burst_ns, 0)
+        self.store.values = values
+        return debt
+
+
+class Remembering(RuleBasedStateMachine):
+    """What gateways remember of a store, whatever they learn from each other and whenever replies arrive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fleet = Fleet([500, -500, 0])
+        self.held = {"a": FREE, "b": SLOW}
+        self.open: list[tuple[int, list[Charge], Decision]] = []
+        self.left_ns = LONGEST_LAG_NS  # until the deadline of what is under way
+        self.charged: dict[str, int] = dict.fromkeys(self.held, 0)  # how often
+        self.under_way: dict[int, deque[dict[str, int]]] = {number: deque() for number in range(3)}
+        self.known: dict[tuple[int, str], int] = {}  # how often when a gateway last heard of the bucket
+
+    numbers = st.sampled_from((0, 0, 1, 2))
+    keys = st.lists(st.sampled_from(("a", "a", "b")), min_size=1, max_size=2, unique=True)
+
+    @rule(number=numbers, keys=keys, share=st.sampled_from((0, 0.1, 0.1, 0.5, 1, 1.1)), is_answered=st.booleans())
+    def ask(self, number: int, keys: list[str], share: float, is_answered: bool) -> None:  # noqa: FBT001 - drawn
+        asked = [charge(self.held[key], round(share * self.held[key].capacity, 2), key) for key in keys]
+        decision = self.fleet.decide(number, asked)
+        if decision is not None:
+            self.check_refusal(number, asked, decision)
+            return
+        if self.fleet.is_quiet:
+            self.left_ns = LONGEST_LAG_NS
+        limiter = self.fleet.limiters[number]
+        limiter.ask(asked, self.fleet.clock_ns(number), lambda answer: self.note(number, asked, answer))
+        if is_answered:
+            self.settle_down()
+
+    def note(self, number: int, asked: list[Charge], answer: Decision) -> None:
+        if answer.allowed:
+            self.open.append((number, asked, answer))
+
+    def check_refusal(self, number: int, asked: Sequence[Charge], decision: Decision) -> None:
+        """The store would refuse it too, and does not make the client wait for longer, nor much less long."""
+        assert (decision.allowed, decision.source) == (False, "deny_cache")
+        (binding,) = (one for one in asked if one.key == decision.key)
+        wait_ns = self.fleet.owed(binding) + binding.increment_ns - binding.quota.burst_ns
+        assert wait_ns > 0
+        assert (decision.wait_ns == NEVER) == (binding.increment_ns > binding.quota.burst_ns)
+        if decision.wait_ns != NEVER and self.known.get((number, binding.key)) == self.charged[binding.key]:
+            most_ns = wait_ns + 2 * LONGEST_LAG_NS + binding.quota.burst_ns // 250
+            assert wait_ns <= decision.wait_ns <= most_ns
+
+    @rule(number=numbers)
+    def execute(self, number: int) -> None:
+        """Note which buckets the store has charged, and of which the reply tells."""
+        wire = self.fleet.limiters[number].wire
+        batch = list(wire.waiting)
+        parts = [Charge(key, quota, 0) for key, quota in self.held.items()]
+        before = [self.fleet.owed(part) for part in parts]
+        self.fleet.execute(number)
+        for part, owed_ns in zip(parts, before, strict=True):
+            self.charged[part.key] += self.fleet.owed(part) > owed_ns
+        if batch:
+            told = {one.key for question in batch if isinstance(question, _Take) for one in question._charges}
+            told -= {question._charge.key for question in batch if isinstance(question, _Settle)}
+            self.under_way[number].append({key: self.charged[key] for key in told})
+
+    @rule(number=numbers)
+    def deliver(self, number: int) -> None:
+        self.fleet.limiters[number].wire.deliver()
+        if self.under_way[number]:
+            heard = self.under_way[number].popleft()
+            self.known |= {(number, key): charged for key, charged in heard.items()}
+
+    def settle_down(self) -> None:
+        for number, queue in self.under_way.items():
+            self.execute(number)
+            while queue:
+                self.deliver(number)
+
+    @rule(gap_ns=st.sampled_from((1000, SECOND // 2, SECOND, 9 * SECOND, 10 * SECOND)) | st.integers(0, 12 * SECOND))
+    def pass_time(self, gap_ns: int) -> None:
+        if not self.fleet.is_quiet:
+            gap_ns = min(gap_ns, self.left_ns)
+            self.left_ns -= gap_ns
+        self.fleet.pass_time(gap_ns)
+
+    @precondition(lambda self: self.open)
+    @rule(which=st.integers(0, 100), factor=st.sampled_from((-1, -0.5, 1)))
+    def settle(self, which: int, factor: float) -> None:
+        number, asked, decision = self.open.pop(which % len(self.open))
+        changes = [Charge(one.key, one.quota, int(one.increment_ns * factor)) for one in asked]
+        if self.fleet.is_quiet:
+            self.left_ns = LONGEST_LAG_NS
+        self.fleet.limiters[number].settle(changes, decision, self.fleet.clock_ns(number))
+
+    @rule(number=numbers, key=st.sampled_from("ab"))
+    def refill(self, number: int, key: str) -> None:
+        at_once(self.fleet.limiters[number].refill(key))
+        self.fleet.publish()
+
+    @rule(number=numbers, key=st.sampled_from("ab"), new=st.sampled_from(QUOTAS))
+    def move(self, number: int, key: str, new: Quota) -> None:
+        self.settle_down()
+        at_once(self.fleet.limiters[number].move(key, self.held[key], new, self.fleet.clock_ns(number)))
+        self.fleet.publish()
+        self.held[key] = new
+        self.open = [one for one in self.open if key not in {part.key for part in one[1]}]
+
+    @rule(number=numbers)
+    def listen_anew(self, number: int) -> None:
+        self.fleet.limiters[number]._on_listening(False)
+
+    @rule()
+    def listen(self) -> None:
+        for limiter in self.fleet.limiters:
+            if not limiter._hears_refunds:
+                limiter._on_listening(True)
+
+
+class TestWhatIsRefusedFromMemoryTheStoreWouldRefuse(Remembering.TestCase):
+    settings = settings(deadline=None, max_examples=120, stateful_step_count=50)
