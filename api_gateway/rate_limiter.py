@@ -11,12 +11,13 @@ limiter is not thread-safe.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from api_gateway.models import Charge, Decision, LimiterState, Quota, Source
 
 NEVER = -1
 OVERFLOW_SLOTS = 65_536
+Noted = TypeVar("Noted")
 _SWEEP = 8  # retired entries freed per decision: more than one decision can add, so it always catches up
 
 
@@ -121,8 +122,8 @@ def rescale(tat_ns: int, old: Quota, new: Quota, now_ns: int) -> int:
     return now_ns - (-debt_ns * new.burst_ns // old.burst_ns)
 
 
-class DebtTable:
-    """TATs by key in two plain dicts, forgotten once they are past.
+class DebtTable(Generic[Noted]):
+    """TATs, or what they are worked out from, by key in two plain dicts, forgotten once they are past.
 
     Entries are written to the current generation and read from both. When a generation is older than the longest debt
     there can be, everything in the one before it is past, and a bucket whose TAT is past is full, which is the same as
@@ -136,9 +137,9 @@ class DebtTable:
         """`period_ns` is the longest debt, and may be raised later; `limit` bounds the entries."""
         self.period_ns = period_ns
         self.limit = limit
-        self.current: dict[str, int] = {}
-        self.previous: dict[str, int] = {}
-        self.retired: list[dict[str, int] | dict[str, list[tuple[int, int]]]] = []  # to be freed piece by piece
+        self.current: dict[str, Noted] = {}
+        self.previous: dict[str, Noted] = {}
+        self.retired: list[dict[str, Noted] | dict[str, list[tuple[int, int]]]] = []  # to be freed piece by piece
         self.rotated_at_ns = 0  # the first use rotates two empty generations
 
     def __repr__(self) -> str:
@@ -148,15 +149,15 @@ class DebtTable:
         """Return the entries held; a key used in two generations counts twice."""
         return len(self.current) + len(self.previous)
 
-    def get(self, key: str) -> int | None:
+    def get(self, key: str) -> Noted | None:
         """Return the TAT of a key, None if it has none."""
-        tat_ns = self.current.get(key)
-        return self.previous.get(key) if tat_ns is None else tat_ns
+        noted = self.current.get(key)
+        return self.previous.get(key) if noted is None else noted
 
-    def put(self, key: str, tat_ns: int) -> bool:
+    def put(self, key: str, noted: Noted) -> bool:
         """Keep the TAT of a key; False if the table is full."""
         if key in self.current or len(self) < self.limit or self.previous.pop(key, None) is not None:
-            self.current[key] = tat_ns
+            self.current[key] = noted
             return True
         return False
 
@@ -207,7 +208,7 @@ class MemoryLimiter:
 
     def __init__(self, quotas: Iterable[Quota], *, bucket_limit: int = 1_000_000) -> None:
         """Hold buckets of any of `quotas`. A quota with a longer budget may only come in by `change_quota`."""
-        self._table = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
+        self._table: DebtTable[int] = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
         self._overflow: dict[int, int] = {}
         self._refunds = Refunds()
         self.overflowed = 0

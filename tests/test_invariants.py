@@ -23,7 +23,7 @@ on the real text of its script.
 17 deadline             servers  test_no_request_waits_longer_than_the_deadline_whatever_the_store_does
 18 cancellation storm   servers  test_requests_cancelled_at_random_mix_up_no_answers
 19 script loss          servers  test_a_store_that_forgets_its_scripts_decides_as_ever
-20 deny cache           store    test_what_is_refused_from_memory_the_store_would_refuse
+20 deny cache           store    TestRemembering; test_a_reply_under_way_while_...
 21 leases               store    there are none, so L = 0: test_many_gateways_admit_what_one_bucket_holds
 22 without the store    store    test_bounds_hold_for_every_schedule_of_outages, test_each_bound_is_reached
 23 header grammar       -        test_ratelimit_headers.py, test_the_fields_are_structured_and_...
@@ -335,8 +335,9 @@ class Walk(RuleBasedStateMachine):
     def check_refund(self, one: Open, change: Charge, debt_ns: int, owed_ns: Fraction, found_ns: int) -> None:
         """What was charged and has not been refilled is given back, less what lay before it and was given back."""
         later = [refund for refund in self.refunds[one.refunds_before :] if refund.key == change.key]
-        left_ns = one.decision.at_ns + debt_ns - sum(refund.given_ns for refund in later) - self.now_ns
-        exact_ns = max(owed_ns - min(-change.increment_ns, max(left_ns, 0)), 0)
+        given_ns = sum((refund.given_ns for refund in later), Fraction(0))
+        left_ns = one.decision.at_ns + debt_ns - given_ns - self.now_ns
+        exact_ns = max(owed_ns - min(Fraction(-change.increment_ns), max(left_ns, Fraction(0))), Fraction(0))
         earlier = [
             refund
             for refund in self.refunds[: one.refunds_before]
@@ -833,8 +834,8 @@ class Remembering(RuleBasedStateMachine):
         self.under_way: dict[int, deque[dict[str, int]]] = {number: deque() for number in range(3)}
         self.known: dict[tuple[int, str], int] = {}  # how often when a gateway last heard of the bucket
 
-    numbers = st.sampled_from((0, 0, 1, 2))
-    keys = st.lists(st.sampled_from(("a", "a", "b")), min_size=1, max_size=2, unique=True)
+    numbers = st.sampled_from((0, 0, 0, 1, 2))
+    keys = st.sampled_from((["a"], ["a"], ["a"], ["b"], ["a", "b"]))
 
     @rule(number=numbers, keys=keys, share=st.sampled_from((0, 0.1, 0.1, 0.5, 1, 1.1)), is_answered=st.booleans())
     def ask(self, number: int, keys: list[str], share: float, is_answered: bool) -> None:  # noqa: FBT001 - drawn
@@ -862,7 +863,7 @@ class Remembering(RuleBasedStateMachine):
         assert wait_ns > 0
         assert (decision.wait_ns == NEVER) == (binding.increment_ns > binding.quota.burst_ns)
         if decision.wait_ns != NEVER and self.known.get((number, binding.key)) == self.charged[binding.key]:
-            most_ns = wait_ns + 2 * LONGEST_LAG_NS + binding.quota.burst_ns // 250
+            most_ns = wait_ns + 2 * LONGEST_LAG_NS + binding.quota.burst_ns // 250 + MICROSECOND
             assert wait_ns <= decision.wait_ns <= most_ns
 
     @rule(number=numbers)
@@ -909,29 +910,114 @@ class Remembering(RuleBasedStateMachine):
             self.left_ns = LONGEST_LAG_NS
         self.fleet.limiters[number].settle(changes, decision, self.fleet.clock_ns(number))
 
-    @rule(number=numbers, key=st.sampled_from("ab"))
-    def refill(self, number: int, key: str) -> None:
-        at_once(self.fleet.limiters[number].refill(key))
-        self.fleet.publish()
-
-    @rule(number=numbers, key=st.sampled_from("ab"), new=st.sampled_from(QUOTAS))
-    def move(self, number: int, key: str, new: Quota) -> None:
+    @rule(number=numbers, share=st.sampled_from((0.1, 0.1, 0.5, 1)))
+    def wait_until_it_passes(self, number: int, share: float) -> None:
+        """By the store's clock; and then it does."""
         self.settle_down()
-        at_once(self.fleet.limiters[number].move(key, self.held[key], new, self.fleet.clock_ns(number)))
+        asked = charge(self.held["a"], round(share * self.held["a"].capacity, 2))
+        wait_ns = self.fleet.owed(asked) + asked.increment_ns - asked.quota.burst_ns
+        if wait_ns > 0:
+            self.fleet.pass_time(up_to(MICROSECOND, wait_ns))
+        self.ask(number, ["a"], share, is_answered=True)
+
+    @rule(number=numbers, key=st.sampled_from("ab"), new=st.none() | st.sampled_from(QUOTAS))
+    def administer(self, number: int, key: str, new: Quota | None) -> None:
+        """Change the tier, or fill the bucket."""
+        limiter = self.fleet.limiters[number]
+        if new is None:
+            at_once(limiter.refill(key))
+        else:
+            self.settle_down()
+            at_once(limiter.move(key, self.held[key], new, self.fleet.clock_ns(number)))
+            self.held[key] = new
+            self.open = [one for one in self.open if key not in {part.key for part in one[1]}]
         self.fleet.publish()
-        self.held[key] = new
-        self.open = [one for one in self.open if key not in {part.key for part in one[1]}]
 
-    @rule(number=numbers)
-    def listen_anew(self, number: int) -> None:
-        self.fleet.limiters[number]._on_listening(False)
-
-    @rule()
-    def listen(self) -> None:
+    @rule(number=numbers, is_deaf=st.booleans())
+    def listen_anew(self, number: int, is_deaf: bool) -> None:  # noqa: FBT001 - drawn
         for limiter in self.fleet.limiters:
             if not limiter._hears_refunds:
                 limiter._on_listening(True)
+        self.fleet.limiters[number]._on_listening(not is_deaf)
 
 
-class TestWhatIsRefusedFromMemoryTheStoreWouldRefuse(Remembering.TestCase):
-    settings = settings(deadline=None, max_examples=120, stateful_step_count=50)
+TestRemembering = Remembering.TestCase
+TestRemembering.settings = settings(deadline=None, max_examples=80, stateful_step_count=60)
+
+
+@pytest.mark.parametrize("how", ["a refund", "a refill", "a change of tier and back"])
+def test_a_reply_under_way_while_a_bucket_is_filled_otherwise_is_not_remembered(how: str) -> None:
+    fleet, asked = Fleet([0, 0]), [charge(FREE, 10)]
+    answers: list[Decision] = []
+    for number in range(2):
+        fleet.limiters[number].ask(asked, fleet.clock_ns(number), answers.append)
+        fleet.execute(number)
+    fleet.limiters[0].wire.deliver()
+    match how:
+        case "a refund":
+            fleet.limiters[0].settle([Charge("a", FREE, -FREE.burst_ns)], answers[0], fleet.clock_ns(0))
+            fleet.execute(0)
+        case "a refill":
+            at_once(fleet.limiters[0].refill("a"))
+        case _:
+            at_once(fleet.limiters[0].move("a", FREE, SLOW, fleet.clock_ns(0)))
+    fleet.publish()
+    fleet.pass_time(1000)
+    fleet.limiters[1].wire.deliver()
+    assert [answer.allowed for answer in answers] == [True, False]
+    assert fleet.decide(1, asked) is None, "the store is asked"
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(("ask", "ask", "ask", "execute", "execute", "deliver", "pass")),
+            st.integers(0, 3),
+            st.sampled_from((0.5, 1, 1, 2.5, 10)),
+            st.sampled_from((0, 1000, SECOND)) | st.integers(0, 3 * SECOND),
+        ),
+        max_size=120,
+    )
+)
+@example(steps=[("ask", number % 4, 1, 0) for number in range(20)])
+@thorough
+def test_many_gateways_admit_what_one_bucket_holds(steps: list[tuple[str, int, float, int]]) -> None:
+    """No more in any window, hence no more than the rate over all; and no less, decision by decision."""
+    fleet, exact, expected = Fleet([0, 0, 0, 0]), ExactBuckets("store"), {}
+    admitted: list[tuple[int, Fraction]] = []
+
+    def execute(number: int) -> None:
+        for question in fleet.limiters[number].wire.waiting:
+            assert isinstance(question, _Take)
+            expected[id(question)] = exact.decide(question._charges, fleet.store_ns)
+            if expected[id(question)].allowed:
+                admitted.append((fleet.passed_ns, Fraction(question._charges[0].increment_ns, FREE.emission_ns)))
+        fleet.execute(number)
+
+    def deliver(number: int) -> None:
+        wire = fleet.limiters[number].wire
+        batch = wire.under_way[0][0] if wire.under_way else []
+        wire.deliver()
+        assert [answers.pop(id(question)) for question in batch] == [expected[id(question)] for question in batch]
+
+    answers: dict[int, Decision] = {}
+    for kind, number, cost, gap_ns in steps:
+        limiter = fleet.limiters[number]
+        match kind:
+            case "ask" if fleet.decide(number, [charge(FREE, cost)]) is None:
+                heard: list[Decision] = []
+                limiter.ask([charge(FREE, cost)], fleet.clock_ns(number), heard.append)
+                question = limiter.wire.waiting[-1]
+                assert isinstance(question, _Take)
+                question._answer = lambda answer, key=id(question): answers.__setitem__(key, answer)  # type: ignore[misc]
+            case "execute":
+                execute(number)
+            case "deliver":
+                deliver(number)
+            case "pass":
+                fleet.pass_time(up_to(MICROSECOND, gap_ns))
+    for number in range(4):
+        execute(number)
+        while fleet.limiters[number].wire.under_way:
+            deliver(number)
+    assert_conforms(admitted, FREE.capacity, Fraction(1, FREE.emission_ns))
