@@ -38,6 +38,7 @@ Policy = Literal["local_share", "deny", "allow"]
 
 SCRIPT = Script(files("api_gateway").joinpath("token_bucket.lua").read_text())
 SKEW = 1000  # two clocks differ in speed by less than a thousandth
+TICK_NS = 1000  # of the store's clock
 BEAT = 2.0  # seconds between heartbeats
 DEAD_AFTER = 3 * BEAT
 MESSAGE_NS = NANOSECONDS // 10  # a refund is heard of within this time
@@ -73,7 +74,7 @@ class Told(NamedTuple):
 
     def latest_ns(self, now_ns: int) -> int:
         """Return the TAT if the store was as late, and its clock as slow, as may be."""
-        return self.heard_ns + self.debt_ns + (now_ns - self.asked_ns) // SKEW
+        return self.heard_ns + self.debt_ns + (now_ns - self.asked_ns) // SKEW + TICK_NS
 
 
 class RedisLimiter:
@@ -121,7 +122,7 @@ class RedisLimiter:
         self._given_back = Refunds()  # by the store's clock, which is ahead of ours by
         self.offset_ns = 0
         self._refunds_turn_ns = 0
-        self._trusted_from_ns = 0  # what was asked earlier may be told wrongly
+        self._trusted_from_ns = 0  # what was asked no later may be told wrongly
         self._listener: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
@@ -269,7 +270,7 @@ class RedisLimiter:
 
     def remember(self, charge: Charge, debt_ns: int, asked_ns: int) -> None:
         """Keep what a bucket owed when the store was asked; it was asked at `asked_ns` or later."""
-        if asked_ns < self._trusted_from_ns:
+        if asked_ns <= self._trusted_from_ns:
             return
         table = self._told.get(charge.quota.burst_ns)
         if table is None:
