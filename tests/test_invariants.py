@@ -35,7 +35,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, cast
@@ -768,6 +768,7 @@ class Fleet:
 
     def __init__(self, speeds_ppm: Sequence[int], known: Sequence[Quota] = QUOTAS) -> None:
         self.passed_ns = 0
+        self.skip_ns = 0  # by which the store's clock has jumped
         self.store = LuaStore(START // MICROSECOND)
         self.speeds_ppm = speeds_ppm
         self.limiters: list[LuaLimiter] = []
@@ -788,7 +789,7 @@ class Fleet:
 
     def pass_time(self, gap_ns: int) -> None:
         self.passed_ns += gap_ns
-        self.store.now_us = (START + self.passed_ns) // MICROSECOND
+        self.store.now_us = (START + self.passed_ns + self.skip_ns) // MICROSECOND
 
     @property
     def store_ns(self) -> int:
@@ -1021,3 +1022,254 @@ def test_many_gateways_admit_what_one_bucket_holds(steps: list[tuple[str, int, f
         while fleet.limiters[number].wire.under_way:
             deliver(number)
     assert_conforms(admitted, FREE.capacity, Fraction(1, FREE.emission_ns))
+
+
+# Without the store. The bounds are those of the reference, section 5.2, here in nanoseconds of the budget.
+
+
+class Moment(NamedTuple):
+    """What happened at once: what was admitted by whom, who had no store then, and what the store lost."""
+
+    at_ns: int
+    admitted_ns: int
+    cut_off: frozenset[int]
+    is_served: bool  # somebody had the store
+    forgiven_ns: int  # the bucket was that much fuller afterwards, once
+
+
+class Outages:
+    """Gateways whose store goes and comes, for some or for all, and is not always what it was."""
+
+    def __init__(self, count: int, quota: Quota) -> None:
+        self.fleet = Fleet([0] * count, [quota])
+        self.quota = quota
+        self.count = count
+        self.dearest_ns = 0
+        self.moments: list[Moment] = []
+        self.charged: list[tuple[int, int]] = []  # when, and how much, by the store, heard of or not
+        self.copies: list[tuple[int, dict[str, tuple[str, int]], int]] = [(0, {}, 0)]  # with the charges so far
+
+    def note(self, admitted_ns: int = 0, forgiven_ns: int = 0, missed: Sequence[int] = ()) -> None:
+        away = {number for number, one in enumerate(self.fleet.limiters) if not one.wire.is_up}
+        moment = Moment(
+            self.fleet.passed_ns, admitted_ns, frozenset(away | {*missed}), len(away) < self.count, forgiven_ns
+        )
+        self.moments.append(moment)
+        self.copies.append((self.fleet.passed_ns, dict(self.fleet.store.values), len(self.charged)))
+
+    def ask(self, number: int, cost: float, fate: str = "answered") -> Decision:
+        """Ask as a gateway does; unless it is "answered" the reply is "lost", or the question "unsent"."""
+        asked, now_ns = [charge(self.quota, cost)], self.fleet.clock_ns(number)
+        self.dearest_ns = max(self.dearest_ns, asked[0].increment_ns)
+        limiter, answers = self.fleet.limiters[number], list[Decision]()
+        decision = self.fleet.decide(number, asked)
+        missed: tuple[int, ...] = ()
+        if decision is None:
+            limiter.ask(asked, now_ns, answers.append)
+            if fate != "unsent":
+                limiter.wire.execute()
+                _, (_, debt_ns) = limiter.wire.under_way[-1]
+                if debt_ns + asked[0].increment_ns <= self.quota.burst_ns:
+                    self.charged.append((self.fleet.passed_ns, asked[0].increment_ns))
+            if fate == "answered":
+                limiter.wire.deliver()
+            else:
+                limiter.wire.lose()
+                missed = (number,)
+            (decision,) = answers
+        self.note(asked[0].increment_ns if decision.allowed else 0, missed=missed)
+        return decision
+
+    def connect(self, numbers: Sequence[int], *, is_up: bool) -> None:
+        for number in numbers:
+            limiter = self.fleet.limiters[number]
+            if limiter.wire.is_up != is_up:
+                limiter.wire.is_up = is_up
+                limiter._on_listening(is_up)
+        self.note()
+
+    def pass_time(self, gap_ns: int) -> None:
+        self.fleet.pass_time(gap_ns)
+        self.note()
+
+    def lose_keys(self) -> None:
+        """Have the bucket evicted, or the store restarted: what it owed is forgiven."""
+        owed_ns = self.fleet.owed(charge(self.quota))
+        self.fleet.store.values.clear()
+        self.note(forgiven_ns=owed_ns)
+
+    def fail_over(self, lost_ns: int) -> None:
+        """Have the writes of the last while lost: as much is forgiven as was spent by them, one bucket at most."""
+        kept = max(
+            index for index, (at_ns, *_) in enumerate(self.copies) if at_ns <= max(self.fleet.passed_ns - lost_ns, 0)
+        )
+        _, values, charges = self.copies[kept]
+        self.fleet.store.values = dict(values)
+        spent_ns = sum(cost_ns for _, cost_ns in self.charged[charges:])
+        self.note(forgiven_ns=min(self.quota.burst_ns, spent_ns))
+
+    def step(self, step_ns: int) -> None:
+        """Have the store's clock jump: forward, refill comes early; back, nothing is gained."""
+        self.fleet.skip_ns += step_ns
+        self.fleet.pass_time(0)
+        self.note(forgiven_ns=min(self.quota.burst_ns, max(step_ns, 0)))
+
+    def bound_ns(self, window: Sequence[Moment]) -> Fraction:
+        """Return what a window may hold: the store's bucket, and the share of everybody who was cut off in it."""
+        length_ns, burst_ns = window[-1].at_ns - window[0].at_ns, self.quota.burst_ns
+        cut_off = len(frozenset().union(*(one.cut_off for one in window)))
+        share = max(Fraction(1, self.count), Fraction(self.dearest_ns, burst_ns))
+        bound = cut_off * share * (burst_ns + length_ns)
+        if any(one.is_served for one in window):
+            bound += burst_ns + length_ns + sum(one.forgiven_ns for one in window)
+        return bound
+
+    def check(self) -> None:
+        for first in range(len(self.moments)):
+            admitted_ns = 0
+            for last in range(first, len(self.moments)):
+                admitted_ns += self.moments[last].admitted_ns
+                assert admitted_ns <= self.bound_ns(self.moments[first : last + 1])
+
+
+happenings = st.one_of(
+    *[
+        st.tuples(
+            st.just("ask"),
+            st.integers(0, 3),
+            st.sampled_from((1, 1, 2, 4, 10)),
+            st.sampled_from(("answered", "answered", "answered", "lost", "unsent")),
+        )
+    ]
+    * 5,
+    st.tuples(st.just("pass"), st.sampled_from((0, MICROSECOND, SECOND // 2, SECOND, 5 * SECOND, 12 * SECOND))),
+    st.tuples(st.just("connect"), st.sets(st.integers(0, 3)), st.booleans()),
+    st.tuples(st.just("connect"), st.just({0, 1, 2, 3}), st.booleans()),
+    st.tuples(st.just("lose keys")),
+    st.tuples(st.just("fail over"), st.sampled_from((MICROSECOND, SECOND, 5 * SECOND))),
+    st.tuples(st.just("step"), st.sampled_from((-3600 * SECOND, -SECOND, SECOND, 4 * SECOND, 3600 * SECOND))),
+)
+
+
+@given(count=st.integers(1, 4), schedule=st.lists(happenings, max_size=40))
+@settings(deadline=None, max_examples=150)
+def test_bounds_hold_for_every_schedule_of_outages(count: int, schedule: list[tuple[Any, ...]]) -> None:
+    """Down and up, for some or for all; lost replies; lost keys and writes; a clock that jumps."""
+    outages = Outages(count, FREE)
+    for kind, *details in schedule:
+        match kind:
+            case "ask":
+                number, cost, fate = details
+                outages.ask(number % count, cost, fate)
+            case "pass":
+                outages.pass_time(details[0])
+            case "connect":
+                outages.connect([number for number in details[0] if number < count], is_up=details[1])
+            case "lose keys":
+                outages.lose_keys()
+            case "fail over":
+                outages.fail_over(details[0])
+            case "step":
+                outages.step(details[0])
+    outages.check()
+    store_only = [one for one in outages.moments if one.forgiven_ns]
+    if not store_only:
+        assert_conforms(outages.charged, FREE.burst_ns, 1)
+
+
+def spend(outages: Outages, numbers: Sequence[int], cost: float = 1) -> float:
+    """Have gateways ask in turn until each is refused; return what they were admitted."""
+    spent, asking_still = 0.0, list(numbers)
+    while asking_still:
+        for number in list(asking_still):
+            if outages.ask(number, cost).allowed:
+                spent += cost
+            else:
+                asking_still.remove(number)
+    return spent
+
+
+ALL = range(4)
+TWENTY = Quota.per_second("TWENTY", 2, 20)
+
+
+def healthy(outages: Outages) -> float:
+    return spend(outages, ALL)
+
+
+def down_for_all(outages: Outages) -> float:
+    outages.connect(ALL, is_up=False)
+    return spend(outages, ALL)
+
+
+def down_for_all_and_dear(outages: Outages) -> float:
+    outages.connect(ALL, is_up=False)
+    return spend(outages, ALL, 15)
+
+
+def going_down(outages: Outages) -> float:
+    """Gateway 0 spends the bucket, and knows; the others do not."""
+    spent = spend(outages, [0])
+    outages.connect(ALL, is_up=False)
+    return spent + spend(outages, ALL)
+
+
+def going_down_and_up(outages: Outages) -> float:
+    """What was admitted alone is told by the others' first question, so no third burst follows."""
+    outages.connect(ALL, is_up=False)
+    spent = spend(outages, ALL)
+    outages.connect(ALL, is_up=True)
+    return spent + spend(outages, ALL)
+
+
+def one_cut_off(outages: Outages) -> float:
+    outages.connect([3], is_up=False)
+    return spend(outages, ALL)
+
+
+def failed_over(outages: Outages) -> float:
+    spent = sum(outages.ask(0, 4).allowed * 4.0 for _ in range(3))
+    outages.pass_time(SECOND)
+    spent += sum(outages.ask(0, 5).allowed * 5.0 for _ in range(2))
+    outages.fail_over(SECOND // 2)
+    return spent + spend(outages, ALL[1:])
+
+
+def clock_forward(outages: Outages) -> float:
+    spent = spend(outages, [0])
+    outages.step(3 * SECOND)
+    return spent + spend(outages, ALL[1:])
+
+
+def clock_back(outages: Outages) -> float:
+    spent = spend(outages, [0])
+    outages.step(-3600 * SECOND)
+    return spent + spend(outages, ALL[1:])
+
+
+def evicted(outages: Outages) -> float:
+    spent = outages.ask(0, 13).allowed * 13.0
+    outages.lose_keys()
+    return spent + spend(outages, ALL[1:])
+
+
+REACHED = {  # C = 20, r = 2, N = 4
+    "healthy: C": (healthy, 20),
+    "down for all: C' = C": (down_for_all, 20),
+    "down for all: C' = N * c_max": (down_for_all_and_dear, 60),
+    "one transition: a burst more, less the share of who knows": (going_down, 20 + 15),
+    "two transitions": (going_down_and_up, 20 + 15),
+    "K of N cut off: C + K / N * C": (one_cut_off, 20 + 5),
+    "writes lost: what was spent by them": (failed_over, 12 + 10 + 10),
+    "clock forward: r * x": (clock_forward, 20 + 6),
+    "clock back: nothing": (clock_back, 20),
+    "evicted: C - level": (evicted, 13 + 20),
+}
+
+
+@pytest.mark.parametrize(("scenario", "admitted"), REACHED.values(), ids=REACHED)
+def test_each_bound_is_reached(scenario: Callable[[Outages], float], admitted: float) -> None:
+    """To the token, so that a bound is no looser than what happens."""
+    outages = Outages(4, TWENTY)
+    assert scenario(outages) == admitted
+    outages.check()
