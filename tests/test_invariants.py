@@ -31,30 +31,25 @@ on the real text of its script.
 
 import asyncio
 import copy
-import math
-import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from api_gateway.config import LONGEST_BUDGET, MAX_FILL
-from api_gateway.dispatcher import LANES
 from api_gateway.middleware import refusal
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota, Source
 from api_gateway.rate_limiter import NEVER, MemoryLimiter
-from api_gateway.redis_limiter import MESSAGE_NS, _Settle, _Take
+from api_gateway.redis_limiter import MESSAGE_NS, RedisLimiter, _Settle, _Take
 from tests.exact_buckets import ExactBuckets, assert_conforms
-from tests.kit import soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
-from tests.store_kit import Proxy, StoreServer, asking, gateways
 
 SECOND = NANOSECONDS
 MILLISECOND = SECOND // 1000
@@ -1010,7 +1005,7 @@ def test_many_gateways_admit_what_one_bucket_holds(steps: list[tuple[str, int, f
                 limiter.ask([charge(FREE, cost)], fleet.clock_ns(number), heard.append)
                 question = limiter.wire.waiting[-1]
                 assert isinstance(question, _Take)
-                question._answer = lambda answer, key=id(question): answers.__setitem__(key, answer)  # type: ignore[misc]
+                question._answer = partial(answers.__setitem__, id(question))
             case "execute":
                 execute(number)
             case "deliver":
@@ -1172,8 +1167,7 @@ def test_bounds_hold_for_every_schedule_of_outages(count: int, schedule: list[tu
             case "step":
                 outages.step(details[0])
     outages.check()
-    store_only = [one for one in outages.moments if one.forgiven_ns]
-    if not store_only:
+    if not any(one.forgiven_ns for one in outages.moments):
         assert_conforms(outages.charged, FREE.burst_ns, 1)
 
 
@@ -1214,8 +1208,16 @@ def going_down(outages: Outages) -> float:
     return spent + spend(outages, ALL)
 
 
-def going_down_and_up(outages: Outages) -> float:
-    """What was admitted alone is told by the others' first question, so no third burst follows."""
+def coming_up(outages: Outages) -> float:
+    """Gateway 0 has told its share when it asks; the others have not when it spends the rest."""
+    outages.connect(ALL, is_up=False)
+    spent = spend(outages, ALL)
+    outages.connect(ALL, is_up=True)
+    return spent + spend(outages, [0]) + spend(outages, ALL)
+
+
+def coming_up_in_turn(outages: Outages) -> float:
+    """Every gateway tells its share with its first question: 5 - 1, three times, and nothing is left."""
     outages.connect(ALL, is_up=False)
     spent = spend(outages, ALL)
     outages.connect(ALL, is_up=True)
@@ -1257,8 +1259,9 @@ REACHED = {  # C = 20, r = 2, N = 4
     "healthy: C": (healthy, 20),
     "down for all: C' = C": (down_for_all, 20),
     "down for all: C' = N * c_max": (down_for_all_and_dear, 60),
-    "one transition: a burst more, less the share of who knows": (going_down, 20 + 15),
-    "two transitions": (going_down_and_up, 20 + 15),
+    "going down: a burst more, less the share of who knows": (going_down, 20 + 15),
+    "coming up: a burst more, less the share of who has told": (coming_up, 20 + 15),
+    "coming up in turn: next to nothing": (coming_up_in_turn, 20 + 3),
     "K of N cut off: C + K / N * C": (one_cut_off, 20 + 5),
     "writes lost: what was spent by them": (failed_over, 12 + 10 + 10),
     "clock forward: r * x": (clock_forward, 20 + 6),
@@ -1273,3 +1276,98 @@ def test_each_bound_is_reached(scenario: Callable[[Outages], float], admitted: f
     outages = Outages(4, TWENTY)
     assert scenario(outages) == admitted
     outages.check()
+
+
+# Real servers
+
+
+async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer) -> None:
+    """Each has a key and a cost of its own, which its answer shows; who stays is answered, and lanes go on."""
+    source = random.Random(18)
+    roomy = Quota.per_second("roomy", 0.001, 1000)
+
+    async def request(limiter: RedisLimiter, number: int) -> None:
+        decision = await asking(limiter, charge(roomy, number % 997 + 1, f"client-{number}"))
+        assert (decision.key, decision.source) == (f"client-{number}", "store")
+        assert decision.remaining == 1000 - (number % 997 + 1)
+
+    async with gateways(store.url, roomy) as (limiter,):
+        await soon(lambda: limiter.dispatcher.connections == LANES, "both lanes serve")
+        kept: list[asyncio.Task[None]] = []
+        for turn in range(60):
+            tasks = [asyncio.create_task(request(limiter, 100 * turn + number)) for number in range(40)]
+            source.shuffle(tasks)
+            for task in tasks[:25]:
+                asyncio.get_running_loop().call_later(source.choice((0, 0, 0.0005, 0.002)), task.cancel)
+            kept += tasks[25:]
+            await asyncio.sleep(source.choice((0, 0.001, 0.003)))
+        await asyncio.gather(*kept)
+        await soon(lambda: not limiter.dispatcher._waiting, "nothing waits")
+        assert limiter.dispatcher.failures == 0
+        assert len(store.connections()) == LANES + 1, "the lanes, and who beats the heart"
+        await request(limiter, 9999)
+
+
+@given(steps=st.lists(st.tuples(st.booleans(), st.sampled_from((0, 1, 3, 7))), min_size=5, max_size=30))
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_a_store_that_forgets_its_scripts_decides_as_ever(
+    store: StoreServer, steps: list[tuple[bool, int]]
+) -> None:
+    """Each decision is that of exact buckets at the moment of the store's clock that it names."""
+    quota, exact = Quota.per_second("quota", 50, 10), ExactBuckets("store")
+    store.admin.flushall()
+    async with gateways(store.url, quota) as (limiter,):
+        limiter._hears_refunds = False  # so that the store is asked each time
+        for is_flushed, cost in steps:
+            if is_flushed:
+                store.admin.script_flush()
+            limiter._hears_refunds = False
+            decision = await asking(limiter, charge(quota, cost))
+            assert decision == exact.decide([charge(quota, cost)], decision.at_ns)
+        assert limiter.dispatcher.failures == 0
+
+
+SHORT_DEADLINE = 0.06
+EPSILON = 0.15  # seconds that a busy machine may add
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_no_request_waits_longer_than_the_deadline_whatever_the_store_does(
+    store: StoreServer, seed: int
+) -> None:
+    """Late, deaf, without replies, cut off, stopped, gone and back, in any order; all policies of a gateway aside."""
+    source = random.Random(seed)
+    took: list[float] = []
+
+    async def request(limiter: RedisLimiter) -> None:
+        begun = time.monotonic()
+        await asking(limiter, charge(FREE, 0.1, f"client-{source.randrange(50)}"))
+        took.append(time.monotonic() - begun)
+
+    async with Proxy(store) as proxy, gateways(proxy.url, FREE, deadline=SHORT_DEADLINE) as (limiter,):
+        requests: list[asyncio.Task[None]] = []
+        is_stopped = False
+        for _ in range(25):
+            match source.randrange(7):
+                case 0:
+                    proxy.delay = source.choice((0.0, 0.01, 0.1))
+                case 1:
+                    proxy.is_deaf = not proxy.is_deaf
+                case 2:
+                    proxy.loses_replies = not proxy.loses_replies
+                case 3:
+                    proxy.cut()
+                case 4:
+                    is_stopped = not is_stopped
+                    store.pause() if is_stopped else store.resume()
+                case 5 if not is_stopped:
+                    store.restart_empty()
+                case _:
+                    proxy.delay, proxy.is_deaf, proxy.loses_replies = 0.0, False, False
+            for _ in range(4):
+                requests += [asyncio.create_task(request(limiter)) for _ in range(source.randrange(1, 20))]
+                await asyncio.sleep(0.01)
+        await asyncio.gather(*requests)
+        store.resume()
+    assert max(took) < SHORT_DEADLINE + EPSILON
+    assert len(took) == len(requests)
