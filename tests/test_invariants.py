@@ -31,6 +31,8 @@ on the real text of its script.
 
 import asyncio
 import copy
+import random
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,17 +41,20 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from api_gateway.config import LONGEST_BUDGET, MAX_FILL
+from api_gateway.dispatcher import LANES
 from api_gateway.middleware import refusal
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota, Source
 from api_gateway.rate_limiter import NEVER, MemoryLimiter
 from api_gateway.redis_limiter import MESSAGE_NS, RedisLimiter, _Settle, _Take
 from tests.exact_buckets import ExactBuckets, assert_conforms
+from tests.kit import soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
+from tests.store_kit import Proxy, StoreServer, asking, gateways
 
 SECOND = NANOSECONDS
 MILLISECOND = SECOND // 1000
