@@ -400,7 +400,7 @@ class SharedWalk(Walk):
 
 
 TestMemory = MemoryWalk.TestCase
-TestMemory.settings = settings(deadline=None, max_examples=120, stateful_step_count=60)
+TestMemory.settings = settings(deadline=None, max_examples=70, stateful_step_count=50)
 TestShared = SharedWalk.TestCase
 TestShared.settings = TestMemory.settings
 
@@ -441,9 +441,9 @@ def test_no_window_admits_more_than_capacity_and_rate_allow(
     backend, now_ns, passed_ns, told_ns = make([quota]), START, 0, 0
     admitted: list[tuple[int, Fraction]] = []
     for gap_ns, cost, step_back in steps:
-        gap_ns = up_to(backend.tick_ns, told_ns if gap_ns is TOLD_WAIT else gap_ns)
-        passed_ns += gap_ns
-        now_ns += gap_ns - step_back * SECOND
+        length_ns = up_to(backend.tick_ns, told_ns if gap_ns is TOLD_WAIT else gap_ns)
+        passed_ns += length_ns
+        now_ns += length_ns - step_back * SECOND
         decision = backend.decide([charge(quota, cost)], now_ns)
         told_ns = max(decision.wait_ns, 0)
         if decision.allowed:
@@ -943,7 +943,7 @@ class Remembering(RuleBasedStateMachine):
 
 
 TestRemembering = Remembering.TestCase
-TestRemembering.settings = settings(deadline=None, max_examples=80, stateful_step_count=60)
+TestRemembering.settings = settings(deadline=None, max_examples=60, stateful_step_count=60)
 
 
 @pytest.mark.parametrize("how", ["a refund", "a refill", "a change of tier and back"])
@@ -969,6 +969,41 @@ def test_a_reply_under_way_while_a_bucket_is_filled_otherwise_is_not_remembered(
     assert fleet.decide(1, asked) is None, "the store is asked"
 
 
+class Together:
+    """Four gateways, and exact buckets that decide in the order in which the store does."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet([0, 0, 0, 0])
+        self.exact = ExactBuckets("store")
+        self.expected: dict[int, Decision] = {}
+        self.answers: dict[int, Decision] = {}
+        self.admitted: list[tuple[int, Fraction]] = []
+
+    def ask(self, number: int, cost: float) -> None:
+        asked, limiter = [charge(FREE, cost)], self.fleet.limiters[number]
+        if self.fleet.decide(number, asked) is None:
+            limiter.ask(asked, self.fleet.clock_ns(number), lambda _: None)
+            question = limiter.wire.waiting[-1]
+            assert isinstance(question, _Take)
+            question._answer = partial(self.answers.__setitem__, id(question))
+
+    def execute(self, number: int) -> None:
+        for question in self.fleet.limiters[number].wire.waiting:
+            assert isinstance(question, _Take)
+            expected = self.expected[id(question)] = self.exact.decide(question._charges, self.fleet.store_ns)
+            if expected.allowed:
+                cost = Fraction(question._charges[0].increment_ns, FREE.emission_ns)
+                self.admitted.append((self.fleet.passed_ns, cost))
+        self.fleet.execute(number)
+
+    def deliver(self, number: int) -> None:
+        wire = self.fleet.limiters[number].wire
+        batch = wire.under_way[0][0] if wire.under_way else []
+        wire.deliver()
+        for question in batch:
+            assert self.answers.pop(id(question)) == self.expected.pop(id(question))
+
+
 @given(
     steps=st.lists(
         st.tuples(
@@ -984,44 +1019,22 @@ def test_a_reply_under_way_while_a_bucket_is_filled_otherwise_is_not_remembered(
 @thorough
 def test_many_gateways_admit_what_one_bucket_holds(steps: list[tuple[str, int, float, int]]) -> None:
     """No more in any window, hence no more than the rate over all; and no less, decision by decision."""
-    fleet, exact, expected = Fleet([0, 0, 0, 0]), ExactBuckets("store"), {}
-    admitted: list[tuple[int, Fraction]] = []
-
-    def execute(number: int) -> None:
-        for question in fleet.limiters[number].wire.waiting:
-            assert isinstance(question, _Take)
-            expected[id(question)] = exact.decide(question._charges, fleet.store_ns)
-            if expected[id(question)].allowed:
-                admitted.append((fleet.passed_ns, Fraction(question._charges[0].increment_ns, FREE.emission_ns)))
-        fleet.execute(number)
-
-    def deliver(number: int) -> None:
-        wire = fleet.limiters[number].wire
-        batch = wire.under_way[0][0] if wire.under_way else []
-        wire.deliver()
-        assert [answers.pop(id(question)) for question in batch] == [expected[id(question)] for question in batch]
-
-    answers: dict[int, Decision] = {}
+    together = Together()
     for kind, number, cost, gap_ns in steps:
-        limiter = fleet.limiters[number]
         match kind:
-            case "ask" if fleet.decide(number, [charge(FREE, cost)]) is None:
-                heard: list[Decision] = []
-                limiter.ask([charge(FREE, cost)], fleet.clock_ns(number), heard.append)
-                question = limiter.wire.waiting[-1]
-                assert isinstance(question, _Take)
-                question._answer = partial(answers.__setitem__, id(question))
+            case "ask":
+                together.ask(number, cost)
             case "execute":
-                execute(number)
+                together.execute(number)
             case "deliver":
-                deliver(number)
-            case "pass":
-                fleet.pass_time(up_to(MICROSECOND, gap_ns))
+                together.deliver(number)
+            case _:
+                together.fleet.pass_time(up_to(MICROSECOND, gap_ns))
     for number in range(4):
-        execute(number)
-        while fleet.limiters[number].wire.under_way:
-            deliver(number)
-    assert_conforms(admitted, FREE.capacity, Fraction(1, FREE.emission_ns))
+        together.execute(number)
+        while together.fleet.limiters[number].wire.under_way:
+            together.deliver(number)
+    assert_conforms(together.admitted, FREE.capacity, Fraction(1, FREE.emission_ns))
 
 
 # Without the store. The bounds are those of the reference, section 5.2, here in nanoseconds of the budget.
