@@ -44,6 +44,7 @@ class LuaStore:
         self.now_us = now_us
         self.values: dict[str, tuple[str, int]] = {}  # and when they expire, in milliseconds
         self.told: list[tuple[str, str]] = []
+        self.writes = 0
         self._lua, self._run = _lua()
 
     def __repr__(self) -> str:
@@ -71,14 +72,19 @@ class LuaStore:
 
     def _set(self, key: str, value: str, option: str, at_ms: str) -> None:
         assert option == "PXAT", "a key that does not expire is never got rid of"
+        self.writes += 1
         self.values[key] = (value, int(at_ms))
+
+    def _delete(self, key: str) -> None:
+        self.writes += 1
+        self.values.pop(key, None)
 
     def _command(self, verb: str, *words: str) -> Any:
         commands: dict[str, Callable[..., Any]] = {
             "TIME": lambda: self._lua.table(str(self.now_us // 1_000_000), str(self.now_us % 1_000_000)),
             "GET": lambda key: self._get(key) or False,  # what a script gets of nothing
             "SET": self._set,
-            "DEL": lambda key: self.values.pop(key, None),
+            "DEL": self._delete,
             "PUBLISH": lambda channel, message: self.told.append((channel, message)),
         }
         return commands[verb](*words)

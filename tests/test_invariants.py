@@ -23,7 +23,7 @@ on the real text of its script.
 17 deadline             servers  test_no_request_waits_longer_than_the_deadline_whatever_the_store_does
 18 cancellation storm   servers  test_requests_cancelled_at_random_mix_up_no_answers
 19 script loss          servers  test_a_store_that_forgets_its_scripts_decides_as_ever
-20 deny cache           store    TestRemembering; test_a_reply_under_way_while_...
+20 deny cache           store    TestRemembering; test_a_refusal_from_memory_ends_no_later_...; test_a_reply_under_way_...
 21 leases               store    there are none, so L = 0: test_many_gateways_admit_what_one_bucket_holds
 22 without the store    store    test_bounds_hold_for_every_schedule_of_outages, test_each_bound_is_reached
 23 header grammar       -        test_ratelimit_headers.py, test_the_fields_are_structured_and_...
@@ -52,7 +52,7 @@ from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, 
 from api_gateway.rate_limiter import NEVER, MemoryLimiter
 from api_gateway.redis_limiter import MESSAGE_NS, RedisLimiter, _Settle, _Take
 from tests.exact_buckets import ExactBuckets, assert_conforms
-from tests.kit import soon
+from tests.kit import PATIENCE, soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
 from tests.store_kit import Proxy, StoreServer, asking, gateways
 
@@ -946,6 +946,36 @@ TestRemembering = Remembering.TestCase
 TestRemembering.settings = settings(deadline=None, max_examples=60, stateful_step_count=60)
 
 
+@given(
+    speed_ppm=st.sampled_from((-500, 0, 500)),
+    there_ns=st.integers(0, LONGEST_LAG_NS // 2),
+    back_ns=st.integers(0, LONGEST_LAG_NS // 2),
+    cost=st.sampled_from((0.1, 1, 5, 10)),
+    share=st.floats(0, 1),
+)
+@example(speed_ppm=-500, there_ns=LONGEST_LAG_NS // 2, back_ns=0, cost=10, share=0.9)
+@example(speed_ppm=500, there_ns=0, back_ns=LONGEST_LAG_NS // 2, cost=10, share=0.9)
+@thorough
+def test_a_refusal_from_memory_ends_no_later_than_the_stores_and_its_wait_no_earlier(
+    speed_ppm: int, there_ns: int, back_ns: int, cost: float, share: float
+) -> None:
+    """However long question and reply took, and however fast the gateway's clock runs."""
+    fleet, asked = Fleet([speed_ppm]), [charge(FREE, cost)]
+    (limiter,) = fleet.limiters
+    limiter.ask([charge(FREE, 10)], fleet.clock_ns(0), lambda _: None)
+    fleet.pass_time(there_ns)
+    fleet.execute(0)
+    fleet.pass_time(back_ns)
+    limiter.wire.deliver()
+    until_ns = fleet.owed(asked[0]) + asked[0].increment_ns - FREE.burst_ns
+    fleet.pass_time(int(until_ns * share))
+    decision = fleet.decide(0, asked)
+    if decision is not None:
+        assert decision.wait_ns >= fleet.owed(asked[0]) + asked[0].increment_ns - FREE.burst_ns > 0
+    fleet.pass_time(up_to(MICROSECOND, max(fleet.owed(asked[0]) + asked[0].increment_ns - FREE.burst_ns, 0)))
+    assert fleet.decide(0, asked) is None, "the store is asked, and lets it pass"
+
+
 @pytest.mark.parametrize("how", ["a refund", "a refill", "a change of tier and back"])
 def test_a_reply_under_way_while_a_bucket_is_filled_otherwise_is_not_remembered(how: str) -> None:
     fleet, asked = Fleet([0, 0]), [charge(FREE, 10)]
@@ -1309,7 +1339,7 @@ async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer
         assert (decision.key, decision.source) == (f"client-{number}", "store")
         assert decision.remaining == 1000 - (number % 997 + 1)
 
-    async with gateways(store.url, roomy) as (limiter,):
+    async with gateways(store.url, roomy, deadline=PATIENCE) as (limiter,):
         await soon(lambda: limiter.dispatcher.connections == LANES, "both lanes serve")
         kept: list[asyncio.Task[None]] = []
         for turn in range(60):
@@ -1334,12 +1364,12 @@ async def test_a_store_that_forgets_its_scripts_decides_as_ever(
     """Each decision is that of exact buckets at the moment of the store's clock that it names."""
     quota, exact = Quota.per_second("quota", 50, 10), ExactBuckets("store")
     store.admin.flushall()
-    async with gateways(store.url, quota) as (limiter,):
-        limiter._hears_refunds = False  # so that the store is asked each time
+    async with gateways(store.url, quota, deadline=PATIENCE) as (limiter,):
+        await soon(lambda: limiter.dispatcher.is_usable, "it is connected")
         for is_flushed, cost in steps:
             if is_flushed:
                 store.admin.script_flush()
-            limiter._hears_refunds = False
+            limiter._hears_refunds = False  # so that the store is asked each time
             decision = await asking(limiter, charge(quota, cost))
             assert decision == exact.decide([charge(quota, cost)], decision.at_ns)
         assert limiter.dispatcher.failures == 0

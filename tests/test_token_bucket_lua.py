@@ -24,3 +24,10 @@ def test_it_answers_with_its_clock_and_what_each_bucket_owed_before() -> None:
     store = LuaStore(START // 1000 + 7)
     words = (2, 1, FREE.burst_ns, SECOND, 2, FREE.burst_ns, 2 * SECOND, 1, 2, FREE.burst_ns, 0)
     assert store.call(["a", "b"], *words) == [START // 1000 + 7, 0, 0, 2 * SECOND]
+
+
+def test_what_is_refused_or_free_is_not_written() -> None:
+    store = LuaStore(START // 1000)
+    for cost_ns, writes in ((0, 0), (11 * SECOND, 0), (10 * SECOND, 1), (SECOND, 1), (0, 1)):
+        store.call(["a"], 1, 1, FREE.burst_ns, cost_ns)
+        assert store.writes == writes
