@@ -297,7 +297,9 @@ class MemoryLimiter:
         self._table.period_ns = max(self._table.period_ns, new.burst_ns)
         tat_ns = self._load(key)
         if old.burst_ns != new.burst_ns and tat_ns > now_ns:
-            self._store(key, rescale(tat_ns, old, new, now_ns))
+            tat_ns = rescale(tat_ns, old, new, now_ns)
+            self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # it may owe more than the budget
+            self._store(key, tat_ns)
 
     def _decide_all(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """Evaluate every bucket first, then charge every one or none."""

@@ -78,8 +78,9 @@ quotas: Drawn[Quota] = st.builds(
 costs: Drawn[float] = st.sampled_from((0, 0.1, 0.5, 1, 1, 1, 2.5)) | st.integers(0, 1200)
 TOLD_WAIT = None  # instead of a gap: as long as the last refusal said
 gaps: Drawn[int | None] = st.sampled_from((TOLD_WAIT, 0, 1)) | st.integers(0, 2 * SECOND) | st.integers(0, 30 * SECOND)
-thorough = settings(deadline=None, max_examples=100)
-quick = settings(deadline=None, max_examples=50)
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+thorough = settings(patient, max_examples=100)
+quick = settings(patient, max_examples=50)
 
 
 def charge(quota: Quota, cost: float = 1, key: str = "a") -> Charge:
@@ -400,7 +401,7 @@ class SharedWalk(Walk):
 
 
 TestMemory = MemoryWalk.TestCase
-TestMemory.settings = settings(deadline=None, max_examples=70, stateful_step_count=50)
+TestMemory.settings = settings(patient, max_examples=70, stateful_step_count=50)
 TestShared = SharedWalk.TestCase
 TestShared.settings = TestMemory.settings
 
@@ -943,7 +944,7 @@ class Remembering(RuleBasedStateMachine):
 
 
 TestRemembering = Remembering.TestCase
-TestRemembering.settings = settings(deadline=None, max_examples=60, stateful_step_count=60)
+TestRemembering.settings = settings(patient, max_examples=60, stateful_step_count=60)
 
 
 @given(
@@ -1195,7 +1196,7 @@ happenings = st.one_of(
 
 
 @given(count=st.integers(1, 4), schedule=st.lists(happenings, max_size=40))
-@settings(deadline=None, max_examples=150)
+@settings(patient, max_examples=150)
 def test_bounds_hold_for_every_schedule_of_outages(count: int, schedule: list[tuple[Any, ...]]) -> None:
     """Down and up, for some or for all; lost replies; lost keys and writes; a clock that jumps."""
     outages = Outages(count, FREE)
@@ -1357,7 +1358,7 @@ async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.sampled_from((0, 1, 3, 7))), min_size=5, max_size=30))
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
 async def test_a_store_that_forgets_its_scripts_decides_as_ever(
     store: StoreServer, steps: list[tuple[bool, int]]
 ) -> None:

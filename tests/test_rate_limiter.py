@@ -576,6 +576,17 @@ def test_a_debt_is_remembered_until_it_is_paid() -> None:
         assert limiter.preview(Charge("a", FREE, 0), now_ns) == twin.decide(Charge("a", FREE, 0), now_ns)
 
 
+def test_a_debt_is_remembered_until_it_is_paid_also_under_a_tier_with_a_longer_budget() -> None:
+    limiter = MemoryLimiter([FREE, SLOW])
+    limiter.decide([charge(FREE, 0)], START)
+    decision = limiter.decide([charge(FREE, 10)], START + 1)
+    limiter.settle([charge(FREE, 10)], decision, START + 1)
+    limiter.change_quota("a", FREE, SLOW, START + 1)  # it owes two budgets, of 60 s now
+    assert limiter.preview(Charge("a", SLOW, 0), START + 1).reset_ns == 120 * SECOND
+    assert not limiter.decide([charge(SLOW, 30)], START + 120 * SECOND).allowed
+    assert limiter.decide([charge(SLOW, 30)], START + 120 * SECOND + 1).allowed
+
+
 def test_all_buckets_of_a_request_are_settled_each_by_its_own_debt() -> None:
     limiter = MemoryLimiter([FREE, SLOW])
     limiter.decide([charge(SLOW, 4, "b")], START)
