@@ -21,7 +21,7 @@ class LocalShare:
         quotas = list(quotas)
         self.processes = 1
         self._limiter = MemoryLimiter(quotas, bucket_limit=bucket_limit)
-        self._admitted = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
+        self._admitted: DebtTable[int] = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
 
     def __repr__(self) -> str:
         return f"<LocalShare [1/{self.processes}, {len(self._admitted)} to be told]>"

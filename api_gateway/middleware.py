@@ -43,7 +43,7 @@ from api_gateway.headers import (
 from api_gateway.limit_fields import LimitFields
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
-from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
+from api_gateway.models import Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
 from api_gateway.overload import Bands, LagLimit
 from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.request import DEADLINE, FIELDS, Receive, Scope, Send
@@ -396,7 +396,7 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
             f"The request costs {exchange.cost:g} tokens; the bucket of {who} holds {quota.capacity} at most.",
             extra=extra,
         )
-    wait = decision.wait_ns / NANOSECONDS
+    wait = decision.retry_after or 0.0
     return RateLimited(
         f"{who} may spend {quota.capacity} tokens at once and then {quota.rate:g} a second; this request costs"
         f" {exchange.cost:g} and {decision.remaining} are left. It passes in {wait:.3f} s.",

@@ -93,8 +93,14 @@ class Decision:
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds until the same request passes; None when it passed or never can."""
-        return self.wait_ns / NANOSECONDS if self.wait_ns > 0 else None
+        """Seconds until the same request passes, not rounded down to whole ones; None when it passed or never can."""
+        if self.wait_ns <= 0:
+            return None
+        whole, rest_ns = divmod(self.wait_ns, NANOSECONDS)
+        seconds = self.wait_ns / NANOSECONDS
+        return (
+            math.nextafter(whole, math.inf) if rest_ns and seconds == whole else seconds
+        )  # months: doubles are coarse
 
 
 @dataclass(frozen=True, slots=True)

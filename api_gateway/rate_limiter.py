@@ -11,12 +11,13 @@ limiter is not thread-safe.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from api_gateway.models import Charge, Decision, LimiterState, Quota, Source
 
 NEVER = -1
 OVERFLOW_SLOTS = 65_536
+Noted = TypeVar("Noted")
 _SWEEP = 8  # retired entries freed per decision: more than one decision can add, so it always catches up
 
 
@@ -112,13 +113,17 @@ def settled(tat_ns: int, burst_ns: int, change_ns: int, charged_ns: int, now_ns:
 
 
 def rescale(tat_ns: int, old: Quota, new: Quota, now_ns: int) -> int:
-    """Return the TAT that leaves the same share of the bucket filled under `new`; rounded to the stricter side."""
-    debt_ns = min(max(tat_ns - now_ns, 0), 2 * old.burst_ns)
+    """Return the TAT that leaves the same share of the bucket filled under `new`; rounded to the stricter side.
+
+    A TAT that cannot be is brought back to "empty now", as `take` does.
+    """
+    healed_ns, _ = take(tat_ns, old.burst_ns, 0, now_ns)
+    debt_ns = healed_ns - now_ns
     return now_ns - (-debt_ns * new.burst_ns // old.burst_ns)
 
 
-class DebtTable:
-    """TATs by key in two plain dicts, forgotten once they are past.
+class DebtTable(Generic[Noted]):
+    """TATs, or what they are worked out from, by key in two plain dicts, forgotten once they are past.
 
     Entries are written to the current generation and read from both. When a generation is older than the longest debt
     there can be, everything in the one before it is past, and a bucket whose TAT is past is full, which is the same as
@@ -132,9 +137,9 @@ class DebtTable:
         """`period_ns` is the longest debt, and may be raised later; `limit` bounds the entries."""
         self.period_ns = period_ns
         self.limit = limit
-        self.current: dict[str, int] = {}
-        self.previous: dict[str, int] = {}
-        self.retired: list[dict[str, int] | dict[str, list[tuple[int, int]]]] = []  # to be freed piece by piece
+        self.current: dict[str, Noted] = {}
+        self.previous: dict[str, Noted] = {}
+        self.retired: list[dict[str, Noted] | dict[str, list[tuple[int, int]]]] = []  # to be freed piece by piece
         self.rotated_at_ns = 0  # the first use rotates two empty generations
 
     def __repr__(self) -> str:
@@ -144,15 +149,15 @@ class DebtTable:
         """Return the entries held; a key used in two generations counts twice."""
         return len(self.current) + len(self.previous)
 
-    def get(self, key: str) -> int | None:
+    def get(self, key: str) -> Noted | None:
         """Return the TAT of a key, None if it has none."""
-        tat_ns = self.current.get(key)
-        return self.previous.get(key) if tat_ns is None else tat_ns
+        noted = self.current.get(key)
+        return self.previous.get(key) if noted is None else noted
 
-    def put(self, key: str, tat_ns: int) -> bool:
+    def put(self, key: str, noted: Noted) -> bool:
         """Keep the TAT of a key; False if the table is full."""
         if key in self.current or len(self) < self.limit or self.previous.pop(key, None) is not None:
-            self.current[key] = tat_ns
+            self.current[key] = noted
             return True
         return False
 
@@ -203,7 +208,7 @@ class MemoryLimiter:
 
     def __init__(self, quotas: Iterable[Quota], *, bucket_limit: int = 1_000_000) -> None:
         """Hold buckets of any of `quotas`. A quota with a longer budget may only come in by `change_quota`."""
-        self._table = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
+        self._table: DebtTable[int] = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
         self._overflow: dict[int, int] = {}
         self._refunds = Refunds()
         self.overflowed = 0
@@ -292,7 +297,9 @@ class MemoryLimiter:
         self._table.period_ns = max(self._table.period_ns, new.burst_ns)
         tat_ns = self._load(key)
         if old.burst_ns != new.burst_ns and tat_ns > now_ns:
-            self._store(key, rescale(tat_ns, old, new, now_ns))
+            tat_ns = rescale(tat_ns, old, new, now_ns)
+            self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # it may owe more than the budget
+            self._store(key, tat_ns)
 
     def _decide_all(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """Evaluate every bucket first, then charge every one or none."""

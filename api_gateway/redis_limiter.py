@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from api_gateway.cluster_dispatcher import ClusterDispatcher
 from api_gateway.dispatcher import Dispatcher, Question
@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 Policy = Literal["local_share", "deny", "allow"]
 
 SCRIPT = Script(files("api_gateway").joinpath("token_bucket.lua").read_text())
-SKEW = 1000  # a remembered debt is shortened by a thousandth: more than two clocks may differ in speed
+SKEW = 1000  # two clocks differ in speed by less than a thousandth
+TICK_NS = 1000  # of the store's clock
 BEAT = 2.0  # seconds between heartbeats
 DEAD_AFTER = 3 * BEAT
 MESSAGE_NS = NANOSECONDS // 10  # a refund is heard of within this time
@@ -59,6 +60,22 @@ return redis.call('ZCARD', KEYS[1])
 def refund_message(key: str, given_ns: int) -> str:
     """Return what is published when a bucket has been given back so much, or (0) is fuller for another reason."""
     return f"{given_ns} {key}"
+
+
+class Told(NamedTuple):
+    """What a bucket owed in the store at some time between asking and hearing, by this process's clock."""
+
+    asked_ns: int
+    heard_ns: int
+    debt_ns: int
+
+    def earliest_ns(self, now_ns: int) -> int:
+        """Return the TAT if the store was as early, and its clock as fast, as may be."""
+        return self.asked_ns + self.debt_ns - (now_ns - self.asked_ns) // SKEW
+
+    def latest_ns(self, now_ns: int) -> int:
+        """Return the TAT if the store was as late, and its clock as slow, as may be."""
+        return self.heard_ns + self.debt_ns + (now_ns - self.asked_ns) // SKEW + TICK_NS
 
 
 class RedisLimiter:
@@ -103,13 +120,13 @@ class RedisLimiter:
         self._clock = clock
         self.clock_ns = clock_ns
         # What the store said of buckets, by the length of their budget: after a change of tier it says nothing.
-        self._told: dict[int, DebtTable] = {}
-        self._told_before: dict[int, DebtTable] = {}  # and refunds may have been missed since
+        self._told: dict[int, DebtTable[Told]] = {}
+        self._told_before: dict[int, DebtTable[Told]] = {}  # and refunds may have been missed since
         self._hears_refunds = False
         self._given_back = Refunds()  # by the store's clock, which is ahead of ours by
         self.offset_ns = 0
         self._refunds_turn_ns = 0
-        self._trusted_from_ns = 0  # what was asked earlier may be told wrongly
+        self._trusted_from_ns = 0  # what was asked no later may be told wrongly
         self._listener: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
@@ -163,7 +180,7 @@ class RedisLimiter:
             return self.without_store(charges, now_ns)
         if self._hears_refunds:
             for charge in charges:
-                if self._told_tat(charge) + charge.increment_ns > now_ns + charge.quota.burst_ns:
+                if self._told_tat(charge, now_ns) + charge.increment_ns > now_ns + charge.quota.burst_ns:
                     return self._refusal(charges, now_ns)
         return None
 
@@ -245,33 +262,43 @@ class RedisLimiter:
     def last_told(self, charge: Charge) -> int:
         """Return the TAT of a bucket by what the store last said of it, for want of anything better."""
         before = self._told_before.get(charge.quota.burst_ns)
-        return max(self._told_tat(charge), before.get(charge.key) or 0 if before is not None else 0)
+        told = self._told_of(charge), before.get(charge.key) if before is not None else None
+        return max((one.asked_ns + one.debt_ns for one in told if one is not None), default=0)
 
-    def _told_tat(self, charge: Charge) -> int:
-        """Return the TAT of a bucket by what the store said of it: never later than the true one."""
+    def _told_of(self, charge: Charge) -> Told | None:
         table = self._told.get(charge.quota.burst_ns)
-        return table.get(charge.key) or 0 if table is not None else 0
+        return table.get(charge.key) if table is not None else None
+
+    def _told_tat(self, charge: Charge, now_ns: int) -> int:
+        """Return the TAT of a bucket by what the store said of it: never later than the true one."""
+        told = self._told_of(charge)
+        return told.earliest_ns(now_ns) if told is not None else 0
 
     def remember(self, charge: Charge, debt_ns: int, asked_ns: int) -> None:
         """Keep what a bucket owed when the store was asked; it was asked at `asked_ns` or later."""
-        if asked_ns < self._trusted_from_ns:
+        if asked_ns <= self._trusted_from_ns:
             return
         table = self._told.get(charge.quota.burst_ns)
         if table is None:
             table = DebtTable(2 * charge.quota.burst_ns, self.bucket_limit)
             self._told[charge.quota.burst_ns] = table
         table.advance(asked_ns)
-        tat_ns = asked_ns + debt_ns - debt_ns // SKEW
+        told = Told(asked_ns, self.clock_ns(), debt_ns)
         if charge.key in table.current:
-            table.current[charge.key] = tat_ns
+            table.current[charge.key] = told
         else:
-            table.put(charge.key, tat_ns)
+            table.put(charge.key, told)
 
     def _refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
         """Refuse by what the store said before; None if it would not refuse after all."""
-        taken = take_each([self._told_tat(charge) for charge in charges], charges, now_ns)
+        taken = take_each([self._told_tat(charge, now_ns) for charge in charges], charges, now_ns)
         decision = joint_decision(charges, taken, now_ns, "deny_cache")
-        return None if decision.allowed else decision
+        if decision.allowed:
+            return None
+        told = self._told_of(next(charge for charge in charges if charge.key == decision.key))
+        if told is not None and decision.wait_ns > 0:  # who is told to wait must get through afterwards
+            decision.wait_ns += told.latest_ns(now_ns) - told.earliest_ns(now_ns)
+        return decision
 
     def _forget_told(self, key: str) -> None:
         for table in self._told.values():

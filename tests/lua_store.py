@@ -1,22 +1,40 @@
-"""The real text of token_bucket.lua under a virtual clock: Lua 5.1 in this process, and a store that is a dict."""
+"""The real text of token_bucket.lua and the real limiter that asks it, under a virtual clock.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+Lua 5.1 runs in this process on a store that is a dict; between it and the limiter there is a wire in place of sockets.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, cast
 
 from lupa import lua51
 
+from api_gateway.dispatcher import Dispatcher, Question, _call
 from api_gateway.models import Charge, Decision, Quota
-from api_gateway.rate_limiter import joint_decision, take
-from api_gateway.redis_limiter import SCRIPT
+from api_gateway.redis_limiter import SCRIPT, RedisLimiter
+from api_gateway.store import StoreSession
 
 MICROSECOND = 1000  # in nanoseconds
-_RUN = """
-function(text, call, keys, argv)
-  redis = {call = call, pcall = call}
-  KEYS, ARGV = keys, argv
-  return loadstring(text)()
+DEADLINE = 0.02  # seconds
+_PREPARE = """
+function(text)
+  local script = loadstring(text)
+  return function(call, keys, argv)
+    redis = {call = call, pcall = call}
+    KEYS, ARGV = keys, argv
+    return script()
+  end
 end
 """
+
+
+@cache
+def _lua() -> tuple[Any, Any]:
+    """Return a runtime and, compiled once, the script."""
+    runtime = lua51.LuaRuntime(unpack_returned_tuples=True)
+    return runtime, runtime.eval(_PREPARE)(SCRIPT.text)
 
 
 class LuaStore:
@@ -26,66 +44,158 @@ class LuaStore:
         self.now_us = now_us
         self.values: dict[str, tuple[str, int]] = {}  # and when they expire, in milliseconds
         self.told: list[tuple[str, str]] = []
-        self._lua = lua51.LuaRuntime(unpack_returned_tuples=True)
-        self._run = self._lua.eval(_RUN)
+        self.writes = 0
+        self._lua, self._run = _lua()
 
-    def call(self, keys: Sequence[str], *arguments: str | int) -> list[int]:
+    def __repr__(self) -> str:
+        return f"<LuaStore [{len(self.values)} keys, {self.now_us} us]>"
+
+    def call(self, keys: Iterable[str], *arguments: str | int) -> list[int]:
         """Call the script; every argument is text to it, as from a client."""
         table = self._lua.table
-        reply = self._run(SCRIPT.text, self._command, table(*keys), table(*map(str, arguments)))
+        reply = self._run(self._command, table(*keys), table(*map(str, arguments)))
         return [int(value) for value in reply.values()]
 
     def pttl(self, key: str) -> int | None:
         """Return the milliseconds a key has left; None if it is not there."""
         return self.values[key][1] - self.now_us // 1000 if self._get(key) is not None else None
 
+    def sweep(self) -> None:
+        """Drop what has expired, as a server does from time to time; else it goes when it is next looked for."""
+        for key in list(self.values):
+            self._get(key)
+
     def _get(self, key: str) -> str | None:
         if key in self.values and self.now_us // 1000 > self.values[key][1]:
             del self.values[key]  # expired: only once the clock is past it
         return self.values[key][0] if key in self.values else None
 
+    def _set(self, key: str, value: str, option: str, at_ms: str) -> None:
+        assert option == "PXAT", "a key that does not expire is never got rid of"
+        self.writes += 1
+        self.values[key] = (value, int(at_ms))
+
+    def _delete(self, key: str) -> None:
+        self.writes += 1
+        self.values.pop(key, None)
+
     def _command(self, verb: str, *words: str) -> Any:
         commands: dict[str, Callable[..., Any]] = {
             "TIME": lambda: self._lua.table(str(self.now_us // 1_000_000), str(self.now_us % 1_000_000)),
             "GET": lambda key: self._get(key) or False,  # what a script gets of nothing
-            "SET": lambda key, value, _pxat, at: self.values.__setitem__(key, (value, int(at))),
-            "DEL": lambda key: self.values.pop(key, None),
+            "SET": self._set,
+            "DEL": self._delete,
             "PUBLISH": lambda channel, message: self.told.append((channel, message)),
         }
         return commands[verb](*words)
 
 
-class LuaLimiter:
-    """The memory limiter's synchronous methods on such a store, for tests that run on both."""
+class Wire(Dispatcher):
+    """Carries questions to such a store: at once, or (`is_slow`) when the test has them executed and answered."""
 
-    def __init__(self, now_ns: int) -> None:
-        self.store = LuaStore(now_ns // MICROSECOND)
+    def __init__(self, store: LuaStore) -> None:
+        self.store = store
+        self.is_up = True
+        self.is_slow = False
+        self.deadline = DEADLINE
+        self.waiting: list[Question] = []
+        self.under_way: deque[tuple[list[Question], list[int]]] = deque()  # executed, and not answered yet
+        self.batches = self.questions = self.failures = 0
+        self.last_error = None
 
-    def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Decide as `redis_limiter` does: by what the script found, and the same rule."""
-        self.store.now_us = now_ns // MICROSECOND
-        keys = [charge.key for charge in charges]
-        words = [
-            word for i, charge in enumerate(charges, 1) for word in (i, charge.quota.burst_ns, charge.increment_ns)
-        ]
-        clock_us, *debts = self.store.call(keys, len(charges), *words)
-        at_ns = clock_us * MICROSECOND
-        taken = [
-            take(at_ns + debt, charge.quota.burst_ns, charge.increment_ns, at_ns)
-            for charge, debt in zip(charges, debts, strict=True)
-        ]
-        return joint_decision(charges, taken, at_ns)
+    def __repr__(self) -> str:
+        return f"<Wire [{len(self.waiting)} waiting, {len(self.under_way)} batches under way]>"
 
-    def peek(self, key: str, quota: Quota, now_ns: int) -> Decision:
-        """Look at a bucket."""
-        return self.decide([Charge(key, quota, 0)], now_ns)
+    @property
+    def is_usable(self) -> bool:
+        """What the breaker and the connections come to."""
+        return self.is_up
 
-    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> int:
-        """Settle one bucket; return what it owes then, in nanoseconds."""
-        self.store.now_us = now_ns // MICROSECOND
-        (charge,) = charges
-        charged_ns = decision.at_ns + decision.reset_ns
-        _, debt = self.store.call(
-            [charge.key], "settle", 1, charge.quota.burst_ns, charge.increment_ns, max(charged_ns, 0)
+    def submit(self, question: Question) -> None:
+        """See `Dispatcher`."""
+        self.waiting.append(question)
+        if not self.is_slow:
+            self.execute()
+            self.deliver()
+
+    def execute(self) -> None:
+        """Have all that waits executed in one call."""
+        batch, self.waiting = self.waiting, []
+        if batch:
+            call = _call(batch)
+            self.under_way.append((batch, self.store.call(call.keys, *call.arguments)))
+
+    def deliver(self) -> None:
+        """Hand out the oldest reply, if one is under way."""
+        if not self.under_way:
+            return
+        batch, (clock_us, *debts) = self.under_way.popleft()
+        reply = iter(debts)
+        for question in batch:
+            question.read(clock_us, reply)
+            question.is_over = True
+        assert not [*reply], "a reply holds what was asked for and no more"
+
+    def lose(self) -> None:
+        """Answer nothing of what waits or is under way within the deadline."""
+        lost = [question for batch, _ in self.under_way for question in batch] + self.waiting
+        self.under_way.clear()
+        self.waiting = []
+        for question in lost:
+            question.is_over = True
+            question.fail()
+
+
+class _Session:
+    """A session with such a store, as far as the limiter uses it."""
+
+    is_divided = False
+
+    def __init__(self, store: LuaStore) -> None:
+        self.client = self
+        self._store = store
+
+    async def delete(self, key: str) -> None:
+        self._store.values.pop(key, None)
+
+    async def publish(self, channel: str, message: str) -> None:
+        self._store.told.append((channel, message))
+
+
+class LuaLimiter(RedisLimiter):
+    """A gateway's limiter on such a store. Without `remembers` the store is asked for every decision."""
+
+    def __init__(
+        self,
+        store: LuaStore,
+        quotas: Iterable[Quota],
+        *,
+        processes: int = 1,
+        remembers: bool = False,
+        clock_ns: Callable[[], int] | None = None,
+    ) -> None:
+        super().__init__(
+            cast("StoreSession", _Session(store)),
+            quotas,
+            policy="local_share",
+            deadline=DEADLINE,
+            processes=processes,
+            bucket_limit=10_000,
+            prefix="test",
+            clock=lambda: 0.0,
+            clock_ns=clock_ns or (lambda: store.now_us * MICROSECOND),
+            source=random.Random(1),
         )
-        return debt
+        self.wire = Wire(store)
+        self.dispatcher = self.wire
+        self._on_listening(remembers)
+        self._trusted_from_ns = -1
+
+    def decided(self, charges: Sequence[Charge], now_ns: int) -> Decision:
+        """Decide as a gateway does: at once, or when the store has answered."""
+        answers: list[Decision] = []
+        decision = self.decide(charges, now_ns)
+        if decision is None:
+            self.ask(charges, now_ns, answers.append)
+            (decision,) = answers
+        return decision
