@@ -46,7 +46,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from api_gateway.config import LONGEST_BUDGET, MAX_FILL
-from api_gateway.dispatcher import LANES
+from api_gateway.dispatcher import LANES, Dispatcher
 from api_gateway.middleware import refusal
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota, Source
 from api_gateway.rate_limiter import NEVER, MemoryLimiter
@@ -1351,7 +1351,9 @@ async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer
             kept += tasks[25:]
             await asyncio.sleep(source.choice((0, 0.001, 0.003)))
         await asyncio.gather(*kept)
-        await soon(lambda: not limiter.dispatcher._waiting, "nothing waits")
+        dispatcher = limiter.dispatcher
+        assert isinstance(dispatcher, Dispatcher)
+        await soon(lambda: not dispatcher._waiting, "nothing waits")
         assert limiter.dispatcher.failures == 0
         assert len(store.connections()) == LANES + 1, "the lanes, and who beats the heart"
         await request(limiter, 9999)

@@ -1,5 +1,6 @@
 """A store behind TLS, a real server: what is trusted, what is refused, and what the refusal says."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ async def test_gateways_decide_and_hear_of_each_other_through_tls(serve: Serve, 
         assert {decision.source for decision in decisions[:11]} == {"store"}
         assert (await asking(limiters[1], charge(SLOW))).source == "deny_cache"
         await limiters[0].refill("client")
-        await soon(lambda: limiters[1]._told_tat(charge(SLOW)) == 0, "it is heard of")
+        await soon(lambda: limiters[1]._told_tat(charge(SLOW), time.monotonic_ns()) == 0, "it is heard of")
         assert (await asking(limiters[1], charge(SLOW))).allowed
 
 
