@@ -13,7 +13,7 @@ from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-BREAKER = {"failure_threshold": 2, "minimum_calls": 1000, "recovery_timeout": 60}
+BREAKER = {"jitter": 0, "failure_threshold": 2, "minimum_calls": 1000, "recovery_timeout": 60}
 
 
 def closed_port() -> int:
@@ -118,7 +118,9 @@ def test_a_client_sees_nothing_of_a_target_that_went_away(
     """Nor of the requests that try whether it is back."""
     caplog.set_level(logging.INFO)
     good, bad = upstream(reply(b"good")), upstream(reply(b"back"))
-    running = gateway(sections(good.url, bad.url, circuit_breaker={**BREAKER, "recovery_timeout": 0.2}))
+    running = gateway(
+        sections(good.url, bad.url, circuit_breaker={**BREAKER, "recovery_timeout": 0.2, "max_recovery_timeout": 0.2})
+    )
     bad.behave = breaks_off
     assert statuses(running, 8) == [200] * 8
     for _ in range(3):
