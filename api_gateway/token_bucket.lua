@@ -42,7 +42,7 @@ local function load(bucket, budget)
   if debt > 2 * written_under then -- more than can be owed: a clock stepped back. The bucket is empty now.
     debt, written[bucket] = written_under, true
   end
-  if written_under ~= budget and debt > 0 then -- another tier: the same share of the bucket stays filled
+  if written_under ~= budget then -- another tier: the same share of the bucket stays filled
     local whole = debt % written_under == 0 -- else rounded up, and once more, for a double may have been rounded down
     debt = debt / written_under * budget
     debt, written[bucket] = whole and debt or math.floor(debt) + 1, true

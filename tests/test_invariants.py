@@ -351,12 +351,17 @@ class Walk(RuleBasedStateMachine):
             assert found_ns == exact_ns
         self.refunds.append(Refund(change.key, self.now_ns, -change.increment_ns, owed_ns - found_ns))
 
+    def close(self, key: str) -> None:
+        """Settle no more what was charged before an operator changed the bucket."""
+        self.open = [one for one in self.open if key not in {part.key for part in one.charges}]
+
     @rule(key=st.sampled_from("abc"))
     def refill(self, key: str) -> None:
         self.begin()
         self.backend.refill(key)
         self.exact.refill(key)
         self.look([key])
+        self.close(key)
 
     @rule(key=st.sampled_from("abc"), new=st.sampled_from(QUOTAS))
     def move(self, key: str, new: Quota) -> None:
@@ -369,7 +374,7 @@ class Walk(RuleBasedStateMachine):
         assert 0 <= excess_ns < (1 if self.backend.source == "memory" else 2), "rounded to the stricter side"
         if excess_ns:
             self.exact.owe(key, owed_ns, self.now_ns)
-        self.open = [one for one in self.open if key not in {part.key for part in one.charges}]
+        self.close(key)
 
     gaps_ns = st.sampled_from((1, 1, MILLISECOND, SECOND, 10 * SECOND - 1, 10 * SECOND, 20 * SECOND, TEN_YEARS))
 
