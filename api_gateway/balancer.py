@@ -7,12 +7,12 @@ Synchronous and without clock. Nothing here knows HTTP. Who is offered is for `r
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from api_gateway.circuit_breaker import CircuitBreaker, Ticket, Transition
+from api_gateway.circuit_breaker import CircuitBreaker, Mode, State, Ticket, Transition
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
 from api_gateway.overload import Concurrency, ConcurrencyLimit
 from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin
-from api_gateway.rotation import Rotation
+from api_gateway.rotation import Rotation, serves
 from api_gateway.targets import Target
 
 __all__ = [
@@ -41,7 +41,16 @@ class Lease:
     that the last settling caused.
     """
 
-    __slots__ = ("_is_settled", "slow", "target", "target_move", "target_ticket", "ticket", "upstream")
+    __slots__ = (
+        "_is_settled",
+        "_target_breaker",
+        "slow",
+        "target",
+        "target_move",
+        "target_ticket",
+        "ticket",
+        "upstream",
+    )
 
     target_move: Transition | None
 
@@ -53,6 +62,7 @@ class Lease:
         self.ticket = ticket
         self.target_ticket = target_ticket
         self.target_move = None
+        self._target_breaker = target.breaker  # the one that gave the ticket: the target may get another
         self.slow: SlowHead | None = None
         self._is_settled = False
         target.in_flight += 1
@@ -74,10 +84,11 @@ class Lease:
         self._is_settled = True
         if self.slow is not None and duration is None:
             duration, route, request_id = self.slow
-        if self.target_ticket is not None:
-            self.target_move = self.upstream.rotation.settle(
-                self.upstream.targets,
-                self.target,
+        upstream, target = self.upstream, self.target
+        if self.target_ticket is not None and target.breaker is self._target_breaker:
+            self.target_move = upstream.rotation.settle(
+                upstream.targets,
+                target,
                 self.target_ticket,
                 outcome,
                 now,
@@ -86,7 +97,10 @@ class Lease:
                 route=route,
                 request_id=request_id,
             )
-        return self.upstream.breaker.settle(
+        is_bad = outcome is Outcome.FAILURE or (duration is not None and duration >= upstream.breaker.slow_after)
+        if is_bad and not upstream.is_shown_by(target):
+            outcome = Outcome.IGNORED
+        return upstream.breaker.settle(
             self.ticket, outcome, now, detail, duration=duration, route=route, request_id=request_id
         )
 
@@ -95,9 +109,11 @@ class Lease:
 
         For outcomes that move the breaker, `settle` before.
         """
-        if not self._is_settled:
+        if outcome is Outcome.FAILURE:
+            self.settle(outcome, now)
+        elif not self._is_settled:
             self._is_settled = True
-            if self.target_ticket is not None:
+            if self.target_ticket is not None and self.target.breaker is self._target_breaker:
                 self.upstream.rotation.settle(self.upstream.targets, self.target, self.target_ticket, outcome, now)
             self.upstream.breaker.settle(self.ticket, outcome, now)
         self.target.in_flight -= 1
@@ -177,21 +193,34 @@ class Upstream:
         ticket = self.breaker.admit(now, is_safe=is_safe)
         if ticket is None:
             raise self._refusal(now)
-        if limit is not None:
-            limit.take(band)
         offered: Sequence[Target] = candidates
+        if ticket.is_probe:  # one at a time: what is on probation itself tells nothing of the upstream
+            offered = candidates = [target for target in candidates if serves(target)] or candidates
         if self.rotation.unsettled:
             offered = self.rotation.offered(candidates, tried, now, key, is_safe=is_safe)
         elif tried:
             offered = [target for target in candidates if target not in tried] or candidates
         target = self._pick(offered, key) if len(offered) > 1 else offered[0]
         own = target.breaker
+        if limit is not None:
+            limit.take(band)
         return Lease(self, target, ticket, None if own is None else own.admit(now, is_safe=is_safe))
 
+    def is_shown_by(self, target: Target) -> bool:
+        """Tell whether what fails at `target` says something of the upstream: not if it is out while others serve."""
+        if target in self.targets and serves(target):
+            return True
+        return not any(other is not target and serves(other) for other in self.targets)
+
+    def is_recovering(self, now: float) -> bool:
+        """Tell whether it is too early for anything but probes, or an operator keeps requests off."""
+        mode = self.breaker.mode_at(now)
+        return mode is Mode.FORCED_OPEN or (mode is Mode.AUTO and self.breaker.state_at(now) is not State.CLOSED)
+
     def has_other(self, tried: Collection[Target], now: float) -> bool:
-        """Tell whether there is a target in rotation that is not in `tried`."""
+        """Tell whether there is a target that is not in `tried` and would get a request now."""
         others = [target for target in self.targets if target.is_healthy and target not in tried]
-        return any(not self.rotation.is_ejected(self.targets, target, now) for target in others)
+        return any(self.rotation.admits(target, now) for target in others)
 
     def refusal(self, now: float, band: int = 0) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""

@@ -210,6 +210,10 @@ class CircuitBreaker:
             self._last_safe_at = now
         return ticket
 
+    def note_safe(self, now: float) -> None:
+        """Note that a request came which may be repeated, though it was not asked to be admitted here."""
+        self._last_safe_at = now
+
     def would_admit(self, now: float, *, is_safe: bool = True) -> bool:
         """Tell whether `admit` would give a ticket now; nothing moves by that."""
         mode = self.mode_at(now)

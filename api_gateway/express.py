@@ -47,6 +47,7 @@ from api_gateway.middleware import (
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Outcome
 from api_gateway.overload import LagLimit
 from api_gateway.request import FIELDS, LEFT, Receive, Scope, Send
+from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
 from api_gateway.routes import Route, upstream_target
 from api_gateway.service import Service
@@ -266,7 +267,7 @@ class Express:
             self._refuse(client, exchange, refusal(exchange, decision), keep_alive=standing.keep_alive)
             return True
         try:
-            Passage(self, client, lines, exchange, route, asked).depart(service, target, body)
+            Passage(self, client, lines, exchange, route, asked).depart(service, target, body, exchange.started)
         except Unavailable as error:
             self._refuse(client, exchange, error, keep_alive=standing.keep_alive)
         return True
@@ -410,7 +411,7 @@ class Passage(Answer):
             self._refuse(refusal(exchange, decision))
         elif service.upstream.is_untroubled():
             try:
-                self.depart(service, target, body)
+                self.depart(service, target, body, express.clock())
             except Unavailable as error:
                 self._refuse(error)
         else:
@@ -422,20 +423,21 @@ class Passage(Answer):
         self._client.disembark(keep_alive=self.keep_alive)
         express.record.end(exchange, express.clock())
 
-    def depart(self, service: Service, target: bytes, body: bytes) -> None:
+    def depart(self, service: Service, target: bytes, body: bytes, now: float) -> None:
         """Send the request, if there is a connection free for it. Raises Unavailable if it may not go."""
         exchange, standing = self.exchange, self._lines.standing
         exchange.upstream = self._route.upstream
-        service.retry_budget.deposit()
+        service.retry_budget.deposit(exchange.started)
         checkout = service.upstream.checkout
-        self.lease = lease = checkout(exchange.started, standing.charges[0].key, band=standing.band)
+        is_safe = exchange.method in IDEMPOTENT
+        self.lease = lease = checkout(now, standing.charges[0].key, band=standing.band, is_safe=is_safe)
         probe = lease.target_ticket is not None and lease.target_ticket.is_probe  # its long answer settles early there
         connection = None if probe else service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one
             self._leave(body, is_sent=False)
             return
         origin = service.origins[lease.target]
-        exchange.target, exchange.sent_at, exchange.bytes_in = lease.target.url, exchange.started, len(body)
+        exchange.target, exchange.sent_at, exchange.bytes_in = lease.target.url, now, len(body)
         self.connection, self.timeouts = connection, service.limits
         if body and len(body) <= service.retries.policy.max_body_bytes:
             self.kept = body

@@ -40,8 +40,14 @@ def translate(error: Exception, upstream: str) -> GatewayError:
 def note_failure(exchange: Exchange, error: GatewayError) -> None:
     """Write into the record why an exchange failed; of one whose client has left also that this was its end."""
     exchange.reason = error.reason.value
-    exchange.is_shed = isinstance(error, Shed)
+    note_shed(exchange, error)
     cause = str(error.__cause__ or "")
     exchange.detail = f"{error.detail} ({cause})" if cause else error.detail
     if isinstance(error, ClientDisconnected):
         exchange.status, exchange.source = error.status, "gateway"
+
+
+def note_shed(exchange: Exchange, error: GatewayError) -> None:
+    """Write down who had no room for it, once each: its upstream of the moment, or None for the gateway itself."""
+    if isinstance(error, Shed) and exchange.upstream not in exchange.shed_by:
+        exchange.shed_by += (exchange.upstream,)

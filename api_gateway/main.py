@@ -486,6 +486,7 @@ def _router(gateway: Gateway, routes: list[Route], settlement: Settlement, serve
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,
         bands=gateway.bands,
+        lag=gateway.lag,
     )
 
 
@@ -618,6 +619,7 @@ def _log_transition(upstream: str, transition: Transition) -> None:
 
 def _log_target_move(upstream: str, target: Target, move: Transition) -> None:
     if move.target == "OPEN":
-        logger.warning("upstream %s: target %s is ejected: %s", upstream, target.url, move.cause)
+        words = "is" if move.source == "CLOSED" else "stays"
+        logger.warning("upstream %s: target %s %s ejected: %s", upstream, target.url, words, move.cause)
     else:
         logger.info("upstream %s: target %s returns: %s", upstream, target.url, move.cause)

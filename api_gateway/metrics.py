@@ -398,8 +398,8 @@ class Recorder:
         running.count(exchange)
         if exchange.reason is not None and exchange.fallback is None:
             self.rejections[exchange.reason] += 1
-        if exchange.is_shed:
-            self.shed[exchange.upstream or GATEWAY][tier] += 1
+        for whose in exchange.shed_by:
+            self.shed[whose or GATEWAY][tier] += 1
         if client is not None:
             self.requests_by_client.add(client.key)
         if exchange.decision is not None:

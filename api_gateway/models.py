@@ -157,7 +157,7 @@ class Exchange:
     Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
     the answer. `answer_headers` are the gateway's own and go on whatever answer is sent. `charges` are what `decision`
     was made on, `trial` the same of a candidate beside it. `has_reached` says that some of the request may have
-    reached an upstream that then failed, `is_shed` that it was refused because too much was under way. `retried` are
+    reached an upstream that then failed, `shed_by` who had too much under way (None: this gateway). `retried` are
     the causes of the tries that were repeated, `fallback` who answered in the place of the route's upstream, with
     `reason` and `detail` of why.
     """
@@ -189,7 +189,7 @@ class Exchange:
     has_reached: bool = False
     retried: tuple[str, ...] = ()
     fallback: str | None = None
-    is_shed: bool = False
+    shed_by: tuple[str | None, ...] = ()
 
     @property
     def client_key(self) -> str:

@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 
 from api_gateway.headers import Fields
+from api_gateway.ramp import RateMeter
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 NEVER = float("inf")
@@ -75,35 +76,52 @@ class RetryBudget:
     """Retries as a share of live requests, so that retrying cannot multiply an outage.
 
     Every request adds `share` to the balance and every second `floor`, so that a quiet service can retry too; every
-    retry takes 1. No more than `RESERVE` is ever kept, which is there from the start: over any run there are at most
-    share * requests + floor * seconds + RESERVE retries. After Finagle's RetryBudget. `share` 0 allows none at all.
+    retry takes 1. What is kept is at most the share of the last `SPAN` seconds' requests, as a target that begins to
+    hang shows all its failures at once, and never less than `RESERVE`, which is there from the start: over any run
+    there are at most share * requests + floor * seconds + RESERVE retries. After Finagle's RetryBudget. `share` 0
+    allows none at all.
     """
 
     RESERVE = 10.0
+    SPAN = 10.0  # seconds
 
     def __init__(self, share: float, floor: float = 0.0) -> None:
         self._share = share
         self._floor = floor if share > 0 else 0.0
-        self._balance = self.RESERVE if share > 0 else 0.0
+        self._most = self._balance = self.RESERVE if share > 0 else 0.0
+        self._meter = RateMeter()
         self._counted_at: float | None = None  # until when the floor is in the balance; full before the first retry
 
     def __repr__(self) -> str:
         return f"<RetryBudget [{self._balance:.1f} retries left]>"
 
-    def deposit(self) -> None:
+    def deposit(self, now: float) -> None:
         """Count one live request."""
-        if self._balance < self.RESERVE:
-            self._balance = min(self.RESERVE, self._balance + self._share)
+        meter = self._meter
+        meter.count += 1
+        if now >= meter.due:
+            self._measure(now)
+        if self._balance < self._most:
+            self._balance = min(self._most, self._balance + self._share)
 
     def withdraw(self, now: float = 0.0) -> bool:
         """Take one retry if there is one."""
-        if self._counted_at is not None and now > self._counted_at:
-            self._balance = min(self.RESERVE, self._balance + self._floor * (now - self._counted_at))
+        if now >= self._meter.due:
+            self._measure(now)
+        if self._counted_at is not None and now > self._counted_at and self._balance < self._most:
+            self._balance = min(self._most, self._balance + self._floor * (now - self._counted_at))
         self._counted_at = now if self._counted_at is None else max(now, self._counted_at)
         if self._balance < 1:
             return False
         self._balance -= 1
         return True
+
+    def _measure(self, now: float) -> None:
+        """Bring what may be kept up to the requests there are now."""
+        self._meter.mark(now)
+        if self._share > 0:
+            self._most = max(self.RESERVE, self._share * self.SPAN * self._meter.rate(now))
+            self._balance = min(self._balance, self._most)
 
 
 class Retries:

@@ -50,7 +50,9 @@ class Rotation:
         Those not yet `tried` go first. If every one is ejected, none is. `is_safe` is for the breakers' `admit`.
         """
         self._let_settle(now)
-        admitting = [target for target in healthy if self._admits(target, now, is_safe=is_safe)] or healthy
+        if is_safe:
+            self._note_safe(now)
+        admitting = [target for target in healthy if self.admits(target, now, is_safe=is_safe)] or healthy
         fresh = [target for target in admitting if target not in tried] or admitting
         return [target for target in fresh if self._has_its_turn(target, now, key)] or fresh
 
@@ -81,8 +83,9 @@ class Rotation:
         elif outcome is not Outcome.IGNORED:
             target.withheld = 0
         move = breaker.settle(ticket, outcome, now, detail, duration=duration, route=route, request_id=request_id)
-        if move is not None and target in targets:  # else it is gone, and rotates no more
-            self._note_move(target, move)
+        if move is None or target not in targets:  # one that is gone rotates no more
+            return None
+        self._note_move(target, move)
         return move
 
     def may_eject(self, targets: Sequence[Target], target: Target) -> bool:
@@ -104,7 +107,7 @@ class Rotation:
         """Tell whether `target` gets no request for what its breaker says."""
         if target.breaker is None or target.breaker.state_at(now) is not State.OPEN:
             return False
-        return any(other.is_healthy and self._admits(other, now) for other in targets)
+        return any(other.is_healthy and self.admits(other, now) for other in targets)
 
     def share(self, target: Target, now: float) -> float:
         """Return how often a target is a candidate, from 0 to 1: less than always while it starts slowly."""
@@ -135,7 +138,8 @@ class Rotation:
         """Return how many of them may be out at once: never all."""
         return min(int(self.policy.max_ejected * len(targets) + 1e-9), len(targets) - 1)
 
-    def _admits(self, target: Target, now: float, *, is_safe: bool = True) -> bool:
+    def admits(self, target: Target, now: float, *, is_safe: bool = True) -> bool:
+        """Tell whether a healthy target may have a request now, as far as its own breaker goes."""
         breaker = target.breaker
         return target not in self.unsettled or breaker is None or breaker.would_admit(now, is_safe=is_safe)
 
@@ -150,13 +154,24 @@ class Rotation:
                 target.returned_at = None
                 self.unsettled.discard(target)
 
+    def _note_safe(self, now: float) -> None:
+        """Let breakers that wait for probes know that requests come which may be repeated."""
+        for target in self.unsettled:
+            if target.breaker is not None:
+                target.breaker.note_safe(now)
+
     def _note_move(self, target: Target, move: Transition) -> None:
         self.unsettled.add(target)
         if move.target is State.OPEN:
-            target.ejections_total += 1
+            target.ejections_total += move.source is State.CLOSED
             target.returned_at = None
         elif move.target is State.CLOSED:
             self.welcome(target, move.at)
+
+
+def serves(target: Target) -> bool:
+    """Tell whether a target is in rotation without reserve: healthy, neither ejected nor on probation."""
+    return target.is_healthy and not _is_out(target)
 
 
 def _is_out(target: Target) -> bool:

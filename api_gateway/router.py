@@ -5,6 +5,7 @@ what a result means to it is decided in `balancer` and `circuit_breaker`; how by
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from api_gateway.headers import (
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
 from api_gateway.outgoing import NO_BODY, NoBody
-from api_gateway.overload import ONE_BAND, Bands
+from api_gateway.overload import ONE_BAND, Bands, LagLimit
 from api_gateway.reply import fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
     BODILESS,
@@ -58,7 +59,7 @@ from api_gateway.tunnel import Tunnel
 
 SWITCHING_PROTOCOLS = 101
 _CLASSES = tuple(f"{number}xx" for number in range(6))
-PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success
+PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success, at most
 
 
 @dataclass(slots=True)
@@ -70,6 +71,12 @@ class _Again:
     lease: Lease
     error: UpstreamFailed | None = None
     response: httpx.Response | None = None
+
+    def failure(self) -> UpstreamFailed:
+        """Return what to raise in the end, and forget it: it refers to the frame that raises it."""
+        error, self.error = self.error, None
+        assert error is not None  # noqa: S101 - a try ends with an error or a response
+        return error
 
 
 def _ignore_move(_upstream: str, _target: Target, _move: Transition) -> None:
@@ -96,13 +103,14 @@ class Router:
         on_denial: Callable[[str, str], None] | None = None,
         on_fallback: Callable[[Exchange, GatewayError], None] | None = None,
         bands: Bands = ONE_BAND,
+        lag: LagLimit | None = None,
     ) -> None:
         """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out.
 
         `on_cost` hears of an answer that tells its cost, before its head is sent. `on_retry` hears of every repeated
         try, by upstream and cause, `on_denial` of every failed one that is not, and why; `on_fallback` of a fallback
-        that takes over after an error, before it answers. `bands` say who is shed
-        first.
+        that takes over after an error, before it answers. `bands` say who is shed first, `lag` whether the event
+        loop is late.
         """
         self.routes = routes
         self.services = dict(services)
@@ -116,8 +124,9 @@ class Router:
         self._on_target_move = on_target_move
         self.on_cost = on_cost or _ignore
         self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
-        self._stand_in = StandIn(self.services, self._tries, on_fallback or _ignore)
+        self._stand_in = StandIn(self.services, self._tries, on_fallback or _ignore, clock)
         self.bands = bands
+        self._lag = lag or LagLimit(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
 
     def forward(
         self,
@@ -139,7 +148,7 @@ class Router:
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
             return self._answer_options(exchange, send)
         request.body = self._body(exchange, service, request, receive)
-        service.retry_budget.deposit()
+        service.retry_budget.deposit(exchange.started)
         tries = self._tries(exchange, service, request, receive, send)
         if route.fallback is None:
             return tries
@@ -242,8 +251,11 @@ class Router:
             if lease is None:
                 lease = self._checkout(exchange, service, request, tried)
             again = await self._try(exchange, service, lease, request, send, tried, answer)
-            while again is not None:
-                again = await self._try_again(exchange, service, again, request, send, tried)
+            try:
+                while again is not None:
+                    again = await self._try_again(exchange, service, again, request, send, tried)
+            finally:
+                again = None  # its error refers to this frame
 
     def _checkout(
         self, exchange: Exchange, service: Service, request: UpstreamRequest, tried: Sequence[Target]
@@ -264,22 +276,37 @@ class Router:
         tried: list[Target],
     ) -> _Again | None:
         """Make another try after the pause. What the last one ended with stands if there is no target by then."""
+        lease = None
         try:
             await asyncio.sleep(again.pause)
-            lease = self._checkout(exchange, service, request, tried)
-        except Unavailable:
-            self._on_denial(service.upstream.name, Why.UNAVAILABLE)
-            if again.response is None:
-                assert again.error is not None  # noqa: S101 - a try ends with one or the other
-                raise again.error from again.error.__cause__
-            await self._relay(exchange, again.lease, request, again.response, send)
-            return None
+            lease = self._another(exchange, service, request, tried)
+            if lease is None:
+                self._on_denial(service.upstream.name, Why.UNAVAILABLE)
+                if again.response is None:
+                    raise again.failure()
+                await self._relay(exchange, again.lease, request, again.response, send)
+                return None
         finally:
-            if again.response is not None:
+            if again.response is not None and lease is None:
                 await let_go(again.response)
         exchange.retried += (again.cause,)
         self._on_retry(service.upstream.name, again.cause)
-        return await self._try(exchange, service, lease, request, send, tried)
+        return await self._try(exchange, service, lease, request, send, tried, given_up=again.response)
+
+    def _another(
+        self, exchange: Exchange, service: Service, request: UpstreamRequest, tried: Sequence[Target]
+    ) -> Lease | None:
+        """Return a lease for another try, if there is one to be had: no retry is a probe."""
+        if self._is_troubled(service):
+            return None
+        try:
+            return self._checkout(exchange, service, request, tried)
+        except Unavailable:
+            return None
+
+    def _is_troubled(self, service: Service) -> bool:
+        """Tell whether it, or this gateway itself, has enough to do with what comes for the first time."""
+        return self._lag.is_over or service.upstream.is_recovering(self._clock())
 
     async def _try(
         self,
@@ -290,11 +317,17 @@ class Router:
         send: Send,
         tried: list[Target],
         answer: Answer | None = None,
+        given_up: httpx.Response | None = None,
     ) -> _Again | None:
-        """Send the request to one target and its answer on, unless it has failed so that another try is worth it."""
+        """Send the request to one target and its answer on, unless it has failed so that another try is worth it.
+
+        `given_up` is the answer of the try before, which nobody will read.
+        """
         tried.append(lease.target)
         exchange.attempts += 1
         try:
+            if given_up is not None:
+                await let_go(given_up)
             try:
                 response = await self._send(exchange, service, lease, request, answer)
             except UpstreamFailed as error:
@@ -334,7 +367,7 @@ class Router:
             is_sent=is_sent,
             is_repeatable=is_repeatable(exchange.method, request.fields),
             is_kept=request.body.is_kept and (answer is None or request.body.is_finished),
-            is_troubled=lease.ticket.is_probe or not lease.upstream.breaker.admits_all,
+            is_troubled=lease.ticket.is_probe or self._is_troubled(service),
             is_elsewhere=lease.upstream.has_other(tried, now),
             retry_after=None if answer is None else retry_after_of(fields_in(answer)),
             left=None if request.deadline is None else request.deadline.left(now),
@@ -358,10 +391,12 @@ class Router:
             response = await reply_to(service.transport, outgoing, answer)
         except httpx.TransportError as error:
             failure = self._failure(exchange, lease, error)
-            if lease.upstream.limit is not None and isinstance(failure, UpstreamTimeout) and not failure.is_retry_safe:
-                sent_at, now = exchange.sent_at or now, self._clock()
-                lease.upstream.limit.observe(now - sent_at, now)  # it takes at least as long
-            raise failure from error
+            if isinstance(failure, UpstreamTimeout) and not failure.is_retry_safe:
+                self._teach(lease, exchange, self._clock())
+            try:
+                raise failure from error
+            finally:
+                del failure  # it refers to this frame
         except asyncio.CancelledError:
             if request.is_overdue and getattr(outgoing, "is_sent", True):
                 exchange.has_reached = True
@@ -370,12 +405,19 @@ class Router:
         self.on_head(exchange, lease, response.status_code, self._clock())
         return response
 
+    def _teach(self, lease: Lease, exchange: Exchange, now: float) -> None:
+        """Let an adaptive limit know of a head that has not come: it takes at least as long."""
+        if lease.upstream.limit is not None and exchange.sent_at is not None:
+            lease.upstream.limit.observe(now - exchange.sent_at, now)
+
     def _on_overdue(self, exchange: Exchange, lease: Lease, request: UpstreamRequest) -> None:
         """Settle a try that the deadline ends: a failure, unless it is the client who is impatient or slow."""
         assert request.deadline is not None  # noqa: S101 - it has just passed
         if request.deadline.blames_upstream and request.body.is_finished:
             now, reason = self._clock(), UpstreamTimeout.reason.value
-            self._observe_try(lease.upstream.name, reason, None, now)
+            if exchange.head_at is None:
+                self._observe_try(lease.upstream.name, reason, None, now)
+                self._teach(lease, exchange, now)
             self._settle_failure(exchange, lease, now, f"{reason} (deadline)", now)
 
     async def _pass_on(
@@ -391,7 +433,8 @@ class Router:
         settle_probe = None
         if lease.is_probe:  # a long stream must not keep a breaker from closing
             loop = asyncio.get_running_loop()
-            settle_probe = loop.call_later(PROBE_SETTLES_AFTER, self._settle_success, lease)
+            soon = min(PROBE_SETTLES_AFTER, lease.upstream.breaker.policy.recovery_timeout / 2)  # or it counts as lost
+            settle_probe = loop.call_later(soon, self._settle_success, lease)
         try:
             if response.status_code == SWITCHING_PROTOCOLS:
                 await self._tunnel(exchange, service, lease, request, response)

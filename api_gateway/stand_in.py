@@ -3,10 +3,10 @@
 from collections.abc import Awaitable, Callable, Mapping
 
 from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
-from api_gateway.failures import note_failure
+from api_gateway.failures import note_failure, note_shed
 from api_gateway.fallback import Fallback, add_failure, stands_in
 from api_gateway.headers import FALLBACK
-from api_gateway.models import Exchange
+from api_gateway.models import Clock, Exchange
 from api_gateway.request import Receive, Send, UpstreamRequest
 from api_gateway.retry import is_repeatable
 from api_gateway.service import Service
@@ -18,12 +18,17 @@ class StandIn:
     """Answers for upstreams that cannot."""
 
     def __init__(
-        self, services: Mapping[str, Service], ask: Ask, on_fallback: Callable[[Exchange, GatewayError], None]
+        self,
+        services: Mapping[str, Service],
+        ask: Ask,
+        on_fallback: Callable[[Exchange, GatewayError], None],
+        clock: Clock,
     ) -> None:
         """`ask` tries an upstream; `on_fallback` hears of a fallback that takes over after an error."""
         self._services = services
         self._ask = ask
         self._on_fallback = on_fallback
+        self._clock = clock
 
     async def answer(
         self,
@@ -38,12 +43,7 @@ class StandIn:
         try:
             await tries
         except (Unavailable, UpstreamFailed) as error:
-            if exchange.status or not stands_in(
-                fallback,
-                error,
-                is_repeatable=is_repeatable(exchange.method, request.fields),
-                is_kept=request.body.is_kept,
-            ):
+            if exchange.status or not self._may_answer(exchange, fallback, request, error):
                 raise
             note_failure(exchange, error)
             exchange.fallback = fallback.name
@@ -54,6 +54,18 @@ class StandIn:
                 await self._statically(exchange, fallback, send)
             else:
                 await self._from_another(exchange, fallback.upstream, error, request, receive, send)
+
+    def _may_answer(
+        self, exchange: Exchange, fallback: Fallback, request: UpstreamRequest, error: GatewayError
+    ) -> bool:
+        if fallback.upstream is not None and request.deadline is not None and not request.deadline.left(self._clock()):
+            return False
+        return stands_in(
+            fallback,
+            error,
+            is_repeatable=is_repeatable(exchange.method, request.fields),
+            is_kept=request.body.is_kept,
+        )
 
     async def _statically(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:
         exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
@@ -71,16 +83,21 @@ class StandIn:
         send: Send,
     ) -> None:
         """Have another upstream answer; if that fails too before it has begun, it was the `first` failure."""
-        failed, exchange.upstream = exchange.upstream, upstream
+        failed, target = exchange.upstream, exchange.target
+        exchange.upstream = upstream
         service = self._services[upstream]
-        service.retry_budget.deposit()
+        service.retry_budget.deposit(exchange.started)
         try:
             await self._ask(exchange, service, request, receive, send)
         except (Unavailable, UpstreamFailed) as error:
             if exchange.status:
                 raise
-            exchange.upstream, exchange.fallback = failed, None
+            note_shed(exchange, error)
+            exchange.upstream, exchange.target, exchange.fallback = failed, target, None
             exchange.has_reached |= not error.is_retry_safe
             exchange.answer_headers = [pair for pair in exchange.answer_headers if pair[0] != FALLBACK]
             add_failure(first, error)
-            raise first from error
+            try:
+                raise first from first.__cause__
+            finally:
+                del first  # it refers to this frame

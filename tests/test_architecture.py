@@ -128,6 +128,7 @@ SIBLINGS = {
     ("rotation", "targets"),
     ("targets", "circuit_breaker"),
     ("routes", "fallback"),
+    ("retry", "ramp"),
     ("deadline", "routes"),
     ("reply", "answer"),
     ("reply", "outgoing"),

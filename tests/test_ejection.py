@@ -126,7 +126,7 @@ def test_a_client_sees_nothing_of_a_target_that_went_away(
     for _ in range(3):
         time.sleep(0.25)
         assert statuses(running, 4) == [200] * 4
-    assert view(running, bad.url)["passive"]["ejections_total"] == 4
+    assert view(running, bad.url)["passive"]["ejections_total"] == 1
     bad.behave = reply(b"back")
     time.sleep(0.25)
     assert statuses(running, 8) == [200] * 8

@@ -207,7 +207,7 @@ def test_retries_are_a_share_of_requests(share: float, requests: int, retries: i
     budget = RetryBudget(share)
     spent(budget)
     for _ in range(requests):
-        budget.deposit()
+        budget.deposit(NOW)
     assert spent(budget) == retries
 
 
@@ -215,8 +215,19 @@ def test_the_reserve_does_not_grow_beyond_ten() -> None:
     budget = RetryBudget(0.5, floor=5)
     spent(budget)
     for _ in range(1000):
-        budget.deposit()
+        budget.deposit(NOW)
     assert spent(budget, NOW + 1000) == 10
+
+
+def test_what_a_busy_service_keeps_is_its_share_of_ten_seconds_and_no_longer_than_it_is_busy() -> None:
+    """A target of a hundred requests a second that hangs for a second shows a hundred failures at once."""
+    budget = RetryBudget(0.2)
+    for request in range(20 * 300):
+        budget.deposit(NOW + request / 300)
+    assert spent(budget, NOW + 20) == pytest.approx(0.2 * 10 * 300, rel=0.02)
+    for request in range(20 * 300):
+        budget.deposit(NOW + 20 + request / 300)
+    assert spent(budget, NOW + 60) == 10, "nothing came for twenty seconds"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,7 @@ def test_the_floor_is_so_many_retries_a_second(floor: float, seconds: float, ret
 def test_a_budget_of_nothing_allows_no_retry_whatever_the_floor() -> None:
     budget = RetryBudget(0, floor=5)
     for _ in range(1000):
-        budget.deposit()
+        budget.deposit(NOW)
     assert spent(budget) == spent(budget, NOW + 1000) == 0
 
 
@@ -253,7 +264,7 @@ def test_over_any_run_retries_are_at_most_share_and_floor_and_reserve(
     budget, now, requests, made = RetryBudget(share, floor), NOW, 0, 0
     for step, seconds in steps:
         if step == "request":
-            budget.deposit()
+            budget.deposit(now)
             requests += 1
         elif step == "retry":
             made += budget.withdraw(now)
@@ -268,6 +279,6 @@ def test_over_any_run_retries_are_at_most_share_and_floor_and_reserve(
 def test_reprs_tell_the_state() -> None:
     budget = RetryBudget(0.5)
     budget.withdraw()
-    budget.deposit()
+    budget.deposit(NOW)
     assert repr(budget) == "<RetryBudget [9.5 retries left]>"
     assert repr(retries()) == "<Retries of 3 attempts <RetryBudget [10.0 retries left]>>"

@@ -103,6 +103,72 @@ def test_failures_count_for_both_breakers() -> None:
     assert [target.breaker and target.breaker.consecutive_failures for target in upstream.targets] == [2, 0, 0]
 
 
+def test_what_was_under_way_at_a_target_that_is_ejected_does_not_open_the_upstreams_breaker() -> None:
+    """Nor what ends later at one that fails its checks, or is gone: others serve."""
+    upstream = Upstream(
+        "users",
+        [Target("a"), Target("b"), Target("c")],
+        CircuitBreaker(POLICY, NOW),
+        round_robin,
+        rotation=Rotation(RotationPolicy(0.5, 0.0), make_breaker=lambda now: CircuitBreaker(POLICY, now)),
+    )
+    leases = [upstream.checkout(NOW, "") for _ in range(60)]
+    sick, ill, gone = ([lease for lease in leases if lease.target.url == url] for url in "abc")
+    for lease in sick:
+        lease.release(NOW, Outcome.FAILURE)
+    assert (ejected(upstream), upstream.breaker.state) == ("a", State.CLOSED)
+    ill[0].target.is_healthy = False
+    for lease in ill:
+        lease.release(NOW, Outcome.FAILURE)
+    upstream.retarget([*upstream.targets[:2], Target("d")], NOW)
+    for lease in gone:
+        lease.release(NOW, Outcome.FAILURE)
+    assert upstream.breaker.state is State.CLOSED
+    assert upstream.breaker.consecutive_failures < POLICY.failure_threshold
+
+
+def test_when_the_last_that_serves_fails_too_the_upstreams_breaker_opens() -> None:
+    upstream = upstream_of(2)
+    upstream.breaker = CircuitBreaker(POLICY, NOW)
+    leases = [lease_on(upstream, target) for target in upstream.targets for _ in range(3)]
+    for lease in leases:
+        lease.release(NOW, Outcome.FAILURE)
+    assert upstream.breaker.state is State.OPEN
+
+
+def test_the_upstreams_probe_goes_to_a_target_that_serves() -> None:
+    upstream = upstream_of(2)
+    upstream.breaker = CircuitBreaker(BreakerPolicy(failure_threshold=3, recovery_timeout=40), NOW)
+    last = upstream.targets[1]
+    leases = [lease_on(upstream, target) for target in upstream.targets for _ in range(3)]
+    for lease in leases:
+        lease.release(NOW, Outcome.FAILURE)
+    assert upstream.breaker.state is State.OPEN
+    probe = upstream.checkout(NOW + 40, "")
+    assert (probe.ticket.is_probe, probe.target) == (True, last)
+
+
+def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come() -> None:
+    upstream = upstream_of(2)
+    target = upstream.targets[0]
+    fail(upstream, target)
+    for tenth in range(12):
+        now = NOW + 30 + tenth / 10
+        upstream.checkout(now, "", [target]).release(now, Outcome.SUCCESS)
+        assert upstream.checkout(now, "", is_safe=False).target is not target
+    assert upstream.checkout(NOW + 33, "", is_safe=False).target is target, "none came for a second"
+
+
+def test_a_target_that_got_another_breaker_is_not_judged_by_what_was_before() -> None:
+    upstream = upstream_of(3)
+    target = upstream.targets[0]
+    leases = [lease_on(upstream, target) for _ in range(3)]
+    target.breaker = CircuitBreaker(POLICY, NOW)
+    for lease in leases:
+        lease.release(NOW, Outcome.FAILURE)
+    assert target.breaker.consecutive_failures == 0
+
+
 def test_another_targets_success_does_not_excuse_a_target() -> None:
     """The upstream's own breaker sees no three failures in a row; the target's does."""
     upstream = upstream_of()
@@ -210,7 +276,7 @@ def test_a_failed_probe_ejects_for_another_while_and_the_request_finds_another_t
     probe.settle(Outcome.FAILURE, NOW + 30, "upstream_timeout")
     probe.release(NOW + 30)
     assert ejected(upstream, NOW + 59) == "a"
-    assert target.ejections_total == 2
+    assert target.ejections_total == 1, "it has not been back"
     assert upstream.checkout(NOW + 30, "", [target]).target is not target
 
 
