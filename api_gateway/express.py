@@ -493,7 +493,7 @@ class Passage(Answer):
         express, exchange = self._express, self.exchange
         exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
         assert self.lease is not None and exchange.decision is not None  # noqa: S101, PT018 - or nothing would be sent
-        express.router.on_head(exchange, self.lease, self.status, now)
+        express.router.verdicts.on_head(exchange, self.lease, self.status, now)
         if self.cost is not None:
             express.router.on_cost(exchange, (self.cost,))
         lines = express.limit.lines(exchange.decision)
@@ -514,7 +514,7 @@ class Passage(Answer):
             super().wake()
         elif self.exchange.status and self.error is not None:
             assert self.lease is not None  # noqa: S101 - what has been answered has been sent
-            failure = self._express.router.on_broken_body(self.exchange, self.lease, self.error)
+            failure = self._express.router.verdicts.on_broken_body(self.exchange, self.lease, self.error)
             note_failure(self.exchange, failure)
             self._end(self._express.clock(), Outcome.FAILURE, keep_alive=False)
         else:
@@ -545,7 +545,7 @@ class Passage(Answer):
     def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
         if self.lease is not None:
             if self.lease.slow is not None:  # that may open the breaker
-                self._express.router.settle(self.lease, outcome, now)
+                self._express.router.verdicts.settle(self.lease, outcome, now)
             self.lease.release(now, outcome)
         self._client.disembark(keep_alive=keep_alive)
         self._express.record.end(self.exchange, now)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import httpx
 
 from api_gateway.answer import Answer
-from api_gateway.balancer import Lease, SlowHead, Target
+from api_gateway.balancer import Lease, Target
 from api_gateway.circuit_breaker import Transition
 from api_gateway.deadline import Deadline
 from api_gateway.errors import (
@@ -33,7 +33,7 @@ from api_gateway.headers import (
     trailers_to_pass,
 )
 from api_gateway.link import LINK, Link
-from api_gateway.models import Clock, Exchange, HeaderList, Outcome
+from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody
 from api_gateway.overload import ONE_BAND, Bands, LagLimit
 from api_gateway.reply import fields_in, let_go, parts_of, reply_to
@@ -56,9 +56,9 @@ from api_gateway.routes import PROXIED_METHODS, Route, RouteTable, refuse_method
 from api_gateway.service import Service
 from api_gateway.stand_in import StandIn
 from api_gateway.tunnel import Tunnel
+from api_gateway.verdicts import Verdicts
 
 SWITCHING_PROTOCOLS = 101
-_CLASSES = tuple(f"{number}xx" for number in range(6))
 PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success, at most
 
 
@@ -79,8 +79,8 @@ class _Again:
         return error
 
 
-def _ignore_move(_upstream: str, _target: Target, _move: Transition) -> None:
-    """Tell nobody."""
+def _ignore(*_: object) -> None:
+    """Leave it at that."""
 
 
 class Router:
@@ -97,7 +97,7 @@ class Router:
         omit: frozenset[bytes] = frozenset(),
         observe_try: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
-        on_target_move: Callable[[str, Target, Transition], None] = _ignore_move,
+        on_target_move: Callable[[str, Target, Transition], None] = _ignore,
         on_cost: Callable[[Exchange, Sequence[bytes]], None] | None = None,
         on_retry: Callable[[str, str], None] | None = None,
         on_denial: Callable[[str, str], None] | None = None,
@@ -119,9 +119,9 @@ class Router:
         self.protected = protected
         self._omit = omit
         self._omit_with_length = omit | {b"content-length"}
-        self._observe_try = observe_try
-        self._on_transition = on_transition
-        self._on_target_move = on_target_move
+        self.verdicts = Verdicts(
+            clock=clock, observe_try=observe_try, on_transition=on_transition, on_target_move=on_target_move
+        )
         self.on_cost = on_cost or _ignore
         self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
         self._stand_in = StandIn(self.services, self._tries, on_fallback or _ignore, clock)
@@ -390,35 +390,20 @@ class Router:
         try:
             response = await reply_to(service.transport, outgoing, answer)
         except httpx.TransportError as error:
-            failure = self._failure(exchange, lease, error)
-            if isinstance(failure, UpstreamTimeout) and not failure.is_retry_safe:
-                self._teach(lease, exchange, self._clock())
-            try:
-                raise failure from error
-            finally:
-                del failure  # it refers to this frame
+            raise self.verdicts.on_failure(exchange, lease, error) from error
         except asyncio.CancelledError:
             if request.is_overdue and getattr(outgoing, "is_sent", True):
                 exchange.has_reached = True
-                self._on_overdue(exchange, lease, request)
+                self._settle_overdue(exchange, lease, request)
             raise
-        self.on_head(exchange, lease, response.status_code, self._clock())
+        self.verdicts.on_head(exchange, lease, response.status_code, self._clock())
         return response
 
-    def _teach(self, lease: Lease, exchange: Exchange, now: float) -> None:
-        """Let an adaptive limit know of a head that has not come: it takes at least as long."""
-        if lease.upstream.limit is not None and exchange.sent_at is not None:
-            lease.upstream.limit.observe(now - exchange.sent_at, now)
-
-    def _on_overdue(self, exchange: Exchange, lease: Lease, request: UpstreamRequest) -> None:
+    def _settle_overdue(self, exchange: Exchange, lease: Lease, request: UpstreamRequest) -> None:
         """Settle a try that the deadline ends: a failure, unless it is the client who is impatient or slow."""
         assert request.deadline is not None  # noqa: S101 - it has just passed
         if request.deadline.blames_upstream and request.body.is_finished:
-            now, reason = self._clock(), UpstreamTimeout.reason.value
-            if exchange.head_at is None:
-                self._observe_try(lease.upstream.name, reason, None, now)
-                self._teach(lease, exchange, now)
-            self._settle_failure(exchange, lease, now, f"{reason} (deadline)", now)
+            self.verdicts.on_overdue(exchange, lease)
 
     async def _pass_on(
         self,
@@ -434,7 +419,7 @@ class Router:
         if lease.is_probe:  # a long stream must not keep a breaker from closing
             loop = asyncio.get_running_loop()
             soon = min(PROBE_SETTLES_AFTER, lease.upstream.breaker.policy.recovery_timeout / 2)  # or it counts as lost
-            settle_probe = loop.call_later(soon, self._settle_success, lease)
+            settle_probe = loop.call_later(soon, self.verdicts.settle_success, lease)
         try:
             if response.status_code == SWITCHING_PROTOCOLS:
                 await self._tunnel(exchange, service, lease, request, response)
@@ -444,40 +429,6 @@ class Router:
             if settle_probe is not None:
                 settle_probe.cancel()
             await let_go(response)
-
-    def _failure(self, exchange: Exchange, lease: Lease, error: httpx.TransportError) -> GatewayError:
-        """Settle a try that got no answer, and return what it failed with in our words."""
-        upstream = lease.upstream.name
-        failure = translate(error, upstream)
-        now = self._clock()
-        self._observe_try(upstream, failure.reason, None, now)
-        if isinstance(failure, UpstreamFailed):
-            self._settle_failure(exchange, lease, now, failure.reason, now)
-        return failure
-
-    def on_head(self, exchange: Exchange, lease: Lease, status: int, now: float) -> None:
-        """Count the answer's head; a status that is an error settles the try already."""
-        assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
-        exchange.head_at = now
-        took = now - exchange.sent_at
-        self._observe_try(lease.upstream.name, _CLASSES[status // 100], took, now)
-        if status >= 500:  # noqa: PLR2004 - the class of server errors
-            self._settle_failure(exchange, lease, now, f"status {status}", now)
-            return
-        if lease.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
-            lease.upstream.limit.observe(took, now)
-        if status >= 400:  # noqa: PLR2004 - the class of client errors
-            self.settle(lease, Outcome.IGNORED, now)
-        elif took >= lease.upstream.breaker.slow_after:
-            lease.slow = SlowHead(took, exchange.route or "", exchange.id)
-
-    def on_broken_body(self, exchange: Exchange, lease: Lease, error: Exception) -> GatewayError:
-        """Settle a try whose answer broke off, and return what it failed with in our words."""
-        failure = translate(error, lease.upstream.name)
-        failure.__cause__ = error
-        head_at = exchange.head_at or exchange.started
-        self._settle_failure(exchange, lease, self._clock(), f"{failure.reason} within the body", head_at)
-        return failure
 
     async def _relay(
         self, exchange: Exchange, lease: Lease, request: UpstreamRequest, response: httpx.Response, send: Send
@@ -505,16 +456,16 @@ class Router:
             try:
                 piece, more = await stream.read()
             except httpx.TransportError as error:
-                raise self.on_broken_body(exchange, lease, error) from error
+                raise self.verdicts.on_broken_body(exchange, lease, error) from error
             except asyncio.CancelledError:
                 if request.is_overdue:
-                    self._on_overdue(exchange, lease, request)
+                    self._settle_overdue(exchange, lease, request)
                 raise
             if events is not None and events.on_piece(piece):
                 more = False
             exchange.bytes_out += len(piece)
             if not more:
-                self.settle(lease, Outcome.SUCCESS, self._clock())
+                self.verdicts.settle_success(lease)
             await send({"type": "http.response.body", "body": piece, "more_body": more})
         if passes_trailers:
             passed = trailers_to_pass(stream.trailers, self.protected)
@@ -537,7 +488,7 @@ class Router:
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         if request.timer is not None:  # it was the handshake's
             request.timer.reschedule(None)
-        self._settle_success(lease)
+        self.verdicts.settle_success(lease)
         headers, fields, _ = parts_of(response)
         headers = self._for_client(exchange, headers, fields, self._omit)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
@@ -553,35 +504,8 @@ class Router:
         finally:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
-    def _settle_failure(self, exchange: Exchange, lease: Lease, now: float, detail: str, until: float) -> None:
-        """Tell the breaker of a failure, and for its record what failed; the try took `until` its head, or its end."""
-        took = until - (exchange.sent_at or until)
-        self._tell(
-            lease,
-            lease.settle(
-                Outcome.FAILURE, now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
-            ),
-        )
-
-    def _settle_success(self, lease: Lease) -> None:
-        self.settle(lease, Outcome.SUCCESS, self._clock())
-
-    def settle(self, lease: Lease, outcome: Outcome, now: float, detail: str = "") -> None:
-        """Tell the breakers how a try ended, and the log if that moved one."""
-        self._tell(lease, lease.settle(outcome, now, detail))
-
-    def _tell(self, lease: Lease, transition: Transition | None) -> None:
-        if transition is not None:
-            self._on_transition(lease.upstream.name, transition)
-        if lease.target_move is not None:
-            self._on_target_move(lease.upstream.name, lease.target, lease.target_move)
-
 
 def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
     """Return what a request ends with whose deadline has passed; it was free if nothing has been sent."""
     kind = UpstreamTimeout if exchange.has_reached else UpstreamConnectTimeout
     return kind(deadline.words(), extra={"deadline": deadline.source})
-
-
-def _ignore(*_: object) -> None:
-    """Leave it at that."""

@@ -1,0 +1,102 @@
+"""What a try came to, told to everybody it concerns: the breakers, an adaptive limit, the metrics and the log."""
+
+from collections.abc import Callable
+
+import httpx
+
+from api_gateway.balancer import Lease, SlowHead
+from api_gateway.circuit_breaker import Transition
+from api_gateway.errors import GatewayError, UpstreamFailed, UpstreamTimeout
+from api_gateway.failures import translate
+from api_gateway.models import Clock, Exchange, Outcome
+from api_gateway.targets import Target
+
+_CLASSES = tuple(f"{number}xx" for number in range(6))
+
+
+class Verdicts:
+    """Settles tries. A settled one is settled: what is told of it later moves nothing."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        observe_try: Callable[[str, str, float | None, float], None],
+        on_transition: Callable[[str, Transition], None],
+        on_target_move: Callable[[str, Target, Transition], None],
+    ) -> None:
+        """`observe_try` counts each try once, `on_transition` and `on_target_move` hear of the breakers' moves."""
+        self._clock = clock
+        self._observe_try = observe_try
+        self._on_transition = on_transition
+        self._on_target_move = on_target_move
+
+    def on_head(self, exchange: Exchange, lease: Lease, status: int, now: float) -> None:
+        """Count the answer's head; a status that is an error settles the try already."""
+        assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
+        exchange.head_at = now
+        took = now - exchange.sent_at
+        self._observe_try(lease.upstream.name, _CLASSES[status // 100], took, now)
+        if status >= 500:  # noqa: PLR2004 - the class of server errors
+            self._settle_failure(exchange, lease, now, f"status {status}", now)
+            return
+        if lease.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
+            lease.upstream.limit.observe(took, now)
+        if status >= 400:  # noqa: PLR2004 - the class of client errors
+            self.settle(lease, Outcome.IGNORED, now)
+        elif took >= lease.upstream.breaker.slow_after:
+            lease.slow = SlowHead(took, exchange.route or "", exchange.id)
+
+    def on_failure(self, exchange: Exchange, lease: Lease, error: httpx.TransportError) -> GatewayError:
+        """Settle a try that got no answer, and return what it failed with in our words."""
+        upstream, now = lease.upstream.name, self._clock()
+        failure = translate(error, upstream)
+        self._observe_try(upstream, failure.reason, None, now)
+        if isinstance(failure, UpstreamTimeout) and not failure.is_retry_safe:
+            _teach(exchange, lease, now)
+        if isinstance(failure, UpstreamFailed):
+            self._settle_failure(exchange, lease, now, failure.reason, now)
+        return failure
+
+    def on_broken_body(self, exchange: Exchange, lease: Lease, error: Exception) -> GatewayError:
+        """Settle a try whose answer broke off, and return what it failed with in our words."""
+        failure = translate(error, lease.upstream.name)
+        failure.__cause__ = error
+        head_at = exchange.head_at or exchange.started
+        self._settle_failure(exchange, lease, self._clock(), f"{failure.reason} within the body", head_at)
+        return failure
+
+    def on_overdue(self, exchange: Exchange, lease: Lease) -> None:
+        """Settle a try that the deadline has ended, for which the upstream is to blame."""
+        now, reason = self._clock(), UpstreamTimeout.reason.value
+        if exchange.head_at is None:
+            self._observe_try(lease.upstream.name, reason, None, now)
+            _teach(exchange, lease, now)
+        self._settle_failure(exchange, lease, now, f"{reason} (deadline)", now)
+
+    def settle_success(self, lease: Lease) -> None:
+        """Settle a try as good."""
+        self.settle(lease, Outcome.SUCCESS, self._clock())
+
+    def settle(self, lease: Lease, outcome: Outcome, now: float, detail: str = "") -> None:
+        """Tell the breakers how a try ended, and the log if that moved one."""
+        self._tell(lease, lease.settle(outcome, now, detail))
+
+    def _settle_failure(self, exchange: Exchange, lease: Lease, now: float, detail: str, until: float) -> None:
+        """Tell the breakers of a failure, and for their records what failed; it took `until` its head, or its end."""
+        took = until - (exchange.sent_at or until)
+        route = exchange.route or ""
+        move = lease.settle(Outcome.FAILURE, now, detail, duration=took, route=route, request_id=exchange.id)
+        self._tell(lease, move)
+
+    def _tell(self, lease: Lease, transition: Transition | None) -> None:
+        if transition is not None:
+            self._on_transition(lease.upstream.name, transition)
+        if lease.target_move is not None:
+            self._on_target_move(lease.upstream.name, lease.target, lease.target_move)
+
+
+def _teach(exchange: Exchange, lease: Lease, now: float) -> None:
+    """Let an adaptive limit know of a head that has not come: it takes at least as long."""
+    if lease.upstream.limit is not None and exchange.sent_at is not None:
+        lease.upstream.limit.observe(now - exchange.sent_at, now)
