@@ -1,7 +1,7 @@
 """A request on its way upstream: its body as it arrives, the client's leaving meanwhile, and how it is rendered."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 import httpx
@@ -236,6 +236,16 @@ class UpstreamRequest:
         """Return the trailers that came behind the body."""
         return [] if self.link is None else trailers_to_pass(self.link.trailers, self._protected)
 
+    def _limits(self, service: Service, now: float) -> Mapping[str, float]:
+        """Return the time limits of a try: connecting takes half of what is left at most, so that another can follow.
+
+        Of a client's own deadline that would make every host look as slow as the client is impatient.
+        """
+        if self.deadline is None or not self.deadline.blames_upstream:
+            return service.limits
+        half = self.deadline.left(now) / 2
+        return {**service.limits, "connect": min(service.limits["connect"], half)}
+
     def render(self, exchange: Exchange, service: Service, target: Target, now: float) -> httpx.Request:
         """Return the request for one target, with what is left of its time."""
         origin = service.origins[target]
@@ -258,7 +268,7 @@ class UpstreamRequest:
                 self.link.defer_continue()
         if self.deadline is not None and self.deadline.is_passed_on:
             headers.append((REQUEST_TIMEOUT, self.deadline.value(now)))
-        extensions: dict[str, Any] = {"target": self.target, "timeout": service.limits, "hooks": self}
+        extensions: dict[str, Any] = {"target": self.target, "timeout": self._limits(service, now), "hooks": self}
         if not service.speaks_pairs:
             return origin.plain_request(exchange.method, headers, self.target, stream=self.body, extensions=extensions)
         if self.upgrade and self.link is not None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from api_gateway.deadline import Deadline, deadline_of
 from api_gateway.errors import BadRequest
 from api_gateway.routes import Route
+from tests.faulty import Fault, FaultyUpstream, Listening
 from tests.kit import (
     PATIENCE,
     RawAnswer,
@@ -276,6 +277,21 @@ def test_waiting_for_a_connection_is_covered_blames_nobody_and_costs_nothing(
     assert failures(running, "crowded") == blamed
     up.behave = reply()
     assert remaining(running) == before - 1
+
+
+def test_a_target_that_connecting_to_never_ends_is_found_out_and_another_tried(
+    gateway: Any, up: RawUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though the route's time is shorter than the time to connect."""
+    up.behave = reply(b"good")
+    dead = FaultyUpstream()
+    sections = in_front_of(dead.url, up.url, circuit_breaker={"failure_threshold": 2}, timeouts={"connect": 5})
+    sections["routes"][0]["timeout"] = 0.8
+    running = gateway(sections)
+    with dead.failing(Fault("has a full backlog", listening=Listening.IS_FULL)):
+        assert [get(running, "/api/x")[0].status for _ in range(6)] == [200] * 6
+    assert "is ejected: 2 consecutive failures; last: upstream_timeout" in caplog.text
+    dead.close()
 
 
 def test_a_client_that_is_slow_with_its_body_blames_nobody(running: RunningGateway, up: RawUpstream) -> None:
