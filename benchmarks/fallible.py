@@ -26,6 +26,7 @@ RESILIENCE: Mapping[str, Any] = {
     "circuit_breaker": {
         "failure_threshold": 5,
         "recovery_timeout": 2,
+        "max_recovery_timeout": 2,  # as the others, who do not leave it out for longer each time
         "per_target": True,
         "max_ejected": 0.5,
     },
