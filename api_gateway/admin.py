@@ -15,7 +15,8 @@ from starlette.exceptions import HTTPException
 
 from api_gateway.auth import AdminGuard
 from api_gateway.breaker_modes import ModeBoard, Override
-from api_gateway.circuit_breaker import FlightRecord, Mode, State
+from api_gateway.breaker_policy import Mode, State
+from api_gateway.breaker_records import FlightRecord
 from api_gateway.clients import ClientRegistry
 from api_gateway.crew import Crew
 from api_gateway.diagnosis import nearest

@@ -1,4 +1,4 @@
-"""The circuit breaker of one upstream: a table of transitions, and the counts that trigger them.
+"""The circuit breaker of an upstream or of one of its targets: what is admitted, and the counts that move it.
 
 Synchronous; `now` (monotonic seconds) is an argument; it neither logs nor waits. Admission hands out a ticket with the
 generation of the state it was given in. A result that comes back after the state has changed carries an old
@@ -7,11 +7,10 @@ generation and changes nothing, so a slow failure from before an outage cannot r
 
 import random
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from types import MappingProxyType
 
+from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State
+from api_gateway.breaker_records import FailedCall, FlightRecord, Transition
 from api_gateway.call_window import Counts, CountWindow, TimeWindow, Window
 from api_gateway.models import Outcome
 from api_gateway.ramp import Ramp, RateMeter
@@ -22,89 +21,9 @@ PATIENCE = 1.0  # seconds without a safe request, after which an unsafe one may 
 NEVER = float("inf")
 
 
-class State(StrEnum):
-    """CLOSED lets all through, OPEN none, HALF_OPEN a few probes."""
-
-    CLOSED = "CLOSED"
-    OPEN = "OPEN"
-    HALF_OPEN = "HALF_OPEN"
-
-
-class Mode(StrEnum):
-    """What an operator makes of a breaker: its state stands beside it.
-
-    `auto` acts by the state. `observe` counts and moves in the same way and refuses nothing. `forced_open` admits
-    nothing, `forced_closed` all, and in both the state stays as it is.
-    """
-
-    AUTO = "auto"
-    OBSERVE = "observe"
-    FORCED_CLOSED = "forced_closed"
-    FORCED_OPEN = "forced_open"
-
-    @property
-    def is_forced(self) -> bool:
-        """True while nothing moves the state."""
-        return self is Mode.FORCED_CLOSED or self is Mode.FORCED_OPEN
-
-
-class Event(StrEnum):
-    """What can move a breaker."""
-
-    THRESHOLD_REACHED = "threshold reached"
-    RECOVERY_DUE = "recovery due"
-    PROBE_FAILED = "probe failed"
-    PROBES_SUCCEEDED = "probes succeeded"
-
-
-# Every move there is. A move that is not here is a defect and raises KeyError.
-TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
-    {
-        (State.CLOSED, Event.THRESHOLD_REACHED): State.OPEN,
-        (State.OPEN, Event.RECOVERY_DUE): State.HALF_OPEN,
-        (State.HALF_OPEN, Event.PROBE_FAILED): State.OPEN,
-        (State.HALF_OPEN, Event.PROBES_SUCCEEDED): State.CLOSED,
-    }
-)
-
-
-def diagram() -> str:
-    """Return the table as a Mermaid state diagram, for the documentation."""
-    moves = [f"    {source} --> {target}: {event}" for (source, event), target in TRANSITIONS.items()]
-    return "\n".join(["stateDiagram-v2", f"    [*] --> {State.CLOSED}", *moves])
-
-
-@dataclass(frozen=True, slots=True)
-class BreakerPolicy:
-    """When to open and how to recover; durations in seconds.
-
-    It opens after `failure_threshold` consecutive failures, or when at least `minimum_calls` calls were counted and
-    the share of failures among them reaches `failure_rate`, or that of calls of `slow_call_duration` or longer
-    reaches `slow_call_rate`. What counts are the calls of the last `window` seconds, or the last `window_calls`.
-
-    It stays open for `recovery_timeout`, twice as long with each opening in a row up to `max_recovery_timeout` (None:
-    always as long), and up to `jitter` of that longer by chance. Then it admits `half_open_max_calls` probes at once,
-    and closes when as many have succeeded. For `ramp` seconds after that not all calls are admitted; see `Ramp`.
-    It opens for its first time again once it has been closed for `window` seconds.
-    """
-
-    failure_threshold: int = 5
-    failure_rate: float = 0.5
-    minimum_calls: int = 20
-    window: float = 30.0
-    recovery_timeout: float = 30.0
-    half_open_max_calls: int = 1
-    slow_call_duration: float | None = None
-    slow_call_rate: float | None = None
-    window_calls: int | None = None
-    max_recovery_timeout: float | None = None
-    jitter: float = 0.0
-    ramp: float = 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Leave to try the upstream once, valid for one generation of the breaker's state."""
+    """Leave for one try, valid for one generation of the breaker's state."""
 
     generation: int
     is_probe: bool
@@ -113,49 +32,8 @@ class Ticket:
 _UNCOUNTED = Ticket(-1, is_probe=False)  # no generation: whatever comes of the call changes nothing
 
 
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """One move, when and why. In mode `observe` it is what would have been."""
-
-    at: float
-    source: State
-    target: State
-    cause: str
-    mode: Mode = Mode.AUTO
-
-
-@dataclass(frozen=True, slots=True)
-class FailedCall:
-    """A call that failed, or was slow; `detail` is its status or error. What is not known of it is None or empty."""
-
-    at: float
-    detail: str
-    duration: float | None
-    route: str
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class FlightRecord:
-    """A move and what led to it: the window's counts, and the last calls that failed since the move before.
-
-    `number` counts the breaker's moves from 1. `next_probe_at` is None unless the move opened it.
-    """
-
-    number: int
-    at: float
-    source: State
-    target: State
-    cause: str
-    mode: Mode
-    counts: Counts
-    failures: tuple[FailedCall, ...]
-    next_probe_at: float | None
-    worker: str = ""
-
-
 class CircuitBreaker:
-    """Counts outcomes and decides whether the upstream may be tried. Not thread-safe."""
+    """Counts outcomes and decides whether there may be a try. Not thread-safe."""
 
     def __init__(self, policy: BreakerPolicy, now: float, source: random.Random | None = None) -> None:
         """`source` spreads the times it stays open, by `policy.jitter`; without one they are not spread."""
@@ -193,7 +71,7 @@ class CircuitBreaker:
     # Admission
 
     def admit(self, now: float, *, is_safe: bool = True) -> Ticket | None:
-        """Return a ticket that must be settled once, or None when the upstream may not be tried.
+        """Return a ticket that must be settled once, or None when there may be no try.
 
         `is_safe` says that the request may be repeated without harm. One that may not becomes a probe only when none
         that may has come for a second.
@@ -364,11 +242,6 @@ class CircuitBreaker:
         if state is State.HALF_OPEN:
             return "HALF_OPEN and its probes are under way."
         return f"CLOSED again and lets traffic back step by step. Next call in {wait:.1f} s."
-
-    def window_totals(self, now: float) -> tuple[int, int]:
-        """Return calls and failures counted inside the window."""
-        calls, failures, _ = self._window.counts(now)
-        return calls, failures
 
     def window_counts(self, now: float) -> Counts:
         """Return what was counted inside the window."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote
 
-from api_gateway.circuit_breaker import State
+from api_gateway.breaker_policy import State
 from api_gateway.errors import GatewayError, InvalidValue, Reason
 from api_gateway.fallback import Fallback, add_failure, stands_in
 from api_gateway.headers import fields_of, host_name

@@ -13,7 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from api_gateway.circuit_breaker import Mode, State
+from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
 from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, UpstreamFigures, value_of
 from api_gateway.models import LimiterState, Source

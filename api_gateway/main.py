@@ -24,7 +24,9 @@ from api_gateway.admin import Console, Phase
 from api_gateway.auth import AdminGuard
 from api_gateway.balancer import Pick, Target, Upstream, least_requests, rendezvous_hash, round_robin
 from api_gateway.breaker_modes import ModeBoard, ModeFile
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode, Transition
+from api_gateway.breaker_policy import BreakerPolicy, Mode
+from api_gateway.breaker_records import Transition
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry
 from api_gateway.config import (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
-from api_gateway.circuit_breaker import Mode, State
+from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
 from api_gateway.models import (
     BreakerCounts,

@@ -8,16 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from api_gateway.balancer import Upstream
+from api_gateway.breaker_policy import BreakerPolicy, Mode, State
+from api_gateway.breaker_records import FailedCall, FlightRecord
 from api_gateway.call_window import Counts
-from api_gateway.circuit_breaker import (
-    KEPT_RECORDS,
-    BreakerPolicy,
-    CircuitBreaker,
-    FailedCall,
-    FlightRecord,
-    Mode,
-    State,
-)
+from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency

@@ -13,7 +13,7 @@ import httpx
 
 from api_gateway.answer import Answer
 from api_gateway.balancer import Lease, SlowHead, Target
-from api_gateway.circuit_breaker import Transition
+from api_gateway.breaker_records import Transition
 from api_gateway.deadline import Deadline
 from api_gateway.errors import (
     ClientDisconnected,

@@ -3,7 +3,7 @@
 import time
 from datetime import UTC, datetime
 
-from api_gateway.circuit_breaker import State
+from api_gateway.breaker_policy import State
 from api_gateway.models import (
     ActiveView,
     ConcurrencyView,

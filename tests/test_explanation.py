@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, least_requests, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
+from api_gateway.breaker_policy import BreakerPolicy, State
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients import ClientRegistry
 from api_gateway.explanation import Explainer
 from api_gateway.fallback import Fallback

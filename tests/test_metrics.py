@@ -15,7 +15,8 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from api_gateway.balancer import Target, Upstream, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode
+from api_gateway.breaker_policy import BreakerPolicy, Mode
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
 from api_gateway.exposition import DURATION_BOUNDS, Exposition
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile

@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, round_robin
-from api_gateway.circuit_breaker import KEPT_RECORDS, BreakerPolicy, CircuitBreaker, Mode, State
+from api_gateway.breaker_policy import BreakerPolicy, Mode, State
+from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.exposition import Exposition
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
