@@ -18,6 +18,7 @@ from api_gateway.ramp import Ramp, RateMeter
 KEPT_RECORDS = 50
 KEPT_FAILURES = 10
 PATIENCE = 1.0  # seconds without a safe request, after which an unsafe one may be the probe
+KNOWN_AFTER = 3.0  # seconds of being closed, from which on the rate of calls is taken for the usual one
 NEVER = float("inf")
 
 
@@ -60,7 +61,7 @@ class CircuitBreaker:
         self._probe_successes = 0
         self._last_probe_at = self._last_safe_at = now
         self._moves = 0
-        self._rate = 0.0  # calls a second before it opened
+        self._rate = 0.0  # usual calls a second; 0 while it is not known
         self._open_time = 0.0  # of the last opening, without the jitter
         self._due = now
 
@@ -76,11 +77,11 @@ class CircuitBreaker:
         `is_safe` says that the request may be repeated without harm. One that may not becomes a probe only when none
         that may has come for a second.
         """
+        meter = self._meter
+        meter.count += 1  # whatever becomes of it: the meter tells what is asked for
+        if now >= meter.due:
+            meter.mark(now)
         if self.admits_all:
-            meter = self._meter
-            meter.count += 1
-            if now >= meter.due:
-                meter.mark(now)
             return self._closed_ticket
         self.advance(now)
         ticket = self._admit_by_mode(now, is_safe=is_safe)
@@ -124,7 +125,6 @@ class CircuitBreaker:
         if not self._passes(now, is_safe=is_safe):
             return None
         if self.state is State.CLOSED:
-            self._meter.count += 1
             if self.ramp is not None:
                 self.ramp.take(now)
             return self._closed_ticket
@@ -181,7 +181,10 @@ class CircuitBreaker:
         return self._count_trouble(outcome, now, detail, is_slow=is_slow)
 
     def advance(self, now: float) -> Transition | None:
-        """Make the moves that time alone causes: to HALF_OPEN once its time is over, out of a mode or a ramp."""
+        """Make the moves that time alone causes: to HALF_OPEN once its time is over, out of a mode or a ramp.
+
+        `admit` makes them too and returns no move: so one of these is in the history only, and in no log.
+        """
         if self.mode_until is not None and now >= self.mode_until:
             self.set_mode(Mode.AUTO, now)
         if self.ramp is not None and self.ramp.is_over(now):
@@ -324,13 +327,15 @@ class CircuitBreaker:
         return max(policy.recovery_timeout, min(2 * self._open_time, policy.max_recovery_timeout))
 
     def _note_rate(self, now: float) -> None:
-        """Note the rate of calls, to come back to it; one that was held down by a ramp says nothing."""
-        if self.ramp is None or self.ramp.is_over(now):
+        """Note the usual rate, to come back to it. A ramp, or having been closed for a moment only, tells none."""
+        is_whole = self.ramp is None or self.ramp.is_over(now)
+        if is_whole and now - self.since >= KNOWN_AFTER:
             self._rate = self._meter.rate(now)
 
     def _begin_ramp(self, now: float) -> None:
+        """Let traffic come back to the usual rate; where that is unknown, to what is asked for now."""
         if self.policy.ramp:
-            self.ramp = Ramp(self._rate, self.policy.ramp, now)
+            self.ramp = Ramp(self._rate or self._meter.rate(now), self.policy.ramp, now)
 
     def _begin_generation(self) -> None:
         """Void every ticket that is out."""
