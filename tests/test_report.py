@@ -12,6 +12,7 @@ from api_gateway.balancer import Target, Upstream, round_robin
 from api_gateway.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.exposition import Exposition
+from api_gateway.merging import merge
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.overload import Concurrency, ConcurrencyLimit
@@ -21,7 +22,6 @@ from api_gateway.report import (
     PassiveReport,
     Report,
     UpstreamReport,
-    merge,
     oldest_changed,
 )
 from api_gateway.rotation import Rotation
