@@ -252,7 +252,7 @@ async def circuit_breakers(console: Guarded) -> BreakersView:
             for name, upstream in report.upstreams.items()
         },
         targets={
-            name: {target.url: verdict_view(target, now) for target in upstream.targets}
+            name: {target.key: verdict_view(target, now) for target in upstream.targets}
             for name, upstream in report.upstreams.items()
         },
         **trouble,
@@ -292,7 +292,10 @@ async def set_mode(name: str, change: ModeChange, request: Request, console: Gua
     responses={404: {"description": "There is no circuit breaker of that name.", **_PROBLEM}},
 )
 async def history(name: str, console: Guarded) -> HistoryView:
-    """Answer the last 50 moves of each worker's breaker, the newest first, with what led to each."""
+    """Answer the last 50 moves of each worker's breaker, the newest first, with what led to each.
+
+    Among them are as many of the breakers of its targets, by `target_url`.
+    """
     _check_breaker(console, name)
     report = await console.crew.gather(with_histories=True)
     now = console.clock()
@@ -606,6 +609,7 @@ def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
         "last_failures": failures,
         "next_probe_at": None if record.next_probe_at is None else _utc(record.next_probe_at, now),
         "worker": record.worker or None,
+        "target_url": record.target_url,
     }
     return FlightRecordView.model_validate(given)
 

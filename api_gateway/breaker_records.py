@@ -32,7 +32,8 @@ class FailedCall:
 class FlightRecord:
     """A move and what led to it: the window's counts, and the last calls that failed since the move before.
 
-    `number` counts the breaker's moves from 1. `next_probe_at` is None unless the move opened it.
+    `number` counts the breaker's moves from 1. `next_probe_at` is None unless the move opened it. `worker` and
+    `target_url` say whose breaker it is, once that is told with others: None is the upstream's own.
     """
 
     number: int
@@ -45,3 +46,4 @@ class FlightRecord:
     failures: tuple[FailedCall, ...]
     next_probe_at: float | None
     worker: str = ""
+    target_url: str | None = None

@@ -165,11 +165,11 @@ class Exposition:
             "gateway_upstream_ejections", "Times the target's own breaker opened.", labels=labels
         )
         for name, upstream in self._upstreams.items():
-            for url, target in {target.url: target for target in upstream.targets}.items():
-                healthy.add_metric([name, url], target.is_healthy)
+            for key, target in {target.key: target for target in upstream.targets}.items():
+                healthy.add_metric([name, key], target.is_healthy)
                 if target.passive is not None:
-                    ejected.add_metric([name, url], target.passive.is_ejected)
-                    ejections.add_metric([name, url], target.passive.ejections_total)
+                    ejected.add_metric([name, key], target.passive.is_ejected)
+                    ejections.add_metric([name, key], target.passive.ejections_total)
         yield healthy
         yield ejected
         yield ejections

@@ -56,7 +56,7 @@ from api_gateway.picks import share_of_key
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
-from api_gateway.report import Report, UpstreamReport
+from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Name, Resolve, look_up
 from api_gateway.retry import RetryPolicy
@@ -586,7 +586,7 @@ def _look(gateway: Gateway) -> Report:
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
         client_trouble=gateway.clients.trouble,
-        histories={name: list(service.upstream.breaker.records) for name, service in gateway.services.items()},
+        histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
         lag=gateway.lag.lag,
     )
 

@@ -5,10 +5,18 @@ from dataclasses import replace
 
 from api_gateway.breaker_policy import Mode, State
 from api_gateway.breaker_records import FlightRecord
-from api_gateway.circuit_breaker import KEPT_RECORDS
 from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency
-from api_gateway.report import BreakerReport, NameReport, PassiveReport, Report, Status, TargetReport, UpstreamReport
+from api_gateway.report import (
+    BreakerReport,
+    NameReport,
+    PassiveReport,
+    Report,
+    Status,
+    TargetReport,
+    UpstreamReport,
+    last_moves,
+)
 
 _BADNESS = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 _GRAVITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
@@ -61,7 +69,7 @@ def _merge_histories(name: str, reports: Sequence[Report]) -> list[FlightRecord]
         for report in reports
         for record in report.histories.get(name, ())
     ]
-    return sorted(moves, key=lambda record: record.at)[-KEPT_RECORDS * len(reports) :]
+    return last_moves(moves, len(reports))
 
 
 def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report]) -> UpstreamReport:
@@ -76,11 +84,11 @@ def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report
         workers={report.worker: report.upstreams[name].breaker.state for report in present},
     )
     status = max((upstream.status for upstream in upstreams), key=_GRAVITY.__getitem__)
-    urls = dict.fromkeys(target.url for upstream in upstreams for target in upstream.targets)
+    keys = dict.fromkeys(target.key for upstream in upstreams for target in upstream.targets)
     everywhere = [report.upstreams[name] for report in found]
-    targets = (_merge_target(url, upstreams, everywhere) for url in urls)
+    targets = (_merge_target(key, upstreams, everywhere) for key in keys)
     spoken = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
-    names = {one.host: one for one in spoken}  # the last to be said is one with an error, if any
+    names = {(one.host, one.port): one for one in spoken}  # the last to be said is one with an error, if any
     return UpstreamReport(status, breaker, tuple(targets), tuple(names.values()), _merge_concurrency(upstreams))
 
 
@@ -111,10 +119,10 @@ def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:
     )
 
 
-def _merge_target(url: str, upstreams: Iterable[UpstreamReport], everywhere: Iterable[UpstreamReport]) -> TargetReport:
+def _merge_target(key: str, upstreams: Iterable[UpstreamReport], everywhere: Iterable[UpstreamReport]) -> TargetReport:
     """Return the worst that is said of a target. What was counted `everywhere` counts, also by who has ended."""
-    targets = [target for upstream in upstreams for target in upstream.targets if target.url == url]
-    telling = min(targets, key=lambda target: (target.is_healthy, not target.is_checked))
+    targets = [target for upstream in upstreams for target in upstream.targets if target.key == key]
+    telling = min(targets, key=lambda target: (target.is_healthy, target.checks.at is None))
     passive = [target.passive for target in targets if target.passive is not None]
     return replace(
         telling,
@@ -126,7 +134,7 @@ def _merge_target(url: str, upstreams: Iterable[UpstreamReport], everywhere: Ite
                 target.passive.ejections_total
                 for upstream in everywhere
                 for target in upstream.targets
-                if target.url == url and target.passive is not None
+                if target.key == key and target.passive is not None
             ),
         ),
     )

@@ -139,7 +139,7 @@ class TargetFigures(Protocol):
     """What is shown of a target."""
 
     @property
-    def url(self) -> str: ...  # noqa: D102
+    def key(self) -> str: ...  # noqa: D102
     @property
     def is_healthy(self) -> bool: ...  # noqa: D102
     @property

@@ -432,7 +432,9 @@ class BreakersView(Body):
     modes_error: str | None = Field(
         default=None, description="Why the file of modes cannot be used; while it cannot, modes stay as they are."
     )
-    targets: dict[str, dict[str, VerdictView]] = Field(default={}, description="By upstream and URL.")
+    targets: dict[str, dict[str, VerdictView]] = Field(
+        default={}, description="By upstream and URL; where a name is resolved, by `name (URL)`."
+    )
 
 
 class FailedCallView(Body):
@@ -459,10 +461,13 @@ class FlightRecordView(Body):
     last_failures: list[FailedCallView] = Field(description="Since the move before, the newest first; at most 10.")
     next_probe_at: str | None = Field(description="UTC, ISO 8601; null unless it opened.")
     worker: str | None = Field(default=None, description="Whose breaker it was, where several serve.")
+    target_url: str | None = Field(
+        default=None, description="The target whose breaker it was; null for the upstream's own."
+    )
 
 
 class HistoryView(Body):
-    """A breaker's last moves, the newest first."""
+    """The last moves of a breaker and of those of its targets, the newest first."""
 
     name: str
     history: list[FlightRecordView]
@@ -472,6 +477,7 @@ class NameView(Body):
     """A name whose addresses are the targets."""
 
     host: str
+    port: int
     addresses: list[str] = Field(description="Empty until it was resolved: then the name itself is the target.")
     asked_at: str | None = Field(description="UTC, ISO 8601.")
     error: str | None = Field(description="Why the last question failed; what was known before is kept.")

@@ -3,6 +3,7 @@
 Values only: the live breakers and targets are looked at once, when a report is made. Times are monotonic seconds.
 """
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -122,8 +123,6 @@ class TargetReport:
     url: str
     is_healthy: bool
     in_flight: int
-    is_checked: bool
-    last_check: str | None
     named: str | None = None
     share: float = 1.0
     checks: CheckRecord = field(default_factory=CheckRecord)
@@ -136,8 +135,6 @@ class TargetReport:
             url=target.url,
             is_healthy=target.is_healthy,
             in_flight=target.in_flight,
-            is_checked=target.is_checked,
-            last_check=target.last_check,
             named=target.named,
             share=upstream.rotation.share(target, now),
             checks=replace(target.checks),
@@ -151,6 +148,11 @@ class TargetReport:
         return cls(**{**state, "checks": CheckRecord(**state["checks"]), "passive": passive})
 
     @property
+    def key(self) -> str:
+        """What tells it from the upstream's other targets: two names may stand for one address."""
+        return self.url if self.named is None else f"{self.named} ({self.url})"
+
+    @property
     def is_in_rotation(self) -> bool:
         """Tell whether it gets requests like any other."""
         return self.is_healthy and (self.passive is None or not self.passive.is_ejected)
@@ -161,6 +163,7 @@ class NameReport:
     """A name whose addresses are targets."""
 
     host: str
+    port: int
     addresses: tuple[str, ...]
     asked_at: float | None
     error: str | None
@@ -182,7 +185,9 @@ class UpstreamReport:
         breaker = BreakerReport.of(upstream.breaker, now)
         targets = tuple(TargetReport.of(upstream, target, now) for target in upstream.targets)
         asked = tuple(
-            NameReport(name.host, name.addresses, name.asked_at, name.error) for name in names if not name.is_address
+            NameReport(name.host, name.port, name.addresses, name.asked_at, name.error)
+            for name in names
+            if not name.is_address
         )
         is_whole = all(target.is_in_rotation for target in targets) and not any(name.error for name in asked)
         status: Status = "pass"
@@ -217,7 +222,7 @@ class Report:
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
     client_trouble: str | None = None  # why the client store cannot be used, while it cannot
-    histories: dict[str, list[FlightRecord]] = field(default_factory=dict)  # of the breakers, the oldest move first
+    histories: dict[str, list[FlightRecord]] = field(default_factory=dict)  # by upstream, the oldest move first
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
 
@@ -260,9 +265,9 @@ class Report:
     def _note(self, name: str, records: list[FlightRecord]) -> None:
         """Append the moves that have not been told before."""
         known = self.histories.setdefault(name, [])
-        told = {(record.worker, record.number) for record in known}
-        known += [record for record in records if (record.worker, record.number) not in told]
-        del known[: -KEPT_RECORDS * max(1, len({record.worker for record in known}))]
+        told = {_identity(record) for record in known}
+        known += [record for record in records if _identity(record) not in told]
+        self.histories[name] = last_moves(known, len({record.worker for record in known}))
 
     def end(self) -> None:
         """Keep what was counted and drop what was going on: the worker has ended."""
@@ -274,6 +279,41 @@ class Report:
 def oldest_changed(now: float) -> int:
     """Return the number of the first slice that may change after `now`."""
     return max(0, int(now / SLICE) - 1)
+
+
+def moves_of(upstream: Upstream) -> list[FlightRecord]:
+    """Return the last moves of an upstream's breaker and of its targets' breakers, the oldest first."""
+    theirs = (
+        (record, target.url)
+        for target in upstream.targets
+        if target.breaker is not None
+        for record in target.breaker.records
+    )
+    latest = heapq.nlargest(KEPT_RECORDS, theirs, key=lambda told: told[0].at)
+    moves = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
+    return sorted(moves, key=_moment)
+
+
+def last_moves(moves: Iterable[FlightRecord], workers: int) -> list[FlightRecord]:
+    """Return the last of the moves, the oldest first.
+
+    For each worker those are KEPT_RECORDS of the upstream's breaker and as many of all its targets': one that moves
+    often hides no move of the upstream's, and targets that come and go take no more room.
+    """
+    most = KEPT_RECORDS * max(1, workers)
+    by_time = sorted(moves, key=_moment)
+    own = [move for move in by_time if move.target_url is None]
+    theirs = [move for move in by_time if move.target_url is not None]
+    return sorted(own[-most:] + theirs[-most:], key=_moment)
+
+
+def _moment(record: FlightRecord) -> float:
+    return record.at
+
+
+def _identity(record: FlightRecord) -> tuple[str, str | None, int, float]:
+    """Tell one move from others: a target may get a new breaker, which counts from 1 again."""
+    return record.worker, record.target_url, record.number, record.at
 
 
 def _record(state: Mapping[str, Any]) -> FlightRecord:

@@ -45,8 +45,8 @@ def _target_view(target: TargetReport, now: float) -> TargetView:
         url=target.url,
         healthy=target.is_healthy,
         in_flight=target.in_flight,
-        checked=target.is_checked,
-        last_check=target.last_check,
+        checked=target.checks.at is not None,
+        last_check=target.checks.finding,
         active=verdict.active,
         passive=verdict.passive,
         share=verdict.share,
@@ -59,7 +59,7 @@ def _active_view(target: TargetReport, now: float) -> ActiveView | None:
     if checks.at is None:
         return None
     return ActiveView(
-        result=target.last_check or "",
+        result=checks.finding or "",
         at=_utc(checks.at, now),
         good=checks.is_good,
         consecutive=checks.consecutive,
@@ -99,6 +99,7 @@ def _why_kept(passive: PassiveReport) -> str | None:
 def _name_view(name: NameReport, now: float) -> NameView:
     return NameView(
         host=name.host,
+        port=name.port,
         addresses=list(name.addresses),
         asked_at=None if name.asked_at is None else _utc(name.asked_at, now),
         error=name.error,

@@ -238,7 +238,7 @@ def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream
     assert moments == sorted(moments)
     wait = datetime.fromisoformat(opened["next_probe_at"]) - moments[0]
     assert abs(wait.total_seconds() - 0.2) < 0.01
-    assert (closed["next_probe_at"], opened["worker"]) == (None, None)
+    assert (closed["next_probe_at"], opened["worker"], opened["target_url"]) == (None, None, None)
     assert 0 <= ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]["ramp_share"] < 1
 
 
