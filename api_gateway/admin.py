@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Literal
@@ -73,7 +72,7 @@ from api_gateway.models import (
 )
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.report import BreakerReport
-from api_gateway.target_views import upstream_view, verdict_view
+from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
@@ -416,8 +415,7 @@ async def client(client_id: str, console: Guarded) -> ClientView:
         client_id=client_id,
         tier=_tier_view(found.quota),
         source="default" if found.source == "address" else found.source,
-        grant=given
-        and GrantView(tier=given.tier, until=_wall_time(given.until), then=inspection.otherwise.quota.name),
+        grant=given and GrantView(tier=given.tier, until=wall_time(given.until), then=inspection.otherwise.quota.name),
         confirmed=inspection.is_confirmed,
         bucket=BucketView(
             tokens=_tokens(found.quota, bucket.reset_ns),
@@ -512,14 +510,14 @@ def _until(request: GrantRequest) -> float:
     until = request.until.timestamp()
     if until <= now:
         raise InvalidValue(
-            f"body.until: must lie in the future, got '{request.until.isoformat()}'; it is {_wall_time(now)} now."
+            f"body.until: must lie in the future, got '{request.until.isoformat()}'; it is {wall_time(now)} now."
         )
     return until
 
 
 async def _regrant(console: Console, until: float | None, before: Client, after: Client) -> GrantChanged:
     changed = await _move(console, before, after)
-    return GrantChanged(**changed.model_dump(), until=None if until is None else _wall_time(until))
+    return GrantChanged(**changed.model_dump(), until=None if until is None else wall_time(until))
 
 
 def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient:
@@ -565,22 +563,13 @@ def _tier_view(quota: Quota) -> TierView:
     return TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity)
 
 
-def _utc(at: float, now: float) -> str:
-    """Return a monotonic moment as wall-clock time."""
-    return _wall_time(time.time() - (now - at))
-
-
-def _wall_time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
-
-
 def _mode_view(override: Override | None) -> ModeView:
     if override is None:
         return ModeView(mode=Mode.AUTO.value)
     return ModeView(
         mode=override.mode.value,
-        since=_wall_time(override.since),
-        until=None if override.until is None else _wall_time(override.until),
+        since=wall_time(override.since),
+        until=None if override.until is None else wall_time(override.until),
         reason=override.reason,
         who=override.who,
     )
@@ -589,7 +578,7 @@ def _mode_view(override: Override | None) -> ModeView:
 def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
     failures = [
         FailedCallView(
-            at=_utc(call.at, now),
+            at=utc(call.at, now),
             route=call.route or None,
             detail=call.detail,
             duration=None if call.duration is None else round(call.duration, 4),
@@ -598,7 +587,7 @@ def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
         for call in reversed(record.failures)
     ]
     given = {
-        "at": _utc(record.at, now),
+        "at": utc(record.at, now),
         "from": record.source.value,
         "to": record.target.value,
         "cause": record.cause,
@@ -607,7 +596,7 @@ def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
         "window_failures": record.counts.failures,
         "window_slow": record.counts.slow,
         "last_failures": failures,
-        "next_probe_at": None if record.next_probe_at is None else _utc(record.next_probe_at, now),
+        "next_probe_at": None if record.next_probe_at is None else utc(record.next_probe_at, now),
         "worker": record.worker or None,
         "target_url": record.target_url,
     }
@@ -618,12 +607,12 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
     calls, failures, slow = breaker.window_calls, breaker.window_failures, breaker.window_slow
     opened = None
     if breaker.opened_at is not None:
-        opened = OpeningView(at=_utc(breaker.opened_at, now), cause=breaker.opened_cause)
+        opened = OpeningView(at=utc(breaker.opened_at, now), cause=breaker.opened_cause)
     several = {"workers": {name: state.value for name, state in breaker.workers.items()}} if breaker.workers else {}
     is_open, probe_at = breaker.state is State.OPEN, breaker.next_probe_at
     return BreakerView(
         state=breaker.state.value,
-        since=_utc(breaker.since, now),
+        since=utc(breaker.since, now),
         mode=Mode.AUTO.value if override is None else override.mode.value,
         override=None if override is None else _mode_view(override),
         consecutive_failures=breaker.consecutive_failures,

@@ -31,13 +31,13 @@ from api_gateway.headers import (
     for_client,
     trailers_to_pass,
 )
+from api_gateway.heads import BODILESS
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList, Outcome
 from api_gateway.outgoing import NO_BODY, NoBody
 from api_gateway.overload import ONE_BAND, Bands
 from api_gateway.reply import fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
-    BODILESS,
     LEFT,
     DisconnectWatch,
     LeavingWatch,

@@ -60,11 +60,11 @@ def _active_view(target: TargetReport, now: float) -> ActiveView | None:
         return None
     return ActiveView(
         result=checks.finding or "",
-        at=_utc(checks.at, now),
+        at=utc(checks.at, now),
         good=checks.is_good,
         consecutive=checks.consecutive,
         last_error=checks.last_error,
-        last_error_at=None if checks.last_error_at is None else _utc(checks.last_error_at, now),
+        last_error_at=None if checks.last_error_at is None else utc(checks.last_error_at, now),
     )
 
 
@@ -73,7 +73,7 @@ def _passive_view(passive: PassiveReport | None, now: float) -> PassiveView | No
         return None
     opened, probe_at = None, passive.next_probe_at
     if passive.opened_at is not None:
-        opened = OpeningView(at=_utc(passive.opened_at, now), cause=passive.opened_cause)
+        opened = OpeningView(at=utc(passive.opened_at, now), cause=passive.opened_cause)
     return PassiveView(
         breaker=passive.state.value,
         ejected=passive.is_ejected,
@@ -101,11 +101,16 @@ def _name_view(name: NameReport, now: float) -> NameView:
         host=name.host,
         port=name.port,
         addresses=list(name.addresses),
-        asked_at=None if name.asked_at is None else _utc(name.asked_at, now),
+        asked_at=None if name.asked_at is None else utc(name.asked_at, now),
         error=name.error,
     )
 
 
-def _utc(at: float, now: float) -> str:
+def utc(at: float, now: float) -> str:
     """Return a monotonic moment as wall-clock time."""
-    return datetime.fromtimestamp(time.time() - (now - at), UTC).isoformat(timespec="milliseconds")
+    return wall_time(time.time() - (now - at))
+
+
+def wall_time(at: float) -> str:
+    """Return seconds since the epoch as the API writes them."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
