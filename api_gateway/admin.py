@@ -29,43 +29,27 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.explanation import Explainer
+from api_gateway.explanation_bodies import Explanation, Question
 from api_gateway.exposition import Exposition
 from api_gateway.headers import is_visible_ascii, is_within
 from api_gateway.metrics import GATEWAY, Recorder
+from api_gateway.metrics_bodies import LatencyView, MetricsView
 from api_gateway.models import (
     NANOSECONDS,
-    BreakersView,
-    BreakerThresholds,
-    BreakerView,
     BucketReset,
     BucketView,
     Charge,
     Client,
-    ClientStoreView,
     ClientView,
     Clock,
     Decision,
-    Explanation,
-    FailedCallView,
-    FlightRecordView,
     GrantChanged,
     GrantRequest,
     GrantView,
-    HealthView,
     HeavyClient,
     HeavyClients,
-    HistoryView,
-    LagView,
-    LatencyView,
-    MetricsView,
-    ModeChange,
-    ModeChanged,
-    ModeView,
-    OpeningView,
     Problem,
-    Question,
     Quota,
-    StoreView,
     TierChange,
     TierChanged,
     TierView,
@@ -73,6 +57,22 @@ from api_gateway.models import (
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.report import BreakerReport
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
+from api_gateway.upstream_bodies import (
+    BreakersView,
+    BreakerThresholds,
+    BreakerView,
+    ClientStoreView,
+    FailedCallView,
+    FlightRecordView,
+    HealthView,
+    HistoryView,
+    LagView,
+    ModeChange,
+    ModeChanged,
+    ModeView,
+    OpeningView,
+    StoreView,
+)
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 

@@ -13,23 +13,21 @@ from typing import Any, Protocol, TypeVar
 
 from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
-from api_gateway.models import (
+from api_gateway.metrics_bodies import (
     BreakerCounts,
-    ConcurrencyView,
-    Exchange,
     LatencySeries,
     LatencyView,
     LatencyWindow,
-    LimiterState,
     LimiterView,
     MetricsView,
     OverloadView,
     RateSeries,
     RateWindow,
     RequestCounts,
-    StoreView,
 )
+from api_gateway.models import Exchange, LimiterState
 from api_gateway.sketch import Sketch
+from api_gateway.upstream_bodies import ConcurrencyView, StoreView
 
 Label = TypeVar("Label")
 

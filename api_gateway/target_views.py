@@ -4,7 +4,8 @@ import time
 from datetime import UTC, datetime
 
 from api_gateway.breaker_policy import State
-from api_gateway.models import (
+from api_gateway.report import NameReport, PassiveReport, TargetReport, UpstreamReport
+from api_gateway.upstream_bodies import (
     ActiveView,
     ConcurrencyView,
     NameView,
@@ -14,7 +15,6 @@ from api_gateway.models import (
     UpstreamView,
     VerdictView,
 )
-from api_gateway.report import NameReport, PassiveReport, TargetReport, UpstreamReport
 
 
 def upstream_view(upstream: UpstreamReport, now: float, concurrency: ConcurrencyView) -> UpstreamView:

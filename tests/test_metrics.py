@@ -20,7 +20,8 @@ from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
 from api_gateway.exposition import DURATION_BOUNDS, Exposition
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
-from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota, RateWindow
+from api_gateway.metrics_bodies import RateWindow
+from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.report import UpstreamReport
 from api_gateway.rotation import Rotation
 
