@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Literal
@@ -15,7 +14,8 @@ from starlette.exceptions import HTTPException
 
 from api_gateway.auth import AdminGuard
 from api_gateway.breaker_modes import ModeBoard, Override
-from api_gateway.circuit_breaker import FlightRecord, Mode, State
+from api_gateway.breaker_policy import Mode, State
+from api_gateway.breaker_records import FlightRecord
 from api_gateway.clients import ClientRegistry
 from api_gateway.crew import Crew
 from api_gateway.diagnosis import nearest
@@ -29,50 +29,50 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.explanation import Explainer
+from api_gateway.explanation_bodies import Explanation, Question
 from api_gateway.exposition import Exposition
 from api_gateway.headers import is_visible_ascii, is_within
 from api_gateway.metrics import GATEWAY, Recorder
+from api_gateway.metrics_bodies import LatencyView, MetricsView
 from api_gateway.models import (
     NANOSECONDS,
-    BreakersView,
-    BreakerThresholds,
-    BreakerView,
     BucketReset,
     BucketView,
     Charge,
     Client,
-    ClientStoreView,
     ClientView,
     Clock,
     Decision,
-    Explanation,
-    FailedCallView,
-    FlightRecordView,
     GrantChanged,
     GrantRequest,
     GrantView,
-    HealthView,
     HeavyClient,
     HeavyClients,
-    HistoryView,
-    LagView,
-    LatencyView,
-    MetricsView,
-    ModeChange,
-    ModeChanged,
-    ModeView,
-    OpeningView,
     Problem,
-    Question,
     Quota,
-    StoreView,
     TierChange,
     TierChanged,
     TierView,
 )
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.report import BreakerReport
-from api_gateway.target_views import upstream_view, verdict_view
+from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
+from api_gateway.upstream_bodies import (
+    BreakersView,
+    BreakerThresholds,
+    BreakerView,
+    ClientStoreView,
+    FailedCallView,
+    FlightRecordView,
+    HealthView,
+    HistoryView,
+    LagView,
+    ModeChange,
+    ModeChanged,
+    ModeView,
+    OpeningView,
+    StoreView,
+)
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 
@@ -251,7 +251,7 @@ async def circuit_breakers(console: Guarded) -> BreakersView:
             for name, upstream in report.upstreams.items()
         },
         targets={
-            name: {target.url: verdict_view(target, now) for target in upstream.targets}
+            name: {target.key: verdict_view(target, now) for target in upstream.targets}
             for name, upstream in report.upstreams.items()
         },
         **trouble,
@@ -291,7 +291,10 @@ async def set_mode(name: str, change: ModeChange, request: Request, console: Gua
     responses={404: {"description": "There is no circuit breaker of that name.", **_PROBLEM}},
 )
 async def history(name: str, console: Guarded) -> HistoryView:
-    """Answer the last 50 moves of each worker's breaker, the newest first, with what led to each."""
+    """Answer the last 50 moves of each worker's breaker, the newest first, with what led to each.
+
+    Among them are as many of the breakers of its targets, by `target_url`.
+    """
     _check_breaker(console, name)
     report = await console.crew.gather(with_histories=True)
     now = console.clock()
@@ -412,8 +415,7 @@ async def client(client_id: str, console: Guarded) -> ClientView:
         client_id=client_id,
         tier=_tier_view(found.quota),
         source="default" if found.source == "address" else found.source,
-        grant=given
-        and GrantView(tier=given.tier, until=_wall_time(given.until), then=inspection.otherwise.quota.name),
+        grant=given and GrantView(tier=given.tier, until=wall_time(given.until), then=inspection.otherwise.quota.name),
         confirmed=inspection.is_confirmed,
         bucket=BucketView(
             tokens=_tokens(found.quota, bucket.reset_ns),
@@ -508,14 +510,14 @@ def _until(request: GrantRequest) -> float:
     until = request.until.timestamp()
     if until <= now:
         raise InvalidValue(
-            f"body.until: must lie in the future, got '{request.until.isoformat()}'; it is {_wall_time(now)} now."
+            f"body.until: must lie in the future, got '{request.until.isoformat()}'; it is {wall_time(now)} now."
         )
     return until
 
 
 async def _regrant(console: Console, until: float | None, before: Client, after: Client) -> GrantChanged:
     changed = await _move(console, before, after)
-    return GrantChanged(**changed.model_dump(), until=None if until is None else _wall_time(until))
+    return GrantChanged(**changed.model_dump(), until=None if until is None else wall_time(until))
 
 
 def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient:
@@ -561,22 +563,13 @@ def _tier_view(quota: Quota) -> TierView:
     return TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity)
 
 
-def _utc(at: float, now: float) -> str:
-    """Return a monotonic moment as wall-clock time."""
-    return _wall_time(time.time() - (now - at))
-
-
-def _wall_time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
-
-
 def _mode_view(override: Override | None) -> ModeView:
     if override is None:
         return ModeView(mode=Mode.AUTO.value)
     return ModeView(
         mode=override.mode.value,
-        since=_wall_time(override.since),
-        until=None if override.until is None else _wall_time(override.until),
+        since=wall_time(override.since),
+        until=None if override.until is None else wall_time(override.until),
         reason=override.reason,
         who=override.who,
     )
@@ -585,7 +578,7 @@ def _mode_view(override: Override | None) -> ModeView:
 def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
     failures = [
         FailedCallView(
-            at=_utc(call.at, now),
+            at=utc(call.at, now),
             route=call.route or None,
             detail=call.detail,
             duration=None if call.duration is None else round(call.duration, 4),
@@ -594,7 +587,7 @@ def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
         for call in reversed(record.failures)
     ]
     given = {
-        "at": _utc(record.at, now),
+        "at": utc(record.at, now),
         "from": record.source.value,
         "to": record.target.value,
         "cause": record.cause,
@@ -603,8 +596,9 @@ def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
         "window_failures": record.counts.failures,
         "window_slow": record.counts.slow,
         "last_failures": failures,
-        "next_probe_at": None if record.next_probe_at is None else _utc(record.next_probe_at, now),
+        "next_probe_at": None if record.next_probe_at is None else utc(record.next_probe_at, now),
         "worker": record.worker or None,
+        "target_url": record.target_url,
     }
     return FlightRecordView.model_validate(given)
 
@@ -613,12 +607,12 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
     calls, failures, slow = breaker.window_calls, breaker.window_failures, breaker.window_slow
     opened = None
     if breaker.opened_at is not None:
-        opened = OpeningView(at=_utc(breaker.opened_at, now), cause=breaker.opened_cause)
+        opened = OpeningView(at=utc(breaker.opened_at, now), cause=breaker.opened_cause)
     several = {"workers": {name: state.value for name, state in breaker.workers.items()}} if breaker.workers else {}
     is_open, probe_at = breaker.state is State.OPEN, breaker.next_probe_at
     return BreakerView(
         state=breaker.state.value,
-        since=_utc(breaker.since, now),
+        since=utc(breaker.since, now),
         mode=Mode.AUTO.value if override is None else override.mode.value,
         override=None if override is None else _mode_view(override),
         consecutive_failures=breaker.consecutive_failures,

@@ -7,7 +7,9 @@ Synchronous and without clock. Nothing here knows HTTP. Who is offered is for `r
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from api_gateway.circuit_breaker import CircuitBreaker, Mode, State, Ticket, Transition
+from api_gateway.breaker_policy import Mode, State
+from api_gateway.breaker_records import Transition
+from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
 from api_gateway.overload import Concurrency, ConcurrencyLimit

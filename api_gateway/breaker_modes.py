@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from api_gateway.circuit_breaker import CircuitBreaker, Mode
+from api_gateway.breaker_policy import Mode
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Clock
 

@@ -1,4 +1,4 @@
-"""The circuit breaker of one upstream: a table of transitions, and the counts that trigger them.
+"""The circuit breaker of an upstream or of one of its targets: what is admitted, and the counts that move it.
 
 Synchronous; `now` (monotonic seconds) is an argument; it neither logs nor waits. Admission hands out a ticket with the
 generation of the state it was given in. A result that comes back after the state has changed carries an old
@@ -7,11 +7,10 @@ generation and changes nothing, so a slow failure from before an outage cannot r
 
 import random
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from types import MappingProxyType
 
+from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State
+from api_gateway.breaker_records import FailedCall, FlightRecord, Transition
 from api_gateway.call_window import Counts, CountWindow, TimeWindow, Window
 from api_gateway.models import Outcome
 from api_gateway.ramp import Ramp, RateMeter
@@ -19,92 +18,13 @@ from api_gateway.ramp import Ramp, RateMeter
 KEPT_RECORDS = 50
 KEPT_FAILURES = 10
 PATIENCE = 1.0  # seconds without a safe request, after which an unsafe one may be the probe
+KNOWN_AFTER = 3.0  # seconds of being closed, from which on the rate of calls is taken for the usual one
 NEVER = float("inf")
-
-
-class State(StrEnum):
-    """CLOSED lets all through, OPEN none, HALF_OPEN a few probes."""
-
-    CLOSED = "CLOSED"
-    OPEN = "OPEN"
-    HALF_OPEN = "HALF_OPEN"
-
-
-class Mode(StrEnum):
-    """What an operator makes of a breaker: its state stands beside it.
-
-    `auto` acts by the state. `observe` counts and moves in the same way and refuses nothing. `forced_open` admits
-    nothing, `forced_closed` all, and in both the state stays as it is.
-    """
-
-    AUTO = "auto"
-    OBSERVE = "observe"
-    FORCED_CLOSED = "forced_closed"
-    FORCED_OPEN = "forced_open"
-
-    @property
-    def is_forced(self) -> bool:
-        """True while nothing moves the state."""
-        return self is Mode.FORCED_CLOSED or self is Mode.FORCED_OPEN
-
-
-class Event(StrEnum):
-    """What can move a breaker."""
-
-    THRESHOLD_REACHED = "threshold reached"
-    RECOVERY_DUE = "recovery due"
-    PROBE_FAILED = "probe failed"
-    PROBES_SUCCEEDED = "probes succeeded"
-
-
-# Every move there is. A move that is not here is a defect and raises KeyError.
-TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
-    {
-        (State.CLOSED, Event.THRESHOLD_REACHED): State.OPEN,
-        (State.OPEN, Event.RECOVERY_DUE): State.HALF_OPEN,
-        (State.HALF_OPEN, Event.PROBE_FAILED): State.OPEN,
-        (State.HALF_OPEN, Event.PROBES_SUCCEEDED): State.CLOSED,
-    }
-)
-
-
-def diagram() -> str:
-    """Return the table as a Mermaid state diagram, for the documentation."""
-    moves = [f"    {source} --> {target}: {event}" for (source, event), target in TRANSITIONS.items()]
-    return "\n".join(["stateDiagram-v2", f"    [*] --> {State.CLOSED}", *moves])
-
-
-@dataclass(frozen=True, slots=True)
-class BreakerPolicy:
-    """When to open and how to recover; durations in seconds.
-
-    It opens after `failure_threshold` consecutive failures, or when at least `minimum_calls` calls were counted and
-    the share of failures among them reaches `failure_rate`, or that of calls of `slow_call_duration` or longer
-    reaches `slow_call_rate`. What counts are the calls of the last `window` seconds, or the last `window_calls`.
-
-    It stays open for `recovery_timeout`, twice as long with each opening in a row up to `max_recovery_timeout` (None:
-    always as long), and up to `jitter` of that longer by chance. Then it admits `half_open_max_calls` probes at once,
-    and closes when as many have succeeded. For `ramp` seconds after that not all calls are admitted; see `Ramp`.
-    It opens for its first time again once it has been closed for `window` seconds.
-    """
-
-    failure_threshold: int = 5
-    failure_rate: float = 0.5
-    minimum_calls: int = 20
-    window: float = 30.0
-    recovery_timeout: float = 30.0
-    half_open_max_calls: int = 1
-    slow_call_duration: float | None = None
-    slow_call_rate: float | None = None
-    window_calls: int | None = None
-    max_recovery_timeout: float | None = None
-    jitter: float = 0.0
-    ramp: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Leave to try the upstream once, valid for one generation of the breaker's state."""
+    """Leave for one try, valid for one generation of the breaker's state."""
 
     generation: int
     is_probe: bool
@@ -113,49 +33,8 @@ class Ticket:
 _UNCOUNTED = Ticket(-1, is_probe=False)  # no generation: whatever comes of the call changes nothing
 
 
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """One move, when and why. In mode `observe` it is what would have been."""
-
-    at: float
-    source: State
-    target: State
-    cause: str
-    mode: Mode = Mode.AUTO
-
-
-@dataclass(frozen=True, slots=True)
-class FailedCall:
-    """A call that failed, or was slow; `detail` is its status or error. What is not known of it is None or empty."""
-
-    at: float
-    detail: str
-    duration: float | None
-    route: str
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class FlightRecord:
-    """A move and what led to it: the window's counts, and the last calls that failed since the move before.
-
-    `number` counts the breaker's moves from 1. `next_probe_at` is None unless the move opened it.
-    """
-
-    number: int
-    at: float
-    source: State
-    target: State
-    cause: str
-    mode: Mode
-    counts: Counts
-    failures: tuple[FailedCall, ...]
-    next_probe_at: float | None
-    worker: str = ""
-
-
 class CircuitBreaker:
-    """Counts outcomes and decides whether the upstream may be tried. Not thread-safe."""
+    """Counts outcomes and decides whether there may be a try. Not thread-safe."""
 
     def __init__(self, policy: BreakerPolicy, now: float, source: random.Random | None = None) -> None:
         """`source` spreads the times it stays open, by `policy.jitter`; without one they are not spread."""
@@ -182,7 +61,7 @@ class CircuitBreaker:
         self._probe_successes = 0
         self._last_probe_at = self._last_safe_at = now
         self._moves = 0
-        self._rate = 0.0  # calls a second before it opened
+        self._rate = 0.0  # usual calls a second; 0 while it is not known
         self._open_time = 0.0  # of the last opening, without the jitter
         self._due = now
 
@@ -193,16 +72,16 @@ class CircuitBreaker:
     # Admission
 
     def admit(self, now: float, *, is_safe: bool = True) -> Ticket | None:
-        """Return a ticket that must be settled once, or None when the upstream may not be tried.
+        """Return a ticket that must be settled once, or None when there may be no try.
 
         `is_safe` says that the request may be repeated without harm. One that may not becomes a probe only when none
         that may has come for a second.
         """
+        meter = self._meter
+        meter.count += 1  # whatever becomes of it: the meter tells what is asked for
+        if now >= meter.due:
+            meter.mark(now)
         if self.admits_all:
-            meter = self._meter
-            meter.count += 1
-            if now >= meter.due:
-                meter.mark(now)
             return self._closed_ticket
         self.advance(now)
         ticket = self._admit_by_mode(now, is_safe=is_safe)
@@ -250,7 +129,6 @@ class CircuitBreaker:
         if not self._passes(now, is_safe=is_safe):
             return None
         if self.state is State.CLOSED:
-            self._meter.count += 1
             if self.ramp is not None:
                 self.ramp.take(now)
             return self._closed_ticket
@@ -307,7 +185,10 @@ class CircuitBreaker:
         return self._count_trouble(outcome, now, detail, is_slow=is_slow)
 
     def advance(self, now: float) -> Transition | None:
-        """Make the moves that time alone causes: to HALF_OPEN once its time is over, out of a mode or a ramp."""
+        """Make the moves that time alone causes: to HALF_OPEN once its time is over, out of a mode or a ramp.
+
+        `admit` makes them too and returns no move: so one of these is in the history only, and in no log.
+        """
         if self.mode_until is not None and now >= self.mode_until:
             self.set_mode(Mode.AUTO, now)
         if self.ramp is not None and self.ramp.is_over(now):
@@ -368,11 +249,6 @@ class CircuitBreaker:
         if state is State.HALF_OPEN:
             return "HALF_OPEN and its probes are under way."
         return f"CLOSED again and lets traffic back step by step. Next call in {wait:.1f} s."
-
-    def window_totals(self, now: float) -> tuple[int, int]:
-        """Return calls and failures counted inside the window."""
-        calls, failures, _ = self._window.counts(now)
-        return calls, failures
 
     def window_counts(self, now: float) -> Counts:
         """Return what was counted inside the window."""
@@ -455,13 +331,15 @@ class CircuitBreaker:
         return max(policy.recovery_timeout, min(2 * self._open_time, policy.max_recovery_timeout))
 
     def _note_rate(self, now: float) -> None:
-        """Note the rate of calls, to come back to it; one that was held down by a ramp says nothing."""
-        if self.ramp is None or self.ramp.is_over(now):
+        """Note the usual rate, to come back to it. A ramp, or having been closed for a moment only, tells none."""
+        is_whole = self.ramp is None or self.ramp.is_over(now)
+        if is_whole and now - self.since >= KNOWN_AFTER:
             self._rate = self._meter.rate(now)
 
     def _begin_ramp(self, now: float) -> None:
+        """Let traffic come back to the usual rate; where that is unknown, to what is asked for now."""
         if self.policy.ramp:
-            self.ramp = Ramp(self._rate, self.policy.ramp, now)
+            self.ramp = Ramp(self._rate or self._meter.rate(now), self.policy.ramp, now)
 
     def _begin_generation(self) -> None:
         """Void every ticket that is out."""

@@ -33,6 +33,7 @@ from pydantic_settings import (
 )
 
 from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml
+from api_gateway.heads import BODILESS
 from api_gateway.store_url import MEMORY, StoreUrl
 
 ENV_PREFIX = "GATEWAY_"
@@ -420,7 +421,7 @@ class FallbackSection(Section):
             raise ValueError("must have either a status or an upstream")
         if self.upstream is not None and (self.headers or self.body):
             raise ValueError("headers and body belong to a status; what an upstream answers has its own")
-        if self.body and self.status in (204, 304):
+        if self.body and self.status in BODILESS:
             raise ValueError(f"an answer with status {self.status} has no body")
         return self
 

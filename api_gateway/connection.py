@@ -12,14 +12,13 @@ import httpx
 from api_gateway.alarm import Alarm
 from api_gateway.answer import NO_HOOKS, NO_LIMITS, SWITCHING, Answer, Hooks
 from api_gateway.headers import fields_of
-from api_gateway.heads import split_answer
+from api_gateway.heads import BODILESS, split_answer
 from api_gateway.models import HeaderList
 from api_gateway.outgoing import Outgoing, length_of, render_head
 from api_gateway.pool import Pool
 
 HIGH_WATER = 256 * 1024  # bytes of an answer held for a slow client before the upstream is made to wait
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
-_BODILESS = frozenset({204, 304})
 _SURPLUS = "more came than was announced"
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
@@ -290,7 +289,7 @@ class Connection(asyncio.Protocol):
             # The parser would wait for the body that these headers describe.
             answer.is_complete = True
             self._parser = httptools.HttpResponseParser(self)
-        elif status not in _BODILESS:
+        elif status not in BODILESS:
             answer.is_counted = codings is None and b"content-length" in fields
             answer.is_until_close = codings is None and not answer.is_counted
 

@@ -12,11 +12,11 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from api_gateway.headers import Fields, fields_of, http_date
+from api_gateway.heads import BODILESS
 from api_gateway.models import HeaderList
 
 HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client is made to wait
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_BODILESS = frozenset({204, 304})
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 # Lengths of the names that say how an answer is framed or dated: others need no closer look.
 _COLON = b": ".join
@@ -186,7 +186,7 @@ class Cycle:
                 self.keep_alive = False
         if b"date" not in fields:
             lines.append(b"date: " + http_date(int(time.time())))
-        if self._is_head or status in _BODILESS:
+        if self._is_head or status in BODILESS:
             self._has_body = False
         elif b"transfer-encoding" not in fields and b"content-length" in fields:
             self._left = int(fields[b"content-length"][0])

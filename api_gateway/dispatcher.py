@@ -16,7 +16,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State, Ticket
+from api_gateway.breaker_policy import BreakerPolicy, State
+from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Clock, Outcome
 from api_gateway.store import Carrier, Script, ScriptCall, StoreError, StoreSession
 from api_gateway.tasks import end

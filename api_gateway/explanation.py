@@ -9,30 +9,24 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote
 
-from api_gateway.circuit_breaker import State
+from api_gateway.breaker_policy import State
 from api_gateway.errors import GatewayError, InvalidValue, Reason
-from api_gateway.fallback import Fallback, add_failure, stands_in
-from api_gateway.headers import fields_of, host_name
-from api_gateway.middleware import Identify, Limit, is_proxied, refusal
-from api_gateway.models import (
-    NANOSECONDS,
+from api_gateway.explanation_bodies import (
     BucketExplained,
-    Charge,
-    Client,
     ClientExplained,
-    Clock,
     ConcurrencyExplained,
-    Decision,
-    Exchange,
     Explanation,
     FallbackExplained,
     LagExplained,
     Question,
     RouteExplained,
-    TierView,
     UpstreamExplained,
     Verdict,
 )
+from api_gateway.fallback import Fallback, add_failure, stands_in
+from api_gateway.headers import fields_of, host_name
+from api_gateway.middleware import Identify, Limit, is_proxied, refusal
+from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, TierView
 from api_gateway.overload import ConcurrencyLimit, LagLimit
 from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.router import Router

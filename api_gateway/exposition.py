@@ -13,7 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from api_gateway.circuit_breaker import Mode, State
+from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
 from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, UpstreamFigures, value_of
 from api_gateway.models import LimiterState, Source
@@ -165,11 +165,11 @@ class Exposition:
             "gateway_upstream_ejections", "Times the target's own breaker opened.", labels=labels
         )
         for name, upstream in self._upstreams.items():
-            for url, target in {target.url: target for target in upstream.targets}.items():
-                healthy.add_metric([name, url], target.is_healthy)
+            for key, target in {target.key: target for target in upstream.targets}.items():
+                healthy.add_metric([name, key], target.is_healthy)
                 if target.passive is not None:
-                    ejected.add_metric([name, url], target.passive.is_ejected)
-                    ejections.add_metric([name, url], target.passive.ejections_total)
+                    ejected.add_metric([name, key], target.passive.is_ejected)
+                    ejections.add_metric([name, key], target.passive.ejections_total)
         yield healthy
         yield ejected
         yield ejections

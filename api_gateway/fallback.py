@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from api_gateway.errors import GatewayError, Reason
+from api_gateway.heads import BODILESS
 from api_gateway.models import HeaderList
 
 STATIC = "static"  # the word for an answer that no upstream gave
@@ -31,7 +32,7 @@ class Fallback:
         headers = [*self.headers]
         if self.body and not any(name.lower() == b"content-type" for name, _ in headers):
             headers.append((b"content-type", b"text/plain; charset=utf-8"))
-        if self.status not in (204, 304):
+        if self.status not in BODILESS:
             headers.append((b"content-length", b"%d" % len(self.body)))
         return headers
 

@@ -53,7 +53,7 @@ _UNUSUAL_IN_REQUESTS = frozenset(
         REQUEST_TIMEOUT,
     }
 )
-_BODILESS = frozenset({204, 304})
+BODILESS = frozenset({204, 304})  # statuses of answers that have no body, whatever they announce
 _NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]
 
 
@@ -126,7 +126,7 @@ def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int,
             head = head.replace(line, b"", 1)
     if cost is not None:
         head, cost = head.replace(cost, b"", 1), cost[len(COST) + 4 :]
-    if is_to_head or status in _BODILESS:
+    if is_to_head or status in BODILESS:
         if status == 204 and length is not None:  # noqa: PLR2004 - it may not announce one (RFC 9110 section 8.6)
             return None
         length = 0

@@ -45,9 +45,7 @@ class HealthJudge:
 
     def observe(self, *, is_good: bool, finding: str, now: float) -> bool:
         """Take in one result; `finding` says it in words. Returns whether the verdict changed."""
-        self._target.is_checked = True
         self._target.checks.note(now, is_good=is_good, finding=finding)
-        self._target.last_check = finding
         if is_good == self._target.is_healthy:
             self._contrary = 0
             return False

@@ -24,7 +24,9 @@ from api_gateway.admin import Console, Phase
 from api_gateway.auth import AdminGuard
 from api_gateway.balancer import Pick, Target, Upstream, least_requests, rendezvous_hash, round_robin
 from api_gateway.breaker_modes import ModeBoard, ModeFile
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode, Transition
+from api_gateway.breaker_policy import BreakerPolicy, Mode
+from api_gateway.breaker_records import Transition
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry
 from api_gateway.config import (
@@ -54,7 +56,7 @@ from api_gateway.picks import share_of_key
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
-from api_gateway.report import Report, UpstreamReport
+from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Name, Resolve, look_up
 from api_gateway.retry import RetryPolicy
@@ -585,7 +587,7 @@ def _look(gateway: Gateway) -> Report:
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
         client_trouble=gateway.clients.trouble,
-        histories={name: list(service.upstream.breaker.records) for name, service in gateway.services.items()},
+        histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
         lag=gateway.lag.lag,
     )
 

@@ -11,25 +11,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
-from api_gateway.circuit_breaker import Mode, State
+from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
-from api_gateway.models import (
+from api_gateway.metrics_bodies import (
     BreakerCounts,
-    ConcurrencyView,
-    Exchange,
     LatencySeries,
     LatencyView,
     LatencyWindow,
-    LimiterState,
     LimiterView,
     MetricsView,
     OverloadView,
     RateSeries,
     RateWindow,
     RequestCounts,
-    StoreView,
 )
+from api_gateway.models import Exchange, LimiterState
 from api_gateway.sketch import Sketch
+from api_gateway.upstream_bodies import ConcurrencyView, StoreView
 
 Label = TypeVar("Label")
 
@@ -139,7 +137,7 @@ class TargetFigures(Protocol):
     """What is shown of a target."""
 
     @property
-    def url(self) -> str: ...  # noqa: D102
+    def key(self) -> str: ...  # noqa: D102
     @property
     def is_healthy(self) -> bool: ...  # noqa: D102
     @property

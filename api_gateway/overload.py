@@ -168,7 +168,7 @@ class LagLimit:
         return f"<LagLimit [{self.lag:.3f} of {self.most:g} s]>"
 
     def observe(self, seconds: float) -> None:
-        """Take in how late a timer was."""
+        """Take in a sample: the worse of a timer's delay and a turn of the event loop."""
         self._lags.append(seconds)
         self.lag = median(self._lags) if len(self._lags) == LAGS else 0.0
         self.is_over = self.lag > self.most

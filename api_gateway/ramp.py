@@ -63,13 +63,9 @@ class Ramp:
         """Return the calls a second that are admitted now."""
         return max(FLOOR, self.rate * self.share(now))
 
-    def take(self, now: float) -> bool:
-        """Admit one call, or do not."""
-        self._tokens, self._at = self._tokens_at(now), now
-        if self._tokens < _WHOLE:
-            return False
-        self._tokens -= 1
-        return True
+    def take(self, now: float) -> None:
+        """Count a call that is admitted, as one is for which there is nothing to `wait`."""
+        self._tokens, self._at = self._tokens_at(now) - 1, now
 
     def wait(self, now: float) -> float:
         """Return the seconds until a call is admitted, if nobody else comes before; 0 if it would be now."""

@@ -1,23 +1,18 @@
-"""What a worker has to say of itself, and what the reports of several come to.
+"""What a worker has to say of itself.
 
 Values only: the live breakers and targets are looked at once, when a report is made. Times are monotonic seconds.
 """
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from api_gateway.balancer import Upstream
+from api_gateway.breaker_policy import BreakerPolicy, Mode, State
+from api_gateway.breaker_records import FailedCall, FlightRecord
 from api_gateway.call_window import Counts
-from api_gateway.circuit_breaker import (
-    KEPT_RECORDS,
-    BreakerPolicy,
-    CircuitBreaker,
-    FailedCall,
-    FlightRecord,
-    Mode,
-    State,
-)
+from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency
@@ -26,11 +21,6 @@ from api_gateway.targets import CheckRecord, Target
 
 Status = Literal["pass", "warn", "fail"]
 
-_HISTORY = KEPT_RECORDS  # moves kept of each breaker, of one worker
-_BADNESS = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
-_GRAVITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
-_SEVERITY = {Mode.AUTO: 0, Mode.OBSERVE: 1, Mode.FORCED_CLOSED: 2, Mode.FORCED_OPEN: 3}
-_EXACT = frozenset({"memory", "store"})
 _EVER = float("inf")
 
 
@@ -133,8 +123,6 @@ class TargetReport:
     url: str
     is_healthy: bool
     in_flight: int
-    is_checked: bool
-    last_check: str | None
     named: str | None = None
     share: float = 1.0
     checks: CheckRecord = field(default_factory=CheckRecord)
@@ -147,8 +135,6 @@ class TargetReport:
             url=target.url,
             is_healthy=target.is_healthy,
             in_flight=target.in_flight,
-            is_checked=target.is_checked,
-            last_check=target.last_check,
             named=target.named,
             share=upstream.rotation.share(target, now),
             checks=replace(target.checks),
@@ -162,6 +148,11 @@ class TargetReport:
         return cls(**{**state, "checks": CheckRecord(**state["checks"]), "passive": passive})
 
     @property
+    def key(self) -> str:
+        """What tells it from the upstream's other targets: two names may stand for one address."""
+        return self.url if self.named is None else f"{self.named} ({self.url})"
+
+    @property
     def is_in_rotation(self) -> bool:
         """Tell whether it gets requests like any other."""
         return self.is_healthy and (self.passive is None or not self.passive.is_ejected)
@@ -172,6 +163,7 @@ class NameReport:
     """A name whose addresses are targets."""
 
     host: str
+    port: int
     addresses: tuple[str, ...]
     asked_at: float | None
     error: str | None
@@ -193,7 +185,9 @@ class UpstreamReport:
         breaker = BreakerReport.of(upstream.breaker, now)
         targets = tuple(TargetReport.of(upstream, target, now) for target in upstream.targets)
         asked = tuple(
-            NameReport(name.host, name.addresses, name.asked_at, name.error) for name in names if not name.is_address
+            NameReport(name.host, name.port, name.addresses, name.asked_at, name.error)
+            for name in names
+            if not name.is_address
         )
         is_whole = all(target.is_in_rotation for target in targets) and not any(name.error for name in asked)
         status: Status = "pass"
@@ -228,7 +222,7 @@ class Report:
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
     client_trouble: str | None = None  # why the client store cannot be used, while it cannot
-    histories: dict[str, list[FlightRecord]] = field(default_factory=dict)  # of the breakers, the oldest move first
+    histories: dict[str, list[FlightRecord]] = field(default_factory=dict)  # by upstream, the oldest move first
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
 
@@ -271,9 +265,9 @@ class Report:
     def _note(self, name: str, records: list[FlightRecord]) -> None:
         """Append the moves that have not been told before."""
         known = self.histories.setdefault(name, [])
-        told = {(record.worker, record.number) for record in known}
-        known += [record for record in records if (record.worker, record.number) not in told]
-        del known[: -_HISTORY * max(1, len({record.worker for record in known}))]
+        told = {_identity(record) for record in known}
+        known += [record for record in records if _identity(record) not in told]
+        self.histories[name] = last_moves(known, len({record.worker for record in known}))
 
     def end(self) -> None:
         """Keep what was counted and drop what was going on: the worker has ended."""
@@ -287,51 +281,39 @@ def oldest_changed(now: float) -> int:
     return max(0, int(now / SLICE) - 1)
 
 
-def merge(reports: Sequence[Report]) -> Report:
-    """Return what the reports come to: counts summed, and of states the worst."""
-    merged = Report.blank()
-    for report in reports:
-        merged.recorder.absorb(report.recorder)
-        merged.buckets += report.buckets
-        merged.bucket_limit = max(merged.bucket_limit, report.bucket_limit)
-        merged.overflowed += report.overflowed
-        merged.lag = max(merged.lag, report.lag)
-    merged.limiter = _merge_limiters(reports)
-    merged.client_trouble = next((it.client_trouble for it in reports if it.client_trouble and not it.is_over), None)
-    merged.is_over = all(report.is_over for report in reports)
-    names = dict.fromkeys(name for report in reports for name in report.upstreams)
-    for name in names:
-        found = [report for report in reports if name in report.upstreams]
-        present = [report for report in found if not report.is_over]
-        if present or merged.is_over:
-            merged.upstreams[name] = _merge_upstream(name, found, present or found)
-            merged.histories[name] = _merge_histories(name, reports)
-    return merged
-
-
-def _merge_limiters(reports: Sequence[Report]) -> LimiterState:
-    states = [report.limiter for report in reports]
-    present = [report.limiter for report in reports if not report.is_over] or states
-    return LimiterState(
-        mode=min((state.mode for state in present), key=_EXACT.__contains__, default="memory"),
-        processes=max((state.processes for state in present), default=1),
-        batches=sum(state.batches for state in states),
-        questions=sum(state.questions for state in states),
-        failures=sum(state.failures for state in states),
-        last_error=next((state.last_error for state in present if state.last_error), None),
-        evicted_keys=max((state.evicted_keys for state in present), default=0),  # all ask the same store
-        warning=next((state.warning for state in present if state.warning), None),
+def moves_of(upstream: Upstream) -> list[FlightRecord]:
+    """Return the last moves of an upstream's breaker and of its targets' breakers, the oldest first."""
+    theirs = (
+        (record, target.url)
+        for target in upstream.targets
+        if target.breaker is not None
+        for record in target.breaker.records
     )
+    latest = heapq.nlargest(KEPT_RECORDS, theirs, key=lambda told: told[0].at)
+    moves = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
+    return sorted(moves, key=_moment)
 
 
-def _merge_histories(name: str, reports: Sequence[Report]) -> list[FlightRecord]:
-    """Return the moves of all, by time, each saying whose it is; of those that have ended the last ones."""
-    moves = [
-        record if record.worker else replace(record, worker=report.worker)
-        for report in reports
-        for record in report.histories.get(name, ())
-    ]
-    return sorted(moves, key=lambda record: record.at)[-_HISTORY * len(reports) :]
+def last_moves(moves: Iterable[FlightRecord], workers: int) -> list[FlightRecord]:
+    """Return the last of the moves, the oldest first.
+
+    For each worker those are KEPT_RECORDS of the upstream's breaker and as many of all its targets': one that moves
+    often hides no move of the upstream's, and targets that come and go take no more room.
+    """
+    most = KEPT_RECORDS * max(1, workers)
+    by_time = sorted(moves, key=_moment)
+    own = [move for move in by_time if move.target_url is None]
+    theirs = [move for move in by_time if move.target_url is not None]
+    return sorted(own[-most:] + theirs[-most:], key=_moment)
+
+
+def _moment(record: FlightRecord) -> float:
+    return record.at
+
+
+def _identity(record: FlightRecord) -> tuple[str, str | None, int, float]:
+    """Tell one move from others: a target may get a new breaker, which counts from 1 again."""
+    return record.worker, record.target_url, record.number, record.at
 
 
 def _record(state: Mapping[str, Any]) -> FlightRecord:
@@ -344,88 +326,3 @@ def _record(state: Mapping[str, Any]) -> FlightRecord:
         "failures": tuple(FailedCall(**failure) for failure in state["failures"]),
     }
     return FlightRecord(**{**state, **own})
-
-
-def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report]) -> UpstreamReport:
-    upstreams = [report.upstreams[name] for report in present]
-    breaker = replace(
-        _worst([upstream.breaker for upstream in upstreams]),
-        opened_total=sum(report.upstreams[name].breaker.opened_total for report in found),
-        rejected_total=sum(report.upstreams[name].breaker.rejected_total for report in found),
-        slow_total=sum(report.upstreams[name].breaker.slow_total for report in found),
-        would_open_total=sum(report.upstreams[name].breaker.would_open_total for report in found),
-        would_reject_total=sum(report.upstreams[name].breaker.would_reject_total for report in found),
-        workers={report.worker: report.upstreams[name].breaker.state for report in present},
-    )
-    status = max((upstream.status for upstream in upstreams), key=_GRAVITY.__getitem__)
-    urls = dict.fromkeys(target.url for upstream in upstreams for target in upstream.targets)
-    everywhere = [report.upstreams[name] for report in found]
-    targets = (_merge_target(url, upstreams, everywhere) for url in urls)
-    spoken = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
-    names = {one.host: one for one in spoken}  # the last to be said is one with an error, if any
-    return UpstreamReport(status, breaker, tuple(targets), tuple(names.values()), _merge_concurrency(upstreams))
-
-
-def _merge_concurrency(upstreams: Sequence[UpstreamReport]) -> Concurrency:
-    """Return what workers may have under way together: each has a limit of its own."""
-    found = [upstream.concurrency for upstream in upstreams]
-    limits = [concurrency.limit for concurrency in found if concurrency.limit is not None]
-    return Concurrency(sum(limits) if limits else None, sum(concurrency.in_flight for concurrency in found))
-
-
-def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:
-    """Return the worst of the states, with what the others add to it; the totals are left to the caller."""
-    worst = max(breakers, key=lambda breaker: (_BADNESS[breaker.state], -breaker.since))
-    probes = [breaker.next_probe_at for breaker in breakers if breaker.next_probe_at is not None]
-    latest = max(breakers, key=lambda breaker: -_EVER if breaker.opened_at is None else breaker.opened_at)
-    return replace(
-        worst,
-        consecutive_failures=max(breaker.consecutive_failures for breaker in breakers),
-        window_calls=sum(breaker.window_calls for breaker in breakers),
-        window_failures=sum(breaker.window_failures for breaker in breakers),
-        window_slow=sum(breaker.window_slow for breaker in breakers),
-        mode=max((breaker.mode for breaker in breakers), key=_SEVERITY.__getitem__),
-        ramp_share=min((breaker.ramp_share for breaker in breakers if breaker.ramp_share is not None), default=None),
-        probes_in_flight=sum(breaker.probes_in_flight for breaker in breakers),
-        next_probe_at=min(probes, default=None),
-        opened_at=latest.opened_at,
-        opened_cause=latest.opened_cause,
-    )
-
-
-def _merge_target(url: str, upstreams: Iterable[UpstreamReport], everywhere: Iterable[UpstreamReport]) -> TargetReport:
-    """Return the worst that is said of a target. What was counted `everywhere` counts, also by who has ended."""
-    targets = [target for upstream in upstreams for target in upstream.targets if target.url == url]
-    telling = min(targets, key=lambda target: (target.is_healthy, not target.is_checked))
-    passive = [target.passive for target in targets if target.passive is not None]
-    return replace(
-        telling,
-        in_flight=sum(target.in_flight for target in targets),
-        share=min(target.share for target in targets),
-        passive=_merge_passive(
-            passive,
-            sum(
-                target.passive.ejections_total
-                for upstream in everywhere
-                for target in upstream.targets
-                if target.url == url and target.passive is not None
-            ),
-        ),
-    )
-
-
-def _merge_passive(passive: Sequence[PassiveReport], ejections_total: int) -> PassiveReport | None:
-    if not passive:
-        return None
-    worst = max(passive, key=lambda one: (one.is_ejected, _BADNESS[one.state], one.consecutive_failures))
-    probes = [one.next_probe_at for one in passive if one.next_probe_at is not None]
-    return replace(
-        worst,
-        withheld=max(one.withheld for one in passive),
-        next_probe_at=min(probes, default=None),
-        ejections_total=ejections_total,
-    )
-
-
-def _is_in_error(name: NameReport) -> bool:
-    return name.error is not None

@@ -10,6 +10,7 @@ from api_gateway.balancer import Target
 from api_gateway.deadline import Deadline
 from api_gateway.errors import BodyTooLarge, ClientDisconnected
 from api_gateway.headers import REQUEST_TIMEOUT, Fields, for_upstream, framing, interim_to_pass, trailers_to_pass
+from api_gateway.heads import BODILESS
 from api_gateway.link import Link
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
@@ -22,7 +23,6 @@ Send = Callable[[Message], Awaitable[None]]
 
 FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
 DEADLINE = "gateway.deadline"  # and its deadline, if it has one
-BODILESS = frozenset({204, 304})
 LEFT = "The client left before its answer was complete."
 PATIENCE = 0.05  # seconds an upstream may take before we also watch for the client's leaving
 _NO_LENGTH = frozenset({204})

@@ -7,7 +7,9 @@ Synchronous and without clock; what is left to chance is handed in.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from api_gateway.circuit_breaker import CircuitBreaker, State, Ticket, Transition
+from api_gateway.breaker_policy import State
+from api_gateway.breaker_records import Transition
+from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Outcome
 from api_gateway.picks import share_of_key
 from api_gateway.targets import Target

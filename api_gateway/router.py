@@ -14,7 +14,7 @@ import httpx
 
 from api_gateway.answer import Answer
 from api_gateway.balancer import Lease, Target
-from api_gateway.circuit_breaker import Transition
+from api_gateway.breaker_records import Transition
 from api_gateway.deadline import Deadline
 from api_gateway.errors import (
     ClientDisconnected,
@@ -32,13 +32,13 @@ from api_gateway.headers import (
     for_client,
     trailers_to_pass,
 )
+from api_gateway.heads import BODILESS
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody
 from api_gateway.overload import ONE_BAND, Bands, LagLimit
 from api_gateway.reply import fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
-    BODILESS,
     LEFT,
     DisconnectWatch,
     LeavingWatch,

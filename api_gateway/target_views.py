@@ -3,8 +3,9 @@
 import time
 from datetime import UTC, datetime
 
-from api_gateway.circuit_breaker import State
-from api_gateway.models import (
+from api_gateway.breaker_policy import State
+from api_gateway.report import NameReport, PassiveReport, TargetReport, UpstreamReport
+from api_gateway.upstream_bodies import (
     ActiveView,
     ConcurrencyView,
     NameView,
@@ -14,7 +15,6 @@ from api_gateway.models import (
     UpstreamView,
     VerdictView,
 )
-from api_gateway.report import NameReport, PassiveReport, TargetReport, UpstreamReport
 
 
 def upstream_view(upstream: UpstreamReport, now: float, concurrency: ConcurrencyView) -> UpstreamView:
@@ -45,8 +45,8 @@ def _target_view(target: TargetReport, now: float) -> TargetView:
         url=target.url,
         healthy=target.is_healthy,
         in_flight=target.in_flight,
-        checked=target.is_checked,
-        last_check=target.last_check,
+        checked=target.checks.at is not None,
+        last_check=target.checks.finding,
         active=verdict.active,
         passive=verdict.passive,
         share=verdict.share,
@@ -59,12 +59,12 @@ def _active_view(target: TargetReport, now: float) -> ActiveView | None:
     if checks.at is None:
         return None
     return ActiveView(
-        result=target.last_check or "",
-        at=_utc(checks.at, now),
+        result=checks.finding or "",
+        at=utc(checks.at, now),
         good=checks.is_good,
         consecutive=checks.consecutive,
         last_error=checks.last_error,
-        last_error_at=None if checks.last_error_at is None else _utc(checks.last_error_at, now),
+        last_error_at=None if checks.last_error_at is None else utc(checks.last_error_at, now),
     )
 
 
@@ -73,7 +73,7 @@ def _passive_view(passive: PassiveReport | None, now: float) -> PassiveView | No
         return None
     opened, probe_at = None, passive.next_probe_at
     if passive.opened_at is not None:
-        opened = OpeningView(at=_utc(passive.opened_at, now), cause=passive.opened_cause)
+        opened = OpeningView(at=utc(passive.opened_at, now), cause=passive.opened_cause)
     return PassiveView(
         breaker=passive.state.value,
         ejected=passive.is_ejected,
@@ -99,12 +99,18 @@ def _why_kept(passive: PassiveReport) -> str | None:
 def _name_view(name: NameReport, now: float) -> NameView:
     return NameView(
         host=name.host,
+        port=name.port,
         addresses=list(name.addresses),
-        asked_at=None if name.asked_at is None else _utc(name.asked_at, now),
+        asked_at=None if name.asked_at is None else utc(name.asked_at, now),
         error=name.error,
     )
 
 
-def _utc(at: float, now: float) -> str:
+def utc(at: float, now: float) -> str:
     """Return a monotonic moment as wall-clock time."""
-    return datetime.fromtimestamp(time.time() - (now - at), UTC).isoformat(timespec="milliseconds")
+    return wall_time(time.time() - (now - at))
+
+
+def wall_time(at: float) -> str:
+    """Return seconds since the epoch as the API writes them."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

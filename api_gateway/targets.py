@@ -9,7 +9,8 @@ from api_gateway.circuit_breaker import CircuitBreaker
 class CheckRecord:
     """What the health checks of a target have found; times are monotonic seconds."""
 
-    at: float | None = None
+    at: float | None = None  # of the last one; None while there was none
+    finding: str | None = None
     is_good: bool = True
     consecutive: int = 0  # results like the last, in a row
     last_error: str | None = None
@@ -18,7 +19,7 @@ class CheckRecord:
     def note(self, now: float, *, is_good: bool, finding: str) -> None:
         """Take in one result."""
         self.consecutive = self.consecutive + 1 if is_good is self.is_good else 1
-        self.at, self.is_good = now, is_good
+        self.at, self.finding, self.is_good = now, finding, is_good
         if not is_good:
             self.last_error, self.last_error_at = finding, now
 
@@ -35,8 +36,6 @@ class Target:
     url: str
     weight: int = 1
     is_healthy: bool = True
-    is_checked: bool = False
-    last_check: str | None = None
     in_flight: int = 0
     credit: int = field(default=0, repr=False)  # of the smooth weighted round robin
     named: str | None = field(default=None, repr=False)

@@ -74,7 +74,7 @@ class Upkeep:
         if target.is_healthy:
             upstream.rotation.welcome(target, self._clock())
         verdict = "healthy again" if target.is_healthy else "unhealthy"
-        logger.warning("upstream %s: target %s is %s: %s", upstream.name, target.url, verdict, target.last_check)
+        logger.warning("upstream %s: target %s is %s: %s", upstream.name, target.url, verdict, target.checks.finding)
 
     def _on_answer(self, answer: Answer) -> None:
         """Send requests and checks where an answer says."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import httpx
 
 from api_gateway.balancer import Lease, SlowHead
-from api_gateway.circuit_breaker import Transition
+from api_gateway.breaker_records import Transition
 from api_gateway.errors import GatewayError, UpstreamFailed, UpstreamTimeout
 from api_gateway.failures import translate
 from api_gateway.models import Clock, Exchange, Outcome

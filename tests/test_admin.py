@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway import models
+from api_gateway import metrics_bodies, models, upstream_bodies
 from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of, reply, running_gateway
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
@@ -169,7 +169,7 @@ def test_a_breaker_is_put_into_a_mode_and_back(tokened: RunningGateway) -> None:
             f"{tokened.url}/circuit-breakers/up", method="POST", headers=headers, body=json.dumps(body).encode()
         )
         assert answer.status == 200, answer.body
-        models.ModeChanged.model_validate(answer.json())
+        upstream_bodies.ModeChanged.model_validate(answer.json())
         return answer.json()
 
     def shown() -> Any:
@@ -220,7 +220,7 @@ def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream
     up.behave = reply()
     eventually(lambda: ask(f"{running.url}/api/x").status == 200, "it recovers")
     answer = ask(f"{running.url}/circuit-breakers/up/history").json()
-    models.HistoryView.model_validate(answer)
+    upstream_bodies.HistoryView.model_validate(answer)
     closed, half_open, opened = answer["history"]
     assert [(move["from"], move["to"]) for move in answer["history"]] == [
         ("HALF_OPEN", "CLOSED"),
@@ -238,7 +238,7 @@ def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream
     assert moments == sorted(moments)
     wait = datetime.fromisoformat(opened["next_probe_at"]) - moments[0]
     assert abs(wait.total_seconds() - 0.2) < 0.01
-    assert (closed["next_probe_at"], opened["worker"]) == (None, None)
+    assert (closed["next_probe_at"], opened["worker"], opened["target_url"]) == (None, None, None)
     assert 0 <= ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]["ramp_share"] < 1
 
 
@@ -347,11 +347,11 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
 @pytest.mark.parametrize(
     ("path", "model"),
     [
-        ("/health", models.HealthView),
-        ("/metrics", models.MetricsView),
-        ("/metrics/latency", models.LatencyView),
-        ("/circuit-breakers", models.BreakersView),
-        ("/circuit-breakers/up/history", models.HistoryView),
+        ("/health", upstream_bodies.HealthView),
+        ("/metrics", metrics_bodies.MetricsView),
+        ("/metrics/latency", metrics_bodies.LatencyView),
+        ("/circuit-breakers", upstream_bodies.BreakersView),
+        ("/circuit-breakers/up/history", upstream_bodies.HistoryView),
         ("/clients/acme", models.ClientView),
         ("/clients", models.HeavyClients),
     ],

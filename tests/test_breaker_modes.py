@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from api_gateway.breaker_modes import FILE_NAME, INTERVAL, FileUnusable, ModeBoard, ModeFile, Override
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode
+from api_gateway.breaker_policy import BreakerPolicy, Mode
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import StoreUnavailable
 from tests.kit import FakeClock, soon
 

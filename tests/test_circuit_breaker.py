@@ -19,20 +19,10 @@ from hypothesis.stateful import (
     rule,
 )
 
+from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State, diagram
+from api_gateway.breaker_records import FailedCall, FlightRecord, Transition
 from api_gateway.call_window import Counts
-from api_gateway.circuit_breaker import (
-    TRANSITIONS,
-    BreakerPolicy,
-    CircuitBreaker,
-    Event,
-    FailedCall,
-    FlightRecord,
-    Mode,
-    State,
-    Ticket,
-    Transition,
-    diagram,
-)
+from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Outcome
 
 NOW = 1000.0
@@ -119,7 +109,7 @@ def test_what_says_nothing_of_the_upstream_neither_counts_nor_breaks_the_streak(
     breaker = CircuitBreaker(BY_STREAK, NOW)
     for outcome in (FAILURE, IGNORED, FAILURE, IGNORED):
         assert call(breaker, outcome) is None
-    assert breaker.window_totals(NOW) == (2, 2)
+    assert breaker.window_counts(NOW)[:2] == (2, 2)
     assert call(breaker, FAILURE) is not None
 
 
@@ -134,7 +124,7 @@ def test_it_opens_at_a_share_of_failures() -> None:
 def test_a_share_of_too_few_calls_says_nothing() -> None:
     breaker = CircuitBreaker(BY_RATE, NOW)
     assert [call(breaker, FAILURE) for _ in range(3)] == [None, None, None]
-    assert breaker.window_totals(NOW) == (3, 3)
+    assert breaker.window_counts(NOW)[:2] == (3, 3)
 
 
 def test_a_smaller_share_does_not_open_it() -> None:
@@ -217,7 +207,7 @@ def test_a_result_from_before_it_opened_changes_nothing() -> None:
     for _ in range(3):
         call(breaker, FAILURE)
     assert breaker.settle(slow, SUCCESS, NOW + 1) is None
-    assert (breaker.state, breaker.window_totals(NOW + 1)) == (OPEN, (0, 0))
+    assert (breaker.state, breaker.window_counts(NOW + 1)) == (OPEN, (0, 0, 0))
 
 
 # HALF_OPEN
@@ -244,7 +234,7 @@ def test_it_closes_when_as_many_probes_succeeded(probes: int) -> None:
 def test_what_was_counted_before_an_outage_is_forgotten_after_it() -> None:
     breaker, now = probing()
     call(breaker, SUCCESS, now)
-    assert (breaker.consecutive_failures, breaker.window_totals(now)) == (0, (0, 0))
+    assert (breaker.consecutive_failures, breaker.window_counts(now)) == (0, (0, 0, 0))
     assert breaker.last_opened is not None
 
 
@@ -528,6 +518,52 @@ def test_a_rate_that_was_held_down_by_a_ramp_is_not_taken_for_the_usual_one() ->
     assert breaker.ramp.rate == usual > 900
 
 
+def asked(breaker: CircuitBreaker, start: float, end: float, rate: int) -> None:
+    """Ask for so many calls a second; those that are admitted succeed."""
+    for number in range(int((end - start) * rate)):
+        now = start + number / rate
+        ticket = breaker.admit(now)
+        if ticket is not None:
+            breaker.settle(ticket, SUCCESS, now)
+
+
+def test_after_a_forced_open_from_before_a_restart_traffic_grows_to_what_is_asked_for() -> None:
+    breaker = CircuitBreaker(RAMPED, NOW)
+    breaker.set_mode(Mode.FORCED_OPEN, NOW)
+    asked(breaker, NOW, NOW + 60, 200)
+    breaker.set_mode(Mode.AUTO, NOW + 60)
+    assert breaker.ramp is not None
+    assert breaker.ramp.rate == pytest.approx(200, rel=0.15)
+
+
+def test_a_breaker_that_opens_in_its_first_seconds_takes_what_is_asked_for_as_the_rate() -> None:
+    breaker = CircuitBreaker(RAMPED, NOW)
+    call(breaker, FAILURE, NOW + 0.1)
+    asked(breaker, NOW + 1, NOW + 30, 200)
+    call(breaker, SUCCESS, NOW + 30.2)
+    assert breaker.ramp is not None
+    assert breaker.ramp.rate == pytest.approx(200, rel=0.15)
+
+
+def test_an_outage_just_after_a_ramp_finds_the_rate_known() -> None:
+    breaker, now = recovered(200)
+    asked(breaker, now, now + 10.5, 200)
+    call(breaker, FAILURE, now + 10.5)
+    call(breaker, SUCCESS, now + 41)
+    assert breaker.ramp is not None
+    assert breaker.ramp.rate == pytest.approx(200, rel=0.15)
+
+
+def test_a_stampede_on_an_open_breaker_does_not_raise_a_rate_that_is_known() -> None:
+    breaker = CircuitBreaker(RAMPED, NOW)
+    asked(breaker, NOW, NOW + 20, 50)
+    call(breaker, FAILURE, NOW + 20)
+    asked(breaker, NOW + 20, NOW + 49, 500)
+    call(breaker, SUCCESS, NOW + 50)
+    assert breaker.ramp is not None
+    assert breaker.ramp.rate == pytest.approx(50, rel=0.15)
+
+
 # Modes
 
 
@@ -618,7 +654,7 @@ def test_the_same_mode_again_only_moves_its_end() -> None:
     breaker.advance(NOW + 5)
     assert breaker.mode is Mode.OBSERVE
     breaker.settle(ticket, SUCCESS, NOW + 5)
-    assert breaker.window_totals(NOW + 5) == (1, 0)
+    assert breaker.window_counts(NOW + 5)[:2] == (1, 0)
 
 
 @pytest.mark.parametrize(("mode", "refuses"), [("auto", True), ("forced_open", True), ("observe", False)])
@@ -850,7 +886,7 @@ class Walk(RuleBasedStateMachine):
         assert breaker.probes_in_flight == len(model.probes) <= model.policy.half_open_max_calls
         if model.state is CLOSED:
             assert breaker.consecutive_failures == model.streak()
-            assert breaker.window_totals(model.now) == (len(model.recent()), sum(model.recent()))
+            assert breaker.window_counts(model.now)[:2] == (len(model.recent()), sum(model.recent()))
 
     @invariant()
     def the_wait_it_tells_is_true(self) -> None:

@@ -18,15 +18,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from api_gateway.circuit_breaker import (
-    TRANSITIONS,
-    BreakerPolicy,
-    CircuitBreaker,
-    FlightRecord,
-    Mode,
-    State,
-    Ticket,
-)
+from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Mode, State
+from api_gateway.breaker_records import FlightRecord
+from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Outcome
 from api_gateway.ramp import Ramp
 

@@ -156,7 +156,7 @@ def get(running: RunningGateway, target: str, *headers: str) -> tuple[RawAnswer,
 
 
 def failures(running: RunningGateway, name: str) -> int:
-    return int(running.console.upstreams[name].breaker.window_totals(time.monotonic())[1])
+    return int(running.console.upstreams[name].breaker.window_counts(time.monotonic()).failures)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.circuit_breaker import State
+from api_gateway.breaker_policy import State
 from api_gateway.dispatcher import LANES, MAX_BATCH, Dispatcher, Question
 from api_gateway.redis_limiter import SCRIPT
 from api_gateway.store import Script, ScriptCall, StoreSession

@@ -80,6 +80,8 @@ def test_what_fails_is_ejected_and_the_view_says_why(
     shown = ask(f"{running.url}/circuit-breakers").json()
     assert shown["circuit_breakers"]["up"]["state"] == "CLOSED"
     assert shown["targets"]["up"][bad]["passive"]["ejected"]
+    (move,) = ask(f"{running.url}/circuit-breakers/up/history").json()["history"]
+    assert (move["to"], move["target_url"], move["cause"]) == ("OPEN", bad, passive["last_opened"]["cause"])
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
     assert f'gateway_upstream_ejected{{target="{bad}",upstream="up"}} 1.0' in text
     assert f'gateway_upstream_ejections_total{{target="{bad}",upstream="up"}} 1.0' in text

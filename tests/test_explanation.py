@@ -14,13 +14,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, least_requests, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
+from api_gateway.breaker_policy import BreakerPolicy, State
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients import ClientRegistry
 from api_gateway.explanation import Explainer
+from api_gateway.explanation_bodies import Explanation, Question
 from api_gateway.fallback import Fallback
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import Identify, Limit, Match, Proxy, Record
-from api_gateway.models import NANOSECONDS, Exchange, Explanation, Question, Quota
+from api_gateway.models import NANOSECONDS, Exchange, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.request import Message
 from api_gateway.router import Router

@@ -82,9 +82,9 @@ def test_one_result_is_enough_where_the_policy_says_so() -> None:
 
 def test_a_target_shows_that_it_was_checked_and_what_was_found() -> None:
     judge, target = judged()
-    assert (target.is_checked, target.last_check) == (False, None)
+    assert (target.checks.at, target.checks.finding) == (None, None)
     judge.observe(is_good=False, finding="status 503", now=NOW)
-    assert (target.is_checked, target.last_check) == (True, "status 503")
+    assert (target.checks.at, target.checks.finding) == (NOW, "status 503")
 
 
 def test_its_repr_tells_verdict_and_doubt() -> None:
@@ -134,13 +134,13 @@ async def test_the_policy_says_which_statuses_are_good(status: int, is_good: boo
 async def test_a_check_finds(ask: Ask, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
     judge, target = judged(is_healthy=not is_good, policy=HealthPolicy("/", healthy_after=1, unhealthy_after=1))
     assert await check(judge, POLICY, URL, ask, CLOCK)
-    assert (target.is_healthy, target.last_check) == (is_good, finding)
+    assert (target.is_healthy, target.checks.finding) == (is_good, finding)
 
 
 async def test_silence_is_found_after_the_timeout() -> None:
     judge, target = judged()
     assert not await check(judge, HealthPolicy("/health", timeout=0.001), URL, silent, CLOCK)
-    assert target.last_check == "no answer within 0.001 s"
+    assert target.checks.finding == "no answer within 0.001 s"
     assert repr(judge) == "<HealthJudge [healthy, 1 contrary in a row]>"
 
 
@@ -162,7 +162,7 @@ async def test_cancelling_a_check_passes_through_and_finds_nothing() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (target.is_checked, target.is_healthy) == (False, True)
+    assert (target.checks.at, target.is_healthy) == (None, True)
 
 
 # Watching

@@ -15,11 +15,13 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from api_gateway.balancer import Target, Upstream, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, Mode
+from api_gateway.breaker_policy import BreakerPolicy, Mode
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
 from api_gateway.exposition import DURATION_BOUNDS, Exposition
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
-from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota, RateWindow
+from api_gateway.metrics_bodies import RateWindow
+from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.report import UpstreamReport
 from api_gateway.rotation import Rotation
 

@@ -9,8 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from api_gateway.balancer import Target, Upstream, round_robin
-from api_gateway.circuit_breaker import KEPT_RECORDS, BreakerPolicy, CircuitBreaker, Mode, State
+from api_gateway.breaker_policy import BreakerPolicy, Mode, State
+from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.exposition import Exposition
+from api_gateway.merging import merge
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.overload import Concurrency, ConcurrencyLimit
@@ -20,9 +22,10 @@ from api_gateway.report import (
     PassiveReport,
     Report,
     UpstreamReport,
-    merge,
+    moves_of,
     oldest_changed,
 )
+from api_gateway.resolution import Name
 from api_gateway.rotation import Rotation
 
 START = 1000.0
@@ -162,7 +165,8 @@ def upstream(*, failures: int = 0, at: float = START, healthy: int = 2) -> Upstr
         breaker.settle(ticket, Outcome.FAILURE, at, "status 500")
     targets = [Target(f"http://127.0.0.1:{port}", in_flight=1) for port in (9001, 9002)]
     for target in targets[healthy:]:
-        target.is_healthy, target.is_checked, target.last_check = False, True, "refused"
+        target.is_healthy = False
+        target.checks.note(at, is_good=False, finding="refused")
     return Upstream("people", targets, breaker, round_robin)
 
 
@@ -216,7 +220,7 @@ def test_half_open_is_worse_than_closed_and_better_than_open() -> None:
 
 def test_a_target_is_healthy_when_every_worker_finds_it_so() -> None:
     both = merge([report_of("1", START), report_of("2", START, healthy=1)]).upstreams["people"]
-    assert [(target.is_healthy, target.in_flight, target.last_check) for target in both.targets] == [
+    assert [(target.is_healthy, target.in_flight, target.checks.finding) for target in both.targets] == [
         (True, 2, None),
         (False, 2, "refused"),
     ]
@@ -273,7 +277,7 @@ def test_ejections_by_a_worker_that_has_ended_still_count() -> None:
 
 
 def test_a_name_that_any_worker_cannot_resolve_is_shown_with_its_error() -> None:
-    fine = NameReport("users.test", ("10.0.0.1",), START, None)
+    fine = NameReport("users.test", 80, ("10.0.0.1",), START, None)
     broken = replace(fine, error="no such host")
     reports = [ejecting(str(number), START, failures=0, names=(one,)) for number, one in enumerate((broken, fine))]
     assert merge(reports).upstreams["people"].names == (broken,)
@@ -321,6 +325,23 @@ def test_an_upstream_that_no_worker_has_any_more_is_not_shown() -> None:
     ended = report_of("1", START)
     ended.end()
     assert merge([ended, replace(report_of("1", START), upstreams={})]).upstreams == {}
+
+
+def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_names() -> None:
+    targets = [Target("http://10.0.0.1:80", named=f"http://{name}.test:80", address="10.0.0.1") for name in "ab"]
+    targets[1].is_healthy = False
+    people = Upstream("people", targets, CircuitBreaker(BreakerPolicy(), START), round_robin)
+    names = [Name("http://a.test:80"), Name("http://a.test:81")]
+    for name in names:
+        name.learn(["10.0.0.1"], START)
+    seen = UpstreamReport.of(people, START, names)
+    merged = merge([Report(worker, recorder(), {"people": seen}) for worker in ("1", "2")]).upstreams["people"]
+    found = [(target.key, target.is_healthy) for target in merged.targets]
+    assert found == [("http://a.test:80 (http://10.0.0.1:80)", True), ("http://b.test:80 (http://10.0.0.1:80)", False)]
+    assert [(name.host, name.port) for name in merged.names] == [("a.test", 80), ("a.test", 81)]
+    text, _ = Exposition(recorder(), {"people": merged}, LimiterState(), 0, "1.2.3").render("text/plain")
+    for key, is_healthy in found:
+        assert f'gateway_upstream_healthy{{target="{key}",upstream="people"}} {float(is_healthy)}' in text.decode()
 
 
 # Histories
@@ -376,3 +397,68 @@ def test_the_moves_of_a_worker_that_has_ended_are_kept_up_to_a_bound() -> None:
     assert len(moves) <= 3 * KEPT_RECORDS
     assert moves[-1].at >= START + 5000
     assert moves[0].worker == "1"
+
+
+def moving(breaker: CircuitBreaker, moves: int, at: float = START) -> None:
+    """Open and half-open it by turns, once a second."""
+    for number in range(moves):
+        ticket = breaker.admit(at + number)
+        if ticket is not None and number % 2 == 0:
+            breaker.settle(ticket, Outcome.FAILURE, at + number, "status 500")
+
+
+def with_targets(moves: int, target_moves: int) -> Upstream:
+    """Return an upstream whose breaker has moved so often, and that of its first target."""
+    policy = BreakerPolicy(failure_threshold=1, recovery_timeout=1)
+    people = Upstream(
+        "people",
+        [Target("http://127.0.0.1:9001"), Target("http://127.0.0.1:9002")],
+        CircuitBreaker(policy, START),
+        round_robin,
+        rotation=Rotation(make_breaker=lambda at: CircuitBreaker(policy, at)),
+    )
+    moving(people.breaker, moves)
+    breaker = people.targets[0].breaker
+    assert breaker is not None
+    moving(breaker, target_moves, START + 0.5)
+    return people
+
+
+def told_by(worker: str, people: Upstream) -> Report:
+    """Return what the supervisor knows of a worker."""
+    seen = {"people": UpstreamReport.of(people, START)}
+    live, mirror = Report(worker, recorder(), seen, histories={"people": moves_of(people)}), Report.blank(worker)
+    mirror.update(through_json(live.state()))
+    return mirror
+
+
+def test_moves_of_a_targets_breaker_are_told_with_its_url_among_the_upstreams_own() -> None:
+    people = with_targets(2, 2)
+    url = people.targets[0].url
+    merged = merge([told_by("1", people), told_by("2", people)]).histories["people"]
+    assert [(move.at, move.target_url) for move in merged if move.worker == "2"] == [
+        (START, None),
+        (START + 0.5, url),
+        (START + 1, None),
+        (START + 1.5, url),
+    ]
+    assert [move for move in merged if move.worker == "1"] == [
+        replace(move, worker="1") for move in merged if move.worker == "2"
+    ]
+
+
+def test_the_first_move_of_a_targets_new_breaker_is_not_taken_for_that_of_the_old_one() -> None:
+    people = with_targets(0, 1)
+    mirror = told_by("1", people)
+    target = people.targets[0]
+    target.breaker = CircuitBreaker(people.breaker.policy, START)
+    moving(target.breaker, 1, START + 60)
+    mirror.update(through_json(Report("1", recorder(), histories={"people": moves_of(people)}).state()))
+    assert [(move.number, move.at) for move in mirror.histories["people"]] == [(1, START + 0.5), (1, START + 60)]
+
+
+def test_a_target_that_moves_often_hides_no_move_of_the_upstreams() -> None:
+    merged = merge([told_by(worker, with_targets(3, 500)) for worker in ("1", "2")]).histories["people"]
+    assert [move.target_url for move in merged].count(None) == 6
+    assert len(merged) == 6 + 2 * KEPT_RECORDS
+    assert merged[-1].at > START + 490

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from api_gateway.balancer import Lease, Pick, Target, Upstream, least_requests, rendezvous_hash, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker, State
+from api_gateway.breaker_policy import BreakerPolicy, State
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import NoHealthyUpstream
 from api_gateway.models import Outcome
 from api_gateway.picks import LOAD_BOUND, share_of_key

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from api_gateway.balancer import Upstream, round_robin
-from api_gateway.circuit_breaker import BreakerPolicy, CircuitBreaker
+from api_gateway.breaker_policy import BreakerPolicy
+from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.health import HealthPolicy
 from api_gateway.resolution import Name
 from api_gateway.service import Service, Timeouts

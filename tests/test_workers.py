@@ -16,7 +16,7 @@ from typing import Self
 
 import pytest
 
-from api_gateway import models
+from api_gateway import metrics_bodies, upstream_bodies
 from tests.kit import PATIENCE, RawClient, RawRequest, RawUpstream, Wire, ask, eventually, reply
 from tests.processes import WAYS, Running, children, config_file, is_alive, kill, process
 
@@ -112,7 +112,7 @@ def test_whichever_worker_answers_the_metrics_are_those_of_all(shared: Crew) -> 
 def test_the_latency_is_that_of_all(shared: Crew) -> None:
     shared.serve(connections=20)
     latency = ask(f"{shared.url}/metrics/latency").json()
-    models.LatencyView.model_validate(latency)
+    metrics_bodies.LatencyView.model_validate(latency)
     assert latency["overall"]["since_start"]["count"] == shared.served
     assert latency["overall"]["last_5m"]["count"] == shared.served
     assert set(latency["overall"]["since_start"]["percentiles_ms"]) == {"p50", "p90", "p95", "p99"}
@@ -121,7 +121,7 @@ def test_the_latency_is_that_of_all(shared: Crew) -> None:
 def test_a_breaker_is_shown_as_the_worst_of_the_workers_see_it(shared: Crew) -> None:
     shared.serve(connections=20)
     answer = ask(f"{shared.url}/circuit-breakers").json()
-    models.BreakersView.model_validate(answer)
+    upstream_bodies.BreakersView.model_validate(answer)
     breaker = answer["circuit_breakers"]["up"]
     assert breaker["workers"] == {str(number): "CLOSED" for number in range(1, WORKERS + 1)}
     assert breaker["window_calls"] >= 20
@@ -190,7 +190,7 @@ def test_the_history_is_that_of_all_workers_and_each_move_says_whose_it_is(tmp_p
                 for _ in range(3):
                     client.get("/api/up")
             answer = ask(f"{running.url}/circuit-breakers/up/history").json()
-            models.HistoryView.model_validate(answer)
+            upstream_bodies.HistoryView.model_validate(answer)
             moments = [move["at"] for move in answer["history"]]
             assert moments == sorted(moments, reverse=True)
             return {move["worker"] for move in answer["history"]}

@@ -1,0 +1,118 @@
+"""The bodies of `POST /explain`: a question, and every figure its answer rests on."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from api_gateway.models import Body, ClientSource, Source, TierView
+
+
+class Question(Body):
+    """A request that has not been made, and about which `POST /explain` is asked."""
+
+    client_id: str | None = Field(description="What would name the client; null for a client that gives no name.")
+    method: str = Field(default="GET", pattern=r"^[A-Z][A-Z-]{0,31}$")
+    path: str = Field(
+        max_length=65_536,
+        pattern=r"^/[\x21-\x7e]*$",
+        description="Path and query as they go over the wire.",
+        examples=["/api/users"],
+    )
+    host: str = Field(default="", max_length=255, description="The request's Host, for routes that ask for one.")
+    address: str = Field(default="127.0.0.1", max_length=64, description="The address that connects.")
+
+
+class ClientExplained(Body):
+    """Who the client is taken for."""
+
+    id: str
+    source: ClientSource
+    why: str = Field(description="What names it, and where its tier comes from.")
+    registered: bool = Field(description="True if an operator vouches for it; else its address is limited too.")
+    tier: TierView
+
+
+class RouteExplained(Body):
+    """The route, and what the request costs."""
+
+    name: str
+    path: str
+    upstream: str
+    cost: float
+    cost_from: str = Field(description="`route`, or the rule of the route that says what it costs.")
+
+
+class BucketExplained(Body):
+    """One bucket that the request draws on, as it is now."""
+
+    key: str
+    policy: str = Field(description="The name of its quota in RateLimit and RateLimit-Policy.")
+    tokens: float = Field(description="Tokens now; below 0 while it owes what was settled later.")
+    capacity: int
+    cost: float
+    passes: bool
+    wait: float | None = Field(description="Seconds until this request passes; 0 now, null never.")
+    full_in: float = Field(description="Seconds until the bucket is full.")
+
+
+class UpstreamExplained(Body):
+    """Where the request would go."""
+
+    name: str
+    breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    next_probe_in: float | None = Field(description="Seconds until a probe is let through; null unless OPEN.")
+    healthy: int = Field(description="Targets that pass their health checks, or have none.")
+    targets: int
+    concurrency: "ConcurrencyExplained | None" = Field(description="null if the upstream has no limit.")
+
+
+class ConcurrencyExplained(Body):
+    """What may be under way at the upstream, and what is, in the worker that was asked."""
+
+    limit: float
+    bound: int = Field(description="Requests of this tier are admitted while fewer are under way.")
+    in_flight: int
+    admits: bool
+
+
+class LagExplained(Body):
+    """How late the event loop of the worker runs that was asked."""
+
+    seconds: float
+    shed_share: float = Field(description="Share of this tier's requests that is refused for it now, 0 to 1.")
+
+
+class FallbackExplained(Body):
+    """What answers if the upstream cannot."""
+
+    name: str = Field(description="`static`, or the upstream that is asked instead.")
+    status: int | None = Field(description="Of the static answer; null where an upstream gives it.")
+    used: bool = Field(description="True if it would answer now, because the upstream would not be tried.")
+
+
+class Verdict(Body):
+    """What would come of the request: `status` and `reason` are those of the answer the gateway would make itself.
+
+    Where a fallback would answer, `reason` is why, and `status` the static answer's.
+    """
+
+    outcome: Literal["allowed", "limited", "never", "refused", "fallback"]
+    status: int | None
+    reason: str | None
+    retry_after: float | None = Field(description="Seconds until it passes, as far as that is known.")
+    words: str
+
+
+class Explanation(Body):
+    """The answer to a question, and every figure it rests on."""
+
+    verdict: Verdict
+    client: ClientExplained
+    route: RouteExplained | None
+    buckets: list[BucketExplained]
+    binding: str = Field(description="Key of the bucket that refuses longest, or takes the fewest such requests more.")
+    candidate: BucketExplained | None = Field(description="The bucket that is tried beside them; it limits nobody.")
+    upstream: UpstreamExplained | None
+    fallback: FallbackExplained | None
+    event_loop: LagExplained
+    limiter: Source = Field(description="What the figures rest on.")
