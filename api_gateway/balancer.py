@@ -224,13 +224,13 @@ class Upstream:
         others = [target for target in self.targets if target.is_healthy and target not in tried]
         return any(self.rotation.admits(target, now) for target in others)
 
-    def refusal(self, now: float, band: int = 0) -> Unavailable | None:
+    def refusal(self, now: float, band: int = 0, *, is_safe: bool = True) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""
         if not any(target.is_healthy for target in self.targets):
             return self._unhealthy()
         if self.limit is not None and self.limit.is_full_for(band):
             return self.limit.refusal(self.name, band)
-        return None if self.breaker.would_admit(now) else self._refusal(now)
+        return None if self.breaker.would_admit(now, is_safe=is_safe) else self._refusal(now)
 
     def _unhealthy(self) -> NoHealthyUpstream:
         return NoHealthyUpstream(

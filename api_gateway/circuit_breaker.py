@@ -247,6 +247,8 @@ class CircuitBreaker:
             cause = f" after {self.last_opened.cause}" if self.last_opened else ""
             return f"OPEN{cause}. Next probe in {wait:.1f} s."
         if state is State.HALF_OPEN:
+            if self.would_admit(now):
+                return "HALF_OPEN, and requests that may be repeated without harm go first."
             return "HALF_OPEN and its probes are under way."
         return f"CLOSED again and lets traffic back step by step. Next call in {wait:.1f} s."
 

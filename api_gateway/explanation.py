@@ -29,6 +29,7 @@ from api_gateway.middleware import Identify, Limit, is_proxied, refusal
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, TierView
 from api_gateway.overload import ConcurrencyLimit, LagLimit
 from api_gateway.rate_limiter import NEVER, RateLimiter
+from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
 from api_gateway.routes import Route, refuse_method, upstream_target
 
@@ -154,7 +155,8 @@ class Explainer:
             upstream_target(route, target)
         except GatewayError as error:
             return error
-        return self._router.services[route.upstream].upstream.refusal(self._clock(), band)
+        upstream = self._router.services[route.upstream].upstream
+        return upstream.refusal(self._clock(), band, is_safe=method in IDEMPOTENT)
 
     def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
         """Return what the route falls back on, and whether it would now, as `error` is in the way."""
