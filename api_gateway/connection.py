@@ -341,6 +341,7 @@ class Connection(asyncio.Protocol):
         was_open = not self.is_closed
         self.is_closed = True
         self.alarm.stop()
+        self._stop_upload()
         self.resume_writing()
         answer = self._answer
         if answer is not None:
@@ -402,9 +403,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close now."""
-        if self._upload is not None:
-            self._upload.cancel()
-            self._upload = None
+        self._stop_upload()
         if not self.is_closed:
             self.is_closed = True
             self.alarm.stop()
@@ -414,6 +413,12 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
             if self.pool is not None:
                 self.pool.discard(self)
+
+    def _stop_upload(self) -> None:
+        """Read no more of the request's body: another try may need what is left of it."""
+        if self._upload is not None:
+            self._upload.cancel()
+            self._upload = None
 
     def _finish(self, answer: Answer) -> None:
         """Give the connection back, or close it if it cannot serve again.

@@ -871,6 +871,23 @@ async def test_an_answer_that_comes_before_the_body_is_sent_ends_the_sending(
     assert await fetch(transport, request_to(up)) == b"ok"
 
 
+@pytest.mark.parametrize("end", [Wire.close, Wire.reset], ids=["closed", "reset"])
+async def test_a_connection_that_is_lost_ends_the_sending(
+    transport: UpstreamTransport, upstream: StartUpstream, end: Callable[[Wire], None]
+) -> None:
+    """What the client has yet to send is for another try, or for nobody."""
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        assert wire.read_until(b"begun")
+        end(wire)
+        return False
+
+    body = Stalling()
+    with pytest.raises(httpx.ReadError):
+        await fetch(transport, request_to(upstream(behave, reads_body=False), method="PUT", headers=CHUNKED, body=body))
+    await soon(lambda: body.is_ended, "nobody waits for the rest of the body", 2)
+
+
 @pytest.mark.parametrize(
     ("target", "header"),
     [
