@@ -64,7 +64,10 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             except Stale:
                 if request.method not in _IDEMPOTENT or request.framing is not None:
                     raise
-                connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
+                try:
+                    connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
+                except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+                    raise httpx.ReadError(f"{Stale()}; once more: {error}") from error  # it has been sent before
                 answer = connection.send(request)
             except BaseException:
                 answer.close()
