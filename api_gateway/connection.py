@@ -43,8 +43,8 @@ class Connection(asyncio.Protocol):
         self.is_reused = False
         self.alarm = Alarm(loop, self._on_alarm)
         self._patience = 0.0  # what the alarm was set to
-        self._parser = httptools.HttpResponseParser(self)
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
+        self._parser: Any = None  # while there is a connection: it refers to us
         self._answer: Answer | None = None
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
@@ -155,6 +155,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start of the connection."""
         self._transport = transport
+        self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came. Bytes that belong to no request mean the connection cannot be trusted any more."""
@@ -343,6 +344,7 @@ class Connection(asyncio.Protocol):
         self.alarm.stop()
         self._stop_upload()
         self.resume_writing()
+        self._parser = None
         answer = self._answer
         if answer is not None:
             if exc is None and was_open and answer.is_head_complete and answer.is_until_close:

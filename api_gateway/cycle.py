@@ -18,7 +18,6 @@ HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _BODILESS = frozenset({204, 304})
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
-# Lengths of the names that say how an answer is framed or dated: others need no closer look.
 _COLON = b": ".join
 
 

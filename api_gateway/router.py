@@ -361,7 +361,10 @@ class Router:
             if lease.upstream.limit is not None and isinstance(failure, UpstreamTimeout) and not failure.is_retry_safe:
                 sent_at, now = exchange.sent_at or now, self._clock()
                 lease.upstream.limit.observe(now - sent_at, now)  # it takes at least as long
-            raise failure from error
+            try:
+                raise failure from error
+            finally:
+                del failure  # its traceback holds this frame
         except asyncio.CancelledError:
             if request.is_overdue and getattr(outgoing, "is_sent", True):
                 exchange.has_reached = True
@@ -505,6 +508,8 @@ class Router:
         client, from_client = link.switch(response.extensions["reason_phrase"], headers)
         tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, service.tunnel_timeout)
         link.on_stopping = tunnel.go_away
+        if link.is_stopping:
+            tunnel.go_away()
         try:
             await tunnel.run(from_client, from_upstream)
         finally:

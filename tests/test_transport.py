@@ -930,7 +930,9 @@ async def test_a_connection_that_is_lost_ends_the_sending(
 
     body = Stalling()
     with pytest.raises(httpx.ReadError):
-        await fetch(transport, request_to(upstream(behave, reads_body=False), method="PUT", headers=CHUNKED, body=body))
+        await fetch(
+            transport, request_to(upstream(behave, reads_body=False), method="PUT", headers=CHUNKED, body=body)
+        )
     await soon(lambda: body.is_ended, "nobody waits for the rest of the body", 2)
 
 
