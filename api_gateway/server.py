@@ -91,8 +91,8 @@ class GatewayServer(uvicorn.Server):
     async def _wait_tasks_to_complete(self) -> None:
         """Wait until everything is answered; when the time for that is over, end what no task serves too.
 
-        uvicorn's own waits for the listening sockets too, also after a second interrupt, and they since Python 3.12 for
-        every connection.
+        uvicorn's own waits for the listening sockets too, also after a second interrupt, and they since Python 3.12
+        for every connection.
         """
         state = self.server_state
         for connection in list(state.connections):
