@@ -377,7 +377,7 @@ def _names(section: UpstreamSection) -> list[Name]:
 
 def _checking(
     name: str, section: UpstreamSection, transports: Mapping[str, httpx.AsyncBaseTransport]
-) -> httpx.AsyncBaseTransport | None:
+) -> UpstreamTransport | GuardedTransport | None:
     """Return a transport for health checks alone, or None if there are none or somebody has brought their own."""
     return None if section.health_check is None or name in transports else _transport(name, section)
 
@@ -387,7 +387,7 @@ def _upkeep(
     service: Service,
     names: list[Name],
     resolve: Resolve,
-    transport: httpx.AsyncBaseTransport | None,
+    transport: UpstreamTransport | GuardedTransport | None,
 ) -> Upkeep:
     policy, check = None, section.health_check
     if check is not None:
@@ -440,7 +440,7 @@ def _concurrency(section: UpstreamSection, bands: Bands, now: float) -> Concurre
     return ConcurrencyLimit(concurrency.limit, bands, source=source)
 
 
-def _transport(name: str, section: UpstreamSection) -> httpx.AsyncBaseTransport:
+def _transport(name: str, section: UpstreamSection) -> UpstreamTransport | GuardedTransport:
     tls = None
     if any(target.url.startswith("https:") for target in section.targets):
         try:

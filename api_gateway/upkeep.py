@@ -9,11 +9,9 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
-import httpx
-
+from api_gateway.guarded import GuardedTransport
 from api_gateway.health import Ask, HealthPolicy, HealthWatch
 from api_gateway.models import Clock
-from api_gateway.outgoing import Origin
 from api_gateway.resolution import Answer, Name, Resolve, keep_resolving
 from api_gateway.service import Service
 from api_gateway.targets import Target
@@ -30,7 +28,7 @@ class Upkeep:
         service: Service,
         *,
         policy: HealthPolicy | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
+        transport: UpstreamTransport | GuardedTransport | None = None,
         names: Sequence[Name] = (),
         interval: float = 0.0,
         resolve: Resolve,
@@ -44,7 +42,7 @@ class Upkeep:
         """
         self.names = names
         self._service = service
-        self._transport = transport or service.transport
+        self._own = transport
         self._interval = interval
         self._resolve = resolve
         self._clock = clock
@@ -76,18 +74,13 @@ class Upkeep:
 
     async def close(self) -> None:
         """Close the connections of the checks."""
-        if self._transport is not self._service.transport:
-            await self._transport.aclose()
+        if self._own is not None:
+            await self._own.aclose()
 
     def _asker(self, target: Target) -> Ask:
-        return partial(self._ask, target)
-
-    async def _ask(self, target: Target, url: str, seconds: float) -> int:
-        try:
-            return await probe(self._transport, url, seconds, address=target.address)
-        finally:
-            if self._transport is not self._service.transport and isinstance(self._transport, UpstreamTransport):
-                self._transport.retire(Origin.of(httpx.URL(url), target.address))  # names come and go
+        if self._own is None:
+            return partial(probe, self._service.transport, address=target.address)
+        return partial(probe, self._own, address=target.address, keeps_connection=False)  # names come and go
 
     def _on_verdict(self, target: Target) -> None:
         """Take in that health checks have changed their mind about a target."""
