@@ -139,7 +139,7 @@ class Answer(httpx.AsyncByteStream):
             self._waiter = self._open_connection().loop.create_future()
             await self._waiter
         if self.error is not None:
-            raise self.error
+            raise self._give_error(self.error)
 
     def feed(self, piece: bytes) -> None:
         """Hold one piece of body for the reader, who is not woken yet."""
@@ -151,6 +151,14 @@ class Answer(httpx.AsyncByteStream):
         if not self.is_complete and self.error is None:
             self.error = error
             self.wake()
+
+    def _give_error(self, error: Exception) -> Exception:
+        """Return what the answer has failed with, to be raised. Another takes its place here.
+
+        Once raised, it refers to frames that refer to this answer: only the garbage collector could free them.
+        """
+        self.error = httpx.ReadError(str(error))
+        return error
 
     def finish(self) -> None:
         """Take what has come for all there is. What may still come is let go, with its connection."""
@@ -176,7 +184,7 @@ class Answer(httpx.AsyncByteStream):
         """Return what has arrived of the body and whether more may follow; raises what the answer failed with."""
         while not self.pieces and not self.is_complete:
             if self.error is not None:
-                raise self.error
+                raise self._give_error(self.error)
             await self._wait_for_piece()
         body = self.take()
         if self.connection is not None:

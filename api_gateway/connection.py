@@ -42,8 +42,8 @@ class Connection(asyncio.Protocol):
         self.is_reused = False
         self.alarm = Alarm(loop, self._on_alarm)
         self._patience = 0.0  # what the alarm was set to
-        self._parser = httptools.HttpResponseParser(self)
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
+        self._parser: Any = None  # while there is a connection: it refers to us
         self._answer: Answer | None = None
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
@@ -154,6 +154,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start of the connection."""
         self._transport = transport
+        self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came. Bytes that belong to no request mean the connection cannot be trusted any more."""
@@ -340,7 +341,9 @@ class Connection(asyncio.Protocol):
         was_open = not self.is_closed
         self.is_closed = True
         self.alarm.stop()
+        self._stop_upload()
         self.resume_writing()
+        self._parser = None
         answer = self._answer
         if answer is not None:
             if exc is None and was_open and answer.is_head_complete and answer.is_until_close:
@@ -401,9 +404,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close now."""
-        if self._upload is not None:
-            self._upload.cancel()
-            self._upload = None
+        self._stop_upload()
         if not self.is_closed:
             self.is_closed = True
             self.alarm.stop()
@@ -413,6 +414,12 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
             if self.pool is not None:
                 self.pool.discard(self)
+
+    def _stop_upload(self) -> None:
+        """Read no more of the request's body: another try may need what is left of it."""
+        if self._upload is not None:
+            self._upload.cancel()
+            self._upload = None
 
     def _finish(self, answer: Answer) -> None:
         """Give the connection back, or close it if it cannot serve again.

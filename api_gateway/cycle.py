@@ -18,7 +18,6 @@ from api_gateway.models import HeaderList
 HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client is made to wait
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
-# Lengths of the names that say how an answer is framed or dated: others need no closer look.
 _COLON = b": ".join
 
 

@@ -21,6 +21,8 @@ class EventStream:
         self._answer = answer
         self._tail = _EDGES[0]  # before the first event is between two as well
         link.on_stopping = self._on_stopping
+        if link.is_stopping:
+            self._on_stopping()
 
     def __repr__(self) -> str:
         return f"<EventStream [{'between events' if self._tail.endswith(_EDGES) else 'within an event'}]>"
@@ -36,8 +38,13 @@ class EventStream:
 
 
 def event_stream(link: Link | None, fields: Fields, answer: object) -> EventStream | None:
-    """Return what ends the answer of these headers politely, or None if it has an end of its own."""
+    """Return what ends the answer of these headers politely.
+
+    None if it has an end of its own, or a content coding: of that only its decoder sees where an event ends.
+    """
     types = fields.get(b"content-type")
-    if types is None or link is None or not types[0].lower().startswith(_TYPE) or b"content-length" in fields:
+    if types is None or link is None or not types[0].lower().startswith(_TYPE):
+        return None
+    if b"content-length" in fields or b"content-encoding" in fields:
         return None
     return EventStream(link, answer) if isinstance(answer, Answer) else None

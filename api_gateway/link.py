@@ -54,7 +54,7 @@ class Link(Protocol):
     task: "asyncio.Task[None]"  # which serves the request
     is_disconnected: bool
     on_leaving: Callable[[], object] | None  # called when the client leaves before the answer is complete
-    on_stopping: Callable[[], object] | None  # called when the server begins to stop
+    on_stopping: Callable[[], object] | None  # called when the server begins to stop, not if it already does
     is_stopping: bool  # the server stops: what has no end of its own shall end soon
 
     def defer_continue(self) -> None:

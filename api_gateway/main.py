@@ -216,6 +216,8 @@ async def _live(
         stack.push_async_callback(_cancelled, modes)
         for service in gateway.services.values():
             stack.push_async_callback(service.transport.aclose)
+        for upkeep in gateway.upkeeps.values():
+            stack.push_async_callback(upkeep.close)
         keeping = asyncio.create_task(_keep_up(gateway), name="health checks and names")
         stack.push_async_callback(_cancelled, keeping)
         sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
@@ -262,7 +264,8 @@ def _build(
         ),
         services=services,
         upkeeps={
-            name: _upkeep(config.upstreams[name], service, names[name], resolve) for name, service in services.items()
+            name: _upkeep(section, services[name], names[name], resolve, _checking(name, section, transports))
+            for name, section in config.upstreams.items()
         },
         recorder=Recorder(
             (route.name for route in config.routes),
@@ -374,7 +377,20 @@ def _names(section: UpstreamSection) -> list[Name]:
     return [Name(target.url, target.weight) for target in section.targets]
 
 
-def _upkeep(section: UpstreamSection, service: Service, names: list[Name], resolve: Resolve) -> Upkeep:
+def _checking(
+    name: str, section: UpstreamSection, transports: Mapping[str, httpx.AsyncBaseTransport]
+) -> UpstreamTransport | GuardedTransport | None:
+    """Return a transport for health checks alone, or None if there are none or somebody has brought their own."""
+    return None if section.health_check is None or name in transports else _transport(name, section)
+
+
+def _upkeep(
+    section: UpstreamSection,
+    service: Service,
+    names: list[Name],
+    resolve: Resolve,
+    transport: UpstreamTransport | GuardedTransport | None,
+) -> Upkeep:
     policy, check = None, section.health_check
     if check is not None:
         ranges = (spelt.split("-") for spelt in check.statuses)
@@ -383,6 +399,7 @@ def _upkeep(section: UpstreamSection, service: Service, names: list[Name], resol
     return Upkeep(
         service,
         policy=policy,
+        transport=transport,
         names=names if section.resolve is not None else (),
         interval=section.resolve or 0.0,
         resolve=resolve,
@@ -425,7 +442,7 @@ def _concurrency(section: UpstreamSection, bands: Bands, now: float) -> Concurre
     return ConcurrencyLimit(concurrency.limit, bands, source=source)
 
 
-def _transport(name: str, section: UpstreamSection) -> httpx.AsyncBaseTransport:
+def _transport(name: str, section: UpstreamSection) -> UpstreamTransport | GuardedTransport:
     tls = None
     if any(target.url.startswith("https:") for target in section.targets):
         try:

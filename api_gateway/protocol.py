@@ -5,7 +5,7 @@ What is different from uvicorn's, and why (`cycle` has the rest):
 - One task serves a connection, request after request; uvicorn starts one for each request.
 - Heads are bounded in size, in number of lines and in time, bodies in the time they may stall, and connections in
   number for each address. Refusals are problem details, and reach the client even while it is still sending.
-- What a proxy needs and ASGI has no word for is offered in the scope, as `models.Link`.
+- What a proxy needs and ASGI has no word for is offered in the scope, as `link.Link`.
 - Trailers never become headers, and nothing behind a refused request is served.
 """
 
@@ -504,15 +504,20 @@ class GatewayProtocol(HttpToolsProtocol):
 
     @property
     def is_busy(self) -> bool:
-        """True while a request is served here, or a tunnel is open."""
-        is_working = self._worker is not None and self._rest is None and not self._worker.done()
-        return self._passage is not None or is_working
+        """True while a request is served here, a tunnel is open, or the client has not read its answer."""
+        return self._passage is not None or self._is_working or self.transport.get_write_buffer_size() > 0
+
+    @property
+    def _is_working(self) -> bool:
+        return self._worker is not None and self._rest is None and not self._worker.done()
 
     def cut_off(self) -> None:
-        """End a request that has taken the lane, and the connection: the time to drain is over."""
+        """End what no task serves, with the connection: the time to drain is over. Tasks the server cancels."""
+        if self._is_working:
+            return
+        self.transport.abort()
         passage, self._passage = self._passage, None
         if passage is not None:
-            self.transport.abort()
             passage.on_cut_off()
 
     def serve(
@@ -560,6 +565,8 @@ class GatewayProtocol(HttpToolsProtocol):
                 self._rest = None
                 continue
             cycle = self._serving = self._waiting.popleft()
+            if self._is_draining:
+                cycle.stop()
             try:
                 await (cycle.app or app)(cycle.scope, cycle.receive, cycle.send)
             except Exception:
@@ -569,6 +576,7 @@ class GatewayProtocol(HttpToolsProtocol):
                 raise
             finally:
                 del cycle.scope[LINK]  # they refer to each other, and would wait for the garbage collector
+                cycle.on_stopping = None  # as do what it calls and this
                 cycle.app = None  # as it does where it goes on with what began on the straight way
             if not cycle.is_answered and not cycle.is_disconnected:
                 self._on_unfinished(cycle)

@@ -499,6 +499,8 @@ class Router:
         client, from_client = link.switch(response.extensions["reason_phrase"], headers)
         tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, service.tunnel_timeout)
         link.on_stopping = tunnel.go_away
+        if link.is_stopping:
+            tunnel.go_away()
         try:
             await tunnel.run(from_client, from_upstream)
         finally:

@@ -89,11 +89,17 @@ class GatewayServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _wait_tasks_to_complete(self) -> None:
-        """Wait until everything is answered; when the time for that is over, end what no task serves too."""
-        for connection in list(self.server_state.connections):
+        """Wait until everything is answered; when the time for that is over, end what no task serves too.
+
+        uvicorn's own waits for the listening sockets too, also after a second interrupt, and they since Python 3.12
+        for every connection.
+        """
+        state = self.server_state
+        for connection in list(state.connections):
             connection.shutdown()  # it may have been accepted and not yet made when the others heard of it
         try:
-            await super()._wait_tasks_to_complete()
+            while (state.connections or state.tasks) and not self.force_exit:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(_STEP)
         finally:
             self._cut_off()
 

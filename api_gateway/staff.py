@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ class Worker:
         self.started = time.monotonic()
         self.report = Report.blank(str(number))
         self.cut_off = 0  # requests that it could not end in its time to drain
+        self.drains_within = math.inf  # seconds it has to end, once it is told to
         self._number = number
         self._process = process
         self._reader, self._writer = streams
@@ -57,6 +59,11 @@ class Worker:
     async def is_ready(self, within: float) -> bool:
         """Wait until it serves; False if it ends before, or takes too long."""
         await asyncio.wait({self._ready}, timeout=within)
+        return self.has_served
+
+    @property
+    def has_served(self) -> bool:
+        """Tell whether it has ever been ready."""
         return self._ready.done() and bool(self._ready.result())
 
     async def wait(self) -> int:

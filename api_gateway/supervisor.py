@@ -183,12 +183,11 @@ class Supervisor:
         """Stop all workers; whoever takes too long is ended."""
         for post in self._posts:
             for sock in post.sockets:
-                sock.close()  # the workers close theirs: from now on connections are refused
+                sock.close()  # the workers close theirs once they drain: from then on connections are refused
         workers = list(self._ledger.workers)
         for worker in workers:
             worker.terminate()
         await asyncio.gather(*(self._see_off(worker) for worker in workers))
-        self._cut_off = sum(worker.cut_off for worker in workers)
         if self._cut_off:
             logger.error("%d requests were cut off in all", self._cut_off)
 
@@ -200,8 +199,9 @@ class Supervisor:
         if self._store is not None:
             config["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
             inherited.append(self._store.lifeline)
-        patience = self._config.server.worker_timeout
-        worker = await hire(post.number, config, post.sockets, inherited, self._ledger.gather, patience)
+        server = self._config.server
+        worker = await hire(post.number, config, post.sockets, inherited, self._ledger.gather, server.worker_timeout)
+        worker.drains_within = server.drain_delay + server.drain_timeout + DRAIN_MARGIN
         self._ledger.workers.append(worker)
         return worker
 
@@ -211,16 +211,17 @@ class Supervisor:
         await self._see_off(worker)
 
     async def _see_off(self, worker: Worker) -> None:
-        """Wait for the end of a worker that was told to stop."""
-        server = self._config.server
+        """Wait for the end of a worker that was told to stop, and add up what it could not end."""
         try:
-            async with asyncio.timeout(server.drain_delay + server.drain_timeout + DRAIN_MARGIN):
-                await worker.wait()
+            async with asyncio.timeout(worker.drains_within):
+                code = await worker.wait()
         except TimeoutError:
             logger.warning("%s did not stop in time and is ended", worker)
             worker.kill()
-            await worker.wait()
-            worker.cut_off = max(1, worker.cut_off)  # at least what it hung on
+            code = await worker.wait()
+        if code < 0 and worker.has_served:  # it was killed: at least what it hung on
+            worker.cut_off = max(1, worker.cut_off)
+        self._cut_off += worker.cut_off
         if worker in self._ledger.workers:
             self._ledger.strike(worker)
 

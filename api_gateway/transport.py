@@ -64,7 +64,10 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             except Stale:
                 if request.method not in _IDEMPOTENT or request.framing is not None:
                     raise
-                connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
+                try:
+                    connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
+                except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+                    raise httpx.ReadError(f"{Stale()}; once more: {error}") from error  # it has been sent before
                 answer = connection.send(request)
             except BaseException:
                 answer.close()
@@ -148,10 +151,18 @@ def tls_context(
     return context
 
 
-async def probe(transport: httpx.AsyncBaseTransport, url: str, seconds: float, *, address: str | None = None) -> int:
+async def probe(
+    transport: httpx.AsyncBaseTransport,
+    url: str,
+    seconds: float,
+    *,
+    address: str | None = None,
+    keeps_connection: bool = True,
+) -> int:
     """GET `url` for a health check and return the status; raises httpx.TransportError, also after `seconds`.
 
-    `address` is where to connect instead of what the host of `url` stands for.
+    `address` is where to connect instead of what the host of `url` stands for. Unless it `keeps_connection`, our own
+    transport is left without one, and without a pool for that place.
     """
     target = httpx.URL(url)
     origin = Origin.of(target, address)
@@ -163,6 +174,10 @@ async def probe(transport: httpx.AsyncBaseTransport, url: str, seconds: float, *
         request = Outgoing("GET", origin, headers, NO_BODY, None, extensions)
     else:
         request = origin.plain_request("GET", headers, target.raw_path, stream=NO_BODY, extensions=extensions)
-    response = await transport.handle_async_request(request)
-    await response.aclose()
+    try:
+        response = await transport.handle_async_request(request)
+        await response.aclose()
+    finally:
+        if isinstance(transport, UpstreamTransport) and not keeps_connection:
+            transport.retire(origin)
     return response.status_code

@@ -51,6 +51,8 @@ class Tunnel:
             self.alarm.stop()
             self.abort()
             self.bytes_in, self.bytes_out = self._client.received, self._upstream.received
+            self._client.let_go()
+            self._upstream.let_go()
 
     def abort(self) -> None:
         """End it now, both ways."""
@@ -59,7 +61,8 @@ class Tunnel:
 
     def go_away(self) -> None:
         """Ask the client to close the connection and come back on another one."""
-        self._upstream.go_away()
+        if not self._ended.done():
+            self._upstream.go_away()
 
     def on_lost(self) -> None:
         """One side is gone; so is the tunnel once the other is."""
@@ -133,6 +136,12 @@ class _End(asyncio.Protocol):
                 self.other.transport.abort()
         self._tunnel.on_lost()
 
+    def let_go(self) -> None:
+        """Refer to the other side no more. Of a transport that is not lost yet the protocol before hears the end."""
+        if not self.is_lost and self._before is not None:
+            self.transport.set_protocol(self._before)
+        del self.other, self._tunnel
+
 
 class _UpstreamEnd(_End):
     """The upstream's side, which can be interrupted between two frames."""
@@ -163,5 +172,5 @@ class _UpstreamEnd(_End):
 
     def _leave(self) -> None:
         self._has_left = True
-        if not self.other.is_lost and not self.other.transport.is_closing():
+        if not self._edges.has_closed and not self.other.is_lost and not self.other.transport.is_closing():
             self.other.transport.write(GOING_AWAY)

@@ -9,12 +9,13 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+from api_gateway.guarded import GuardedTransport
 from api_gateway.health import Ask, HealthPolicy, HealthWatch
 from api_gateway.models import Clock
 from api_gateway.resolution import Answer, Name, Resolve, keep_resolving
 from api_gateway.service import Service
 from api_gateway.targets import Target
-from api_gateway.transport import probe
+from api_gateway.transport import UpstreamTransport, probe
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +28,21 @@ class Upkeep:
         service: Service,
         *,
         policy: HealthPolicy | None = None,
+        transport: UpstreamTransport | GuardedTransport | None = None,
         names: Sequence[Name] = (),
         interval: float = 0.0,
         resolve: Resolve,
         clock: Clock,
         source: random.Random,
     ) -> None:
-        """`interval` is how often names are resolved, in seconds."""
+        """`interval` is how often names are resolved, in seconds.
+
+        Checks go through `transport`, where they wait for no connection that live requests hold, and which `close`
+        closes; by default through the service's.
+        """
         self.names = names
         self._service = service
+        self._own = transport
         self._interval = interval
         self._resolve = resolve
         self._clock = clock
@@ -65,8 +72,15 @@ class Upkeep:
                 )
             )
 
+    async def close(self) -> None:
+        """Close the connections of the checks."""
+        if self._own is not None:
+            await self._own.aclose()
+
     def _asker(self, target: Target) -> Ask:
-        return partial(probe, self._service.transport, address=target.address)
+        if self._own is None:
+            return partial(probe, self._service.transport, address=target.address)
+        return partial(probe, self._own, address=target.address, keeps_connection=False)  # names come and go
 
     def _on_verdict(self, target: Target) -> None:
         """Take in that health checks have changed their mind about a target."""

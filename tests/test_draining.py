@@ -1,12 +1,16 @@
 """A gateway that stops loses no request that is on its way, and tells clients to come back on another connection."""
 
+import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
+from api_gateway.protocol import GatewayProtocol
 from tests.kit import (
     PATIENCE,
     RawClient,
@@ -143,7 +147,181 @@ def test_what_waits_behind_an_answer_is_answered_too(gateway: Start, upstream: U
         assert client.is_closed()
 
 
+def test_what_a_slow_reader_has_not_been_sent_counts_as_cut_off(gateway: Start, upstream: Upstreams) -> None:
+    """The request is answered, as far as its task knows; the client has not got it all."""
+    up = upstream(reply(bytes(50_000)))  # so little that the connection is not told to pause
+    running = gateway(in_front_of(up.url) | {"server": {"drain_timeout": 1}})
+
+    def has_answered(count: int) -> bool:
+        return running.server.server_state.total_requests == count
+
+    sent = 1
+    with RawClient(running.port) as client:
+        assert client.get("/healthz").status == 200
+        (connection,) = running.server.server_state.connections
+        assert isinstance(connection, GatewayProtocol)
+        while not connection.transport.get_write_buffer_size():
+            client.request()
+            sent += 1
+            eventually(partial(has_answered, sent), "it is answered")
+            time.sleep(0.01)  # what the kernel takes is gone by then
+        assert not connection.is_write_paused
+        running.stop()
+    assert running.server.cut_off == 1
+
+
+class Patient:
+    """A listening server as Python has it since 3.12: closed only once all of its connections are."""
+
+    def __init__(self, server: Any, connections: set[Any]) -> None:
+        self.sockets, self.close = server.sockets, server.close
+        self._connections = connections
+
+    async def wait_closed(self) -> None:
+        while self._connections:  # noqa: ASYNC110 - nothing tells of it here
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("is_plain", [True, False], ids=["straight way", "ordinary way"])
+def test_a_second_interrupt_waits_for_no_connection(gateway: Start, upstream: Upstreams, *, is_plain: bool) -> None:
+    over = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        if b"/slow" in request.line:
+            over.wait(PATIENCE)
+        reply()(wire, request)
+
+    up = upstream(behave)
+    running = gateway(in_front_of(up.url) | {"server": {"drain_timeout": 5}})
+    server: Any = running.server
+    server.servers = [Patient(one, server.server_state.connections) for one in server.servers]
+    with RawClient(running.port) as client:
+        assert client.get().status == 200
+        client.request("GET", "/api/slow", () if is_plain else ("Expect: nothing",))
+        eventually(lambda: len(up.requests) == 2, "the request is under way")
+        server.handle_exit(signal.SIGINT, None)
+        eventually(lambda: all(one._is_draining for one in list(server.server_state.connections)), "it drains")
+        server.handle_exit(signal.SIGINT, None)
+        running._thread.join(2)
+        assert not running._thread.is_alive()
+        assert client.is_closed()
+    over.set()
+    assert server.cut_off == 1
+
+
 # What has no end of its own
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize("is_early", [True, False], ids=["asked for before", "asked for meanwhile"])
+def test_a_websocket_that_begins_during_the_drain_is_told_to_close(
+    gateway: Start, upstream: Upstreams, *, is_early: bool
+) -> None:
+    going_on = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if b"/socket" not in request.line:
+            reply()(wire, request)
+            return None
+        assert going_on.wait(PATIENCE)
+        wire.send(SWITCHED + frame(TEXT, b"hello"))
+        wire.is_closed()
+        return False
+
+    up = upstream(behave)
+    running = gateway(in_front_of(up.url) | {"server": {"drain_timeout": 10}})
+    with RawClient(running.port) as client:
+        assert client.get().status == 200
+        if is_early:
+            client.request("GET", "/api/socket", ASKING)
+            eventually(lambda: len(up.requests) == 2, "the request is under way")
+            stop(running)
+        else:
+            stop(running)
+            client.request("GET", "/api/socket", ASKING)
+        going_on.set()
+        assert client.read_until(b"\r\n\r\n") is not None
+        assert client.read_exactly(4) == frame(CLOSE, GOING)
+
+
+@pytest.mark.parametrize("is_early", [True, False], ids=["asked for before", "asked for meanwhile"])
+def test_an_event_stream_that_begins_during_the_drain_ends_between_two_events(
+    gateway: Start, upstream: Upstreams, *, is_early: bool
+) -> None:
+    going_on = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if b"/events" not in request.line:
+            reply()(wire, request)
+            return None
+        assert going_on.wait(PATIENCE)
+        wire.send(EVENTS + b"\r\n" + chunk(b"data: 1\n\n"))
+        wire.is_closed()
+        return False
+
+    up = upstream(behave)
+    running = gateway(in_front_of(up.url) | {"server": {"drain_timeout": 10}})
+    with RawClient(running.port) as client:
+        assert client.get().status == 200
+        if is_early:
+            client.request("GET", "/api/events")
+            eventually(lambda: len(up.requests) == 2, "the request is under way")
+            stop(running)
+        else:
+            stop(running)
+            client.request("GET", "/api/events")
+        going_on.set()
+        answer = client.answer()
+        assert (answer.status, answer.is_complete) == (200, True)
+        assert answer.body in (b"", b"data: 1\n\n")
+
+
+def test_an_event_stream_with_a_coding_is_not_ended_where_its_bytes_look_like_an_edge(
+    gateway: Start, upstream: Upstreams
+) -> None:
+    going_on = threading.Event()
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        wire.send(EVENTS + b"Content-Encoding: zstd\r\n\r\n" + chunk(b"half a frame\n\n"))
+        assert going_on.wait(PATIENCE)
+        wire.send(chunk(b"\n\nand the rest") + b"0\r\n\r\n")
+
+    running = gateway(in_front_of(upstream(behave).url) | {"server": {"drain_timeout": 10}})
+    with RawClient(running.port) as client:
+        client.request("GET", "/api/events")
+        head = client.read_until(b"\r\n\r\n")
+        assert head is not None
+        assert client.read_until(b"frame") is not None
+        stop(running)
+        time.sleep(0.05)
+        going_on.set()
+        assert client.read_until(b"0\r\n\r\n") == b"\n\n\r\n" + chunk(b"\n\nand the rest") + b"0\r\n\r\n"
+
+
+def test_a_close_frame_that_is_half_sent_is_the_last(gateway: Start, upstream: Upstreams) -> None:
+    halfway = threading.Event()
+    goodbye = frame(CLOSE, b"\x03\xe8and thanks")
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        wire.send(SWITCHED + goodbye[:1])
+        assert halfway.wait(PATIENCE)
+        wire.send(goodbye[1:])
+        return False
+
+    running = gateway(in_front_of(upstream(behave).url) | {"server": {"drain_timeout": 10}})
+    with RawClient(running.port) as client:
+        client.request("GET", "/api/x", ASKING)
+        assert client.read_until(b"\r\n\r\n") is not None
+        assert client.read_exactly(1) == goodbye[:1]
+        stop(running)
+        halfway.set()
+        assert client.read_exactly(len(goodbye) + 1) == goodbye[1:]
 
 
 def test_a_websocket_is_told_to_close_between_two_frames(gateway: Start, upstream: Upstreams) -> None:
@@ -197,12 +375,8 @@ def test_an_event_stream_ends_between_two_events_and_whole(
 ) -> None:
     going_on, left = threading.Event(), threading.Event()
 
-    def chunk(data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data)
-
     def behave(wire: Wire, _request: RawRequest) -> bool:
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-        wire.send(head + chunk(b"data: 1" + edge + (b"data: " if is_halfway else b"")))
+        wire.send(EVENTS + b"\r\n" + chunk(b"data: 1" + edge + (b"data: " if is_halfway else b"")))
         if is_halfway:
             assert going_on.wait(PATIENCE)
             wire.send(chunk(b"2" + edge))

@@ -1,5 +1,6 @@
 """The whole gateway on real sockets, as its users meet it: the demo, limits, tiers, breaker, health, metrics."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.kit import (
+    PATIENCE,
+    RawClient,
     RawRequest,
     RawUpstream,
     RunningGateway,
@@ -217,6 +220,35 @@ def test_an_unhealthy_target_gets_no_traffic_until_it_is_well(gateway: StartGate
     is_sick = False
     eventually(lambda: get(running, "/health").json()["status"] == "pass", "the target is well again")
     assert {get(running, "/api/x", "c").body for _ in range(6)} == {b"sick one", b"well one"}
+
+
+def test_a_pool_that_slow_answers_hold_makes_no_target_unhealthy(
+    gateway: StartGateway, upstream: StartUpstream
+) -> None:
+    over = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if b"/slow" in request.line:
+            over.wait(PATIENCE)
+        return reply()(wire, request)
+
+    up = upstream(behave)
+    check = {"path": "/health", "interval": 0.05, "timeout": 0.2, "unhealthy_after": 1}
+    running = gateway(in_front_of(up.url, health_check=check, pool={"max_connections": 2}))
+
+    def checks() -> int:
+        return sum(request.line.startswith(b"GET /health ") for request in up.requests)
+
+    with RawClient(running.port) as one, RawClient(running.port) as other:
+        for client in (one, other):
+            client.request("GET", "/api/slow")
+        eventually(lambda: len(up.requests) - checks() == 2, "both connections are taken")
+        before = checks()
+        eventually(lambda: checks() > before + 3, "it is checked", 2)
+        (target,) = get(running, "/health").json()["upstreams"]["up"]["targets"]
+        assert (target["healthy"], target["last_check"]) == (True, "status 200")
+        over.set()
+        assert [client.answer().status for client in (one, other)] == [200, 200]
 
 
 def test_without_a_healthy_target_the_answer_is_503(gateway: StartGateway, upstream: StartUpstream) -> None:

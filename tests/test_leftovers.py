@@ -8,12 +8,24 @@ from typing import Any
 
 import pytest
 
-from tests.kit import Behaviour, RawClient, RawUpstream, RunningGateway, eventually, in_front_of, reply
+from tests.kit import (
+    Behaviour,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    eventually,
+    in_front_of,
+    reply,
+)
+from tests.test_websocket import ASKING, BINARY, SWITCHED, frame
 
 Start = Callable[[dict[str, Any]], RunningGateway]
 Upstreams = Callable[..., RawUpstream]
 
 CHUNKED = "Transfer-Encoding: chunked"
+LASTING = {"failure_threshold": 1000, "minimum_calls": 1000}
 
 
 def chunked(wire: Any, _request: object) -> None:
@@ -38,6 +50,21 @@ def uncollected() -> Iterator[Counter[str]]:
         gc.enable()
 
 
+def left_by(running: RunningGateway, visit: Callable[[RawClient], None]) -> Counter[str]:
+    """Return what a client's second visit leaves behind."""
+
+    def come_and_go() -> None:
+        with RawClient(running.port) as client:
+            visit(client)
+        eventually(lambda: not running.server.server_state.connections, "the connection is closed")
+        eventually(lambda: not running.server.server_state.tasks, "nobody serves it any more")
+
+    come_and_go()
+    with uncollected() as found:
+        come_and_go()
+    return found
+
+
 @pytest.mark.parametrize("behave", [reply(), reply(status=b"500 Broken"), chunked], ids=["plain", "500", "chunked"])
 @pytest.mark.parametrize(
     ("method", "headers", "body"),
@@ -52,17 +79,75 @@ def uncollected() -> Iterator[Counter[str]]:
 def test_a_request_leaves_no_cycles(
     gateway: Start, upstream: Upstreams, behave: Behaviour, method: str, headers: tuple[str, ...], body: bytes
 ) -> None:
-    breaker = {"failure_threshold": 1000, "minimum_calls": 1000}
-    running = gateway(in_front_of(upstream(behave).url, circuit_breaker=breaker))
+    running = gateway(in_front_of(upstream(behave).url, circuit_breaker=LASTING))
 
-    def visit() -> None:
-        with RawClient(running.port) as client:
-            for _ in range(3):
-                client.request(method, "/api/x", headers, body)
-                assert client.answer(method).body == b"ok"
-        eventually(lambda: not running.server.server_state.connections, "the connection is closed")
+    def visit(client: RawClient) -> None:
+        for _ in range(3):
+            client.request(method, "/api/x", headers, body)
+            assert client.answer(method).body == b"ok"
 
-    visit()
-    with uncollected() as found:
-        visit()
-    assert found == Counter()
+    assert left_by(running, visit) == Counter()
+
+
+def is_reset(wire: Wire, _request: RawRequest) -> bool:
+    wire.send(b"HTTP")
+    wire.reset()
+    return False
+
+
+def breaks_off(wire: Wire, _request: RawRequest) -> bool:
+    wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+    return False
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+@pytest.mark.parametrize("behave", [is_reset, breaks_off, None], ids=["reset", "broken off", "refused"])
+def test_a_failed_try_leaves_no_cycles(
+    gateway: Start, upstream: Upstreams, behave: Behaviour | None, attempts: int
+) -> None:
+    up = upstream(behave)
+    if behave is None:
+        up.close()
+    options = {"circuit_breaker": LASTING, "retry": {"attempts": attempts, "budget": 1, "backoff": {"base": 0}}}
+    running = gateway(in_front_of(up.url, **options))
+
+    def visit(client: RawClient) -> None:
+        if behave is breaks_off:
+            client.request()
+            assert not client.answer().is_complete
+        else:
+            assert client.get().status == 502
+
+    assert left_by(running, visit) == Counter()
+
+
+def test_an_event_stream_leaves_no_cycles(gateway: Start, upstream: Upstreams) -> None:
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        wire.send(head + b"9\r\ndata: 1\n\n\r\n0\r\n\r\n")
+
+    running = gateway(in_front_of(upstream(behave).url))
+
+    def visit(client: RawClient) -> None:
+        assert client.get().body == b"data: 1\n\n"
+
+    assert left_by(running, visit) == Counter()
+
+
+@pytest.mark.parametrize("who", ["client", "upstream"])
+def test_a_websocket_leaves_no_cycles(gateway: Start, upstream: Upstreams, who: str) -> None:
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        wire.send(SWITCHED + frame(BINARY, b"hello"))
+        if who == "client":
+            wire.is_closed()
+        return False
+
+    running = gateway(in_front_of(upstream(behave).url))
+
+    def visit(client: RawClient) -> None:
+        client.request("GET", "/api/x", ASKING)
+        assert client.read_until(b"hello") is not None
+        if who == "upstream":
+            assert client.is_closed()
+
+    assert left_by(running, visit) == Counter()

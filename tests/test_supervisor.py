@@ -2,16 +2,17 @@
 
 import asyncio
 import logging
+import signal
 from typing import Any, cast
 
 import pytest
 
 from api_gateway import supervisor
-from api_gateway.config import load_config
+from api_gateway.config import GatewayConfig, load_config
 from api_gateway.metrics import Recorder
 from api_gateway.report import Report
 from api_gateway.staff import Worker
-from api_gateway.supervisor import FIRST_DELAY, LONGEST_DELAY, Ledger, Supervisor, delay_after
+from api_gateway.supervisor import FIRST_DELAY, LONGEST_DELAY, Ledger, Post, Supervisor, delay_after
 
 
 def test_a_first_failure_is_made_good_soon_and_later_ones_less_and_less_so() -> None:
@@ -119,6 +120,82 @@ async def test_a_gathering_that_one_gives_up_goes_on_for_the_others() -> None:
     await turns()
     one.answer()
     assert allowed(await patient) == 0
+
+
+class Leaver:
+    """A worker that was told to stop, and ends when it is killed or its time has come."""
+
+    has_served = True
+
+    def __init__(self, seconds: float, cut_off: int = 0) -> None:
+        self.cut_off = cut_off
+        self.report = Report("1", Recorder(["up"], [], ["FREE"], (50,), 0.0))
+        self.drains_within = 0.0
+        self._seconds = seconds
+        self._killed = asyncio.Event()
+
+    async def wait(self) -> int:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._killed.wait()
+        except TimeoutError:
+            return 0
+        return -signal.SIGKILL
+
+    def relieve(self) -> None:
+        """Nothing more is needed."""
+
+    terminate = relieve
+
+    def kill(self) -> None:
+        self._killed.set()
+
+
+def supervisor_of(*leavers: Leaver, monkeypatch: pytest.MonkeyPatch, drain_timeout: float) -> Supervisor:
+    left = iter(leavers)
+
+    async def hire(*_: object) -> Leaver:
+        return next(left)
+
+    monkeypatch.setattr(supervisor, "hire", hire)
+    monkeypatch.setattr(supervisor, "DRAIN_MARGIN", 0.0)
+    return Supervisor(drains_in(drain_timeout), lambda: drains_in(1))
+
+
+def drains_in(seconds: float) -> GatewayConfig:
+    return load_config(None, {"server": {"drain_timeout": seconds}})
+
+
+async def test_a_worker_has_the_time_to_drain_that_it_was_hired_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reload may shorten it, but the worker does not know."""
+    boss = supervisor_of(Leaver(0.05), monkeypatch=monkeypatch, drain_timeout=30)
+    worker = await boss._hire(Post(1, []))
+    boss._config = drains_in(0.01)
+    await boss._relieve(worker)
+    assert worker.cut_off == boss._cut_off == 0
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+async def test_a_worker_that_is_killed_has_cut_off_what_it_served(
+    monkeypatch: pytest.MonkeyPatch, *, is_ready: bool
+) -> None:
+    leaver = Leaver(30)
+    leaver.has_served = is_ready
+    boss = supervisor_of(leaver, monkeypatch=monkeypatch, drain_timeout=30)
+    worker = await boss._hire(Post(1, []))
+    worker.kill()
+    await boss._relieve(worker)
+    assert boss._cut_off == int(is_ready)
+
+
+async def test_what_relieved_workers_have_cut_off_is_added_to_what_the_last_ones_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    boss = supervisor_of(Leaver(0, 2), Leaver(0, 3), monkeypatch=monkeypatch, drain_timeout=30)
+    await boss._relieve(await boss._hire(Post(1, [])))
+    await boss._hire(Post(1, []))
+    await boss._dismiss()
+    assert boss._cut_off == 5
 
 
 def test_what_only_a_restart_can_change_stays_and_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -443,6 +443,52 @@ async def test_the_second_try_is_the_last(transport: UpstreamTransport, upstream
     assert len(up.requests) == 3
 
 
+async def test_a_request_does_not_count_as_unsent_because_its_second_try_is_refused(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """The upstream may have acted on it before it closed."""
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if b"/dies" in request.line:
+            up.close()
+            return False
+        wire.send(OK)
+        return None
+
+    up = upstream(behave)
+    await fetch(transport, request_to(up))
+    with pytest.raises(httpx.ReadError, match="once more: no connection"):
+        await fetch(transport, request_to(up, "/dies"))
+
+
+async def test_a_request_does_not_count_as_unsent_because_its_second_try_finds_no_connection(
+    upstream: StartUpstream,
+) -> None:
+    gate, over = threading.Event(), threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if b"/dies" in request.line:
+            gate.wait(PATIENCE)
+            return False
+        if b"/slow" in request.line:
+            over.wait(PATIENCE)
+        wire.send(OK)
+        return None
+
+    up = upstream(behave)
+    async with UpstreamTransport(max_connections=1) as transport:
+        await fetch(transport, request_to(up))
+        dying = asyncio.create_task(fetch(transport, request_to(up, "/dies", pool=0.05)))
+        await soon(lambda: len(up.requests) == 2, "the request arrives")
+        slow = asyncio.create_task(fetch(transport, request_to(up, "/slow")))
+        await settles(transport, "1 busy, 0 idle, 1 waiting")
+        gate.set()
+        with pytest.raises(httpx.ReadError, match="once more: no connection"):
+            await dying
+        over.set()
+        assert await slow == b"ok"
+
+
 async def test_the_second_try_is_the_last_even_if_it_has_to_wait_for_a_used_connection(
     upstream: StartUpstream,
 ) -> None:
@@ -869,6 +915,25 @@ async def test_an_answer_that_comes_before_the_body_is_sent_ends_the_sending(
     await soon(lambda: body.is_ended, "nobody waits for the rest of the body")
     assert state(transport) == "0 busy, 0 idle, 0 waiting"
     assert await fetch(transport, request_to(up)) == b"ok"
+
+
+@pytest.mark.parametrize("end", [Wire.close, Wire.reset], ids=["closed", "reset"])
+async def test_a_connection_that_is_lost_ends_the_sending(
+    transport: UpstreamTransport, upstream: StartUpstream, end: Callable[[Wire], None]
+) -> None:
+    """What the client has yet to send is for another try, or for nobody."""
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        assert wire.read_until(b"begun")
+        end(wire)
+        return False
+
+    body = Stalling()
+    with pytest.raises(httpx.ReadError):
+        await fetch(
+            transport, request_to(upstream(behave, reads_body=False), method="PUT", headers=CHUNKED, body=body)
+        )
+    await soon(lambda: body.is_ended, "nobody waits for the rest of the body", 2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -15,7 +15,7 @@ from api_gateway.resolution import Name
 from api_gateway.service import Service, Timeouts
 from api_gateway.transport import UpstreamTransport
 from api_gateway.upkeep import Upkeep
-from tests.kit import FakeClock
+from tests.kit import FakeClock, RawUpstream
 
 NOW = 1000.0
 
@@ -89,6 +89,31 @@ def test_the_log_hears_each_thing_once(caplog: pytest.LogCaptureFixture) -> None
         "upstream users: one.test cannot be resolved, 10.0.0.2 is kept: no such host",
         "upstream users: one.test is resolved again: 10.0.0.2",
     ]
+
+
+async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection(
+    upstream: Callable[..., RawUpstream],
+) -> None:
+    """Names come and go, and with them what is connected to."""
+    up = upstream()
+    one = Name(up.url)
+    service = Service(
+        Upstream("users", one.targets, CircuitBreaker(BreakerPolicy(), NOW), round_robin),
+        UpstreamTransport(),
+        Timeouts(1, 1, 1, None),
+    )
+    own = UpstreamTransport()
+    upkeep = Upkeep(
+        service,
+        policy=HealthPolicy("/health"),
+        transport=own,
+        resolve=nobody,
+        clock=FakeClock(NOW),
+        source=random.Random(1),
+    )
+    assert await upkeep._asker(one.targets[0])(f"{up.url}/health", 1.0) == 200
+    assert repr(own) == repr(service.transport) == "<UpstreamTransport {}>"
+    await upkeep.close()
 
 
 def test_its_repr_tells_what_it_keeps() -> None:
