@@ -10,7 +10,7 @@ check:   ## linters and strict types
 format:  ## bring the code into shape
 	ruff format .
 	ruff check --fix .
-test:    ## all tests but those that build environments
+test:    ## all tests but those that build environments or take all cores (pytest -n 0 -m "install or heavy")
 	pytest
 cover:   ## tests with coverage by module
 	pytest --cov --cov-report=term-missing

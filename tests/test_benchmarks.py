@@ -320,6 +320,7 @@ def test_the_table_of_an_overload_holds_the_latencies_against_the_calmest() -> N
     ]
 
 
+@pytest.mark.heavy
 def test_a_short_overload_sheds_the_lowest_tier_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert overload.main(["--only", "limit: 40", "--seconds", "2", "--settling", "1", "--quiet", "1"]) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| lim")]
@@ -329,6 +330,7 @@ def test_a_short_overload_sheds_the_lowest_tier_first(capsys: pytest.CaptureFixt
     assert shares["FREE"] < 40
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("wrk"), reason="needs nginx and wrk on the PATH")
 def test_a_short_comparison_prints_a_table_and_writes_a_plot(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.compare", "--peers", "gateway,constant", "--only", "small"]
@@ -352,6 +354,7 @@ def test_a_short_comparison_prints_a_table_and_writes_a_plot(tmp_path: Path) -> 
     assert json.loads((tmp_path / "all.json").read_text())["found"]["small"].keys() == {"gateway", "constant"}
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx on the PATH")
 def test_a_short_flood_of_invented_ids_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
     try:

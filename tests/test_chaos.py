@@ -136,6 +136,7 @@ def test_a_name_that_is_not_known_is_an_error_that_tells_the_known(capsys: pytes
     assert "unknown: gone; there are dead, errors, slow, flapping, hanging" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_short_run_of_chaos_prints_its_tables(tmp_path: Path) -> None:
     file = tmp_path / "all.json"
     arguments = ["--peers", "gateway", "--failures", "errors", "--seconds", "1", "--rate", "100", "--json", str(file)]
@@ -177,6 +178,7 @@ def test_what_rises_or_is_left_over_is_not() -> None:
     assert unlike.problems() == ["3 times plain: status 500"]
 
 
+@pytest.mark.heavy
 def test_a_short_soak_tells_what_it_saw_and_leaves_nothing_open() -> None:
     """A line through so few notes says nothing: whether they rise is not looked at here."""
     lines = printed("benchmarks.soak", "--minutes", "0.1", codes=(0, 1)).splitlines()
