@@ -256,6 +256,13 @@ def test_a_client_that_has_its_early_answer_cannot_keep_the_connection(
     size = 16 * MIB
     up.reads_body = False
     downloads(up, size)
+    answers = up.behave
+
+    def behave(wire: Wire, request: RawRequest) -> object:
+        assert wire.read_exactly(4) == b"half"  # what is left unread would turn the end into a reset
+        return answers(wire, request)
+
+    up.behave = behave
     server = {"idle_timeout": 2, "max_body_bytes": MAX_BODY, "drain_timeout": 1}  # more than a busy machine may pause
     running = gateway(in_front_of(up.url, timeouts={"response": RESPONSE}) | {"server": server})
     with RawClient(running.port) as client:
