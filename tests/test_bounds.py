@@ -258,7 +258,7 @@ def test_a_client_that_has_its_early_answer_cannot_keep_the_connection(
     downloads(up, size)
     answers = up.behave
 
-    def behave(wire: Wire, request: RawRequest) -> object:
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
         assert wire.read_exactly(4) == b"half"  # what is left unread would turn the end into a reset
         return answers(wire, request)
 
