@@ -216,7 +216,13 @@ async def metrics(
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
         exposition = Exposition(
-            report.recorder, report.upstreams, report.limiter, report.buckets, console.version, report.lag
+            report.recorder,
+            report.upstreams,
+            report.limiter,
+            report.buckets,
+            console.version,
+            report.lag,
+            report.tasks,
         )
         body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})

@@ -34,6 +34,7 @@ class Exposition:
         buckets: int,
         version: str,
         lag: float = 0.0,
+        tasks: int = 0,
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
@@ -41,6 +42,7 @@ class Exposition:
         self._buckets = buckets
         self._version = version
         self._lag = lag
+        self._tasks = tasks
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -249,6 +251,7 @@ class Exposition:
                 shed.add_metric([name, tier], count)
         yield shed
         yield GaugeMetricFamily("gateway_event_loop_lag_seconds", "How late the event loop runs.", value=self._lag)
+        yield GaugeMetricFamily("gateway_event_loop_tasks", "Tasks the event loop has.", value=self._tasks)
 
 
 def _classic(tally: Tally) -> list[tuple[str, float]]:

@@ -606,6 +606,7 @@ def _look(gateway: Gateway) -> Report:
         client_trouble=gateway.clients.trouble,
         histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
         lag=gateway.lag.lag,
+        tasks=len(asyncio.all_tasks()),
     )
 
 

@@ -34,6 +34,7 @@ def merge(reports: Sequence[Report]) -> Report:
         merged.bucket_limit = max(merged.bucket_limit, report.bucket_limit)
         merged.overflowed += report.overflowed
         merged.lag = max(merged.lag, report.lag)
+        merged.tasks += report.tasks
     merged.limiter = _merge_limiters(reports)
     merged.client_trouble = next((it.client_trouble for it in reports if it.client_trouble and not it.is_over), None)
     merged.is_over = all(report.is_over for report in reports)

@@ -225,6 +225,7 @@ class Report:
     histories: dict[str, list[FlightRecord]] = field(default_factory=dict)  # by upstream, the oldest move first
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
+    tasks: int = 0  # that the event loop has
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "Report":
@@ -248,6 +249,7 @@ class Report:
                 for name, records in self.histories.items()
             },
             "lag": self.lag,
+            "tasks": self.tasks,
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -259,6 +261,7 @@ class Report:
         self.limiter = LimiterState(**state["limiter"])
         self.client_trouble = state["client_trouble"]
         self.lag = state["lag"]
+        self.tasks = state["tasks"]
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])
 
@@ -272,7 +275,7 @@ class Report:
     def end(self) -> None:
         """Keep what was counted and drop what was going on: the worker has ended."""
         self.is_over = True
-        self.recorder.in_flight = self.buckets = 0
+        self.recorder.in_flight = self.buckets = self.tasks = 0
         self.lag = 0.0
 
 

@@ -298,7 +298,7 @@ def limited_report(worker: str, places: float, taken: int, shed: int, lag: float
     found.shed["people"]["FREE"] += shed
     found.shed["_gateway"]["FREE"] += 1
     other = Report.blank(worker)
-    told = Report(worker, found, {"people": UpstreamReport.of(live, START)}, lag=lag)
+    told = Report(worker, found, {"people": UpstreamReport.of(live, START)}, lag=lag, tasks=int(lag * 100))
     other.update(through_json(told.state()))
     return other
 
@@ -307,13 +307,13 @@ def test_places_and_what_was_shed_are_summed_and_the_latest_loop_is_shown() -> N
     both = merge([limited_report("1", 40, 7, 5, 0.01), limited_report("2", 30.5, 3, 2, 0.4)])
     assert both.upstreams["people"].concurrency == Concurrency(70.5, 10)
     assert both.recorder.shed == {"people": {"FREE": 7}, "_gateway": {"FREE": 2}}
-    assert both.lag == 0.4
+    assert (both.lag, both.tasks) == (0.4, 41)
     ended = limited_report("3", 100, 9, 4, 9.0)
     ended.end()
     after = merge([both, ended])
     assert after.upstreams["people"].concurrency == Concurrency(70.5, 10)
     assert after.recorder.shed["people"] == {"FREE": 11}
-    assert after.lag == 0.4
+    assert (after.lag, after.tasks) == (0.4, 41)
 
 
 def test_without_a_limit_what_is_under_way_is_summed() -> None:
