@@ -4,10 +4,10 @@ Clients of every kind come at a fixed rate, some 150 a second: plain ones, uploa
 leave half-way, one that is limited, some with headers never seen before, and some that want an upstream which is away
 for a quarter of the time. Meanwhile the gateway's memory, descriptors, threads, tasks, requests in flight and metric
 series are noted. After a warm-up each series of notes gets a line (Theil and Sen's: the median of the slopes between
-any two notes); one that rises by more than `ALLOWED` from the first note to the last is not flat. When all clients have gone,
-nothing may be in flight, and no more descriptors open than before the first came. Exits with 1 if anything is not flat
-or an answer was not the one due. A run of some minutes shows what is left over, but not whether memory stays: it is
-warm only after five. Linux only.
+any two notes); one that rises by more than `ALLOWED` from the first note to the last is not flat. When all clients
+have gone, nothing may be in flight, and no more descriptors open than before the first came. Exits with 1 if anything
+is not flat or an answer was not the one due. A run of some minutes shows what is left over, but not whether memory
+stays: it is warm only after five. Linux only.
 """
 
 import argparse
