@@ -13,19 +13,9 @@ from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
 from api_gateway.overload import Concurrency, ConcurrencyLimit
-from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin
+from api_gateway.picks import Pick
 from api_gateway.rotation import Rotation, serves
 from api_gateway.targets import Target
-
-__all__ = [
-    "Lease",
-    "Pick",
-    "Target",
-    "Upstream",
-    "least_requests",
-    "rendezvous_hash",
-    "round_robin",
-]
 
 
 class SlowHead(NamedTuple):

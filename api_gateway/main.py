@@ -22,7 +22,7 @@ from api_gateway import __version__, admin
 from api_gateway.access_log import AccessLog
 from api_gateway.admin import Console, Phase
 from api_gateway.auth import AdminGuard
-from api_gateway.balancer import Pick, Target, Upstream, least_requests, rendezvous_hash, round_robin
+from api_gateway.balancer import Upstream
 from api_gateway.breaker_modes import ModeBoard, ModeFile
 from api_gateway.breaker_policy import BreakerPolicy, Mode
 from api_gateway.breaker_records import Transition
@@ -52,7 +52,7 @@ from api_gateway.metrics import Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief, Split, Switch, is_proxied
 from api_gateway.models import Client, Quota
 from api_gateway.overload import Bands, ConcurrencyLimit, LagLimit
-from api_gateway.picks import share_of_key
+from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin, share_of_key
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
@@ -68,6 +68,7 @@ from api_gateway.settlement import Settlement
 from api_gateway.shadow import Shadow
 from api_gateway.sqlite_clients import SqliteClients
 from api_gateway.store import StoreSession
+from api_gateway.targets import Target
 from api_gateway.tasks import end
 from api_gateway.transport import UpstreamTransport, tls_context
 from api_gateway.upkeep import Upkeep
@@ -408,22 +409,17 @@ def _upkeep(
     )
 
 
-def _breaker(section: UpstreamSection, now: float) -> CircuitBreaker:
+def _breaker(section: UpstreamSection, now: float, **changes: float) -> CircuitBreaker:
     settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected"})
-    return CircuitBreaker(BreakerPolicy(**settings), now, random.Random())  # noqa: S311 - spreads probes
-
-
-def _target_breaker(section: UpstreamSection, now: float) -> CircuitBreaker:
-    """Return a breaker of one target: traffic comes back to it by its slow start."""
-    settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected"}) | {"ramp": 0.0}
-    return CircuitBreaker(BreakerPolicy(**settings), now, random.Random())  # noqa: S311 - spreads probes
+    return CircuitBreaker(BreakerPolicy(**settings | changes), now, random.Random())  # noqa: S311 - spreads probes
 
 
 def _rotation(section: UpstreamSection) -> Rotation:
     return Rotation(
         RotationPolicy(section.circuit_breaker.max_ejected, section.slow_start),
         draw=share_of_key if section.balance == "hash" else _by_chance(random.Random()),  # noqa: S311 - as above
-        make_breaker=partial(_target_breaker, section) if section.circuit_breaker.per_target else None,
+        # Traffic comes back to a target by its slow start, and by no ramp beside it.
+        make_breaker=partial(_breaker, section, ramp=0.0) if section.circuit_breaker.per_target else None,
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import httpx
 
-from api_gateway.balancer import Target
 from api_gateway.deadline import Deadline
 from api_gateway.errors import BodyTooLarge, ClientDisconnected
 from api_gateway.headers import REQUEST_TIMEOUT, Fields, for_upstream, framing, interim_to_pass, trailers_to_pass
@@ -15,6 +14,7 @@ from api_gateway.link import Link
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
 from api_gateway.service import Service
+from api_gateway.targets import Target
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import httpx
 
 from api_gateway.answer import Answer
-from api_gateway.balancer import Lease, Target
+from api_gateway.balancer import Lease
 from api_gateway.breaker_records import Transition
 from api_gateway.deadline import Deadline
 from api_gateway.errors import (
@@ -55,6 +55,7 @@ from api_gateway.retry import Failed, Why, is_repeatable, retry_after_of
 from api_gateway.routes import PROXIED_METHODS, Route, RouteTable, refuse_method, upstream_target
 from api_gateway.service import Service
 from api_gateway.stand_in import StandIn
+from api_gateway.targets import Target
 from api_gateway.tunnel import Tunnel
 from api_gateway.verdicts import Verdicts
 

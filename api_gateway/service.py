@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import httpx
 
-from api_gateway.balancer import Target, Upstream
+from api_gateway.balancer import Upstream
 from api_gateway.connection import Connection
 from api_gateway.headers import Fields
 from api_gateway.models import Exchange
 from api_gateway.outgoing import Origin
 from api_gateway.retry import Retries, RetryPolicy
+from api_gateway.targets import Target
 from api_gateway.transport import UpstreamTransport
 
 

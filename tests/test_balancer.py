@@ -8,19 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import (
-    Lease,
-    Pick,
-    Target,
-    Upstream,
-    least_requests,
-    rendezvous_hash,
-    round_robin,
-)
+from api_gateway.balancer import Lease, Upstream
 from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream
 from api_gateway.models import Outcome
+from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin
+from api_gateway.targets import Target
 
 NOW = 1000.0
 KEYS = [f"client-{number}" for number in range(2000)]

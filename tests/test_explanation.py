@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Target, Upstream, least_requests, round_robin
+from api_gateway.balancer import Upstream
 from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients import ClientRegistry
@@ -23,6 +23,7 @@ from api_gateway.fallback import Fallback
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import Identify, Limit, Match, Proxy, Record
 from api_gateway.models import NANOSECONDS, Exchange, Quota
+from api_gateway.picks import least_requests, round_robin
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.request import Message
 from api_gateway.router import Router
@@ -31,6 +32,7 @@ from api_gateway.service import Service, Timeouts
 from api_gateway.settlement import Settlement
 from api_gateway.shadow import Shadow
 from api_gateway.sqlite_clients import SqliteClients
+from api_gateway.targets import Target
 from tests.kit import RawUpstream, RunningGateway, ask, in_front_of
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]

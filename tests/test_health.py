@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from api_gateway.balancer import Target
 from api_gateway.health import Ask, HealthJudge, HealthPolicy, HealthWatch, check
+from api_gateway.targets import Target
 from tests.kit import FakeClock, soon
 
 POLICY = HealthPolicy("/health", interval=0.001, timeout=5, healthy_after=2, unhealthy_after=3)

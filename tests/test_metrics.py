@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from api_gateway.balancer import Target, Upstream, round_robin
+from api_gateway.balancer import Upstream
 from api_gateway.breaker_policy import BreakerPolicy, Mode
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
@@ -22,8 +22,10 @@ from api_gateway.exposition import DURATION_BOUNDS, Exposition
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
 from api_gateway.metrics_bodies import RateWindow
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
+from api_gateway.picks import round_robin
 from api_gateway.report import UpstreamReport
 from api_gateway.rotation import Rotation
+from api_gateway.targets import Target
 
 START = 1000.0
 TIERS = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "PREMIUM")}

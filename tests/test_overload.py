@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Lease, Target, Upstream, round_robin
+from api_gateway.balancer import Lease, Upstream
 from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import CircuitOpen, Reason, Shed, problem
 from api_gateway.models import Outcome
 from api_gateway.overload import LAGS, ONE_BAND, Bands, ConcurrencyLimit, LagLimit
+from api_gateway.picks import round_robin
+from api_gateway.targets import Target
 
 NOW = 1000.0
 TIERS = Bands({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})

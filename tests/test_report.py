@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Target, Upstream, round_robin
+from api_gateway.balancer import Upstream
 from api_gateway.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.exposition import Exposition
@@ -16,6 +16,7 @@ from api_gateway.merging import merge
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.overload import Concurrency, ConcurrencyLimit
+from api_gateway.picks import round_robin
 from api_gateway.report import (
     BreakerReport,
     NameReport,
@@ -27,6 +28,7 @@ from api_gateway.report import (
 )
 from api_gateway.resolution import Name
 from api_gateway.rotation import Rotation
+from api_gateway.targets import Target
 
 START = 1000.0
 FREE = Quota.per_second("FREE", 1, 10)

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from api_gateway.balancer import Lease, Pick, Target, Upstream, least_requests, rendezvous_hash, round_robin
+from api_gateway.balancer import Lease, Upstream
 from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import NoHealthyUpstream
 from api_gateway.models import Outcome
-from api_gateway.picks import LOAD_BOUND, share_of_key
+from api_gateway.picks import LOAD_BOUND, Pick, least_requests, rendezvous_hash, round_robin, share_of_key
 from api_gateway.rotation import Rotation, RotationPolicy
+from api_gateway.targets import Target
 
 NOW = 1000.0
 POLICY = BreakerPolicy(failure_threshold=3, recovery_timeout=30)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from api_gateway.balancer import Upstream, round_robin
+from api_gateway.balancer import Upstream
 from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.health import HealthPolicy
+from api_gateway.picks import round_robin
 from api_gateway.resolution import Name
 from api_gateway.service import Service, Timeouts
 from api_gateway.transport import UpstreamTransport
