@@ -427,7 +427,7 @@ class Passage(Answer):
         """Send the request, if there is a connection free for it. Raises Unavailable if it may not go."""
         exchange, standing = self.exchange, self._lines.standing
         exchange.upstream = self._route.upstream
-        service.retry_budget.deposit(exchange.started)
+        service.retries.budget.deposit(exchange.started)
         checkout = service.upstream.checkout
         is_safe = exchange.method in IDEMPOTENT
         self.lease = lease = checkout(now, standing.charges[0].key, band=standing.band, is_safe=is_safe)

@@ -149,7 +149,7 @@ class Router:
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
             return self._answer_options(exchange, send)
         request.body = self._body(exchange, service, request, receive)
-        service.retry_budget.deposit(exchange.started)
+        service.retries.budget.deposit(exchange.started)
         tries = self._tries(exchange, service, request, receive, send)
         if route.fallback is None:
             return tries

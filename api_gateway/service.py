@@ -47,7 +47,6 @@ class Service:
         self.transport = transport
         self.total_timeout = timeouts.total
         self.retries = Retries(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
-        self.retry_budget = self.retries.budget
         self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
         self.hash_header = hash_header
         self.origins = {target: _origin(target) for target in upstream.targets}

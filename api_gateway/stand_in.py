@@ -86,7 +86,7 @@ class StandIn:
         failed, target = exchange.upstream, exchange.target
         exchange.upstream = upstream
         service = self._services[upstream]
-        service.retry_budget.deposit(exchange.started)
+        service.retries.budget.deposit(exchange.started)
         try:
             await self._ask(exchange, service, request, receive, send)
         except (Unavailable, UpstreamFailed) as error:

@@ -23,8 +23,9 @@ from api_gateway.answer import NO_LIMITS, Answer, Incoming
 from api_gateway.connection import Connection, Stale
 from api_gateway.outgoing import NO_BODY, Origin, Outgoing
 from api_gateway.pool import Pool
+from api_gateway.retry import IDEMPOTENT
 
-_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
+_REPEATABLE = IDEMPOTENT | {"TRACE"}
 
 
 class UpstreamTransport(httpx.AsyncBaseTransport):
@@ -62,7 +63,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             try:
                 await answer.until_head()
             except Stale:
-                if request.method not in _IDEMPOTENT or request.framing is not None:
+                if request.method not in _REPEATABLE or request.framing is not None:
                     raise
                 try:
                     connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
