@@ -29,14 +29,8 @@ from api_gateway.breaker_records import Transition
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry
-from api_gateway.config import (
-    FallbackSection,
-    GatewayConfig,
-    RetrySection,
-    RouteSection,
-    UpstreamSection,
-    load_config,
-)
+from api_gateway.config import GatewayConfig, load_config
+from api_gateway.config_sections import FallbackSection, RetrySection, RouteSection, UpstreamSection
 from api_gateway.crew import Alone, Crew
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
