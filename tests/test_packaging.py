@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pydantic import BaseModel
 
 import api_gateway
@@ -101,7 +102,7 @@ def locked(name: str) -> dict[str, Requirement]:
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", one.strip()) for one in hashes), line
         parsed = Requirement(requirement.strip())
         assert [one.operator for one in parsed.specifier] == ["=="], line
-        found[parsed.name] = parsed
+        found[canonicalize_name(parsed.name)] = parsed
     return found
 
 
@@ -123,7 +124,7 @@ def test_the_lock_files_pin_what_pyproject_declares(name: str, extras: tuple[str
     """`make lock` brings them up to date."""
     pins = locked(name)
     for requirement in declared(*extras):
-        (pin,) = pins[requirement.name].specifier
+        (pin,) = pins[canonicalize_name(requirement.name)].specifier
         assert requirement.specifier.contains(pin.version), f"{requirement}: {name} has {pin.version}"
 
 
