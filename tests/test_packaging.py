@@ -95,7 +95,7 @@ def locked(name: str) -> dict[str, Requirement]:
     """Return what a lock file names, and check that each has nothing but a version, a marker and hashes."""
     text = (ROOT / name).read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    found = {}
+    found: dict[str, Requirement] = {}
     for line in lines:
         requirement, *hashes = line.split(" --hash=")
         assert hashes, line
