@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lifeline",
         "frames",
         "id_filter",
+        "local_resources",
         "breaker_policy",
         "upstream_bodies",
         "metrics_bodies",
@@ -33,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rate_limiter",
         "local_share",
         "call_window",
+        "principals",
         "ramp",
         "breaker_records",
         "circuit_breaker",
@@ -146,6 +148,7 @@ SIBLINGS = {
     ("breaker_records", "call_window"),
     ("circuit_breaker", "breaker_records"),
     ("circuit_breaker", "call_window"),
+    ("circuit_breaker", "principals"),
     ("circuit_breaker", "ramp"),
     ("balancer", "breaker_records"),
     ("balancer", "circuit_breaker"),
@@ -204,6 +207,7 @@ SIBLINGS = {
 }
 OUTSIDE = {
     "httpx": {
+        "local_resources",
         "pool",
         "outgoing",
         "answer",
