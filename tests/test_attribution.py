@@ -248,7 +248,11 @@ def test_an_answer_that_waits_for_the_rest_of_an_upload_counts_against_nobody(
 
 
 def test_an_upstream_that_stops_reading_is_at_fault(gateway: StartGateway, upstream: StartUpstream) -> None:
-    up = upstream(lambda wire, _: time.sleep(2) and False, reads_body=False)
+    def stalls(_wire: Wire, _request: RawRequest) -> bool:
+        time.sleep(2)
+        return False
+
+    up = upstream(stalls, reads_body=False)
     running = gateway(sections(up.url, timeouts={"idle": 0.3, "response": 9}))
     with RawClient(running.port) as client:
         sender = threading.Thread(target=send_all, args=(client, LARGE))
