@@ -103,6 +103,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "explanation",
     ),
     ("target_views", "admin", "demo"),
+    ("assembly_upstreams", "assembly_routes", "assembly_stores", "assembly_data_plane", "assembly"),
     ("main",),
     ("server", "staff"),
     ("worker", "supervisor"),
@@ -110,6 +111,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 SIBLINGS = {
+    ("assembly", "assembly_stores"),
+    ("assembly", "assembly_upstreams"),
+    ("assembly_data_plane", "assembly"),
+    ("assembly_data_plane", "assembly_routes"),
     ("local_share", "rate_limiter"),
     ("dispatcher", "store"),
     ("dispatcher", "tasks"),
@@ -213,6 +218,8 @@ OUTSIDE = {
         "service",
         "request",
         "router",
+        "assembly",
+        "assembly_upstreams",
         "main",
     },
     "httptools": {"connection", "protocol"},
