@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "heads",
         "diagnosis",
         "store_url",
+        "state_folder",
         "secret",
         "lifeline",
         "frames",
