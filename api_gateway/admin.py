@@ -71,6 +71,7 @@ from api_gateway.upstream_bodies import (
     ModeChanged,
     ModeView,
     OpeningView,
+    ResourceView,
     StoreView,
 )
 
@@ -174,7 +175,11 @@ async def health(request: Request, console: Open) -> HealthView:
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
         status = "fail"
-    elif not report.limiter.is_whole or report.client_trouble is not None:
+    elif (
+        not report.limiter.is_whole
+        or report.client_trouble is not None
+        or any(resource.status == "warn" for resource in report.resources)
+    ):
         status = "warn"
     if not console.guard.allows(request.headers.raw, is_loopback=_is_loopback(request)):
         return HealthView(status=status)
@@ -189,6 +194,7 @@ async def health(request: Request, console: Open) -> HealthView:
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
+        resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
     )
 
 
@@ -223,6 +229,7 @@ async def metrics(
             console.version,
             report.lag,
             report.tasks,
+            report.resources,
         )
         body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})

@@ -60,6 +60,7 @@ from api_gateway.routes import CostRule, Route, RouteTable
 from api_gateway.service import Service, Timeouts
 from api_gateway.settlement import Settlement
 from api_gateway.shadow import Shadow
+from api_gateway.shares import ResourceState, Shares
 from api_gateway.sqlite_clients import SqliteClients
 from api_gateway.store import StoreSession
 from api_gateway.targets import Target
@@ -131,6 +132,7 @@ def create_app(
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     crew: Crew | None = None,
     resolve: Resolve = look_up,
+    connections: Shares | None = None,
 ) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
@@ -139,6 +141,7 @@ def create_app(
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
     test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
     `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
+    `connections` are the shares of the server's connections, to be shown to operators.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -150,7 +153,7 @@ def create_app(
         async with _live(settings, rejections, transports or {}, resolve) as gateway:
             app.state.gateway = gateway
             switch.data_plane, switch.lane, explainer = _data_plane(gateway, server_headers)
-            app.state.console = _console(gateway, explainer, crew or Alone())
+            app.state.console = _console(gateway, explainer, crew or Alone(), connections)
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
@@ -563,9 +566,9 @@ def _shadow(gateway: Gateway, routes: Iterable[Route]) -> Shadow | None:
     return None if shadow.is_empty else shadow
 
 
-def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
+def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Shares | None) -> Console:
     token = gateway.config.admin.token
-    crew.enlist(partial(_look, gateway))
+    crew.enlist(partial(_look, gateway, connections))
     return Console(
         version=__version__,
         guard=AdminGuard(token.get_secret_value() if token else None),
@@ -579,7 +582,7 @@ def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
     )
 
 
-def _look(gateway: Gateway) -> Report:
+def _look(gateway: Gateway, connections: Shares | None) -> Report:
     """Return how this process stands."""
     now = time.monotonic()
     return Report(
@@ -597,6 +600,7 @@ def _look(gateway: Gateway) -> Report:
         histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
         lag=gateway.lag.lag,
         tasks=len(asyncio.all_tasks()),
+        resources=[] if connections is None else [ResourceState.of("connections", [connections])],
     )
 
 

@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "deadline",
         "auth",
         "limit_fields",
+        "shares",
         "sketch",
     ),
     (
