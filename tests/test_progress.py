@@ -6,7 +6,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import uvicorn
@@ -78,7 +78,7 @@ def connected(transport: asyncio.Transport) -> GatewayProtocol:
 async def ended(protocol: GatewayProtocol) -> None:
     """End the connection, and wait for the task that served it."""
     protocol.connection_lost(None)
-    await asyncio.gather(*cast("set[asyncio.Task[None]]", protocol.tasks))
+    await asyncio.gather(*protocol.tasks)
 
 
 @pytest.mark.timeout(10)
