@@ -21,7 +21,6 @@ from fastapi import FastAPI
 from api_gateway import __version__, admin
 from api_gateway.access_log import AccessLog
 from api_gateway.admin import Console, Phase
-from api_gateway.auth import AdminGuard
 from api_gateway.balancer import Upstream
 from api_gateway.breaker_modes import ModeBoard, ModeFile
 from api_gateway.breaker_policy import BreakerPolicy, Mode
@@ -30,7 +29,7 @@ from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.config_sections import FallbackSection, RetrySection, RouteSection, UpstreamSection
+from api_gateway.config_sections import AdminSection, FallbackSection, RetrySection, RouteSection, UpstreamSection
 from api_gateway.crew import Alone, Crew
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
@@ -42,9 +41,12 @@ from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy
 from api_gateway.lag import LagSampler
 from api_gateway.link import Lane
+from api_gateway.locality import LoopbackRule, NothingIsLocal
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief, Split, Switch, is_proxied
 from api_gateway.models import Client, Quota
+from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.operators import Operator, Role, Tokens
 from api_gateway.overload import Bands, ConcurrencyLimit, LagLimit
 from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin, share_of_key
 from api_gateway.rate_limiter import MemoryLimiter
@@ -95,16 +97,20 @@ class Gateway:
 
 
 class GatewayApp(FastAPI):
-    """The operator's endpoints, with the data plane in front of them.
+    """The operator endpoints behind their gate, with the data plane in front of both.
 
     Below `/api` nothing of the framework runs unless somebody has added middleware of their own: it then sees those
     requests too.
     """
 
-    def __init__(self, switch: Switch, **options: Any) -> None:
+    def __init__(self, switch: Switch, access: Access, refused: Counter[str], **options: Any) -> None:
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
+        endpoints = admin.install(self)
+        self.gate = OperatorGate(
+            super().__call__, access=access, endpoints=endpoints, readiness=self._readiness, refused=refused
+        )
 
     @property
     def lane(self) -> Lane | None:
@@ -117,10 +123,25 @@ class GatewayApp(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
-        if self._has_no_other_middleware and scope["type"] == "http" and is_proxied(scope["path"]):
+        if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
+        elif scope["type"] == "http" and self.gate.guards(scope):
+            await self.gate(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+    def _readiness(self) -> tuple[bool, str]:
+        console: Console | None = getattr(self.state, "console", None)
+        phase = Phase.STARTING if console is None else console.phase
+        return phase is Phase.SERVING, phase.value
+
+
+def operator_access(section: AdminSection) -> Access:
+    """Return who may use the operator endpoints. To be called again when the configuration is read again."""
+    if section.token is None:
+        return Access(Tokens(), LoopbackRule())
+    operator = Operator("admin", Role.OPERATE)
+    return Access(Tokens([(operator, section.token.get_secret_value().encode())]), NothingIsLocal())
 
 
 def create_app(
@@ -155,8 +176,10 @@ def create_app(
             yield
             app.state.console.phase = Phase.DRAINING
 
-    app = GatewayApp(
+    return GatewayApp(
         switch,
+        operator_access(settings.admin),
+        rejections,
         title="API Gateway",
         version=__version__,
         description="The operator's endpoints. Everything below `/api/` is proxied and not described here.",
@@ -164,8 +187,6 @@ def create_app(
         redirect_slashes=False,
         license_info={"name": "MIT", "identifier": "MIT"},
     )
-    admin.install(app)
-    return app
 
 
 def __getattr__(name: str) -> Any:
@@ -564,11 +585,9 @@ def _shadow(gateway: Gateway, routes: Iterable[Route]) -> Shadow | None:
 
 
 def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
-    token = gateway.config.admin.token
     crew.enlist(partial(_look, gateway))
     return Console(
         version=__version__,
-        guard=AdminGuard(token.get_secret_value() if token else None),
         limiter=gateway.limiter,
         clients=gateway.clients,
         crew=crew,
