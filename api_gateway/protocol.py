@@ -113,6 +113,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
         self._discarded = 0
         self._held = bytearray()  # what came behind a handshake or too many requests, until those are answered
+        self._releasing: asyncio.Handle | None = None  # of what is held, once it is due
         self._is_holding = self._is_handed_over = False
         self._piece = 0  # bytes that are being parsed
         self._has_begun = False  # a head has begun and is not complete
@@ -258,18 +259,7 @@ class GatewayProtocol(HttpToolsProtocol):
                     self.pause_reading()
                 self._hold(view)
                 return
-            piece = view[: HEAD_PIECE if self._reading is None else BODY_PIECE]
-            try:
-                self._piece = len(piece)
-                self._unparsed += self._piece
-                self.parser.feed_data(piece)
-            except httptools.HttpParserUpgrade as upgrade:
-                view = view[upgrade.args[0] :]
-                self._on_upgrade()
-            except httptools.HttpParserError as error:
-                self._on_error(error)
-            else:
-                view = view[self._piece :]
+            view = view[self._feed(view[: HEAD_PIECE if self._reading is None else BODY_PIECE]) :]
         if self._is_ending:
             return
         if self._reading is not None:
@@ -277,8 +267,33 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._unparsed or self._has_begun:
             self._await_rest()
 
+    def _feed(self, piece: memoryview) -> int:
+        """Parse one piece; return how many bytes of it were consumed.
+
+        That is none only if the connection is ending, or holds what comes: so whoever parses piece by piece gets to an
+        end, whatever the callbacks do.
+        """
+        size = self._piece = len(piece)
+        self._unparsed += size
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            size = upgrade.args[0]
+            self._on_upgrade()
+            if size == 0 and not self._is_holding:
+                self._close()
+        except httptools.HttpParserError as error:
+            self._on_error(error)
+        return size
+
+    def _release_soon(self) -> None:
+        """Parse what is held back, once the callbacks that run now are done."""
+        if self._releasing is None:
+            self._releasing = self.loop.call_soon(self._release)
+
     def _release(self) -> None:
         """Parse what was held back."""
+        self._releasing = None
         data, self._held = bytes(self._held), bytearray()
         self._is_holding = False
         if not self._is_over:
@@ -492,7 +507,12 @@ class GatewayProtocol(HttpToolsProtocol):
             self.refuse(BadRequest("CONNECT is not served here."))
             return
         self._unparsed += len(head)
-        self.parser.feed_data(head)
+        try:
+            self.parser.feed_data(head)
+        except httptools.HttpParserUpgrade:
+            self.refuse(BadRequest("The request asks for an upgrade that is not understood."))
+        except httptools.HttpParserError as error:
+            self._on_error(error)
 
     def _renew_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
@@ -532,7 +552,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if not keep_alive:
             self._close()
         elif self._held:
-            self.loop.call_soon(self._release)
+            self._release_soon()
             self._alarm.set(self._patience())
         else:
             self._is_holding = False
@@ -583,7 +603,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._enqueue(cycle)
         self._alarm.set(self._patience())
         if self._held:
-            self.loop.call_soon(self._release)
+            self._release_soon()
         else:
             self._is_holding = False
 
@@ -661,7 +681,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._renew_parser()
         if self._is_holding and (cycle.upgrade or len(self._waiting) < MAX_PIPELINED // 2):
             if not any(waiting.upgrade for waiting in self._waiting):
-                self.loop.call_soon(self._release)
+                self._release_soon()
         elif self._is_read_paused:
             self.resume_reading()
         self._discarded = 0
@@ -788,7 +808,10 @@ class GatewayProtocol(HttpToolsProtocol):
 
         Where a word of ours would get into, or pass for, an answer that is due, it ends without one.
         """
-        if self._is_ending or self.transport.is_closing():
+        if self._is_ending:
+            return
+        if self.transport.is_closing():  # nobody reads a refusal, and nothing more is parsed
+            self._close()
             return
         due = self._serving
         if due is None or due.is_answered:
