@@ -5,6 +5,7 @@ A plain head is taken apart by `heads`, a body whose length it told is counted; 
 
 import asyncio
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import httptools
 import httpx
@@ -17,7 +18,8 @@ from api_gateway.models import HeaderList
 from api_gateway.outgoing import Outgoing, length_of, render_head
 from api_gateway.pool import Pool
 
-HIGH_WATER = 256 * 1024  # bytes of an answer held for a slow client before the upstream is made to wait
+READ_SIZE = 64 * 1024  # bytes read at once; event loops take up to 256 KiB otherwise
+HIGH_WATER = 32 * 1024  # bytes of a response held for a slow client before reading from the upstream is paused
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
 _SURPLUS = "more came than was announced"
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
@@ -31,11 +33,16 @@ class Stale(httpx.ReadError):
         super().__init__("closed before any answer, on a connection kept alive")
 
 
-class Connection(asyncio.Protocol):
-    """One connection, one request at a time."""
+class Connection(asyncio.BufferedProtocol):
+    """One connection, one request at a time.
+
+    All connections of an event loop read into one buffer, READ_SIZE bytes at a time, so a slow client costs at most
+    256 KiB: what the client's transport keeps (64 KiB and one read) and what is held here (as much), see HIGH_WATER.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self._buffer = _receive_buffer(loop)
         self.pool: Pool[Connection] | None = None
         self.idle_since = 0.0
         self.is_closed = False
@@ -156,8 +163,13 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self._parser = httptools.HttpResponseParser(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
+        """Return where the event loop writes what it reads."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Parse what came. Bytes that belong to no request mean the connection cannot be trusted any more."""
+        data = bytes(self._buffer[:nbytes])
         answer = self._answer
         if answer is None:
             self.close()
@@ -372,10 +384,9 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def hand_over(self) -> asyncio.Transport:
-        """Give the transport away after a 101; whoever has it tells us of its loss by `connection_lost`."""
+        """Give the transport away after a 101, with reading paused; its owner reports its loss by `connection_lost`."""
         transport: asyncio.Transport = self._transport
         self.alarm.stop()
-        self.resume_reading()
         return transport
 
     def _fail(self, answer: Answer, cause: str) -> None:
@@ -440,6 +451,17 @@ class Connection(asyncio.Protocol):
         self._answer = None
         answer.connection = None
         self.alarm.clear()
+
+
+def _receive_buffer(loop: asyncio.AbstractEventLoop) -> memoryview:
+    """Return the buffer that all connections of this event loop share: it is read from before the next one's turn."""
+    buffer = _receive_buffers.get(loop)
+    if buffer is None:
+        buffer = _receive_buffers[loop] = memoryview(bytearray(READ_SIZE))
+    return buffer
+
+
+_receive_buffers: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 
 
 def _render_trailers(hooks: Hooks) -> bytes:

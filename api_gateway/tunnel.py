@@ -86,10 +86,12 @@ class _End(asyncio.Protocol):
         return f"<_End [{'lost' if self.is_lost else 'open'}, {self.received} bytes received]>"
 
     def attach(self) -> None:
-        """Take the place of the protocol before."""
+        """Replace the transport's protocol, and read."""
         self.transport.set_protocol(self)
         if self.transport.is_closing():
             self.connection_lost(None)
+        else:
+            self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         """Pass it on."""
