@@ -29,6 +29,9 @@ QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded
 REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
+STARTUP_FAILED = 3  # exit code; uvicorn's own for it
+
+
 class Reason(StrEnum):
     """The closed list of causes, the same word in body, log, metric and documentation."""
 
@@ -289,3 +292,7 @@ def problem(error: GatewayError, *, instance: str, request_id: str | None = None
     if error.retry_after is not None:
         body["retry_after_seconds"] = math.ceil(error.retry_after * 1000) / 1000
     return body | error.extra
+
+
+class StartupError(Exception):
+    """The gateway cannot start; the message says why."""
