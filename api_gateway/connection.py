@@ -384,7 +384,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def hand_over(self) -> asyncio.Transport:
-        """Give the transport away after a 101, with reading paused; its owner reports its loss by `connection_lost`."""
+        """Give the transport away after a 101, with reading paused; the owner then reports its loss to us."""
         transport: asyncio.Transport = self._transport
         self.alarm.stop()
         return transport

@@ -62,6 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "clients",
         "alarm",
         "lag",
+        "heap",
         "pool",
         "outgoing",
         "answer",
