@@ -5,7 +5,6 @@ A plain head is taken apart by `heads`, a body whose length it told is counted; 
 
 import asyncio
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import httptools
 import httpx
@@ -17,8 +16,8 @@ from api_gateway.heads import BODILESS, split_answer
 from api_gateway.models import HeaderList
 from api_gateway.outgoing import Outgoing, length_of, render_head
 from api_gateway.pool import Pool
+from api_gateway.receive_buffer import receive_buffer
 
-READ_SIZE = 64 * 1024  # bytes read at once; event loops take up to 256 KiB otherwise
 HIGH_WATER = 32 * 1024  # bytes of a response held for a slow client before reading from the upstream is paused
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
 _SURPLUS = "more came than was announced"
@@ -36,13 +35,13 @@ class Stale(httpx.ReadError):
 class Connection(asyncio.BufferedProtocol):
     """One connection, one request at a time.
 
-    All connections of an event loop read into one buffer, READ_SIZE bytes at a time, so a slow client costs at most
-    256 KiB: what the client's transport keeps (64 KiB and one read) and what is held here (as much), see HIGH_WATER.
+    A slow client costs at most 256 KiB: HIGH_WATER and one read of 64 KiB are held here, as much is on its way to the
+    client's transport, and that one keeps 64 KiB.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._buffer = _receive_buffer(loop)
+        self._buffer = receive_buffer(loop)
         self.pool: Pool[Connection] | None = None
         self.idle_since = 0.0
         self.is_closed = False
@@ -451,17 +450,6 @@ class Connection(asyncio.BufferedProtocol):
         self._answer = None
         answer.connection = None
         self.alarm.clear()
-
-
-def _receive_buffer(loop: asyncio.AbstractEventLoop) -> memoryview:
-    """Return the buffer that all connections of this event loop share: it is read from before the next one's turn."""
-    buffer = _receive_buffers.get(loop)
-    if buffer is None:
-        buffer = _receive_buffers[loop] = memoryview(bytearray(READ_SIZE))
-    return buffer
-
-
-_receive_buffers: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 
 
 def _render_trailers(hooks: Hooks) -> bytes:

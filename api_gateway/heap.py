@@ -11,7 +11,7 @@ import logging
 
 logger = logging.getLogger(__name__)
 
-EVERY = 10.0  # seconds between two looks
+EVERY = 5.0  # seconds between two looks
 WORTH = 8 * 1024 * 1024  # bytes free at two looks in a row, above which the heap is trimmed
 
 

@@ -63,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "alarm",
         "lag",
         "heap",
+        "receive_buffer",
         "pool",
         "outgoing",
         "answer",
@@ -111,6 +112,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 SIBLINGS = {
+    ("connection", "receive_buffer"),
+    ("tunnel", "receive_buffer"),
     ("assembly", "assembly_stores"),
     ("assembly", "assembly_upstreams"),
     ("assembly_data_plane", "assembly"),
