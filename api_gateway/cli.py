@@ -40,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if config.server.workers > 1:
         return _supervise(Supervisor(config, read))
     server = GatewayServer(config)
-    server.run()
+    try:
+        server.run()
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return STARTUP_FAILED
     return server.exit_code if server.started else STARTUP_FAILED
 
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
+from api_gateway.bind_address import checked_host, checked_listen, file_mode
 from api_gateway.heads import BODILESS
 from api_gateway.store_url import MEMORY, StoreUrl
 
@@ -97,11 +98,19 @@ WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url)]
 
 
+FileMode = Annotated[int, BeforeValidator(file_mode)]
+Host = Annotated[str, AfterValidator(checked_host)]
+Listen = Annotated[str, AfterValidator(checked_listen)]
+
+
 class ServerSection(Section):
     """Where the gateway listens, and what it accepts there."""
 
-    host: str = "127.0.0.1"
+    host: Host = Field(
+        default="127.0.0.1", description="An address, a name, `::` for every address of both kinds, or unix:/path."
+    )
     port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port.")
+    socket_mode: FileMode = Field(default=0o660, description="Permissions of the file of a Unix socket.")
     workers: int = Field(default=1, ge=1)
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
@@ -175,6 +184,11 @@ class AdminSection(Section):
     """The operator's token; without one the operator's endpoints answer this machine only."""
 
     token: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+    local: bool = Field(default=True, description="Whether programs of this machine need no token; see the docs.")
+    listen: Listen | None = Field(
+        default=None, description="host:port or unix:/path: a listener for the operator endpoints alone."
+    )
+    socket_mode: FileMode = Field(default=0o600, description="Permissions of the file of that Unix socket.")
 
 
 class IdentitySection(Section):
