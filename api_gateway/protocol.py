@@ -78,7 +78,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Start of a connection: its first head is awaited from now on."""
         self.transport = transport
         self.connections.add(self)
-        self.client = get_remote_addr(transport)
+        self.client = _plain(get_remote_addr(transport))
         self.scheme = "https" if is_ssl(transport) else "http"
         self.spelled: HeaderList = []
         self.expects_continue = False
@@ -351,7 +351,7 @@ class GatewayProtocol(HttpToolsProtocol):
         return {
             "type": "http",
             "asgi": _VERSION,
-            "server": get_local_addr(self.transport),
+            "server": _plain(get_local_addr(self.transport)),
             "client": self.client,
             "scheme": self.scheme,
             "root_path": self.root_path,
@@ -754,6 +754,11 @@ class GatewayProtocol(HttpToolsProtocol):
             for cycle in self._waiting:
                 cycle.disconnect()
             self._waiting = deque(cycle for cycle in self._waiting if cycle.app is not None)
+
+
+def _plain(end: tuple[str, int] | None) -> tuple[str, int] | None:
+    """Return an address; one of IPv4 that a socket for both kinds maps into IPv6 is that of IPv4."""
+    return (end[0].removeprefix("::ffff:"), end[1]) if end is not None and end[0].startswith("::ffff:") else end
 
 
 def _size(headers: HeaderList) -> int:

@@ -20,9 +20,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from api_gateway.admin import Phase
+from api_gateway.admin_listener import AdminListener
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
-from api_gateway.admin_listener import AdminListener
 from api_gateway.crew import Crew
 from api_gateway.listening import Listeners, Sockets
 from api_gateway.main import create_app
