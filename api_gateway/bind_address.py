@@ -6,6 +6,7 @@ from dataclasses import dataclass
 UNIX = "unix:"
 MAX_PATH = 107  # bytes of a Unix socket's path (unix(7))
 MAX_PORT = 65_535
+EVERY_PERMISSION = 0o777
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,6 @@ def file_mode(value: object) -> int:
     """Return permissions. Text is octal; an unquoted 0660 in YAML has become a number already. Raises ValueError."""
     if isinstance(value, str) and re.fullmatch("0?[0-7]{3}", value):
         return int(value, 8)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 0o777:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= EVERY_PERMISSION:
         raise ValueError("must be octal permissions such as 0660")
     return value

@@ -178,11 +178,11 @@ def _free_socket() -> socket.socket:
     return sock
 
 
-def banner(place: str, curl: str, url: str, operators: str) -> str:
+def banner(place: str, url: str, curl: str = "curl", operators: str = "") -> str:
     """Return what a person needs to know when the demo has started.
 
-    `place` is where it listens, `curl` and `url` the command that reaches it, such as `curl` and http://127.0.0.1:8000,
-    and `operators` the command for the operator endpoints.
+    `place` is where it listens, `url` and `curl` are what reaches it, and `operators` is the command that reaches the
+    operator endpoints, if it is another one.
     """
     request = f"{curl} -H 'X-Client-ID: client-123' {url}"
     return "\n".join(
@@ -192,7 +192,7 @@ def banner(place: str, curl: str, url: str, operators: str) -> str:
             "Try:",
             f"  {request}/api/users",
             f"  for i in $(seq 12); do {request}/api/orders -s -o /dev/null -w '%{{http_code}} '; done; echo",
-            f"  {operators}/circuit-breakers",
+            f"  {operators or f'{curl} {url}'}/circuit-breakers",
         )
     )
 

@@ -311,7 +311,7 @@ class Express:
         found = self._noted.find(came)
         if found is None or len(found) > MAX_NOTED or came.count(b"\n") - 1 > client.bounds.header_lines:
             return None
-        peer = client.client[0] if client.client else NO_ADDRESS
+        peer = client.client[0] if client.client else "unknown"
         understand = self._known if len(came) <= MAX_KNOWN_BYTES else self._understand
         standing = understand(peer, client.scheme, tuple(found))
         return None if standing is None else Lines(came, standing, without(came, standing.dropped) + standing.added)

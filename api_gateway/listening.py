@@ -1,7 +1,7 @@
 """The sockets that the workers listen on: a set for each, held by the supervisor for as long as the gateway runs.
 
-On Linux the kernel spreads new connections over the TCP sockets (SO_REUSEPORT). A connection that waits in the queue of
-a worker that has ended or is being replaced is not lost: the supervisor keeps the socket open, and the next worker
+On Linux the kernel spreads new connections over the TCP sockets (SO_REUSEPORT). A connection that waits in the queue
+of a worker that has ended or is being replaced is not lost: the supervisor keeps the socket open, and the next worker
 inherits it. Elsewhere, and on a Unix socket, all workers accept from the same socket.
 """
 
@@ -36,7 +36,7 @@ class Sockets:
 
 
 class Listeners:
-    """The sockets of every worker. Closing them removes the files of Unix sockets, if they are still these sockets'."""
+    """The sockets of every worker. Closing them also removes the files of Unix sockets, if nobody replaced them."""
 
     def __init__(self, workers: int) -> None:
         self.sets = [Sockets([]) for _ in range(workers)]

@@ -123,7 +123,7 @@ class Record:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request to its end."""
         fields = scope[FIELDS] = fields_of(scope["headers"])
-        peer = scope["client"][0] if scope.get("client") else NO_ADDRESS
+        peer = scope["client"][0] if scope.get("client") else "unknown"
         identity = given_request_id(fields) or new_request_id()
         exchange = self.begin(Exchange(identity, scope["method"], scope["path"], peer, self._clock()))
         exchange.answer_headers.append((b"x-request-id", exchange.id.encode()))

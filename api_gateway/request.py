@@ -254,7 +254,7 @@ class UpstreamRequest:
             self.headers,
             self.fields,
             host=origin.netloc,
-            peer=scope["client"][0] if scope.get("client") else NO_ADDRESS,
+            peer=scope["client"][0] if scope.get("client") else "unknown",
             scheme=scope["scheme"],
             request_id=exchange.id.encode(),
             version=scope["http_version"],

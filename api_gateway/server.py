@@ -54,8 +54,8 @@ class GatewayServer(uvicorn.Server):
         refused: Counter[str] = Counter()
         self._app: FastAPI = create_app(config, refused=refused, crew=crew)
         section = config.server
-        super().__init__(_uvicorn_config(self._app, section, bounded_protocol(_bounds(section), refused)))
-        self._admin_config = _uvicorn_config(AdminListener(self._app), section, bounded_protocol(_bounds(section), refused))
+        super().__init__(_uvicorn_config(self._app, section, refused))
+        self._admin_config = _uvicorn_config(AdminListener(self._app), section, refused)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve on these sockets, or else on what the configuration says. Raises StartupError."""
@@ -87,7 +87,8 @@ class GatewayServer(uvicorn.Server):
             return
         config = self._admin_config
         config.load()
-        connect = partial(config.http_protocol_class, config, self.server_state, self.lifespan.state)  # type: ignore[arg-type]
+        protocol: Callable[..., asyncio.Protocol] = config.http_protocol_class
+        connect = partial(protocol, config, self.server_state, self.lifespan.state)
         for sock in self._sockets.admin:
             server = await asyncio.get_running_loop().create_server(connect, sock=sock, backlog=config.backlog)
             self.servers.append(server)
@@ -157,10 +158,11 @@ class GatewayServer(uvicorn.Server):
         return {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
 
 
-def _uvicorn_config(app: Any, section: ServerSection, protocol: type[GatewayProtocol]) -> uvicorn.Config:
+def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str]) -> uvicorn.Config:
+    """Return the settings of one listener, which counts its own connections."""
     return uvicorn.Config(
         app,
-        http=protocol,
+        http=bounded_protocol(_bounds(section), refused),
         log_config=None,
         access_log=False,
         proxy_headers=False,

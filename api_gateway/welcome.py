@@ -43,7 +43,7 @@ def welcome(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
     routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
     lines = [f"Listening on {place}", *routes]
     if config.is_demo:
-        lines = [banner(str(place), f"{place.curl}", place.url, f"{operators.curl} {operators.url}")]
+        lines = [banner(str(place), place.url, place.curl, f"{operators.curl} {operators.url}")]
     if sockets.admin:
         lines.append(f"Operator endpoints on {operators}")
     if workers > 1:
