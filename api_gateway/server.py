@@ -5,14 +5,15 @@ import contextlib
 import gc
 import logging
 import math
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache, partial
 from types import FrameType
 from typing import Any
 
@@ -24,9 +25,11 @@ from api_gateway.admin_listener import AdminListener
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
 from api_gateway.crew import Crew
+from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
 from api_gateway.main import create_app
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+from api_gateway.shares import Shares, default_connections
 from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ CUT_OFF = 4  # exit code: not everything was answered in the time to drain
 
 # What the server says of its own that is said here, or in the access log, in better words.
 _UNSAID = ("ASGI callable returned without completing response.", "Cancel %s running task(s)")
+ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
 DRAIN_LINGER = 2.0  # seconds; see `protocol.GatewayProtocol.shutdown`
 
@@ -52,10 +56,12 @@ class GatewayServer(uvicorn.Server):
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
         self._sockets = Sockets([])
         refused: Counter[str] = Counter()
-        self._app: FastAPI = create_app(config, refused=refused, crew=crew)
         section = config.server
-        super().__init__(_uvicorn_config(self._app, section, refused))
-        self._admin_config = _uvicorn_config(AdminListener(self._app), section, refused)
+        self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
+        self._app: FastAPI = create_app(config, refused=refused, crew=crew, connections=self.connections)
+        super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
+        admin = AdminListener(self._app)
+        self._admin_config = _uvicorn_config(admin, section, refused, Shares(ADMIN_CONNECTIONS))
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve on these sockets, or else on what the configuration says. Raises StartupError."""
@@ -158,11 +164,11 @@ class GatewayServer(uvicorn.Server):
         return {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
 
 
-def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str]) -> uvicorn.Config:
-    """Return the settings of one listener, which counts its own connections."""
+def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: Shares) -> uvicorn.Config:
+    """Return the settings of one listener, whose connections are shared by themselves."""
     return uvicorn.Config(
         app,
-        http=bounded_protocol(_bounds(section), refused),
+        http=bounded_protocol(_bounds(section), refused, shares, _holder_of_connection(section.trusted_proxies)),
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -193,7 +199,28 @@ def _bounds(section: ServerSection) -> Bounds:
         idle_timeout=section.idle_timeout,
         drain_linger=min(DRAIN_LINGER, section.drain_timeout / 2),
         connections_per_peer=section.max_connections_per_peer,
+        body_rate=section.min_body_rate,
+        body_grace=section.min_body_rate_grace,
     )
+
+
+def _descriptor_limit() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def _holder_of_connection(trusted: Collection[Network]) -> Callable[[str], str | None]:
+    """Return what says whose share of the connections one from an address takes.
+
+    Whom a trusted proxy forwards is not known before a head has come, so its connections are nobody's; so are those
+    from a Unix socket.
+    """
+
+    @lru_cache(maxsize=4096)
+    def holder(address: str) -> str | None:
+        return None if not address or is_within(address, trusted) else address_key(address)
+
+    return holder
 
 
 def configure_logging(level: str, who: str = "") -> None:
