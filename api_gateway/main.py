@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,8 @@ from api_gateway.lag import LagSampler
 from api_gateway.link import Lane
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief, Split, Switch, is_proxied
-from api_gateway.models import Client, Quota
+from api_gateway.models import Client, Exchange, Quota
+from api_gateway.output import process_output
 from api_gateway.overload import Bands, ConcurrencyLimit, LagLimit
 from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin, share_of_key
 from api_gateway.rate_limiter import MemoryLimiter
@@ -275,6 +276,8 @@ def _build(
             config.metrics.percentiles,
             now,
             rejections,
+            process_output().dropped,
+            process_output().errors,
         ),
         candidates=candidates,
         modes=ModeBoard(
@@ -533,7 +536,10 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         identify,
         clock=time.monotonic,
         recorder=recorder,
-        observers=[recorder.observe, *([AccessLog(time.time).write] if config.log.access else [])],
+        observers=[
+            recorder.observe,
+            *([AccessLog(time.time, process_output().out.write).write] if config.log.access else []),
+        ],
         on_failure=settlement.on_failure,
     )
     express = Express(
@@ -556,6 +562,10 @@ def _data_plane(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASG
         clock_ns=time.monotonic_ns,
     )
     return record, express, explainer
+
+
+def _access_logs(config: GatewayConfig) -> list[Callable[[Exchange], None]]:
+    return [AccessLog(time.time, process_output().out.write).write] if config.log.access else []
 
 
 def _shadow(gateway: Gateway, routes: Iterable[Route]) -> Shadow | None:

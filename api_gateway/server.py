@@ -7,7 +7,6 @@ import logging
 import math
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from api_gateway.config import GatewayConfig, ServerSection
 from api_gateway.crew import Crew
 from api_gateway.demo import banner
 from api_gateway.main import create_app
+from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def configure_logging(level: str, who: str = "") -> None:
     """Log to standard error; `who` tells one process of several from the others."""
     logging.basicConfig(
         level=level.upper(),
-        stream=sys.stderr,
+        handlers=[LineHandler(process_output().err)],
         format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
         force=True,
     )
