@@ -1,5 +1,7 @@
 .DEFAULT_GOAL := help
-.PHONY: help check format test cover load bench chaos soak probe
+COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
+	--custom-compile-command "make lock"
+.PHONY: help check format test cover load bench chaos soak probe lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -24,3 +26,8 @@ soak:    ## an hour of mixed load, for every night: fails if memory, descriptors
 	python -m benchmarks.soak --minutes 60
 probe:   ## a black-box HTTP probe against a running gateway: make probe PROBE=path/to/probe_proxy.py
 	python -m benchmarks.probe $(PROBE)
+lock:    ## bring the lock files up to date with pyproject.toml; UPGRADE=--upgrade takes newer versions (extra "release")
+	$(COMPILE) pyproject.toml --output-file requirements.lock
+	$(COMPILE) --constraints requirements.lock --extra dev pyproject.toml --output-file requirements-dev.lock
+audit:   ## known vulnerabilities in the locked packages; fails if the database cannot be reached (extra "release")
+	pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock

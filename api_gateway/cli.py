@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from api_gateway import __version__
+from api_gateway.assembly_stores import client_store
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.diagnosis import ConfigError
-from api_gateway.main import STARTUP_FAILED, StartupError, client_store
+from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
 from api_gateway.supervisor import Supervisor

@@ -29,6 +29,9 @@ QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded
 REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
+STARTUP_FAILED = 3  # exit code; uvicorn's own for it
+
+
 class Reason(StrEnum):
     """The closed list of causes, the same word in body, log, metric and documentation."""
 
@@ -104,21 +107,21 @@ class ClientIdInvalid(RequestRefused):
 
 
 class InvalidValue(RequestRefused):
-    """A well-formed body of an operator's endpoint that names something unusable."""
+    """The body of an operator endpoint names something unusable, or is not JSON by its `Content-Type`."""
 
     status = 422
     reason = Reason.INVALID_VALUE
 
 
 class Unauthorized(RequestRefused):
-    """An operator's endpoint was called without the admin token."""
+    """An operator endpoint was called without a valid token."""
 
     status = 401
     reason = Reason.UNAUTHORIZED
 
 
 class Forbidden(RequestRefused):
-    """An operator's endpoint was called from elsewhere than this machine, and no token is configured."""
+    """An operator endpoint was called by somebody who may not do that, or by a page of another origin."""
 
     status = 403
     reason = Reason.FORBIDDEN
@@ -289,3 +292,7 @@ def problem(error: GatewayError, *, instance: str, request_id: str | None = None
     if error.retry_after is not None:
         body["retry_after_seconds"] = math.ceil(error.retry_after * 1000) / 1000
     return body | error.extra
+
+
+class StartupError(Exception):
+    """The gateway cannot start; the message says why."""

@@ -17,7 +17,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from api_gateway.admin import Phase
-from api_gateway.config import GatewayConfig, ServerSection
+from api_gateway.config import GatewayConfig
+from api_gateway.config_sections import ServerSection
 from api_gateway.crew import Crew
 from api_gateway.demo import banner
 from api_gateway.main import create_app

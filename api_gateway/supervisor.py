@@ -18,8 +18,8 @@ from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
 from api_gateway.embedded import EmbeddedStore, NoServer, find_server
+from api_gateway.errors import StartupError
 from api_gateway.listening import Sockets, bind_for, leave_group
-from api_gateway.main import StartupError
 from api_gateway.merging import merge
 from api_gateway.report import Report
 from api_gateway.server import CUT_OFF, configure_logging, welcome

@@ -9,7 +9,7 @@ from typing import Any
 from api_gateway.brief import take_over
 from api_gateway.config import GatewayConfig
 from api_gateway.crew import RELIEF, Member
-from api_gateway.main import STARTUP_FAILED
+from api_gateway.errors import STARTUP_FAILED
 from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from api_gateway.assembly import Gateway
 from api_gateway.config import load_config
-from api_gateway.main import Gateway
 from api_gateway.metrics import Recorder
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.server import GatewayServer, configure_logging

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from api_gateway import GatewayConfig, create_app
+from api_gateway.errors import StartupError
 from api_gateway.guarded import GuardedTransport
-from api_gateway.main import StartupError
 from tests.kit import RawRequest, RawUpstream, Wire, in_front_of, reply
 
 

@@ -5,6 +5,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pydantic import BaseModel
 
 import api_gateway
@@ -87,3 +89,52 @@ def test_the_full_example_names_every_setting() -> None:
         kind.__name__: set() for kind in named
     }
     assert len(named) > 15
+
+
+def locked(name: str) -> dict[str, Requirement]:
+    """Return what a lock file names, and check that each has nothing but a version, a marker and hashes."""
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    found: dict[str, Requirement] = {}
+    for line in lines:
+        requirement, *hashes = line.split(" --hash=")
+        assert hashes, line
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", one.strip()) for one in hashes), line
+        parsed = Requirement(requirement.strip())
+        assert [one.operator for one in parsed.specifier] == ["=="], line
+        found[canonicalize_name(parsed.name)] = parsed
+    return found
+
+
+def declared(*extras: str) -> list[Requirement]:
+    """Return the direct requirements of the package with these extras, and of the extras that those include."""
+    lines = list(PROJECT["dependencies"])
+    for extra in extras:
+        for line in PROJECT["optional-dependencies"][extra]:
+            own = re.fullmatch(r"api-gateway\[(\w+)\]", line)
+            if own is None:
+                lines.append(line)
+            else:
+                lines += [str(one) for one in declared(own[1])]
+    return [Requirement(line) for line in lines]
+
+
+@pytest.mark.parametrize(("name", "extras"), [("requirements.lock", ()), ("requirements-dev.lock", ("dev",))])
+def test_the_lock_files_pin_what_pyproject_declares(name: str, extras: tuple[str, ...]) -> None:
+    """`make lock` brings them up to date."""
+    pins = locked(name)
+    for requirement in declared(*extras):
+        (pin,) = pins[canonicalize_name(requirement.name)].specifier
+        assert requirement.specifier.contains(pin.version), f"{requirement}: {name} has {pin.version}"
+
+
+def test_development_and_production_run_on_the_same_versions() -> None:
+    development = locked("requirements-dev.lock")
+    for name, pin in locked("requirements.lock").items():
+        assert str(development[name].specifier) == str(pin.specifier)
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
+def test_the_lock_files_name_no_index(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert not re.search(r"://|index-url|find-links|@", text)

@@ -9,7 +9,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from api_gateway import GatewayConfig, create_app
-from api_gateway.main import StartupError
+from api_gateway.errors import StartupError
 from api_gateway.models import Quota
 from api_gateway.redis_limiter import SCRIPT
 from api_gateway.store import StoreSession

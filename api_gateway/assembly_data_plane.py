@@ -1,0 +1,134 @@
+"""Builds the steps of a proxied request around the live parts: ASGI path, fast path, and what explains both."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from api_gateway.access_log import AccessLog
+from api_gateway.assembly import Gateway
+from api_gateway.assembly_routes import route_of
+from api_gateway.breaker_policy import Mode
+from api_gateway.breaker_records import Transition
+from api_gateway.config import GatewayConfig
+from api_gateway.explanation import Explainer
+from api_gateway.express import Express
+from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief
+from api_gateway.models import Exchange
+from api_gateway.output import process_output
+from api_gateway.router import Router
+from api_gateway.routes import Route, RouteTable
+from api_gateway.settlement import Settlement
+from api_gateway.shadow import Shadow
+from api_gateway.targets import Target
+
+logger = logging.getLogger(__name__)
+
+
+def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express, Explainer]:
+    """Build the steps of a proxied request, the straight way past them, and what explains both.
+
+    Read from the inside out: what stands last sees a request first.
+    """
+    config, recorder = gateway.config, gateway.recorder
+    routes = [route_of(section) for section in config.routes]
+    settlement = Settlement(limiter=gateway.limiter, clock_ns=time.monotonic_ns, recorder=recorder)
+    router = _router(gateway, routes, settlement, server_headers)
+    limit = Limit(
+        Proxy(router=router),
+        limiter=gateway.limiter,
+        clock_ns=time.monotonic_ns,
+        address_quota=gateway.address_quota,
+        exempt=config.address_limit.exempt,
+        shadow=_shadow(gateway, routes),
+    )
+    relief = Relief(limit, lag=gateway.lag, bands=gateway.bands)
+    identify = Identify(
+        Match(relief, router=router),
+        clients=gateway.clients,
+        header=config.identity.header,
+        trusted_proxies=config.server.trusted_proxies,
+    )
+    record = Record(
+        identify,
+        clock=time.monotonic,
+        recorder=recorder,
+        observers=[recorder.observe, *_access_logs(config)],
+        on_failure=settlement.on_failure,
+    )
+    express = Express(
+        record=record,
+        identify=identify,
+        limit=limit,
+        router=router,
+        lag=gateway.lag,
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+    )
+    explainer = Explainer(
+        identify=identify,
+        router=router,
+        limit=limit,
+        limiter=gateway.limiter,
+        lag=gateway.lag,
+        header=config.identity.header,
+        clock=time.monotonic,
+        clock_ns=time.monotonic_ns,
+    )
+    return record, express, explainer
+
+
+def _router(gateway: Gateway, routes: list[Route], settlement: Settlement, server_headers: frozenset[bytes]) -> Router:
+    config, recorder = gateway.config, gateway.recorder
+    return Router(
+        RouteTable(routes),
+        gateway.services,
+        clock=time.monotonic,
+        max_body_bytes=config.server.max_body_bytes,
+        protected=frozenset({config.identity.header.lower().encode()}),
+        omit=server_headers,
+        observe_try=recorder.observe_try,
+        on_transition=_log_transition,
+        on_target_move=_log_target_move,
+        on_cost=settlement.on_cost,
+        on_retry=recorder.observe_retry,
+        on_denial=recorder.observe_denial,
+        on_fallback=settlement.on_fallback,
+        bands=gateway.bands,
+        lag=gateway.lag,
+    )
+
+
+def _access_logs(config: GatewayConfig) -> list[Callable[[Exchange], None]]:
+    return [AccessLog(time.time, process_output().out.write).write] if config.log.access else []
+
+
+def _shadow(gateway: Gateway, routes: Iterable[Route]) -> Shadow | None:
+    shadow = Shadow(
+        limiter=gateway.limiter,
+        clock_ns=time.monotonic_ns,
+        recorder=gateway.recorder,
+        candidates=gateway.candidates,
+        routes=routes,
+    )
+    return None if shadow.is_empty else shadow
+
+
+def _log_transition(upstream: str, transition: Transition) -> None:
+    level = logging.WARNING if transition.target == "OPEN" else logging.INFO
+    logger.log(
+        level,
+        "circuit breaker %s%s: %s -> %s: %s",
+        upstream,
+        " (only observed)" if transition.mode is Mode.OBSERVE else "",
+        transition.source,
+        transition.target,
+        transition.cause,
+    )
+
+
+def _log_target_move(upstream: str, target: Target, move: Transition) -> None:
+    if move.target == "OPEN":
+        words = "is" if move.source == "CLOSED" else "stays"
+        logger.warning("upstream %s: target %s %s ejected: %s", upstream, target.url, words, move.cause)
+    else:
+        logger.info("upstream %s: target %s returns: %s", upstream, target.url, move.cause)
