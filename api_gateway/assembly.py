@@ -138,8 +138,7 @@ def _build(
             config.metrics.percentiles,
             now,
             rejections,
-            process_output().dropped,
-            process_output().errors,
+            *process_output().losses,
         ),
         candidates=candidates,
         modes=ModeBoard(

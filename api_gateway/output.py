@@ -147,6 +147,11 @@ class Output:
     def __repr__(self) -> str:
         return f"<Output [{self.dropped.total()} lines dropped, {self.errors.total()} errors]>"
 
+    @property
+    def losses(self) -> tuple[Counter[str], Counter[str]]:
+        """The live counts of dropped lines and failed writes."""
+        return self.dropped, self.errors
+
     def flush(self, seconds: float = EXIT_PATIENCE) -> bool:
         """Wait until both streams are written, for `seconds` at most; return whether they are."""
         until = time.monotonic() + seconds
