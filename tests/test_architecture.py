@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "locality",
         "cross_site",
         "limit_fields",
+        "shares",
         "sketch",
     ),
     (
