@@ -8,6 +8,7 @@ import math
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
