@@ -18,6 +18,7 @@ from api_gateway.clients import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
+from api_gateway.heap import keep_trimmed
 from api_gateway.lag import LagSampler
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
@@ -82,6 +83,8 @@ async def live(
             stack.push_async_callback(upkeep.close)
         keeping = asyncio.create_task(_keep_up(gateway), name="health checks and names")
         stack.push_async_callback(_cancelled, keeping)
+        trimming = asyncio.create_task(keep_trimmed(), name="heap")
+        stack.push_async_callback(_cancelled, trimming)
         sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
         sampler.start()
         stack.callback(sampler.stop)

@@ -69,6 +69,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "clients",
         "alarm",
         "lag",
+        "heap",
+        "receive_buffer",
         "pool",
         "outgoing",
         "answer",
@@ -121,6 +123,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 SIBLINGS = {
+    ("connection", "receive_buffer"),
+    ("tunnel", "receive_buffer"),
     ("peer_process", "socket_table"),
     ("assembly", "assembly_stores"),
     ("assembly", "assembly_upstreams"),
