@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from api_gateway.config import DEFAULT_TIERS, GatewayConfig
+from api_gateway.secret import revealed
 
 # Modules are looked for where the supervisor finds them, however it was started.
 ENTRY = (
@@ -20,12 +21,13 @@ ENTRY = (
 
 @dataclass(frozen=True, slots=True)
 class Brief:
-    """`config` is what `hand_over` returns; `channel` and `listeners` are file descriptors."""
+    """`config` is what `hand_over` returns; the others are file descriptors, `admin_listeners` those for operators."""
 
     number: int
     config: dict[str, Any]
     channel: int
     listeners: list[int]
+    admin_listeners: list[int]
 
     def encode(self) -> bytes:
         """Return what `ENTRY` reads."""
@@ -33,10 +35,8 @@ class Brief:
 
 
 def hand_over(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with `sections` in place of its own, as JSON can hold it. It shows the secret."""
-    values = config.model_dump(mode="json")
-    if config.admin.token is not None:
-        values["admin"]["token"] = config.admin.token.get_secret_value()
+    """Return the configuration with `sections` in place of its own, as JSON can hold it. It shows the secrets."""
+    values: dict[str, Any] = revealed(config.model_dump(), config.model_dump(mode="json"))
     values["tiers"] |= {name: None for name in DEFAULT_TIERS if name not in config.tiers}  # removed ones stay removed
     return values | sections
 

@@ -1,19 +1,22 @@
 """The sections of the configuration: their settings, types, limits and defaults."""
 
+import re
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
+from api_gateway.bind_address import checked_host, checked_listen, file_mode
 from api_gateway.heads import BODILESS
-from api_gateway.store_url import MEMORY, StoreUrl
+from api_gateway.secret import MAY_HOLD_PASSWORD, Secret, SecretFile, read_secret_files
+from api_gateway.store_url import MAX_PORT, MEMORY, StoreUrl
 
 MIN_TOKEN_LENGTH = 8
 LONGEST_RECOVERY = 300  # seconds a breaker stays open at most, unless it is told otherwise
 TOO_MANY_REQUESTS = 429
+_AUTHORITY = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[\w.-]+))(:(?P<port>.*))?")
 _FRAMING = frozenset(
     {"connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
     | {"x-request-id", "x-gateway-fallback"}
@@ -21,9 +24,14 @@ _FRAMING = frozenset(
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown key is a mistake."""
+    """Base of all sections: frozen, an unknown key is a mistake, and secrets may be read from files."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, given: Any) -> Any:
+        return read_secret_files(cls, given)
 
 
 Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
@@ -52,14 +60,29 @@ def _whole_path(path: str) -> str:
 
 
 def _origin_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    """Check the URL of a target. A message quotes nothing of it: any part may be a piece of a password."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.lower() not in ("http", "https") or rest[:1] in ("", "/", ":"):
         raise ValueError("must be http://host[:port] or https://host[:port]")
-    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
+    if "@" in rest:
+        raise ValueError("must hold no user name and no password")
+    origin, slash, path = rest.partition("/")
+    if path or "?" in rest or "#" in rest:
         raise ValueError("must hold only scheme, host and port; a route's path and strip_prefix shape the path")
-    if parts.port == 0:
-        raise ValueError("port must be 1 to 65535")
-    return url.rstrip("/")
+    found = _AUTHORITY.fullmatch(origin)
+    if found is None or not _is_ipv6(found["ipv6"]):
+        raise ValueError("must hold a host name or an address, an IPv6 address in brackets, and a port if any")
+    port = found["port"]
+    if port is not None and not (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT):
+        raise ValueError(f"port must be 1 to {MAX_PORT}")
+    return url.removesuffix(slash)
+
+
+def _is_ipv6(address: str | None) -> bool:
+    try:
+        return address is None or bool(IPv6Address(address))
+    except ValueError:
+        return False
 
 
 def _status_range(given: Any) -> Any:
@@ -94,21 +117,41 @@ HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
 HeaderValue = Annotated[str, Field(pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", max_length=4096)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
-OriginUrl = Annotated[str, AfterValidator(_origin_url)]
+OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
+
+FileMode = Annotated[int, BeforeValidator(file_mode)]
+Host = Annotated[str, AfterValidator(checked_host)]
+Listen = Annotated[str, AfterValidator(checked_listen)]
 
 
 class ServerSection(Section):
     """Where the gateway listens, and what it accepts there."""
 
-    host: str = "127.0.0.1"
+    host: Host = Field(
+        default="127.0.0.1", description="An address, a name, `::` for every address of both kinds, or unix:/path."
+    )
     port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port.")
+    socket_mode: FileMode = Field(default=0o660, description="Permissions of the file of a Unix socket.")
     workers: int = Field(default=1, ge=1)
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
     max_header_lines: int = Field(default=200, ge=10)
+    max_connections: int | None = Field(
+        default=None,
+        ge=2,
+        le=10_000_000,
+        description="Of all clients; each worker counts its own. None: as many as the descriptor limit has room for.",
+    )
     max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit. Each worker counts its own.")
     header_timeout: Seconds = 10
     idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
+    min_body_rate: float = Field(
+        default=240,
+        ge=0,
+        le=1_000_000_000,
+        description="Bytes a second of a request's body while it is awaited. 0: no such limit.",
+    )
+    min_body_rate_grace: Seconds = Field(default=10, description="What a body may be behind at its start.")
     keep_alive_timeout: Seconds = 75
     drain_delay: float = Field(
         default=0,
@@ -129,9 +172,9 @@ class ServerSection(Section):
     trusted_proxies: list[Network] = []
 
 
-def _store_url(url: str) -> str:
-    if url != MEMORY:
-        StoreUrl.parse(url)
+def _store_url(url: SecretStr) -> SecretStr:
+    if url.get_secret_value() != MEMORY:
+        StoreUrl.parse(url.get_secret_value())
     return url
 
 
@@ -141,7 +184,8 @@ class StoreSection(Section):
     Several workers with `memory://` share an embedded store that the gateway starts for them.
     """
 
-    url: Annotated[str, AfterValidator(_store_url)] = MEMORY
+    url: Annotated[Secret, AfterValidator(_store_url)] = SecretStr(MEMORY)
+    url_file: SecretFile = None
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
     deadline: Seconds = Field(default=0.02, description="How long a request waits for the store.")
     timeout: Seconds = Field(default=1, description="For everything else that is asked of the store.")
@@ -162,7 +206,7 @@ class StoreSection(Section):
     @property
     def is_shared(self) -> bool:
         """True if buckets are kept elsewhere than in this process."""
-        return self.url != MEMORY
+        return self.url.get_secret_value() != MEMORY
 
 
 def _long_enough(token: SecretStr) -> SecretStr:
@@ -174,7 +218,13 @@ def _long_enough(token: SecretStr) -> SecretStr:
 class AdminSection(Section):
     """The operator's token; without one the operator's endpoints answer this machine only."""
 
-    token: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+    token: Annotated[Secret, AfterValidator(_long_enough)] | None = None
+    token_file: SecretFile = None
+    local: bool = Field(default=True, description="Whether programs of this machine need no token; see the docs.")
+    listen: Listen | None = Field(
+        default=None, description="host:port or unix:/path: a listener for the operator endpoints alone."
+    )
+    socket_mode: FileMode = Field(default=0o600, description="Permissions of the file of that Unix socket.")
 
 
 class IdentitySection(Section):
@@ -237,9 +287,10 @@ class TimeoutsSection(Section):
 
 
 class PoolSection(Section):
-    """Connections to each target."""
+    """Connections to each target: those of requests, and beside them those of WebSockets and event streams."""
 
     max_connections: int = Field(default=512, ge=1)
+    max_tunnels: int = Field(default=4096, ge=1, description="WebSockets and event streams at once.")
     idle_timeout: Seconds = 60
 
 
@@ -397,6 +448,9 @@ class RouteSection(Section):
     candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
     costs: list[CostSection] = []
     timeout: Seconds | None = Field(default=None, description="For all of a request, instead of the upstream's total.")
+    min_body_rate: float | None = Field(
+        default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
+    )
     fallback: FallbackSection | None = None
 
 
