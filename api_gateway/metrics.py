@@ -32,7 +32,16 @@ from api_gateway.upstream_bodies import ConcurrencyView, StoreView
 Label = TypeVar("Label")
 
 # Those of a recorder's counters that are kept by one label.
-_COUNTERS = ("rejections", "allowed", "limited", "sources", "would_limit", "would_allow", "settlements")
+_COUNTERS = (
+    "rejections",
+    "allowed",
+    "limited",
+    "sources",
+    "would_limit",
+    "would_allow",
+    "settlements",
+    "operator_refusals",
+)
 
 # And those kept by several.
 _TABLES = ("requests", "retries", "retries_denied", "fallbacks")
@@ -331,6 +340,7 @@ class Recorder:
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused, but not by the candidate
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         places = (*self.upstreams, GATEWAY)
+        self.operator_refusals: Counter[str] = Counter()  # requests to operator endpoints, by cause
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.requests_by_client = Sketch()  # by the client's key
         self.limited_by_client = Sketch()
@@ -463,6 +473,7 @@ class Recorder:
             retries_denied=_nested(self.upstreams, self.retries_denied),
             fallbacks=_by_route(self.fallbacks),
             rejections=dict(self.rejections),
+            operator_refusals=dict(self.operator_refusals),
             rate_limiter=LimiterView(
                 allowed=dict(self.allowed),
                 limited=dict(self.limited),
