@@ -77,6 +77,7 @@ from api_gateway.upstream_bodies import (
     ModeChanged,
     ModeView,
     OpeningView,
+    ResourceView,
     StoreView,
 )
 
@@ -212,7 +213,11 @@ async def health_view(console: Console) -> HealthView:
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
         status = "fail"
-    elif not report.limiter.is_whole or report.client_trouble is not None:
+    elif (
+        not report.limiter.is_whole
+        or report.client_trouble is not None
+        or any(resource.status == "warn" for resource in report.resources)
+    ):
         status = "warn"
     uptime = round(console.clock() - report.recorder.started, 3)
     return HealthView(
@@ -225,6 +230,7 @@ async def health_view(console: Console) -> HealthView:
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
+        resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
     )
 
 
@@ -259,6 +265,7 @@ async def metrics(
             console.version,
             report.lag,
             report.tasks,
+            report.resources,
         )
         body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
+from api_gateway.bind_address import checked_host, checked_listen, file_mode
 from api_gateway.heads import BODILESS
 from api_gateway.secret import MAY_HOLD_PASSWORD, Secret, SecretFile, read_secret_files
 from api_gateway.store_url import MAX_PORT, MEMORY, StoreUrl
@@ -118,19 +119,39 @@ Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
 
+FileMode = Annotated[int, BeforeValidator(file_mode)]
+Host = Annotated[str, AfterValidator(checked_host)]
+Listen = Annotated[str, AfterValidator(checked_listen)]
+
 
 class ServerSection(Section):
     """Where the gateway listens, and what it accepts there."""
 
-    host: str = "127.0.0.1"
+    host: Host = Field(
+        default="127.0.0.1", description="An address, a name, `::` for every address of both kinds, or unix:/path."
+    )
     port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port.")
+    socket_mode: FileMode = Field(default=0o660, description="Permissions of the file of a Unix socket.")
     workers: int = Field(default=1, ge=1)
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
     max_header_lines: int = Field(default=200, ge=10)
+    max_connections: int | None = Field(
+        default=None,
+        ge=2,
+        le=10_000_000,
+        description="Of all clients; each worker counts its own. None: as many as the descriptor limit has room for.",
+    )
     max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit. Each worker counts its own.")
     header_timeout: Seconds = 10
     idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
+    min_body_rate: float = Field(
+        default=240,
+        ge=0,
+        le=1_000_000_000,
+        description="Bytes a second of a request's body while it is awaited. 0: no such limit.",
+    )
+    min_body_rate_grace: Seconds = Field(default=10, description="What a body may be behind at its start.")
     keep_alive_timeout: Seconds = 75
     drain_delay: float = Field(
         default=0,
@@ -219,6 +240,11 @@ class AdminSection(Section):
     tokens: dict[Name, TokenSection] = Field(
         default={}, description="Further tokens by name. Several may hold at once, so that one can be replaced."
     )
+    local: bool = Field(default=True, description="Whether programs of this machine need no token; see the docs.")
+    listen: Listen | None = Field(
+        default=None, description="host:port or unix:/path: a listener for the operator endpoints alone."
+    )
+    socket_mode: FileMode = Field(default=0o600, description="Permissions of the file of that Unix socket.")
 
 
 class IdentitySection(Section):
@@ -281,9 +307,10 @@ class TimeoutsSection(Section):
 
 
 class PoolSection(Section):
-    """Connections to each target."""
+    """Connections to each target: those of requests, and beside them those of WebSockets and event streams."""
 
     max_connections: int = Field(default=512, ge=1)
+    max_tunnels: int = Field(default=4096, ge=1, description="WebSockets and event streams at once.")
     idle_timeout: Seconds = 60
 
 
@@ -441,6 +468,9 @@ class RouteSection(Section):
     candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
     costs: list[CostSection] = []
     timeout: Seconds | None = Field(default=None, description="For all of a request, instead of the upstream's total.")
+    min_body_rate: float | None = Field(
+        default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
+    )
     fallback: FallbackSection | None = None
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from api_gateway.models import HeaderList
 
 LINK = "gateway.link"  # its key in the scope
+ADMIN = "gateway.admin"  # the scope's key of a request that came through the listener for operators
 
 
 class Passage(Protocol):
@@ -55,10 +56,15 @@ class Link(Protocol):
     is_disconnected: bool
     on_leaving: Callable[[], object] | None  # called when the client leaves before the answer is complete
     on_stopping: Callable[[], object] | None  # called when the server begins to stop, not if it already does
+    connection: Any  # which the request came on; has a `transport`, and can be referred to weakly
     is_stopping: bool  # the server stops: what has no end of its own shall end soon
 
     def defer_continue(self) -> None:
         """Leave it to the upstream to ask for the body a client has announced with `Expect: 100-continue`."""
+        ...
+
+    def require_body_rate(self, rate: float) -> None:
+        """Have the client send its body at that many bytes a second, not at what the server asks for; 0: at any."""
         ...
 
     def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:

@@ -15,6 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headers",
         "heads",
         "diagnosis",
+        "bind_address",
         "store_url",
         "secret",
         "lifeline",
@@ -54,6 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "operator_limits",
         "request_paths",
         "limit_fields",
+        "shares",
         "sketch",
     ),
     (
@@ -94,6 +96,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "protocol",
         "brief",
         "listening",
+        "socket_table",
+        "peer_process",
         "embedded",
     ),
     (
@@ -110,15 +114,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "express",
         "explanation",
     ),
-    ("target_views", "admin", "demo"),
+    ("target_views", "admin", "admin_listener", "demo"),
     ("assembly_access", "assembly_upstreams", "assembly_routes", "assembly_stores", "assembly_data_plane", "assembly"),
     ("main",),
+    ("welcome",),
     ("server", "staff"),
     ("worker", "supervisor"),
     ("cli",),
     ("__main__",),
 )
 SIBLINGS = {
+    ("peer_process", "socket_table"),
     ("assembly", "assembly_stores"),
     ("assembly", "assembly_upstreams"),
     ("assembly_data_plane", "assembly"),
