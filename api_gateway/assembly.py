@@ -22,6 +22,7 @@ from api_gateway.heap import keep_trimmed
 from api_gateway.lag import LagSampler
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
+from api_gateway.output import process_output
 from api_gateway.overload import Bands, LagLimit
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_limiter import RedisLimiter
@@ -140,6 +141,7 @@ def _build(
             config.metrics.percentiles,
             now,
             rejections,
+            *process_output().losses,
         ),
         candidates=candidates,
         modes=ModeBoard(

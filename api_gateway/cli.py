@@ -12,13 +12,18 @@ from api_gateway.assembly_stores import client_store
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
+from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
 from api_gateway.supervisor import Supervisor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gateway, or only check its configuration. Returns the exit code: 0, or 3 when it cannot start."""
-    options = _parser().parse_args(arguments)
+    with redirected():
+        return _run(_parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
     read = partial(load_config, options.config, _overrides(options))
     try:
         config = read()

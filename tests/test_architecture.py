@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "store_url",
         "secret",
         "lifeline",
+        "output",
         "frames",
         "id_filter",
         "breaker_policy",
@@ -259,7 +260,7 @@ OUTSIDE = {
     "yaml": {"diagnosis"},
     "uvicorn": {"protocol", "demo", "server"},
 }
-NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config"}
+NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config", "output"}
 
 MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
