@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "diagnosis",
         "bind_address",
         "store_url",
+        "state_folder",
         "secret",
         "lifeline",
         "output",
