@@ -41,12 +41,9 @@ _COUNTERS = (
     "would_limit",
     "would_allow",
     "settlements",
-<<<<<<< HEAD
     "operator_refusals",
-=======
     "dropped_lines",
     "write_errors",
->>>>>>> main
 )
 
 # And those kept by several.
