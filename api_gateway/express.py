@@ -46,12 +46,12 @@ from api_gateway.middleware import (
 )
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Outcome
 from api_gateway.overload import LagLimit
-from api_gateway.principals import principal_of
 from api_gateway.request import FIELDS, LEFT, Receive, Scope, Send
 from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
 from api_gateway.routes import Route, upstream_target
 from api_gateway.service import Service
+from api_gateway.shares import holder_of
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 MAX_NOTED = 32  # headers of a request that mean something here
@@ -307,7 +307,7 @@ class Express:
             standing.version, standing.cost = self._clients.version, cost
             standing.charges = self.limit.charges(client, standing.peer, cost)
             standing.band = self.router.bands.of(client.quota.name)
-            standing.principal = principal_of(client, standing.peer)
+            standing.principal = holder_of(client, standing.peer)
         else:
             standing.version = -1
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 from contextlib import suppress
 from ipaddress import ip_address
 
@@ -30,20 +31,24 @@ class OutOfResources(httpx.ConnectError):
     """No connection could be opened because this process or machine lacks a descriptor, a port or socket memory."""
 
 
-def raise_descriptor_limit(most: int = MOST_DESCRIPTORS) -> None:
-    """Raise the soft limit of open files to the hard one, or to `most` if that is less. Child processes inherit it."""
+def raise_descriptor_limit(most: int = MOST_DESCRIPTORS) -> int:
+    """Raise the soft limit of open files to the hard one, or to `most` if that is less; return what it is then.
+
+    Child processes inherit it.
+    """
     if resource is None:
-        return
+        return sys.maxsize
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
+        return sys.maxsize if soft == resource.RLIM_INFINITY else soft
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError) as error:
         logger.debug("the limit of open files stays at %d: %s", soft, error)
-    else:
-        logger.debug("the limit of open files is raised from %d to %d", soft, wanted)
+        return soft
+    logger.debug("the limit of open files is raised from %d to %d", soft, wanted)
+    return wanted
 
 
 def lack_behind(error: BaseException | None) -> OSError | None:

@@ -1,17 +1,7 @@
-"""Principals: who calls are made on behalf of, as far as circuit breakers tell callers apart.
+"""Principals: on whose behalf calls are made, as far as a circuit breaker tells them apart (see `shares.holder_of`).
 
 Synchronous and without clock.
 """
-
-from api_gateway.headers import address_key
-from api_gateway.models import Client
-
-
-def principal_of(client: Client | None, address: str) -> str:
-    """Return the client if an operator vouches for it, else its address (IPv6 by /64): names can be invented."""
-    if client is not None and client.is_registered:
-        return client.key
-    return f"peer:{address_key(address)}"
 
 
 class Callers:

@@ -37,7 +37,6 @@ from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
 from api_gateway.overload import ONE_BAND, Bands, LagLimit
-from api_gateway.principals import principal_of
 from api_gateway.reply import fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
     LEFT,
@@ -55,6 +54,7 @@ from api_gateway.request import (
 from api_gateway.retry import Failed, Why, is_repeatable, retry_after_of
 from api_gateway.routes import PROXIED_METHODS, Route, RouteTable, refuse_method, upstream_target
 from api_gateway.service import Service
+from api_gateway.shares import holder_of
 from api_gateway.stand_in import StandIn
 from api_gateway.targets import Target
 from api_gateway.tunnel import Tunnel
@@ -268,7 +268,7 @@ class Router:
         key = exchange.client_key if service.hash_header is None else service.key_in(request.fields, exchange)
         is_safe = is_repeatable(exchange.method, request.fields)
         band = 0 if tried or exchange.client is None else self.bands.of(exchange.client.quota.name)
-        principal = principal_of(exchange.client, exchange.peer)
+        principal = holder_of(exchange.client, exchange.peer)
         return service.upstream.checkout(self._clock(), key, tried, band=band, is_safe=is_safe, principal=principal)
 
     async def _try_again(

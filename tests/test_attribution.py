@@ -487,7 +487,10 @@ def test_the_limit_of_open_files_is_raised_and_its_end_is_503(upstream: StartUps
     """With a hard limit of 200: what is held open by clients leaves nothing for the upstream."""
     up = upstream()
     check = {"path": "/health", "interval": 0.1, "timeout": 1, "unhealthy_after": 1}
-    config = sections(up.url, health_check=check) | {"state_dir": str(tmp_path / "state")}
+    config = sections(up.url, health_check=check) | {
+        "state_dir": str(tmp_path / "state"),
+        "server": {"max_connections": 1000},  # more than there are descriptors for
+    }
     (tmp_path / "gateway.yaml").write_text(json.dumps(config))
     script = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200));"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.models import Client, Outcome, Quota
-from api_gateway.principals import Callers, principal_of
+from api_gateway.principals import Callers
+from api_gateway.shares import holder_of
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, ask, eventually, in_front_of, reply
 
 NOW = 1000.0
@@ -27,15 +28,15 @@ StartUpstream = Callable[..., RawUpstream]
         ("registered", "192.0.2.1", "client:c"),
         ("granted", "192.0.2.1", "client:c"),
         ("configured", "192.0.2.1", "client:c"),
-        ("default", "192.0.2.1", "peer:192.0.2.1"),
-        ("address", "192.0.2.1", "peer:192.0.2.1"),
-        ("default", "::ffff:192.0.2.1", "peer:192.0.2.1"),
-        ("default", "2001:db8::1", "peer:2001:db8::/64"),
-        ("default", "2001:db8::ffff:1", "peer:2001:db8::/64"),
+        ("default", "192.0.2.1", "192.0.2.1"),
+        ("address", "192.0.2.1", "192.0.2.1"),
+        ("default", "::ffff:192.0.2.1", "192.0.2.1"),
+        ("default", "2001:db8::1", "2001:db8::/64"),
+        ("default", "2001:db8::ffff:1", "2001:db8::/64"),
     ],
 )
 def test_a_principal_is_a_client_that_is_vouched_for_or_an_address(source: Any, address: str, principal: str) -> None:
-    assert principal_of(Client("c", "client:c", FREE, source), address) == principal
+    assert holder_of(Client("c", "client:c", FREE, source), address) == principal
 
 
 # The rule, against a model that keeps everything
