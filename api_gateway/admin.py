@@ -74,6 +74,7 @@ from api_gateway.upstream_bodies import (
     ModeChanged,
     ModeView,
     OpeningView,
+    ResourceView,
     StoreView,
 )
 
@@ -186,7 +187,11 @@ async def health(request: Request, console: Open) -> HealthView:
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
         status = "fail"
-    elif not report.limiter.is_whole or report.client_trouble is not None:
+    elif (
+        not report.limiter.is_whole
+        or report.client_trouble is not None
+        or any(resource.status == "warn" for resource in report.resources)
+    ):
         status = "warn"
     if request.scope.get(OPERATOR) is None:
         return HealthView(status=status)
@@ -201,6 +206,7 @@ async def health(request: Request, console: Open) -> HealthView:
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
+        resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
     )
 
 
@@ -235,6 +241,7 @@ async def metrics(
             console.version,
             report.lag,
             report.tasks,
+            report.resources,
         )
         body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})

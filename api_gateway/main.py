@@ -31,6 +31,7 @@ from api_gateway.operator_gate import Access, OperatorGate
 from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
+from api_gateway.shares import ResourceState, Shares
 
 STOCK_SERVER_HEADERS = frozenset({b"date", b"server"})
 
@@ -83,6 +84,7 @@ def create_app(
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     crew: Crew | None = None,
     resolve: Resolve = look_up,
+    connections: Shares | None = None,
 ) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
@@ -91,6 +93,7 @@ def create_app(
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
     test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
     `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
+    `connections` are the shares of the server's connections, to be shown to operators.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -102,7 +105,7 @@ def create_app(
         async with live(settings, rejections, transports or {}, resolve) as gateway:
             app.state.gateway = gateway
             switch.data_plane, switch.lane, explainer = data_plane_of(gateway, server_headers)
-            app.state.console = _console(gateway, explainer, crew or Alone())
+            app.state.console = _console(gateway, explainer, crew or Alone(), connections)
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
@@ -133,8 +136,8 @@ def __getattr__(name: str) -> Any:
     return app
 
 
-def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
-    crew.enlist(partial(_look, gateway))
+def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Shares | None) -> Console:
+    crew.enlist(partial(_look, gateway, connections))
     return Console(
         version=__version__,
         limiter=gateway.limiter,
@@ -147,7 +150,7 @@ def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
     )
 
 
-def _look(gateway: Gateway) -> Report:
+def _look(gateway: Gateway, connections: Shares | None) -> Report:
     """Return how this process stands."""
     now = time.monotonic()
     return Report(
@@ -165,4 +168,5 @@ def _look(gateway: Gateway) -> Report:
         histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
         lag=gateway.lag.lag,
         tasks=len(asyncio.all_tasks()),
+        resources=[] if connections is None else [ResourceState.of("connections", [connections])],
     )

@@ -15,6 +15,7 @@ import logging
 import re
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -38,6 +39,7 @@ from api_gateway.errors import (
 from api_gateway.headers import fields_of, framing, http_date
 from api_gateway.link import LINK, Lane, Passage
 from api_gateway.models import HeaderList
+from api_gateway.shares import MAX_CONNECTIONS, Shares
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once: a bound on the r
 MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connection whose answer came early
 MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
 LINGER = 2.0  # seconds it may do so
+MAX_SURPLUS = 64  # connections beyond the limits that are kept until they have been refused with a response
+SURPLUS_TIMEOUT = 2.0  # seconds such a connection has for its first head
+PROBES = (b"/healthz", b"/readyz")  # served on such a connection too
 WEBSOCKET = b"websocket"
 _ABSOLUTE_FORM = re.compile(rb"[^:/?]+://[^/?@]*([/?].*)?", re.DOTALL)
 _VERSION = {"version": "3.0", "spec_version": "2.4"}
@@ -54,7 +59,11 @@ _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a client may ask of a connection: bytes, lines and seconds. `connections_per_peer` 0 is no limit."""
+    """What a client may ask of a connection: bytes, lines and seconds. `connections_per_peer` 0 is no limit.
+
+    `body_rate` is the bytes a second that a body must have while it is awaited, 0 for none, `body_grace` the seconds
+    it may be behind at its start.
+    """
 
     header_bytes: int = 65_536
     header_lines: int = 200
@@ -63,6 +72,12 @@ class Bounds:
     idle_timeout: float = 60.0
     drain_linger: float = 2.0
     connections_per_peer: int = 0
+    body_rate: float = 240.0
+    body_grace: float = 10.0
+
+
+def _nobody(_address: str) -> None:
+    """Count no connection against anybody."""
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -71,6 +86,9 @@ class GatewayProtocol(HttpToolsProtocol):
     bounds: ClassVar[Bounds] = Bounds()
     peers: ClassVar[Counter[str]] = Counter()
     refused: ClassVar[Counter[str]] = Counter()
+    shares: ClassVar[Shares] = Shares(MAX_CONNECTIONS)
+    surplus: ClassVar[Shares] = Shares(MAX_SURPLUS)
+    share_holder: ClassVar[Callable[[str], str | None]] = staticmethod(_nobody)
 
     # The connection
 
@@ -85,7 +103,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.is_write_paused = False
         self._peer = self.client[0] if self.client else ""
         self.peers[self._peer] += 1
-        self._is_surplus = 0 < self.bounds.connections_per_peer < self.peers[self._peer]
+        self._surplus = self._take_place()
         self._reading: Cycle | None = None  # the request whose body is not complete
         self._serving: Cycle | None = None  # the request whose answer is due, or was the last one sent
         self._waiting: deque[Cycle] = deque()
@@ -105,15 +123,40 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_draining = False  # the server stops: no connection goes on behind an answer
         self._unsent = 0  # bytes the client had not read when last looked at
         self._alarm = Alarm(self.loop, self._on_alarm)
-        self._alarm.set(self.bounds.header_timeout)
+        self._alarm.set(SURPLUS_TIMEOUT if self._surplus else self.bounds.header_timeout)
+        self._body_bytes = 0  # received of bodies since the time for them was last set
+        self._paused_at = 0.0  # when reading was last paused
         self.lines: Any = None  # the lane's memory of the last request here
         self._lane: Lane | None = getattr(self.app, "lane", None)
         self._passage: Passage | None = None  # the request that has taken the lane
-        self._is_at_rest = self._lane is not None and not self._is_surplus  # nothing has begun: the lane is open
+        self._is_at_rest = self._lane is not None and not self._surplus  # nothing has begun: the lane is open
+
+    def _take_place(self) -> str:
+        """Take a place among the connections; return why there is none for this one, or nothing if there is.
+
+        A connection without a place is kept until it has been refused with a response; beyond MAX_SURPLUS of those, of
+        which each address has its share too, connections are closed at once.
+        """
+        limit, holder = self.bounds.connections_per_peer, type(self).share_holder(self._peer)
+        self._holder, self._place = holder, self.shares
+        why = ""
+        if 0 < limit < self.peers[self._peer]:
+            why = f"Your address has more than {limit} connections."
+        elif not self.shares.admits(holder):
+            why = f"The gateway has no connection for you: {self.shares.refusal(holder, 'connections')}."
+            self.shares.refused += 1
+        if why:
+            self._place = self.surplus
+            if not self.surplus.admits(holder):
+                self._holder = None  # it is gone before it could hold anything
+                self.transport.abort()
+        self._place.take(self._holder)
+        return why
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """End of the connection."""
         self.connections.discard(self)
+        self._place.give_back(self._holder)
         self.peers[self._peer] -= 1
         if not self.peers[self._peer]:
             del self.peers[self._peer]
@@ -220,7 +263,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._is_ending:
             return
         if self._reading is not None:
-            self._alarm.set(self.bounds.idle_timeout)
+            self._await_body(self._reading)
         if self._unparsed or self._has_begun:
             self._await_rest()
 
@@ -320,9 +363,8 @@ class GatewayProtocol(HttpToolsProtocol):
         if size + self._piece > bounds.header_bytes and len(self.url) + _size(self.spelled) > bounds.header_bytes:
             self._refuse_size()
             return
-        if self._is_surplus:
-            limit = bounds.connections_per_peer
-            self.refuse(Overloaded(f"Your address has more than {limit} connections.", retry_after=1))
+        if self._surplus and self.url not in PROBES:
+            self.refuse(Overloaded(self._surplus, retry_after=1))
             return
         try:
             cycle = self._parsed_cycle()
@@ -330,6 +372,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self.refuse(BadRequest(f"The request target is not valid: {error}."))
             return
         self._reading = cycle
+        self._body_bytes = 0
         self._enqueue(cycle)
 
     def _enqueue(self, cycle: Cycle) -> None:
@@ -354,7 +397,7 @@ class GatewayProtocol(HttpToolsProtocol):
         cycle = self._cycle(method, target, version)
         if version == "1.0":
             cycle.is_http10, cycle.keep_alive = True, False
-        elif not parser.should_keep_alive():
+        elif not parser.should_keep_alive() or self._surplus:
             cycle.keep_alive = False
         if parser.should_upgrade():
             cycle.upgrade = WEBSOCKET
@@ -413,6 +456,7 @@ class GatewayProtocol(HttpToolsProtocol):
         cycle = self._reading
         if cycle is None or self._is_ending:
             return
+        self._body_bytes += len(body)
         if not cycle.is_answered:
             if cycle.feed(body):
                 self.pause_reading()
@@ -478,6 +522,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Make the client wait."""
         if not self._is_read_paused and not self.transport.is_closing():
             self._is_read_paused = True
+            self._paused_at = self.loop.time()
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
@@ -486,6 +531,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         if self._is_read_paused:
             self._is_read_paused = False
+            self._excuse_pause()
             self.transport.resume_reading()
 
     # The lane, as `express.ClientConnection` has it
@@ -683,6 +729,42 @@ class GatewayProtocol(HttpToolsProtocol):
             return None  # the upstream's time, which others keep
         return self.bounds.header_timeout if self._is_timed else self.bounds.keep_alive_timeout
 
+    def _await_body(self, reading: Cycle) -> None:
+        """Give the client its time for the rest of a body.
+
+        Each piece is worth as long as it takes at the least rate. The next is due before that is used up, and within
+        `idle_timeout` at most; nor does more than that add up, so that what was sent fast excuses no slow rest.
+        """
+        bounds = self.bounds
+        received, self._body_bytes = self._body_bytes, 0
+        rate = bounds.body_rate if reading.body_rate is None else reading.body_rate
+        if not rate or reading.awaits_continue:  # the client has not been asked for its body yet
+            reading.body_due = None
+            self._alarm.set(bounds.idle_timeout)
+            return
+        now = self.loop.time()
+        credit = now + bounds.body_grace if reading.body_due is None else reading.body_credit
+        most = max(bounds.idle_timeout, bounds.body_grace)
+        reading.body_credit = credit = min(credit + received / rate, now + most)
+        reading.body_due = due = min(credit, now + bounds.idle_timeout)
+        self._alarm.set(due - now)
+
+    def _excuse_pause(self) -> None:
+        """Put off what is due of a body by as long as we have not read."""
+        reading = self._reading
+        if reading is not None and reading.body_due is not None:
+            now = self.loop.time()
+            pause = now - self._paused_at
+            reading.body_credit += pause
+            reading.body_due += pause
+            self._alarm.set(reading.body_due - now)
+
+    def on_body_rate(self, cycle: Cycle) -> None:
+        """Apply the rate that this request's body must have from now on."""
+        if cycle is self._reading and not self._is_ending:
+            cycle.body_due = None
+            self._await_body(cycle)
+
     def _on_alarm(self) -> None:
         """Act on what has not come: the rest of a head or of a body, the next request, or the client's reading on."""
         if self._is_ending or self.is_write_paused or self.transport.is_closing():
@@ -708,10 +790,15 @@ class GatewayProtocol(HttpToolsProtocol):
             self._alarm.set(self.bounds.header_timeout)
         elif self._is_read_paused or serving.awaits_continue:  # it is not the client that is waited for
             self._alarm.set(self.bounds.idle_timeout)
+        elif serving.body_due is not None and serving.body_due > self.loop.time():  # it was put off meanwhile
+            self._alarm.set(serving.body_due - self.loop.time())
         elif serving.is_started:
             self.transport.abort()
-        else:
+        elif serving.body_due is None or serving.body_due < serving.body_credit:
             self.refuse(HeadTimeout(f"Nothing of the body came for {self.bounds.idle_timeout:g} s."))
+        else:
+            rate = self.bounds.body_rate if serving.body_rate is None else serving.body_rate
+            self.refuse(HeadTimeout(f"The body came more slowly than {rate:g} bytes a second."))
 
     def _refuse_size(self) -> None:
         self.refuse(HeadersTooLarge(f"The request's head is larger than {self.bounds.header_bytes} bytes."))
@@ -784,7 +871,22 @@ def _size(headers: HeaderList) -> int:
     return sum(len(name) + len(value) + 4 for name, value in headers)
 
 
-def bounded_protocol(bounds: Bounds, refused: Counter[str]) -> type[GatewayProtocol]:
-    """Return the protocol class for one server, for uvicorn's `Config(http=...)`; it counts its refusals."""
-    shared: dict[str, Any] = {"bounds": bounds, "peers": Counter(), "refused": refused}
+def bounded_protocol(
+    bounds: Bounds,
+    refused: Counter[str],
+    shares: Shares | None = None,
+    share_holder: Callable[[str], str | None] = _nobody,
+) -> type[GatewayProtocol]:
+    """Return the protocol class for one server, for uvicorn's `Config(http=...)`; it counts its refusals.
+
+    `shares` are of the connections, `share_holder` says whose share one from an address takes.
+    """
+    shared: dict[str, Any] = {
+        "bounds": bounds,
+        "peers": Counter(),
+        "refused": refused,
+        "shares": shares or Shares(MAX_CONNECTIONS),
+        "surplus": Shares(MAX_SURPLUS),
+        "share_holder": staticmethod(share_holder),
+    }
     return type("BoundedProtocol", (GatewayProtocol,), shared)

@@ -17,6 +17,7 @@ from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency
 from api_gateway.resolution import Name
+from api_gateway.shares import ResourceState
 from api_gateway.targets import CheckRecord, Target
 
 Status = Literal["pass", "warn", "fail"]
@@ -226,6 +227,7 @@ class Report:
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
     tasks: int = 0  # that the event loop has
+    resources: list[ResourceState] = field(default_factory=list)
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "Report":
@@ -250,6 +252,7 @@ class Report:
             },
             "lag": self.lag,
             "tasks": self.tasks,
+            "resources": [asdict(resource) for resource in self.resources],
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -262,6 +265,7 @@ class Report:
         self.client_trouble = state["client_trouble"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
+        self.resources = [ResourceState(**resource) for resource in state["resources"]]
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])
 
@@ -277,6 +281,7 @@ class Report:
         self.is_over = True
         self.recorder.in_flight = self.buckets = self.tasks = 0
         self.lag = 0.0
+        self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
 
 
 def oldest_changed(now: float) -> int:
