@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,19 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"state_dir: {config.state_dir}: the client store cannot be opened: {error}", file=sys.stderr)
         return STARTUP_FAILED
     configure_logging(config.log.level)
-    if config.server.workers > 1:
-        return _supervise(Supervisor(config, read))
-    server = GatewayServer(config)
-    server.run()
-    return server.exit_code if server.started else STARTUP_FAILED
-
-
-def _supervise(supervisor: Supervisor) -> int:
     try:
-        return asyncio.run(supervisor.run())
+        return _serve(config, read)
     except StartupError as error:
         print(error, file=sys.stderr)
         return STARTUP_FAILED
+
+
+def _serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> int:
+    """Serve until told to stop; return the exit code. Raises StartupError."""
+    if config.server.workers > 1:
+        return asyncio.run(Supervisor(config, read).run())
+    server = GatewayServer(config)
+    server.run()
+    return server.exit_code if server.started else STARTUP_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:

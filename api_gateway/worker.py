@@ -10,6 +10,7 @@ from api_gateway.brief import take_over
 from api_gateway.config import GatewayConfig
 from api_gateway.crew import RELIEF, Member
 from api_gateway.errors import STARTUP_FAILED
+from api_gateway.listening import Sockets
 from api_gateway.server import GatewayServer, configure_logging
 
 
@@ -19,7 +20,8 @@ def main(brief: dict[str, Any]) -> int:
     config = take_over(brief["config"])
     configure_logging(config.log.level, f"worker {brief['number']}: ")
     server = WorkerServer(config, socket.socket(fileno=brief["channel"]))
-    server.run([socket.socket(fileno=listener) for listener in brief["listeners"]])
+    public, admin = ([socket.socket(fileno=one) for one in brief[key]] for key in ("listeners", "admin_listeners"))
+    server.run_on(Sockets(public, admin))
     return server.exit_code if server.started else STARTUP_FAILED
 
 

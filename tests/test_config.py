@@ -105,6 +105,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert config.server.model_dump() == {
         "host": "127.0.0.1",
         "port": 8000,
+        "socket_mode": 0o660,
         "workers": 1,
         "max_body_bytes": 104_857_600,
         "max_header_bytes": 65_536,
