@@ -68,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "clients",
         "alarm",
         "lag",
+        "watchdog",
         "pool",
         "outgoing",
         "answer",
