@@ -17,8 +17,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "diagnosis",
         "bind_address",
         "store_url",
+        "state_folder",
         "secret",
         "lifeline",
+        "output",
         "frames",
         "id_filter",
         "breaker_policy",
@@ -52,6 +54,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "operators",
         "locality",
         "cross_site",
+        "operator_limits",
+        "request_paths",
         "limit_fields",
         "shares",
         "sketch",
@@ -69,6 +73,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "alarm",
         "lag",
         "watchdog",
+        "heap",
+        "receive_buffer",
         "pool",
         "outgoing",
         "answer",
@@ -88,6 +94,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
         "merging",
         "crew",
+        "health_cache",
         "access_log",
         "link",
         "cycle",
@@ -107,6 +114,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "shadow",
         "settlement",
         "middleware",
+        "operator_body",
         "operator_gate",
         "express",
         "explanation",
@@ -121,6 +129,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 SIBLINGS = {
+    ("connection", "receive_buffer"),
+    ("tunnel", "receive_buffer"),
     ("peer_process", "socket_table"),
     ("assembly", "assembly_stores"),
     ("assembly", "assembly_upstreams"),
@@ -197,7 +207,11 @@ SIBLINGS = {
     ("stand_in", "request"),
     ("stand_in", "service"),
     ("middleware", "shadow"),
+    ("operator_body", "request"),
     ("operator_gate", "middleware"),
+    ("operator_gate", "operator_body"),
+    ("operator_limits", "operators"),
+    ("operator_limits", "rate_limiter"),
     ("operator_gate", "request"),
     ("explanation", "middleware"),
     ("explanation", "router"),
@@ -256,7 +270,7 @@ OUTSIDE = {
     "yaml": {"diagnosis"},
     "uvicorn": {"protocol", "demo", "server"},
 }
-NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config"}
+NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config", "output"}
 
 MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
