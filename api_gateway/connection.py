@@ -135,7 +135,7 @@ class Connection(asyncio.BufferedProtocol):
             self._stall = self.loop.call_later(seconds, self._check_stall, seconds)
         try:
             while self._writable is not None:
-                await self._writable
+                await asyncio.wait({self._writable})  # see `protocol.GatewayProtocol.wait_until_writable`
         finally:
             if self._stall is not None:
                 self._stall.cancel()
