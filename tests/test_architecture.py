@@ -72,6 +72,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "clients",
         "alarm",
         "lag",
+        "watchdog",
         "heap",
         "receive_buffer",
         "pool",
