@@ -363,11 +363,15 @@ class Limit:
         if not decision.allowed:
             raise refusal(exchange, decision)
 
+    def limits_address_of(self, client: Client, peer: str) -> bool:
+        """Tell whether a request of `client` from the address `peer` is charged to that address, too."""
+        return self._address_quota is not None and not client.is_registered and not self._is_exempt(peer)
+
     def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
         """Return what a request of `client` from the address `peer` draws on; all or none is to be charged."""
         charges = [Charge(client.key, client.quota, client.quota.cost_ns(cost))]
         quota = self._address_quota
-        if quota is not None and not client.is_registered and not self._is_exempt(peer):
+        if quota is not None and self.limits_address_of(client, peer):
             charges.append(Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(cost)))
         return charges
 
