@@ -59,6 +59,7 @@ from api_gateway.operator_gate import OPERATOR, unescaped
 from api_gateway.operators import LOCAL, Operator
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.report import BreakerReport
+from api_gateway.request import Receive, Scope, Send
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
 from api_gateway.upstream_bodies import (
     BreakersView,
@@ -450,6 +451,12 @@ def install(app: FastAPI) -> frozenset[str]:
     app.add_exception_handler(HTTPException, _answer_error)
     routes = itertools.chain(app.routes, *(router.routes for router in routers))
     return frozenset(route.path.split("/")[1] for route in routes if isinstance(route, Route))
+
+
+async def unknown_path(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer, as an ASGI application, what a path without an endpoint is answered."""
+    response = await _answer_error(Request(scope), HTTPException(404))
+    await response(scope, receive, send)
 
 
 async def _answer_error(request: Request, raised: Exception) -> Response:

@@ -33,6 +33,7 @@ MAX_BODY = 65_536  # bytes
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _QUESTIONS = frozenset({"explain"})  # endpoints that change nothing although they take a body
 _PAGES = frozenset({"docs"})  # pages that hold no data: other sites may link to them
+_HEALTH = frozenset({"health", "healthz", "readyz"})
 _CHALLENGE = {"www-authenticate": 'Bearer realm="api-gateway"'}
 
 
@@ -88,6 +89,10 @@ class OperatorGate:
         first = unescaped_first(scope, target.root)
         return target.segments[0] in self._endpoints or first in self._endpoints
 
+    def is_health(self, scope: Scope) -> bool:
+        """Tell whether the path is one that every listener serves."""
+        return target_of(scope).segments[0] in _HEALTH
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request whose path is the gate's."""
         fields = fields_of(scope["headers"])
@@ -140,7 +145,12 @@ class OperatorGate:
         if operator is not None:
             return operator
         if self.access.tokens:
-            raise Unauthorized("This endpoint needs the header 'Authorization: Bearer <token>'.", headers=_CHALLENGE)
+            raise Unauthorized(
+                "This endpoint needs the header 'Authorization: Bearer <token>', with a configured token or the one in"
+                " the file operator-token in state_dir. Where no token is configured, a program that the operator"
+                " runs on this machine needs none; if it is refused, the log says why.",
+                headers=_CHALLENGE,
+            )
         raise Forbidden(
             "Without an admin token this endpoint answers only direct requests from this machine to localhost. "
             "Set admin.token (GATEWAY_ADMIN__TOKEN) to reach it from elsewhere."

@@ -27,6 +27,7 @@ from api_gateway.config_sections import ServerSection
 from api_gateway.crew import Crew
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
+from api_gateway.locality import Locality
 from api_gateway.main import create_app
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 from api_gateway.shares import Shares, default_connections
@@ -50,7 +51,8 @@ class GatewayServer(uvicorn.Server):
     requests over gateways can take notice. Then it accepts no more, and what runs has `drain_timeout` seconds to end.
     """
 
-    def __init__(self, config: GatewayConfig, crew: Crew | None = None) -> None:
+    def __init__(self, config: GatewayConfig, crew: Crew | None = None, *, locality: Locality | None = None) -> None:
+        """`locality` decides which requests need no token, as in `create_app`."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
@@ -58,7 +60,9 @@ class GatewayServer(uvicorn.Server):
         refused: Counter[str] = Counter()
         section = config.server
         self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
-        self._app: FastAPI = create_app(config, refused=refused, crew=crew, connections=self.connections)
+        self._app: FastAPI = create_app(
+            config, refused=refused, crew=crew, connections=self.connections, locality=locality
+        )
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
         admin = AdminListener(self._app)
         self._admin_config = _uvicorn_config(admin, section, refused, Shares(ADMIN_CONNECTIONS))

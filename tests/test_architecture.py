@@ -95,6 +95,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "listening",
         "socket_table",
         "peer_process",
+        "local_operator",
+        "operator_token",
         "embedded",
     ),
     (
@@ -121,6 +123,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 SIBLINGS = {
     ("peer_process", "socket_table"),
+    ("local_operator", "peer_process"),
+    ("local_operator", "socket_table"),
+    ("local_operator", "link"),
+    ("local_operator", "locality"),
     ("assembly", "assembly_stores"),
     ("assembly", "assembly_upstreams"),
     ("assembly_data_plane", "assembly"),
