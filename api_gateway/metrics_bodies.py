@@ -99,6 +99,13 @@ class OverloadView(Body):
     shed: dict[str, dict[str, int]] = Field(description="By upstream and tier; `_gateway` is the gateway itself.")
 
 
+class OutputView(Body):
+    """What was lost of the gateway's own output, by stream: `stdout` (access log) and `stderr` (log)."""
+
+    dropped_lines: dict[str, int] = Field(description="Lines not written: the queue was full, or writing failed.")
+    write_errors: dict[str, int] = Field(description="Writes that failed, such as on a full disk or a closed pipe.")
+
+
 class MetricsView(Body):
     """Everything counted since the start, for people; Prometheus reads the same URL as text."""
 
@@ -119,3 +126,4 @@ class MetricsView(Body):
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]
     overload: OverloadView
+    output: OutputView

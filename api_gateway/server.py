@@ -29,6 +29,7 @@ from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
 from api_gateway.locality import Locality
 from api_gateway.main import create_app
+from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 from api_gateway.shares import Shares, default_connections
 from api_gateway.welcome import welcome
@@ -231,7 +232,7 @@ def configure_logging(level: str, who: str = "") -> None:
     """Log to standard error; `who` tells one process of several from the others."""
     logging.basicConfig(
         level=level.upper(),
-        stream=sys.stderr,
+        handlers=[LineHandler(process_output().err)],
         format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
         force=True,
     )

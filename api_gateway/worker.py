@@ -11,11 +11,17 @@ from api_gateway.config import GatewayConfig
 from api_gateway.crew import RELIEF, Member
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.listening import Sockets
+from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
 
 
 def main(brief: dict[str, Any]) -> int:
     """Serve until told to stop, or until the supervisor is gone. Returns the exit code; see `brief.Brief`."""
+    with redirected():
+        return _serve(brief)
+
+
+def _serve(brief: dict[str, Any]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is for the supervisor
     config = take_over(brief["config"])
     configure_logging(config.log.level, f"worker {brief['number']}: ")

@@ -280,7 +280,8 @@ def test_a_breaker_that_is_not_there_is_answered_with_the_nearest_name(
 
 
 def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "circuit_breakers.json"
+    file = tmp_path / "state" / "circuit_breakers.json"
+    file.parent.mkdir()
     file.write_text('{"circuit_breakers": {"up": {"mode": "on"}}}')
     with running_gateway(in_front_of("http://127.0.0.1:9"), tmp_path) as running:
         told = ask(f"{running.url}/circuit-breakers").json()

@@ -17,8 +17,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "diagnosis",
         "bind_address",
         "store_url",
+        "state_folder",
         "secret",
         "lifeline",
+        "output",
         "frames",
         "id_filter",
         "breaker_policy",
@@ -68,6 +70,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "clients",
         "alarm",
         "lag",
+        "heap",
+        "receive_buffer",
         "pool",
         "outgoing",
         "answer",
@@ -122,6 +126,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 SIBLINGS = {
+    ("connection", "receive_buffer"),
+    ("tunnel", "receive_buffer"),
     ("peer_process", "socket_table"),
     ("local_operator", "peer_process"),
     ("local_operator", "socket_table"),
@@ -261,7 +267,7 @@ OUTSIDE = {
     "yaml": {"diagnosis"},
     "uvicorn": {"protocol", "demo", "server"},
 }
-NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config"}
+NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config", "output"}
 
 MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
