@@ -145,6 +145,7 @@ class GatewayConfig(BaseSettings):
         problems = [
             *_server_problems(self),
             *_store_problems(self),
+            *_admin_problems(self),
             *_tier_problems(self),
             *_upstream_problems(self),
             *_breaker_problems(self),
@@ -231,6 +232,16 @@ def _budget_problems(config: GatewayConfig) -> Iterator[str]:
 def _store_problems(config: GatewayConfig) -> Iterator[str]:
     if config.store.clients == "store" and not config.store.is_shared:
         yield "store.clients: memory:// outlives no restart, so clients go into a file: sqlite or auto, got 'store'"
+
+
+def _admin_problems(config: GatewayConfig) -> Iterator[str]:
+    tokens = [(f"admin.tokens.{name}", section.token) for name, section in config.admin.tokens.items()]
+    places: dict[str, str] = {}
+    for place, token in (("admin.token", config.admin.token), *tokens):
+        if token is not None:
+            first = places.setdefault(token.get_secret_value(), place)
+            if first != place:
+                yield f"{place}: is the same token as {first}"
 
 
 def _tier_problems(config: GatewayConfig) -> Iterator[str]:

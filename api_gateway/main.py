@@ -26,10 +26,12 @@ from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
+from api_gateway.health_cache import HealthCache
 from api_gateway.link import ADMIN, Lane
 from api_gateway.locality import Locality
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import OperatorGate
+from api_gateway.operator_limits import OperatorLimits
 from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
@@ -54,7 +56,13 @@ class GatewayApp(FastAPI):
         self.has_admin_listener = has_admin_listener
         endpoints = admin.install(self)
         self.gate = OperatorGate(
-            super().__call__, access=NOBODY, endpoints=endpoints, readiness=self._readiness, refused=refused
+            super().__call__,
+            access=NOBODY,
+            endpoints=endpoints,
+            readiness=self._readiness,
+            health=self._health,
+            limits=OperatorLimits(time.monotonic_ns),
+            refused=refused,
         )
 
     @property
@@ -84,6 +92,10 @@ class GatewayApp(FastAPI):
         console: Console | None = getattr(self.state, "console", None)
         phase = Phase.STARTING if console is None else console.phase
         return phase is Phase.SERVING, phase.value
+
+    def _health(self) -> HealthCache | None:
+        console: Console | None = getattr(self.state, "console", None)
+        return None if console is None else console.health
 
 
 def create_app(
@@ -117,6 +129,7 @@ def create_app(
         app.gate.access = operator_access(settings, locality)
         async with live(settings, rejections, transports or {}, resolve) as gateway:
             app.state.gateway = gateway
+            gateway.recorder.operator_refusals = app.gate.refusals
             switch.data_plane, switch.lane, explainer = data_plane_of(gateway, server_headers)
             app.state.console = _console(gateway, explainer, crew or Alone(), connections)
             app.state.console.phase = Phase.SERVING

@@ -128,6 +128,7 @@ def forwarder_once(port: int, gateway: int, folder: Path) -> list[str]:
     return [*forwarder(port, gateway, folder), "once"]
 
 
+REFUSED = (401, 429)  # an address that was refused often is limited; who is local is neither refused nor limited
 Command = Callable[[int, int, Path], list[str]]
 PROXIES: list[Command] = [nginx, nginx_as_us, haproxy, haproxy_with_master, caddy, socat, forwarder]
 ONCE: list[Command] = [socat_once, forwarder_once]
@@ -242,7 +243,7 @@ def test_another_server_has_local_clients_too(tmp_path: Path) -> None:
 def test_a_program_that_serves_others_itself_is_not_local(gateway: Running) -> None:
     """Such as this one, whose upstream listens here: it may be passing on somebody else's request."""
     listener = socket.create_server(("127.0.0.1", 0))
-    assert ask(f"{gateway.url}/metrics").status == 401
+    assert ask(f"{gateway.url}/metrics").status in REFUSED
     listener.close()
 
 
@@ -251,7 +252,7 @@ def test_a_program_that_serves_others_itself_is_not_local(gateway: Running) -> N
     "field", ["Host: gateway.example", "X-Forwarded-For: 127.0.0.1", "Via: 1.1 proxy", "Forwarded: for=127.0.0.1"]
 )
 def test_a_request_for_another_host_or_of_a_proxy_is_not_local(gateway: Running, field: str) -> None:
-    assert curl("-H", field, f"{gateway.url}/metrics").status == 401
+    assert curl("-H", field, f"{gateway.url}/metrics").status in REFUSED
 
 
 @curl_only
@@ -275,7 +276,7 @@ def test_another_user_of_the_machine_is_not_local(gateway: Running) -> None:
     ran = subprocess.run(
         ["sh", "-c", command], capture_output=True, check=True, text=True, user=65_534, group=65_534, extra_groups=[]
     )
-    assert ran.stdout == "401"
+    assert int(ran.stdout) in REFUSED
 
 
 # Through a proxy
@@ -292,10 +293,10 @@ def test_no_operator_endpoint_answers_through_a_proxy(gateway: Running, tmp_path
     with proxy(command, gateway.port, tmp_path) as (port, _):
         assert outside(port, "/api/up/x").status == 200, "it is no proxy"
         for path in ("/metrics", "/circuit-breakers", "/clients", "/clients/x", "/docs", "/openapi.json"):
-            assert outside(port, path).status == 401, path
-            assert outside(port, path, headers={"Host": f"localhost:{gateway.port}"}).status == 401, path
+            assert outside(port, path).status in REFUSED, path
+            assert outside(port, path, headers={"Host": f"localhost:{gateway.port}"}).status in REFUSED, path
         posted = outside(port, "/clients/x/tier", method="POST", headers=json_type, body=body)
-        assert (posted.status, posted.json()["reason"]) == (401, "unauthorized")
+        assert posted.status in REFUSED
         assert set(outside(port, "/health").json()) == {"status"}
 
 
@@ -304,7 +305,7 @@ def test_a_forwarder_that_has_closed_its_listener_is_a_proxy_still(
     gateway: Running, tmp_path: Path, command: Command
 ) -> None:
     with proxy(command, gateway.port, tmp_path) as (port, _):
-        assert outside(port, "/metrics", headers={"Connection": "close"}).status == 401
+        assert outside(port, "/metrics", headers={"Connection": "close"}).status in REFUSED
 
 
 def test_a_proxy_that_drains_after_a_reload_is_a_proxy_still(gateway: Running, tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_a_proxy_that_drains_after_a_reload_is_a_proxy_still(gateway: Running, t
         popen.send_signal(signal.SIGUSR1)
         eventually(lambda: not is_listening(port), "it listens no more")
         client.sendall(b"Host: localhost\r\n\r\n")
-        assert client.recv(65_536).split(b" ")[1] == b"401"
+        assert int(client.recv(65_536).split(b" ")[1]) in REFUSED
 
 
 def established(port: int) -> int:
@@ -343,7 +344,7 @@ def test_a_client_that_a_forwarder_starts_is_not_local(gateway: Running, tmp_pat
         with contextlib.suppress(ConnectionResetError):
             while len(answer) < 3 and (data := client.recv(16)):
                 answer += data
-        assert answer == b"401"
+        assert int(answer) in REFUSED
 
 
 @curl_only
@@ -354,7 +355,7 @@ def test_while_strangers_come_through_a_proxy_the_operator_is_still_served(gatew
     def flood(port: int) -> None:
         while not stop.is_set():
             with contextlib.suppress(OSError):
-                assert outside(port, "/metrics").status == 401
+                assert outside(port, "/metrics").status in REFUSED
 
     with proxy(forwarder, gateway.port, tmp_path) as (port, _), ExitStack() as stack:
         threads = [threading.Thread(target=flood, args=(port,)) for _ in range(8)]
@@ -363,6 +364,6 @@ def test_while_strangers_come_through_a_proxy_the_operator_is_still_served(gatew
             thread.start()
         stack.callback(stop.set)
         statuses = [curl(f"{gateway.url}/metrics").status for _ in range(3)]
-        assert set(statuses) <= {200, 401}
+        assert set(statuses) <= {200, *REFUSED}
         assert ask(f"{gateway.url}/api/up/x").status == 200
     assert curl(f"{gateway.url}/metrics").status == 200
