@@ -61,7 +61,6 @@ from api_gateway.operator_gate import OPERATOR
 from api_gateway.operators import Operator
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.report import BreakerReport
-from api_gateway.request import Receive, Scope, Send
 from api_gateway.request_paths import path_as_sent, unescaped
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
 from api_gateway.upstream_bodies import (
@@ -467,18 +466,24 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
 
 def install(app: FastAPI) -> frozenset[str]:
     """Add the operator endpoints and their error handling to `app`; return the first segments of their paths."""
+    app.state.rendered_schemas = {}
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.router.routes.insert(0, Route("/openapi.json", _schema))
     return frozenset(route.path.split("/")[1] for route in _routes(app))
 
 
-async def unknown_path(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer, as an ASGI application, what a path without an endpoint is answered."""
-    response = await _answer_error(Request(scope), HTTPException(404))
-    await response(scope, receive, send)
+async def _schema(request: Request) -> Response:
+    """Answer the schema, which the framework would render anew for each request."""
+    rendered: dict[str, Response] = request.app.state.rendered_schemas
+    root = request.scope.get("root_path", "")
+    if root not in rendered:
+        schema = request.app.openapi()
+        rendered[root] = JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
+    return rendered[root]
 
 
 async def _answer_error(request: Request, raised: Exception) -> Response:
@@ -683,6 +688,7 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
         window_slow=slow,
         window_slow_rate=round(slow / calls, 4) if calls else None,
         probes_in_flight=breaker.probes_in_flight,
+        one_principal=breaker.one_principal,
         ramp_share=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,

@@ -27,7 +27,7 @@ from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
-from api_gateway.link import ADMIN, Lane
+from api_gateway.link import Lane
 from api_gateway.locality import Locality
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import OperatorGate
@@ -55,10 +55,12 @@ class GatewayApp(FastAPI):
         self._switch = switch
         self.has_admin_listener = has_admin_listener
         endpoints = admin.install(self)
+        self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,
             access=NOBODY,
             endpoints=endpoints,
+            has_admin_listener=has_admin_listener,
             readiness=self._readiness,
             health=self._health,
             limits=OperatorLimits(time.monotonic_ns),
@@ -78,15 +80,15 @@ class GatewayApp(FastAPI):
         """Serve one request, or the lifespan."""
         if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
-        elif scope["type"] == "http" and self.gate.guards(scope):
-            gate = self.gate if self._serves_operators(scope) else admin.unknown_path
-            await gate(scope, receive, send)
+        elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
+            await self.gate(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
-    def _serves_operators(self, scope: Scope) -> bool:
-        """Tell whether this listener serves the path: with one for operators, the others serve only health."""
-        return not self.has_admin_listener or ADMIN in scope or self.gate.is_health(scope)
+    @property
+    def _is_extended(self) -> bool:
+        """True if somebody has added routes or middleware: then any path may be theirs."""
+        return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
         console: Console | None = getattr(self.state, "console", None)
