@@ -25,6 +25,7 @@ from api_gateway.errors import (
     ClientIdInvalid,
     Forbidden,
     GatewayError,
+    InternalError,
     InvalidValue,
     MethodNotAllowed,
     NoRoute,
@@ -472,6 +473,7 @@ def install(app: FastAPI) -> frozenset[str]:
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)  # the framework raises it again, and the server logs it
     app.router.routes.insert(0, Route("/openapi.json", _schema))
     return frozenset(route.path.split("/")[1] for route in _routes(app))
 
@@ -527,7 +529,7 @@ def _in_our_words(raised: Exception) -> GatewayError:
         if raised.status_code == 405:  # noqa: PLR2004 - an endpoint, but not for this method
             return MethodNotAllowed("The endpoint does not take this method.")
         return BadRequest(str(raised.detail))
-    raise raised
+    return InternalError(f"The gateway failed: {type(raised).__name__}.")
 
 
 def _mistake(item: Mapping[str, Any]) -> str:
