@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -465,8 +466,12 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
     )
 
 
-def install(app: FastAPI) -> frozenset[str]:
-    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths."""
+def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
+    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths.
+
+    `refused` counts the problems that are answered, by reason.
+    """
+    app.state.refused = refused
     app.state.rendered_schemas = {}
     for router in _ROUTERS:
         app.include_router(router)
@@ -495,6 +500,7 @@ async def _answer_error(request: Request, raised: Exception) -> Response:
         error.headers["allow"] = _allow(request)
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"allow": error.headers["allow"]})
+    request.app.state.refused[error.reason] += 1
     return JSONResponse(
         problem(error, instance=path_as_sent(request.scope)),
         status_code=error.status,
