@@ -54,7 +54,7 @@ class GatewayApp(FastAPI):
         self.add_middleware(Split, switch=switch)
         self._switch = switch
         self.has_admin_listener = has_admin_listener
-        endpoints = admin.install(self)
+        endpoints = admin.install(self, refused)
         self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,
