@@ -40,6 +40,7 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self.is_closed = False
         self.is_reused = False
+        self.holder: str | None = None
         self.alarm = Alarm(loop, self._on_alarm)
         self._patience = 0.0  # what the alarm was set to
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
@@ -370,6 +371,11 @@ class Connection(asyncio.Protocol):
         if self._is_reading_paused and not self.is_closed:
             self._is_reading_paused = False
             self._transport.resume_reading()
+
+    def set_apart(self) -> None:
+        """Stop counting among the pool's connections: what it carries has no end of its own. Raises OverShare."""
+        if self.pool is not None:
+            self.pool.set_apart(self)
 
     def hand_over(self) -> asyncio.Transport:
         """Give the transport away after a 101; whoever has it tells us of its loss by `connection_lost`."""

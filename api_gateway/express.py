@@ -51,6 +51,7 @@ from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
 from api_gateway.routes import Route, upstream_target
 from api_gateway.service import Service
+from api_gateway.shares import holder_of
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 MAX_NOTED = 32  # headers of a request that mean something here
@@ -73,6 +74,7 @@ class Standing:
         "client",
         "cost",
         "dropped",
+        "holder",
         "host",
         "is_trusted",
         "keep_alive",
@@ -101,6 +103,7 @@ class Standing:
         self.added = added
         self.version = -1  # of the registry, when it was asked for
         self.client: Client | None = None
+        self.holder = ""  # whose share of the resources the requests take, for that client
         self.cost = -1.0
         self.charges: list[Charge] = []  # for that client and cost
         self.band = 0  # of that client
@@ -115,6 +118,7 @@ class Standing:
         other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
         other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
         other.version, other.cost, other.client, other.charges = -1, -1.0, None, []
+        other.holder = ""
         return other
 
 
@@ -303,6 +307,7 @@ class Express:
             standing.version, standing.cost = self._clients.version, cost
             standing.charges = self.limit.charges(client, standing.peer, cost)
             standing.band = self.router.bands.of(client.quota.name)
+            standing.holder = holder_of(client, standing.peer)
         else:
             standing.version = -1
 
@@ -430,9 +435,11 @@ class Passage(Answer):
         service.retries.budget.deposit(exchange.started)
         checkout = service.upstream.checkout
         is_safe = exchange.method in IDEMPOTENT
-        self.lease = lease = checkout(now, standing.charges[0].key, band=standing.band, is_safe=is_safe)
+        self.lease = lease = checkout(
+            now, standing.charges[0].key, band=standing.band, holder=standing.holder, is_safe=is_safe
+        )
         probe = lease.target_ticket is not None and lease.target_ticket.is_probe  # its long answer settles early there
-        connection = None if probe else service.idle_connection(lease.target)
+        connection = None if probe else service.idle_connection(lease.target, standing.holder)
         if connection is None:  # the ordinary way waits for one
             self._leave(body, is_sent=False)
             return

@@ -15,6 +15,7 @@ from api_gateway.errors import (
     UpstreamTimeout,
 )
 from api_gateway.models import Exchange
+from api_gateway.pool import OverShare
 
 # httpx's failures in our words, most specific first. What the client is told names no address.
 _TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
@@ -32,6 +33,8 @@ def translate(error: Exception, upstream: str) -> GatewayError:
     """Put one of httpx's failures in our words."""
     if isinstance(error, httpx.LocalProtocolError):
         return BadRequest(f"The request cannot be sent on: {error}.")
+    if isinstance(error, OverShare):
+        return Overloaded(f"Upstream '{upstream}': {error}.", retry_after=1.0, extra={"upstream": upstream})
     kind, words = next((ours, words) for theirs, ours, words in _TRANSLATION if isinstance(error, theirs))
     retry_after = 1.0 if kind is Overloaded else None
     return kind(f"Upstream '{upstream}': {words}.", retry_after=retry_after, extra={"upstream": upstream})

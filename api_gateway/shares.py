@@ -50,6 +50,20 @@ class Shares:
         if holder is not None:
             self._held[holder] = self._held.get(holder, 0) + 1
 
+    def try_take(self, holder: str | None) -> bool:
+        """Take one more place if `admits` allows it, in one step; tell whether it did."""
+        free = self.total - self.in_use
+        if holder is None:
+            if free <= 0:
+                return False
+        else:
+            held = self._held.get(holder, 0)
+            if held >= free:
+                return False
+            self._held[holder] = held + 1
+        self.in_use += 1
+        return True
+
     def give_back(self, holder: str | None) -> None:
         """Count one place less."""
         self.in_use -= 1

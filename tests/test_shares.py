@@ -74,8 +74,12 @@ class Holders(RuleBasedStateMachine):
         may = free > 0 if holder is None else self.model.count(holder) < free
         assert self.shares.admits(holder) is may
         if not may:
+            assert not self.shares.try_take(holder)
             return "refused"
-        self.shares.take(holder)
+        if len(self.model) % 2:
+            self.shares.take(holder)
+        else:
+            assert self.shares.try_take(holder)
         self.model.append(holder)
         return holder
 
