@@ -118,7 +118,8 @@ class Lease:
                 self.upstream.rotation.settle(self.upstream.targets, self.target, self.target_ticket, outcome, now)
             self.upstream.breaker.settle(self.ticket, outcome, now)
         self.target.in_flight -= 1
-        self.give_place_back()
+        if self._limit is not None:
+            self.give_place_back()
 
     def give_place_back(self) -> None:
         """Give back the place below the upstream's limit, once: what has no end of its own does not keep it."""
