@@ -11,21 +11,24 @@ from functools import partial
 
 import httpx
 
-from api_gateway.assembly_stores import client_store, follow, limiter_of
+from api_gateway.assembly_stores import client_store, follow, limiter_of, state_folder
 from api_gateway.assembly_upstreams import checking_transport, names_of, service_of, upkeep_of
 from api_gateway.breaker_modes import ModeBoard, ModeFile
 from api_gateway.clients import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
+from api_gateway.heap import keep_trimmed
 from api_gateway.lag import LagSampler
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
+from api_gateway.output import process_output
 from api_gateway.overload import Bands, LagLimit
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.resolution import Resolve
 from api_gateway.service import Service
+from api_gateway.state_folder import own_folder
 from api_gateway.tasks import end
 from api_gateway.upkeep import Upkeep
 
@@ -61,6 +64,7 @@ async def live(
             await demo.start()
             stack.push_async_callback(demo.stop)
             config = config.model_validate({**config.model_dump(), **demo.sections()})
+        stack.enter_context(state_folder(config))
         gateway = _build(config, rejections, transports, resolve)
         stack.push_async_callback(gateway.clients.close)
         try:
@@ -81,6 +85,8 @@ async def live(
             stack.push_async_callback(upkeep.close)
         keeping = asyncio.create_task(_keep_up(gateway), name="health checks and names")
         stack.push_async_callback(_cancelled, keeping)
+        trimming = asyncio.create_task(keep_trimmed(), name="heap")
+        stack.push_async_callback(_cancelled, trimming)
         sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
         sampler.start()
         stack.callback(sampler.stop)
@@ -137,10 +143,11 @@ def _build(
             config.metrics.percentiles,
             now,
             rejections,
+            *process_output().losses,
         ),
         candidates=candidates,
         modes=ModeBoard(
-            ModeFile(config.state_dir),
+            ModeFile(own_folder(config.state_dir)),
             {name: service.upstream.breaker for name, service in services.items()},
             clock=time.monotonic,
             wall_clock=time.time,

@@ -63,6 +63,7 @@ class Exposition:
         yield from self._retries()
         yield from self._breakers()
         yield from self._overload()
+        yield from self._output()
         yield from self._shares()
 
     def _requests(self) -> Iterator[Metric]:
@@ -88,6 +89,12 @@ class Exposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
+        refusals = CounterMetricFamily(
+            "gateway_operator_refusals", "Requests to operator endpoints that were refused.", labels=["cause"]
+        )
+        for cause, count in recorder.operator_refusals.items():
+            refusals.add_metric([cause], count)
+        yield refusals
 
     def _limits(self) -> Iterator[Metric]:
         decisions = CounterMetricFamily(
@@ -256,6 +263,16 @@ class Exposition:
         yield shed
         yield GaugeMetricFamily("gateway_event_loop_lag_seconds", "How late the event loop runs.", value=self._lag)
         yield GaugeMetricFamily("gateway_event_loop_tasks", "Tasks the event loop has.", value=self._tasks)
+
+    def _output(self) -> Iterator[Metric]:
+        for name, words, counts in (
+            ("gateway_output_dropped_lines", "Lines of the gateway's own not written.", self._recorder.dropped_lines),
+            ("gateway_output_write_errors", "Failed writes of such lines.", self._recorder.write_errors),
+        ):
+            family = CounterMetricFamily(name, words, labels=["stream"])
+            for stream, count in counts.items():
+                family.add_metric([stream], count)
+            yield family
 
     def _shares(self) -> Iterator[Metric]:
         labels = ["resource", "upstream"]

@@ -101,13 +101,17 @@ class Pool(Generic[C]):
                     self._slots += 1
                     self.shares.take(holder)
                     return await self._fill_slot(connect, holder)
-                if self._idle:
-                    next(iter(self._idle)).close()
+                if self._idle:  # the longest idle one is closed for it; taken out here, so that the loop ends anyway
+                    idle = next(iter(self._idle))
+                    idle.close()
+                    self._idle.pop(idle, None)
                     continue
             handed = await self._queue(wait, holder)
             if handed is None:
                 return await self._fill_slot(connect, holder)
             if not handed.is_closed:
+                if is_fresh:
+                    return await self._replace(handed, connect, holder)
                 handed.is_reused = True
                 return handed
 
@@ -203,6 +207,12 @@ class Pool(Generic[C]):
         if self._is_closed:
             connection.close()
         return connection
+
+    async def _replace(self, used: C, seconds: float | None, holder: str | None) -> C:
+        """Close a connection and open another in its slot, which is the holder's."""
+        self._open.remove(used)
+        used.close()
+        return await self._fill_slot(seconds, holder)
 
     async def _queue(self, seconds: float | None, holder: str | None) -> C | None:
         """Wait for a connection or for a slot (None); either is then the holder's."""

@@ -13,29 +13,35 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from api_gateway.admin import Phase
+from api_gateway.admin_listener import AdminListener
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
 from api_gateway.crew import Crew
-from api_gateway.demo import banner
+from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
+from api_gateway.listening import Listeners, Sockets
 from api_gateway.main import create_app
+from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 from api_gateway.shares import Shares, default_connections
+from api_gateway.watchdog import Watchdog
+from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
 
-CUT_OFF = 4  # exit code: not everything was answered in the time to drain
-
 # What the server says of its own that is said here, or in the access log, in better words.
 _UNSAID = ("ASGI callable returned without completing response.", "Cancel %s running task(s)")
+ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
+STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain
 DRAIN_LINGER = 2.0  # seconds; see `protocol.GatewayProtocol.shutdown`
 
 
@@ -50,39 +56,56 @@ class GatewayServer(uvicorn.Server):
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
+        self._sockets = Sockets([])
         refused: Counter[str] = Counter()
         section = config.server
         self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
         self._app: FastAPI = create_app(config, refused=refused, crew=crew, connections=self.connections)
-        super().__init__(
-            uvicorn.Config(
-                self._app,
-                host=section.host,
-                port=section.port,
-                http=bounded_protocol(
-                    _bounds(section), refused, self.connections, _holder_of_connection(section.trusted_proxies)
-                ),
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                date_header=False,
-                timeout_keep_alive=math.ceil(section.keep_alive_timeout),
-                timeout_graceful_shutdown=math.ceil(section.drain_timeout),
-            )
-        )
+        self._watchdog = watchdog_of(section)
+        super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
+        admin = AdminListener(self._app)
+        self._admin_config = _uvicorn_config(admin, section, refused, Shares(ADMIN_CONNECTIONS))
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on these sockets, or else on what the configuration says. Raises StartupError."""
+        if sockets is not None:
+            self.run_on(Sockets(sockets))
+            return
+        listeners = Listeners.of(self._settings, 1)
+        try:
+            self.run_on(listeners.sets[0])
+        finally:
+            listeners.close()
+
+    def run_on(self, sockets: Sockets) -> None:
+        """Serve on sockets that are bound."""
+        self._sockets = sockets
+        super().run(sockets.public)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and tell."""
         await super().startup(sockets)
         if self.started:
+            await self._open_admin_listener()
+            self._watchdog.watch()
             _tune_garbage_collection()
             self.announce()
 
+    async def _open_admin_listener(self) -> None:
+        """Serve the operator endpoints on sockets of their own, if there are any; they are closed with the others."""
+        if not self._sockets.admin:
+            return
+        config = self._admin_config
+        config.load()
+        protocol: Callable[..., asyncio.Protocol] = config.http_protocol_class
+        connect = partial(protocol, config, self.server_state, self.lifespan.state)
+        for sock in self._sockets.admin:
+            server = await asyncio.get_running_loop().create_server(connect, sock=sock, backlog=config.backlog)
+            self.servers.append(server)
+
     def announce(self) -> None:
         """Tell the person at the terminal that the gateway serves."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        print(welcome(self._settings, host, port), flush=True)
+        print(welcome(self._settings, self._sockets), flush=True)
 
     @property
     def exit_code(self) -> int:
@@ -125,6 +148,7 @@ class GatewayServer(uvicorn.Server):
         console = getattr(self._app.state, "console", None)
         if console is not None:  # the signal may come before start-up is done
             console.phase = Phase.DRAINING
+        self._watchdog.expect_end()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
@@ -135,7 +159,8 @@ class GatewayServer(uvicorn.Server):
             return
         before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
         try:
-            yield
+            with self._watchdog.on_duty():
+                yield
         finally:
             for number, previous in before.items():
                 signal.signal(number, previous)
@@ -145,15 +170,25 @@ class GatewayServer(uvicorn.Server):
         return {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
 
 
-def welcome(config: GatewayConfig, host: str, port: int, workers: int = 1) -> str:
-    """Return what a person needs to know when the gateway listens there."""
-    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host  # noqa: S104 - compared, not bound
-    address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-    crew = [f"{workers} workers serve it."] if workers > 1 else []
-    if config.is_demo:
-        return "\n".join([banner(address), *crew])
-    routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
-    return "\n".join([f"Listening on {address}", *routes, *crew])
+def watchdog_of(section: ServerSection, margin: float = STOP_MARGIN) -> Watchdog:
+    """Return what ends a process of the gateway that hangs."""
+    stop_within = section.drain_delay + section.drain_timeout + margin
+    return Watchdog(section.worker_timeout, stop_within, blocked=BLOCKED, overdue=CUT_OFF)
+
+
+def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: Shares) -> uvicorn.Config:
+    """Return the settings of one listener, whose connections are shared by themselves."""
+    return uvicorn.Config(
+        app,
+        http=bounded_protocol(_bounds(section), refused, shares, _holder_of_connection(section.trusted_proxies)),
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=math.ceil(section.keep_alive_timeout),
+        timeout_graceful_shutdown=math.ceil(section.drain_timeout),
+    )
 
 
 def _tune_garbage_collection() -> None:
@@ -204,7 +239,7 @@ def configure_logging(level: str, who: str = "") -> None:
     """Log to standard error; `who` tells one process of several from the others."""
     logging.basicConfig(
         level=level.upper(),
-        stream=sys.stderr,
+        handlers=[LineHandler(process_output().err)],
         format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
         force=True,
     )
