@@ -466,12 +466,24 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
 
 def install(app: FastAPI) -> frozenset[str]:
     """Add the operator endpoints and their error handling to `app`; return the first segments of their paths."""
+    app.state.rendered_schemas = {}
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.router.routes.insert(0, Route("/openapi.json", _schema))
     return frozenset(route.path.split("/")[1] for route in _routes(app))
+
+
+async def _schema(request: Request) -> Response:
+    """Answer the schema, which the framework would render anew for each request."""
+    rendered: dict[str, Response] = request.app.state.rendered_schemas
+    root = request.scope.get("root_path", "")
+    if root not in rendered:
+        schema = request.app.openapi()
+        rendered[root] = JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
+    return rendered[root]
 
 
 async def _answer_error(request: Request, raised: Exception) -> Response:
