@@ -688,6 +688,7 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
         window_slow=slow,
         window_slow_rate=round(slow / calls, 4) if calls else None,
         probes_in_flight=breaker.probes_in_flight,
+        one_principal=breaker.one_principal,
         ramp_share=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,

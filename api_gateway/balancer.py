@@ -29,6 +29,8 @@ class SlowHead(NamedTuple):
 class Lease:
     """One try on one target. Settling it gives back the target and tells the breakers; only the first time counts.
 
+    `principal` is on whose behalf it was made; None once it has failed in a way that no client can have caused.
+
     `ticket` is of the upstream's breaker, `target_ticket` of the target's own; `target_move` is the move of the latter
     that the last settling caused.
     """
@@ -38,6 +40,7 @@ class Lease:
         "_is_settled",
         "_limit",
         "_target_breaker",
+        "principal",
         "slow",
         "target",
         "target_move",
@@ -47,6 +50,7 @@ class Lease:
     )
 
     target_move: Transition | None
+    principal: str | None
 
     def __init__(
         self,
@@ -54,18 +58,19 @@ class Lease:
         target: Target,
         ticket: Ticket,
         target_ticket: Ticket | None = None,
-        holder: str | None = None,
+        principal: str | None = None,
     ) -> None:
         self.upstream = upstream
         self.target = target
         self.ticket = ticket
         self.target_ticket = target_ticket
+        self.principal = principal or ""  # whoever is not known counts as one
+        self._holder = principal
         self.target_move = None
         self._target_breaker = target.breaker  # the one that gave the ticket: the target may get another
         self.slow: SlowHead | None = None
         self._is_settled = False
         self._limit = upstream.limit
-        self._holder = holder
         target.in_flight += 1
 
     def settle(
@@ -97,12 +102,20 @@ class Lease:
                 duration=duration,
                 route=route,
                 request_id=request_id,
+                principal=self.principal,
             )
         is_bad = outcome is Outcome.FAILURE or (duration is not None and duration >= upstream.breaker.slow_after)
         if is_bad and not upstream.is_shown_by(target):
             outcome = Outcome.IGNORED
         return upstream.breaker.settle(
-            self.ticket, outcome, now, detail, duration=duration, route=route, request_id=request_id
+            self.ticket,
+            outcome,
+            now,
+            detail,
+            duration=duration,
+            route=route,
+            request_id=request_id,
+            principal=self.principal,
         )
 
     def release(self, now: float, outcome: Outcome = Outcome.IGNORED) -> None:
@@ -115,8 +128,9 @@ class Lease:
         elif not self._is_settled:
             self._is_settled = True
             if self.target_ticket is not None and self.target.breaker is self._target_breaker:
-                self.upstream.rotation.settle(self.upstream.targets, self.target, self.target_ticket, outcome, now)
-            self.upstream.breaker.settle(self.ticket, outcome, now)
+                rotation, targets = self.upstream.rotation, self.upstream.targets
+                rotation.settle(targets, self.target, self.target_ticket, outcome, now, principal=self.principal)
+            self.upstream.breaker.settle(self.ticket, outcome, now, principal=self.principal)
         self.target.in_flight -= 1
         if self._limit is not None:
             self.give_place_back()
@@ -186,14 +200,15 @@ class Upstream:
         tried: Collection[Target] = (),
         *,
         band: int = 0,
-        holder: str | None = None,
         is_safe: bool = True,
+        principal: str | None = None,
     ) -> Lease:
         """Return a lease on a healthy target that is not ejected, preferring those not in `tried`.
 
-        `is_safe` is for `admit`, `holder` is whose share of the limit it takes. Raises NoHealthyUpstream when there is
-        none, Shed when there is no place for the band or the holder, CircuitOpen when the breaker does not admit; in
-        this order, so that no probe is spent on what does not go.
+        `is_safe` is for `admit`, `principal` is on whose behalf the attempt is made and whose share of the limit it
+        takes, None if that is not known. Raises NoHealthyUpstream when there is none, Shed when there is no place for
+        the band or the principal, CircuitOpen when the breaker does not admit; in this order, so that no probe is spent
+        on what does not go.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
@@ -201,8 +216,8 @@ class Upstream:
         if not candidates:
             raise self._unhealthy()
         limit = self.limit
-        if limit is not None and not limit.admits(band, holder):
-            raise limit.refusal(self.name, band, holder)
+        if limit is not None and not limit.admits(band, principal):
+            raise limit.refusal(self.name, band, principal)
         ticket = self.breaker.admit(now, is_safe=is_safe)
         if ticket is None:
             raise self._refusal(now)
@@ -216,9 +231,9 @@ class Upstream:
         target = self._pick(offered, key) if len(offered) > 1 else offered[0]
         own = target.breaker
         if limit is not None:
-            limit.take(band, holder)
-        target_ticket = None if own is None else own.admit(now, is_safe=is_safe)
-        return Lease(self, target, ticket, target_ticket, holder)
+            limit.take(band, principal)
+        own_ticket = None if own is None else own.admit(now, is_safe=is_safe)
+        return Lease(self, target, ticket, own_ticket, principal)
 
     def is_shown_by(self, target: Target) -> bool:
         """Tell whether what fails at `target` says something of the upstream: not if it is out while others serve."""

@@ -150,7 +150,7 @@ class Explainer:
         decisions = await self._limiter.inspect(charges, self._clock_ns())
         return [_Bucket(charge, decision) for charge, decision in zip(charges, decisions, strict=True)]
 
-    def _refused(self, route: Route, method: str, target: bytes, band: int, holder: str) -> GatewayError | None:
+    def _refused(self, route: Route, method: str, target: bytes, band: int, holder: str | None) -> GatewayError | None:
         """Return why a request that may pass the limiter would go no further."""
         try:
             refuse_method(method)
@@ -201,7 +201,7 @@ class Explainer:
             cost_from="route" if rule is None else f"rule: {rule}",
         )
 
-    def _upstream_view(self, route: Route, band: int, holder: str) -> UpstreamExplained:
+    def _upstream_view(self, route: Route, band: int, holder: str | None) -> UpstreamExplained:
         upstream, now = self._router.services[route.upstream].upstream, self._clock()
         state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
         return UpstreamExplained(
@@ -242,7 +242,7 @@ def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
     return FallbackExplained(name=fallback.name, status=status, used=is_used)
 
 
-def _concurrency_view(limit: ConcurrencyLimit, band: int, holder: str) -> ConcurrencyExplained:
+def _concurrency_view(limit: ConcurrencyLimit, band: int, holder: str | None) -> ConcurrencyExplained:
     return ConcurrencyExplained(
         limit=round(limit.limit, 1),
         bound=limit.bounds[band],

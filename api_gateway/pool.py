@@ -39,6 +39,10 @@ class Pooled(Protocol):
 C = TypeVar("C", bound=Pooled)
 
 
+def _nothing() -> None:
+    """Do nothing: nobody asks."""
+
+
 class Pool(Generic[C]):
     """At most `limit` connections. Waiters are handed either a connection or the right to open one (None).
 
@@ -85,11 +89,18 @@ class Pool(Generic[C]):
         return connection
 
     async def take(
-        self, connect: float | None, wait: float | None, *, holder: str | None = None, is_fresh: bool = False
+        self,
+        connect: float | None,
+        wait: float | None,
+        *,
+        holder: str | None = None,
+        is_fresh: bool = False,
+        on_connect: Callable[[], None] = _nothing,
     ) -> C:
         """Return a connection for one request; an unused one if `is_fresh`. Times in seconds, None for no limit.
 
-        Raises ConnectError, ConnectTimeout, and PoolTimeout when none came free in time.
+        `on_connect` is called before one is opened. Raises ConnectError, ConnectTimeout, and PoolTimeout when none
+        came free in time.
         """
         while True:
             if self._is_closed:
@@ -100,6 +111,7 @@ class Pool(Generic[C]):
                 if self._slots < self._limit:
                     self._slots += 1
                     self.shares.take(holder)
+                    on_connect()
                     return await self._fill_slot(connect, holder)
                 if self._idle:  # the longest idle one is closed for it; taken out here, so that the loop ends anyway
                     idle = next(iter(self._idle))
@@ -108,6 +120,7 @@ class Pool(Generic[C]):
                     continue
             handed = await self._queue(wait, holder)
             if handed is None:
+                on_connect()
                 return await self._fill_slot(connect, holder)
             if not handed.is_closed:
                 if is_fresh:

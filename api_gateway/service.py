@@ -54,7 +54,7 @@ class Service:
         self._gone: set[Target] = set()
         self.speaks_pairs = isinstance(transport, UpstreamTransport)
         self.takes_passages = self.speaks_pairs and timeouts.total is None and hash_header is None
-        self._take_idle: dict[Target, Callable[[str], Connection | None]] = {}
+        self._take_idle: dict[Target, Callable[[str | None], Connection | None]] = {}
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
@@ -106,7 +106,7 @@ class Service:
             return []
         return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
 
-    def idle_connection(self, target: Target, holder: str) -> Connection | None:
+    def idle_connection(self, target: Target, holder: str | None) -> Connection | None:
         """Take a connection of our own transport to `target`, if one is free and the holder may have it."""
         take = self._take_idle.get(target)
         if take is None:

@@ -169,7 +169,7 @@ def test_health_warns_of_connections_that_are_nearly_exhausted_and_probes_are_se
             "status": "warn",
         }
     eventually(lambda: connections(eight) == 0, "every place is given back")
-    assert ask(f"{eight.url}/health").json()["status"] == "pass"
+    eventually(lambda: ask(f"{eight.url}/health").json()["status"] == "pass", "it is over", within=SOON)
     text = ask(f"{eight.url}/metrics?format=prometheus").body.decode()
     assert 'gateway_resource_refused_total{resource="connections",upstream=""} 4.0\n' in text
     assert 'gateway_resource_used_ratio{resource="connections",upstream=""} 0.125\n' in text
@@ -432,7 +432,7 @@ def test_one_address_or_client_holds_half_of_the_connections_to_an_upstream(
         assert [holding.answer().status for holding in held] == [200, 200]
         assert client().get("/api/x", one).status == 200
     all_given_back(running)
-    assert resource(running, "requests")["refused"] == 2
+    eventually(lambda: resource(running, "requests")["refused"] == 2, "it is shown", within=SOON)
 
 
 def test_what_exceeds_a_share_waits_its_turn(gateway: StartGateway, gate: Gate) -> None:
@@ -534,15 +534,14 @@ def test_what_has_no_end_of_its_own_is_bounded_apart_from_requests(
             held.append(opened(OTHER))
             held.append(opened(THIRD))
             assert client().get().status == 200
-            body = ask(f"{running.url}/health").json()
-            assert body["status"] == "warn"
+            eventually(lambda: ask(f"{running.url}/health").json()["status"] == "warn", "it is shown", within=SOON)
             assert resource(running, "tunnels")["status"] == "warn"
             for one in held[:2]:
                 one.reset()
             eventually(lambda: shares(running) == (0, 2), "their places are given back")
             opened(ONE).reset()
         all_given_back(running)
-    assert resource(running, "tunnels")["refused"] == 2
+    eventually(lambda: resource(running, "tunnels")["refused"] == 2, "it is shown", within=SOON)
 
 
 def test_an_event_stream_for_which_there_is_no_place_is_charged_for(gateway: StartGateway, gate: Gate) -> None:
