@@ -207,8 +207,8 @@ class Upstream:
 
         `is_safe` is for `admit`, `principal` is on whose behalf the attempt is made and whose share of the limit it
         takes, None if that is not known. Raises NoHealthyUpstream when there is none, Shed when there is no place for
-        the band or the principal, CircuitOpen when the breaker does not admit; in this order, so that no probe is spent
-        on what does not go.
+        the band or the principal, CircuitOpen when the breaker does not admit; in this order, so that no probe is
+        spent on what does not go.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
