@@ -49,7 +49,7 @@ class GatewayApp(FastAPI):
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
-        endpoints = admin.install(self)
+        endpoints = admin.install(self, refused)
         self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,
