@@ -200,5 +200,8 @@ def _look(gateway: Gateway, connections: Shares | None) -> Report:
         histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
         lag=gateway.lag.lag,
         tasks=len(asyncio.all_tasks()),
-        resources=[] if connections is None else [ResourceState.of("connections", [connections])],
+        resources=[
+            *([] if connections is None else [ResourceState.of("connections", [connections])]),
+            *(resource for service in gateway.services.values() for resource in service.resources()),
+        ],
     )
