@@ -26,6 +26,7 @@ from api_gateway.errors import (
     InternalError,
     RateLimited,
     StoreUnavailable,
+    not_started,
     problem,
 )
 from api_gateway.failures import note_failure
@@ -96,8 +97,7 @@ class Switch:
 
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
-    error = Draining("The gateway has not started.", retry_after=1)
-    await send_problem(error, send, instance=scope["path"], request_id=None, headers=[])
+    await send_problem(not_started(), send, instance=scope["path"], request_id=None, headers=[])
 
 
 class Record:

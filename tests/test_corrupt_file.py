@@ -82,20 +82,19 @@ async def test_at_the_start_it_is_one_line_and_exit_code_3(tmp_path: Path, corru
     config.write_text(json.dumps(in_front_of("http://127.0.0.1:9") | {"state_dir": str(tmp_path / "state")}))
     with process("-m", "api_gateway", "--port", "0", "--config", str(config), cwd=tmp_path) as running:
         assert running.url
-        assert running.terminate() == 0
+        running.popen.terminate()
+        running.popen.wait(60)
     (file,) = (tmp_path / "state").rglob(FILE_NAME)
     await fill(file.parent)
     corrupt(file)
     with process("-m", "api_gateway", "--port", "0", "--config", str(config), cwd=tmp_path) as running:
-        assert running.exit_code() == 3
+        assert running.popen.wait(60) == 3
         (line,) = running.errors.splitlines()
-    assert line.startswith("state_dir: ")
+    assert "state_dir: " in line
     assert str(file) in line
 
 
-async def test_while_it_runs_it_is_one_line_and_tiers_stay(
-    gateway: StartGateway, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_while_it_runs_it_is_one_line_and_tiers_stay(gateway: StartGateway, caplog: pytest.LogCaptureFixture) -> None:
     running = gateway(in_front_of("http://127.0.0.1:9"))
     change = {"method": "POST", "headers": {"Content-Type": "application/json"}, "body": b'{"tier": "FREE"}'}
     assert ask(f"{running.url}/clients/known/tier", **change).status == 200  # type: ignore[arg-type]  # see `ask`
@@ -124,7 +123,7 @@ async def test_while_it_runs_it_is_one_line_and_tiers_stay(
 async def test_whatever_bytes_are_damaged_it_is_an_os_error_or_reads_well(tmp_path: Path) -> None:
     await fill(tmp_path / "good")
     good = (tmp_path / "good" / FILE_NAME).read_bytes()
-    source, failed = random.Random(7), 0
+    source, messages = random.Random(7), list[str]()
     for number in range(60):
         damaged = bytearray(good)
         for _ in range(source.choice((1, 3, 20, 200))):
@@ -137,8 +136,8 @@ async def test_whatever_bytes_are_damaged_it_is_an_os_error_or_reads_well(tmp_pa
             await store.load(50)
             await store.look_up([f"client-{number}" for number in range(CLIENTS)])
         except OSError as error:
-            failed += 1
-            assert len(str(error).splitlines()) == 1
+            messages.append(str(error))
         finally:
             await store.close()
-    assert failed > 0
+    assert messages
+    assert not [message for message in messages if len(message.splitlines()) != 1]
