@@ -104,11 +104,22 @@ class Pool(Generic[C]):
         self._idle.pop(connection, None)
         self._free_slot()
 
+    def change(self, limit: int, idle_timeout: float) -> None:
+        """Take other limits. Connections above a lower one stay until they are closed."""
+        self._limit, self._idle_timeout = limit, idle_timeout
+        while self._slots < limit and (waiter := self._next_waiter()) is not None:
+            self._slots += 1
+            waiter.set_result(None)
+
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses."""
+        for connection in list(self._idle):
+            connection.close()
+
     def retire(self) -> None:
         """Keep no idle connection any more: those in use are closed when they are given back."""
         self._is_retired = True
-        for connection in list(self._idle):
-            connection.close()
+        self.close_idle()
 
     def revive(self) -> None:
         """Keep idle connections again."""
