@@ -46,7 +46,7 @@ def client_store(config: GatewayConfig) -> ClientStore:
 
 def _session(config: GatewayConfig) -> StoreSession:
     try:
-        return StoreSession(config.store.url, timeout=config.store.timeout)
+        return StoreSession(config.store.url.get_secret_value(), timeout=config.store.timeout)
     except OSError as error:
         raise StartupError(f"store.url: the files cannot be used: {error}") from error
 

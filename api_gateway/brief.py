@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from api_gateway.config import DEFAULT_TIERS, GatewayConfig
+from api_gateway.secret import revealed
 
 # Modules are looked for where the supervisor finds them, however it was started.
 ENTRY = (
@@ -33,10 +34,8 @@ class Brief:
 
 
 def hand_over(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with `sections` in place of its own, as JSON can hold it. It shows the secret."""
-    values = config.model_dump(mode="json")
-    if config.admin.token is not None:
-        values["admin"]["token"] = config.admin.token.get_secret_value()
+    """Return the configuration with `sections` in place of its own, as JSON can hold it. It shows the secrets."""
+    values: dict[str, Any] = revealed(config.model_dump(), config.model_dump(mode="json"))
     values["tiers"] |= {name: None for name in DEFAULT_TIERS if name not in config.tiers}  # removed ones stay removed
     return values | sections
 

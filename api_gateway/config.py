@@ -44,7 +44,6 @@ ENV_FILE = ".env"
 CONFIG_VARIABLE = "GATEWAY_CONFIG"
 LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
 MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
-_SECRET = (("admin", "token"),)
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +68,7 @@ class GatewayConfig(BaseSettings):
         extra="forbid",
         frozen=True,
         validate_default=True,
+        hide_input_in_errors=True,
     )
 
     server: ServerSection = ServerSection()
@@ -149,12 +149,12 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         _warn_of_unknown(variables)
         return GatewayConfig(**sources.overrides)
     except ValidationError as error:
-        lines = [line for detail in error.errors() for line in explain(detail, GatewayConfig, sources, _SECRET)]
-        raise ConfigError(lines) from error
+        lines = [line for detail in error.errors() for line in explain(detail, GatewayConfig, sources)]
     except SettingsError as error:
-        raise ConfigError([f"environment: {error}: {error.__cause__}"]) from error
+        lines = [f"environment: {error}: {error.__cause__}"]
     finally:
         _file_values.reset(token)
+    raise ConfigError(lines)  # outside of the handlers: their errors quote values, and would be shown with this one
 
 
 def _warn_of_unknown(variables: Collection[str]) -> None:

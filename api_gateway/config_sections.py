@@ -1,19 +1,21 @@
 """The sections of the configuration: their settings, types, limits and defaults."""
 
+import re
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from api_gateway.heads import BODILESS
-from api_gateway.store_url import MEMORY, StoreUrl
+from api_gateway.secret import MAY_HOLD_PASSWORD, Secret, SecretFile, read_secret_files
+from api_gateway.store_url import MAX_PORT, MEMORY, StoreUrl
 
 MIN_TOKEN_LENGTH = 8
 LONGEST_RECOVERY = 300  # seconds a breaker stays open at most, unless it is told otherwise
 TOO_MANY_REQUESTS = 429
+_AUTHORITY = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[\w.-]+))(:(?P<port>.*))?")
 _FRAMING = frozenset(
     {"connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
     | {"x-request-id", "x-gateway-fallback"}
@@ -21,9 +23,14 @@ _FRAMING = frozenset(
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown key is a mistake."""
+    """Base of all sections: frozen, an unknown key is a mistake, and secrets may be read from files."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, given: Any) -> Any:
+        return read_secret_files(cls, given)
 
 
 Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
@@ -52,14 +59,29 @@ def _whole_path(path: str) -> str:
 
 
 def _origin_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    """Check the URL of a target. A message quotes nothing of it: any part may be a piece of a password."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.lower() not in ("http", "https") or rest[:1] in ("", "/", ":"):
         raise ValueError("must be http://host[:port] or https://host[:port]")
-    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username:
+    if "@" in rest:
+        raise ValueError("must hold no user name and no password")
+    origin, slash, path = rest.partition("/")
+    if path or "?" in rest or "#" in rest:
         raise ValueError("must hold only scheme, host and port; a route's path and strip_prefix shape the path")
-    if parts.port == 0:
-        raise ValueError("port must be 1 to 65535")
-    return url.rstrip("/")
+    found = _AUTHORITY.fullmatch(origin)
+    if found is None or not _is_ipv6(found["ipv6"]):
+        raise ValueError("must hold a host name or an address, an IPv6 address in brackets, and a port if any")
+    port = found["port"]
+    if port is not None and not (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT):
+        raise ValueError(f"port must be 1 to {MAX_PORT}")
+    return url.removesuffix(slash)
+
+
+def _is_ipv6(address: str | None) -> bool:
+    try:
+        return address is None or bool(IPv6Address(address))
+    except ValueError:
+        return False
 
 
 def _status_range(given: Any) -> Any:
@@ -94,7 +116,7 @@ HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
 HeaderValue = Annotated[str, Field(pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", max_length=4096)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
-OriginUrl = Annotated[str, AfterValidator(_origin_url)]
+OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
 
 
 class ServerSection(Section):
@@ -129,9 +151,9 @@ class ServerSection(Section):
     trusted_proxies: list[Network] = []
 
 
-def _store_url(url: str) -> str:
-    if url != MEMORY:
-        StoreUrl.parse(url)
+def _store_url(url: SecretStr) -> SecretStr:
+    if url.get_secret_value() != MEMORY:
+        StoreUrl.parse(url.get_secret_value())
     return url
 
 
@@ -141,7 +163,8 @@ class StoreSection(Section):
     Several workers with `memory://` share an embedded store that the gateway starts for them.
     """
 
-    url: Annotated[str, AfterValidator(_store_url)] = MEMORY
+    url: Annotated[Secret, AfterValidator(_store_url)] = SecretStr(MEMORY)
+    url_file: SecretFile = None
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
     deadline: Seconds = Field(default=0.02, description="How long a request waits for the store.")
     timeout: Seconds = Field(default=1, description="For everything else that is asked of the store.")
@@ -162,7 +185,7 @@ class StoreSection(Section):
     @property
     def is_shared(self) -> bool:
         """True if buckets are kept elsewhere than in this process."""
-        return self.url != MEMORY
+        return self.url.get_secret_value() != MEMORY
 
 
 def _long_enough(token: SecretStr) -> SecretStr:
@@ -174,7 +197,8 @@ def _long_enough(token: SecretStr) -> SecretStr:
 class AdminSection(Section):
     """The operator's token; without one the operator's endpoints answer this machine only."""
 
-    token: Annotated[SecretStr, AfterValidator(_long_enough)] | None = None
+    token: Annotated[Secret, AfterValidator(_long_enough)] | None = None
+    token_file: SecretFile = None
 
 
 class IdentitySection(Section):

@@ -16,8 +16,12 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from api_gateway.secret import SUFFIX, holds_secret, may_hold_password
+
 Place = tuple[str, ...]
 
+# The URL of a target, or a wrong attempt at one, in which nothing can be taken for a password.
+_PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@]*)?\W?")
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
@@ -103,9 +107,18 @@ class Sources:
     variables: Mapping[str, str | None]
     file: YamlFile
 
+    def given(self, place: Place) -> Any:
+        """Return the value that one of the sources has for exactly this place, or None."""
+        found = [_value_at(self.overrides, place)]
+        for length in range(len(place), 0, -1):
+            text = self.variables.get(self.prefix + "__".join(place[:length]).upper())
+            found.append(text if length == len(place) else _value_at(_parsed(text), place[length:]))
+        found.append(_value_at(self.file.values, place))
+        return next((value for value in found if value is not None), None)
+
     def origin(self, place: Place) -> str:
         """Return where the value at `place` was set, with a colon behind, or nothing when it cannot be told."""
-        if _holds(self.overrides, place):
+        if _value_at(self.overrides, place) is not None:
             return "command line: "
         prefixes = [place[:length] for length in range(len(place), 0, -1)]
         for some in prefixes:
@@ -121,38 +134,58 @@ class Sources:
 
 def _may_hold(text: str | None, place: Place) -> bool:
     try:
-        return not place or _holds(json.loads(text or ""), place)
+        return not place or _value_at(json.loads(text or ""), place) is not None
     except ValueError:
         return True
 
 
-def _holds(value: Any, place: Place) -> bool:
-    """Tell whether there is something at `place` inside `value`."""
+def _parsed(text: str | None) -> Any:
+    try:
+        return json.loads(text or "")
+    except ValueError:
+        return None
+
+
+def _value_at(value: Any, place: Place) -> Any:
+    """Return what is at `place` inside `value`, or None."""
     for part in place:
         if isinstance(value, Mapping) and part in value:
             value = value[part]
         elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
         else:
-            return False
-    return value is not None
+            return None
+    return value
 
 
-def explain(detail: ErrorDetails, model: type[BaseModel], sources: Sources, secret: Collection[Place]) -> list[str]:
-    """Return a line for each mistake in one of pydantic's errors about `model`. Values at `secret` are not shown."""
+def explain(detail: ErrorDetails, model: type[BaseModel], sources: Sources) -> list[str]:
+    """Return a line for each mistake in one of pydantic's errors about `model`. Secrets are not shown."""
     place = tuple(str(part) for part in detail["loc"] if part != "[key]")
     message = detail["msg"].removeprefix("Value error, ")
     if not place:  # a rule between sections, which names its places itself
         return message.split("\n")
-    is_secret = any(hidden[: len(place)] == place for hidden in secret)
-    shown = "" if is_secret else f", got {detail['input']!r}"
+    shown = shown_value(detail["input"], type_at(model, place))
     if detail["type"] == "extra_forbidden":
         known = _keys_at(model, place[:-1])
         message = "unknown key" + (nearest(place[-1], known) or "; known are " + ", ".join(known))
         shown = ""
     elif detail["type"] == "missing":
         message, shown = "is missing", ""
+    twin = (*place[:-1], place[-1] + SUFFIX)
+    path = sources.given(twin)
+    if path is not None:  # the secret was read from a file
+        place, shown = twin, "" if str(path) in message else f", read from {path!r}"
     return [f"{sources.origin(place)}{_spelt(place)}: {message[0].lower()}{message[1:]}{shown}"]
+
+
+def shown_value(value: Any, annotation: Any) -> str:
+    """Return what a message says of a wrong value of this type: the value, unless it is or may hold a secret."""
+    if holds_secret(annotation):
+        return ""
+    text = repr(value)
+    if "@" in text or (may_hold_password(annotation) and not _PLAIN_URL.fullmatch(text)):
+        return ", got a value that is not shown because it may hold a password"
+    return f", got {text}"
 
 
 def nearest(word: str, known: Collection[str]) -> str:
@@ -165,11 +198,23 @@ def _spelt(place: Place) -> str:
     return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place).removeprefix(".")
 
 
+def type_at(model: Any, place: Place) -> Any:
+    """Return the type, with its metadata, of the setting at `place` below `model`, or None if there is none."""
+    for part in place:
+        annotation = _unwrapped(model)
+        if _is_section(annotation):
+            field = annotation.model_fields.get(part)
+            model = None if field is None else Annotated[(field.annotation, *field.metadata, None)]
+        else:
+            arguments = get_args(annotation)
+            model = arguments[-1] if get_origin(annotation) in (dict, list) else None
+    return model
+
+
 def _keys_at(model: Any, place: Place) -> list[str]:
     """Return the keys known to the section at `place` below `model`."""
-    for part in place:
-        model = _unwrapped(model.model_fields[part].annotation if _is_section(model) else get_args(model)[-1])
-    return list(model.model_fields) if _is_section(model) else []
+    section = _unwrapped(type_at(model, place))
+    return list(section.model_fields) if _is_section(section) else []
 
 
 def _unwrapped(annotation: Any) -> Any:

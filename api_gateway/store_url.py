@@ -1,9 +1,15 @@
-"""The URL of a shared store, taken apart."""
+"""The URL of a shared store, taken apart.
 
+A URL may hold a password, and where a mistake is in it, any part may be a piece of the password. So a message says
+what is wrong and what is expected, and quotes nothing.
+"""
+
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from typing import Any, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 MEMORY = "memory://"
 Kind = Literal["single", "sentinel", "cluster"]
@@ -11,6 +17,10 @@ _KINDS: dict[str, Kind] = {"": "single", "sentinel": "sentinel", "cluster": "clu
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _PORTS: dict[Kind, int] = {"single": 6379, "cluster": 6379, "sentinel": 26379}
 _TLS_FILES = {"ca_file": "ssl_ca_certs", "certificate": "ssl_certfile", "key": "ssl_keyfile"}
+MAX_PORT = 65_535
+_HOST = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[A-Za-z0-9._-]+))(:(?P<port>.*))?", re.DOTALL)
+_LOOSE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_RESERVED = "in a user name or password, write : / ? # @ % as %3A %2F %3F %23 %40 %25"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +37,17 @@ class StoreUrl:
     hosts: tuple[tuple[str, int], ...]
     path: str | None
     master: str | None
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)  # the password is among them
 
     @classmethod
     def parse(cls, url: str) -> "StoreUrl":
-        """Read a URL. Raises ValueError that says what is wrong with it, and never shows a password."""
-        parts = urlsplit(url)
-        if parts.scheme not in SCHEMES:
-            raise ValueError(f"must be memory:// or begin with {', '.join(f'{name}://' for name in SCHEMES)}")
+        """Read a URL. Raises ValueError that says what is wrong with it, and quotes nothing of it."""
+        parts = _split(url)
         options = _options(parts.query, is_tls=parts.scheme.startswith("rediss")) | _credentials(parts.netloc)
         if "ssl_keyfile" in options and "ssl_certfile" not in options:
             raise ValueError("names a key without the certificate that it belongs to")
         if parts.scheme == "unix":
-            if not parts.path or parts.hostname:
+            if not parts.path or parts.netloc.rpartition("@")[2]:
                 raise ValueError("must name a socket by its whole path, as in unix:///run/store.sock")
             return cls("single", (), unquote(parts.path), None, options)
         kind = _KINDS[parts.scheme.partition("+")[2]]
@@ -51,10 +59,27 @@ class StoreUrl:
         if kind == "sentinel" and master is None:
             raise ValueError("must name the master, as in redis+sentinel://host:26379/mymaster")
         if path:
-            options["db"] = _number(path.pop(0), "the database")
+            options["db"] = _number(path.pop(0), "the database behind the host")
         if path or (kind == "cluster" and options.get("db")):
             raise ValueError("must end behind the database's number, and a cluster has only database 0")
         return cls(kind, hosts, None, master, options)
+
+
+def _split(url: str) -> SplitResult:
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme.lower() not in SCHEMES:
+        raise ValueError(f"must be memory:// or begin with {', '.join(f'{name}://' for name in SCHEMES)}")
+    if any(character.isspace() or not character.isprintable() for character in url):
+        raise ValueError("must not contain spaces, line ends or control characters")  # urlsplit drops some of them
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # its message quotes the URL
+        parts = None
+    if parts is None:
+        raise ValueError(f"is no valid URL; {_RESERVED}")
+    if "#" in url or "@" in parts.path + parts.query:
+        raise ValueError(f"has '#', or '@' behind the host; {_RESERVED}")
+    return parts
 
 
 def _options(query: str, *, is_tls: bool) -> dict[str, Any]:
@@ -67,31 +92,48 @@ def _options(query: str, *, is_tls: bool) -> dict[str, Any]:
                 raise ValueError(f"must name a PEM file by {name}=, got none")
             options[_TLS_FILES[name]] = value
         else:
-            raise ValueError(f"has the unknown parameter {name!r}; known are db, and with TLS {', '.join(_TLS_FILES)}")
+            raise ValueError(
+                f"has an unknown parameter behind '?'; known are db, and with TLS {', '.join(_TLS_FILES)}; {_RESERVED}"
+            )
     return options | ({"ssl": True} if is_tls else {})
 
 
 def _credentials(netloc: str) -> dict[str, str]:
     given, at, _ = netloc.rpartition("@")
+    if _LOOSE_PERCENT.search(given):
+        raise ValueError(f"has a '%' that no two hexadecimal digits follow; {_RESERVED}")
     user, _, password = given.partition(":")
     named = {"username": unquote(user), "password": unquote(password)} if at else {}
     return {name: value for name, value in named.items() if value}
 
 
 def _hosts(netloc: str, default_port: int) -> tuple[tuple[str, int], ...]:
-    hosts = []
-    for place in netloc.rpartition("@")[2].split(","):
-        one = urlsplit(f"//{place}")
-        if not one.hostname:
-            raise ValueError("must name a host")
-        try:
-            hosts.append((one.hostname, one.port or default_port))
-        except ValueError:
-            raise ValueError(f"has a port that is no port in {place!r}") from None
-    return tuple(hosts)
+    return tuple(_host(place, default_port) for place in netloc.rpartition("@")[2].split(","))
+
+
+def _host(place: str, default_port: int) -> tuple[str, int]:
+    if not place or place.startswith(":"):
+        raise ValueError("must name a host")
+    found = _HOST.fullmatch(place)
+    if found is None or not _is_address(found["ipv6"]):
+        raise ValueError(f"must name hosts by name or address, an IPv6 address in brackets; {_RESERVED}")
+    port = found["port"] or str(default_port)
+    if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT):
+        raise ValueError(f"has a port that is no number from 1 to {MAX_PORT}; {_RESERVED}")
+    return (found["ipv6"] or found["name"]).lower(), int(port)
+
+
+def _is_address(ipv6: str | None) -> bool:
+    if ipv6 is None:
+        return True
+    try:
+        IPv6Address(ipv6)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(text: str, what: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"{what} must be a number, got {text!r}")
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"{what} must be a number; {_RESERVED}")
     return int(text)

@@ -213,5 +213,5 @@ def test_what_only_a_restart_can_change_stays_and_is_named(caplog: pytest.LogCap
         "server.workers",
         "store.url",
     ]
-    assert (settled.server.port, settled.server.workers, settled.store.url) == (1, 2, "memory://")
+    assert (settled.server.port, settled.server.workers, settled.store.url.get_secret_value()) == (1, 2, "memory://")
     assert (settled.server.drain_timeout, settled.default_tier) == (5, "BASIC")

@@ -1,0 +1,142 @@
+"""Secrets: the type of a setting that is never shown, and the file that such a setting may be read from.
+
+Every setting `x` of the type `Secret` gets a twin `x_file` in the same section:
+
+    token: Annotated[Secret, AfterValidator(long_enough)] | None = None
+    token_file: SecretFile = None
+
+`read_secret_files` puts the content of the file in the place of `x` before the section is validated, so that all rules
+for `x` hold for the content too. The file is read whenever a configuration is loaded, at start and on reload.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, BeforeValidator, Field, SecretStr
+
+MAX_FILE_BYTES = 65_536
+SUFFIX = "_file"
+MAY_HOLD_PASSWORD = "may hold a password"  # noqa: S105 - metadata of a type: a wrong value of it is not shown
+
+
+class SecretFileError(Exception):
+    """The file cannot be used; the message names the file and the cause, and nothing of the content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """Takes the place of a secret that could not be read, until validation reports it as a mistake."""
+
+    cause: str
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, Unusable):
+        raise ValueError(value.cause)  # noqa: TRY004 - it becomes a message of the validation
+    if not isinstance(value, str | SecretStr):
+        raise ValueError("must be text; put it in quotes")  # noqa: TRY004 - as above
+    return value
+
+
+Secret = Annotated[SecretStr, BeforeValidator(_text)]
+SecretFile = Annotated[
+    Path | None,
+    Field(default=None, description="A file that holds the setting of the same name without _file, on one line."),
+]
+
+
+def read_secret(path: Path) -> str:
+    """Return the one line that the file holds, without the end of the line. Blocks. Raises SecretFileError."""
+    try:
+        # A pipe without a writer must not block the start.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise SecretFileError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}")
+            content = file.read(MAX_FILE_BYTES + 1)
+    except IsADirectoryError:
+        raise SecretFileError(f"{path}: is a folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        cause = getattr(error, "strerror", None) or str(error)
+        raise SecretFileError(f"{path}: cannot be read: {cause.lower()}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise SecretFileError(f"{path}: is too large, a secret has at most {MAX_FILE_BYTES} bytes")
+    return _only_line(path, content)
+
+
+def _only_line(path: Path, content: bytes) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = None
+    if text is None:
+        raise SecretFileError(f"{path}: is not UTF-8 text")
+    text = text.rstrip("\r\n")
+    if not text.strip():
+        raise SecretFileError(f"{path}: is empty")
+    if "\n" in text or "\0" in text:
+        raise SecretFileError(f"{path}: must hold one line of text")
+    return text
+
+
+def read_secret_files(section: type[BaseModel], given: Any) -> Any:
+    """Return the values of a section with the content of secret files in the place of the secrets themselves."""
+    if not isinstance(given, Mapping):
+        return given
+    read = dict(given)
+    for name in secret_names(section):
+        path = read.get(name + SUFFIX)
+        if not isinstance(path, str | Path):
+            continue
+        read[name + SUFFIX] = None
+        if read.get(name) is not None:
+            read[name] = Unusable(f"{name} and {name}{SUFFIX} are both given; remove one of them")
+            continue
+        try:
+            read[name] = read_secret(Path(path))
+        except SecretFileError as error:
+            read[name] = Unusable(str(error))
+    return read
+
+
+def secret_names(section: type[BaseModel]) -> list[str]:
+    """Return the settings of a section that can be read from a file."""
+    fields = section.model_fields
+    return [name for name, field in fields.items() if name + SUFFIX in fields and holds_secret(field.annotation)]
+
+
+def holds_secret(annotation: Any) -> bool:
+    """Tell whether a value of this type is a secret, or has one somewhere inside."""
+    return _contains(annotation, lambda one: isinstance(one, type) and issubclass(one, SecretStr))
+
+
+def may_hold_password(annotation: Any) -> bool:
+    """Tell whether a mistake in a value of this type may show a password, as in a URL."""
+    return _contains(annotation, lambda one: isinstance(one, str) and one == MAY_HOLD_PASSWORD)
+
+
+def _contains(annotation: Any, is_found: Callable[[Any], bool]) -> bool:
+    if is_found(annotation):
+        return True
+    inner = get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        inner = tuple(
+            part for field in annotation.model_fields.values() for part in (field.annotation, *field.metadata)
+        )
+    return any(_contains(part, is_found) for part in inner)
+
+
+def revealed(value: Any, shown: Any) -> Any:
+    """Return `shown`, a configuration as JSON holds it, with the secrets of `value`, the same as Python holds it."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, Mapping):
+        return {name: revealed(value.get(name), inner) for name, inner in shown.items()}
+    if isinstance(value, list):
+        return [revealed(one, inner) for one, inner in zip(value, shown, strict=True)]
+    return shown
