@@ -115,7 +115,7 @@ class ClientRegistry:
         self._endings = Endings(limit)
         self._timer: asyncio.TimerHandle | None = None
         self._look_ups = LookUps(
-            store.look_up, self._note, self.named, self._look_again, limit=limit + BATCH, deadline=deadline
+            store.look_up, self._note, self.named, self.count_version, limit=limit + BATCH, deadline=deadline
         )
         self._writing: Counter[str] = Counter()  # changes under way, by client
         self._heard: dict[str, list[ClientRecord]] = {}  # of such clients meanwhile
@@ -232,6 +232,10 @@ class ClientRegistry:
         self._mark = changes.mark
         self._copy.forget_empty(changes.mark.version)
 
+    def count_version(self) -> None:
+        """Have everybody who has looked a client up look again."""
+        self.version += 1
+
     def retier(self, tiers: Mapping[str, Quota], default_tier: str, configured: Mapping[str, str]) -> "EarlierClients":
         """Go by other tiers and other configured clients; return who was who until now.
 
@@ -286,9 +290,6 @@ class ClientRegistry:
             self._apply(record)
         else:
             self._put(record)
-
-    def _look_again(self) -> None:
-        self.version += 1
 
     # Changes
 

@@ -8,7 +8,7 @@ in a task of its own that is left to finish, and what it yields for nobody is cl
 import asyncio
 import importlib.util
 import ssl
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
 import httpx
@@ -24,6 +24,10 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 
     def __repr__(self) -> str:
         return f"<GuardedTransport {self._inner!r} [{len(self._left)} left to finish]>"
+
+    def is_of(self, transports: Iterable[httpx.AsyncBaseTransport]) -> bool:
+        """Tell whether it guards one of these."""
+        return any(transport is self._inner for transport in transports)
 
     @property
     def is_idle(self) -> bool:

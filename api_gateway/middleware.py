@@ -89,11 +89,22 @@ class Split:
 
 
 class Switch:
-    """Holds the live data plane, and the straight way past it, which start-up sets."""
+    """Holds the data plane in force: the ASGI path, and the fast path that connections keep as their lane.
+
+    Start-up sets both, and a reload sets them anew: connections keep the switch, and never what is behind it.
+    """
 
     def __init__(self) -> None:
         self.data_plane: ASGIApp = _not_started
-        self.lane: Lane | None = None
+        self.board: Callable[[Any, bytes], bool] = _not_boarded
+
+    def set(self, data_plane: ASGIApp, lane: Lane) -> None:
+        """Have new requests take these."""
+        self.data_plane, self.board = data_plane, lane.board
+
+
+def _not_boarded(_client: Any, _received: bytes) -> bool:
+    return False
 
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
