@@ -1,18 +1,18 @@
 """The operator's endpoints: see health, metrics, breakers and clients, and change a client's tier."""
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
-from api_gateway.auth import AdminGuard
 from api_gateway.breaker_modes import ModeBoard, Override
 from api_gateway.breaker_policy import Mode, State
 from api_gateway.breaker_records import FlightRecord
@@ -22,6 +22,7 @@ from api_gateway.diagnosis import nearest
 from api_gateway.errors import (
     BadRequest,
     ClientIdInvalid,
+    Forbidden,
     GatewayError,
     InvalidValue,
     MethodNotAllowed,
@@ -31,7 +32,7 @@ from api_gateway.errors import (
 from api_gateway.explanation import Explainer
 from api_gateway.explanation_bodies import Explanation, Question
 from api_gateway.exposition import Exposition
-from api_gateway.headers import is_visible_ascii, is_within
+from api_gateway.headers import is_visible_ascii
 from api_gateway.metrics import GATEWAY, Recorder
 from api_gateway.metrics_bodies import LatencyView, MetricsView
 from api_gateway.models import (
@@ -54,6 +55,8 @@ from api_gateway.models import (
     TierChanged,
     TierView,
 )
+from api_gateway.operator_gate import OPERATOR, unescaped
+from api_gateway.operators import LOCAL, Operator
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.report import BreakerReport
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
@@ -74,8 +77,6 @@ from api_gateway.upstream_bodies import (
     StoreView,
 )
 
-LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
-
 
 class Phase(StrEnum):
     """Where the gateway is in its life."""
@@ -90,7 +91,6 @@ class Console:
     """Everything the operator's endpoints look at."""
 
     version: str
-    guard: AdminGuard
     limiter: RateLimiter
     clients: ClientRegistry
     crew: Crew
@@ -106,16 +106,28 @@ def _console(request: Request) -> Console:
     return console
 
 
-def _is_loopback(request: Request) -> bool:
-    return request.client is not None and is_within(request.client.host, LOOPBACK)
+def _operator(request: Request) -> Operator:
+    """Return the operator whom the gate admitted. A request that did not come through the gate has none."""
+    operator: Operator | None = request.scope.get(OPERATOR)
+    if operator is None:
+        raise Forbidden("This endpoint is for operators.")
+    return operator
 
 
 def _guard(request: Request) -> Console:
-    console = _console(request)
-    console.guard.check(request.headers.raw, is_loopback=_is_loopback(request))
-    return console
+    _operator(request)
+    return _console(request)
 
 
+def _client_id(client_id: str) -> str:
+    """Return the client id that a path names, in which a slash is spelt %2F."""
+    name = unescaped(client_id)
+    if not is_visible_ascii(name.encode()):
+        raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {name[:200]!r}.")
+    return name
+
+
+ClientId = Annotated[str, Depends(_client_id)]
 Guarded = Annotated[Console, Depends(_guard)]
 Open = Annotated[Console, Depends(_console)]
 
@@ -176,7 +188,7 @@ async def health(request: Request, console: Open) -> HealthView:
         status = "fail"
     elif not report.limiter.is_whole or report.client_trouble is not None:
         status = "warn"
-    if not console.guard.allows(request.headers.raw, is_loopback=_is_loopback(request)):
+    if request.scope.get(OPERATOR) is None:
         return HealthView(status=status)
     uptime = round(console.clock() - report.recorder.started, 3)
     return HealthView(
@@ -286,7 +298,7 @@ async def set_mode(name: str, change: ModeChange, request: Request, console: Gua
     override, wall = None, time.time()
     if change.mode != "auto":
         until = None if change.seconds is None else wall + change.seconds
-        override = Override(Mode(change.mode), wall, until, change.reason, _who(request, console))
+        override = Override(Mode(change.mode), wall, until, change.reason, _who(request))
     before = await console.modes.set(name, override)
     return ModeChanged(name=name, previous=_mode_view(before), current=_mode_view(override))
 
@@ -341,51 +353,45 @@ async def heaviest_clients(
 
 
 @clients_router.post(
-    "/clients/{client_id:path}/tier",
+    "/clients/{client_id}/tier",
     summary="Set a client's tier",
     responses=_TIER_REFUSALS,
 )
-async def set_tier(client_id: str, change: TierChange, console: Guarded) -> TierChanged:
+async def set_tier(client_id: ClientId, change: TierChange, console: Guarded) -> TierChanged:
     """Register the client for a tier. Effective for its next request, and stored when this answers.
 
     Gateways that share the store follow within a second. The bucket keeps its filled fraction: an upgrade brings
     relief at once, and changing back and forth gains nothing.
     """
-    _check_id(client_id)
     tier = _tier(console, change.tier)
     return await _move(console, *await console.clients.set_tier(client_id, tier))
 
 
 @clients_router.post(
-    "/clients/{client_id:path}/grants", summary="Give a client a tier for a while", responses=_TIER_REFUSALS
+    "/clients/{client_id}/grants", summary="Give a client a tier for a while", responses=_TIER_REFUSALS
 )
-async def grant(client_id: str, request: GrantRequest, console: Guarded) -> GrantChanged:
+async def grant(client_id: ClientId, request: GrantRequest, console: Guarded) -> GrantChanged:
     """Give the client a tier until a moment, over whatever it has otherwise and in place of an earlier grant.
 
     It ends by itself on every gateway, by the clock of each one's machine: where clocks differ, so do the moments.
     """
-    _check_id(client_id)
     tier, until = _tier(console, request.tier), _until(request)
     return await _regrant(console, until, *await console.clients.grant(client_id, tier, until))
 
 
-@clients_router.delete(
-    "/clients/{client_id:path}/grants", summary="End a client's grant early", responses=_STORE_REFUSAL
-)
-async def revoke(client_id: str, console: Guarded) -> GrantChanged:
+@clients_router.delete("/clients/{client_id}/grants", summary="End a client's grant early", responses=_STORE_REFUSAL)
+async def revoke(client_id: ClientId, console: Guarded) -> GrantChanged:
     """Return the client to what it has without its grant. One that has none stays as it is."""
-    _check_id(client_id)
     return await _regrant(console, None, *await console.clients.revoke(client_id))
 
 
 @clients_router.post(
-    "/clients/{client_id:path}/reset",
+    "/clients/{client_id}/reset",
     summary="Fill a client's bucket",
     responses={503: {"description": "The store of the buckets could not be used.", **_PROBLEM}},
 )
-async def reset(client_id: str, console: Guarded) -> BucketReset:
+async def reset(client_id: ClientId, console: Guarded) -> BucketReset:
     """Fill the client's bucket, whatever it owes."""
-    _check_id(client_id)
     found = (await console.clients.inspect(client_id)).client
     held = await _bucket(console, found)
     await console.limiter.refill(found.key)
@@ -398,22 +404,18 @@ async def reset(client_id: str, console: Guarded) -> BucketReset:
     )
 
 
-@clients_router.delete(
-    "/clients/{client_id:path}", summary="Return a client to the default tier", responses=_STORE_REFUSAL
-)
-async def forget(client_id: str, console: Guarded) -> TierChanged:
+@clients_router.delete("/clients/{client_id}", summary="Return a client to the default tier", responses=_STORE_REFUSAL)
+async def forget(client_id: ClientId, console: Guarded) -> TierChanged:
     """Remove the client's registration and its grant.
 
     It falls back to what the configuration says of it, else the default tier.
     """
-    _check_id(client_id)
     return await _move(console, *await console.clients.forget(client_id))
 
 
-@clients_router.get("/clients/{client_id:path}", summary="A client's tier and bucket")
-async def client(client_id: str, console: Guarded) -> ClientView:
+@clients_router.get("/clients/{client_id}", summary="A client's tier and bucket")
+async def client(client_id: ClientId, console: Guarded) -> ClientView:
     """Answer the client's tier and the tokens it has now. Any well-formed id has a bucket, so none is unknown."""
-    _check_id(client_id)
     inspection = await console.clients.inspect(client_id)
     found, given = inspection.client, inspection.grant
     bucket = await _bucket(console, found)
@@ -431,14 +433,16 @@ async def client(client_id: str, console: Guarded) -> ClientView:
     )
 
 
-def install(app: FastAPI) -> None:
-    """Add the operator's endpoints and the way their errors are answered to `app`."""
-    app.include_router(open_router)
-    app.include_router(guarded_router)
-    app.include_router(clients_router)
+def install(app: FastAPI) -> frozenset[str]:
+    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths."""
+    routers = (open_router, guarded_router, clients_router)
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    routes = itertools.chain(app.routes, *(router.routes for router in routers))
+    return frozenset(route.path.split("/")[1] for route in routes if isinstance(route, Route))
 
 
 async def _answer_error(request: Request, raised: Exception) -> Response:
@@ -466,11 +470,6 @@ def _in_our_words(raised: Exception) -> GatewayError:
     raise raised
 
 
-def _check_id(client_id: str) -> None:
-    if not is_visible_ascii(client_id.encode()):
-        raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {client_id!r}.")
-
-
 def _mistake(item: Mapping[str, Any]) -> str:
     """Name place and value; of a value that is a whole body, only what is wrong with it."""
     given = item.get("input")
@@ -485,10 +484,11 @@ def _check_breaker(console: Console, name: str) -> None:
         raise NoRoute(f"There is no circuit breaker '{name}'{hint}")
 
 
-def _who(request: Request, console: Console) -> str:
-    """Say where the request comes from, and how it showed that it may."""
+def _who(request: Request) -> str:
+    """Name the operator by token and address; a local one by the address alone."""
+    operator = _operator(request)
     host = request.client.host if request.client is not None else "unknown"
-    return f"{host}, with the admin token" if console.guard.has_token else host
+    return host if operator is LOCAL else f"token '{operator.name}', from {host}"
 
 
 def _tier(console: Console, name: str) -> str:

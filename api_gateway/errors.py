@@ -107,21 +107,21 @@ class ClientIdInvalid(RequestRefused):
 
 
 class InvalidValue(RequestRefused):
-    """A well-formed body of an operator's endpoint that names something unusable."""
+    """The body of an operator endpoint names something unusable, or is not JSON by its `Content-Type`."""
 
     status = 422
     reason = Reason.INVALID_VALUE
 
 
 class Unauthorized(RequestRefused):
-    """An operator's endpoint was called without the admin token."""
+    """An operator endpoint was called without a valid token."""
 
     status = 401
     reason = Reason.UNAUTHORIZED
 
 
 class Forbidden(RequestRefused):
-    """An operator's endpoint was called from elsewhere than this machine, and no token is configured."""
+    """An operator endpoint was called by somebody who may not do that, or by a page of another origin."""
 
     status = 403
     reason = Reason.FORBIDDEN

@@ -18,8 +18,8 @@ from fastapi import FastAPI
 from api_gateway import __version__, admin
 from api_gateway.admin import Console, Phase
 from api_gateway.assembly import Gateway, live
+from api_gateway.assembly_access import operator_access
 from api_gateway.assembly_data_plane import data_plane_of
-from api_gateway.auth import AdminGuard
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
@@ -27,6 +27,7 @@ from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
 from api_gateway.link import Lane
 from api_gateway.middleware import Split, Switch, is_proxied
+from api_gateway.operator_gate import Access, OperatorGate
 from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
@@ -35,16 +36,20 @@ STOCK_SERVER_HEADERS = frozenset({b"date", b"server"})
 
 
 class GatewayApp(FastAPI):
-    """The operator's endpoints, with the data plane in front of them.
+    """The operator endpoints behind their gate, with the data plane in front of both.
 
     Below `/api` nothing of the framework runs unless somebody has added middleware of their own: it then sees those
     requests too.
     """
 
-    def __init__(self, switch: Switch, **options: Any) -> None:
+    def __init__(self, switch: Switch, access: Access, refused: Counter[str], **options: Any) -> None:
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
+        endpoints = admin.install(self)
+        self.gate = OperatorGate(
+            super().__call__, access=access, endpoints=endpoints, readiness=self._readiness, refused=refused
+        )
 
     @property
     def lane(self) -> Lane | None:
@@ -57,10 +62,17 @@ class GatewayApp(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
-        if self._has_no_other_middleware and scope["type"] == "http" and is_proxied(scope["path"]):
+        if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
+        elif scope["type"] == "http" and self.gate.guards(scope):
+            await self.gate(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+    def _readiness(self) -> tuple[bool, str]:
+        console: Console | None = getattr(self.state, "console", None)
+        phase = Phase.STARTING if console is None else console.phase
+        return phase is Phase.SERVING, phase.value
 
 
 def create_app(
@@ -95,8 +107,10 @@ def create_app(
             yield
             app.state.console.phase = Phase.DRAINING
 
-    app = GatewayApp(
+    return GatewayApp(
         switch,
+        operator_access(settings.admin),
+        rejections,
         title="API Gateway",
         version=__version__,
         description="The operator's endpoints. Everything below `/api/` is proxied and not described here.",
@@ -104,8 +118,6 @@ def create_app(
         redirect_slashes=False,
         license_info={"name": "MIT", "identifier": "MIT"},
     )
-    admin.install(app)
-    return app
 
 
 def __getattr__(name: str) -> Any:
@@ -122,11 +134,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
-    token = gateway.config.admin.token
     crew.enlist(partial(_look, gateway))
     return Console(
         version=__version__,
-        guard=AdminGuard(token.get_secret_value() if token else None),
         limiter=gateway.limiter,
         clients=gateway.clients,
         crew=crew,

@@ -181,7 +181,7 @@ def test_a_breaker_is_put_into_a_mode_and_back(tokened: RunningGateway) -> None:
     assert shown()["override"] == changed["current"]
     assert (changed["current"]["reason"], changed["current"]["who"]) == (
         "moving house",
-        "127.0.0.1, with the admin token",
+        "token 'admin', from 127.0.0.1",
     )
     since, until = (datetime.fromisoformat(changed["current"][key]) for key in ("since", "until"))
     assert (until - since).total_seconds() == 600

@@ -1,0 +1,367 @@
+"""The gate in front of the operator endpoints: what is refused before the framework runs and the body is read."""
+
+import json
+import resource
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+
+from tests.kit import RunningGateway, Wire, ask, in_front_of, running_gateway
+
+TOKEN = "correct-horse-battery"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+JSON = {"Content-Type": "application/json"}
+CROSS_SITE = {"Origin": "https://evil.example"}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    """Run a gateway without a token: local requests are an operator's."""
+    with running_gateway(in_front_of("http://127.0.0.1:9"), tmp_path_factory.mktemp("plain")) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def tokened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    """Run a gateway with a token."""
+    sections = in_front_of("http://127.0.0.1:9") | {"admin": {"token": TOKEN}}
+    with running_gateway(sections, tmp_path_factory.mktemp("tokened")) as gateway:
+        yield gateway
+
+
+Connect = Callable[[RunningGateway], Wire]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Open connections; they are closed at the end."""
+    with ExitStack() as stack:
+
+        def open_connection(gateway: RunningGateway) -> Wire:
+            return Wire(stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port))))
+
+        yield open_connection
+
+
+def read_answer(wire: Wire) -> tuple[int, dict[bytes, bytes], bytes]:
+    """Read one response with a body of stated length: status, fields in lower case, body."""
+    head = wire.read_until(b"\r\n\r\n")
+    assert head is not None
+    lines = head.rstrip(b"\r\n").split(b"\r\n")
+    fields = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines[1:])}
+    return int(lines[0].split()[1]), fields, wire.read_exactly(int(fields.get(b"content-length", b"0")))
+
+
+# The body
+
+
+@pytest.mark.parametrize("authorization", [b"", b"Authorization: Bearer wrong\r\n"])
+@pytest.mark.parametrize("framing", [b"Content-Length: 400000000", b"Transfer-Encoding: chunked"])
+def test_without_a_token_nothing_of_the_body_is_awaited(
+    connect: Connect, tokened: RunningGateway, authorization: bytes, framing: bytes
+) -> None:
+    wire = connect(tokened)
+    wire.send(
+        b"POST /clients/x/tier HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%b%b\r\n\r\n"
+        % (authorization, framing)
+    )
+    status, fields, body = read_answer(wire)
+    assert (status, json.loads(body)["reason"], fields[b"connection"]) == (401, "unauthorized", b"close")
+
+
+def test_a_body_sent_without_a_token_takes_no_memory(connect: Connect, tokened: RunningGateway) -> None:
+    """The refusal can be read although the client goes on sending."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wire = connect(tokened)
+    wire.send(
+        b"POST /clients/x/tier HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 400000000\r\n\r\n"
+    )
+    piece = bytes(1 << 20)
+    with suppress(ConnectionError):  # it is reset once it has gone on for too long
+        for _ in range(400):
+            wire.send(piece)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
+    assert read_answer(wire)[0] == 401
+
+
+@pytest.mark.parametrize("length", [65_537, 400_000_000, 10**30])
+def test_a_body_stated_to_be_too_long_is_refused_at_once(
+    connect: Connect, tokened: RunningGateway, length: int
+) -> None:
+    wire = connect(tokened)
+    wire.send(
+        b"POST /clients/x/tier HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (TOKEN.encode(), length)
+    )
+    status, fields, body = read_answer(wire)
+    expected = (400, "bad_request") if length > 2**64 else (413, "body_too_large")
+    assert (status, json.loads(body)["reason"], fields[b"connection"]) == (*expected, b"close")
+
+
+def test_a_chunked_body_is_refused_once_it_is_too_long(connect: Connect, plain: RunningGateway) -> None:
+    wire = connect(plain)
+    wire.send(
+        b"POST /clients/x/tier HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n"
+    )
+    wire.send(b"8000\r\n%b\r\n" % (b" " * 0x8000) * 2 + b"1\r\n \r\n")
+    status, fields, body = read_answer(wire)
+    assert (status, json.loads(body)["reason"], fields[b"connection"]) == (413, "body_too_large", b"close")
+
+
+def test_a_body_of_the_greatest_size_is_read(plain: RunningGateway) -> None:
+    body = b'{"tier": "FREE"}'
+    answer = ask(f"{plain.url}/clients/x/tier", method="POST", headers=JSON, body=body + b" " * (65_536 - len(body)))
+    assert answer.status == 200
+
+
+def test_what_follows_a_refused_body_is_not_served(connect: Connect, plain: RunningGateway) -> None:
+    """A request hidden in a body that was not read must not be taken for one."""
+    wire = connect(plain)
+    hidden = b"POST /clients/hidden/tier HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    hidden += b"Content-Length: 19\r\n\r\n" + b'{"tier": "PREMIUM"}'
+    head = b"POST /clients/x/tier HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    wire.send(head + b"Content-Length: 70000\r\n\r\n" + hidden * 2)
+    assert read_answer(wire)[0] == 413
+    assert not wire.fill()
+    assert ask(f"{plain.url}/clients/hidden").json()["source"] == "default"
+
+
+def test_a_client_that_leaves_within_its_body_changes_nothing(connect: Connect, plain: RunningGateway) -> None:
+    body = b'{"tier": "PREMIUM"}'
+    wire = connect(plain)
+    wire.send(
+        b"POST /clients/left/tier HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body) + 1, body)
+    )
+    wire.close()
+    assert ask(f"{plain.url}/clients/left").json()["source"] == "default"
+
+
+# Pages of other origins
+
+
+WRITES: list[tuple[str, str, bytes | None]] = [
+    ("POST", "/clients/acme/tier", b'{"tier": "BASIC"}'),
+    ("POST", "/clients/acme/grants", b'{"tier": "BASIC", "for": 1}'),
+    ("DELETE", "/clients/acme/grants", None),
+    ("POST", "/clients/acme/reset", None),
+    ("DELETE", "/clients/acme", None),
+    ("POST", "/circuit-breakers/up", b'{"mode": "auto"}'),
+    ("POST", "/explain", b'{"client_id": "acme", "method": "GET", "path": "/api/x"}'),
+]
+READS: list[tuple[str, str, bytes | None]] = [
+    ("GET", path, None)
+    for path in (
+        "/metrics",
+        "/metrics/latency",
+        "/circuit-breakers",
+        "/circuit-breakers/up/history",
+        "/clients",
+        "/clients/acme",
+        "/openapi.json",
+        "/docs",
+    )
+]
+FOREIGN = [
+    CROSS_SITE,
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:1"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), WRITES + READS)
+@pytest.mark.parametrize("header", FOREIGN)
+def test_a_page_of_another_origin_is_refused(
+    plain: RunningGateway, tokened: RunningGateway, method: str, path: str, body: bytes | None, header: dict[str, str]
+) -> None:
+    for gateway, more in ((plain, {}), (tokened, AUTHORIZED)):
+        answer = ask(gateway.url + path, method=method, headers=JSON | header | more, body=body)
+        assert (answer.status, answer.json()["reason"]) == (403, "forbidden"), answer.body
+
+
+@pytest.mark.parametrize(("method", "path", "body"), WRITES + READS)
+def test_the_own_origin_is_served(plain: RunningGateway, method: str, path: str, body: bytes | None) -> None:
+    headers = JSON | {"Origin": plain.url, "Sec-Fetch-Site": "same-origin"}
+    assert ask(plain.url + path, method=method, headers=headers, body=body).status == 200
+
+
+def test_a_link_from_another_site_leads_to_the_documentation_and_nowhere_else(plain: RunningGateway) -> None:
+    followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert ask(f"{plain.url}/docs", headers=followed).status == 200
+    assert {ask(plain.url + path, headers=followed).status for path in ("/metrics", "/clients", "/openapi.json")} == {
+        403
+    }
+    assert ask(f"{plain.url}/docs", headers=followed | {"Sec-Fetch-Dest": "iframe"}).status == 403
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+@pytest.mark.parametrize(("method", "path", "body"), WRITES)
+def test_what_a_form_can_send_changes_nothing(
+    plain: RunningGateway, kind: str, method: str, path: str, body: bytes | None
+) -> None:
+    """Also of a browser that states no origin."""
+    answer = ask(plain.url + path, method=method, headers={"Content-Type": kind}, body=body or b"")
+    assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
+    assert "'Content-Type: application/json'" in answer.json()["detail"]
+
+
+def test_a_request_without_a_body_needs_no_content_type(plain: RunningGateway) -> None:
+    assert ask(f"{plain.url}/clients/acme/reset", method="POST").status == 200
+
+
+def test_a_page_of_another_origin_sees_no_more_health_than_a_stranger(plain: RunningGateway) -> None:
+    assert "upstreams" in ask(f"{plain.url}/health").json()
+    assert set(ask(f"{plain.url}/health", headers=CROSS_SITE).json()) == {"status"}
+
+
+# HEAD
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/health", *(path for _, path, _ in READS)])
+def test_head_is_answered_wherever_get_is(plain: RunningGateway, path: str) -> None:
+    got, head = ask(plain.url + path), ask(plain.url + path, method="HEAD")
+    assert (got.status, head.status, head.body) == (200, 200, b"")
+    assert got.body
+    assert set(got.headers) == set(head.headers)
+    assert got.headers["content-type"] == head.headers["content-type"]
+
+
+def test_head_leaves_the_connection_usable(connect: Connect, plain: RunningGateway) -> None:
+    wire = connect(plain)
+    for _ in range(2):
+        wire.send(b"HEAD /clients/acme HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        head = wire.read_until(b"\r\n\r\n")
+        assert head is not None
+        assert head.startswith(b"HTTP/1.1 200 OK")
+        assert b"content-length:" in head.lower()
+    wire.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert read_answer(wire)[::2] == (200, b"ok\n")
+
+
+# Client ids
+
+
+IDS = ["a/b", "team/grants", "team/tier", "team/reset", "a%2Fgrants", "..", ".", "%", "100%", "a?b", "a#b", "/", "//"]
+
+
+def encoded(client_id: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in client_id.encode())
+
+
+@pytest.mark.parametrize("client_id", IDS)
+def test_any_id_is_one_segment_of_the_path(plain: RunningGateway, client_id: str) -> None:
+    url = f"{plain.url}/clients/{encoded(client_id)}"
+    tier = json.dumps({"tier": "PREMIUM"}).encode()
+
+    def told(path: str = "", method: str = "GET", body: bytes | None = None) -> Any:
+        answer = ask(url + path, method=method, headers=JSON, body=body)
+        assert answer.status == 200, answer.body
+        return answer.json()
+
+    assert told()["client_id"] == client_id
+    assert told("/tier", "POST", tier)["client_id"] == client_id
+    assert told()["source"] == "registered"
+    assert told("/grants", "POST", b'{"tier": "BASIC", "for": 600}')["current"]["name"] == "BASIC"
+    assert told("/reset", "POST")["client_id"] == client_id
+    assert told("/grants", "DELETE")["current"]["name"] == "PREMIUM"
+    assert told("", "DELETE")["client_id"] == client_id
+    assert told()["source"] == "default"
+
+
+@pytest.mark.parametrize("resource", ["grants", "tier", "reset"])
+def test_an_id_with_a_slash_is_not_a_resource_of_another_client(plain: RunningGateway, resource: str) -> None:
+    url = f"{plain.url}/clients/team"
+    for path, body in (("/tier", b'{"tier": "PREMIUM"}'), ("/grants", b'{"tier": "BASIC", "for": 600}')):
+        assert ask(url + path, method="POST", headers=JSON, body=body).status == 200
+    before = ask(url).json()
+    assert ask(f"{url}%2F{resource}", method="DELETE").json()["client_id"] == f"team/{resource}"
+    assert ask(f"{url}%2f{resource}").json()["client_id"] == f"team/{resource}"
+    assert ask(f"{url}%2F{resource}", method="POST").status == 405
+    after = ask(url).json()
+    assert (after["source"], after["tier"], after["grant"]) == ("granted", before["tier"], before["grant"])
+
+
+@pytest.mark.parametrize("path", ["/clients/a/b", "/clients/a/b/tier", "/clients//tier", "/clients/", "/clients/a/"])
+def test_a_plain_slash_is_not_part_of_an_id(plain: RunningGateway, path: str) -> None:
+    assert ask(plain.url + path, method="DELETE").status == 404
+
+
+@pytest.mark.parametrize("client_id", ["café", "a b", "a\nb", "\x00", "x" * 129, "\udcff"])
+def test_an_id_that_no_client_can_send_is_refused(plain: RunningGateway, client_id: str) -> None:
+    spelt = "".join(f"%{byte:02X}" for byte in client_id.encode(errors="surrogateescape"))
+    for method, path in (("GET", ""), ("DELETE", ""), ("DELETE", "/grants"), ("POST", "/reset")):
+        answer = ask(f"{plain.url}/clients/{spelt}{path}", method=method)
+        assert (answer.status, answer.json()["reason"]) == (400, "client_id_invalid")
+
+
+# Spellings of a path
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/metrics/",
+        b"//metrics",
+        b"/./metrics",
+        b"/x/../metrics",
+        b"/METRICS",
+        b"/%6detrics",
+        b"/metrics%2Flatency",
+        b"/%2Fmetrics",
+        b"/metrics;x",
+        b"/metrics%00",
+        b"/metrics%20",
+        b"/metrics?x=/healthz",
+        b"http://localhost/metrics",
+        b"http://healthz/metrics",
+        b"/healthz/../metrics",
+        b"/api/../metrics",
+        b"/api%2F..%2Fmetrics",
+    ],
+)
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_no_spelling_of_a_path_leads_past_the_gate(
+    connect: Connect, tokened: RunningGateway, target: bytes, version: bytes
+) -> None:
+    wire = connect(tokened)
+    wire.send(b"GET %b HTTP/%b\r\nHost: localhost\r\nConnection: close\r\n\r\n" % (target, version))
+    status, _, body = read_answer(wire)
+    assert status in (401, 404, 502), body
+    assert b"requests" not in body
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"Authorization: Bearer wrong\r\nAuthorization: Bearer TOKEN\r\n",
+        b"Authorization: Bearer TOKEN\r\nAuthorization: Bearer TOKEN\r\n",
+        b"Authorization: Bearer TOKEN, Bearer TOKEN\r\n",
+        b"Authorization: Bearer  TOKEN x\r\n",
+        b"Authorization: Basic TOKEN\r\n",
+        b"Authorization: TOKEN\r\n",
+        b"Proxy-Authorization: Bearer TOKEN\r\n",
+        b"Authorization_: Bearer TOKEN\r\n",
+    ],
+)
+def test_only_one_authorization_that_is_right_admits(connect: Connect, tokened: RunningGateway, lines: bytes) -> None:
+    wire = connect(tokened)
+    wire.send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n%b\r\n" % lines.replace(b"TOKEN", TOKEN.encode()))
+    assert read_answer(wire)[0] == 401
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [b"Host: localhost\r\nHost: localhost\r\n", b"", b"Host: localhost\r\nTransfer-Encoding: gzip, chunked\r\n"],
+)
+def test_an_ambiguous_request_is_refused(connect: Connect, plain: RunningGateway, lines: bytes) -> None:
+    wire = connect(plain)
+    wire.send(b"POST /clients/x/reset HTTP/1.1\r\n%b\r\n" % lines)
+    status, fields, _ = read_answer(wire)
+    assert (status, fields[b"connection"]) == (400, b"close")
