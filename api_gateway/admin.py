@@ -58,6 +58,8 @@ from api_gateway.models import (
 from api_gateway.operator_gate import OPERATOR, unescaped
 from api_gateway.operators import LOCAL, Operator
 from api_gateway.rate_limiter import RateLimiter
+from api_gateway.reload_bodies import Reloaded
+from api_gateway.reload_views import configuration_view, reload_view
 from api_gateway.report import BreakerReport
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
 from api_gateway.upstream_bodies import (
@@ -186,7 +188,7 @@ async def health(request: Request, console: Open) -> HealthView:
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
         status = "fail"
-    elif not report.limiter.is_whole or report.client_trouble is not None:
+    elif not report.limiter.is_whole or report.client_trouble is not None or report.configuration.problems:
         status = "warn"
     if request.scope.get(OPERATOR) is None:
         return HealthView(status=status)
@@ -200,8 +202,28 @@ async def health(request: Request, console: Open) -> HealthView:
         clients=ClientStoreView(
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
+        configuration=configuration_view(report.configuration),
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
     )
+
+
+@guarded_router.post(
+    "/reload",
+    summary="Reload the configuration",
+    responses={
+        422: {"description": "The configuration is wrong; the one before stays in force.", **_PROBLEM},
+        500: {"description": "It could not be put into force; the one before stays in force.", **_PROBLEM},
+        503: {"description": "The gateway drains, or its workers are being restarted.", **_PROBLEM},
+    },
+)
+async def reload(request: Request, console: Guarded) -> Reloaded:
+    """Read the configuration anew and put it into force in every worker, or change nothing.
+
+    Requests, streams and connections go on; buckets, breakers and counts stay. The response names what has changed,
+    and what of it needs a restart.
+    """
+    outcome = await console.crew.reload(f"POST /reload by {_who(request)}")
+    return reload_view(outcome)
 
 
 class MetricsFormat(StrEnum):
@@ -235,6 +257,7 @@ async def metrics(
             console.version,
             report.lag,
             report.tasks,
+            report.configuration,
         )
         body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})

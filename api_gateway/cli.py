@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(config.log.level)
     if config.server.workers > 1:
         return _supervise(Supervisor(config, read))
-    server = GatewayServer(config)
+    server = GatewayServer(config, read=read)
     server.run()
     return server.exit_code if server.started else STARTUP_FAILED
 

@@ -1,11 +1,12 @@
 """The differences between two configurations, and the settings among them that only a restart can change."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
 from api_gateway.config import GatewayConfig
+from api_gateway.reload_state import ChangedSetting
 
 # Held by what a process opens once, at its start: sockets, the embedded store, the connections to a store.
 NEEDS_RESTART = (
@@ -25,19 +26,7 @@ _HIDDEN = "(secret)"
 _ABSENT = object()
 
 
-class Change(NamedTuple):
-    """One setting that differs; None where it was or is not set. `is_secret` values are not told."""
-
-    setting: str
-    old: Any
-    new: Any
-    is_secret: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.setting}: changed" if self.is_secret else f"{self.setting}: {self.old!r} -> {self.new!r}"
-
-
-def changes_between(old: GatewayConfig, new: GatewayConfig) -> list[Change]:
+def changes_between(old: GatewayConfig, new: GatewayConfig) -> list[ChangedSetting]:
     """Return what differs, in the order of the sections."""
     return list(_compare("", old, new))
 
@@ -66,7 +55,7 @@ def _value(config: GatewayConfig, path: str) -> Any:
     return found
 
 
-def _compare(path: str, old: Any, new: Any) -> Iterator[Change]:
+def _compare(path: str, old: Any, new: Any) -> Iterator[ChangedSetting]:
     if old is new or old == new:
         return
     if type(old) is type(new) and isinstance(old, BaseModel):
@@ -80,10 +69,10 @@ def _compare(path: str, old: Any, new: Any) -> Iterator[Change]:
         if list(ours.values()) == list(theirs.values()):
             return
         if ours.keys() == theirs.keys() and list(ours) != list(theirs):
-            yield Change(path, list(ours), list(theirs))
+            yield ChangedSetting(path, list(ours), list(theirs))
         return
     is_secret = isinstance(old, SecretStr) or isinstance(new, SecretStr)
-    yield Change(path, None if is_secret else _shown(old), None if is_secret else _shown(new), is_secret)
+    yield ChangedSetting(path, None if is_secret else _shown(old), None if is_secret else _shown(new), is_secret)
 
 
 def _items(value: Any) -> Mapping[str, Any] | None:

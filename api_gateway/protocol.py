@@ -68,7 +68,7 @@ class Bounds:
 class GatewayProtocol(HttpToolsProtocol):
     """One connection of a client. `bounds` and what the connections share is set by `bounded_protocol`."""
 
-    bounds: ClassVar[Bounds] = Bounds()
+    bounds: Bounds = Bounds()  # of the class: those of new connections, which keep them
     peers: ClassVar[Counter[str]] = Counter()
     refused: ClassVar[Counter[str]] = Counter()
 
@@ -77,6 +77,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Start of a connection: its first head is awaited from now on."""
         self.transport = transport
+        self.bounds = type(self).bounds
         self.connections.add(self)
         self.client = get_remote_addr(transport)
         self.scheme = "https" if is_ssl(transport) else "http"

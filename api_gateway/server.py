@@ -20,10 +20,11 @@ from fastapi import FastAPI
 from api_gateway.admin import Phase
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
-from api_gateway.crew import Crew
+from api_gateway.crew import Alone, Crew
 from api_gateway.demo import banner
 from api_gateway.main import create_app
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+from api_gateway.reload_state import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +43,31 @@ class GatewayServer(uvicorn.Server):
     requests over gateways can take notice. Then it accepts no more, and what runs has `drain_timeout` seconds to end.
     """
 
-    def __init__(self, config: GatewayConfig, crew: Crew | None = None) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        crew: Crew | None = None,
+        read: Callable[[], GatewayConfig] | None = None,
+    ) -> None:
+        """`read` reads the configuration anew for a reload."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
         refused: Counter[str] = Counter()
-        self._app: FastAPI = create_app(config, refused=refused, crew=crew)
+        self._crew = crew or Alone()
+        self._reloads: set[asyncio.Task[Outcome]] = set()
+        self._is_reload_due = False  # it was asked for before the start was done
+        self._app: FastAPI = create_app(
+            config, refused=refused, crew=self._crew, read=read, on_change=self._on_configuration
+        )
         section = config.server
+        self._protocol = bounded_protocol(_bounds(section), refused)
         super().__init__(
             uvicorn.Config(
                 self._app,
                 host=section.host,
                 port=section.port,
-                http=bounded_protocol(_bounds(section), refused),
+                http=self._protocol,
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
@@ -69,8 +82,25 @@ class GatewayServer(uvicorn.Server):
         """Start, and tell."""
         await super().startup(sockets)
         if self.started:
+            self._loop = asyncio.get_running_loop()
             _tune_garbage_collection()
             self.announce()
+            if self._is_reload_due:
+                self.begin_reload("SIGHUP")
+
+    def begin_reload(self, origin: str) -> None:
+        """Have the configuration reloaded. What becomes of it is in the log."""
+        task = asyncio.get_running_loop().create_task(self._crew.reload(origin), name="reload")
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    def _on_configuration(self, config: GatewayConfig) -> None:
+        """Take what a reload has put into force, as far as it is the server's. Connections keep their limits."""
+        section = config.server
+        self._settings, self._delay = config, section.drain_delay
+        self._protocol.bounds = _bounds(section)
+        self.config.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
+        set_log_level(config.log.level)
 
     def announce(self) -> None:
         """Tell the person at the terminal that the gateway serves."""
@@ -135,7 +165,24 @@ class GatewayServer(uvicorn.Server):
 
     def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
         """Return what to do at which signal."""
-        return {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
+        return {
+            signal.SIGINT: self.handle_exit,
+            signal.SIGTERM: self.handle_exit,
+            signal.SIGHUP: self._on_hangup,
+            signal.SIGUSR1: _on_unused,
+            signal.SIGUSR2: _on_unused,
+        }
+
+    def _on_hangup(self, _number: int, _frame: FrameType | None) -> None:
+        """Reload the configuration, now or as soon as the start is done."""
+        if self.started:
+            self._loop.call_soon_threadsafe(self.begin_reload, "SIGHUP")
+        else:
+            self._is_reload_due = True
+
+
+def _on_unused(number: int, _frame: FrameType | None) -> None:
+    logger.warning("%s is ignored: there is one process, and no workers to restart", signal.Signals(number).name)
 
 
 def welcome(config: GatewayConfig, host: str, port: int, workers: int = 1) -> str:
@@ -184,3 +231,9 @@ def configure_logging(level: str, who: str = "") -> None:
     logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")
     # Leaving an answer unfinished is how the gateway breaks one that the upstream broke; its own log has the reason.
     logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith(_UNSAID))
+
+
+def set_log_level(level: str) -> None:
+    """Log from this level on."""
+    logging.getLogger().setLevel(level.upper())
+    logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")
