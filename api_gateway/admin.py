@@ -76,6 +76,7 @@ from api_gateway.upstream_bodies import (
     ModeChanged,
     ModeView,
     OpeningView,
+    ResourceView,
     StoreView,
 )
 
@@ -188,7 +189,12 @@ async def health(request: Request, console: Open) -> HealthView:
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
         status = "fail"
-    elif not report.limiter.is_whole or report.client_trouble is not None or report.configuration.problems:
+    elif (
+        not report.limiter.is_whole
+        or report.client_trouble is not None
+        or report.configuration.problems
+        or any(resource.status == "warn" for resource in report.resources)
+    ):
         status = "warn"
     if request.scope.get(OPERATOR) is None:
         return HealthView(status=status)
@@ -204,6 +210,7 @@ async def health(request: Request, console: Open) -> HealthView:
         ),
         configuration=configuration_view(report.configuration),
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
+        resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
     )
 
 
@@ -257,6 +264,7 @@ async def metrics(
             console.version,
             report.lag,
             report.tasks,
+            report.resources,
             report.configuration,
         )
         body, content_type = exposition.render(accept)

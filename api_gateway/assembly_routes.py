@@ -21,6 +21,7 @@ def route_of(section: RouteSection) -> Route:
         ),
         candidate_cost=section.candidate_cost,
         timeout=section.timeout,
+        min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
     )
 

@@ -128,9 +128,22 @@ class ServerSection(Section):
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
     max_header_lines: int = Field(default=200, ge=10)
+    max_connections: int | None = Field(
+        default=None,
+        ge=2,
+        le=10_000_000,
+        description="Of all clients; each worker counts its own. None: as many as the descriptor limit has room for.",
+    )
     max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit. Each worker counts its own.")
     header_timeout: Seconds = 10
     idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
+    min_body_rate: float = Field(
+        default=240,
+        ge=0,
+        le=1_000_000_000,
+        description="Bytes a second of a request's body while it is awaited. 0: no such limit.",
+    )
+    min_body_rate_grace: Seconds = Field(default=10, description="What a body may be behind at its start.")
     keep_alive_timeout: Seconds = 75
     drain_delay: float = Field(
         default=0,
@@ -261,9 +274,10 @@ class TimeoutsSection(Section):
 
 
 class PoolSection(Section):
-    """Connections to each target."""
+    """Connections to each target: those of requests, and beside them those of WebSockets and event streams."""
 
     max_connections: int = Field(default=512, ge=1)
+    max_tunnels: int = Field(default=4096, ge=1, description="WebSockets and event streams at once.")
     idle_timeout: Seconds = 60
 
 
@@ -421,6 +435,9 @@ class RouteSection(Section):
     candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
     costs: list[CostSection] = []
     timeout: Seconds | None = Field(default=None, description="For all of a request, instead of the upstream's total.")
+    min_body_rate: float | None = Field(
+        default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
+    )
     fallback: FallbackSection | None = None
 
 

@@ -47,6 +47,10 @@ class Connection(Protocol):
         """Go on to the next request, or close if there shall be none."""
         ...
 
+    def on_body_rate(self, cycle: "Cycle") -> None:
+        """Apply the rate that this request's body must have from now on."""
+        ...
+
     def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
         """Send the answer to a handshake and let go of the connection; see `Link.switch`."""
         ...
@@ -64,6 +68,9 @@ class Cycle:
     keep_alive = True
     is_http10 = False
     is_body_complete = False
+    body_rate: float | None = None  # bytes a second of the body, if not the connection's; 0 is no limit
+    body_due: float | None = None  # when the next piece of the body is due, kept by the connection
+    body_credit = 0.0  # until when the body is fast enough, if no more of it comes; kept by the connection
     is_disconnected = False
     is_started = False
     is_answered = False
@@ -247,6 +254,12 @@ class Cycle:
     def defer_continue(self) -> None:
         """See `Link`; what the upstream says then goes through `inform`."""
         self._owes_continue = False
+
+    def require_body_rate(self, rate: float) -> None:
+        """See `Link`."""
+        self.body_rate = rate
+        if not self.is_body_complete:
+            self._connection.on_body_rate(self)
 
     def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `Link`. A client of HTTP/1.0 knows no interim answers."""

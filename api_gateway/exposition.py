@@ -1,6 +1,6 @@
 """The metrics as Prometheus and OpenMetrics read them: made at scrape time from what the recorder has counted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 from prometheus_client import CollectorRegistry
@@ -19,6 +19,7 @@ from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, Upstrea
 from api_gateway.models import LimiterState, Source
 from api_gateway.reload_state import ReloadState
 from api_gateway.retry import Why
+from api_gateway.shares import ResourceState
 
 # The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -36,6 +37,7 @@ class Exposition:
         version: str,
         lag: float = 0.0,
         tasks: int = 0,
+        resources: Sequence[ResourceState] = (),
         configuration: ReloadState = ReloadState(),  # noqa: B008 - it is frozen
     ) -> None:
         self._recorder = recorder
@@ -46,6 +48,7 @@ class Exposition:
         self._lag = lag
         self._tasks = tasks
         self._configuration = configuration
+        self._resources = resources
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -64,6 +67,7 @@ class Exposition:
         yield from self._breakers()
         yield from self._overload()
         yield from self._reloads()
+        yield from self._shares()
 
     def _requests(self) -> Iterator[Metric]:
         recorder = self._recorder
@@ -275,6 +279,21 @@ class Exposition:
         for result, count in state.counts.items():
             reloads.add_metric([result], count)
         yield reloads
+
+    def _shares(self) -> Iterator[Metric]:
+        labels = ["resource", "upstream"]
+        used = GaugeMetricFamily(
+            "gateway_resource_used_ratio", "Share of a bounded resource that is in use, 0 to 1.", labels=labels
+        )
+        refused = CounterMetricFamily(
+            "gateway_resource_refused", "What got no place, or exceeded an address's or client's share.", labels=labels
+        )
+        for resource in self._resources:
+            values = [resource.resource, resource.upstream or ""]
+            used.add_metric(values, resource.in_use / resource.limit if resource.limit else 0.0)
+            refused.add_metric(values, resource.refused)
+        yield used
+        yield refused
 
 
 def _classic(tally: Tally) -> list[tuple[str, float]]:

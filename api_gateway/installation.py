@@ -17,6 +17,7 @@ from api_gateway.middleware import Switch
 from api_gateway.reload import Reloader, refused
 from api_gateway.reload_state import Outcome
 from api_gateway.report import Report, UpstreamReport, moves_of
+from api_gateway.shares import ResourceState, Shares
 
 
 class Installation:
@@ -33,6 +34,7 @@ class Installation:
         *,
         server_headers: frozenset[bytes],
         read: Callable[[], GatewayConfig] | None,
+        connections: Shares | None,
         on_change: Callable[[GatewayConfig], None],
     ) -> None:
         """`read` reads the configuration anew; `on_change` is called with each that has come into force."""
@@ -41,6 +43,7 @@ class Installation:
         self._switch = switch
         self._server_headers = server_headers
         self._read = read
+        self._connections = connections
         self._on_change = on_change
         self._plan: Plan | None = None
         self._settings: GatewayConfig | None = None  # as they were read, without the demo's
@@ -94,6 +97,8 @@ class Installation:
     def look(self) -> Report:
         """Return how this process stands."""
         report = report_of(self._assembly.gateway)
+        if self._connections is not None:
+            report.resources = [ResourceState.of("connections", [self._connections])]
         if self._reloader is not None:
             report.configuration = self._reloader.state
         return report

@@ -62,6 +62,10 @@ class Link(Protocol):
         """Leave it to the upstream to ask for the body a client has announced with `Expect: 100-continue`."""
         ...
 
+    def require_body_rate(self, rate: float) -> None:
+        """Have the client send its body at that many bytes a second, not at what the server asks for; 0: at any."""
+        ...
+
     def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Send an interim answer (1xx) ahead of the final one."""
         ...

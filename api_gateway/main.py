@@ -28,6 +28,7 @@ from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import Access, OperatorGate
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
+from api_gateway.shares import Shares
 
 STOCK_SERVER_HEADERS = frozenset({b"date", b"server"})
 
@@ -82,6 +83,7 @@ def create_app(
     resolve: Resolve = look_up,
     read: Callable[[], GatewayConfig] | None = None,
     on_change: Callable[[GatewayConfig], None] | None = None,
+    connections: Shares | None = None,
 ) -> FastAPI:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
@@ -92,6 +94,7 @@ def create_app(
     `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
     `read` reads the configuration anew for a reload; without it only a `config` that is None can be reloaded, from the
     same sources. `on_change` is called with every configuration that a reload has put into force.
+    `connections` are the shares of the server's connections, to be shown to operators.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -110,7 +113,13 @@ def create_app(
         assembly = Assembly(rejections, transports or {}, resolve)
         async with assembly.live(settings):
             installation = Installation(
-                app, assembly, switch, server_headers=server_headers, read=read, on_change=put_into_force
+                app,
+                assembly,
+                switch,
+                server_headers=server_headers,
+                read=read,
+                connections=connections,
+                on_change=put_into_force,
             )
             installation.start(settings, _console, crew or Alone())
             app.state.console.phase = Phase.SERVING

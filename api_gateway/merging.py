@@ -17,6 +17,7 @@ from api_gateway.report import (
     UpstreamReport,
     last_moves,
 )
+from api_gateway.shares import merge_states
 
 _BADNESS = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 _GRAVITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
@@ -37,6 +38,7 @@ def merge(reports: Sequence[Report]) -> Report:
         merged.tasks += report.tasks
     merged.limiter = _merge_limiters(reports)
     merged.client_trouble = next((it.client_trouble for it in reports if it.client_trouble and not it.is_over), None)
+    merged.resources = merge_states(state for report in reports for state in report.resources)
     merged.is_over = all(report.is_over for report in reports)
     names = dict.fromkeys(name for report in reports for name in report.upstreams)
     for name in names:

@@ -15,6 +15,7 @@ import logging
 import re
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -38,6 +39,7 @@ from api_gateway.errors import (
 from api_gateway.headers import fields_of, framing, http_date
 from api_gateway.link import LINK, Lane, Passage
 from api_gateway.models import HeaderList
+from api_gateway.shares import MAX_CONNECTIONS, Shares
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once: a bound on the r
 MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connection whose answer came early
 MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
 LINGER = 2.0  # seconds it may do so
+MAX_SURPLUS = 64  # connections beyond the limits that are kept until they have been refused with a response
+SURPLUS_TIMEOUT = 2.0  # seconds such a connection has for its first head
+PROBES = (b"/healthz", b"/readyz")  # served on such a connection too
 WEBSOCKET = b"websocket"
 _ABSOLUTE_FORM = re.compile(rb"[^:/?]+://[^/?@]*([/?].*)?", re.DOTALL)
 _VERSION = {"version": "3.0", "spec_version": "2.4"}
@@ -54,7 +59,11 @@ _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a client may ask of a connection: bytes, lines and seconds. `connections_per_peer` 0 is no limit."""
+    """What a client may ask of a connection: bytes, lines and seconds. `connections_per_peer` 0 is no limit.
+
+    `body_rate` is the bytes a second that a body must have while it is awaited, 0 for none, `body_grace` the seconds
+    it may be behind at its start.
+    """
 
     header_bytes: int = 65_536
     header_lines: int = 200
@@ -63,6 +72,12 @@ class Bounds:
     idle_timeout: float = 60.0
     drain_linger: float = 2.0
     connections_per_peer: int = 0
+    body_rate: float = 240.0
+    body_grace: float = 10.0
+
+
+def _nobody(_address: str) -> None:
+    """Count no connection against anybody."""
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -71,6 +86,9 @@ class GatewayProtocol(HttpToolsProtocol):
     bounds: Bounds = Bounds()  # of the class: those of new connections, which keep them
     peers: ClassVar[Counter[str]] = Counter()
     refused: ClassVar[Counter[str]] = Counter()
+    shares: ClassVar[Shares] = Shares(MAX_CONNECTIONS)
+    surplus: ClassVar[Shares] = Shares(MAX_SURPLUS)
+    share_holder: ClassVar[Callable[[str], str | None]] = staticmethod(_nobody)
 
     # The connection
 
@@ -86,7 +104,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.is_write_paused = False
         self._peer = self.client[0] if self.client else ""
         self.peers[self._peer] += 1
-        self._is_surplus = 0 < self.bounds.connections_per_peer < self.peers[self._peer]
+        self._surplus = self._take_place()
         self._reading: Cycle | None = None  # the request whose body is not complete
         self._serving: Cycle | None = None  # the request whose answer is due, or was the last one sent
         self._waiting: deque[Cycle] = deque()
@@ -96,6 +114,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
         self._discarded = 0
         self._held = bytearray()  # what came behind a handshake or too many requests, until those are answered
+        self._releasing: asyncio.Handle | None = None  # of what is held, once it is due
         self._is_holding = self._is_handed_over = False
         self._piece = 0  # bytes that are being parsed
         self._has_begun = False  # a head has begun and is not complete
@@ -105,15 +124,40 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_draining = False  # the server stops: no connection goes on behind an answer
         self._unsent = 0  # bytes the client had not read when last looked at
         self._alarm = Alarm(self.loop, self._on_alarm)
-        self._alarm.set(self.bounds.header_timeout)
+        self._alarm.set(SURPLUS_TIMEOUT if self._surplus else self.bounds.header_timeout)
+        self._body_bytes = 0  # received of bodies since the time for them was last set
+        self._paused_at = 0.0  # when reading was last paused
         self.lines: Any = None  # the lane's memory of the last request here
         self._lane: Lane | None = getattr(self.app, "lane", None)
         self._passage: Passage | None = None  # the request that has taken the lane
-        self._is_at_rest = self._lane is not None and not self._is_surplus  # nothing has begun: the lane is open
+        self._is_at_rest = self._lane is not None and not self._surplus  # nothing has begun: the lane is open
+
+    def _take_place(self) -> str:
+        """Take a place among the connections; return why there is none for this one, or nothing if there is.
+
+        A connection without a place is kept until it has been refused with a response; beyond MAX_SURPLUS of those, of
+        which each address has its share too, connections are closed at once.
+        """
+        limit, holder = self.bounds.connections_per_peer, type(self).share_holder(self._peer)
+        self._holder, self._place = holder, self.shares
+        why = ""
+        if 0 < limit < self.peers[self._peer]:
+            why = f"Your address has more than {limit} connections."
+        elif not self.shares.admits(holder):
+            why = f"The gateway has no connection for you: {self.shares.refusal(holder, 'connections')}."
+            self.shares.refused += 1
+        if why:
+            self._place = self.surplus
+            if not self.surplus.admits(holder):
+                self._holder = None  # it is gone before it could hold anything
+                self.transport.abort()
+        self._place.take(self._holder)
+        return why
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """End of the connection."""
         self.connections.discard(self)
+        self._place.give_back(self._holder)
         self.peers[self._peer] -= 1
         if not self.peers[self._peer]:
             del self.peers[self._peer]
@@ -216,27 +260,41 @@ class GatewayProtocol(HttpToolsProtocol):
                     self.pause_reading()
                 self._hold(view)
                 return
-            piece = view[: HEAD_PIECE if self._reading is None else BODY_PIECE]
-            try:
-                self._piece = len(piece)
-                self._unparsed += self._piece
-                self.parser.feed_data(piece)
-            except httptools.HttpParserUpgrade as upgrade:
-                view = view[upgrade.args[0] :]
-                self._on_upgrade()
-            except httptools.HttpParserError as error:
-                self._on_error(error)
-            else:
-                view = view[self._piece :]
+            view = view[self._feed(view[: HEAD_PIECE if self._reading is None else BODY_PIECE]) :]
         if self._is_ending:
             return
         if self._reading is not None:
-            self._alarm.set(self.bounds.idle_timeout)
+            self._await_body(self._reading)
         if self._unparsed or self._has_begun:
             self._await_rest()
 
+    def _feed(self, piece: memoryview) -> int:
+        """Parse one piece; return how many bytes of it were consumed.
+
+        That is none only if the connection is ending, or holds what comes: so whoever parses piece by piece gets to an
+        end, whatever the callbacks do.
+        """
+        size = self._piece = len(piece)
+        self._unparsed += size
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            size = upgrade.args[0]
+            self._on_upgrade()
+            if size == 0 and not self._is_holding:
+                self._close()
+        except httptools.HttpParserError as error:
+            self._on_error(error)
+        return size
+
+    def _release_soon(self) -> None:
+        """Parse what is held back, once the callbacks that run now are done."""
+        if self._releasing is None:
+            self._releasing = self.loop.call_soon(self._release)
+
     def _release(self) -> None:
         """Parse what was held back."""
+        self._releasing = None
         data, self._held = bytes(self._held), bytearray()
         self._is_holding = False
         if not self._is_over:
@@ -306,9 +364,8 @@ class GatewayProtocol(HttpToolsProtocol):
         if size + self._piece > bounds.header_bytes and len(self.url) + _size(self.spelled) > bounds.header_bytes:
             self._refuse_size()
             return
-        if self._is_surplus:
-            limit = bounds.connections_per_peer
-            self.refuse(Overloaded(f"Your address has more than {limit} connections.", retry_after=1))
+        if self._surplus and self.url not in PROBES:
+            self.refuse(Overloaded(self._surplus, retry_after=1))
             return
         try:
             cycle = self._parsed_cycle()
@@ -316,6 +373,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self.refuse(BadRequest(f"The request target is not valid: {error}."))
             return
         self._reading = cycle
+        self._body_bytes = 0
         self._enqueue(cycle)
 
     def _enqueue(self, cycle: Cycle) -> None:
@@ -340,7 +398,7 @@ class GatewayProtocol(HttpToolsProtocol):
         cycle = self._cycle(method, target, version)
         if version == "1.0":
             cycle.is_http10, cycle.keep_alive = True, False
-        elif not parser.should_keep_alive():
+        elif not parser.should_keep_alive() or self._surplus:
             cycle.keep_alive = False
         if parser.should_upgrade():
             cycle.upgrade = WEBSOCKET
@@ -399,6 +457,7 @@ class GatewayProtocol(HttpToolsProtocol):
         cycle = self._reading
         if cycle is None or self._is_ending:
             return
+        self._body_bytes += len(body)
         if not cycle.is_answered:
             if cycle.feed(body):
                 self.pause_reading()
@@ -449,7 +508,12 @@ class GatewayProtocol(HttpToolsProtocol):
             self.refuse(BadRequest("CONNECT is not served here."))
             return
         self._unparsed += len(head)
-        self.parser.feed_data(head)
+        try:
+            self.parser.feed_data(head)
+        except httptools.HttpParserUpgrade:
+            self.refuse(BadRequest("The request asks for an upgrade that is not understood."))
+        except httptools.HttpParserError as error:
+            self._on_error(error)
 
     def _renew_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
@@ -459,6 +523,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Make the client wait."""
         if not self._is_read_paused and not self.transport.is_closing():
             self._is_read_paused = True
+            self._paused_at = self.loop.time()
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
@@ -467,6 +532,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         if self._is_read_paused:
             self._is_read_paused = False
+            self._excuse_pause()
             self.transport.resume_reading()
 
     # The lane, as `express.ClientConnection` has it
@@ -487,7 +553,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if not keep_alive:
             self._close()
         elif self._held:
-            self.loop.call_soon(self._release)
+            self._release_soon()
             self._alarm.set(self._patience())
         else:
             self._is_holding = False
@@ -538,7 +604,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._enqueue(cycle)
         self._alarm.set(self._patience())
         if self._held:
-            self.loop.call_soon(self._release)
+            self._release_soon()
         else:
             self._is_holding = False
 
@@ -616,7 +682,7 @@ class GatewayProtocol(HttpToolsProtocol):
             self._renew_parser()
         if self._is_holding and (cycle.upgrade or len(self._waiting) < MAX_PIPELINED // 2):
             if not any(waiting.upgrade for waiting in self._waiting):
-                self.loop.call_soon(self._release)
+                self._release_soon()
         elif self._is_read_paused:
             self.resume_reading()
         self._discarded = 0
@@ -664,6 +730,42 @@ class GatewayProtocol(HttpToolsProtocol):
             return None  # the upstream's time, which others keep
         return self.bounds.header_timeout if self._is_timed else self.bounds.keep_alive_timeout
 
+    def _await_body(self, reading: Cycle) -> None:
+        """Give the client its time for the rest of a body.
+
+        Each piece is worth as long as it takes at the least rate. The next is due before that is used up, and within
+        `idle_timeout` at most; nor does more than that add up, so that what was sent fast excuses no slow rest.
+        """
+        bounds = self.bounds
+        received, self._body_bytes = self._body_bytes, 0
+        rate = bounds.body_rate if reading.body_rate is None else reading.body_rate
+        if not rate or reading.awaits_continue:  # the client has not been asked for its body yet
+            reading.body_due = None
+            self._alarm.set(bounds.idle_timeout)
+            return
+        now = self.loop.time()
+        credit = now + bounds.body_grace if reading.body_due is None else reading.body_credit
+        most = max(bounds.idle_timeout, bounds.body_grace)
+        reading.body_credit = credit = min(credit + received / rate, now + most)
+        reading.body_due = due = min(credit, now + bounds.idle_timeout)
+        self._alarm.set(due - now)
+
+    def _excuse_pause(self) -> None:
+        """Put off what is due of a body by as long as we have not read."""
+        reading = self._reading
+        if reading is not None and reading.body_due is not None:
+            now = self.loop.time()
+            pause = now - self._paused_at
+            reading.body_credit += pause
+            reading.body_due += pause
+            self._alarm.set(reading.body_due - now)
+
+    def on_body_rate(self, cycle: Cycle) -> None:
+        """Apply the rate that this request's body must have from now on."""
+        if cycle is self._reading and not self._is_ending:
+            cycle.body_due = None
+            self._await_body(cycle)
+
     def _on_alarm(self) -> None:
         """Act on what has not come: the rest of a head or of a body, the next request, or the client's reading on."""
         if self._is_ending or self.is_write_paused or self.transport.is_closing():
@@ -689,10 +791,15 @@ class GatewayProtocol(HttpToolsProtocol):
             self._alarm.set(self.bounds.header_timeout)
         elif self._is_read_paused or serving.awaits_continue:  # it is not the client that is waited for
             self._alarm.set(self.bounds.idle_timeout)
+        elif serving.body_due is not None and serving.body_due > self.loop.time():  # it was put off meanwhile
+            self._alarm.set(serving.body_due - self.loop.time())
         elif serving.is_started:
             self.transport.abort()
-        else:
+        elif serving.body_due is None or serving.body_due < serving.body_credit:
             self.refuse(HeadTimeout(f"Nothing of the body came for {self.bounds.idle_timeout:g} s."))
+        else:
+            rate = self.bounds.body_rate if serving.body_rate is None else serving.body_rate
+            self.refuse(HeadTimeout(f"The body came more slowly than {rate:g} bytes a second."))
 
     def _refuse_size(self) -> None:
         self.refuse(HeadersTooLarge(f"The request's head is larger than {self.bounds.header_bytes} bytes."))
@@ -702,7 +809,10 @@ class GatewayProtocol(HttpToolsProtocol):
 
         Where a word of ours would get into, or pass for, an answer that is due, it ends without one.
         """
-        if self._is_ending or self.transport.is_closing():
+        if self._is_ending:
+            return
+        if self.transport.is_closing():  # nobody reads a refusal, and nothing more is parsed
+            self._close()
             return
         due = self._serving
         if due is None or due.is_answered:
@@ -762,7 +872,22 @@ def _size(headers: HeaderList) -> int:
     return sum(len(name) + len(value) + 4 for name, value in headers)
 
 
-def bounded_protocol(bounds: Bounds, refused: Counter[str]) -> type[GatewayProtocol]:
-    """Return the protocol class for one server, for uvicorn's `Config(http=...)`; it counts its refusals."""
-    shared: dict[str, Any] = {"bounds": bounds, "peers": Counter(), "refused": refused}
+def bounded_protocol(
+    bounds: Bounds,
+    refused: Counter[str],
+    shares: Shares | None = None,
+    share_holder: Callable[[str], str | None] = _nobody,
+) -> type[GatewayProtocol]:
+    """Return the protocol class for one server, for uvicorn's `Config(http=...)`; it counts its refusals.
+
+    `shares` are of the connections, `share_holder` says whose share one from an address takes.
+    """
+    shared: dict[str, Any] = {
+        "bounds": bounds,
+        "peers": Counter(),
+        "refused": refused,
+        "shares": shares or Shares(MAX_CONNECTIONS),
+        "surplus": Shares(MAX_SURPLUS),
+        "share_holder": staticmethod(share_holder),
+    }
     return type("BoundedProtocol", (GatewayProtocol,), shared)

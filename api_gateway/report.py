@@ -18,6 +18,7 @@ from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency
 from api_gateway.reload_state import ReloadState
 from api_gateway.resolution import Name
+from api_gateway.shares import ResourceState
 from api_gateway.targets import CheckRecord, Target
 
 Status = Literal["pass", "warn", "fail"]
@@ -228,6 +229,7 @@ class Report:
     lag: float = 0.0  # seconds by which the event loop runs late
     tasks: int = 0  # that the event loop has
     configuration: ReloadState = field(default_factory=ReloadState)
+    resources: list[ResourceState] = field(default_factory=list)
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "Report":
@@ -253,6 +255,7 @@ class Report:
             "lag": self.lag,
             "tasks": self.tasks,
             "configuration": asdict(self.configuration),
+            "resources": [asdict(resource) for resource in self.resources],
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -266,6 +269,7 @@ class Report:
         self.lag = state["lag"]
         self.tasks = state["tasks"]
         self.configuration = ReloadState.from_state(state["configuration"])
+        self.resources = [ResourceState(**resource) for resource in state["resources"]]
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])
 
@@ -281,6 +285,7 @@ class Report:
         self.is_over = True
         self.recorder.in_flight = self.buckets = self.tasks = 0
         self.lag = 0.0
+        self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
 
 
 def oldest_changed(now: float) -> int:

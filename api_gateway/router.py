@@ -148,6 +148,8 @@ class Router:
         request = UpstreamRequest(scope, link, target, is_trusted, self.protected)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
             return self._answer_options(exchange, send)
+        if link is not None and route.min_body_rate is not None:
+            link.require_body_rate(route.min_body_rate)
         request.body = self._body(exchange, service, request, receive)
         service.retries.budget.deposit(exchange.started)
         tries = self._tries(exchange, service, request, receive, send)

@@ -39,7 +39,8 @@ class CostRule:
 class Route:
     """One way through the gateway. `host`, `methods` None match any; the first rule of `costs` that matches counts.
 
-    `timeout` is the seconds a request has in all, None for those of its upstream. `fallback` answers for the upstream.
+    `timeout` is the seconds a request has in all, None for those of its upstream. `min_body_rate` is the bytes a
+    second its body must have, None for those of the server. `fallback` answers for the upstream.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Route:
     costs: tuple[CostRule, ...] = ()
     candidate_cost: float | None = None
     timeout: float | None = None
+    min_body_rate: float | None = None
     fallback: Fallback | None = None
 
     def cost_of(self, method: str, path: str) -> float:

@@ -5,13 +5,15 @@ import contextlib
 import gc
 import logging
 import math
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
 from types import FrameType
 
 import uvicorn
@@ -22,9 +24,11 @@ from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
 from api_gateway.crew import Alone, Crew
 from api_gateway.demo import banner
+from api_gateway.headers import Network, address_key, is_within
 from api_gateway.main import create_app
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 from api_gateway.reload_state import Outcome
+from api_gateway.shares import Shares, default_connections
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +61,19 @@ class GatewayServer(uvicorn.Server):
         self._crew = crew or Alone()
         self._reloads: set[asyncio.Task[Outcome]] = set()
         self._is_reload_due = False  # it was asked for before the start was done
-        self._app: FastAPI = create_app(
-            config, refused=refused, crew=self._crew, read=read, on_change=self._on_configuration
-        )
         section = config.server
-        self._protocol = bounded_protocol(_bounds(section), refused)
+        self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
+        self._app: FastAPI = create_app(
+            config,
+            refused=refused,
+            crew=self._crew,
+            connections=self.connections,
+            read=read,
+            on_change=self._on_configuration,
+        )
+        self._protocol = bounded_protocol(
+            _bounds(section), refused, self.connections, _holder_of_connection(section.trusted_proxies)
+        )
         super().__init__(
             uvicorn.Config(
                 self._app,
@@ -99,6 +111,8 @@ class GatewayServer(uvicorn.Server):
         section = config.server
         self._settings, self._delay = config, section.drain_delay
         self._protocol.bounds = _bounds(section)
+        self._protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
+        self.connections.total = section.max_connections or default_connections(_descriptor_limit())
         self.config.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
         set_log_level(config.log.level)
 
@@ -216,7 +230,28 @@ def _bounds(section: ServerSection) -> Bounds:
         idle_timeout=section.idle_timeout,
         drain_linger=min(DRAIN_LINGER, section.drain_timeout / 2),
         connections_per_peer=section.max_connections_per_peer,
+        body_rate=section.min_body_rate,
+        body_grace=section.min_body_rate_grace,
     )
+
+
+def _descriptor_limit() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def _holder_of_connection(trusted: Collection[Network]) -> Callable[[str], str | None]:
+    """Return what says whose share of the connections one from an address takes.
+
+    Whom a trusted proxy forwards is not known before a head has come, so its connections are nobody's; so are those
+    from a Unix socket.
+    """
+
+    @lru_cache(maxsize=4096)
+    def holder(address: str) -> str | None:
+        return None if not address or is_within(address, trusted) else address_key(address)
+
+    return holder
 
 
 def configure_logging(level: str, who: str = "") -> None:

@@ -218,6 +218,17 @@ class LagView(Body):
     shed: int = Field(description="Requests refused for it since the start.")
 
 
+class ResourceView(Body):
+    """A bounded resource of which an address or client may hold as much as is still free."""
+
+    resource: str = Field(description="`connections` of clients; `requests` or `tunnels` of an upstream.")
+    upstream: str | None
+    limit: int = Field(description="All workers and targets together.")
+    in_use: int
+    refused: int = Field(description="What got no place since the start.")
+    status: Literal["pass", "warn"] = Field(description="`warn` while it is nearly exhausted.")
+
+
 class StoreView(Body):
     """What the limits rest on now. `memory` and `store` are exact, all else is the policy for a store that is away."""
 
@@ -249,3 +260,4 @@ class HealthView(BaseModel):
     clients: ClientStoreView | None = None
     event_loop: LagView | None = None
     configuration: ConfigurationView | None = None
+    resources: list[ResourceView] | None = None

@@ -54,6 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "locality",
         "cross_site",
         "limit_fields",
+        "shares",
         "sketch",
     ),
     (

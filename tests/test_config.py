@@ -109,9 +109,12 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "max_body_bytes": 104_857_600,
         "max_header_bytes": 65_536,
         "max_header_lines": 200,
+        "max_connections": None,
         "max_connections_per_peer": 0,
         "header_timeout": 10,
         "idle_timeout": 60,
+        "min_body_rate": 240,
+        "min_body_rate_grace": 10,
         "keep_alive_timeout": 75,
         "drain_delay": 0,
         "drain_timeout": 30,
@@ -133,7 +136,11 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     }
     assert config.upstreams["users"].tls.model_dump() == {"ca_file": None, "certificate": None, "key": None}
     assert not config.upstreams["users"].http2
-    assert config.upstreams["users"].pool.model_dump() == {"max_connections": 512, "idle_timeout": 60}
+    assert config.upstreams["users"].pool.model_dump() == {
+        "max_connections": 512,
+        "max_tunnels": 4096,
+        "idle_timeout": 60,
+    }
     assert config.upstreams["users"].health_check is None
     assert config.upstreams["users"].circuit_breaker.model_dump() == {
         "failure_threshold": 5,

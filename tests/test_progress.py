@@ -1,0 +1,164 @@
+"""Loops over input end, whatever the peer sends and however its connection ends at the same moment."""
+
+import asyncio
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
+
+HANDSHAKE = (
+    b"GET /api/chat HTTP/1.1\r\nHost: gateway.test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+)
+BAD_ID = b"X-Client-ID: a b\r\n"
+TRIES = 800
+WITHIN = 20.0  # seconds for all tries
+
+
+class ClosingTransport(asyncio.Transport):
+    """A transport whose connection has ended, of which its protocol has not been told yet."""
+
+    def __init__(self, *, is_closing: bool) -> None:
+        super().__init__({"peername": ("192.0.2.1", 4711), "sockname": ("192.0.2.2", 80)})
+        self.sent = b""
+        self._is_closing = is_closing
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def close(self) -> None:
+        self._is_closing = True
+
+    def abort(self) -> None:
+        self._is_closing = True
+
+    def write(self, data: Any) -> None:
+        self.sent += bytes(data)
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+async def _refuse_all(_scope: Any, _receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
+def connected(transport: asyncio.Transport) -> GatewayProtocol:
+    """Return a protocol on that transport, whose application refuses everything at once."""
+    config = uvicorn.Config(_refuse_all, log_config=None, access_log=False, proxy_headers=False)
+    config.load()
+    kind = bounded_protocol(Bounds(), Counter())
+    protocol = kind(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
+    protocol.connection_made(transport)
+    return protocol
+
+
+async def ended(protocol: GatewayProtocol) -> None:
+    """End the connection, and wait for the task that served it."""
+    protocol.connection_lost(None)
+    await asyncio.gather(*protocol.tasks)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "data",
+    [b"junk\r\n\r\n", b"GET /api/x HTTP/1.1\r\nHost: a\r\nHost\r\n\r\n", b"\x00" * 100_000, b"GET " + b"x" * 100_000],
+    ids=["no HTTP", "a header line without a value", "nulls", "an endless target"],
+)
+async def test_what_cannot_be_parsed_is_given_up_on_while_the_transport_closes(data: bytes) -> None:
+    protocol = connected(ClosingTransport(is_closing=True))
+    protocol.data_received(data)
+    assert protocol._is_ending
+    protocol.data_received(data)  # what comes still is not parsed
+    await ended(protocol)
+
+
+@pytest.mark.timeout(10)
+async def test_junk_behind_a_refused_handshake_is_given_up_on_when_the_client_has_ended() -> None:
+    transport = ClosingTransport(is_closing=False)
+    protocol = connected(transport)
+    protocol.data_received(HANDSHAKE + b"\r\n" + b"junk\r\n\r\n")
+    if not protocol.eof_received():
+        transport.close()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert protocol._is_ending
+    await ended(protocol)
+
+
+@pytest.mark.timeout(10)
+async def test_what_stands_behind_a_handshake_stays_unparsed_until_that_is_answered() -> None:
+    """Refusals before it that are all sent in one step must not release it once for each."""
+    transport = ClosingTransport(is_closing=False)
+    protocol = connected(transport)
+    protocol.data_received(
+        (b"GET /x HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 2000 + b"\r\n\r\n") * 24 + HANDSHAKE + b"\r\n" + b"\x81\x85junk"
+    )
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert transport.sent.count(b"HTTP/1.1 404") == 25  # its own refusal included
+    assert protocol._is_ending  # of what is no HTTP
+    await ended(protocol)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    """Run a gateway in front of an upstream."""
+    upstream = RawUpstream()
+    upstream.behave = reply()
+    with running_gateway(in_front_of(upstream.url), tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
+    upstream.close()
+
+
+def test_a_client_that_leaves_after_a_refused_handshake_with_junk_behind_it_does_no_harm(
+    running: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    until = time.monotonic() + WITHIN
+    for attempt in range(TRIES):
+        if time.monotonic() > until:
+            break
+        with RawClient(running.port) as client:
+            client.send(HANDSHAKE + BAD_ID + b"\r\n" + b"junk\r\n\r\n")
+            time.sleep((attempt % 40) * 25e-6)  # the end comes before, between and behind the steps taken here
+            client.sock.shutdown(socket.SHUT_WR)
+            if attempt % 5 == 4:
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    with RawClient(running.port) as client:
+        client.sock.settimeout(5)
+        assert client.get().status == 200
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("coding", ["identity", "foo", "gzip, chunkedx"])
+def test_an_upgrade_with_a_body_that_cannot_be_read_is_refused(
+    running: RunningGateway, caplog: pytest.LogCaptureFixture, coding: str
+) -> None:
+    """Such a request is parsed twice, and the parser may find fault only the second time."""
+    with RawClient(running.port) as client:
+        client.request("POST", "/api/x", ("Connection: Upgrade", "Upgrade: h2c", f"Transfer-Encoding: {coding}"))
+        assert client.answer().status in (400, 501)
+        assert client.is_closed()
+    assert "Fatal error" not in caplog.text

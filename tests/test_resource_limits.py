@@ -1,0 +1,344 @@
+"""One address cannot exhaust the gateway or an upstream: connections, request bodies, requests in flight, tunnels."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any, Self
+
+import pytest
+
+from tests.kit import (
+    PATIENCE,
+    RawAnswer,
+    RawClient,
+    RawRequest,
+    RawUpstream,
+    RunningGateway,
+    Wire,
+    ask,
+    eventually,
+    in_front_of,
+    reply,
+)
+
+SOON = 5.0
+ONE, OTHER, THIRD = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+ASKING = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: eA==", "Sec-WebSocket-Version: 13")
+SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = b"8\r\ndata: 1\n\r\n\r\n"
+StartGateway = Callable[[dict[str, Any]], RunningGateway]
+
+
+class Address(RawClient):
+    """A client at an address of its own."""
+
+    def __init__(self, port: int, address: str = ONE) -> None:
+        Wire.__init__(self, socket.create_connection(("127.0.0.1", port), PATIENCE, source_address=(address, 0)))
+
+
+class Held:
+    """Connections that are closed at the end."""
+
+    def __init__(self, port: int, stack: ExitStack) -> None:
+        self._port, self._stack = port, stack
+
+    def __call__(self, address: str = ONE) -> Address:
+        return self._stack.enter_context(Address(self._port, address))
+
+
+def refused(answer: RawAnswer) -> str:
+    """Return the detail of a refusal for want of places."""
+    assert answer.status == 503
+    assert answer.all("content-type") == [b"application/problem+json"]
+    assert int(answer.all("retry-after")[0]) >= 1
+    body = json.loads(answer.body)
+    assert body["reason"] == "overloaded"
+    detail: str = body["detail"]
+    return detail
+
+
+def resource(running: RunningGateway, name: str) -> dict[str, Any]:
+    """Return how a resource stands, as operators see it."""
+    found: list[dict[str, Any]] = ask(f"{running.url}/health").json()["resources"]
+    return next(one for one in found if one["resource"] == name)
+
+
+@pytest.fixture
+def up(upstream: Callable[..., RawUpstream]) -> RawUpstream:
+    return upstream()
+
+
+# Connections
+
+
+@pytest.fixture
+def eight(gateway: StartGateway, up: RawUpstream) -> RunningGateway:
+    return gateway(in_front_of(up.url) | {"server": {"max_connections": 8, "drain_timeout": 1}})
+
+
+def connections(running: RunningGateway) -> int:
+    return running.server.connections.in_use
+
+
+def test_an_address_gets_half_of_the_connections_and_another_one_is_still_served(eight: RunningGateway) -> None:
+    with ExitStack() as stack:
+        client = Held(eight.port, stack)
+        held = [client() for _ in range(4)]
+        assert [one.get().status for one in held] == [200] * 4
+        for _ in range(2):
+            surplus = client()
+            detail = refused(surplus.get())
+            assert "of 8 connections 4 are in use, 4 of them by you" in detail
+            assert surplus.is_closed()
+        others = [client(OTHER), client(OTHER), client(THIRD)]
+        assert [one.get().status for one in (*held, *others)] == [200] * 7
+        assert "of them by you" in refused(client(OTHER).get())
+    eventually(lambda: connections(eight) == 0, "every place is given back")
+    assert eight.server.connections.refused == 3
+
+
+def test_places_come_back_however_a_connection_ends(eight: RunningGateway, up: RawUpstream) -> None:
+    """Closed, reset within a head, refused as malformed, upgraded, left during an answer, refused as surplus."""
+    go_on = threading.Event()
+
+    def behave(wire: Wire, request: RawRequest) -> bool | None:
+        if b"/api/ws" in request.line:
+            wire.send(SWITCHED)
+            return wire.fill()
+        if b"/api/held" in request.line:
+            go_on.wait(PATIENCE)
+            return False
+        return reply()(wire, request)
+
+    up.behave = behave
+    for _ in range(3):
+        with ExitStack() as stack:
+            client = Held(eight.port, stack)
+            tunnel, held, malformed, partial = (client() for _ in range(4))
+            surplus = client()
+            tunnel.request(target="/api/ws", headers=ASKING)
+            assert tunnel.read_until(b"\r\n\r\n") is not None
+            held.request(target="/api/held")
+            partial.send(b"GET /api/x HTTP/1.1\r\nHost: a\r\n")
+            assert "by you" in refused(surplus.get())
+            malformed.send(b"junk\r\n\r\n")
+            assert malformed.answer().status == 400
+            for one in (tunnel, held, partial, surplus):
+                one.reset()
+        eventually(lambda: connections(eight) == 0, "every place is given back", within=SOON)
+    go_on.set()
+    with Address(eight.port) as last:
+        assert last.get().status == 200
+
+
+def test_health_warns_of_connections_that_are_nearly_exhausted_and_probes_are_served(eight: RunningGateway) -> None:
+    with ExitStack() as stack:
+        client = Held(eight.port, stack)
+        for address, count in ((ONE, 4), (OTHER, 2), (THIRD, 1), ("127.0.0.4", 1)):
+            for _ in range(count):
+                assert client(address).get().status == 200
+        assert connections(eight) == 8
+        late = client("127.0.0.5")
+        assert "all 8 connections are in use" in refused(late.get())
+        assert late.is_closed()
+        for path in ("/healthz", "/readyz"):
+            probe = client("127.0.0.5")
+            assert probe.get(path).status == 200
+            assert probe.is_closed()
+    with ExitStack() as stack:
+        client = Held(eight.port, stack)
+        eventually(lambda: connections(eight) == 0, "every place is given back")
+        held = [client() for _ in range(4)] + [client(OTHER), client(OTHER)]
+        assert [one.get().status for one in held] == [200] * 6
+        body = ask(f"{eight.url}/metrics?format=prometheus", headers={"Connection": "close"})
+        assert body.status == 503  # this address has its share
+        health = client(THIRD)
+        health.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        shown = json.loads(health.answer().body)
+        assert shown["status"] == "warn"
+        assert shown["resources"][0] == {
+            "resource": "connections",
+            "upstream": None,
+            "limit": 8,
+            "in_use": 7,
+            "refused": 4,
+            "status": "warn",
+        }
+    eventually(lambda: connections(eight) == 0, "every place is given back")
+    assert ask(f"{eight.url}/health").json()["status"] == "pass"
+    text = ask(f"{eight.url}/metrics?format=prometheus").body.decode()
+    assert 'gateway_resource_refused_total{resource="connections",upstream=""} 4.0\n' in text
+    assert 'gateway_resource_used_ratio{resource="connections",upstream=""} 0.125\n' in text
+
+
+def test_connections_of_a_trusted_proxy_are_not_those_of_one_address(gateway: StartGateway, up: RawUpstream) -> None:
+    server = {"max_connections": 8, "trusted_proxies": [ONE], "drain_timeout": 1}
+    running = gateway(in_front_of(up.url) | {"server": server})
+    with ExitStack() as stack:
+        client = Held(running.port, stack)
+        assert [client(OTHER).get().status for _ in range(2)] == [200] * 2
+        assert [client().get().status for _ in range(6)] == [200] * 6
+        assert "all 8 connections are in use" in refused(client().get())
+
+
+def test_connections_beyond_all_limits_are_closed_at_once(eight: RunningGateway) -> None:
+    """Those that wait to be refused are bounded too, and one address has no more than half of them."""
+    with ExitStack() as stack:
+        client = Held(eight.port, stack)
+        silent = [client() for _ in range(4 + 32)]
+        eventually(lambda: eight.server.connections.refused == 32, "they are surplus")
+        assert client().is_closed()
+        assert "by you" not in refused(many(client, eight))
+        assert all(one.is_closed() for one in silent[4:])  # nothing was said within the time for it
+
+
+def many(client: Held, running: RunningGateway) -> RawAnswer:
+    """Fill all places, then ask from yet another address."""
+    for address, count in ((OTHER, 2), (THIRD, 1), ("127.0.0.4", 1)):
+        for _ in range(count):
+            assert client(address).get().status == 200
+    assert connections(running) == 8
+    return client("127.0.0.5").get()
+
+
+# Request bodies
+
+
+SLOW = {"min_body_rate": 1000, "min_body_rate_grace": 0.5, "drain_timeout": 1}
+
+
+@pytest.fixture
+def strict(gateway: StartGateway, up: RawUpstream) -> RunningGateway:
+    sections = in_front_of(up.url) | {"server": SLOW}
+    sections["routes"] = [
+        {"name": "all", "path": "/api", "upstream": "up"},
+        {"name": "free", "path": "/api/free", "upstream": "up", "min_body_rate": 0},
+        {"name": "slower", "path": "/api/slower", "upstream": "up", "min_body_rate": 10},
+    ]
+    return gateway(sections)
+
+
+class Drip(threading.Thread):
+    """Sends a piece every now and then, until it is stopped or the connection ends."""
+
+    def __init__(self, client: RawClient, piece: bytes = b"x", pause: float = 0.05) -> None:
+        super().__init__()
+        self._client, self._piece, self._pause = client, piece, pause
+        self._is_over = threading.Event()
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while not self._is_over.wait(self._pause):
+                self._client.sock.sendall(self._piece)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self.join()
+
+
+def too_slow(answer: RawAnswer) -> None:
+    assert answer.status == 408
+    assert answer.all("connection") == [b"close"]
+    body = json.loads(answer.body)
+    assert body["reason"] == "request_timeout"
+    assert "The body came more slowly than 1000 bytes a second" in body["detail"]
+
+
+def under_way(running: RunningGateway) -> int:
+    upstream = running.console.upstreams["up"]
+    return int(sum(target.in_flight for target in upstream.targets))
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_body_that_drips_is_a_408_and_no_failure_of_the_upstream(strict: RunningGateway, framing: str) -> None:
+    """However often a byte of it comes; what frames the chunks does not count."""
+    is_chunked = framing == "chunked"
+    for _ in range(6):
+        with Address(strict.port) as client:
+            client.request("POST", "/api/x", ("Transfer-Encoding: chunked" if is_chunked else "Content-Length: 9999",))
+            with Drip(client, b"1;extension=xxxxxxxxxxxxxxxx\r\nx\r\n" if is_chunked else b"x"):
+                too_slow(client.answer())
+    eventually(lambda: under_way(strict) == 0, "nothing is under way")
+    assert strict.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert ask(f"{strict.url}/api/x").status == 200
+
+
+def test_a_body_within_the_rate_may_take_its_time(strict: RunningGateway) -> None:
+    with Address(strict.port) as client:
+        client.request("POST", "/api/x", ("Content-Length: 6000",))
+        for _ in range(20):  # 300 bytes in 0.1 s: three times the rate
+            client.send(bytes(300))
+            time.sleep(0.1)
+        assert client.answer().status == 200
+
+
+def test_what_was_sent_fast_excuses_no_slow_rest(gateway: StartGateway, up: RawUpstream) -> None:
+    """A megabyte is worth a thousand seconds at that rate; only the idle timeout's worth of it counts."""
+    running = gateway(in_front_of(up.url) | {"server": {**SLOW, "idle_timeout": 1}})
+    with Address(running.port) as client:
+        client.request("POST", "/api/x", ("Content-Length: 9999999",), bytes(1_000_000))
+        began = time.monotonic()
+        with Drip(client):
+            too_slow(client.answer())
+        assert time.monotonic() - began < SOON
+
+
+@pytest.mark.parametrize("path", ["/api/free", "/api/slower"])
+def test_a_route_may_ask_for_another_rate(strict: RunningGateway, path: str) -> None:
+    with Address(strict.port) as client:
+        client.request("POST", path, ("Content-Length: 40",))
+        for _ in range(20):
+            client.send(b"xx")
+            time.sleep(0.1)
+        assert client.answer().status == 200
+
+
+def test_a_client_is_not_held_to_the_rate_while_nobody_reads_from_it(strict: RunningGateway, up: RawUpstream) -> None:
+    """The upstream takes its time to read the body; what the client cannot send meanwhile is not its delay."""
+    up.reads_body = False
+    up.behave = slow_reader(2.0)
+    with Address(strict.port) as client:
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
+        size = 32 * 1024 * 1024
+        client.request("POST", "/api/x", (f"Content-Length: {size}",))
+        client.send(bytes(size))
+        assert client.answer().status == 200
+
+
+def slow_reader(pause: float) -> Callable[[Wire, RawRequest], bool]:
+    """Return a behaviour that begins to read the body late."""
+
+    def behave(wire: Wire, request: RawRequest) -> bool:
+        time.sleep(pause)
+        left = int(request.all("content-length")[0])
+        while left and (wire.buffer or wire.fill()):
+            left -= len(wire.buffer)
+            wire.buffer = b""
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        return False
+
+    return behave
+
+
+def test_a_client_that_waits_for_100_continue_is_not_held_to_the_rate(strict: RunningGateway, up: RawUpstream) -> None:
+    def behave(wire: Wire, request: RawRequest) -> bool:
+        time.sleep(1.5)
+        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        wire.read_body(request.headers)
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        return False
+
+    up.reads_body, up.behave = False, behave
+    with Address(strict.port) as client:
+        client.request("POST", "/api/x", ("Content-Length: 2", "Expect: 100-continue"))
+        assert (client.read_until(b"\r\n\r\n") or b"").startswith(b"HTTP/1.1 100 ")
+        client.send(b"ok")
+        assert client.answer().status == 200
