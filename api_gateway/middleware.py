@@ -97,10 +97,11 @@ class Switch:
     def __init__(self) -> None:
         self.data_plane: ASGIApp = _not_started
         self.board: Callable[[Any, bytes], bool] = _not_boarded
+        self.current: Lane | None = None  # whose `board` this is
 
     def set(self, data_plane: ASGIApp, lane: Lane) -> None:
         """Have new requests take these."""
-        self.data_plane, self.board = data_plane, lane.board
+        self.data_plane, self.board, self.current = data_plane, lane.board, lane
 
 
 def _not_boarded(_client: Any, _received: bytes) -> bool:

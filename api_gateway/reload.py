@@ -80,9 +80,10 @@ class Reloader:
                 logger.error("configuration not reloaded (%s): %s", origin, problem)
             return outcome
         for change in outcome.changes[:MAX_LOGGED]:
-            logger.info("configuration: %s", change)
-        for setting in outcome.needs_restart:
-            logger.warning("configuration: %s has changed; that needs a restart of the gateway", setting)
+            if change.setting in outcome.needs_restart:
+                logger.warning("configuration: %s; needs a restart of the gateway, and stays as it was", change)
+            else:
+                logger.info("configuration: %s", change)
         count = len(outcome.changes) - len(outcome.needs_restart)
         logger.info("configuration reloaded (%s): %d settings changed", origin, count)
         return outcome
