@@ -35,10 +35,15 @@ class Passage(Protocol):
 class Lane(Protocol):
     """A faster way than ASGI for requests that need nothing of it; an application may offer one as `lane`."""
 
-    @property
-    def board(self) -> Callable[[Any, bytes], bool]:
-        """Take a request as it was received on a connection, or change nothing and return False."""
+    def board(self, client: Any, received: bytes) -> bool:
+        """Take a request as it was received, or change nothing and return False. `client` is its connection."""
         ...
+
+
+class Lanes(Protocol):
+    """Where a connection finds the lane in force: a reload sets another one."""
+
+    current: Lane
 
 
 class Link(Protocol):

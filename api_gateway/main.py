@@ -23,7 +23,7 @@ from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
 from api_gateway.installation import Installation
-from api_gateway.link import Lane
+from api_gateway.link import Lanes
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import Access, OperatorGate
 from api_gateway.request import Receive, Scope, Send
@@ -50,7 +50,7 @@ class GatewayApp(FastAPI):
         )
 
     @property
-    def lane(self) -> Lane | None:
+    def lane(self) -> Lanes | None:
         """The straight way for plain requests; none if somebody's middleware wants to see them."""
         return self._switch if self._has_no_other_middleware else None
 

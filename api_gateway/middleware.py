@@ -96,16 +96,19 @@ class Switch:
 
     def __init__(self) -> None:
         self.data_plane: ASGIApp = _not_started
-        self.board: Callable[[Any, bytes], bool] = _not_boarded
-        self.current: Lane | None = None  # whose `board` this is
+        self.current: Lane = _Closed()
 
     def set(self, data_plane: ASGIApp, lane: Lane) -> None:
         """Have new requests take these."""
-        self.data_plane, self.board, self.current = data_plane, lane.board, lane
+        self.data_plane, self.current = data_plane, lane
 
 
-def _not_boarded(_client: Any, _received: bytes) -> bool:
-    return False
+class _Closed:
+    """The lane before the start."""
+
+    def board(self, _client: Any, _received: bytes) -> bool:
+        """Leave every request to the ASGI path."""
+        return False
 
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:

@@ -37,7 +37,7 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.headers import fields_of, framing, http_date
-from api_gateway.link import LINK, Lane, Passage
+from api_gateway.link import LINK, Lanes, Passage
 from api_gateway.models import HeaderList
 from api_gateway.shares import MAX_CONNECTIONS, Shares
 
@@ -128,7 +128,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._body_bytes = 0  # received of bodies since the time for them was last set
         self._paused_at = 0.0  # when reading was last paused
         self.lines: Any = None  # the lane's memory of the last request here
-        self._lane: Lane | None = getattr(self.app, "lane", None)
+        self._lane: Lanes | None = getattr(self.app, "lane", None)
         self._passage: Passage | None = None  # the request that has taken the lane
         self._is_at_rest = self._lane is not None and not self._surplus  # nothing has begun: the lane is open
 
@@ -229,7 +229,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the bounds, unless it is a request that can take the lane."""
         if self._is_at_rest:
-            if self._lane.board(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
+            if self._lane.current.board(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
                 return
             self._is_at_rest = False
         if self._is_ending:
