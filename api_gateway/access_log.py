@@ -1,19 +1,23 @@
 """One JSON line for each exchange, written from its record alone."""
 
 import json
-import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TextIO
 
 from api_gateway.models import Clock, Exchange
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
 
 class AccessLog:
-    """Writes to `stream` (standard output). The client's id and the path are data, so they are JSON-escaped."""
+    """Passes each line to `write_line`, which must not block.
 
-    def __init__(self, wall_clock: Clock, stream: TextIO | None = None) -> None:
+    The client's id and the path are data, so they are JSON-escaped.
+    """
+
+    def __init__(self, wall_clock: Clock, write_line: Callable[[str], object]) -> None:
         self._wall_clock = wall_clock
-        self._stream = stream or sys.stdout
+        self._write_line = write_line
 
     def write(self, exchange: Exchange) -> None:
         """Write the line of one finished exchange."""
@@ -43,5 +47,4 @@ class AccessLog:
             "duration_ms": round(exchange.duration * 1000, 3),
             "upstream_ms": None if exchange.upstream_duration is None else round(exchange.upstream_duration * 1000, 3),
         }
-        self._stream.write(json.dumps(line, separators=(",", ":")) + "\n")
-        self._stream.flush()
+        self._write_line(f"{_encode(line)}\n")

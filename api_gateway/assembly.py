@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import httpx
 
 from api_gateway.assembly_routes import route_of
-from api_gateway.assembly_stores import Limiter, Quotas, limiter_of, registry_of, requote
+from api_gateway.assembly_stores import Limiter, Quotas, limiter_of, registry_of, requote, state_folder
 from api_gateway.assembly_upstreams import (
     LiveUpstream,
     UpstreamPlan,
@@ -32,14 +32,17 @@ from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
 from api_gateway.guarded import GuardedTransport
+from api_gateway.heap import keep_trimmed
 from api_gateway.lag import LagSampler
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
+from api_gateway.output import process_output
 from api_gateway.overload import Bands, LagLimit
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.resolution import Resolve
 from api_gateway.routes import Route, RouteTable
 from api_gateway.service import Service
+from api_gateway.state_folder import own_folder
 from api_gateway.tasks import end
 from api_gateway.transport import UpstreamTransport
 from api_gateway.upkeep import Upkeep
@@ -123,6 +126,7 @@ class Assembly:
         """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._stop_demo)
+            stack.enter_context(state_folder(config))
             gateway = self.gateway = self._build(await self.plan(config))
             stack.push_async_callback(gateway.clients.close)
             try:
@@ -141,6 +145,8 @@ class Assembly:
             self._begin_upkeep(gateway.upstreams)
             closing = asyncio.create_task(self._keep_closing(), name="retired transports")
             stack.push_async_callback(_cancelled, closing)
+            trimming = asyncio.create_task(keep_trimmed(), name="heap")
+            stack.push_async_callback(_cancelled, trimming)
             sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
             sampler.start()
             stack.callback(sampler.stop)
@@ -214,9 +220,10 @@ class Assembly:
                 config.metrics.percentiles,
                 now,
                 self._rejections,
+                *process_output().losses,
             ),
             modes=ModeBoard(
-                ModeFile(config.state_dir),
+                ModeFile(own_folder(config.state_dir)),
                 {name: live.service.upstream.breaker for name, live in upstreams.items()},
                 clock=time.monotonic,
                 wall_clock=time.time,

@@ -2,14 +2,18 @@
 
 import logging
 import time
+from collections.abc import Callable
 
 from api_gateway.access_log import AccessLog
 from api_gateway.assembly import Gateway
 from api_gateway.breaker_policy import Mode
 from api_gateway.breaker_records import Transition
+from api_gateway.config import GatewayConfig
 from api_gateway.explanation import Explainer
 from api_gateway.express import Express
 from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief
+from api_gateway.models import Exchange
+from api_gateway.output import process_output
 from api_gateway.router import Router
 from api_gateway.settlement import Settlement
 from api_gateway.shadow import Shadow
@@ -45,7 +49,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         identify,
         clock=time.monotonic,
         recorder=recorder,
-        observers=[recorder.observe, *([AccessLog(time.time).write] if config.log.access else [])],
+        observers=[recorder.observe, *_access_logs(config)],
         on_failure=settlement.on_failure,
     )
     express = Express(
@@ -89,6 +93,10 @@ def _router(gateway: Gateway, settlement: Settlement, server_headers: frozenset[
         bands=gateway.bands,
         lag=gateway.lag,
     )
+
+
+def _access_logs(config: GatewayConfig) -> list[Callable[[Exchange], None]]:
+    return [AccessLog(time.time, process_output().out.write).write] if config.log.access else []
 
 
 def _shadow(gateway: Gateway) -> Shadow | None:

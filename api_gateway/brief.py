@@ -21,12 +21,13 @@ ENTRY = (
 
 @dataclass(frozen=True, slots=True)
 class Brief:
-    """`config` is what `hand_over` returns; `channel` and `listeners` are file descriptors."""
+    """`config` is what `hand_over` returns; the others are file descriptors, `admin_listeners` those for operators."""
 
     number: int
     config: dict[str, Any]
     channel: int
     listeners: list[int]
+    admin_listeners: list[int]
 
     def encode(self) -> bytes:
         """Return what `ENTRY` reads."""

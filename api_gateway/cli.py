@@ -2,23 +2,33 @@
 
 import argparse
 import asyncio
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from api_gateway import __version__
-from api_gateway.assembly_stores import client_store
+from api_gateway.assembly_stores import client_store, state_folder
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
+from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
+from api_gateway.state_folder import former_state
 from api_gateway.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gateway, or only check its configuration. Returns the exit code: 0, or 3 when it cannot start."""
-    options = _parser().parse_args(arguments)
+    with redirected():
+        return _run(_parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
     read = partial(load_config, options.config, _overrides(options))
     try:
         config = read()
@@ -28,28 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         print(_summary(config))
         return 0
+    configure_logging(config.log.level)
+    hint = former_state(config.state_dir, os.environ)
+    if hint is not None:
+        logger.warning(hint)
     try:
-        asyncio.run(_preflight(config))
+        with state_folder(config):  # for as long as any worker may use it
+            asyncio.run(_preflight(config))
+            return _serve(config, read)
     except StartupError as error:
         print(error, file=sys.stderr)
         return STARTUP_FAILED
-    except OSError as error:
-        print(f"state_dir: {config.state_dir}: the client store cannot be opened: {error}", file=sys.stderr)
-        return STARTUP_FAILED
-    configure_logging(config.log.level)
+
+
+def _serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> int:
+    """Serve in this process, or supervise several that do. Raises StartupError."""
     if config.server.workers > 1:
-        return _supervise(Supervisor(config, read))
+        return asyncio.run(Supervisor(config, read).run())
     server = GatewayServer(config, read=read)
     server.run()
     return server.exit_code if server.started else STARTUP_FAILED
-
-
-def _supervise(supervisor: Supervisor) -> int:
-    try:
-        return asyncio.run(supervisor.run())
-    except StartupError as error:
-        print(error, file=sys.stderr)
-        return STARTUP_FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,10 +96,15 @@ def _summary(config: GatewayConfig) -> str:
 
 
 async def _preflight(config: GatewayConfig) -> None:
-    """Find out now, in one line, that the state cannot be opened. A store elsewhere may come later."""
+    """Find out now, in one line, that the state cannot be opened. A store elsewhere may come later.
+
+    Raises StartupError.
+    """
     store = client_store(config)
     try:
         if not store.is_remote:
             await store.load(limit=0)
+    except OSError as error:
+        raise StartupError(f"state_dir: {config.state_dir}: the client store cannot be opened: {error}") from error
     finally:
         await store.close()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
+from api_gateway.bind_address import checked_host, checked_listen, file_mode
 from api_gateway.heads import BODILESS
 from api_gateway.secret import MAY_HOLD_PASSWORD, Secret, SecretFile, read_secret_files
 from api_gateway.store_url import MAX_PORT, MEMORY, StoreUrl
@@ -118,12 +119,19 @@ Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
 
+FileMode = Annotated[int, BeforeValidator(file_mode)]
+Host = Annotated[str, AfterValidator(checked_host)]
+Listen = Annotated[str, AfterValidator(checked_listen)]
+
 
 class ServerSection(Section):
     """Where the gateway listens, and what it accepts there."""
 
-    host: str = "127.0.0.1"
+    host: Host = Field(
+        default="127.0.0.1", description="An address, a name, `::` for every address of both kinds, or unix:/path."
+    )
     port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port.")
+    socket_mode: FileMode = Field(default=0o660, description="Permissions of the file of a Unix socket.")
     workers: int = Field(default=1, ge=1)
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
@@ -207,11 +215,36 @@ def _long_enough(token: SecretStr) -> SecretStr:
     return token
 
 
-class AdminSection(Section):
-    """The operator's token; without one the operator's endpoints answer this machine only."""
+OperatorToken = Annotated[Secret, AfterValidator(_long_enough)]
 
-    token: Annotated[Secret, AfterValidator(_long_enough)] | None = None
+
+class TokenSection(Section):
+    """A named token; it may read (views, metrics) or operate (change tiers, modes and the rest, too)."""
+
+    role: Literal["read", "operate"] = "read"
+    token: OperatorToken | None = None
     token_file: SecretFile = None
+
+    @model_validator(mode="after")
+    def _has_token(self) -> "TokenSection":
+        if self.token is None:
+            raise ValueError("needs a token or a token_file")
+        return self
+
+
+class AdminSection(Section):
+    """Who may use the operator endpoints; without any token they answer this machine only."""
+
+    token: OperatorToken | None = Field(default=None, description="A token named 'admin' of the role operate.")
+    token_file: SecretFile = None
+    tokens: dict[Name, TokenSection] = Field(
+        default={}, description="Further tokens by name. Several may hold at once, so that one can be replaced."
+    )
+    local: bool = Field(default=True, description="Whether programs of this machine need no token; see the docs.")
+    listen: Listen | None = Field(
+        default=None, description="host:port or unix:/path: a listener for the operator endpoints alone."
+    )
+    socket_mode: FileMode = Field(default=0o600, description="Permissions of the file of that Unix socket.")
 
 
 class IdentitySection(Section):

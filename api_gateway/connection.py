@@ -16,8 +16,9 @@ from api_gateway.heads import BODILESS, split_answer
 from api_gateway.models import HeaderList
 from api_gateway.outgoing import Outgoing, length_of, render_head
 from api_gateway.pool import Pool
+from api_gateway.receive_buffer import receive_buffer
 
-HIGH_WATER = 256 * 1024  # bytes of an answer held for a slow client before the upstream is made to wait
+HIGH_WATER = 32 * 1024  # bytes of a response held for a slow client before reading from the upstream is paused
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
 _SURPLUS = "more came than was announced"
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
@@ -31,11 +32,16 @@ class Stale(httpx.ReadError):
         super().__init__("closed before any answer, on a connection kept alive")
 
 
-class Connection(asyncio.Protocol):
-    """One connection, one request at a time."""
+class Connection(asyncio.BufferedProtocol):
+    """One connection, one request at a time.
+
+    A slow client costs at most 256 KiB: HIGH_WATER and one read of 64 KiB are held here, as much is on its way to the
+    client's transport, and that one keeps 64 KiB.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self._buffer = receive_buffer(loop)
         self.pool: Pool[Connection] | None = None
         self.idle_since = 0.0
         self.is_closed = False
@@ -156,8 +162,13 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self._parser = httptools.HttpResponseParser(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
+        """Return where the event loop writes what it reads."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Parse what came. Bytes that belong to no request mean the connection cannot be trusted any more."""
+        data = bytes(self._buffer[:nbytes])
         answer = self._answer
         if answer is None:
             self.close()
@@ -372,10 +383,9 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def hand_over(self) -> asyncio.Transport:
-        """Give the transport away after a 101; whoever has it tells us of its loss by `connection_lost`."""
+        """Give the transport away after a 101, with reading paused; the owner then reports its loss to us."""
         transport: asyncio.Transport = self._transport
         self.alarm.stop()
-        self.resume_reading()
         return transport
 
     def _fail(self, answer: Answer, cause: str) -> None:

@@ -89,7 +89,7 @@ class Cycle:
         self.headers: HeaderList = connection.spelled
         self.trailers: HeaderList = []
         self.awaits_continue = self._owes_continue = connection.expects_continue
-        self._connection = connection
+        self.connection = connection
         self._body: list[bytes] = []
         self._is_head = scope["method"] == "HEAD"
 
@@ -138,16 +138,16 @@ class Cycle:
         """Return the next piece of the body, or that the client has left, or that the answer is complete."""
         if self._owes_continue and not self.is_started:
             self.awaits_continue = self._owes_continue = False
-            self._connection.transport.write(_CONTINUE)
+            self.connection.transport.write(_CONTINUE)
         while not self.is_disconnected and not self.is_answered:
             if self._body or (self.is_body_complete and not self._is_body_taken):
                 body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
                 self._body, self._buffered = [], 0
                 self._is_body_taken = self.is_body_complete
                 if not self._is_body_taken:
-                    self._connection.resume_reading()
+                    self.connection.resume_reading()
                 return {"type": "http.request", "body": body, "more_body": not self._is_body_taken}
-            self._waiter = self._connection.loop.create_future()
+            self._waiter = self.connection.loop.create_future()
             try:
                 await self._waiter
             finally:
@@ -156,8 +156,8 @@ class Cycle:
 
     async def send(self, message: dict[str, Any]) -> None:
         """Send a part of the answer, waiting while the client reads too slowly. Nothing is sent to who has left."""
-        if self._connection.is_write_paused and not self.is_disconnected:
-            await self._connection.wait_until_writable()
+        if self.connection.is_write_paused and not self.is_disconnected:
+            await self.connection.wait_until_writable()
         if self.is_disconnected:
             return
         kind = message["type"]
@@ -211,7 +211,7 @@ class Cycle:
         if message.get("is_body_ready"):
             self._head = head
         else:
-            self._connection.transport.write(head)
+            self.connection.transport.write(head)
 
     def _send_body(self, body: bytes, *, is_last: bool) -> None:
         if not self._has_body:
@@ -227,7 +227,7 @@ class Cycle:
             body = self._head + body
             self._head = b""
         if body:
-            self._connection.transport.write(body)
+            self.connection.transport.write(body)
         if is_last and not self._trailers_follow:
             if self._left:
                 raise RuntimeError("the answer is shorter than its Content-Length")
@@ -235,21 +235,21 @@ class Cycle:
 
     def _send_trailers(self, trailers: HeaderList) -> None:
         lines = b"".join(b"%b: %b\r\n" % pair for pair in trailers)
-        self._connection.transport.write(b"0\r\n%b\r\n" % lines)
+        self.connection.transport.write(b"0\r\n%b\r\n" % lines)
         self._finish()
 
     def _finish(self) -> None:
         self.is_answered = True
         self.on_leaving = None
         self._wake()
-        self._connection.on_answered(self)
+        self.connection.on_answered(self)
 
     # The link
 
     @property
     def task(self) -> "asyncio.Task[None]":
         """The task that serves the connection."""
-        return self._connection.worker
+        return self.connection.worker
 
     def defer_continue(self) -> None:
         """See `Link`; what the upstream says then goes through `inform`."""
@@ -259,20 +259,20 @@ class Cycle:
         """See `Link`."""
         self.body_rate = rate
         if not self.is_body_complete:
-            self._connection.on_body_rate(self)
+            self.connection.on_body_rate(self)
 
     def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `Link`. A client of HTTP/1.0 knows no interim answers."""
         self.awaits_continue = self.awaits_continue and status != HTTPStatus.CONTINUE
         if not self.is_http10 and not self.is_started and not self.is_disconnected:
-            self._connection.transport.write(render_head(status, reason, headers))
+            self.connection.transport.write(render_head(status, reason, headers))
 
     def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
         """See `Link`. From here on this cycle sends nothing; its end closes the connection."""
         self.is_started = self.is_answered = True
         self.keep_alive = False
         self.on_leaving = None
-        return self._connection.hand_over(render_head(101, reason, headers))
+        return self.connection.hand_over(render_head(101, reason, headers))
 
 
 def render_head(status: int, reason: bytes | None, headers: HeaderList) -> bytes:

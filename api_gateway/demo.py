@@ -178,17 +178,21 @@ def _free_socket() -> socket.socket:
     return sock
 
 
-def banner(address: str) -> str:
-    """Return what a person needs to know when the demo has started at `address`, such as http://127.0.0.1:8000."""
-    curl = f"curl -H 'X-Client-ID: client-123' {address}"
+def banner(place: str, url: str, curl: str = "curl", operators: str = "") -> str:
+    """Return what a person needs to know when the demo has started.
+
+    `place` is where it listens, `url` and `curl` are what reaches it, and `operators` is the command that reaches the
+    operator endpoints, if it is another one.
+    """
+    request = f"{curl} -H 'X-Client-ID: client-123' {url}"
     return "\n".join(
         (
-            f"Listening on {address}. No upstream is configured, so four demo services answer behind it:",
-            *(f"  {address}/api/{name:<7} {text}" for name, text in _ABOUT.items()),
+            f"Listening on {place}. No upstream is configured, so four demo services answer behind it:",
+            *(f"  {url}/api/{name:<7} {text}" for name, text in _ABOUT.items()),
             "Try:",
-            f"  {curl}/api/users",
-            f"  for i in $(seq 12); do {curl}/api/orders -s -o /dev/null -w '%{{http_code}} '; done; echo",
-            f"  curl {address}/circuit-breakers",
+            f"  {request}/api/users",
+            f"  for i in $(seq 12); do {request}/api/orders -s -o /dev/null -w '%{{http_code}} '; done; echo",
+            f"  {operators or f'{curl} {url}'}/circuit-breakers",
         )
     )
 

@@ -66,6 +66,7 @@ class Exposition:
         yield from self._retries()
         yield from self._breakers()
         yield from self._overload()
+        yield from self._output()
         yield from self._reloads()
         yield from self._shares()
 
@@ -92,6 +93,12 @@ class Exposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
+        refusals = CounterMetricFamily(
+            "gateway_operator_refusals", "Requests to operator endpoints that were refused.", labels=["cause"]
+        )
+        for cause, count in recorder.operator_refusals.items():
+            refusals.add_metric([cause], count)
+        yield refusals
 
     def _limits(self) -> Iterator[Metric]:
         decisions = CounterMetricFamily(
@@ -279,6 +286,16 @@ class Exposition:
         for result, count in state.counts.items():
             reloads.add_metric([result], count)
         yield reloads
+
+    def _output(self) -> Iterator[Metric]:
+        for name, words, counts in (
+            ("gateway_output_dropped_lines", "Lines of the gateway's own not written.", self._recorder.dropped_lines),
+            ("gateway_output_write_errors", "Failed writes of such lines.", self._recorder.write_errors),
+        ):
+            family = CounterMetricFamily(name, words, labels=["stream"])
+            for stream, count in counts.items():
+                family.add_metric([stream], count)
+            yield family
 
     def _shares(self) -> Iterator[Metric]:
         labels = ["resource", "upstream"]

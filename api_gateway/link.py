@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from api_gateway.models import HeaderList
 
 LINK = "gateway.link"  # its key in the scope
+ADMIN = "gateway.admin"  # the scope's key of a request that came through the listener for operators
 
 
 class Passage(Protocol):
@@ -61,6 +62,7 @@ class Link(Protocol):
     is_disconnected: bool
     on_leaving: Callable[[], object] | None  # called when the client leaves before the answer is complete
     on_stopping: Callable[[], object] | None  # called when the server begins to stop, not if it already does
+    connection: Any  # which the request came on; has a `transport`, and can be referred to weakly
     is_stopping: bool  # the server stops: what has no end of its own shall end soon
 
     def defer_continue(self) -> None:

@@ -22,10 +22,12 @@ from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
+from api_gateway.health_cache import HealthCache
 from api_gateway.installation import Installation
 from api_gateway.link import Lanes
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.operator_limits import OperatorLimits
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
 from api_gateway.shares import Shares
@@ -46,7 +48,13 @@ class GatewayApp(FastAPI):
         self._switch = switch
         endpoints = admin.install(self)
         self.gate = OperatorGate(
-            super().__call__, access=access, endpoints=endpoints, readiness=self._readiness, refused=refused
+            super().__call__,
+            access=access,
+            endpoints=endpoints,
+            readiness=self._readiness,
+            health=self._health,
+            limits=OperatorLimits(time.monotonic_ns),
+            refused=refused,
         )
 
     @property
@@ -71,6 +79,10 @@ class GatewayApp(FastAPI):
         console: Console | None = getattr(self.state, "console", None)
         phase = Phase.STARTING if console is None else console.phase
         return phase is Phase.SERVING, phase.value
+
+    def _health(self) -> HealthCache | None:
+        console: Console | None = getattr(self.state, "console", None)
+        return None if console is None else console.health
 
 
 def create_app(
@@ -104,14 +116,16 @@ def create_app(
     switch = Switch()
 
     def put_into_force(changed: GatewayConfig) -> None:
-        app.gate.access = operator_access(changed.admin)
+        app.gate.access = operator_access(changed)
         if on_change is not None:
             on_change(changed)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         assembly = Assembly(rejections, transports or {}, resolve)
-        async with assembly.live(settings):
+        async with assembly.live(settings) as gateway:
+            assert isinstance(app, GatewayApp)  # noqa: S101 - it is the one built below
+            gateway.recorder.operator_refusals = app.gate.refusals
             installation = Installation(
                 app,
                 assembly,
@@ -128,7 +142,7 @@ def create_app(
 
     app = GatewayApp(
         switch,
-        operator_access(settings.admin),
+        operator_access(settings),
         rejections,
         title="API Gateway",
         version=__version__,

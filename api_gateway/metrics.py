@@ -20,6 +20,7 @@ from api_gateway.metrics_bodies import (
     LatencyWindow,
     LimiterView,
     MetricsView,
+    OutputView,
     OverloadView,
     RateSeries,
     RateWindow,
@@ -32,7 +33,18 @@ from api_gateway.upstream_bodies import ConcurrencyView, StoreView
 Label = TypeVar("Label")
 
 # Those of a recorder's counters that are kept by one label.
-_COUNTERS = ("rejections", "allowed", "limited", "sources", "would_limit", "would_allow", "settlements")
+_COUNTERS = (
+    "rejections",
+    "allowed",
+    "limited",
+    "sources",
+    "would_limit",
+    "would_allow",
+    "settlements",
+    "operator_refusals",
+    "dropped_lines",
+    "write_errors",
+)
 
 # And those kept by several.
 _TABLES = ("requests", "retries", "retries_denied", "fallbacks")
@@ -308,10 +320,13 @@ class Recorder:
         percentiles: Sequence[float],
         now: float,
         rejections: Counter[str] | None = None,
+        dropped_lines: Counter[str] | None = None,
+        write_errors: Counter[str] | None = None,
     ) -> None:
         """Know all label values from the start, so that every series exists at zero before its first event.
 
         `rejections` by reason may already be counted elsewhere: by the server, for what never becomes an exchange.
+        Likewise `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`): by the process's output.
         """
         tiers = tuple(tiers)
         self.started = now
@@ -331,7 +346,10 @@ class Recorder:
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused, but not by the candidate
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         places = (*self.upstreams, GATEWAY)
+        self.operator_refusals: Counter[str] = Counter()  # requests to operator endpoints, by cause
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
+        self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
+        self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
         self.requests_by_client = Sketch()  # by the client's key
         self.limited_by_client = Sketch()
         self.percentiles = tuple(percentiles)
@@ -478,6 +496,7 @@ class Recorder:
             retries_denied=_nested(self.upstreams, self.retries_denied),
             fallbacks=_by_route(self.fallbacks),
             rejections=dict(self.rejections),
+            operator_refusals=dict(self.operator_refusals),
             rate_limiter=LimiterView(
                 allowed=dict(self.allowed),
                 limited=dict(self.limited),
@@ -502,6 +521,7 @@ class Recorder:
                 )
                 for name, upstream in upstreams.items()
             },
+            output=OutputView(dropped_lines=dict(self.dropped_lines), write_errors=dict(self.write_errors)),
             overload=OverloadView(
                 event_loop_lag=round(lag, 6),
                 upstreams={name: self.concurrency(name, upstream) for name, upstream in upstreams.items()},

@@ -99,6 +99,13 @@ class OverloadView(Body):
     shed: dict[str, dict[str, int]] = Field(description="By upstream and tier; `_gateway` is the gateway itself.")
 
 
+class OutputView(Body):
+    """What was lost of the gateway's own output, by stream: `stdout` (access log) and `stderr` (log)."""
+
+    dropped_lines: dict[str, int] = Field(description="Lines not written: the queue was full, or writing failed.")
+    write_errors: dict[str, int] = Field(description="Writes that failed, such as on a full disk or a closed pipe.")
+
+
 class MetricsView(Body):
     """Everything counted since the start, for people; Prometheus reads the same URL as text."""
 
@@ -116,6 +123,10 @@ class MetricsView(Body):
     )
     fallbacks: dict[str, dict[str, int]] = Field(description="Fallbacks used, by route and reason of the failure.")
     rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
+    operator_refusals: dict[str, int] = Field(
+        description="Requests to operator endpoints that were refused: no_token, wrong_token, role, cross_site."
+    )
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]
     overload: OverloadView
+    output: OutputView

@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -48,10 +49,12 @@ HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once: a bound on the r
 MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connection whose answer came early
 MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
 LINGER = 2.0  # seconds it may do so
+UNIX_PEER = ("unix", 0)  # the address of every client on a Unix socket
 MAX_SURPLUS = 64  # connections beyond the limits that are kept until they have been refused with a response
 SURPLUS_TIMEOUT = 2.0  # seconds such a connection has for its first head
 PROBES = (b"/healthz", b"/readyz")  # served on such a connection too
 WEBSOCKET = b"websocket"
+_MAPPED = "::ffff:"  # begins an IPv4 address mapped into IPv6
 _ABSOLUTE_FORM = re.compile(rb"[^:/?]+://[^/?@]*([/?].*)?", re.DOTALL)
 _VERSION = {"version": "3.0", "spec_version": "2.4"}
 _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
@@ -97,12 +100,12 @@ class GatewayProtocol(HttpToolsProtocol):
         self.transport = transport
         self.bounds = type(self).bounds
         self.connections.add(self)
-        self.client = get_remote_addr(transport)
+        self.client = _peer(transport)
         self.scheme = "https" if is_ssl(transport) else "http"
         self.spelled: HeaderList = []
         self.expects_continue = False
         self.is_write_paused = False
-        self._peer = self.client[0] if self.client else ""
+        self._peer = self.client[0] if self.client and self.client is not UNIX_PEER else ""
         self.peers[self._peer] += 1
         self._surplus = self._take_place()
         self._reading: Cycle | None = None  # the request whose body is not complete
@@ -141,7 +144,7 @@ class GatewayProtocol(HttpToolsProtocol):
         limit, holder = self.bounds.connections_per_peer, type(self).share_holder(self._peer)
         self._holder, self._place = holder, self.shares
         why = ""
-        if 0 < limit < self.peers[self._peer]:
+        if self._peer and 0 < limit < self.peers[self._peer]:
             why = f"Your address has more than {limit} connections."
         elif not self.shares.admits(holder):
             why = f"The gateway has no connection for you: {self.shares.refusal(holder, 'connections')}."
@@ -410,7 +413,7 @@ class GatewayProtocol(HttpToolsProtocol):
         return {
             "type": "http",
             "asgi": _VERSION,
-            "server": get_local_addr(self.transport),
+            "server": _plain(get_local_addr(self.transport)),
             "client": self.client,
             "scheme": self.scheme,
             "root_path": self.root_path,
@@ -865,6 +868,18 @@ class GatewayProtocol(HttpToolsProtocol):
             for cycle in self._waiting:
                 cycle.disconnect()
             self._waiting = deque(cycle for cycle in self._waiting if cycle.app is not None)
+
+
+def _peer(transport: asyncio.Transport) -> tuple[str, int] | None:
+    """Return the client's address, UNIX_PEER for one on a Unix socket; None if the connection is over already."""
+    if transport.get_extra_info("socket").family == socket.AF_UNIX:
+        return UNIX_PEER
+    return _plain(get_remote_addr(transport))
+
+
+def _plain(end: tuple[str, Any] | None) -> tuple[str, Any] | None:
+    """Return an address; that of IPv4 instead of one that a socket for both kinds maps into IPv6."""
+    return (end[0].removeprefix(_MAPPED), end[1]) if end is not None else None
 
 
 def _size(headers: HeaderList) -> int:

@@ -13,22 +13,26 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from api_gateway.admin import Phase
+from api_gateway.admin_listener import AdminListener
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
 from api_gateway.crew import Alone, Crew
-from api_gateway.demo import banner
 from api_gateway.headers import Network, address_key, is_within
+from api_gateway.listening import Listeners, Sockets
 from api_gateway.main import create_app
+from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 from api_gateway.reload_state import Outcome
 from api_gateway.shares import Shares, default_connections
+from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ CUT_OFF = 4  # exit code: not everything was answered in the time to drain
 
 # What the server says of its own that is said here, or in the access log, in better words.
 _UNSAID = ("ASGI callable returned without completing response.", "Cancel %s running task(s)")
+ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
 DRAIN_LINGER = 2.0  # seconds; see `protocol.GatewayProtocol.shutdown`
 
@@ -57,12 +62,13 @@ class GatewayServer(uvicorn.Server):
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
+        self._sockets = Sockets([])
         refused: Counter[str] = Counter()
+        section = config.server
+        self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
         self._crew = crew or Alone()
         self._reloads: set[asyncio.Task[Outcome]] = set()
         self._is_reload_due = False  # it was asked for before the start was done
-        section = config.server
-        self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
         self._app: FastAPI = create_app(
             config,
             refused=refused,
@@ -71,30 +77,32 @@ class GatewayServer(uvicorn.Server):
             read=read,
             on_change=self._on_configuration,
         )
-        self._protocol = bounded_protocol(
-            _bounds(section), refused, self.connections, _holder_of_connection(section.trusted_proxies)
-        )
-        super().__init__(
-            uvicorn.Config(
-                self._app,
-                host=section.host,
-                port=section.port,
-                http=self._protocol,
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                date_header=False,
-                timeout_keep_alive=math.ceil(section.keep_alive_timeout),
-                timeout_graceful_shutdown=math.ceil(section.drain_timeout),
-            )
-        )
+        super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
+        admin = AdminListener(self._app)
+        self._admin_config = _uvicorn_config(admin, section, refused, Shares(ADMIN_CONNECTIONS))
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on these sockets, or else on what the configuration says. Raises StartupError."""
+        if sockets is not None:
+            self.run_on(Sockets(sockets))
+            return
+        listeners = Listeners.of(self._settings, 1)
+        try:
+            self.run_on(listeners.sets[0])
+        finally:
+            listeners.close()
+
+    def run_on(self, sockets: Sockets) -> None:
+        """Serve on sockets that are bound."""
+        self._sockets = sockets
+        super().run(sockets.public)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and tell."""
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()
+            await self._open_admin_listener()
             _tune_garbage_collection()
             self.announce()
             if self._is_reload_due:
@@ -110,16 +118,29 @@ class GatewayServer(uvicorn.Server):
         """Take what a reload has put into force, as far as it is the server's. Connections keep their limits."""
         section = config.server
         self._settings, self._delay = config, section.drain_delay
-        self._protocol.bounds = _bounds(section)
-        self._protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
         self.connections.total = section.max_connections or default_connections(_descriptor_limit())
-        self.config.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
+        for listener in (self.config, self._admin_config):
+            protocol: Any = listener.http
+            protocol.bounds = _bounds(section)
+            protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
+            listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
         set_log_level(config.log.level)
+
+    async def _open_admin_listener(self) -> None:
+        """Serve the operator endpoints on sockets of their own, if there are any; they are closed with the others."""
+        if not self._sockets.admin:
+            return
+        config = self._admin_config
+        config.load()
+        protocol: Callable[..., asyncio.Protocol] = config.http_protocol_class
+        connect = partial(protocol, config, self.server_state, self.lifespan.state)
+        for sock in self._sockets.admin:
+            server = await asyncio.get_running_loop().create_server(connect, sock=sock, backlog=config.backlog)
+            self.servers.append(server)
 
     def announce(self) -> None:
         """Tell the person at the terminal that the gateway serves."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        print(welcome(self._settings, host, port), flush=True)
+        print(welcome(self._settings, self._sockets), flush=True)
 
     @property
     def exit_code(self) -> int:
@@ -199,15 +220,19 @@ def _on_unused(number: int, _frame: FrameType | None) -> None:
     logger.warning("%s is ignored: there is one process, and no workers to restart", signal.Signals(number).name)
 
 
-def welcome(config: GatewayConfig, host: str, port: int, workers: int = 1) -> str:
-    """Return what a person needs to know when the gateway listens there."""
-    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host  # noqa: S104 - compared, not bound
-    address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-    crew = [f"{workers} workers serve it."] if workers > 1 else []
-    if config.is_demo:
-        return "\n".join([banner(address), *crew])
-    routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
-    return "\n".join([f"Listening on {address}", *routes, *crew])
+def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: Shares) -> uvicorn.Config:
+    """Return the settings of one listener, whose connections are shared by themselves."""
+    return uvicorn.Config(
+        app,
+        http=bounded_protocol(_bounds(section), refused, shares, _holder_of_connection(section.trusted_proxies)),
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=math.ceil(section.keep_alive_timeout),
+        timeout_graceful_shutdown=math.ceil(section.drain_timeout),
+    )
 
 
 def _tune_garbage_collection() -> None:
@@ -258,7 +283,7 @@ def configure_logging(level: str, who: str = "") -> None:
     """Log to standard error; `who` tells one process of several from the others."""
     logging.basicConfig(
         level=level.upper(),
-        stream=sys.stderr,
+        handlers=[LineHandler(process_output().err)],
         format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
         force=True,
     )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from api_gateway.brief import ENTRY, Brief
 from api_gateway.crew import MAX_MESSAGE, RELIEF, encode
+from api_gateway.listening import Sockets
 from api_gateway.reload_state import Outcome
 from api_gateway.report import Report
 
@@ -209,7 +210,7 @@ class Worker:
 async def hire(
     number: int,
     config: dict[str, Any],
-    sockets: Sequence[socket.socket],
+    sockets: Sockets,
     inherited: Sequence[int],
     gather: Gather,
     reload: Reload,
@@ -222,19 +223,20 @@ async def hire(
     """
     ours, theirs = socket.socketpair()
     streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
-    listeners = [sock.fileno() for sock in sockets]
+    listeners = [sock.fileno() for sock in sockets.public]
+    admin = [sock.fileno() for sock in sockets.admin]
     try:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-c", ENTRY, f"gateway worker {number}"),
             stdin=asyncio.subprocess.PIPE,
-            pass_fds=(theirs.fileno(), *listeners, *inherited),
+            pass_fds=(theirs.fileno(), *listeners, *admin, *inherited),
             process_group=0,  # an interrupt at the terminal is for the supervisor, who passes it on
         )
     except BaseException:
         streams[1].close()
         theirs.close()
         raise
-    brief = Brief(number, config, theirs.fileno(), listeners)
+    brief = Brief(number, config, theirs.fileno(), listeners, admin)
     theirs.close()  # the worker has its own by that number
     worker = Worker(number, process, streams, gather, reload, patience)
     assert process.stdin is not None  # noqa: S101 - piped above

@@ -18,13 +18,14 @@ from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.embedded import EmbeddedStore, NoServer, find_server
 from api_gateway.errors import StartupError
-from api_gateway.listening import Sockets, bind_for, leave_group
+from api_gateway.listening import Listeners, Sockets, leave_group
 from api_gateway.merging import merge
 from api_gateway.reload import ApplyError, Reloader, refused
 from api_gateway.reload_state import Outcome, ReloadState
 from api_gateway.report import Report
-from api_gateway.server import CUT_OFF, set_log_level, welcome
+from api_gateway.server import CUT_OFF, set_log_level
 from api_gateway.staff import Objection, Worker, hire
+from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
 
@@ -147,18 +148,12 @@ class Supervisor:
     async def _live(self) -> None:
         server = self._config.server
         await self._provide(self._config)
-        try:
-            sets = bind_for(server.workers, server.host, server.port)
-        except OSError as error:
-            where = f"{server.host}:{server.port}"
-            raise StartupError(
-                f"server: cannot listen on {where}: {(error.strerror or str(error)).lower()}"
-            ) from error
-        self._posts = [Post(number, sockets) for number, sockets in enumerate(sets, 1)]
+        listeners = Listeners.of(self._config, server.workers)
+        self._stack.callback(listeners.close)
+        self._posts = [Post(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
         self._stack.push_async_callback(self._dismiss)
         await self._man()
-        host, port = sets[0][0].getsockname()[:2]
-        print(welcome(self._config, host, port, server.workers), flush=True)  # noqa: T201 - for the person there
+        print(welcome(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - for the person there
         async with asyncio.TaskGroup() as group:
             for post in self._posts:
                 group.create_task(self._keep(post), name=f"post {post.number}")

@@ -9,6 +9,7 @@ import asyncio
 
 from api_gateway.alarm import Alarm
 from api_gateway.frames import GOING_AWAY, FrameEdges
+from api_gateway.receive_buffer import receive_buffer
 
 LINGER = 1.0  # seconds of silence that one direction may fall into after the other has ended
 
@@ -31,8 +32,9 @@ class Tunnel:
         self.idle_timeout = idle_timeout
         self.alarm = Alarm(loop, self.abort)
         self._ended: asyncio.Future[None] = loop.create_future()
-        self._client = _End(self, client)
-        self._upstream = _UpstreamEnd(self, upstream)
+        buffer = receive_buffer(loop)
+        self._client = _End(self, client, buffer)
+        self._upstream = _UpstreamEnd(self, upstream, buffer)
         self._client.other, self._upstream.other = self._upstream, self._client
 
     def __repr__(self) -> str:
@@ -70,10 +72,10 @@ class Tunnel:
             self._ended.set_result(None)
 
 
-class _End(asyncio.Protocol):
+class _End(asyncio.BufferedProtocol):
     """One side: passes on what it hears."""
 
-    def __init__(self, tunnel: Tunnel, transport: asyncio.Transport) -> None:
+    def __init__(self, tunnel: Tunnel, transport: asyncio.Transport, buffer: memoryview) -> None:
         self.other: _End = self
         self.transport = transport
         self.is_lost = False
@@ -81,15 +83,28 @@ class _End(asyncio.Protocol):
         self.received = 0
         self._tunnel = tunnel
         self._before = transport.get_protocol()
+        self._buffer = buffer
 
     def __repr__(self) -> str:
         return f"<_End [{'lost' if self.is_lost else 'open'}, {self.received} bytes received]>"
 
     def attach(self) -> None:
-        """Take the place of the protocol before."""
+        """Replace the transport's protocol. Reading is paused meanwhile: how to read is decided where it begins."""
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
         self.transport.set_protocol(self)
         if self.transport.is_closing():
             self.connection_lost(None)
+        else:
+            self.transport.resume_reading()
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
+        """Return where the event loop writes what it reads."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what was read."""
+        self.data_received(bytes(self._buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Pass it on."""
@@ -146,8 +161,8 @@ class _End(asyncio.Protocol):
 class _UpstreamEnd(_End):
     """The upstream's side, which can be interrupted between two frames."""
 
-    def __init__(self, tunnel: Tunnel, transport: asyncio.Transport) -> None:
-        super().__init__(tunnel, transport)
+    def __init__(self, tunnel: Tunnel, transport: asyncio.Transport, buffer: memoryview) -> None:
+        super().__init__(tunnel, transport, buffer)
         self._edges = FrameEdges()
         self._is_leaving = self._has_left = False
 

@@ -10,17 +10,25 @@ from api_gateway.brief import take_over
 from api_gateway.config import GatewayConfig
 from api_gateway.crew import RELIEF, Member
 from api_gateway.errors import STARTUP_FAILED
+from api_gateway.listening import Sockets
+from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
 
 
 def main(brief: dict[str, Any]) -> int:
     """Serve until told to stop, or until the supervisor is gone. Returns the exit code; see `brief.Brief`."""
+    with redirected():
+        return _serve(brief)
+
+
+def _serve(brief: dict[str, Any]) -> int:
     for number in (signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor
     config = take_over(brief["config"])
     configure_logging(config.log.level, f"worker {brief['number']}: ")
     server = WorkerServer(config, socket.socket(fileno=brief["channel"]))
-    server.run([socket.socket(fileno=listener) for listener in brief["listeners"]])
+    public, admin = ([socket.socket(fileno=one) for one in brief[key]] for key in ("listeners", "admin_listeners"))
+    server.run_on(Sockets(public, admin))
     return server.exit_code if server.started else STARTUP_FAILED
 
 

@@ -53,6 +53,7 @@ def test_sections_take_the_place_of_the_configuration_s_own() -> None:
 
 
 def test_a_brief_travels_as_json() -> None:
-    brief = json.loads(Brief(3, {"a": 1}, 7, [8, 9]).encode())
-    assert (brief["number"], brief["config"], brief["channel"], brief["listeners"]) == (3, {"a": 1}, 7, [8, 9])
+    brief = json.loads(Brief(3, {"a": 1}, 7, [8, 9], [10]).encode())
+    assert (brief["number"], brief["config"], brief["channel"]) == (3, {"a": 1}, 7)
+    assert (brief["listeners"], brief["admin_listeners"]) == ([8, 9], [10])
     assert brief["path"]

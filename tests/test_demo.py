@@ -48,6 +48,6 @@ async def test_its_sections_are_a_valid_configuration(demo: DemoUpstreams) -> No
 
 
 async def test_the_banner_names_every_service_and_three_lines_to_paste() -> None:
-    text = banner("http://localhost:1234")
+    text = banner("127.0.0.1:1234", "http://localhost:1234")
     assert all(f"http://localhost:1234/api/{name}" in text for name in NAMES)
     assert sum(line.startswith(("  curl", "  for")) for line in text.splitlines()) == 3

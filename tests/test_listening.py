@@ -1,19 +1,23 @@
 """The sockets of the workers: one port for all, not shared with anybody else, and out of the group on request."""
 
+import errno
+import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
 from api_gateway import listening
-from api_gateway.listening import Sockets, bind_for, leave_group
+from api_gateway.listening import bind_for, bind_path, leave_group
 
 linux = pytest.mark.skipif(not listening.IS_BALANCED, reason="the kernel does not balance there")
 
 
 @contextmanager
-def bound(workers: int, host: str = "127.0.0.1", port: int = 0) -> Iterator[list[Sockets]]:
+def bound(workers: int, host: str = "127.0.0.1", port: int = 0) -> Iterator[list[list[socket.socket]]]:
     sets = bind_for(workers, host, port)
     try:
         yield sets
@@ -95,3 +99,90 @@ def test_every_address_of_a_name_is_listened_on(monkeypatch: pytest.MonkeyPatch)
         assert names[0] == names[1]
         assert [host for host, _ in names[0]] == ["127.0.0.1", "127.0.0.2"], "what this machine lacks is left out"
         assert len({port for _, port in names[0]}) == 1
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_address_of_everything_takes_both_kinds(workers: int) -> None:
+    with bound(workers, "::") as sets:
+        port = sets[0][0].getsockname()[1]
+        for one in sets:
+            one[0].listen()
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, port), 1).close()
+        assert sum(accepted(one[0]) for one in sets) == 2
+        with pytest.raises(OSError, match="in use"):
+            bind_for(1, "0.0.0.0", port)
+
+
+def test_one_process_alone_shares_its_port_with_nobody() -> None:
+    with bound(1) as ((one,),), socket.socket() as other:
+        one.listen()
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT"):
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(one.getsockname())
+
+
+# Unix sockets
+
+
+@contextmanager
+def bound_path(workers: int, path: Path, mode: int = 0o660) -> Iterator[list[socket.socket]]:
+    sockets = [sock for (sock,) in bind_path(workers, str(path), mode)]
+    try:
+        yield sockets
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def connect_to(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+def test_all_workers_accept_from_one_unix_socket_of_the_given_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sock"
+    old = os.umask(0)
+    try:
+        with bound_path(3, path, 0o640) as sockets:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o640
+            for sock in sockets:
+                sock.listen()
+            connect_to(path)
+            assert accepted(sockets[2]) == 1
+            leave_group(sockets[:1])
+            connect_to(path)
+            assert accepted(sockets[1]) == 1, "one worker that leaves takes nothing from the others"
+    finally:
+        os.umask(old)
+
+
+def test_a_unix_socket_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sock"
+    with bound_path(1, path) as (left,):
+        left.listen()
+    assert path.is_socket()
+    with bound_path(1, path) as (sock,):
+        sock.listen()
+        connect_to(path)
+
+
+def test_a_unix_socket_that_somebody_serves_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sock"
+    with bound_path(1, path) as (served,):
+        served.listen()
+        with pytest.raises(OSError, match="in use"):
+            bind_path(1, str(path), 0o600)
+        connect_to(path)
+
+
+def test_what_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("data")
+    with pytest.raises(OSError, match="in use") as caught:
+        bind_path(1, str(path), 0o600)
+    assert caught.value.errno == errno.EADDRINUSE
+    assert path.read_text() == "data"

@@ -9,6 +9,7 @@ import pytest
 from api_gateway import supervisor
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.config_changes import with_restart_settings_of
+from api_gateway.listening import Sockets
 from api_gateway.metrics import Recorder
 from api_gateway.report import Report
 from api_gateway.staff import Worker
@@ -169,7 +170,7 @@ def drains_in(seconds: float) -> GatewayConfig:
 async def test_a_worker_has_the_time_to_drain_that_it_was_hired_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reload may shorten it, but the worker does not know."""
     boss = supervisor_of(Leaver(0.05), monkeypatch=monkeypatch, drain_timeout=30)
-    worker = await boss._hire(Post(1, []))
+    worker = await boss._hire(Post(1, Sockets([])))
     boss._config = drains_in(0.01)
     await boss._relieve(worker)
     assert worker.cut_off == boss._cut_off == 0
@@ -182,7 +183,7 @@ async def test_a_worker_that_is_killed_has_cut_off_what_it_served(
     leaver = Leaver(30)
     leaver.has_served = is_ready
     boss = supervisor_of(leaver, monkeypatch=monkeypatch, drain_timeout=30)
-    worker = await boss._hire(Post(1, []))
+    worker = await boss._hire(Post(1, Sockets([])))
     worker.kill()
     await boss._relieve(worker)
     assert boss._cut_off == int(is_ready)
@@ -192,8 +193,8 @@ async def test_what_relieved_workers_have_cut_off_is_added_to_what_the_last_ones
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     boss = supervisor_of(Leaver(0, 2), Leaver(0, 3), monkeypatch=monkeypatch, drain_timeout=30)
-    await boss._relieve(await boss._hire(Post(1, [])))
-    await boss._hire(Post(1, []))
+    await boss._relieve(await boss._hire(Post(1, Sockets([]))))
+    await boss._hire(Post(1, Sockets([])))
     await boss._dismiss()
     assert boss._cut_off == 5
 

@@ -1,0 +1,65 @@
+"""Returns freed memory to the operating system.
+
+glibc's malloc gives back only the top of its heap. What the bodies of slow clients took further down stays with the
+process until `malloc_trim` is called, which needs up to some 20 ms for a heap of 200 MB: it is called in a thread, and
+only for a good deal of memory that has stayed free for a while. Other C libraries return memory by themselves.
+"""
+
+import asyncio
+import ctypes
+import logging
+
+logger = logging.getLogger(__name__)
+
+EVERY = 5.0  # seconds between two looks
+WORTH = 8 * 1024 * 1024  # bytes free at two looks in a row, above which the heap is trimmed
+
+
+class _MallInfo2(ctypes.Structure):
+    """`struct mallinfo2` of malloc.h; `fordblks` are the free bytes of all arenas."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+class Heap:
+    """The heap of the C library. Raises OSError if it cannot be asked (glibc before 2.33, other C libraries)."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None)
+        try:
+            self._info, self._trim = library.mallinfo2, library.malloc_trim
+        except AttributeError as error:
+            raise OSError(f"the C library cannot trim its heap: {error}") from error
+        self._info.restype = _MallInfo2
+        self._trim.argtypes = [ctypes.c_size_t]
+
+    def free(self) -> int:
+        """Return the bytes that malloc holds and nobody uses."""
+        return int(self._info().fordblks)
+
+    def trim(self) -> None:
+        """Return free pages to the operating system."""
+        self._trim(0)
+
+
+async def keep_trimmed(every: float = EVERY, worth: int = WORTH) -> None:
+    """Trim the heap whenever at least `worth` bytes were free at two looks in a row, `every` seconds apart."""
+    try:
+        heap = Heap()
+    except OSError as error:
+        logger.debug("%s", error)
+        return
+    before = 0
+    while True:
+        await asyncio.sleep(every)
+        free = await asyncio.to_thread(heap.free)
+        if min(before, free) >= worth:
+            await asyncio.to_thread(heap.trim)
+            free = 0
+        before = free

@@ -1,0 +1,192 @@
+"""Where the gateway listens: both kinds of addresses, Unix sockets, and what is said when it cannot."""
+
+import json
+import shutil
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.kit import PATIENCE, RawUpstream, eventually, in_front_of, running_gateway
+from tests.processes import Running, config_file, process
+
+CURL = shutil.which("curl")
+WORKERS = [
+    1,
+    pytest.param(
+        2, marks=pytest.mark.skipif(not shutil.which("valkey-server"), reason="several workers need a store")
+    ),
+]
+ipv6 = pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+
+
+def get(path: str, *, host: str = "127.0.0.1", port: int = 0, unix: Path | None = None) -> tuple[int, bytes]:
+    """Make one request; return the status and the body."""
+    family = socket.AF_UNIX if unix is not None else socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(unix) if unix is not None else (host, port))
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = b""
+        while data := client.recv(65_536):
+            answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split(b" ")[1]), body
+
+
+def listens(running: Running) -> str:
+    """Wait until it listens, and return the line that says where."""
+    eventually(lambda: "Listening on" in running.output or running.popen.poll() is not None, "it listens")
+    assert running.popen.poll() is None, running.errors
+    return next(line for line in running.output.splitlines() if line.startswith("Listening on"))
+
+
+@ipv6
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_address_of_everything_serves_both_kinds(tmp_path: Path, workers: int) -> None:
+    arguments = ["-m", "api_gateway", "--host", "::", "--port", "0", "--workers", str(workers)]
+    with process(*arguments, cwd=tmp_path) as running:
+        line = listens(running)
+        port = running.port
+        assert line.startswith(f"Listening on [::]:{port} (http://localhost:{port})")
+        for host in ("127.0.0.1", "::1"):
+            assert get("/healthz", host=host, port=port) == (200, b"ok\n")
+
+
+@ipv6
+def test_a_client_that_comes_by_ipv4_is_named_by_its_ipv4_address(tmp_path: Path) -> None:
+    upstream = RawUpstream()
+    with running_gateway(in_front_of(upstream.url) | {"server": {"host": "::"}}, tmp_path) as running:
+        assert get("/api/x", port=running.port)[0] == 200
+    assert upstream.requests[0].all("x-forwarded-for") == [b"127.0.0.1"]
+    upstream.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("host", "bound"),
+    [("0.0.0.0", "0.0.0.0:{0} (http://localhost:{0})"), ("127.0.0.1", "127.0.0.1:{0} (http://localhost:{0})")],
+)
+def test_the_banner_names_the_address_it_is_bound_to(tmp_path: Path, host: str, bound: str, workers: int) -> None:
+    arguments = ["-m", "api_gateway", "--host", host, "--port", "0", "--workers", str(workers)]
+    with process(*arguments, cwd=tmp_path) as running:
+        assert listens(running).startswith(f"Listening on {bound.format(running.port)}.")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_unix_socket_serves_and_is_removed_at_the_end(tmp_path: Path, workers: int) -> None:
+    """A client without an address is `unix` in the log, to the upstream and to `max_connections_per_peer`."""
+    upstream, path = RawUpstream(), tmp_path / "gateway.sock"
+    extra = f"server: {{host: 'unix:{path}', socket_mode: 0640, workers: {workers}, max_connections_per_peer: 1}}\n"
+    with process("-m", "api_gateway", "--config", config_file(tmp_path, upstream.url, extra), cwd=tmp_path) as running:
+        assert listens(running) == f"Listening on unix:{path} (curl --unix-socket {path} http://localhost)"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        assert get("/healthz", unix=path) == (200, b"ok\n")
+        with socket.socket(socket.AF_UNIX) as idle:
+            idle.connect(str(path))
+            for _ in range(3):
+                assert get("/api/up/x", unix=path) == (200, b"ok"), "clients without an address are not one peer"
+        eventually(lambda: running.output.count('"peer"') + running.errors.count('"peer"') == 3, "it is logged")
+        logged = [json.loads(line) for line in (running.output + running.errors).splitlines() if '"peer"' in line]
+        assert {entry["peer"] for entry in logged} == {"unix"}
+        assert running.terminate() == 0
+        assert not path.exists()
+    assert upstream.requests[0].all("x-forwarded-for") == [b"unix"]
+    upstream.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_unix_socket_that_was_left_behind_by_a_killed_gateway_is_replaced(tmp_path: Path, workers: int) -> None:
+    path = tmp_path / "gateway.sock"
+    arguments = ["-m", "api_gateway", "--host", f"unix:{path}", "--workers", str(workers)]
+    with process(*arguments, cwd=tmp_path) as killed:
+        listens(killed)
+        killed.popen.kill()
+        killed.popen.wait()
+    assert path.is_socket()
+    eventually(lambda: not serves(path), "the workers have followed")
+    with process(*arguments, cwd=tmp_path) as running:
+        listens(running)
+        assert get("/healthz", unix=path)[0] == 200
+
+
+def serves(path: Path) -> bool:
+    with suppress(OSError):
+        get("/healthz", unix=path)
+        return True
+    return False
+
+
+def test_a_gateway_that_ends_leaves_the_socket_of_the_one_that_took_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sock"
+    (tmp_path / "other").mkdir()
+    arguments = ["-m", "api_gateway", "--host", f"unix:{path}"]
+    with process(*arguments, cwd=tmp_path) as first:
+        listens(first)
+        path.unlink()
+        with process(*arguments, cwd=tmp_path / "other") as second:
+            listens(second)
+            assert first.terminate() == 0
+            assert get("/healthz", unix=path)[0] == 200
+
+
+# What is said when it cannot listen: one line, exit code 3
+
+
+def cannot_listen(tmp_path: Path, *arguments: str, **environment: str) -> str:
+    """Start it; return what it says."""
+    with process("-m", "api_gateway", *arguments, cwd=tmp_path, **environment) as running:
+        assert running.exit_code() == 3
+        assert "Traceback" not in running.errors + running.output
+        assert "Listening" not in running.output
+    (line,) = running.errors.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_port_in_use_is_one_line(tmp_path: Path, workers: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        said = cannot_listen(tmp_path, "--port", port, "--workers", workers)
+        assert said == f"server: cannot listen on 127.0.0.1:{port}: address already in use"
+        listen = {"GATEWAY_ADMIN__LISTEN": f"127.0.0.1:{port}"}
+        said = cannot_listen(tmp_path, "--port", "0", "--workers", workers, **listen)
+        assert said == f"admin.listen: cannot listen on 127.0.0.1:{port}: address already in use"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_unknown_host_is_one_line(tmp_path: Path, workers: str) -> None:
+    said = cannot_listen(tmp_path, "--host", "no-such-host.invalid", "--workers", workers)
+    assert said.startswith("server: the host 'no-such-host.invalid' is not known: ")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_unix_socket_in_use_is_one_line(tmp_path: Path, workers: str) -> None:
+    path = tmp_path / "busy.sock"
+    with socket.socket(socket.AF_UNIX) as busy:
+        busy.bind(str(path))
+        busy.listen()
+        said = cannot_listen(tmp_path, "--host", f"unix:{path}", "--workers", workers)
+        assert said == f"server: cannot listen on unix:{path}: address already in use"
+    said = cannot_listen(tmp_path, "--host", f"unix:{tmp_path}/nowhere/a.sock", "--workers", workers)
+    assert said.endswith("no such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("GATEWAY_SERVER__HOST", "unix:relative", "absolute path"),
+        ("GATEWAY_SERVER__HOST", "unix:/" + "x" * 200, "at most 107 bytes"),
+        ("GATEWAY_SERVER__SOCKET_MODE", "rw", "octal permissions"),
+        ("GATEWAY_SERVER__SOCKET_MODE", "9999", "octal permissions"),
+        ("GATEWAY_ADMIN__LISTEN", "9901", "host:port or unix:/path"),
+        ("GATEWAY_ADMIN__LISTEN", "127.0.0.1:99999", "host:port or unix:/path"),
+        ("GATEWAY_ADMIN__LISTEN", "::1:9901", "brackets"),
+    ],
+)
+def test_an_address_that_is_none_is_a_mistake_in_the_configuration(
+    tmp_path: Path, setting: str, value: str, said: str
+) -> None:
+    assert said in cannot_listen(tmp_path, "--check", **{setting: value})
