@@ -14,6 +14,7 @@ NEEDS_RESTART = (
     "server.port",
     "server.workers",
     "server.socket_mode",
+    "server.worker_timeout",
     "admin.listen",
     "admin.socket_mode",
     "state_dir",

@@ -164,7 +164,7 @@ class ServerSection(Section):
         default=30,
         ge=2,
         le=86_400,
-        description="How long one of several workers may give no sign of life before it is replaced.",
+        description="How long the event loop may be blocked before the process is ended; a worker is replaced.",
     )
     max_lag: Seconds | None = Field(
         default=0.25, description="How late the event loop may run before requests are shed by tier. None: never."

@@ -25,6 +25,7 @@ from api_gateway.admin_listener import AdminListener
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
 from api_gateway.crew import Alone, Crew
+from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
 from api_gateway.main import create_app
@@ -32,16 +33,16 @@ from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 from api_gateway.reload_state import Outcome
 from api_gateway.shares import Shares, default_connections
+from api_gateway.watchdog import Watchdog
 from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
-
-CUT_OFF = 4  # exit code: not everything was answered in the time to drain
 
 # What the server says of its own that is said here, or in the access log, in better words.
 _UNSAID = ("ASGI callable returned without completing response.", "Cancel %s running task(s)")
 ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
+STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain
 DRAIN_LINGER = 2.0  # seconds; see `protocol.GatewayProtocol.shutdown`
 
 
@@ -77,6 +78,7 @@ class GatewayServer(uvicorn.Server):
             read=read,
             on_change=self._on_configuration,
         )
+        self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
         admin = AdminListener(self._app)
         self._admin_config = _uvicorn_config(admin, section, refused, Shares(ADMIN_CONNECTIONS))
@@ -103,6 +105,7 @@ class GatewayServer(uvicorn.Server):
         if self.started:
             self._loop = asyncio.get_running_loop()
             await self._open_admin_listener()
+            self._watchdog.watch()
             _tune_garbage_collection()
             self.announce()
             if self._is_reload_due:
@@ -124,6 +127,7 @@ class GatewayServer(uvicorn.Server):
             protocol.bounds = _bounds(section)
             protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
+        self._watchdog.allow(stop_within(section))
         set_log_level(config.log.level)
 
     async def _open_admin_listener(self) -> None:
@@ -183,6 +187,7 @@ class GatewayServer(uvicorn.Server):
         console = getattr(self._app.state, "console", None)
         if console is not None:  # the signal may come before start-up is done
             console.phase = Phase.DRAINING
+        self._watchdog.expect_end()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
@@ -193,7 +198,8 @@ class GatewayServer(uvicorn.Server):
             return
         before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
         try:
-            yield
+            with self._watchdog.on_duty():
+                yield
         finally:
             for number, previous in before.items():
                 signal.signal(number, previous)
@@ -218,6 +224,16 @@ class GatewayServer(uvicorn.Server):
 
 def _on_unused(number: int, _frame: FrameType | None) -> None:
     logger.warning("%s is ignored: there is one process, and no workers to restart", signal.Signals(number).name)
+
+
+def stop_within(section: ServerSection, margin: float = STOP_MARGIN) -> float:
+    """Return the seconds within which a process must have ended after a stop signal."""
+    return section.drain_delay + section.drain_timeout + margin
+
+
+def watchdog_of(section: ServerSection, margin: float = STOP_MARGIN) -> Watchdog:
+    """Return what ends a process of the gateway that hangs."""
+    return Watchdog(section.worker_timeout, stop_within(section, margin), blocked=BLOCKED, overdue=CUT_OFF)
 
 
 def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: Shares) -> uvicorn.Config:

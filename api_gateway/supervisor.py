@@ -17,20 +17,22 @@ from api_gateway.brief import hand_over
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.embedded import EmbeddedStore, NoServer, find_server
-from api_gateway.errors import StartupError
+from api_gateway.errors import CUT_OFF, StartupError
 from api_gateway.listening import Listeners, Sockets, leave_group
 from api_gateway.merging import merge
 from api_gateway.reload import ApplyError, Reloader, refused
 from api_gateway.reload_state import Outcome, ReloadState
 from api_gateway.report import Report
-from api_gateway.server import CUT_OFF, set_log_level
+from api_gateway.server import set_log_level, stop_within, watchdog_of
 from api_gateway.staff import Objection, Worker, hire
 from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0  # seconds until a worker must serve
-DRAIN_MARGIN = 5.0  # seconds a worker may take beyond its time to drain
+DRAIN_MARGIN = 3.5  # seconds a worker may take beyond its time to drain: its own watchdog ends it sooner
+STOP_MARGIN = 4.5  # seconds the supervisor may take beyond that time
+REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say where it hangs and end by itself
 ANSWER_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
 COMMIT_TIMEOUT = 5.0  # seconds for it to put that into force
@@ -102,6 +104,7 @@ class Supervisor:
         self._config = config  # which workers are started with
         self._reloader = Reloader(config, read, self._apply, wall_clock=time.time)
         self._ledger = Ledger(configuration=lambda: self._reloader.state)
+        self._watchdog = watchdog_of(config.server, STOP_MARGIN)
         self._hiring = asyncio.Lock()  # nobody is started while a configuration is brought to those who are there
         self._is_rolling = False
         self._posts: list[Post] = []
@@ -123,8 +126,10 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._wanted.put_nowait, self._reload_by_signal)
         loop.add_signal_handler(signal.SIGUSR2, self._wanted.put_nowait, self._roll)
         loop.add_signal_handler(signal.SIGUSR1, logger.warning, "SIGUSR1 is ignored")
-        async with self._stack:
-            await self._until_stopped(self._live())
+        with self._watchdog.on_duty():
+            self._watchdog.watch()
+            async with self._stack:
+                await self._until_stopped(self._live())
         return CUT_OFF if self._cut_off else 0
 
     async def _until_stopped(self, life: Coroutine[Any, Any, None]) -> None:
@@ -211,7 +216,13 @@ class Supervisor:
         inherited = [] if self._store is None else [self._store.lifeline]
         server = self._config.server
         worker = await hire(
-            post.number, config, post.sockets, inherited, self._ledger.gather, self.reload, server.worker_timeout
+            post.number,
+            config,
+            post.sockets,
+            inherited,
+            self._ledger.gather,
+            self.reload,
+            server.worker_timeout + REPORT_MARGIN,
         )
         worker.drains_within = _drains_within(self._config)
         self._ledger.workers.append(worker)
@@ -231,7 +242,7 @@ class Supervisor:
             logger.warning("%s did not stop in time and is ended", worker)
             worker.kill()
             code = await worker.wait()
-        if code < 0 and worker.has_served:  # it was killed: at least what it hung on
+        if code != 0 and worker.has_served:  # it hung and was ended: at least what it hung on
             worker.cut_off = max(1, worker.cut_off)
         self._cut_off += worker.cut_off
         if worker in self._ledger.workers:
@@ -297,6 +308,7 @@ class Supervisor:
                 worker.kill()
             for worker in workers:
                 worker.drains_within = _drains_within(config)
+        self._watchdog.allow(stop_within(config.server, STOP_MARGIN))
         set_log_level(config.log.level)
 
     async def _roll(self) -> None:

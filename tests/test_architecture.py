@@ -74,6 +74,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "clients",
         "alarm",
         "lag",
+        "watchdog",
         "heap",
         "receive_buffer",
         "pool",
