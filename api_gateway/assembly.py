@@ -34,6 +34,7 @@ from api_gateway.errors import StartupError
 from api_gateway.guarded import GuardedTransport
 from api_gateway.heap import keep_trimmed
 from api_gateway.lag import LagSampler
+from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
 from api_gateway.output import process_output
@@ -125,6 +126,7 @@ class Assembly:
     async def live(self, config: GatewayConfig) -> AsyncIterator[Gateway]:
         """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
         async with AsyncExitStack() as stack:
+            raise_descriptor_limit()
             stack.push_async_callback(self._stop_demo)
             stack.enter_context(state_folder(config))
             gateway = self.gateway = self._build(await self.plan(config))

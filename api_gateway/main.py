@@ -46,7 +46,8 @@ class GatewayApp(FastAPI):
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
-        endpoints = admin.install(self)
+        endpoints = admin.install(self, refused)
+        self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,
             access=access,
@@ -70,10 +71,15 @@ class GatewayApp(FastAPI):
         """Serve one request, or the lifespan."""
         if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
-        elif scope["type"] == "http" and self.gate.guards(scope):
+        elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
             await self.gate(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+    @property
+    def _is_extended(self) -> bool:
+        """True if somebody has added routes or middleware: then any path may be theirs."""
+        return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
         console: Console | None = getattr(self.state, "console", None)

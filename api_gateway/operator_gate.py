@@ -19,6 +19,7 @@ from api_gateway.errors import (
     Forbidden,
     GatewayError,
     MethodNotAllowed,
+    NoRoute,
     Unauthorized,
 )
 from api_gateway.headers import Fields, client_address, fields_of, flaw, framing
@@ -97,7 +98,7 @@ class OperatorGate:
         return first_segment(scope) in self._endpoints or target_of(scope).segments[0] in self._endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request whose path the gate guards."""
+        """Serve one request; one whose path is not guarded is answered 404."""
         fields = fields_of(scope["headers"])
         if scope["method"] == "HEAD":
             send = without_body(send)
@@ -121,6 +122,8 @@ class OperatorGate:
             await self._show(view, scope, fields, send)
             return
         method, first = scope["method"], target.segments[0]
+        if not self.guards(scope):
+            raise NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
         if is_forged(method, fields, holds_data=first not in _PAGES):
             raise self._refusal(
                 "cross_site",

@@ -28,6 +28,10 @@ class Pooled(Protocol):
 C = TypeVar("C", bound=Pooled)
 
 
+def _nothing() -> None:
+    """Do nothing: nobody asks."""
+
+
 class Pool(Generic[C]):
     """At most `limit` connections. Waiters are handed either a connection or the right to open one (None).
 
@@ -58,10 +62,18 @@ class Pool(Generic[C]):
         connection.is_reused = True
         return connection
 
-    async def take(self, connect: float | None, wait: float | None, *, is_fresh: bool = False) -> C:
+    async def take(
+        self,
+        connect: float | None,
+        wait: float | None,
+        *,
+        is_fresh: bool = False,
+        on_connect: Callable[[], None] = _nothing,
+    ) -> C:
         """Return a connection for one request; an unused one if `is_fresh`. Times in seconds, None for no limit.
 
-        Raises ConnectError, ConnectTimeout, and PoolTimeout when none came free in time.
+        `on_connect` is called before one is opened. Raises ConnectError, ConnectTimeout, and PoolTimeout when none
+        came free in time.
         """
         while True:
             if self._is_closed:
@@ -70,6 +82,7 @@ class Pool(Generic[C]):
                 return idle
             if self._slots < self._limit:
                 self._slots += 1
+                on_connect()
                 return await self._fill_slot(connect)
             if self._idle:  # the longest idle one is closed for it; taken out here, so that the loop ends anyway
                 idle = next(iter(self._idle))
@@ -78,6 +91,7 @@ class Pool(Generic[C]):
                 continue
             handed = await self._queue(wait)
             if handed is None:
+                on_connect()
                 return await self._fill_slot(connect)
             if not handed.is_closed:
                 if is_fresh:

@@ -28,7 +28,10 @@ _EVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class BreakerReport:
-    """A circuit breaker. `workers` holds its state in each worker, where there are several."""
+    """A circuit breaker. `workers` holds its state in each worker, where there are several.
+
+    `one_principal`: it stays CLOSED because the failures are one client's and others call, too.
+    """
 
     state: State
     since: float
@@ -48,6 +51,7 @@ class BreakerReport:
     opened_at: float | None
     opened_cause: str
     policy: BreakerPolicy
+    one_principal: bool = False
     workers: dict[str, State] = field(default_factory=dict)
 
     @classmethod
@@ -75,6 +79,7 @@ class BreakerReport:
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             policy=breaker.policy,
+            one_principal=breaker.has_one_failing_principal(now),
         )
 
     @classmethod
@@ -98,6 +103,7 @@ class PassiveReport:
     opened_at: float | None
     opened_cause: str
     ejections_total: int
+    one_principal: bool = False  # see `BreakerReport`
 
     @classmethod
     def of(cls, upstream: Upstream, target: Target, now: float) -> "PassiveReport | None":
@@ -115,6 +121,7 @@ class PassiveReport:
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             ejections_total=target.ejections_total,
+            one_principal=breaker.has_one_failing_principal(now),
         )
 
 

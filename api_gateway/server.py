@@ -5,10 +5,8 @@ import contextlib
 import gc
 import logging
 import math
-import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -28,6 +26,7 @@ from api_gateway.crew import Alone, Crew
 from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
+from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.main import create_app
 from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
@@ -66,7 +65,7 @@ class GatewayServer(uvicorn.Server):
         self._sockets = Sockets([])
         refused: Counter[str] = Counter()
         section = config.server
-        self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
+        self.connections = Shares(section.max_connections or default_connections(raise_descriptor_limit()))
         self._crew = crew or Alone()
         self._reloads: set[asyncio.Task[Outcome]] = set()
         self._is_reload_due = False  # it was asked for before the start was done
@@ -121,7 +120,7 @@ class GatewayServer(uvicorn.Server):
         """Take what a reload has put into force, as far as it is the server's. Connections keep their limits."""
         section = config.server
         self._settings, self._delay = config, section.drain_delay
-        self.connections.total = section.max_connections or default_connections(_descriptor_limit())
+        self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
         for listener in (self.config, self._admin_config):
             protocol: Any = listener.http
             protocol.bounds = _bounds(section)
@@ -274,11 +273,6 @@ def _bounds(section: ServerSection) -> Bounds:
         body_rate=section.min_body_rate,
         body_grace=section.min_body_rate_grace,
     )
-
-
-def _descriptor_limit() -> int:
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def _holder_of_connection(trusted: Collection[Network]) -> Callable[[str], str | None]:

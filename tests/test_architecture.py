@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "output",
         "frames",
         "id_filter",
+        "local_resources",
         "breaker_policy",
         "upstream_bodies",
         "metrics_bodies",
@@ -39,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rate_limiter",
         "local_share",
         "call_window",
+        "principals",
         "ramp",
         "breaker_records",
         "circuit_breaker",
@@ -178,6 +180,7 @@ SIBLINGS = {
     ("breaker_records", "call_window"),
     ("circuit_breaker", "breaker_records"),
     ("circuit_breaker", "call_window"),
+    ("circuit_breaker", "principals"),
     ("circuit_breaker", "ramp"),
     ("balancer", "breaker_records"),
     ("balancer", "circuit_breaker"),
@@ -243,6 +246,7 @@ SIBLINGS = {
 }
 OUTSIDE = {
     "httpx": {
+        "local_resources",
         "pool",
         "outgoing",
         "answer",
