@@ -106,7 +106,7 @@ def build_upstream(plan: UpstreamPlan, resolve: Resolve, now: float, bands: Band
         _breaker(section, now),
         _pick(section),
         rotation=Rotation(_rotation_policy(section), draw=_draw(section), make_breaker=_make_breaker(section)),
-        limit=_limit(section, None, bands, now, in_flight=0),
+        limit=_limit(section, None, bands, now),
     )
     service = Service(
         upstream,
@@ -136,7 +136,7 @@ def change_upstream(
         upstream.targets,
         now,
     )
-    upstream.limit = _limit(section, upstream.limit, bands, now, in_flight=live.service.in_flight)
+    upstream.limit = _limit(section, upstream.limit, bands, now)
     transport = live.service.transport if plan.transport is None else plan.transport
     service = live.service.succeeded_by(
         Timeouts(**section.timeouts.model_dump()), _retry_policy(section.retry), _hash_header(section), transport
@@ -159,7 +159,7 @@ def change_upstream(
 def rerank(live: LiveUpstream, bands: Bands, now: float) -> None:
     """Shed by other bands from now on."""
     limit = live.service.upstream.limit
-    live.service.upstream.limit = _limit(live.section, limit, bands, now, in_flight=live.service.in_flight)
+    live.service.upstream.limit = _limit(live.section, limit, bands, now)
 
 
 def _retarget(service: Service, targets: list[Target], now: float) -> None:
@@ -192,7 +192,7 @@ def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[Name, ...]:
 def _change_transport(transport: httpx.AsyncBaseTransport, plan: UpstreamPlan) -> None:
     if isinstance(transport, UpstreamTransport):
         pool = plan.section.pool
-        transport.change(pool.max_connections, pool.idle_timeout, plan.tls.context)
+        transport.change(pool.max_connections, pool.max_tunnels, pool.idle_timeout, plan.tls.context)
         transport.revive()
 
 
@@ -284,7 +284,7 @@ def _by_chance(source: random.Random) -> Draw:
 
 
 def _limit(
-    section: UpstreamSection, limit: ConcurrencyLimit | None, bands: Bands, now: float, *, in_flight: int
+    section: UpstreamSection, limit: ConcurrencyLimit | None, bands: Bands, now: float
 ) -> ConcurrencyLimit | None:
     """Return the limit that the section sets: `limit` itself, changed, if there is one."""
     concurrency = section.concurrency
@@ -300,9 +300,7 @@ def _limit(
         limit.change(terms, bands, now)
         return limit
     start = Gradient(terms, now) if isinstance(terms, AdaptivePolicy) else terms
-    limit = ConcurrencyLimit(start, bands, source=random.Random())  # noqa: S311 - spreads load, guards nothing
-    limit.in_flight = in_flight  # what is under way was not counted, and will be given back
-    return limit
+    return ConcurrencyLimit(start, bands, source=random.Random())  # noqa: S311 - spreads load, guards nothing
 
 
 def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:
@@ -324,7 +322,12 @@ def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:
 def _transport(name: str, section: UpstreamSection, tls: Tls) -> Transport:
     pool = section.pool
     if not section.http2:
-        return UpstreamTransport(max_connections=pool.max_connections, idle_timeout=pool.idle_timeout, tls=tls.context)
+        return UpstreamTransport(
+            max_connections=pool.max_connections,
+            max_tunnels=pool.max_tunnels,
+            idle_timeout=pool.idle_timeout,
+            tls=tls.context,
+        )
     try:
         return http2_transport(pool.max_connections, pool.idle_timeout, tls.context)
     except ImportError as error:

@@ -98,7 +98,7 @@ class Installation:
         """Return how this process stands."""
         report = report_of(self._assembly.gateway)
         if self._connections is not None:
-            report.resources = [ResourceState.of("connections", [self._connections])]
+            report.resources.insert(0, ResourceState.of("connections", [self._connections]))
         if self._reloader is not None:
             report.configuration = self._reloader.state
         return report
@@ -122,4 +122,5 @@ def report_of(gateway: Gateway) -> Report:
         histories={name: moves_of(live.service.upstream) for name, live in gateway.upstreams.items()},
         lag=gateway.lag.lag,
         tasks=len(asyncio.all_tasks()),
+        resources=[one for live in gateway.upstreams.values() for one in live.service.resources()],
     )

@@ -216,6 +216,8 @@ SIBLINGS = {
     ("router", "request"),
     ("router", "service"),
     ("router", "stand_in"),
+    ("failures", "pool"),
+    ("overload", "shares"),
     ("verdicts", "failures"),
     ("stand_in", "request"),
     ("stand_in", "service"),
