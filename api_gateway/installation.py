@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from fastapi import FastAPI
+from starlette.datastructures import State
 
 from api_gateway.admin import Console, Phase
 from api_gateway.assembly import Assembly, Gateway, Plan
@@ -14,10 +14,18 @@ from api_gateway.brief import take_over
 from api_gateway.config import GatewayConfig
 from api_gateway.crew import Crew
 from api_gateway.middleware import Switch
+from api_gateway.operator_gate import Access, OperatorGate
 from api_gateway.reload import Reloader, refused
 from api_gateway.reload_state import Outcome
 from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.shares import ResourceState, Shares
+
+
+class Application(Protocol):
+    """What a configuration is put into: its operator gate, and where its endpoints find the live parts."""
+
+    gate: OperatorGate
+    state: State
 
 
 class Installation:
@@ -28,36 +36,43 @@ class Installation:
 
     def __init__(
         self,
-        app: FastAPI,
+        app: Application,
         assembly: Assembly,
         switch: Switch,
         *,
         server_headers: frozenset[bytes],
-        read: Callable[[], GatewayConfig] | None,
+        access: Callable[[GatewayConfig], Access],
         connections: Shares | None,
-        on_change: Callable[[GatewayConfig], None],
+        read: Callable[[], GatewayConfig] | None,
+        on_change: Callable[[GatewayConfig], None] | None,
     ) -> None:
-        """`read` reads the configuration anew; `on_change` is called with each that has come into force."""
+        """`access` returns who may use the operator endpoints, and may block.
+
+        `read` reads the configuration anew; `on_change` is called with each that has come into force by a reload.
+        """
         self._app = app
         self._assembly = assembly
         self._switch = switch
         self._server_headers = server_headers
+        self._access_of = access
         self._read = read
         self._connections = connections
         self._on_change = on_change
         self._plan: Plan | None = None
+        self._access: Access | None = None
         self._settings: GatewayConfig | None = None  # as they were read, without the demo's
         self._reloader: Reloader | None = None
 
     def __repr__(self) -> str:
         return f"<Installation of {self._assembly!r} [{'none' if self._plan is None else 'prepared'}]>"
 
-    def start(self, settings: GatewayConfig, console: Callable[..., Console], crew: Crew) -> None:
+    async def start(self, settings: GatewayConfig, console: Callable[..., Console], crew: Crew) -> None:
         """Put the first configuration into force; `console` makes what the operator endpoints look at."""
         gateway = self._assembly.gateway
         self._reloader = Reloader(settings, self._read, self._apply, wall_clock=time.time)
         data_plane, lane, explainer = data_plane_of(gateway, self._server_headers)
         self._switch.set(data_plane, lane)
+        self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
         self._app.state.console = console(gateway, explainer, crew)
         crew.enlist(self.look, self)
@@ -69,18 +84,22 @@ class Installation:
     async def _prepare(self, config: GatewayConfig) -> None:
         self._plan = None
         self._settings = config
+        self._access = await asyncio.to_thread(self._access_of, config)
         self._plan = await self._assembly.plan(config)
 
     def commit(self) -> None:
         """Put what was prepared into force. Requests that run end on what they began with."""
-        plan, self._plan = self._plan, None
-        assert plan is not None and self._settings is not None  # noqa: S101, PT018 - see the class
+        plan, access, settings = self._plan, self._access, self._settings
+        self._plan = None
+        assert plan is not None and access is not None and settings is not None  # noqa: S101, PT018 - see the class
         gateway = self._assembly.commit(plan)
         data_plane, lane, explainer = data_plane_of(gateway, self._server_headers)
         self._switch.set(data_plane, lane)
         self._app.state.gateway = gateway
         self._app.state.console.explainer = explainer
-        self._on_change(self._settings)
+        self._app.gate.access = access
+        if self._on_change is not None:
+            self._on_change(settings)
 
     async def reload(self, origin: str) -> Outcome:
         """Reload the configuration of an application that serves alone."""

@@ -3,11 +3,13 @@
 `api_gateway.main:app` is what `uvicorn` is given. It is built when first asked for, so importing does nothing.
 """
 
+import logging
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -16,7 +18,7 @@ from fastapi import FastAPI
 from api_gateway import __version__, admin
 from api_gateway.admin import Console, Phase
 from api_gateway.assembly import Assembly, Gateway
-from api_gateway.assembly_access import operator_access
+from api_gateway.assembly_access import NOBODY, operator_access
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
@@ -25,12 +27,15 @@ from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
 from api_gateway.installation import Installation
 from api_gateway.link import Lanes
+from api_gateway.locality import Locality
 from api_gateway.middleware import Split, Switch, is_proxied
-from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.operator_gate import OperatorGate
 from api_gateway.operator_limits import OperatorLimits
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
 from api_gateway.shares import Shares
+
+logger = logging.getLogger(__name__)
 
 STOCK_SERVER_HEADERS = frozenset({b"date", b"server"})
 
@@ -42,16 +47,18 @@ class GatewayApp(FastAPI):
     requests too.
     """
 
-    def __init__(self, switch: Switch, access: Access, refused: Counter[str], **options: Any) -> None:
+    def __init__(self, switch: Switch, refused: Counter[str], *, has_admin_listener: bool, **options: Any) -> None:
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
+        self.has_admin_listener = has_admin_listener
         endpoints = admin.install(self, refused)
         self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,
-            access=access,
+            access=NOBODY,
             endpoints=endpoints,
+            has_admin_listener=has_admin_listener,
             readiness=self._readiness,
             health=self._health,
             limits=OperatorLimits(time.monotonic_ns),
@@ -102,7 +109,8 @@ def create_app(
     read: Callable[[], GatewayConfig] | None = None,
     on_change: Callable[[GatewayConfig], None] | None = None,
     connections: Shares | None = None,
-) -> FastAPI:
+    locality: Locality | None = None,
+) -> GatewayApp:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
     `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
@@ -112,6 +120,7 @@ def create_app(
     `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
     `read` reads the configuration anew for a reload; without it only a `config` that is None can be reloaded, from the
     same sources. `on_change` is called with every configuration that a reload has put into force.
+    `locality` decides which requests need no token; by default that of a program of the operator on this machine.
     `connections` are the shares of the server's connections, to be shown to operators.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
@@ -121,35 +130,30 @@ def create_app(
     rejections: Counter[str] = Counter() if refused is None else refused
     switch = Switch()
 
-    def put_into_force(changed: GatewayConfig) -> None:
-        app.gate.access = operator_access(changed)
-        if on_change is not None:
-            on_change(changed)
-
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
         assembly = Assembly(rejections, transports or {}, resolve)
         async with assembly.live(settings) as gateway:
-            assert isinstance(app, GatewayApp)  # noqa: S101 - it is the one built below
             gateway.recorder.operator_refusals = app.gate.refusals
             installation = Installation(
                 app,
                 assembly,
                 switch,
                 server_headers=server_headers,
-                read=read,
+                access=partial(operator_access, locality=locality),
                 connections=connections,
-                on_change=put_into_force,
+                read=read,
+                on_change=on_change,
             )
-            installation.start(settings, _console, crew or Alone())
+            await installation.start(settings, _console, crew or Alone())
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
 
-    app = GatewayApp(
+    return GatewayApp(
         switch,
-        operator_access(settings),
         rejections,
+        has_admin_listener=settings.admin.listen is not None,
         title="API Gateway",
         version=__version__,
         description="The operator's endpoints. Everything below `/api/` is proxied and not described here.",
@@ -157,7 +161,6 @@ def create_app(
         redirect_slashes=False,
         license_info={"name": "MIT", "identifier": "MIT"},
     )
-    return app
 
 
 def __getattr__(name: str) -> Any:
@@ -169,6 +172,10 @@ def __getattr__(name: str) -> Any:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(STARTUP_FAILED) from None
+    if app.has_admin_listener:
+        logger.warning(
+            "admin.listen: only the gateway's own server opens it; nobody serves the operator endpoints here"
+        )
     globals()["app"] = app
     return app
 

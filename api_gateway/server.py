@@ -27,6 +27,7 @@ from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
 from api_gateway.local_resources import raise_descriptor_limit
+from api_gateway.locality import Locality
 from api_gateway.main import create_app
 from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
@@ -57,8 +58,10 @@ class GatewayServer(uvicorn.Server):
         config: GatewayConfig,
         crew: Crew | None = None,
         read: Callable[[], GatewayConfig] | None = None,
+        *,
+        locality: Locality | None = None,
     ) -> None:
-        """`read` reads the configuration anew for a reload."""
+        """`read` and `locality` are as in `create_app`."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
@@ -76,6 +79,7 @@ class GatewayServer(uvicorn.Server):
             connections=self.connections,
             read=read,
             on_change=self._on_configuration,
+            locality=locality,
         )
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))

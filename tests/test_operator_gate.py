@@ -496,7 +496,7 @@ def test_without_a_token_configured_what_is_not_local_is_limited_and_local_reque
 ) -> None:
     running = gateway(in_front_of("http://127.0.0.1:9"))
     forwarded = statuses(running, "/metrics", 60, {"X-Forwarded-For": "203.0.113.9"})
-    assert (forwarded[0], forwarded[-1]) == (403, 429)
+    assert (forwarded[0], forwarded[-1]) == (401, 429)
     assert statuses(running, "/metrics", 20) == [200] * 20
 
 
