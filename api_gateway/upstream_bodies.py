@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from api_gateway.models import Body, BreakerMode, RequestBody, Source
+from api_gateway.reload_bodies import ConfigurationView
 
 
 class OpeningView(Body):
@@ -210,7 +211,7 @@ class ConcurrencyView(Body):
     """What is under way at an upstream, and what may be, in all workers."""
 
     limit: float | None = Field(description="Requests that may be under way at once; null is no limit.")
-    in_flight: int = Field(description="Requests, streams and tunnels under way.")
+    in_flight: int = Field(description="Requests under way; without a limit WebSockets and event streams too.")
     shed: int = Field(description="Requests refused for it since the start.")
 
 
@@ -262,4 +263,5 @@ class HealthView(BaseModel):
     limits: StoreView | None = None
     clients: ClientStoreView | None = None
     event_loop: LagView | None = None
+    configuration: ConfigurationView | None = None
     resources: list[ResourceView] | None = None
