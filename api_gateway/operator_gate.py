@@ -125,11 +125,11 @@ class OperatorGate:
             await send_problem(error, send, instance=path_as_sent(scope), request_id=None, headers=[])
 
     async def _serve(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
-        fault = flaw(fields, scope["http_version"])
-        if fault is not None:
-            raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         target = target_of(scope)
         view = self._views.get(target.segments[0]) if len(target.segments) == 1 else None
+        fault = flaw(fields, scope["http_version"])
+        if fault is not None and (view is None or framing(fields) is not None):  # simple probes may name no host
+            raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         if view is not None:
             await self._show(view, scope, fields, send)
             return
