@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -25,6 +26,7 @@ from api_gateway.errors import (
     ClientIdInvalid,
     Forbidden,
     GatewayError,
+    InternalError,
     InvalidValue,
     MethodNotAllowed,
     NoRoute,
@@ -464,14 +466,31 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
     )
 
 
-def install(app: FastAPI) -> frozenset[str]:
-    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths."""
+def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
+    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths.
+
+    `refused` counts the problems that are answered, by reason.
+    """
+    app.state.refused = refused
+    app.state.rendered_schemas = {}
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)  # the framework raises it again, and the server logs it
+    app.router.routes.insert(0, Route("/openapi.json", _schema))
     return frozenset(route.path.split("/")[1] for route in _routes(app))
+
+
+async def _schema(request: Request) -> Response:
+    """Answer the schema, which the framework would render anew for each request."""
+    rendered: dict[str, Response] = request.app.state.rendered_schemas
+    root = request.scope.get("root_path", "")
+    if root not in rendered:
+        schema = request.app.openapi()
+        rendered[root] = JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
+    return rendered[root]
 
 
 async def _answer_error(request: Request, raised: Exception) -> Response:
@@ -481,6 +500,7 @@ async def _answer_error(request: Request, raised: Exception) -> Response:
         error.headers["allow"] = _allow(request)
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"allow": error.headers["allow"]})
+    request.app.state.refused[error.reason] += 1
     return JSONResponse(
         problem(error, instance=path_as_sent(request.scope)),
         status_code=error.status,
@@ -515,7 +535,7 @@ def _in_our_words(raised: Exception) -> GatewayError:
         if raised.status_code == 405:  # noqa: PLR2004 - an endpoint, but not for this method
             return MethodNotAllowed("The endpoint does not take this method.")
         return BadRequest(str(raised.detail))
-    raise raised
+    return InternalError(f"The gateway failed: {type(raised).__name__}.")
 
 
 def _mistake(item: Mapping[str, Any]) -> str:
@@ -676,6 +696,7 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
         window_slow=slow,
         window_slow_rate=round(slow / calls, 4) if calls else None,
         probes_in_flight=breaker.probes_in_flight,
+        one_principal=breaker.one_principal,
         ramp_share=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,

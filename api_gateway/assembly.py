@@ -20,6 +20,7 @@ from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
 from api_gateway.heap import keep_trimmed
 from api_gateway.lag import LagSampler
+from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
 from api_gateway.output import process_output
@@ -59,6 +60,7 @@ async def live(
 ) -> AsyncIterator[Gateway]:
     """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
     async with AsyncExitStack() as stack:
+        raise_descriptor_limit()
         if config.is_demo:
             demo = DemoUpstreams()
             await demo.start()

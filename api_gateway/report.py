@@ -27,7 +27,10 @@ _EVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class BreakerReport:
-    """A circuit breaker. `workers` holds its state in each worker, where there are several."""
+    """A circuit breaker. `workers` holds its state in each worker, where there are several.
+
+    `one_principal`: it stays CLOSED because the failures are one client's and others call, too.
+    """
 
     state: State
     since: float
@@ -47,6 +50,7 @@ class BreakerReport:
     opened_at: float | None
     opened_cause: str
     policy: BreakerPolicy
+    one_principal: bool = False
     workers: dict[str, State] = field(default_factory=dict)
 
     @classmethod
@@ -74,6 +78,7 @@ class BreakerReport:
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             policy=breaker.policy,
+            one_principal=breaker.has_one_failing_principal(now),
         )
 
     @classmethod
@@ -97,6 +102,7 @@ class PassiveReport:
     opened_at: float | None
     opened_cause: str
     ejections_total: int
+    one_principal: bool = False  # see `BreakerReport`
 
     @classmethod
     def of(cls, upstream: Upstream, target: Target, now: float) -> "PassiveReport | None":
@@ -114,6 +120,7 @@ class PassiveReport:
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             ejections_total=target.ejections_total,
+            one_principal=breaker.has_one_failing_principal(now),
         )
 
 

@@ -5,10 +5,8 @@ import contextlib
 import gc
 import logging
 import math
-import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -28,6 +26,8 @@ from api_gateway.crew import Crew
 from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
+from api_gateway.local_resources import raise_descriptor_limit
+from api_gateway.locality import Locality
 from api_gateway.main import create_app
 from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
@@ -52,15 +52,18 @@ class GatewayServer(uvicorn.Server):
     requests over gateways can take notice. Then it accepts no more, and what runs has `drain_timeout` seconds to end.
     """
 
-    def __init__(self, config: GatewayConfig, crew: Crew | None = None) -> None:
+    def __init__(self, config: GatewayConfig, crew: Crew | None = None, *, locality: Locality | None = None) -> None:
+        """`locality` decides which requests need no token, as in `create_app`."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
         self._sockets = Sockets([])
         refused: Counter[str] = Counter()
         section = config.server
-        self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
-        self._app: FastAPI = create_app(config, refused=refused, crew=crew, connections=self.connections)
+        self.connections = Shares(section.max_connections or default_connections(raise_descriptor_limit()))
+        self._app: FastAPI = create_app(
+            config, refused=refused, crew=crew, connections=self.connections, locality=locality
+        )
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
         admin = AdminListener(self._app)
@@ -214,11 +217,6 @@ def _bounds(section: ServerSection) -> Bounds:
         body_rate=section.min_body_rate,
         body_grace=section.min_body_rate_grace,
     )
-
-
-def _descriptor_limit() -> int:
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def _holder_of_connection(trusted: Collection[Network]) -> Callable[[str], str | None]:
