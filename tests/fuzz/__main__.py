@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run the cases of a finding instead")
     parser.add_argument("--repeat", type=int, default=1, help="how often, with --replay")
-    parser.add_argument("--reduce", type=float, default=120.0, help="seconds to make a finding small (default: 120)")
+    parser.add_argument("--reduce", type=float, default=300.0, help="seconds to make a finding small (default: 300)")
     parser.add_argument("--out", type=Path, default=Path(), help="where findings are written (default: here)")
     return asyncio.run(_main(parser.parse_args()))
 

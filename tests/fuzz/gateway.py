@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent.parent
+TOKEN = "for-the-operator-endpoints-of-a-fuzzed-gateway"
 _STARTS_WITHIN = 90.0  # seconds
 _ENDS_WITHIN = 60.0
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -49,6 +50,7 @@ def configuration(ports: list[int], state_dir: Path) -> str:
                 "worker_timeout": 10,
             },
             "state_dir": str(state_dir),
+            "admin": {"token": TOKEN},
             "log": {"access": False},
             "tiers": {"FREE": {"rate": 1_000_000, "capacity": 10_000_000}},
             "upstreams": {

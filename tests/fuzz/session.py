@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.case import Case
-from tests.fuzz.gateway import Gateway
+from tests.fuzz.gateway import TOKEN, Gateway
 from tests.fuzz.peers import Upstream, run
 
 AT_ONCE = 16  # cases
@@ -68,7 +68,7 @@ class Session:
         finally:
             for task in (prober, *workers):
                 task.cancel()
-            await asyncio.gather(prober, *workers, return_exceptions=True)
+            await asyncio.gather(prober, working, *workers, return_exceptions=True)
         if self.upstream.findings:
             raise Found(self.upstream.findings.pop())
 
@@ -143,12 +143,15 @@ class Session:
             text = (await self._ask("/metrics?format=prometheus")).decode()
         gauges = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("gateway_"))
         in_flight = sum(float(value) for name, value in gauges.items() if "in_flight" in name)
+        if "gateway_event_loop_tasks" not in gauges:
+            raise ValueError(text[:400])
         return int(in_flight), int(float(gauges["gateway_event_loop_tasks"]))
 
     async def _ask(self, path: str) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.gateway.port)
         try:
-            writer.write(b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % path.encode())
+            fields = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\nConnection: close\r\n"
+            writer.write(f"GET {path} HTTP/1.1\r\n{fields}\r\n".encode())
             answer = await reader.read()
         finally:
             writer.close()
