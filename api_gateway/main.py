@@ -3,12 +3,11 @@
 `api_gateway.main:app` is what `uvicorn` is given. It is built when first asked for, so importing does nothing.
 """
 
-import asyncio
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -18,24 +17,23 @@ from fastapi import FastAPI
 
 from api_gateway import __version__, admin
 from api_gateway.admin import Console, Phase
-from api_gateway.assembly import Gateway, live
+from api_gateway.assembly import Assembly, Gateway
 from api_gateway.assembly_access import NOBODY, operator_access
-from api_gateway.assembly_data_plane import data_plane_of
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
-from api_gateway.link import Lane
+from api_gateway.installation import Installation
+from api_gateway.link import Lanes
 from api_gateway.locality import Locality
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import OperatorGate
 from api_gateway.operator_limits import OperatorLimits
-from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
-from api_gateway.shares import ResourceState, Shares
+from api_gateway.shares import Shares
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +66,9 @@ class GatewayApp(FastAPI):
         )
 
     @property
-    def lane(self) -> Lane | None:
+    def lane(self) -> Lanes | None:
         """The straight way for plain requests; none if somebody's middleware wants to see them."""
-        return self._switch.lane if self._has_no_other_middleware else None
+        return self._switch if self._has_no_other_middleware else None
 
     @property
     def _has_no_other_middleware(self) -> bool:
@@ -108,6 +106,8 @@ def create_app(
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     crew: Crew | None = None,
     resolve: Resolve = look_up,
+    read: Callable[[], GatewayConfig] | None = None,
+    on_change: Callable[[GatewayConfig], None] | None = None,
     connections: Shares | None = None,
     locality: Locality | None = None,
 ) -> GatewayApp:
@@ -118,22 +118,34 @@ def create_app(
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
     test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
     `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
+    `read` reads the configuration anew for a reload; without it only a `config` that is None can be reloaded, from the
+    same sources. `on_change` is called with every configuration that a reload has put into force.
     `locality` decides which requests need no token; by default that of a program of the operator on this machine.
     `connections` are the shares of the server's connections, to be shown to operators.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
+    if config is None and read is None:
+        read = load_config
     rejections: Counter[str] = Counter() if refused is None else refused
     switch = Switch()
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
-        app.gate.access = operator_access(settings, locality)
-        async with live(settings, rejections, transports or {}, resolve) as gateway:
-            app.state.gateway = gateway
+        assembly = Assembly(rejections, transports or {}, resolve)
+        async with assembly.live(settings) as gateway:
             gateway.recorder.operator_refusals = app.gate.refusals
-            switch.data_plane, switch.lane, explainer = data_plane_of(gateway, server_headers)
-            app.state.console = _console(gateway, explainer, crew or Alone(), connections)
+            installation = Installation(
+                app,
+                assembly,
+                switch,
+                server_headers=server_headers,
+                access=partial(operator_access, locality=locality),
+                connections=connections,
+                read=read,
+                on_change=on_change,
+            )
+            await installation.start(settings, _console, crew or Alone())
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
@@ -168,8 +180,7 @@ def __getattr__(name: str) -> Any:
     return app
 
 
-def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Shares | None) -> Console:
-    crew.enlist(partial(_look, gateway, connections))
+def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
     return Console(
         version=__version__,
         limiter=gateway.limiter,
@@ -179,29 +190,4 @@ def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Sh
         clock_ns=time.monotonic_ns,
         explainer=explainer,
         modes=gateway.modes,
-    )
-
-
-def _look(gateway: Gateway, connections: Shares | None) -> Report:
-    """Return how this process stands."""
-    now = time.monotonic()
-    return Report(
-        worker="",
-        recorder=gateway.recorder,
-        upstreams={
-            name: UpstreamReport.of(service.upstream, now, gateway.upkeeps[name].names)
-            for name, service in gateway.services.items()
-        },
-        buckets=len(gateway.limiter),
-        bucket_limit=gateway.limiter.bucket_limit,
-        overflowed=gateway.limiter.overflowed,
-        limiter=gateway.limiter.state(),
-        client_trouble=gateway.clients.trouble,
-        histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
-        lag=gateway.lag.lag,
-        tasks=len(asyncio.all_tasks()),
-        resources=[
-            *([] if connections is None else [ResourceState.of("connections", [connections])]),
-            *(resource for service in gateway.services.values() for resource in service.resources()),
-        ],
     )

@@ -16,6 +16,7 @@ from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency
+from api_gateway.reload_state import ReloadState
 from api_gateway.resolution import Name
 from api_gateway.shares import ResourceState
 from api_gateway.targets import CheckRecord, Target
@@ -234,6 +235,7 @@ class Report:
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
     tasks: int = 0  # that the event loop has
+    configuration: ReloadState = field(default_factory=ReloadState)
     resources: list[ResourceState] = field(default_factory=list)
 
     @classmethod
@@ -259,6 +261,7 @@ class Report:
             },
             "lag": self.lag,
             "tasks": self.tasks,
+            "configuration": asdict(self.configuration),
             "resources": [asdict(resource) for resource in self.resources],
         }
 
@@ -272,6 +275,7 @@ class Report:
         self.client_trouble = state["client_trouble"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
+        self.configuration = ReloadState.from_state(state["configuration"])
         self.resources = [ResourceState(**resource) for resource in state["resources"]]
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])

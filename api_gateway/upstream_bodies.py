@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from api_gateway.models import Body, BreakerMode, RequestBody, Source
+from api_gateway.reload_bodies import ConfigurationView
 
 
 class OpeningView(Body):
@@ -262,4 +263,5 @@ class HealthView(BaseModel):
     limits: StoreView | None = None
     clients: ClientStoreView | None = None
     event_loop: LagView | None = None
+    configuration: ConfigurationView | None = None
     resources: list[ResourceView] | None = None
