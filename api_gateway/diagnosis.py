@@ -22,6 +22,9 @@ Place = tuple[str, ...]
 
 # The URL of a target, or a wrong attempt at one, in which nothing can be taken for a password.
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@]*)?\W?")
+_LONGEST_SHOWN = 200
+NO_PATTERNS: Mapping[str, str] = {}
+_HOLDS_ITSELF = "holds itself"
 _KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
@@ -40,38 +43,53 @@ class YamlFile:
     path: Path | None
     values: dict[str, Any]
     lines: Mapping[Place, int]
+    problems: tuple[str, ...] = ()  # what YAML allows and we do not
 
 
 NO_FILE = YamlFile(None, {}, {})
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Read a file of sections. Raises ConfigError, also for a key given twice: the second would silently win."""
+    """Read a file of sections. Raises ConfigError if it is no such file.
+
+    A key given twice is one of the file's `problems`: YAML lets the second win.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError as error:  # it holds all of the file, and its text a byte of it
+        raise ConfigError([f"{path}: cannot be read: not utf-8 at byte {error.start}"]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise ConfigError([f"{path}{_not_yaml(error)}"]) from None
     if values is None:
         return YamlFile(path, {}, {})
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: must hold sections, got {type(values).__name__}"])
     lines: dict[Place, int] = {}
-    faults = [f"{path}:{line}: {_spelt(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
-    if faults:
+    faults = [f"{path}:{line}: {spelt(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
+    if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
         raise ConfigError(faults)
-    return YamlFile(path, values, {tuple(map(str.lower, place)): line for place, line in lines.items()})
+    by_lower_case = {tuple(map(str.lower, place)): line for place, line in lines.items()}
+    return YamlFile(path, _with_text_keys(values), by_lower_case, tuple(faults))
 
 
-def _not_yaml(error: yaml.YAMLError) -> str:
+def _with_text_keys(value: Any) -> Any:
+    """Return values whose keys are text, as the rest of the program expects; another key is a problem of its own."""
+    if isinstance(value, dict):
+        return {name: _with_text_keys(inner) for name, inner in value.items() if isinstance(name, str)}
+    return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _not_yaml(error: Exception) -> str:
     """Return line and problem, without the text of the file that the error quotes: it may be a secret."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "unreadable"
-    if isinstance(error, yaml.composer.ComposerError | yaml.constructor.ConstructorError):
-        problem = re.sub(r"'.*'", "'...'", problem)
-    return f"{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}"
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+    problem = re.sub(r"""(['"])(?!<|\\t).{2,}\1""", "'...'", problem)
+    hint = "; indent with spaces instead of tabs" if "'\\t'" in problem else ""
+    return f"{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}{hint}"
 
 
 def _index_lines(
@@ -79,11 +97,11 @@ def _index_lines(
 ) -> Iterator[tuple[Place, int, str]]:
     """Fill `lines`, and yield place, line and fault of every key or value that YAML allows and we do not."""
     if any(node is outer for outer in above) and node is not None:
-        yield place, node.start_mark.line + 1, "holds itself"
+        yield place, node.start_mark.line + 1, _HOLDS_ITSELF
         return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*place, str(key.value))
+            inner = (*place, str(key.value) if isinstance(key, yaml.ScalarNode) else "?")
             line = key.start_mark.line + 1
             if inner in lines:
                 yield inner, line, "given twice"
@@ -158,24 +176,63 @@ def _value_at(value: Any, place: Place) -> Any:
     return value
 
 
-def explain(detail: ErrorDetails, model: type[BaseModel], sources: Sources) -> list[str]:
-    """Return a line for each mistake in one of pydantic's errors about `model`. Secrets are not shown."""
-    place = tuple(str(part) for part in detail["loc"] if part != "[key]")
-    message = detail["msg"].removeprefix("Value error, ")
-    if not place:  # a rule between sections, which names its places itself
-        return message.split("\n")
+def place_of(detail: ErrorDetails) -> Place:
+    """Return the place that one of pydantic's errors is about; a name is told by its value."""
+    return tuple(str(part) for part in detail["loc"] if part != "[key]")
+
+
+def explain(
+    detail: ErrorDetails, model: type[BaseModel], sources: Sources, patterns: Mapping[str, str] = NO_PATTERNS
+) -> str:
+    """Return a line for one of pydantic's errors about `model`. Secrets are not shown.
+
+    `patterns` says in words what a text must be like to match a regular expression.
+    """
+    place, kind = place_of(detail), detail["type"]
     shown = shown_value(detail["input"], type_at(model, place))
-    if detail["type"] == "extra_forbidden":
+    message = _message(detail, patterns)
+    if kind == "extra_forbidden":
         known = _keys_at(model, place[:-1])
         message = "unknown key" + (nearest(place[-1], known) or "; known are " + ", ".join(known))
         shown = ""
-    elif detail["type"] == "missing":
+    elif kind == "missing":
         message, shown = "is missing", ""
+    elif detail["input"] is None and shown:
+        message, shown = f"has no value; {message}, or leave it out", ""
     twin = (*place[:-1], place[-1] + SUFFIX)
     path = sources.given(twin)
     if path is not None:  # the secret was read from a file
         place, shown = twin, "" if str(path) in message else f", read from {path!r}"
-    return [f"{sources.origin(place)}{_spelt(place)}: {message[0].lower()}{message[1:]}{shown}"]
+    return f"{sources.origin(place)}{spelt(place)}: {message}{shown}"
+
+
+_MESSAGES = {
+    "model_type": "must be a section of keys and values",
+    "dict_type": "must be a section of keys and values",
+    "list_type": "must be a list",
+    "string_type": "must be text; put it in quotes",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "path_type": "must be a path",
+}
+
+
+def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
+    """Return what is wrong in our words, without names of classes."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "string_type" and isinstance(detail["input"], bool):
+        return "must be text; put it in quotes, as YAML reads on, off, yes and no as true and false"
+    if kind == "string_pattern_mismatch" and context.get("pattern") in patterns:
+        return patterns[context["pattern"]]
+    message = _MESSAGES.get(kind) or detail["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^(Input|String|List|Value|Dictionary|Tuple|Set) should ", "must ", message)
+    message = re.sub(r" after validation, not \d+$", "", message)
+    return f"{message[0].lower()}{message[1:]}"
 
 
 def shown_value(value: Any, annotation: Any) -> str:
@@ -183,6 +240,8 @@ def shown_value(value: Any, annotation: Any) -> str:
     if holds_secret(annotation):
         return ""
     text = repr(value)
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[:_LONGEST_SHOWN]}..."
     if "@" in text or (may_hold_password(annotation) and not _PLAIN_URL.fullmatch(text)):
         return ", got a value that is not shown because it may hold a password"
     return f", got {text}"
@@ -194,15 +253,16 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _spelt(place: Place) -> str:
+def spelt(place: Place) -> str:
+    """Return a place as people write it, such as `routes[0].path`."""
     return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place).removeprefix(".")
 
 
 def type_at(model: Any, place: Place) -> Any:
     """Return the type, with its metadata, of the setting at `place` below `model`, or None if there is none."""
     for part in place:
-        annotation = _unwrapped(model)
-        if _is_section(annotation):
+        annotation = unwrapped(model)
+        if is_section(annotation):
             field = annotation.model_fields.get(part)
             model = None if field is None else Annotated[(field.annotation, *field.metadata, None)]
         else:
@@ -213,18 +273,19 @@ def type_at(model: Any, place: Place) -> Any:
 
 def _keys_at(model: Any, place: Place) -> list[str]:
     """Return the keys known to the section at `place` below `model`."""
-    section = _unwrapped(type_at(model, place))
-    return list(section.model_fields) if _is_section(section) else []
+    section = unwrapped(type_at(model, place))
+    return list(section.model_fields) if is_section(section) else []
 
 
-def _unwrapped(annotation: Any) -> Any:
+def unwrapped(annotation: Any) -> Any:
     """Take off Annotated and Optional."""
     if get_origin(annotation) is Annotated:
-        return _unwrapped(get_args(annotation)[0])
+        return unwrapped(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return _unwrapped(next(arg for arg in get_args(annotation) if arg is not type(None)))
+        return unwrapped(next(arg for arg in get_args(annotation) if arg is not type(None)))
     return annotation
 
 
-def _is_section(model: Any) -> bool:
+def is_section(model: Any) -> bool:
+    """Tell whether a type is a section."""
     return isinstance(model, type) and issubclass(model, BaseModel)
