@@ -4,8 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pydantic import SecretStr
+
 from api_gateway.config_sections import (
     AddressLimitSection,
+    AdminSection,
     CandidateSection,
     ClientSection,
     RouteSection,
@@ -44,6 +47,8 @@ class Whole(Protocol):
     """The sections that the rules look at."""
 
     @property
+    def admin(self) -> AdminSection: ...  # noqa: D102 - see `GatewayConfig`
+    @property
     def store(self) -> StoreSection: ...  # noqa: D102 - see `GatewayConfig`
     @property
     def address_limit(self) -> AddressLimitSection: ...  # noqa: D102
@@ -62,6 +67,7 @@ class Whole(Protocol):
 def contradictions(config: Whole) -> Iterator[Finding]:
     """Yield every mistake that one setting alone does not show."""
     yield from _store_findings(config)
+    yield from _token_findings(config)
     yield from _tier_findings(config)
     for name, upstream in config.upstreams.items():
         place = ("upstreams", name)
@@ -90,7 +96,7 @@ def doubts(config: Whole) -> Iterator[Finding]:
         for number, other in unused_cost_rules(route.costs):
             rule: Place = ("routes", str(index), "costs", str(number))
             message = f"never counts: costs[{other}] before it covers all of its requests"
-            yield Finding(rule, message, _named(rule, route))
+            yield _of_route(route, rule, message)
 
 
 def _store_findings(config: Whole) -> Iterator[Finding]:
@@ -110,6 +116,17 @@ def _store_findings(config: Whole) -> Iterator[Finding]:
                 f"takes {term.capacity / term.rate:g} s to fill, and in a shared store a bucket may take"
                 f" {LONGEST_BUDGET} at most",
             )
+
+
+def _token_findings(config: Whole) -> Iterator[Finding]:
+    tokens: list[tuple[Place, SecretStr | None]] = [(("admin", "token"), config.admin.token)]
+    tokens += [(("admin", "tokens", name, "token"), section.token) for name, section in config.admin.tokens.items()]
+    places: dict[str, Place] = {}
+    for place, token in tokens:
+        if token is not None:
+            first = places.setdefault(token.get_secret_value(), place)
+            if first != place:
+                yield Finding(place, f"is the same token as {spelt(first)}", because=(first,))
 
 
 def _tier_findings(config: Whole) -> Iterator[Finding]:
@@ -180,9 +197,10 @@ def _breaker_findings(upstream_place: Place, upstream: UpstreamSection) -> Itera
         )
 
 
-def _named(place: Place, route: RouteSection) -> str:
-    """Return the place of a setting of a route, with the route's name behind its number."""
-    return f"routes[{place[1]}] ({route.name}){'.' if len(place) > 2 else ''}{spelt(place[2:])}"  # noqa: PLR2004
+def _of_route(route: RouteSection, place: Place, message: str, because: tuple[Place, ...] = ()) -> Finding:
+    """Return a finding that shows the name of the route behind its number."""
+    _, number, *rest = place
+    return Finding(place, message, f"routes[{number}] ({route.name}).{spelt(tuple(rest))}", because)
 
 
 def _route_findings(config: Whole) -> Iterator[Finding]:
@@ -194,18 +212,15 @@ def _route_findings(config: Whole) -> Iterator[Finding]:
             *_match_findings(route),
             *_cost_findings(config, route),
         ):
-            inner = (*place, *key)
-            yield Finding(inner, message, _named(inner, route), because)
+            yield _of_route(route, (*place, *key), message, because)
         if route.name in names:
-            inner = (*place, "name")
             message = f"already the name of routes[{names[route.name]}]"
-            yield Finding(inner, message, _named(inner, route), (("routes", str(names[route.name]), "name"),))
+            yield _of_route(route, (*place, "name"), message, (("routes", str(names[route.name]), "name"),))
         names.setdefault(route.name, index)
     for index, other, message in never_reached(config.routes):
-        inner: Place = ("routes", str(index), "path")
         keys = ("path", "host", "methods")
         because = tuple(("routes", str(number), key) for number in (index, other) for key in keys)
-        yield Finding(inner, message, _named(inner, config.routes[index]), because)
+        yield _of_route(config.routes[index], ("routes", str(index), "path"), message, because)
 
 
 _Wrong = tuple[Place, str, tuple[Place, ...]]

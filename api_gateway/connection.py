@@ -132,7 +132,7 @@ class Connection(asyncio.BufferedProtocol):
         timer = None if seconds is None else self.loop.call_later(seconds, self._time_out, seconds)
         try:
             while self._writable is not None:
-                await self._writable
+                await asyncio.wait({self._writable})  # see `protocol.GatewayProtocol.wait_until_writable`
         finally:
             if timer is not None:
                 timer.cancel()

@@ -29,7 +29,10 @@ QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded
 REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
-STARTUP_FAILED = 3  # exit code; uvicorn's own for it
+# Exit codes
+STARTUP_FAILED = 3  # uvicorn's own for it
+CUT_OFF = 4  # not everything was answered in the time to drain
+BLOCKED = 5  # the event loop did not turn any more
 
 
 class Reason(StrEnum):

@@ -89,6 +89,12 @@ class Exposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
+        refusals = CounterMetricFamily(
+            "gateway_operator_refusals", "Requests to operator endpoints that were refused.", labels=["cause"]
+        )
+        for cause, count in recorder.operator_refusals.items():
+            refusals.add_metric([cause], count)
+        yield refusals
 
     def _limits(self) -> Iterator[Metric]:
         decisions = CounterMetricFamily(

@@ -529,12 +529,17 @@ class Passage(Answer):
             self.connection.set_alarm("idle" if self.exchange.status else "read")
 
     def on_client_left(self) -> None:
-        """Let go of everything: nobody waits for the answer any more."""
+        """Abort the exchange: its client has left."""
         note_failure(self.exchange, ClientDisconnected(LEFT))
-        self.on_cut_off()
+        self._abort()
 
     def on_cut_off(self) -> None:
-        """Let go of everything, and blame nobody."""
+        """Abort the exchange: the server's time to drain is over."""
+        self._express.record.note_cut_off(self.exchange)
+        self._abort()
+
+    def _abort(self) -> None:
+        """End the exchange with the outcome IGNORED, and its connection with it."""
         self.has_left = True
         self.exchange.attempts = 1
         self.close()

@@ -25,9 +25,11 @@ from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
+from api_gateway.health_cache import HealthCache
 from api_gateway.link import Lane
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.operator_limits import OperatorLimits
 from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
@@ -49,7 +51,13 @@ class GatewayApp(FastAPI):
         self._switch = switch
         endpoints = admin.install(self)
         self.gate = OperatorGate(
-            super().__call__, access=access, endpoints=endpoints, readiness=self._readiness, refused=refused
+            super().__call__,
+            access=access,
+            endpoints=endpoints,
+            readiness=self._readiness,
+            health=self._health,
+            limits=OperatorLimits(time.monotonic_ns),
+            refused=refused,
         )
 
     @property
@@ -74,6 +82,10 @@ class GatewayApp(FastAPI):
         console: Console | None = getattr(self.state, "console", None)
         phase = Phase.STARTING if console is None else console.phase
         return phase is Phase.SERVING, phase.value
+
+    def _health(self) -> HealthCache | None:
+        console: Console | None = getattr(self.state, "console", None)
+        return None if console is None else console.health
 
 
 def create_app(
@@ -104,6 +116,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with live(settings, rejections, transports or {}, resolve) as gateway:
             app.state.gateway = gateway
+            assert isinstance(app, GatewayApp)  # noqa: S101 - it is the one built below
+            gateway.recorder.operator_refusals = app.gate.refusals
             switch.data_plane, switch.lane, explainer = data_plane_of(gateway, server_headers)
             app.state.console = _console(gateway, explainer, crew or Alone(), connections)
             app.state.console.phase = Phase.SERVING
@@ -112,7 +126,7 @@ def create_app(
 
     return GatewayApp(
         switch,
-        operator_access(settings.admin),
+        operator_access(settings),
         rejections,
         title="API Gateway",
         version=__version__,

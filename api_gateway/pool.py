@@ -71,13 +71,17 @@ class Pool(Generic[C]):
             if self._slots < self._limit:
                 self._slots += 1
                 return await self._fill_slot(connect)
-            if self._idle:
-                next(iter(self._idle)).close()
+            if self._idle:  # the longest idle one is closed for it; taken out here, so that the loop ends anyway
+                idle = next(iter(self._idle))
+                del self._idle[idle]
+                idle.close()
                 continue
             handed = await self._queue(wait)
             if handed is None:
                 return await self._fill_slot(connect)
             if not handed.is_closed:
+                if is_fresh:
+                    return await self._replace(handed, connect)
                 handed.is_reused = True
                 return handed
 
@@ -140,6 +144,12 @@ class Pool(Generic[C]):
         if self._is_closed:
             connection.close()
         return connection
+
+    async def _replace(self, used: C, seconds: float | None) -> C:
+        """Close a connection and open another in its slot."""
+        self._open.remove(used)
+        used.close()
+        return await self._fill_slot(seconds)
 
     async def _queue(self, seconds: float | None) -> C | None:
         """Wait for a connection or for a slot (None)."""

@@ -151,8 +151,8 @@ class DisconnectWatch:
             self._timer = loop.call_later(PATIENCE, self._start, loop)
 
     async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        while (await self._receive())["type"] != "http.disconnect":  # noqa: ASYNC110 - the server tells, when asked
+            await asyncio.sleep(PATIENCE)  # it, or a middleware, may repeat that the body is complete
         self._has_left = True
         self._task.cancel()
 

@@ -59,17 +59,18 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     async def response_to(self, request: Outgoing, answer: Answer) -> httpx.Response:
         """Wait for the head of an answer whose request is on its way; see `handle_async_request`."""
+        is_repeated = False
         while True:
             try:
                 await answer.until_head()
             except Stale:
-                if request.method not in _REPEATABLE or request.framing is not None:
+                if is_repeated or request.method not in _REPEATABLE or request.framing is not None:
                     raise
                 try:
                     connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
                 except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                     raise httpx.ReadError(f"{Stale()}; once more: {error}") from error  # it has been sent before
-                answer = connection.send(request)
+                answer, is_repeated = connection.send(request), True
             except BaseException:
                 answer.close()
                 raise
