@@ -36,7 +36,7 @@ from api_gateway.config_sections import (
     TierSection,
     UpstreamSection,
 )
-from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml
+from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml, without_passwords
 from api_gateway.environment import read_environment
 from api_gateway.secret import Unusable
 from api_gateway.state_folder import StateError, default_state_dir
@@ -195,7 +195,7 @@ def read_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         wrong = []
     for finding in _findings(errors):
         if not any(finding.concerns(place) for place in wrong):
-            found.append(f"{sources.origin(finding.place)}{finding}")
+            found.append(f"{sources.origin(finding.place)}{without_passwords(str(finding))}")
     if config is None or found:
         raise ConfigError(found)
     return Loaded(config, sources)

@@ -219,8 +219,8 @@ def _route_findings(config: Whole) -> Iterator[Finding]:
         names.setdefault(route.name, index)
     for index, other, message in never_reached(config.routes):
         keys = ("path", "host", "methods")
-        because = tuple(("routes", str(number), key) for number in (index, other) for key in keys)
-        yield _of_route(config.routes[index], ("routes", str(index), "path"), message, because)
+        matched = tuple(("routes", str(number), key) for number in (index, other) for key in keys)
+        yield _of_route(config.routes[index], ("routes", str(index), "path"), message, matched)
 
 
 _Wrong = tuple[Place, str, tuple[Place, ...]]
@@ -260,7 +260,7 @@ def _cost_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
     capacities = tuple(("tiers", name, "capacity") for name in config.tiers)
     costs: list[tuple[Place, float | None]] = [(("cost",), route.cost), (("candidate_cost",), route.candidate_cost)]
     for number, rule in enumerate(route.costs):
-        place = ("costs", str(number))
+        place: Place = ("costs", str(number))
         costs += [((*place, "cost"), rule.cost), ((*place, "candidate_cost"), rule.candidate_cost)]
         if rule.path is not None:
             problem = path_problem(rule.path)
@@ -271,7 +271,7 @@ def _cost_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
         if route.methods and rule.methods and not set(route.methods) & set(rule.methods):
             message = f"never match: the route takes {', '.join(route.methods)} only, got {', '.join(rule.methods)}"
             yield (*place, "methods"), message, ()
-    for place, cost in costs:
+    for setting, cost in costs:
         if cost is not None and cost > largest:
             message = f"above the capacity of every tier (at most {largest}), got {cost:g}"
-            yield place, message, (("tiers",), *capacities)
+            yield setting, message, (("tiers",), *capacities)

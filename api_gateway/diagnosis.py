@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -16,16 +16,17 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from api_gateway.secret import SUFFIX, holds_secret, may_hold_password
+from api_gateway.secret import SUFFIX, holds_secret, may_hold_password, shown_path
 
 Place = tuple[str, ...]
 
 # The URL of a target, or a wrong attempt at one, in which nothing can be taken for a password.
-_PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@]*)?\W?")
+_PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
 _LONGEST_SHOWN = 200
 NO_PATTERNS: Mapping[str, str] = {}
 _HOLDS_ITSELF = "holds itself"
-_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_TEXT = "tag:yaml.org,2002:str"
+_KEY_TAGS = (_TEXT, "tag:yaml.org,2002:merge")
 
 
 class ConfigError(Exception):
@@ -49,6 +50,17 @@ class YamlFile:
 NO_FILE = YamlFile(None, {}, {})
 
 
+class _TextKeys(yaml.SafeLoader):
+    """Takes every key as the text that it is in the file; one that YAML reads as something else is a problem."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - theirs
+        """See `yaml.SafeLoader`."""
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag not in _KEY_TAGS:
+                key.tag = _TEXT
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> YamlFile:
     """Read a file of sections. Raises ConfigError if it is no such file.
 
@@ -57,7 +69,7 @@ def read_yaml(path: Path) -> YamlFile:
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_TextKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
     except UnicodeDecodeError as error:  # it holds all of the file, and its text a byte of it
@@ -73,14 +85,7 @@ def read_yaml(path: Path) -> YamlFile:
     if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
         raise ConfigError(faults)
     by_lower_case = {tuple(map(str.lower, place)): line for place, line in lines.items()}
-    return YamlFile(path, _with_text_keys(values), by_lower_case, tuple(faults))
-
-
-def _with_text_keys(value: Any) -> Any:
-    """Return values whose keys are text, as the rest of the program expects; another key is a problem of its own."""
-    if isinstance(value, dict):
-        return {name: _with_text_keys(inner) for name, inner in value.items() if isinstance(name, str)}
-    return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
+    return YamlFile(path, values, by_lower_case, tuple(faults))
 
 
 def _not_yaml(error: Exception) -> str:
@@ -124,6 +129,16 @@ class Sources:
     prefix: str
     variables: Mapping[str, str | None]
     file: YamlFile
+
+    @property
+    def names(self) -> list[str]:
+        """What the sources are called that have any values: the command line, variables, the file."""
+        variables = sorted(name for name in self.variables if name.startswith(self.prefix))
+        return [
+            *(["command line"] if self.overrides else []),
+            *(f"environment {name}" for name in variables),
+            *([str(self.file.path)] if self.file.path is not None else []),
+        ]
 
     def given(self, place: Place) -> Any:
         """Return the value that one of the sources has for exactly this place, or None."""
@@ -190,20 +205,31 @@ def explain(
     """
     place, kind = place_of(detail), detail["type"]
     shown = shown_value(detail["input"], type_at(model, place))
-    message = _message(detail, patterns)
+    message = _message(detail, patterns) + (_example(type_at(model, place)) if kind == "model_type" else "")
     if kind == "extra_forbidden":
         known = _keys_at(model, place[:-1])
-        message = "unknown key" + (nearest(place[-1], known) or "; known are " + ", ".join(known))
-        shown = ""
+        hint, shown = nearest(place[-1], known), ""
+        message = "unknown key" + (hint or "; known are " + ", ".join(known))
+        if "@" in place[-1] or (not hint and holds_secret(type_at(model, place[:-1]))):  # as in store: {redis://...}
+            place, message = place[:-1], f"has an {message}"
+    elif kind == "model_type" and _is_named_secret(model, place):
+        place, shown, message = place[:-1], "", f"under each name, {message}"  # the name may be the secret
     elif kind == "missing":
         message, shown = "is missing", ""
-    elif detail["input"] is None and shown:
+    elif detail["input"] is None:
         message, shown = f"has no value; {message}, or leave it out", ""
     twin = (*place[:-1], place[-1] + SUFFIX)
     path = sources.given(twin)
     if path is not None:  # the secret was read from a file
-        place, shown = twin, "" if str(path) in message else f", read from {path!r}"
+        place, shown = twin, "" if ", got " in message else f", read from {shown_path(path)}"
     return f"{sources.origin(place)}{spelt(place)}: {message}{shown}"
+
+
+def _example(annotation: Any) -> str:
+    """Return what a section looks like: the settings that it must have, or the first that it may have."""
+    fields = unwrapped(annotation).model_fields
+    keys = [name for name, field in fields.items() if field.is_required()] or list(fields)[:1]
+    return f", such as {{{', '.join(f'{key}: ...' for key in keys)}}}"
 
 
 _MESSAGES = {
@@ -233,6 +259,17 @@ def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
     message = re.sub(r"^(Input|String|List|Value|Dictionary|Tuple|Set) should ", "must ", message)
     message = re.sub(r" after validation, not \d+$", "", message)
     return f"{message[0].lower()}{message[1:]}"
+
+
+def _is_named_secret(model: type[BaseModel], place: Place) -> bool:
+    """Tell whether a name should stand in front of a section with a secret at this place."""
+    names = type_at(model, place[:-1])
+    return get_origin(unwrapped(names)) is dict and holds_secret(names)
+
+
+def without_passwords(message: str) -> str:
+    """Return a message without the quoted values that may hold a password."""
+    return re.sub(r"'[^']*@[^']*'", "a value that is not shown because it may hold a password", message)
 
 
 def shown_value(value: Any, annotation: Any) -> str:

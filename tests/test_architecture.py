@@ -129,6 +129,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("welcome",),
     ("server", "staff"),
     ("worker", "supervisor"),
+    ("start_check",),
     ("cli",),
     ("__main__",),
 )
