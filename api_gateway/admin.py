@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -25,6 +26,7 @@ from api_gateway.errors import (
     ClientIdInvalid,
     Forbidden,
     GatewayError,
+    InternalError,
     InvalidValue,
     MethodNotAllowed,
     NoRoute,
@@ -60,6 +62,8 @@ from api_gateway.models import (
 from api_gateway.operator_gate import OPERATOR
 from api_gateway.operators import Operator
 from api_gateway.rate_limiter import RateLimiter
+from api_gateway.reload_bodies import Reloaded
+from api_gateway.reload_views import configuration_view, reload_view
 from api_gateway.report import BreakerReport
 from api_gateway.request_paths import path_as_sent, unescaped
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
@@ -216,6 +220,7 @@ async def health_view(console: Console) -> HealthView:
     elif (
         not report.limiter.is_whole
         or report.client_trouble is not None
+        or report.configuration.problems
         or any(resource.status == "warn" for resource in report.resources)
     ):
         status = "warn"
@@ -229,9 +234,29 @@ async def health_view(console: Console) -> HealthView:
         clients=ClientStoreView(
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
+        configuration=configuration_view(report.configuration),
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
         resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
     )
+
+
+@guarded_router.post(
+    "/reload",
+    summary="Reload the configuration",
+    responses={
+        422: {"description": "The configuration is wrong; the one before stays in force.", **_PROBLEM},
+        500: {"description": "It could not be put into force; the one before stays in force.", **_PROBLEM},
+        503: {"description": "The gateway drains, or its workers are being restarted.", **_PROBLEM},
+    },
+)
+async def reload(request: Request, console: Guarded) -> Reloaded:
+    """Read the configuration anew and put it into force in every worker, or change nothing.
+
+    Requests, streams and connections go on; buckets, breakers and counts stay. The response names what has changed,
+    and what of it needs a restart.
+    """
+    outcome = await console.crew.reload(f"POST /reload by {_who(request)}")
+    return reload_view(outcome)
 
 
 class MetricsFormat(StrEnum):
@@ -266,6 +291,7 @@ async def metrics(
             report.lag,
             report.tasks,
             report.resources,
+            report.configuration,
         )
         body, content_type = exposition.render(accept)
         return Response(body, headers={"content-type": content_type})
@@ -464,14 +490,31 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
     )
 
 
-def install(app: FastAPI) -> frozenset[str]:
-    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths."""
+def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
+    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths.
+
+    `refused` counts the problems that are answered, by reason.
+    """
+    app.state.refused = refused
+    app.state.rendered_schemas = {}
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)  # the framework raises it again, and the server logs it
+    app.router.routes.insert(0, Route("/openapi.json", _schema))
     return frozenset(route.path.split("/")[1] for route in _routes(app))
+
+
+async def _schema(request: Request) -> Response:
+    """Answer the schema, which the framework would render anew for each request."""
+    rendered: dict[str, Response] = request.app.state.rendered_schemas
+    root = request.scope.get("root_path", "")
+    if root not in rendered:
+        schema = request.app.openapi()
+        rendered[root] = JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
+    return rendered[root]
 
 
 async def _answer_error(request: Request, raised: Exception) -> Response:
@@ -481,6 +524,7 @@ async def _answer_error(request: Request, raised: Exception) -> Response:
         error.headers["allow"] = _allow(request)
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"allow": error.headers["allow"]})
+    request.app.state.refused[error.reason] += 1
     return JSONResponse(
         problem(error, instance=path_as_sent(request.scope)),
         status_code=error.status,
@@ -515,7 +559,7 @@ def _in_our_words(raised: Exception) -> GatewayError:
         if raised.status_code == 405:  # noqa: PLR2004 - an endpoint, but not for this method
             return MethodNotAllowed("The endpoint does not take this method.")
         return BadRequest(str(raised.detail))
-    raise raised
+    return InternalError(f"The gateway failed: {type(raised).__name__}.")
 
 
 def _mistake(item: Mapping[str, Any]) -> str:
@@ -676,6 +720,7 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
         window_slow=slow,
         window_slow_rate=round(slow / calls, 4) if calls else None,
         probes_in_flight=breaker.probes_in_flight,
+        one_principal=breaker.one_principal,
         ramp_share=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,

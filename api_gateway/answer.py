@@ -74,6 +74,10 @@ class Source(Protocol):
         """Give the transport away after a 101."""
         ...
 
+    def set_apart(self) -> None:
+        """Stop counting among the pool's connections. Raises OverShare."""
+        ...
+
     def abandon(self, answer: "Answer") -> None:
         """Drop the answer; unless it has fully arrived, the connection goes with it."""
         ...
@@ -97,6 +101,7 @@ class Answer(httpx.AsyncByteStream):
     keeps_alive = False
     error: Exception | None = None
     buffered = 0
+    reader_waited = 0.0  # seconds for which the upstream was made to wait for the reader
     _waiter: "asyncio.Future[None] | None" = None
 
     def __init__(self, connection: Source | None, method: str, timeouts: Timeouts, hooks: Hooks) -> None:
@@ -213,6 +218,11 @@ class Answer(httpx.AsyncByteStream):
         finally:
             self._waiter = None
             connection.alarm.clear()
+
+    def set_apart(self) -> None:
+        """Have the connection not counted among the pool's: the answer has no end of its own. Raises OverShare."""
+        if self.connection is not None:
+            self.connection.set_apart()
 
     def take_over(self) -> tuple[asyncio.Transport, bytes]:
         """Return the connection after a 101, with what has already come in the new protocol."""

@@ -29,13 +29,18 @@ class SlowHead(NamedTuple):
 class Lease:
     """One try on one target. Settling it gives back the target and tells the breakers; only the first time counts.
 
+    `principal` is on whose behalf it was made; None once it has failed in a way that no client can have caused.
+
     `ticket` is of the upstream's breaker, `target_ticket` of the target's own; `target_move` is the move of the latter
     that the last settling caused.
     """
 
     __slots__ = (
+        "_holder",
         "_is_settled",
+        "_limit",
         "_target_breaker",
+        "principal",
         "slow",
         "target",
         "target_move",
@@ -45,18 +50,27 @@ class Lease:
     )
 
     target_move: Transition | None
+    principal: str | None
 
     def __init__(
-        self, upstream: "Upstream", target: Target, ticket: Ticket, target_ticket: Ticket | None = None
+        self,
+        upstream: "Upstream",
+        target: Target,
+        ticket: Ticket,
+        target_ticket: Ticket | None = None,
+        principal: str | None = None,
     ) -> None:
         self.upstream = upstream
         self.target = target
         self.ticket = ticket
         self.target_ticket = target_ticket
+        self.principal = principal or ""  # whoever is not known counts as one
+        self._holder = principal
         self.target_move = None
         self._target_breaker = target.breaker  # the one that gave the ticket: the target may get another
         self.slow: SlowHead | None = None
         self._is_settled = False
+        self._limit = upstream.limit
         target.in_flight += 1
 
     def settle(
@@ -88,12 +102,20 @@ class Lease:
                 duration=duration,
                 route=route,
                 request_id=request_id,
+                principal=self.principal,
             )
         is_bad = outcome is Outcome.FAILURE or (duration is not None and duration >= upstream.breaker.slow_after)
         if is_bad and not upstream.is_shown_by(target):
             outcome = Outcome.IGNORED
         return upstream.breaker.settle(
-            self.ticket, outcome, now, detail, duration=duration, route=route, request_id=request_id
+            self.ticket,
+            outcome,
+            now,
+            detail,
+            duration=duration,
+            route=route,
+            request_id=request_id,
+            principal=self.principal,
         )
 
     def release(self, now: float, outcome: Outcome = Outcome.IGNORED) -> None:
@@ -106,12 +128,18 @@ class Lease:
         elif not self._is_settled:
             self._is_settled = True
             if self.target_ticket is not None and self.target.breaker is self._target_breaker:
-                self.upstream.rotation.settle(self.upstream.targets, self.target, self.target_ticket, outcome, now)
-            self.upstream.breaker.settle(self.ticket, outcome, now)
+                rotation, targets = self.upstream.rotation, self.upstream.targets
+                rotation.settle(targets, self.target, self.target_ticket, outcome, now, principal=self.principal)
+            self.upstream.breaker.settle(self.ticket, outcome, now, principal=self.principal)
         self.target.in_flight -= 1
-        limit = self.upstream.limit
+        if self._limit is not None:
+            self.give_place_back()
+
+    def give_place_back(self) -> None:
+        """Give back the place below the upstream's limit, once: what has no end of its own does not keep it."""
+        limit, self._limit = self._limit, None
         if limit is not None:
-            limit.give_back()
+            limit.give_back(self._holder)
 
     @property
     def is_probe(self) -> bool:
@@ -143,6 +171,10 @@ class Upstream:
         healthy = sum(target.is_healthy for target in self.targets)
         return f"<Upstream {self.name!r} [{healthy} of {len(self.targets)} healthy, {self.breaker.state}]>"
 
+    def rebalance(self, pick: Pick) -> None:
+        """Choose among targets in another way."""
+        self._pick = pick
+
     def retarget(self, targets: Sequence[Target], now: float) -> None:
         """Offer `targets` from now on. Leases on others run on to their end."""
         self.targets = list(targets)
@@ -166,13 +198,21 @@ class Upstream:
         return False
 
     def checkout(
-        self, now: float, key: str, tried: Collection[Target] = (), *, band: int = 0, is_safe: bool = True
+        self,
+        now: float,
+        key: str,
+        tried: Collection[Target] = (),
+        *,
+        band: int = 0,
+        is_safe: bool = True,
+        principal: str | None = None,
     ) -> Lease:
         """Return a lease on a healthy target that is not ejected, preferring those not in `tried`.
 
-        `is_safe` is for `admit`. Raises NoHealthyUpstream when there is none, Shed when there is no place for the
-        band, CircuitOpen when the breaker does not admit; in this order, so that no probe is spent on what does not
-        go.
+        `is_safe` is for `admit`, `principal` is on whose behalf the attempt is made and whose share of the limit it
+        takes, None if that is not known. Raises NoHealthyUpstream when there is none, Shed when there is no place for
+        the band or the principal, CircuitOpen when the breaker does not admit; in this order, so that no probe is
+        spent on what does not go.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
@@ -180,8 +220,8 @@ class Upstream:
         if not candidates:
             raise self._unhealthy()
         limit = self.limit
-        if limit is not None and not limit.admits(band):
-            raise limit.refusal(self.name, band)
+        if limit is not None and not limit.admits(band, principal):
+            raise limit.refusal(self.name, band, principal)
         ticket = self.breaker.admit(now, is_safe=is_safe)
         if ticket is None:
             raise self._refusal(now)
@@ -195,8 +235,9 @@ class Upstream:
         target = self._pick(offered, key) if len(offered) > 1 else offered[0]
         own = target.breaker
         if limit is not None:
-            limit.take(band)
-        return Lease(self, target, ticket, None if own is None else own.admit(now, is_safe=is_safe))
+            limit.take(band, principal)
+        own_ticket = None if own is None else own.admit(now, is_safe=is_safe)
+        return Lease(self, target, ticket, own_ticket, principal)
 
     def is_shown_by(self, target: Target) -> bool:
         """Tell whether what fails at `target` says something of the upstream: not if it is out while others serve."""
@@ -214,12 +255,14 @@ class Upstream:
         others = [target for target in self.targets if target.is_healthy and target not in tried]
         return any(self.rotation.admits(target, now) for target in others)
 
-    def refusal(self, now: float, band: int = 0, *, is_safe: bool = True) -> Unavailable | None:
+    def refusal(
+        self, now: float, band: int = 0, *, holder: str | None = None, is_safe: bool = True
+    ) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""
         if not any(target.is_healthy for target in self.targets):
             return self._unhealthy()
-        if self.limit is not None and self.limit.is_full_for(band):
-            return self.limit.refusal(self.name, band)
+        if self.limit is not None and self.limit.is_full_for(band, holder):
+            return self.limit.refusal(self.name, band, holder)
         return None if self.breaker.would_admit(now, is_safe=is_safe) else self._refusal(now)
 
     def _unhealthy(self) -> NoHealthyUpstream:

@@ -17,6 +17,7 @@ from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
 from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, UpstreamFigures, value_of
 from api_gateway.models import LimiterState, Source
+from api_gateway.reload_state import ReloadState
 from api_gateway.retry import Why
 from api_gateway.shares import ResourceState
 
@@ -37,6 +38,7 @@ class Exposition:
         lag: float = 0.0,
         tasks: int = 0,
         resources: Sequence[ResourceState] = (),
+        configuration: ReloadState = ReloadState(),  # noqa: B008 - it is frozen
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
@@ -45,6 +47,7 @@ class Exposition:
         self._version = version
         self._lag = lag
         self._tasks = tasks
+        self._configuration = configuration
         self._resources = resources
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -64,6 +67,7 @@ class Exposition:
         yield from self._breakers()
         yield from self._overload()
         yield from self._output()
+        yield from self._reloads()
         yield from self._shares()
 
     def _requests(self) -> Iterator[Metric]:
@@ -263,6 +267,25 @@ class Exposition:
         yield shed
         yield GaugeMetricFamily("gateway_event_loop_lag_seconds", "How late the event loop runs.", value=self._lag)
         yield GaugeMetricFamily("gateway_event_loop_tasks", "Tasks the event loop has.", value=self._tasks)
+
+    def _reloads(self) -> Iterator[Metric]:
+        state = self._configuration
+        yield GaugeMetricFamily(
+            "gateway_config_reload_success",
+            "1 unless the last reload of the configuration failed.",
+            value=state.is_successful,
+        )
+        yield GaugeMetricFamily(
+            "gateway_config_reload_last_success_timestamp_seconds",
+            "When the configuration in force was read.",
+            value=state.loaded_at,
+        )
+        reloads = CounterMetricFamily(
+            "gateway_config_reload", "Reloads of the configuration, by result.", labels=["result"]
+        )
+        for result, count in state.counts.items():
+            reloads.add_metric([result], count)
+        yield reloads
 
     def _output(self) -> Iterator[Metric]:
         for name, words, counts in (

@@ -19,7 +19,7 @@ from api_gateway.answer import NO_HOOKS, Answer, NoHooks
 from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
 from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
-from api_gateway.failures import note_failure
+from api_gateway.failures import ClientShare, note_failure
 from api_gateway.headers import (
     VIA_NAME,
     Fields,
@@ -51,6 +51,7 @@ from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
 from api_gateway.routes import Route, upstream_target
 from api_gateway.service import Service
+from api_gateway.shares import holder_of
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 MAX_NOTED = 32  # headers of a request that mean something here
@@ -78,7 +79,9 @@ class Standing:
         "keep_alive",
         "length",
         "name",
+        "owner",
         "peer",
+        "principal",
         "request_id",
         "version",
     )
@@ -86,6 +89,7 @@ class Standing:
     def __init__(
         self,
         *,
+        owner: "Express",
         framing: tuple[int, bool],
         host: str,
         caller: tuple[str, bool, str | None],
@@ -93,6 +97,7 @@ class Standing:
         dropped: HeaderList,
         added: bytes,
     ) -> None:
+        self.owner = owner  # by whose configuration it was worked out
         self.length, self.keep_alive = framing
         self.host = host
         self.peer, self.is_trusted, self.name = caller
@@ -103,6 +108,7 @@ class Standing:
         self.client: Client | None = None
         self.cost = -1.0
         self.charges: list[Charge] = []  # for that client and cost
+        self.principal: str | None = None  # who that client is to circuit breakers and shares
         self.band = 0  # of that client
 
     def __repr__(self) -> str:
@@ -111,10 +117,11 @@ class Standing:
     def named(self, name: str | None) -> "Standing":
         """Return what the same headers come to with a client's name beside them."""
         other = Standing.__new__(Standing)  # the arguments of `__init__` would be taken apart a second time
-        other.length, other.keep_alive = self.length, self.keep_alive
+        other.owner, other.length, other.keep_alive = self.owner, self.length, self.keep_alive
         other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
         other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
         other.version, other.cost, other.client, other.charges = -1, -1.0, None, []
+        other.principal = None
         return other
 
 
@@ -214,7 +221,7 @@ class Express:
             return False
         return self._take(client, lines, method, raw_path, query, body)
 
-    def _take(  # noqa: PLR0911 - every way out is a decision
+    def _take(  # noqa: C901, PLR0911 - every way out is a decision
         self, client: ClientConnection, lines: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
         """Take a plain request on its way if it can be decided on now, or change nothing and return False."""
@@ -234,6 +241,8 @@ class Express:
         service = router.services[route.upstream]
         limit = self.limit
         if standing.version != self._clients.version or standing.cost != cost:
+            if standing.owner is not self:  # a reload counts the version up, so no other is noticed here
+                return self._take_anew(client, lines, method, raw_path, query, body)
             self._charge_anew(standing, cost)
         upstream = service.upstream
         is_plain = (
@@ -272,6 +281,16 @@ class Express:
             self._refuse(client, exchange, error, keep_alive=standing.keep_alive)
         return True
 
+    def _take_anew(
+        self, client: ClientConnection, old: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
+    ) -> bool:
+        """Take a request whose header lines were last seen under an earlier configuration."""
+        lines = self._look_up(client, old.came)
+        client.lines = lines if len(old.came) <= MAX_KNOWN_BYTES else None
+        if lines is None or len(body) != lines.standing.length:
+            return False
+        return self._take(client, lines, method, raw_path, query, body)
+
     def _refuse(self, client: ClientConnection, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
         """Answer a request that has not embarked."""
         client.reply(self.refusal(exchange, error, keep_alive=keep_alive), keep_alive=keep_alive)
@@ -303,6 +322,7 @@ class Express:
             standing.version, standing.cost = self._clients.version, cost
             standing.charges = self.limit.charges(client, standing.peer, cost)
             standing.band = self.router.bands.of(client.quota.name)
+            standing.principal = holder_of(client, standing.peer)
         else:
             standing.version = -1
 
@@ -341,6 +361,7 @@ class Express:
             return None
         dropped = not_forwarded(self.router.protected, caller[1])
         return Standing(
+            owner=self,
             framing=framing,
             host=host_name(fields),
             caller=caller,
@@ -430,9 +451,11 @@ class Passage(Answer):
         service.retries.budget.deposit(exchange.started)
         checkout = service.upstream.checkout
         is_safe = exchange.method in IDEMPOTENT
-        self.lease = lease = checkout(now, standing.charges[0].key, band=standing.band, is_safe=is_safe)
+        self.lease = lease = checkout(
+            now, standing.charges[0].key, band=standing.band, is_safe=is_safe, principal=standing.principal
+        )
         probe = lease.target_ticket is not None and lease.target_ticket.is_probe  # its long answer settles early there
-        connection = None if probe else service.idle_connection(lease.target)
+        connection = None if probe else service.idle_connection(lease.target, standing.principal)
         if connection is None:  # the ordinary way waits for one
             self._leave(body, is_sent=False)
             return
@@ -514,9 +537,10 @@ class Passage(Answer):
             super().wake()
         elif self.exchange.status and self.error is not None:
             assert self.lease is not None  # noqa: S101 - what has been answered has been sent
-            failure = self._express.router.verdicts.on_broken_body(self.exchange, self.lease, self.error)
+            client = ClientShare(waited=self.reader_waited)
+            failure = self._express.router.verdicts.on_broken_body(self.exchange, self.lease, self.error, client)
             note_failure(self.exchange, failure)
-            self._end(self._express.clock(), Outcome.FAILURE, keep_alive=False)
+            self._end(self._express.clock(), Outcome.IGNORED, keep_alive=False)  # it is settled
         else:
             self._leave(b"", is_sent=True)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from api_gateway.models import HeaderList
 
 LINK = "gateway.link"  # its key in the scope
+UNIX_PEER = ("unix", 0)  # the address of every client on a Unix socket
 ADMIN = "gateway.admin"  # the scope's key of a request that came through the listener for operators
 
 
@@ -39,6 +40,12 @@ class Lane(Protocol):
     def board(self, client: Any, received: bytes) -> bool:
         """Take a request as it was received, or change nothing and return False. `client` is its connection."""
         ...
+
+
+class Lanes(Protocol):
+    """Where a connection finds the lane in force: a reload sets another one."""
+
+    current: Lane
 
 
 class Link(Protocol):

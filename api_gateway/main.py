@@ -3,11 +3,11 @@
 `api_gateway.main:app` is what `uvicorn` is given. It is built when first asked for, so importing does nothing.
 """
 
-import asyncio
+import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -17,23 +17,25 @@ from fastapi import FastAPI
 
 from api_gateway import __version__, admin
 from api_gateway.admin import Console, Phase
-from api_gateway.assembly import Gateway, live
-from api_gateway.assembly_access import operator_access
-from api_gateway.assembly_data_plane import data_plane_of
+from api_gateway.assembly import Assembly, Gateway
+from api_gateway.assembly_access import NOBODY, operator_access
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
-from api_gateway.link import Lane
+from api_gateway.installation import Installation
+from api_gateway.link import Lanes
+from api_gateway.locality import Locality
 from api_gateway.middleware import Split, Switch, is_proxied
-from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.operator_gate import OperatorGate
 from api_gateway.operator_limits import OperatorLimits
-from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
-from api_gateway.shares import ResourceState, Shares
+from api_gateway.shares import Shares
+
+logger = logging.getLogger(__name__)
 
 STOCK_SERVER_HEADERS = frozenset({b"date", b"server"})
 
@@ -45,15 +47,18 @@ class GatewayApp(FastAPI):
     requests too.
     """
 
-    def __init__(self, switch: Switch, access: Access, refused: Counter[str], **options: Any) -> None:
+    def __init__(self, switch: Switch, refused: Counter[str], *, has_admin_listener: bool, **options: Any) -> None:
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
-        endpoints = admin.install(self)
+        self.has_admin_listener = has_admin_listener
+        endpoints = admin.install(self, refused)
+        self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,
-            access=access,
+            access=NOBODY,
             endpoints=endpoints,
+            has_admin_listener=has_admin_listener,
             readiness=self._readiness,
             health=self._health,
             limits=OperatorLimits(time.monotonic_ns),
@@ -61,9 +66,9 @@ class GatewayApp(FastAPI):
         )
 
     @property
-    def lane(self) -> Lane | None:
+    def lane(self) -> Lanes | None:
         """The straight way for plain requests; none if somebody's middleware wants to see them."""
-        return self._switch.lane if self._has_no_other_middleware else None
+        return self._switch if self._has_no_other_middleware else None
 
     @property
     def _has_no_other_middleware(self) -> bool:
@@ -73,10 +78,15 @@ class GatewayApp(FastAPI):
         """Serve one request, or the lifespan."""
         if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
-        elif scope["type"] == "http" and self.gate.guards(scope):
+        elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
             await self.gate(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+    @property
+    def _is_extended(self) -> bool:
+        """True if somebody has added routes or middleware: then any path may be theirs."""
+        return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
         console: Console | None = getattr(self.state, "console", None)
@@ -96,8 +106,11 @@ def create_app(
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     crew: Crew | None = None,
     resolve: Resolve = look_up,
+    read: Callable[[], GatewayConfig] | None = None,
+    on_change: Callable[[GatewayConfig], None] | None = None,
     connections: Shares | None = None,
-) -> FastAPI:
+    locality: Locality | None = None,
+) -> GatewayApp:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
     `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
@@ -105,29 +118,42 @@ def create_app(
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
     test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
     `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
+    `read` reads the configuration anew for a reload; without it only a `config` that is None can be reloaded, from the
+    same sources. `on_change` is called with every configuration that a reload has put into force.
+    `locality` decides which requests need no token; by default that of a program of the operator on this machine.
     `connections` are the shares of the server's connections, to be shown to operators.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
+    if config is None and read is None:
+        read = load_config
     rejections: Counter[str] = Counter() if refused is None else refused
     switch = Switch()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with live(settings, rejections, transports or {}, resolve) as gateway:
-            app.state.gateway = gateway
-            assert isinstance(app, GatewayApp)  # noqa: S101 - it is the one built below
+    async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
+        assembly = Assembly(rejections, transports or {}, resolve)
+        async with assembly.live(settings) as gateway:
             gateway.recorder.operator_refusals = app.gate.refusals
-            switch.data_plane, switch.lane, explainer = data_plane_of(gateway, server_headers)
-            app.state.console = _console(gateway, explainer, crew or Alone(), connections)
+            installation = Installation(
+                app,
+                assembly,
+                switch,
+                server_headers=server_headers,
+                access=partial(operator_access, locality=locality),
+                connections=connections,
+                read=read,
+                on_change=on_change,
+            )
+            await installation.start(settings, _console, crew or Alone())
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
 
     return GatewayApp(
         switch,
-        operator_access(settings),
         rejections,
+        has_admin_listener=settings.admin.listen is not None,
         title="API Gateway",
         version=__version__,
         description="The operator's endpoints. Everything below `/api/` is proxied and not described here.",
@@ -146,12 +172,15 @@ def __getattr__(name: str) -> Any:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(STARTUP_FAILED) from None
+    if app.has_admin_listener:
+        logger.warning(
+            "admin.listen: only the gateway's own server opens it; nobody serves the operator endpoints here"
+        )
     globals()["app"] = app
     return app
 
 
-def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Shares | None) -> Console:
-    crew.enlist(partial(_look, gateway, connections))
+def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
     return Console(
         version=__version__,
         limiter=gateway.limiter,
@@ -161,26 +190,4 @@ def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Sh
         clock_ns=time.monotonic_ns,
         explainer=explainer,
         modes=gateway.modes,
-    )
-
-
-def _look(gateway: Gateway, connections: Shares | None) -> Report:
-    """Return how this process stands."""
-    now = time.monotonic()
-    return Report(
-        worker="",
-        recorder=gateway.recorder,
-        upstreams={
-            name: UpstreamReport.of(service.upstream, now, gateway.upkeeps[name].names)
-            for name, service in gateway.services.items()
-        },
-        buckets=len(gateway.limiter),
-        bucket_limit=gateway.limiter.bucket_limit,
-        overflowed=gateway.limiter.overflowed,
-        limiter=gateway.limiter.state(),
-        client_trouble=gateway.clients.trouble,
-        histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
-        lag=gateway.lag.lag,
-        tasks=len(asyncio.all_tasks()),
-        resources=[] if connections is None else [ResourceState.of("connections", [connections])],
     )

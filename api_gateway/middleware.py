@@ -88,11 +88,26 @@ class Split:
 
 
 class Switch:
-    """Holds the live data plane, and the straight way past it, which start-up sets."""
+    """Holds the data plane in force: the ASGI path, and the fast path that connections keep as their lane.
+
+    Start-up sets both, and a reload sets them anew: connections keep the switch, and never what is behind it.
+    """
 
     def __init__(self) -> None:
         self.data_plane: ASGIApp = _not_started
-        self.lane: Lane | None = None
+        self.current: Lane = _Closed()
+
+    def set(self, data_plane: ASGIApp, lane: Lane) -> None:
+        """Have new requests take these."""
+        self.data_plane, self.current = data_plane, lane
+
+
+class _Closed:
+    """The lane before the start."""
+
+    def board(self, _client: Any, _received: bytes) -> bool:
+        """Leave every request to the ASGI path."""
+        return False
 
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:

@@ -16,6 +16,7 @@ from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency
+from api_gateway.reload_state import ReloadState
 from api_gateway.resolution import Name
 from api_gateway.shares import ResourceState
 from api_gateway.targets import CheckRecord, Target
@@ -27,7 +28,10 @@ _EVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class BreakerReport:
-    """A circuit breaker. `workers` holds its state in each worker, where there are several."""
+    """A circuit breaker. `workers` holds its state in each worker, where there are several.
+
+    `one_principal`: it stays CLOSED because the failures are one client's and others call, too.
+    """
 
     state: State
     since: float
@@ -47,6 +51,7 @@ class BreakerReport:
     opened_at: float | None
     opened_cause: str
     policy: BreakerPolicy
+    one_principal: bool = False
     workers: dict[str, State] = field(default_factory=dict)
 
     @classmethod
@@ -74,6 +79,7 @@ class BreakerReport:
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             policy=breaker.policy,
+            one_principal=breaker.has_one_failing_principal(now),
         )
 
     @classmethod
@@ -97,6 +103,7 @@ class PassiveReport:
     opened_at: float | None
     opened_cause: str
     ejections_total: int
+    one_principal: bool = False  # see `BreakerReport`
 
     @classmethod
     def of(cls, upstream: Upstream, target: Target, now: float) -> "PassiveReport | None":
@@ -114,6 +121,7 @@ class PassiveReport:
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             ejections_total=target.ejections_total,
+            one_principal=breaker.has_one_failing_principal(now),
         )
 
 
@@ -227,6 +235,7 @@ class Report:
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
     tasks: int = 0  # that the event loop has
+    configuration: ReloadState = field(default_factory=ReloadState)
     resources: list[ResourceState] = field(default_factory=list)
 
     @classmethod
@@ -252,6 +261,7 @@ class Report:
             },
             "lag": self.lag,
             "tasks": self.tasks,
+            "configuration": asdict(self.configuration),
             "resources": [asdict(resource) for resource in self.resources],
         }
 
@@ -265,6 +275,7 @@ class Report:
         self.client_trouble = state["client_trouble"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
+        self.configuration = ReloadState.from_state(state["configuration"])
         self.resources = [ResourceState(**resource) for resource in state["resources"]]
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])

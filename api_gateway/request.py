@@ -14,6 +14,7 @@ from api_gateway.link import Link
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
 from api_gateway.service import Service
+from api_gateway.shares import holder_of
 from api_gateway.targets import Target
 
 Scope = MutableMapping[str, Any]
@@ -43,6 +44,20 @@ class RequestBody(httpx.AsyncByteStream):
         self._kept: list[bytes] = []
         self.is_started = False
         self.is_finished = False
+        self._waited = 0.0  # seconds, for pieces that have come
+        self._awaited_since: float | None = None  # the next piece
+
+    @property
+    def is_awaited(self) -> bool:
+        """True while the next piece is waited for; also after that was ended by the failure of an attempt."""
+        return self._awaited_since is not None
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which the attempt has waited for the client to send."""
+        if self._awaited_since is None:
+            return self._waited
+        return self._waited + asyncio.get_running_loop().time() - self._awaited_since
 
     @property
     def is_kept(self) -> bool:
@@ -54,10 +69,14 @@ class RequestBody(httpx.AsyncByteStream):
         if not self.is_kept:
             raise RuntimeError("a body that was not kept cannot be sent again")
         self.is_started = True
+        self._waited, self._awaited_since = 0.0, None
         for piece in tuple(self._kept):
             yield piece
+        clock = asyncio.get_running_loop().time
         while not self.is_finished:
+            self._awaited_since = since = clock()
             message = await self._receive()
+            self._waited, self._awaited_since = self._waited + clock() - since, None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnected("The client left while sending.")
             piece = message.get("body", b"")
@@ -268,7 +287,12 @@ class UpstreamRequest:
                 self.link.defer_continue()
         if self.deadline is not None and self.deadline.is_passed_on:
             headers.append((REQUEST_TIMEOUT, self.deadline.value(now)))
-        extensions: dict[str, Any] = {"target": self.target, "timeout": self._limits(service, now), "hooks": self}
+        extensions: dict[str, Any] = {
+            "target": self.target,
+            "timeout": self._limits(service, now),
+            "hooks": self,
+            "holder": holder_of(exchange.client, exchange.peer),
+        }
         if not service.speaks_pairs:
             return origin.plain_request(exchange.method, headers, self.target, stream=self.body, extensions=extensions)
         if self.upgrade and self.link is not None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import httpx
@@ -12,6 +13,7 @@ from api_gateway.headers import Fields
 from api_gateway.models import Exchange
 from api_gateway.outgoing import Origin
 from api_gateway.retry import Retries, RetryPolicy
+from api_gateway.shares import ResourceState
 from api_gateway.targets import Target
 from api_gateway.transport import UpstreamTransport
 
@@ -44,16 +46,24 @@ class Service:
         hash_header: bytes | None = None,
     ) -> None:
         self.upstream = upstream
-        self.transport = transport
-        self.total_timeout = timeouts.total
-        self.retries = Retries(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
-        self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
-        self.hash_header = hash_header
         self.origins = {target: _origin(target) for target in upstream.targets}
         self._gone: set[Target] = set()
+        self._connect(transport)
+        retries = Retries(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
+        self._configure(timeouts, retries, hash_header)
+
+    def _connect(self, transport: httpx.AsyncBaseTransport) -> None:
+        self.transport = transport
         self.speaks_pairs = isinstance(transport, UpstreamTransport)
+        self._take_idle: dict[Target, Callable[[str | None], Connection | None]] = {}
+
+    def _configure(self, timeouts: Timeouts, retries: Retries, hash_header: bytes | None) -> None:
+        retry = retries.policy
+        self.total_timeout = timeouts.total
+        self.retries = retries
+        self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
+        self.hash_header = hash_header
         self.takes_passages = self.speaks_pairs and timeouts.total is None and hash_header is None
-        self._take_idle: dict[Target, Callable[[], Connection | None]] = {}
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
@@ -65,6 +75,16 @@ class Service:
 
     def __repr__(self) -> str:
         return f"<Service {self.upstream!r}>"
+
+    def succeeded_by(
+        self, timeouts: Timeouts, retry: RetryPolicy, hash_header: bytes | None, transport: httpx.AsyncBaseTransport
+    ) -> "Service":
+        """Return the same upstream under other terms. Requests that go by this one's go on; what lives is shared."""
+        other = copy(self)
+        if transport is not self.transport:
+            other._connect(transport)  # noqa: SLF001 - of the same class
+        other._configure(timeouts, self.retries.succeeded_by(retry), hash_header)  # noqa: SLF001 - as above
+        return other
 
     def key_in(self, fields: Fields, exchange: Exchange) -> str:
         """Return the key that a target is chosen by: what the header says, or the client if it says nothing."""
@@ -96,13 +116,22 @@ class Service:
                 self._take_idle.pop(target, None)
                 del self.origins[target]
 
-    def idle_connection(self, target: Target) -> Connection | None:
-        """Take a connection of our own transport to `target`, if one is free."""
+    def resources(self) -> list[ResourceState]:
+        """Return how far the connections to the targets are in use, once there have been any."""
+        if not isinstance(self.transport, UpstreamTransport):
+            return []
+        name, (requests, tunnels) = self.upstream.name, self.transport.resources()
+        if not requests:
+            return []
+        return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
+
+    def idle_connection(self, target: Target, holder: str | None) -> Connection | None:
+        """Take a connection of our own transport to `target`, if one is free and the holder may have it."""
         take = self._take_idle.get(target)
         if take is None:
             assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - no other takes passages
             take = self._take_idle[target] = self.transport.pool(self.origins[target]).take_idle
-        return take()
+        return take(holder)
 
 
 def _origin(target: Target) -> Origin:

@@ -5,11 +5,13 @@ requests are cancelled whenever a client hangs up. Here a request that is cancel
 without awaiting. Bytes travel as they are: no header is added, no body decoded, nothing held whole.
 
 Failures are httpx's own: ConnectError and ConnectTimeout (nothing was sent), PoolTimeout (no connection came free),
-ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (what came was not HTTP).
+ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (what came was not HTTP); and
+OutOfResources, a ConnectError for which this process is the cause.
 
 `request.extensions` may hold `target` (the raw request target, bytes), `timeout`, a dict of seconds: `connect`,
-`pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent), and `hooks`. A response's
-`extensions` hold `reason_phrase`, and `switched` after a 101: the answer, whose connection can be taken over.
+`pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent), `hooks`, and `holder`,
+whose share of the connections it takes. A response's `extensions` hold `reason_phrase`, and `switched` after a 101:
+the answer, whose connection can be taken over.
 """
 
 import asyncio
@@ -19,11 +21,13 @@ from typing import Any
 
 import httpx
 
-from api_gateway.answer import NO_LIMITS, Answer, Incoming
+from api_gateway.answer import NO_HOOKS, NO_LIMITS, Answer, Incoming
 from api_gateway.connection import Connection, Stale
+from api_gateway.local_resources import OutOfResources, is_own_lack
 from api_gateway.outgoing import NO_BODY, Origin, Outgoing
 from api_gateway.pool import Pool
 from api_gateway.retry import IDEMPOTENT
+from api_gateway.shares import Shares
 
 _REPEATABLE = IDEMPOTENT | {"TRACE"}
 
@@ -31,16 +35,23 @@ _REPEATABLE = IDEMPOTENT | {"TRACE"}
 class UpstreamTransport(httpx.AsyncBaseTransport):
     """The transport of one upstream, with a pool for each of its targets.
 
-    `max_connections` bounds each pool, `idle_timeout` (seconds) is how long an unused connection is kept. `tls` is
-    used for https targets.
+    `max_connections` bounds each pool, `max_tunnels` the tunnels and event streams beside it, `idle_timeout` (seconds)
+    is how long an unused connection is kept. `tls` is used for https targets.
     """
 
     def __init__(
-        self, *, max_connections: int = 512, idle_timeout: float = 60.0, tls: ssl.SSLContext | None = None
+        self,
+        *,
+        max_connections: int = 512,
+        max_tunnels: int = 4096,
+        idle_timeout: float = 60.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._max_connections = max_connections
+        self._max_tunnels = max_tunnels
         self._idle_timeout = idle_timeout
         self._tls = tls
+        self._is_retired = False
         self._pools: dict[tuple[str, str, int, str], Pool[Connection]] = {}
 
     def __repr__(self) -> str:
@@ -54,7 +65,10 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         """
         outgoing = request if isinstance(request, Outgoing) else Outgoing.of(request)
         pool = self.pool(outgoing.origin)
-        connection = pool.take_idle() or await self._wait(pool, outgoing)
+        extensions = outgoing.extensions
+        if extensions.get("hooks", NO_HOOKS).upgrade:  # it is not worth a handshake
+            pool.admit_tunnel(extensions.get("holder"))
+        connection = pool.take_idle(extensions.get("holder")) or await self._wait(pool, outgoing)
         return await self.response_to(outgoing, connection.send(outgoing))
 
     async def response_to(self, request: Outgoing, answer: Answer) -> httpx.Response:
@@ -81,6 +95,10 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         """Return the connections to `origin`."""
         return self._pools.get(origin.key) or self._make_pool(origin)
 
+    def resources(self) -> tuple[list[Shares], list[Shares]]:
+        """Return the shares of the connections in use, and of the tunnels, of each target that has been used."""
+        return [pool.shares for pool in self._pools.values()], [pool.tunnels for pool in self._pools.values()]
+
     def retire(self, origin: Origin) -> bool:
         """Keep no idle connection to `origin`, and forget it once none is left. Returns whether that is so."""
         pool = self._pools.get(origin.key)
@@ -91,9 +109,39 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             del self._pools[origin.key]
         return True
 
+    def change(self, max_connections: int, max_tunnels: int, idle_timeout: float, tls: ssl.SSLContext | None) -> None:
+        """Take other limits; new connections use `tls`, and if that is another one, idle connections are closed."""
+        self._max_connections, self._max_tunnels, self._idle_timeout = max_connections, max_tunnels, idle_timeout
+        is_other, self._tls = tls is not self._tls, tls
+        for key, pool in self._pools.items():
+            pool.change(max_connections, max_tunnels, idle_timeout)
+            if is_other and key[0] == "https":
+                pool.close_idle()
+
+    def retire_all(self) -> None:
+        """Keep no idle connection at all: requests that still come here open their own."""
+        self._is_retired = True
+        for pool in self._pools.values():
+            pool.retire()
+
+    def revive(self) -> None:
+        """Take back `retire_all`."""
+        self._is_retired = False
+        for pool in self._pools.values():
+            pool.revive()
+
     async def _wait(self, pool: Pool[Connection], request: Outgoing, *, is_fresh: bool = False) -> Connection:
+        def on_connect() -> None:
+            request.has_begun = True
+
         timeouts = request.extensions.get("timeout", NO_LIMITS)
-        return await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=is_fresh)
+        return await pool.take(
+            timeouts.get("connect"),
+            timeouts.get("pool"),
+            holder=request.extensions.get("holder"),
+            is_fresh=is_fresh,
+            on_connect=on_connect,
+        )
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -101,14 +149,19 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             pool.close()
 
     def _make_pool(self, origin: Origin) -> Pool[Connection]:
-        tls = self._tls if origin.scheme == "https" else None
-
         async def connect(seconds: float | None) -> Connection:
-            connection = await _connect(origin, tls, seconds)
+            connection = await _connect(origin, self._tls if origin.scheme == "https" else None, seconds)
             connection.pool = pool
             return connection
 
-        pool: Pool[Connection] = Pool(connect, limit=self._max_connections, idle_timeout=self._idle_timeout)
+        pool: Pool[Connection] = Pool(
+            connect,
+            limit=self._max_connections,
+            idle_timeout=self._idle_timeout,
+            tunnels=Shares(self._max_tunnels),
+        )
+        if self._is_retired:
+            pool.retire()
         self._pools[origin.key] = pool
         return pool
 
@@ -132,7 +185,8 @@ async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | 
         if isinstance(error, TimeoutError):
             raise httpx.ConnectTimeout(f"no connection to {place} within {seconds} s") from error
         if isinstance(error, OSError):
-            raise httpx.ConnectError(f"no connection to {place}: {error.strerror or error}") from error
+            kind = OutOfResources if is_own_lack(error, origin.address, origin.port) else httpx.ConnectError
+            raise kind(f"no connection to {place}: {error.strerror or error}") from error
         raise
     if connection.is_closed:
         raise httpx.ConnectError(f"{place} closed the connection at once")

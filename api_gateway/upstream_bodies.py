@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from api_gateway.models import Body, BreakerMode, Source
+from api_gateway.models import Body, BreakerMode, RequestBody, Source
+from api_gateway.reload_bodies import ConfigurationView
 
 
 class OpeningView(Body):
@@ -31,7 +32,7 @@ class BreakerThresholds(Body):
     ramp: float
 
 
-class ModeChange(Body):
+class ModeChange(RequestBody):
     """The body of POST /circuit-breakers/{name}: the mode, for how many seconds (null: until changed), and why."""
 
     mode: BreakerMode = Field(description="`auto` takes back what was set before.", examples=["forced_open"])
@@ -71,6 +72,10 @@ class BreakerView(Body):
     window_slow: int = Field(description="Calls inside the window that took slow_call_duration or longer.")
     window_slow_rate: float | None = Field(description="None while the window holds no call.")
     probes_in_flight: int
+    one_principal: bool = Field(
+        description="True while a threshold is reached by the failures of one client alone, and others call too: that"
+        " does not open it. A client is one that is registered, or else an address."
+    )
     ramp_share: float | None = Field(
         description="Share of the rate before it opened that is admitted, and 10 a second at least; null unless it has"
         " just closed."
@@ -258,4 +263,5 @@ class HealthView(BaseModel):
     limits: StoreView | None = None
     clients: ClientStoreView | None = None
     event_loop: LagView | None = None
+    configuration: ConfigurationView | None = None
     resources: list[ResourceView] | None = None

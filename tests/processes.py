@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.kit import PATIENCE, eventually
 
 ROOT = Path(__file__).parent.parent
+START = 60.0  # seconds a start may take on a busy machine
 WAYS = {
     "run_gateway.py": [str(ROOT / "run_gateway.py"), "--port", "0"],
     "python -m": ["-m", "api_gateway", "--port", "0"],
@@ -40,7 +41,7 @@ class Running:
     @property
     def url(self) -> str:
         """The address its welcome names."""
-        eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens")
+        eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens", START)
         found = re.search(r"http://localhost:(\d+)", self.output)
         assert found, self.output + self.errors
         return f"http://127.0.0.1:{found[1]}"
