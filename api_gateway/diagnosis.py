@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from api_gateway.secret import SUFFIX, holds_secret, may_hold_password, shown_path
+from api_gateway.secret import SUFFIX, holds_secret, may_hold_password, secret_names, shown_path
 
 Place = tuple[str, ...]
 
@@ -210,7 +210,8 @@ def explain(
         known = _keys_at(model, place[:-1])
         hint, shown = nearest(place[-1], known), ""
         message = "unknown key" + (hint or "; known are " + ", ".join(known))
-        if "@" in place[-1] or (not hint and holds_secret(type_at(model, place[:-1]))):  # as in store: {redis://...}
+        section = unwrapped(type_at(model, place[:-1]))
+        if "@" in place[-1] or (not hint and secret_names(section)):  # as in store: {redis://...}
             place, message = place[:-1], f"has an {message}"
     elif kind == "model_type" and _is_named_secret(model, place):
         place, shown, message = place[:-1], "", f"under each name, {message}"  # the name may be the secret
@@ -218,11 +219,11 @@ def explain(
         message, shown = "is missing", ""
     elif detail["input"] is None:
         message, shown = f"has no value; {message}, or leave it out", ""
-    twin = (*place[:-1], place[-1] + SUFFIX)
+    twin = (*place[:-1], "".join(place[-1:]) + SUFFIX)
     path = sources.given(twin)
     if path is not None:  # the secret was read from a file
         place, shown = twin, "" if ", got " in message else f", read from {shown_path(path)}"
-    return f"{sources.origin(place)}{spelt(place)}: {message}{shown}"
+    return f"{sources.origin(place)}{spelt(place) or 'the configuration'}: {message}{shown}"
 
 
 def _example(annotation: Any) -> str:

@@ -76,8 +76,7 @@ def test_a_file_that_holds_no_sections_is_refused(refused: Refused, text: str, k
 
 def test_a_key_that_is_no_text_is_refused(refused: Refused) -> None:
     """YAML reads `on:` as true and `8000:` as a number."""
-    (line,) = refused("server: {}\n8000: x\n")
-    assert "8000" in line
+    assert refused("server: {}\n8000: x\n")[0] == ":2: [8000]: is no text; put the key in quotes"
 
 
 def test_a_value_that_holds_itself_is_refused(refused: Refused) -> None:
