@@ -20,7 +20,7 @@ import pytest
 from api_gateway import output
 from api_gateway.output import LineHandler, LineWriter, Output, TextStream
 from tests.kit import PATIENCE, RawUpstream, ask, eventually
-from tests.processes import ROOT, config_file, is_alive
+from tests.processes import ROOT, WATCHED, config_file, is_alive
 
 FILL = 300  # requests whose lines are more than the 64 KiB that a pipe holds
 
@@ -236,7 +236,7 @@ def gateway(folder: Path, upstream: str, redirection: str, **streams: Any) -> It
     port = free_port()
     start = [sys.executable, str(ROOT / "run_gateway.py"), "--config", config, "--port", str(port)]
     command = f"exec {shlex.join(start)} {redirection}"
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    environment = {**WATCHED, "PATH": "/usr/bin:/bin"}
     popen = subprocess.Popen(["sh", "-c", command], cwd=folder, env=environment, **streams)
     try:
         eventually(lambda: popen.poll() is not None or is_listening(port), "it listens", 30)
