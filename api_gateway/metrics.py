@@ -231,9 +231,10 @@ class Series:
 
     def __init__(self) -> None:
         self._past = Tally()  # of the slices that are gone
-        self._slices = [Tally() for _ in range(_SLICES)]
-        self._numbers = [-1] * _SLICES
-        self._running = self._slices[0]
+        self._slices: dict[int, Tally] = {}  # by number modulo _SLICES; most series of a large gateway have none
+        self._numbers: dict[int, int] = {}  # of the slices, likewise
+        self._newest = -1  # number of the newest slice
+        self._running = self._past
         self._from = self._until = 0.0  # seconds on the clock which the running slice spans
 
     def at(self, now: float) -> Tally:
@@ -242,20 +243,31 @@ class Series:
             return self._running
         number = int(now / SLICE)
         slot = number % _SLICES
-        if self._numbers[slot] != number:
-            self._numbers[slot] = number
-            self._past.add(self._slices[slot])
-            self._slices[slot] = Tally()
+        if self._numbers.get(slot) != number:
+            if slot in self._slices:
+                self._past.add(self._slices[slot])
+            self._numbers[slot], self._slices[slot] = number, Tally()
+            self._newest = max(self._newest, number)
         self._running = self._slices[slot]
         self._from, self._until = number * SLICE, (number + 1) * SLICE
         return self._running
 
+    @property
+    def is_used(self) -> bool:
+        """Tell whether anything was ever counted."""
+        return self._newest >= 0
+
+    def has_changed(self, since: int) -> bool:
+        """Tell whether anything was counted in the slices numbered `since` and above."""
+        return self._newest >= since
+
     def state(self, since: int = 0) -> dict[str, Any]:
         """Return the counts as JSON can hold them; of the slices those numbered `since` and above."""
-        slices = zip(self._numbers, self._slices, strict=True)
         return {
             "past": self._past.state(),
-            "slices": [(number, tally.state()) for number, tally in slices if number >= since],
+            "slices": [
+                (number, self._slices[slot].state()) for slot, number in self._numbers.items() if number >= since
+            ],
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -267,11 +279,9 @@ class Series:
     def absorb(self, other: "Series") -> None:
         """Take in the counts of another series whose times are on the same clock."""
         self._past.add(other._past)  # noqa: SLF001 - of the same class
-        for number, tally in zip(other._numbers, other._slices, strict=True):  # noqa: SLF001 - as above
-            if number < 0:  # it has never been used
-                continue
-            slot = number % _SLICES
-            mine = self._numbers[slot]
+        for slot, number in other._numbers.items():  # noqa: SLF001 - as above
+            tally = other._slices[slot]  # noqa: SLF001 - as above
+            mine = self._numbers.get(slot, -1)
             if number < mine:  # it is out of every window already
                 self._past.add(tally)
                 continue
@@ -279,19 +289,20 @@ class Series:
             merged.add(tally)
             if number == mine:
                 merged.add(self._slices[slot])
-            else:
+            elif mine >= 0:
                 self._past.add(self._slices[slot])
             self._put(number, merged)
 
     def _put(self, number: int, tally: Tally) -> None:
         self._numbers[number % _SLICES], self._slices[number % _SLICES] = number, tally
+        self._newest = max(self._newest, number)
         self._from = self._until = 0.0  # the running slice may be another one now
 
     @property
     def total(self) -> Tally:
         """The tally since the start."""
         merged = Tally()
-        for tally in (self._past, *self._slices):
+        for tally in (self._past, *self._slices.values()):
             merged.add(tally)
         return merged
 
@@ -299,9 +310,9 @@ class Series:
         """Return the tally of the last `span` seconds: the running slice and the full ones before it."""
         newest = int(now / SLICE)
         merged = Tally()
-        for number, tally in zip(self._numbers, self._slices, strict=True):
+        for slot, number in self._numbers.items():
             if newest - span / SLICE < number <= newest:
-                merged.add(tally)
+                merged.add(self._slices[slot])
         return merged
 
 
@@ -356,12 +367,12 @@ class Recorder:
         return f"<Recorder [{self.requests.total()} requests, {self.in_flight} in flight]>"
 
     def state(self, since: int = 0) -> dict[str, Any]:
-        """Return everything as JSON can hold it; of the slices those numbered `since` and above."""
+        """Return everything as JSON can hold it; of series and slices those that changed in slice `since` or later."""
         return {
             "started": self.started,
             "in_flight": self.in_flight,
-            "routes": {name: series.state(since) for name, series in self.routes.items()},
-            "upstreams": {name: series.state(since) for name, series in self.upstreams.items()},
+            "routes": _changed(self.routes, since),
+            "upstreams": _changed(self.upstreams, since),
             **{name: [(*key, count) for key, count in getattr(self, name).items()] for name in _TABLES},
             "outcomes": self.outcomes,
             "shed": self.shed,
@@ -559,9 +570,18 @@ def _add(mine: Counter[Label], theirs: Counter[Label]) -> None:
         mine[label] += count
 
 
+def _changed(series: Mapping[str, Series], since: int) -> dict[str, dict[str, Any]]:
+    """Return the state of each series that has changed in slice `since` or later; 0 returns all."""
+    return {name: one.state(since) for name, one in series.items() if not since or one.has_changed(since)}
+
+
 def _nested(names: Iterable[str], counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
     """Return counts by two labels as one table for each of the first."""
-    return {name: {second: count for (first, second), count in counts.items() if first == name} for name in names}
+    tables: dict[str, dict[str, int]] = {name: {} for name in names}
+    for (first, second), count in counts.items():
+        if first in tables:
+            tables[first][second] = count
+    return tables
 
 
 def _by_route(fallbacks: Mapping[tuple[str, str, str], int]) -> dict[str, dict[str, int]]:
