@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
@@ -57,6 +58,7 @@ from api_gateway.models import (
 )
 from api_gateway.operator_gate import OPERATOR, unescaped
 from api_gateway.operators import LOCAL, Operator
+from api_gateway.pacing import each, paced
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.report import BreakerReport
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
@@ -175,14 +177,15 @@ async def readyz(console: Open) -> Response:
     return PlainTextResponse(f"{console.phase}\n", status_code=200 if is_serving else 503)
 
 
-@open_router.get("/health", summary="Health of the gateway and its upstreams", response_model_exclude_unset=True)
-async def health(request: Request, console: Open) -> HealthView:
+@open_router.get("/health", summary="Health of the gateway and its upstreams", response_model=HealthView)
+async def health(request: Request, console: Open) -> Response:
     """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
     report = await console.crew.gather()
-    upstreams = {
-        name: upstream_view(upstream, console.clock(), report.recorder.concurrency(name, upstream))
-        for name, upstream in report.upstreams.items()
-    }
+    views = each(
+        report.upstreams.items(),
+        lambda name, upstream: upstream_view(upstream, console.clock(), report.recorder.concurrency(name, upstream)),
+    )
+    upstreams = await paced(views)
     words = {view.status for view in upstreams.values()}
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
@@ -194,9 +197,9 @@ async def health(request: Request, console: Open) -> HealthView:
     ):
         status = "warn"
     if request.scope.get(OPERATOR) is None:
-        return HealthView(status=status)
+        return _shown(HealthView(status=status))
     uptime = round(console.clock() - report.recorder.started, 3)
-    return HealthView(
+    view = HealthView(
         status=status,
         version=console.version,
         uptime=uptime,
@@ -208,6 +211,7 @@ async def health(request: Request, console: Open) -> HealthView:
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
         resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
     )
+    return _shown(view)
 
 
 class MetricsFormat(StrEnum):
@@ -243,9 +247,9 @@ async def metrics(
             report.tasks,
             report.resources,
         )
-        body, content_type = exposition.render(accept)
+        body, content_type = await paced(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})
-    return report.recorder.snapshot(
+    view = report.recorder.snapshot(
         console.clock(),
         report.upstreams,
         buckets=report.buckets,
@@ -254,33 +258,32 @@ async def metrics(
         limiter=report.limiter,
         lag=report.lag,
     )
+    return _shown(await paced(view))
 
 
-@guarded_router.get("/metrics/latency", summary="Latency percentiles")
-async def latency(console: Guarded) -> LatencyView:
+@guarded_router.get("/metrics/latency", summary="Latency percentiles", response_model=LatencyView)
+async def latency(console: Guarded) -> Response:
     """Answer the percentiles over the last minute, the last five minutes and since the start."""
     report = await console.crew.gather()
-    return report.recorder.latency(console.clock())
+    return _shown(await paced(report.recorder.latency(console.clock())))
 
 
-@guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model_exclude_unset=True)
-async def circuit_breakers(console: Guarded) -> BreakersView:
+@guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model=BreakersView)
+async def circuit_breakers(console: Guarded) -> Response:
     """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
     await console.modes.look()
     report = await console.crew.gather()
     now = console.clock()
     trouble = {} if console.modes.trouble is None else {"modes_error": console.modes.trouble}
-    return BreakersView(
-        circuit_breakers={
-            name: _breaker_view(upstream.breaker, console.modes.override(name), now)
-            for name, upstream in report.upstreams.items()
-        },
-        targets={
-            name: {target.key: verdict_view(target, now) for target in upstream.targets}
-            for name, upstream in report.upstreams.items()
-        },
-        **trouble,
+    breakers = each(
+        report.upstreams.items(),
+        lambda name, upstream: _breaker_view(upstream.breaker, console.modes.override(name), now),
     )
+    targets = each(
+        report.upstreams.items(),
+        lambda _, upstream: {target.key: verdict_view(target, now) for target in upstream.targets},
+    )
+    return _shown(BreakersView(circuit_breakers=await paced(breakers), targets=await paced(targets), **trouble))
 
 
 @guarded_router.post(
@@ -482,6 +485,11 @@ def _mistake(item: Mapping[str, Any]) -> str:
     given = item.get("input")
     value = f", got {given!r}" if isinstance(given, str | int | float) else ""
     return f"{'.'.join(map(str, item['loc']))}: {item['msg']}{value}"
+
+
+def _shown(view: BaseModel) -> Response:
+    """Return a view as it is, where the framework would validate and copy it: a large one would hold the loop."""
+    return Response(view.model_dump_json(by_alias=True, exclude_unset=True), media_type="application/json")
 
 
 def _check_breaker(console: Console, name: str) -> None:

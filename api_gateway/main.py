@@ -28,6 +28,7 @@ from api_gateway.explanation import Explainer
 from api_gateway.link import Lane
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.pacing import Steps, each
 from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
@@ -150,22 +151,24 @@ def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Sh
     )
 
 
-def _look(gateway: Gateway, connections: Shares | None) -> Report:
+def _look(gateway: Gateway, connections: Shares | None) -> Steps[Report]:
     """Return how this process stands."""
     now = time.monotonic()
+    upstreams = yield from each(
+        gateway.services.items(),
+        lambda name, service: UpstreamReport.of(service.upstream, now, gateway.upkeeps[name].names),
+    )
+    histories = yield from each(gateway.services.items(), lambda _, service: moves_of(service.upstream))
     return Report(
         worker="",
         recorder=gateway.recorder,
-        upstreams={
-            name: UpstreamReport.of(service.upstream, now, gateway.upkeeps[name].names)
-            for name, service in gateway.services.items()
-        },
+        upstreams=upstreams,
         buckets=len(gateway.limiter),
         bucket_limit=gateway.limiter.bucket_limit,
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
         client_trouble=gateway.clients.trouble,
-        histories={name: moves_of(service.upstream) for name, service in gateway.services.items()},
+        histories=histories,
         lag=gateway.lag.lag,
         tasks=len(asyncio.all_tasks()),
         resources=[] if connections is None else [ResourceState.of("connections", [connections])],
