@@ -2,9 +2,10 @@
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -12,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from api_gateway.breaker_modes import ModeBoard, Override
 from api_gateway.breaker_policy import Mode, State
@@ -34,6 +35,7 @@ from api_gateway.explanation import Explainer
 from api_gateway.explanation_bodies import Explanation, Question
 from api_gateway.exposition import Exposition
 from api_gateway.headers import is_visible_ascii
+from api_gateway.health_cache import HealthCache
 from api_gateway.metrics import GATEWAY, Recorder
 from api_gateway.metrics_bodies import LatencyView, MetricsView
 from api_gateway.models import (
@@ -56,11 +58,12 @@ from api_gateway.models import (
     TierChanged,
     TierView,
 )
-from api_gateway.operator_gate import OPERATOR, unescaped
-from api_gateway.operators import LOCAL, Operator
+from api_gateway.operator_gate import OPERATOR
+from api_gateway.operators import Operator
 from api_gateway.pacing import each, paced
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.report import BreakerReport
+from api_gateway.request_paths import path_as_sent, unescaped
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
 from api_gateway.upstream_bodies import (
     BreakersView,
@@ -102,6 +105,10 @@ class Console:
     explainer: Explainer
     modes: ModeBoard
     phase: Phase = Phase.STARTING
+    health: HealthCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.health = HealthCache(partial(health_view, self), self.clock)
 
 
 def _console(request: Request) -> Console:
@@ -136,8 +143,13 @@ Open = Annotated[Console, Depends(_console)]
 
 _PROBLEM: dict[str, Any] = {"model": Problem, "content": {"application/problem+json": {}}}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: {"description": "The admin token is missing or wrong.", **_PROBLEM},
-    403: {"description": "No admin token is set and the request did not come from this machine.", **_PROBLEM},
+    401: {"description": "The bearer token is missing or not valid.", **_PROBLEM},
+    403: {
+        "description": "The caller is not an operator, or has only the role read; or a page of another origin.",
+        **_PROBLEM,
+    },
+    413: {"description": "The body is larger than 64 KiB.", **_PROBLEM},
+    429: {"description": "Too many requests of this token, or too many failed attempts of this address.", **_PROBLEM},
 }
 _CLIENT_REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The client id is not 1 to 128 visible ASCII characters.", **_PROBLEM},
@@ -157,6 +169,10 @@ _TIER_REFUSALS: dict[int | str, dict[str, Any]] = {
 open_router = APIRouter(tags=["health"])
 guarded_router = APIRouter(tags=["operator"], responses=_REFUSALS)
 clients_router = APIRouter(tags=["clients"], responses=_CLIENT_REFUSALS)
+_ROUTERS = (open_router, guarded_router, clients_router)
+
+
+# These three are answered by the gate, from memory; here they are described.
 
 
 @open_router.get("/healthz", response_class=PlainTextResponse, summary="Liveness")
@@ -177,9 +193,19 @@ async def readyz(console: Open) -> Response:
     return PlainTextResponse(f"{console.phase}\n", status_code=200 if is_serving else 503)
 
 
-@open_router.get("/health", summary="Health of the gateway and its upstreams", response_model=HealthView)
-async def health(request: Request, console: Open) -> Response:
-    """Answer 200 while the gateway itself serves; from elsewhere than the operator's place, the status word only."""
+@open_router.get(
+    "/health",
+    summary="Health of the gateway and its upstreams",
+    response_model=HealthView,
+    responses={429: {"description": "Asked too often.", **_PROBLEM}},
+)
+async def health(console: Open) -> Response:
+    """Answer 200 while the gateway itself serves; to anybody but an operator, the status word only."""
+    return Response(await console.health.word(), media_type="application/json")
+
+
+async def health_view(console: Console) -> HealthView:
+    """Return the health of the gateway and its upstreams, as operators see it."""
     report = await console.crew.gather()
     views = each(
         report.upstreams.items(),
@@ -196,10 +222,8 @@ async def health(request: Request, console: Open) -> Response:
         or any(resource.status == "warn" for resource in report.resources)
     ):
         status = "warn"
-    if request.scope.get(OPERATOR) is None:
-        return _shown(HealthView(status=status))
     uptime = round(console.clock() - report.recorder.started, 3)
-    view = HealthView(
+    return HealthView(
         status=status,
         version=console.version,
         uptime=uptime,
@@ -211,7 +235,6 @@ async def health(request: Request, console: Open) -> Response:
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
         resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
     )
-    return _shown(view)
 
 
 class MetricsFormat(StrEnum):
@@ -445,25 +468,54 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
 
 def install(app: FastAPI) -> frozenset[str]:
     """Add the operator endpoints and their error handling to `app`; return the first segments of their paths."""
-    routers = (open_router, guarded_router, clients_router)
-    for router in routers:
+    app.state.rendered_schemas = {}
+    for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
-    routes = itertools.chain(app.routes, *(router.routes for router in routers))
-    return frozenset(route.path.split("/")[1] for route in routes if isinstance(route, Route))
+    app.router.routes.insert(0, Route("/openapi.json", _schema))
+    return frozenset(route.path.split("/")[1] for route in _routes(app))
+
+
+async def _schema(request: Request) -> Response:
+    """Answer the schema, which the framework would render anew for each request."""
+    rendered: dict[str, Response] = request.app.state.rendered_schemas
+    root = request.scope.get("root_path", "")
+    if root not in rendered:
+        schema = request.app.openapi()
+        rendered[root] = JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
+    return rendered[root]
 
 
 async def _answer_error(request: Request, raised: Exception) -> Response:
-    """Answer any error of an operator's endpoint as problem details."""
+    """Answer any error of an operator endpoint as problem details, and OPTIONS by the methods there are."""
     error = _in_our_words(raised)
+    if isinstance(error, MethodNotAllowed):
+        error.headers["allow"] = _allow(request)
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": error.headers["allow"]})
     return JSONResponse(
-        problem(error, instance=request.url.path),
+        problem(error, instance=path_as_sent(request.scope)),
         status_code=error.status,
         headers={**error.headers, "cache-control": "no-store"},
         media_type="application/problem+json",
     )
+
+
+def _allow(request: Request) -> str:
+    """Return the methods of the endpoints at the request's path, for the `Allow` field."""
+    methods = {"OPTIONS"}
+    for route in _routes(request.app):
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+
+
+def _routes(app: FastAPI) -> Iterator[Route]:
+    """Return the routes of the operator endpoints; an included router is not among the application's own."""
+    routes = itertools.chain(app.routes, *(router.routes for router in _ROUTERS))
+    return (route for route in routes if isinstance(route, Route))
 
 
 def _in_our_words(raised: Exception) -> GatewayError:
@@ -475,7 +527,7 @@ def _in_our_words(raised: Exception) -> GatewayError:
         if raised.status_code == 404:  # noqa: PLR2004 - no endpoint of that name
             return NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
         if raised.status_code == 405:  # noqa: PLR2004 - an endpoint, but not for this method
-            return MethodNotAllowed("The endpoint does not take this method.", headers=dict(raised.headers or {}))
+            return MethodNotAllowed("The endpoint does not take this method.")
         return BadRequest(str(raised.detail))
     raise raised
 
@@ -503,7 +555,7 @@ def _who(request: Request) -> str:
     """Name the operator by token and address; a local one by the address alone."""
     operator = _operator(request)
     host = request.client.host if request.client is not None else "unknown"
-    return host if operator is LOCAL else f"token '{operator.name}', from {host}"
+    return host if operator.is_local else f"token '{operator.name}', from {host}"
 
 
 def _tier(console: Console, name: str) -> str:
@@ -643,6 +695,7 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
         window_slow=slow,
         window_slow_rate=round(slow / calls, 4) if calls else None,
         probes_in_flight=breaker.probes_in_flight,
+        one_principal=breaker.one_principal,
         ramp_share=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,

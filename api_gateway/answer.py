@@ -97,6 +97,7 @@ class Answer(httpx.AsyncByteStream):
     keeps_alive = False
     error: Exception | None = None
     buffered = 0
+    reader_waited = 0.0  # seconds for which the upstream was made to wait for the reader
     _waiter: "asyncio.Future[None] | None" = None
 
     def __init__(self, connection: Source | None, method: str, timeouts: Timeouts, hooks: Hooks) -> None:

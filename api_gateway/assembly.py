@@ -11,7 +11,7 @@ from functools import partial
 
 import httpx
 
-from api_gateway.assembly_stores import client_store, follow, limiter_of
+from api_gateway.assembly_stores import client_store, follow, limiter_of, state_folder
 from api_gateway.assembly_upstreams import checking_transport, names_of, service_of, upkeep_of
 from api_gateway.breaker_modes import ModeBoard, ModeFile
 from api_gateway.clients import ClientRegistry
@@ -20,6 +20,7 @@ from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
 from api_gateway.heap import keep_trimmed
 from api_gateway.lag import LagSampler
+from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
 from api_gateway.output import process_output
@@ -28,6 +29,7 @@ from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.resolution import Resolve
 from api_gateway.service import Service
+from api_gateway.state_folder import own_folder
 from api_gateway.tasks import end
 from api_gateway.upkeep import Upkeep
 
@@ -58,11 +60,13 @@ async def live(
 ) -> AsyncIterator[Gateway]:
     """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
     async with AsyncExitStack() as stack:
+        raise_descriptor_limit()
         if config.is_demo:
             demo = DemoUpstreams()
             await demo.start()
             stack.push_async_callback(demo.stop)
             config = config.model_validate({**config.model_dump(), **demo.sections()})
+        stack.enter_context(state_folder(config))
         gateway = _build(config, rejections, transports, resolve)
         stack.push_async_callback(gateway.clients.close)
         try:
@@ -145,7 +149,7 @@ def _build(
         ),
         candidates=candidates,
         modes=ModeBoard(
-            ModeFile(config.state_dir),
+            ModeFile(own_folder(config.state_dir)),
             {name: service.upstream.breaker for name, service in services.items()},
             clock=time.monotonic,
             wall_clock=time.time,

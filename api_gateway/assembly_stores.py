@@ -1,7 +1,12 @@
 """Builds what limits and tiers rest on: the rate limiter, and the store of registered clients."""
 
+import logging
+import multiprocessing
 import random
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from api_gateway.client_records import ClientStore
 from api_gateway.config import GatewayConfig
@@ -11,7 +16,29 @@ from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_clients import RedisClients
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.sqlite_clients import SqliteClients
+from api_gateway.state_folder import FolderInUse, StateError, StateFolder, own_folder
 from api_gateway.store import StoreSession
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def state_folder(config: GatewayConfig) -> Iterator[None]:
+    """Hold the state folder. Raises StartupError, for an unusable folder only if registered clients are kept there."""
+    # True for a worker of uvicorn or gunicorn, which share the folder with the other workers of their server.
+    is_worker = multiprocessing.parent_process() is not None or "gunicorn.arbiter" in sys.modules
+    folder = None
+    try:
+        folder = StateFolder(config.state_dir, is_worker=is_worker)
+    except StateError as error:
+        if isinstance(error, FolderInUse) or not config.store.keeps_clients:
+            raise StartupError(str(error)) from error
+        logger.warning("%s; until then no circuit breaker can be put in another mode", error)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            folder.close()
 
 
 def limiter_of(config: GatewayConfig, quotas: list[Quota]) -> MemoryLimiter | RedisLimiter:
@@ -40,7 +67,7 @@ def client_store(config: GatewayConfig) -> ClientStore:
     """
     store = config.store
     if not store.keeps_clients:
-        return SqliteClients(config.state_dir)
+        return SqliteClients(own_folder(config.state_dir))
     return RedisClients(_session(config), prefix=store.prefix)
 
 

@@ -29,6 +29,8 @@ class SlowHead(NamedTuple):
 class Lease:
     """One try on one target. Settling it gives back the target and tells the breakers; only the first time counts.
 
+    `principal` is on whose behalf it was made; None once it has failed in a way that no client can have caused.
+
     `ticket` is of the upstream's breaker, `target_ticket` of the target's own; `target_move` is the move of the latter
     that the last settling caused.
     """
@@ -36,6 +38,7 @@ class Lease:
     __slots__ = (
         "_is_settled",
         "_target_breaker",
+        "principal",
         "slow",
         "target",
         "target_move",
@@ -45,14 +48,21 @@ class Lease:
     )
 
     target_move: Transition | None
+    principal: str | None
 
     def __init__(
-        self, upstream: "Upstream", target: Target, ticket: Ticket, target_ticket: Ticket | None = None
+        self,
+        upstream: "Upstream",
+        target: Target,
+        ticket: Ticket,
+        target_ticket: Ticket | None = None,
+        principal: str = "",
     ) -> None:
         self.upstream = upstream
         self.target = target
         self.ticket = ticket
         self.target_ticket = target_ticket
+        self.principal = principal
         self.target_move = None
         self._target_breaker = target.breaker  # the one that gave the ticket: the target may get another
         self.slow: SlowHead | None = None
@@ -88,12 +98,20 @@ class Lease:
                 duration=duration,
                 route=route,
                 request_id=request_id,
+                principal=self.principal,
             )
         is_bad = outcome is Outcome.FAILURE or (duration is not None and duration >= upstream.breaker.slow_after)
         if is_bad and not upstream.is_shown_by(target):
             outcome = Outcome.IGNORED
         return upstream.breaker.settle(
-            self.ticket, outcome, now, detail, duration=duration, route=route, request_id=request_id
+            self.ticket,
+            outcome,
+            now,
+            detail,
+            duration=duration,
+            route=route,
+            request_id=request_id,
+            principal=self.principal,
         )
 
     def release(self, now: float, outcome: Outcome = Outcome.IGNORED) -> None:
@@ -106,8 +124,9 @@ class Lease:
         elif not self._is_settled:
             self._is_settled = True
             if self.target_ticket is not None and self.target.breaker is self._target_breaker:
-                self.upstream.rotation.settle(self.upstream.targets, self.target, self.target_ticket, outcome, now)
-            self.upstream.breaker.settle(self.ticket, outcome, now)
+                rotation, targets = self.upstream.rotation, self.upstream.targets
+                rotation.settle(targets, self.target, self.target_ticket, outcome, now, principal=self.principal)
+            self.upstream.breaker.settle(self.ticket, outcome, now, principal=self.principal)
         self.target.in_flight -= 1
         limit = self.upstream.limit
         if limit is not None:
@@ -166,13 +185,20 @@ class Upstream:
         return False
 
     def checkout(
-        self, now: float, key: str, tried: Collection[Target] = (), *, band: int = 0, is_safe: bool = True
+        self,
+        now: float,
+        key: str,
+        tried: Collection[Target] = (),
+        *,
+        band: int = 0,
+        is_safe: bool = True,
+        principal: str = "",
     ) -> Lease:
         """Return a lease on a healthy target that is not ejected, preferring those not in `tried`.
 
-        `is_safe` is for `admit`. Raises NoHealthyUpstream when there is none, Shed when there is no place for the
-        band, CircuitOpen when the breaker does not admit; in this order, so that no probe is spent on what does not
-        go.
+        `is_safe` is for `admit`, `principal` on whose behalf the attempt is made. Raises NoHealthyUpstream when there
+        is none, Shed when there is no place for the band, CircuitOpen when the breaker does not admit; in this order,
+        so that no probe is spent on what does not go.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
@@ -196,7 +222,8 @@ class Upstream:
         own = target.breaker
         if limit is not None:
             limit.take(band)
-        return Lease(self, target, ticket, None if own is None else own.admit(now, is_safe=is_safe))
+        own_ticket = None if own is None else own.admit(now, is_safe=is_safe)
+        return Lease(self, target, ticket, own_ticket, principal)
 
     def is_shown_by(self, target: Target) -> bool:
         """Tell whether what fails at `target` says something of the upstream: not if it is out while others serve."""

@@ -20,6 +20,7 @@ from api_gateway.breaker_policy import Mode
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Clock
+from api_gateway.state_folder import make_private, open_private
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class ModeFile:
 
     def change(self, name: str, override: Override | None, wall: float) -> tuple[Override | None, Overrides]:
         """Write one mode, or take it out; return the one before and all that are in force. Raises as `read` does."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self.path.parent)
         with self._locked():
             overrides = {key: value for key, value in self.read().items() if not value.is_over(wall)}
             before = overrides.pop(name, None)
@@ -99,14 +100,14 @@ class ModeFile:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other processes from changing it meanwhile."""
-        with self.path.with_suffix(".lock").open("w") as lock:
+        with open_private(self.path.with_suffix(".lock")) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _write(self, overrides: Mapping[str, Override]) -> None:
         content = {"circuit_breakers": {name: _written(one) for name, one in sorted(overrides.items())}}
         fresh = self.path.with_suffix(".new")
-        with fresh.open("w", encoding="utf-8") as file:
+        with open_private(fresh) as file:
             file.write(json.dumps(content, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())

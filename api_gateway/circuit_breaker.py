@@ -13,6 +13,7 @@ from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, 
 from api_gateway.breaker_records import FailedCall, FlightRecord, Transition
 from api_gateway.call_window import Counts, CountWindow, TimeWindow, Window
 from api_gateway.models import Outcome
+from api_gateway.principals import Callers
 from api_gateway.ramp import Ramp, RateMeter
 
 KEPT_RECORDS = 50
@@ -54,6 +55,10 @@ class CircuitBreaker:
         self.ramp: Ramp | None = None
         self._source = source
         self._window: Window = _window(policy)
+        self._callers = Callers()  # of every call that has ended
+        self._failing = Callers()  # of those that failed or were slow, since the last move
+        self._streak_by: str | None = None  # whose the first of the consecutive failures was
+        self._is_streak_shared = False  # they were several principals', or no principal can have caused one of them
         self._meter = RateMeter()
         self._failures: deque[FailedCall] = deque(maxlen=KEPT_FAILURES)
         self._generation = 0
@@ -162,12 +167,20 @@ class CircuitBreaker:
         duration: float | None = None,
         route: str = "",
         request_id: str = "",
+        principal: str | None = "",
     ) -> Transition | None:
         """Count the outcome of an admitted try. Returns the move it caused.
 
         `duration` is in seconds, from sending to the answer's head or to the failure. `detail` says in words what
-        failed; it, `route` and `request_id` go into the flight record.
+        failed; it, `route` and `request_id` go into the flight record. `principal` is on whose behalf it was made;
+        None for a failure that no client can have caused. Failures of one principal alone do not open the breaker
+        while others have used it within `policy.window`.
         """
+        callers = self._callers
+        if principal is not None:
+            if principal != callers.last:
+                callers.note(principal, now)
+            callers.last_at = now
         if ticket.generation != self._generation or outcome is Outcome.IGNORED:
             if ticket.generation == self._generation and self.state is State.HALF_OPEN:
                 self.probes_in_flight -= 1
@@ -182,6 +195,7 @@ class CircuitBreaker:
             self._failures.append(FailedCall(now, detail or _slowness(duration), duration, route, request_id))
         if self.state is State.HALF_OPEN:
             return self._settle_probe(outcome, now, detail, duration if is_slow else None)
+        self._note_failing(principal, now, is_failure=outcome is Outcome.FAILURE)
         return self._count_trouble(outcome, now, detail, is_slow=is_slow)
 
     def advance(self, now: float) -> Transition | None:
@@ -258,6 +272,23 @@ class CircuitBreaker:
 
     # Counting
 
+    def _note_failing(self, principal: str | None, now: float, *, is_failure: bool) -> None:
+        """Note whose call failed or was slow."""
+        self._failing.note(principal, now)
+        if not is_failure:
+            return
+        if self.consecutive_failures == 0:
+            self._streak_by, self._is_streak_shared = principal, principal is None
+        elif principal != self._streak_by:
+            self._is_streak_shared = True
+
+    def has_one_failing_principal(self, now: float) -> bool:
+        """Tell whether it is CLOSED because every failure that would open it is one principal's, and others call too.
+
+        One principal alone opens it only where nobody else has called within `policy.window`.
+        """
+        return self.state is State.CLOSED and self._exceeded(now) is not None and self._threshold_reached(now) is None
+
     def _count_trouble(self, outcome: Outcome, now: float, detail: str, *, is_slow: bool) -> Transition | None:
         is_failure = outcome is Outcome.FAILURE
         self._window.record(now, is_failure=is_failure, is_slow=is_slow)
@@ -268,9 +299,22 @@ class CircuitBreaker:
         return self._move(Event.THRESHOLD_REACHED, now, f"{cause}; last: {detail}" if detail else cause)
 
     def _threshold_reached(self, now: float) -> str | None:
+        """Return which threshold is reached by calls of several principals, or by one that is alone here."""
+        since = now - self.policy.window
+        is_alone = not self._callers.are_several_since(since)
+        return self._exceeded(
+            now,
+            by_streak=is_alone or self._is_streak_shared,
+            by_share=is_alone or self._failing.are_several_since(since),
+        )
+
+    def _exceeded(self, now: float, *, by_streak: bool = True, by_share: bool = True) -> str | None:
+        """Return which threshold is reached, of those that are asked about."""
         policy = self.policy
-        if self.consecutive_failures >= policy.failure_threshold:
+        if by_streak and self.consecutive_failures >= policy.failure_threshold:
             return f"{self.consecutive_failures} consecutive failures"
+        if not by_share:
+            return None
         calls, failures, slow = self._window.counts(now)
         if calls < policy.minimum_calls:
             return None
@@ -303,6 +347,7 @@ class CircuitBreaker:
         self._begin_generation()
         self.consecutive_failures = self._probe_successes = 0
         self._window.clear()
+        self._failing = Callers()
         if self.state is State.CLOSED:
             self._begin_ramp(now)
         self._look_again()

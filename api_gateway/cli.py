@@ -2,19 +2,24 @@
 
 import argparse
 import asyncio
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from api_gateway import __version__
-from api_gateway.assembly_stores import client_store
+from api_gateway.assembly_stores import client_store, state_folder
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
+from api_gateway.state_folder import former_state
 from api_gateway.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,24 +38,21 @@ def _run(options: argparse.Namespace) -> int:
     if options.check:
         print(_summary(config))
         return 0
-    try:
-        asyncio.run(_preflight(config))
-    except StartupError as error:
-        print(error, file=sys.stderr)
-        return STARTUP_FAILED
-    except OSError as error:
-        print(f"state_dir: {config.state_dir}: the client store cannot be opened: {error}", file=sys.stderr)
-        return STARTUP_FAILED
     configure_logging(config.log.level)
+    hint = former_state(config.state_dir, os.environ)
+    if hint is not None:
+        logger.warning(hint)
     try:
-        return _serve(config, read)
+        with state_folder(config):  # for as long as any worker may use it
+            asyncio.run(_preflight(config))
+            return _serve(config, read)
     except StartupError as error:
         print(error, file=sys.stderr)
         return STARTUP_FAILED
 
 
 def _serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> int:
-    """Serve until told to stop; return the exit code. Raises StartupError."""
+    """Serve in this process, or supervise several that do. Raises StartupError."""
     if config.server.workers > 1:
         return asyncio.run(Supervisor(config, read).run())
     server = GatewayServer(config)
@@ -94,10 +96,15 @@ def _summary(config: GatewayConfig) -> str:
 
 
 async def _preflight(config: GatewayConfig) -> None:
-    """Find out now, in one line, that the state cannot be opened. A store elsewhere may come later."""
+    """Find out now, in one line, that the state cannot be opened. A store elsewhere may come later.
+
+    Raises StartupError.
+    """
     store = client_store(config)
     try:
         if not store.is_remote:
             await store.load(limit=0)
+    except OSError as error:
+        raise StartupError(f"state_dir: {config.state_dir}: the client store cannot be opened: {error}") from error
     finally:
         await store.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dotenv import dotenv_values
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -38,6 +38,8 @@ from api_gateway.config_sections import (
     UpstreamSection,
 )
 from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml
+from api_gateway.secret import Unusable
+from api_gateway.state_folder import StateError, default_state_dir
 
 ENV_PREFIX = "GATEWAY_"
 ENV_FILE = ".env"
@@ -54,7 +56,23 @@ DEFAULT_TIERS: dict[str, dict[str, float]] = {
     "ENTERPRISE": {"rate": 100, "capacity": 1000},
 }
 
+_file_path: ContextVar[Path | None] = ContextVar("_file_path", default=None)
 _file_values: ContextVar[dict[str, Any]] = ContextVar("_file_values", default={})  # noqa: B039 - never mutated
+
+
+def _default_state_dir() -> Path | Unusable:
+    try:
+        return default_state_dir(_file_path.get(), os.environ)
+    except StateError as error:
+        return Unusable(str(error).removeprefix("state_dir: "))
+
+
+def _folder(given: Any) -> Any:
+    if isinstance(given, Unusable):
+        raise ValueError(given.cause)  # noqa: TRY004 - it becomes a message of the validation
+    if given == "":
+        raise ValueError("must name a folder")
+    return Path(given).expanduser() if isinstance(given, str) else given
 
 
 class GatewayConfig(BaseSettings):
@@ -73,7 +91,9 @@ class GatewayConfig(BaseSettings):
 
     server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
-    state_dir: Path = Path(".gateway")
+    state_dir: Annotated[Path, BeforeValidator(_folder)] = Field(
+        default=Path(), description="None: a folder of the configuration file's own, see `state_folder`."
+    )
     admin: AdminSection = AdminSection()
     identity: IdentitySection = IdentitySection()
     address_limit: AddressLimitSection = AddressLimitSection()
@@ -107,6 +127,8 @@ class GatewayConfig(BaseSettings):
     @classmethod
     def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Lay the configured tiers over the default ones; give an upstream without routes a route of its name."""
+        if given.get("state_dir") is None:
+            given = given | {"state_dir": _default_state_dir()}
         tiers = given.get("tiers", {})
         if isinstance(tiers, Mapping):
             given = given | {"tiers": _merge_tiers(tiers)}
@@ -123,6 +145,7 @@ class GatewayConfig(BaseSettings):
         problems = [
             *_server_problems(self),
             *_store_problems(self),
+            *_admin_problems(self),
             *_tier_problems(self),
             *_upstream_problems(self),
             *_breaker_problems(self),
@@ -144,7 +167,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     chosen = path or variables.get(CONFIG_VARIABLE)
     file = read_yaml(Path(chosen)) if chosen else NO_FILE
     sources = Sources(overrides or {}, ENV_PREFIX, variables, file)
-    token = _file_values.set(file.values)
+    token, path_token = _file_values.set(file.values), _file_path.set(file.path)
     try:
         _warn_of_unknown(variables)
         return GatewayConfig(**sources.overrides)
@@ -154,6 +177,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         lines = [f"environment: {error}: {error.__cause__}"]
     finally:
         _file_values.reset(token)
+        _file_path.reset(path_token)
     raise ConfigError(lines)  # outside of the handlers: their errors quote values, and would be shown with this one
 
 
@@ -208,6 +232,16 @@ def _budget_problems(config: GatewayConfig) -> Iterator[str]:
 def _store_problems(config: GatewayConfig) -> Iterator[str]:
     if config.store.clients == "store" and not config.store.is_shared:
         yield "store.clients: memory:// outlives no restart, so clients go into a file: sqlite or auto, got 'store'"
+
+
+def _admin_problems(config: GatewayConfig) -> Iterator[str]:
+    tokens = [(f"admin.tokens.{name}", section.token) for name, section in config.admin.tokens.items()]
+    places: dict[str, str] = {}
+    for place, token in (("admin.token", config.admin.token), *tokens):
+        if token is not None:
+            first = places.setdefault(token.get_secret_value(), place)
+            if first != place:
+                yield f"{place}: is the same token as {first}"
 
 
 def _tier_problems(config: GatewayConfig) -> Iterator[str]:

@@ -164,7 +164,7 @@ class ServerSection(Section):
         default=30,
         ge=2,
         le=86_400,
-        description="How long one of several workers may give no sign of life before it is replaced.",
+        description="How long the event loop may be blocked before the process is ended; a worker is replaced.",
     )
     max_lag: Seconds | None = Field(
         default=0.25, description="How late the event loop may run before requests are shed by tier. None: never."
@@ -215,11 +215,31 @@ def _long_enough(token: SecretStr) -> SecretStr:
     return token
 
 
-class AdminSection(Section):
-    """The operator's token; without one the operator's endpoints answer this machine only."""
+OperatorToken = Annotated[Secret, AfterValidator(_long_enough)]
 
-    token: Annotated[Secret, AfterValidator(_long_enough)] | None = None
+
+class TokenSection(Section):
+    """A named token; it may read (views, metrics) or operate (change tiers, modes and the rest, too)."""
+
+    role: Literal["read", "operate"] = "read"
+    token: OperatorToken | None = None
     token_file: SecretFile = None
+
+    @model_validator(mode="after")
+    def _has_token(self) -> "TokenSection":
+        if self.token is None:
+            raise ValueError("needs a token or a token_file")
+        return self
+
+
+class AdminSection(Section):
+    """Who may use the operator endpoints; without any token they answer this machine only."""
+
+    token: OperatorToken | None = Field(default=None, description="A token named 'admin' of the role operate.")
+    token_file: SecretFile = None
+    tokens: dict[Name, TokenSection] = Field(
+        default={}, description="Further tokens by name. Several may hold at once, so that one can be replaced."
+    )
     local: bool = Field(default=True, description="Whether programs of this machine need no token; see the docs.")
     listen: Listen | None = Field(
         default=None, description="host:port or unix:/path: a listener for the operator endpoints alone."

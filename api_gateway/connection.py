@@ -53,6 +53,8 @@ class Connection(asyncio.BufferedProtocol):
         self._answer: Answer | None = None
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
+        self._paused_at = self._resumed_at = 0.0
+        self._stall: asyncio.TimerHandle | None = None  # how long the upstream may take to read on
         self._writable: asyncio.Future[None] | None = None
         self._headers: HeaderList = []  # of the head or the trailers that are being read
         self._reason = b""
@@ -129,13 +131,24 @@ class Connection(asyncio.BufferedProtocol):
     async def _wait_until_writable(self, answer: Answer) -> None:
         """Wait for the upstream to read on, no longer than it may be idle; the answer's own clock runs apart."""
         seconds = answer.timeouts.get("idle", answer.timeouts.get("read"))
-        timer = None if seconds is None else self.loop.call_later(seconds, self._time_out, seconds)
+        if seconds is not None:
+            self._stall = self.loop.call_later(seconds, self._check_stall, seconds)
         try:
             while self._writable is not None:
-                await self._writable
+                await asyncio.wait({self._writable})  # see `protocol.GatewayProtocol.wait_until_writable`
         finally:
-            if timer is not None:
-                timer.cancel()
+            if self._stall is not None:
+                self._stall.cancel()
+                self._stall = None
+
+    def _check_stall(self, seconds: float) -> None:
+        """Give up on an upstream that does not read on, unless its answer has not been read either in that time."""
+        since = self.loop.time() if self._is_reading_paused else self._resumed_at
+        left = since + seconds - self.loop.time()
+        if left > 0:
+            self._stall = self.loop.call_later(left, self._check_stall, seconds)
+        else:
+            self._time_out(seconds)
 
     def set_alarm(self, name: str) -> None:
         """Give the upstream its time to answer: `read` for the head, `idle` between pieces of the body."""
@@ -374,12 +387,16 @@ class Connection(asyncio.BufferedProtocol):
         """Make the upstream wait for the reader."""
         if not self._is_reading_paused and not self.is_closed:
             self._is_reading_paused = True
+            self._paused_at = self.loop.time()
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Read on after the reader has caught up."""
         if self._is_reading_paused and not self.is_closed:
             self._is_reading_paused = False
+            self._resumed_at = self.loop.time()
+            if self._answer is not None:
+                self._answer.reader_waited += self._resumed_at - self._paused_at
             self._transport.resume_reading()
 
     def hand_over(self) -> asyncio.Transport:

@@ -6,7 +6,7 @@ Metadata); a page can neither set nor remove these fields. A client that is not 
 
 from collections.abc import Sequence
 
-from api_gateway.errors import Forbidden, InvalidValue
+from api_gateway.errors import InvalidValue
 from api_gateway.headers import Fields, framing
 
 _OWN_SITES = frozenset({b"same-origin", b"none"})
@@ -32,12 +32,12 @@ def is_navigation(method: str, fields: Fields) -> bool:
     )
 
 
-def check_origin(method: str, fields: Fields, *, holds_data: bool) -> None:
-    """Raise Forbidden if a page of another origin made the request; it may link to pages that hold no data."""
-    if is_foreign(fields) and (holds_data or not is_navigation(method, fields)):
-        raise Forbidden(
-            "A web page of another origin made this request (Origin, Sec-Fetch-Site); operator endpoints refuse those."
-        )
+def is_forged(method: str, fields: Fields, *, holds_data: bool) -> bool:
+    """Tell whether a request may be forged: made by a page of another origin.
+
+    Another site may link to a page that holds no data.
+    """
+    return is_foreign(fields) and (holds_data or not is_navigation(method, fields))
 
 
 def check_content_type(method: str, fields: Fields) -> None:

@@ -29,7 +29,10 @@ QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded
 REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
 
 
-STARTUP_FAILED = 3  # exit code; uvicorn's own for it
+# Exit codes
+STARTUP_FAILED = 3  # uvicorn's own for it
+CUT_OFF = 4  # not everything was answered in the time to drain
+BLOCKED = 5  # the event loop did not turn any more
 
 
 class Reason(StrEnum):
@@ -60,17 +63,33 @@ class Reason(StrEnum):
     CLIENT_DISCONNECTED = "client_disconnected"
 
 
+class Fault(StrEnum):
+    """Who is at fault for an error.
+
+    TARGET is at fault where no connection to it could be made, which no client can bring about; for an UPSTREAM's
+    fault a request may have been the cause. Where several may be, it is NOBODY's.
+    """
+
+    CLIENT = "client"
+    UPSTREAM = "upstream"
+    TARGET = "target"
+    GATEWAY = "gateway"
+    NOBODY = "nobody"
+
+
 class GatewayError(Exception):
     """An answer the gateway makes by itself.
 
     `retry_after` is in seconds, as exact as it is known, or None where waiting cannot help. `headers` go on the
-    answer, `extra` into its problem body. `is_retry_safe` says that nothing of the request reached an upstream.
+    answer, `extra` into its problem body. `is_retry_safe` says that nothing of the request reached an upstream,
+    `fault` who is at fault unless more is known (see `failures.fault_of`).
     """
 
     status: ClassVar[int] = 500
     reason: ClassVar[Reason] = Reason.INTERNAL_ERROR
     problem_type: ClassVar[str] = "about:blank"
     is_retry_safe: ClassVar[bool] = False
+    fault: ClassVar[Fault] = Fault.GATEWAY
 
     def __init__(
         self,
@@ -94,6 +113,7 @@ class RequestRefused(GatewayError):
 
     status = 400
     reason = Reason.BAD_REQUEST
+    fault = Fault.CLIENT
 
 
 class BadRequest(RequestRefused):
@@ -198,7 +218,7 @@ class NoHealthyUpstream(Unavailable):
 
 
 class Overloaded(Unavailable):
-    """No connection to the upstream came free in time."""
+    """No connection to the upstream came free in time, or this process lacks a descriptor or a port to open one."""
 
     reason = Reason.OVERLOADED
 
@@ -224,6 +244,7 @@ class UpstreamFailed(GatewayError):
 
     status = 502
     reason = Reason.UPSTREAM_RESET
+    fault = Fault.UPSTREAM
 
 
 class UpstreamConnectError(UpstreamFailed):
@@ -231,6 +252,7 @@ class UpstreamConnectError(UpstreamFailed):
 
     reason = Reason.UPSTREAM_CONNECT_ERROR
     is_retry_safe = True
+    fault = Fault.TARGET
 
 
 class UpstreamReset(UpstreamFailed):
@@ -256,6 +278,7 @@ class UpstreamConnectTimeout(UpstreamTimeout):
     """Connecting took longer than it may; nothing was sent."""
 
     is_retry_safe = True
+    fault = Fault.TARGET
 
 
 class InternalError(GatewayError):
@@ -267,6 +290,7 @@ class ClientDisconnected(GatewayError):
 
     status = 499
     reason = Reason.CLIENT_DISCONNECTED
+    fault = Fault.CLIENT
 
 
 def problem(error: GatewayError, *, instance: str, request_id: str | None = None) -> dict[str, Any]:

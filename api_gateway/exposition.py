@@ -105,6 +105,12 @@ class Exposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
+        refusals = CounterMetricFamily(
+            "gateway_operator_refusals", "Requests to operator endpoints that were refused.", labels=["cause"]
+        )
+        for cause, count in recorder.operator_refusals.items():
+            refusals.add_metric([cause], count)
+        yield refusals
 
     def _shown(self, series: Mapping[str, Series]) -> list[tuple[str, Series]]:
         return [(name, one) for name, one in series.items() if self._are_few or one.is_used]

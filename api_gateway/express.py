@@ -19,7 +19,7 @@ from api_gateway.answer import NO_HOOKS, Answer, NoHooks
 from api_gateway.balancer import Lease
 from api_gateway.cycle import render_head
 from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
-from api_gateway.failures import note_failure
+from api_gateway.failures import ClientShare, note_failure
 from api_gateway.headers import (
     VIA_NAME,
     Fields,
@@ -51,6 +51,7 @@ from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
 from api_gateway.routes import Route, upstream_target
 from api_gateway.service import Service
+from api_gateway.shares import holder_of
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 MAX_NOTED = 32  # headers of a request that mean something here
@@ -79,6 +80,7 @@ class Standing:
         "length",
         "name",
         "peer",
+        "principal",
         "request_id",
         "version",
     )
@@ -103,6 +105,7 @@ class Standing:
         self.client: Client | None = None
         self.cost = -1.0
         self.charges: list[Charge] = []  # for that client and cost
+        self.principal = ""  # who that client is to the circuit breakers
         self.band = 0  # of that client
 
     def __repr__(self) -> str:
@@ -115,6 +118,7 @@ class Standing:
         other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
         other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
         other.version, other.cost, other.client, other.charges = -1, -1.0, None, []
+        other.principal = ""
         return other
 
 
@@ -303,6 +307,7 @@ class Express:
             standing.version, standing.cost = self._clients.version, cost
             standing.charges = self.limit.charges(client, standing.peer, cost)
             standing.band = self.router.bands.of(client.quota.name)
+            standing.principal = holder_of(client, standing.peer)
         else:
             standing.version = -1
 
@@ -430,7 +435,9 @@ class Passage(Answer):
         service.retries.budget.deposit(exchange.started)
         checkout = service.upstream.checkout
         is_safe = exchange.method in IDEMPOTENT
-        self.lease = lease = checkout(now, standing.charges[0].key, band=standing.band, is_safe=is_safe)
+        self.lease = lease = checkout(
+            now, standing.charges[0].key, band=standing.band, is_safe=is_safe, principal=standing.principal
+        )
         probe = lease.target_ticket is not None and lease.target_ticket.is_probe  # its long answer settles early there
         connection = None if probe else service.idle_connection(lease.target)
         if connection is None:  # the ordinary way waits for one
@@ -514,9 +521,10 @@ class Passage(Answer):
             super().wake()
         elif self.exchange.status and self.error is not None:
             assert self.lease is not None  # noqa: S101 - what has been answered has been sent
-            failure = self._express.router.verdicts.on_broken_body(self.exchange, self.lease, self.error)
+            client = ClientShare(waited=self.reader_waited)
+            failure = self._express.router.verdicts.on_broken_body(self.exchange, self.lease, self.error, client)
             note_failure(self.exchange, failure)
-            self._end(self._express.clock(), Outcome.FAILURE, keep_alive=False)
+            self._end(self._express.clock(), Outcome.IGNORED, keep_alive=False)  # it is settled
         else:
             self._leave(b"", is_sent=True)
 
@@ -529,12 +537,17 @@ class Passage(Answer):
             self.connection.set_alarm("idle" if self.exchange.status else "read")
 
     def on_client_left(self) -> None:
-        """Let go of everything: nobody waits for the answer any more."""
+        """Abort the exchange: its client has left."""
         note_failure(self.exchange, ClientDisconnected(LEFT))
-        self.on_cut_off()
+        self._abort()
 
     def on_cut_off(self) -> None:
-        """Let go of everything, and blame nobody."""
+        """Abort the exchange: the server's time to drain is over."""
+        self._express.record.note_cut_off(self.exchange)
+        self._abort()
+
+    def _abort(self) -> None:
+        """End the exchange with the outcome IGNORED, and its connection with it."""
         self.has_left = True
         self.exchange.attempts = 1
         self.close()

@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 
+from api_gateway.local_resources import OutOfResources, is_own_lack
+
 
 class GuardedTransport(httpx.AsyncBaseTransport):
     """Keeps cancellation out of `inner`."""
@@ -31,6 +33,10 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             response = await asyncio.shield(task)
         except asyncio.CancelledError:
             self._leave(self._close_when_there(task))
+            raise
+        except httpx.ConnectError as error:
+            if is_own_lack(error, request.url.host, request.url.port or 0):
+                raise OutOfResources(str(error)) from error
             raise
         stream: Any = response.stream
         extensions = response.extensions

@@ -4,11 +4,15 @@ Writes a target's health and nothing else. How a target is asked is handed in as
 """
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from api_gateway.local_resources import OutOfResources
 from api_gateway.targets import Target
+
+logger = logging.getLogger(__name__)
 
 Ask = Callable[[str, float], Awaitable[int]]  # (url, timeout in seconds) -> HTTP status; raises on any failure
 
@@ -59,13 +63,19 @@ class HealthJudge:
 
 
 async def check(judge: HealthJudge, policy: HealthPolicy, url: str, ask: Ask, clock: Callable[[], float]) -> bool:
-    """Ask once and let `judge` take in the result. Returns whether the verdict changed."""
+    """Ask once and let `judge` take in the result. Returns whether the verdict changed.
+
+    A check that this process lacks a descriptor or a port for says nothing about the target and is not counted.
+    """
     is_good = False
     try:
         async with asyncio.timeout(policy.timeout):
             status = await ask(url + policy.path, policy.timeout)
     except TimeoutError:
         finding = f"no answer within {policy.timeout:g} s"
+    except OutOfResources as error:
+        logger.debug("health check of %s not made: %s", url, error)
+        return False
     except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding; cancellation is no Exception
         finding = str(error) or type(error).__name__
     else:

@@ -25,9 +25,11 @@ from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
+from api_gateway.health_cache import HealthCache
 from api_gateway.link import Lane
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.operator_limits import OperatorLimits
 from api_gateway.pacing import Steps, each
 from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
@@ -49,8 +51,15 @@ class GatewayApp(FastAPI):
         self.add_middleware(Split, switch=switch)
         self._switch = switch
         endpoints = admin.install(self)
+        self._own_routes = len(self.routes)
         self.gate = OperatorGate(
-            super().__call__, access=access, endpoints=endpoints, readiness=self._readiness, refused=refused
+            super().__call__,
+            access=access,
+            endpoints=endpoints,
+            readiness=self._readiness,
+            health=self._health,
+            limits=OperatorLimits(time.monotonic_ns),
+            refused=refused,
         )
 
     @property
@@ -66,15 +75,24 @@ class GatewayApp(FastAPI):
         """Serve one request, or the lifespan."""
         if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
-        elif scope["type"] == "http" and self.gate.guards(scope):
+        elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
             await self.gate(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
+
+    @property
+    def _is_extended(self) -> bool:
+        """True if somebody has added routes or middleware: then any path may be theirs."""
+        return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
         console: Console | None = getattr(self.state, "console", None)
         phase = Phase.STARTING if console is None else console.phase
         return phase is Phase.SERVING, phase.value
+
+    def _health(self) -> HealthCache | None:
+        console: Console | None = getattr(self.state, "console", None)
+        return None if console is None else console.health
 
 
 def create_app(
@@ -105,6 +123,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with live(settings, rejections, transports or {}, resolve) as gateway:
             app.state.gateway = gateway
+            assert isinstance(app, GatewayApp)  # noqa: S101 - it is the one built below
+            gateway.recorder.operator_refusals = app.gate.refusals
             switch.data_plane, switch.lane, explainer = data_plane_of(gateway, server_headers)
             app.state.console = _console(gateway, explainer, crew or Alone(), connections)
             app.state.console.phase = Phase.SERVING
@@ -113,7 +133,7 @@ def create_app(
 
     return GatewayApp(
         switch,
-        operator_access(settings.admin),
+        operator_access(settings),
         rejections,
         title="API Gateway",
         version=__version__,

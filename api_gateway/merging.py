@@ -116,6 +116,7 @@ def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:
         mode=max((breaker.mode for breaker in breakers), key=_SEVERITY.__getitem__),
         ramp_share=min((breaker.ramp_share for breaker in breakers if breaker.ramp_share is not None), default=None),
         probes_in_flight=sum(breaker.probes_in_flight for breaker in breakers),
+        one_principal=any(breaker.one_principal for breaker in breakers),
         next_probe_at=min(probes, default=None),
         opened_at=latest.opened_at,
         opened_cause=latest.opened_cause,
@@ -151,6 +152,7 @@ def _merge_passive(passive: Sequence[PassiveReport], ejections_total: int) -> Pa
     return replace(
         worst,
         withheld=max(one.withheld for one in passive),
+        one_principal=any(one.one_principal for one in passive),
         next_probe_at=min(probes, default=None),
         ejections_total=ejections_total,
     )

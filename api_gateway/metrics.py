@@ -42,6 +42,7 @@ _COUNTERS = (
     "would_limit",
     "would_allow",
     "settlements",
+    "operator_refusals",
     "dropped_lines",
     "write_errors",
 )
@@ -357,6 +358,7 @@ class Recorder:
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused, but not by the candidate
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         places = (*self.upstreams, GATEWAY)
+        self.operator_refusals: Counter[str] = Counter()  # requests to operator endpoints, by cause
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
@@ -522,6 +524,7 @@ class Recorder:
             retries_denied=_nested(self.upstreams, self.retries_denied),
             fallbacks=_by_route(self.fallbacks),
             rejections=dict(self.rejections),
+            operator_refusals=dict(self.operator_refusals),
             rate_limiter=LimiterView(
                 allowed=dict(self.allowed),
                 limited=dict(self.limited),

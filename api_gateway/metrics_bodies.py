@@ -123,6 +123,9 @@ class MetricsView(Body):
     )
     fallbacks: dict[str, dict[str, int]] = Field(description="Fallbacks used, by route and reason of the failure.")
     rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
+    operator_refusals: dict[str, int] = Field(
+        description="Requests to operator endpoints that were refused: no_token, wrong_token, role, cross_site."
+    )
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]
     overload: OverloadView

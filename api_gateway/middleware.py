@@ -25,7 +25,6 @@ from api_gateway.errors import (
     GatewayError,
     InternalError,
     RateLimited,
-    Reason,
     StoreUnavailable,
     problem,
 )
@@ -145,6 +144,9 @@ class Record:
             await app(scope, receive, send)
         except GatewayError as error:
             await self._refuse(exchange, error, send)
+        except asyncio.CancelledError:
+            self.note_cut_off(exchange)
+            raise
         except Exception as error:
             logger.exception("request %s: %s %s", exchange.id, exchange.method, exchange.path)
             await self._refuse(exchange, InternalError(f"The gateway failed: {type(error).__name__}."), send)
@@ -167,12 +169,16 @@ class Record:
             self._on_failure(exchange, error)
         note_failure(exchange, error)
 
+    @staticmethod
+    def note_cut_off(exchange: Exchange) -> None:
+        """Write into the record that the server ended the exchange: its time to drain was over. No refund."""
+        note_failure(exchange, Draining("The gateway stopped before the response was complete."))
+        exchange.status = exchange.status or ClientDisconnected.status
+
     def end(self, exchange: Exchange, now: float) -> None:
         """Hand the finished exchange to the observers."""
         self._recorder.in_flight -= 1
         exchange.finished = now
-        if not exchange.status:  # cancelled by the server: its time to drain was over
-            exchange.status, exchange.reason = ClientDisconnected.status, Reason.DRAINING.value
         for observe in self._observers:
             try:
                 observe(exchange)

@@ -157,9 +157,9 @@ class Exchange:
     Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
     the answer. `answer_headers` are the gateway's own and go on whatever answer is sent. `charges` are what `decision`
     was made on, `trial` the same of a candidate beside it. `has_reached` says that some of the request may have
-    reached an upstream that then failed, `shed_by` who had too much under way (None: this gateway). `retried` are
-    the causes of the tries that were repeated, `fallback` who answered in the place of the route's upstream, with
-    `reason` and `detail` of why.
+    reached an upstream that then failed, `has_begun` that a connection was opened for it, or the attempt to, `shed_by`
+    who had too much under way (None: this gateway). `retried` are the causes of the tries that were repeated,
+    `fallback` who answered in the place of the route's upstream, with `reason` and `detail` of why.
     """
 
     id: str
@@ -187,6 +187,7 @@ class Exchange:
     charges: Sequence[Charge] = ()
     trial: tuple[Sequence[Charge], Decision] | None = None
     has_reached: bool = False
+    has_begun: bool = False
     retried: tuple[str, ...] = ()
     fallback: str | None = None
     shed_by: tuple[str | None, ...] = ()

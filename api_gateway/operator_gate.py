@@ -1,39 +1,48 @@
 """The gate in front of the operator endpoints: pure ASGI, ahead of the framework and of the request's body.
 
 In this order, and with nothing of the body read before the last step: the path is classified; a request made by a
-page of another origin is refused; the operator is identified by token or as local, and must hold the role that the
-request needs; the content type is checked; the body is read, up to `MAX_BODY`. Only then the framework runs.
+page of another origin is refused; the operator is identified by token or as local, has an allowance, and must hold the
+role that the request needs; the content type is checked; the body is read, up to `MAX_BODY`. Then the framework runs.
 """
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
+from ipaddress import IPv4Network, IPv6Network
 
-from api_gateway.cross_site import check_content_type, check_origin, is_foreign
+from api_gateway.cross_site import check_content_type, is_foreign, is_forged
 from api_gateway.errors import (
     BadRequest,
-    BodyTooLarge,
     ClientDisconnected,
+    Draining,
     Forbidden,
     GatewayError,
     MethodNotAllowed,
+    NoRoute,
     Unauthorized,
 )
-from api_gateway.headers import Fields, fields_of, flaw, framing
+from api_gateway.headers import Fields, client_address, fields_of, flaw, framing
+from api_gateway.health_cache import HealthCache
 from api_gateway.link import LINK
 from api_gateway.locality import Locality
 from api_gateway.middleware import ASGIApp, send_problem
+from api_gateway.operator_body import read_body, replay, without_body
+from api_gateway.operator_limits import OperatorLimits
 from api_gateway.operators import LOCAL, Operator, Role, Tokens, bearer_token
-from api_gateway.request import Message, Receive, Scope, Send
+from api_gateway.request import Receive, Scope, Send
+from api_gateway.request_paths import first_segment, path_as_sent, target_of
 
-OPERATOR = "gateway.operator"  # the scope's key for the operator who was admitted; None for a stranger at an open view
-MAX_BODY = 65_536  # bytes
+logger = logging.getLogger(__name__)
+
+OPERATOR = "gateway.operator"  # the scope's key for the operator who was admitted
+CAUSES = ("no_token", "wrong_token", "role", "cross_site")  # why a request was refused
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _QUESTIONS = frozenset({"explain"})  # endpoints that change nothing although they take a body
 _PAGES = frozenset({"docs"})  # pages that hold no data: other sites may link to them
-_CHALLENGE = {"www-authenticate": 'Bearer realm="api-gateway"'}
+_TEXT = b"text/plain; charset=utf-8"
+_JSON = b"application/json"
+_MAX_LOGGED = 100  # characters of a path
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +51,13 @@ class Access:
 
     tokens: Tokens
     locality: Locality
-
-
-class Target(NamedTuple):
-    """The path of a request below the application's root: its segments, decoded one by one."""
-
-    root: str
-    segments: tuple[str, ...]
-
-    @property
-    def path(self) -> str:
-        """The path as the framework is to match it: a slash within a segment stays encoded."""
-        return self.root + "/" + "/".join(map(escaped, self.segments))
+    trusted_proxies: Collection[IPv4Network | IPv6Network] = ()
 
 
 class OperatorGate:
-    """Decides who reaches the framework; answers `/healthz` and `/readyz` by itself.
+    """Decides who reaches the framework, and answers `/health`, `/healthz` and `/readyz` from memory.
 
-    `endpoints` are the first segments of the operator endpoints; any other path is not the gate's business.
+    `access` may be replaced at any time. `refusals` counts what was refused, by cause.
     """
 
     def __init__(
@@ -69,27 +67,38 @@ class OperatorGate:
         access: Access,
         endpoints: Collection[str],
         readiness: Callable[[], tuple[bool, str]],
+        health: Callable[[], HealthCache | None],
+        limits: OperatorLimits,
         refused: Counter[str],
     ) -> None:
-        """`readiness` tells whether the gateway serves, and the word for it; `refused` counts refusals by reason."""
+        """Guard all paths whose first segment is one of `endpoints`.
+
+        `readiness` tells whether the gateway serves, and the word for it; `health` is None until it has started.
+        `refused` counts the responses made here by reason.
+        """
         self.app = app
         self.access = access
+        self.refusals: Counter[str] = Counter(dict.fromkeys(CAUSES, 0))
         self._endpoints = frozenset(endpoints)
         self._readiness = readiness
+        self._health = health
+        self._limits = limits
         self._refused = refused
-        self._views: dict[str, Callable[[], tuple[int, bytes]]] = {"healthz": self._live, "readyz": self._ready}
+        self._views: dict[str, Callable[[Scope, Fields, Send], Awaitable[None]]] = {
+            "health": self._show_health,
+            "healthz": self._show_liveness,
+            "readyz": self._show_readiness,
+        }
 
     def __repr__(self) -> str:
         return f"<OperatorGate of {', '.join(sorted(self._endpoints))}>"
 
     def guards(self, scope: Scope) -> bool:
-        """Tell whether the path is one of the gate's. Both readings of an encoded slash are looked at."""
-        target = target_of(scope)
-        first = unescaped_first(scope, target.root)
-        return target.segments[0] in self._endpoints or first in self._endpoints
+        """Tell whether the path is the gate's business, by either reading of an encoded slash."""
+        return first_segment(scope) in self._endpoints or target_of(scope).segments[0] in self._endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request whose path is the gate's."""
+        """Serve one request; one whose path is not guarded is answered 404."""
         fields = fields_of(scope["headers"])
         if scope["method"] == "HEAD":
             send = without_body(send)
@@ -99,34 +108,49 @@ class OperatorGate:
             return
         except GatewayError as error:
             self._refused[error.reason] += 1
-            if framing(fields) is not None:  # its body is not read
+            if framing(fields) is not None:  # the body, which is not read, would follow
                 error.headers["connection"] = "close"
             await send_problem(error, send, instance=path_as_sent(scope), request_id=None, headers=[])
 
     async def _serve(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
-        target = target_of(scope)
-        first = target.segments[0]
         fault = flaw(fields, scope["http_version"])
         if fault is not None:
             raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
-        if len(target.segments) == 1 and first in self._views:
-            await self._view(self._views[first], scope["method"], send)
+        target = target_of(scope)
+        view = self._views.get(target.segments[0]) if len(target.segments) == 1 else None
+        if view is not None:
+            await self._show(view, scope, fields, send)
             return
-        method = scope["method"]
-        operator = await self._stranger_or_operator(scope, fields) if first == "health" else None
-        if first != "health":
-            check_origin(method, fields, holds_data=first not in _PAGES)
-            operator = await self._admitted(scope, fields)
-            self._authorize(operator, method, first)
-            check_content_type(method, fields)
+        method, first = scope["method"], target.segments[0]
+        if not self.guards(scope):
+            raise NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
+        if is_forged(method, fields, holds_data=first not in _PAGES):
+            raise self._refusal(
+                "cross_site",
+                scope,
+                Forbidden(
+                    "A web page of another origin made this request (Origin, Sec-Fetch-Site)."
+                    " The operator endpoints refuse that."
+                ),
+            )
+        operator = await self._admitted(scope, fields)
+        needed = Role.READ if method in _READS or first in _QUESTIONS else Role.OPERATE
+        if not operator.may(needed):
+            raise self._refusal(
+                "role",
+                scope,
+                Forbidden(f"The token '{operator.name}' has the role 'read'; {method} needs the role 'operate'."),
+            )
+        check_content_type(method, fields)
         body = await read_body(fields, receive)
         inner = {**scope, "method": "GET" if method == "HEAD" else method, "path": target.path, OPERATOR: operator}
-        inner.pop(LINK, None)
+        inner.pop(LINK, None)  # it refers to the connection, and is the server's to delete
         await self.app(inner, replay(body, receive), send)
+        health = self._health()
+        if needed is Role.OPERATE and health is not None:
+            health.expire()
 
-    async def _stranger_or_operator(self, scope: Scope, fields: Fields) -> Operator | None:
-        """Return who asks for an open view, of which strangers, and pages of another origin, see less."""
-        return None if is_foreign(fields) else await self._identify(scope, fields)
+    # Who asks
 
     async def _identify(self, scope: Scope, fields: Fields) -> Operator | None:
         token = bearer_token(fields)
@@ -135,122 +159,93 @@ class OperatorGate:
         return LOCAL if await self.access.locality.is_local(scope) else None
 
     async def _admitted(self, scope: Scope, fields: Fields) -> Operator:
-        """Return the operator. Raises Unauthorized, or Forbidden where no token could help."""
+        """Return the operator. Raises Unauthorized, or Forbidden where no token could help, or RateLimited."""
         operator = await self._identify(scope, fields)
         if operator is not None:
+            self._limits.charge_operator(operator)
             return operator
-        if self.access.tokens:
-            raise Unauthorized("This endpoint needs the header 'Authorization: Bearer <token>'.", headers=_CHALLENGE)
-        raise Forbidden(
-            "Without an admin token this endpoint answers only direct requests from this machine to localhost. "
-            "Set admin.token (GATEWAY_ADMIN__TOKEN) to reach it from elsewhere."
-        )
+        error = self._stranger(scope, fields)
+        self._limits.charge_failure(self._address(scope, fields))
+        raise error
 
-    def _authorize(self, operator: Operator, method: str, first: str) -> None:
-        needed = Role.READ if method in _READS or first in _QUESTIONS else Role.OPERATE
-        if not operator.may(needed):
-            raise Forbidden(
-                f"The token '{operator.name}' has the role 'read'; {method} needs a token of role 'operate'."
+    def _stranger(self, scope: Scope, fields: Fields) -> GatewayError:
+        """Return the error for a request that identifies nobody."""
+        is_wrong = bearer_token(fields) is not None
+        error: GatewayError
+        if is_wrong or self.access.tokens:
+            error = Unauthorized(
+                "The bearer token is not valid."
+                if is_wrong
+                else "This endpoint needs the header 'Authorization: Bearer <token>'.",
+                headers={"www-authenticate": 'Bearer realm="api-gateway"'},
             )
+        else:
+            error = Forbidden(
+                "Without an admin token this endpoint answers only direct requests from this machine to localhost. "
+                "Set admin.token (GATEWAY_ADMIN__TOKEN) to reach it from elsewhere."
+            )
+        return self._refusal("wrong_token" if is_wrong else "no_token", scope, error)
 
-    async def _view(self, view: Callable[[], tuple[int, bytes]], method: str, send: Send) -> None:
-        if method not in ("GET", "HEAD"):
-            raise MethodNotAllowed("This endpoint takes GET and HEAD.", headers={"allow": "GET, HEAD"})
-        status, body = view()
-        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+    def _address(self, scope: Scope, fields: Fields) -> str:
+        peer = scope["client"][0] if scope.get("client") else "unknown"
+        return client_address(peer, fields, self.access.trusted_proxies)
 
-    def _live(self) -> tuple[int, bytes]:
-        return 200, b"ok\n"
+    def _refusal(self, cause: str, scope: Scope, error: GatewayError) -> GatewayError:
+        """Count a refused request, log it unless too many are, and return the error."""
+        self.refusals[cause] += 1
+        unlogged = self._limits.log_line()
+        if unlogged is not None:
+            logger.warning(
+                "operator endpoint refused: %s: %s %s from %s%s",
+                cause,
+                scope["method"],
+                ascii(path_as_sent(scope)[:_MAX_LOGGED])[1:-1],
+                self._address(scope, fields_of(scope["headers"])),
+                f" ({unlogged} more since the last such line)" if unlogged else "",
+            )
+        return error
 
-    def _ready(self) -> tuple[int, bytes]:
+    # Views from memory
+
+    async def _show(
+        self, view: Callable[[Scope, Fields, Send], Awaitable[None]], scope: Scope, fields: Fields, send: Send
+    ) -> None:
+        allow = {"allow": "GET, HEAD, OPTIONS"}
+        if scope["method"] == "OPTIONS":
+            await _respond(send, 204, [(b"allow", allow["allow"].encode())])
+        elif scope["method"] not in _READS:
+            raise MethodNotAllowed("This endpoint takes GET and HEAD.", headers=allow)
+        else:
+            await view(scope, fields, send)
+
+    async def _show_liveness(self, _scope: Scope, _fields: Fields, send: Send) -> None:
+        await _respond(send, 200, body=b"ok\n", kind=_TEXT)
+
+    async def _show_readiness(self, _scope: Scope, _fields: Fields, send: Send) -> None:
         is_ready, word = self._readiness()
-        return 200 if is_ready else 503, f"{word}\n".encode()
+        await _respond(send, 200 if is_ready else 503, body=f"{word}\n".encode(), kind=_TEXT)
+
+    async def _show_health(self, scope: Scope, fields: Fields, send: Send) -> None:
+        """Show all of it to operators; to strangers, and to pages of another origin, the status word."""
+        health = self._health()
+        if health is None:
+            raise Draining("The gateway has not started.", retry_after=1)
+        operator = None if is_foreign(fields) else await self._identify(scope, fields)
+        if operator is not None:
+            self._limits.charge_operator(operator)
+            await _respond(send, 200, body=await health.full(), kind=_JSON)
+            return
+        if bearer_token(fields) is not None:
+            self._stranger(scope, fields)
+        self._limits.charge_view(self._address(scope, fields))
+        await _respond(send, 200, body=await health.word(), kind=_JSON)
 
 
-def target_of(scope: Mapping[str, Any]) -> Target:
-    """Return the path below the application's root, from its spelling on the wire where the server states that."""
-    root = scope.get("root_path", "")
-    path = path_as_sent(scope)
-    if root and (path == root or path.startswith(f"{root}/")):
-        path = path[len(root) :]
-    return Target(root, tuple(map(unquote, path.removeprefix("/").split("/"))))
-
-
-def unescaped_first(scope: Mapping[str, Any], root: str) -> str:
-    """Return the first segment of the path if an encoded slash were a slash, as a framework reads it."""
-    path = scope["path"]
-    if root and path.startswith(f"{root}/"):
-        path = path[len(root) :]
-    return str(path.removeprefix("/").partition("/")[0])
-
-
-def path_as_sent(scope: Mapping[str, Any]) -> str:
-    """Return the path as spelt on the wire, unless the server does not state that, or something changed the path."""
-    raw = (scope.get("raw_path") or b"").decode("latin-1")
-    return raw if unquote(raw) == scope["path"] else quote(scope["path"])
-
-
-def escaped(segment: str) -> str:
-    """Return a segment with only the characters encoded that would be taken for structure; see `unescaped`."""
-    return segment.replace("%", "%25").replace("/", "%2F")
-
-
-def unescaped(segment: str) -> str:
-    """Return the segment that was `escaped`."""
-    return segment.replace("%2F", "/").replace("%25", "%")
-
-
-async def read_body(fields: Fields, receive: Receive) -> bytes:
-    """Read the body. Raises BodyTooLarge: at once if `Content-Length` states it, else when the bytes arrive."""
-    if framing(fields) is None:
-        return b""
-    lengths = fields.get(b"content-length", ())
-    if lengths and (not lengths[0].isdigit() or len(lengths[0]) > len(str(MAX_BODY)) or int(lengths[0]) > MAX_BODY):
-        raise _too_large()
-    pieces, size, has_more = [], 0, True
-    while has_more:
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientDisconnected("The client left while sending.")
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > MAX_BODY:
-            raise _too_large()
-        pieces.append(piece)
-        has_more = message.get("more_body", False)
-    return b"".join(pieces)
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that yields the body, whole, and then what the server says."""
-    is_read = False
-
-    async def again() -> Message:
-        nonlocal is_read
-        if is_read:
-            return await receive()
-        is_read = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
-
-
-def without_body(send: Send) -> Send:
-    """Return a `send` for the response to HEAD: the header fields of GET, and no body (RFC 9110 section 9.3.2)."""
-
-    async def head_only(message: Message) -> None:
-        if message["type"] == "http.response.body":
-            if message.get("more_body", False):
-                return
-            message = {"type": "http.response.body", "body": b"", "more_body": False}
-        await send(message)
-
-    return head_only
-
-
-def _too_large() -> BodyTooLarge:
-    return BodyTooLarge(
-        f"A body of an operator endpoint holds at most {MAX_BODY} bytes.", headers={"connection": "close"}
-    )
+async def _respond(
+    send: Send, status: int, headers: Sequence[tuple[bytes, bytes]] = (), *, body: bytes = b"", kind: bytes = b""
+) -> None:
+    fields = [*headers, (b"cache-control", b"no-store")]
+    if kind:
+        fields += [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -22,13 +22,19 @@ class Operator:
 
     name: str
     role: Role
+    is_local: bool = False
+
+    @property
+    def key(self) -> str:
+        """What the operator's requests are counted by."""
+        return "local" if self.is_local else f"token:{self.name}"
 
     def may(self, role: Role) -> bool:
         """Tell whether this operator may do what needs `role`."""
         return role is Role.READ or self.role is Role.OPERATE
 
 
-LOCAL = Operator("local", Role.OPERATE)
+LOCAL = Operator("local", Role.OPERATE, is_local=True)
 
 
 class Tokens:

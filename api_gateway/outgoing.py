@@ -44,10 +44,11 @@ class Origin:
 class Outgoing(httpx.Request):
     """A request whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them.
 
-    `framing` is b"chunked", b"length", or None for a request without a body. `is_sent`: some of it is on its way.
+    `framing` is b"chunked", b"length", or None for a request without a body. `has_begun`: a connection was opened for
+    it, or the attempt to. `is_sent`: some of it is on its way.
     """
 
-    is_sent = False
+    has_begun = is_sent = False
 
     def __init__(  # it sets all that a request has, and leaves out what httpx would work out for people
         self,
@@ -85,6 +86,8 @@ class NoBody(httpx.AsyncByteStream):
 
     is_started = False
     is_finished = True
+    is_awaited = False  # by the gateway, from the client
+    waited = 0.0  # seconds, for the client
     is_kept = True  # it can be sent from its start, whether it has been before or not
 
     async def __aiter__(self) -> AsyncIterator[bytes]:

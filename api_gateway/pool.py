@@ -28,6 +28,10 @@ class Pooled(Protocol):
 C = TypeVar("C", bound=Pooled)
 
 
+def _nothing() -> None:
+    """Do nothing: nobody asks."""
+
+
 class Pool(Generic[C]):
     """At most `limit` connections. Waiters are handed either a connection or the right to open one (None).
 
@@ -58,10 +62,18 @@ class Pool(Generic[C]):
         connection.is_reused = True
         return connection
 
-    async def take(self, connect: float | None, wait: float | None, *, is_fresh: bool = False) -> C:
+    async def take(
+        self,
+        connect: float | None,
+        wait: float | None,
+        *,
+        is_fresh: bool = False,
+        on_connect: Callable[[], None] = _nothing,
+    ) -> C:
         """Return a connection for one request; an unused one if `is_fresh`. Times in seconds, None for no limit.
 
-        Raises ConnectError, ConnectTimeout, and PoolTimeout when none came free in time.
+        `on_connect` is called before one is opened. Raises ConnectError, ConnectTimeout, and PoolTimeout when none
+        came free in time.
         """
         while True:
             if self._is_closed:
@@ -70,14 +82,20 @@ class Pool(Generic[C]):
                 return idle
             if self._slots < self._limit:
                 self._slots += 1
+                on_connect()
                 return await self._fill_slot(connect)
-            if self._idle:
-                next(iter(self._idle)).close()
+            if self._idle:  # the longest idle one is closed for it; taken out here, so that the loop ends anyway
+                idle = next(iter(self._idle))
+                del self._idle[idle]
+                idle.close()
                 continue
             handed = await self._queue(wait)
             if handed is None:
+                on_connect()
                 return await self._fill_slot(connect)
             if not handed.is_closed:
+                if is_fresh:
+                    return await self._replace(handed, connect)
                 handed.is_reused = True
                 return handed
 
@@ -140,6 +158,12 @@ class Pool(Generic[C]):
         if self._is_closed:
             connection.close()
         return connection
+
+    async def _replace(self, used: C, seconds: float | None) -> C:
+        """Close a connection and open another in its slot."""
+        self._open.remove(used)
+        used.close()
+        return await self._fill_slot(seconds)
 
     async def _queue(self, seconds: float | None) -> C | None:
         """Wait for a connection or for a slot (None)."""

@@ -720,7 +720,7 @@ class GatewayProtocol(HttpToolsProtocol):
     async def wait_until_writable(self) -> None:
         """Wait for the client to read on, or to leave."""
         while self._writable is not None:
-            await self._writable
+            await asyncio.wait({self._writable})  # a future that is awaited itself is cancelled with its task, for all
 
     # Time, refusals, the end
 

@@ -1,5 +1,6 @@
 """The reply of a transport, whichever it is: asked for, taken apart and let go of in one way."""
 
+import asyncio
 from collections.abc import AsyncIterable
 
 import httpx
@@ -19,13 +20,19 @@ class Foreign:
 
     def __init__(self, stream: AsyncIterable[bytes]) -> None:
         self._pieces = aiter(stream)
+        self._clock = asyncio.get_running_loop().time
+        self._read_at = self._clock()
+        self.reader_waited = 0.0  # seconds between two readings, in which nothing was read from the upstream
 
     async def read(self) -> tuple[bytes, bool]:
         """Return the next piece and whether more may follow."""
+        self.reader_waited += self._clock() - self._read_at
         try:
             return await anext(self._pieces), True
         except StopAsyncIteration:
             return b"", False
+        finally:
+            self._read_at = self._clock()
 
 
 async def reply_to(

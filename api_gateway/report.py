@@ -31,7 +31,10 @@ _PART = 50  # rows of such a table in one part
 
 @dataclass(frozen=True, slots=True)
 class BreakerReport:
-    """A circuit breaker. `workers` holds its state in each worker, where there are several."""
+    """A circuit breaker. `workers` holds its state in each worker, where there are several.
+
+    `one_principal`: it stays CLOSED because the failures are one client's and others call, too.
+    """
 
     state: State
     since: float
@@ -51,6 +54,7 @@ class BreakerReport:
     opened_at: float | None
     opened_cause: str
     policy: BreakerPolicy
+    one_principal: bool = False
     workers: dict[str, State] = field(default_factory=dict)
 
     @classmethod
@@ -78,6 +82,7 @@ class BreakerReport:
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             policy=breaker.policy,
+            one_principal=breaker.has_one_failing_principal(now),
         )
 
     @classmethod
@@ -101,6 +106,7 @@ class PassiveReport:
     opened_at: float | None
     opened_cause: str
     ejections_total: int
+    one_principal: bool = False  # see `BreakerReport`
 
     @classmethod
     def of(cls, upstream: Upstream, target: Target, now: float) -> "PassiveReport | None":
@@ -118,6 +124,7 @@ class PassiveReport:
             opened_at=None if opened is None else opened.at,
             opened_cause="" if opened is None else opened.cause,
             ejections_total=target.ejections_total,
+            one_principal=breaker.has_one_failing_principal(now),
         )
 
 

@@ -43,6 +43,20 @@ class RequestBody(httpx.AsyncByteStream):
         self._kept: list[bytes] = []
         self.is_started = False
         self.is_finished = False
+        self._waited = 0.0  # seconds, for pieces that have come
+        self._awaited_since: float | None = None  # the next piece
+
+    @property
+    def is_awaited(self) -> bool:
+        """True while the next piece is waited for; also after that was ended by the failure of an attempt."""
+        return self._awaited_since is not None
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which the attempt has waited for the client to send."""
+        if self._awaited_since is None:
+            return self._waited
+        return self._waited + asyncio.get_running_loop().time() - self._awaited_since
 
     @property
     def is_kept(self) -> bool:
@@ -54,10 +68,14 @@ class RequestBody(httpx.AsyncByteStream):
         if not self.is_kept:
             raise RuntimeError("a body that was not kept cannot be sent again")
         self.is_started = True
+        self._waited, self._awaited_since = 0.0, None
         for piece in tuple(self._kept):
             yield piece
+        clock = asyncio.get_running_loop().time
         while not self.is_finished:
+            self._awaited_since = since = clock()
             message = await self._receive()
+            self._waited, self._awaited_since = self._waited + clock() - since, None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnected("The client left while sending.")
             piece = message.get("body", b"")
@@ -151,8 +169,8 @@ class DisconnectWatch:
             self._timer = loop.call_later(PATIENCE, self._start, loop)
 
     async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        while (await self._receive())["type"] != "http.disconnect":  # noqa: ASYNC110 - the server tells, when asked
+            await asyncio.sleep(PATIENCE)  # it, or a middleware, may repeat that the body is complete
         self._has_left = True
         self._task.cancel()
 

@@ -70,6 +70,7 @@ class Rotation:
         duration: float | None = None,
         route: str = "",
         request_id: str = "",
+        principal: str | None = "",
     ) -> Transition | None:
         """Tell the breaker of a target how a try on it ended; see its `settle`. Returns the move that caused.
 
@@ -84,7 +85,16 @@ class Rotation:
             outcome = Outcome.IGNORED
         elif outcome is not Outcome.IGNORED:
             target.withheld = 0
-        move = breaker.settle(ticket, outcome, now, detail, duration=duration, route=route, request_id=request_id)
+        move = breaker.settle(
+            ticket,
+            outcome,
+            now,
+            detail,
+            duration=duration,
+            route=route,
+            request_id=request_id,
+            principal=principal,
+        )
         if move is None or target not in targets:  # one that is gone rotates no more
             return None
         self._note_move(target, move)

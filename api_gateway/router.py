@@ -25,7 +25,7 @@ from api_gateway.errors import (
     UpstreamTimeout,
 )
 from api_gateway.event_stream import event_stream
-from api_gateway.failures import translate
+from api_gateway.failures import ClientShare, fault_of_deadline, translate
 from api_gateway.headers import (
     COST,
     Fields,
@@ -35,7 +35,7 @@ from api_gateway.headers import (
 from api_gateway.heads import BODILESS
 from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList
-from api_gateway.outgoing import NO_BODY, NoBody
+from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
 from api_gateway.overload import ONE_BAND, Bands, LagLimit
 from api_gateway.reply import fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
@@ -54,6 +54,7 @@ from api_gateway.request import (
 from api_gateway.retry import Failed, Why, is_repeatable, retry_after_of
 from api_gateway.routes import PROXIED_METHODS, Route, RouteTable, refuse_method, upstream_target
 from api_gateway.service import Service
+from api_gateway.shares import holder_of
 from api_gateway.stand_in import StandIn
 from api_gateway.targets import Target
 from api_gateway.tunnel import Tunnel
@@ -267,7 +268,8 @@ class Router:
         key = exchange.client_key if service.hash_header is None else service.key_in(request.fields, exchange)
         is_safe = is_repeatable(exchange.method, request.fields)
         band = 0 if tried or exchange.client is None else self.bands.of(exchange.client.quota.name)
-        return service.upstream.checkout(self._clock(), key, tried, band=band, is_safe=is_safe)
+        principal = holder_of(exchange.client, exchange.peer)
+        return service.upstream.checkout(self._clock(), key, tried, band=band, is_safe=is_safe, principal=principal)
 
     async def _try_again(
         self,
@@ -393,20 +395,29 @@ class Router:
         try:
             response = await reply_to(service.transport, outgoing, answer)
         except httpx.TransportError as error:
-            raise self.verdicts.on_failure(exchange, lease, error) from error
+            failure = self.verdicts.on_failure(exchange, lease, error, _note_share(exchange, request))
+            _note_progress(exchange, outgoing, answer, is_sent=not failure.is_retry_safe)
+            raise failure from error
         except asyncio.CancelledError:
-            if request.is_overdue and getattr(outgoing, "is_sent", True):
-                exchange.has_reached = True
-                self._settle_overdue(exchange, lease, request)
+            if _note_progress(exchange, outgoing, answer, is_sent=True) and request.is_overdue:
+                self._settle_overdue(exchange, lease, request.deadline, _note_share(exchange, request))
             raise
-        self.verdicts.on_head(exchange, lease, response.status_code, self._clock())
+        self.verdicts.on_head(exchange, lease, response.status_code, self._clock(), _note_share(exchange, request))
         return response
 
-    def _settle_overdue(self, exchange: Exchange, lease: Lease, request: UpstreamRequest) -> None:
-        """Settle a try that the deadline ends: a failure, unless it is the client who is impatient or slow."""
-        assert request.deadline is not None  # noqa: S101 - it has just passed
-        if request.deadline.blames_upstream and request.body.is_finished:
-            self.verdicts.on_overdue(exchange, lease)
+    def _settle_overdue(
+        self,
+        exchange: Exchange,
+        lease: Lease,
+        deadline: Deadline | None,
+        client: ClientShare,
+        reader_waited: float = 0.0,
+    ) -> None:
+        """Settle a try that the deadline ends."""
+        assert deadline is not None  # noqa: S101 - it has just passed
+        assert exchange.sent_at is not None  # noqa: S101 - a try has begun
+        spent = self._clock() - exchange.sent_at - reader_waited
+        self.verdicts.on_overdue(exchange, lease, fault_of_deadline(deadline, spent, client))
 
     async def _pass_on(
         self,
@@ -459,10 +470,12 @@ class Router:
             try:
                 piece, more = await stream.read()
             except httpx.TransportError as error:
-                raise self.verdicts.on_broken_body(exchange, lease, error) from error
+                client = _share(request.body, stream.reader_waited)
+                raise self.verdicts.on_broken_body(exchange, lease, error, client) from error
             except asyncio.CancelledError:
                 if request.is_overdue:
-                    self._settle_overdue(exchange, lease, request)
+                    client = _share(request.body, stream.reader_waited)
+                    self._settle_overdue(exchange, lease, request.deadline, client, stream.reader_waited)
                 raise
             if events is not None and events.on_piece(piece):
                 more = False
@@ -510,7 +523,38 @@ class Router:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
 
+def _share(body: RequestBody | NoBody, reader_waited: float) -> ClientShare:
+    """Return what the client has to do with the end of an attempt."""
+    return ClientShare(body.is_finished, body.is_awaited, body.waited + reader_waited)
+
+
+def _note_share(exchange: Exchange, request: UpstreamRequest) -> ClientShare:
+    """Return the same before the head, and take the time in which the client was awaited off the upstream's."""
+    share = _share(request.body, 0.0)
+    if share.waited and exchange.sent_at is not None:
+        exchange.sent_at += share.waited
+    return share
+
+
+def _note_progress(exchange: Exchange, outgoing: httpx.Request, answer: Answer | None, *, is_sent: bool) -> bool:
+    """Note how far an attempt came that has no answer; return whether some of the request was sent.
+
+    `answer` is that of a request which had been sent before. Where the transport does not say, `is_sent` holds.
+    """
+    if isinstance(outgoing, Outgoing):
+        is_sent = answer is not None or outgoing.is_sent
+        exchange.has_begun |= is_sent or outgoing.has_begun
+    else:
+        exchange.has_begun = True
+    exchange.has_reached |= is_sent
+    return is_sent
+
+
 def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
-    """Return what a request ends with whose deadline has passed; it was free if nothing has been sent."""
-    kind = UpstreamTimeout if exchange.has_reached else UpstreamConnectTimeout
+    """Return what a request ends with whose deadline has passed.
+
+    It was free if nothing has been sent; under a deadline that the client has set, only if no connection was begun.
+    """
+    has_cost = exchange.has_reached or (exchange.has_begun and not deadline.blames_upstream)
+    kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout
     return kind(deadline.words(), extra={"deadline": deadline.source})

@@ -5,10 +5,8 @@ import contextlib
 import gc
 import logging
 import math
-import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,22 +23,24 @@ from api_gateway.admin_listener import AdminListener
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
 from api_gateway.crew import Crew
+from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
+from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.main import create_app
 from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
 from api_gateway.shares import Shares, default_connections
+from api_gateway.watchdog import Watchdog
 from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
-
-CUT_OFF = 4  # exit code: not everything was answered in the time to drain
 
 # What the server says of its own that is said here, or in the access log, in better words.
 _UNSAID = ("ASGI callable returned without completing response.", "Cancel %s running task(s)")
 ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
+STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain
 DRAIN_LINGER = 2.0  # seconds; see `protocol.GatewayProtocol.shutdown`
 
 
@@ -58,8 +58,9 @@ class GatewayServer(uvicorn.Server):
         self._sockets = Sockets([])
         refused: Counter[str] = Counter()
         section = config.server
-        self.connections = Shares(section.max_connections or default_connections(_descriptor_limit()))
+        self.connections = Shares(section.max_connections or default_connections(raise_descriptor_limit()))
         self._app: FastAPI = create_app(config, refused=refused, crew=crew, connections=self.connections)
+        self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
         admin = AdminListener(self._app)
         self._admin_config = _uvicorn_config(admin, section, refused, Shares(ADMIN_CONNECTIONS))
@@ -85,6 +86,7 @@ class GatewayServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             await self._open_admin_listener()
+            self._watchdog.watch()
             _tune_garbage_collection()
             self.announce()
 
@@ -145,6 +147,7 @@ class GatewayServer(uvicorn.Server):
         console = getattr(self._app.state, "console", None)
         if console is not None:  # the signal may come before start-up is done
             console.phase = Phase.DRAINING
+        self._watchdog.expect_end()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
@@ -155,7 +158,8 @@ class GatewayServer(uvicorn.Server):
             return
         before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
         try:
-            yield
+            with self._watchdog.on_duty():
+                yield
         finally:
             for number, previous in before.items():
                 signal.signal(number, previous)
@@ -163,6 +167,12 @@ class GatewayServer(uvicorn.Server):
     def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
         """Return what to do at which signal."""
         return {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
+
+
+def watchdog_of(section: ServerSection, margin: float = STOP_MARGIN) -> Watchdog:
+    """Return what ends a process of the gateway that hangs."""
+    stop_within = section.drain_delay + section.drain_timeout + margin
+    return Watchdog(section.worker_timeout, stop_within, blocked=BLOCKED, overdue=CUT_OFF)
 
 
 def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: Shares) -> uvicorn.Config:
@@ -203,11 +213,6 @@ def _bounds(section: ServerSection) -> Bounds:
         body_rate=section.min_body_rate,
         body_grace=section.min_body_rate_grace,
     )
-
-
-def _descriptor_limit() -> int:
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def _holder_of_connection(trusted: Collection[Network]) -> Callable[[str], str | None]:

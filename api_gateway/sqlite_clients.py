@@ -25,6 +25,7 @@ from api_gateway.client_records import (
     Written,
 )
 from api_gateway.id_filter import IdFilter
+from api_gateway.state_folder import create_private, make_private
 
 T = TypeVar("T")
 
@@ -138,7 +139,8 @@ class SqliteClients:
         return ids
 
     def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self.path.parent)
+        create_private(self.path)  # SQLite gives its further files the same permissions
         connection = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")

@@ -345,8 +345,11 @@ def _hint(error: BaseException, place: StoreUrl) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what led to it; chains of exceptions may be circular."""
+    seen: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None:
+    while cause is not None and cause not in seen:
+        seen.append(cause)
         yield cause
         cause = cause.__cause__ or cause.__context__
 

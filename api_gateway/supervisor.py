@@ -18,18 +18,20 @@ from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.diagnosis import ConfigError
 from api_gateway.embedded import EmbeddedStore, NoServer, find_server
-from api_gateway.errors import StartupError
+from api_gateway.errors import CUT_OFF, StartupError
 from api_gateway.listening import Listeners, Sockets, leave_group
 from api_gateway.merging import merge
 from api_gateway.report import Report
-from api_gateway.server import CUT_OFF, configure_logging
+from api_gateway.server import configure_logging, watchdog_of
 from api_gateway.staff import Worker, hire
 from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0  # seconds until a worker must serve
-DRAIN_MARGIN = 5.0  # seconds a worker may take beyond its time to drain
+DRAIN_MARGIN = 3.5  # seconds a worker may take beyond its time to drain: its own watchdog ends it sooner
+STOP_MARGIN = 4.5  # seconds the supervisor may take beyond that time
+REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say where it hangs and end by itself
 ANSWER_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
 SETTLED = 5.0  # seconds of life after which a worker's end is not put down to its start
 FIRST_DELAY, LONGEST_DELAY = 0.25, 10.0  # seconds before a worker is replaced that has ended soon after its start
@@ -113,8 +115,11 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
         loop.add_signal_handler(signal.SIGHUP, self._reloading.set)
-        async with self._stack:
-            await self._until_stopped(self._live())
+        watchdog = watchdog_of(self._config.server, STOP_MARGIN)
+        with watchdog.on_duty():
+            watchdog.watch()
+            async with self._stack:
+                await self._until_stopped(self._live())
         return CUT_OFF if self._cut_off else 0
 
     async def _until_stopped(self, life: Coroutine[Any, Any, None]) -> None:
@@ -195,7 +200,9 @@ class Supervisor:
             config["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
             inherited.append(self._store.lifeline)
         server = self._config.server
-        worker = await hire(post.number, config, post.sockets, inherited, self._ledger.gather, server.worker_timeout)
+        worker = await hire(
+            post.number, config, post.sockets, inherited, self._ledger.gather, server.worker_timeout + REPORT_MARGIN
+        )
         worker.drains_within = server.drain_delay + server.drain_timeout + DRAIN_MARGIN
         self._ledger.workers.append(worker)
         return worker
@@ -214,7 +221,7 @@ class Supervisor:
             logger.warning("%s did not stop in time and is ended", worker)
             worker.kill()
             code = await worker.wait()
-        if code < 0 and worker.has_served:  # it was killed: at least what it hung on
+        if code != 0 and worker.has_served:  # it hung and was ended: at least what it hung on
             worker.cut_off = max(1, worker.cut_off)
         self._cut_off += worker.cut_off
         if worker in self._ledger.workers:

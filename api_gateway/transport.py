@@ -5,7 +5,8 @@ requests are cancelled whenever a client hangs up. Here a request that is cancel
 without awaiting. Bytes travel as they are: no header is added, no body decoded, nothing held whole.
 
 Failures are httpx's own: ConnectError and ConnectTimeout (nothing was sent), PoolTimeout (no connection came free),
-ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (what came was not HTTP).
+ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (what came was not HTTP); and
+OutOfResources, a ConnectError for which this process is the cause.
 
 `request.extensions` may hold `target` (the raw request target, bytes), `timeout`, a dict of seconds: `connect`,
 `pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent), and `hooks`. A response's
@@ -21,6 +22,7 @@ import httpx
 
 from api_gateway.answer import NO_LIMITS, Answer, Incoming
 from api_gateway.connection import Connection, Stale
+from api_gateway.local_resources import OutOfResources, is_own_lack
 from api_gateway.outgoing import NO_BODY, Origin, Outgoing
 from api_gateway.pool import Pool
 from api_gateway.retry import IDEMPOTENT
@@ -59,17 +61,18 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     async def response_to(self, request: Outgoing, answer: Answer) -> httpx.Response:
         """Wait for the head of an answer whose request is on its way; see `handle_async_request`."""
+        is_repeated = False
         while True:
             try:
                 await answer.until_head()
             except Stale:
-                if request.method not in _REPEATABLE or request.framing is not None:
+                if is_repeated or request.method not in _REPEATABLE or request.framing is not None:
                     raise
                 try:
                     connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
                 except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                     raise httpx.ReadError(f"{Stale()}; once more: {error}") from error  # it has been sent before
-                answer = connection.send(request)
+                answer, is_repeated = connection.send(request), True
             except BaseException:
                 answer.close()
                 raise
@@ -91,8 +94,11 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         return True
 
     async def _wait(self, pool: Pool[Connection], request: Outgoing, *, is_fresh: bool = False) -> Connection:
+        def on_connect() -> None:
+            request.has_begun = True
+
         timeouts = request.extensions.get("timeout", NO_LIMITS)
-        return await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=is_fresh)
+        return await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=is_fresh, on_connect=on_connect)
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -131,7 +137,8 @@ async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | 
         if isinstance(error, TimeoutError):
             raise httpx.ConnectTimeout(f"no connection to {place} within {seconds} s") from error
         if isinstance(error, OSError):
-            raise httpx.ConnectError(f"no connection to {place}: {error.strerror or error}") from error
+            kind = OutOfResources if is_own_lack(error, origin.address, origin.port) else httpx.ConnectError
+            raise kind(f"no connection to {place}: {error.strerror or error}") from error
         raise
     if connection.is_closed:
         raise httpx.ConnectError(f"{place} closed the connection at once")

@@ -71,6 +71,10 @@ class BreakerView(Body):
     window_slow: int = Field(description="Calls inside the window that took slow_call_duration or longer.")
     window_slow_rate: float | None = Field(description="None while the window holds no call.")
     probes_in_flight: int
+    one_principal: bool = Field(
+        description="True while a threshold is reached by the failures of one client alone, and others call too: that"
+        " does not open it. A client is one that is registered, or else an address."
+    )
     ramp_share: float | None = Field(
         description="Share of the rate before it opened that is admitted, and 10 a second at least; null unless it has"
         " just closed."

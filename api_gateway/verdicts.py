@@ -6,8 +6,9 @@ import httpx
 
 from api_gateway.balancer import Lease, SlowHead
 from api_gateway.breaker_records import Transition
-from api_gateway.errors import GatewayError, UpstreamFailed, UpstreamTimeout
-from api_gateway.failures import translate
+from api_gateway.errors import Fault, GatewayError, Overloaded, UpstreamTimeout
+from api_gateway.failures import NO_SHARE, OUTCOMES, ClientShare, fault_of, fault_of_status, translate
+from api_gateway.local_resources import LackLog, OutOfResources
 from api_gateway.models import Clock, Exchange, Outcome
 from api_gateway.targets import Target
 
@@ -30,15 +31,18 @@ class Verdicts:
         self._observe_try = observe_try
         self._on_transition = on_transition
         self._on_target_move = on_target_move
+        self._lack_log = LackLog()
 
-    def on_head(self, exchange: Exchange, lease: Lease, status: int, now: float) -> None:
+    def on_head(
+        self, exchange: Exchange, lease: Lease, status: int, now: float, client: ClientShare = NO_SHARE
+    ) -> None:
         """Count the answer's head; a status that is an error settles the try already."""
         assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
         exchange.head_at = now
         took = now - exchange.sent_at
         self._observe_try(lease.upstream.name, _CLASSES[status // 100], took, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
-            self._settle_failure(exchange, lease, now, f"status {status}", now)
+            self._settle_failure(exchange, lease, fault_of_status(status, client), now, f"status {status}", now)
             return
         if lease.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
             lease.upstream.limit.observe(took, now)
@@ -47,32 +51,41 @@ class Verdicts:
         elif took >= lease.upstream.breaker.slow_after:
             lease.slow = SlowHead(took, exchange.route or "", exchange.id)
 
-    def on_failure(self, exchange: Exchange, lease: Lease, error: httpx.TransportError) -> GatewayError:
+    def on_failure(
+        self, exchange: Exchange, lease: Lease, error: httpx.TransportError, client: ClientShare = NO_SHARE
+    ) -> GatewayError:
         """Settle a try that got no answer, and return what it failed with in our words."""
         upstream, now = lease.upstream.name, self._clock()
         failure = translate(error, upstream)
         self._observe_try(upstream, failure.reason, None, now)
-        if isinstance(failure, UpstreamTimeout) and not failure.is_retry_safe:
+        fault = fault_of(failure, client)
+        if isinstance(failure, UpstreamTimeout) and fault is Fault.UPSTREAM:
             _teach(exchange, lease, now)
-        if isinstance(failure, UpstreamFailed):
-            self._settle_failure(exchange, lease, now, failure.reason, now)
+        if isinstance(failure, Overloaded) and (lack := _lack(error)) is not None:
+            self._lack_log.note(upstream, lack, now)
+        self._settle_failure(exchange, lease, fault, now, failure.reason, now)
         return failure
 
-    def on_broken_body(self, exchange: Exchange, lease: Lease, error: Exception) -> GatewayError:
+    def on_broken_body(
+        self, exchange: Exchange, lease: Lease, error: Exception, client: ClientShare = NO_SHARE
+    ) -> GatewayError:
         """Settle a try whose answer broke off, and return what it failed with in our words."""
         failure = translate(error, lease.upstream.name)
         failure.__cause__ = error
         head_at = exchange.head_at or exchange.started
-        self._settle_failure(exchange, lease, self._clock(), f"{failure.reason} within the body", head_at)
+        fault = fault_of(failure, client)
+        self._settle_failure(exchange, lease, fault, self._clock(), f"{failure.reason} within the body", head_at)
         return failure
 
-    def on_overdue(self, exchange: Exchange, lease: Lease) -> None:
-        """Settle a try that the deadline has ended, for which the upstream is to blame."""
+    def on_overdue(self, exchange: Exchange, lease: Lease, fault: Fault) -> None:
+        """Settle a try that the deadline has ended."""
+        if fault is not Fault.UPSTREAM:
+            return
         now, reason = self._clock(), UpstreamTimeout.reason.value
         if exchange.head_at is None:
             self._observe_try(lease.upstream.name, reason, None, now)
             _teach(exchange, lease, now)
-        self._settle_failure(exchange, lease, now, f"{reason} (deadline)", now)
+        self._settle_failure(exchange, lease, fault, now, f"{reason} (deadline)", now)
 
     def settle_success(self, lease: Lease) -> None:
         """Settle a try as good."""
@@ -82,11 +95,16 @@ class Verdicts:
         """Tell the breakers how a try ended, and the log if that moved one."""
         self._tell(lease, lease.settle(outcome, now, detail))
 
-    def _settle_failure(self, exchange: Exchange, lease: Lease, now: float, detail: str, until: float) -> None:
+    def _settle_failure(
+        self, exchange: Exchange, lease: Lease, fault: Fault, now: float, detail: str, until: float
+    ) -> None:
         """Tell the breakers of a failure, and for their records what failed; it took `until` its head, or its end."""
         took = until - (exchange.sent_at or until)
-        route = exchange.route or ""
-        move = lease.settle(Outcome.FAILURE, now, detail, duration=took, route=route, request_id=exchange.id)
+        if fault is Fault.TARGET:
+            lease.principal = None  # no client can have caused it
+        move = lease.settle(
+            OUTCOMES[fault], now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
+        )
         self._tell(lease, move)
 
     def _tell(self, lease: Lease, transition: Transition | None) -> None:
@@ -94,6 +112,11 @@ class Verdicts:
             self._on_transition(lease.upstream.name, transition)
         if lease.target_move is not None:
             self._on_target_move(lease.upstream.name, lease.target, lease.target_move)
+
+
+def _lack(error: BaseException) -> OutOfResources | None:
+    """Return the error that says what this process lacks, if that is what it failed with."""
+    return next((found for found in (error, error.__cause__) if isinstance(found, OutOfResources)), None)
 
 
 def _teach(exchange: Exchange, lease: Lease, now: float) -> None:

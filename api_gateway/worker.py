@@ -58,6 +58,7 @@ class WorkerServer(GatewayServer):
     def _on_relieved(self, _number: int, _frame: FrameType | None) -> None:
         """Drain at once: another worker serves at this place already, and the gateway is as ready as it was."""
         self._delay = 0
+        self._watchdog.expect_end()
         self.should_exit = True
 
     def _on_orphaned(self) -> None:

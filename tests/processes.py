@@ -75,7 +75,8 @@ class Running:
 @contextmanager
 def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
     """Run Python with these arguments; stop it by its own process id at the end."""
-    variables = {**WATCHED, "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1", **environment}
+    variables = {**WATCHED, "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
+    variables |= {"XDG_STATE_HOME": str(cwd / "xdg-state"), **environment}
     stdout, stderr = cwd / "stdout.txt", cwd / "stderr.txt"
     with stdout.open("wb") as out, stderr.open("wb") as err:
         popen = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=variables, stdout=out, stderr=err)

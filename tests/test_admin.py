@@ -280,7 +280,8 @@ def test_a_breaker_that_is_not_there_is_answered_with_the_nearest_name(
 
 
 def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "circuit_breakers.json"
+    file = tmp_path / "state" / "circuit_breakers.json"
+    file.parent.mkdir()
     file.write_text('{"circuit_breakers": {"up": {"mode": "on"}}}')
     with running_gateway(in_front_of("http://127.0.0.1:9"), tmp_path) as running:
         told = ask(f"{running.url}/circuit-breakers").json()
@@ -297,7 +298,7 @@ def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path:
 def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> None:
     assert set(ask(f"{tokened.url}/health").json()) == {"status"}
     full = ask(f"{tokened.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
-    assert {"status", "version", "uptime", "upstreams", "limits", "clients", "event_loop"} == set(full)
+    assert {"status", "version", "uptime", "upstreams", "limits", "clients", "event_loop", "resources"} == set(full)
     assert full["limits"]["mode"] == "memory"
     assert full["clients"] == {"status": "pass", "error": None}
 

@@ -68,7 +68,7 @@ def test_check_only_checks(tmp_path: Path) -> None:
     with process(*WAYS["python -m"], "--check", "--config", path, cwd=tmp_path) as running:
         assert running.exit_code() == 0
     assert "1 routes, 1 upstreams, 4 tiers" in running.output
-    assert not (tmp_path / ".gateway").exists()
+    assert not (tmp_path / "xdg-state").exists()
 
 
 def test_a_busy_port_is_exit_code_3(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "trusted_proxies": [],
     }
     assert config.store.url.get_secret_value() == "memory://"
-    assert config.state_dir == Path(".gateway")
+    assert config.state_dir == Path(os.environ["XDG_STATE_HOME"], "api-gateway", "default")
     assert config.admin.token is None
     assert (config.identity.mode, config.identity.header) == ("header", "X-Client-ID")
     assert config.metrics.percentiles == [50, 90, 95, 99]

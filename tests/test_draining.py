@@ -1,11 +1,13 @@
 """A gateway that stops loses no request that is on its way, and tells clients to come back on another connection."""
 
 import asyncio
+import json
 import signal
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from api_gateway.protocol import GatewayProtocol
 from tests.kit import (
     PATIENCE,
+    Behaviour,
     RawClient,
     RawRequest,
     RawUpstream,
@@ -22,6 +25,7 @@ from tests.kit import (
     in_front_of,
     reply,
 )
+from tests.processes import WAYS, config_file, process
 from tests.test_websocket import ASKING, BINARY, CLOSE, SWITCHED, TEXT, frame
 
 Start = Callable[[dict[str, Any]], RunningGateway]
@@ -397,3 +401,62 @@ def test_an_event_stream_ends_between_two_events_and_whole(
         assert (b"2" + edge in rest) == is_halfway
         assert client.is_closed()
     assert left.wait(PATIENCE), "the upstream is let go"
+
+
+def _nothing(wire: Wire, _request: RawRequest) -> None:
+    wire.read_exactly(1)
+
+
+def _half(wire: Wire, _request: RawRequest) -> None:
+    wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+    wire.read_exactly(1)
+
+
+def _half_in_chunks(wire: Wire, _request: RawRequest) -> None:
+    wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+    wire.read_exactly(1)
+
+
+def _switched(wire: Wire, _request: RawRequest) -> None:
+    wire.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    wire.read_until(b"never")
+
+
+@pytest.mark.parametrize(
+    ("behave", "headers", "first", "status"),
+    [
+        (_nothing, (), b"", 499),
+        (_half, (), b"half", 200),
+        (_half_in_chunks, (), b"half", 200),
+        (_switched, ("Connection: Upgrade", "Upgrade: websocket"), b"101", 101),
+    ],
+    ids=["before the head", "counted", "chunked", "tunnel"],
+)
+@pytest.mark.parametrize("is_first", [True, False], ids=["new connection", "kept connection"])
+def test_what_the_drain_cuts_off_is_logged_as_such(
+    tmp_path: Path,
+    upstream: Upstreams,
+    behave: Behaviour,
+    headers: tuple[str, ...],
+    first: bytes,
+    status: int,
+    *,
+    is_first: bool,
+) -> None:
+    up = upstream()
+    config = config_file(tmp_path, up.url, "server: {drain_timeout: 1}\n")
+    with process(*WAYS["run_gateway.py"], "--config", config, cwd=tmp_path) as running:
+        with RawClient(running.port) as client:
+            if not is_first:  # then the next request finds a connection to the upstream and takes the fast path
+                assert client.get("/api/up/before").status == 200
+            up.behave = behave
+            client.request("GET", "/api/up/cut", headers)
+            if first:
+                assert client.read_until(first)
+            else:
+                eventually(lambda: up.requests[-1:] != [] and b"/up/cut" in up.requests[-1].line, "it has arrived")
+            assert running.terminate() == 4
+        lines = [json.loads(line) for line in running.output.splitlines() if line.startswith("{")]
+    (line,) = [line for line in lines if line["path"] == "/api/up/cut"]
+    assert (line["status"], line["reason"]) == (status, "draining")
+    assert line["detail"] == "The gateway stopped before the response was complete."

@@ -32,6 +32,7 @@ def tokened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
         yield gateway
 
 
+StartGateway = Callable[[dict[str, Any]], RunningGateway]
 Connect = Callable[[RunningGateway], Wire]
 
 
@@ -304,37 +305,39 @@ def test_an_id_that_no_client_can_send_is_refused(plain: RunningGateway, client_
 # Spellings of a path
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        b"/metrics/",
-        b"//metrics",
-        b"/./metrics",
-        b"/x/../metrics",
-        b"/METRICS",
-        b"/%6detrics",
-        b"/metrics%2Flatency",
-        b"/%2Fmetrics",
-        b"/metrics;x",
-        b"/metrics%00",
-        b"/metrics%20",
-        b"/metrics?x=/healthz",
-        b"http://localhost/metrics",
-        b"http://healthz/metrics",
-        b"/healthz/../metrics",
-        b"/api/../metrics",
-        b"/api%2F..%2Fmetrics",
-    ],
-)
+TARGETS = [
+    b"/metrics/",
+    b"//metrics",
+    b"/./metrics",
+    b"/x/../metrics",
+    b"/METRICS",
+    b"/%6detrics",
+    b"/metrics%2Flatency",
+    b"/%2Fmetrics",
+    b"/metrics;x",
+    b"/metrics%00",
+    b"/metrics%20",
+    b"/metrics?x=/healthz",
+    b"/metrics%3Fx",
+    b"http://localhost/metrics",
+    b"http://healthz/metrics",
+    b"/healthz/../metrics",
+    b"/healthz/metrics",
+    b"/healthz%2F..%2Fmetrics",
+    b"/api/../metrics",
+    b"/api%2F..%2Fmetrics",
+]
+
+
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-def test_no_spelling_of_a_path_leads_past_the_gate(
-    connect: Connect, tokened: RunningGateway, target: bytes, version: bytes
-) -> None:
-    wire = connect(tokened)
-    wire.send(b"GET %b HTTP/%b\r\nHost: localhost\r\nConnection: close\r\n\r\n" % (target, version))
-    status, _, body = read_answer(wire)
-    assert status in (401, 404, 502), body
-    assert b"requests" not in body
+def test_no_spelling_of_a_path_leads_past_the_gate(gateway: StartGateway, connect: Connect, version: bytes) -> None:
+    running = gateway(in_front_of("http://127.0.0.1:9", retry={"attempts": 1}) | {"admin": {"token": TOKEN}})
+    for target in TARGETS:
+        wire = connect(running)
+        wire.send(b"GET %b HTTP/%b\r\nHost: localhost\r\nConnection: close\r\n\r\n" % (target, version))
+        status, _, body = read_answer(wire)
+        assert status in (401, 404, 502, 503), (target, body)
+        assert b"in_flight" not in body
 
 
 @pytest.mark.parametrize(
@@ -365,3 +368,194 @@ def test_an_ambiguous_request_is_refused(connect: Connect, plain: RunningGateway
     wire.send(b"POST /clients/x/reset HTTP/1.1\r\n%b\r\n" % lines)
     status, fields, _ = read_answer(wire)
     assert (status, fields[b"connection"]) == (400, b"close")
+
+
+# Methods
+
+
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/healthz", "GET, HEAD, OPTIONS"),
+        ("/readyz", "GET, HEAD, OPTIONS"),
+        ("/health", "GET, HEAD, OPTIONS"),
+        ("/metrics", "GET, HEAD, OPTIONS"),
+        ("/openapi.json", "GET, HEAD, OPTIONS"),
+        ("/explain", "OPTIONS, POST"),
+        ("/clients", "GET, HEAD, OPTIONS"),
+        ("/clients/acme", "DELETE, GET, HEAD, OPTIONS"),
+        ("/clients/a%2Fgrants", "DELETE, GET, HEAD, OPTIONS"),
+        ("/clients/acme/grants", "DELETE, OPTIONS, POST"),
+        ("/clients/acme/tier", "OPTIONS, POST"),
+        ("/circuit-breakers/up", "OPTIONS, POST"),
+        ("/circuit-breakers/up/history", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_options_and_a_wrong_method_name_the_methods_there_are(plain: RunningGateway, path: str, allow: str) -> None:
+    options = ask(plain.url + path, method="OPTIONS")
+    assert (options.status, options.body, options.headers["allow"]) == (204, b"", allow)
+    wrong = ask(plain.url + path, method="PUT")
+    assert (wrong.status, wrong.json()["reason"], wrong.headers["allow"]) == (405, "method_not_allowed", allow)
+
+
+def test_a_preflight_of_another_origin_is_refused(plain: RunningGateway) -> None:
+    headers = CROSS_SITE | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    answer = ask(f"{plain.url}/clients/acme/tier", method="OPTIONS", headers=headers)
+    assert answer.status == 403
+    assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+# Tokens and roles
+
+READ, OPERATE, OLD = "read-only-token", "alice-may-operate", "alice-had-this-before"
+NAMED = {
+    "prometheus": {"role": "read", "token": READ},
+    "alice": {"role": "operate", "token": OPERATE},
+    "alice-old": {"role": "operate", "token": OLD},
+}
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    """Run a gateway with named tokens beside the first one, one of them from a file."""
+    folder = tmp_path_factory.mktemp("named")
+    file = folder / "token"
+    file.write_text("token-from-a-file\n")
+    admin = {"token": TOKEN, "tokens": NAMED | {"from-file": {"token_file": str(file)}}}
+    with running_gateway(in_front_of("http://127.0.0.1:9") | {"admin": admin}, folder) as running:
+        yield running
+
+
+@pytest.mark.parametrize("token", [TOKEN, READ, OPERATE, OLD, "token-from-a-file"])
+def test_any_of_the_tokens_may_read(named: RunningGateway, token: str) -> None:
+    for _, path, _ in READS:
+        assert ask(named.url + path, headers=bearer(token)).status == 200
+        assert ask(named.url + path, method="HEAD", headers=bearer(token)).status == 200
+    assert "upstreams" in ask(f"{named.url}/health", headers=bearer(token)).json()
+
+
+@pytest.mark.parametrize("token", [TOKEN, OPERATE, OLD])
+@pytest.mark.parametrize(("method", "path", "body"), WRITES)
+def test_a_token_to_operate_may_write(
+    named: RunningGateway, token: str, method: str, path: str, body: bytes | None
+) -> None:
+    assert ask(named.url + path, method=method, headers=JSON | bearer(token), body=body).status == 200
+
+
+@pytest.mark.parametrize("token", [READ, "token-from-a-file"])
+@pytest.mark.parametrize(("method", "path", "body"), WRITES)
+def test_a_token_to_read_may_not_write(
+    named: RunningGateway, token: str, method: str, path: str, body: bytes | None
+) -> None:
+    answer = ask(named.url + path, method=method, headers=JSON | bearer(token), body=body)
+    if path == "/explain":  # a question, which changes nothing
+        assert answer.status == 200
+        return
+    assert (answer.status, answer.json()["reason"]) == (403, "forbidden")
+    name = "prometheus" if token == READ else "from-file"
+    assert answer.json()["detail"] == f"The token '{name}' has the role 'read'; {method} needs the role 'operate'."
+
+
+def test_a_mode_names_the_token_that_set_it(named: RunningGateway) -> None:
+    for token, who in ((OPERATE, "alice"), (OLD, "alice-old"), (TOKEN, "admin")):
+        answer = ask(
+            f"{named.url}/circuit-breakers/up",
+            method="POST",
+            headers=JSON | bearer(token),
+            body=b'{"mode": "observe"}',
+        )
+        assert answer.json()["current"]["who"] == f"token '{who}', from 127.0.0.1"
+
+
+# Limits
+
+
+def statuses(running: RunningGateway, path: str, count: int, headers: dict[str, str] | None = None) -> list[int]:
+    return [ask(running.url + path, headers=headers).status for _ in range(count)]
+
+
+def test_an_address_that_fails_too_often_is_limited_and_nobody_else_is(gateway: StartGateway) -> None:
+    running = gateway(in_front_of("http://127.0.0.1:9") | {"admin": {"token": TOKEN}})
+    failed = statuses(running, "/metrics", 60, bearer("wrong-token"))
+    assert failed[:50] == [401] * 50
+    refused = ask(f"{running.url}/metrics", headers=bearer("wrong-token"))
+    assert (refused.status, refused.json()["reason"]) == (429, "rate_limited")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert ask(f"{running.url}/clients").status == 429  # without a token, too
+    assert statuses(running, "/metrics", 20, AUTHORIZED) == [200] * 20
+    assert statuses(running, "/healthz", 20) + statuses(running, "/readyz", 20) == [200] * 40
+    assert statuses(running, "/health", 20) == [200] * 20
+
+
+def test_without_a_token_configured_what_is_not_local_is_limited_and_local_requests_are_not(
+    gateway: StartGateway,
+) -> None:
+    running = gateway(in_front_of("http://127.0.0.1:9"))
+    forwarded = statuses(running, "/metrics", 60, {"X-Forwarded-For": "203.0.113.9"})
+    assert (forwarded[0], forwarded[-1]) == (403, 429)
+    assert statuses(running, "/metrics", 20) == [200] * 20
+
+
+def test_behind_a_trusted_proxy_the_forwarded_address_is_limited(gateway: StartGateway) -> None:
+    sections = in_front_of("http://127.0.0.1:9") | {"admin": {"token": TOKEN}}
+    running = gateway(sections | {"server": {"trusted_proxies": ["127.0.0.1"]}})
+    assert statuses(running, "/metrics", 60, {"X-Forwarded-For": "2001:db8::1"})[-1] == 429
+    assert ask(f"{running.url}/metrics", headers={"X-Forwarded-For": "2001:db8::2"}).status == 429  # the same /64
+    assert ask(f"{running.url}/metrics", headers={"X-Forwarded-For": "2001:db8:0:1::1"}).status == 401
+    assert ask(f"{running.url}/metrics").status == 401
+
+
+def test_refused_attempts_are_counted_and_a_few_are_logged(
+    gateway: StartGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = gateway(in_front_of("http://127.0.0.1:9") | {"admin": {"token": TOKEN, "tokens": NAMED}})
+    statuses(running, "/clients/a%1b[1m", 60, bearer("a-secret-mistyped"))
+    assert ask(f"{running.url}/metrics").status == 429
+    assert ask(f"{running.url}/metrics", headers=AUTHORIZED | CROSS_SITE).status == 403
+    assert ask(f"{running.url}/clients/x", method="DELETE", headers=bearer(READ)).status == 403
+    assert ask(f"{running.url}/health", headers=bearer("a-secret-mistyped")).status == 200
+    told = ask(f"{running.url}/metrics", headers=AUTHORIZED).json()
+    assert told["operator_refusals"] == {"wrong_token": 61, "no_token": 1, "cross_site": 1, "role": 1}
+    assert told["rejections"]["unauthorized"] >= 50
+    assert told["rejections"]["rate_limited"] >= 1
+    text = ask(f"{running.url}/metrics?format=prometheus", headers=AUTHORIZED).body
+    assert b'gateway_operator_refusals_total{cause="wrong_token"} 61.0' in text
+    lines = [record.getMessage() for record in caplog.records if "operator endpoint refused" in record.getMessage()]
+    assert 1 <= len(lines) <= 7
+    assert lines[0] == "operator endpoint refused: wrong_token: GET /clients/a%1b[1m from 127.0.0.1"
+    assert "mistyped" not in caplog.text
+
+
+def test_an_operator_that_asks_too_often_is_limited_alone(gateway: StartGateway, connect: Connect) -> None:
+    running = gateway(in_front_of("http://127.0.0.1:9") | {"admin": {"tokens": NAMED}})
+    wire = connect(running)
+    for _ in range(5000):
+        wire.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n\r\n" % READ.encode())
+        status, fields, body = read_answer(wire)
+        if status != 200:
+            break
+    assert (status, json.loads(body)["reason"], fields[b"retry-after"]) == (429, "rate_limited", b"1")
+    assert b"Operator 'prometheus' asked more than 500 times at once" in body
+    assert ask(f"{running.url}/health", headers=bearer(OPERATE)).status == 200
+    assert ask(f"{running.url}/health").status == 200
+
+
+def test_a_stranger_that_asks_for_health_too_often_is_limited(gateway: StartGateway, connect: Connect) -> None:
+    running = gateway(in_front_of("http://127.0.0.1:9") | {"admin": {"token": TOKEN}})
+    wire = connect(running)
+    for _ in range(2000):
+        wire.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        status, _, body = read_answer(wire)
+        if status != 200:
+            break
+        assert json.loads(body) == {"status": "pass"}
+    assert (status, json.loads(body)["reason"]) == (429, "rate_limited")
+    assert "upstreams" in ask(f"{running.url}/health", headers=AUTHORIZED).json()
+    for path in (b"/healthz", b"/readyz"):
+        for _ in range(600):
+            wire.send(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path)
+            assert read_answer(wire)[0] == 200

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,12 +80,15 @@ def test_a_reader_that_stops_costs_the_newest_lines_and_never_blocks_the_writer(
     for number in range(20_000):  # 2 MB, of which the pipe takes 64 KiB
         one.writer.write(f"{padded(number, 99)}\n")
     assert not one.writer.flush(0.05)
+    began = time.monotonic()
+    assert not one.writer.flush(3600)  # it is not waited for twice
+    assert time.monotonic() - began < 60
     lost = sum(lines for lines, _ in one.lost)
     assert 20_000 - (200_000 + 65_536) // 100 - 1 <= lost < 20_000
     received: list[str] = []
     reading = threading.Thread(target=lambda: received.extend(one.read_until("end")))
     reading.start()
-    assert one.writer.flush(PATIENCE)
+    eventually(lambda: one.writer.flush(PATIENCE), "the rest is written")
     one.writer.write("end\n")
     reading.join(PATIENCE)
     assert received == [*sorted(received[:-1]), "end"]
@@ -181,6 +185,15 @@ def test_a_log_that_cannot_be_written_never_blocks_who_logs(pipe: Callable[..., 
     for number in range(5000):
         logger.warning("%d %s", number, "." * 100)
     assert one.lost
+
+
+def test_flushing_a_handler_writes_what_was_logged(pipe: Callable[..., Pipe]) -> None:
+    """As it is done before a process ends at once."""
+    one = pipe()
+    handler = LineHandler(one.writer)
+    handler.emit(logging.makeLogRecord({"msg": "the end"}))
+    handler.flush()
+    assert os.read(one.reader, 100) == b"the end\n"
 
 
 def test_what_was_lost_is_said_at_most_once_an_interval(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,11 +8,19 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from api_gateway.answer import NO_HOOKS, Answer
+from api_gateway.connection import Stale
+from api_gateway.outgoing import NO_BODY
+from api_gateway.pool import Pool
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+from api_gateway.request import DisconnectWatch
+from api_gateway.store import _causes
+from api_gateway.transport import UpstreamTransport
 from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
 HANDSHAKE = (
@@ -120,6 +128,113 @@ async def test_what_stands_behind_a_handshake_stays_unparsed_until_that_is_answe
         await asyncio.sleep(0)
     assert transport.sent.count(b"HTTP/1.1 404") == 25  # its own refusal included
     assert protocol._is_ending  # of what is no HTTP
+    await ended(protocol)
+
+
+class FakeConnection:
+    """A pooled connection that does not tell its pool when it is closed."""
+
+    is_closed = is_reused = False
+    idle_since = 0.0
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+async def _connect(_seconds: float | None) -> FakeConnection:
+    return FakeConnection()
+
+
+@pytest.mark.timeout(10)
+async def test_a_pool_gives_up_an_idle_connection_once_whatever_that_does() -> None:
+    pool = Pool(_connect, limit=1, idle_timeout=60)
+    pool.give(await pool.take(None, None))
+    with pytest.raises(httpx.PoolTimeout):
+        await pool.take(None, 0.05, is_fresh=True)
+    pool.close()
+
+
+@pytest.mark.timeout(10)
+async def test_who_asks_for_an_unused_connection_is_not_handed_a_used_one() -> None:
+    pool = Pool(_connect, limit=1, idle_timeout=60)
+    used = await pool.take(None, None)
+    waiting = asyncio.create_task(pool.take(None, 5.0, is_fresh=True))
+    await asyncio.sleep(0)
+    pool.give(used)
+    taken = await waiting
+    assert taken is not used
+    assert used.is_closed
+    pool.give(taken)
+    assert await pool.take(None, 1.0) is taken  # the one slot there is came back
+    pool.close()
+
+
+@pytest.mark.timeout(10)
+async def test_a_request_is_repeated_once_when_its_connection_was_closed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However often the connection that it is repeated on turns out to have been closed, too."""
+    sent = 0
+    async with UpstreamTransport(max_connections=1) as transport:
+        request = httpx.Request("GET", "http://up.test/", headers=[(b"Host", b"up.test")])
+
+        def send(_request: object) -> Answer:
+            nonlocal sent
+            sent += 1
+            answer = Answer(None, "GET", {}, NO_HOOKS)
+            answer.fail(Stale())
+            return answer
+
+        class Used(FakeConnection):
+            def send(self, request: object) -> Answer:
+                return send(request)
+
+        async def wait(*_: object, **__: object) -> Any:
+            return Used()
+
+        monkeypatch.setattr(transport, "_wait", wait)
+        with pytest.raises(Stale):
+            await transport.handle_async_request(request)
+    assert sent == 2
+
+
+@pytest.mark.timeout(10)
+async def test_watching_for_a_client_that_leaves_lets_the_loop_turn() -> None:
+    """Another server, or a middleware, may say again and again that the body is complete."""
+    asked = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async with asyncio.timeout(5):
+        with DisconnectWatch(receive, NO_BODY):
+            await asyncio.sleep(0.3)
+    assert 1 <= asked < 20
+
+
+@pytest.mark.timeout(10)
+def test_a_circular_chain_of_errors_has_an_end() -> None:
+    first, second = OSError("first"), OSError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert list(_causes(first)) == [first, second]
+
+
+@pytest.mark.timeout(10)
+async def test_who_gives_up_waiting_for_a_slow_reader_does_not_end_the_wait_of_others() -> None:
+    protocol = connected(ClosingTransport(is_closing=False))
+    protocol.pause_writing()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(protocol.wait_until_writable(), 0.01)
+    waiting = asyncio.create_task(protocol.wait_until_writable())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    protocol.resume_writing()
+    await waiting
     await ended(protocol)
 
 

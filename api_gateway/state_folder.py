@@ -1,0 +1,197 @@
+"""The folder in which a gateway keeps its state: where it is, who may read it, and that one gateway alone uses it.
+
+`state_dir` is what is configured. Inside it the gateway has a folder of its own (0700), and all files there are 0600.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Self, TextIO
+
+OWN = "state"
+LOCK = "lock"
+FORMER = Path(".gateway")  # the default of state_dir in former versions, below the current folder
+_MOVED = ("clients.sqlite3", "clients.sqlite3-wal", "clients.sqlite3-shm", "circuit_breakers.json")
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+_LONGEST_NAME = 60
+
+
+class StateError(Exception):
+    """The folder cannot be used; the message names the setting, the folder, and the cause."""
+
+
+def default_state_dir(config_file: Path | None, environment: Mapping[str, str]) -> Path:
+    """Return the folder of a configuration file's gateway, which does not depend on the current folder.
+
+    It is in $STATE_DIRECTORY (as systemd sets it), $XDG_STATE_HOME/api-gateway or ~/.local/state/api-gateway, and has
+    its name from the absolute path of the file. Raises StateError where none of these is set.
+    """
+    return _base(environment) / _name(config_file)
+
+
+def _base(environment: Mapping[str, str]) -> Path:
+    given = environment.get("STATE_DIRECTORY", "").partition(":")[0]
+    if Path(given).is_absolute():
+        return Path(given)
+    for variable, below in (("XDG_STATE_HOME", "api-gateway"), ("HOME", ".local/state/api-gateway")):
+        folder = environment.get(variable, "")
+        if Path(folder).is_absolute():  # the XDG specification: a relative one is ignored
+            return Path(folder, below)
+    raise StateError(
+        "state_dir: there is no folder for the state: neither HOME nor XDG_STATE_HOME nor STATE_DIRECTORY is set to an"
+        " absolute path; set state_dir (GATEWAY_STATE_DIR), such as /var/lib/api-gateway"
+    )
+
+
+def _name(config_file: Path | None) -> str:
+    """Return a name that tells files apart. Links are not followed: Kubernetes moves them with every update."""
+    if config_file is None:
+        return "default"
+    path = os.path.abspath(config_file)  # noqa: PTH100 - `resolve` follows links
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", path).strip("-.")[-_LONGEST_NAME:].strip("-.")
+    return f"{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+
+
+def own_folder(state_dir: Path) -> Path:
+    """Return the gateway's own folder inside `state_dir`."""
+    return state_dir / OWN
+
+
+def open_private(path: Path) -> TextIO:
+    """Open a text file for writing that only its owner may read. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    return os.fdopen(descriptor, "w", encoding="utf-8")
+
+
+def create_private(path: Path) -> None:
+    """Create an empty file that only its owner may read, unless there is one. Raises OSError."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def make_private(folder: Path) -> None:
+    """Create a folder, and those above it, for nobody else; one that exists stays as it is. Raises OSError."""
+    if not folder.is_dir():
+        if folder.parent != folder:
+            make_private(folder.parent)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+
+
+class FolderInUse(StateError):
+    """Another gateway uses the folder."""
+
+
+class StateFolder:
+    """The folder, held by one process and those it starts, for as long as it lives or until `close`."""
+
+    def __init__(self, state_dir: Path, *, is_worker: bool = False) -> None:
+        """Create the folder if there is none, take it, and bring everything in it to its permissions. Blocks.
+
+        A worker of a server such as `uvicorn --workers` shares it with the other workers of the same parent process.
+        Raises StateError.
+        """
+        self.path = own_folder(state_dir)
+        self._state_dir = state_dir
+        self._lock = -1
+        self._is_worker = is_worker
+        try:
+            make_private(self.path)
+            self._check_owner()
+            self._take()
+            self._move_former()
+            self._protect()
+        except OSError as error:
+            self.close()
+            raise self._refused(f"{(error.strerror or str(error)).lower()}: {error.filename or self.path}") from error
+        except StateError:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<StateFolder [{self.path}{'' if self._lock >= 0 else ', not held'}]>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _refused(self, cause: str) -> StateError:
+        return StateError(
+            f"state_dir: {self._state_dir}: {cause}; set state_dir (GATEWAY_STATE_DIR) to a folder that this user may"
+            " write and no other gateway uses"
+        )
+
+    def _check_owner(self) -> None:
+        """Refuse a folder that somebody else could have put there, as is easy in /tmp."""
+        found = self.path.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise self._refused(f"{self.path} is no folder")
+        if found.st_uid != os.geteuid():
+            raise self._refused(f"{self.path} belongs to user {found.st_uid}, not to user {os.geteuid()}")
+        self.path.chmod(0o700)
+
+    def _take(self) -> None:
+        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._refuse_second()
+            return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:  # some network file systems have none
+                raise
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()} {os.getppid()}\n".encode(), 0)
+
+    def _refuse_second(self) -> None:
+        """Raise FolderInUse unless this process, its supervisor or another worker of the same server holds it."""
+        text = os.pread(self._lock, 100, 0).decode(errors="replace").split()
+        holder, parent = (int(part) if part.isdecimal() else 0 for part in (*text, "", "")[:2])
+        if holder in (os.getpid(), os.getppid()) or (self._is_worker and parent == os.getppid()):
+            return
+        raise FolderInUse(
+            f"state_dir: {self._state_dir}: another gateway uses this folder (process {holder or 'unknown'}); stop it,"
+            " or set state_dir (GATEWAY_STATE_DIR) to a folder of its own for each gateway"
+        )
+
+    def _move_former(self) -> None:
+        """Take over what former versions kept directly in `state_dir`."""
+        if any((self.path / name).exists() for name in _MOVED):
+            return
+        for name in _MOVED:
+            with suppress(FileNotFoundError):
+                (self._state_dir / name).rename(self.path / name)
+
+    def _protect(self) -> None:
+        for file in self.path.iterdir():
+            with suppress(FileNotFoundError):
+                if stat.S_ISREG(file.lstat().st_mode):
+                    file.chmod(0o600)
+
+
+def former_state(state_dir: Path, environment: Mapping[str, str]) -> str | None:
+    """Return a hint if there is state where former versions kept it by default, and `state_dir` is today's default."""
+    former = Path.cwd() / FORMER
+    try:
+        is_default = state_dir.parent == _base(environment)
+    except StateError:
+        return None
+    if not is_default or not any((former / name).exists() for name in _MOVED):
+        return None
+    return (
+        f"{former} is no longer used: state is kept in {state_dir}; to keep using it, set state_dir: {FORMER}"
+        f" (GATEWAY_STATE_DIR={FORMER})"
+    )

