@@ -1,5 +1,6 @@
 """The operator's endpoints: see health, metrics, breakers and clients, and change a client's tier."""
 
+import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
@@ -40,6 +40,7 @@ from api_gateway.metrics import GATEWAY, Recorder
 from api_gateway.metrics_bodies import LatencyView, MetricsView
 from api_gateway.models import (
     NANOSECONDS,
+    Body,
     BucketReset,
     BucketView,
     Charge,
@@ -483,7 +484,7 @@ async def _schema(request: Request) -> Response:
     rendered: dict[str, Response] = request.app.state.rendered_schemas
     root = request.scope.get("root_path", "")
     if root not in rendered:
-        schema = request.app.openapi()
+        schema = await asyncio.to_thread(request.app.openapi)  # the first time it takes long
         rendered[root] = JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
     return rendered[root]
 
@@ -539,7 +540,7 @@ def _mistake(item: Mapping[str, Any]) -> str:
     return f"{'.'.join(map(str, item['loc']))}: {item['msg']}{value}"
 
 
-def _shown(view: BaseModel) -> Response:
+def _shown(view: Body) -> Response:
     """Return a view as it is, where the framework would validate and copy it: a large one would hold the loop."""
     return Response(view.model_dump_json(by_alias=True, exclude_unset=True), media_type="application/json")
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.kit import PATIENCE, eventually
+from tests.kit import PATIENCE, START_PATIENCE, eventually
 
 ROOT = Path(__file__).parent.parent
 WAYS = {
@@ -48,7 +48,9 @@ class Running:
     @property
     def url(self) -> str:
         """The address its welcome names."""
-        eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens")
+        eventually(
+            lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens", START_PATIENCE
+        )
         found = re.search(r"http://localhost:(\d+)", self.output)
         assert found, self.output + self.errors
         return f"http://127.0.0.1:{found[1]}"

@@ -249,7 +249,7 @@ def gateway(folder: Path, upstream: str, redirection: str, **streams: Any) -> It
     port = free_port()
     start = [sys.executable, str(ROOT / "run_gateway.py"), "--config", config, "--port", str(port)]
     command = f"exec {shlex.join(start)} {redirection}"
-    environment = {**WATCHED, "PATH": "/usr/bin:/bin"}
+    environment = {**WATCHED, "PATH": "/usr/bin:/bin", "XDG_STATE_HOME": str(folder)}
     popen = subprocess.Popen(["sh", "-c", command], cwd=folder, env=environment, **streams)
     try:
         eventually(lambda: popen.poll() is not None or is_listening(port), "it listens", 30)
