@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -26,6 +27,7 @@ from api_gateway.errors import (
     ClientIdInvalid,
     Forbidden,
     GatewayError,
+    InternalError,
     InvalidValue,
     MethodNotAllowed,
     NoRoute,
@@ -467,14 +469,19 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
     )
 
 
-def install(app: FastAPI) -> frozenset[str]:
-    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths."""
+def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
+    """Add the operator endpoints and their error handling to `app`; return the first segments of their paths.
+
+    `refused` counts the problems that are answered, by reason.
+    """
+    app.state.refused = refused
     app.state.rendered_schemas = {}
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)  # the framework raises it again, and the server logs it
     app.router.routes.insert(0, Route("/openapi.json", _schema))
     return frozenset(route.path.split("/")[1] for route in _routes(app))
 
@@ -496,6 +503,7 @@ async def _answer_error(request: Request, raised: Exception) -> Response:
         error.headers["allow"] = _allow(request)
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"allow": error.headers["allow"]})
+    request.app.state.refused[error.reason] += 1
     return JSONResponse(
         problem(error, instance=path_as_sent(request.scope)),
         status_code=error.status,
@@ -530,7 +538,7 @@ def _in_our_words(raised: Exception) -> GatewayError:
         if raised.status_code == 405:  # noqa: PLR2004 - an endpoint, but not for this method
             return MethodNotAllowed("The endpoint does not take this method.")
         return BadRequest(str(raised.detail))
-    raise raised
+    return InternalError(f"The gateway failed: {type(raised).__name__}.")
 
 
 def _mistake(item: Mapping[str, Any]) -> str:

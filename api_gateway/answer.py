@@ -74,6 +74,10 @@ class Source(Protocol):
         """Give the transport away after a 101."""
         ...
 
+    def set_apart(self) -> None:
+        """Stop counting among the pool's connections. Raises OverShare."""
+        ...
+
     def abandon(self, answer: "Answer") -> None:
         """Drop the answer; unless it has fully arrived, the connection goes with it."""
         ...
@@ -214,6 +218,11 @@ class Answer(httpx.AsyncByteStream):
         finally:
             self._waiter = None
             connection.alarm.clear()
+
+    def set_apart(self) -> None:
+        """Have the connection not counted among the pool's: the answer has no end of its own. Raises OverShare."""
+        if self.connection is not None:
+            self.connection.set_apart()
 
     def take_over(self) -> tuple[asyncio.Transport, bytes]:
         """Return the connection after a 101, with what has already come in the new protocol."""

@@ -146,7 +146,12 @@ def _transport(name: str, section: UpstreamSection) -> UpstreamTransport | Guard
             raise StartupError(f"upstreams.{name}.tls: the files cannot be used: {error}") from error
     pool = section.pool
     if not section.http2:
-        return UpstreamTransport(max_connections=pool.max_connections, idle_timeout=pool.idle_timeout, tls=tls)
+        return UpstreamTransport(
+            max_connections=pool.max_connections,
+            max_tunnels=pool.max_tunnels,
+            idle_timeout=pool.idle_timeout,
+            tls=tls,
+        )
     try:
         return http2_transport(pool.max_connections, pool.idle_timeout, tls)
     except ImportError as error:

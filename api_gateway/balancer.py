@@ -36,7 +36,9 @@ class Lease:
     """
 
     __slots__ = (
+        "_holder",
         "_is_settled",
+        "_limit",
         "_target_breaker",
         "principal",
         "slow",
@@ -56,17 +58,19 @@ class Lease:
         target: Target,
         ticket: Ticket,
         target_ticket: Ticket | None = None,
-        principal: str = "",
+        principal: str | None = None,
     ) -> None:
         self.upstream = upstream
         self.target = target
         self.ticket = ticket
         self.target_ticket = target_ticket
-        self.principal = principal
+        self.principal = principal or ""  # whoever is not known counts as one
+        self._holder = principal
         self.target_move = None
         self._target_breaker = target.breaker  # the one that gave the ticket: the target may get another
         self.slow: SlowHead | None = None
         self._is_settled = False
+        self._limit = upstream.limit
         target.in_flight += 1
 
     def settle(
@@ -128,9 +132,14 @@ class Lease:
                 rotation.settle(targets, self.target, self.target_ticket, outcome, now, principal=self.principal)
             self.upstream.breaker.settle(self.ticket, outcome, now, principal=self.principal)
         self.target.in_flight -= 1
-        limit = self.upstream.limit
+        if self._limit is not None:
+            self.give_place_back()
+
+    def give_place_back(self) -> None:
+        """Give back the place below the upstream's limit, once: what has no end of its own does not keep it."""
+        limit, self._limit = self._limit, None
         if limit is not None:
-            limit.give_back()
+            limit.give_back(self._holder)
 
     @property
     def is_probe(self) -> bool:
@@ -192,13 +201,14 @@ class Upstream:
         *,
         band: int = 0,
         is_safe: bool = True,
-        principal: str = "",
+        principal: str | None = None,
     ) -> Lease:
         """Return a lease on a healthy target that is not ejected, preferring those not in `tried`.
 
-        `is_safe` is for `admit`, `principal` on whose behalf the attempt is made. Raises NoHealthyUpstream when there
-        is none, Shed when there is no place for the band, CircuitOpen when the breaker does not admit; in this order,
-        so that no probe is spent on what does not go.
+        `is_safe` is for `admit`, `principal` is on whose behalf the attempt is made and whose share of the limit it
+        takes, None if that is not known. Raises NoHealthyUpstream when there is none, Shed when there is no place for
+        the band or the principal, CircuitOpen when the breaker does not admit; in this order, so that no probe is
+        spent on what does not go.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
@@ -206,8 +216,8 @@ class Upstream:
         if not candidates:
             raise self._unhealthy()
         limit = self.limit
-        if limit is not None and not limit.admits(band):
-            raise limit.refusal(self.name, band)
+        if limit is not None and not limit.admits(band, principal):
+            raise limit.refusal(self.name, band, principal)
         ticket = self.breaker.admit(now, is_safe=is_safe)
         if ticket is None:
             raise self._refusal(now)
@@ -221,7 +231,7 @@ class Upstream:
         target = self._pick(offered, key) if len(offered) > 1 else offered[0]
         own = target.breaker
         if limit is not None:
-            limit.take(band)
+            limit.take(band, principal)
         own_ticket = None if own is None else own.admit(now, is_safe=is_safe)
         return Lease(self, target, ticket, own_ticket, principal)
 
@@ -241,12 +251,14 @@ class Upstream:
         others = [target for target in self.targets if target.is_healthy and target not in tried]
         return any(self.rotation.admits(target, now) for target in others)
 
-    def refusal(self, now: float, band: int = 0, *, is_safe: bool = True) -> Unavailable | None:
+    def refusal(
+        self, now: float, band: int = 0, *, holder: str | None = None, is_safe: bool = True
+    ) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""
         if not any(target.is_healthy for target in self.targets):
             return self._unhealthy()
-        if self.limit is not None and self.limit.is_full_for(band):
-            return self.limit.refusal(self.name, band)
+        if self.limit is not None and self.limit.is_full_for(band, holder):
+            return self.limit.refusal(self.name, band, holder)
         return None if self.breaker.would_admit(now, is_safe=is_safe) else self._refusal(now)
 
     def _unhealthy(self) -> NoHealthyUpstream:

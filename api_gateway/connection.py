@@ -46,6 +46,7 @@ class Connection(asyncio.BufferedProtocol):
         self.idle_since = 0.0
         self.is_closed = False
         self.is_reused = False
+        self.holder: str | None = None
         self.alarm = Alarm(loop, self._on_alarm)
         self._patience = 0.0  # what the alarm was set to
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
@@ -398,6 +399,11 @@ class Connection(asyncio.BufferedProtocol):
             if self._answer is not None:
                 self._answer.reader_waited += self._resumed_at - self._paused_at
             self._transport.resume_reading()
+
+    def set_apart(self) -> None:
+        """Stop counting among the pool's connections: what it carries has no end of its own. Raises OverShare."""
+        if self.pool is not None:
+            self.pool.set_apart(self)
 
     def hand_over(self) -> asyncio.Transport:
         """Give the transport away after a 101, with reading paused; the owner then reports its loss to us."""

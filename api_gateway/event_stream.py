@@ -37,14 +37,17 @@ class EventStream:
             self._answer.finish()
 
 
+def is_event_stream(fields: Fields) -> bool:
+    """Tell whether an answer with these headers is a stream of events without an end of its own."""
+    types = fields.get(b"content-type")
+    return types is not None and types[0].lower().startswith(_TYPE) and b"content-length" not in fields
+
+
 def event_stream(link: Link | None, fields: Fields, answer: object) -> EventStream | None:
     """Return what ends the answer of these headers politely.
 
     None if it has an end of its own, or a content coding: of that only its decoder sees where an event ends.
     """
-    types = fields.get(b"content-type")
-    if types is None or link is None or not types[0].lower().startswith(_TYPE):
-        return None
-    if b"content-length" in fields or b"content-encoding" in fields:
+    if link is None or b"content-encoding" in fields or not is_event_stream(fields):
         return None
     return EventStream(link, answer) if isinstance(answer, Answer) else None

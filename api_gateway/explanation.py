@@ -32,6 +32,7 @@ from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
 from api_gateway.routes import Route, refuse_method, upstream_target
+from api_gateway.shares import holder_of
 
 LIKELY = 0.5  # share of requests refused at random from which a refusal is what is foretold
 
@@ -105,6 +106,7 @@ class Explainer:
         exchange = Exchange("explain", question.method, path, question.address, self._clock())
         exchange.client = client = await self._client(exchange, question)
         band = self._router.bands.of(client.quota.name)
+        holder = holder_of(client, exchange.peer)
         route, error = self._route(exchange, question)
         if error is None and self._lag.share(band) >= LIKELY:
             error = self._lag.refusal(band)
@@ -113,7 +115,7 @@ class Explainer:
         if error is None and not binding.decision.allowed:
             error = refusal(exchange, binding.decision)
         if error is None and route is not None:
-            error = self._refused(route, question.method, target, band)
+            error = self._refused(route, question.method, target, band, holder)
         fallback = self._fallback(route, error)
         return Explanation(
             verdict=_verdict(error, fallback),
@@ -122,7 +124,7 @@ class Explainer:
             buckets=[_bucket_view(bucket) for bucket in buckets],
             binding=binding.charge.key,
             candidate=await self._candidate(client, exchange),
-            upstream=None if route is None else self._upstream_view(route, band),
+            upstream=None if route is None else self._upstream_view(route, band, holder),
             fallback=fallback,
             event_loop=LagExplained(seconds=round(self._lag.lag, 6), shed_share=round(self._lag.share(band), 3)),
             limiter=binding.decision.source,
@@ -148,7 +150,7 @@ class Explainer:
         decisions = await self._limiter.inspect(charges, self._clock_ns())
         return [_Bucket(charge, decision) for charge, decision in zip(charges, decisions, strict=True)]
 
-    def _refused(self, route: Route, method: str, target: bytes, band: int) -> GatewayError | None:
+    def _refused(self, route: Route, method: str, target: bytes, band: int, holder: str | None) -> GatewayError | None:
         """Return why a request that may pass the limiter would go no further."""
         try:
             refuse_method(method)
@@ -156,7 +158,7 @@ class Explainer:
         except GatewayError as error:
             return error
         upstream = self._router.services[route.upstream].upstream
-        return upstream.refusal(self._clock(), band, is_safe=method in IDEMPOTENT)
+        return upstream.refusal(self._clock(), band, holder=holder, is_safe=method in IDEMPOTENT)
 
     def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
         """Return what the route falls back on, and whether it would now, as `error` is in the way."""
@@ -199,7 +201,7 @@ class Explainer:
             cost_from="route" if rule is None else f"rule: {rule}",
         )
 
-    def _upstream_view(self, route: Route, band: int) -> UpstreamExplained:
+    def _upstream_view(self, route: Route, band: int, holder: str | None) -> UpstreamExplained:
         upstream, now = self._router.services[route.upstream].upstream, self._clock()
         state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
         return UpstreamExplained(
@@ -208,7 +210,7 @@ class Explainer:
             next_probe_in=round(due - now, 3) if state is State.OPEN and due is not None else None,
             healthy=sum(target.is_healthy for target in upstream.targets),
             targets=len(upstream.targets),
-            concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, band),
+            concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, band, holder),
         )
 
 
@@ -240,12 +242,12 @@ def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
     return FallbackExplained(name=fallback.name, status=status, used=is_used)
 
 
-def _concurrency_view(limit: ConcurrencyLimit, band: int) -> ConcurrencyExplained:
+def _concurrency_view(limit: ConcurrencyLimit, band: int, holder: str | None) -> ConcurrencyExplained:
     return ConcurrencyExplained(
         limit=round(limit.limit, 1),
         bound=limit.bounds[band],
         in_flight=limit.in_flight,
-        admits=not limit.is_full_for(band),
+        admits=not limit.is_full_for(band, holder),
     )
 
 

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from api_gateway.models import Body, ClientSource, Source, TierView
+from api_gateway.models import Body, ClientSource, RequestBody, Source, TierView
 
 
-class Question(Body):
+class Question(RequestBody):
     """A request that has not been made, and about which `POST /explain` is asked."""
 
     client_id: str | None = Field(description="What would name the client; null for a client that gives no name.")

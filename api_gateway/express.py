@@ -105,7 +105,7 @@ class Standing:
         self.client: Client | None = None
         self.cost = -1.0
         self.charges: list[Charge] = []  # for that client and cost
-        self.principal = ""  # who that client is to the circuit breakers
+        self.principal: str | None = None  # who that client is to circuit breakers and shares
         self.band = 0  # of that client
 
     def __repr__(self) -> str:
@@ -118,7 +118,7 @@ class Standing:
         other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
         other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
         other.version, other.cost, other.client, other.charges = -1, -1.0, None, []
-        other.principal = ""
+        other.principal = None
         return other
 
 
@@ -439,7 +439,7 @@ class Passage(Answer):
             now, standing.charges[0].key, band=standing.band, is_safe=is_safe, principal=standing.principal
         )
         probe = lease.target_ticket is not None and lease.target_ticket.is_probe  # its long answer settles early there
-        connection = None if probe else service.idle_connection(lease.target)
+        connection = None if probe else service.idle_connection(lease.target, standing.principal)
         if connection is None:  # the ordinary way waits for one
             self._leave(body, is_sent=False)
             return

@@ -20,6 +20,7 @@ from api_gateway.errors import (
 )
 from api_gateway.local_resources import OutOfResources
 from api_gateway.models import Exchange, Outcome
+from api_gateway.pool import OverShare
 
 CLIENT_PAUSE = 1.0  # seconds for which a client keeps an upstream waiting, after which the upstream may have given up
 
@@ -42,6 +43,8 @@ def translate(error: Exception, upstream: str) -> GatewayError:
         error = error.__cause__
     if isinstance(error, httpx.LocalProtocolError):
         return BadRequest(f"The request cannot be sent on: {error}.")
+    if isinstance(error, OverShare):
+        return Overloaded(f"Upstream '{upstream}': {error}.", retry_after=1.0, extra={"upstream": upstream})
     kind, words = next((ours, words) for theirs, ours, words in _TRANSLATION if isinstance(error, theirs))
     retry_after = 1.0 if kind is Overloaded else None
     return kind(f"Upstream '{upstream}': {words}.", retry_after=retry_after, extra={"upstream": upstream})

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Protocol
 
-from api_gateway.headers import FORWARDING, fields_of, host_name, is_within
+from api_gateway.headers import FORWARDING, Fields, fields_of, host_name, is_within
 
 LOOPBACK = (IPv4Network("127.0.0.0/8"), IPv6Network("::1/128"))
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -28,15 +28,17 @@ class NothingIsLocal:
 
 
 class LoopbackRule:
-    """A request is local if its peer and its `Host` are loopback and no proxy has forwarded it.
-
-    The rule on `Host` keeps a page in a local browser from using a name of its own that resolves to this machine.
-    """
+    """A request is local if its peer and its `Host` are loopback and it names no proxy that has forwarded it."""
 
     async def is_local(self, scope: Mapping[str, Any]) -> bool:
         """See `Locality`."""
         client = scope.get("client")
-        if client is None or not is_within(client[0], LOOPBACK):
-            return False
-        fields = fields_of(scope["headers"])
-        return host_name(fields) in _LOOPBACK_NAMES and not any(name in fields for name in _FORWARDED_BY_PROXY)
+        return client is not None and is_within(client[0], LOOPBACK) and is_direct(fields_of(scope["headers"]))
+
+
+def is_direct(fields: Fields) -> bool:
+    """Tell whether a request names a loopback host, and no proxy that has forwarded it.
+
+    The rule on `Host` keeps a page in a local browser from using a name of its own that resolves to this machine.
+    """
+    return host_name(fields) in _LOOPBACK_NAMES and not any(name in fields for name in _FORWARDED_BY_PROXY)

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import sys
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 from api_gateway import __version__, admin
 from api_gateway.admin import Console, Phase
 from api_gateway.assembly import Gateway, live
-from api_gateway.assembly_access import operator_access
+from api_gateway.assembly_access import NOBODY, operator_access
 from api_gateway.assembly_data_plane import data_plane_of
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.crew import Alone, Crew
@@ -27,14 +28,17 @@ from api_gateway.errors import STARTUP_FAILED
 from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
 from api_gateway.link import Lane
+from api_gateway.locality import Locality
 from api_gateway.middleware import Split, Switch, is_proxied
-from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.operator_gate import OperatorGate
 from api_gateway.operator_limits import OperatorLimits
 from api_gateway.pacing import Steps, each
 from api_gateway.report import Report, UpstreamReport, moves_of
 from api_gateway.request import Receive, Scope, Send
 from api_gateway.resolution import Resolve, look_up
 from api_gateway.shares import ResourceState, Shares
+
+logger = logging.getLogger(__name__)
 
 STOCK_SERVER_HEADERS = frozenset({b"date", b"server"})
 
@@ -46,16 +50,18 @@ class GatewayApp(FastAPI):
     requests too.
     """
 
-    def __init__(self, switch: Switch, access: Access, refused: Counter[str], **options: Any) -> None:
+    def __init__(self, switch: Switch, refused: Counter[str], *, has_admin_listener: bool, **options: Any) -> None:
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
-        endpoints = admin.install(self)
+        self.has_admin_listener = has_admin_listener
+        endpoints = admin.install(self, refused)
         self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,
-            access=access,
+            access=NOBODY,
             endpoints=endpoints,
+            has_admin_listener=has_admin_listener,
             readiness=self._readiness,
             health=self._health,
             limits=OperatorLimits(time.monotonic_ns),
@@ -104,7 +110,8 @@ def create_app(
     crew: Crew | None = None,
     resolve: Resolve = look_up,
     connections: Shares | None = None,
-) -> FastAPI:
+    locality: Locality | None = None,
+) -> GatewayApp:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
     `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
@@ -112,6 +119,7 @@ def create_app(
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
     test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
     `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
+    `locality` decides which requests need no token; by default that of a program of the operator on this machine.
     `connections` are the shares of the server's connections, to be shown to operators.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
@@ -120,10 +128,10 @@ def create_app(
     switch = Switch()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
+        app.gate.access = operator_access(settings, locality)
         async with live(settings, rejections, transports or {}, resolve) as gateway:
             app.state.gateway = gateway
-            assert isinstance(app, GatewayApp)  # noqa: S101 - it is the one built below
             gateway.recorder.operator_refusals = app.gate.refusals
             switch.data_plane, switch.lane, explainer = data_plane_of(gateway, server_headers)
             app.state.console = _console(gateway, explainer, crew or Alone(), connections)
@@ -133,8 +141,8 @@ def create_app(
 
     return GatewayApp(
         switch,
-        operator_access(settings),
         rejections,
+        has_admin_listener=settings.admin.listen is not None,
         title="API Gateway",
         version=__version__,
         description="The operator's endpoints. Everything below `/api/` is proxied and not described here.",
@@ -153,6 +161,10 @@ def __getattr__(name: str) -> Any:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(STARTUP_FAILED) from None
+    if app.has_admin_listener:
+        logger.warning(
+            "admin.listen: only the gateway's own server opens it; nobody serves the operator endpoints here"
+        )
     globals()["app"] = app
     return app
 
@@ -191,5 +203,8 @@ def _look(gateway: Gateway, connections: Shares | None) -> Steps[Report]:
         histories=histories,
         lag=gateway.lag.lag,
         tasks=len(asyncio.all_tasks()),
-        resources=[] if connections is None else [ResourceState.of("connections", [connections])],
+        resources=[
+            *([] if connections is None else [ResourceState.of("connections", [connections])]),
+            *(resource for service in gateway.services.values() for resource in service.resources()),
+        ],
     )

@@ -230,13 +230,19 @@ class Problem(BaseModel):
     reason: str
 
 
-class TierChange(Body):
+class RequestBody(Body):
+    """Base of the bodies that operators send. The limit on text is what makes lone surrogates a mistake, too."""
+
+    model_config = ConfigDict(str_max_length=65_536)
+
+
+class TierChange(RequestBody):
     """The body of POST /clients/{id}/tier."""
 
     tier: str = Field(description="Name of a configured tier, in any case.", examples=["PREMIUM"])
 
 
-class GrantRequest(Body):
+class GrantRequest(RequestBody):
     """The body of POST /clients/{id}/grants: a tier, and either until when or for how long."""
 
     tier: str = Field(description="Name of a configured tier, in any case.", examples=["PREMIUM"])

@@ -24,7 +24,7 @@ from api_gateway.errors import (
 )
 from api_gateway.headers import Fields, client_address, fields_of, flaw, framing
 from api_gateway.health_cache import HealthCache
-from api_gateway.link import LINK
+from api_gateway.link import ADMIN, LINK
 from api_gateway.locality import Locality
 from api_gateway.middleware import ASGIApp, send_problem
 from api_gateway.operator_body import read_body, replay, without_body
@@ -42,6 +42,11 @@ _QUESTIONS = frozenset({"explain"})  # endpoints that change nothing although th
 _PAGES = frozenset({"docs"})  # pages that hold no data: other sites may link to them
 _TEXT = b"text/plain; charset=utf-8"
 _JSON = b"application/json"
+_ADVICE = (
+    "This endpoint needs the header 'Authorization: Bearer <token>', with a configured token or the one in the file"
+    " operator-token in state_dir. Where no token is configured, a program that the operator runs on this machine"
+    " needs none; if it is refused, the log says why."
+)
 _MAX_LOGGED = 100  # characters of a path
 
 
@@ -66,6 +71,7 @@ class OperatorGate:
         *,
         access: Access,
         endpoints: Collection[str],
+        has_admin_listener: bool,
         readiness: Callable[[], tuple[bool, str]],
         health: Callable[[], HealthCache | None],
         limits: OperatorLimits,
@@ -73,6 +79,7 @@ class OperatorGate:
     ) -> None:
         """Guard all paths whose first segment is one of `endpoints`.
 
+        With `has_admin_listener` only that one serves more than health; the others know of none of these paths.
         `readiness` tells whether the gateway serves, and the word for it; `health` is None until it has started.
         `refused` counts the responses made here by reason.
         """
@@ -80,6 +87,7 @@ class OperatorGate:
         self.access = access
         self.refusals: Counter[str] = Counter(dict.fromkeys(CAUSES, 0))
         self._endpoints = frozenset(endpoints)
+        self._has_admin_listener = has_admin_listener
         self._readiness = readiness
         self._health = health
         self._limits = limits
@@ -96,6 +104,10 @@ class OperatorGate:
     def guards(self, scope: Scope) -> bool:
         """Tell whether the path is the gate's business, by either reading of an encoded slash."""
         return first_segment(scope) in self._endpoints or target_of(scope).segments[0] in self._endpoints
+
+    def _is_hidden(self, scope: Scope) -> bool:
+        """Tell whether the path is served by the listener for operators alone, and this is another one."""
+        return self._has_admin_listener and ADMIN not in scope
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; one whose path is not guarded is answered 404."""
@@ -122,7 +134,7 @@ class OperatorGate:
             await self._show(view, scope, fields, send)
             return
         method, first = scope["method"], target.segments[0]
-        if not self.guards(scope):
+        if not self.guards(scope) or self._is_hidden(scope):
             raise NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
         if is_forged(method, fields, holds_data=first not in _PAGES):
             raise self._refusal(
@@ -174,9 +186,7 @@ class OperatorGate:
         error: GatewayError
         if is_wrong or self.access.tokens:
             error = Unauthorized(
-                "The bearer token is not valid."
-                if is_wrong
-                else "This endpoint needs the header 'Authorization: Bearer <token>'.",
+                "The bearer token is not valid." if is_wrong else _ADVICE,
                 headers={"www-authenticate": 'Bearer realm="api-gateway"'},
             )
         else:

@@ -14,6 +14,7 @@ from statistics import median
 
 from api_gateway.errors import Shed
 from api_gateway.gradient import Gradient
+from api_gateway.shares import Shares
 
 LOWEST_SHARE = 0.5  # of a limit that the lowest band may fill
 LONGEST_RETRY_AFTER = 3  # seconds; the shortest is 1
@@ -67,18 +68,20 @@ class Concurrency:
 
 
 class ConcurrencyLimit:
-    """The requests, streams and tunnels that this process may have under way at one upstream.
+    """The requests that this process may have under way at one upstream.
 
-    `bounds` are the places of each band, `shares` of the limit rounded up. The limit is fixed, or a gradient finds it.
+    `bounds` are the places of each band, `shares` of the limit rounded up. Of those a holder may have as many as are
+    free, see `shares`. The limit is fixed, or a gradient finds it.
     """
 
-    __slots__ = ("_bands", "_gradient", "_met", "_peak", "_source", "bounds", "in_flight", "limit")
+    __slots__ = ("_bands", "_gradient", "_met", "_peak", "_places", "_source", "bounds", "limit")
 
     def __init__(self, limit: float | Gradient, bands: Bands = ONE_BAND, *, source: random.Random) -> None:
         self._bands = bands
         self._gradient = limit if isinstance(limit, Gradient) else None
         self._source = source
-        self._peak = self.in_flight = 0
+        self._places = Shares(0)
+        self._peak = 0
         self._met = len(bands)  # the lowest band that met its bound since the gradient's window began
         self._set(limit.allowed if isinstance(limit, Gradient) else limit)
 
@@ -94,28 +97,35 @@ class ConcurrencyLimit:
         self.limit = limit
         self.bounds = tuple(math.ceil(limit * share) for share in self._bands.shares)
 
-    def admits(self, band: int) -> bool:
+    @property
+    def in_flight(self) -> int:
+        """Requests under way."""
+        return self._places.in_use
+
+    def admits(self, band: int, holder: str | None = None) -> bool:
         """Tell whether a request of that band may go now."""
-        if self.in_flight < self.bounds[band]:
+        if not self.is_full_for(band, holder):
             return True
         self._met = min(self._met, band)
         return False
 
-    def is_full_for(self, band: int) -> bool:
+    def is_full_for(self, band: int, holder: str | None = None) -> bool:
         """Tell whether `admits` would refuse; nothing is learnt from the question."""
-        return self.in_flight >= self.bounds[band]
+        places = self._places
+        return places.held(holder) >= self.bounds[band] - places.in_use
 
-    def take(self, band: int) -> None:
+    def take(self, band: int, holder: str | None = None) -> None:
         """Count one more under way, which `admits` has allowed."""
-        self.in_flight = taken = self.in_flight + 1
+        self._places.take(holder)
+        taken = self._places.in_use
         if taken > self._peak:
             self._peak = taken
             if taken >= self.bounds[band] and band < self._met:
                 self._met = band
 
-    def give_back(self) -> None:
+    def give_back(self, holder: str | None = None) -> None:
         """Count one less."""
-        self.in_flight -= 1
+        self._places.give_back(holder)
 
     def observe(self, seconds: float, now: float) -> None:
         """Learn from the time one request took to the head of its answer."""
@@ -128,14 +138,17 @@ class ConcurrencyLimit:
             if gradient.is_looking and met < bands - 1:  # a look costs the lower bands, if they are many enough
                 self.bounds = (*self.bounds[:-1], math.ceil(gradient.unqueued))
 
-    def refusal(self, upstream: str, band: int) -> Shed:
+    def refusal(self, upstream: str, band: int, holder: str | None = None) -> Shed:
         """Return the error that tells a request of that band that it came at a bad time."""
         bound = self.bounds[band]
         tier = self._bands.name(band)
         whose = f"requests of tier {tier} are admitted" if tier else "requests are admitted"
+        share = ""
+        if self.in_flight < bound:
+            share = f"; {self._places.held(holder)} of them are yours, and nobody may have more than are still free"
         return Shed(
             f"Upstream '{upstream}' is overloaded: of {self.limit:.4g} requests that may be under way"
-            f" {self.in_flight} are, and {whose} below {bound}.",
+            f" {self.in_flight} are, and {whose} below {bound}{share}.",
             retry_after=_retry_after(self._source),
             extra={
                 "upstream": upstream,

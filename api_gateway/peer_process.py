@@ -170,7 +170,7 @@ class PeerProcesses:
             for one, row in found:
                 if row.state == LISTEN:
                     raise NotEstablished(f"{name} holds a TCP listener")
-                if not is_parent and self._is_accepted(row, one, port):
+                if self._is_accepted(row, one, port):
                     raise NotEstablished(f"{name} holds a connection that it has accepted")
 
     def _is_accepted(self, row: Row, table: SocketTable, port: int) -> bool:

@@ -38,7 +38,7 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.headers import fields_of, framing, http_date
-from api_gateway.link import LINK, Lane, Passage
+from api_gateway.link import LINK, UNIX_PEER, Lane, Passage
 from api_gateway.models import HeaderList
 from api_gateway.shares import MAX_CONNECTIONS, Shares
 
@@ -49,7 +49,6 @@ HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once: a bound on the r
 MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connection whose answer came early
 MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
 LINGER = 2.0  # seconds it may do so
-UNIX_PEER = ("unix", 0)  # the address of every client on a Unix socket
 MAX_SURPLUS = 64  # connections beyond the limits that are kept until they have been refused with a response
 SURPLUS_TIMEOUT = 2.0  # seconds such a connection has for its first head
 PROBES = (b"/healthz", b"/readyz")  # served on such a connection too

@@ -14,6 +14,7 @@ from api_gateway.link import Link
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
 from api_gateway.service import Service
+from api_gateway.shares import holder_of
 from api_gateway.targets import Target
 
 Scope = MutableMapping[str, Any]
@@ -286,7 +287,12 @@ class UpstreamRequest:
                 self.link.defer_continue()
         if self.deadline is not None and self.deadline.is_passed_on:
             headers.append((REQUEST_TIMEOUT, self.deadline.value(now)))
-        extensions: dict[str, Any] = {"target": self.target, "timeout": self._limits(service, now), "hooks": self}
+        extensions: dict[str, Any] = {
+            "target": self.target,
+            "timeout": self._limits(service, now),
+            "hooks": self,
+            "holder": holder_of(exchange.client, exchange.peer),
+        }
         if not service.speaks_pairs:
             return origin.plain_request(exchange.method, headers, self.target, stream=self.body, extensions=extensions)
         if self.upgrade and self.link is not None:

@@ -24,7 +24,7 @@ from api_gateway.errors import (
     UpstreamFailed,
     UpstreamTimeout,
 )
-from api_gateway.event_stream import event_stream
+from api_gateway.event_stream import event_stream, is_event_stream
 from api_gateway.failures import ClientShare, fault_of_deadline, translate
 from api_gateway.headers import (
     COST,
@@ -37,7 +37,7 @@ from api_gateway.link import LINK, Link
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
 from api_gateway.overload import ONE_BAND, Bands, LagLimit
-from api_gateway.reply import fields_in, let_go, parts_of, reply_to
+from api_gateway.reply import Foreign, fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
     LEFT,
     DisconnectWatch,
@@ -448,8 +448,10 @@ class Router:
         self, exchange: Exchange, lease: Lease, request: UpstreamRequest, response: httpx.Response, send: Send
     ) -> None:
         """Send the answer on, piece by piece; its end settles the try as a success, its breaking off as a failure."""
-        exchange.status, exchange.source = response.status_code, "upstream"
         headers, fields, stream = parts_of(response)
+        if is_event_stream(fields):
+            _set_apart(exchange, lease, stream)
+        exchange.status, exchange.source = response.status_code, "upstream"
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
         may_have_trailers = b"transfer-encoding" in fields and response.status_code not in BODILESS
         passes_trailers = may_have_trailers and b"te" in request.fields and request.takes_trailers
@@ -501,6 +503,7 @@ class Router:
         """Join client and upstream after a 101, until one of them ends it or neither says a word for too long."""
         link = request.link
         assert link is not None  # noqa: S101 - nobody else asks for an upgrade
+        _set_apart(exchange, lease, response.extensions["switched"])
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         if request.timer is not None:  # it was the handshake's
             request.timer.reschedule(None)
@@ -521,6 +524,17 @@ class Router:
             await tunnel.run(from_client, from_upstream)
         finally:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
+
+
+def _set_apart(exchange: Exchange, lease: Lease, answer: Answer | Foreign) -> None:
+    """Count what has no end of its own apart from requests. Raises Overloaded if there is no place for it."""
+    if isinstance(answer, Answer):
+        try:
+            answer.set_apart()
+        except httpx.PoolTimeout as error:
+            exchange.has_reached = True  # so it is charged for: it has been answered, only not to the client
+            raise translate(error, lease.upstream.name) from error
+        lease.give_place_back()
 
 
 def _share(body: RequestBody | NoBody, reader_waited: float) -> ClientShare:

@@ -27,6 +27,7 @@ from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
 from api_gateway.local_resources import raise_descriptor_limit
+from api_gateway.locality import Locality
 from api_gateway.main import create_app
 from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
@@ -51,7 +52,8 @@ class GatewayServer(uvicorn.Server):
     requests over gateways can take notice. Then it accepts no more, and what runs has `drain_timeout` seconds to end.
     """
 
-    def __init__(self, config: GatewayConfig, crew: Crew | None = None) -> None:
+    def __init__(self, config: GatewayConfig, crew: Crew | None = None, *, locality: Locality | None = None) -> None:
+        """`locality` decides which requests need no token, as in `create_app`."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
@@ -59,7 +61,9 @@ class GatewayServer(uvicorn.Server):
         refused: Counter[str] = Counter()
         section = config.server
         self.connections = Shares(section.max_connections or default_connections(raise_descriptor_limit()))
-        self._app: FastAPI = create_app(config, refused=refused, crew=crew, connections=self.connections)
+        self._app: FastAPI = create_app(
+            config, refused=refused, crew=crew, connections=self.connections, locality=locality
+        )
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
         admin = AdminListener(self._app)

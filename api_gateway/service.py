@@ -12,6 +12,7 @@ from api_gateway.headers import Fields
 from api_gateway.models import Exchange
 from api_gateway.outgoing import Origin
 from api_gateway.retry import Retries, RetryPolicy
+from api_gateway.shares import ResourceState
 from api_gateway.targets import Target
 from api_gateway.transport import UpstreamTransport
 
@@ -53,7 +54,7 @@ class Service:
         self._gone: set[Target] = set()
         self.speaks_pairs = isinstance(transport, UpstreamTransport)
         self.takes_passages = self.speaks_pairs and timeouts.total is None and hash_header is None
-        self._take_idle: dict[Target, Callable[[], Connection | None]] = {}
+        self._take_idle: dict[Target, Callable[[str | None], Connection | None]] = {}
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
@@ -96,13 +97,22 @@ class Service:
                 self._take_idle.pop(target, None)
                 del self.origins[target]
 
-    def idle_connection(self, target: Target) -> Connection | None:
-        """Take a connection of our own transport to `target`, if one is free."""
+    def resources(self) -> list[ResourceState]:
+        """Return how far the connections to the targets are in use, once there have been any."""
+        if not isinstance(self.transport, UpstreamTransport):
+            return []
+        name, (requests, tunnels) = self.upstream.name, self.transport.resources()
+        if not requests:
+            return []
+        return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
+
+    def idle_connection(self, target: Target, holder: str | None) -> Connection | None:
+        """Take a connection of our own transport to `target`, if one is free and the holder may have it."""
         take = self._take_idle.get(target)
         if take is None:
             assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - no other takes passages
             take = self._take_idle[target] = self.transport.pool(self.origins[target]).take_idle
-        return take()
+        return take(holder)
 
 
 def _origin(target: Target) -> Origin:

@@ -12,6 +12,7 @@ from api_gateway.headers import address_key
 from api_gateway.models import Client
 
 MIN_CONNECTIONS, MAX_CONNECTIONS = 64, 32_768  # that a process accepts, if the configuration does not say
+NO_ADDRESSES = frozenset({"", "unix", "unknown"})  # of peers without one
 NEARLY_EXHAUSTED = 0.8  # share of the places in use from which a resource is reported as such
 _RESERVED = 256  # descriptors for listeners, files, the store and idle connections to upstreams
 
@@ -49,6 +50,20 @@ class Shares:
         self.in_use += 1
         if holder is not None:
             self._held[holder] = self._held.get(holder, 0) + 1
+
+    def try_take(self, holder: str | None) -> bool:
+        """Take one more place if `admits` allows it, in one step; tell whether it did."""
+        free = self.total - self.in_use
+        if holder is None:
+            if free <= 0:
+                return False
+        else:
+            held = self._held.get(holder, 0)
+            if held >= free:
+                return False
+            self._held[holder] = held + 1
+        self.in_use += 1
+        return True
 
     def give_back(self, holder: str | None) -> None:
         """Count one place less."""
@@ -121,9 +136,14 @@ def merge_states(states: Iterable[ResourceState]) -> list[ResourceState]:
     return list(merged.values())
 
 
-def holder_of(client: Client | None, address: str) -> str:
-    """Return whose share a request takes: a registered client's, else its address's (of IPv6 its /64)."""
-    return client.key if client is not None and client.is_registered else address_key(address)
+def holder_of(client: Client | None, address: str) -> str | None:
+    """Return whose share a request takes: a registered client's, else its address's (of IPv6 its /64).
+
+    None if that is not known, as behind a proxy on a Unix socket that does not say whom it forwards.
+    """
+    if client is not None and client.is_registered:
+        return client.key
+    return None if address in NO_ADDRESSES else address_key(address)
 
 
 def default_connections(descriptors: int) -> int:

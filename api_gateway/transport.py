@@ -9,8 +9,9 @@ ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (wh
 OutOfResources, a ConnectError for which this process is the cause.
 
 `request.extensions` may hold `target` (the raw request target, bytes), `timeout`, a dict of seconds: `connect`,
-`pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent), and `hooks`. A response's
-`extensions` hold `reason_phrase`, and `switched` after a 101: the answer, whose connection can be taken over.
+`pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent), `hooks`, and `holder`,
+whose share of the connections it takes. A response's `extensions` hold `reason_phrase`, and `switched` after a 101:
+the answer, whose connection can be taken over.
 """
 
 import asyncio
@@ -20,12 +21,13 @@ from typing import Any
 
 import httpx
 
-from api_gateway.answer import NO_LIMITS, Answer, Incoming
+from api_gateway.answer import NO_HOOKS, NO_LIMITS, Answer, Incoming
 from api_gateway.connection import Connection, Stale
 from api_gateway.local_resources import OutOfResources, is_own_lack
 from api_gateway.outgoing import NO_BODY, Origin, Outgoing
 from api_gateway.pool import Pool
 from api_gateway.retry import IDEMPOTENT
+from api_gateway.shares import Shares
 
 _REPEATABLE = IDEMPOTENT | {"TRACE"}
 
@@ -33,14 +35,20 @@ _REPEATABLE = IDEMPOTENT | {"TRACE"}
 class UpstreamTransport(httpx.AsyncBaseTransport):
     """The transport of one upstream, with a pool for each of its targets.
 
-    `max_connections` bounds each pool, `idle_timeout` (seconds) is how long an unused connection is kept. `tls` is
-    used for https targets.
+    `max_connections` bounds each pool, `max_tunnels` the tunnels and event streams beside it, `idle_timeout` (seconds)
+    is how long an unused connection is kept. `tls` is used for https targets.
     """
 
     def __init__(
-        self, *, max_connections: int = 512, idle_timeout: float = 60.0, tls: ssl.SSLContext | None = None
+        self,
+        *,
+        max_connections: int = 512,
+        max_tunnels: int = 4096,
+        idle_timeout: float = 60.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._max_connections = max_connections
+        self._max_tunnels = max_tunnels
         self._idle_timeout = idle_timeout
         self._tls = tls
         self._pools: dict[tuple[str, str, int, str], Pool[Connection]] = {}
@@ -56,7 +64,10 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         """
         outgoing = request if isinstance(request, Outgoing) else Outgoing.of(request)
         pool = self.pool(outgoing.origin)
-        connection = pool.take_idle() or await self._wait(pool, outgoing)
+        extensions = outgoing.extensions
+        if extensions.get("hooks", NO_HOOKS).upgrade:  # it is not worth a handshake
+            pool.admit_tunnel(extensions.get("holder"))
+        connection = pool.take_idle(extensions.get("holder")) or await self._wait(pool, outgoing)
         return await self.response_to(outgoing, connection.send(outgoing))
 
     async def response_to(self, request: Outgoing, answer: Answer) -> httpx.Response:
@@ -83,6 +94,10 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         """Return the connections to `origin`."""
         return self._pools.get(origin.key) or self._make_pool(origin)
 
+    def resources(self) -> tuple[list[Shares], list[Shares]]:
+        """Return the shares of the connections in use, and of the tunnels, of each target that has been used."""
+        return [pool.shares for pool in self._pools.values()], [pool.tunnels for pool in self._pools.values()]
+
     def retire(self, origin: Origin) -> bool:
         """Keep no idle connection to `origin`, and forget it once none is left. Returns whether that is so."""
         pool = self._pools.get(origin.key)
@@ -98,7 +113,13 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             request.has_begun = True
 
         timeouts = request.extensions.get("timeout", NO_LIMITS)
-        return await pool.take(timeouts.get("connect"), timeouts.get("pool"), is_fresh=is_fresh, on_connect=on_connect)
+        return await pool.take(
+            timeouts.get("connect"),
+            timeouts.get("pool"),
+            holder=request.extensions.get("holder"),
+            is_fresh=is_fresh,
+            on_connect=on_connect,
+        )
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -113,7 +134,12 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             connection.pool = pool
             return connection
 
-        pool: Pool[Connection] = Pool(connect, limit=self._max_connections, idle_timeout=self._idle_timeout)
+        pool: Pool[Connection] = Pool(
+            connect,
+            limit=self._max_connections,
+            idle_timeout=self._idle_timeout,
+            tunnels=Shares(self._max_tunnels),
+        )
         self._pools[origin.key] = pool
         return pool
 

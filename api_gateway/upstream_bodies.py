@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from api_gateway.models import Body, BreakerMode, Source
+from api_gateway.models import Body, BreakerMode, RequestBody, Source
 
 
 class OpeningView(Body):
@@ -31,7 +31,7 @@ class BreakerThresholds(Body):
     ramp: float
 
 
-class ModeChange(Body):
+class ModeChange(RequestBody):
     """The body of POST /circuit-breakers/{name}: the mode, for how many seconds (null: until changed), and why."""
 
     mode: BreakerMode = Field(description="`auto` takes back what was set before.", examples=["forced_open"])

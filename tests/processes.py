@@ -13,9 +13,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.kit import PATIENCE, START_PATIENCE, eventually
+from tests.kit import PATIENCE, eventually
 
 ROOT = Path(__file__).parent.parent
+START = 60.0  # seconds a start may take on a busy machine
 WAYS = {
     "run_gateway.py": [str(ROOT / "run_gateway.py"), "--port", "0"],
     "python -m": ["-m", "api_gateway", "--port", "0"],
@@ -48,9 +49,7 @@ class Running:
     @property
     def url(self) -> str:
         """The address its welcome names."""
-        eventually(
-            lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens", START_PATIENCE
-        )
+        eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens", START)
         found = re.search(r"http://localhost:(\d+)", self.output)
         assert found, self.output + self.errors
         return f"http://127.0.0.1:{found[1]}"

@@ -52,7 +52,7 @@ def test_without_a_token_this_machine_may(plain: RunningGateway, path: str) -> N
 )
 def test_without_a_token_nothing_forwarded_may(plain: RunningGateway, path: str, header: dict[str, str]) -> None:
     answer = ask(plain.url + path, headers=header)
-    assert (answer.status, answer.json()["reason"]) == (403, "forbidden")
+    assert (answer.status, answer.json()["reason"]) == (401, "unauthorized")
 
 
 @pytest.mark.parametrize("path", GUARDED)

@@ -56,7 +56,7 @@ def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iter
     sections = in_front_of(
         shared.url,
         circuit_breaker={"failure_threshold": 1},
-        pool={"max_connections": POOL},
+        pool={"max_connections": 2 * POOL - 1},
         timeouts={"connect": 0.5, "response": 30, "idle": 30},
     )
     with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
@@ -100,7 +100,7 @@ def assert_blameless(gateway: RunningGateway) -> None:
 
 
 def assert_no_slot_is_leaked(gateway: RunningGateway, up: RawUpstream) -> None:
-    """As many requests as the pool holds are with the upstream at the same time."""
+    """As many requests as are one address's share of the pool are with the upstream at the same time."""
     gate = threading.Event()
 
     def behave(wire: Wire, request: RawRequest) -> None:

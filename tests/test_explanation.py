@@ -453,9 +453,9 @@ def test_what_is_no_question_is_refused_in_words(
 
 def test_it_is_the_operators(running: RunningGateway) -> None:
     answer = explained(running, {"client_id": "c", "path": "/api"}, Forwarded="for=192.0.2.1")
-    assert (answer.status, answer.json()["reason"]) == (403, "forbidden")
+    assert (answer.status, answer.json()["reason"]) == (401, "unauthorized")
     answer = ask(f"{running.url}/clients", headers={"Forwarded": "for=192.0.2.1"})
-    assert (answer.status, answer.json()["reason"]) == (403, "forbidden")
+    assert (answer.status, answer.json()["reason"]) == (401, "unauthorized")
 
 
 def test_the_heaviest_clients_are_listed(running: RunningGateway) -> None:

@@ -155,7 +155,7 @@ def test_a_queue_that_is_there_from_the_start_is_not_taken_for_the_latency_of_th
     server.run(5, 600)
     assert server.limit.in_flight == 400
     server.limit = adaptive(ONE_BAND)
-    server.limit.in_flight = 400
+    server.limit._places.in_use = 400
     server.run(60, 600)
     assert sum(latencies := server.run(20, 600).latencies) / len(latencies) < 0.05 * 1.7
 
@@ -244,7 +244,7 @@ def windows(limit: ConcurrencyLimit, count: int, seconds: float, now: float) -> 
 
 def test_it_grows_while_the_latency_keeps_and_shrinks_with_a_worse_one() -> None:
     limit = adaptive(ONE_BAND)
-    limit.in_flight = 1000
+    limit._places.in_use = 1000
     *_, grown = windows(limit, 200, 0.01, NOW)
     assert grown > 55
     *_, worse = windows(limit, 200, 0.2, NOW + 200 * 0.05)

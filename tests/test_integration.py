@@ -234,14 +234,15 @@ def test_a_pool_that_slow_answers_hold_makes_no_target_unhealthy(
 
     up = upstream(behave)
     check = {"path": "/health", "interval": 0.05, "timeout": 0.2, "unhealthy_after": 1}
-    running = gateway(in_front_of(up.url, health_check=check, pool={"max_connections": 2}))
+    sections = in_front_of(up.url, health_check=check, pool={"max_connections": 2})
+    running = gateway(sections | {"clients": {"one": {"tier": "FREE"}, "other": {"tier": "FREE"}}})
 
     def checks() -> int:
         return sum(request.line.startswith(b"GET /health ") for request in up.requests)
 
     with RawClient(running.port) as one, RawClient(running.port) as other:
-        for client in (one, other):
-            client.request("GET", "/api/slow")
+        for client, name in ((one, "one"), (other, "other")):
+            client.request("GET", "/api/slow", (f"X-Client-ID: {name}",))
         eventually(lambda: len(up.requests) - checks() == 2, "both connections are taken")
         before = checks()
         eventually(lambda: checks() > before + 3, "it is checked", 2)

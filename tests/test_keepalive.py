@@ -389,7 +389,7 @@ def test_an_idle_connection_expires(gateway: StartGateway, upstream: StartUpstre
 def test_who_finds_no_connection_free_waits_in_order(gateway: StartGateway, upstream: StartUpstream) -> None:
     gates = Gates()
     up = upstream(gates)
-    running = gateway(once(up, pool={"max_connections": 2}, timeouts={"connect": 5}))
+    running = gateway(once(up, pool={"max_connections": 3}, timeouts={"connect": 5}))  # of which one address has two
     paths = [b"/api/%d" % number for number in range(6)]
     with ExitStack() as stack:
         clients = [stack.enter_context(RawClient(running.port)) for _ in paths]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit import PATIENCE, RawUpstream, eventually, in_front_of, running_gateway
-from tests.processes import Running, config_file, process
+from tests.processes import START, Running, config_file, process
 
 CURL = shutil.which("curl")
 WORKERS = [
@@ -38,7 +38,7 @@ def get(path: str, *, host: str = "127.0.0.1", port: int = 0, unix: Path | None 
 
 def listens(running: Running) -> str:
     """Wait until it listens, and return the line that says where."""
-    eventually(lambda: "Listening on" in running.output or running.popen.poll() is not None, "it listens")
+    eventually(lambda: "Listening on" in running.output or running.popen.poll() is not None, "it listens", START)
     assert running.popen.poll() is None, running.errors
     return next(line for line in running.output.splitlines() if line.startswith("Listening on"))
 

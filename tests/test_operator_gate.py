@@ -496,7 +496,7 @@ def test_without_a_token_configured_what_is_not_local_is_limited_and_local_reque
 ) -> None:
     running = gateway(in_front_of("http://127.0.0.1:9"))
     forwarded = statuses(running, "/metrics", 60, {"X-Forwarded-For": "203.0.113.9"})
-    assert (forwarded[0], forwarded[-1]) == (403, 429)
+    assert (forwarded[0], forwarded[-1]) == (401, 429)
     assert statuses(running, "/metrics", 20) == [200] * 20
 
 
@@ -559,3 +559,46 @@ def test_a_stranger_that_asks_for_health_too_often_is_limited(gateway: StartGate
         for _ in range(600):
             wire.send(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path)
             assert read_answer(wire)[0] == 200
+
+
+# What a body may hold
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/clients/x/tier", rb'{"tier": "\ud800"}'),
+        ("/clients/x/grants", rb'{"tier": "\udfff", "for": 1}'),
+        ("/circuit-breakers/up", rb'{"mode": "\ud800"}'),
+        ("/circuit-breakers/up", rb'{"mode": "auto", "reason": "\ud800"}'),
+        ("/explain", rb'{"client_id": "\ud800", "path": "/api/x"}'),
+        ("/explain", rb'{"client_id": "x", "path": "/api/x", "host": "\ud800"}'),
+        ("/explain", rb'{"client_id": "x", "path": "/api/x", "address": "\ud800"}'),
+        ("/explain", rb'{"client_id": "x", "path": "/api/\ud800"}'),
+        ("/clients/x/grants", b'{"tier": "FREE", "for": Infinity}'),
+        ("/clients/x/grants", b'{"tier": "FREE", "for": NaN}'),
+    ],
+)
+def test_text_that_is_no_text_and_numbers_that_are_none_are_mistakes(
+    plain: RunningGateway, path: str, body: bytes
+) -> None:
+    answer = ask(plain.url + path, method="POST", headers=JSON, body=body)
+    assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
+
+
+@pytest.mark.parametrize("body", [b"[" * 60_000, b'{"a":' * 12_000, b'{"tier": ' + b"9" * 60_000 + b"}", b'"\xff"'])
+def test_json_that_cannot_be_parsed_is_a_mistake(plain: RunningGateway, body: bytes) -> None:
+    answer = ask(f"{plain.url}/clients/x/tier", method="POST", headers=JSON, body=body)
+    assert answer.status in (400, 422)
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_defect_of_the_gateway_is_a_problem_too(plain: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("of no concern to the caller")
+
+    monkeypatch.setattr(type(plain.server._app.state.console.clients), "inspect", fail)
+    answer = ask(f"{plain.url}/clients/x")
+    assert (answer.status, answer.json()["reason"]) == (500, "internal_error")
+    assert answer.json()["detail"] == "The gateway failed: ZeroDivisionError."
+    assert ask(f"{plain.url}/metrics").json()["rejections"]["internal_error"] == 1

@@ -136,6 +136,7 @@ class FakeConnection:
 
     is_closed = is_reused = False
     idle_since = 0.0
+    holder: str | None = None
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()

@@ -299,7 +299,7 @@ def limited_report(worker: str, places: float, taken: int, shed: int, lag: float
     """A worker with so many places, as another process gets to know it."""
     live, found = upstream(), recorder()
     live.limit = ConcurrencyLimit(places, source=random.Random(1))
-    live.limit.in_flight = taken
+    live.limit._places.in_use = taken
     found.shed["people"]["FREE"] += shed
     found.shed["_gateway"]["FREE"] += 1
     other = Report.blank(worker)

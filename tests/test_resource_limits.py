@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ ONE, OTHER, THIRD = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 ASKING = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: eA==", "Sec-WebSocket-Version: 13")
 SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-EVENT = b"8\r\ndata: 1\n\r\n\r\n"
+EVENT = b"9\r\ndata: 1\n\n\r\n"
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 
 
@@ -169,7 +169,7 @@ def test_health_warns_of_connections_that_are_nearly_exhausted_and_probes_are_se
             "status": "warn",
         }
     eventually(lambda: connections(eight) == 0, "every place is given back")
-    assert ask(f"{eight.url}/health").json()["status"] == "pass"
+    eventually(lambda: ask(f"{eight.url}/health").json()["status"] == "pass", "it is over", within=SOON)
     text = ask(f"{eight.url}/metrics?format=prometheus").body.decode()
     assert 'gateway_resource_refused_total{resource="connections",upstream=""} 4.0\n' in text
     assert 'gateway_resource_used_ratio{resource="connections",upstream=""} 0.125\n' in text
@@ -342,3 +342,256 @@ def test_a_client_that_waits_for_100_continue_is_not_held_to_the_rate(strict: Ru
         assert (client.read_until(b"\r\n\r\n") or b"").startswith(b"HTTP/1.1 100 ")
         client.send(b"ok")
         assert client.answer().status == 200
+
+
+# Requests to an upstream
+
+
+class Gate(RawUpstream):
+    """An upstream that lets requests to /api/held wait until it is told to go on; others it answers at once."""
+
+    def __init__(self) -> None:
+        super().__init__(self._act)
+        self.go_on = threading.Event()
+
+    def _act(self, wire: Wire, request: RawRequest) -> bool:
+        if b"/held" in request.line:
+            self.go_on.wait(PATIENCE)
+        elif b"/ws" in request.line:
+            wire.send(SWITCHED)
+            while wire.fill():
+                pass
+            return False
+        elif b"/events" in request.line:
+            wire.send(STREAM + EVENT)
+            while wire.fill():
+                pass
+            return False
+        reply()(wire, request)
+        return True
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    server = Gate()
+    yield server
+    server.go_on.set()
+    server.close()
+
+
+def narrow(gate: Gate, *, server: dict[str, Any] | None = None, **pool: int) -> dict[str, Any]:
+    sections = in_front_of(gate.url, pool=pool, timeouts={"connect": 0.4}) | {
+        "server": {"drain_timeout": 1, **(server or {})}
+    }
+    return sections | {"clients": {"acme": {"tier": "FREE"}, "other": {"tier": "FREE"}}}
+
+
+def shares(running: RunningGateway) -> tuple[int, int]:
+    """Return the connections in use for requests, and for tunnels."""
+    found = running.server._app.state.gateway.services["up"].resources()
+    return (found[0].in_use, found[1].in_use) if found else (0, 0)
+
+
+def all_given_back(running: RunningGateway) -> None:
+    eventually(lambda: shares(running) == (0, 0), "every place is given back", within=SOON)
+
+
+WAYS = {"straight": (), "ordinary": ("X-Request-Timeout: 30",), "with a body": ("Content-Length: 2",)}
+
+
+def send(client: RawClient, path: str, headers: tuple[str, ...] = ()) -> None:
+    """Send a request, with two bytes of body if it says so."""
+    has_body = any(line.startswith("Content-Length") for line in headers)
+    client.request("POST" if has_body else "GET", path, headers, b"ok" if has_body else b"")
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+@pytest.mark.parametrize("one", [(), ("X-Client-ID: acme",), ("X-Client-ID: invented",)], ids=str)
+def test_one_address_or_client_holds_half_of_the_connections_to_an_upstream(
+    gateway: StartGateway, gate: Gate, way: tuple[str, ...], one: tuple[str, ...]
+) -> None:
+    running = gateway(narrow(gate, max_connections=4))
+    others = [(OTHER, ()), (ONE, ("X-Client-ID: other",)), *([(ONE, ())] if "X-Client-ID: acme" in one else [])]
+    with ExitStack() as stack:
+        client = Held(running.port, stack)
+        assert client().get("/api/x", one).status == 200  # there is a connection, so the straight way is open
+        held = [client(), client()]
+        for holding in held:
+            send(holding, "/api/held", (*one, *way))
+        eventually(lambda: shares(running)[0] == 2, "they are under way")
+        for _ in range(2):
+            surplus = client()
+            send(surplus, "/api/x", (*one, *way))
+            detail = refused(surplus.answer())
+            assert detail.startswith("Upstream 'up': of 4 connections to it 2 are in use, 2 of them by you")
+        for address, headers in others:
+            asking = client(address)
+            send(asking, "/api/x", (*headers, *way))
+            assert asking.answer().status == 200
+        gate.go_on.set()
+        assert [holding.answer().status for holding in held] == [200, 200]
+        assert client().get("/api/x", one).status == 200
+    all_given_back(running)
+    eventually(lambda: resource(running, "requests")["refused"] == 2, "it is shown", within=SOON)
+
+
+def test_what_exceeds_a_share_waits_its_turn(gateway: StartGateway, gate: Gate) -> None:
+    """So one client with many short requests at once gets all of them answered, on its share of the connections."""
+    running = gateway(
+        narrow(gate, max_connections=4)
+        | {"upstreams": {"up": {"targets": [{"url": gate.url}], "pool": {"max_connections": 4}}}}
+    )
+    with ExitStack() as stack:
+        client = Held(running.port, stack)
+        clients = [client() for _ in range(24)]
+        for _ in range(3):
+            for one in clients:
+                one.request()
+            assert [one.answer().status for one in clients] == [200] * 24
+    all_given_back(running)
+
+
+def test_who_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gate: Gate) -> None:
+    """Holders take turns: many requests of one do not delay another's by more than one."""
+    running = gateway(narrow(gate, max_connections=1) | {})
+    with ExitStack() as stack:
+        client = Held(running.port, stack)
+        holding = client(THIRD)
+        holding.request(target="/api/held")
+        eventually(lambda: shares(running)[0] == 1, "it is under way")
+        many, other = [client() for _ in range(6)], client(OTHER)
+        for one in many:
+            one.request(target="/api/many")
+        other.request(target="/api/other")
+        pool = next(iter(running.server._app.state.gateway.services["up"].transport._pools.values()))
+        eventually(lambda: sum(map(len, pool._waiters.values())) == 7, "they wait")
+        gate.go_on.set()
+        assert other.answer().status == 200
+        lines = [request.line for request in gate.requests]
+        assert lines.index(b"GET /api/other HTTP/1.1") <= 2
+        assert [one.answer().status for one in many] == [200] * 6
+    all_given_back(running)
+
+
+def test_whom_a_trusted_proxy_forwards_have_shares_of_their_own(gateway: StartGateway, gate: Gate) -> None:
+    """Of IPv6 a /64 is one address, wherever in it a request comes from."""
+    running = gateway(narrow(gate, max_connections=4, server={"trusted_proxies": [ONE]}))
+    with ExitStack() as stack:
+        client = Held(running.port, stack)
+        for last in ("1", "ffff:1"):
+            client().request(target="/api/held", headers=(f"X-Forwarded-For: 2001:db8:0:1::{last}",))
+        eventually(lambda: shares(running)[0] == 2, "they are under way")
+        assert "2 of them by you" in refused(client().get("/api/x", ("X-Forwarded-For: 2001:db8:0:1::2",)))
+        assert client().get("/api/x", ("X-Forwarded-For: 2001:db8:0:2::1",)).status == 200
+        assert client().get("/api/x", ("X-Forwarded-For: 192.0.2.1",)).status == 200
+        gate.go_on.set()
+
+
+def test_a_share_comes_back_however_a_request_ends(gateway: StartGateway, gate: Gate, up: RawUpstream) -> None:
+    """Left by its client, failed, refused while it waited, cut off by the upstream."""
+    running = gateway(narrow(gate, max_connections=4))
+    for _ in range(3):
+        with ExitStack() as stack:
+            client = Held(running.port, stack)
+            held, waiting = [client(), client()], [client() for _ in range(3)]
+            for number, one in enumerate((*held, *waiting)):
+                send(one, "/api/held", list(WAYS.values())[number % 3])
+            eventually(lambda: shares(running)[0] == 2, "they are under way")
+            for one in (waiting[0], *held):
+                one.reset()
+            gate.go_on.set()
+        all_given_back(running)
+        gate.go_on.clear()
+    with Address(running.port) as last:
+        assert last.get().status == 200
+
+
+# Tunnels and event streams
+
+
+@pytest.mark.parametrize(("path", "asking"), [("/api/ws", ASKING), ("/api/events", ())], ids=["tunnels", "streams"])
+def test_what_has_no_end_of_its_own_is_bounded_apart_from_requests(
+    gateway: StartGateway, gate: Gate, path: str, asking: tuple[str, ...]
+) -> None:
+    """Each address may open as many as are free; requests have all of the pool to themselves."""
+    running = gateway(narrow(gate, max_connections=1, max_tunnels=4))
+    for _ in range(2):
+        with ExitStack() as stack:
+            client = Held(running.port, stack)
+
+            def opened(address: str, client: Held = client) -> Address:
+                found = client(address)
+                found.request(target=path, headers=asking)
+                assert (found.read_until(b"\r\n\r\n") or b"").split(b" ")[1] in (b"101", b"200")
+                return found
+
+            held = [opened(ONE), opened(ONE)]
+            assert shares(running) == (0, 2)
+            surplus = client()
+            surplus.request(target=path, headers=asking)
+            detail = refused(surplus.answer())
+            assert "of 4 WebSockets and event streams 2 are in use, 2 of them by you" in detail
+            held.append(opened(OTHER))
+            held.append(opened(THIRD))
+            assert client().get().status == 200
+            eventually(lambda: ask(f"{running.url}/health").json()["status"] == "warn", "it is shown", within=SOON)
+            assert resource(running, "tunnels")["status"] == "warn"
+            for one in held[:2]:
+                one.reset()
+            eventually(lambda: shares(running) == (0, 2), "their places are given back")
+            opened(ONE).reset()
+        all_given_back(running)
+    eventually(lambda: resource(running, "tunnels")["refused"] == 2, "it is shown", within=SOON)
+
+
+def test_an_event_stream_for_which_there_is_no_place_is_charged_for(gateway: StartGateway, gate: Gate) -> None:
+    """The upstream has answered it, so it is not free; a handshake is refused before it is sent, and free."""
+    running = gateway(
+        narrow(gate, max_connections=4, max_tunnels=1) | {"tiers": {"FREE": {"rate": 0.001, "capacity": 100}}}
+    )
+    with ExitStack() as stack:
+        client = Held(running.port, stack)
+        holding = client()
+        holding.request(target="/api/events", headers=("X-Client-ID: acme",))
+        assert holding.read_until(b"\r\n\r\n") is not None
+        assert client().get("/api/events", ("X-Client-ID: other",)).all("x-ratelimit-remaining") == [b"99"]
+        surplus = client()
+        surplus.request(target="/api/ws", headers=(*ASKING, "X-Client-ID: other"))
+        assert surplus.answer().all("x-ratelimit-remaining") == [b"99"]
+        assert [request.line.split()[1] for request in gate.requests] == [b"/api/events"] * 2
+    all_given_back(running)
+
+
+def test_560_idle_websockets_and_560_dripping_bodies_leave_room_for_others(gateway: StartGateway, gate: Gate) -> None:
+    """With no setting made but the grace, for the test's sake."""
+    running = gateway(in_front_of(gate.url) | {"server": {"min_body_rate_grace": 1, "drain_timeout": 1}})
+    with ExitStack() as stack:
+        client = Held(running.port, stack)
+        for _ in range(560):
+            one = client()
+            one.request(target="/api/ws", headers=(*ASKING, "X-Client-ID: one"))
+            assert (one.read_until(b"\r\n\r\n") or b"").startswith(b"HTTP/1.1 101")
+        assert client(OTHER).get().status == 200
+        dripping = [client() for _ in range(560)]
+        for one in dripping:
+            one.request("POST", "/api/x", ("Content-Length: 1000",), b"x")
+        assert client(OTHER).get().status == 200
+        assert {one.answer().status for one in dripping} <= {408, 503}
+    eventually(lambda: shares(running) == (0, 0), "every place is given back")
+    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+
+
+def test_a_drain_gives_everything_back(gateway: StartGateway, gate: Gate) -> None:
+    running = gateway(narrow(gate, max_connections=4, max_tunnels=4))
+    with ExitStack() as stack:
+        client = Held(running.port, stack)
+        for path, headers in (("/api/ws", ASKING), ("/api/events", ()), ("/api/held", ())):
+            one = client()
+            one.request(target=path, headers=headers)
+            if path != "/api/held":
+                assert one.read_until(b"\r\n\r\n") is not None
+        eventually(lambda: shares(running) == (1, 2), "they are under way")
+        services = running.server._app.state.gateway.services
+        running.stop()
+    assert [found.in_use for found in services["up"].resources()] == [0, 0]
+    assert running.server.connections.in_use == 0

@@ -74,8 +74,12 @@ class Holders(RuleBasedStateMachine):
         may = free > 0 if holder is None else self.model.count(holder) < free
         assert self.shares.admits(holder) is may
         if not may:
+            assert not self.shares.try_take(holder)
             return "refused"
-        self.shares.take(holder)
+        if len(self.model) % 2:
+            self.shares.take(holder)
+        else:
+            assert self.shares.try_take(holder)
         self.model.append(holder)
         return holder
 
@@ -108,10 +112,13 @@ TestHolders = Holders.TestCase
         (None, "2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
         (None, "2001:db8:1:2:ffff::", "2001:db8:1:2::/64"),
         (None, "2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        (None, "unix", None),
+        (None, "unknown", None),
+        (Client("acme", "client:acme", QUOTA, "configured"), "unix", "client:acme"),
     ],
 )
 def test_a_registered_client_has_a_share_of_its_own_and_all_others_their_addresses(
-    client: Client | None, address: str, holder: str
+    client: Client | None, address: str, holder: str | None
 ) -> None:
     """An invented id gets nobody another share, nor does another address of the same /64."""
     assert holder_of(client, address) == holder

@@ -50,6 +50,10 @@ class Stage(RawUpstream):
             self.go_on.wait(30)
             wire.send(b"cd")
             return True
+        elif b"/events" in request.line:
+            wire.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            self.go_on.wait(30)
+            return False
         elif b"/tunnel" in request.line:
             wire.send(SWITCHED)
             until_it_ends(wire)
@@ -78,7 +82,8 @@ def sections_for(stage: Stage, *, places: int | None = PLACES, **upstream: Any) 
     concurrency = None if places is None else {"limit": places}
     return in_front_of(stage.url, concurrency=concurrency, **upstream) | {
         "tiers": {tier: {"rate": 0.001 * (rank + 1), "capacity": 1000} for rank, tier in enumerate(TIERS)},
-        "clients": {tier.lower(): {"tier": tier} for tier in TIERS},
+        "clients": {tier.lower(): {"tier": tier} for tier in TIERS}
+        | {f"holder-{number}": {"tier": "ENTERPRISE"} for number in range(PLACES)},
     }
 
 
@@ -101,11 +106,11 @@ def get(running: RunningGateway, tier: str, way: tuple[str, ...] = (), path: str
 def hold(
     stack: ExitStack, running: RunningGateway, count: int, way: tuple[str, ...] = (), path: str = "/api/held"
 ) -> list[RawClient]:
-    """Have requests of the highest tier under way."""
+    """Have requests of the highest tier under way, each of another client: one alone gets half of the places."""
     before = in_flight(running)
     clients = [stack.enter_context(RawClient(running.port)) for _ in range(count)]
-    for client in clients:
-        client.request("GET", path, ("X-Client-ID: enterprise", *way))
+    for number, client in enumerate(clients):
+        client.request("GET", path, (f"X-Client-ID: holder-{number}", *way))
     eventually(lambda: in_flight(running) == before + count, "they are under way")
     return clients
 
@@ -144,11 +149,46 @@ def test_a_priority_decides_over_the_rate(stage: Stage, gateway: StartGateway, w
         stage.go_on.set()
 
 
-@pytest.mark.parametrize("path", ["/api/stream", "/api/tunnel"])
-def test_streams_and_tunnels_hold_their_places_to_their_end(running: RunningGateway, stage: Stage, path: str) -> None:
+def test_one_client_alone_gets_half_of_the_places(running: RunningGateway, stage: Stage, way: tuple[str, ...]) -> None:
+    """And of those that its tier may take; another client of the same tier still finds one."""
     with ExitStack() as stack:
-        clients = hold(stack, running, 3, ASKING if "tunnel" in path else (), path)
+        clients = [stack.enter_context(RawClient(running.port)) for _ in range(3)]
         for client in clients:
+            client.request("GET", "/api/held", ("X-Client-ID: enterprise", *way))
+        eventually(lambda: in_flight(running) == 3, "they are under way")
+        answer = get(running, "ENTERPRISE", way)
+        assert answer.status == 503
+        assert json.loads(answer.body)["detail"] == (
+            "Upstream 'up' is overloaded: of 6 requests that may be under way 3 are, and requests of tier ENTERPRISE"
+            " are admitted below 6; 3 of them are yours, and nobody may have more than are still free."
+        )
+        told = explained(running, "enterprise")
+        assert (told["verdict"]["outcome"], told["upstream"]["concurrency"]["admits"]) == ("refused", False)
+        with RawClient(running.port) as other:
+            assert other.get("/api/x", ("X-Client-ID: holder-0", *way)).status == 200
+        assert get(running, "PREMIUM", way).status == 200
+        stage.go_on.set()
+    eventually(lambda: in_flight(running) == 0, "every place is given back")
+    assert get(running, "ENTERPRISE", way).status == 200
+
+
+@pytest.mark.parametrize("path", ["/api/tunnel", "/api/events"])
+def test_tunnels_and_event_streams_hold_no_place(running: RunningGateway, stage: Stage, path: str) -> None:
+    with ExitStack() as stack:
+        for _ in range(3):
+            client = stack.enter_context(RawClient(running.port))
+            client.request("GET", path, ("X-Client-ID: enterprise", *(ASKING if "tunnel" in path else ())))
+            assert client.read_until(b"\r\n\r\n") is not None
+        assert in_flight(running) == 0
+        assert get(running, "FREE").status == 200
+        stage.go_on.set()
+    eventually(lambda: in_flight(running) == 0, "nothing is given back twice")
+    assert get(running, "FREE").status == 200
+
+
+def test_streams_hold_their_places_to_their_end(running: RunningGateway, stage: Stage) -> None:
+    with ExitStack() as stack:
+        for client in hold(stack, running, 3, path="/api/stream"):
             assert client.read_until(b"\r\n\r\n") is not None
         assert get(running, "FREE").status == 503
         assert get(running, "BASIC").status == 200

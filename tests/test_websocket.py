@@ -139,7 +139,7 @@ def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iter
     target = [{"url": shared.url}]
     sections["upstreams"] |= {
         "brief": {"targets": target, "timeouts": {"tunnel": SILENCE}},
-        "narrow": {"targets": target, "pool": {"max_connections": 1}, "timeouts": {"connect": 0.2}},
+        "narrow": {"targets": target, "pool": {"max_connections": 1, "max_tunnels": 1}, "timeouts": {"connect": 0.2}},
         "fragile": {"targets": target, "circuit_breaker": {"failure_threshold": 1}},
         "down": {"targets": [{"url": f"http://127.0.0.1:{closed_port()}"}]},
     }
@@ -425,15 +425,33 @@ def test_a_tunnel_is_counted_as_a_request_once_it_has_ended(plain: RunningGatewa
     assert (target.in_flight, count()) == (0, before + 1)
 
 
-def test_a_tunnel_holds_a_connection_of_the_pool_and_gives_it_back(plain: RunningGateway, up: RawUpstream) -> None:
+def test_a_tunnel_holds_no_connection_of_the_pool_but_one_of_its_own(plain: RunningGateway, up: RawUpstream) -> None:
+    """The pool has one connection, and there may be one tunnel beside it."""
     for _ in range(3):
         with RawClient(plain.port) as client, RawClient(plain.port) as other:
             up.behave = accepting(echo)
             opened(client, "/api/narrow")
-            assert reason(other.get("/api/narrow")) == (503, "overloaded")
-            client.close()
+            other.request("GET", "/api/narrow", ASKING)
+            assert reason(other.answer()) == (503, "overloaded")
             up.behave = reply()
-            eventually(lambda other=other: other.get("/api/narrow").status == 200, "the slot is free", within=SOON)  # type: ignore[misc]  # bound now
+            assert other.get("/api/narrow").status == 200
+            client.close()
+            up.behave = accepting(echo)
+
+            def is_opened() -> bool:
+                with RawClient(plain.port) as third:
+                    third.request("GET", "/api/narrow", ASKING)
+                    return bool((third.read_until(b"\r\n\r\n") or b"").startswith(b"HTTP/1.1 101"))
+
+            eventually(is_opened, "the place is free", within=SOON)
+        eventually(lambda: tunnels(plain) == 0, "every place is given back", within=SOON)
+
+
+def tunnels(running: RunningGateway) -> int:
+    """Return how many there are."""
+    services = running.server._app.state.gateway.services.values()
+    resources = [resource for service in services for resource in service.resources()]
+    return sum(resource.in_use for resource in resources if resource.resource == "tunnels")
 
 
 # No tunnel
