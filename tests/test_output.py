@@ -21,8 +21,10 @@ import pytest
 from api_gateway import output
 from api_gateway.output import LineHandler, LineWriter, Output, TextStream
 from tests.kit import PATIENCE, RawUpstream, ask, eventually
-from tests.processes import ROOT, WATCHED, config_file, is_alive
+from tests.processes import ROOT, START, WATCHED, config_file, is_alive
 
+TOKEN = "for-the-tests-of-output"
+OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 FILL = 300  # requests whose lines are more than the 64 KiB that a pipe holds
 
 
@@ -245,14 +247,16 @@ def is_listening(port: int) -> bool:
 @contextmanager
 def gateway(folder: Path, upstream: str, redirection: str, **streams: Any) -> Iterator[Any]:
     """Run the gateway under a shell's redirection; yield the process and its address."""
-    config = config_file(folder, upstream, "tiers: {FREE: {rate: 1000000, capacity: 1000000}}\n")
+    config = config_file(
+        folder, upstream, f"tiers: {{FREE: {{rate: 1000000, capacity: 1000000}}}}\nadmin: {{token: {TOKEN}}}\n"
+    )
     port = free_port()
     start = [sys.executable, str(ROOT / "run_gateway.py"), "--config", config, "--port", str(port)]
     command = f"exec {shlex.join(start)} {redirection}"
     environment = {**WATCHED, "PATH": "/usr/bin:/bin", "XDG_STATE_HOME": str(folder)}
     popen = subprocess.Popen(["sh", "-c", command], cwd=folder, env=environment, **streams)
     try:
-        eventually(lambda: popen.poll() is not None or is_listening(port), "it listens", 30)
+        eventually(lambda: popen.poll() is not None or is_listening(port), "it listens", START)
         assert popen.poll() is None, "the gateway did not start"
         yield popen, f"http://127.0.0.1:{port}"
     finally:
@@ -290,8 +294,8 @@ def test_a_full_disk_is_counted_and_said_once(tmp_path: Path, upstream: Callable
     with log.open("wb") as stderr, gateway(tmp_path, upstream().url, ">/dev/full", stderr=stderr) as (popen, url):
         serve(url)
         eventually(lambda: "lines were dropped" in log.read_text(), "it is said")
-        counted = ask(f"{url}/metrics").json()["output"]
-        text = ask(f"{url}/metrics?format=prometheus").body.decode()
+        counted = ask(f"{url}/metrics", headers=OPERATOR).json()["output"]
+        text = ask(f"{url}/metrics?format=prometheus", headers=OPERATOR).body.decode()
         popen.terminate()
         assert popen.wait(PATIENCE) == 0
     assert counted["dropped_lines"]["stdout"] >= FILL
