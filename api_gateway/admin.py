@@ -65,6 +65,8 @@ from api_gateway.operator_gate import OPERATOR
 from api_gateway.operators import Operator
 from api_gateway.pacing import each, paced
 from api_gateway.rate_limiter import RateLimiter
+from api_gateway.reload_bodies import Reloaded
+from api_gateway.reload_views import configuration_view, reload_view
 from api_gateway.report import BreakerReport
 from api_gateway.request_paths import path_as_sent, unescaped
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
@@ -222,6 +224,7 @@ async def health_view(console: Console) -> HealthView:
     elif (
         not report.limiter.is_whole
         or report.client_trouble is not None
+        or report.configuration.problems
         or any(resource.status == "warn" for resource in report.resources)
     ):
         status = "warn"
@@ -235,9 +238,29 @@ async def health_view(console: Console) -> HealthView:
         clients=ClientStoreView(
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
+        configuration=configuration_view(report.configuration),
         event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
         resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
     )
+
+
+@guarded_router.post(
+    "/reload",
+    summary="Reload the configuration",
+    responses={
+        422: {"description": "The configuration is wrong; the one before stays in force.", **_PROBLEM},
+        500: {"description": "It could not be put into force; the one before stays in force.", **_PROBLEM},
+        503: {"description": "The gateway drains, or its workers are being restarted.", **_PROBLEM},
+    },
+)
+async def reload(request: Request, console: Guarded) -> Reloaded:
+    """Read the configuration anew and put it into force in every worker, or change nothing.
+
+    Requests, streams and connections go on; buckets, breakers and counts stay. The response names what has changed,
+    and what of it needs a restart.
+    """
+    outcome = await console.crew.reload(f"POST /reload by {_who(request)}")
+    return reload_view(outcome)
 
 
 class MetricsFormat(StrEnum):
@@ -272,6 +295,7 @@ async def metrics(
             report.lag,
             report.tasks,
             report.resources,
+            report.configuration,
         )
         body, content_type = await paced(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})

@@ -1,23 +1,37 @@
-"""Builds the live parts of a gateway from its configuration, starts them and stops them."""
+"""Builds the live parts of a gateway from its configuration, starts and stops them, and takes them over on reload.
+
+A `Gateway` is one configuration and the parts that go by it. It is never changed: a reload builds the next one, which
+adopts by name what lives (buckets, breakers, targets, pools, counts), makes what is new, and retires what is no more.
+`plan` does all that may fail and changes nothing; `commit` does not wait and cannot be refused.
+"""
 
 import asyncio
+import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import httpx
 
-from api_gateway.assembly_stores import client_store, follow, limiter_of, state_folder
-from api_gateway.assembly_upstreams import checking_transport, names_of, service_of, upkeep_of
+from api_gateway.assembly_routes import route_of
+from api_gateway.assembly_stores import Limiter, Quotas, limiter_of, registry_of, requote, state_folder
+from api_gateway.assembly_upstreams import (
+    LiveUpstream,
+    UpstreamPlan,
+    build_upstream,
+    change_upstream,
+    plan_upstream,
+    rerank,
+)
 from api_gateway.breaker_modes import ModeBoard, ModeFile
 from api_gateway.clients import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
+from api_gateway.guarded import GuardedTransport
 from api_gateway.heap import keep_trimmed
 from api_gateway.lag import LagSampler
 from api_gateway.local_resources import raise_descriptor_limit
@@ -25,145 +39,262 @@ from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
 from api_gateway.output import process_output
 from api_gateway.overload import Bands, LagLimit
-from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.resolution import Resolve
+from api_gateway.routes import Route, RouteTable
 from api_gateway.service import Service
 from api_gateway.state_folder import own_folder
 from api_gateway.tasks import end
+from api_gateway.transport import UpstreamTransport
 from api_gateway.upkeep import Upkeep
+
+logger = logging.getLogger(__name__)
+
+MAX_RETIRED = 1_000  # upstreams remembered that are not configured any more
+_CLOSE_INTERVAL = 1.0  # seconds between two looks at transports that wait for their last response
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """The live parts of one gateway."""
+    """One configuration and the live parts that go by it."""
 
     config: GatewayConfig
-    limiter: MemoryLimiter | RedisLimiter
-    address_quota: Quota | None
-    clients: ClientRegistry
-    services: dict[str, Service]
-    recorder: Recorder
-    candidates: dict[str, Quota]
-    modes: ModeBoard
-    upkeeps: dict[str, Upkeep]
+    quotas: Quotas
+    routes: tuple[Route, ...]
+    table: RouteTable
     bands: Bands
+    upstreams: Mapping[str, LiveUpstream]
+    limiter: Limiter
+    clients: ClientRegistry
+    recorder: Recorder
+    modes: ModeBoard
     lag: LagLimit
 
+    @property
+    def address_quota(self) -> Quota | None:
+        """The quota of addresses of unregistered clients, None if they are not limited."""
+        return self.quotas.address
 
-@asynccontextmanager
-async def live(
-    config: GatewayConfig,
-    rejections: Counter[str],
-    transports: Mapping[str, httpx.AsyncBaseTransport],
-    resolve: Resolve,
-) -> AsyncIterator[Gateway]:
-    """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
-    async with AsyncExitStack() as stack:
-        raise_descriptor_limit()
+    @property
+    def candidates(self) -> Mapping[str, Quota]:
+        """Quotas that are tried beside those of tiers."""
+        return self.quotas.candidates
+
+    @property
+    def services(self) -> dict[str, Service]:
+        """How to send to each upstream."""
+        return {name: live.service for name, live in self.upstreams.items()}
+
+    @property
+    def upkeeps(self) -> dict[str, Upkeep]:
+        """The checks and names of each upstream."""
+        return {name: live.upkeep for name, live in self.upstreams.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A configuration that nothing stands in the way of. `upstreams` holds None for those that stay as they are."""
+
+    config: GatewayConfig
+    quotas: Quotas
+    routes: tuple[Route, ...]
+    table: RouteTable
+    bands: Bands
+    upstreams: Mapping[str, UpstreamPlan | None]
+
+
+class Assembly:
+    """Holds the gateway that is in force. Not to be used by several tasks at once."""
+
+    gateway: Gateway
+
+    def __init__(
+        self, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport], resolve: Resolve
+    ) -> None:
+        self._rejections = rejections
+        self._overrides = transports
+        self._resolve = resolve
+        self._demo: DemoUpstreams | None = None
+        self._retired: dict[str, LiveUpstream] = {}  # by name, the one retired last at the end
+        self._closing: set[GuardedTransport] = set()
+        self._upkeep_tasks: dict[str, asyncio.Task[None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Assembly [{len(self._upkeep_tasks)} upstreams, {len(self._retired)} retired]>"
+
+    @asynccontextmanager
+    async def live(self, config: GatewayConfig) -> AsyncIterator[Gateway]:
+        """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
+        async with AsyncExitStack() as stack:
+            raise_descriptor_limit()
+            stack.push_async_callback(self._stop_demo)
+            stack.enter_context(state_folder(config))
+            gateway = self.gateway = self._build(await self.plan(config))
+            stack.push_async_callback(gateway.clients.close)
+            try:
+                await gateway.clients.load()
+            except OSError as error:
+                raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
+            following = asyncio.create_task(gateway.clients.keep_up(), name="client store")
+            stack.push_async_callback(_cancelled, following)
+            if isinstance(gateway.limiter, RedisLimiter):
+                stack.push_async_callback(gateway.limiter.close)
+                await gateway.limiter.start()
+            await gateway.modes.look()
+            modes = asyncio.create_task(gateway.modes.keep_up(), name="modes of circuit breakers")
+            stack.push_async_callback(_cancelled, modes)
+            stack.push_async_callback(self._close_upstreams)
+            self._begin_upkeep(gateway.upstreams)
+            closing = asyncio.create_task(self._keep_closing(), name="retired transports")
+            stack.push_async_callback(_cancelled, closing)
+            trimming = asyncio.create_task(keep_trimmed(), name="heap")
+            stack.push_async_callback(_cancelled, trimming)
+            sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
+            sampler.start()
+            stack.callback(sampler.stop)
+            yield gateway
+
+    async def plan(self, config: GatewayConfig) -> Plan:
+        """Do all that may fail on the way to a configuration. Nothing is changed by it. Raises StartupError."""
         if config.is_demo:
-            demo = DemoUpstreams()
-            await demo.start()
-            stack.push_async_callback(demo.stop)
-            config = config.model_validate({**config.model_dump(), **demo.sections()})
-        stack.enter_context(state_folder(config))
-        gateway = _build(config, rejections, transports, resolve)
-        stack.push_async_callback(gateway.clients.close)
-        try:
-            await gateway.clients.load()
-        except OSError as error:
-            raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
-        following = asyncio.create_task(gateway.clients.keep_up(), name="client store")
-        stack.push_async_callback(_cancelled, following)
-        if isinstance(gateway.limiter, RedisLimiter):
-            stack.push_async_callback(gateway.limiter.close)
-            await gateway.limiter.start()
-        await gateway.modes.look()
-        modes = asyncio.create_task(gateway.modes.keep_up(), name="modes of circuit breakers")
-        stack.push_async_callback(_cancelled, modes)
-        for service in gateway.services.values():
-            stack.push_async_callback(service.transport.aclose)
-        for upkeep in gateway.upkeeps.values():
-            stack.push_async_callback(upkeep.close)
-        keeping = asyncio.create_task(_keep_up(gateway), name="health checks and names")
-        stack.push_async_callback(_cancelled, keeping)
-        trimming = asyncio.create_task(keep_trimmed(), name="heap")
-        stack.push_async_callback(_cancelled, trimming)
-        sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
-        sampler.start()
-        stack.callback(sampler.stop)
-        yield gateway
+            config = await self._with_demo(config)
+        return await asyncio.to_thread(self._plan, config)
 
+    def _plan(self, config: GatewayConfig) -> Plan:
+        before = getattr(self, "gateway", None)
+        live = {**self._retired, **(before.upstreams if before is not None else {})}
+        routes = tuple(route_of(section) for section in config.routes)
+        upstreams: dict[str, UpstreamPlan | None] = {}
+        for name, section in config.upstreams.items():
+            known = live.get(name)
+            plan = plan_upstream(name, section, known, self._overrides.get(name))
+            is_same = known is not None and not known.is_retired and section == known.section and plan.tls is known.tls
+            upstreams[name] = None if is_same else plan
+        ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
+        return Plan(config, Quotas.of(config), routes, RouteTable(routes), Bands(ranks), upstreams)
 
-def _build(
-    config: GatewayConfig,
-    rejections: Counter[str],
-    transports: Mapping[str, httpx.AsyncBaseTransport],
-    resolve: Resolve,
-) -> Gateway:
-    now = time.monotonic()
-    tiers = {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()}
-    limit = config.address_limit
-    address_quota = Quota.per_second("address", limit.rate, limit.capacity) if limit.rate else None
-    candidates = {
-        name: Quota.per_second(f"{name} candidate", tier.candidate.rate, tier.candidate.capacity)
-        for name, tier in config.tiers.items()
-        if tier.candidate is not None
-    }
-    quotas = [*tiers.values(), *candidates.values(), *([address_quota] if address_quota else [])]
-    limiter = limiter_of(config, quotas)
-    bands = Bands({name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()})
-    names = {name: names_of(section) for name, section in config.upstreams.items()}
-    services = {
-        name: service_of(name, section, transports.get(name), now, names[name], bands)
-        for name, section in config.upstreams.items()
-    }
-    return Gateway(
-        config=config,
-        limiter=limiter,
-        address_quota=address_quota,
-        clients=ClientRegistry(
-            tiers,
-            config.default_tier,
-            {client_id: section.tier for client_id, section in config.clients.items()},
-            client_store(config),
-            limit=config.store.client_limit,
-            deadline=config.store.deadline,
-            on_change=partial(follow, limiter),
-        ),
-        services=services,
-        upkeeps={
-            name: upkeep_of(
-                section, services[name], names[name], resolve, checking_transport(name, section, transports)
-            )
-            for name, section in config.upstreams.items()
-        },
-        recorder=Recorder(
-            (route.name for route in config.routes),
-            config.upstreams,
-            tiers,
-            config.metrics.percentiles,
-            now,
-            rejections,
-            *process_output().losses,
-        ),
-        candidates=candidates,
-        modes=ModeBoard(
-            ModeFile(own_folder(config.state_dir)),
-            {name: service.upstream.breaker for name, service in services.items()},
-            clock=time.monotonic,
-            wall_clock=time.time,
-        ),
-        bands=bands,
-        lag=LagLimit(config.server.max_lag, bands, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
-    )
+    def commit(self, plan: Plan) -> Gateway:
+        """Put a planned configuration into force. Requests that run go on under the one they began with."""
+        before, config, now = self.gateway, plan.config, time.monotonic()
+        requote(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas))
+        upstreams = {name: self._taken_over(name, one, plan.bands, now) for name, one in plan.upstreams.items()}
+        for name, live in before.upstreams.items():
+            if name not in upstreams:
+                self._retire(name, live)
+        before.recorder.extend(
+            [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
+        )
+        before.lag.change(config.server.max_lag, plan.bands)
+        before.modes.follow({name: live.service.upstream.breaker for name, live in upstreams.items()})
+        self._begin_upkeep(upstreams)
+        self.gateway = replace(
+            before,
+            config=config,
+            quotas=plan.quotas,
+            routes=plan.routes,
+            table=plan.table,
+            bands=plan.bands,
+            upstreams=upstreams,
+        )
+        return self.gateway
 
+    def _build(self, plan: Plan) -> Gateway:
+        config, quotas, now = plan.config, plan.quotas, time.monotonic()
+        limiter = limiter_of(config, quotas.all)
+        upstreams = {
+            name: build_upstream(one, self._resolve, now, plan.bands)
+            for name, one in plan.upstreams.items()
+            if one is not None
+        }
+        return Gateway(
+            config=config,
+            quotas=quotas,
+            routes=plan.routes,
+            table=plan.table,
+            bands=plan.bands,
+            upstreams=upstreams,
+            limiter=limiter,
+            clients=registry_of(config, quotas, limiter),
+            recorder=Recorder(
+                (route.name for route in plan.routes),
+                upstreams,
+                quotas.tiers,
+                config.metrics.percentiles,
+                now,
+                self._rejections,
+                *process_output().losses,
+            ),
+            modes=ModeBoard(
+                ModeFile(own_folder(config.state_dir)),
+                {name: live.service.upstream.breaker for name, live in upstreams.items()},
+                clock=time.monotonic,
+                wall_clock=time.time,
+            ),
+            lag=LagLimit(config.server.max_lag, plan.bands, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
+        )
 
-async def _keep_up(gateway: Gateway) -> None:
-    """Check targets and follow names, until cancelled."""
-    async with asyncio.TaskGroup() as group:
-        for upkeep in gateway.upkeeps.values():
-            group.create_task(upkeep.run())
+    # Upstreams
+
+    def _taken_over(self, name: str, plan: UpstreamPlan | None, bands: Bands, now: float) -> LiveUpstream:
+        """Return the upstream of that name under its plan: one that lives, one that is back, or a new one."""
+        live = self.gateway.upstreams.get(name) or self._retired.pop(name, None)
+        if plan is None:
+            assert live is not None  # noqa: S101 - it stays as it is
+            rerank(live, bands, now)
+            return live
+        if live is None:
+            return build_upstream(plan, self._resolve, now, bands)
+        before = live.transports
+        changed = change_upstream(plan, live, self._resolve, now, bands)
+        self._retire_transports(one for one in before if one not in changed.transports)
+        return changed
+
+    def _retire(self, name: str, live: LiveUpstream) -> None:
+        """End the checks of an upstream and keep no idle connection to it; it is remembered, for it may come back."""
+        self._upkeep_tasks.pop(name).cancel()
+        self._retire_transports(live.transports)
+        self._retired[name] = replace(live, is_retired=True)
+        while len(self._retired) > MAX_RETIRED:
+            del self._retired[next(iter(self._retired))]
+
+    def _retire_transports(self, transports: Iterable[httpx.AsyncBaseTransport]) -> None:
+        for transport in transports:
+            if isinstance(transport, UpstreamTransport):
+                transport.retire_all()
+            elif isinstance(transport, GuardedTransport) and not transport.is_of(self._overrides.values()):
+                self._closing.add(transport)
+
+    async def _keep_closing(self) -> None:
+        """Close retired transports once nothing runs on them, until cancelled."""
+        while True:
+            await asyncio.sleep(_CLOSE_INTERVAL)
+            for transport in [one for one in self._closing if one.is_idle]:
+                self._closing.discard(transport)
+                await transport.aclose()
+
+    def _begin_upkeep(self, upstreams: Mapping[str, LiveUpstream]) -> None:
+        for name, live in upstreams.items():
+            if name not in self._upkeep_tasks:
+                self._upkeep_tasks[name] = asyncio.create_task(live.upkeep.run(), name=f"upkeep of {name}")
+
+    async def _close_upstreams(self) -> None:
+        await end(*self._upkeep_tasks.values())
+        live = [*self.gateway.upstreams.values(), *self._retired.values()]
+        for transport in {*self._closing, *(transport for one in live for transport in one.transports)}:
+            await transport.aclose()
+
+    # The demo
+
+    async def _with_demo(self, config: GatewayConfig) -> GatewayConfig:
+        """Return the configuration with the demo services as its upstreams; they are started when first needed."""
+        if self._demo is None:
+            self._demo = DemoUpstreams()
+            await self._demo.start()
+        return config.model_validate({**config.model_dump(), **self._demo.sections()})
+
+    async def _stop_demo(self) -> None:
+        if self._demo is not None:
+            await self._demo.stop()
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

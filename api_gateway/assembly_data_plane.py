@@ -2,11 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from api_gateway.access_log import AccessLog
 from api_gateway.assembly import Gateway
-from api_gateway.assembly_routes import route_of
 from api_gateway.breaker_policy import Mode
 from api_gateway.breaker_records import Transition
 from api_gateway.config import GatewayConfig
@@ -16,7 +15,6 @@ from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Recor
 from api_gateway.models import Exchange
 from api_gateway.output import process_output
 from api_gateway.router import Router
-from api_gateway.routes import Route, RouteTable
 from api_gateway.settlement import Settlement
 from api_gateway.shadow import Shadow
 from api_gateway.targets import Target
@@ -30,16 +28,15 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     Read from the inside out: what stands last sees a request first.
     """
     config, recorder = gateway.config, gateway.recorder
-    routes = [route_of(section) for section in config.routes]
     settlement = Settlement(limiter=gateway.limiter, clock_ns=time.monotonic_ns, recorder=recorder)
-    router = _router(gateway, routes, settlement, server_headers)
+    router = _router(gateway, settlement, server_headers)
     limit = Limit(
         Proxy(router=router),
         limiter=gateway.limiter,
         clock_ns=time.monotonic_ns,
         address_quota=gateway.address_quota,
         exempt=config.address_limit.exempt,
-        shadow=_shadow(gateway, routes),
+        shadow=_shadow(gateway),
     )
     relief = Relief(limit, lag=gateway.lag, bands=gateway.bands)
     identify = Identify(
@@ -77,10 +74,10 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return record, express, explainer
 
 
-def _router(gateway: Gateway, routes: list[Route], settlement: Settlement, server_headers: frozenset[bytes]) -> Router:
+def _router(gateway: Gateway, settlement: Settlement, server_headers: frozenset[bytes]) -> Router:
     config, recorder = gateway.config, gateway.recorder
     return Router(
-        RouteTable(routes),
+        gateway.table,
         gateway.services,
         clock=time.monotonic,
         max_body_bytes=config.server.max_body_bytes,
@@ -102,13 +99,13 @@ def _access_logs(config: GatewayConfig) -> list[Callable[[Exchange], None]]:
     return [AccessLog(time.time, process_output().out.write).write] if config.log.access else []
 
 
-def _shadow(gateway: Gateway, routes: Iterable[Route]) -> Shadow | None:
+def _shadow(gateway: Gateway) -> Shadow | None:
     shadow = Shadow(
         limiter=gateway.limiter,
         clock_ns=time.monotonic_ns,
         recorder=gateway.recorder,
         candidates=gateway.candidates,
-        routes=routes,
+        routes=gateway.routes,
     )
     return None if shadow.is_empty else shadow
 

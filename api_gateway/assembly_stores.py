@@ -1,14 +1,17 @@
-"""Builds what limits and tiers rest on: the rate limiter, and the store of registered clients."""
+"""Builds what limits and tiers rest on: quotas, the rate limiter, and the registry of clients with its store."""
 
 import logging
 import multiprocessing
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 from api_gateway.client_records import ClientStore
+from api_gateway.clients import ClientRegistry, EarlierClients
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.models import Client, Quota
@@ -20,6 +23,8 @@ from api_gateway.state_folder import FolderInUse, StateError, StateFolder, own_f
 from api_gateway.store import StoreSession
 
 logger = logging.getLogger(__name__)
+
+Limiter = MemoryLimiter | RedisLimiter
 
 
 @contextmanager
@@ -41,7 +46,93 @@ def state_folder(config: GatewayConfig) -> Iterator[None]:
             folder.close()
 
 
-def limiter_of(config: GatewayConfig, quotas: list[Quota]) -> MemoryLimiter | RedisLimiter:
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """The quotas of a configuration: of tiers, of candidates by the tier they would change, and of addresses."""
+
+    tiers: Mapping[str, Quota]
+    candidates: Mapping[str, Quota]
+    address: Quota | None
+
+    @classmethod
+    def of(cls, config: GatewayConfig) -> "Quotas":
+        """Return those that the configuration sets."""
+        limit = config.address_limit
+        return cls(
+            {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()},
+            {
+                name: Quota.per_second(f"{name} candidate", tier.candidate.rate, tier.candidate.capacity)
+                for name, tier in config.tiers.items()
+                if tier.candidate is not None
+            },
+            Quota.per_second("address", limit.rate, limit.capacity) if limit.rate else None,
+        )
+
+    @property
+    def all(self) -> list[Quota]:
+        """All of them."""
+        return [*self.tiers.values(), *self.candidates.values(), *([self.address] if self.address else [])]
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierQuotas:
+    """Which quota each bucket had before a change."""
+
+    quotas: Quotas
+    clients: EarlierClients
+
+    def of(self, key: str, present: Quota) -> Quota:
+        """Return the quota that a bucket had; `present` is the one it has now."""
+        kind, _, rest = key.partition(":")
+        if kind == "peer":
+            return self.quotas.address or present
+        if kind == "candidate":
+            own = self.clients.quota_of(rest)
+            return self.quotas.candidates.get(own.name) or own
+        return self.clients.quota_of(key)
+
+
+def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter) -> ClientRegistry:
+    """Build the registry of clients; raises StartupError."""
+    return ClientRegistry(
+        quotas.tiers,
+        config.default_tier,
+        configured_clients(config),
+        client_store(config),
+        limit=config.store.client_limit,
+        deadline=config.store.deadline,
+        on_change=partial(follow, limiter),
+    )
+
+
+def configured_clients(config: GatewayConfig) -> dict[str, str]:
+    """Return the tiers of the clients that stand in the configuration."""
+    return {client_id: section.tier for client_id, section in config.clients.items()}
+
+
+def requote(
+    limiter: Limiter,
+    clients: ClientRegistry,
+    configs: tuple[GatewayConfig, GatewayConfig],
+    quotas: tuple[Quotas, Quotas],
+) -> None:
+    """Bring buckets and clients to another configuration. Both pairs hold what was before, and what is after."""
+    before, after = configs
+    clients.count_version()
+    store = after.store
+    if isinstance(limiter, RedisLimiter):
+        limiter.change_terms(store.on_failure, max(store.processes, after.server.workers), store.bucket_limit)
+    else:
+        limiter.bucket_limit = store.bucket_limit
+    old, new = quotas
+    terms = (before.default_tier, before.clients), (after.default_tier, after.clients)
+    if old == new and terms[0] == terms[1]:
+        return
+    earlier = clients.retier(new.tiers, after.default_tier, configured_clients(after))
+    limiter.requote(new.all, EarlierQuotas(old, earlier).of, time.monotonic_ns())
+
+
+def limiter_of(config: GatewayConfig, quotas: list[Quota]) -> Limiter:
     """Build the limiter; raises StartupError if the store cannot be used."""
     store = config.store
     if not store.is_shared:
@@ -78,6 +169,6 @@ def _session(config: GatewayConfig) -> StoreSession:
         raise StartupError(f"store.url: the files cannot be used: {error}") from error
 
 
-def follow(limiter: MemoryLimiter | RedisLimiter, before: Client, after: Client) -> None:
+def follow(limiter: Limiter, before: Client, after: Client) -> None:
     """Take a bucket over to a tier that was changed elsewhere, or has ended. In a shared store it moves by itself."""
     limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())

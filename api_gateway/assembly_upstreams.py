@@ -1,8 +1,15 @@
-"""Builds upstreams from their sections: targets, breakers, balancing, limits, transports, retries, checks."""
+"""Builds upstreams from their sections, and brings those that live already to other sections.
 
+What can fail is done by `plan_upstream`, which changes nothing; `build_upstream` and `change_upstream` only act.
+"""
+
+import hashlib
 import random
+import ssl
 import time
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import httpx
@@ -21,41 +28,186 @@ from api_gateway.resolution import Name, Resolve
 from api_gateway.retry import RetryPolicy
 from api_gateway.rotation import Draw, Rotation, RotationPolicy
 from api_gateway.service import Service, Timeouts
+from api_gateway.targets import Target
 from api_gateway.transport import UpstreamTransport, tls_context
 from api_gateway.upkeep import Upkeep
 
+Transport = UpstreamTransport | GuardedTransport
 
-def service_of(
-    name: str,
-    section: UpstreamSection,
-    transport: httpx.AsyncBaseTransport | None,
-    now: float,
-    names: list[Name],
-    bands: Bands,
-) -> Service:
-    """Build an upstream with what is needed to send to it; raises StartupError."""
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """The TLS settings of an upstream, and a digest of the files that they were read from."""
+
+    context: ssl.SSLContext | None = None
+    digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveUpstream:
+    """An upstream that lives, with the section it goes by. `is_retired`: it is not configured any more."""
+
+    section: UpstreamSection
+    tls: Tls
+    names: tuple[Name, ...]
+    service: Service
+    upkeep: Upkeep
+    is_retired: bool = False
+
+    @property
+    def transports(self) -> tuple[httpx.AsyncBaseTransport, ...]:
+        """Those for requests and, if there are others, for health checks."""
+        checking = self.upkeep.transport
+        return (self.service.transport,) if checking is None else (self.service.transport, checking)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamPlan:
+    """An upstream that is to be. The transports are new ones, None where those that live can stay."""
+
+    name: str
+    section: UpstreamSection
+    tls: Tls
+    transport: Transport | None
+    checking: Transport | None
+
+
+def plan_upstream(
+    name: str, section: UpstreamSection, live: LiveUpstream | None, override: httpx.AsyncBaseTransport | None
+) -> UpstreamPlan:
+    """Do all that may fail on the way to a section, in place of the one of `live`. Blocks; raises StartupError.
+
+    `override` takes the place of the gateway's own transport.
+    """
+    tls = _tls(name, section, live)
+    is_new = live is None or section.http2 != live.section.http2
+    if live is not None and section.http2:  # httpx's transport cannot be changed
+        is_new |= live.is_retired or section.pool != live.section.pool or tls is not live.tls
+    transport: Transport | None = None
+    if override is not None:
+        transport = GuardedTransport(override) if live is None else None
+        return UpstreamPlan(name, section, tls, transport, None)
+    if is_new:
+        transport = _transport(name, section, tls)
+    checking = None
+    if section.health_check is not None and (is_new or live is None or live.upkeep.transport is None):
+        checking = _transport(name, section, tls)
+    return UpstreamPlan(name, section, tls, transport, checking)
+
+
+def build_upstream(plan: UpstreamPlan, resolve: Resolve, now: float, bands: Bands) -> LiveUpstream:
+    """Build an upstream that nothing is known of yet."""
+    section = plan.section
+    assert plan.transport is not None  # noqa: S101 - nothing lives that could stay
+    names = tuple(Name(target.url, target.weight) for target in section.targets)
+    upstream = Upstream(
+        plan.name,
+        [target for name in names for target in name.targets],
+        _breaker(section, now),
+        _pick(section),
+        rotation=Rotation(_rotation_policy(section), draw=_draw(section), make_breaker=_make_breaker(section)),
+        limit=_limit(section, None, bands, now),
+    )
+    service = Service(
+        upstream,
+        plan.transport,
+        Timeouts(**section.timeouts.model_dump()),
+        retry=_retry_policy(section.retry),
+        hash_header=_hash_header(section),
+    )
+    return LiveUpstream(section, plan.tls, names, service, _upkeep(section, service, names, resolve, plan.checking))
+
+
+def change_upstream(
+    plan: UpstreamPlan, live: LiveUpstream, resolve: Resolve, now: float, bands: Bands
+) -> LiveUpstream:
+    """Bring an upstream to another section. Breakers, targets that stay, pools, budgets and limits live on.
+
+    A target that is new beside others starts slowly.
+    """
+    section, upstream = plan.section, live.service.upstream
+    upstream.breaker.change_policy(_breaker_policy(section), now)
+    upstream.rebalance(_pick(section))
+    upstream.rotation.change(
+        _rotation_policy(section),
+        _draw(section),
+        _make_breaker(section),
+        _breaker_policy(section, ramp=0.0),
+        upstream.targets,
+        now,
+    )
+    upstream.limit = _limit(section, upstream.limit, bands, now)
+    transport = live.service.transport if plan.transport is None else plan.transport
+    service = live.service.succeeded_by(
+        Timeouts(**section.timeouts.model_dump()), _retry_policy(section.retry), _hash_header(section), transport
+    )
+    if plan.transport is None:
+        _change_transport(transport, plan)
+    names = _names(section, live)
+    _retarget(service, [target for name in names for target in name.targets], now)
+    checking = plan.checking or (None if section.health_check is None else live.upkeep.transport)
+    if plan.checking is None and checking is not None:
+        _change_transport(checking, plan)
+    if live.is_retired:
+        upkeep = _upkeep(section, service, names, resolve, checking)
+    else:
+        upkeep = live.upkeep
+        upkeep.change(service, _health_policy(section), checking, *_resolved(section, names))
+    return LiveUpstream(section, plan.tls, names, service, upkeep)
+
+
+def rerank(live: LiveUpstream, bands: Bands, now: float) -> None:
+    """Shed by other bands from now on."""
+    limit = live.service.upstream.limit
+    live.service.upstream.limit = _limit(live.section, limit, bands, now)
+
+
+def _retarget(service: Service, targets: list[Target], now: float) -> None:
+    upstream = service.upstream
+    before = upstream.targets
+    service.retarget(targets, now)
+    if any(target in before for target in targets):
+        for target in targets:
+            if target not in before:
+                upstream.rotation.welcome(target, now)
+
+
+def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[Name, ...]:
+    """Return the names of the configured targets: those there are, where they stay."""
+    known: Mapping[str, list[Name]] = defaultdict(list)
+    for name in live.names:
+        if section.resolve is not None or not name.addresses:  # what was resolved is no target of its own any more
+            known[name.url].append(name)
+    found = []
+    for target in section.targets:
+        if known[target.url]:
+            name = known[target.url].pop(0)
+            name.reweigh(target.weight)
+        else:
+            name = Name(target.url, target.weight)
+        found.append(name)
+    return tuple(found)
+
+
+def _change_transport(transport: httpx.AsyncBaseTransport, plan: UpstreamPlan) -> None:
+    if isinstance(transport, UpstreamTransport):
+        pool = plan.section.pool
+        transport.change(pool.max_connections, pool.max_tunnels, pool.idle_timeout, plan.tls.context)
+        transport.revive()
+
+
+def _pick(section: UpstreamSection) -> Pick:
     picks: dict[str, Pick] = {
         "round_robin": round_robin,
         "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
         "hash": rendezvous_hash,
     }
-    targets = [target for one in names for target in one.targets]
+    return picks[section.balance]
+
+
+def _hash_header(section: UpstreamSection) -> bytes | None:
     _, _, header = section.hash_on.partition(":")
-    upstream = Upstream(
-        name,
-        targets,
-        _breaker(section, now),
-        picks[section.balance],
-        rotation=_rotation(section),
-        limit=_concurrency(section, bands, now),
-    )
-    return Service(
-        upstream,
-        _transport(name, section) if transport is None else GuardedTransport(transport),
-        Timeouts(**section.timeouts.model_dump()),
-        retry=_retry_policy(section.retry),
-        hash_header=header.lower().encode() or None,
-    )
+    return header.lower().encode() or None
 
 
 def _retry_policy(section: RetrySection) -> RetryPolicy:
@@ -71,88 +223,112 @@ def _retry_policy(section: RetrySection) -> RetryPolicy:
     )
 
 
-def names_of(section: UpstreamSection) -> list[Name]:
-    """Return the configured targets of an upstream."""
-    return [Name(target.url, target.weight) for target in section.targets]
+def _health_policy(section: UpstreamSection) -> HealthPolicy | None:
+    check = section.health_check
+    if check is None:
+        return None
+    ranges = (spelt.split("-") for spelt in check.statuses)
+    statuses = tuple(range(int(low), int(high) + 1) for low, high in ranges)
+    return HealthPolicy(**check.model_dump(exclude={"statuses"}), statuses=statuses)
 
 
-def checking_transport(
-    name: str, section: UpstreamSection, transports: Mapping[str, httpx.AsyncBaseTransport]
-) -> UpstreamTransport | GuardedTransport | None:
-    """Return a transport for health checks alone, or None if there are none or somebody has brought their own."""
-    return None if section.health_check is None or name in transports else _transport(name, section)
+def _resolved(section: UpstreamSection, names: tuple[Name, ...]) -> tuple[tuple[Name, ...], float]:
+    """Return the names to be resolved, and how often."""
+    return (names, section.resolve) if section.resolve is not None else ((), 0.0)
 
 
-def upkeep_of(
+def _upkeep(
     section: UpstreamSection,
     service: Service,
-    names: list[Name],
+    names: tuple[Name, ...],
     resolve: Resolve,
-    transport: UpstreamTransport | GuardedTransport | None,
+    checking: Transport | None,
 ) -> Upkeep:
-    """Build the health checks and name look-ups of an upstream."""
-    policy, check = None, section.health_check
-    if check is not None:
-        ranges = (spelt.split("-") for spelt in check.statuses)
-        statuses = tuple(range(int(low), int(high) + 1) for low, high in ranges)
-        policy = HealthPolicy(**check.model_dump(exclude={"statuses"}), statuses=statuses)
+    followed, interval = _resolved(section, names)
     return Upkeep(
         service,
-        policy=policy,
-        transport=transport,
-        names=names if section.resolve is not None else (),
-        interval=section.resolve or 0.0,
+        policy=_health_policy(section),
+        transport=checking,
+        names=followed,
+        interval=interval,
         resolve=resolve,
         clock=time.monotonic,
         source=random.Random(),  # noqa: S311 - spreads checks and questions, guards nothing
     )
 
 
-def _breaker(section: UpstreamSection, now: float, **changes: float) -> CircuitBreaker:
+def _breaker_policy(section: UpstreamSection, **changes: float) -> BreakerPolicy:
     settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected"})
-    return CircuitBreaker(BreakerPolicy(**settings | changes), now, random.Random())  # noqa: S311 - spreads probes
+    return BreakerPolicy(**settings | changes)
 
 
-def _rotation(section: UpstreamSection) -> Rotation:
-    return Rotation(
-        RotationPolicy(section.circuit_breaker.max_ejected, section.slow_start),
-        draw=share_of_key if section.balance == "hash" else _by_chance(random.Random()),  # noqa: S311 - as above
-        # Traffic comes back to a target by its slow start, and by no ramp beside it.
-        make_breaker=partial(_breaker, section, ramp=0.0) if section.circuit_breaker.per_target else None,
-    )
+def _breaker(section: UpstreamSection, now: float, **changes: float) -> CircuitBreaker:
+    return CircuitBreaker(_breaker_policy(section, **changes), now, random.Random())  # noqa: S311 - spreads probes
+
+
+def _rotation_policy(section: UpstreamSection) -> RotationPolicy:
+    return RotationPolicy(section.circuit_breaker.max_ejected, section.slow_start)
+
+
+def _make_breaker(section: UpstreamSection) -> "partial[CircuitBreaker] | None":
+    # Traffic comes back to a target by its slow start, and by no ramp beside it.
+    return partial(_breaker, section, ramp=0.0) if section.circuit_breaker.per_target else None
+
+
+def _draw(section: UpstreamSection) -> Draw:
+    return share_of_key if section.balance == "hash" else _by_chance(random.Random())  # noqa: S311 - spreads load
 
 
 def _by_chance(source: random.Random) -> Draw:
     return lambda _target, _key: source.random()
 
 
-def _concurrency(section: UpstreamSection, bands: Bands, now: float) -> ConcurrencyLimit | None:
-    concurrency, source = section.concurrency, random.Random()  # noqa: S311 - spreads load, guards nothing
+def _limit(
+    section: UpstreamSection, limit: ConcurrencyLimit | None, bands: Bands, now: float
+) -> ConcurrencyLimit | None:
+    """Return the limit that the section sets: `limit` itself, changed, if there is one."""
+    concurrency = section.concurrency
     if concurrency is None:
         return None
+    terms: float | AdaptivePolicy
     if concurrency.adaptive is not None:
-        policy = AdaptivePolicy(**concurrency.adaptive.model_dump())
-        return ConcurrencyLimit(Gradient(policy, now), bands, source=source)
-    assert concurrency.limit is not None  # noqa: S101 - one of them is set
-    return ConcurrencyLimit(concurrency.limit, bands, source=source)
+        terms = AdaptivePolicy(**concurrency.adaptive.model_dump())
+    else:
+        assert concurrency.limit is not None  # noqa: S101 - one of them is set
+        terms = concurrency.limit
+    if limit is not None:
+        limit.change(terms, bands, now)
+        return limit
+    start = Gradient(terms, now) if isinstance(terms, AdaptivePolicy) else terms
+    return ConcurrencyLimit(start, bands, source=random.Random())  # noqa: S311 - spreads load, guards nothing
 
 
-def _transport(name: str, section: UpstreamSection) -> UpstreamTransport | GuardedTransport:
-    tls = None
-    if any(target.url.startswith("https:") for target in section.targets):
-        try:
-            tls = tls_context(section.tls.ca_file, section.tls.certificate, section.tls.key)
-        except OSError as error:
-            raise StartupError(f"upstreams.{name}.tls: the files cannot be used: {error}") from error
+def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:
+    """Return the TLS settings: those of `live` if neither the files nor what they hold have changed."""
+    if not any(target.url.startswith("https:") for target in section.targets):
+        return Tls()
+    files = (section.tls.ca_file, section.tls.certificate, section.tls.key)
+    try:
+        digest = hashlib.blake2b(
+            b"\0".join(str(path).encode() + (path.read_bytes() if path is not None else b"") for path in files)
+        ).digest()
+        if live is not None and live.tls.digest == digest:
+            return live.tls
+        return Tls(tls_context(*files), digest)
+    except OSError as error:
+        raise StartupError(f"upstreams.{name}.tls: the files cannot be used: {error}") from error
+
+
+def _transport(name: str, section: UpstreamSection, tls: Tls) -> Transport:
     pool = section.pool
     if not section.http2:
         return UpstreamTransport(
             max_connections=pool.max_connections,
             max_tunnels=pool.max_tunnels,
             idle_timeout=pool.idle_timeout,
-            tls=tls,
+            tls=tls.context,
         )
     try:
-        return http2_transport(pool.max_connections, pool.idle_timeout, tls)
+        return http2_transport(pool.max_connections, pool.idle_timeout, tls.context)
     except ImportError as error:
         raise StartupError(f"upstreams.{name}.http2: needs the package h2: pip install 'httpx[http2]'") from error

@@ -171,6 +171,10 @@ class Upstream:
         healthy = sum(target.is_healthy for target in self.targets)
         return f"<Upstream {self.name!r} [{healthy} of {len(self.targets)} healthy, {self.breaker.state}]>"
 
+    def rebalance(self, pick: Pick) -> None:
+        """Choose among targets in another way."""
+        self._pick = pick
+
     def retarget(self, targets: Sequence[Target], now: float) -> None:
         """Offer `targets` from now on. Leases on others run on to their end."""
         self.targets = list(targets)

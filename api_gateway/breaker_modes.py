@@ -133,6 +133,12 @@ class ModeBoard:
     def __repr__(self) -> str:
         return f"<ModeBoard [{len(self._overrides)} overrides]>"
 
+    def follow(self, breakers: Mapping[str, CircuitBreaker]) -> None:
+        """Keep these breakers in their modes from now on, and no others."""
+        self._breakers = dict(breakers)
+        self._modes = {name: self._modes.get(name, Mode.AUTO) for name in breakers}
+        self._apply()
+
     @property
     def names(self) -> list[str]:
         """The names of the breakers."""

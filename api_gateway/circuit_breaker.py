@@ -229,6 +229,28 @@ class CircuitBreaker:
             self.ramp = None
         self._look_again()
 
+    def change_policy(self, policy: BreakerPolicy, now: float) -> None:
+        """Go by another policy from now on. State, counts, history and tickets stay as they are.
+
+        While it is OPEN, the rest of its open time changes in proportion to `recovery_timeout`. A window of another
+        length begins empty.
+        """
+        before, self.policy = self.policy, policy
+        if policy == before:
+            return
+        self.slow_after = NEVER if policy.slow_call_duration is None else policy.slow_call_duration
+        if (policy.window, policy.window_calls) != (before.window, before.window_calls):
+            self._window = _window(policy)
+        self.advance(now)
+        longest = policy.max_recovery_timeout or policy.recovery_timeout
+        open_time = min(self._open_time * policy.recovery_timeout / before.recovery_timeout, longest)
+        if self.state is State.OPEN:
+            self._due = self.since + (self._due - self.since) * open_time / self._open_time
+        self._open_time = open_time
+        if not policy.ramp:
+            self.ramp = None
+        self._look_again()
+
     # What it says of itself
 
     def retry_after(self, now: float) -> float:

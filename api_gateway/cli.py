@@ -55,7 +55,7 @@ def _serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> int:
     """Serve in this process, or supervise several that do. Raises StartupError."""
     if config.server.workers > 1:
         return asyncio.run(Supervisor(config, read).run())
-    server = GatewayServer(config)
+    server = GatewayServer(config, read=read)
     server.run()
     return server.exit_code if server.started else STARTUP_FAILED
 

@@ -100,6 +100,11 @@ class ClientCopy:
         else:
             self.clients[record.id] = client
 
+    def refresh_all(self) -> None:
+        """Work out anew what every record comes to: tiers have changed."""
+        for record in self._records.values():
+            self.refresh(record)
+
     def put_absent(self, client_id: str) -> None:
         """Note that nothing is stored of a client."""
         if client_id not in self._records and not self.is_complete:

@@ -51,6 +51,23 @@ class Inspection(NamedTuple):
     is_confirmed: bool
 
 
+class EarlierClients(NamedTuple):
+    """Who was who before tiers or configured clients changed: the tiers, and clients by id."""
+
+    tiers: Mapping[str, Quota]
+    default: Quota
+    registered: Mapping[str, Client]
+    configured: Mapping[str, Client]
+
+    def quota_of(self, key: str) -> Quota:
+        """Return the quota that a client's bucket had, by the bucket's key."""
+        client_id = key.removeprefix(_CLIENT)
+        if client_id == key:  # an address
+            return self.default
+        known = self.registered.get(client_id) or self.configured.get(client_id)
+        return self.default if known is None else known.quota
+
+
 def _ignore(_before: Client, _after: Client) -> None:
     pass
 
@@ -83,10 +100,7 @@ class ClientRegistry:
         """
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
-        self._configured = {
-            client_id: Client(client_id, bucket_key(client_id), self.tiers[tier], "configured")
-            for client_id, tier in configured.items()
-        }
+        self._configured = self._as_configured(configured)
         self.version = 0  # goes up with every change, so that who has looked a client up knows to look again
         self.trouble: str | None = None  # why the store cannot be used, while it cannot
         self._limit = limit
@@ -101,7 +115,7 @@ class ClientRegistry:
         self._endings = Endings(limit)
         self._timer: asyncio.TimerHandle | None = None
         self._look_ups = LookUps(
-            store.look_up, self._note, self.named, self._look_again, limit=limit + BATCH, deadline=deadline
+            store.look_up, self._note, self.named, self.count_version, limit=limit + BATCH, deadline=deadline
         )
         self._writing: Counter[str] = Counter()  # changes under way, by client
         self._heard: dict[str, list[ClientRecord]] = {}  # of such clients meanwhile
@@ -218,6 +232,28 @@ class ClientRegistry:
         self._mark = changes.mark
         self._copy.forget_empty(changes.mark.version)
 
+    def count_version(self) -> None:
+        """Have everybody who has looked a client up look again."""
+        self.version += 1
+
+    def retier(self, tiers: Mapping[str, Quota], default_tier: str, configured: Mapping[str, str]) -> "EarlierClients":
+        """Go by other tiers and other configured clients; return who was who until now.
+
+        Who is registered for a tier that is no more counts as not registered, until the tier is there again.
+        """
+        before = EarlierClients(self.tiers, self.default, dict(self._known), self._configured)
+        self.tiers = dict(tiers)
+        self.default = self.tiers[default_tier]
+        self._configured = self._as_configured(configured)
+        for copy in {id(copy): copy for copy in (self._copy, self._loading)}.values():
+            copy.refresh_all()
+        self.version += 1
+        lost = [name for name in before.registered if name not in self._known]
+        if lost:
+            shown = ", ".join(lost[:3])
+            logger.warning("%d clients are registered for a tier that is no longer configured: %s", len(lost), shown)
+        return before
+
     # Who is who
 
     def named(self, client_id: str) -> Client:
@@ -254,9 +290,6 @@ class ClientRegistry:
             self._apply(record)
         else:
             self._put(record)
-
-    def _look_again(self) -> None:
-        self.version += 1
 
     # Changes
 
@@ -404,6 +437,12 @@ class ClientRegistry:
             self._timer = asyncio.get_running_loop().call_later(nap, self.end_grants)
 
     # What a record comes to
+
+    def _as_configured(self, configured: Mapping[str, str]) -> dict[str, Client]:
+        return {
+            client_id: Client(client_id, bucket_key(client_id), self.tiers[tier], "configured")
+            for client_id, tier in configured.items()
+        }
 
     def _resolve(self, record: ClientRecord) -> Client | None:
         grant = record.grant

@@ -1,8 +1,9 @@
 """Who else serves: nobody, or the other workers, whom the supervisor asks on a worker's behalf.
 
 Messages are lines of JSON over a socket pair. A worker sends `ready` once, `report` every second and when asked,
-`gather` to hear how all stand, and as its last word `left`; the supervisor sends `report` to ask and `gathered` to
-answer.
+`gather` to hear how all stand, `reload` to have all take the configuration anew, `configured` in answer to `prepare`
+and `commit`, and as its last word `left`; the supervisor sends `report` to ask, `prepare` and `commit` for the two
+phases of a reload, and `gathered` and `reloaded` to answer.
 """
 
 import asyncio
@@ -11,16 +12,19 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
+from api_gateway.errors import StartupError
 from api_gateway.pacing import Steps, paced
+from api_gateway.reload_state import Outcome
 from api_gateway.report import Report, UpstreamReport, joined, oldest_changed
 
 logger = logging.getLogger(__name__)
 
 Look = Callable[[], Steps[Report]]
+Reload = Callable[[str], Awaitable[Outcome]]
 
 RELIEF = signal.SIGUSR1  # tells a worker that another one has taken its place
 
@@ -30,11 +34,31 @@ MAX_MESSAGE = 64 * 1024 * 1024  # bytes
 MAX_UNSENT = 8 * 1024 * 1024  # bytes: a supervisor that does not read gets nothing new
 
 
+class Configured(Protocol):
+    """What serves in this process, as the supervisor brings it to another configuration in two phases."""
+
+    async def prepare(self, values: dict[str, Any]) -> None:
+        """Do all that may fail on the way to a configuration that was handed over. Raises StartupError."""
+        ...
+
+    def commit(self) -> None:
+        """Put what was prepared last into force."""
+        ...
+
+    async def reload(self, origin: str) -> Outcome:
+        """Reload the configuration of this process, where it serves alone."""
+        ...
+
+
 class Crew(Protocol):
     """Those who serve."""
 
-    def enlist(self, look: Look) -> None:
-        """Say how to look at the process that serves here."""
+    def enlist(self, look: Look, configured: "Configured | None" = None) -> None:
+        """Say how to look at the process that serves here, and how to bring it to another configuration."""
+        ...
+
+    async def reload(self, origin: str) -> Outcome:
+        """Have all take the configuration anew, or none. `origin` says who wants it."""
         ...
 
     async def gather(self, *, with_histories: bool = False) -> Report:
@@ -47,14 +71,20 @@ class Alone:
 
     def __init__(self) -> None:
         self._look: Look = _nothing
+        self._configured: Configured | None = None
 
-    def enlist(self, look: Look) -> None:
+    def enlist(self, look: Look, configured: Configured | None = None) -> None:
         """See `Crew`."""
-        self._look = look
+        self._look, self._configured = look, configured
 
     async def gather(self, *, with_histories: bool = False) -> Report:  # noqa: ARG002 - they are at hand
         """See `Crew`."""
         return await paced(self._look())
+
+    async def reload(self, origin: str) -> Outcome:
+        """See `Crew`."""
+        assert self._configured is not None  # noqa: S101 - whoever asks is served
+        return await self._configured.reload(origin)
 
 
 class Member:
@@ -65,6 +95,7 @@ class Member:
         self._channel = channel
         self._on_orphaned = on_orphaned
         self._look: Look = _nothing
+        self._configured: Configured | None = None
         self._since = 0  # the first slice that the supervisor may not know as it is
         self._known: dict[str, UpstreamReport] = {}  # what it was last told of each upstream
         self._telling = asyncio.Lock()  # a report that was begun earlier is sent earlier
@@ -73,13 +104,14 @@ class Member:
         self._parts: dict[int, list[dict[str, Any]]] = {}  # of answers that are not complete
         self._last: Any = None  # what was last gathered
         self._tasks: list[asyncio.Task[None]] = []
+        self._preparing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Member [{len(self._asked)} asked]>"
 
-    def enlist(self, look: Look) -> None:
+    def enlist(self, look: Look, configured: Configured | None = None) -> None:
         """See `Crew`."""
-        self._look = look
+        self._look, self._configured = look, configured
 
     async def join(self) -> None:
         """Begin to listen to the supervisor."""
@@ -125,27 +157,68 @@ class Member:
         await paced(report.updating(self._last))
         return report
 
+    async def reload(self, origin: str) -> Outcome:
+        """See `Crew`; the supervisor reads the configuration and has every worker take it."""
+        self._number = number = self._number + 1
+        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        self._say("reload", id=number, origin=origin)
+        try:
+            return Outcome.from_state(await answer)
+        finally:
+            del self._asked[number]
+
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         with suppress(OSError):
             while (line := await reader.readline()).endswith(b"\n"):
                 message = json.loads(line)
                 if message["kind"] == "report":
                     await self._report(answers=message["id"])
-                else:
+                elif message["kind"] == "prepare":
+                    self._preparing = asyncio.create_task(self._prepare(message), name="configuration")
+                elif message["kind"] == "commit":
+                    self._commit(message["id"])
+                elif message["kind"] == "gathered":
                     self._take(message)
+                else:
+                    self._answered(message["id"], message["outcome"])
                 await asyncio.sleep(0)  # lines that have all arrived are read without a pause
         self._on_orphaned()
 
     def _take(self, message: dict[str, Any]) -> None:
-        """Take one part of an answer; the last completes it."""
+        """Take one part of a report; the last completes it."""
         parts = self._parts.setdefault(message["id"], [])
         parts.append(message["report"])
-        if not message["is_last"]:
-            return
-        del self._parts[message["id"]]
-        asked = self._asked.get(message["id"])
+        if message["is_last"]:
+            self._answered(message["id"], joined(self._parts.pop(message["id"])))
+
+    def _answered(self, number: int, answer: dict[str, Any]) -> None:
+        asked = self._asked.get(number)
         if asked is not None and not asked.done():
-            asked.set_result(joined(parts))
+            asked.set_result(answer)
+
+    async def _prepare(self, message: dict[str, Any]) -> None:
+        """Do the first phase of a reload, and say whether anything is in its way."""
+        assert self._configured is not None  # noqa: S101 - nobody is asked who has not said that it is ready
+        objection: tuple[str, bool] | None = None
+        try:
+            await self._configured.prepare(message["config"])
+        except StartupError as error:
+            objection = str(error), True
+        except Exception as error:
+            logger.exception("configuration")
+            objection = f"it failed: {type(error).__name__}", False
+        self._say("configured", id=message["id"], objection=objection)
+
+    def _commit(self, number: int) -> None:
+        """Do the second phase. What fails here ends the worker: another takes its place, on the new configuration."""
+        assert self._configured is not None  # noqa: S101 - it was asked to prepare before
+        objection = None
+        try:
+            self._configured.commit()
+        except Exception as error:
+            logger.exception("configuration")
+            objection = f"it failed: {type(error).__name__}", False
+        self._say("configured", id=number, objection=objection)
 
     async def _report_regularly(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from api_gateway.errors import Reason
 from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Series, Tally, UpstreamFigures, value_of
 from api_gateway.models import LimiterState, Source
 from api_gateway.pacing import Steps
+from api_gateway.reload_state import ReloadState
 from api_gateway.retry import Why
 from api_gateway.shares import ResourceState
 
@@ -45,6 +46,7 @@ class Exposition:
         lag: float = 0.0,
         tasks: int = 0,
         resources: Sequence[ResourceState] = (),
+        configuration: ReloadState = ReloadState(),  # noqa: B008 - it is frozen
     ) -> None:
         self._recorder = recorder
         self._upstreams = upstreams
@@ -53,6 +55,7 @@ class Exposition:
         self._version = version
         self._lag = lag
         self._tasks = tasks
+        self._configuration = configuration
         self._resources = resources
         self._are_few = len(recorder.routes) + len(recorder.upstreams) <= _FEW
 
@@ -83,6 +86,7 @@ class Exposition:
         yield from self._breakers()
         yield from self._overload()
         yield from self._output()
+        yield from self._reloads()
         yield from self._shares()
 
     def _requests(self) -> Iterator[Metric]:
@@ -199,9 +203,9 @@ class Exposition:
         yield from _family(
             GaugeMetricFamily,
             "gateway_upstream_healthy",
-            "1 while the target is healthy.",
+            "1 while the target passes its health checks, 0 while it fails them; no series while none has come back.",
             labels,
-            ((key, target.is_healthy) for key, target in targets),
+            ((key, target.verdict) for key, target in targets if target.verdict is not None),
         )
         yield from _family(
             GaugeMetricFamily,
@@ -297,7 +301,7 @@ class Exposition:
         yield from _family(
             GaugeMetricFamily,
             "gateway_concurrency_in_flight",
-            "Requests, streams and tunnels under way.",
+            "Requests under way.",
             ["upstream"],
             (((name,), one.in_flight) for name, one in running if one.limit is not None or self._is_used(name)),
         )
@@ -316,6 +320,25 @@ class Exposition:
         yield GaugeMetricFamily("gateway_event_loop_lag_seconds", "How late the event loop runs.", value=self._lag)
         yield GaugeMetricFamily("gateway_event_loop_tasks", "Tasks the event loop has.", value=self._tasks)
 
+    def _reloads(self) -> Iterator[Metric]:
+        state = self._configuration
+        yield GaugeMetricFamily(
+            "gateway_config_reload_success",
+            "1 unless the last reload of the configuration failed.",
+            value=state.is_successful,
+        )
+        yield GaugeMetricFamily(
+            "gateway_config_reload_last_success_timestamp_seconds",
+            "When the configuration in force was read.",
+            value=state.loaded_at,
+        )
+        reloads = CounterMetricFamily(
+            "gateway_config_reload", "Reloads of the configuration, by result.", labels=["result"]
+        )
+        for result, count in state.counts.items():
+            reloads.add_metric([result], count)
+        yield reloads
+
     def _output(self) -> Iterator[Metric]:
         for name, words, counts in (
             ("gateway_output_dropped_lines", "Lines of the gateway's own not written.", self._recorder.dropped_lines),
@@ -328,18 +351,25 @@ class Exposition:
 
     def _shares(self) -> Iterator[Metric]:
         labels = ["resource", "upstream"]
-        used = GaugeMetricFamily(
-            "gateway_resource_used_ratio", "Share of a bounded resource that is in use, 0 to 1.", labels=labels
+        resources = [
+            ((one.resource, one.upstream or ""), one)
+            for one in self._resources
+            if one.upstream is None or one.in_use or one.refused or self._is_used(one.upstream)
+        ]
+        yield from _family(
+            GaugeMetricFamily,
+            "gateway_resource_used_ratio",
+            "Share of a bounded resource that is in use, 0 to 1.",
+            labels,
+            ((key, one.in_use / one.limit if one.limit else 0.0) for key, one in resources),
         )
-        refused = CounterMetricFamily(
-            "gateway_resource_refused", "What got no place, or exceeded an address's or client's share.", labels=labels
+        yield from _family(
+            CounterMetricFamily,
+            "gateway_resource_refused",
+            "What got no place, or exceeded an address's or client's share.",
+            labels,
+            ((key, one.refused) for key, one in resources),
         )
-        for resource in self._resources:
-            values = [resource.resource, resource.upstream or ""]
-            used.add_metric(values, resource.in_use / resource.limit if resource.limit else 0.0)
-            refused.add_metric(values, resource.refused)
-        yield used
-        yield refused
 
 
 class _Single:

@@ -79,6 +79,7 @@ class Standing:
         "keep_alive",
         "length",
         "name",
+        "owner",
         "peer",
         "principal",
         "request_id",
@@ -88,6 +89,7 @@ class Standing:
     def __init__(
         self,
         *,
+        owner: "Express",
         framing: tuple[int, bool],
         host: str,
         caller: tuple[str, bool, str | None],
@@ -95,6 +97,7 @@ class Standing:
         dropped: HeaderList,
         added: bytes,
     ) -> None:
+        self.owner = owner  # by whose configuration it was worked out
         self.length, self.keep_alive = framing
         self.host = host
         self.peer, self.is_trusted, self.name = caller
@@ -114,7 +117,7 @@ class Standing:
     def named(self, name: str | None) -> "Standing":
         """Return what the same headers come to with a client's name beside them."""
         other = Standing.__new__(Standing)  # the arguments of `__init__` would be taken apart a second time
-        other.length, other.keep_alive = self.length, self.keep_alive
+        other.owner, other.length, other.keep_alive = self.owner, self.length, self.keep_alive
         other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
         other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
         other.version, other.cost, other.client, other.charges = -1, -1.0, None, []
@@ -218,7 +221,7 @@ class Express:
             return False
         return self._take(client, lines, method, raw_path, query, body)
 
-    def _take(  # noqa: PLR0911 - every way out is a decision
+    def _take(  # noqa: C901, PLR0911 - every way out is a decision
         self, client: ClientConnection, lines: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
         """Take a plain request on its way if it can be decided on now, or change nothing and return False."""
@@ -238,6 +241,8 @@ class Express:
         service = router.services[route.upstream]
         limit = self.limit
         if standing.version != self._clients.version or standing.cost != cost:
+            if standing.owner is not self:  # a reload counts the version up, so no other is noticed here
+                return self._take_anew(client, lines, method, raw_path, query, body)
             self._charge_anew(standing, cost)
         upstream = service.upstream
         is_plain = (
@@ -275,6 +280,16 @@ class Express:
         except Unavailable as error:
             self._refuse(client, exchange, error, keep_alive=standing.keep_alive)
         return True
+
+    def _take_anew(
+        self, client: ClientConnection, old: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
+    ) -> bool:
+        """Take a request whose header lines were last seen under an earlier configuration."""
+        lines = self._look_up(client, old.came)
+        client.lines = lines if len(old.came) <= MAX_KNOWN_BYTES else None
+        if lines is None or len(body) != lines.standing.length:
+            return False
+        return self._take(client, lines, method, raw_path, query, body)
 
     def _refuse(self, client: ClientConnection, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
         """Answer a request that has not embarked."""
@@ -346,6 +361,7 @@ class Express:
             return None
         dropped = not_forwarded(self.router.protected, caller[1])
         return Standing(
+            owner=self,
             framing=framing,
             host=host_name(fields),
             caller=caller,

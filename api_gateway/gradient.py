@@ -57,9 +57,9 @@ class Gradient:
         "policy",
     )
 
-    def __init__(self, policy: AdaptivePolicy, now: float) -> None:
+    def __init__(self, policy: AdaptivePolicy, now: float, start: float = START) -> None:
         self.policy = policy
-        self.limit = self._within(START)
+        self.limit = self._within(start)
         self.baseline: float | None = None  # seconds
         self.latency: float | None = None  # seconds, smoothed
         self.is_looking = False
@@ -70,6 +70,11 @@ class Gradient:
 
     def __repr__(self) -> str:
         return f"<Gradient [{self.limit:.1f}, {self.latency} against {self.baseline} s]>"
+
+    def change_policy(self, policy: AdaptivePolicy) -> None:
+        """Go by another policy; what has been learnt of the upstream stays."""
+        self.policy = policy
+        self.limit = self._within(self.limit)
 
     @property
     def allowed(self) -> float:

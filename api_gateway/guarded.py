@@ -8,7 +8,7 @@ in a task of its own that is left to finish, and what it yields for nobody is cl
 import asyncio
 import importlib.util
 import ssl
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
 import httpx
@@ -21,18 +21,35 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
         self._inner = inner
+        self._running = 0  # requests whose response is not closed
         self._left: set[asyncio.Task[Any]] = set()  # tasks that finish for nobody
 
     def __repr__(self) -> str:
         return f"<GuardedTransport {self._inner!r} [{len(self._left)} left to finish]>"
 
+    def is_of(self, transports: Iterable[httpx.AsyncBaseTransport]) -> bool:
+        """Tell whether it guards one of these."""
+        return any(transport is self._inner for transport in transports)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no response is under way."""
+        return not self._running and not self._left
+
+    def on_closed(self) -> None:
+        """Count a response less."""
+        self._running -= 1
+
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request`; if that is cancelled, the response is closed once it is there."""
         task = asyncio.ensure_future(self._inner.handle_async_request(request))
+        self._running += 1
         try:
             response = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self._leave(self._close_when_there(task))
+        except BaseException as error:
+            self._running -= 1
+            if isinstance(error, asyncio.CancelledError):
+                self._leave(self._close_when_there(task))
             raise
         except httpx.ConnectError as error:
             if is_own_lack(error, request.url.host, request.url.port or 0):
@@ -76,6 +93,7 @@ class _Body(httpx.AsyncByteStream):
         self._stream = stream
         self._pieces = aiter(stream)
         self._next: asyncio.Future[bytes] | None = None
+        self._is_closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the body piece by piece."""
@@ -90,6 +108,9 @@ class _Body(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         """Let go of the body, once the piece that is being read has come."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._guard.on_closed()
         await self._guard.finish(self._close())
 
     async def _close(self) -> None:

@@ -42,6 +42,12 @@ class Lane(Protocol):
         ...
 
 
+class Lanes(Protocol):
+    """Where a connection finds the lane in force: a reload sets another one."""
+
+    current: Lane
+
+
 class Link(Protocol):
     """The server's side of one request, beside ASGI's `receive` and `send`.
 

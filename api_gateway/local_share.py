@@ -8,7 +8,7 @@ Bounds, for N processes with the largest cost c (capacity C, rate r, budget B): 
 max(C, N*c) + max(r, N*c/B)*d in any window of length d.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from api_gateway.models import Charge, Decision, Quota
 from api_gateway.rate_limiter import DebtTable, MemoryLimiter, settled
@@ -39,7 +39,7 @@ class LocalShare:
         `may_be_charged` in the store already, which did not say so, it is not charged there once more.
         """
         for charge, tat_ns in zip(charges, known, strict=True):
-            self._limiter.owe(charge.key, tat_ns, now_ns)
+            self._limiter.owe(charge.key, charge.quota, tat_ns, now_ns)
         decision = self._as_share(self._limiter.decide([self._scaled(charge) for charge in charges], now_ns))
         if decision.allowed and not may_be_charged:
             self.admit(charges, now_ns)
@@ -47,7 +47,7 @@ class LocalShare:
 
     def inspect(self, charge: Charge, known_ns: int, now_ns: int) -> Decision:
         """Return what this process's share of a bucket says to a charge, charging nothing."""
-        self._limiter.owe(charge.key, known_ns, now_ns)
+        self._limiter.owe(charge.key, charge.quota, known_ns, now_ns)
         return self._as_share(self._limiter.preview(self._scaled(charge), now_ns))
 
     def admit(self, charges: Iterable[Charge], now_ns: int) -> None:
@@ -90,6 +90,16 @@ class LocalShare:
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Take a bucket from one quota to another."""
         self._limiter.change_quota(key, old, new, now_ns)
+
+    def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
+        """Hold buckets of other quotas; see `MemoryLimiter.requote`."""
+        quotas = list(quotas)
+        self._limiter.requote(quotas, quota_of, now_ns)
+        self._admitted.period_ns = max(self._admitted.period_ns, *(quota.burst_ns for quota in quotas))
+
+    def limit_buckets(self, bucket_limit: int) -> None:
+        """Hold at most so many buckets."""
+        self._limiter.bucket_limit = self._admitted.limit = bucket_limit
 
     def _as_share(self, decision: Decision) -> Decision:
         """Say of a decision on scaled charges what it means to the client."""

@@ -3,12 +3,11 @@
 `api_gateway.main:app` is what `uvicorn` is given. It is built when first asked for, so importing does nothing.
 """
 
-import asyncio
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -18,25 +17,24 @@ from fastapi import FastAPI
 
 from api_gateway import __version__, admin
 from api_gateway.admin import Console, Phase
-from api_gateway.assembly import Gateway, live
+from api_gateway.assembly import Assembly, Gateway
 from api_gateway.assembly_access import NOBODY, operator_access
-from api_gateway.assembly_data_plane import data_plane_of
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
-from api_gateway.errors import STARTUP_FAILED
+from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
-from api_gateway.link import Lane
+from api_gateway.installation import Installation
+from api_gateway.link import Lanes
 from api_gateway.locality import Locality
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import OperatorGate
 from api_gateway.operator_limits import OperatorLimits
-from api_gateway.pacing import Steps, each
-from api_gateway.report import Report, UpstreamReport, moves_of
-from api_gateway.request import Receive, Scope, Send
+from api_gateway.request import Message, Receive, Scope, Send
+from api_gateway.request_paths import below_root
 from api_gateway.resolution import Resolve, look_up
-from api_gateway.shares import ResourceState, Shares
+from api_gateway.shares import Shares
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +52,7 @@ class GatewayApp(FastAPI):
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
+        self.startup_error: StartupError | None = None
         self.has_admin_listener = has_admin_listener
         endpoints = admin.install(self, refused)
         self._own_routes = len(self.routes)
@@ -69,9 +68,9 @@ class GatewayApp(FastAPI):
         )
 
     @property
-    def lane(self) -> Lane | None:
+    def lane(self) -> Lanes | None:
         """The straight way for plain requests; none if somebody's middleware wants to see them."""
-        return self._switch.lane if self._has_no_other_middleware else None
+        return self._switch if self._has_no_other_middleware else None
 
     @property
     def _has_no_other_middleware(self) -> bool:
@@ -79,12 +78,31 @@ class GatewayApp(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
+        if scope.get("root_path"):
+            scope = below_root(scope)
         if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
         elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
             await self.gate(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await super().__call__(scope, receive, partial(self._send_lifespan, send))
         else:
             await super().__call__(scope, receive, send)
+
+    @asynccontextmanager
+    async def noting_startup_error(self) -> AsyncIterator[None]:
+        """Keep the StartupError that leaves the block, for the server's log."""
+        try:
+            yield
+        except StartupError as error:
+            self.startup_error = error
+            raise
+
+    async def _send_lifespan(self, send: Send, message: Message) -> None:
+        """Report why the gateway cannot start in one line instead of the traceback that the framework sends."""
+        if message["type"] == "lifespan.startup.failed" and self.startup_error is not None:
+            message = {**message, "message": str(self.startup_error)}
+        await send(message)
 
     @property
     def _is_extended(self) -> bool:
@@ -109,6 +127,8 @@ def create_app(
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     crew: Crew | None = None,
     resolve: Resolve = look_up,
+    read: Callable[[], GatewayConfig] | None = None,
+    on_change: Callable[[GatewayConfig], None] | None = None,
     connections: Shares | None = None,
     locality: Locality | None = None,
 ) -> GatewayApp:
@@ -119,22 +139,34 @@ def create_app(
     `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
     test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
     `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
+    `read` reads the configuration anew for a reload; without it only a `config` that is None can be reloaded, from the
+    same sources. `on_change` is called with every configuration that a reload has put into force.
     `locality` decides which requests need no token; by default that of a program of the operator on this machine.
     `connections` are the shares of the server's connections, to be shown to operators.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
+    if config is None and read is None:
+        read = load_config
     rejections: Counter[str] = Counter() if refused is None else refused
     switch = Switch()
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
-        app.gate.access = operator_access(settings, locality)
-        async with live(settings, rejections, transports or {}, resolve) as gateway:
-            app.state.gateway = gateway
+        assembly = Assembly(rejections, transports or {}, resolve)
+        async with app.noting_startup_error(), assembly.live(settings) as gateway:
             gateway.recorder.operator_refusals = app.gate.refusals
-            switch.data_plane, switch.lane, explainer = data_plane_of(gateway, server_headers)
-            app.state.console = _console(gateway, explainer, crew or Alone(), connections)
+            installation = Installation(
+                app,
+                assembly,
+                switch,
+                server_headers=server_headers,
+                access=partial(operator_access, locality=locality),
+                connections=connections,
+                read=read,
+                on_change=on_change,
+            )
+            await installation.start(settings, _console, crew or Alone())
             app.state.console.phase = Phase.SERVING
             yield
             app.state.console.phase = Phase.DRAINING
@@ -169,8 +201,7 @@ def __getattr__(name: str) -> Any:
     return app
 
 
-def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Shares | None) -> Console:
-    crew.enlist(partial(_look, gateway, connections))
+def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
     return Console(
         version=__version__,
         limiter=gateway.limiter,
@@ -180,31 +211,4 @@ def _console(gateway: Gateway, explainer: Explainer, crew: Crew, connections: Sh
         clock_ns=time.monotonic_ns,
         explainer=explainer,
         modes=gateway.modes,
-    )
-
-
-def _look(gateway: Gateway, connections: Shares | None) -> Steps[Report]:
-    """Return how this process stands."""
-    now = time.monotonic()
-    upstreams = yield from each(
-        gateway.services.items(),
-        lambda name, service: UpstreamReport.of(service.upstream, now, gateway.upkeeps[name].names),
-    )
-    histories = yield from each(gateway.services.items(), lambda _, service: moves_of(service.upstream))
-    return Report(
-        worker="",
-        recorder=gateway.recorder,
-        upstreams=upstreams,
-        buckets=len(gateway.limiter),
-        bucket_limit=gateway.limiter.bucket_limit,
-        overflowed=gateway.limiter.overflowed,
-        limiter=gateway.limiter.state(),
-        client_trouble=gateway.clients.trouble,
-        histories=histories,
-        lag=gateway.lag.lag,
-        tasks=len(asyncio.all_tasks()),
-        resources=[
-            *([] if connections is None else [ResourceState.of("connections", [connections])]),
-            *(resource for service in gateway.services.values() for resource in service.resources()),
-        ],
     )

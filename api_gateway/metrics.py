@@ -152,7 +152,7 @@ class TargetFigures(Protocol):
     @property
     def key(self) -> str: ...  # noqa: D102
     @property
-    def is_healthy(self) -> bool: ...  # noqa: D102
+    def verdict(self) -> bool | None: ...  # noqa: D102
     @property
     def passive(self) -> EjectionFigures | None: ...  # noqa: D102
 
@@ -365,6 +365,21 @@ class Recorder:
         self.requests_by_client = Sketch()  # by the client's key
         self.limited_by_client = Sketch()
         self.percentiles = tuple(percentiles)
+
+    def extend(
+        self, routes: Iterable[str], upstreams: Iterable[str], tiers: Iterable[str], percentiles: Sequence[float]
+    ) -> None:
+        """Know more label values. Those known before stay, with what was counted under them."""
+        self.percentiles = tuple(percentiles)
+        for name in routes:
+            self.routes.setdefault(name, Series())
+        for name in upstreams:
+            self.upstreams.setdefault(name, Series())
+            self.outcomes.setdefault(name, Counter())
+            self.shed.setdefault(name, Counter())
+        for tier in tiers:
+            for counts in (self.allowed, self.limited, self.would_limit, self.would_allow, *self.shed.values()):
+                counts.setdefault(tier, 0)
 
     def __repr__(self) -> str:
         return f"<Recorder [{self.requests.total()} requests, {self.in_flight} in flight]>"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from api_gateway.errors import Shed
-from api_gateway.gradient import Gradient
+from api_gateway.gradient import AdaptivePolicy, Gradient
 from api_gateway.shares import Shares
 
 LOWEST_SHARE = 0.5  # of a limit that the lowest band may fill
@@ -74,10 +74,11 @@ class ConcurrencyLimit:
     free, see `shares`. The limit is fixed, or a gradient finds it.
     """
 
-    __slots__ = ("_bands", "_gradient", "_met", "_peak", "_places", "_source", "bounds", "limit")
+    __slots__ = ("_bands", "_gradient", "_met", "_most_bands", "_peak", "_places", "_source", "bounds", "limit")
 
     def __init__(self, limit: float | Gradient, bands: Bands = ONE_BAND, *, source: random.Random) -> None:
         self._bands = bands
+        self._most_bands = len(bands)  # that a request under way may have been given its band among
         self._gradient = limit if isinstance(limit, Gradient) else None
         self._source = source
         self._places = Shares(0)
@@ -93,9 +94,29 @@ class ConcurrencyLimit:
         """True if it follows the upstream's latency."""
         return self._gradient is not None
 
+    def change(self, limit: float | AdaptivePolicy, bands: Bands, now: float) -> None:
+        """Take another limit, or other terms of an adaptive one, which goes on from where it stands."""
+        self._bands = bands
+        self._most_bands = max(self._most_bands, len(bands))
+        self._met = len(bands)
+        gradient = self._gradient
+        if not isinstance(limit, AdaptivePolicy):
+            self._gradient = None
+            self._set(limit)
+            return
+        if gradient is None:
+            self._gradient = gradient = Gradient(limit, now, self.limit)
+        else:
+            gradient.change_policy(limit)
+        self._set(gradient.allowed)
+
     def _set(self, limit: float) -> None:
         self.limit = limit
-        self.bounds = tuple(math.ceil(limit * share) for share in self._bands.shares)
+        self._bound([math.ceil(limit * share) for share in self._bands.shares])
+
+    def _bound(self, bounds: list[int]) -> None:
+        """Set the places of each band; a request whose band is no more has those of the highest."""
+        self.bounds = (*bounds, *bounds[-1:] * (self._most_bands - len(bounds)))
 
     @property
     def in_flight(self) -> int:
@@ -131,12 +152,12 @@ class ConcurrencyLimit:
         """Learn from the time one request took to the head of its answer."""
         gradient = self._gradient
         if gradient is not None and gradient.add(seconds, now):
-            bands, met = len(self.bounds), self._met
+            bands, met = len(self._bands), self._met
             gradient.close_window(now, is_met=met < bands, is_calm=2 * self._peak <= self.bounds[0])
             self._met, self._peak = bands, self.in_flight
             self._set(gradient.allowed)
             if gradient.is_looking and met < bands - 1:  # a look costs the lower bands, if they are many enough
-                self.bounds = (*self.bounds[:-1], math.ceil(gradient.unqueued))
+                self._bound([*self.bounds[: bands - 1], math.ceil(gradient.unqueued)])
 
     def refusal(self, upstream: str, band: int, holder: str | None = None) -> Shed:
         """Return the error that tells a request of that band that it came at a bad time."""
@@ -179,6 +200,12 @@ class LagLimit:
 
     def __repr__(self) -> str:
         return f"<LagLimit [{self.lag:.3f} of {self.most:g} s]>"
+
+    def change(self, most: float | None, bands: Bands) -> None:
+        """Take another limit or other bands; the samples stay."""
+        self.most = math.inf if most is None else most
+        self._bands = bands
+        self.is_over = self.lag > self.most
 
     def observe(self, seconds: float) -> None:
         """Take in a sample: the worse of a timer's delay and a turn of the event loop."""

@@ -181,11 +181,26 @@ class Pool(Generic[C]):
             self.tunnels.refused += 1
             raise OverShare(self.tunnels.refusal(holder, "WebSockets and event streams"))
 
+    def change(self, limit: int, max_tunnels: int, idle_timeout: float) -> None:
+        """Take other limits. Connections above a lower one stay until they are closed."""
+        self._limit, self._idle_timeout = limit, idle_timeout
+        self.shares.total, self.tunnels.total = limit, max_tunnels
+        while self._slots < limit:
+            _, waiter = self._next_waiter()
+            if waiter is None:
+                break
+            self._slots += 1
+            waiter.set_result(None)
+
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses."""
+        for connection in list(self._idle):
+            connection.close()
+
     def retire(self) -> None:
         """Keep no idle connection any more: those in use are closed when they are given back."""
         self._is_retired = True
-        for connection in list(self._idle):
-            connection.close()
+        self.close_idle()
 
     def revive(self) -> None:
         """Keep idle connections again."""

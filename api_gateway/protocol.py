@@ -38,7 +38,7 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.headers import fields_of, framing, http_date
-from api_gateway.link import LINK, UNIX_PEER, Lane, Passage
+from api_gateway.link import LINK, UNIX_PEER, Lanes, Passage
 from api_gateway.models import HeaderList
 from api_gateway.shares import MAX_CONNECTIONS, Shares
 
@@ -85,7 +85,7 @@ def _nobody(_address: str) -> None:
 class GatewayProtocol(HttpToolsProtocol):
     """One connection of a client. `bounds` and what the connections share is set by `bounded_protocol`."""
 
-    bounds: ClassVar[Bounds] = Bounds()
+    bounds: Bounds = Bounds()  # of the class: those of new connections, which keep them
     peers: ClassVar[Counter[str]] = Counter()
     refused: ClassVar[Counter[str]] = Counter()
     shares: ClassVar[Shares] = Shares(MAX_CONNECTIONS)
@@ -97,6 +97,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Start of a connection: its first head is awaited from now on."""
         self.transport = transport
+        self.bounds = type(self).bounds
         self.connections.add(self)
         self.client = _peer(transport)
         self.scheme = "https" if is_ssl(transport) else "http"
@@ -129,7 +130,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._body_bytes = 0  # received of bodies since the time for them was last set
         self._paused_at = 0.0  # when reading was last paused
         self.lines: Any = None  # the lane's memory of the last request here
-        self._lane: Lane | None = getattr(self.app, "lane", None)
+        self._lane: Lanes | None = getattr(self.app, "lane", None)
         self._passage: Passage | None = None  # the request that has taken the lane
         self._is_at_rest = self._lane is not None and not self._surplus  # nothing has begun: the lane is open
 
@@ -230,7 +231,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the bounds, unless it is a request that can take the lane."""
         if self._is_at_rest:
-            if self._lane.board(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
+            if self._lane.current.board(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
                 return
             self._is_at_rest = False
         if self._is_ending:

@@ -198,6 +198,38 @@ class DebtTable(Generic[Noted]):
             self.retired.pop()
 
 
+class EarlierBuckets:
+    """The buckets that were kept when quotas changed, each brought to its present quota when it is next used.
+
+    Each gets the TAT that leaves the share of it filled that was filled at the moment of the change, as if all had
+    been converted then.
+    """
+
+    def __init__(
+        self, tables: Sequence[dict[str, int]], quota_of: Callable[[str, Quota], Quota], at_ns: int, until_ns: int
+    ) -> None:
+        """`quota_of` returns the quota of a bucket before `at_ns`, given the one after; all is past at `until_ns`."""
+        self.tables = tables
+        self.quota_of = quota_of
+        self.until_ns = until_ns
+        self._at_ns = at_ns
+
+    def __repr__(self) -> str:
+        return f"<EarlierBuckets [{len(self)}]>"
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tables))
+
+    def pop(self, key: str) -> int | None:
+        """Take a bucket's TAT out, None if it has none here."""
+        current, previous = (table.pop(key, None) for table in self.tables)
+        return previous if current is None else current
+
+    def converted(self, tat_ns: int, old: Quota, new: Quota) -> int:
+        """Return a TAT under `new` that was kept under `old`."""
+        return rescale(tat_ns, old, new, self._at_ns) if tat_ns > self._at_ns else tat_ns
+
+
 class MemoryLimiter:
     """Buckets in a table of this process. A bucket costs one dict entry.
 
@@ -210,6 +242,7 @@ class MemoryLimiter:
         """Hold buckets of any of `quotas`. A quota with a longer budget may only come in by `change_quota`."""
         self._table: DebtTable[int] = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
         self._overflow: dict[int, int] = {}
+        self._earlier: list[EarlierBuckets] = []  # the oldest first
         self._refunds = Refunds()
         self.overflowed = 0
 
@@ -218,12 +251,16 @@ class MemoryLimiter:
 
     def __len__(self) -> int:
         """Return the entries held; a bucket used in two generations counts twice."""
-        return len(self._table)
+        return len(self._table) + sum(map(len, self._earlier))
 
     @property
     def bucket_limit(self) -> int:
-        """Entries held at most."""
+        """Entries held at most; for a while after a change of quotas, those from before it come on top."""
         return self._table.limit
+
+    @bucket_limit.setter
+    def bucket_limit(self, limit: int) -> None:
+        self._table.limit = limit
 
     def state(self) -> LimiterState:
         """See `RateLimiter`; always "memory"."""
@@ -239,7 +276,7 @@ class MemoryLimiter:
         charge = charges[0]
         quota, increment_ns = charge.quota, charge.increment_ns
         held_ns = table.current.get(charge.key)
-        tat_ns = self._load(charge.key) if held_ns is None else held_ns
+        tat_ns = self._load(charge.key, quota) if held_ns is None else held_ns
         # A bucket that passes, `take` written out: the common case takes half the time so.
         debt_ns = (tat_ns - now_ns if tat_ns > now_ns else 0) + increment_ns
         if debt_ns <= quota.burst_ns:
@@ -264,7 +301,9 @@ class MemoryLimiter:
 
     def preview(self, charge: Charge, now_ns: int) -> Decision:
         """Return what one bucket says to a charge, charging nothing."""
-        tat_ns, wait_ns = take(self._load(charge.key), charge.quota.burst_ns, charge.increment_ns, now_ns)
+        tat_ns, wait_ns = take(
+            self._load(charge.key, charge.quota), charge.quota.burst_ns, charge.increment_ns, now_ns
+        )
         return decision_of(charge, tat_ns, wait_ns, now_ns)
 
     def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
@@ -273,7 +312,7 @@ class MemoryLimiter:
         debts_ns = []
         for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
             burst_ns = charge.quota.burst_ns
-            before_ns = self._load(charge.key)
+            before_ns = self._load(charge.key, charge.quota)
             charged_ns = decision.at_ns + debt_ns - self._refunds.since(charge.key, decision.at_ns)
             tat_ns = settled(before_ns, burst_ns, charge.increment_ns, charged_ns, now_ns)
             if now_ns < tat_ns < before_ns:
@@ -295,15 +334,28 @@ class MemoryLimiter:
         """Move the bucket to `new`, keeping its filled share. Between budgets of one length nothing changes."""
         self._advance(now_ns)
         self._table.period_ns = max(self._table.period_ns, new.burst_ns)
-        tat_ns = self._load(key)
+        tat_ns = self._load(key, old)
         if old.burst_ns != new.burst_ns and tat_ns > now_ns:
             tat_ns = rescale(tat_ns, old, new, now_ns)
             self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # it may owe more than the budget
             self._store(key, tat_ns)
 
+    def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
+        """Hold buckets of `quotas` from now on; each that is held keeps its filled share.
+
+        `quota_of` returns the quota of a bucket until now, given its key and its quota from now on. Takes no longer
+        for many buckets than for few: each is converted when it is next used.
+        """
+        table = self._table
+        self._advance(now_ns)
+        table.period_ns = max(table.period_ns, *(quota.burst_ns for quota in quotas))
+        until_ns = now_ns + 2 * table.period_ns
+        self._earlier.append(EarlierBuckets((table.current, table.previous), quota_of, now_ns, until_ns))
+        table.current, table.previous = {}, {}
+
     def _decide_all(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """Evaluate every bucket first, then charge every one or none."""
-        tats = [self._load(charge.key) for charge in charges]
+        tats = [self._load(charge.key, charge.quota) for charge in charges]
         taken = take_each(tats, charges, now_ns)
         refused = any(wait_ns for _, wait_ns in taken)
         for charge, tat_ns, (after_ns, _) in zip(charges, tats, taken, strict=True):
@@ -313,20 +365,44 @@ class MemoryLimiter:
 
     def forget(self, key: str) -> None:
         """Take a bucket for full."""
-        if self._load(key):
+        for earlier in self._earlier:
+            earlier.pop(key)
+        if self._table.get(key) or self._overflow:
             self._store(key, 0)
 
-    def owe(self, key: str, tat_ns: int, now_ns: int) -> None:
+    def owe(self, key: str, quota: Quota, tat_ns: int, now_ns: int) -> None:
         """Take over what is known of a bucket from elsewhere: it is not full before `tat_ns`."""
         self._advance(now_ns)  # or the next decision would, and might drop the generation that this is put in
-        if tat_ns > self._load(key):
+        if tat_ns > self._load(key, quota):
             self._store(key, tat_ns)
 
-    def _load(self, key: str) -> int:
+    def _load(self, key: str, quota: Quota) -> int:
+        """Return the TAT of a bucket under `quota`, its present one."""
         tat_ns = self._table.get(key)
+        if tat_ns is None and self._earlier:
+            tat_ns = self._convert(key, quota)
         if tat_ns is None:
             # Also after the table has emptied: what a shared bucket still owes, its keys owe.
             return self._overflow.get(hash(key) % OVERFLOW_SLOTS, 0) if self._overflow else 0
+        return tat_ns
+
+    def _convert(self, key: str, quota: Quota) -> int | None:
+        """Bring a bucket over from before the last changes of quotas, if it was not used since; return its TAT."""
+        for index in reversed(range(len(self._earlier))):
+            tat_ns = self._earlier[index].pop(key)
+            if tat_ns is not None:
+                break
+        else:
+            return None
+        passed = self._earlier[index:]
+        quotas = [quota]
+        for earlier in reversed(passed):
+            quotas.append(earlier.quota_of(key, quotas[-1]))
+        quotas.reverse()
+        for earlier, old, new in zip(passed, quotas, quotas[1:], strict=False):
+            tat_ns = earlier.converted(tat_ns, old, new)
+        self._table.period_ns = max(self._table.period_ns, tat_ns - self._table.rotated_at_ns)
+        self._store(key, tat_ns)
         return tat_ns
 
     def _store(self, key: str, tat_ns: int) -> None:
@@ -339,6 +415,8 @@ class MemoryLimiter:
         if not self._table.advance(now_ns):
             return
         self._table.retired += self._refunds.turn()
+        while self._earlier and self._earlier[0].until_ns <= now_ns:
+            self._table.retired += [table for table in self._earlier.pop(0).tables if table]
         if self._overflow:
             # Single buckets heal from a clock that stepped back when they are used, shared ones here.
             latest_ns = now_ns + self._table.period_ns

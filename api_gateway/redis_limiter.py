@@ -244,6 +244,19 @@ class RedisLimiter:
         if old.burst_ns != new.burst_ns:
             self._note_refund(key, 0)
 
+    def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
+        """Hold buckets of other quotas. In the store a bucket carries its budget, and is converted when it is used."""
+        self.share.requote(quotas, quota_of, now_ns)
+        self._on_listening(self._hears_refunds)  # what the store said was about other budgets
+
+    def change_terms(self, policy: Policy, processes: int, bucket_limit: int) -> None:
+        """Take another policy for when the store is unavailable, and other bounds."""
+        self.policy = policy
+        self._configured_processes = processes
+        self.share.processes = max(processes, *self._seen) if self._seen else processes
+        self.bucket_limit = bucket_limit
+        self.share.limit_buckets(bucket_limit)
+
     def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
         """Decide by the policy for when the store cannot be used, though it `may_be_charged` there."""
         if self.policy == "local_share":

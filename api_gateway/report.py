@@ -18,6 +18,7 @@ from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency
 from api_gateway.pacing import Steps, completed, each
+from api_gateway.reload_state import ReloadState
 from api_gateway.resolution import Name
 from api_gateway.shares import ResourceState
 from api_gateway.targets import CheckRecord, Target
@@ -165,6 +166,11 @@ class TargetReport:
         return self.url if self.named is None else f"{self.named} ({self.url})"
 
     @property
+    def verdict(self) -> bool | None:
+        """What health checks say of it; None while none has asked it."""
+        return None if self.is_healthy and self.checks.at is None else self.is_healthy
+
+    @property
     def is_in_rotation(self) -> bool:
         """Tell whether it gets requests like any other."""
         return self.is_healthy and (self.passive is None or not self.passive.is_ejected)
@@ -238,6 +244,7 @@ class Report:
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
     tasks: int = 0  # that the event loop has
+    configuration: ReloadState = field(default_factory=ReloadState)
     resources: list[ResourceState] = field(default_factory=list)
 
     @classmethod
@@ -276,6 +283,7 @@ class Report:
             "histories": {name: records for name, records in histories.items() if records},
             "lag": self.lag,
             "tasks": self.tasks,
+            "configuration": asdict(self.configuration),
             "resources": [asdict(resource) for resource in self.resources],
         }
 
@@ -295,6 +303,7 @@ class Report:
         self.client_trouble = state["client_trouble"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
+        self.configuration = ReloadState.from_state(state["configuration"])
         self.resources = [ResourceState(**resource) for resource in state["resources"]]
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])

@@ -66,6 +66,12 @@ class Name:
         """The addresses it stands for; none until it was resolved."""
         return tuple(address for address in self._targets if address)
 
+    def reweigh(self, weight: int) -> None:
+        """Give another weight to the targets it stands for."""
+        self._weight = weight
+        for target in self._targets.values():
+            target.weight = weight
+
     def learn(self, addresses: Sequence[str], now: float) -> Answer:
         """Take in an answer. An address that is known keeps its target, with all that is known of that."""
         found = sorted(set(addresses))[:MAX_ADDRESSES]

@@ -95,6 +95,15 @@ class RetryBudget:
     def __repr__(self) -> str:
         return f"<RetryBudget [{self._balance:.1f} retries left]>"
 
+    def change(self, share: float, floor: float) -> None:
+        """Go on with another share and floor; the balance stays, within what may be kept."""
+        if share > 0 and self._share <= 0:
+            self._most = self._balance = self.RESERVE
+        elif share <= 0:
+            self._most = self._balance = 0.0
+        self._share = share
+        self._floor = floor if share > 0 else 0.0
+
     def deposit(self, now: float) -> None:
         """Count one live request."""
         meter = self._meter
@@ -127,13 +136,18 @@ class RetryBudget:
 class Retries:
     """The retries of one upstream: its policy, its budget, and the chance in its back-off."""
 
-    def __init__(self, policy: RetryPolicy, source: random.Random) -> None:
+    def __init__(self, policy: RetryPolicy, source: random.Random, budget: RetryBudget | None = None) -> None:
         self.policy = policy
-        self.budget = RetryBudget(policy.budget, policy.floor)
+        self.budget = budget or RetryBudget(policy.budget, policy.floor)
         self._source = source
 
     def __repr__(self) -> str:
         return f"<Retries of {self.policy.attempts} attempts {self.budget!r}>"
+
+    def succeeded_by(self, policy: RetryPolicy) -> "Retries":
+        """Return retries by another policy that draw on the same budget."""
+        self.budget.change(policy.budget, policy.floor)
+        return Retries(policy, self._source, self.budget)
 
     def verdict(self, failed: Failed, now: float) -> float | Why:
         """Return the seconds to wait before another try, which is taken off the budget; or why there is none."""

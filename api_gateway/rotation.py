@@ -4,10 +4,10 @@ A target whose own breaker is OPEN is ejected: it is not offered while another i
 Synchronous and without clock; what is left to chance is handed in.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from api_gateway.breaker_policy import State
+from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.breaker_records import Transition
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Outcome
@@ -40,6 +40,23 @@ class Rotation:
         self.unsettled: set[Target] = set()
         self._draw = draw
         self._make_breaker = make_breaker
+
+    def change(
+        self,
+        policy: RotationPolicy,
+        draw: Draw,
+        make_breaker: Callable[[float], CircuitBreaker] | None,
+        breaker_policy: BreakerPolicy,
+        targets: Iterable[Target],
+        now: float,
+    ) -> None:
+        """Go by other terms. Breakers of targets stay, and go by `breaker_policy`; without `make_breaker` they end."""
+        self.policy, self._draw, self._make_breaker = policy, draw, make_breaker
+        for target in targets:
+            if make_breaker is None:
+                target.breaker = None
+            elif target.breaker is not None:
+                target.breaker.change_policy(breaker_policy, now)
 
     def __repr__(self) -> str:
         return f"<Rotation [{len(self.unsettled)} unsettled]>"

@@ -22,7 +22,7 @@ from api_gateway.admin import Phase
 from api_gateway.admin_listener import AdminListener
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
-from api_gateway.crew import Crew
+from api_gateway.crew import Alone, Crew
 from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.listening import Listeners, Sockets
@@ -31,6 +31,7 @@ from api_gateway.locality import Locality
 from api_gateway.main import create_app
 from api_gateway.output import LineHandler, process_output
 from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+from api_gateway.reload_state import Outcome
 from api_gateway.shares import Shares, default_connections
 from api_gateway.watchdog import Watchdog
 from api_gateway.welcome import welcome
@@ -38,7 +39,11 @@ from api_gateway.welcome import welcome
 logger = logging.getLogger(__name__)
 
 # What the server says of its own that is said here, or in the access log, in better words.
-_UNSAID = ("ASGI callable returned without completing response.", "Cancel %s running task(s)")
+_UNSAID = (
+    "ASGI callable returned without completing response.",
+    "Cancel %s running task(s)",
+    "Application startup failed. Exiting.",
+)
 ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
 STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain
@@ -52,8 +57,15 @@ class GatewayServer(uvicorn.Server):
     requests over gateways can take notice. Then it accepts no more, and what runs has `drain_timeout` seconds to end.
     """
 
-    def __init__(self, config: GatewayConfig, crew: Crew | None = None, *, locality: Locality | None = None) -> None:
-        """`locality` decides which requests need no token, as in `create_app`."""
+    def __init__(
+        self,
+        config: GatewayConfig,
+        crew: Crew | None = None,
+        read: Callable[[], GatewayConfig] | None = None,
+        *,
+        locality: Locality | None = None,
+    ) -> None:
+        """`read` and `locality` are as in `create_app`."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
@@ -61,8 +73,17 @@ class GatewayServer(uvicorn.Server):
         refused: Counter[str] = Counter()
         section = config.server
         self.connections = Shares(section.max_connections or default_connections(raise_descriptor_limit()))
+        self._crew = crew or Alone()
+        self._reloads: set[asyncio.Task[Outcome]] = set()
+        self._is_reload_due = False  # it was asked for before the start was done
         self._app: FastAPI = create_app(
-            config, refused=refused, crew=crew, connections=self.connections, locality=locality
+            config,
+            refused=refused,
+            crew=self._crew,
+            connections=self.connections,
+            read=read,
+            on_change=self._on_configuration,
+            locality=locality,
         )
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
@@ -89,10 +110,32 @@ class GatewayServer(uvicorn.Server):
         """Start, and tell."""
         await super().startup(sockets)
         if self.started:
+            self._loop = asyncio.get_running_loop()
             await self._open_admin_listener()
             self._watchdog.watch()
             _tune_garbage_collection()
             self.announce()
+            if self._is_reload_due:
+                self.begin_reload("SIGHUP")
+
+    def begin_reload(self, origin: str) -> None:
+        """Have the configuration reloaded. What becomes of it is in the log."""
+        task = asyncio.get_running_loop().create_task(self._crew.reload(origin), name="reload")
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    def _on_configuration(self, config: GatewayConfig) -> None:
+        """Take what a reload has put into force, as far as it is the server's. Connections keep their limits."""
+        section = config.server
+        self._settings, self._delay = config, section.drain_delay
+        self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
+        for listener in (self.config, self._admin_config):
+            protocol: Any = listener.http
+            protocol.bounds = _bounds(section)
+            protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
+            listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
+        self._watchdog.allow(stop_within(section))
+        set_log_level(config.log.level)
 
     async def _open_admin_listener(self) -> None:
         """Serve the operator endpoints on sockets of their own, if there are any; they are closed with the others."""
@@ -170,13 +213,34 @@ class GatewayServer(uvicorn.Server):
 
     def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
         """Return what to do at which signal."""
-        return {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
+        return {
+            signal.SIGINT: self.handle_exit,
+            signal.SIGTERM: self.handle_exit,
+            signal.SIGHUP: self._on_hangup,
+            signal.SIGUSR1: _on_unused,
+            signal.SIGUSR2: _on_unused,
+        }
+
+    def _on_hangup(self, _number: int, _frame: FrameType | None) -> None:
+        """Reload the configuration, now or as soon as the start is done."""
+        if self.started:
+            self._loop.call_soon_threadsafe(self.begin_reload, "SIGHUP")
+        else:
+            self._is_reload_due = True
+
+
+def _on_unused(number: int, _frame: FrameType | None) -> None:
+    logger.warning("%s is ignored: there is one process, and no workers to restart", signal.Signals(number).name)
+
+
+def stop_within(section: ServerSection, margin: float = STOP_MARGIN) -> float:
+    """Return the seconds within which a process must have ended after a stop signal."""
+    return section.drain_delay + section.drain_timeout + margin
 
 
 def watchdog_of(section: ServerSection, margin: float = STOP_MARGIN) -> Watchdog:
     """Return what ends a process of the gateway that hangs."""
-    stop_within = section.drain_delay + section.drain_timeout + margin
-    return Watchdog(section.worker_timeout, stop_within, blocked=BLOCKED, overdue=CUT_OFF)
+    return Watchdog(section.worker_timeout, stop_within(section, margin), blocked=BLOCKED, overdue=CUT_OFF)
 
 
 def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: Shares) -> uvicorn.Config:
@@ -245,3 +309,9 @@ def configure_logging(level: str, who: str = "") -> None:
     logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")
     # Leaving an answer unfinished is how the gateway breaks one that the upstream broke; its own log has the reason.
     logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith(_UNSAID))
+
+
+def set_log_level(level: str) -> None:
+    """Log from this level on."""
+    logging.getLogger().setLevel(level.upper())
+    logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")

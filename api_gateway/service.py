@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import httpx
@@ -45,16 +46,24 @@ class Service:
         hash_header: bytes | None = None,
     ) -> None:
         self.upstream = upstream
-        self.transport = transport
-        self.total_timeout = timeouts.total
-        self.retries = Retries(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
-        self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
-        self.hash_header = hash_header
         self.origins = {target: _origin(target) for target in upstream.targets}
         self._gone: set[Target] = set()
+        self._connect(transport)
+        retries = Retries(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
+        self._configure(timeouts, retries, hash_header)
+
+    def _connect(self, transport: httpx.AsyncBaseTransport) -> None:
+        self.transport = transport
         self.speaks_pairs = isinstance(transport, UpstreamTransport)
-        self.takes_passages = self.speaks_pairs and timeouts.total is None and hash_header is None
         self._take_idle: dict[Target, Callable[[str | None], Connection | None]] = {}
+
+    def _configure(self, timeouts: Timeouts, retries: Retries, hash_header: bytes | None) -> None:
+        retry = retries.policy
+        self.total_timeout = timeouts.total
+        self.retries = retries
+        self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
+        self.hash_header = hash_header
+        self.takes_passages = self.speaks_pairs and timeouts.total is None and hash_header is None
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
@@ -66,6 +75,16 @@ class Service:
 
     def __repr__(self) -> str:
         return f"<Service {self.upstream!r}>"
+
+    def succeeded_by(
+        self, timeouts: Timeouts, retry: RetryPolicy, hash_header: bytes | None, transport: httpx.AsyncBaseTransport
+    ) -> "Service":
+        """Return the same upstream under other terms. Requests that go by this one's go on; what lives is shared."""
+        other = copy(self)
+        if transport is not self.transport:
+            other._connect(transport)  # noqa: SLF001 - of the same class
+        other._configure(timeouts, self.retries.succeeded_by(retry), hash_header)  # noqa: SLF001 - as above
+        return other
 
     def key_in(self, fields: Fields, exchange: Exchange) -> str:
         """Return the key that a target is chosen by: what the header says, or the client if it says nothing."""

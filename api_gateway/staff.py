@@ -9,21 +9,30 @@ import socket
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from api_gateway.brief import ENTRY, Brief
 from api_gateway.crew import MAX_MESSAGE, RELIEF, encode
 from api_gateway.listening import Sockets
+from api_gateway.reload_state import Outcome
 from api_gateway.report import Report, split
 
 logger = logging.getLogger(__name__)
 
 Gather = Callable[[], Awaitable[dict[str, Any]]]
+Reload = Callable[[str], Awaitable[Outcome]]  # given where the wish came from
 
 LOOKS = 10  # that must find a worker silent before it is taken to hang
 MAX_SKEW = 60.0  # seconds that a message may have been on its way before the clocks are taken to be different
+
+
+class Objection(NamedTuple):
+    """Why a worker has not done a phase of a reload. `is_of_all`: the configuration is wrong, wherever it is tried."""
+
+    problem: str
+    is_of_all: bool = False
 
 
 class Worker:
@@ -35,6 +44,7 @@ class Worker:
         process: Process,
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         gather: Gather,
+        reload: Reload,
         patience: float,
     ) -> None:
         """Kill it when it has given no sign of life for `patience` seconds."""
@@ -46,8 +56,11 @@ class Worker:
         self._process = process
         self._reader, self._writer = streams
         self._gather = gather
+        self._reload = reload
         self._ready = asyncio.get_running_loop().create_future()
         self._asked: dict[int, asyncio.Future[None]] = {}
+        self._configuring: asyncio.Future[Objection | None] | None = None  # its answer to a phase of a reload
+        self._configurations = 0
         self._answers: set[asyncio.Task[None]] = set()
         self._is_heard = False  # since the last look
         self._listening = asyncio.create_task(self._listen(), name=f"worker {number}")
@@ -95,6 +108,24 @@ class Worker:
             self._writer.write(encode("report", id=number))
         return answer
 
+    @property
+    def is_serving(self) -> bool:
+        """True from when it is ready until it has ended or said its last word."""
+        return self.has_served and not self._listening.done()
+
+    async def configure(self, phase: str, within: float, **fields: Any) -> Objection | None:
+        """Have it do a phase of a reload (`prepare` or `commit`); return what is in the way, None if nothing is."""
+        self._configurations = number = self._configurations + 1
+        answer: asyncio.Future[Objection | None] = asyncio.get_running_loop().create_future()
+        self._configuring = answer
+        if not self._listening.done():
+            self._writer.write(encode(phase, id=number, **fields))
+        waited: set[asyncio.Future[Any]] = {answer, self._listening}
+        await asyncio.wait(waited, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        return Objection("it has ended" if self._listening.done() else f"it has not answered within {within:g} s")
+
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
             self._process.send_signal(number)
@@ -126,14 +157,20 @@ class Worker:
         if message["kind"] == "ready":
             self._on_ready(message["clock"])
             return
+        if message["kind"] == "configured":
+            if message["id"] == self._configurations and self._configuring and not self._configuring.done():
+                objection = message["objection"]
+                self._configuring.set_result(None if objection is None else Objection(*objection))
+            return
+        if message["kind"] == "reload":
+            self._answer_later(self._answer_reload(message["id"], message["origin"]))
+            return
         self.report.update(message["report"])
         if message["kind"] == "left":
             self.cut_off = message["cut_off"]
             self._answered(None)
         elif message["kind"] == "gather":
-            answer = asyncio.create_task(self._answer(message["id"], message["with_histories"]), name="answer")
-            self._answers.add(answer)
-            answer.add_done_callback(self._answers.discard)
+            self._answer_later(self._answer(message["id"], message["with_histories"]))
         else:
             self._answered(message["answers"])
 
@@ -144,6 +181,16 @@ class Worker:
             logger.error("%r has another monotonic clock: its windows cannot be added to the others'", self)
         if not self._ready.done():
             self._ready.set_result(is_shared)
+
+    def _answer_later(self, answering: Coroutine[Any, Any, None]) -> None:
+        answer = asyncio.create_task(answering, name="answer")
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
+
+    async def _answer_reload(self, number: int, origin: str) -> None:
+        outcome = await self._reload(origin)
+        if not self._writer.is_closing():
+            self._writer.write(encode("reloaded", id=number, outcome=outcome.state()))
 
     async def _answer(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - as the message says
         report = await self._gather()
@@ -169,12 +216,13 @@ async def hire(
     sockets: Sockets,
     inherited: Sequence[int],
     gather: Gather,
+    reload: Reload,
     patience: float,
 ) -> Worker:
     """Start a worker, by exec and not by fork: it takes the code as it is now, and nothing of this process's loop.
 
-    It inherits `sockets` and the descriptors `inherited`; `gather` answers when it asks how all workers stand. One
-    that gives no sign of life for `patience` seconds is killed.
+    It inherits `sockets` and the descriptors `inherited`; `gather` answers when it asks how all workers stand, and
+    `reload` when it wants the configuration reloaded. One that gives no sign of life for `patience` seconds is killed.
     """
     ours, theirs = socket.socketpair()
     streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
@@ -193,7 +241,7 @@ async def hire(
         raise
     brief = Brief(number, config, theirs.fileno(), listeners, admin)
     theirs.close()  # the worker has its own by that number
-    worker = Worker(number, process, streams, gather, patience)
+    worker = Worker(number, process, streams, gather, reload, patience)
     assert process.stdin is not None  # noqa: S101 - piped above
     process.stdin.write(brief.encode())
     process.stdin.close()

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +16,15 @@ from typing import Any
 from api_gateway.brief import hand_over
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
-from api_gateway.diagnosis import ConfigError
 from api_gateway.embedded import EmbeddedStore, NoServer, find_server
 from api_gateway.errors import CUT_OFF, StartupError
 from api_gateway.listening import Listeners, Sockets, leave_group
 from api_gateway.merging import merge
+from api_gateway.reload import ApplyError, Reloader, refused
+from api_gateway.reload_state import Outcome, ReloadState
 from api_gateway.report import Report
-from api_gateway.server import configure_logging, watchdog_of
-from api_gateway.staff import Worker, hire
+from api_gateway.server import set_log_level, stop_within, watchdog_of
+from api_gateway.staff import Objection, Worker, hire
 from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ DRAIN_MARGIN = 3.5  # seconds a worker may take beyond its time to drain: its ow
 STOP_MARGIN = 4.5  # seconds the supervisor may take beyond that time
 REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say where it hangs and end by itself
 ANSWER_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
+PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
+COMMIT_TIMEOUT = 5.0  # seconds for it to put that into force
 SETTLED = 5.0  # seconds of life after which a worker's end is not put down to its start
 FIRST_DELAY, LONGEST_DELAY = 0.25, 10.0  # seconds before a worker is replaced that has ended soon after its start
 LEAVE_AFTER = 1.0  # seconds of such a delay from which on new connections go to the other workers
@@ -59,6 +62,7 @@ class Ledger:
 
     workers: list[Worker] = field(default_factory=list)
     gone: Report = field(default_factory=lambda: merge([]))
+    configuration: Callable[[], ReloadState] = ReloadState
     _asked: int = 0
     _running: "asyncio.Task[dict[str, Any]] | None" = None
     _next: "asyncio.Task[dict[str, Any]] | None" = None
@@ -87,7 +91,9 @@ class Ledger:
         answers = [worker.ask(self._asked) for worker in self.workers]
         if answers:
             await asyncio.wait(answers, timeout=ANSWER_TIMEOUT)
-        return merge([self.gone, *(worker.report for worker in self.workers)]).state()
+        merged = merge([self.gone, *(worker.report for worker in self.workers)])
+        merged.configuration = self.configuration()
+        return merged.state()
 
 
 class Supervisor:
@@ -95,16 +101,19 @@ class Supervisor:
 
     def __init__(self, config: GatewayConfig, read: Callable[[], GatewayConfig]) -> None:
         """`read` reads the configuration anew; it raises ConfigError."""
-        self._config = config
-        self._read = read
-        self._ledger = Ledger()
+        self._config = config  # which workers are started with
+        self._reloader = Reloader(config, read, self._apply, wall_clock=time.time)
+        self._ledger = Ledger(configuration=lambda: self._reloader.state)
+        self._watchdog = watchdog_of(config.server, STOP_MARGIN)
+        self._hiring = asyncio.Lock()  # nobody is started while a configuration is brought to those who are there
+        self._is_rolling = False
         self._posts: list[Post] = []
         self._stack = AsyncExitStack()
         self._store: EmbeddedStore | None = None
         self._demo: DemoUpstreams | None = None
         self._cut_off = 0
         self._stopping = asyncio.Event()
-        self._reloading = asyncio.Event()
+        self._wanted: asyncio.Queue[Callable[[], Awaitable[object]]] = asyncio.Queue()
 
     def __repr__(self) -> str:
         return f"<Supervisor [{len(self._ledger.workers)} workers]>"
@@ -114,10 +123,11 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
-        loop.add_signal_handler(signal.SIGHUP, self._reloading.set)
-        watchdog = watchdog_of(self._config.server, STOP_MARGIN)
-        with watchdog.on_duty():
-            watchdog.watch()
+        loop.add_signal_handler(signal.SIGHUP, self._wanted.put_nowait, self._reload_by_signal)
+        loop.add_signal_handler(signal.SIGUSR2, self._wanted.put_nowait, self._roll)
+        loop.add_signal_handler(signal.SIGUSR1, logger.warning, "SIGUSR1 is ignored")
+        with self._watchdog.on_duty():
+            self._watchdog.watch()
             async with self._stack:
                 await self._until_stopped(self._live())
         return CUT_OFF if self._cut_off else 0
@@ -142,7 +152,7 @@ class Supervisor:
 
     async def _live(self) -> None:
         server = self._config.server
-        await self._provide()
+        await self._provide(self._config)
         listeners = Listeners.of(self._config, server.workers)
         self._stack.callback(listeners.close)
         self._posts = [Post(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
@@ -152,15 +162,15 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             for post in self._posts:
                 group.create_task(self._keep(post), name=f"post {post.number}")
-            group.create_task(self._reload_when_asked(), name="reload")
+            group.create_task(self._serve_signals(), name="signals")
 
-    async def _provide(self) -> None:
+    async def _provide(self, config: GatewayConfig) -> None:
         """Start what the workers have in common."""
-        if self._config.is_demo and self._demo is None:
+        if config.is_demo and self._demo is None:
             self._demo = DemoUpstreams()
             await self._demo.start()
             self._stack.push_async_callback(self._demo.stop)
-        if not self._config.store.is_shared and self._store is None:
+        if not config.store.is_shared and self._store is None:
             try:
                 self._store = EmbeddedStore(find_server())
                 self._stack.push_async_callback(self._store.stop)
@@ -175,7 +185,8 @@ class Supervisor:
         await asyncio.gather(*(self._start(post) for post in others))
 
     async def _start(self, post: Post) -> None:
-        post.worker = await self._hire(post)
+        async with self._hiring:
+            post.worker = await self._hire(post)
         if not await post.worker.is_ready(START_TIMEOUT):
             raise StartupError(f"worker {post.number} did not start")
 
@@ -193,17 +204,27 @@ class Supervisor:
 
     # Workers
 
-    async def _hire(self, post: Post) -> Worker:
-        config = hand_over(self._config, self._demo.sections() if self._demo and self._config.is_demo else {})
-        inherited = []
+    def _handed_over(self, config: GatewayConfig) -> dict[str, Any]:
+        """Return a configuration as workers get it."""
+        values = hand_over(config, self._demo.sections() if self._demo and config.is_demo else {})
         if self._store is not None:
-            config["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
-            inherited.append(self._store.lifeline)
+            values["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
+        return values
+
+    async def _hire(self, post: Post) -> Worker:
+        config = self._handed_over(self._config)
+        inherited = [] if self._store is None else [self._store.lifeline]
         server = self._config.server
         worker = await hire(
-            post.number, config, post.sockets, inherited, self._ledger.gather, server.worker_timeout + REPORT_MARGIN
+            post.number,
+            config,
+            post.sockets,
+            inherited,
+            self._ledger.gather,
+            self.reload,
+            server.worker_timeout + REPORT_MARGIN,
         )
-        worker.drains_within = server.drain_delay + server.drain_timeout + DRAIN_MARGIN
+        worker.drains_within = _drains_within(self._config)
         self._ledger.workers.append(worker)
         return worker
 
@@ -243,51 +264,65 @@ class Supervisor:
             if delay >= LEAVE_AFTER:
                 leave_group(post.sockets)
             await asyncio.sleep(delay)
-            if worker is post.worker:
-                post.worker = await self._hire(post)
+            async with self._hiring:
+                if worker is post.worker:
+                    post.worker = await self._hire(post)
 
-    # Reloading
+    # Configuration
 
-    async def _reload_when_asked(self) -> None:
+    async def _serve_signals(self) -> None:
+        """Do what signals ask for, one after the other; they may have come before the start was done."""
         while True:
-            await self._reloading.wait()
-            self._reloading.clear()
-            await self._reload()
+            do = await self._wanted.get()
+            await do()
 
-    async def _reload(self) -> None:
-        """Take the configuration anew and relieve the workers one by one, or change nothing if it is wrong."""
-        before = self._config
+    async def _reload_by_signal(self) -> None:
+        await self._reloader.reload("SIGHUP")
+
+    async def reload(self, origin: str) -> Outcome:
+        """Reload the configuration in all workers, or in none. It is refused where a worker that asks has to leave."""
+        if self._is_rolling:
+            return self._reloader.note(refused("the workers are being restarted one by one"), origin)
+        if self._stopping.is_set():
+            return self._reloader.note(refused("the gateway is draining"), origin)
+        return await self._reloader.reload(origin)
+
+    async def _apply(self, config: GatewayConfig) -> None:
+        """Bring all workers to a configuration in two phases: all prepare, then all commit, or none does.
+
+        Raises StartupError and ApplyError. A worker that does not commit is ended: the one that replaces it starts
+        with `config`.
+        """
+        async with self._hiring:
+            workers = list(self._ledger.workers)
+            await asyncio.gather(*(worker.is_ready(START_TIMEOUT) for worker in workers))
+            await self._provide(config)
+            workers = [worker for worker in workers if worker.is_serving]
+            values = self._handed_over(config)
+            objections = await _all(workers, "prepare", PREPARE_TIMEOUT, config=values)
+            if objections:
+                raise _error_of(objections)
+            self._config = config
+            for worker, objection in (await _all(workers, "commit", COMMIT_TIMEOUT)).items():
+                logger.error("%s is replaced, it could not take the configuration: %s", worker, objection.problem)
+                worker.kill()
+            for worker in workers:
+                worker.drains_within = _drains_within(config)
+        self._watchdog.allow(stop_within(config.server, STOP_MARGIN))
+        set_log_level(config.log.level)
+
+    async def _roll(self) -> None:
+        """Replace the workers one by one, each by one that is started beside it: with the code as it is now."""
+        self._is_rolling = True  # from here on no reload begins
         try:
-            self._config = self._settled(self._read())
-            await self._provide()
-        except ConfigError as error:
-            self._config = before
-            for problem in error.problems:
-                logger.error("not reloaded: %s", problem)  # noqa: TRY400 - the message is all there is to say
-            return
-        configure_logging(self._config.log.level)
-        for post in self._posts:
-            if not await self._replace(post):
-                if post is self._posts[0]:
-                    self._config = before
-                logger.error("not reloaded: a new worker %d did not start; the old ones go on", post.number)
-                return
-        logger.info("reloaded: all %d workers are new", len(self._posts))
-
-    def _settled(self, read: GatewayConfig) -> GatewayConfig:
-        """Return the configuration with what only a restart can change as it was."""
-        was, server = self._config, read.server
-        kept = {name: getattr(was.server, name) for name in ("host", "port", "workers")}
-        changed = [f"server.{name}" for name, value in kept.items() if getattr(server, name) != value]
-        if read.store.url != was.store.url:
-            changed.append("store.url")
-        for name in changed:
-            logger.warning("%s has changed; that needs a restart of the gateway", name)
-        sections = {
-            "server": server.model_copy(update=kept),
-            "store": read.store.model_copy(update={"url": was.store.url}),
-        }
-        return read.model_copy(update=sections)
+            await self._reloader.idle()
+            for post in self._posts:
+                if not await self._replace(post):
+                    logger.error("not restarted: a new worker %d did not start; the old ones go on", post.number)
+                    return
+        finally:
+            self._is_rolling = False
+        logger.info("rolling restart complete: %d workers restarted", len(self._posts))
 
     async def _replace(self, post: Post) -> bool:
         """Start a new worker beside the old one, then relieve that; tell whether the new one serves."""
@@ -300,3 +335,23 @@ class Supervisor:
             old.report.is_over = True  # what it says of breakers and targets is not asked for any more
             await self._relieve(old)
         return True
+
+
+def _drains_within(config: GatewayConfig) -> float:
+    """Return the seconds within which a worker must have ended that was told to."""
+    return config.server.drain_delay + config.server.drain_timeout + DRAIN_MARGIN
+
+
+async def _all(workers: Sequence[Worker], phase: str, within: float, **fields: Any) -> dict[Worker, Objection]:
+    """Have all workers do a phase of a reload; return what is in the way of those that serve and have not done it."""
+    answers = await asyncio.gather(*(worker.configure(phase, within, **fields) for worker in workers))
+    found = zip(workers, answers, strict=True)
+    return {worker: answer for worker, answer in found if answer is not None and worker.is_serving}
+
+
+def _error_of(objections: Mapping[Worker, Objection]) -> StartupError | ApplyError:
+    """Return what to raise: the mistake in the configuration, if it is one, or what is wrong with each worker."""
+    mistake = next((objection.problem for objection in objections.values() if objection.is_of_all), None)
+    if mistake is not None:
+        return StartupError(mistake)
+    return ApplyError("; ".join(f"{worker}: {objection.problem}" for worker, objection in objections.items()))

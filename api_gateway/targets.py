@@ -45,3 +45,7 @@ class Target:
     withheld: int = field(default=0, repr=False)
     ejections_total: int = field(default=0, repr=False)
     checks: CheckRecord = field(default_factory=CheckRecord, repr=False)
+
+    def forget_checks(self) -> None:
+        """Count as healthy: it is not checked any more."""
+        self.is_healthy, self.checks = True, CheckRecord()

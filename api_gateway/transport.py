@@ -51,6 +51,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         self._max_tunnels = max_tunnels
         self._idle_timeout = idle_timeout
         self._tls = tls
+        self._is_retired = False
         self._pools: dict[tuple[str, str, int, str], Pool[Connection]] = {}
 
     def __repr__(self) -> str:
@@ -108,6 +109,27 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             del self._pools[origin.key]
         return True
 
+    def change(self, max_connections: int, max_tunnels: int, idle_timeout: float, tls: ssl.SSLContext | None) -> None:
+        """Take other limits; new connections use `tls`, and if that is another one, idle connections are closed."""
+        self._max_connections, self._max_tunnels, self._idle_timeout = max_connections, max_tunnels, idle_timeout
+        is_other, self._tls = tls is not self._tls, tls
+        for key, pool in self._pools.items():
+            pool.change(max_connections, max_tunnels, idle_timeout)
+            if is_other and key[0] == "https":
+                pool.close_idle()
+
+    def retire_all(self) -> None:
+        """Keep no idle connection at all: requests that still come here open their own."""
+        self._is_retired = True
+        for pool in self._pools.values():
+            pool.retire()
+
+    def revive(self) -> None:
+        """Take back `retire_all`."""
+        self._is_retired = False
+        for pool in self._pools.values():
+            pool.revive()
+
     async def _wait(self, pool: Pool[Connection], request: Outgoing, *, is_fresh: bool = False) -> Connection:
         def on_connect() -> None:
             request.has_begun = True
@@ -127,10 +149,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             pool.close()
 
     def _make_pool(self, origin: Origin) -> Pool[Connection]:
-        tls = self._tls if origin.scheme == "https" else None
-
         async def connect(seconds: float | None) -> Connection:
-            connection = await _connect(origin, tls, seconds)
+            connection = await _connect(origin, self._tls if origin.scheme == "https" else None, seconds)
             connection.pool = pool
             return connection
 
@@ -140,6 +160,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             idle_timeout=self._idle_timeout,
             tunnels=Shares(self._max_tunnels),
         )
+        if self._is_retired:
+            pool.retire()
         self._pools[origin.key] = pool
         return pool
 

@@ -41,17 +41,19 @@ class Upkeep:
         closes; by default through the service's.
         """
         self.names = names
+        self.policy = policy
         self._service = service
         self._own = transport
         self._interval = interval
+        self._group: asyncio.TaskGroup | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._resolving: asyncio.Task[None] | None = None
         self._resolve = resolve
         self._clock = clock
         self._source = source
         self._last_errors: dict[Name, str | None] = {}
         self._watch: HealthWatch | None = None
-        if policy is not None:
-            self._watch = HealthWatch(policy, self._asker, self._on_verdict, clock=clock, source=source)
-            self._watch.follow(service.upstream.targets)
+        self._set_watch(policy)
 
     def __repr__(self) -> str:
         return f"<Upkeep of {self._service.upstream.name!r} [{self._watch!r}, {list(self.names)!r}]>"
@@ -59,23 +61,75 @@ class Upkeep:
     async def run(self) -> None:
         """Do it until cancelled."""
         async with asyncio.TaskGroup() as group:
-            if self._watch is not None:
-                group.create_task(self._watch.run())
-            group.create_task(
-                keep_resolving(
-                    self.names,
-                    self._interval,
-                    self._resolve,
-                    self._on_answer,
-                    clock=self._clock,
-                    source=self._source,
-                )
+            self._group = group
+            self._begin_watching()
+            self._begin_resolving()
+            await group.create_task(_for_ever())
+
+    def _begin_watching(self) -> None:
+        """Start the health checks, in place of those before."""
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._group is not None and self._watch is not None:
+            self._watching = self._group.create_task(self._watch.run())
+
+    def _begin_resolving(self) -> None:
+        """Start to follow the names, in place of those before."""
+        if self._resolving is not None:
+            self._resolving.cancel()
+        if self._group is not None:
+            resolving = keep_resolving(
+                self.names, self._interval, self._resolve, self._on_answer, clock=self._clock, source=self._source
             )
+            self._resolving = self._group.create_task(resolving)
+
+    def change(
+        self,
+        service: Service,
+        policy: HealthPolicy | None,
+        transport: UpstreamTransport | GuardedTransport | None,
+        names: Sequence[Name],
+        interval: float,
+    ) -> None:
+        """Go by other terms from now on, for the targets that the upstream has by now.
+
+        Checks that stay as they were go on with what they have found; without checks every target is healthy.
+        """
+        is_resolved_alike = (interval, list(names)) == (self._interval, list(self.names))
+        is_watched_alike = policy == self.policy and transport is self._own
+        self._service, self.names, self._interval, self._own = service, names, interval, transport
+        if is_watched_alike:
+            self._follow()
+        else:
+            self._set_watch(policy)
+            self._begin_watching()
+        if not is_resolved_alike:
+            self._begin_resolving()
+
+    def _set_watch(self, policy: HealthPolicy | None) -> None:
+        self.policy = policy
+        targets = self._service.upstream.targets
+        if policy is None:
+            self._watch = None
+            for target in targets:
+                target.forget_checks()
+            return
+        self._watch = HealthWatch(policy, self._asker, self._on_verdict, clock=self._clock, source=self._source)
+        self._watch.follow(targets)
+
+    def _follow(self) -> None:
+        if self._watch is not None:
+            self._watch.follow(self._service.upstream.targets)
 
     async def close(self) -> None:
         """Close the connections of the checks."""
         if self._own is not None:
             await self._own.aclose()
+
+    @property
+    def transport(self) -> UpstreamTransport | GuardedTransport | None:
+        """Through which checks go, None if that is the service's."""
+        return self._own
 
     def _asker(self, target: Target) -> Ask:
         if self._own is None:
@@ -116,3 +170,7 @@ class Upkeep:
             logger.info("upstream %s: %s is %s (%s)", upstream, name.host, known, " ".join(changes))
         elif answer.is_recovered:
             logger.info("upstream %s: %s is resolved again: %s", upstream, name.host, known)
+
+
+async def _for_ever() -> None:
+    await asyncio.get_running_loop().create_future()

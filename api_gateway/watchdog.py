@@ -100,6 +100,10 @@ class Watchdog:
         """Expect the process to end in time. Idempotent: the first signal counts."""
         self._looks_left = min(self._looks_left, math.ceil(self._stop_within / self._pause))
 
+    def allow(self, stop_within: float) -> None:
+        """Give the process another time to end, from the next stop signal on."""
+        self._stop_within = stop_within
+
     # In the thread
 
     def _look_on(self, inlet: int, before: int) -> None:

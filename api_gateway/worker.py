@@ -22,7 +22,8 @@ def main(brief: dict[str, Any]) -> int:
 
 
 def _serve(brief: dict[str, Any]) -> int:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is for the supervisor
+    for number in (signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they are for the supervisor
     config = take_over(brief["config"])
     configure_logging(config.log.level, f"worker {brief['number']}: ")
     server = WorkerServer(config, socket.socket(fileno=brief["channel"]))
@@ -53,7 +54,9 @@ class WorkerServer(GatewayServer):
         await self._member.leave(self.cut_off)
 
     def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
-        return {**super()._handlers(), RELIEF: self._on_relieved}
+        for_the_supervisor = {signal.SIGHUP, signal.SIGUSR2}
+        own = {number: do for number, do in super()._handlers().items() if number not in for_the_supervisor}
+        return {**own, RELIEF: self._on_relieved}
 
     def _on_relieved(self, _number: int, _frame: FrameType | None) -> None:
         """Drain at once: another worker serves at this place already, and the gateway is as ready as it was."""

@@ -298,7 +298,17 @@ def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path:
 def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> None:
     assert set(ask(f"{tokened.url}/health").json()) == {"status"}
     full = ask(f"{tokened.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
-    assert {"status", "version", "uptime", "upstreams", "limits", "clients", "event_loop", "resources"} == set(full)
+    assert {
+        "status",
+        "version",
+        "uptime",
+        "upstreams",
+        "limits",
+        "clients",
+        "event_loop",
+        "resources",
+        "configuration",
+    } == set(full)
     assert full["limits"]["mode"] == "memory"
     assert full["clients"] == {"status": "pass", "error": None}
 
@@ -330,6 +340,7 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
     assert set(schema["paths"]) == {
         "/healthz",
         "/readyz",
+        "/reload",
         "/health",
         "/metrics",
         "/metrics/latency",

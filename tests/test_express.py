@@ -99,7 +99,7 @@ def warm(running: RunningGateway, up: RawUpstream) -> RunningGateway:
 def lane(running: RunningGateway) -> Any:
     """Return the straight way of a gateway; None if it is closed."""
     app: Any = running.server._app
-    return app.lane
+    return None if app.lane is None else app.lane.current
 
 
 def finished(running: RunningGateway) -> list[Exchange]:

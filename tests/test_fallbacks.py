@@ -189,7 +189,7 @@ def up(running: RunningGateway, shared: RawUpstream, spare: RawUpstream) -> RawU
 def done(running: RunningGateway) -> Iterator[list[Exchange]]:
     """Every exchange that ends."""
     app: Any = running.server._app
-    record = app.lane.record
+    record = app.lane.current.record
     seen: list[Exchange] = []
     before = record._observers
     record._observers = (*before, seen.append)

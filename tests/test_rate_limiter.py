@@ -472,7 +472,7 @@ def test_a_limiter_without_quotas_still_answers() -> None:
 
 
 def tat_of(limiter: MemoryLimiter, quota: Quota, now_ns: int, key: str = "a") -> int:
-    return max(limiter._load(key), now_ns)
+    return max(limiter._load(key, quota), now_ns)
 
 
 settlements = st.lists(

@@ -67,7 +67,7 @@ def left(running: RunningGateway, client: str = "c") -> float:
 def finished(running: RunningGateway) -> list[Exchange]:
     done: list[Exchange] = []
     app: Any = running.server._app
-    record = app.lane.record
+    record = app.lane.current.record
     record._observers = (*record._observers, done.append)
     return done
 
