@@ -157,15 +157,25 @@ class GatewayConfig(BaseSettings):
         return self
 
 
+def config_path(path: str | Path | None = None) -> Path | None:
+    """Return the YAML file to be read: `path`, else the one that the environment names, else none."""
+    chosen = path or _variables().get(CONFIG_VARIABLE)
+    return Path(chosen) if chosen else None
+
+
+def _variables() -> dict[str, str | None]:
+    return {name.upper(): value for name, value in (*dotenv_values(ENV_FILE).items(), *os.environ.items())}
+
+
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
     """Read the configuration from all its sources.
 
     `path` is a YAML file; without it `GATEWAY_CONFIG` names one, or there is none. `overrides` is what the command
     line says, nested as the sections are. Raises ConfigError.
     """
-    variables = {name.upper(): value for name, value in (*dotenv_values(ENV_FILE).items(), *os.environ.items())}
-    chosen = path or variables.get(CONFIG_VARIABLE)
-    file = read_yaml(Path(chosen)) if chosen else NO_FILE
+    variables = _variables()
+    chosen = config_path(path)
+    file = NO_FILE if chosen is None else read_yaml(chosen)
     sources = Sources(overrides or {}, ENV_PREFIX, variables, file)
     token, path_token = _file_values.set(file.values), _file_path.set(file.path)
     try:

@@ -105,6 +105,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "protocol",
         "brief",
         "config_changes",
+        "config_watch",
         "reload",
         "listening",
         "socket_table",
