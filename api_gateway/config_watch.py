@@ -11,8 +11,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from api_gateway.config import ENV_FILE, GatewayConfig, config_path, load_config
+from api_gateway.config import ENV_FILE, GatewayConfig, Loaded, config_path, read_config
+from api_gateway.diagnosis import ConfigError
 from api_gateway.secret import noting_files
+from api_gateway.start_check import file_obstacles
 
 INTERVAL = 1.0  # seconds between two looks
 _PIECE = 1_048_576  # bytes
@@ -33,6 +35,14 @@ class ConfigSource:
         return f"<ConfigSource [{len(self.files)} files]>"
 
     def __call__(self) -> GatewayConfig:
+        """Read the configuration for a reload. Blocks; raises ConfigError, also for files that cannot be used."""
+        loaded = self.load()
+        found = [f"{loaded.sources.origin(one.place)}{one}" for one in file_obstacles(loaded.config)]
+        if found:
+            raise ConfigError(found)
+        return loaded.config
+
+    def load(self) -> Loaded:
         """Read the configuration. Blocks; raises ConfigError, and knows the files all the same."""
         found = {Path(ENV_FILE)}
         chosen = config_path(self._path)
@@ -40,12 +50,12 @@ class ConfigSource:
             found.add(chosen)
         try:
             with noting_files(found):
-                config = load_config(self._path, self._overrides)
+                loaded = read_config(self._path, self._overrides)
         except BaseException:
             self.files |= found
             raise
-        self.files = frozenset(found | _tls_files(config))
-        return config
+        self.files = frozenset(found | _tls_files(loaded.config))
+        return loaded
 
 
 class ConfigWatch:
