@@ -136,10 +136,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("installation",),
     ("main",),
     ("welcome",),
-    ("server", "staff"),
-    ("worker", "supervisor"),
     ("start_check",),
     ("config_watch",),
+    ("server", "staff"),
+    ("worker", "supervisor"),
     ("cli",),
     ("__main__",),
 )
