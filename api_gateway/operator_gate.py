@@ -15,12 +15,12 @@ from api_gateway.cross_site import check_content_type, is_foreign, is_forged
 from api_gateway.errors import (
     BadRequest,
     ClientDisconnected,
-    Draining,
     Forbidden,
     GatewayError,
     MethodNotAllowed,
     NoRoute,
     Unauthorized,
+    not_started,
 )
 from api_gateway.headers import Fields, client_address, fields_of, flaw, framing
 from api_gateway.health_cache import HealthCache
@@ -125,11 +125,11 @@ class OperatorGate:
             await send_problem(error, send, instance=path_as_sent(scope), request_id=None, headers=[])
 
     async def _serve(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
-        fault = flaw(fields, scope["http_version"])
-        if fault is not None:
-            raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         target = target_of(scope)
         view = self._views.get(target.segments[0]) if len(target.segments) == 1 else None
+        fault = flaw(fields, scope["http_version"])
+        if fault is not None and (view is None or framing(fields) is not None):  # simple probes may name no host
+            raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         if view is not None:
             await self._show(view, scope, fields, send)
             return
@@ -239,7 +239,7 @@ class OperatorGate:
         """Show all of it to operators; to strangers, and to pages of another origin, the status word."""
         health = self._health()
         if health is None:
-            raise Draining("The gateway has not started.", retry_after=1)
+            raise not_started()
         operator = None if is_foreign(fields) else await self._identify(scope, fields)
         if operator is not None:
             self._limits.charge_operator(operator)
