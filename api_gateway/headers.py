@@ -92,7 +92,7 @@ def fields_of(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]
 
 
 def host_name(fields: Fields) -> str:
-    """Return the host a request names, in lower case and without its port; empty unless it names one."""
+    """Return the host a request names, in lower case, without port and trailing dot; empty unless it names one."""
     hosts = fields.get(b"host", ())
     return _host_name(hosts[0]) if len(hosts) == 1 else ""
 
@@ -101,7 +101,7 @@ def host_name(fields: Fields) -> str:
 def _host_name(value: bytes) -> str:
     host = value.decode("latin-1").lower()
     name, colon, port = host.rpartition(":")
-    return name if colon and (not port or port.isdigit()) else host
+    return (name if colon and (not port or port.isdigit()) else host).removesuffix(".")
 
 
 @lru_cache(maxsize=1024)
