@@ -277,8 +277,10 @@ def test_a_full_disk_is_counted_and_said_once(tmp_path: Path, upstream: Callable
     with log.open("wb") as stderr, gateway(tmp_path, upstream().url, ">/dev/full", stderr=stderr) as (popen, url):
         serve(url)
         eventually(lambda: "lines were dropped" in log.read_text(), "it is said")
-        counted = ask(f"{url}/metrics").json()["output"]
-        text = ask(f"{url}/metrics?format=prometheus").body.decode()
+        (token,) = (file.read_text().strip() for file in tmp_path.rglob("operator-token"))
+        operator = {"Authorization": f"Bearer {token}"}
+        counted = ask(f"{url}/metrics", headers=operator).json()["output"]
+        text = ask(f"{url}/metrics?format=prometheus", headers=operator).body.decode()
         popen.terminate()
         assert popen.wait(PATIENCE) == 0
     assert counted["dropped_lines"]["stdout"] >= FILL
