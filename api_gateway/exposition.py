@@ -249,9 +249,7 @@ class Exposition:
         limits = GaugeMetricFamily(
             "gateway_concurrency_limit", "Requests that may be under way at once.", labels=["upstream"]
         )
-        in_flight = GaugeMetricFamily(
-            "gateway_concurrency_in_flight", "Requests, streams and tunnels under way.", labels=["upstream"]
-        )
+        in_flight = GaugeMetricFamily("gateway_concurrency_in_flight", "Requests under way.", labels=["upstream"])
         for name, upstream in self._upstreams.items():
             if upstream.concurrency.limit is not None:
                 limits.add_metric([name], upstream.concurrency.limit)

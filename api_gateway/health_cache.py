@@ -42,9 +42,14 @@ class HealthCache:
         return f"<HealthCache [{'rendering' if self._rendering else 'idle'}]>"
 
     async def word(self) -> bytes:
-        """Return the body for a stranger."""
-        is_recent = self._clock() < self._bodies.made_at + MAX_AGE
-        return (self._bodies if is_recent else await self._renewed()).word
+        """Return the body for a stranger. While many ask it is renewed in time, and nobody waits."""
+        bodies = self._bodies
+        age = self._clock() - bodies.made_at
+        if age >= MAX_AGE:
+            bodies = await self._renewed()
+        elif age >= MAX_AGE / 2:
+            self._start()
+        return bodies.word
 
     async def full(self) -> bytes:
         """Return the body for an operator."""
@@ -56,9 +61,13 @@ class HealthCache:
         self._bodies, self._rendering = _NEVER, None
 
     async def _renewed(self) -> HealthBodies:
+        return await asyncio.shield(self._start())  # of those who wait one may leave
+
+    def _start(self) -> "asyncio.Task[HealthBodies]":
         if self._rendering is None:
             self._rendering = asyncio.create_task(self._make(), name="health")
-        return await asyncio.shield(self._rendering)  # of those who wait one may leave
+            self._rendering.add_done_callback(_retrieve)
+        return self._rendering
 
     async def _make(self) -> HealthBodies:
         began, this = self._clock(), asyncio.current_task()
@@ -74,3 +83,9 @@ class HealthCache:
         finally:
             if self._rendering is this:
                 self._rendering = None
+
+
+def _retrieve(rendering: "asyncio.Task[HealthBodies]") -> None:
+    """Take note of a failure that nobody may wait for; whoever asks next finds out by itself."""
+    if not rendering.cancelled():
+        rendering.exception()

@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
 
 from api_gateway.cross_site import check_content_type, is_foreign, is_forged
 from api_gateway.errors import (
@@ -22,7 +21,7 @@ from api_gateway.errors import (
     NoRoute,
     Unauthorized,
 )
-from api_gateway.headers import Fields, client_address, fields_of, flaw, framing
+from api_gateway.headers import Fields, Network, client_address, fields_of, flaw, framing
 from api_gateway.health_cache import HealthCache
 from api_gateway.link import ADMIN, LINK
 from api_gateway.locality import Locality
@@ -56,7 +55,7 @@ class Access:
 
     tokens: Tokens
     locality: Locality
-    trusted_proxies: Collection[IPv4Network | IPv6Network] = ()
+    trusted_proxies: Collection[Network] = ()
 
 
 class OperatorGate:
@@ -125,11 +124,11 @@ class OperatorGate:
             await send_problem(error, send, instance=path_as_sent(scope), request_id=None, headers=[])
 
     async def _serve(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
-        fault = flaw(fields, scope["http_version"])
-        if fault is not None:
-            raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         target = target_of(scope)
         view = self._views.get(target.segments[0]) if len(target.segments) == 1 else None
+        fault = flaw(fields, scope["http_version"])
+        if fault is not None and (view is None or framing(fields) is not None):  # simple probes may name no host
+            raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         if view is not None:
             await self._show(view, scope, fields, send)
             return

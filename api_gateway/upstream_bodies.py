@@ -211,7 +211,7 @@ class ConcurrencyView(Body):
     """What is under way at an upstream, and what may be, in all workers."""
 
     limit: float | None = Field(description="Requests that may be under way at once; null is no limit.")
-    in_flight: int = Field(description="Requests, streams and tunnels under way.")
+    in_flight: int = Field(description="Requests under way; without a limit WebSockets and event streams too.")
     shed: int = Field(description="Requests refused for it since the start.")
 
 

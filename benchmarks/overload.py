@@ -32,6 +32,7 @@ CAPACITY = PLACES / SERVICE
 MIX = {"ENTERPRISE": 0.45, "PREMIUM": 0.45, "BASIC": 0.6, "FREE": 1.5}  # of the capacity: three times it
 QUIET = 0.2  # of the capacity, for the latencies without load
 PATIENCE = 10.0  # seconds a client waits
+CLIENTS = 32  # of each tier: one alone gets half of what its tier may have under way
 LIMITS: dict[str, dict[str, Any] | None] = {
     "no limit": None,
     "limit: 40": {"limit": 2 * PLACES},
@@ -97,8 +98,8 @@ class Upstream(asyncio.Protocol):
 class Asker(asyncio.Protocol):
     """One connection of a client of one tier: one request after the other, sent when told to."""
 
-    def __init__(self, tier: str) -> None:
-        self._request = f"GET /api/x HTTP/1.1\r\nHost: gateway\r\nX-Client-ID: {tier.lower()}\r\n\r\n".encode()
+    def __init__(self, client: str) -> None:
+        self._request = f"GET /api/x HTTP/1.1\r\nHost: gateway\r\nX-Client-ID: {client}\r\n\r\n".encode()
         self._buffer = b""
         self._due = 0.0
         self.tally: Tally | None = None  # while unanswered
@@ -153,8 +154,8 @@ class Crowd:
         for asker in self._askers[tier]:
             if asker.tally is None and not asker.transport.is_closing():
                 return asker
-        loop = asyncio.get_running_loop()
-        _, asker = await loop.create_connection(lambda: Asker(tier), "127.0.0.1", self._port)
+        loop, client = asyncio.get_running_loop(), name_of(tier, len(self._askers[tier]) % CLIENTS)
+        _, asker = await loop.create_connection(lambda: Asker(client), "127.0.0.1", self._port)
         self._askers[tier].append(asker)
         return asker
 
@@ -195,6 +196,11 @@ class Found:
         return sum(len(tally.good) for tally in self.loaded.values()) / self.seconds / CAPACITY
 
 
+def name_of(tier: str, number: int) -> str:
+    """Return the name of one of the clients of a tier."""
+    return f"{tier.lower()}-{number}"
+
+
 def configuration(port: int, upstream: int, concurrency: Mapping[str, Any] | None, state: Path) -> str:
     """Return the configuration of a gateway whose buckets refuse nobody."""
     return json.dumps(
@@ -207,7 +213,7 @@ def configuration(port: int, upstream: int, concurrency: Mapping[str, Any] | Non
                 tier: {"rate": 100_000, "capacity": 1_000_000, "priority": rank}
                 for rank, tier in enumerate(reversed(MIX))
             },
-            "clients": {tier.lower(): {"tier": tier} for tier in MIX},
+            "clients": {name_of(tier, number): {"tier": tier} for tier in MIX for number in range(CLIENTS)},
             "upstreams": {
                 "up": {
                     "targets": [{"url": f"http://127.0.0.1:{upstream}"}],

@@ -110,7 +110,7 @@ class Moved:
 
 async def test_a_middleware_that_rewrites_paths_leads_nobody_past_the_gate(tmp_path: Path) -> None:
     """What did not come through the gate has no operator."""
-    gateway = build(tmp_path)
+    gateway = build(tmp_path, token=TOKEN)
     gateway.add_middleware(Moved)
     async with asking(gateway) as client:
         for method, path in (
@@ -119,10 +119,10 @@ async def test_a_middleware_that_rewrites_paths_leads_nobody_past_the_gate(tmp_p
             ("DELETE", "/clients/x"),
             ("POST", "/clients/x/reset"),
         ):
-            answer = await client.request(method, f"/moved{path}")
+            answer = await client.request(method, f"/moved{path}", headers=AUTHORIZED)
             assert (answer.status_code, answer.json()["reason"]) == (403, "forbidden")
-        assert (await client.get("/metrics")).status_code == 200
-        assert set((await client.get("/moved/health")).json()) == {"status"}
+        assert (await client.get("/metrics", headers=AUTHORIZED)).status_code == 200
+        assert set((await client.get("/moved/health", headers=AUTHORIZED)).json()) == {"status"}
 
 
 Serve = Callable[[FastAPI], int]

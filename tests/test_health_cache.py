@@ -64,12 +64,41 @@ async def test_a_stranger_gets_what_is_less_than_a_second_old(
 ) -> None:
     cache, rendering = made
     await cache.word()
-    clock.advance(0.99)
+    clock.advance(0.49)
     await cache.word()
     assert rendering.count == 1
-    clock.advance(0.02)
+    clock.advance(0.6)
     await cache.word()
     assert rendering.count == 2
+
+
+async def test_while_many_ask_nobody_waits_for_the_word(made: tuple[HealthCache, Rendering], clock: FakeClock) -> None:
+    cache, rendering = made
+    await cache.word()
+    clock.advance(0.6)
+    rendering.may_end.clear()
+    assert await cache.word() == await cache.word() == b'{"status":"pass"}'
+    await asyncio.sleep(0)
+    rendering.may_end.set()
+    await asyncio.sleep(0)
+    assert rendering.count == 2
+    clock.advance(0.45)
+    await cache.word()
+    assert rendering.count == 2
+
+
+async def test_a_failure_that_nobody_waits_for_is_found_by_who_asks_later(
+    made: tuple[HealthCache, Rendering], clock: FakeClock
+) -> None:
+    cache, rendering = made
+    await cache.word()
+    clock.advance(0.6)
+    rendering.fails = True
+    assert await cache.word() == b'{"status":"pass"}'
+    await asyncio.sleep(0)
+    clock.advance(0.5)
+    with pytest.raises(OSError, match="no report"):
+        await cache.word()
 
 
 @pytest.mark.parametrize("ask", [HealthCache.full, HealthCache.word])

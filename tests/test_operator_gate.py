@@ -561,6 +561,19 @@ def test_a_stranger_that_asks_for_health_too_often_is_limited(gateway: StartGate
             assert read_answer(wire)[0] == 200
 
 
+@pytest.mark.parametrize("path", [b"/healthz", b"/readyz", b"/health"])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_probe_that_names_no_host_is_answered(
+    connect: Connect, plain: RunningGateway, path: bytes, version: bytes
+) -> None:
+    """As HAProxy's `option httpchk` sends them."""
+    wire = connect(plain)
+    wire.send(b"GET %b HTTP/%b\r\n\r\n" % (path, version))
+    status, _, body = read_answer(wire)
+    assert status == 200
+    assert b"upstreams" not in body
+
+
 # What a body may hold
 
 

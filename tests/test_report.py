@@ -28,6 +28,7 @@ from api_gateway.report import (
 )
 from api_gateway.resolution import Name
 from api_gateway.rotation import Rotation
+from api_gateway.shares import ResourceState
 from api_gateway.targets import Target
 
 START = 1000.0
@@ -464,3 +465,26 @@ def test_a_target_that_moves_often_hides_no_move_of_the_upstreams() -> None:
     assert [move.target_url for move in merged].count(None) == 6
     assert len(merged) == 6 + 2 * KEPT_RECORDS
     assert merged[-1].at > START + 490
+
+
+def test_how_resources_stand_gets_to_other_processes_and_only_refusals_outlive_a_worker() -> None:
+    def worker(name: str, in_use: int, refused: int) -> Report:
+        states = [
+            ResourceState("connections", None, 10, in_use, refused),
+            ResourceState("tunnels", "up", 4, in_use, refused),
+        ]
+        told, other = Report(name, recorder(), resources=states), Report.blank(name)
+        other.update(json.loads(json.dumps(told.state())))
+        assert other.resources == states
+        return other
+
+    one, ended = worker("1", 3, 1), worker("2", 4, 2)
+    assert merge([one, ended]).resources == [
+        ResourceState("connections", None, 20, 7, 3),
+        ResourceState("tunnels", "up", 8, 7, 3),
+    ]
+    ended.end()
+    assert merge([one, ended]).resources == [
+        ResourceState("connections", None, 10, 3, 3),
+        ResourceState("tunnels", "up", 4, 3, 3),
+    ]

@@ -1,7 +1,7 @@
 """Shares of a bounded resource: one holder alone gets half at most, and everything taken is given back."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
@@ -28,6 +28,7 @@ def fill(shares: Shares, holder: str | None) -> int:
     return taken
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10_000))
 def test_one_alone_gets_half_and_the_next_half_of_the_rest(total: int) -> None:
     shares = Shares(total)
@@ -36,6 +37,7 @@ def test_one_alone_gets_half_and_the_next_half_of_the_rest(total: int) -> None:
     assert fill(shares, "other") == (rest + 1) // 2
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 12))
 def test_holders_that_take_turns_end_up_with_equal_shares(total: int, count: int) -> None:
     """With n of them that is 1/(n + 1) of the total each, and as much is left for a newcomer."""
@@ -51,6 +53,7 @@ def test_holders_that_take_turns_end_up_with_equal_shares(total: int, count: int
     assert shares.admits("newcomer") is (shares.in_use < total)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500))
 def test_places_of_nobody_count_against_the_total_alone(total: int) -> None:
     shares = Shares(total)
@@ -98,6 +101,7 @@ class Holders(RuleBasedStateMachine):
 
 
 TestHolders = Holders.TestCase
+TestHolders.settings = settings(deadline=None)
 
 
 @pytest.mark.parametrize(
