@@ -174,7 +174,11 @@ class Exposition:
     def _targets(self) -> Iterator[Metric]:
         """Yield what is known of the targets there are now: the series of one that is gone end."""
         labels = ["upstream", "target"]
-        healthy = GaugeMetricFamily("gateway_upstream_healthy", "1 while the target is healthy.", labels=labels)
+        healthy = GaugeMetricFamily(
+            "gateway_upstream_healthy",
+            "1 while the target passes its health checks, 0 while it fails them; no series while none has come back.",
+            labels=labels,
+        )
         ejected = GaugeMetricFamily(
             "gateway_upstream_ejected", "1 while live requests keep the target out of rotation.", labels=labels
         )
@@ -183,7 +187,8 @@ class Exposition:
         )
         for name, upstream in self._upstreams.items():
             for key, target in {target.key: target for target in upstream.targets}.items():
-                healthy.add_metric([name, key], target.is_healthy)
+                if target.verdict is not None:
+                    healthy.add_metric([name, key], target.verdict)
                 if target.passive is not None:
                     ejected.add_metric([name, key], target.passive.is_ejected)
                     ejections.add_metric([name, key], target.passive.ejections_total)

@@ -151,7 +151,7 @@ class TargetFigures(Protocol):
     @property
     def key(self) -> str: ...  # noqa: D102
     @property
-    def is_healthy(self) -> bool: ...  # noqa: D102
+    def verdict(self) -> bool | None: ...  # noqa: D102
     @property
     def passive(self) -> EjectionFigures | None: ...  # noqa: D102
 

@@ -162,6 +162,11 @@ class TargetReport:
         return self.url if self.named is None else f"{self.named} ({self.url})"
 
     @property
+    def verdict(self) -> bool | None:
+        """What health checks say of it; None while none has asked it."""
+        return None if self.is_healthy and self.checks.at is None else self.is_healthy
+
+    @property
     def is_in_rotation(self) -> bool:
         """Tell whether it gets requests like any other."""
         return self.is_healthy and (self.passive is None or not self.passive.is_ejected)

@@ -60,6 +60,8 @@ def ended(at: float = START, seconds: float | None = 0.01, *, allowed: bool | No
 
 def people(policy: BreakerPolicy | None = None) -> Upstream:
     targets = [Target("http://127.0.0.1:9001"), Target("http://127.0.0.1:9002", is_healthy=False)]
+    for target in targets:
+        target.checks.note(START, is_good=target.is_healthy, finding="status")
     return Upstream("people", targets, CircuitBreaker(policy or BreakerPolicy(), START), round_robin)
 
 
@@ -423,6 +425,11 @@ def test_other_methods_are_one(method: str) -> None:
 
 
 # Prometheus
+
+
+def test_a_target_that_no_check_has_asked_has_no_series_of_its_health() -> None:
+    upstream = Upstream("people", [Target("http://a")], CircuitBreaker(BreakerPolicy(), START), round_robin)
+    assert not [name for name in samples(exposition_of(recorder_of(), upstream)) if "gateway_upstream_healthy" in name]
 
 
 @pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "text/plain; version=0.0.4"])

@@ -333,6 +333,7 @@ def test_an_upstream_that_no_worker_has_any_more_is_not_shown() -> None:
 def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_names() -> None:
     targets = [Target("http://10.0.0.1:80", named=f"http://{name}.test:80", address="10.0.0.1") for name in "ab"]
     targets[1].is_healthy = False
+    targets[0].checks.note(START, is_good=True, finding="status 200")
     people = Upstream("people", targets, CircuitBreaker(BreakerPolicy(), START), round_robin)
     names = [Name("http://a.test:80"), Name("http://a.test:81")]
     for name in names:
