@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "secret",
         "lifeline",
         "output",
+        "pacing",
         "frames",
         "id_filter",
         "local_resources",
@@ -136,9 +137,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("installation",),
     ("main",),
     ("welcome",),
+    ("start_check",),
+    ("config_watch",),
     ("server", "staff"),
     ("worker", "supervisor"),
-    ("start_check",),
     ("cli",),
     ("__main__",),
 )
@@ -310,7 +312,7 @@ OUTSIDE = {
     "yaml": {"diagnosis"},
     "uvicorn": {"protocol", "demo", "server"},
 }
-NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config", "output"}
+NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config", "output", "pacing"}
 
 MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
