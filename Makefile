@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--custom-compile-command "make lock"
-.PHONY: help check format test cover load bench chaos soak probe lock audit
+.PHONY: help check format test cover load bench chaos soak fuzz probe lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -24,6 +24,8 @@ chaos:   ## one target of three fails: what clients notice, beside four others
 	python -m benchmarks.chaos
 soak:    ## an hour of mixed load, for every night: fails if memory, descriptors or anything else rises
 	python -m benchmarks.soak --minutes 60
+fuzz:    ## both peers send what they should not: make fuzz MINUTES=10 SEED=1
+	python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
 probe:   ## a black-box HTTP probe against a running gateway: make probe PROBE=path/to/probe_proxy.py
 	python -m benchmarks.probe $(PROBE)
 lock:    ## bring the lock files up to date with pyproject.toml; UPGRADE=--upgrade takes newer versions (extra "release")

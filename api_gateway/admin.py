@@ -1,5 +1,6 @@
 """The operator's endpoints: see health, metrics, breakers and clients, and change a client's tier."""
 
+import asyncio
 import itertools
 import time
 from collections import Counter
@@ -41,6 +42,7 @@ from api_gateway.metrics import GATEWAY, Recorder
 from api_gateway.metrics_bodies import LatencyView, MetricsView
 from api_gateway.models import (
     NANOSECONDS,
+    Body,
     BucketReset,
     BucketView,
     Charge,
@@ -61,6 +63,7 @@ from api_gateway.models import (
 )
 from api_gateway.operator_gate import OPERATOR
 from api_gateway.operators import Operator
+from api_gateway.pacing import each, paced
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reload_bodies import Reloaded
 from api_gateway.reload_views import configuration_view, reload_view
@@ -209,10 +212,11 @@ async def health(console: Open) -> Response:
 async def health_view(console: Console) -> HealthView:
     """Return the health of the gateway and its upstreams, as operators see it."""
     report = await console.crew.gather()
-    upstreams = {
-        name: upstream_view(upstream, console.clock(), report.recorder.concurrency(name, upstream))
-        for name, upstream in report.upstreams.items()
-    }
+    views = each(
+        report.upstreams.items(),
+        lambda name, upstream: upstream_view(upstream, console.clock(), report.recorder.concurrency(name, upstream)),
+    )
+    upstreams = await paced(views)
     words = {view.status for view in upstreams.values()}
     status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
     if words == {"fail"}:
@@ -293,9 +297,9 @@ async def metrics(
             report.resources,
             report.configuration,
         )
-        body, content_type = exposition.render(accept)
+        body, content_type = await paced(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})
-    return report.recorder.snapshot(
+    view = report.recorder.snapshot(
         console.clock(),
         report.upstreams,
         buckets=report.buckets,
@@ -304,33 +308,32 @@ async def metrics(
         limiter=report.limiter,
         lag=report.lag,
     )
+    return _shown(await paced(view))
 
 
-@guarded_router.get("/metrics/latency", summary="Latency percentiles")
-async def latency(console: Guarded) -> LatencyView:
+@guarded_router.get("/metrics/latency", summary="Latency percentiles", response_model=LatencyView)
+async def latency(console: Guarded) -> Response:
     """Answer the percentiles over the last minute, the last five minutes and since the start."""
     report = await console.crew.gather()
-    return report.recorder.latency(console.clock())
+    return _shown(await paced(report.recorder.latency(console.clock())))
 
 
-@guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model_exclude_unset=True)
-async def circuit_breakers(console: Guarded) -> BreakersView:
+@guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model=BreakersView)
+async def circuit_breakers(console: Guarded) -> Response:
     """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
     await console.modes.look()
     report = await console.crew.gather()
     now = console.clock()
     trouble = {} if console.modes.trouble is None else {"modes_error": console.modes.trouble}
-    return BreakersView(
-        circuit_breakers={
-            name: _breaker_view(upstream.breaker, console.modes.override(name), now)
-            for name, upstream in report.upstreams.items()
-        },
-        targets={
-            name: {target.key: verdict_view(target, now) for target in upstream.targets}
-            for name, upstream in report.upstreams.items()
-        },
-        **trouble,
+    breakers = each(
+        report.upstreams.items(),
+        lambda name, upstream: _breaker_view(upstream.breaker, console.modes.override(name), now),
     )
+    targets = each(
+        report.upstreams.items(),
+        lambda _, upstream: {target.key: verdict_view(target, now) for target in upstream.targets},
+    )
+    return _shown(BreakersView(circuit_breakers=await paced(breakers), targets=await paced(targets), **trouble))
 
 
 @guarded_router.post(
@@ -512,7 +515,7 @@ async def _schema(request: Request) -> Response:
     rendered: dict[str, Response] = request.app.state.rendered_schemas
     root = request.scope.get("root_path", "")
     if root not in rendered:
-        schema = request.app.openapi()
+        schema = await asyncio.to_thread(request.app.openapi)  # the first time it takes long
         rendered[root] = JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
     return rendered[root]
 
@@ -567,6 +570,11 @@ def _mistake(item: Mapping[str, Any]) -> str:
     given = item.get("input")
     value = f", got {given!r}" if isinstance(given, str | int | float) else ""
     return f"{'.'.join(map(str, item['loc']))}: {item['msg']}{value}"
+
+
+def _shown(view: Body) -> Response:
+    """Return a view as it is, where the framework would validate and copy it: a large one would hold the loop."""
+    return Response(view.model_dump_json(by_alias=True, exclude_unset=True), media_type="application/json")
 
 
 def _check_breaker(console: Console, name: str) -> None:

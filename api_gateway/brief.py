@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from api_gateway.config import DEFAULT_TIERS, GatewayConfig
+from api_gateway.config import DEFAULT_TIERS, GatewayConfig, from_values
 from api_gateway.secret import revealed
 
 # Modules are looked for where the supervisor finds them, however it was started.
@@ -43,4 +43,4 @@ def hand_over(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]
 
 def take_over(values: dict[str, Any]) -> GatewayConfig:
     """Return the configuration that was handed over."""
-    return GatewayConfig(_env_file=None, **values)  # the environment is the same, and `.env` is in the values
+    return from_values(values)

@@ -5,17 +5,19 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from api_gateway import __version__
 from api_gateway.assembly_stores import client_store, state_folder
-from api_gateway.config import GatewayConfig, load_config
+from api_gateway.config import ENV_PREFIX, GatewayConfig, Loaded, load_config, read_config
+from api_gateway.config_rules import Finding, doubts
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
+from api_gateway.start_check import file_obstacles, obstacles, passing_doubts
 from api_gateway.state_folder import former_state
 from api_gateway.supervisor import Supervisor
 
@@ -25,19 +27,22 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gateway, or only check its configuration. Returns the exit code: 0, or 3 when it cannot start."""
     with redirected():
-        return _run(_parser().parse_args(arguments))
+        return _run(_parsed(arguments))
 
 
 def _run(options: argparse.Namespace) -> int:
-    read = partial(load_config, options.config, _overrides(options))
+    overrides = _overrides(options)
     try:
-        config = read()
+        loaded = read_config(options.config, overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return STARTUP_FAILED
     if options.check:
-        print(_summary(config))
-        return 0
+        return _check(loaded)
+    config = loaded.config
+    if _report(loaded, file_obstacles(config)):
+        return STARTUP_FAILED
+    read = partial(load_config, options.config, overrides)
     configure_logging(config.log.level)
     hint = former_state(config.state_dir, os.environ)
     if hint is not None:
@@ -51,6 +56,27 @@ def _run(options: argparse.Namespace) -> int:
         return STARTUP_FAILED
 
 
+def _check(loaded: Loaded) -> int:
+    """Say what a start would use, and what would be in its way; return the exit code."""
+    config = loaded.config
+    is_failed = _report(loaded, obstacles(config))
+    _report(loaded, [*doubts(config), *passing_doubts(config)], "warning: ")
+    print(f"Read: {', '.join(loaded.sources.names) or 'nothing, all settings have their defaults'}.")
+    print(f"State is kept in {config.state_dir}.")
+    if is_failed:
+        return STARTUP_FAILED
+    print(_summary(config))
+    return 0
+
+
+def _report(loaded: Loaded, findings: Iterable[Finding], kind: str = "") -> bool:
+    """Print a line for each finding; return whether there is any."""
+    lines = [f"{kind}{loaded.sources.origin(finding.place)}{finding}" for finding in findings]
+    for line in lines:
+        print(line, file=sys.stderr)
+    return bool(lines)
+
+
 def _serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> int:
     """Serve in this process, or supervise several that do. Raises StartupError."""
     if config.server.workers > 1:
@@ -58,6 +84,19 @@ def _serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> int:
     server = GatewayServer(config, read=read)
     server.run()
     return server.exit_code if server.started else STARTUP_FAILED
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options. An unknown one is named without its value, which may be a secret."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        names = [one.partition("=")[0] for one in unknown if one.startswith("-")]
+        parser.error(
+            f"unknown: {', '.join(names) or 'arguments that are no options'}; all settings can be made in the file, or"
+            f" by variables such as {ENV_PREFIX}STORE__URL"
+        )
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,25 +6,24 @@ Knows nothing of how the values are used.
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from dotenv import dotenv_values
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from api_gateway.config_repair import repaired
+from api_gateway.config_rules import Finding, contradictions
 from api_gateway.config_sections import (
+    CLIENT_ID,
+    PATTERNS,
     AddressLimitSection,
     AdminSection,
-    CandidateSection,
     ClientSection,
     IdentitySection,
     LogSection,
@@ -37,15 +36,16 @@ from api_gateway.config_sections import (
     TierSection,
     UpstreamSection,
 )
-from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml
+from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml, without_passwords
+from api_gateway.environment import read_environment
 from api_gateway.secret import Unusable
 from api_gateway.state_folder import StateError, default_state_dir
 
 ENV_PREFIX = "GATEWAY_"
 ENV_FILE = ".env"
 CONFIG_VARIABLE = "GATEWAY_CONFIG"
-LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
-MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
+
+_CONTRADICTION = "contradiction"
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,22 @@ DEFAULT_TIERS: dict[str, dict[str, float]] = {
     "ENTERPRISE": {"rate": 100, "capacity": 1000},
 }
 
-_file_path: ContextVar[Path | None] = ContextVar("_file_path", default=None)
-_file_values: ContextVar[dict[str, Any]] = ContextVar("_file_values", default={})  # noqa: B039 - never mutated
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What has been read for the configuration that is being made; each source beats those behind it."""
+
+    file: Path | None = None
+    values: tuple[dict[str, Any], ...] = ()
+
+
+# None: a configuration that is made by itself has its values from the environment.
+_read: ContextVar[_Read | None] = ContextVar("_read", default=None)
 
 
 def _default_state_dir() -> Path | Unusable:
     try:
-        return default_state_dir(_file_path.get(), os.environ)
+        return default_state_dir((_read.get() or _Read()).file, os.environ)
     except StateError as error:
         return Unusable(str(error).removeprefix("state_dir: "))
 
@@ -79,10 +88,6 @@ class GatewayConfig(BaseSettings):
     """The whole configuration."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter="__",
-        env_file=ENV_FILE,
-        dotenv_filtering="only_existing",
         extra="forbid",
         frozen=True,
         validate_default=True,
@@ -99,7 +104,7 @@ class GatewayConfig(BaseSettings):
     address_limit: AddressLimitSection = AddressLimitSection()
     tiers: dict[Name, TierSection] = Field(default={}, validate_default=True)
     default_tier: TierName = "FREE"
-    clients: dict[Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")], ClientSection] = {}
+    clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
     upstreams: dict[Name, UpstreamSection] = {}
     routes: list[RouteSection] = []
     metrics: MetricsSection = MetricsSection()
@@ -115,12 +120,14 @@ class GatewayConfig(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is the library's
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is the library's
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources, highest precedence first, each spelling the names of tiers alike."""
-        given = [init_settings(), env_settings(), dotenv_settings(), _file_values.get()]
+        read = _read.get()
+        values = _of_environment() if read is None else read.values
+        given = [init_settings(), *values]
         return tuple(InitSettingsSource(settings_cls, _with_upper_tiers(values)) for values in given)
 
     @model_validator(mode="before")
@@ -142,43 +149,121 @@ class GatewayConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> "GatewayConfig":
-        problems = [
-            *_server_problems(self),
-            *_store_problems(self),
-            *_admin_problems(self),
-            *_tier_problems(self),
-            *_upstream_problems(self),
-            *_breaker_problems(self),
-            *_overload_problems(self),
-            *_route_problems(self),
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        findings = list(contradictions(self))
+        if findings:
+            lines = "\n".join(str(finding) for finding in findings)
+            raise PydanticCustomError(_CONTRADICTION, "{lines}", {"lines": lines, "findings": findings})
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration, and where its values came from."""
+
+    config: GatewayConfig
+    sources: Sources
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
     """Read the configuration from all its sources.
 
     `path` is a YAML file; without it `GATEWAY_CONFIG` names one, or there is none. `overrides` is what the command
-    line says, nested as the sections are. Raises ConfigError.
+    line says, nested as the sections are. Secret files are read. Raises ConfigError, with a line for every mistake.
     """
-    variables = {name.upper(): value for name, value in (*dotenv_values(ENV_FILE).items(), *os.environ.items())}
+    return read_config(path, overrides).config
+
+
+def read_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Loaded:
+    """Do as `load_config`, and keep where each value came from."""
+    variables = _variables()
+    environment, problems = read_environment(variables, ENV_PREFIX, GatewayConfig)
     chosen = path or variables.get(CONFIG_VARIABLE)
-    file = read_yaml(Path(chosen)) if chosen else NO_FILE
-    sources = Sources(overrides or {}, ENV_PREFIX, variables, file)
-    token, path_token = _file_values.set(file.values), _file_path.set(file.path)
     try:
-        _warn_of_unknown(variables)
-        return GatewayConfig(**sources.overrides)
-    except ValidationError as error:
-        lines = [line for detail in error.errors() for line in explain(detail, GatewayConfig, sources)]
-    except SettingsError as error:
-        lines = [f"environment: {error}: {error.__cause__}"]
+        file = read_yaml(Path(chosen)) if chosen else NO_FILE
+    except ConfigError as error:  # without the file, nothing can be said of the rest
+        raise ConfigError([*error.problems, *problems]) from None
+    sources = Sources(overrides or {}, ENV_PREFIX, variables, file)
+    _warn_of_unknown(variables)
+    read = _Read(file.path, (environment, file.values))
+    merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, environment, sources.overrides)])
+    found = [*file.problems, *problems, *_emptiness(merged, sources)]
+    config, errors = _validated(sources.overrides, read)
+    found += [explain(detail, GatewayConfig, sources, PATTERNS) for detail in errors if detail["loc"]]
+    if any(detail["loc"] for detail in errors):
+        errors, wrong = repaired(merged, GatewayConfig, errors, lambda values: _made(values, _Read(file.path)))
+    else:
+        wrong = []
+    for finding in _findings(errors):
+        if not any(finding.concerns(place) for place in wrong):
+            found.append(f"{sources.origin(finding.place)}{without_passwords(str(finding))}")
+    if config is None or found:
+        raise ConfigError(found)
+    return Loaded(config, sources)
+
+
+def from_values(values: Mapping[str, Any]) -> GatewayConfig:
+    """Return the configuration of these values alone. Raises pydantic's ValidationError."""
+    return _made(values, _Read())
+
+
+def _made(values: Mapping[str, Any], read: _Read) -> GatewayConfig:
+    token = _read.set(read)
+    try:
+        return GatewayConfig(**values)
     finally:
-        _file_values.reset(token)
-        _file_path.reset(path_token)
-    raise ConfigError(lines)  # outside of the handlers: their errors quote values, and would be shown with this one
+        _read.reset(token)
+
+
+def _validated(overrides: Mapping[str, Any], read: _Read) -> tuple[GatewayConfig | None, list[ErrorDetails]]:
+    """Return the configuration or the errors. Their exception is not kept: it holds values, and so secrets."""
+    try:
+        return _made(overrides, read), []
+    except ValidationError as error:
+        return None, error.errors()
+
+
+def _findings(errors: Iterable[ErrorDetails]) -> Iterator[Finding]:
+    for detail in errors:
+        if detail["type"] == _CONTRADICTION:
+            yield from detail["ctx"]["findings"]
+
+
+def _emptiness(merged: Mapping[str, Any], sources: Sources) -> Iterator[str]:
+    """Yield a line for what is written and configures nothing, where the demo would start instead."""
+    if sources.file.path is not None and not sources.file.values and not merged.get("upstreams"):
+        yield (
+            f"{sources.file.path}: configures nothing, and so the demo services would start; configure upstreams, or"
+            f" start without --config and {CONFIG_VARIABLE} for the demo"
+        )
+    if merged.get("routes") == []:
+        place = ("routes",)
+        yield f"{sources.origin(place)}routes: is empty; leave it out for one route to each upstream, got []"
+    if merged.get("upstreams") == {}:
+        place = ("upstreams",)
+        yield f"{sources.origin(place)}upstreams: is empty; leave it out for the demo services, got {{}}"
+
+
+def _variables() -> dict[str, str | None]:
+    return {name.upper(): value for name, value in (*dotenv_values(ENV_FILE).items(), *os.environ.items())}
+
+
+def _of_environment() -> tuple[dict[str, Any], ...]:
+    """Return the values of the environment and of `.env`. Raises ConfigError."""
+    values, problems = read_environment(_variables(), ENV_PREFIX, GatewayConfig)
+    if problems:
+        raise ConfigError(problems)
+    return (values,)
+
+
+def _merged(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Lay sources over each other, those behind over those before."""
+    merged: dict[str, Any] = {}
+    for values in sources:
+        for name, value in values.items():
+            below = merged.get(name)
+            is_nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+            merged[name] = _merged([below, value]) if is_nested else value  # type: ignore[list-item]  # both are mappings
+    return merged
 
 
 def _warn_of_unknown(variables: Collection[str]) -> None:
@@ -196,9 +281,6 @@ def _with_upper_tiers(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"tiers": {str(name).upper(): terms for name, terms in tiers.items()}}
 
 
-# Rules between sections
-
-
 def _merge_tiers(given: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = dict(DEFAULT_TIERS)
     for name, terms in given.items():
@@ -210,137 +292,3 @@ def _merge_tiers(given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[upper] = terms
     return merged
-
-
-def _server_problems(config: GatewayConfig) -> Iterator[str]:
-    if config.store.is_shared:
-        yield from _budget_problems(config)
-
-
-def _budget_problems(config: GatewayConfig) -> Iterator[str]:
-    terms: dict[str, TierSection | AddressLimitSection] = {
-        f"tiers.{name}": tier for name, tier in config.tiers.items()
-    }
-    for place, term in {**terms, "address_limit": config.address_limit}.items():
-        if term.rate and term.capacity / term.rate > LONGEST_BUDGET:
-            yield (
-                f"{place}: takes {term.capacity / term.rate:g} s to fill, and in a shared store a bucket may take"
-                f" {LONGEST_BUDGET} at most"
-            )
-
-
-def _store_problems(config: GatewayConfig) -> Iterator[str]:
-    if config.store.clients == "store" and not config.store.is_shared:
-        yield "store.clients: memory:// outlives no restart, so clients go into a file: sqlite or auto, got 'store'"
-
-
-def _admin_problems(config: GatewayConfig) -> Iterator[str]:
-    tokens = [(f"admin.tokens.{name}", section.token) for name, section in config.admin.tokens.items()]
-    places: dict[str, str] = {}
-    for place, token in (("admin.token", config.admin.token), *tokens):
-        if token is not None:
-            first = places.setdefault(token.get_secret_value(), place)
-            if first != place:
-                yield f"{place}: is the same token as {first}"
-
-
-def _tier_problems(config: GatewayConfig) -> Iterator[str]:
-    known = ", ".join(config.tiers)
-    if config.default_tier not in config.tiers:
-        yield f"default_tier: no such tier, got {config.default_tier!r}; the tiers are {known}"
-    for place, terms in _all_terms(config):
-        seconds = terms.capacity / terms.rate if terms.rate else 0.0
-        if seconds > MAX_FILL:
-            yield f"{place}: the bucket must fill within {MAX_FILL:g} s (ten years), got {seconds:g}"
-    for client_id, client in config.clients.items():
-        if client.tier not in config.tiers:
-            yield f"clients.{client_id}.tier: no such tier, got {client.tier!r}; the tiers are {known}"
-
-
-def _overload_problems(config: GatewayConfig) -> Iterator[str]:
-    unranked = [name for name, tier in config.tiers.items() if tier.priority is None]
-    if unranked and len(unranked) < len(config.tiers):
-        yield f"tiers.{unranked[0]}.priority: every tier needs one as soon as one has, got None"
-    for name, upstream in config.upstreams.items():
-        section, place = upstream.concurrency, f"upstreams.{name}.concurrency"
-        if section is None:
-            continue
-        if (section.limit is None) == (section.adaptive is None):
-            got = "both" if section.limit is not None else "neither"
-            yield f"{place}: needs either limit or adaptive, got {got}"
-        adaptive = section.adaptive
-        if adaptive is not None and adaptive.floor > adaptive.ceiling:
-            yield f"{place}.adaptive.floor: must be at most the ceiling {adaptive.ceiling}, got {adaptive.floor}"
-
-
-def _all_terms(config: GatewayConfig) -> Iterator[tuple[str, TierSection | CandidateSection | AddressLimitSection]]:
-    yield "address_limit", config.address_limit
-    for name, tier in config.tiers.items():
-        yield f"tiers.{name}", tier
-        if tier.candidate is not None:
-            yield f"tiers.{name}.candidate", tier.candidate
-
-
-def _upstream_problems(config: GatewayConfig) -> Iterator[str]:
-    for name, upstream in config.upstreams.items():
-        if upstream.hash_on != "client" and upstream.balance != "hash":
-            yield f"upstreams.{name}.hash_on: needs balance: hash, got {upstream.hash_on!r} with {upstream.balance!r}"
-
-
-def _breaker_problems(config: GatewayConfig) -> Iterator[str]:
-    for name, upstream in config.upstreams.items():
-        breaker, place = upstream.circuit_breaker, f"upstreams.{name}.circuit_breaker"
-        if breaker.max_recovery_timeout < breaker.recovery_timeout:
-            yield (
-                f"{place}.max_recovery_timeout: must be at least recovery_timeout ({breaker.recovery_timeout:g}),"
-                f" got {breaker.max_recovery_timeout:g}"
-            )
-        if breaker.slow_call_rate is not None and breaker.slow_call_duration is None:
-            yield f"{place}.slow_call_rate: needs slow_call_duration, got {breaker.slow_call_rate:g} alone"
-        if breaker.slow_call_duration is not None and breaker.slow_call_rate is None:
-            yield f"{place}.slow_call_duration: needs slow_call_rate, got {breaker.slow_call_duration:g} alone"
-        if breaker.window_calls is not None and breaker.window_calls < breaker.minimum_calls:
-            yield (
-                f"{place}.window_calls: must be at least minimum_calls ({breaker.minimum_calls}), or no rate is ever"
-                f" reached, got {breaker.window_calls}"
-            )
-
-
-def _fallback_problems(config: GatewayConfig, route: RouteSection, place: str) -> Iterator[str]:
-    other = None if route.fallback is None else route.fallback.upstream
-    if other is not None and other not in config.upstreams:
-        hint = nearest(other, config.upstreams)
-        yield f"{place}.fallback.upstream: no such upstream, got {other!r}{hint}"
-    elif other == route.upstream:
-        yield f"{place}.fallback.upstream: must be another upstream than the route's own, got {other!r}"
-
-
-def _route_problems(config: GatewayConfig) -> Iterator[str]:
-    largest = max((terms.capacity for place, terms in _all_terms(config) if place != "address_limit"), default=0)
-    names: dict[str, int] = {}
-    matches: dict[tuple[object, ...], str] = {}
-    for index, route in enumerate(config.routes):
-        place = f"routes[{index}] ({route.name})"
-        if route.name in names:
-            yield f"{place}.name: already the name of routes[{names[route.name]}]"
-        names.setdefault(route.name, index)
-        if route.path != "/api" and not route.path.startswith("/api/"):
-            yield f"{place}.path: must be /api or begin with /api/, got {route.path!r}"
-        if route.upstream not in config.upstreams:
-            hint = nearest(route.upstream, config.upstreams)
-            yield f"{place}.upstream: no such upstream, got {route.upstream!r}{hint}"
-        yield from _fallback_problems(config, route, place)
-        if route.strip_prefix and not f"{route.path}/".startswith(f"{route.strip_prefix.rstrip('/')}/"):
-            yield f"{place}.strip_prefix: must be a prefix of the path {route.path!r}, got {route.strip_prefix!r}"
-        for method in route.methods or ["any"]:
-            other = matches.setdefault((route.host, route.path, method), route.name)
-            if other != route.name:
-                yield f"{place}.path: route {other!r} has this host, path and method, got {route.path!r} ({method})"
-        for key, cost in [
-            ("cost", route.cost),
-            ("candidate_cost", route.candidate_cost),
-            *((f"costs[{i}].cost", c.cost) for i, c in enumerate(route.costs)),
-            *((f"costs[{i}].candidate_cost", c.candidate_cost) for i, c in enumerate(route.costs)),
-        ]:
-            if cost is not None and cost > largest:
-                yield f"{place}.{key}: above the capacity of every tier (at most {largest}), got {cost:g}"

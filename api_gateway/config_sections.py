@@ -23,6 +23,27 @@ _FRAMING = frozenset(
 )
 
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+_METHOD = r"^[A-Za-z][A-Za-z-]*$"
+_HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
+_HEADER_VALUE = r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$"
+_PREFIX = r"^[A-Za-z0-9_.:-]{1,64}$"
+_OWN_HEADER = r"^[A-Za-z0-9-]{1,64}$"
+_HASH_ON = r"^(client|header:[A-Za-z0-9-]{1,64})$"
+CLIENT_ID = r"^[\x21-\x7e]{1,128}$"
+# What a text must be like to match each of them.
+PATTERNS = {
+    _NAME: "must be 1 to 64 letters, digits, '_', '.' and '-', and begin with a letter or a digit",
+    _METHOD: "must be a method such as GET",
+    _HEADER_NAME: "must be the name of a header field, as in X-Source",
+    _HEADER_VALUE: "must be visible ASCII characters, with spaces only between them",
+    _PREFIX: "must be 1 to 64 letters, digits, '_', '.', ':' and '-'",
+    _OWN_HEADER: "must be the name of a header field, 1 to 64 letters, digits and '-'",
+    _HASH_ON: "must be client, or header: with the name of a header field, as in header:X-Tenant",
+    CLIENT_ID: "must be a client's identifier of 1 to 128 visible ASCII characters",
+}
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, an unknown key is a mistake, and secrets may be read from files."""
 
@@ -36,10 +57,10 @@ class Section(BaseModel):
 
 Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Name = Annotated[str, Field(pattern=_NAME)]
 TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Name]
 Methods = Annotated[
-    list[Annotated[str, AfterValidator(str.upper), Field(pattern=r"^[A-Za-z][A-Za-z-]*$")]],
+    list[Annotated[str, AfterValidator(str.upper), Field(pattern=_METHOD)]],
     Field(min_length=1),
 ]
 
@@ -113,8 +134,8 @@ def _own_header(name: str) -> str:
 
 
 RetriedStatus = Annotated[int, AfterValidator(_retried_status)]
-HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"), AfterValidator(_own_header)]
-HeaderValue = Annotated[str, Field(pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$", max_length=4096)]
+HeaderName = Annotated[str, Field(pattern=_HEADER_NAME), AfterValidator(_own_header)]
+HeaderValue = Annotated[str, Field(pattern=_HEADER_VALUE, max_length=4096)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
@@ -190,7 +211,7 @@ class StoreSection(Section):
     deadline: Seconds = Field(default=0.02, description="How long a request waits for the store.")
     timeout: Seconds = Field(default=1, description="For everything else that is asked of the store.")
     processes: int = Field(default=1, ge=1, description="How many gateways there are at least, on all machines.")
-    prefix: str = Field(default="gateway", pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="Begins every key.")
+    prefix: str = Field(default="gateway", pattern=_PREFIX, description="Begins every key.")
     bucket_limit: int = Field(default=1_000_000, ge=1)
     clients: Literal["auto", "sqlite", "store"] = Field(
         default="auto",
@@ -251,7 +272,7 @@ class IdentitySection(Section):
     """How a client says who it is."""
 
     mode: Literal["header"] = "header"
-    header: str = Field(default="X-Client-ID", pattern=r"^[A-Za-z0-9-]{1,64}$")
+    header: str = Field(default="X-Client-ID", pattern=_OWN_HEADER)
 
 
 class AddressLimitSection(Section):
@@ -411,7 +432,7 @@ class UpstreamSection(Section):
     balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"
     hash_on: str = Field(
         default="client",
-        pattern=r"^(client|header:[A-Za-z0-9-]{1,64})$",
+        pattern=_HASH_ON,
         description="What `balance: hash` goes by: client, or header:X-Name.",
     )
     slow_start: float = Field(
@@ -455,6 +476,10 @@ class FallbackSection(Section):
         return self
 
 
+def _host(host: str) -> str:
+    return host.lower().removesuffix(".")
+
+
 class RouteSection(Section):
     """Which requests go to which upstream, at what cost."""
 
@@ -463,7 +488,7 @@ class RouteSection(Section):
     upstream: str
     strip_prefix: WholePath | None = None
     methods: Methods | None = None
-    host: Annotated[str, AfterValidator(str.lower)] | None = None
+    host: Annotated[str, AfterValidator(_host)] | None = None
     cost: float = Field(default=1, ge=0, le=1_000_000_000)
     candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
     costs: list[CostSection] = []

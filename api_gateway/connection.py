@@ -11,7 +11,7 @@ import httpx
 
 from api_gateway.alarm import Alarm
 from api_gateway.answer import NO_HOOKS, NO_LIMITS, SWITCHING, Answer, Hooks
-from api_gateway.headers import fields_of
+from api_gateway.headers import fields_of, framing
 from api_gateway.heads import BODILESS, split_answer
 from api_gateway.models import HeaderList
 from api_gateway.outgoing import Outgoing, length_of, render_head
@@ -23,6 +23,7 @@ MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before i
 _SURPLUS = "more came than was announced"
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
+_KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser knows that these have no content, whatever they announce
 
 
 class Stale(httpx.ReadError):
@@ -328,6 +329,9 @@ class Connection(asyncio.BufferedProtocol):
         elif status == SWITCHING:
             self._fail(answer, "switched protocols without being asked")
         elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
+            if status not in _KNOWN_INTERIM and framing(fields_of(headers)) is not None:
+                self._fail(answer, "an interim response with content")  # it would be taken for the final response's
+                return
             if status == _CONTINUE and answer.hooks.expects_continue and self._upload is not None:
                 self.alarm.clear()  # now it is the client who is waited for
             answer.hooks.on_interim(status, reason, headers)

@@ -17,12 +17,13 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from api_gateway.errors import StartupError
+from api_gateway.pacing import Steps, paced
 from api_gateway.reload_state import Outcome
-from api_gateway.report import Report, oldest_changed
+from api_gateway.report import Report, UpstreamReport, joined, oldest_changed
 
 logger = logging.getLogger(__name__)
 
-Look = Callable[[], Report]
+Look = Callable[[], Steps[Report]]
 Reload = Callable[[str], Awaitable[Outcome]]
 
 RELIEF = signal.SIGUSR1  # tells a worker that another one has taken its place
@@ -69,7 +70,7 @@ class Alone:
     """The crew of a single process: its report is the report of all, and the recorder in it is the live one."""
 
     def __init__(self) -> None:
-        self._look: Look = Report.blank
+        self._look: Look = _nothing
         self._configured: Configured | None = None
 
     def enlist(self, look: Look, configured: Configured | None = None) -> None:
@@ -78,7 +79,7 @@ class Alone:
 
     async def gather(self, *, with_histories: bool = False) -> Report:  # noqa: ARG002 - they are at hand
         """See `Crew`."""
-        return self._look()
+        return await paced(self._look())
 
     async def reload(self, origin: str) -> Outcome:
         """See `Crew`."""
@@ -93,11 +94,14 @@ class Member:
         """`on_orphaned` is called when the supervisor is gone."""
         self._channel = channel
         self._on_orphaned = on_orphaned
-        self._look: Look = Report.blank
+        self._look: Look = _nothing
         self._configured: Configured | None = None
         self._since = 0  # the first slice that the supervisor may not know as it is
+        self._known: dict[str, UpstreamReport] = {}  # what it was last told of each upstream
+        self._telling = asyncio.Lock()  # a report that was begun earlier is sent earlier
         self._number = 0
         self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._parts: dict[int, list[dict[str, Any]]] = {}  # of answers that are not complete
         self._last: Any = None  # what was last gathered
         self._tasks: list[asyncio.Task[None]] = []
         self._preparing: asyncio.Task[None] | None = None
@@ -123,7 +127,7 @@ class Member:
         """Report for the last time, with what could not be ended in time, and stop listening."""
         for task in self._tasks:
             task.cancel()
-        self._say("left", cut_off=cut_off, report=self._state())
+        await self._tell("left", cut_off=cut_off)
         with suppress(OSError):  # the supervisor may have gone before
             await self._writer.drain()
             self._writer.close()
@@ -138,19 +142,19 @@ class Member:
         """
         self._number = number = self._number + 1
         answer = self._asked[number] = asyncio.get_running_loop().create_future()
-        self._say("gather", id=number, with_histories=with_histories, report=self._state())
         try:
+            await self._tell("gather", id=number, with_histories=with_histories)
             async with asyncio.timeout(PATIENCE):
                 self._last = await answer
         except TimeoutError:
             logger.warning("the supervisor has not answered within %g s; what is shown may be old", PATIENCE)
         finally:
             del self._asked[number]
-        own = self._look()
+        own = await paced(self._look())
         if self._last is None:
             return own
         report = Report.blank(percentiles=own.recorder.percentiles)
-        report.update(self._last)
+        await paced(report.updating(self._last))
         return report
 
     async def reload(self, origin: str) -> Outcome:
@@ -168,14 +172,29 @@ class Member:
             while (line := await reader.readline()).endswith(b"\n"):
                 message = json.loads(line)
                 if message["kind"] == "report":
-                    self._report(answers=message["id"])
+                    await self._report(answers=message["id"])
                 elif message["kind"] == "prepare":
                     self._preparing = asyncio.create_task(self._prepare(message), name="configuration")
                 elif message["kind"] == "commit":
                     self._commit(message["id"])
-                elif (asked := self._asked.get(message["id"])) is not None and not asked.done():
-                    asked.set_result(message["report" if message["kind"] == "gathered" else "outcome"])
+                elif message["kind"] == "gathered":
+                    self._take(message)
+                else:
+                    self._answered(message["id"], message["outcome"])
+                await asyncio.sleep(0)  # lines that have all arrived are read without a pause
         self._on_orphaned()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        """Take one part of a report; the last completes it."""
+        parts = self._parts.setdefault(message["id"], [])
+        parts.append(message["report"])
+        if message["is_last"]:
+            self._answered(message["id"], joined(self._parts.pop(message["id"])))
+
+    def _answered(self, number: int, answer: dict[str, Any]) -> None:
+        asked = self._asked.get(number)
+        if asked is not None and not asked.done():
+            asked.set_result(answer)
 
     async def _prepare(self, message: dict[str, Any]) -> None:
         """Do the first phase of a reload, and say whether anything is in its way."""
@@ -204,20 +223,29 @@ class Member:
     async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(REPORT_INTERVAL)
-            self._report()
+            await self._report()
 
-    def _report(self, answers: int = 0) -> None:
+    async def _report(self, answers: int = 0) -> None:
         if self._writer.transport.get_write_buffer_size() < MAX_UNSENT:
-            self._say("report", answers=answers, report=self._state())
+            await self._tell("report", answers=answers)
 
-    def _state(self) -> dict[str, Any]:
-        """Return what has changed since the last time."""
-        since, self._since = self._since, oldest_changed(time.monotonic())
-        return self._look().state(since)
+    async def _tell(self, kind: str, **fields: Any) -> None:
+        """Send a message with what has changed since the last time."""
+        async with self._telling:
+            since = oldest_changed(time.monotonic())
+            report = await paced(self._look())
+            state = await paced(report.describing(self._since, self._known))
+            self._since, self._known = since, report.upstreams
+            self._say(kind, **fields, report=state)
 
     def _say(self, kind: str, **fields: Any) -> None:
         if not self._writer.is_closing():
             self._writer.write(encode(kind, **fields))
+
+
+def _nothing() -> Steps[Report]:
+    yield from ()
+    return Report.blank()
 
 
 def encode(kind: str, **fields: Any) -> bytes:

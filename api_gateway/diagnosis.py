@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -16,13 +16,17 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from api_gateway.secret import SUFFIX, holds_secret, may_hold_password
+from api_gateway.secret import SUFFIX, holds_secret, may_hold_password, secret_names, shown_path
 
 Place = tuple[str, ...]
 
 # The URL of a target, or a wrong attempt at one, in which nothing can be taken for a password.
-_PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@]*)?\W?")
-_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
+_LONGEST_SHOWN = 200
+NO_PATTERNS: Mapping[str, str] = {}
+_HOLDS_ITSELF = "holds itself"
+_TEXT = "tag:yaml.org,2002:str"
+_KEY_TAGS = (_TEXT, "tag:yaml.org,2002:merge")
 
 
 class ConfigError(Exception):
@@ -40,38 +44,57 @@ class YamlFile:
     path: Path | None
     values: dict[str, Any]
     lines: Mapping[Place, int]
+    problems: tuple[str, ...] = ()  # what YAML allows and we do not
 
 
 NO_FILE = YamlFile(None, {}, {})
 
 
+class _TextKeys(yaml.SafeLoader):
+    """Takes every key as the text that it is in the file; one that YAML reads as something else is a problem."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - theirs
+        """See `yaml.SafeLoader`."""
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag not in _KEY_TAGS:
+                key.tag = _TEXT
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> YamlFile:
-    """Read a file of sections. Raises ConfigError, also for a key given twice: the second would silently win."""
+    """Read a file of sections. Raises ConfigError if it is no such file.
+
+    A key given twice is one of the file's `problems`: YAML lets the second win.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=_TextKeys)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError as error:  # it holds all of the file, and its text a byte of it
+        raise ConfigError([f"{path}: cannot be read: not utf-8 at byte {error.start}"]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise ConfigError([f"{path}{_not_yaml(error)}"]) from None
     if values is None:
         return YamlFile(path, {}, {})
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: must hold sections, got {type(values).__name__}"])
     lines: dict[Place, int] = {}
-    faults = [f"{path}:{line}: {_spelt(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
-    if faults:
+    faults = [f"{path}:{line}: {spelt(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
+    if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
         raise ConfigError(faults)
-    return YamlFile(path, values, {tuple(map(str.lower, place)): line for place, line in lines.items()})
+    by_lower_case = {tuple(map(str.lower, place)): line for place, line in lines.items()}
+    return YamlFile(path, values, by_lower_case, tuple(faults))
 
 
-def _not_yaml(error: yaml.YAMLError) -> str:
+def _not_yaml(error: Exception) -> str:
     """Return line and problem, without the text of the file that the error quotes: it may be a secret."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "unreadable"
-    if isinstance(error, yaml.composer.ComposerError | yaml.constructor.ConstructorError):
-        problem = re.sub(r"'.*'", "'...'", problem)
-    return f"{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}"
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+    problem = re.sub(r"""(['"])(?!<|\\t).{2,}\1""", "'...'", problem)
+    hint = "; indent with spaces instead of tabs" if "'\\t'" in problem else ""
+    return f"{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}{hint}"
 
 
 def _index_lines(
@@ -79,11 +102,11 @@ def _index_lines(
 ) -> Iterator[tuple[Place, int, str]]:
     """Fill `lines`, and yield place, line and fault of every key or value that YAML allows and we do not."""
     if any(node is outer for outer in above) and node is not None:
-        yield place, node.start_mark.line + 1, "holds itself"
+        yield place, node.start_mark.line + 1, _HOLDS_ITSELF
         return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*place, str(key.value))
+            inner = (*place, str(key.value) if isinstance(key, yaml.ScalarNode) else "?")
             line = key.start_mark.line + 1
             if inner in lines:
                 yield inner, line, "given twice"
@@ -106,6 +129,16 @@ class Sources:
     prefix: str
     variables: Mapping[str, str | None]
     file: YamlFile
+
+    @property
+    def names(self) -> list[str]:
+        """What the sources are called that have any values: the command line, variables, the file."""
+        variables = sorted(name for name in self.variables if name.startswith(self.prefix))
+        return [
+            *(["command line"] if self.overrides else []),
+            *(f"environment {name}" for name in variables),
+            *([str(self.file.path)] if self.file.path is not None else []),
+        ]
 
     def given(self, place: Place) -> Any:
         """Return the value that one of the sources has for exactly this place, or None."""
@@ -158,24 +191,86 @@ def _value_at(value: Any, place: Place) -> Any:
     return value
 
 
-def explain(detail: ErrorDetails, model: type[BaseModel], sources: Sources) -> list[str]:
-    """Return a line for each mistake in one of pydantic's errors about `model`. Secrets are not shown."""
-    place = tuple(str(part) for part in detail["loc"] if part != "[key]")
-    message = detail["msg"].removeprefix("Value error, ")
-    if not place:  # a rule between sections, which names its places itself
-        return message.split("\n")
+def place_of(detail: ErrorDetails) -> Place:
+    """Return the place that one of pydantic's errors is about; a name is told by its value."""
+    return tuple(str(part) for part in detail["loc"] if part != "[key]")
+
+
+def explain(
+    detail: ErrorDetails, model: type[BaseModel], sources: Sources, patterns: Mapping[str, str] = NO_PATTERNS
+) -> str:
+    """Return a line for one of pydantic's errors about `model`. Secrets are not shown.
+
+    `patterns` says in words what a text must be like to match a regular expression.
+    """
+    place, kind = place_of(detail), detail["type"]
     shown = shown_value(detail["input"], type_at(model, place))
-    if detail["type"] == "extra_forbidden":
+    message = _message(detail, patterns) + (_example(type_at(model, place)) if kind == "model_type" else "")
+    if kind == "extra_forbidden":
         known = _keys_at(model, place[:-1])
-        message = "unknown key" + (nearest(place[-1], known) or "; known are " + ", ".join(known))
-        shown = ""
-    elif detail["type"] == "missing":
+        hint, shown = nearest(place[-1], known), ""
+        message = "unknown key" + (hint or "; known are " + ", ".join(known))
+        section = unwrapped(type_at(model, place[:-1]))
+        if "@" in place[-1] or (not hint and secret_names(section)):  # as in store: {redis://...}
+            place, message = place[:-1], f"has an {message}"
+    elif kind == "model_type" and _is_named_secret(model, place):
+        place, shown, message = place[:-1], "", f"under each name, {message}"  # the name may be the secret
+    elif kind == "missing":
         message, shown = "is missing", ""
-    twin = (*place[:-1], place[-1] + SUFFIX)
+    elif detail["input"] is None:
+        message, shown = f"has no value; {message}, or leave it out", ""
+    twin = (*place[:-1], "".join(place[-1:]) + SUFFIX)
     path = sources.given(twin)
     if path is not None:  # the secret was read from a file
-        place, shown = twin, "" if str(path) in message else f", read from {path!r}"
-    return [f"{sources.origin(place)}{_spelt(place)}: {message[0].lower()}{message[1:]}{shown}"]
+        place, shown = twin, "" if ", got " in message else f", read from {shown_path(path)}"
+    return f"{sources.origin(place)}{spelt(place) or 'the configuration'}: {message}{shown}"
+
+
+def _example(annotation: Any) -> str:
+    """Return what a section looks like: the settings that it must have, or the first that it may have."""
+    fields = unwrapped(annotation).model_fields
+    keys = [name for name, field in fields.items() if field.is_required()] or list(fields)[:1]
+    return f", such as {{{', '.join(f'{key}: ...' for key in keys)}}}"
+
+
+_MESSAGES = {
+    "model_type": "must be a section of keys and values",
+    "dict_type": "must be a section of keys and values",
+    "list_type": "must be a list",
+    "string_type": "must be text; put it in quotes",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "path_type": "must be a path",
+}
+
+
+def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
+    """Return what is wrong in our words, without names of classes."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "string_type" and isinstance(detail["input"], bool):
+        return "must be text; put it in quotes, as YAML reads on, off, yes and no as true and false"
+    if kind == "string_pattern_mismatch" and context.get("pattern") in patterns:
+        return patterns[context["pattern"]]
+    message = _MESSAGES.get(kind) or detail["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^(Input|String|List|Value|Dictionary|Tuple|Set) should ", "must ", message)
+    message = re.sub(r" after validation, not \d+$", "", message)
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _is_named_secret(model: type[BaseModel], place: Place) -> bool:
+    """Tell whether a name should stand in front of a section with a secret at this place."""
+    names = type_at(model, place[:-1])
+    return get_origin(unwrapped(names)) is dict and holds_secret(names)
+
+
+def without_passwords(message: str) -> str:
+    """Return a message without the quoted values that may hold a password."""
+    return re.sub(r"'[^']*@[^']*'", "a value that is not shown because it may hold a password", message)
 
 
 def shown_value(value: Any, annotation: Any) -> str:
@@ -183,6 +278,8 @@ def shown_value(value: Any, annotation: Any) -> str:
     if holds_secret(annotation):
         return ""
     text = repr(value)
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[:_LONGEST_SHOWN]}..."
     if "@" in text or (may_hold_password(annotation) and not _PLAIN_URL.fullmatch(text)):
         return ", got a value that is not shown because it may hold a password"
     return f", got {text}"
@@ -194,15 +291,16 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _spelt(place: Place) -> str:
+def spelt(place: Place) -> str:
+    """Return a place as people write it, such as `routes[0].path`."""
     return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place).removeprefix(".")
 
 
 def type_at(model: Any, place: Place) -> Any:
     """Return the type, with its metadata, of the setting at `place` below `model`, or None if there is none."""
     for part in place:
-        annotation = _unwrapped(model)
-        if _is_section(annotation):
+        annotation = unwrapped(model)
+        if is_section(annotation):
             field = annotation.model_fields.get(part)
             model = None if field is None else Annotated[(field.annotation, *field.metadata, None)]
         else:
@@ -213,18 +311,19 @@ def type_at(model: Any, place: Place) -> Any:
 
 def _keys_at(model: Any, place: Place) -> list[str]:
     """Return the keys known to the section at `place` below `model`."""
-    section = _unwrapped(type_at(model, place))
-    return list(section.model_fields) if _is_section(section) else []
+    section = unwrapped(type_at(model, place))
+    return list(section.model_fields) if is_section(section) else []
 
 
-def _unwrapped(annotation: Any) -> Any:
+def unwrapped(annotation: Any) -> Any:
     """Take off Annotated and Optional."""
     if get_origin(annotation) is Annotated:
-        return _unwrapped(get_args(annotation)[0])
+        return unwrapped(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return _unwrapped(next(arg for arg in get_args(annotation) if arg is not type(None)))
+        return unwrapped(next(arg for arg in get_args(annotation) if arg is not type(None)))
     return annotation
 
 
-def _is_section(model: Any) -> bool:
+def is_section(model: Any) -> bool:
+    """Tell whether a type is a section."""
     return isinstance(model, type) and issubclass(model, BaseModel)

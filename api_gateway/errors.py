@@ -293,6 +293,14 @@ class ClientDisconnected(GatewayError):
     fault = Fault.CLIENT
 
 
+def not_started() -> Draining:
+    """Return the error before the lifespan has begun, which frameworks do not run for a mounted application."""
+    return Draining(
+        "The gateway has not started. An application it is mounted in must run its lifespan: see docs/embedding.md.",
+        retry_after=1,
+    )
+
+
 def problem(error: GatewayError, *, instance: str, request_id: str | None = None) -> dict[str, Any]:
     """Return the problem details object of RFC 9457 section 3 for `error`.
 

@@ -40,7 +40,7 @@ _WHY = {
     "granted": "named by {header}; it has its tier for a while, by POST /clients/{{id}}/grants",
     "registered": "named by {header}; its tier was set by POST /clients/{{id}}/tier",
     "configured": "named by {header}; its tier stands in the configuration",
-    "default": "named by {header}; nobody registered it, so it has the default tier, and its address is limited too",
+    "default": "named by {header}; nobody registered it, so it has the default tier, {address}",
     "address": "no {header}, so it is its address, with the default tier",
 }
 
@@ -119,7 +119,7 @@ class Explainer:
         fallback = self._fallback(route, error)
         return Explanation(
             verdict=_verdict(error, fallback),
-            client=self._client_view(client),
+            client=self._client_view(client, exchange.peer),
             route=None if route is None else self._route_view(route, exchange),
             buckets=[_bucket_view(bucket) for bucket in buckets],
             binding=binding.charge.key,
@@ -181,13 +181,16 @@ class Explainer:
         found = await self._inspect(charges) if charges else []
         return _bucket_view(found[0]) if found else None
 
-    def _client_view(self, client: Client) -> ClientExplained:
+    def _client_view(self, client: Client, address: str) -> ClientExplained:
         quota = client.quota
+        is_limited = self._limit.limits_address_of(client, address)
+        words = "and its address is limited too" if is_limited else "and its address is exempt from a limit of its own"
         return ClientExplained(
             id=client.id,
             source=client.source,
-            why=_WHY[client.source].format(header=self._header),
+            why=_WHY[client.source].format(header=self._header, address=words),
             registered=client.is_registered,
+            address_limited=is_limited,
             tier=TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity),
         )
 
@@ -208,7 +211,8 @@ class Explainer:
             name=upstream.name,
             breaker=state.value,
             next_probe_in=round(due - now, 3) if state is State.OPEN and due is not None else None,
-            healthy=sum(target.is_healthy for target in upstream.targets),
+            healthy=sum(target.is_healthy and target.checks.at is not None for target in upstream.targets),
+            unchecked=sum(target.checks.at is None for target in upstream.targets),
             targets=len(upstream.targets),
             concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, band, holder),
         )

@@ -28,7 +28,10 @@ class ClientExplained(Body):
     id: str
     source: ClientSource
     why: str = Field(description="What names it, and where its tier comes from.")
-    registered: bool = Field(description="True if an operator vouches for it; else its address is limited too.")
+    registered: bool = Field(description="True if an operator vouches for it.")
+    address_limited: bool = Field(
+        description="True if its address is limited too: not for a registered client, nor for an exempt address."
+    )
     tier: TierView
 
 
@@ -61,7 +64,8 @@ class UpstreamExplained(Body):
     name: str
     breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
     next_probe_in: float | None = Field(description="Seconds until a probe is let through; null unless OPEN.")
-    healthy: int = Field(description="Targets that pass their health checks, or have none.")
+    healthy: int = Field(description="Targets that pass their health checks.")
+    unchecked: int = Field(description="Targets that no health check has asked yet, or that have none; they are used.")
     targets: int
     concurrency: "ConcurrencyExplained | None" = Field(description="null if the upstream has no limit.")
 

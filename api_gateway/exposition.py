@@ -1,9 +1,10 @@
 """The metrics as Prometheus and OpenMetrics read them: made at scrape time from what the recorder has counted."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import attrgetter
+from typing import Any, get_args
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -15,14 +16,21 @@ from prometheus_client.exposition import choose_encoder
 
 from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
-from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, UpstreamFigures, value_of
+from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Series, Tally, UpstreamFigures, value_of
 from api_gateway.models import LimiterState, Source
+from api_gateway.pacing import Steps
 from api_gateway.reload_state import ReloadState
 from api_gateway.retry import Why
 from api_gateway.shares import ResourceState
 
 # The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+
+_AT_ZERO = dict.fromkeys(OUTCOMES, 0)
+_FEW = 200  # routes and upstreams together
+_PIECE = 50  # rows of a family that are rendered at once
+_OPENMETRICS = "application/openmetrics-text"
+_END = b"# EOF\n"
 
 
 class Exposition:
@@ -49,16 +57,27 @@ class Exposition:
         self._tasks = tasks
         self._configuration = configuration
         self._resources = resources
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
+        self._are_few = len(recorder.routes) + len(recorder.upstreams) <= _FEW
 
-    def render(self, accept: str) -> tuple[bytes, str]:
+    def render(self, accept: str) -> Steps[tuple[bytes, str]]:
         """Return the exposition text and its content type, OpenMetrics where `accept` asks for it."""
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        pieces, last = [], ""
+        for metric in self.collect():
+            piece = encode(_Single(metric)).removesuffix(_END)
+            pieces.append(_without_head(piece) if metric.name == last else piece)
+            last = metric.name
+            yield
+        end = _END if content_type.startswith(_OPENMETRICS) else b""
+        return b"".join([*pieces, end]), content_type
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric family."""
+        """Yield every metric family, a large one in pieces.
+
+        Every series is there from the start, so that `increase()` sees its first event. Where there are more than
+        `_FEW` routes and upstreams, the counters and histograms of each begin with its first request instead, so that
+        a scrape is about as large as what is in use; states and modes are shown of all.
+        """
         yield InfoMetricFamily("gateway_build", "The gateway's version.", value={"version": self._version})
         yield from self._requests()
         yield from self._limits()
@@ -72,23 +91,20 @@ class Exposition:
 
     def _requests(self) -> Iterator[Metric]:
         recorder = self._recorder
-        requests = CounterMetricFamily(
+        yield from _family(
+            CounterMetricFamily,
             "gateway_http_requests",
             "Proxied requests, by who made the answer.",
-            labels=["route", "method", "code", "source", "tier"],
+            ["route", "method", "code", "source", "tier"],
+            ((map(str, key), count) for key, count in list(recorder.requests.items())),
         )
-        for (route, method, status, source, tier), count in recorder.requests.items():
-            requests.add_metric([route, method, str(status), source, tier], count)
-        yield requests
         yield GaugeMetricFamily("gateway_http_requests_in_flight", "Requests running now.", value=recorder.in_flight)
-        durations = HistogramMetricFamily(
+        yield from _durations(
             "gateway_http_request_duration_seconds",
             "Time from request to the end of its answer, of requests that reached an upstream; bounds within 1 %.",
-            labels=["route"],
+            "route",
+            self._shown(recorder.routes),
         )
-        for name, series in recorder.routes.items():
-            durations.add_metric([name], _classic(series.total), sum_value=series.total.total_seconds)
-        yield durations
         rejections = CounterMetricFamily("gateway_rejections", "Answers made by the gateway.", labels=["reason"])
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
@@ -99,6 +115,9 @@ class Exposition:
         for cause, count in recorder.operator_refusals.items():
             refusals.add_metric([cause], count)
         yield refusals
+
+    def _shown(self, series: Mapping[str, Series]) -> list[tuple[str, Series]]:
+        return [(name, one) for name, one in series.items() if self._are_few or one.is_used]
 
     def _limits(self) -> Iterator[Metric]:
         decisions = CounterMetricFamily(
@@ -152,47 +171,60 @@ class Exposition:
         yield GaugeMetricFamily("gateway_rate_limit_buckets", "Buckets in memory.", value=self._buckets)
 
     def _upstream_families(self) -> Iterator[Metric]:
-        tries = CounterMetricFamily(
+        yield from _family(
+            CounterMetricFamily,
             "gateway_upstream_requests",
             "Tries on upstreams, by class of status or cause of failure.",
-            labels=["upstream", "outcome"],
+            ["upstream", "outcome"],
+            (
+                ((name, outcome), count)
+                for name, outcomes in list(self._recorder.outcomes.items())
+                if self._is_used(name)
+                for outcome, count in {**_AT_ZERO, **outcomes}.items()
+            ),
         )
-        for name, outcomes in self._recorder.outcomes.items():
-            for outcome in dict.fromkeys((*OUTCOMES, *outcomes)):
-                tries.add_metric([name, outcome], outcomes[outcome])
-        yield tries
-        durations = HistogramMetricFamily(
+        yield from _durations(
             "gateway_upstream_request_duration_seconds",
             "Time from a try to the head of its answer; bounds within 1 %.",
-            labels=["upstream"],
+            "upstream",
+            self._shown(self._recorder.upstreams),
         )
-        for name, series in self._recorder.upstreams.items():
-            durations.add_metric([name], _classic(series.total), sum_value=series.total.total_seconds)
-        yield durations
         yield from self._targets()
 
     def _targets(self) -> Iterator[Metric]:
         """Yield what is known of the targets there are now: the series of one that is gone end."""
         labels = ["upstream", "target"]
-        healthy = GaugeMetricFamily("gateway_upstream_healthy", "1 while the target is healthy.", labels=labels)
-        ejected = GaugeMetricFamily(
-            "gateway_upstream_ejected", "1 while live requests keep the target out of rotation.", labels=labels
+        targets = [
+            ((name, key), target)
+            for name, upstream in self._upstreams.items()
+            for key, target in {target.key: target for target in upstream.targets}.items()
+        ]
+        passive = [(key, target.passive) for key, target in targets if target.passive is not None]
+        yield from _family(
+            GaugeMetricFamily,
+            "gateway_upstream_healthy",
+            "1 while the target passes its health checks, 0 while it fails them; no series while none has come back.",
+            labels,
+            ((key, target.verdict) for key, target in targets if target.verdict is not None),
         )
-        ejections = CounterMetricFamily(
-            "gateway_upstream_ejections", "Times the target's own breaker opened.", labels=labels
+        yield from _family(
+            GaugeMetricFamily,
+            "gateway_upstream_ejected",
+            "1 while live requests keep the target out of rotation.",
+            labels,
+            ((key, one.is_ejected) for key, one in passive),
         )
-        for name, upstream in self._upstreams.items():
-            for key, target in {target.key: target for target in upstream.targets}.items():
-                healthy.add_metric([name, key], target.is_healthy)
-                if target.passive is not None:
-                    ejected.add_metric([name, key], target.passive.is_ejected)
-                    ejections.add_metric([name, key], target.passive.ejections_total)
-        yield healthy
-        yield ejected
-        yield ejections
+        yield from _family(
+            CounterMetricFamily,
+            "gateway_upstream_ejections",
+            "Times the target's own breaker opened.",
+            labels,
+            ((key, one.ejections_total) for key, one in passive),
+        )
 
     def _retries(self) -> Iterator[Metric]:
         recorder = self._recorder
+        used = [name for name in recorder.upstreams if self._is_used(name)]
         for name, words, label, closed, counts in (
             (
                 "gateway_retries",
@@ -203,11 +235,9 @@ class Exposition:
             ),
             ("gateway_retries_denied", "Failed tries not repeated.", "why", tuple(Why), recorder.retries_denied),
         ):
-            family = CounterMetricFamily(name, words, labels=["upstream", label])
-            known = dict.fromkeys((upstream, value) for upstream in recorder.upstreams for value in closed)
-            for key in known | dict.fromkeys(counts):
-                family.add_metric([str(value) for value in key], counts[key])
-            yield family
+            known = dict.fromkeys((upstream, value) for upstream in used for value in closed)
+            rows = [(map(str, key), counts[key]) for key in known | dict.fromkeys(counts)]
+            yield from _family(CounterMetricFamily, name, words, ["upstream", label], rows)
         fallbacks = CounterMetricFamily(
             "gateway_fallbacks",
             "Fallbacks used, by who answered and the reason of the failure.",
@@ -218,21 +248,22 @@ class Exposition:
         yield fallbacks
 
     def _breakers(self) -> Iterator[Metric]:
-        states = GaugeMetricFamily(
+        breakers = [(name, upstream.breaker) for name, upstream in self._upstreams.items()]
+        used = [(name, breaker) for name, breaker in breakers if self._is_used(name)]
+        yield from _family(
+            GaugeMetricFamily,
             "gateway_circuit_breaker_state",
             "1 for the state the breaker is in.",
-            labels=["upstream", "state"],
+            ["upstream", "state"],
+            (((name, state.value.lower()), breaker.state is state) for name, breaker in breakers for state in State),
         )
-        modes = GaugeMetricFamily(
-            "gateway_circuit_breaker_mode", "1 for the mode an operator has it in.", labels=["upstream", "mode"]
+        yield from _family(
+            GaugeMetricFamily,
+            "gateway_circuit_breaker_mode",
+            "1 for the mode an operator has it in.",
+            ["upstream", "mode"],
+            (((name, mode.value), breaker.mode is mode) for name, breaker in breakers for mode in Mode),
         )
-        for name, upstream in self._upstreams.items():
-            for state in State:
-                states.add_metric([name, state.value.lower()], upstream.breaker.state is state)
-            for mode in Mode:
-                modes.add_metric([name, mode.value], upstream.breaker.mode is mode)
-        yield states
-        yield modes
         for key, words in (
             ("opened", "Times the breaker opened."),
             ("rejected", "Requests it refused."),
@@ -240,29 +271,52 @@ class Exposition:
             ("would_open", "Times it would have opened, but was only observed."),
             ("would_reject", "Requests it would have refused, but was only observed."),
         ):
-            family = CounterMetricFamily(f"gateway_circuit_breaker_{key}", words, labels=["upstream"])
-            for name, upstream in self._upstreams.items():
-                family.add_metric([name], getattr(upstream.breaker, f"{key.removesuffix('_calls')}_total"))
-            yield family
+            figure = attrgetter(f"{key.removesuffix('_calls')}_total")
+            rows = (((name,), figure(breaker)) for name, breaker in used)
+            yield from _family(CounterMetricFamily, f"gateway_circuit_breaker_{key}", words, ["upstream"], rows)
+
+    def _is_used(self, upstream: str) -> bool:
+        """Tell whether the series of an upstream are shown: it has had a request, or its breaker has changed."""
+        if self._are_few or self._recorder.outcomes.get(upstream):
+            return True
+        if upstream not in self._upstreams:
+            return False
+        breaker = self._upstreams[upstream].breaker
+        return bool(
+            breaker.state is not State.CLOSED
+            or breaker.mode is not Mode.AUTO
+            or breaker.rejected_total
+            or breaker.opened_total
+        )
 
     def _overload(self) -> Iterator[Metric]:
-        limits = GaugeMetricFamily(
-            "gateway_concurrency_limit", "Requests that may be under way at once.", labels=["upstream"]
+        running = [(name, upstream.concurrency) for name, upstream in self._upstreams.items()]
+        yield from _family(
+            GaugeMetricFamily,
+            "gateway_concurrency_limit",
+            "Requests that may be under way at once.",
+            ["upstream"],
+            (((name,), one.limit) for name, one in running if one.limit is not None),
         )
-        in_flight = GaugeMetricFamily("gateway_concurrency_in_flight", "Requests under way.", labels=["upstream"])
-        for name, upstream in self._upstreams.items():
-            if upstream.concurrency.limit is not None:
-                limits.add_metric([name], upstream.concurrency.limit)
-            in_flight.add_metric([name], upstream.concurrency.in_flight)
-        yield limits
-        yield in_flight
-        shed = CounterMetricFamily(
-            "gateway_shed", "Requests refused because too much was under way.", labels=["upstream", "tier"]
+        yield from _family(
+            GaugeMetricFamily,
+            "gateway_concurrency_in_flight",
+            "Requests under way.",
+            ["upstream"],
+            (((name,), one.in_flight) for name, one in running if one.limit is not None or self._is_used(name)),
         )
-        for name, counts in self._recorder.shed.items():
-            for tier, count in counts.items():
-                shed.add_metric([name, tier], count)
-        yield shed
+        yield from _family(
+            CounterMetricFamily,
+            "gateway_shed",
+            "Requests refused because too much was under way.",
+            ["upstream", "tier"],
+            (
+                ((name, tier), count)
+                for name, counts in list(self._recorder.shed.items())
+                for tier, count in list(counts.items())
+                if name not in self._upstreams or self._is_used(name)
+            ),
+        )
         yield GaugeMetricFamily("gateway_event_loop_lag_seconds", "How late the event loop runs.", value=self._lag)
         yield GaugeMetricFamily("gateway_event_loop_tasks", "Tasks the event loop has.", value=self._tasks)
 
@@ -297,18 +351,71 @@ class Exposition:
 
     def _shares(self) -> Iterator[Metric]:
         labels = ["resource", "upstream"]
-        used = GaugeMetricFamily(
-            "gateway_resource_used_ratio", "Share of a bounded resource that is in use, 0 to 1.", labels=labels
+        resources = [
+            ((one.resource, one.upstream or ""), one)
+            for one in self._resources
+            if one.upstream is None or one.in_use or one.refused or self._is_used(one.upstream)
+        ]
+        yield from _family(
+            GaugeMetricFamily,
+            "gateway_resource_used_ratio",
+            "Share of a bounded resource that is in use, 0 to 1.",
+            labels,
+            ((key, one.in_use / one.limit if one.limit else 0.0) for key, one in resources),
         )
-        refused = CounterMetricFamily(
-            "gateway_resource_refused", "What got no place, or exceeded an address's or client's share.", labels=labels
+        yield from _family(
+            CounterMetricFamily,
+            "gateway_resource_refused",
+            "What got no place, or exceeded an address's or client's share.",
+            labels,
+            ((key, one.refused) for key, one in resources),
         )
-        for resource in self._resources:
-            values = [resource.resource, resource.upstream or ""]
-            used.add_metric(values, resource.in_use / resource.limit if resource.limit else 0.0)
-            refused.add_metric(values, resource.refused)
-        yield used
-        yield refused
+
+
+class _Single:
+    """What an encoder needs of a registry, around one metric."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._metric
+
+
+def _family(
+    kind: Callable[..., Any],
+    name: str,
+    words: str,
+    labels: Sequence[str],
+    rows: Iterable[tuple[Iterable[str], float]],
+) -> Iterator[Metric]:
+    """Yield a family in pieces of `_PIECE` rows (label values, and the value), at least one."""
+    left = iter(rows)
+    piece = list(islice(left, _PIECE))
+    while True:
+        family = kind(name, words, labels=labels)
+        for values, value in piece:
+            family.add_metric(list(values), value)
+        yield family
+        piece = list(islice(left, _PIECE))
+        if not piece:
+            return
+
+
+def _durations(name: str, words: str, label: str, series: Iterable[tuple[str, Series]]) -> Iterator[Metric]:
+    """Yield a histogram, each label value by itself: it is two dozen lines."""
+    yield HistogramMetricFamily(name, words, labels=[label])
+    for value, one in series:
+        family, total = HistogramMetricFamily(name, words, labels=[label]), one.total
+        family.add_metric([value], _classic(total), sum_value=total.total_seconds)
+        yield family
+
+
+def _without_head(piece: bytes) -> bytes:
+    """Return the samples of a family without its HELP and TYPE lines."""
+    while piece.startswith(b"# "):
+        piece = piece.partition(b"\n")[2]
+    return piece
 
 
 def _classic(tally: Tally) -> list[tuple[str, float]]:

@@ -66,6 +66,11 @@ _NEVER_TRAILING = (
 _PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # what `Connection` mostly says, and names nothing
 _VIA = (b"via", b"1.1 " + VIA_NAME)
 _AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+# A node of RFC 7239 with an address that is not bare: quoted, in brackets, or with a port (which may be hidden).
+_NODE = re.compile(
+    r"""(?P<quote>"?)(?:\[(?P<six>[0-9A-Fa-f:.]+(?:%[\w.~-]+)?)\]|(?P<four>[0-9.]+))(?::(?:[0-9]{1,5}|_[\w.-]+))?(?P=quote)""",
+    re.ASCII,
+)
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -87,7 +92,7 @@ def fields_of(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]
 
 
 def host_name(fields: Fields) -> str:
-    """Return the host a request names, in lower case and without its port; empty unless it names one."""
+    """Return the host a request names, in lower case, without port and trailing dot; empty unless it names one."""
     hosts = fields.get(b"host", ())
     return _host_name(hosts[0]) if len(hosts) == 1 else ""
 
@@ -96,7 +101,7 @@ def host_name(fields: Fields) -> str:
 def _host_name(value: bytes) -> str:
     host = value.decode("latin-1").lower()
     name, colon, port = host.rpartition(":")
-    return name if colon and (not port or port.isdigit()) else host
+    return (name if colon and (not port or port.isdigit()) else host).removesuffix(".")
 
 
 @lru_cache(maxsize=1024)
@@ -273,20 +278,37 @@ def is_within(address: str, networks: Collection[Network]) -> bool:
     return any(parsed in network for network in networks)
 
 
+@lru_cache(maxsize=4096)
+def hop_address(hop: bytes) -> str | None:
+    """Return the address that a hop of `X-Forwarded-For` names, or None if it names none.
+
+    That is without quotes, brackets, port and zone: the zone is that of another machine. A port may stand behind an
+    IPv4 address, and behind an IPv6 address in brackets (RFC 7239 section 6).
+    """
+    text = hop.decode("latin-1")
+    found = _NODE.fullmatch(text)
+    address = text if found is None else found["six"] or found["four"]
+    try:
+        ip_address(address)
+    except ValueError:
+        return None
+    return address.partition("%")[0]
+
+
 def client_address(peer: str, fields: Fields, trusted: Collection[Network]) -> str:
     """Return the address of the client itself.
 
     That is `peer`, unless `peer` is a trusted proxy: then the last hop of `X-Forwarded-For` that is not a trusted
     proxy. Reading from the right is what makes it unforgeable: everything left of that hop is the client's own text.
+    A hop that names no address (`unknown` and `_hidden` of RFC 7239 section 6, anything else, or nothing) ends the
+    search at the proxy that wrote it: what stands to its left has not been vouched for.
     """
     if not trusted or not is_within(peer, trusted):
         return peer
     hops = [hop.strip() for value in fields.get(b"x-forwarded-for", ()) for hop in value.split(b",")]
     for hop in reversed(hops):
-        address = hop.decode("latin-1")
-        try:
-            ip_address(address)
-        except ValueError:
+        address = hop_address(hop)
+        if address is None:
             return peer
         if not is_within(address, trusted):
             return address

@@ -15,6 +15,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.crew import Crew
 from api_gateway.middleware import Switch
 from api_gateway.operator_gate import Access, OperatorGate
+from api_gateway.pacing import Steps, each
 from api_gateway.reload import Reloader, refused
 from api_gateway.reload_state import Outcome
 from api_gateway.report import Report, UpstreamReport, moves_of
@@ -113,9 +114,9 @@ class Installation:
         await self._prepare(config)
         self.commit()
 
-    def look(self) -> Report:
+    def look(self) -> Steps[Report]:
         """Return how this process stands."""
-        report = report_of(self._assembly.gateway)
+        report = yield from report_of(self._assembly.gateway)
         if self._connections is not None:
             report.resources.insert(0, ResourceState.of("connections", [self._connections]))
         if self._reloader is not None:
@@ -123,23 +124,25 @@ class Installation:
         return report
 
 
-def report_of(gateway: Gateway) -> Report:
+def report_of(gateway: Gateway) -> Steps[Report]:
     """Return how a gateway stands."""
     now = time.monotonic()
+    upstreams = yield from each(
+        gateway.upstreams.items(), lambda _, live: UpstreamReport.of(live.service.upstream, now, live.upkeep.names)
+    )
+    histories = yield from each(gateway.upstreams.items(), lambda _, live: moves_of(live.service.upstream))
+    resources = yield from each(gateway.upstreams.items(), lambda _, live: live.service.resources())
     return Report(
         worker="",
         recorder=gateway.recorder,
-        upstreams={
-            name: UpstreamReport.of(live.service.upstream, now, live.upkeep.names)
-            for name, live in gateway.upstreams.items()
-        },
+        upstreams=upstreams,
         buckets=len(gateway.limiter),
         bucket_limit=gateway.limiter.bucket_limit,
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
         client_trouble=gateway.clients.trouble,
-        histories={name: moves_of(live.service.upstream) for name, live in gateway.upstreams.items()},
+        histories=histories,
         lag=gateway.lag.lag,
         tasks=len(asyncio.all_tasks()),
-        resources=[one for live in gateway.upstreams.values() for one in live.service.resources()],
+        resources=[one for found in resources.values() for one in found],
     )

@@ -22,7 +22,7 @@ from api_gateway.assembly_access import NOBODY, operator_access
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
-from api_gateway.errors import STARTUP_FAILED
+from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
 from api_gateway.installation import Installation
@@ -31,7 +31,8 @@ from api_gateway.locality import Locality
 from api_gateway.middleware import Split, Switch, is_proxied
 from api_gateway.operator_gate import OperatorGate
 from api_gateway.operator_limits import OperatorLimits
-from api_gateway.request import Receive, Scope, Send
+from api_gateway.request import Message, Receive, Scope, Send
+from api_gateway.request_paths import below_root
 from api_gateway.resolution import Resolve, look_up
 from api_gateway.shares import Shares
 
@@ -51,6 +52,7 @@ class GatewayApp(FastAPI):
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
+        self.startup_error: StartupError | None = None
         self.has_admin_listener = has_admin_listener
         endpoints = admin.install(self, refused)
         self._own_routes = len(self.routes)
@@ -76,12 +78,31 @@ class GatewayApp(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
+        if scope.get("root_path"):
+            scope = below_root(scope)
         if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
         elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
             await self.gate(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await super().__call__(scope, receive, partial(self._send_lifespan, send))
         else:
             await super().__call__(scope, receive, send)
+
+    @asynccontextmanager
+    async def noting_startup_error(self) -> AsyncIterator[None]:
+        """Keep the StartupError that leaves the block, for the server's log."""
+        try:
+            yield
+        except StartupError as error:
+            self.startup_error = error
+            raise
+
+    async def _send_lifespan(self, send: Send, message: Message) -> None:
+        """Report why the gateway cannot start in one line instead of the traceback that the framework sends."""
+        if message["type"] == "lifespan.startup.failed" and self.startup_error is not None:
+            message = {**message, "message": str(self.startup_error)}
+        await send(message)
 
     @property
     def _is_extended(self) -> bool:
@@ -133,7 +154,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
         assembly = Assembly(rejections, transports or {}, resolve)
-        async with assembly.live(settings) as gateway:
+        async with app.noting_startup_error(), assembly.live(settings) as gateway:
             gateway.recorder.operator_refusals = app.gate.refusals
             installation = Installation(
                 app,

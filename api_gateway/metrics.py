@@ -27,6 +27,7 @@ from api_gateway.metrics_bodies import (
     RequestCounts,
 )
 from api_gateway.models import Exchange, LimiterState
+from api_gateway.pacing import Steps, completed, each
 from api_gateway.sketch import Sketch
 from api_gateway.upstream_bodies import ConcurrencyView, StoreView
 
@@ -151,7 +152,7 @@ class TargetFigures(Protocol):
     @property
     def key(self) -> str: ...  # noqa: D102
     @property
-    def is_healthy(self) -> bool: ...  # noqa: D102
+    def verdict(self) -> bool | None: ...  # noqa: D102
     @property
     def passive(self) -> EjectionFigures | None: ...  # noqa: D102
 
@@ -232,9 +233,10 @@ class Series:
 
     def __init__(self) -> None:
         self._past = Tally()  # of the slices that are gone
-        self._slices = [Tally() for _ in range(_SLICES)]
-        self._numbers = [-1] * _SLICES
-        self._running = self._slices[0]
+        self._slices: dict[int, Tally] = {}  # by number modulo _SLICES; most series of a large gateway have none
+        self._numbers: dict[int, int] = {}  # of the slices, likewise
+        self._newest = -1  # number of the newest slice
+        self._running = self._past
         self._from = self._until = 0.0  # seconds on the clock which the running slice spans
 
     def at(self, now: float) -> Tally:
@@ -243,20 +245,31 @@ class Series:
             return self._running
         number = int(now / SLICE)
         slot = number % _SLICES
-        if self._numbers[slot] != number:
-            self._numbers[slot] = number
-            self._past.add(self._slices[slot])
-            self._slices[slot] = Tally()
+        if self._numbers.get(slot) != number:
+            if slot in self._slices:
+                self._past.add(self._slices[slot])
+            self._numbers[slot], self._slices[slot] = number, Tally()
+            self._newest = max(self._newest, number)
         self._running = self._slices[slot]
         self._from, self._until = number * SLICE, (number + 1) * SLICE
         return self._running
 
+    @property
+    def is_used(self) -> bool:
+        """Tell whether anything was ever counted."""
+        return self._newest >= 0
+
+    def has_changed(self, since: int) -> bool:
+        """Tell whether anything was counted in the slices numbered `since` and above."""
+        return self._newest >= since
+
     def state(self, since: int = 0) -> dict[str, Any]:
         """Return the counts as JSON can hold them; of the slices those numbered `since` and above."""
-        slices = zip(self._numbers, self._slices, strict=True)
         return {
             "past": self._past.state(),
-            "slices": [(number, tally.state()) for number, tally in slices if number >= since],
+            "slices": [
+                (number, self._slices[slot].state()) for slot, number in self._numbers.items() if number >= since
+            ],
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
@@ -268,11 +281,9 @@ class Series:
     def absorb(self, other: "Series") -> None:
         """Take in the counts of another series whose times are on the same clock."""
         self._past.add(other._past)  # noqa: SLF001 - of the same class
-        for number, tally in zip(other._numbers, other._slices, strict=True):  # noqa: SLF001 - as above
-            if number < 0:  # it has never been used
-                continue
-            slot = number % _SLICES
-            mine = self._numbers[slot]
+        for slot, number in other._numbers.items():  # noqa: SLF001 - as above
+            tally = other._slices[slot]  # noqa: SLF001 - as above
+            mine = self._numbers.get(slot, -1)
             if number < mine:  # it is out of every window already
                 self._past.add(tally)
                 continue
@@ -280,19 +291,20 @@ class Series:
             merged.add(tally)
             if number == mine:
                 merged.add(self._slices[slot])
-            else:
+            elif mine >= 0:
                 self._past.add(self._slices[slot])
             self._put(number, merged)
 
     def _put(self, number: int, tally: Tally) -> None:
         self._numbers[number % _SLICES], self._slices[number % _SLICES] = number, tally
+        self._newest = max(self._newest, number)
         self._from = self._until = 0.0  # the running slice may be another one now
 
     @property
     def total(self) -> Tally:
         """The tally since the start."""
         merged = Tally()
-        for tally in (self._past, *self._slices):
+        for tally in (self._past, *self._slices.values()):
             merged.add(tally)
         return merged
 
@@ -300,9 +312,9 @@ class Series:
         """Return the tally of the last `span` seconds: the running slice and the full ones before it."""
         newest = int(now / SLICE)
         merged = Tally()
-        for number, tally in zip(self._numbers, self._slices, strict=True):
+        for slot, number in self._numbers.items():
             if newest - span / SLICE < number <= newest:
-                merged.add(tally)
+                merged.add(self._slices[slot])
         return merged
 
 
@@ -373,33 +385,47 @@ class Recorder:
         return f"<Recorder [{self.requests.total()} requests, {self.in_flight} in flight]>"
 
     def state(self, since: int = 0) -> dict[str, Any]:
-        """Return everything as JSON can hold it; of the slices those numbered `since` and above."""
+        """Return everything as JSON can hold it; see `describing`."""
+        return completed(self.describing(since))
+
+    def describing(self, since: int) -> Steps[dict[str, Any]]:
+        """Return everything as JSON can hold it; of series and slices those that changed in slice `since` or later."""
+        routes = yield from each(_changed(self.routes, since), lambda _, series: series.state(since))
+        upstreams = yield from each(_changed(self.upstreams, since), lambda _, series: series.state(since))
         return {
             "started": self.started,
             "in_flight": self.in_flight,
-            "routes": {name: series.state(since) for name, series in self.routes.items()},
-            "upstreams": {name: series.state(since) for name, series in self.upstreams.items()},
+            "routes": routes,
+            "upstreams": upstreams,
             **{name: [(*key, count) for key, count in getattr(self, name).items()] for name in _TABLES},
-            "outcomes": self.outcomes,
-            "shed": self.shed,
-            **{name: getattr(self, name) for name in _COUNTERS},
+            "outcomes": {name: dict(counts) for name, counts in self.outcomes.items()},
+            "shed": {name: dict(counts) for name, counts in self.shed.items()},
+            **{name: dict(getattr(self, name)) for name in _COUNTERS},
             "requests_by_client": self.requests_by_client.state(),
             "limited_by_client": self.limited_by_client.state(),
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
         """Become what another recorder's `state` says, given every state of it since its first."""
+        completed(self.updating(state))
+
+    def updating(self, state: Mapping[str, Any]) -> Steps[None]:
+        """Do the same in steps."""
         self.started, self.in_flight = state["started"], state["in_flight"]
         for mine, theirs in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
             for name, series in theirs.items():
                 mine.setdefault(name, Series()).update(series)
+                yield
         for name in _TABLES:
             setattr(self, name, Counter({tuple(key): count for *key, count in state[name]}))
+            yield
         self.outcomes = {name: Counter(counts) for name, counts in state["outcomes"].items()}
+        yield
         self.shed = {name: Counter(counts) for name, counts in state["shed"].items()}
         for name in _COUNTERS:
             setattr(self, name, Counter(state[name]))
         self.requests_by_client = Sketch.from_state(state["requests_by_client"])
+        yield
         self.limited_by_client = Sketch.from_state(state["limited_by_client"])
 
     def absorb(self, other: "Recorder") -> None:
@@ -459,13 +485,25 @@ class Recorder:
 
     # For people
 
-    def latency(self, now: float) -> LatencyView:
+    def latency(self, now: float) -> Steps[LatencyView]:
         """Return the percentiles of every series and window."""
-        return LatencyView(
-            overall=self._latency_of(list(self.routes.values()), now),
-            routes={name: self._latency_of([series], now) for name, series in self.routes.items() if name != NO_ROUTE},
-            upstreams={name: self._latency_of([series], now) for name, series in self.upstreams.items()},
-        )
+        all_routes = yield from self._merged(now)
+        routes = yield from each(self._named_routes(), lambda _, series: self._latency_of([series], now))
+        upstreams = yield from each(self.upstreams.items(), lambda _, series: self._latency_of([series], now))
+        return LatencyView(overall=all_routes[0], routes=routes, upstreams=upstreams)
+
+    def _merged(self, now: float) -> Steps[tuple[LatencySeries, RateSeries]]:
+        """Return the percentiles and rates of all routes together."""
+        windows = [(name, span, Tally()) for name, span, _ in self._windows([], now)]
+        for series in list(self.routes.values()):
+            for (_, _, tally), (_, _, own) in zip(windows, self._windows([series], now), strict=True):
+                tally.add(own)
+            yield
+        latency = LatencySeries(**{name: self._latency_window(tally) for name, _, tally in windows})
+        return latency, RateSeries(**{name: _rate_window(span, tally) for name, span, tally in windows})
+
+    def _named_routes(self) -> list[tuple[str, Series]]:
+        return [(name, series) for name, series in self.routes.items() if name != NO_ROUTE]
 
     def snapshot(
         self,
@@ -477,8 +515,13 @@ class Recorder:
         overflowed: int,
         limiter: LimiterState,
         lag: float = 0.0,
-    ) -> MetricsView:
+    ) -> Steps[MetricsView]:
         """Return every figure since the start."""
+        _, rates = yield from self._merged(now)
+        route_rates = yield from each(self.routes.items(), lambda _, series: self._rates_of([series], now))
+        latency = yield from self.latency(now)
+        breakers = yield from each(upstreams.items(), _breaker_counts)
+        concurrency = yield from each(upstreams.items(), self.concurrency)
         return MetricsView(
             uptime=round(now - self.started, 3),
             requests=RequestCounts(
@@ -488,9 +531,9 @@ class Recorder:
                 by_status=self._sum_by(lambda key: str(key[2])),
                 by_tier=self._sum_by(lambda key: key[4]),
             ),
-            rates=self._rates_of(list(self.routes.values()), now),
-            route_rates={name: self._rates_of([series], now) for name, series in self.routes.items()},
-            latency=self.latency(now),
+            rates=rates,
+            route_rates=route_rates,
+            latency=latency,
             upstream_outcomes={name: dict(outcomes) for name, outcomes in self.outcomes.items()},
             retries=_nested(self.upstreams, self.retries),
             retries_denied=_nested(self.upstreams, self.retries_denied),
@@ -509,22 +552,11 @@ class Recorder:
                 sources=dict(self.sources),
                 store=StoreView(**asdict(limiter)),
             ),
-            circuit_breakers={
-                name: BreakerCounts(
-                    state=upstream.breaker.state.value,
-                    opened_total=upstream.breaker.opened_total,
-                    rejected_total=upstream.breaker.rejected_total,
-                    mode=upstream.breaker.mode.value,
-                    slow_total=upstream.breaker.slow_total,
-                    would_open_total=upstream.breaker.would_open_total,
-                    would_reject_total=upstream.breaker.would_reject_total,
-                )
-                for name, upstream in upstreams.items()
-            },
+            circuit_breakers=breakers,
             output=OutputView(dropped_lines=dict(self.dropped_lines), write_errors=dict(self.write_errors)),
             overload=OverloadView(
                 event_loop_lag=round(lag, 6),
-                upstreams={name: self.concurrency(name, upstream) for name, upstream in upstreams.items()},
+                upstreams=concurrency,
                 shed={name: dict(counts) for name, counts in self.shed.items()},
             ),
         )
@@ -577,9 +609,18 @@ def _add(mine: Counter[Label], theirs: Counter[Label]) -> None:
         mine[label] += count
 
 
+def _changed(series: Mapping[str, Series], since: int) -> list[tuple[str, Series]]:
+    """Return the series that have changed in slice `since` or later; 0 returns all."""
+    return [(name, one) for name, one in series.items() if not since or one.has_changed(since)]
+
+
 def _nested(names: Iterable[str], counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
     """Return counts by two labels as one table for each of the first."""
-    return {name: {second: count for (first, second), count in counts.items() if first == name} for name in names}
+    tables: dict[str, dict[str, int]] = {name: {} for name in names}
+    for (first, second), count in counts.items():
+        if first in tables:
+            tables[first][second] = count
+    return tables
 
 
 def _by_route(fallbacks: Mapping[tuple[str, str, str], int]) -> dict[str, dict[str, int]]:
@@ -588,6 +629,19 @@ def _by_route(fallbacks: Mapping[tuple[str, str, str], int]) -> dict[str, dict[s
     for (route, _, reason), count in fallbacks.items():
         found.setdefault(route, Counter())[reason] += count
     return {route: dict(counts) for route, counts in found.items()}
+
+
+def _breaker_counts(_name: str, upstream: UpstreamFigures) -> BreakerCounts:
+    breaker = upstream.breaker
+    return BreakerCounts(
+        state=breaker.state.value,
+        opened_total=breaker.opened_total,
+        rejected_total=breaker.rejected_total,
+        mode=breaker.mode.value,
+        slow_total=breaker.slow_total,
+        would_open_total=breaker.would_open_total,
+        would_reject_total=breaker.would_reject_total,
+    )
 
 
 def _milliseconds(seconds: float | None) -> float | None:

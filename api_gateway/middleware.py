@@ -26,6 +26,7 @@ from api_gateway.errors import (
     InternalError,
     RateLimited,
     StoreUnavailable,
+    not_started,
     problem,
 )
 from api_gateway.failures import note_failure
@@ -111,8 +112,7 @@ class _Closed:
 
 
 async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
-    error = Draining("The gateway has not started.", retry_after=1)
-    await send_problem(error, send, instance=scope["path"], request_id=None, headers=[])
+    await send_problem(not_started(), send, instance=scope["path"], request_id=None, headers=[])
 
 
 class Record:
@@ -378,11 +378,15 @@ class Limit:
         if not decision.allowed:
             raise refusal(exchange, decision)
 
+    def limits_address_of(self, client: Client, peer: str) -> bool:
+        """Tell whether a request of `client` from the address `peer` is charged to that address, too."""
+        return self._address_quota is not None and not client.is_registered and not self._is_exempt(peer)
+
     def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
         """Return what a request of `client` from the address `peer` draws on; all or none is to be charged."""
         charges = [Charge(client.key, client.quota, client.quota.cost_ns(cost))]
         quota = self._address_quota
-        if quota is not None and not client.is_registered and not self._is_exempt(peer):
+        if quota is not None and self.limits_address_of(client, peer):
             charges.append(Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(cost)))
         return charges
 

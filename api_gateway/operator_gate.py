@@ -15,12 +15,12 @@ from api_gateway.cross_site import check_content_type, is_foreign, is_forged
 from api_gateway.errors import (
     BadRequest,
     ClientDisconnected,
-    Draining,
     Forbidden,
     GatewayError,
     MethodNotAllowed,
     NoRoute,
     Unauthorized,
+    not_started,
 )
 from api_gateway.headers import Fields, client_address, fields_of, flaw, framing
 from api_gateway.health_cache import HealthCache
@@ -239,7 +239,7 @@ class OperatorGate:
         """Show all of it to operators; to strangers, and to pages of another origin, the status word."""
         health = self._health()
         if health is None:
-            raise Draining("The gateway has not started.", retry_after=1)
+            raise not_started()
         operator = None if is_foreign(fields) else await self._identify(scope, fields)
         if operator is not None:
             self._limits.charge_operator(operator)

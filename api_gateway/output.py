@@ -48,6 +48,8 @@ class LineWriter:
         self._entries: list[str] = []
         self._pending = 0  # bytes queued or being written
         self._has_entries, self._is_urgent = threading.Event(), threading.Event()
+        self._batches_written = 0
+        self._stuck_at = -1  # batches that were written when `flush` last waited in vain
         self._is_mid_line = False  # the last write ended within a line
         threading.Thread(target=self._run, name=f"output {descriptor}", daemon=True).start()
 
@@ -68,11 +70,18 @@ class LineWriter:
             self._on_loss(_lines(text), None)
 
     def flush(self, seconds: float) -> bool:
-        """Wait until everything queued is written, for `seconds` at most; return whether it is."""
+        """Wait until everything queued is written, for `seconds` at most; return whether it is.
+
+        Returns at once if it has waited in vain before and nothing was written since.
+        """
         self._is_urgent.set()
         try:
             with self._written:
-                return self._written.wait_for(lambda: not self._pending, seconds)
+                if self._stuck_at == self._batches_written:
+                    return not self._pending
+                is_written = self._written.wait_for(lambda: not self._pending, seconds)
+                self._stuck_at = -1 if is_written else self._batches_written
+                return is_written
         finally:
             self._is_urgent.clear()
 
@@ -88,6 +97,7 @@ class LineWriter:
                 size = self._pending
             for batch in self._batches(entries):
                 self._write_batch(batch)
+                self._batches_written += 1
             with self._written:
                 self._pending -= size
                 self._written.notify_all()
@@ -241,6 +251,10 @@ class LineHandler(logging.Handler):
             self._writer.write(f"{self.format(record)}\n")
         except Exception:  # noqa: BLE001 - arguments that cannot be formatted; the base class reports them
             self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait until what was logged is written, for a bounded time. Blocks; `emit` does not call it."""
+        self._writer.flush(EXIT_PATIENCE)
 
 
 @cache

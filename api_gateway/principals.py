@@ -3,21 +3,21 @@
 Synchronous and without clock.
 """
 
+from dataclasses import dataclass
 
+NEVER = float("-inf")
+
+
+@dataclass(slots=True)
 class Callers:
     """Whether calls came from several principals: it knows the last one, and when any other last called.
 
     That is exact for any number of principals, in constant memory: before the last one's calls came some other's.
     """
 
-    __slots__ = ("last", "last_at", "other_at")
-
-    def __init__(self) -> None:
-        self.last: str | None = None
-        self.last_at = self.other_at = float("-inf")
-
-    def __repr__(self) -> str:
-        return f"<Callers [last {self.last!r} at {self.last_at:.3f}, another at {self.other_at:.3f}]>"
+    last: str | None = None
+    last_at: float = NEVER
+    other_at: float = NEVER
 
     def note(self, principal: str | None, now: float) -> None:
         """Note a call; None is a principal that is not known and counts as another one than any."""

@@ -4,8 +4,9 @@ Values only: the live breakers and targets are looked at once, when a report is 
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal
 
 from api_gateway.balancer import Upstream
@@ -16,6 +17,7 @@ from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
 from api_gateway.overload import Concurrency
+from api_gateway.pacing import Steps, completed, each
 from api_gateway.reload_state import ReloadState
 from api_gateway.resolution import Name
 from api_gateway.shares import ResourceState
@@ -24,6 +26,8 @@ from api_gateway.targets import CheckRecord, Target
 Status = Literal["pass", "warn", "fail"]
 
 _EVER = float("inf")
+_LARGE = (("upstreams",), ("histories",), ("recorder", "routes"), ("recorder", "upstreams"))  # grow with configuration
+_PART = 50  # rows of such a table in one part
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,11 @@ class TargetReport:
         return self.url if self.named is None else f"{self.named} ({self.url})"
 
     @property
+    def verdict(self) -> bool | None:
+        """What health checks say of it; None while none has asked it."""
+        return None if self.is_healthy and self.checks.at is None else self.is_healthy
+
+    @property
     def is_in_rotation(self) -> bool:
         """Tell whether it gets requests like any other."""
         return self.is_healthy and (self.passive is None or not self.passive.is_ejected)
@@ -246,19 +255,32 @@ class Report:
         return cls(worker, recorder)
 
     def state(self, since: int = 0) -> dict[str, Any]:
-        """Return the report as JSON can hold it; see `Recorder.state`."""
+        """Return the report as JSON can hold it; see `describing`."""
+        return completed(self.describing(since, {}))
+
+    def describing(self, since: int, known: Mapping[str, UpstreamReport]) -> Steps[dict[str, Any]]:
+        """Return the report as JSON can hold it, without what is known: see `Recorder.describing`.
+
+        Upstreams that are as in `known` are left out.
+        """
+        recorder = yield from self.recorder.describing(since)
+        changed = [(name, upstream) for name, upstream in self.upstreams.items() if known.get(name) != upstream]
+        yield
+        upstreams = yield from each(changed, lambda _, upstream: asdict(upstream))
+        histories = yield from each(
+            self.histories.items(),
+            lambda _, records: [asdict(record) for record in records if int(record.at / SLICE) >= since],
+        )
         return {
-            "recorder": self.recorder.state(since),
-            "upstreams": {name: asdict(upstream) for name, upstream in self.upstreams.items()},
+            "recorder": recorder,
+            "upstreams": upstreams,
+            "gone": [name for name in known if name not in self.upstreams],
             "buckets": self.buckets,
             "bucket_limit": self.bucket_limit,
             "overflowed": self.overflowed,
             "limiter": asdict(self.limiter),
             "client_trouble": self.client_trouble,
-            "histories": {
-                name: [asdict(record) for record in records if int(record.at / SLICE) >= since]
-                for name, records in self.histories.items()
-            },
+            "histories": {name: records for name, records in histories.items() if records},
             "lag": self.lag,
             "tasks": self.tasks,
             "configuration": asdict(self.configuration),
@@ -267,8 +289,14 @@ class Report:
 
     def update(self, state: Mapping[str, Any]) -> None:
         """Become what another report's `state` says, given every state of it since its first."""
-        self.recorder.update(state["recorder"])
-        self.upstreams = {name: UpstreamReport.from_state(upstream) for name, upstream in state["upstreams"].items()}
+        completed(self.updating(state))
+
+    def updating(self, state: Mapping[str, Any]) -> Steps[None]:
+        """Do the same in steps."""
+        yield from self.recorder.updating(state["recorder"])
+        self.upstreams |= yield from each(state["upstreams"].items(), lambda _, one: UpstreamReport.from_state(one))
+        for name in state["gone"]:
+            self.upstreams.pop(name, None)
         self.buckets, self.bucket_limit = state["buckets"], state["bucket_limit"]
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
@@ -293,6 +321,33 @@ class Report:
         self.recorder.in_flight = self.buckets = self.tasks = 0
         self.lag = 0.0
         self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
+
+
+def split(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a report's state in parts that are each parsed quickly: what is kept by route and upstream in pieces."""
+    tables = [(path, _table(state, path)) for path in _LARGE]
+    first = {**state, "recorder": {**state["recorder"]}}
+    for path, _ in tables:
+        _table(first, path[:-1])[path[-1]] = {}
+    yield first
+    for path, table in tables:
+        rows = iter(table.items())
+        while piece := dict(islice(rows, _PART)):
+            yield {"path": path, "rows": piece}
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the state whose parts these are."""
+    state, *pieces = parts
+    for piece in pieces:
+        _table(state, piece["path"]).update(piece["rows"])
+    return state
+
+
+def _table(state: Mapping[str, Any], path: Iterable[str]) -> Any:
+    for key in path:
+        state = state[key]
+    return state
 
 
 def oldest_changed(now: float) -> int:

@@ -4,7 +4,7 @@ A framework matches the decoded path, in which `/clients/team%2Fgrants` (the cli
 `/clients/team/grants` (a resource of the client `team`) are the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -25,6 +25,16 @@ def target_of(scope: Mapping[str, Any]) -> Target:
     """Return the path of an ASGI scope below the application's root."""
     root = scope.get("root_path", "")
     return Target(root, tuple(map(unquote, _below(root, path_as_sent(scope)).split("/"))))
+
+
+def below_root(scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Return a scope whose path begins below the application's root; the same one if its path does already."""
+    root, path = scope.get("root_path", ""), scope.get("path", "")
+    if not root or not path.startswith(f"{root}/"):
+        return scope
+    raw = path_as_sent(scope)
+    raw = raw[len(root) :] if raw.startswith(f"{root}/") else quote(path[len(root) :])
+    return {**scope, "path": path[len(root) :], "raw_path": raw.encode("latin-1")}
 
 
 def first_segment(scope: Mapping[str, Any]) -> str:

@@ -45,42 +45,50 @@ def _text(value: Any) -> Any:
 Secret = Annotated[SecretStr, BeforeValidator(_text)]
 SecretFile = Annotated[
     Path | None,
+    MAY_HOLD_PASSWORD,
     Field(default=None, description="A file that holds the setting of the same name without _file, on one line."),
 ]
 
 
+def shown_path(path: object) -> str:
+    """Return the path of a secret file for a message, unless it may be the secret itself, given by mistake."""
+    text = str(path)
+    return f"'{text}'" if "/" in text and "@" not in text else "a path that is not shown, as it may be a secret"
+
+
 def read_secret(path: Path) -> str:
     """Return the one line that the file holds, without the end of the line. Blocks. Raises SecretFileError."""
+    shown = shown_path(path)
     try:
         # A pipe without a writer must not block the start.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
-                raise SecretFileError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}")
+                raise SecretFileError(f"is no regular file, got {shown}")
             content = file.read(MAX_FILE_BYTES + 1)
     except IsADirectoryError:
-        raise SecretFileError(f"{path}: is a folder") from None
+        raise SecretFileError(f"is a folder, got {shown}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        cause = getattr(error, "strerror", None) or str(error)
-        raise SecretFileError(f"{path}: cannot be read: {cause.lower()}") from None
+        cause = getattr(error, "strerror", None) or "it is no path"
+        raise SecretFileError(f"cannot be read: {cause.lower()}, got {shown}") from None
     if len(content) > MAX_FILE_BYTES:
-        raise SecretFileError(f"{path}: is too large, a secret has at most {MAX_FILE_BYTES} bytes")
-    return _only_line(path, content)
+        raise SecretFileError(f"is too large, a secret has at most {MAX_FILE_BYTES} bytes, got {shown}")
+    return _only_line(shown, content)
 
 
-def _only_line(path: Path, content: bytes) -> str:
+def _only_line(shown: str, content: bytes) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = None
     if text is None:
-        raise SecretFileError(f"{path}: is not UTF-8 text")
+        raise SecretFileError(f"is not UTF-8 text, got {shown}")
     text = text.rstrip("\r\n")
     if not text.strip():
-        raise SecretFileError(f"{path}: is empty")
+        raise SecretFileError(f"is empty, got {shown}")
     if "\n" in text or "\0" in text:
-        raise SecretFileError(f"{path}: must hold one line of text")
+        raise SecretFileError(f"must hold one line of text, got {shown}")
     return text
 
 

@@ -39,7 +39,11 @@ from api_gateway.welcome import welcome
 logger = logging.getLogger(__name__)
 
 # What the server says of its own that is said here, or in the access log, in better words.
-_UNSAID = ("ASGI callable returned without completing response.", "Cancel %s running task(s)")
+_UNSAID = (
+    "ASGI callable returned without completing response.",
+    "Cancel %s running task(s)",
+    "Application startup failed. Exiting.",
+)
 ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
 STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain

@@ -48,6 +48,7 @@ _FROM_SCHEMA_1 = (
     " SELECT id, tier, row_number() OVER (ORDER BY changed_at, id), changed_at FROM former"
 )
 _COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at"
+_KINDS = (str, str | None, str | None, float | None, int, float)  # of their values
 
 
 class SqliteClients:
@@ -106,8 +107,10 @@ class SqliteClients:
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        except ValueError as error:  # text that is no UTF-8, or a value of another type than the column's
+            raise OSError(f"{self.path}: the file is corrupt: {_printable(error)}") from error
         except (sqlite3.Error, RuntimeError) as error:  # RuntimeError: the thread has ended, the store is closed
-            raise OSError(f"{self.path}: {error}") from error
+            raise OSError(f"{self.path}: {_printable(error)}") from error
 
     # In the store's thread
 
@@ -135,6 +138,8 @@ class SqliteClients:
     def _ids(self, connection: sqlite3.Connection, limit: int) -> IdFilter:
         ids = IdFilter(limit)
         for (client_id,) in connection.execute("SELECT id FROM clients"):
+            if not isinstance(client_id, str):
+                raise ValueError(f"client {client_id!r:.200} has no name")  # noqa: TRY004 - as in `_latest`
             ids.add(client_id)
         return ids
 
@@ -237,13 +242,24 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
         raise
 
 
+def _printable(error: Exception) -> str:
+    """Return an error's message in one line: what it quotes of a corrupt file may hold anything."""
+    return str(error).encode("unicode_escape").decode()
+
+
 def _latest(connection: sqlite3.Connection) -> int:
     """Return the version of the last change. Its row is never deleted, so versions never repeat."""
     (version,) = connection.execute("SELECT coalesce(max(version), 0) FROM clients").fetchone()
-    return int(version)
+    if not isinstance(version, int):
+        raise ValueError(f"the last version is {version!r:.200}")  # noqa: TRY004 - what the file holds, not what the code does
+    return version
 
 
 def _record(row: Sequence[Any]) -> ClientRecord:
     client_id, tier, grant_tier, until, version, changed_at = row
+    if not all(isinstance(value, kinds) for value, kinds in zip(row, _KINDS, strict=True)):
+        raise ValueError(f"client {client_id!r:.200} has a column of another type than the table's")
+    if (grant_tier is None) is not (until is None):
+        raise ValueError(f"client {client_id!r:.200} has half a grant")
     grant = None if grant_tier is None else Grant(grant_tier, until)
     return ClientRecord(client_id, tier, grant, version, changed_at)

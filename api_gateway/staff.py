@@ -17,7 +17,7 @@ from api_gateway.brief import ENTRY, Brief
 from api_gateway.crew import MAX_MESSAGE, RELIEF, encode
 from api_gateway.listening import Sockets
 from api_gateway.reload_state import Outcome
-from api_gateway.report import Report
+from api_gateway.report import Report, split
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +196,11 @@ class Worker:
         report = await self._gather()
         if not with_histories:
             report = {**report, "histories": {}}
-        if not self._writer.is_closing():
-            self._writer.write(encode("gathered", id=number, report=report))
+        parts = list(split(report))
+        for count, part in enumerate(parts, 1):
+            if self._writer.is_closing():
+                return
+            self._writer.write(encode("gathered", id=number, report=part, is_last=count == len(parts)))
 
     def _answered(self, number: int | None) -> None:
         """Wake who has asked for this report or an earlier one; None wakes all."""

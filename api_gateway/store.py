@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import (
     AskError,
+    AuthenticationError,
     MovedError,
     NoScriptError,
     RedisClusterException,
@@ -284,13 +285,24 @@ def connect(url: str, *, timeout: float) -> Client:
     """
     place = StoreUrl.parse(url)
     options = {**place.options, **_common(timeout)}
+    introduction = _introduction([options[name] for name in ("password", "username") if name in options])
     if place.path is not None:
         return Redis(unix_socket_path=place.path, **options)
     if place.kind == "cluster":
         nodes = [ClusterNode(host, port) for host, port in place.hosts]
-        return RedisCluster(startup_nodes=nodes, **options)
+        cluster = RedisCluster(startup_nodes=nodes, **options)
+        manager = cluster.nodes_manager
+        known = (node.connection_kwargs for node in manager.startup_nodes.values())
+        for kwargs in (cluster.connection_kwargs, manager.connection_kwargs, *known):
+            kwargs["redis_connect_func"] = introduction
+        return cluster
+    options["redis_connect_func"] = introduction
     if place.kind == "sentinel":
-        watchers = {key: value for key, value in options.items() if key not in ("db", "username", "password")}
+        watchers = {
+            key: value
+            for key, value in options.items()
+            if key not in ("db", "username", "password", "redis_connect_func")
+        }
         sentinel = Sentinel(list(place.hosts), sentinel_kwargs=watchers, **options)  # type: ignore[no-untyped-call]  # theirs
         master: Redis = sentinel.master_for(place.master or "")
         return master
@@ -352,6 +364,23 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.append(cause)
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def _introduction(secrets: Sequence[str]) -> Callable[[AbstractConnection], Awaitable[None]]:
+    """Return what introduces a connection to the server, whose refusal may quote the command with the password."""
+
+    async def introduce(connection: AbstractConnection) -> None:
+        refusal: ResponseError | AuthenticationError | None = None
+        try:
+            await connection.on_connect()
+        except (ResponseError, AuthenticationError) as error:
+            if not any(secret in str(error) for secret in secrets):
+                raise
+            refusal = error
+        if refusal is not None:
+            raise type(refusal)("the server has refused the user or the password of store.url, or knows no users")
+
+    return introduce
 
 
 def _common(timeout: float) -> dict[str, Any]:

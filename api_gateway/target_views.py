@@ -32,7 +32,7 @@ def upstream_view(upstream: UpstreamReport, now: float, concurrency: Concurrency
 def verdict_view(target: TargetReport, now: float) -> VerdictView:
     """Return both verdicts on a target."""
     return VerdictView(
-        healthy=target.is_healthy,
+        healthy=target.verdict,
         active=_active_view(target, now),
         passive=_passive_view(target.passive, now),
         share=round(target.share, 3),
@@ -43,7 +43,7 @@ def _target_view(target: TargetReport, now: float) -> TargetView:
     verdict = verdict_view(target, now)
     return TargetView(
         url=target.url,
-        healthy=target.is_healthy,
+        healthy=target.verdict,
         in_flight=target.in_flight,
         checked=target.checks.at is not None,
         last_check=target.checks.finding,

@@ -119,7 +119,7 @@ class PassiveView(Body):
 class VerdictView(Body):
     """Both verdicts on a target."""
 
-    healthy: bool
+    healthy: bool | None = Field(description="What health checks say; null while none has come back, or none is set.")
     active: ActiveView | None = Field(description="None while no health check has come back.")
     passive: PassiveView | None = Field(description="None where the target has no breaker of its own.")
     share: float = Field(description="How often it is a candidate, 0 to 1: less than 1 while it starts slowly.")
@@ -187,9 +187,9 @@ class TargetView(Body):
     """One target of an upstream."""
 
     url: str
-    healthy: bool
+    healthy: bool | None = Field(description="What health checks say; null while none has come back, or none is set.")
     in_flight: int
-    checked: bool = Field(description="False when no health check is configured, so nothing is known.")
+    checked: bool = Field(description="False while no health check has come back, or none is set.")
     last_check: str | None = Field(description="What the last health check found.")
     name: str | None = Field(default=None, description="The URL whose host stands for this address.")
     active: ActiveView | None = None

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests import loop_watch
 from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, running_gateway
+from tests.processes import reports_of_processes
 from tests.store_kit import SERVERS, StoreServer
 
 
@@ -22,6 +24,28 @@ def _no_ambient_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg-state"))
     monkeypatch.chdir(tmp_path)
+
+
+LOOP_REPORTS: list[str] = []
+loop_watch.install(LOOP_REPORTS.append)
+
+
+@pytest.fixture
+def loop_reports() -> list[str]:
+    """What has been reported in this test of callbacks that held the loop of a gateway in this process."""
+    return LOOP_REPORTS
+
+
+@pytest.fixture(autouse=True)
+def _no_callback_holds_the_loop(loop_reports: list[str]) -> Iterator[None]:
+    """A test fails if a gateway's event loop could not turn for 50 ms, in this process or in one that it runs."""
+    loop_reports.clear()
+    reports_of_processes()
+    yield
+    found = [*loop_reports, *reports_of_processes()]
+    loop_reports.clear()
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from api_gateway.locality import LoopbackRule
 from api_gateway.server import GatewayServer
 
 PATIENCE = 10.0  # seconds a scene may take to come about before a test gives up
+START_PATIENCE = 45.0  # seconds a gateway may take to start: imports take long on a busy machine
 
 
 class FakeClock:
@@ -70,7 +71,7 @@ class RunningGateway:
         self.server = GatewayServer(self.config, locality=LoopbackRule())
         self._thread = threading.Thread(target=self.server.run, name="gateway")
         self._thread.start()
-        eventually(lambda: self.server.started or not self._thread.is_alive(), "the gateway starts")
+        eventually(lambda: self.server.started or not self._thread.is_alive(), "the gateway starts", START_PATIENCE)
         assert self.server.started, "the gateway did not start"
         self.port: int = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

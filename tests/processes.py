@@ -1,10 +1,13 @@
 """What tests run the gateway as: a process of its own, ended by its own process id."""
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +21,11 @@ WAYS = {
     "run_gateway.py": [str(ROOT / "run_gateway.py"), "--port", "0"],
     "python -m": ["-m", "api_gateway", "--port", "0"],
 }
+
+# Where the event loops of gateways in processes of their own are watched from; see `loop_watch`.
+REPORTS = Path(tempfile.mkdtemp(prefix="loop-reports-"))
+atexit.register(shutil.rmtree, REPORTS, ignore_errors=True)
+WATCHED = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'watched'}", "LOOP_WATCH_REPORTS": str(REPORTS)}
 
 
 @dataclass
@@ -68,7 +76,7 @@ class Running:
 @contextmanager
 def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
     """Run Python with these arguments; stop it by its own process id at the end."""
-    variables = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
+    variables = {**WATCHED, "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
     variables |= {"XDG_STATE_HOME": str(cwd / "xdg-state"), **environment}
     stdout, stderr = cwd / "stdout.txt", cwd / "stderr.txt"
     with stdout.open("wb") as out, stderr.open("wb") as err:
@@ -86,6 +94,15 @@ def config_file(folder: Path, upstream: str, extra: str = "") -> str:
     path = folder / "gateway.yaml"
     path.write_text(f'upstreams: {{up: {{targets: [{{url: "{upstream}"}}]}}}}\n{extra}')
     return str(path)
+
+
+def reports_of_processes() -> list[str]:
+    """Return, once, what was reported of event loops that were held in processes of their own."""
+    files = sorted(REPORTS.glob("*.txt"))
+    texts = [file.read_text() for file in files]
+    for file in files:
+        file.unlink()
+    return texts
 
 
 # As Linux tells in /proc

@@ -15,12 +15,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headers",
         "heads",
         "diagnosis",
+        "environment",
         "bind_address",
         "store_url",
         "state_folder",
         "secret",
         "lifeline",
         "output",
+        "pacing",
         "frames",
         "id_filter",
         "local_resources",
@@ -37,6 +39,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "endings",
         "config",
         "config_sections",
+        "config_rules",
+        "config_repair",
+        "route_rules",
         "rate_limiter",
         "local_share",
         "call_window",
@@ -134,6 +139,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("welcome",),
     ("server", "staff"),
     ("worker", "supervisor"),
+    ("start_check",),
     ("cli",),
     ("__main__",),
 )
@@ -204,6 +210,14 @@ SIBLINGS = {
     ("deadline", "routes"),
     ("config", "config_sections"),
     ("diagnosis", "secret"),
+    ("environment", "diagnosis"),
+    ("config", "config_rules"),
+    ("config", "config_repair"),
+    ("config_rules", "config_sections"),
+    ("config_rules", "route_rules"),
+    ("config_rules", "routes"),
+    ("route_rules", "config_sections"),
+    ("route_rules", "routes"),
     ("reply", "answer"),
     ("reply", "outgoing"),
     ("reply", "transport"),
@@ -279,6 +293,7 @@ OUTSIDE = {
     "hiredis": {"store"},
     "sqlite3": {"sqlite_clients"},
     "pydantic": {
+        "config_rules",
         "models",
         "upstream_bodies",
         "metrics_bodies",
@@ -286,6 +301,8 @@ OUTSIDE = {
         "config",
         "config_changes",
         "config_sections",
+        "config_repair",
+        "environment",
         "diagnosis",
         "reload_bodies",
         "secret",
@@ -294,7 +311,7 @@ OUTSIDE = {
     "yaml": {"diagnosis"},
     "uvicorn": {"protocol", "demo", "server"},
 }
-NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config", "output"}
+NO_CLOCK = {name for layer in LAYERS[:2] for name in layer} - {"config", "output", "pacing"}
 
 MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

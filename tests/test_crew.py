@@ -13,11 +13,18 @@ import pytest
 from api_gateway import crew
 from api_gateway.crew import Alone, Member, encode
 from api_gateway.metrics import Recorder
+from api_gateway.pacing import Steps
 from api_gateway.report import Report
 
 
 def look() -> Report:
     return Report("", Recorder(["users"], ["people"], ["FREE"], (50,), time.monotonic()), buckets=7)
+
+
+def looking(report: Report | None = None) -> Steps[Report]:
+    """Look in steps, as the gateway does."""
+    yield
+    return report or look()
 
 
 class Peer:
@@ -26,7 +33,7 @@ class Peer:
     def __init__(self, on_orphaned: Callable[[], None] = lambda: None) -> None:
         self.sock, theirs = socket.socketpair()
         self.member = Member(theirs, on_orphaned)
-        self.member.enlist(look)
+        self.member.enlist(looking)
 
     async def open(self) -> None:
         self.reader, self.writer = await asyncio.open_unix_connection(sock=self.sock)
@@ -45,7 +52,7 @@ class Peer:
 
 async def test_who_is_alone_shows_what_is_live() -> None:
     alone, own = Alone(), look()
-    alone.enlist(lambda: own)
+    alone.enlist(lambda: looking(own))
     assert await alone.gather() is own
 
 
@@ -81,7 +88,7 @@ async def test_what_is_gathered_is_what_the_supervisor_answers() -> None:
     assert asked["report"]["buckets"] == 7, "what it shows may be asked for before it is shown"
     all_together = look()
     all_together.buckets = 21
-    peer.writer.write(encode("gathered", id=asked["id"], report=all_together.state()))
+    peer.writer.write(encode("gathered", id=asked["id"], report=all_together.state(), is_last=True))
     report = await gathering
     assert report.buckets == 21
     assert report.recorder.percentiles == (50,)
@@ -100,11 +107,11 @@ async def test_silence_is_made_up_for_by_the_last_answer(
     late = look()
     late.buckets = 20
     await peer.heard("gather")
-    peer.writer.write(encode("gathered", id=1, report=late.state()))  # nobody waits for it any more
+    peer.writer.write(encode("gathered", id=1, report=late.state(), is_last=True))  # nobody waits for it any more
     gathering = asyncio.create_task(peer.member.gather())
     await peer.heard("gather")
     late.buckets = 21
-    peer.writer.write(encode("gathered", id=2, report=late.state()))
+    peer.writer.write(encode("gathered", id=2, report=late.state(), is_last=True))
     assert (await gathering).buckets == 21
     assert (await peer.member.gather()).buckets == 21
     await peer.close()
@@ -133,7 +140,7 @@ async def test_a_supervisor_that_does_not_read_gets_nothing_new(monkeypatch: pyt
     peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     peer.reader._transport.pause_reading()  # type: ignore[attr-defined]  # as if it hung
     for _ in range(3000):
-        peer.member._report()
+        await peer.member._report()
     unsent = peer.member._writer.transport.get_write_buffer_size()
     assert unsent < 5000
     peer.reader._transport.resume_reading()  # type: ignore[attr-defined]

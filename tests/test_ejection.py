@@ -70,7 +70,7 @@ def test_what_fails_is_ejected_and_the_view_says_why(
     assert statuses(running, 6) == [200] * 6
     found = view(running, bad)
     passive = found["passive"]
-    assert (found["healthy"], found["active"]) == (True, None)
+    assert (found["healthy"], found["active"]) == (None, None)
     assert (passive["breaker"], passive["ejected"], passive["ejections_total"]) == ("OPEN", True, 1)
     assert passive["last_opened"]["cause"] == f"2 consecutive failures; last: {cause}"
     assert 50 < passive["next_probe_in"] <= 60
@@ -165,7 +165,7 @@ def test_a_target_that_is_well_again_starts_slowly(gateway: StartGateway, upstre
     sick, well = upstream(behave), upstream(reply(b"well"))
     check = {"interval": 0.02, "healthy_after": 1, "unhealthy_after": 1}
     running = gateway(sections(sick.url, well.url, health_check=check, slow_start=3600))
-    eventually(lambda: not view(running, sick.url)["healthy"], "it is noticed")
+    eventually(lambda: view(running, sick.url)["healthy"] is False, "it is noticed")
     is_sick = False
     eventually(lambda: view(running, sick.url)["healthy"], "it is well again")
     assert view(running, sick.url)["share"] < 0.1

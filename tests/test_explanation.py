@@ -327,6 +327,7 @@ async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
         "source": "default",
         "why": told.client.why,
         "registered": False,
+        "address_limited": True,
         "tier": {"name": "FREE", "rate": 1, "capacity": 5},
     }
     assert "X-Client-ID" in told.client.why
@@ -358,7 +359,8 @@ async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
         "name": "one",
         "breaker": "CLOSED",
         "next_probe_in": None,
-        "healthy": 1,
+        "healthy": 0,
+        "unchecked": 1,
         "targets": 1,
         "concurrency": None,
     }
@@ -483,3 +485,26 @@ def test_the_heaviest_clients_are_listed(running: RunningGateway) -> None:
     assert (everyone[-1]["client_id"], everyone[-1]["source"]) == ("127.0.0.1", "address")
     for query in ("sort=size", "limit=0", "limit=1001"):
         assert ask(f"{running.url}/clients?{query}").status == 422
+
+
+@pytest.mark.parametrize(
+    ("limit", "address", "is_limited"),
+    [
+        ({"rate": 1, "capacity": 5}, "192.0.2.7", True),
+        ({"rate": 1, "capacity": 5}, "127.0.0.1", False),
+        ({"rate": 0}, "192.0.2.7", False),
+    ],
+    ids=["limited", "exempt", "no limit"],
+)
+def test_an_address_that_is_exempt_is_not_said_to_be_limited(
+    gateway: Any, upstream: Any, limit: dict[str, Any], address: str, *, is_limited: bool
+) -> None:
+    running = gateway(in_front_of(upstream().url) | {"address_limit": limit})
+    question = json.dumps({"client_id": "c", "path": "/api/x", "address": address}).encode()
+    headers = {"Content-Type": "application/json"}
+    found = ask(f"{running.url}/explain", method="POST", headers=headers, body=question).json()
+    assert found["client"]["address_limited"] is is_limited
+    assert ("limited too" in found["client"]["why"]) is is_limited
+    assert len(found["buckets"]) == 1 + is_limited
+    shown = found["upstream"]
+    assert (shown["healthy"], shown["unchecked"], shown["targets"]) == (0, 1, 1)

@@ -1,6 +1,6 @@
 """What a proxy takes out of headers and puts in, and whose address a request comes from."""
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 import pytest
 from hypothesis import example, given
@@ -19,6 +19,7 @@ from api_gateway.headers import (
     for_client,
     for_upstream,
     framing,
+    hop_address,
     host_name,
     http_date,
     is_visible_ascii,
@@ -384,13 +385,50 @@ def test_nothing_is_within_no_network() -> None:
         ("10.0.0.1", [b"203.0.113.9, garbage"], "10.0.0.1"),
         ("10.0.0.1", [b"203.0.113.9, garbage, 10.0.0.2"], "10.0.0.2"),
         ("10.0.0.1", [b""], "10.0.0.1"),
-        ("10.0.0.1", [b"203.0.113.9:443"], "10.0.0.1"),
+        ("10.0.0.1", [b"203.0.113.9:443"], "203.0.113.9"),
+        ("10.0.0.1", [b"203.0.113.9, 10.0.0.2:9"], "203.0.113.9"),  # a proxy that writes its port, too
+        ("10.0.0.1", [b"198.51.100.1, unknown"], "10.0.0.1"),
+        ("10.0.0.1", [b"198.51.100.1, _hidden, 10.0.0.2:9"], "10.0.0.2"),
+        ("10.0.0.1", [b"10.0.0.3, 203.0.113.9:99999999"], "10.0.0.1"),  # a trusted address may be forged, too
+        ("10.0.0.1", [b"198.51.100.1, "], "10.0.0.1"),
         ("10.0.0.1", [b"\xff"], "10.0.0.1"),
     ],
 )
 def test_the_client_is_the_last_hop_that_is_no_trusted_proxy(peer: str, hops: list[bytes], address: str) -> None:
     headers = [(b"X-Forwarded-For", hop) for hop in hops]
     assert client_address(peer, fields_of(headers), TRUSTED) == address
+
+
+@pytest.mark.parametrize(
+    ("hop", "address"),
+    [
+        (b"203.0.113.9", "203.0.113.9"),
+        (b"203.0.113.9:443", "203.0.113.9"),
+        (b"203.0.113.9:_hidden", "203.0.113.9"),
+        (b'"203.0.113.9:443"', "203.0.113.9"),
+        (b"::1", "::1"),
+        (b"[::1]", "::1"),
+        (b"[::1]:99", "::1"),
+        (b'"[2001:db8::1]:99"', "2001:db8::1"),
+        (b"::ffff:203.0.113.9", "::ffff:203.0.113.9"),
+        (b"[::ffff:203.0.113.9]:1", "::ffff:203.0.113.9"),
+        (b"fe80::1%eth0", "fe80::1"),
+        (b"[fe80::1%eth0]:80", "fe80::1"),
+        *((hop, None) for hop in (b"", b"unknown", b"_hidden", b"unix:", b"example.com", b"203.0.113.9:", b"[::1")),
+        *(
+            (hop, None)
+            for hop in (b"203.0.113.9:1:1", b"[::1]x", b'"203.0.113.9', b"203.0.113.9%1", b"0x7f.1", b"\xff")
+        ),
+    ],
+)
+def test_a_hop_names_an_address_with_or_without_a_port(hop: bytes, address: str | None) -> None:
+    assert hop_address(hop) == address
+
+
+@given(st.binary(max_size=30))
+def test_what_a_hop_names_is_an_address_whatever_it_says(hop: bytes) -> None:
+    address = hop_address(hop)
+    assert address is None or ip_address(address)
 
 
 def test_nobody_is_trusted_unless_configured() -> None:

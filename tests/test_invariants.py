@@ -45,7 +45,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from api_gateway.config import LONGEST_BUDGET, MAX_FILL
+from api_gateway.config_rules import LONGEST_BUDGET, MAX_FILL
 from api_gateway.dispatcher import LANES, Dispatcher
 from api_gateway.middleware import refusal
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota, Source

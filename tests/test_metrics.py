@@ -22,6 +22,7 @@ from api_gateway.exposition import DURATION_BOUNDS, Exposition
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
 from api_gateway.metrics_bodies import RateWindow
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
+from api_gateway.pacing import completed
 from api_gateway.picks import round_robin
 from api_gateway.report import UpstreamReport
 from api_gateway.rotation import Rotation
@@ -60,6 +61,8 @@ def ended(at: float = START, seconds: float | None = 0.01, *, allowed: bool | No
 
 def people(policy: BreakerPolicy | None = None) -> Upstream:
     targets = [Target("http://127.0.0.1:9001"), Target("http://127.0.0.1:9002", is_healthy=False)]
+    for target in targets:
+        target.checks.note(START, is_good=target.is_healthy, finding="status")
     return Upstream("people", targets, CircuitBreaker(policy or BreakerPolicy(), START), round_robin)
 
 
@@ -70,7 +73,7 @@ def exposition_of(recorder: Recorder, *upstreams: Upstream) -> Exposition:
 
 def families(exposition: Exposition, accept: str = "text/plain") -> Iterator[Metric]:
     """Scrape, as Prometheus would."""
-    text, content_type = exposition.render(accept)
+    text, content_type = completed(exposition.render(accept))
     is_open = content_type.startswith("application/openmetrics-text")
     parse = openmetrics.text_string_to_metric_families if is_open else text_string_to_metric_families
     yield from parse(text.decode())
@@ -140,7 +143,7 @@ def test_percentiles_of_many_values_stay_within_one_percent(
 
 def test_nothing_has_no_percentile() -> None:
     assert percentile({}, 50) is None
-    assert recorder_of().latency(START).overall.since_start.model_dump() == {
+    assert completed(recorder_of().latency(START)).overall.since_start.model_dump() == {
         "count": 0,
         "mean_ms": None,
         "percentiles_ms": {"p50": None, "p90": None, "p95": None, "p99": None},
@@ -162,7 +165,7 @@ def test_percentiles_are_as_configured() -> None:
     recorder = recorder_of([25, 99.9])
     for milliseconds in range(1, 1001):
         recorder.observe(ended(seconds=milliseconds / 1000))
-    found = recorder.latency(START).overall.last_60s.percentiles_ms
+    found = completed(recorder.latency(START)).overall.last_60s.percentiles_ms
     assert found == {"p25": pytest.approx(250, rel=0.011), "p99.9": pytest.approx(999, rel=0.011)}
 
 
@@ -204,7 +207,7 @@ def test_overall_is_all_routes_together() -> None:
     recorder = recorder_of()
     for route, seconds in (("users", 0.1), ("users", 0.2), ("orders", 0.9)):
         recorder.observe(ended(route=route, seconds=seconds))
-    view = recorder.latency(START)
+    view = completed(recorder.latency(START))
     assert view.overall.since_start.count == 3
     assert view.overall.since_start.mean_ms == pytest.approx(400)
     assert {name: series.since_start.count for name, series in view.routes.items()} == {"users": 2, "orders": 1}
@@ -225,8 +228,8 @@ def test_a_window_forgets_what_is_older_and_holds_what_is_five_seconds_younger(a
     recorder.observe_try("people", "2xx", 0.01, at)
     now = at + age
     latency, rates = (
-        recorder.latency(now),
-        recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState()).rates,
+        completed(recorder.latency(now)),
+        completed(recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())).rates,
     )
     for series in (latency.overall, latency.routes["users"], latency.upstreams["people"]):
         for span, count in ((60, series.last_60s.count), (300, series.last_5m.count)):
@@ -245,12 +248,14 @@ def test_a_window_can_be_filled_again_after_it_was_forgotten() -> None:
     recorder = recorder_of()
     for turn in range(3):
         recorder.observe(ended(START + 300 * turn))
-    latency = recorder.latency(START + 600).overall
+    latency = completed(recorder.latency(START + 600)).overall
     assert (latency.last_60s.count, latency.last_5m.count, latency.since_start.count) == (1, 1, 3)
 
 
 def rates_at(recorder: Recorder, now: float) -> dict[str, RateWindow]:
-    rates = recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState()).rates
+    rates = completed(
+        recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
+    ).rates
     return {"last_60s": rates.last_60s, "last_5m": rates.last_5m, "since_start": rates.since_start}
 
 
@@ -291,7 +296,7 @@ def test_an_exchange_counts_once_in_everything_it_is(
 ) -> None:
     recorder = recorder_of()
     recorder.observe(exchange)
-    view = recorder.snapshot(START + 1, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
+    view = completed(recorder.snapshot(START + 1, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState()))
     for window in (view.rates.last_60s, view.rates.last_5m, view.rates.since_start):
         assert window.model_dump(exclude={"requests_per_second"}) == {
             "requests": 1,
@@ -338,7 +343,7 @@ def test_a_try_counts_its_outcome_and_its_time_if_there_was_an_answer() -> None:
     recorder = recorder_of()
     recorder.observe_try("people", "2xx", 0.2, START)
     recorder.observe_try("people", "upstream_timeout", None, START)
-    view = recorder.snapshot(START, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
+    view = completed(recorder.snapshot(START, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState()))
     tried = {name: count for name, count in view.upstream_outcomes["people"].items() if count}
     assert tried == {"2xx": 1, "upstream_timeout": 1}
     assert not any(view.upstream_outcomes["shop"].values())
@@ -353,13 +358,15 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
     upstream = people(BreakerPolicy(failure_threshold=1))
     trip(upstream)
     upstream.breaker.admit(START)
-    view = recorder.snapshot(
-        START + 12.5,
-        {"people": UpstreamReport.of(upstream, START)},
-        buckets=4,
-        bucket_limit=9,
-        overflowed=2,
-        limiter=LimiterState(),
+    view = completed(
+        recorder.snapshot(
+            START + 12.5,
+            {"people": UpstreamReport.of(upstream, START)},
+            buckets=4,
+            bucket_limit=9,
+            overflowed=2,
+            limiter=LimiterState(),
+        )
     )
     assert (view.uptime, view.requests.in_flight, view.requests.total) == (12.5, 3, 0)
     limiter = view.rate_limiter
@@ -425,15 +432,20 @@ def test_other_methods_are_one(method: str) -> None:
 # Prometheus
 
 
+def test_a_target_that_no_check_has_asked_has_no_series_of_its_health() -> None:
+    upstream = Upstream("people", [Target("http://a")], CircuitBreaker(BreakerPolicy(), START), round_robin)
+    assert not [name for name in samples(exposition_of(recorder_of(), upstream)) if "gateway_upstream_healthy" in name]
+
+
 @pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "text/plain; version=0.0.4"])
 def test_plain_text_is_the_default(accept: str) -> None:
-    text, content_type = exposition_of(recorder_of()).render(accept)
+    text, content_type = completed(exposition_of(recorder_of()).render(accept))
     assert content_type.startswith("text/plain; version=")
     assert b"# EOF" not in text
 
 
 def test_openmetrics_comes_where_it_is_asked_for() -> None:
-    text, content_type = exposition_of(recorder_of()).render(OPENMETRICS)
+    text, content_type = completed(exposition_of(recorder_of()).render(OPENMETRICS))
     assert content_type.startswith("application/openmetrics-text")
     assert text.endswith(b"# EOF\n")
 
@@ -613,5 +625,6 @@ def test_counters_never_fall(busy: Exposition) -> None:
 def test_odd_names_are_escaped() -> None:
     upstream = Upstream('a"\\\n', [], CircuitBreaker(BreakerPolicy(), START), round_robin)
     recorder = Recorder([], [upstream.name], {}, [50], START)
+    recorder.observe_try(upstream.name, "2xx", 0.1, START)
     found = samples(exposition_of(recorder, upstream))
     assert found[f"gateway_circuit_breaker_opened_total{{upstream={upstream.name}}}"] == 0

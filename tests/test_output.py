@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +21,10 @@ import pytest
 from api_gateway import output
 from api_gateway.output import LineHandler, LineWriter, Output, TextStream
 from tests.kit import PATIENCE, RawUpstream, ask, eventually
-from tests.processes import ROOT, config_file, is_alive
+from tests.processes import ROOT, START, WATCHED, config_file, is_alive
 
+TOKEN = "for-the-tests-of-output"
+OPERATOR = {"Authorization": f"Bearer {TOKEN}"}
 FILL = 300  # requests whose lines are more than the 64 KiB that a pipe holds
 
 
@@ -79,12 +82,15 @@ def test_a_reader_that_stops_costs_the_newest_lines_and_never_blocks_the_writer(
     for number in range(20_000):  # 2 MB, of which the pipe takes 64 KiB
         one.writer.write(f"{padded(number, 99)}\n")
     assert not one.writer.flush(0.05)
+    began = time.monotonic()
+    assert not one.writer.flush(3600)  # it is not waited for twice
+    assert time.monotonic() - began < 60
     lost = sum(lines for lines, _ in one.lost)
     assert 20_000 - (200_000 + 65_536) // 100 - 1 <= lost < 20_000
     received: list[str] = []
     reading = threading.Thread(target=lambda: received.extend(one.read_until("end")))
     reading.start()
-    assert one.writer.flush(PATIENCE)
+    eventually(lambda: one.writer.flush(PATIENCE), "the rest is written")
     one.writer.write("end\n")
     reading.join(PATIENCE)
     assert received == [*sorted(received[:-1]), "end"]
@@ -183,6 +189,15 @@ def test_a_log_that_cannot_be_written_never_blocks_who_logs(pipe: Callable[..., 
     assert one.lost
 
 
+def test_flushing_a_handler_writes_what_was_logged(pipe: Callable[..., Pipe]) -> None:
+    """As it is done before a process ends at once."""
+    one = pipe()
+    handler = LineHandler(one.writer)
+    handler.emit(logging.makeLogRecord({"msg": "the end"}))
+    handler.flush()
+    assert os.read(one.reader, 100) == b"the end\n"
+
+
 def test_what_was_lost_is_said_at_most_once_an_interval(caplog: pytest.LogCaptureFixture) -> None:
     lossy = Output(delay=0.05, interval=3600)
     on_loss = lossy.out._on_loss
@@ -232,14 +247,16 @@ def is_listening(port: int) -> bool:
 @contextmanager
 def gateway(folder: Path, upstream: str, redirection: str, **streams: Any) -> Iterator[Any]:
     """Run the gateway under a shell's redirection; yield the process and its address."""
-    config = config_file(folder, upstream, "tiers: {FREE: {rate: 1000000, capacity: 1000000}}\n")
+    config = config_file(
+        folder, upstream, f"tiers: {{FREE: {{rate: 1000000, capacity: 1000000}}}}\nadmin: {{token: {TOKEN}}}\n"
+    )
     port = free_port()
     start = [sys.executable, str(ROOT / "run_gateway.py"), "--config", config, "--port", str(port)]
     command = f"exec {shlex.join(start)} {redirection}"
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    environment = {**WATCHED, "PATH": "/usr/bin:/bin", "XDG_STATE_HOME": str(folder)}
     popen = subprocess.Popen(["sh", "-c", command], cwd=folder, env=environment, **streams)
     try:
-        eventually(lambda: popen.poll() is not None or is_listening(port), "it listens", 30)
+        eventually(lambda: popen.poll() is not None or is_listening(port), "it listens", START)
         assert popen.poll() is None, "the gateway did not start"
         yield popen, f"http://127.0.0.1:{port}"
     finally:
@@ -277,8 +294,8 @@ def test_a_full_disk_is_counted_and_said_once(tmp_path: Path, upstream: Callable
     with log.open("wb") as stderr, gateway(tmp_path, upstream().url, ">/dev/full", stderr=stderr) as (popen, url):
         serve(url)
         eventually(lambda: "lines were dropped" in log.read_text(), "it is said")
-        counted = ask(f"{url}/metrics").json()["output"]
-        text = ask(f"{url}/metrics?format=prometheus").body.decode()
+        counted = ask(f"{url}/metrics", headers=OPERATOR).json()["output"]
+        text = ask(f"{url}/metrics?format=prometheus", headers=OPERATOR).body.decode()
         popen.terminate()
         assert popen.wait(PATIENCE) == 0
     assert counted["dropped_lines"]["stdout"] >= FILL

@@ -6,6 +6,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -28,6 +29,7 @@ HANDSHAKE = (
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
 )
 BAD_ID = b"X-Client-ID: a b\r\n"
+PEER, OWN = ("192.0.2.1", 4711), ("192.0.2.2", 80)
 TRIES = 800
 WITHIN = 20.0  # seconds for all tries
 
@@ -36,7 +38,8 @@ class ClosingTransport(asyncio.Transport):
     """A transport whose connection has ended, of which its protocol has not been told yet."""
 
     def __init__(self, *, is_closing: bool) -> None:
-        super().__init__({"peername": ("192.0.2.1", 4711), "sockname": ("192.0.2.2", 80)})
+        sock = SimpleNamespace(family=socket.AF_INET, getpeername=lambda: PEER, getsockname=lambda: OWN)
+        super().__init__({"peername": PEER, "sockname": OWN, "socket": sock})
         self.sent = b""
         self._is_closing = is_closing
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.config import MAX_FILL
+from api_gateway.config_rules import MAX_FILL
 from api_gateway.express import Express
 from api_gateway.limit_fields import NAMES, LimitFields
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota

@@ -16,6 +16,7 @@ from api_gateway.merging import merge
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.overload import Concurrency, ConcurrencyLimit
+from api_gateway.pacing import completed
 from api_gateway.picks import round_robin
 from api_gateway.report import (
     BreakerReport,
@@ -66,8 +67,10 @@ def count(one: Recorder, kind: str, seconds: float, at: float) -> None:
 def shown(report: Report, now: float) -> tuple[Any, ...]:
     """Return all that is made of a recorder."""
     found = report.recorder
-    view = found.snapshot(now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
-    text, _ = Exposition(found, report.upstreams, LimiterState(), 0, "1").render("text/plain")
+    view = completed(
+        found.snapshot(now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
+    )
+    text, _ = completed(Exposition(found, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
     return view.model_dump(), sorted(text.decode().splitlines())
 
 
@@ -333,6 +336,7 @@ def test_an_upstream_that_no_worker_has_any_more_is_not_shown() -> None:
 def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_names() -> None:
     targets = [Target("http://10.0.0.1:80", named=f"http://{name}.test:80", address="10.0.0.1") for name in "ab"]
     targets[1].is_healthy = False
+    targets[0].checks.note(START, is_good=True, finding="status 200")
     people = Upstream("people", targets, CircuitBreaker(BreakerPolicy(), START), round_robin)
     names = [Name("http://a.test:80"), Name("http://a.test:81")]
     for name in names:
@@ -342,7 +346,7 @@ def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_
     found = [(target.key, target.is_healthy) for target in merged.targets]
     assert found == [("http://a.test:80 (http://10.0.0.1:80)", True), ("http://b.test:80 (http://10.0.0.1:80)", False)]
     assert [(name.host, name.port) for name in merged.names] == [("a.test", 80), ("a.test", 81)]
-    text, _ = Exposition(recorder(), {"people": merged}, LimiterState(), 0, "1.2.3").render("text/plain")
+    text, _ = completed(Exposition(recorder(), {"people": merged}, LimiterState(), 0, "1.2.3").render("text/plain"))
     for key, is_healthy in found:
         assert f'gateway_upstream_healthy{{target="{key}",upstream="people"}} {float(is_healthy)}' in text.decode()
 

@@ -355,7 +355,7 @@ def test_a_resolved_target_is_checked_at_its_address_by_its_name(places: Places,
             "the bad one is found out",
         )
         assert served(running) == {"127.0.0.1"}
-        (bad,) = [target for target in health(running)["targets"] if not target["healthy"]]
+        (bad,) = [target for target in health(running)["targets"] if target["healthy"] is False]
         assert bad["name"] == f"http://users.test:{places.port}"
         assert bad["active"]["last_error"] == "status 503"
         shown = get(f"{running.url}/circuit-breakers").json()["targets"]["up"]

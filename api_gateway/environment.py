@@ -1,0 +1,79 @@
+"""Settings in environment variables: `GATEWAY_SERVER__PORT`, where `__` stands between levels, and JSON for sections.
+
+A message names the variable and never quotes its text.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, get_origin
+
+from pydantic import BaseModel
+
+from api_gateway.diagnosis import Place, spelt, type_at, unwrapped
+
+_DELIMITER = "__"
+
+
+def read_environment(
+    variables: Mapping[str, str | None], prefix: str, model: type[BaseModel]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of `model` in variables (by upper-case name), nested, and a line for each mistake."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name in sorted(variables):  # so a section as a whole comes before its settings
+        place = tuple(name.removeprefix(prefix).lower().split(_DELIMITER))
+        text = variables[name]
+        if not name.startswith(prefix) or place[0] not in model.model_fields or text is None:
+            continue
+        problem = _set(values, place, text, model)
+        if problem:
+            problems.append(f"environment {name}: {spelt(place)}: {problem}")
+    return values, problems
+
+
+def _set(values: dict[str, Any], place: Place, text: str, model: type[BaseModel]) -> str | None:
+    """Put a value at its place; return what is wrong with it, if anything is."""
+    value: Any = text
+    kind = unwrapped(type_at(model, place))
+    if _is_nested(kind):
+        try:
+            value = json.loads(text, object_pairs_hook=_unique)
+        except ValueError as error:
+            example = "[...]" if get_origin(kind) is list else '{"key": ...}'
+            return f"must be JSON, such as {example}: {_reason(error)}"
+    parent = values
+    for length, part in enumerate(place[:-1], 1):
+        if get_origin(unwrapped(type_at(model, place[:length]))) is list:
+            whole = spelt(place[:length])
+            return f"{whole} is a list, which one variable sets as a whole, as JSON"
+        inner = parent.setdefault(part, {})
+        if not isinstance(inner, dict):
+            return f"another variable sets {spelt(place[:length])} to what is no section"
+        parent = inner
+    if isinstance(value, dict) and isinstance(parent.get(place[-1]), dict):
+        value = {**parent[place[-1]], **value}
+    parent[place[-1]] = value
+    return None
+
+
+def _is_nested(kind: Any) -> bool:
+    return get_origin(kind) in (list, dict) or (isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+class _GivenTwice(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is given twice: the second would silently win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _GivenTwice
+    return found
+
+
+def _reason(error: ValueError) -> str:
+    """Return what the parser says, without the text that some of its messages quote."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.partition(':')[0].lower()} at character {error.pos + 1}"
+    return "a key is given twice" if isinstance(error, _GivenTwice) else "it cannot be read"

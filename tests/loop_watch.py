@@ -1,0 +1,176 @@
+"""Finds callbacks that hold an event loop: a thread samples the stacks of threads in which a gateway serves.
+
+A callback is known by its outermost frame of the product, which is a new object for each call. It is reported when
+
+- the loop's thread used more than LIMIT seconds of CPU time between two samples of the same callback, or
+- it was asleep in one system call for longer than LIMIT: the number of its voluntary context switches, the state and
+  the callback are the same in samples that far apart. A thread that only waits for a processor is not asleep, and one
+  that waits for the interpreter's lock wakes every few milliseconds; so a busy machine causes no report.
+
+A coroutine keeps its frame over its suspensions, so for it the samples count only until a callback that was scheduled
+at the first of them has run. A loop is watched from the time its server serves: start-up may take longer.
+"""
+
+import asyncio
+import inspect
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+LIMIT = 0.05  # seconds
+PERIOD = 0.01  # seconds between two samples
+PRODUCT = f"{Path(__file__).resolve().parents[1] / 'api_gateway'}/"
+
+Report = Callable[[str], None]
+
+
+@dataclass(eq=False)
+class Watched:
+    """A loop's thread, and the callback that was seen last in it."""
+
+    loop: asyncio.AbstractEventLoop
+    ident: int = field(default_factory=threading.get_ident)
+    native: int = field(default_factory=threading.get_native_id)
+    frame: FrameType | None = None
+    cpu: float = 0.0  # at the first sample of this callback
+    last: float = 0.0  # at the last sample
+    asleep_since: float | None = None
+    switches: int = -1
+    has_passed: bool = False  # the callback scheduled at the first sample has run: a coroutine may have been resumed
+    is_reported: bool = False
+
+    def __post_init__(self) -> None:
+        self._clock = time.pthread_getcpuclockid(self.ident)
+        self.last = self.now()
+
+    def now(self) -> float:
+        return time.clock_gettime(self._clock)
+
+    def start(self, frame: FrameType | None, cpu: float) -> None:
+        """Begin to measure a callback."""
+        self.frame, self.cpu, self.switches, self.asleep_since = frame, cpu, -1, None
+        self.has_passed = self.is_reported = False
+        if frame is not None and frame.f_code.co_flags & inspect.CO_COROUTINE:
+            with suppress(RuntimeError):  # the loop is closed
+                self.loop.call_soon_threadsafe(self._on_passed, id(frame))
+
+    def _on_passed(self, frame: int) -> None:
+        self.has_passed = self.has_passed or id(self.frame) == frame
+
+    def state(self) -> tuple[str, int]:
+        """Return the state of the thread as the kernel has it, and its voluntary context switches."""
+        lines = Path(f"/proc/self/task/{self.native}/status").read_text().splitlines()
+        found = dict(line.split(":", 1) for line in lines)
+        return found["State"].split()[0], int(found["voluntary_ctxt_switches"])
+
+
+class LoopWatch:
+    """The sampling thread. It runs while there are loops to watch."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._watched: dict[int, Watched] = {}
+        self._lock = threading.Lock()
+        self._has_loops = threading.Event()
+        threading.Thread(target=self._run, name="loop watch", daemon=True).start()
+
+    def begin(self) -> None:
+        """Watch the running loop of this thread."""
+        with self._lock:
+            self._watched[threading.get_ident()] = Watched(asyncio.get_running_loop())
+            self._has_loops.set()
+
+    def end(self) -> None:
+        """Stop watching this thread."""
+        with self._lock:
+            self._watched.pop(threading.get_ident(), None)
+            if not self._watched:
+                self._has_loops.clear()
+
+    def _run(self) -> None:
+        own = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+        delayed, at = _run_delay(own), time.monotonic()
+        while True:
+            self._has_loops.wait()
+            time.sleep(PERIOD)
+            now, delay = time.monotonic(), _run_delay(own)
+            # Seconds in which this thread could have run, but for the interpreter's lock.
+            locked_out, delayed, at = (now - at) - (delay - delayed), delay, now
+            with self._lock:
+                frames = sys._current_frames()
+                for watched in self._watched.values():
+                    self._sample(watched, _callback(frames.get(watched.ident)), now, locked_out)
+                del frames
+
+    def _sample(self, watched: Watched, frame: FrameType | None, now: float, locked_out: float) -> None:
+        cpu = watched.now()
+        since_last, watched.last = cpu - watched.last, cpu
+        if frame is None or frame is not watched.frame or watched.has_passed:
+            watched.start(frame, cpu)
+            if frame is not None and min(since_last, locked_out) > LIMIT + PERIOD:
+                self._tell(watched, frame, f"{since_last * 1000:.0f} ms of CPU time in one call")
+            return
+        if cpu - watched.cpu > LIMIT:
+            self._tell(watched, frame, f"{(cpu - watched.cpu) * 1000:.0f} ms of CPU time")
+            return
+        state, switches = watched.state()
+        if state not in "SD" or switches != watched.switches:
+            watched.switches, watched.asleep_since = switches, now if state in "SD" else None
+        elif watched.asleep_since is None:
+            watched.asleep_since = now
+        elif now - watched.asleep_since > LIMIT:
+            self._tell(watched, frame, f"asleep for {(now - watched.asleep_since) * 1000:.0f} ms")
+
+    def _tell(self, watched: Watched, frame: FrameType, what: str) -> None:
+        if not watched.is_reported:
+            watched.is_reported = True
+            leaf = sys._current_frames().get(watched.ident)
+            stack = "".join(traceback.format_stack(leaf)[-8:])
+            self._report(f"{frame.f_code.co_qualname} held the event loop: {what}; it was at\n{stack}")
+
+
+def _callback(leaf: FrameType | None) -> FrameType | None:
+    """Return the outermost frame of the product in the callback that runs now; None while the loop waits."""
+    found = None
+    while leaf is not None and leaf.f_code not in LOOP_CODE:
+        if leaf.f_code.co_filename.startswith(PRODUCT):
+            found = leaf
+        leaf = leaf.f_back
+    return found
+
+
+def _run_delay(schedstat: Path) -> float:
+    """Return for how many seconds a thread has been ready and waited for a processor."""
+    return int(schedstat.read_text().split()[1]) / 1e9
+
+
+LOOP_CODE = {asyncio.Runner.run.__code__, asyncio.BaseEventLoop.run_forever.__code__}
+
+
+def install(report: Report) -> LoopWatch:
+    """Watch the loop of every uvicorn server of this process while it serves."""
+    watch = LoopWatch(report)
+    main_loop, serve = uvicorn.Server.main_loop, uvicorn.Server.serve
+
+    async def watched_main_loop(self: uvicorn.Server) -> None:
+        watch.begin()
+        await main_loop(self)
+
+    async def watched_serve(self: uvicorn.Server, sockets: Any = None) -> None:
+        try:
+            await serve(self, sockets)
+        finally:
+            watch.end()
+
+    uvicorn.Server.main_loop = watched_main_loop  # type: ignore[method-assign]
+    uvicorn.Server.serve = watched_serve  # type: ignore[method-assign]
+    return watch

@@ -1,0 +1,303 @@
+"""`--check` tries what a start would try, and names all mistakes at once: where, what, and what to write instead."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api_gateway.cli import main
+from api_gateway.config import load_config
+from api_gateway.diagnosis import ConfigError
+from tests.kit import RawClient, RawUpstream
+from tests.processes import process
+
+MANY = """\
+server:
+  port: many
+store:
+  url: redis://cache:port
+upstreams:
+  users:
+    targets: [{url: "http://127.0.0.1:9001"}]
+  orders: 5
+routes:
+  - {name: a, path: /api/a, upstream: user}
+  - {name: b, path: "/api/b/{id}", upstream: users, cost: -1}
+  - {name: c, path: /api/c, upstream: orders, fallback: {upstream: nowhere}}
+default_tier: GOLD
+clients:
+  acme: {tier: SILVER}
+server: {}
+"""
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Any:
+    """Return the lines that a file of this text is refused with, its name cut off."""
+
+    def load(text: str) -> list[str]:
+        path = tmp_path / "gateway.yaml"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        return [line.removeprefix(str(path)) for line in caught.value.problems]
+
+    return load
+
+
+def checked(tmp_path: Path, text: str, *arguments: str) -> tuple[int, list[str], str]:
+    """Return the exit code of `--check`, its lines on standard error without the file's name, and its output."""
+    path = tmp_path / "gateway.yaml"
+    path.write_text(text, encoding="utf-8")
+    with process("-m", "api_gateway", "--check", "--config", str(path), *arguments, cwd=tmp_path) as running:
+        code = running.popen.wait(60)
+    return code, [line.replace(f"{path}:", ":") for line in running.errors.splitlines()], running.output
+
+
+# All at once
+
+
+def test_all_mistakes_are_told_in_one_run_with_their_lines(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_SERVER__WORKERS", "x")
+    monkeypatch.setenv("GATEWAY_LOG", "{")
+    lines = refused(MANY)
+    for start in (
+        ":16: server: given twice",
+        "environment GATEWAY_LOG: log: must be JSON",
+        "environment GATEWAY_SERVER__WORKERS: server.workers: must be a whole number, got 'x'",
+        ":4: store.url: has a port that is no number",
+        ":8: upstreams.orders: must be a section of keys and values, such as {targets: ...}, got 5",
+        ":10: routes[0] (a).upstream: no such upstream, got 'user'; did you mean 'users'?",
+        ":11: routes[1].cost: must be greater than or equal to 0, got -1",
+        ":11: routes[1] (b).path: a placeholder or pattern is taken literally",
+        ":12: routes[2] (c).fallback.upstream: no such upstream, got 'nowhere'",
+        ":13: default_tier: no such tier, got 'GOLD'; the tiers are FREE",
+        ":15: clients.acme.tier: no such tier, got 'SILVER'",
+    ):
+        assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
+    assert len(lines) == 11, "a mistake brings no further ones"
+
+
+def test_no_message_has_the_name_of_a_class(refused: Any) -> None:
+    text = "\n".join(refused("upstreams: []\nroutes: {}\ntiers: [a]\nclients: 5\nserver: x\nlog: [1]\nmetrics:\n"))
+    assert "Section" not in text
+    assert "instance" not in text
+    assert "dictionary" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "log:\n",
+            ":1: log: has no value; must be a section of keys and values, such as {level: ...}",
+        ),
+        ("routes: []\n", ":1: routes: is empty; leave it out for one route to each upstream, got []"),
+        ("upstreams: {}\n", ":1: upstreams: is empty; leave it out for the demo services, got {}"),
+        ("routes:\n- {name: on, path: /api, upstream: x}\n", ":2: routes[0].name: must be text; put it in quotes, as"),
+        ("clients:\n  7: {tier: FREE}\n", ":2: clients[7]: is no text; put the key in quotes"),
+        (
+            "server:\n\tport: 1\n",
+            ":2: not YAML: found character '\\t' that cannot start any token; indent with",
+        ),
+        ("upstreams: {u: {targets: ['http://a']}}\n", ":1: upstreams.u.targets[0]: must be a section of keys and"),
+        ("tiers: {bad name: {rate: 1, capacity: 1}}\n", ":1: tiers.BAD NAME: must be 1 to 64 letters, digits"),
+    ],
+)
+def test_what_yaml_makes_of_a_file_is_told_with_what_to_write(refused: Any, text: str, expected: str) -> None:
+    assert any(line.startswith(expected) for line in refused(text)), refused(text)
+
+
+# What never matches
+
+
+def route_problem(**keys: Any) -> str:
+    route = {"name": "a", "path": "/api/a", "upstream": "up", **keys}
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"upstreams": {"up": {"targets": [{"url": "http://h"}]}}, "routes": [route]})
+    (line,) = caught.value.problems
+    return line.removeprefix("command line: routes[0] (a).")
+
+
+@pytest.mark.parametrize(
+    ("path", "instead"),
+    [
+        ("/api/a/*", "write '/api/a'"),
+        ("/api/{id}/x", "write '/api'"),
+        ("/api/:id", "write '/api'"),
+        ("/api/<id>", "write '/api'"),
+        (r"/api/a/\d+", "write '/api/a'"),
+        ("/api/[ab]", "write '/api'"),
+        ("/api/a$", "write '/api'"),
+        ("/api/a/../b", "write '/api/b'"),
+        ("/api/./b", "write '/api/b'"),
+        ("/api//b", "write '/api/b'"),
+        ("/api/%41", "write '/api/A'"),
+        ("/api/a ", "spaces at an end"),
+        ("/apia", "must be /api or begin with /api/"),
+    ],
+)
+def test_a_path_that_never_matches_is_refused_with_what_to_write(path: str, instead: str) -> None:
+    line = route_problem(path=path)
+    assert line.startswith("path: ")
+    assert instead in line
+    assert line.endswith(f"got {path!r}")
+
+
+@pytest.mark.parametrize("path", ["/api/a.b", "/api/a-b_c~d", "/api/caf\u00e9", "/api/a(b)", "/api/100%", "/api/a:b"])
+def test_a_path_that_matches_is_accepted(path: str) -> None:
+    route = {"name": "a", "path": path, "upstream": "up"}
+    assert load_config(None, {"upstreams": {"up": {"targets": [{"url": "http://h"}]}}, "routes": [route]})
+
+
+@pytest.mark.parametrize(
+    ("host", "instead"),
+    [
+        ("*.example.com", "patterns are not supported"),
+        ("*", "leave host out"),
+        ("", "leave host out"),
+        ("host:8080", "write 'host'"),
+        ("https://example.com/x", "write 'example.com'"),
+        ("https://example.com:443", "write 'example.com'"),
+        ("example.com/x", "write 'example.com'"),
+        ("::1", "write '[::1]'"),
+        ("[::1]:80", "write '[::1]'"),
+        ("b\u00fccher.example", "write 'xn--bcher-kva.example'"),
+        ("a..b", "must be a host name"),
+        ("exa mple", "must be a host name"),
+    ],
+)
+def test_a_host_that_never_matches_is_refused_with_what_to_write(host: str, instead: str) -> None:
+    line = route_problem(host=host)
+    assert line.startswith("host: ")
+    assert instead in line
+
+
+def test_methods_and_costs_that_never_match_are_refused() -> None:
+    assert route_problem(methods=["trace"]).startswith("methods[0]: is never proxied")
+    assert route_problem(costs=[{"path": "/api/b", "cost": 1}]).startswith("costs[0].path: never matches: it must be")
+    costs = [{"methods": ["PUT"], "cost": 1}]
+    assert route_problem(methods=["GET"], costs=costs).startswith("costs[0].methods: never match: the route takes GET")
+
+
+@pytest.mark.parametrize("host", ["Example.ORG", "example.org.", "EXAMPLE.org:80", "example.org.:8080"])
+def test_hosts_are_the_same_in_any_case_with_any_port_and_with_a_trailing_dot(gateway: Any, host: str) -> None:
+    upstream = RawUpstream()
+    routes = [{"name": "a", "path": "/api/a", "upstream": "up", "host": "Example.org."}]
+    running = gateway({"upstreams": {"up": {"targets": [{"url": upstream.url}]}}, "routes": routes})
+    with RawClient(running.port) as client:
+        client.send(f"GET /api/a HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert client.answer().status == 200
+        client.send(b"GET /api/a HTTP/1.1\r\nHost: other.org\r\n\r\n")
+        assert client.answer().status == 404
+    upstream.close()
+
+
+# What a start would try
+
+
+def test_everything_that_a_start_would_fail_with_is_told_together(tmp_path: Path, certificates: Path) -> None:
+    one, other = certificates / "here", certificates / "other"
+    (tmp_path / "empty.pem").write_text("")
+    (tmp_path / "file").write_text("")
+    code, errors, _ = checked(
+        tmp_path,
+        f"""\
+server: {{host: nowhere.invalid}}
+state_dir: {tmp_path}/file/state
+store:
+  url: "rediss://cache?ca_file=missing.pem"
+  clients: sqlite
+upstreams:
+  a:
+    targets: [{{url: "https://a"}}]
+    tls: {{ca_file: missing.pem, certificate: {one}.pem, key: missing.key}}
+  b:
+    targets: [{{url: "https://b"}}]
+    tls: {{ca_file: empty.pem, certificate: {one}.pem, key: {other}.key}}
+  c:
+    targets: [{{url: "https://c"}}]
+    tls: {{key: {one}.key}}
+""",
+    )
+    assert code == 3
+    for start in (
+        ":1: server.host: the host is not known: ",
+        f":2: state_dir: '{tmp_path}/file' is no folder, got ",
+        ":4: store.url: ca_file: cannot be read: no such file or directory, got 'missing.pem'",
+        ":9: upstreams.a.tls.ca_file: cannot be read: no such file or directory, got 'missing.pem'",
+        ":9: upstreams.a.tls.key: cannot be read: no such file or directory, got 'missing.key'",
+        ":12: upstreams.b.tls.ca_file: holds no PEM certificate",
+        f":12: upstreams.b.tls.key: does not belong to '{one}.pem', got '{other}.key'",
+        ":15: upstreams.c.tls.key: needs the certificate that it belongs to",
+    ):
+        assert sum(line.startswith(start) for line in errors) == 1, (start, errors)
+
+
+def test_http2_needs_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text("upstreams:\n  up:\n    targets: [{url: 'https://127.0.0.1:9'}]\n    http2: true\n")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert main(["--check", "--config", str(path)]) == 3
+    assert f"{path}:4: upstreams.up.http2: needs the package h2: pip install" in capfd.readouterr().err
+
+
+def test_a_port_in_use_is_a_warning_as_the_gateway_itself_may_use_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        text = f"server:\n  port: {port}\nupstreams: {{up: {{targets: [{{url: 'http://h'}}]}}}}\n"
+        code, errors, output = checked(tmp_path, text)
+    assert code == 0
+    assert errors == [f"warning: :2: server.port: is in use; a start fails unless what uses it has ended, got {port}"]
+    assert "The configuration is valid: 1 routes" in output
+    assert str(tmp_path / "gateway.yaml") in output, "what was read"
+    assert "State is kept in" in output
+
+
+def test_what_is_allowed_and_not_meant_is_a_warning(tmp_path: Path) -> None:
+    code, errors, _ = checked(
+        tmp_path,
+        """\
+server: {port: 0}
+upstreams:
+  used: {targets: [{url: "http://h"}], tls: {ca_file: x.pem}}
+  idle: {targets: [{url: "http://h"}]}
+routes:
+  - name: a
+    path: /api/a
+    upstream: used
+    costs:
+      - {cost: 2}
+      - {methods: [GET], cost: 1}
+""",
+    )
+    assert code == 0
+    assert errors == [
+        "warning: :3: upstreams.used.tls: has no effect without an https target",
+        "warning: :4: upstreams.idle: no route uses this upstream",
+        "warning: :11: routes[0] (a).costs[1]: never counts: costs[0] before it covers all of its requests",
+    ]
+
+
+def test_an_empty_file_is_no_demo(tmp_path: Path) -> None:
+    code, errors, _ = checked(tmp_path, "# nothing yet\n")
+    assert code == 3
+    assert "configures nothing, and so the demo services would start" in errors[0]
+
+
+def test_a_start_names_all_files_that_it_cannot_use(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(
+        "upstreams:\n"
+        "  a: {targets: [{url: 'https://a'}], tls: {ca_file: no-a.pem}}\n"
+        "  b: {targets: [{url: 'https://b'}], tls: {ca_file: no-b.pem}}\n"
+    )
+    with process("-m", "api_gateway", "--port", "0", "--config", str(path), cwd=tmp_path) as running:
+        assert running.popen.wait(60) == 3
+    assert [line.partition(": cannot")[0] for line in running.errors.splitlines()] == [
+        f"{path}:2: upstreams.a.tls.ca_file",
+        f"{path}:3: upstreams.b.tls.ca_file",
+    ]

@@ -1,0 +1,113 @@
+"""The detector of callbacks that hold the event loop: it finds them, and a busy machine does not trouble it."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api_gateway.metrics import Recorder
+from api_gateway.models import Exchange
+from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of
+from tests.processes import REPORTS, config_file, process, reports_of_processes
+
+Start = Callable[[dict[str, Any]], RunningGateway]
+
+
+def sleep() -> None:
+    time.sleep(0.2)
+
+
+def spin(seconds: float = 0.1) -> None:
+    """Use this much of the thread's CPU time."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def compute() -> None:
+    """Use CPU time in one call that does not return to the interpreter."""
+    end = time.thread_time() + 0.15
+    while time.thread_time() < end:
+        sum(range(5_000_000))
+
+
+def wait_for_lock() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire(timeout=0.2)
+
+
+@pytest.mark.parametrize("hold", [sleep, spin, compute, wait_for_lock])
+def test_a_callback_that_holds_the_loop_is_named(
+    hold: Callable[[], None],
+    gateway: Start,
+    upstream: Callable[..., RawUpstream],
+    loop_reports: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    observe = Recorder.observe
+
+    def slow(self: Recorder, exchange: Exchange) -> None:
+        hold()
+        observe(self, exchange)
+
+    monkeypatch.setattr(Recorder, "observe", slow)
+    running = gateway(in_front_of(upstream().url))
+    assert ask(f"{running.url}/api/x").status == 200
+    eventually(lambda: bool(loop_reports), "it is reported")
+    running.stop()
+    found = loop_reports[:]
+    loop_reports.clear()  # they do not fail this test
+    assert all(hold.__name__ in report for report in found), found
+
+
+def test_a_gateway_in_a_process_of_its_own_is_watched_too(
+    tmp_path: Path, upstream: Callable[..., RawUpstream]
+) -> None:
+    program = tmp_path / "slow.py"
+    program.write_text(
+        "import sys, time\n"
+        "from api_gateway import cli\n"
+        "from api_gateway.metrics import Recorder\n"
+        "observe = Recorder.observe\n"
+        "Recorder.observe = lambda self, exchange: (time.sleep(0.2), observe(self, exchange))\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    config = config_file(tmp_path, upstream().url)
+    with process(str(program), "--config", config, "--port", "0", cwd=tmp_path) as running:
+        assert ask(f"{running.url}/api/up/x").status == 200
+        eventually(lambda: any(REPORTS.iterdir()), "it is reported")
+        assert running.terminate() == 0
+    (found,) = reports_of_processes()
+    assert "asleep" in found
+
+
+def test_many_short_callbacks_and_a_busy_machine_are_no_finding(
+    gateway: Start, upstream: Callable[..., RawUpstream], loop_reports: list[str]
+) -> None:
+    """More processes than processors, and a thread that wants the interpreter's lock all the time."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    is_over = threading.Event()
+
+    def contend() -> None:
+        while not is_over.is_set():
+            spin(0.01)
+
+    contender = threading.Thread(target=contend)
+    contender.start()
+    try:
+        running = gateway(in_front_of(upstream().url))
+        for _ in range(100):
+            assert ask(f"{running.url}/api/x").status == 200
+    finally:
+        is_over.set()
+        contender.join()
+        for one in spinning:
+            one.kill()
+            one.wait()
+    assert loop_reports == []

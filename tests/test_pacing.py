@@ -1,0 +1,163 @@
+"""Long computations are made in steps, and however large the gateway, each step is short."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from api_gateway.balancer import Upstream
+from api_gateway.breaker_policy import BreakerPolicy
+from api_gateway.circuit_breaker import CircuitBreaker
+from api_gateway.exposition import Exposition
+from api_gateway.metrics import Recorder
+from api_gateway.models import LimiterState
+from api_gateway.pacing import Steps, completed, each, paced
+from api_gateway.picks import round_robin
+from api_gateway.report import Report, UpstreamReport, joined, split
+from api_gateway.targets import Target
+from tests.kit import RawUpstream, RunningGateway, ask
+
+MANY = 1000
+NOW = 1000.0
+
+
+def count_to(end: int) -> Steps[int]:
+    for _ in range(end):
+        yield
+    return end
+
+
+async def test_the_loop_turns_between_steps() -> None:
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        asyncio.get_running_loop().call_soon(turn)
+
+    turn()
+    assert await paced(count_to(100), stretch=0.0) == 100
+    assert turns >= 100
+
+
+def test_without_a_pause_the_result_is_the_same() -> None:
+    assert completed(count_to(3)) == 3
+
+
+async def test_an_error_ends_the_computation() -> None:
+    def fails() -> Steps[None]:
+        yield
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await paced(fails())
+
+
+def test_what_is_iterated_may_change_meanwhile() -> None:
+    counts = {"a": 1, "b": 2}
+    steps = each(counts.items(), lambda _, value: value * 2)
+    next(steps)
+    counts["c"] = 3
+    assert completed(steps) == {"a": 2, "b": 4}
+
+
+def large_report(*, is_used: bool) -> Report:
+    names = [f"upstream-{number:04d}" for number in range(MANY)]
+    recorder = Recorder((f"route-{number:04d}" for number in range(MANY)), names, ["FREE", "PREMIUM"], (50, 99), NOW)
+    if is_used:
+        for name, route in zip(names, list(recorder.routes), strict=False):
+            for number in range(1, 20):
+                recorder.observe_try(name, "2xx", number / 100, NOW)
+                recorder.routes[route].at(NOW).time(number / 100)
+    upstreams = {
+        name: UpstreamReport.of(
+            Upstream(name, [Target("http://127.0.0.1:9")], CircuitBreaker(BreakerPolicy(), NOW), round_robin), NOW
+        )
+        for name in names
+    }
+    return Report("1", recorder, upstreams)
+
+
+def longest(steps: Steps[Any]) -> tuple[float, Any]:
+    """Return the CPU seconds of the longest step, and the result."""
+    most, began = 0.0, time.thread_time()
+    try:
+        while True:
+            next(steps)
+            most, began = max(most, time.thread_time() - began), time.thread_time()
+    except StopIteration as end:
+        return max(most, time.thread_time() - began), end.value
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda report: Exposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain"),
+        lambda report: report.recorder.snapshot(
+            NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
+        ),
+        lambda report: report.recorder.latency(NOW),
+        lambda report: report.describing(0, {}),
+        lambda report: Report.blank().updating(report.state()),
+    ],
+    ids=["exposition", "metrics", "latency", "describing", "updating"],
+)
+def test_no_step_is_long(make: Callable[[Report], Steps[Any]], *, is_used: bool) -> None:
+    """10 ms is the budget on an idle machine; here several processes share a processor."""
+    report = large_report(is_used=is_used)
+    assert min(longest(make(report))[0] for _ in range(3)) < 0.04
+
+
+def test_a_scrape_of_many_unused_routes_is_small() -> None:
+    report = large_report(is_used=False)
+    text, _ = completed(Exposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
+    assert len(text) < 1_000_000
+    report.recorder.observe_try("upstream-0007", "2xx", 0.1, NOW)
+    text, _ = completed(Exposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
+    assert b'gateway_circuit_breaker_opened_total{upstream="upstream-0007"} 0.0' in text
+
+
+def test_a_report_that_was_split_is_joined_again() -> None:
+    state = large_report(is_used=True).state()
+    parts = list(split(state))
+    assert len(parts) > 10
+    assert joined(parts) == state
+
+
+def test_a_worker_reports_what_has_changed_and_what_is_gone() -> None:
+    report, mirror = large_report(is_used=True), Report.blank("1")
+    mirror.update(report.state())
+    known, upstreams = report.upstreams, dict(report.upstreams)
+    del upstreams["upstream-0001"]
+    report.upstreams = upstreams | {"upstream-0002": replace(upstreams["upstream-0002"], status="fail")}
+    report.recorder.observe_try("upstream-0005", "2xx", 0.1, NOW + 100)
+    changed = completed(report.describing(int(NOW / 5) + 1, known))
+    assert (list(changed["upstreams"]), changed["gone"]) == (["upstream-0002"], ["upstream-0001"])
+    assert list(changed["recorder"]["upstreams"]) == ["upstream-0005"]
+    mirror.update(changed)
+    assert mirror.state() == report.state()
+
+
+def test_the_operators_endpoints_of_many_routes_do_not_hold_the_loop(
+    gateway: Callable[[dict[str, Any]], RunningGateway], upstream: Callable[..., RawUpstream]
+) -> None:
+    """The detector of the test suite watches the loop."""
+    url = upstream().url
+    running = gateway(
+        {
+            "upstreams": {f"up{number}": {"targets": [{"url": url}]} for number in range(300)},
+            "routes": [
+                {"name": f"route{number}", "path": f"/api/{number}", "upstream": f"up{number}"}
+                for number in range(300)
+            ],
+            "tiers": {"FREE": {"rate": 1000, "capacity": 100_000}},
+        }
+    )
+    for number in range(0, 300, 10):
+        assert ask(f"{running.url}/api/{number}/x").status == 200
+    for path in ("metrics", "metrics?format=prometheus", "metrics/latency", "circuit-breakers", "health", "clients"):
+        assert ask(f"{running.url}/{path}").status == 200
