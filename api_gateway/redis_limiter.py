@@ -30,7 +30,7 @@ from api_gateway.rate_limiter import (
     take,
     take_each,
 )
-from api_gateway.store import Evictions, Script, ScriptCall, StoreError, StoreSession
+from api_gateway.store import REFUSALS, Evictions, Script, ScriptCall, StoreError, StoreSession
 from api_gateway.tasks import end, not_cancelled
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ class RedisLimiter:
         self._seen: dict[int, float] = {}  # numbers of processes, and when each was last seen
         self._evictions = Evictions(0, None)
         self._warning: str | None = None
+        self._write_refusal: str | None = None  # of writes, while the store refuses them
         self._name = f"{source.getrandbits(64):016x}"
         self._prefix = prefix
         self.refunds = f"{prefix}:refunds"  # the channel on which they are told
@@ -155,7 +156,7 @@ class RedisLimiter:
             failures=dispatcher.failures,
             last_error=dispatcher.last_error,
             evicted_keys=self._evictions.keys,
-            warning=self._warning,
+            warning=self._write_refusal or self._warning,
         )
 
     async def start(self) -> None:
@@ -374,13 +375,24 @@ class RedisLimiter:
                 alive = await self._session.client.eval(
                     HEARTBEAT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
                 )
+            except REFUSALS as refusal:  # it is full (OOM), a replica (READONLY), or cannot save (MISCONF)
+                self._note_write_refusal(f"the store refuses writes: {refusal}")
             except StoreError:
                 logger.debug("no heartbeat", exc_info=True)
             else:
+                self._note_write_refusal(None)
                 self.note_processes(int(alive), self._clock())
             await self._look_for_evictions()  # also of a store so full that it refuses the heartbeat
             not_cancelled()
             await asyncio.sleep(BEAT)
+
+    def _note_write_refusal(self, refusal: str | None) -> None:
+        """Note that the store refuses writes, or takes them again, and log each once."""
+        before, self._write_refusal = self._write_refusal, refusal
+        if refusal is not None and before is None:
+            logger.warning("%s", refusal)
+        elif refusal is None and before is not None:
+            logger.warning("the store takes writes again")
 
     async def _look_for_evictions(self) -> None:
         """Learn whether the store forgets buckets, and say so once. Who may not ask (by an ACL) does without."""

@@ -139,6 +139,43 @@ def test_a_store_that_evicts_is_a_warning_in_the_log_at_health_and_in_the_metric
     eventually(lambda: health()["limits"]["warning"] is None, "it is mended")
 
 
+@pytest.mark.parametrize(
+    ("refuse", "accept", "word"),
+    [
+        (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0"), "maxmemory"),
+        (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "read only"),
+    ],
+    ids=["OOM", "READONLY"],
+)
+def test_a_store_that_refuses_writes_is_a_warning_in_the_log_and_at_health(
+    store: StoreServer,
+    upstream: Callable[..., RawUpstream],
+    gateway: Callable[..., RunningGateway],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    refuse: tuple[str, ...],
+    accept: tuple[str, ...],
+    word: str,
+) -> None:
+    """Without a request, and although it answers: reads go on."""
+    monkeypatch.setattr("api_gateway.redis_limiter.BEAT", 0.05)
+    running = gateway(in_front_of(upstream().url) | {"store": {"url": store.url, "deadline": 0.5}})
+
+    def health() -> dict[str, Any]:
+        answer: dict[str, Any] = ask(f"{running.url}/health").json()
+        return answer
+
+    eventually(lambda: health()["status"] == "pass", "all is well")
+    store.admin.execute_command(*refuse)
+    eventually(lambda: health()["status"] == "warn", "it is noticed")
+    eventually(lambda: word in (health()["limits"]["warning"] or ""), "the refusal is shown")
+    assert caplog.text.count("the store refuses writes") == 1
+    store.admin.execute_command(*accept)
+    eventually(lambda: health()["status"] == "pass", "it is mended")
+    assert health()["limits"]["warning"] is None
+    assert caplog.text.count("the store takes writes again") == 1
+
+
 @pytest.mark.parametrize("policy", ["noeviction", "volatile-ttl"])
 async def test_a_policy_that_forgives_least_is_no_warning(
     store: StoreServer, policy: str, monkeypatch: pytest.MonkeyPatch
