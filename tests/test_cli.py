@@ -163,11 +163,9 @@ def test_a_gateway_that_was_told_to_stop_serves_on_for_a_while_but_is_not_ready(
 def test_a_tier_survives_kill_9(tmp_path: Path) -> None:
     way, headers = WAYS["python -m"], {"Content-Type": "application/json"}
     with process(*way, cwd=tmp_path) as running:
-        changed = ask(
-            f"{running.url}/clients/survivor/tier", method="POST", headers=headers, body=b'{"tier": "BASIC"}'
-        )
+        changed = running.ask("/clients/survivor/tier", method="POST", headers=headers, body=b'{"tier": "BASIC"}')
         assert changed.status == 200
         running.popen.kill()
     with process(*way, cwd=tmp_path) as running:
-        view = ask(f"{running.url}/clients/survivor").json()
+        view = running.ask("/clients/survivor").json()
     assert (view["tier"]["name"], view["source"]) == ("BASIC", "registered")
