@@ -5,14 +5,14 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from api_gateway import __version__
 from api_gateway.assembly_stores import client_store, state_folder
-from api_gateway.config import ENV_PREFIX, GatewayConfig, Loaded, load_config, read_config
+from api_gateway.config import ENV_PREFIX, GatewayConfig, Loaded
 from api_gateway.config_rules import Finding, doubts
+from api_gateway.config_watch import ConfigSource
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.output import redirected
@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    overrides = _overrides(options)
+    source = ConfigSource(options.config, _overrides(options))
     try:
-        loaded = read_config(options.config, overrides)
+        loaded = source.load()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return STARTUP_FAILED
@@ -42,7 +42,6 @@ def _run(options: argparse.Namespace) -> int:
     config = loaded.config
     if _report(loaded, file_obstacles(config)):
         return STARTUP_FAILED
-    read = partial(load_config, options.config, overrides)
     configure_logging(config.log.level)
     hint = former_state(config.state_dir, os.environ)
     if hint is not None:
@@ -50,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         with state_folder(config):  # for as long as any worker may use it
             asyncio.run(_preflight(config))
-            return _serve(config, read)
+            return _serve(config, source, is_watched=options.watch)
     except StartupError as error:
         print(error, file=sys.stderr)
         return STARTUP_FAILED
@@ -61,8 +60,8 @@ def _check(loaded: Loaded) -> int:
     config = loaded.config
     is_failed = _report(loaded, obstacles(config))
     _report(loaded, [*doubts(config), *passing_doubts(config)], "warning: ")
-    print(f"Read: {', '.join(loaded.sources.names) or 'nothing, all settings have their defaults'}.")
-    print(f"State is kept in {config.state_dir}.")
+    print(f"Read: {', '.join(loaded.sources.names) or 'nothing, all settings have their defaults'}.", file=sys.stderr)
+    print(f"State is kept in {config.state_dir}.", file=sys.stderr)
     if is_failed:
         return STARTUP_FAILED
     print(_summary(config))
@@ -77,11 +76,11 @@ def _report(loaded: Loaded, findings: Iterable[Finding], kind: str = "") -> bool
     return bool(lines)
 
 
-def _serve(config: GatewayConfig, read: Callable[[], GatewayConfig]) -> int:
+def _serve(config: GatewayConfig, source: ConfigSource, *, is_watched: bool) -> int:
     """Serve in this process, or supervise several that do. Raises StartupError."""
     if config.server.workers > 1:
-        return asyncio.run(Supervisor(config, read).run())
-    server = GatewayServer(config, read=read)
+        return asyncio.run(Supervisor(config, source, is_watched=is_watched).run())
+    server = GatewayServer(config, read=source, is_watched=is_watched)
     server.run()
     return server.exit_code if server.started else STARTUP_FAILED
 
@@ -112,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="(default: info)")
     parser.add_argument("--no-access-log", action="store_true", help="do not write a line for each proxied request")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--watch", action="store_true", help="reload the configuration when one of its files changes")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 

@@ -251,7 +251,7 @@ class ClientRegistry:
         lost = [name for name in before.registered if name not in self._known]
         if lost:
             shown = ", ".join(lost[:3])
-            logger.warning("%d clients are registered for a tier that is no longer configured: %s", len(lost), shown)
+            logger.warning("registered for a tier that is no longer configured: %d clients (%s)", len(lost), shown)
         return before
 
     # Who is who

@@ -156,6 +156,12 @@ class GatewayConfig(BaseSettings):
         return self
 
 
+def config_path(path: str | Path | None = None) -> Path | None:
+    """Return the YAML file to be read: `path`, else the one that the environment names, else none."""
+    chosen = path or _variables().get(CONFIG_VARIABLE)
+    return Path(chosen) if chosen else None
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A configuration, and where its values came from."""
@@ -177,9 +183,9 @@ def read_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """Do as `load_config`, and keep where each value came from."""
     variables = _variables()
     environment, problems = read_environment(variables, ENV_PREFIX, GatewayConfig)
-    chosen = path or variables.get(CONFIG_VARIABLE)
+    chosen = config_path(path)
     try:
-        file = read_yaml(Path(chosen)) if chosen else NO_FILE
+        file = NO_FILE if chosen is None else read_yaml(chosen)
     except ConfigError as error:  # without the file, nothing can be said of the rest
         raise ConfigError([*error.problems, *problems]) from None
     sources = Sources(overrides or {}, ENV_PREFIX, variables, file)

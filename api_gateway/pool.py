@@ -140,11 +140,11 @@ class Pool(Generic[C]):
                 connection.holder = holder
                 waiter.set_result(connection)
                 return
+        self._idle[connection] = None
         if self._is_retired:
             connection.close()
             return
         connection.idle_since = connection.loop.time()
-        self._idle[connection] = None
         if self._sweep_timer is None:
             self._sweep_timer = connection.loop.call_later(self._idle_timeout, self._sweep, connection.loop)
 

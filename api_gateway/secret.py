@@ -11,7 +11,9 @@ for `x` hold for the content too. The file is read whenever a configuration is l
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -21,6 +23,9 @@ from pydantic import BaseModel, BeforeValidator, Field, SecretStr
 MAX_FILE_BYTES = 65_536
 SUFFIX = "_file"
 MAY_HOLD_PASSWORD = "may hold a password"  # noqa: S105 - metadata of a type: a wrong value of it is not shown
+
+
+_noted: ContextVar[set[Path] | None] = ContextVar("_noted", default=None)
 
 
 class SecretFileError(Exception):
@@ -50,14 +55,28 @@ SecretFile = Annotated[
 ]
 
 
+@contextmanager
+def noting_files(files: set[Path]) -> Iterator[None]:
+    """Add the files that secrets are read from in this block to `files`, also those that cannot be used."""
+    token = _noted.set(files)
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+
+
 def shown_path(path: object) -> str:
     """Return the path of a secret file for a message, unless it may be the secret itself, given by mistake."""
     text = str(path)
-    return f"'{text}'" if "/" in text and "@" not in text else "a path that is not shown, as it may be a secret"
+    is_plain = "/" in text and not any(character in text for character in "@:%")
+    return f"'{text}'" if is_plain else "a path that is not shown, as it may be a secret"
 
 
 def read_secret(path: Path) -> str:
     """Return the one line that the file holds, without the end of the line. Blocks. Raises SecretFileError."""
+    noted = _noted.get()
+    if noted is not None:
+        noted.add(path)
     shown = shown_path(path)
     try:
         # A pipe without a writer must not block the start.

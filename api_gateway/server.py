@@ -22,6 +22,7 @@ from api_gateway.admin import Phase
 from api_gateway.admin_listener import AdminListener
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
+from api_gateway.config_watch import ConfigSource, ConfigWatch
 from api_gateway.crew import Alone, Crew
 from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
@@ -64,8 +65,9 @@ class GatewayServer(uvicorn.Server):
         read: Callable[[], GatewayConfig] | None = None,
         *,
         locality: Locality | None = None,
+        is_watched: bool = False,
     ) -> None:
-        """`read` and `locality` are as in `create_app`."""
+        """`read` and `locality` are as in `create_app`. `is_watched`: a change of the files of `read` is a reload."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
@@ -75,6 +77,10 @@ class GatewayServer(uvicorn.Server):
         self.connections = Shares(section.max_connections or default_connections(raise_descriptor_limit()))
         self._crew = crew or Alone()
         self._reloads: set[asyncio.Task[Outcome]] = set()
+        self._watch: ConfigWatch | None = None
+        if is_watched and isinstance(read, ConfigSource):
+            self._watch = ConfigWatch(read, partial(self._crew.reload, "--watch"))
+        self._watching: asyncio.Task[None] | None = None
         self._is_reload_due = False  # it was asked for before the start was done
         self._app: FastAPI = create_app(
             config,
@@ -117,6 +123,8 @@ class GatewayServer(uvicorn.Server):
             self.announce()
             if self._is_reload_due:
                 self.begin_reload("SIGHUP")
+            if self._watch is not None:
+                self._watching = self._loop.create_task(self._watch.run(), name="watch")
 
     def begin_reload(self, origin: str) -> None:
         """Have the configuration reloaded. What becomes of it is in the log."""
@@ -160,6 +168,8 @@ class GatewayServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop: go on for a while as if nothing was, then drain."""
+        if self._watching is not None:
+            self._watching.cancel()
         until = time.monotonic() + self._delay
         while not self.force_exit and (left := until - time.monotonic()) > 0:  # noqa: ASYNC110 - set by a signal
             await asyncio.sleep(min(left, _STEP))

@@ -11,10 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from api_gateway.brief import hand_over
 from api_gateway.config import GatewayConfig
+from api_gateway.config_watch import ConfigSource, ConfigWatch
 from api_gateway.demo import DemoUpstreams
 from api_gateway.embedded import EmbeddedStore, NoServer, find_server
 from api_gateway.errors import CUT_OFF, StartupError
@@ -99,8 +101,14 @@ class Ledger:
 class Supervisor:
     """Runs a gateway of several workers."""
 
-    def __init__(self, config: GatewayConfig, read: Callable[[], GatewayConfig]) -> None:
-        """`read` reads the configuration anew; it raises ConfigError."""
+    def __init__(self, config: GatewayConfig, read: Callable[[], GatewayConfig], *, is_watched: bool = False) -> None:
+        """`read` reads the configuration anew; it raises ConfigError.
+
+        `is_watched`: a change of its files is a reload.
+        """
+        self._watch: ConfigWatch | None = None
+        if is_watched and isinstance(read, ConfigSource):
+            self._watch = ConfigWatch(read, partial(self.reload, "--watch"))
         self._config = config  # which workers are started with
         self._reloader = Reloader(config, read, self._apply, wall_clock=time.time)
         self._ledger = Ledger(configuration=lambda: self._reloader.state)
@@ -163,6 +171,8 @@ class Supervisor:
             for post in self._posts:
                 group.create_task(self._keep(post), name=f"post {post.number}")
             group.create_task(self._serve_signals(), name="signals")
+            if self._watch is not None:
+                group.create_task(self._watch.run(), name="watch")
 
     async def _provide(self, config: GatewayConfig) -> None:
         """Start what the workers have in common."""

@@ -137,9 +137,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("installation",),
     ("main",),
     ("welcome",),
+    ("start_check",),
+    ("config_watch",),
     ("server", "staff"),
     ("worker", "supervisor"),
-    ("start_check",),
     ("cli",),
     ("__main__",),
 )
