@@ -51,7 +51,7 @@ def test_a_wrong_setting_stops_the_start_with_exit_code_3_and_a_line_each(tmp_pa
         assert running.exit_code() == 3
     assert running.errors.splitlines() == [
         f"{path}:2: server.prot: unknown key; did you mean 'port'?",
-        f"{path}:3: tiers.FREE.rate: input should be greater than 0, got -1",
+        f"{path}:3: tiers.FREE.rate: must be greater than 0, got -1",
     ]
 
 
