@@ -3,8 +3,8 @@
 `python load_test.py` runs headless against a running gateway and prints a summary by class.
 `locust -f load_test.py --host http://127.0.0.1:8000` gives the web page.
 
-Every client registers its tier first, which needs the operator's endpoints: run it on the gateway's machine, or give
-the admin token in GATEWAY_ADMIN__TOKEN.
+Every client registers its tier first, as an operator: with the token in GATEWAY_ADMIN__TOKEN, without one, or with the
+one that a gateway on this machine generated, in the state folder of the configuration that the environment names.
 """
 
 import argparse
@@ -13,7 +13,14 @@ import os
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from api_gateway.config import load_config
+from api_gateway.diagnosis import ConfigError
+from api_gateway.operator_token import token_file
 
 try:
     from locust import FastHttpUser, constant_throughput, events, task
@@ -22,11 +29,20 @@ except ModuleNotFoundError:
     raise SystemExit("load_test.py needs locust: pip install 'locust>=2.40,<3'") from None
 
 PATH = os.environ.get("LOAD_TEST_PATH", "/api/users")
-OK, TOO_MANY_REQUESTS = 200, 429
+OK, UNAUTHORIZED, TOO_MANY_REQUESTS = 200, 401, 429
 _numbers = itertools.count(1)
 _allowed = RequestStats()
 _limited = RequestStats()
 _failed = RequestStats()
+
+
+@lru_cache(maxsize=1)
+def generated_token(host: str) -> str | None:
+    """Return the token that a gateway on this machine generated. Other machines are not shown it."""
+    if urlsplit(host).hostname in ("localhost", "127.0.0.1", "::1"):
+        with suppress(ConfigError, OSError):
+            return token_file(load_config().state_dir).read_text().strip()
+    return None
 
 
 class TierClient(FastHttpUser):  # type: ignore[misc]  # locust is untyped for strict checkers
@@ -42,13 +58,22 @@ class TierClient(FastHttpUser):  # type: ignore[misc]  # locust is untyped for s
         """Take an id of its own and register it for the tier."""
         self.client_id = f"load-{type(self).__name__.lower()}-{os.getpid()}-{next(_numbers)}"
         token = os.environ.get("GATEWAY_ADMIN__TOKEN")
+        if not self._register(token, may_fail=token is None):
+            self._register(generated_token(self.host), may_fail=False)
+
+    def _register(self, token: str | None, *, may_fail: bool) -> bool:
+        """Register for the tier; tell whether that is done, and end the test if it is not and may not fail."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         url = f"/clients/{self.client_id}/tier"
         body = {"tier": self.tier}
         with self.client.post(url, json=body, headers=headers, name="register", catch_response=True) as response:
+            if response.status_code == UNAUTHORIZED and may_fail:
+                response.success()  # a program that needs a token, such as one with a web page
+                return False
             if response.status_code != OK:
                 response.failure(f"not registered: {response.status_code} {response.text}")
                 self.environment.runner.quit()
+        return True
 
     @task  # type: ignore[untyped-decorator]  # as above
     def get(self) -> None:

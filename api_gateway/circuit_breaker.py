@@ -178,8 +178,8 @@ class CircuitBreaker:
         """
         callers = self._callers
         if principal is not None:
-            if principal != callers.last:
-                callers.note(principal, now)
+            if principal != callers.last:  # `Callers.note`, without the call: this is on the fast path
+                callers.other_at, callers.last = callers.last_at, principal
             callers.last_at = now
         if ticket.generation != self._generation or outcome is Outcome.IGNORED:
             if ticket.generation == self._generation and self.state is State.HALF_OPEN:

@@ -60,8 +60,8 @@ def _check(loaded: Loaded) -> int:
     config = loaded.config
     is_failed = _report(loaded, obstacles(config))
     _report(loaded, [*doubts(config), *passing_doubts(config)], "warning: ")
-    print(f"Read: {', '.join(loaded.sources.names) or 'nothing, all settings have their defaults'}.")
-    print(f"State is kept in {config.state_dir}.")
+    print(f"Read: {', '.join(loaded.sources.names) or 'nothing, all settings have their defaults'}.", file=sys.stderr)
+    print(f"State is kept in {config.state_dir}.", file=sys.stderr)
     if is_failed:
         return STARTUP_FAILED
     print(_summary(config))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from api_gateway.bind_address import checked_host, checked_listen, file_mode
+from api_gateway.headers import UNIX
 from api_gateway.heads import BODILESS
 from api_gateway.secret import MAY_HOLD_PASSWORD, Secret, SecretFile, read_secret_files
 from api_gateway.store_url import MAX_PORT, MEMORY, StoreUrl
@@ -72,6 +73,10 @@ def _network(value: Any) -> Any:
         return ip_network(value if isinstance(value, str) else "")  # a number would be taken for an address
     except ValueError:
         raise ValueError("must be an address or a network such as 10.0.0.0/8") from None
+
+
+def _trusted_proxy(value: Any) -> Any:
+    return value if value == UNIX else _network(value)
 
 
 def _whole_path(path: str) -> str:
@@ -140,6 +145,7 @@ Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
 
+TrustedProxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], BeforeValidator(_trusted_proxy)]
 FileMode = Annotated[int, BeforeValidator(file_mode)]
 Host = Annotated[str, AfterValidator(checked_host)]
 Listen = Annotated[str, AfterValidator(checked_listen)]
@@ -190,7 +196,7 @@ class ServerSection(Section):
     max_lag: Seconds | None = Field(
         default=0.25, description="How late the event loop may run before requests are shed by tier. None: never."
     )
-    trusted_proxies: list[Network] = []
+    trusted_proxies: list[TrustedProxy] = Field(default=[], description="Networks, and `unix` for Unix sockets.")
 
 
 def _store_url(url: SecretStr) -> SecretStr:

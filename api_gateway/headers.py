@@ -9,10 +9,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Literal
 
 from api_gateway.models import HeaderList
 
-Network = IPv4Network | IPv6Network
+UNIX: Literal["unix"] = "unix"  # the address of every peer on a Unix socket
+Network = IPv4Network | IPv6Network | Literal["unix"]
 Fields = Mapping[bytes, Sequence[bytes]]  # the values of each name (lower case), in order
 
 VIA_NAME = b"api-gateway"
@@ -268,14 +270,14 @@ def address_key(address: str) -> str:
 
 
 def is_within(address: str, networks: Collection[Network]) -> bool:
-    """Tell whether `address` lies in one of `networks`; what is no address lies in none."""
+    """Tell whether `address` lies in one of `networks`; what is no address lies in none, but `unix`."""
     try:
         parsed = ip_address(address.partition("%")[0])
     except ValueError:
-        return False
+        return address == UNIX and UNIX in networks
     if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
         parsed = parsed.ipv4_mapped
-    return any(parsed in network for network in networks)
+    return any(parsed in network for network in networks if not isinstance(network, str))
 
 
 @lru_cache(maxsize=4096)

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from api_gateway.headers import UNIX
 from api_gateway.models import HeaderList
 
 LINK = "gateway.link"  # its key in the scope
-UNIX_PEER = ("unix", 0)  # the address of every client on a Unix socket
+UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket
 ADMIN = "gateway.admin"  # the scope's key of a request that came through the listener for operators
 
 

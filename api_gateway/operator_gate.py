@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
 
 from api_gateway.cross_site import check_content_type, is_foreign, is_forged
 from api_gateway.errors import (
@@ -22,7 +21,7 @@ from api_gateway.errors import (
     Unauthorized,
     not_started,
 )
-from api_gateway.headers import Fields, client_address, fields_of, flaw, framing
+from api_gateway.headers import Fields, Network, client_address, fields_of, flaw, framing
 from api_gateway.health_cache import HealthCache
 from api_gateway.link import ADMIN, LINK
 from api_gateway.locality import Locality
@@ -56,7 +55,7 @@ class Access:
 
     tokens: Tokens
     locality: Locality
-    trusted_proxies: Collection[IPv4Network | IPv6Network] = ()
+    trusted_proxies: Collection[Network] = ()
 
 
 class OperatorGate:

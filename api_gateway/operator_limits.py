@@ -60,7 +60,7 @@ def _charge(limiter: MemoryLimiter, key: str, quota: Quota, now_ns: int, what: s
     if not decision.allowed:
         wait = decision.wait_ns / NANOSECONDS
         raise RateLimited(
-            f"{what} more than {quota.capacity} times at once and {quota.rate:g} times a second."
+            f"{what} too often: {quota.capacity} times at once, then {quota.rate:g} a second are allowed."
             f" Try again in {wait:.3f} s.",
             retry_after=wait,
         )

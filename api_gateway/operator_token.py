@@ -1,4 +1,4 @@
-"""The operator token that the gateway generates for itself: a file in `state_dir` that only its own user can read."""
+"""The operator token that the gateway generates: a file in its state folder that only its own user can read."""
 
 import logging
 import os
@@ -7,18 +7,25 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from api_gateway.state_folder import make_private, own_folder
+
 logger = logging.getLogger(__name__)
 
 FILE = "operator-token"
 MIN_LENGTH = 16  # characters
 
 
-def operator_token(folder: Path) -> str | None:
-    """Return the token, generated if there is none yet; None if the folder holds none and none can be written.
+def token_file(state_dir: Path) -> Path:
+    """Return where the token is."""
+    return own_folder(state_dir) / FILE
+
+
+def operator_token(state_dir: Path) -> str | None:
+    """Return the token, generated if there is none yet; None if there is none and none can be written.
 
     Several processes may ask at once: the file appears with its content, once, and all return the same.
     """
-    path = folder / FILE
+    path = token_file(state_dir)
     try:
         if not path.exists():
             _write(path)
@@ -37,7 +44,7 @@ def operator_token(folder: Path) -> str | None:
 
 def _write(path: Path) -> None:
     """Write a new token under a name of its own, and give it the name `path` unless that exists by now."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     draft = path.with_name(f".{FILE}-{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:

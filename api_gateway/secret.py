@@ -68,7 +68,8 @@ def noting_files(files: set[Path]) -> Iterator[None]:
 def shown_path(path: object) -> str:
     """Return the path of a secret file for a message, unless it may be the secret itself, given by mistake."""
     text = str(path)
-    return f"'{text}'" if "/" in text and "@" not in text else "a path that is not shown, as it may be a secret"
+    is_plain = "/" in text and not any(character in text for character in "@:%")
+    return f"'{text}'" if is_plain else "a path that is not shown, as it may be a secret"
 
 
 def read_secret(path: Path) -> str:

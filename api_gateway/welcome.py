@@ -8,6 +8,7 @@ from api_gateway.bind_address import UNIX, authority
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import banner
 from api_gateway.listening import Sockets
+from api_gateway.operator_token import token_file
 
 _REACHED_AS_LOCALHOST = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
@@ -46,6 +47,9 @@ def welcome(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
         lines = [banner(str(place), place.url, place.curl, f"{operators.curl} {operators.url}")]
     if sockets.admin:
         lines.append(f"Operator endpoints on {operators}")
+    token = token_file(config.state_dir)
+    if token.exists():
+        lines.append(f"Operator token in {token}")
     if workers > 1:
         lines.append(f"{workers} workers serve it.")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
+from api_gateway.operator_token import token_file
 from benchmarks.peers import GATEWAY
 from benchmarks.processes import free_port, resident_bytes, running
 from benchmarks.target import steady_port
@@ -77,9 +78,9 @@ def rise(times: Sequence[float], values: Sequence[float]) -> float:
     return statistics.median(slopes) * (times[-1] - times[0]) if slopes else 0.0
 
 
-async def look(pid: int, port: int) -> dict[str, float]:
+async def look(pid: int, port: int, token: str) -> dict[str, float]:
     """Return what the gateway holds now."""
-    text = await _get(port, "/metrics?format=prometheus")
+    text = await _get(port, "/metrics?format=prometheus", token)
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     values = dict(line.rsplit(" ", 1) for line in lines)
     return {
@@ -92,9 +93,10 @@ async def look(pid: int, port: int) -> dict[str, float]:
     }
 
 
-async def _get(port: int, path: str) -> str:
+async def _get(port: int, path: str, token: str) -> str:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+    fields = f"Host: 127.0.0.1\r\nAuthorization: Bearer {token}\r\nConnection: close"
+    writer.write(f"GET {path} HTTP/1.1\r\n{fields}\r\n\r\n".encode())
     try:
         return (await reader.read(-1)).decode().partition("\r\n\r\n")[2]
     finally:
@@ -185,18 +187,19 @@ async def soak(seconds: float, folder: Path) -> Verdict:
     started = gateway(folder, upstream.sockets[0].getsockname()[1], away)
     pid, port = await loop.run_in_executor(None, started.__enter__)
     try:
-        await look(pid, port)
-        before = await look(pid, port)
+        token = token_file(folder / "state").read_text().strip()
+        await look(pid, port, token)
+        before = await look(pid, port, token)
         clients, notes, began = Clients(port), Notes(), time.monotonic()
         end = began + seconds
         coming = [asyncio.ensure_future(clients.come(visit, rate, end)) for visit, rate in clients.rates().items()]
         while time.monotonic() < end:
             await asyncio.sleep(max(1.0, seconds / NOTES))
-            notes.add(time.monotonic(), await look(pid, port))
+            notes.add(time.monotonic(), await look(pid, port, token))
         await asyncio.gather(*coming)
         clients.go()
         await asyncio.sleep(CALM)
-        after = await look(pid, port)
+        after = await look(pid, port, token)
     finally:
         going.cancel()
         upstream.close()

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.kit import PATIENCE, eventually
+from tests.kit import PATIENCE, Answer, ask, eventually
 
 ROOT = Path(__file__).parent.parent
 START = 60.0  # seconds a start may take on a busy machine
@@ -58,6 +59,12 @@ class Running:
     def port(self) -> int:
         """The port its welcome names."""
         return int(self.url.rpartition(":")[2])
+
+    def ask(self, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> Answer:
+        """Ask as an operator, with the generated token: this process serves others, and so is not local."""
+        url = self.url  # once it listens, there is a token
+        (token,) = (file.read_text().strip() for file in self.stdout.parent.rglob("operator-token"))
+        return ask(f"{url}{path}", headers={"Authorization": f"Bearer {token}"} | (headers or {}), **options)
 
     def signal(self, number: int) -> None:
         """Send it a signal."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from api_gateway.listening import Sockets
+from api_gateway.operator_token import token_file
 from tests.kit import PATIENCE, RawUpstream, RunningGateway, ask, eventually, in_front_of, running_gateway
 from tests.processes import START, config_file, process
 
@@ -54,7 +55,7 @@ def test_operators_are_served_there_and_the_public_port_knows_of_nothing(
 
 
 def test_not_even_a_token_opens_the_public_port(gateway: RunningGateway, operators: str) -> None:
-    token = (gateway.config.state_dir / "operator-token").read_text().strip()
+    token = token_file(gateway.config.state_dir).read_text().strip()
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     change: dict[str, Any] = {"method": "POST", "headers": headers, "body": b'{"tier": "PREMIUM"}'}
     assert ask(f"{gateway.url}/clients/x/tier", **change).status == 404

@@ -251,10 +251,11 @@ def test_a_port_in_use_is_a_warning_as_the_gateway_itself_may_use_it(tmp_path: P
         text = f"server:\n  port: {port}\nupstreams: {{up: {{targets: [{{url: 'http://h'}}]}}}}\n"
         code, errors, output = checked(tmp_path, text)
     assert code == 0
-    assert errors == [f"warning: :2: server.port: is in use; a start fails unless what uses it has ended, got {port}"]
+    warning, read, state = errors
+    assert warning.startswith("warning: :2: server.port: is in use; a start fails unless what uses it has ended")
     assert "The configuration is valid: 1 routes" in output
-    assert str(tmp_path / "gateway.yaml") in output, "what was read"
-    assert "State is kept in" in output
+    assert read == f"Read: {tmp_path / 'gateway.yaml'}."
+    assert state.startswith(f"State is kept in {tmp_path}")
 
 
 def test_what_is_allowed_and_not_meant_is_a_warning(tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ routes:
 """,
     )
     assert code == 0
-    assert errors == [
+    assert errors[:-2] == [
         "warning: :3: upstreams.used.tls: has no effect without an https target",
         "warning: :4: upstreams.idle: no route uses this upstream",
         "warning: :11: routes[0] (a).costs[1]: never counts: costs[0] before it covers all of its requests",

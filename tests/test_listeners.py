@@ -5,6 +5,7 @@ import shutil
 import socket
 import stat
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,31 @@ def test_a_unix_socket_serves_and_is_removed_at_the_end(tmp_path: Path, workers:
         assert running.terminate() == 0
         assert not path.exists()
     assert upstream.requests[0].all("x-forwarded-for") == [b"unix"]
+    upstream.close()
+
+
+def is_logged(running: Running, text: str) -> bool:
+    return text in (running.output + running.errors).replace(": ", ":")
+
+
+def test_a_proxy_on_a_unix_socket_can_be_trusted(tmp_path: Path) -> None:
+    upstream, path = RawUpstream(), tmp_path / "gateway.sock"
+    for trusted, sent in (([], b"unix"), (["unix"], b"192.0.2.7, unix")):
+        sections = {"server": {"host": f"unix:{path}", "trusted_proxies": trusted}}
+        file = config_file(tmp_path, upstream.url, json.dumps(sections)[1:-1].replace('"server": ', "server: "))
+        with (
+            process("-m", "api_gateway", "--config", file, cwd=tmp_path) as running,
+            socket.socket(socket.AF_UNIX) as client,
+        ):
+            listens(running)
+            client.connect(str(path))
+            client.sendall(
+                b"GET /api/up HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 192.0.2.7\r\nConnection: close\r\n\r\n"
+            )
+            assert client.recv(64).split(b" ")[1] == b"200"
+            peer = '"peer":"192.0.2.7"' if trusted else '"peer":"unix"'
+            eventually(partial(is_logged, running, peer), "the request is logged")
+        assert upstream.requests[-1].all("x-forwarded-for") == [sent]
     upstream.close()
 
 

@@ -259,7 +259,7 @@ def test_a_request_for_another_host_or_of_a_proxy_is_not_local(gateway: Running,
 def test_admin_local_false_admits_only_tokens(tmp_path: Path) -> None:
     with running(tmp_path, extra=f"admin: {{local: false}}\nstate_dir: {tmp_path}/state\n") as one:
         assert curl(f"{one.url}/metrics").status == 401
-        token = (tmp_path / "state/operator-token").read_text().strip()
+        token = (tmp_path / "state/state/operator-token").read_text().strip()
         assert curl("-H", f"Authorization: Bearer {token}", f"{one.url}/metrics").status == 200
 
 

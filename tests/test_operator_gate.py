@@ -539,7 +539,7 @@ def test_an_operator_that_asks_too_often_is_limited_alone(gateway: StartGateway,
         if status != 200:
             break
     assert (status, json.loads(body)["reason"], fields[b"retry-after"]) == (429, "rate_limited", b"1")
-    assert b"Operator 'prometheus' asked more than 500 times at once" in body
+    assert b"Operator 'prometheus' asked too often: 500 times at once" in body
     assert ask(f"{running.url}/health", headers=bearer(OPERATE)).status == 200
     assert ask(f"{running.url}/health").status == 200
 

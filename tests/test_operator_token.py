@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.operator_token import FILE, operator_token
+from api_gateway.operator_token import FILE, operator_token, token_file
 from tests.kit import ask, in_front_of, running_gateway
 
 
@@ -21,10 +21,10 @@ def test_it_is_generated_once_for_its_owner_alone(tmp_path: Path) -> None:
         os.umask(old)
     assert token is not None
     assert len(token) >= 40
-    assert stat.S_IMODE((folder / FILE).stat().st_mode) == 0o600
+    assert stat.S_IMODE(token_file(folder).stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert operator_token(folder) == token
-    assert [path.name for path in folder.iterdir()] == [FILE], "drafts are removed"
+    assert [path.name for path in token_file(folder).parent.iterdir()] == [FILE], "drafts are removed"
     assert operator_token(tmp_path / "other") != token
 
 
@@ -52,17 +52,24 @@ def test_without_a_place_for_it_there_is_none(tmp_path: Path, caplog: pytest.Log
     assert "occupied" in caplog.text
 
 
+def written(state_dir: Path) -> Path:
+    """Return the file, in the folder it belongs to."""
+    path = token_file(state_dir)
+    path.parent.mkdir()
+    return path
+
+
 @pytest.mark.parametrize("content", ["", "\n", "short", "\u00e9" * 40])
 def test_what_is_no_token_opens_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
-    (tmp_path / FILE).write_text(content, "utf-8")
-    (tmp_path / FILE).chmod(0o600)
+    written(tmp_path).write_text(content, "utf-8")
+    token_file(tmp_path).chmod(0o600)
     assert operator_token(tmp_path) is None
     assert FILE in caplog.text
 
 
 def test_permissions_that_let_others_read_it_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     token = operator_token(tmp_path)
-    (tmp_path / FILE).chmod(0o644)
+    token_file(tmp_path).chmod(0o644)
     with caplog.at_level(logging.WARNING):
         assert operator_token(tmp_path) == token
     assert "0644" in caplog.text
@@ -73,7 +80,7 @@ def test_permissions_that_let_others_read_it_are_warned_of(tmp_path: Path, caplo
 @pytest.mark.parametrize("admin", [{}, {"token": "a-configured-token"}, {"local": False}])
 def test_it_operates_beside_what_is_configured(tmp_path: Path, admin: dict[str, object]) -> None:
     with running_gateway(in_front_of("http://127.0.0.1:9") | {"admin": admin}, tmp_path / "state") as gateway:
-        token = (tmp_path / "state" / FILE).read_text().strip()
+        token = token_file(tmp_path / "state").read_text().strip()
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         url = f"{gateway.url}/clients/x/tier"
         answer = ask(url, method="POST", headers=headers, body=b'{"tier": "PREMIUM"}')

@@ -69,11 +69,11 @@ def test_tokens_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch, t
         ({"tokens": {"reader": {"token_file": "/nowhere/token"}}}, ["admin.tokens.reader.token", "/nowhere/token"]),
         (
             {"tokens": {"a": {"token": SECRET}, "b": {"token": SECRET}}},
-            ["admin.tokens.b: is the same token as admin.tokens.a"],
+            ["admin.tokens.b", "is the same token as admin.tokens.a"],
         ),
         (
             {"token": SECRET, "tokens": {"b": {"token": SECRET}}},
-            ["admin.tokens.b: is the same token as admin.token"],
+            ["admin.tokens.b", "is the same token as admin.token"],
         ),
     ],
 )

