@@ -26,6 +26,8 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 
+from api_gateway.output import process_output
+
 logger = logging.getLogger(__name__)
 
 LOOKS = 10  # at least, that must find the loop blocked before the process is ended
@@ -158,11 +160,7 @@ class Watchdog:
         frame = sys._current_frames().get(self._main)  # noqa: SLF001 - the interpreter's documented way to see it
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (ended)\n"
         logger.critical("%s; it ends with exit code %d. The main thread is at:\n%s", why, code, stack.rstrip())
-        for handler in logging.getLogger().handlers:
-            handler.flush()
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+        process_output().flush(REPORT_WITHIN)
 
     # The timer
 

@@ -121,7 +121,8 @@ def running(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> It
         "routes": [
             {"name": name, "path": f"/api/{name}", "upstream": name, "timeout": timeouts.get(name)}
             for name in upstreams
-        ],
+        ]
+        + [{"name": "held", "path": "/api/held", "upstream": "crowded"}],  # which has no deadline
         "tiers": {"FREE": {"rate": 0.001, "capacity": 100_000}},
     }
     with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
@@ -266,12 +267,18 @@ def test_waiting_for_a_connection_is_covered_blames_nobody_and_costs_nothing(
 ) -> None:
     gate = threading.Event()
     before, blamed = remaining(running), failures(running, "crowded")
-    up.behave = accepting(lambda _wire: gate.wait(PATIENCE))
+
+    def holds(wire: Wire, request: RawRequest) -> None:
+        gate.wait(PATIENCE)
+        reply()(wire, request)
+
+    up.behave = holds
     with RawClient(running.port) as holder:
-        holder.request("GET", "/api/crowded", ASKING)
-        assert holder.read_until(b"\r\n\r\n") is not None
+        holder.request("GET", "/api/held")
+        eventually(lambda: len(up.requests) == 1, "the only connection is taken")
         answer, seconds = get(running, "/api/crowded", "X-Client-ID: counted", *headers)
         gate.set()
+        assert holder.answer().status == 200
     assert (answer.status, json.loads(answer.body)["reason"]) == (504, "upstream_timeout")
     assert seconds < 1
     assert failures(running, "crowded") == blamed
