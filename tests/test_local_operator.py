@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.kit import PATIENCE, Answer, RawUpstream, ask, eventually
-from tests.processes import START, Running, config_file, process
+from tests.processes import START, Running, children, config_file, process
 
 linux = pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="processes are looked up in /proc")
 curl_only = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
@@ -139,20 +139,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# A shell between this process, which listens, and the proxy: its parent must not be what gives it away.
+PARENT = '"$@" & child=$!; trap "kill $child" TERM; wait $child; wait $child'
+
+
 @contextmanager
-def proxy(command: Command, gateway: int, folder: Path) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
-    """Run a proxy in front of a gateway; stop it by its process id."""
+def proxy(command: Command, gateway: int, folder: Path) -> Iterator[tuple[int, int]]:
+    """Run a proxy in front of a gateway; yield its port and process id, and stop it by that."""
     port = free_port()
     arguments = command(port, gateway, folder)
     if shutil.which(arguments[0], path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.skip(f"there is no {arguments[0]}")
     environment = {"PATH": f"{os.environ['PATH']}:/usr/sbin", "HOME": str(folder)}
     with (folder / "proxy.txt").open("wb") as output:
-        popen = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment, cwd=folder)
+        popen = subprocess.Popen(
+            ["sh", "-c", PARENT, "sh", *arguments], stdout=output, stderr=output, env=environment, cwd=folder
+        )
     try:
         eventually(lambda: is_listening(port) or popen.poll() is not None, "the proxy listens")
         assert popen.poll() is None, (folder / "proxy.txt").read_text()
-        yield port, popen
+        (child,) = children(popen.pid)
+        yield port, child
     finally:
         popen.terminate()
         try:
@@ -311,13 +318,13 @@ def test_a_forwarder_that_has_closed_its_listener_is_a_proxy_still(
 def test_a_proxy_that_drains_after_a_reload_is_a_proxy_still(gateway: Running, tmp_path: Path) -> None:
     """HAProxy's old process has closed its listeners, and dials when the rest of a request comes."""
     with (
-        proxy(haproxy, gateway.port, tmp_path) as (port, popen),
+        proxy(haproxy, gateway.port, tmp_path) as (port, child),
         socket.create_connection(("127.0.0.1", port)) as client,
     ):
         client.settimeout(PATIENCE)
         client.sendall(b"GET /metrics HTTP/1.1\r\n")
         eventually(lambda: established(port) >= 2, "the proxy has accepted")
-        popen.send_signal(signal.SIGUSR1)
+        os.kill(child, signal.SIGUSR1)
         eventually(lambda: not is_listening(port), "it listens no more")
         client.sendall(b"Host: localhost\r\n\r\n")
         assert int(client.recv(65_536).split(b" ")[1]) in REFUSED

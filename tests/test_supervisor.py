@@ -12,7 +12,7 @@ from api_gateway.config_changes import with_restart_settings_of
 from api_gateway.listening import Sockets
 from api_gateway.metrics import Recorder
 from api_gateway.report import Report
-from api_gateway.staff import Worker
+from api_gateway.staff import Objection, Worker
 from api_gateway.supervisor import FIRST_DELAY, LONGEST_DELAY, Ledger, Post, Supervisor, delay_after
 
 
@@ -211,3 +211,75 @@ def test_what_only_a_restart_can_change_stays_and_is_named() -> None:
     assert needs_restart == ["server.port", "server.workers", "store.url"]
     assert (settled.server.port, settled.server.workers, settled.store.url.get_secret_value()) == (1, 2, "memory://")
     assert (settled.server.drain_timeout, settled.default_tier) == (5, "BASIC")
+
+
+class Obedient:
+    """A worker that serves, and answers the phases of a reload as it is told."""
+
+    is_serving = True
+
+    def __init__(self, **objections: Objection) -> None:
+        self.objections = objections
+        self.phases: list[str] = []
+        self.is_killed = False
+        self.drains_within = 0.0
+
+    async def is_ready(self, _within: float) -> bool:
+        return True
+
+    async def configure(self, phase: str, _within: float, **_fields: Any) -> Objection | None:
+        self.phases.append(phase)
+        return self.objections.get(phase)
+
+    def kill(self) -> None:
+        self.is_killed = True
+
+
+def supervisor_with(*workers: Obedient) -> tuple[Supervisor, GatewayConfig]:
+    shared = {
+        "store": {"url": "redis://127.0.0.1:1"},
+        "upstreams": {"up": {"targets": [{"url": "http://127.0.0.1:1"}]}},
+    }
+    before, after = (load_config(None, {**shared, "default_tier": tier}) for tier in ("FREE", "BASIC"))
+    boss = Supervisor(before, lambda: after)
+    boss._ledger.workers = [cast("Worker", worker) for worker in workers]
+    return boss, after
+
+
+async def test_all_workers_take_a_configuration_in_two_phases() -> None:
+    workers = Obedient(), Obedient()
+    boss, after = supervisor_with(*workers)
+    outcome = await boss.reload("a test")
+    assert outcome.result == "success"
+    assert [worker.phases for worker in workers] == [["prepare", "commit"]] * 2
+    assert boss._config == after
+
+
+@pytest.mark.parametrize(("is_of_all", "result"), [(True, "invalid"), (False, "failed")])
+async def test_what_one_worker_cannot_prepare_no_worker_takes(*, is_of_all: bool, result: str) -> None:
+    workers = Obedient(), Obedient(prepare=Objection("it has not answered", is_of_all))
+    boss, after = supervisor_with(*workers)
+    outcome = await boss.reload("a test")
+    assert outcome.result == result
+    assert "it has not answered" in outcome.problems[0]
+    assert [worker.phases for worker in workers] == [["prepare"]] * 2
+    assert boss._config != after
+    assert not any(worker.is_killed for worker in workers)
+
+
+async def test_a_worker_that_does_not_commit_is_replaced_by_one_that_starts_with_the_new_configuration() -> None:
+    workers = Obedient(), Obedient(commit=Objection("it failed"))
+    boss, after = supervisor_with(*workers)
+    assert (await boss.reload("a test")).result == "success"
+    assert [worker.is_killed for worker in workers] == [False, True]
+    assert boss._config == after
+
+
+async def test_reloads_are_refused_while_workers_are_restarted_or_the_gateway_drains() -> None:
+    boss, _ = supervisor_with(Obedient())
+    boss._is_rolling = True
+    assert (await boss.reload("a test")).result == "refused"
+    boss._is_rolling = False
+    boss._stopping.set()
+    assert (await boss.reload("a test")).result == "refused"
+    assert boss._reloader.state.counts["refused"] == 2
