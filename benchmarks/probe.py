@@ -4,6 +4,7 @@ The probe is the upstream as well as the client, on loopback; it starts and stop
 """
 
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -25,23 +26,26 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("which probe? python -m benchmarks.probe path/to/probe_proxy.py [option ...]\n")
         return 2
     probe, *options = arguments
-    gateway, upstream = _free_port(), _free_port()
+    gateway, upstream, token = _free_port(), _free_port(), secrets.token_hex(16)
+    # The probe holds a listener, so it is no local operator; it has no option for header fields of this request.
+    metrics = f"/metrics?format=prometheus HTTP/1.1\r\nAuthorization: Bearer {token}\r\nX-Request-Line:"
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "gateway.yaml"
-        config.write_text(json.dumps(_config(folder, upstream)))
+        config.write_text(json.dumps(_config(folder, upstream, token)))
         start = f"{sys.executable} {ROOT / 'run_gateway.py'} --config {config} --port {gateway}"
         command = [sys.executable, "-B", probe, "--gateway", f"http://127.0.0.1:{gateway}/api"]
         command += ["--listen", f"127.0.0.1:{upstream}", "--start-cmd", start]
-        command += ["--control", f"http://127.0.0.1:{gateway}", "--metrics", "/metrics?format=prometheus"]
+        command += ["--control", f"http://127.0.0.1:{gateway}", "--metrics", metrics]
         command += ["--health", "/health", *options]
         return subprocess.run(command, check=False).returncode  # noqa: S603 - the user's own words
 
 
-def _config(folder: str, upstream: int) -> dict[str, object]:
+def _config(folder: str, upstream: int, token: str) -> dict[str, object]:
     """Return what the probe asks for: short timeouts, a limit and a breaker that do not get in its way."""
     return {
         "state_dir": f"{folder}/state",
         "log": {"access": False, "level": "warning"},
+        "admin": {"tokens": {"probe": {"role": "read", "token": token}}},
         "server": {"drain_timeout": 8},
         "tiers": {"FREE": {"rate": 1000, "capacity": 100_000}},
         "address_limit": {"rate": 0},
