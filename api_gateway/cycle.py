@@ -136,7 +136,7 @@ class Cycle:
 
     async def receive(self) -> dict[str, Any]:
         """Return the next piece of the body, or that the client has left, or that the answer is complete."""
-        if self._owes_continue and not self.is_started:
+        if self._owes_continue and not self.is_started and not self.is_disconnected:
             self.awaits_continue = self._owes_continue = False
             self.connection.transport.write(_CONTINUE)
         while not self.is_disconnected and not self.is_answered:

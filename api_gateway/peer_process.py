@@ -1,8 +1,9 @@
 """Which process is at the other end of a connection from this machine, and whether it can be passing on a stranger's.
 
-A reverse proxy or a port forwarder has accepted the connection it passes on, so it holds a TCP listener, its parent
-holds it, or it holds at least the accepted connection (an old process that drains after a reload). A client that the
-operator started holds none of these. Linux only; proc(5) describes the files read here.
+A reverse proxy or a port forwarder has accepted the connection it passes on, so it holds a listener, by TCP or on a
+Unix socket that another proxy connects to, its parent holds it, or it holds at least the accepted connection (an old
+process that drains after a reload). A client that the operator started holds none of these. Linux only; proc(5)
+describes the files read here.
 
 Everything is read twice. The inode of a socket is its identity for as long as the socket exists; our own end is
 compared by inode too, so that both readings are of this connection, and not of a later one between the same ports.
@@ -17,8 +18,10 @@ from api_gateway.socket_table import ESTABLISHED, LISTEN, End, Row, SocketTable
 
 PROC = Path("/proc")
 PORT_RANGE = "sys/net/ipv4/ip_local_port_range"
-_HARMLESS = ("UNIX", "NETLINK", "UDP", "PING", "RAW", "PACKET", "ALG")  # families that accept no connections by TCP
+_HARMLESS = ("NETLINK", "UDP", "PING", "RAW", "PACKET", "ALG")  # families that accept no connections
+_UNIX = "UNIX"  # begins the protocols of that family
 _ROOT = 0
+_INIT = 1  # the system's first process, which listens for others and passes nothing on
 
 
 class NotEstablished(Exception):
@@ -154,7 +157,7 @@ class PeerProcesses:
     def _check_sockets(
         self, pid: int, sockets: dict[int, str], table: SocketTable, port: int, *, is_parent: bool = False
     ) -> None:
-        """Raise NotEstablished if the process can accept TCP connections, or if it has accepted one itself."""
+        """Raise NotEstablished if the process can accept connections, or if it has accepted one itself."""
         tables = [table]
         if os.readlink(self._proc / str(pid) / "ns/net") != os.readlink(self._proc / "self/ns/net"):  # noqa: PTH115
             tables.append(SocketTable.read(self._proc / str(pid)))
@@ -162,16 +165,32 @@ class PeerProcesses:
         for inode, protocol in sockets.items():
             if not protocol or protocol.startswith(_HARMLESS):
                 continue
-            if protocol not in ("TCP", "TCPv6"):
+            if protocol in ("TCP", "TCPv6"):
+                self._check_tcp_socket(name, inode, tables, port)
+            elif not protocol.startswith(_UNIX):
                 raise NotEstablished(f"{name} holds a socket of {protocol}")
-            found = [(one, row) for one in tables if (row := one.socket(inode)) is not None]
-            if not found:
-                raise NotEstablished(f"{name} holds a TCP socket whose state is not known")
-            for one, row in found:
-                if row.state == LISTEN:
-                    raise NotEstablished(f"{name} holds a TCP listener")
-                if self._is_accepted(row, one, port):
-                    raise NotEstablished(f"{name} holds a connection that it has accepted")
+            elif pid != _INIT:
+                self._check_unix_socket(name, inode, tables)
+
+    def _check_tcp_socket(self, name: str, inode: int, tables: list[SocketTable], port: int) -> None:
+        found = [(one, row) for one in tables if (row := one.socket(inode)) is not None]
+        if not found:
+            raise NotEstablished(f"{name} holds a TCP socket whose state is not known")
+        for one, row in found:
+            if row.state == LISTEN:
+                raise NotEstablished(f"{name} holds a TCP listener")
+            if self._is_accepted(row, one, port):
+                raise NotEstablished(f"{name} holds a connection that it has accepted")
+
+    def _check_unix_socket(self, name: str, inode: int, tables: list[SocketTable]) -> None:
+        found = [(one, row) for one in tables if (row := one.unix_socket(inode)) is not None]
+        if not found:
+            raise NotEstablished(f"{name} holds a Unix socket whose state is not known")
+        for one, row in found:
+            if row.is_listening:
+                raise NotEstablished(f"{name} listens on a Unix socket")
+            if one.is_accepted_unix(row):
+                raise NotEstablished(f"{name} holds a connection that it has accepted on a Unix socket")
 
     def _is_accepted(self, row: Row, table: SocketTable, port: int) -> bool:
         """Tell whether somebody else may have opened this connection: all but those to ordinary servers, and to us."""

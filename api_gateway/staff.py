@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Gather = Callable[[], Awaitable[dict[str, Any]]]
 Reload = Callable[[str], Awaitable[Outcome]]  # given where the wish came from
 
+START_TIMEOUT = 30.0  # seconds until a worker must serve
 LOOKS = 10  # that must find a worker silent before it is taken to hang
 MAX_SKEW = 60.0  # seconds that a message may have been on its way before the clocks are taken to be different
 
@@ -47,7 +48,7 @@ class Worker:
         reload: Reload,
         patience: float,
     ) -> None:
-        """Kill it when it has given no sign of life for `patience` seconds."""
+        """Kill it when, after its start, it has given no sign of life for `patience` seconds."""
         self.started = time.monotonic()
         self.report = Report.blank(str(number))
         self.cut_off = 0  # requests that it could not end in its time to drain
@@ -143,7 +144,11 @@ class Worker:
             self._answered(None)
 
     async def _watch(self, patience: float) -> None:
-        """Kill it when it hangs. Looks are counted and not seconds: a supervisor that was stopped blames nobody."""
+        """Kill it when it hangs. Looks are counted and not seconds: a supervisor that was stopped blames nobody.
+
+        Before it serves it has nothing to say, so its time for that is added.
+        """
+        await asyncio.wait({self._ready}, timeout=START_TIMEOUT)
         silent = 0
         while silent < LOOKS:
             await asyncio.sleep(patience / LOOKS)
@@ -222,7 +227,8 @@ async def hire(
     """Start a worker, by exec and not by fork: it takes the code as it is now, and nothing of this process's loop.
 
     It inherits `sockets` and the descriptors `inherited`; `gather` answers when it asks how all workers stand, and
-    `reload` when it wants the configuration reloaded. One that gives no sign of life for `patience` seconds is killed.
+    `reload` when it wants the configuration reloaded. Once it serves, or START_TIMEOUT is over, it is killed when it
+    gives no sign of life for `patience` seconds.
     """
     ours, theirs = socket.socketpair()
     streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)

@@ -26,12 +26,11 @@ from api_gateway.reload import ApplyError, Reloader, refused
 from api_gateway.reload_state import Outcome, ReloadState
 from api_gateway.report import Report
 from api_gateway.server import set_log_level, stop_within, watchdog_of
-from api_gateway.staff import Objection, Worker, hire
+from api_gateway.staff import START_TIMEOUT, Objection, Worker, hire
 from api_gateway.welcome import welcome
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT = 30.0  # seconds until a worker must serve
 DRAIN_MARGIN = 3.5  # seconds a worker may take beyond its time to drain: its own watchdog ends it sooner
 STOP_MARGIN = 4.5  # seconds the supervisor may take beyond that time
 REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say where it hangs and end by itself

@@ -330,6 +330,27 @@ def test_a_proxy_that_drains_after_a_reload_is_a_proxy_still(gateway: Running, t
         assert int(client.recv(65_536).split(b" ")[1]) in REFUSED
 
 
+@pytest.mark.skipif(shutil.which("socat") is None, reason="no socat")
+@pytest.mark.parametrize("how", ["UNIX-LISTEN:{},fork", "UNIX-LISTEN:{}", "ABSTRACT-LISTEN:{},fork"])
+def test_a_proxy_that_another_one_reaches_on_a_unix_socket_is_no_local_client(
+    gateway: Running, tmp_path: Path, how: str
+) -> None:
+    """It has no TCP listener and has accepted nothing by TCP."""
+    path = str(tmp_path / "s")
+    arguments = ["socat", how.format(path), f"TCP:127.0.0.1:{gateway.port}"]
+    popen = subprocess.Popen(["sh", "-c", PARENT, "sh", *arguments])
+    try:
+        eventually(lambda: path.encode() in Path("/proc/net/unix").read_bytes(), "it listens")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(f"\0{path}" if how.startswith("ABSTRACT") else path)
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert int(client.recv(65_536).split(b" ")[1]) in REFUSED
+    finally:
+        popen.terminate()
+        popen.wait(PATIENCE)
+
+
 def established(port: int) -> int:
     """Return how many sockets are ends of an established connection to this port, with a process on it."""
     rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]

@@ -76,9 +76,9 @@ async def _refuse_all(_scope: Any, _receive: Any, send: Any) -> None:
     await send({"type": "http.response.body"})
 
 
-def connected(transport: asyncio.Transport) -> GatewayProtocol:
-    """Return a protocol on that transport, whose application refuses everything at once."""
-    config = uvicorn.Config(_refuse_all, log_config=None, access_log=False, proxy_headers=False)
+def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> GatewayProtocol:
+    """Return a protocol on that transport, whose application refuses everything at once, or is `app`."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
     kind = bounded_protocol(Bounds(), Counter())
     protocol = kind(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
@@ -132,6 +132,26 @@ async def test_what_stands_behind_a_handshake_stays_unparsed_until_that_is_answe
     assert transport.sent.count(b"HTTP/1.1 404") == 25  # its own refusal included
     assert protocol._is_ending  # of what is no HTTP
     await ended(protocol)
+
+
+async def test_a_client_that_has_left_is_not_asked_for_its_body() -> None:
+    """A transport that is closed raises when it is written to."""
+    has_left = asyncio.Event()
+    received: list[dict[str, Any]] = []
+
+    async def app(_scope: Any, receive: Any, _send: Any) -> None:
+        await has_left.wait()
+        received.append(await receive())
+
+    transport = ClosingTransport(is_closing=False)
+    protocol = connected(transport, app)
+    protocol.data_received(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+    await asyncio.sleep(0)
+    protocol.connection_lost(ConnectionResetError())
+    has_left.set()
+    await asyncio.gather(*protocol.tasks)
+    assert received == [{"type": "http.disconnect"}]
+    assert transport.sent == b""
 
 
 class FakeConnection:

@@ -83,3 +83,27 @@ def test_a_table_may_end_anywhere() -> None:
 def test_what_is_no_address_is_an_error() -> None:
     with pytest.raises(ValueError, match="unix"):
         End.of("unix", 0)
+
+
+@pytest.mark.parametrize("is_abstract", [True, False])
+def test_a_unix_socket_that_listens_or_was_accepted_is_told_from_a_client_s(
+    tmp_path: Path, *, is_abstract: bool
+) -> None:
+    """Also from one that has bound a name of its own, as clients of D-Bus do."""
+    name = f"\0{tmp_path}/a name" if is_abstract else str(tmp_path / "a name")
+    one, other = socket.socketpair()
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client, one, other:
+        listener.bind(name)
+        listener.listen()
+        client.bind(f"\0{tmp_path}/own")
+        client.connect(name)
+        accepted, _ = listener.accept()
+        with accepted:
+            table = SocketTable.read(Path("/proc/self"))
+            rows = [table.unix_socket(os.fstat(sock.fileno()).st_ino) for sock in (listener, accepted, client, one)]
+    assert [row is not None and row.is_listening for row in rows] == [True, False, False, False]
+    assert [row is not None and table.is_accepted_unix(row) for row in rows] == [False, True, False, False]
+
+
+def test_a_unix_socket_that_is_not_there_is_not_found() -> None:
+    assert SocketTable.read(Path("/proc/self")).unix_socket(2**40) is None

@@ -2,6 +2,8 @@
 
 import asyncio
 import signal
+import socket
+import time
 from typing import Any, cast
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from api_gateway import supervisor
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.config_changes import with_restart_settings_of
+from api_gateway.crew import encode
 from api_gateway.listening import Sockets
 from api_gateway.metrics import Recorder
 from api_gateway.report import Report
@@ -55,6 +58,33 @@ def allowed(state: dict[str, Any]) -> int:
 async def turns(count: int = 5) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def test_a_worker_that_is_slow_to_start_is_not_taken_to_hang() -> None:
+    """It has nothing to say before it serves; from then on it is."""
+
+    class Process:
+        pid = 1
+        is_killed = asyncio.Event()
+
+        def send_signal(self, _number: int) -> None:
+            self.is_killed.set()
+
+    async def nothing(*_: object) -> Any:
+        raise NotImplementedError
+
+    process, patience = Process(), 0.1
+    ours, theirs = socket.socketpair()
+    streams = await asyncio.open_unix_connection(sock=ours)
+    with theirs:
+        worker = Worker(1, cast("Any", process), streams, nothing, nothing, patience)
+        await asyncio.sleep(3 * patience)
+        assert not process.is_killed.is_set()
+        theirs.sendall(encode("ready", clock=time.monotonic()))
+        assert await worker.is_ready(10)
+        async with asyncio.timeout(10):
+            await process.is_killed.wait()
+    await asyncio.wait({worker._listening})
 
 
 async def test_all_are_asked_and_added_up() -> None:
