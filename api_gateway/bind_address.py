@@ -50,7 +50,12 @@ def authority(host: str, port: int) -> str:
 
 
 def checked_host(host: str) -> str:
-    """Return a host that `BindAddress.of` takes. Raises ValueError."""
+    """Return a host that `BindAddress.of` takes. Raises ValueError.
+
+    An empty one, as an unset variable leaves it, would be every address.
+    """
+    if not host:
+        raise ValueError("must name an address to listen on, such as 127.0.0.1, or '::' for every address")
     BindAddress.of(host, 0, 0)
     return host
 

@@ -28,11 +28,8 @@ def repaired(
         if not of_parts:
             return [detail for place, detail in places if not place], wrong
         for place, detail in reversed(of_parts):
-            wrong.append(place)
-            if detail["loc"][-1] == "[key]" or detail["type"] == "extra_forbidden":
-                _remove(values, place)
-            else:
-                _replace(values, model, place, len(wrong))
+            is_unwanted = detail["loc"][-1] == "[key]" or detail["type"] == "extra_forbidden"
+            _take_out(values, model, place, wrong, is_unwanted=is_unwanted)
         try:
             check(values)
         except ValidationError as error:
@@ -57,6 +54,18 @@ def _parent(values: Any, place: Place) -> Any:
         else:
             return None
     return values
+
+
+def _take_out(values: Any, model: type[BaseModel], place: Place, wrong: list[Place], *, is_unwanted: bool) -> None:
+    """Replace a wrong part; remove it if it must not be there or is wrong again; then replace what is around it."""
+    times = wrong.count(place)
+    wrong.append(place)
+    if times == 0 and not is_unwanted:
+        _replace(values, model, place, len(wrong))
+    elif times <= 1 and isinstance(_parent(values, place), dict):
+        _remove(values, place)
+    elif len(place) > 1:
+        _take_out(values, model, place[:-1], wrong, is_unwanted=False)
 
 
 def _remove(values: Any, place: Place) -> None:

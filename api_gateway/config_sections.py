@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,9 +70,12 @@ def _network(value: Any) -> Any:
     if isinstance(value, IPv4Network | IPv6Network):
         return value
     try:
-        return ip_network(value if isinstance(value, str) else "")  # a number would be taken for an address
+        network = ip_network(value if isinstance(value, str) else "", strict=False)  # a number would be an address
     except ValueError:
         raise ValueError("must be an address or a network such as 10.0.0.0/8") from None
+    if str(network.network_address) != str(ip_address(value.partition("/")[0])):
+        raise ValueError(f"has bits set behind its prefix: write {network}, or the address alone")
+    return network
 
 
 def _trusted_proxy(value: Any) -> Any:

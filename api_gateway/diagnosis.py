@@ -16,13 +16,15 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from api_gateway.secret import SUFFIX, holds_secret, may_hold_password, secret_names, shown_path
+from api_gateway.secret import SUFFIX, Unusable, holds_secret, may_hold_password, secret_names, shown_path
 
 Place = tuple[str, ...]
 
 # The URL of a target, or a wrong attempt at one, in which nothing can be taken for a password.
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
 _LONGEST_SHOWN = 200
+_QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")
+_YAML_TOKEN = re.compile(r".|\\.|<[a-z ]+>")  # what YAML's messages quote of its own, and a single character
 NO_PATTERNS: Mapping[str, str] = {}
 _HOLDS_ITSELF = "holds itself"
 _TEXT = "tag:yaml.org,2002:str"
@@ -92,7 +94,7 @@ def _not_yaml(error: Exception) -> str:
     """Return line and problem, without the text of the file that the error quotes: it may be a secret."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
-    problem = re.sub(r"""(['"])(?!<|\\t).{2,}\1""", "'...'", problem)
+    problem = _QUOTED.sub(lambda quoted: quoted[0] if _YAML_TOKEN.fullmatch(quoted[2]) else "'...'", problem)
     hint = "; indent with spaces instead of tabs" if "'\\t'" in problem else ""
     return f"{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}{hint}"
 
@@ -204,7 +206,7 @@ def explain(
     `patterns` says in words what a text must be like to match a regular expression.
     """
     place, kind = place_of(detail), detail["type"]
-    shown = shown_value(detail["input"], type_at(model, place))
+    shown = "" if isinstance(detail["input"], Unusable) else shown_value(detail["input"], type_at(model, place))
     message = _message(detail, patterns) + (_example(type_at(model, place)) if kind == "model_type" else "")
     if kind == "extra_forbidden":
         known = _keys_at(model, place[:-1])

@@ -79,6 +79,32 @@ def test_all_mistakes_are_told_in_one_run_with_their_lines(refused: Any, monkeyp
     assert len(lines) == 11, "a mistake brings no further ones"
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "admin: {tokens: {x: {role: root}}}",
+        "admin: {tokens: {x: {role: root, token_file: /nowhere}, y: {}}}",
+        "admin: {tokens: {x: 5}}",
+        "address_limit: {exempt: [5]}",
+        "tiers: {FREE: {candidate: {}}}",
+        "upstreams: {users: {targets: []}}",
+        "upstreams: {users: {targets: [{}]}}",
+        "upstreams: {users: {targets: [5]}}",
+        "upstreams: {users: {targets: [{url: 'http://127.0.0.1:9001'}], concurrency: {limit: many}}}",
+        "routes: [{name: a, path: /api/a, upstream: users, fallback: {}}]",
+        "routes: [{name: a, path: /api/a, upstream: users, fallback: {status: 999}}]",
+        "routes: [{name: a, path: /api/a, upstream: users, costs: [{}]}]",
+        "routes: [{name: a, path: /api/a, upstream: users, costs: [5], methods: []}]",
+        "routes: [{}]",
+    ],
+)
+def test_a_section_that_cannot_be_used_hides_no_mistake_elsewhere(refused: Any, mistake: str) -> None:
+    upstreams = "" if mistake.startswith("upstreams") else "upstreams: {users: {targets: [{url: 'http://a:1'}]}}\n"
+    lines = refused(f"default_tier: GOLD\n{upstreams}{mistake}\n")
+    assert sum(line.startswith(":1: default_tier: no such tier, got 'GOLD'") for line in lines) == 1, lines
+    assert len(lines) > 1
+
+
 def test_no_message_has_the_name_of_a_class(refused: Any) -> None:
     text = "\n".join(refused("upstreams: []\nroutes: {}\ntiers: [a]\nclients: 5\nserver: x\nlog: [1]\nmetrics:\n"))
     assert "Section" not in text

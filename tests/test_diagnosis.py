@@ -69,6 +69,19 @@ def test_what_is_not_yaml_is_refused(refused: Refused, text: str) -> None:
     assert re.search(r"^:2:|line 2\b", line)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1, 2", ":2: not YAML: expected ',' or ']', but got '<stream end>'"),
+        ('admin: {token: "hunter2" x', ":1: not YAML: expected ',' or '}', but got '<scalar>'"),
+        ("a: !hunter2 x", ":1: not YAML: could not determine a constructor for the tag '...'"),
+        ("a: *hunter2", ":1: not YAML: found undefined alias '...'"),
+    ],
+)
+def test_what_yaml_expected_is_shown_and_no_text_of_the_file(refused: Refused, text: str, expected: str) -> None:
+    assert refused(f"{text}\n") == [expected]
+
+
 @pytest.mark.parametrize(("text", "kind"), [("- a", "list"), ("words", "str"), ("7", "int")])
 def test_a_file_that_holds_no_sections_is_refused(refused: Refused, text: str, kind: str) -> None:
     assert refused(text) == [f": must hold sections, got {kind}"]
@@ -282,3 +295,30 @@ def test_sections_may_be_shared_by_anchors_and_merged(tmp_path: Path) -> None:
         ("2", "hash", 1),
         ("3", "round_robin", 1),
     ]
+
+
+def test_without_any_folder_for_the_state_the_line_says_what_to_set_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HOME", "XDG_STATE_HOME", "STATE_DIRECTORY", "GATEWAY_STATE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError) as caught:
+        load_config()
+    (line,) = caught.value.problems
+    assert line.endswith("set state_dir (GATEWAY_STATE_DIR), such as /var/lib/api-gateway")
+
+
+def test_an_empty_host_is_not_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_SERVER__HOST", "")
+    with pytest.raises(ConfigError, match=r"^environment GATEWAY_SERVER__HOST: server\.host: must name an address"):
+        load_config()
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"), [("10.0.0.1/8", "10.0.0.0/8"), ("fe80::1/64", "fe80::/64"), ("0:0::1/127", "::/127")]
+)
+def test_a_network_with_bits_behind_its_prefix_is_refused_with_what_to_write(
+    refused: Refused, given: str, instead: str
+) -> None:
+    (line,) = refused(f"server: {{trusted_proxies: ['{given}']}}\n")
+    assert f"has bits set behind its prefix: write {instead}, or the address alone, got '{given}'" in line
