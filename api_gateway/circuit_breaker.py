@@ -304,7 +304,9 @@ class CircuitBreaker:
             return f"OPEN{cause}. Next probe in {wait:.1f} s."
         if state is State.HALF_OPEN:
             if self.would_admit(now):
-                return "HALF_OPEN, and requests that may be repeated without harm, or are other clients', go first."
+                return (
+                    "HALF_OPEN, and requests that may be repeated without harm go first, as do those of other clients."
+                )
             return "HALF_OPEN and its probes are under way."
         return f"CLOSED again and lets traffic back step by step. Next call in {wait:.1f} s."
 
