@@ -395,15 +395,31 @@ class Router:
         try:
             response = await reply_to(service.transport, outgoing, answer)
         except httpx.TransportError as error:
-            failure = self.verdicts.on_failure(exchange, lease, error, _note_share(exchange, request))
-            _note_progress(exchange, outgoing, answer, is_sent=not failure.is_retry_safe)
-            raise failure from error
+            raise self._failure(exchange, lease, request, outgoing, answer, error) from error
         except asyncio.CancelledError:
             if _note_progress(exchange, outgoing, answer, is_sent=True) and request.is_overdue:
                 self._settle_overdue(exchange, lease, request.deadline, _note_share(exchange, request))
             raise
         self.verdicts.on_head(exchange, lease, response.status_code, self._clock(), _note_share(exchange, request))
         return response
+
+    def _failure(
+        self,
+        exchange: Exchange,
+        lease: Lease,
+        request: UpstreamRequest,
+        outgoing: httpx.Request,
+        answer: Answer | None,
+        error: httpx.TransportError,
+    ) -> GatewayError:
+        """Settle an attempt that got no response; return its error.
+
+        A variable of whoever raises that would refer to the error, and the error to the variable: only the garbage
+        collector could free them.
+        """
+        failure = self.verdicts.on_failure(exchange, lease, error, _note_share(exchange, request))
+        _note_progress(exchange, outgoing, answer, is_sent=not failure.is_retry_safe)
+        return failure
 
     def _settle_overdue(
         self,

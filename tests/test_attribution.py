@@ -518,9 +518,9 @@ def test_the_limit_of_open_files_is_raised_and_its_end_is_503(upstream: StartUps
         assert (answer.status, reason(answer.body)) == (503, "overloaded")
         stack.close()
         eventually(lambda: serves(f"{running.url}/api/x"), "it serves again")
-        shown = ask(f"{running.url}/health").json()["upstreams"]["up"]
+        shown = running.ask("/health").json()["upstreams"]["up"]
         assert (shown["status"], shown["targets"][0]["healthy"]) == ("pass", True)
-        assert ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]["opened_total"] == 0
+        assert running.ask("/circuit-breakers").json()["circuit_breakers"]["up"]["opened_total"] == 0
         assert running.errors.count("refused for this") == 1
 
 

@@ -33,7 +33,7 @@ from tests.faulty import (
     says,
     shuts_its_side,
 )
-from tests.kit import RawAnswer, RawClient, ask, eventually
+from tests.kit import RawAnswer, RawClient, eventually
 from tests.processes import Running, process
 
 CONNECT, RESPONSE, IDLE = 0.3, 0.4, 0.4  # seconds the gateway gives its upstream
@@ -173,13 +173,13 @@ class Scene:
 
     def tries(self) -> Counter[str]:
         """Return the tries so far by outcome."""
-        text = ask(f"{self.running.url}/metrics?format=prometheus").body.decode()
+        text = self.running.ask("/metrics?format=prometheus").body.decode()
         found = re.findall(r'gateway_upstream_requests_total\{outcome="(\w+)",upstream="up"\} (\d+)', text)
         return Counter({outcome: int(count) for outcome, count in found})
 
     def breaker(self) -> tuple[int, int]:
         """Return the calls that counted for the breaker so far, and the failures among them."""
-        view = ask(f"{self.running.url}/circuit-breakers").json()["circuit_breakers"]["up"]
+        view = self.running.ask("/circuit-breakers").json()["circuit_breakers"]["up"]
         return view["window_calls"], view["window_failures"]
 
     def log_of(self, request_id: str) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class Scene:
 
     def in_flight(self) -> int:
         """Return the requests it says are under way."""
-        answer = ask(f"{self.running.url}/metrics", headers={"Accept": "application/json"})
+        answer = self.running.ask("/metrics", headers={"Accept": "application/json"})
         found: int = answer.json()["requests"]["in_flight"]
         return found
 
