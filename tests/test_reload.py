@@ -16,7 +16,7 @@ import pytest
 
 from api_gateway.reload_bodies import Reloaded
 from tests.kit import PATIENCE, Answer, RawClient, RawRequest, RawUpstream, Wire, ask, eventually, reply
-from tests.processes import Running, children, is_alive, kill, process
+from tests.processes import ROOT, Running, children, is_alive, kill, process
 
 TOKEN = "a-token-for-tests"
 LONG = 60.0  # seconds that processes may take on a busy machine
@@ -515,4 +515,22 @@ def test_signals_that_mean_nothing_end_nothing(tmp_path: Path) -> None:
         eventually(lambda: one.running.errors.count("is ignored") == 2, "it says so", LONG)
         assert one.reload()["result"] == "unchanged"
         assert ask(f"{one.running.url}/api/x").status == 200
+    up.close()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_signal_during_the_start_ends_nothing_and_is_heeded_afterwards(tmp_path: Path, workers: str) -> None:
+    up = RawUpstream()
+    one = Site(tmp_path, in_front_of(up.url))
+    options = ("--port", "0", "--workers", workers, "--config", str(one.file))
+    with process(str(ROOT / "run_gateway.py"), *options, cwd=tmp_path, PYTHONPATH=str(ROOT)) as running:
+        libraries = Path(f"/proc/{running.popen.pid}/maps")
+        eventually(lambda: "pydantic_core" in libraries.read_text(), "it imports what it needs", LONG)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            running.signal(number)
+        eventually(lambda: "Listening on" in running.output or running.popen.poll() is not None, "it listens", LONG)
+        assert running.popen.poll() is None, running.popen.returncode
+        eventually(lambda: "configuration reloaded (SIGHUP)" in running.errors, "it reloads", LONG)
+        assert ask(f"{running.url}/api/x").status == 200
+        assert running.terminate() == 0, running.errors
     up.close()
