@@ -222,7 +222,7 @@ class Upstream:
         limit = self.limit
         if limit is not None and not limit.admits(band, principal):
             raise limit.refusal(self.name, band, principal)
-        ticket = self.breaker.admit(now, is_safe=is_safe)
+        ticket = self.breaker.admit(now, is_safe=is_safe, principal=principal)
         if ticket is None:
             raise self._refusal(now)
         offered: Sequence[Target] = candidates

@@ -19,6 +19,7 @@ from api_gateway.ramp import Ramp, RateMeter
 KEPT_RECORDS = 50
 KEPT_FAILURES = 10
 PATIENCE = 1.0  # seconds without a safe request, after which an unsafe one may be the probe
+HEAD_START = 5.0  # seconds for which a principal whose probe has not succeeded leaves the next one to others
 KNOWN_AFTER = 3.0  # seconds of being closed, from which on the rate of calls is taken for the usual one
 NEVER = float("inf")
 
@@ -65,6 +66,9 @@ class CircuitBreaker:
         self._closed_ticket = Ticket(0, is_probe=False)  # one for all: every call of a generation is alike
         self._probe_successes = 0
         self._last_probe_at = self._last_safe_at = now
+        self._asking = Callers()  # of requests that came while it was not CLOSED
+        self._unlucky: str | None = None  # whose the last probe was, unless it succeeded or nobody can have caused it
+        self._vacant_since = now  # when the place for the next probe came free
         self._moves = 0
         self._rate = 0.0  # usual calls a second; 0 while it is not known
         self._open_time = 0.0  # of the last opening, without the jitter
@@ -76,11 +80,12 @@ class CircuitBreaker:
 
     # Admission
 
-    def admit(self, now: float, *, is_safe: bool = True) -> Ticket | None:
+    def admit(self, now: float, *, is_safe: bool = True, principal: str | None = None) -> Ticket | None:
         """Return a ticket that must be settled once, or None when there may be no try.
 
         `is_safe` says that the request may be repeated without harm. One that may not becomes a probe only when none
-        that may has come for a second.
+        that may has come for a second. `principal` is on whose behalf it is made, None if that is not known: one whose
+        last probe has not succeeded waits for HEAD_START if others have asked, so that it alone cannot keep it OPEN.
         """
         meter = self._meter
         meter.count += 1  # whatever becomes of it: the meter tells what is asked for
@@ -89,7 +94,8 @@ class CircuitBreaker:
         if self.admits_all:
             return self._closed_ticket
         self.advance(now)
-        ticket = self._admit_by_mode(now, is_safe=is_safe)
+        ticket = self._admit_by_mode(now, is_safe=is_safe, principal=principal)
+        self._asking.note(principal, now)
         if is_safe:
             self._last_safe_at = now
         return ticket
@@ -117,21 +123,21 @@ class CircuitBreaker:
         mode = self.mode_at(now)
         return mode is Mode.FORCED_OPEN or (mode is Mode.AUTO and self.state_at(now) is State.OPEN)
 
-    def _admit_by_mode(self, now: float, *, is_safe: bool) -> Ticket | None:
+    def _admit_by_mode(self, now: float, *, is_safe: bool, principal: str | None) -> Ticket | None:
         if self.mode is Mode.FORCED_OPEN:
             self.rejected_total += 1
             return None
         if self.mode is Mode.FORCED_CLOSED:
             return self._closed_ticket if self.state is State.CLOSED else _UNCOUNTED
-        ticket = self._admit_by_state(now, is_safe=is_safe)
+        ticket = self._admit_by_state(now, is_safe=is_safe, principal=principal)
         if ticket is None and self.mode is Mode.OBSERVE:
             self.would_reject_total += 1
             return _UNCOUNTED
         self.rejected_total += ticket is None
         return ticket
 
-    def _admit_by_state(self, now: float, *, is_safe: bool) -> Ticket | None:
-        if not self._passes(now, is_safe=is_safe):
+    def _admit_by_state(self, now: float, *, is_safe: bool, principal: str | None) -> Ticket | None:
+        if not self._passes(now, is_safe=is_safe, principal=principal):
             return None
         if self.state is State.CLOSED:
             if self.ramp is not None:
@@ -143,9 +149,10 @@ class CircuitBreaker:
             self.probes_in_flight = 0
         self.probes_in_flight += 1
         self._last_probe_at = now
+        self._unlucky = principal
         return Ticket(self._generation, is_probe=self.mode is Mode.AUTO)
 
-    def _passes(self, now: float, *, is_safe: bool) -> bool:
+    def _passes(self, now: float, *, is_safe: bool, principal: str | None = None) -> bool:
         """Tell whether the state admits a request now."""
         state = self.state_at(now)
         if state is State.CLOSED:
@@ -153,7 +160,18 @@ class CircuitBreaker:
         if state is State.OPEN or (not is_safe and now - self._last_safe_at < PATIENCE):
             return False
         is_free = self.probes_in_flight < self.policy.half_open_max_calls or self.state is not state
-        return is_free or now - self._last_probe_at >= self.policy.recovery_timeout
+        if not is_free and now - self._last_probe_at < self.policy.recovery_timeout:
+            return False
+        return principal is None or principal != self._unlucky or not self._leaves_probe(principal, now)
+
+    def _leaves_probe(self, principal: str, now: float) -> bool:
+        """Tell whether this principal leaves the next probe to others, who have asked since it was OPEN."""
+        if self.probes_in_flight >= self.policy.half_open_max_calls:  # the last one was lost
+            vacant_since = self._last_probe_at + self.policy.recovery_timeout
+        else:
+            vacant_since = self._due if self.state is State.OPEN else self._vacant_since
+        opened_at = self.last_opened.at if self.last_opened else now
+        return now - vacant_since < HEAD_START and self._asking.include_other_since(principal, opened_at)
 
     # Results
 
@@ -184,6 +202,7 @@ class CircuitBreaker:
         if ticket.generation != self._generation or outcome is Outcome.IGNORED:
             if ticket.generation == self._generation and self.state is State.HALF_OPEN:
                 self.probes_in_flight -= 1
+                self._vacant_since = now
             return None
         is_slow = duration is not None and duration >= self.slow_after
         if outcome is Outcome.SUCCESS and not is_slow and self.state is State.CLOSED:
@@ -194,6 +213,7 @@ class CircuitBreaker:
             self.slow_total += is_slow
             self._failures.append(FailedCall(now, detail or _slowness(duration), duration, route, request_id))
         if self.state is State.HALF_OPEN:
+            self._unlucky = None if outcome is Outcome.SUCCESS and not is_slow else principal
             return self._settle_probe(outcome, now, detail, duration if is_slow else None)
         self._note_failing(principal, now, is_failure=outcome is Outcome.FAILURE)
         return self._count_trouble(outcome, now, detail, is_slow=is_slow)
@@ -284,7 +304,9 @@ class CircuitBreaker:
             return f"OPEN{cause}. Next probe in {wait:.1f} s."
         if state is State.HALF_OPEN:
             if self.would_admit(now):
-                return "HALF_OPEN, and requests that may be repeated without harm go first."
+                return (
+                    "HALF_OPEN, and requests that may be repeated without harm go first, as do those of other clients."
+                )
             return "HALF_OPEN and its probes are under way."
         return f"CLOSED again and lets traffic back step by step. Next call in {wait:.1f} s."
 
@@ -366,6 +388,7 @@ class CircuitBreaker:
         if transition.target is State.OPEN:
             self._open(transition)
         self.state, self.since = transition.target, now
+        self._vacant_since = now
         self._begin_generation()
         self.consecutive_failures = self._probe_successes = 0
         self._window.clear()

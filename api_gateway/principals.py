@@ -32,3 +32,7 @@ class Callers:
     def are_several_since(self, moment: float) -> bool:
         """Tell whether others than the last principal have called at that moment or later."""
         return self.other_at >= moment
+
+    def include_other_since(self, principal: str, moment: float) -> bool:
+        """Tell whether anybody else than `principal` has called at that moment or later."""
+        return self.other_at >= moment or (self.last != principal and self.last_at >= moment)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.breaker_policy import BreakerPolicy, State
-from api_gateway.circuit_breaker import CircuitBreaker
+from api_gateway.circuit_breaker import HEAD_START, CircuitBreaker, Ticket
 from api_gateway.models import Client, Outcome, Quota
 from api_gateway.principals import Callers
 from api_gateway.shares import holder_of
@@ -205,6 +205,80 @@ def test_without_principals_every_call_is_one_clients() -> None:
     assert str(breaker.state) == "OPEN"
 
 
+# Probes
+
+
+def probed_by_a(probes: int = 1) -> tuple[CircuitBreaker, Ticket]:
+    """Return a breaker that was opened at NOW, and the ticket of the probe that "a" has at NOW + 30."""
+    policy = BreakerPolicy(failure_threshold=1, recovery_timeout=30, half_open_max_calls=probes)
+    breaker = CircuitBreaker(policy, NOW)
+    settle(breaker, Outcome.FAILURE, "a", NOW)
+    ticket = breaker.admit(NOW + 30, principal="a")
+    assert ticket is not None
+    return breaker, ticket
+
+
+def failed_by(breaker: CircuitBreaker, ticket: Ticket, principal: str | None) -> float:
+    """Let a probe fail; return when the next one is due."""
+    breaker.settle(ticket, Outcome.FAILURE, NOW + 30, principal=principal)
+    due = breaker.next_probe_at()
+    assert due is not None
+    return due
+
+
+def test_who_had_a_probe_that_failed_leaves_the_next_one_to_others_for_a_moment() -> None:
+    breaker, ticket = probed_by_a()
+    due = failed_by(breaker, ticket, "a")
+    assert breaker.admit(due - 20, principal="b") is None
+    assert breaker.admit(due, principal="a") is None
+    assert breaker.admit(due + HEAD_START - 0.1, principal="a") is None
+    assert breaker.admit(due + HEAD_START, principal="a") is not None
+
+
+def test_who_had_a_probe_that_failed_is_not_before_another_one_that_has_asked() -> None:
+    breaker, ticket = probed_by_a()
+    due = failed_by(breaker, ticket, "a")
+    assert breaker.admit(due - 20, principal="b") is None
+    assert breaker.admit(due, principal="a") is None
+    assert breaker.admit(due, principal="b") is not None
+
+
+def test_who_had_a_probe_that_told_nothing_leaves_the_next_one_too() -> None:
+    breaker, ticket = probed_by_a()
+    assert breaker.admit(NOW + 31, principal="b") is None
+    breaker.settle(ticket, Outcome.IGNORED, NOW + 32, principal="a")
+    assert breaker.admit(NOW + 32, principal="a") is None
+    assert breaker.admit(NOW + 32, principal="b") is not None
+
+
+def test_who_had_a_probe_that_was_lost_leaves_the_next_one_too() -> None:
+    breaker, _ = probed_by_a()
+    assert breaker.admit(NOW + 31, principal="b") is None
+    assert breaker.admit(NOW + 60, principal="a") is None
+    assert breaker.admit(NOW + 60, principal="b") is not None
+
+
+def test_a_client_that_is_alone_makes_every_probe() -> None:
+    breaker, ticket = probed_by_a()
+    assert breaker.admit(failed_by(breaker, ticket, "a"), principal="a") is not None
+
+
+@pytest.mark.parametrize("principal", ["a", None], ids=["a success", "a failure that no client can have caused"])
+def test_a_probe_that_does_not_speak_against_its_client_may_be_followed_by_another_of_it(
+    principal: str | None,
+) -> None:
+    breaker, ticket = probed_by_a(probes=2)
+    other = breaker.admit(NOW + 31, principal="b")
+    assert other is not None
+    if principal is None:
+        due = failed_by(breaker, ticket, None)
+    else:
+        due = NOW + 32
+        breaker.settle(other, Outcome.IGNORED, due, principal="b")
+        breaker.settle(ticket, Outcome.SUCCESS, due, principal="a")
+    assert breaker.admit(due, principal="a") is not None
+
+
 # On the wire
 
 WAYS = {"fast path": (), "general path": ("X-Odd:  two blanks",)}
@@ -262,6 +336,27 @@ def test_one_client_that_provokes_errors_opens_no_breaker_that_others_use(
     assert state(running) == "OPEN"
     shown = ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]
     assert shown["one_principal"] is False
+
+
+@both_ways
+def test_one_client_whose_probes_fail_does_not_keep_a_breaker_open_that_others_wait_for(
+    gateway: StartGateway, upstream: StartUpstream, way: str
+) -> None:
+    """However often it asks, and however soon."""
+    policy = {"failure_threshold": 2, "jitter": 0, "recovery_timeout": 0.2, "max_recovery_timeout": 0.2, "ramp": 0}
+    running = gateway(sections(upstream(fails_on_request).url, circuit_breaker=policy))
+    for address in ("192.0.2.1", "192.0.2.2"):
+        assert send(running, way, "/api/bad", address=address) == 500
+    assert state(running) == "OPEN"
+    eventually(lambda: send(running, way, "/api/bad", address="192.0.2.1") == 500, "its probe fails")
+    answers: list[tuple[int, int]] = []
+
+    def is_served() -> bool:
+        answers.append((send(running, way, "/api/bad", address="192.0.2.1"), send(running, way, "/api/good")))
+        return answers[-1][1] == 200
+
+    eventually(is_served, "the other one is served")
+    assert {attacker for attacker, _ in answers[1:]} <= {503}
 
 
 @both_ways
