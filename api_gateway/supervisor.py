@@ -270,7 +270,8 @@ class Supervisor:
             lived = time.monotonic() - worker.started
             post.failures = post.failures + 1 if lived < SETTLED else 0
             delay = delay_after(post.failures)
-            logger.error("%s ended with %d after %.1f s; another follows in %g s", worker, code, lived, delay)
+            how = f"code {code}" if code >= 0 else f"signal {-code}"
+            logger.error("%s exited (%s) after %.1f s, restarting in %g s", worker, how, lived, delay)
             if delay >= LEAVE_AFTER:
                 leave_group(post.sockets)
             await asyncio.sleep(delay)
