@@ -101,6 +101,7 @@ class Answer(httpx.AsyncByteStream):
     keeps_alive = False
     error: Exception | None = None
     buffered = 0
+    is_relayed = False  # what arrives is written to the client at once, and not held here
     reader_waited = 0.0  # seconds for which the upstream was made to wait for the reader
     _waiter: "asyncio.Future[None] | None" = None
 

@@ -16,7 +16,7 @@ from api_gateway.heads import BODILESS, split_answer
 from api_gateway.models import HeaderList
 from api_gateway.outgoing import Outgoing, length_of, render_head
 from api_gateway.pool import Pool
-from api_gateway.receive_buffer import receive_buffer
+from api_gateway.receive_buffer import READ_SIZE, receive_buffer
 
 HIGH_WATER = 32 * 1024  # bytes of a response held for a slow client before reading from the upstream is paused
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
@@ -36,13 +36,14 @@ class Stale(httpx.ReadError):
 class Connection(asyncio.BufferedProtocol):
     """One connection, one request at a time.
 
-    A slow client costs at most 256 KiB: HIGH_WATER and one read of 64 KiB are held here, as much is on its way to the
-    client's transport, and that one keeps 64 KiB.
+    A slow client costs at most 256 KiB: its transport keeps 64 KiB. To that comes one read of RELAY_SIZE where it is
+    relayed; else HIGH_WATER and one read of READ_SIZE are held here, and as much is being written.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._buffer = receive_buffer(loop)
+        self._relay_buffer = receive_buffer(loop)
+        self._buffer = self._relay_buffer[:READ_SIZE]
         self.pool: Pool[Connection] | None = None
         self.idle_since = 0.0
         self.is_closed = False
@@ -179,11 +180,12 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
         """Return where the event loop writes what it reads."""
-        return self._buffer
+        answer = self._answer
+        return self._relay_buffer if answer is not None and answer.is_relayed else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Parse what came. Bytes that belong to no request mean the connection cannot be trusted any more."""
-        data = bytes(self._buffer[:nbytes])
+        data = bytes(self._relay_buffer[:nbytes])
         answer = self._answer
         if answer is None:
             self.close()
@@ -236,9 +238,11 @@ class Connection(asyncio.BufferedProtocol):
         """Act on how far the answer has come, and let its reader know."""
         if answer.is_complete:
             self._finish(answer)
-        elif answer.buffered > HIGH_WATER:
-            self.pause_reading()
+            answer.wake()
+            return
         answer.wake()
+        if answer.buffered > HIGH_WATER:  # nothing is held of a response that is relayed
+            self.pause_reading()
 
     def _parse(self, answer: Answer, data: bytes) -> None:
         """Have the parser take what came."""

@@ -390,6 +390,7 @@ class Passage(Answer):
     """One request on the straight way, and the answer to it."""
 
     has_left: bool  # the straight way, for the ordinary one
+    is_relayed = True  # until then
     lease: Lease | None  # from `depart` on
     kept: bytes | None = None  # the body, from `depart` on, if it may be sent again
 
@@ -581,7 +582,7 @@ class Passage(Answer):
 
     def _leave(self, body: bytes, *, is_sent: bool) -> None:
         """Go on in the ordinary way, with a request that is on its way already or one whose `body` is to be sent."""
-        self.has_left = True
+        self.has_left, self.is_relayed = True, False
         exchange = self.exchange
         assert exchange.decision is not None  # noqa: S101 - without one there is no passage
         exchange.answer_headers = answer_headers(exchange, self._express.limit.headers(exchange.decision))

@@ -8,13 +8,14 @@ import asyncio
 from weakref import WeakKeyDictionary
 
 READ_SIZE = 64 * 1024  # bytes read at once
+RELAY_SIZE = 192 * 1024  # the same where what is read is written at once: fewer system calls for large bodies
 
 _buffers: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 
 
 def receive_buffer(loop: asyncio.AbstractEventLoop) -> memoryview:
-    """Return the buffer of READ_SIZE bytes that all connections of this event loop share."""
+    """Return the buffer of RELAY_SIZE bytes that all connections of this event loop share."""
     buffer = _buffers.get(loop)
     if buffer is None:
-        buffer = _buffers[loop] = memoryview(bytearray(READ_SIZE))
+        buffer = _buffers[loop] = memoryview(bytearray(RELAY_SIZE))
     return buffer

@@ -38,7 +38,7 @@ REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say 
 ANSWER_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
 COMMIT_TIMEOUT = 5.0  # seconds for it to put that into force
-SETTLED = 5.0  # seconds of life after which a worker's end is not put down to its start
+SETTLED = 5.0  # seconds of service after which a worker's end is not put down to its start
 FIRST_DELAY, LONGEST_DELAY = 0.25, 10.0  # seconds before a worker is replaced that has ended soon after its start
 LEAVE_AFTER = 1.0  # seconds of such a delay from which on new connections go to the other workers
 
@@ -268,7 +268,7 @@ class Supervisor:
                 continue
             self._ledger.strike(worker)
             lived = time.monotonic() - worker.started
-            post.failures = post.failures + 1 if lived < SETTLED else 0
+            post.failures = post.failures + 1 if worker.has_served_for < SETTLED else 0
             delay = delay_after(post.failures)
             how = f"code {code}" if code >= 0 else f"signal {-code}"
             logger.error("%s exited (%s) after %.1f s, restarting in %g s", worker, how, lived, delay)

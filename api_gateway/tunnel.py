@@ -9,7 +9,7 @@ import asyncio
 
 from api_gateway.alarm import Alarm
 from api_gateway.frames import GOING_AWAY, FrameEdges
-from api_gateway.receive_buffer import receive_buffer
+from api_gateway.receive_buffer import READ_SIZE, receive_buffer
 
 LINGER = 1.0  # seconds of silence that one direction may fall into after the other has ended
 
@@ -32,7 +32,7 @@ class Tunnel:
         self.idle_timeout = idle_timeout
         self.alarm = Alarm(loop, self.abort)
         self._ended: asyncio.Future[None] = loop.create_future()
-        buffer = receive_buffer(loop)
+        buffer = receive_buffer(loop)[:READ_SIZE]
         self._client = _End(self, client, buffer)
         self._upstream = _UpstreamEnd(self, upstream, buffer)
         self._client.other, self._upstream.other = self._upstream, self._client
