@@ -18,15 +18,17 @@ from functools import lru_cache
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from api_gateway.config import load_config
-from api_gateway.diagnosis import ConfigError
-from api_gateway.operator_token import token_file
-
-try:
+try:  # first of all: locust patches ssl and sockets, which others import
+    import gevent
     from locust import FastHttpUser, constant_throughput, events, task
+    from locust.exception import StopUser
     from locust.stats import RequestStats
 except ModuleNotFoundError:
     raise SystemExit("load_test.py needs locust: pip install 'locust>=2.40,<3'") from None
+
+from api_gateway.config import load_config
+from api_gateway.diagnosis import ConfigError
+from api_gateway.operator_token import token_file
 
 PATH = os.environ.get("LOAD_TEST_PATH", "/api/users")
 OK, UNAUTHORIZED, TOO_MANY_REQUESTS = 200, 401, 429
@@ -72,7 +74,10 @@ class TierClient(FastHttpUser):  # type: ignore[misc]  # locust is untyped for s
                 return False
             if response.status_code != OK:
                 response.failure(f"not registered: {response.status_code} {response.text}")
-                self.environment.runner.quit()
+            is_registered = response.status_code == OK
+        if not is_registered:
+            gevent.spawn(self.environment.runner.quit)  # in a greenlet that it does not end
+            raise StopUser
         return True
 
     @task  # type: ignore[untyped-decorator]  # as above
@@ -138,6 +143,23 @@ def _count(name: str, response_time: float, response_length: int, response: Any,
     is_limited = getattr(response, "status_code", None) == TOO_MANY_REQUESTS
     stats = _failed if exception else _limited if is_limited else _allowed
     stats.log_request("GET", name, response_time, response_length)
+
+
+@events.init.add_listener  # type: ignore[untyped-decorator]  # as above
+def _set_the_clock(**_: Any) -> None:
+    """Have the time of the run begin now: gevent's clock stands still during imports, which the run would lack."""
+    gevent.get_hub().loop.update_now()
+
+
+@events.quitting.add_listener  # type: ignore[untyped-decorator]  # as above
+def _check(environment: Any, **_: Any) -> None:
+    """A run that sent nothing has failed, too."""
+    counts = (
+        stats.get(kind.__name__, "GET").num_requests for kind in CLASSES for stats in (_allowed, _limited, _failed)
+    )
+    if not any(counts):
+        sys.stderr.write("No request was sent: no client could register, or the run was too short.\n")
+        environment.process_exit_code = 1
 
 
 @events.quit.add_listener  # type: ignore[untyped-decorator]  # as above

@@ -8,6 +8,11 @@ GOING_AWAY = b"\x88\x02\x03\xe9"  # a close frame with status 1001, unmasked as 
 _CLOSE = 8
 _SHORT, _MASK_BIT, _MASK_SIZE = 2, 0x80, 4
 _LENGTH_BYTES = {126: 2, 127: 8}
+# How long a frame is by the second byte of its head; 0 where further bytes hold the length.
+_SIZES = [
+    0 if byte & 0x7F in _LENGTH_BYTES else _SHORT + (byte & 0x7F) + (_MASK_SIZE if byte & _MASK_BIT else 0)
+    for byte in range(256)
+]
 
 
 class FrameEdges:
@@ -16,8 +21,8 @@ class FrameEdges:
     __slots__ = ("_head", "_left", "has_closed")
 
     def __init__(self) -> None:
-        self._head = b""  # of a frame whose head is not complete
-        self._left = 0  # bytes of the payload still to come
+        self._head = b""  # of a frame whose length is not known yet
+        self._left = 0  # bytes of the frame still to come
         self.has_closed = False  # a close frame has come: nothing may follow it
 
     def __repr__(self) -> str:
@@ -30,52 +35,34 @@ class FrameEdges:
 
     def feed(self, data: bytes) -> None:
         """Follow what has been sent."""
-        self._walk(data, stop=False)
+        data = self._head + data
+        edge, last = self._left, len(data) - _SHORT
+        while edge <= last:  # once for each frame, of which a peer may send very many: so nothing is called
+            size = _SIZES[data[edge + 1]] or _long_size(data, edge)
+            if not size:
+                break
+            if data[edge] & 0x0F == _CLOSE:
+                self.has_closed = True
+            edge += size
+        self._head = data[edge:]
+        self._left = max(0, edge - len(data))
 
     def rest(self, data: bytes) -> int | None:
         """Return how much of `data` belongs to the frame that has begun, or None if all does and more is to come."""
-        return 0 if self.is_between else self._walk(data, stop=True)
-
-    def _walk(self, data: bytes, *, stop: bool) -> int | None:
-        """Return the offset of the first edge if asked to `stop` there."""
-        at, size = 0, len(data)
-        while at < size:
-            if self._left:
-                skipped = min(self._left, size - at)
-                self._left -= skipped
-                at += skipped
-            else:
-                at = self._read_head(data, at)
-            if stop and self.is_between:
-                return at
-        return None
-
-    def _read_head(self, data: bytes, at: int) -> int:
-        """Take the bytes of a head; return the offset behind them."""
-        head = self._head
-        while at < len(data):
-            wanted = _head_size(head)
-            if len(head) == wanted:
-                break
-            taken = data[at : at + wanted - len(head)]
-            head += taken
-            at += len(taken)
-        if len(head) == _head_size(head):
-            self._left, self._head = _payload_size(head), b""
-            self.has_closed |= head[0] & 0x0F == _CLOSE
-        else:
-            self._head = head
-        return at
+        at = 0
+        while self._head and at < len(data):
+            self.feed(data[at : at + 1])
+            at += 1
+        taken = min(self._left, len(data) - at)
+        self._left -= taken
+        return at + taken if self.is_between else None
 
 
-def _head_size(head: bytes) -> int:
-    """Return how long a head is, as far as its beginning tells."""
-    if len(head) < _SHORT:
-        return _SHORT
-    return _SHORT + _LENGTH_BYTES.get(head[1] & 0x7F, 0) + (_MASK_SIZE if head[1] & _MASK_BIT else 0)
-
-
-def _payload_size(head: bytes) -> int:
-    length = head[1] & 0x7F
-    more = _LENGTH_BYTES.get(length, 0)
-    return int.from_bytes(head[_SHORT : _SHORT + more], "big") if more else length
+def _long_size(data: bytes, edge: int) -> int:
+    """Return how long the frame at `edge` is, whose length has bytes of its own; 0 while they are not complete."""
+    second = data[edge + 1]
+    start = edge + _SHORT
+    end = start + _LENGTH_BYTES[second & 0x7F]
+    if end > len(data):
+        return 0
+    return end - edge + int.from_bytes(data[start:end], "big") + (_MASK_SIZE if second & _MASK_BIT else 0)

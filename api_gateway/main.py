@@ -12,8 +12,11 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import anyio._backends._asyncio  # noqa: F401 - else imported within the first request, on the event loop
 import httpx
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import iter_route_contexts
 
 from api_gateway import __version__, admin
 from api_gateway.admin import Console, Phase
@@ -153,6 +156,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
+        # In the framework's pool, which is set up by that: neither is left to the first request.
+        await run_in_threadpool(_build_routes, app)
         assembly = Assembly(rejections, transports or {}, resolve)
         async with app.noting_startup_error(), assembly.live(settings) as gateway:
             gateway.recorder.operator_refusals = app.gate.refusals
@@ -199,6 +204,12 @@ def __getattr__(name: str) -> Any:
         )
     globals()["app"] = app
     return app
+
+
+def _build_routes(app: FastAPI) -> None:
+    """Build the models of every endpoint's parameters and responses, which the framework does when first asked."""
+    for _ in iter_route_contexts(app.routes):
+        pass
 
 
 def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:

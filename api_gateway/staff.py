@@ -50,6 +50,7 @@ class Worker:
     ) -> None:
         """Kill it when, after its start, it has given no sign of life for `patience` seconds."""
         self.started = time.monotonic()
+        self._served_since = math.inf
         self.report = Report.blank(str(number))
         self.cut_off = 0  # requests that it could not end in its time to drain
         self.drains_within = math.inf  # seconds it has to end, once it is told to
@@ -80,6 +81,11 @@ class Worker:
     def has_served(self) -> bool:
         """Tell whether it has ever been ready."""
         return self._ready.done() and bool(self._ready.result())
+
+    @property
+    def has_served_for(self) -> float:
+        """The seconds since it was ready; 0 if it has never been: how long its start took says nothing of it."""
+        return max(0.0, time.monotonic() - self._served_since)
 
     async def wait(self) -> int:
         """Wait for its end and its last word; return the exit code, negative for a signal."""
@@ -186,6 +192,7 @@ class Worker:
             logger.error("%r has another monotonic clock: its windows cannot be added to the others'", self)
         if not self._ready.done():
             self._ready.set_result(is_shared)
+            self._served_since = time.monotonic()
 
     def _answer_later(self, answering: Coroutine[Any, Any, None]) -> None:
         answer = asyncio.create_task(answering, name="answer")

@@ -20,6 +20,7 @@ from api_gateway.config_watch import ConfigSource, ConfigWatch
 from api_gateway.demo import DemoUpstreams
 from api_gateway.embedded import EmbeddedStore, NoServer, find_server
 from api_gateway.errors import CUT_OFF, StartupError
+from api_gateway.held_signals import delivered
 from api_gateway.listening import Listeners, Sockets, leave_group
 from api_gateway.merging import merge
 from api_gateway.reload import ApplyError, Reloader, refused
@@ -37,7 +38,7 @@ REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say 
 ANSWER_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
 COMMIT_TIMEOUT = 5.0  # seconds for it to put that into force
-SETTLED = 5.0  # seconds of life after which a worker's end is not put down to its start
+SETTLED = 5.0  # seconds of service after which a worker's end is not put down to its start
 FIRST_DELAY, LONGEST_DELAY = 0.25, 10.0  # seconds before a worker is replaced that has ended soon after its start
 LEAVE_AFTER = 1.0  # seconds of such a delay from which on new connections go to the other workers
 
@@ -133,7 +134,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._wanted.put_nowait, self._reload_by_signal)
         loop.add_signal_handler(signal.SIGUSR2, self._wanted.put_nowait, self._roll)
         loop.add_signal_handler(signal.SIGUSR1, logger.warning, "SIGUSR1 is ignored")
-        with self._watchdog.on_duty():
+        with delivered(), self._watchdog.on_duty():
             self._watchdog.watch()
             async with self._stack:
                 await self._until_stopped(self._live())
@@ -267,9 +268,10 @@ class Supervisor:
                 continue
             self._ledger.strike(worker)
             lived = time.monotonic() - worker.started
-            post.failures = post.failures + 1 if lived < SETTLED else 0
+            post.failures = post.failures + 1 if worker.has_served_for < SETTLED else 0
             delay = delay_after(post.failures)
-            logger.error("%s ended with %d after %.1f s; another follows in %g s", worker, code, lived, delay)
+            how = f"code {code}" if code >= 0 else f"signal {-code}"
+            logger.error("%s exited (%s) after %.1f s, restarting in %g s", worker, how, lived, delay)
             if delay >= LEAVE_AFTER:
                 leave_group(post.sockets)
             await asyncio.sleep(delay)

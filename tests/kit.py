@@ -21,7 +21,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.locality import LoopbackRule
 from api_gateway.server import GatewayServer
 
-PATIENCE = 10.0  # seconds a scene may take to come about before a test gives up
+PATIENCE = 30.0  # seconds a scene may take to come about before a test gives up
 START_PATIENCE = 45.0  # seconds a gateway may take to start: imports take long on a busy machine
 
 

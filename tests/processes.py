@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.kit import PATIENCE, Answer, ask, eventually
+from tests.kit import Answer, ask, eventually
 
 ROOT = Path(__file__).parent.parent
 START = 60.0  # seconds a start may take on a busy machine
@@ -62,8 +62,10 @@ class Running:
 
     def ask(self, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> Answer:
         """Ask as an operator, with the generated token: this process serves others, and so is not local."""
-        url = self.url  # once it listens, there is a token
-        (token,) = (file.read_text().strip() for file in self.stdout.parent.rglob("operator-token"))
+        url = self.url
+        eventually(lambda: "Operator token in " in self.output, "it names its token", START)
+        (file,) = re.findall(r"^Operator token in (.+)$", self.output, re.MULTILINE)
+        token = (self.stdout.parent / file).read_text().strip()
         return ask(f"{url}{path}", headers={"Authorization": f"Bearer {token}"} | (headers or {}), **options)
 
     def signal(self, number: int) -> None:
@@ -72,7 +74,7 @@ class Running:
 
     def exit_code(self) -> int:
         """Wait for its end."""
-        return self.popen.wait(PATIENCE)
+        return self.popen.wait(START)
 
     def terminate(self) -> int:
         """Ask it to stop and wait for its end."""

@@ -312,6 +312,45 @@ async def hammer(
     return sorted(seen, key=lambda one: one[0])
 
 
+class Lateness:
+    """How late the running loop is, by a timer of its own: what a busy machine, or the test itself, keeps it from.
+
+    That the product does not hold the loop is another test's concern; see `loop_watch`.
+    """
+
+    PAUSE = 0.005
+
+    def __init__(self) -> None:
+        self._turns: list[tuple[float, float]] = []  # when the timer was due, and when it ran
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="lateness")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        while True:
+            due = time.monotonic() + self.PAUSE
+            await asyncio.sleep(self.PAUSE)
+            self._turns.append((due, time.monotonic()))
+
+    def longest(self, seen: list[tuple[float, float, Decision]]) -> float:
+        """Return the longest that a decision took, without the time for which the loop was late meanwhile."""
+        return max(came - begun - self._between(begun, came) for begun, came, _ in seen)
+
+    @property
+    def total(self) -> float:
+        """Return for how long it was late in all."""
+        return sum(ran - due for due, ran in self._turns)
+
+    def _between(self, begun: float, came: float) -> float:
+        return sum(max(0.0, min(ran, came) - max(due, begun)) for due, ran in self._turns)
+
+
 def burst_of(seen: list[tuple[float, float, Decision]], rate: float, cost: float = 1) -> float:
     """Return the most that was admitted in any window beyond `rate` times its length.
 

@@ -21,7 +21,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
 
 def run(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=50, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, check=False)
 
 
 def test_it_prints_what_each_class_sent_and_got(demo: RunningGateway, tmp_path: Path) -> None:

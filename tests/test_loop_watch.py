@@ -87,6 +87,49 @@ def test_a_gateway_in_a_process_of_its_own_is_watched_too(
     assert "asleep" in found
 
 
+FIRST_REQUESTS: dict[str, dict[str, Any]] = {
+    "/metrics": {},
+    "/clients/x/tier": {"method": "POST", "body": b'{"tier": "premium"}'},
+    "/circuit-breakers": {},
+    "/clients/x": {},
+    "/explain": {"method": "POST", "body": b'{"client_id": "x", "path": "/api/up"}'},
+    "/health": {},
+    "/openapi.json": {},
+    "/docs": {},
+}
+
+
+def test_first_requests_to_operator_endpoints_neither_hold_the_loop_nor_set_up_the_framework(tmp_path: Path) -> None:
+    """What is set up while it serves is noted: modules that are loaded, and models of parameters that are built."""
+    program = tmp_path / "noting.py"
+    program.write_text(
+        "import sys, threading\n"
+        "import pydantic\n"
+        "from api_gateway import cli, server\n"
+        "def note(what):\n"
+        "    if serves and threading.current_thread() is threading.main_thread():\n"
+        "        sys.stderr.write(f'late: {what}\\n')\n"
+        "serves = []\n"
+        "announce = server.GatewayServer.announce\n"
+        "server.GatewayServer.announce = lambda self: (announce(self), serves.append(True))\n"
+        "build = pydantic.TypeAdapter.__init__\n"
+        "def noted(self, *given, **options):\n"
+        "    note(given)\n"
+        "    build(self, *given, **options)\n"
+        "pydantic.TypeAdapter.__init__ = noted\n"
+        "sys.addaudithook(lambda event, given: event == 'import' and note(given[0]))\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    config = config_file(tmp_path, "http://127.0.0.1:9")
+    with process(str(program), "--config", config, "--port", "0", cwd=tmp_path) as running:
+        for path, request in FIRST_REQUESTS.items():
+            headers = {"Content-Type": "application/json"} if "body" in request else {}
+            assert running.ask(path, headers=headers, **request).status == 200, path
+        assert running.terminate() == 0
+    assert reports_of_processes() == []
+    assert "late: " not in running.errors
+
+
 def test_many_short_callbacks_and_a_busy_machine_are_no_finding(
     gateway: Start, upstream: Callable[..., RawUpstream], loop_reports: list[str]
 ) -> None:

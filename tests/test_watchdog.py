@@ -121,7 +121,7 @@ def test_a_worker_whose_loop_is_blocked_is_replaced(start: Start) -> None:
         eventually(lambda: len(set(workers_of(running)) - {before[0]}) == 2, "another follows", within=SLACK)
         eventually(lambda: serves(port), "the gateway serves", within=SLACK)
         assert "the event loop has been blocked for 2 s" in running.errors
-        eventually(lambda: f"ended with {BLOCKED}" in running.errors, "the supervisor says so")
+        eventually(lambda: f"exited (code {BLOCKED})" in running.errors, "the supervisor says so")
         running.signal(signal.SIGTERM)
         assert running.popen.wait(SLACK) == 0
 
