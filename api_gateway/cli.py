@@ -5,6 +5,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from api_gateway.config_rules import Finding, doubts
 from api_gateway.config_watch import ConfigSource
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
+from api_gateway.held_signals import hold
 from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
 from api_gateway.start_check import file_obstacles, obstacles, passing_doubts
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gateway, or only check its configuration. Returns the exit code: 0, or 3 when it cannot start."""
+    if threading.current_thread() is threading.main_thread():
+        hold()
     with redirected():
         return _run(_parsed(arguments))
 

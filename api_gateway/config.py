@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dotenv import dotenv_values
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -37,7 +36,7 @@ from api_gateway.config_sections import (
     UpstreamSection,
 )
 from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml, without_passwords
-from api_gateway.environment import read_environment
+from api_gateway.environment import broken_lines, read_env_file, read_environment
 from api_gateway.secret import Unusable
 from api_gateway.state_folder import StateError, default_state_dir
 
@@ -183,6 +182,7 @@ def read_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     """Do as `load_config`, and keep where each value came from."""
     variables = _variables()
     environment, problems = read_environment(variables, ENV_PREFIX, GatewayConfig)
+    problems += broken_lines(ENV_FILE, ENV_PREFIX)
     chosen = config_path(path)
     try:
         file = NO_FILE if chosen is None else read_yaml(chosen)
@@ -250,7 +250,7 @@ def _emptiness(merged: Mapping[str, Any], sources: Sources) -> Iterator[str]:
 
 
 def _variables() -> dict[str, str | None]:
-    return {name.upper(): value for name, value in (*dotenv_values(ENV_FILE).items(), *os.environ.items())}
+    return {name.upper(): value for name, value in (*read_env_file(ENV_FILE).items(), *os.environ.items())}
 
 
 def _of_environment() -> tuple[dict[str, Any], ...]:

@@ -3,15 +3,44 @@
 A message names the variable and never quotes its text.
 """
 
+import io
 import json
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_origin
 
+from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BaseModel
 
 from api_gateway.diagnosis import Place, spelt, type_at, unwrapped
 
 _DELIMITER = "__"
+
+
+def read_env_file(path: str) -> dict[str, str | None]:
+    """Return the variables in a file of NAME=value lines, none if there is no such file.
+
+    Lines that are no such statement are skipped, see `broken_lines`; the library's own warnings name no file.
+    """
+    library = logging.getLogger("dotenv.main")
+    before, library.disabled = library.disabled, True
+    try:
+        return dotenv_values(path)
+    finally:
+        library.disabled = before
+
+
+def broken_lines(path: str, prefix: str) -> list[str]:
+    """Return a message for each line of the file that seems to be a setting and cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    broken = [binding.original for binding in parse_stream(io.StringIO(text)) if binding.error]
+    lines = [one.line + one.string.count("\n", 0, one.string.find(prefix)) for one in broken if prefix in one.string]
+    return [f"{path}:{line}: cannot be read; write NAME=value, with both quotes or none" for line in lines]
 
 
 def read_environment(

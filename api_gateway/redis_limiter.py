@@ -142,8 +142,8 @@ class RedisLimiter:
 
     @property
     def mode(self) -> Source:
-        """What decisions rest on now: the store, or (on a cluster: some of them) the policy for when it is away."""
-        return "store" if self.dispatcher.is_whole else self.policy
+        """What decisions (on a cluster: some of them) rest on: the store, or the policy for when it cannot be used."""
+        return "store" if self.dispatcher.is_whole and self._write_refusal is None else self.policy
 
     def state(self) -> LimiterState:
         """See `RateLimiter`."""

@@ -26,6 +26,7 @@ from api_gateway.config_watch import ConfigSource, ConfigWatch
 from api_gateway.crew import Alone, Crew
 from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
+from api_gateway.held_signals import delivered
 from api_gateway.listening import Listeners, Sockets
 from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.locality import Locality
@@ -215,7 +216,7 @@ class GatewayServer(uvicorn.Server):
             return
         before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
         try:
-            with self._watchdog.on_duty():
+            with delivered(), self._watchdog.on_duty():
                 yield
         finally:
             for number, previous in before.items():

@@ -20,6 +20,7 @@ from api_gateway.config_watch import ConfigSource, ConfigWatch
 from api_gateway.demo import DemoUpstreams
 from api_gateway.embedded import EmbeddedStore, NoServer, find_server
 from api_gateway.errors import CUT_OFF, StartupError
+from api_gateway.held_signals import delivered
 from api_gateway.listening import Listeners, Sockets, leave_group
 from api_gateway.merging import merge
 from api_gateway.reload import ApplyError, Reloader, refused
@@ -133,7 +134,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._wanted.put_nowait, self._reload_by_signal)
         loop.add_signal_handler(signal.SIGUSR2, self._wanted.put_nowait, self._roll)
         loop.add_signal_handler(signal.SIGUSR1, logger.warning, "SIGUSR1 is ignored")
-        with self._watchdog.on_duty():
+        with delivered(), self._watchdog.on_duty():
             self._watchdog.watch()
             async with self._stack:
                 await self._until_stopped(self._live())
@@ -269,7 +270,8 @@ class Supervisor:
             lived = time.monotonic() - worker.started
             post.failures = post.failures + 1 if worker.has_served_for < SETTLED else 0
             delay = delay_after(post.failures)
-            logger.error("%s ended with %d after %.1f s; another follows in %g s", worker, code, lived, delay)
+            how = f"code {code}" if code >= 0 else f"signal {-code}"
+            logger.error("%s exited (%s) after %.1f s, restarting in %g s", worker, how, lived, delay)
             if delay >= LEAVE_AFTER:
                 leave_group(post.sockets)
             await asyncio.sleep(delay)

@@ -1,8 +1,9 @@
 """Ends a process whose event loop is blocked, or that does not end in time after a stop signal.
 
 A thread of its own looks at the loop a few times a second. It counts its own looks and not seconds, so that a process
-that was stopped (SIGSTOP) or throttled is not ended for it: neither it nor the loop has run meanwhile. Nothing of this
-is on the path of a request.
+that was stopped (SIGSTOP) or throttled is not ended for it: neither it nor the loop has run meanwhile. While the
+loop's thread could run and gets no processor, a look counts for as much of its time as that thread has run. Nothing of
+this is on the path of a request.
 
 Two cases need more than a thread:
 
@@ -25,6 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 from api_gateway.output import process_output
 
@@ -65,13 +67,14 @@ class Watchdog:
         self._looks_to_block = math.ceil(patience / self._pause)
         self._loop: asyncio.AbstractEventLoop | None = None  # while it is watched
         self._main = threading.main_thread().ident or 0
-        self._silent = 0  # looks since the loop was last seen to turn
+        self._silent = 0.0  # looks since the loop was last seen to turn, less what it waited for a processor
+        self._ran = 0.0  # seconds that the loop's thread has run, ever
         self._is_heard = True
         self._looks_left = math.inf  # until the process must have ended
         self._has_timer = False
 
     def __repr__(self) -> str:
-        state = "idle" if self._loop is None else f"{self._silent} looks without a turn of the loop"
+        state = "idle" if self._loop is None else f"{self._silent:g} looks without a turn of the loop"
         return f"<Watchdog [{state}, {self._looks_left} looks to the end]>"
 
     @contextlib.contextmanager
@@ -133,8 +136,9 @@ class Watchdog:
         self._put_timer_off()
         self._looks_left -= 1
         loop = self._loop
+        ran_before, (self._ran, is_runnable) = self._ran, scheduling_of(threading.main_thread())
         if loop is not None and not self._is_heard:
-            self._silent += 1
+            self._silent += min(1.0, (self._ran - ran_before) / self._pause) if is_runnable else 1
         elif loop is not None:
             self._silent, self._is_heard = 0, False
             with contextlib.suppress(RuntimeError):  # it is closed
@@ -176,3 +180,16 @@ class Watchdog:
     def _put_timer_off(self) -> None:
         if self._has_timer:
             signal.setitimer(signal.ITIMER_PROF, self._patience + NATIVE_MARGIN)
+
+
+def scheduling_of(thread: threading.Thread) -> tuple[float, bool]:
+    """Return the seconds that a thread of this process has run, and whether it runs or waits for a processor.
+
+    Linux tells them (proc(5): `schedstat`, `stat`); elsewhere a thread counts as one that waits for something else.
+    """
+    folder = Path(f"/proc/self/task/{thread.native_id}")
+    try:
+        state = (folder / "stat").read_text(errors="replace").rpartition(") ")[2][:1]
+        return int((folder / "schedstat").read_text("ascii").split()[0]) / 1e9, state == "R"
+    except (OSError, ValueError, IndexError):
+        return 0.0, False

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "state_folder",
         "secret",
         "lifeline",
+        "held_signals",
         "output",
         "pacing",
         "frames",

@@ -10,7 +10,7 @@ import pytest
 
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, reply
 from tests.kit import RawRequest as Request
-from tests.processes import WAYS, config_file, process
+from tests.processes import ROOT, WAYS, config_file, process
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
@@ -170,3 +170,23 @@ def test_a_tier_survives_kill_9(tmp_path: Path) -> None:
     with process(*way, cwd=tmp_path) as running:
         view = running.ask("/clients/survivor").json()
     assert (view["tier"]["name"], view["source"]) == ("BASIC", "registered")
+
+
+def test_no_request_imports_anything(tmp_path: Path) -> None:
+    """An import reads files, on the event loop of everybody's requests."""
+    with process("-X", "importtime", *WAYS["python -m"], cwd=tmp_path, PYTHONPATH=str(ROOT)) as running:
+        eventually(lambda: ask(f"{running.url}/readyz").status == 200, "it serves")
+        (token,) = (file.read_text().strip() for file in tmp_path.rglob("operator-token"))
+        operator = {"Authorization": f"Bearer {token}"}
+        before = len(running.errors.splitlines())
+        for path in (
+            "/api/users",
+            "/circuit-breakers",
+            "/health",
+            "/metrics",
+            "/metrics/latency",
+            "/clients",
+            "/docs",
+        ):
+            assert ask(f"{running.url}{path}", headers=operator).status == 200
+        assert [line for line in running.errors.splitlines()[before:] if line.startswith("import time:")] == []

@@ -148,6 +148,18 @@ def test_a_wrong_value_of_the_env_file_is_told_as_such(tmp_path: Path) -> None:
         load_config()
 
 
+def test_a_setting_of_the_env_file_that_cannot_be_read_is_a_mistake_and_is_not_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be skipped: a token with one quote is no token."""
+    text = f'other words\nGATEWAY_SERVER__PORT=9000\n\nGATEWAY_ADMIN__TOKEN="{SECRET}\n'
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config()
+    assert caught.value.problems == [".env:4: cannot be read; write NAME=value, with both quotes or none"]
+    assert caplog.text == ""
+
+
 def test_a_wrong_value_within_a_variable_of_json_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_SERVER", '{"port": "many"}')
     with pytest.raises(ConfigError, match=r"^environment GATEWAY_SERVER: server\.port: .*'many'$"):

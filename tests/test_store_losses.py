@@ -169,10 +169,11 @@ def test_a_store_that_refuses_writes_is_a_warning_in_the_log_and_at_health(
     store.admin.execute_command(*refuse)
     eventually(lambda: health()["status"] == "warn", "it is noticed")
     eventually(lambda: word in (health()["limits"]["warning"] or ""), "the refusal is shown")
+    assert health()["limits"]["mode"] == "local_share", "what decisions rest on now"
     assert caplog.text.count("the store refuses writes") == 1
     store.admin.execute_command(*accept)
     eventually(lambda: health()["status"] == "pass", "it is mended")
-    assert health()["limits"]["warning"] is None
+    assert (health()["limits"]["warning"], health()["limits"]["mode"]) == (None, "store")
     assert caplog.text.count("the store takes writes again") == 1
 
 

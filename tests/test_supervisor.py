@@ -80,8 +80,10 @@ async def test_a_worker_that_is_slow_to_start_is_not_taken_to_hang() -> None:
         worker = Worker(1, cast("Any", process), streams, nothing, nothing, patience)
         await asyncio.sleep(3 * patience)
         assert not process.is_killed.is_set()
+        assert worker.has_served_for == 0
         theirs.sendall(encode("ready", clock=time.monotonic()))
         assert await worker.is_ready(10)
+        assert worker.has_served_for <= time.monotonic() - worker.started - 3 * patience, "its start does not count"
         async with asyncio.timeout(10):
             await process.is_killed.wait()
     await asyncio.wait({worker._listening})

@@ -6,6 +6,7 @@ A signal handler blocks the loop, as it runs in the loop's thread; `sitecustomiz
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -120,7 +121,7 @@ def test_a_worker_whose_loop_is_blocked_is_replaced(start: Start) -> None:
         eventually(lambda: len(set(workers_of(running)) - {before[0]}) == 2, "another follows", within=SLACK)
         eventually(lambda: serves(port), "the gateway serves", within=SLACK)
         assert "the event loop has been blocked for 2 s" in running.errors
-        eventually(lambda: f"ended with {BLOCKED}" in running.errors, "the supervisor says so")
+        eventually(lambda: f"exited (code {BLOCKED})" in running.errors, "the supervisor says so")
         running.signal(signal.SIGTERM)
         assert running.popen.wait(SLACK) == 0
 
@@ -179,6 +180,44 @@ def test_a_stop_signal_ends_a_supervisor_that_hangs(start: Start) -> None:
         running.signal(signal.SIGTERM)
         assert running.popen.wait(DRAIN + MARGIN + SLACK) == CUT_OFF
         eventually(lambda: not any(map(is_alive, workers)), "its workers end, too", within=DRAIN + MARGIN + SLACK)
+
+
+STARVED = """
+import asyncio, os, sys, threading
+from api_gateway.watchdog import Watchdog
+
+async def main():
+    dog = Watchdog(0.5, 1000, blocked=5, overdue=4)
+    with dog.on_duty():
+        dog.watch()
+        print("watching", flush=True)
+        processor = {int(sys.argv[1])}
+        os.sched_setaffinity(threading.get_native_id(), processor)
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        while True:
+            await asyncio.sleep(0.01)
+
+asyncio.run(main())
+"""
+GREEDY = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel keeps no times of waiting")
+def test_a_loop_that_gets_no_processor_is_not_blocked(tmp_path: Path) -> None:
+    """Its thread has the lowest priority there is, on a processor that four other processes want all of."""
+    processor = str(min(os.sched_getaffinity(0)))
+    greedy: list[subprocess.Popen[bytes]] = []
+    with process("-c", STARVED, processor, cwd=tmp_path) as running:
+        try:
+            eventually(lambda: "watching" in running.output, "it watches", within=SLACK)
+            greedy += (subprocess.Popen([sys.executable, "-c", GREEDY, processor]) for _ in range(4))
+            with pytest.raises(subprocess.TimeoutExpired):
+                running.popen.wait(6)
+        finally:
+            for one in greedy:
+                one.kill()
+                one.wait()
+    assert "blocked" not in running.errors
 
 
 def test_a_report_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
