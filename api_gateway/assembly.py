@@ -32,7 +32,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
 from api_gateway.guarded import GuardedTransport
-from api_gateway.heap import keep_trimmed
+from api_gateway.heap import trimmed
 from api_gateway.lag import LagSampler
 from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.metrics import Recorder
@@ -147,8 +147,7 @@ class Assembly:
             self._begin_upkeep(gateway.upstreams)
             closing = asyncio.create_task(self._keep_closing(), name="retired transports")
             stack.push_async_callback(_cancelled, closing)
-            trimming = asyncio.create_task(keep_trimmed(), name="heap")
-            stack.push_async_callback(_cancelled, trimming)
+            stack.enter_context(trimmed())
             sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
             sampler.start()
             stack.callback(sampler.stop)

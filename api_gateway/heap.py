@@ -5,9 +5,11 @@ process until `malloc_trim` is called, which needs up to some 20 ms for a heap o
 only for a good deal of memory that has stayed free for a while. Other C libraries return memory by themselves.
 """
 
-import asyncio
 import ctypes
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +50,32 @@ class Heap:
         self._trim(0)
 
 
-async def keep_trimmed(every: float = EVERY, worth: int = WORTH) -> None:
-    """Trim the heap whenever at least `worth` bytes were free at two looks in a row, `every` seconds apart."""
+def keep_trimmed(stopped: threading.Event, every: float = EVERY, worth: int = WORTH) -> None:
+    """Trim the heap whenever at least `worth` bytes were free at two looks in a row, `every` seconds apart.
+
+    Blocks until `stopped` is set.
+    """
     try:
         heap = Heap()
     except OSError as error:
         logger.debug("%s", error)
         return
     before = 0
-    while True:
-        await asyncio.sleep(every)
-        free = await asyncio.to_thread(heap.free)
+    while not stopped.wait(every):
+        free = heap.free()
         if min(before, free) >= worth:
-            await asyncio.to_thread(heap.trim)
+            heap.trim()
             free = 0
         before = free
+
+
+@contextmanager
+def trimmed() -> Iterator[None]:
+    """Keep the heap trimmed, in a thread of its own."""
+    stopped = threading.Event()
+    thread = threading.Thread(target=keep_trimmed, args=(stopped,), name="heap", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()

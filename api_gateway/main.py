@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-import anyio._backends._asyncio  # noqa: F401 - else imported within the first request, on the event loop
 import httpx
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool

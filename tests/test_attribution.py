@@ -521,6 +521,7 @@ def test_the_limit_of_open_files_is_raised_and_its_end_is_503(upstream: StartUps
         shown = running.ask("/health").json()["upstreams"]["up"]
         assert (shown["status"], shown["targets"][0]["healthy"]) == ("pass", True)
         assert running.ask("/circuit-breakers").json()["circuit_breakers"]["up"]["opened_total"] == 0
+        eventually(lambda: "refused for this" in running.errors, "it is logged")
         assert running.errors.count("refused for this") == 1
 
 

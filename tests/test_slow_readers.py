@@ -1,6 +1,5 @@
 """What a client that does not read its response costs: at most 256 KiB of memory, which is returned afterwards."""
 
-import asyncio
 import re
 import socket
 import sys
@@ -114,35 +113,40 @@ def test_a_client_that_does_not_read_costs_256_kib_at_most_and_they_are_returned
     eventually(lambda: resident(gateway) < allowed, "the memory is returned", within=40)
 
 
-async def test_the_heap_is_trimmed_when_much_has_been_free_at_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heap_is_trimmed_when_much_has_been_free_at_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([10, 100, 5, 100, 100, 100, 5])
-    done = asyncio.Event()
+    stopped = threading.Event()
     trimmed = []
 
     class Counted:
         def free(self) -> int:
             self.seen = next(looks, None)
             if self.seen is None:
-                done.set()
+                stopped.set()
             return self.seen or 0
 
         def trim(self) -> None:
             trimmed.append(self.seen)
 
     monkeypatch.setattr(heap, "Heap", Counted)
-    task = asyncio.create_task(heap.keep_trimmed(every=0, worth=50))
-    await asyncio.wait_for(done.wait(), 10)
-    task.cancel()
-    await asyncio.wait({task})
+    heap.keep_trimmed(stopped, every=0, worth=50)
     assert trimmed == [100]  # once behind two looks, and then only after two more
 
 
-async def test_a_c_library_that_cannot_be_asked_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_c_library_that_cannot_be_asked_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise OSError("the C library cannot trim its heap")
 
     monkeypatch.setattr(heap, "Heap", refuse)
-    await asyncio.wait_for(heap.keep_trimmed(every=3600), 5)
+    heap.keep_trimmed(threading.Event(), every=3600)  # returns at once
+
+
+def test_the_thread_ends_with_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+    with heap.trimmed():
+        (thread,) = set(threading.enumerate()) - before
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
