@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from api_gateway.operator_token import token_file
 from benchmarks.load import percentile
 from benchmarks.processes import free_port, running
 
@@ -246,17 +247,18 @@ async def measure(name: str, seconds: float, settling: float, calm: float, folde
         await crowd.settle(quiet)
         await crowd.offer(1, settling, unseen)
         await crowd.offer(1, seconds, loaded)
-        limit = await _limit(port)
+        limit = await _limit(port, token_file(folder / "state").read_text().strip())
         await crowd.settle(loaded)
         crowd.close()
         await loop.run_in_executor(None, stack.close)
     return Found(name, quiet, loaded, seconds, limit)
 
 
-async def _limit(port: int) -> float | None:
-    """Return the limit as the gateway tells it."""
+async def _limit(port: int, token: str) -> float | None:
+    """Return the limit as the gateway shows it to the holder of its token."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+    fields = f"Host: 127.0.0.1\r\nAuthorization: Bearer {token}\r\nConnection: close"
+    writer.write(f"GET /health HTTP/1.1\r\n{fields}\r\n\r\n".encode())
     body = (await reader.read()).partition(b"\r\n\r\n")[2]
     writer.close()
     limit: float | None = json.loads(body)["upstreams"]["up"]["concurrency"]["limit"]
