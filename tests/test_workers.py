@@ -310,7 +310,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_falls(up: RawUpstrea
         assert not falls
         assert running.total() <= len(load.answered) + len(load.failures)
         assert running.workers["gateway worker 3"] == before["gateway worker 3"]
-        assert running.errors.count("another follows") == 2
+        assert running.errors.count("restarting in") == 2
 
 
 def test_a_worker_that_hangs_is_ended_and_replaced(up: RawUpstream, tmp_path: Path) -> None:
@@ -335,8 +335,8 @@ def test_a_worker_that_dies_again_and_again_is_started_less_and_less_often(up: R
             pid = running.workers["gateway worker 2"]
             kill(pid)
             count = len(delays) + 1
-            eventually(lambda: running.errors.count("another follows") == count, "it is noticed")  # noqa: B023
-            delays = re.findall(r"another follows in (\S+) s", running.errors)
+            eventually(lambda: running.errors.count("restarting in") == count, "it is noticed")  # noqa: B023
+            delays = re.findall(r"restarting in (\S+) s", running.errors)
             assert len(delays) < 5, delays
             if "1" not in delays:
                 eventually(lambda: running.workers.get("gateway worker 2", pid) != pid, "it is replaced")  # noqa: B023
