@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "held_signals",
         "output",
         "pacing",
+        "send_queue",
         "frames",
         "id_filter",
         "local_resources",
