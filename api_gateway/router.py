@@ -587,4 +587,4 @@ def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
     """
     has_cost = exchange.has_reached or (exchange.has_begun and not deadline.blames_upstream)
     kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout
-    return kind(deadline.words(), extra={"deadline": deadline.source})
+    return kind(deadline.words(), extra={"deadline_source": deadline.source})

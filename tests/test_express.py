@@ -193,7 +193,7 @@ def test_upstream_client_and_record_cannot_tell_it_from_the_ordinary_way(
     eventually(lambda: len(done) == 2, "both end")
     for name in ("method", "path", "peer", "client", "route", "upstream", "target", "cost", "attempts"):
         assert getattr(done[0], name) == getattr(done[1], name), name
-    for name in ("status", "source", "reason", "detail", "bytes_in", "bytes_out"):
+    for name in ("status", "source", "reason", "detail", "bytes_received", "bytes_sent"):
         assert getattr(done[0], name) == getattr(done[1], name), name
     assert all(exchange.started <= exchange.sent_at <= exchange.head_at <= exchange.finished for exchange in done)  # type: ignore[operator]  # they are set
     assert done[0].decision is not None
@@ -515,8 +515,8 @@ def test_slow_answers_open_the_breaker_on_either_way(
         statuses = [client.get(headers=(f"X-Request-ID: slow-{number}", *header)).status for number in range(3)]
         assert statuses == [200, 200, 503]
     (move,) = ask(f"{running.url}/circuit-breakers/up/history").json()["history"]
-    assert move["cause"] == "2 of the last 2 calls took 0.05 s or longer"
-    assert (move["window_calls"], move["window_failures"], move["window_slow"]) == (2, 0, 2)
+    assert move["detail"] == "2 of the last 2 calls took 0.05 s or longer"
+    assert (move["window_calls"], move["window_failures"], move["window_slow_calls"]) == (2, 0, 2)
     assert [(call["request_id"], call["route"]) for call in move["last_failures"]] == [
         ("slow-1", "all"),
         ("slow-0", "all"),
