@@ -46,7 +46,6 @@ from api_gateway.service import Service
 from api_gateway.state_folder import own_folder
 from api_gateway.tasks import end
 from api_gateway.transport import UpstreamTransport
-from api_gateway.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +83,6 @@ class Gateway:
     def services(self) -> dict[str, Service]:
         """How to send to each upstream."""
         return {name: live.service for name, live in self.upstreams.items()}
-
-    @property
-    def upkeeps(self) -> dict[str, Upkeep]:
-        """The checks and names of each upstream."""
-        return {name: live.upkeep for name, live in self.upstreams.items()}
 
 
 @dataclass(frozen=True, slots=True)

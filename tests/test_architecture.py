@@ -147,6 +147,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 SIBLINGS = {
+    ("local_resources", "errors"),
     ("reload_bodies", "models"),
     ("upstream_bodies", "reload_bodies"),
     ("reload", "config_changes"),
