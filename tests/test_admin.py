@@ -313,7 +313,7 @@ def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> No
         "configuration",
     } == set(full)
     assert full["store"]["decision_source"] == "memory"
-    assert full["clients"] == {"status": "pass", "error": None}
+    assert full["client_store"] == {"status": "pass", "error": None}
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,11 @@ def test_what_fails_is_ejected_and_the_view_says_why(
     found = view(running, bad)
     passive = found["passive"]
     assert (found["healthy"], found["active"]) == (None, None)
-    assert (passive["breaker"], passive["ejected"], passive["ejections_total"]) == ("OPEN", True, 1)
+    assert (passive["circuit_breaker"], passive["ejected"], passive["ejections_total"]) == ("OPEN", True, 1)
     assert passive["last_opened"]["detail"] == f"2 consecutive failures; last: {cause}"
     assert 50 < passive["next_probe_in_seconds"] <= 60
     assert passive["not_ejected_detail"] is None
-    assert view(running, good.url)["passive"]["breaker"] == "CLOSED"
+    assert view(running, good.url)["passive"]["circuit_breaker"] == "CLOSED"
     assert ask(f"{running.url}/health").json()["status"] == "warn"
     shown = ask(f"{running.url}/circuit-breakers").json()
     assert shown["circuit_breakers"]["up"]["state"] == "CLOSED"
@@ -98,7 +98,7 @@ def test_the_last_in_rotation_stays_and_the_view_says_so(gateway: StartGateway, 
     assert statuses(running, 3) == [500, 500, 503]
     assert view(running, first.url)["passive"]["ejected"]
     passive = view(running, last.url)["passive"]
-    assert (passive["breaker"], passive["ejected"]) == ("CLOSED", False)
+    assert (passive["circuit_breaker"], passive["ejected"]) == ("CLOSED", False)
     assert passive["not_ejected_detail"].startswith("Its last failures in a row (2) did not count towards ejection")
 
 
@@ -132,7 +132,7 @@ def test_a_client_sees_nothing_of_a_target_that_went_away(
     bad.behave = reply(b"back")
     time.sleep(0.25)
     assert statuses(running, 8) == [200] * 8
-    assert view(running, bad.url)["passive"]["breaker"] == "CLOSED"
+    assert view(running, bad.url)["passive"]["circuit_breaker"] == "CLOSED"
     assert f"target {bad.url} returns: 1 probes succeeded" in caplog.text
 
 

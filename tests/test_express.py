@@ -193,7 +193,7 @@ def test_upstream_client_and_record_cannot_tell_it_from_the_ordinary_way(
     eventually(lambda: len(done) == 2, "both end")
     for name in ("method", "path", "peer", "client", "route", "upstream", "target", "cost", "attempts"):
         assert getattr(done[0], name) == getattr(done[1], name), name
-    for name in ("status", "source", "reason", "detail", "bytes_received", "bytes_sent"):
+    for name in ("status", "source", "reason", "detail", "bytes_in", "bytes_out"):
         assert getattr(done[0], name) == getattr(done[1], name), name
     assert all(exchange.started <= exchange.sent_at <= exchange.head_at <= exchange.finished for exchange in done)  # type: ignore[operator]  # they are set
     assert done[0].decision is not None
@@ -521,7 +521,7 @@ def test_slow_answers_open_the_breaker_on_either_way(
         ("slow-1", "all"),
         ("slow-0", "all"),
     ]
-    assert all(0.1 <= call["duration"] < PATIENCE for call in move["last_failures"])
+    assert all(0.1 <= call["duration_seconds"] < PATIENCE for call in move["last_failures"])
     assert "circuit breaker up: CLOSED -> OPEN: 2 of the last 2 calls took" in caplog.text
 
 
@@ -546,7 +546,7 @@ def test_a_failure_is_written_down_alike_on_either_way(
         ("r-1", "all", "upstream_reset within the body"),
         ("r-0", "all", "status 500"),
     ]
-    assert all(0 <= call["duration"] < PATIENCE for call in move["last_failures"])
+    assert all(0 <= call["duration_seconds"] < PATIENCE for call in move["last_failures"])
 
 
 BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["straight", "ordinary"])

@@ -359,6 +359,6 @@ def test_a_resolved_target_is_checked_at_its_address_by_its_name(places: Places,
         assert bad["configured_url"] == f"http://users.test:{places.port}"
         assert bad["active"]["last_error"] == "status 503"
         shown = get(f"{running.url}/circuit-breakers").json()["targets"]["up"]
-        assert shown[f"{bad['name']} ({bad['url']})"]["active"]["result"] == "status 503"
+        assert shown[f"{bad['configured_url']} ({bad['url']})"]["active"]["result"] == "status 503"
     asked = {host for request in places.of["127.0.0.2"].requests for host in request.all("host")}
     assert asked == {f"users.test:{places.port}".encode()}
