@@ -46,7 +46,6 @@ from api_gateway.service import UpstreamClient
 from api_gateway.state_folder import own_folder
 from api_gateway.tasks import cancel_and_wait
 from api_gateway.transport import UpstreamTransport
-from api_gateway.upkeep import UpstreamMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +83,6 @@ class Gateway:
     def services(self) -> dict[str, UpstreamClient]:
         """How to send to each upstream."""
         return {name: live.service for name, live in self.upstreams.items()}
-
-    @property
-    def upkeeps(self) -> dict[str, UpstreamMonitor]:
-        """The checks and names of each upstream."""
-        return {name: live.upkeep for name, live in self.upstreams.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from api_gateway.models import HeaderList
 from api_gateway.outgoing import LeanRequest, length_of, render_request_head
 from api_gateway.pool import Pool
 from api_gateway.receive_buffer import READ_SIZE, receive_buffer
+from api_gateway.send_queue import unacknowledged
 
 HIGH_WATER = 32 * 1024  # bytes of a response held for a slow client before reading from the upstream is paused
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
@@ -137,7 +138,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         """Wait for the upstream to read on, no longer than it may be idle; the answer's own clock runs apart."""
         seconds = answer.timeouts.get("idle", answer.timeouts.get("read"))
         if seconds is not None:
-            self._stall = self.loop.call_later(seconds, self._check_stall, seconds)
+            self._stall = self.loop.call_later(seconds, self._check_stall, seconds, unacknowledged(self._transport))
         try:
             while self._writable is not None:
                 await asyncio.wait({self._writable})  # see `protocol.DownstreamConnection.wait_until_writable`
@@ -146,12 +147,16 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                 self._stall.cancel()
                 self._stall = None
 
-    def _check_stall(self, seconds: float) -> None:
-        """Give up on an upstream that does not read on, unless its answer has not been read either in that time."""
-        since = self.loop.time() if self._is_reading_paused else self._resumed_at
+    def _check_stall(self, seconds: float, before: int) -> None:
+        """Give up on an upstream that has read nothing, unless its answer has not been read either in that time.
+
+        `before` are the bytes that were unacknowledged at the last check.
+        """
+        unsent = unacknowledged(self._transport)
+        since = self.loop.time() if self._is_reading_paused or unsent < before else self._resumed_at
         left = since + seconds - self.loop.time()
         if left > 0:
-            self._stall = self.loop.call_later(left, self._check_stall, seconds)
+            self._stall = self.loop.call_later(left, self._check_stall, seconds, unsent)
         else:
             self._time_out(seconds)
 

@@ -224,7 +224,8 @@ def explain(
     twin = (*place[:-1], "".join(place[-1:]) + SUFFIX)
     path = sources.given(twin)
     if path is not None:  # the secret was read from a file
-        place, shown = twin, "" if ", got " in message else f", read from {shown_path(path)}"
+        names_file = ", got " in message or (isinstance(detail["input"], Unusable) and detail["input"].names_file)
+        place, shown = twin, "" if names_file else f", read from {shown_path(path)}"
     return f"{sources.origin(place)}{spelt(place) or 'the configuration'}: {message}{shown}"
 
 

@@ -20,7 +20,7 @@ Nothing here sends or logs; `problem` only renders the body of RFC 9457.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from http import HTTPStatus
 from typing import Any, ClassVar
@@ -328,3 +328,18 @@ def problem(error: GatewayError, *, instance: str, request_id: str | None = None
 
 class StartupError(Exception):
     """The gateway cannot start; the message says why."""
+
+
+def causes(error: BaseException | None, *, with_context: bool = True) -> Iterator[BaseException]:
+    """Yield an error and what led to it, of a group the first one. Chains of exceptions may be circular.
+
+    `with_context`: an error without a stated cause was led to by the one that was being handled when it came up.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        else:
+            error = error.__cause__ or (error.__context__ if with_context else None)

@@ -76,11 +76,6 @@ _NODE = re.compile(
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-def values(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
-    """Return every value of `name` (lower case), white space around it taken off."""
-    return [value.strip(b" \t") for key, value in headers if key.lower() == name]
-
-
 def fields_of(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
     """Return the values of every name, white space around them taken off, so that each is found at once."""
     found: dict[bytes, list[bytes]] = {}

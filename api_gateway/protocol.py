@@ -40,6 +40,7 @@ from api_gateway.errors import (
 from api_gateway.headers import fields_of, framing, http_date
 from api_gateway.link import SERVER_EXTENSION, UNIX_PEER, FastPathProvider, InFlight
 from api_gateway.models import HeaderList
+from api_gateway.send_queue import unacknowledged
 from api_gateway.shares import MAX_CONNECTIONS, Shares
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._is_over = self._is_ending = self._is_read_paused = False
         self._is_last = False  # what is held back is the last that will be served
         self._is_draining = False  # the server stops: no connection goes on behind an answer
-        self._unsent = 0  # bytes the client had not read when last looked at
+        self._unsent = 0  # bytes the client had not acknowledged at the last check
         self._alarm = DeadlineTimer(self.loop, self._on_alarm)
         self._alarm.set(SURPLUS_TIMEOUT if self._surplus else self.bounds.header_timeout)
         self._body_bytes = 0  # received of bodies since the time for them was last set
@@ -781,8 +782,8 @@ class DownstreamConnection(HttpToolsProtocol):
 
     def _check_reader(self) -> None:
         """Give a client that reads slowly more time, and one that does not read, or has read it all, none."""
-        unsent = self.transport.get_write_buffer_size()
-        if unsent in (0, self._unsent):
+        unsent = unacknowledged(self.transport)
+        if unsent == self._unsent or not self.transport.get_write_buffer_size():
             self.transport.abort()
             return
         self._unsent = unsent

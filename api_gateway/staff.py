@@ -238,7 +238,12 @@ async def spawn(
     gives no sign of life for `patience` seconds.
     """
     ours, theirs = socket.socketpair()
-    streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
+    try:
+        streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
     listeners = [sock.fileno() for sock in sockets.public]
     admin = [sock.fileno() for sock in sockets.admin]
     try:

@@ -34,6 +34,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as Broken
 from redis.maint_notifications import MaintNotificationsConfig
 
+from api_gateway.errors import causes
 from api_gateway.store_url import StoreUrl
 from api_gateway.tasks import check_cancelled
 
@@ -345,7 +346,7 @@ def _check_files(options: Mapping[str, Any]) -> None:
 def _hint(error: BaseException, place: StoreUrl) -> str | None:
     """Return what about the URL may be why the store could not be connected to, None if nothing points there."""
     is_tls = "ssl" in place.options
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             if cause.verify_code in OTHER_NAME:
                 return "The host in store.url must be one that the server's certificate is for."
@@ -356,16 +357,6 @@ def _hint(error: BaseException, place: StoreUrl) -> str | None:
         if (is_broken_off or "CERTIFICATE_REQUIRED" in str(cause)) and is_tls and "ssl_certfile" not in place.options:
             return "If the server asks for a certificate, it is ?certificate= and &key= in store.url."
     return None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what led to it; chains of exceptions may be circular."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        seen.append(cause)
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _introduction(secrets: Sequence[str]) -> Callable[[AbstractConnection], Awaitable[None]]:

@@ -222,18 +222,24 @@ class Supervisor:
         return values
 
     async def _spawn(self, post: WorkerSlot) -> WorkerHandle:
+        """Start a worker. Raises StartupError if this machine cannot start another process now."""
         config = self._handed_over(self._config)
         inherited = [] if self._store is None else [self._store.lifeline]
         server = self._config.server
-        worker = await spawn(
-            post.number,
-            config,
-            post.sockets,
-            inherited,
-            self._ledger.gather,
-            self.reload,
-            server.worker_timeout + REPORT_MARGIN,
-        )
+        try:
+            worker = await spawn(
+                post.number,
+                config,
+                post.sockets,
+                inherited,
+                self._ledger.gather,
+                self.reload,
+                server.worker_timeout + REPORT_MARGIN,
+            )
+        except Exception as error:  # no descriptor, process, thread or memory: asyncio raises more than OSError
+            raise StartupError(
+                f"worker {post.number} could not be started: {str(error) or type(error).__name__}"
+            ) from error
         worker.drains_within = _drains_within(self._config)
         self._ledger.workers.append(worker)
         return worker
@@ -275,9 +281,23 @@ class Supervisor:
             if delay >= LEAVE_AFTER:
                 leave_group(post.sockets)
             await asyncio.sleep(delay)
+            await self._fill(post, worker)
+
+    async def _fill(self, post: WorkerSlot, gone: WorkerHandle) -> None:
+        """Start a worker in the place of one that has ended, however often that fails: the others go on serving."""
+        while True:
             async with self._hiring:
-                if worker is post.worker:
+                if post.worker is not gone:  # a rolling restart has started one
+                    return
+                try:
                     post.worker = await self._spawn(post)
+                except StartupError as error:
+                    post.failures += 1
+                    delay = delay_after(post.failures)
+                    logger.error("%s; trying again in %g s", error, delay)  # noqa: TRY400 - one line
+                else:
+                    return
+            await asyncio.sleep(delay)
 
     # Configuration
 
@@ -337,7 +357,11 @@ class Supervisor:
 
     async def _replace(self, post: WorkerSlot) -> bool:
         """Start a new worker beside the old one, then relieve that; tell whether the new one serves."""
-        new = await self._spawn(post)
+        try:
+            new = await self._spawn(post)
+        except StartupError as error:
+            logger.error("%s", error)  # noqa: TRY400 - one line
+            return False
         if not await new.is_ready(START_TIMEOUT):
             await self._relieve(new)
             return False

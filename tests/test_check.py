@@ -161,6 +161,9 @@ def route_problem(**keys: Any) -> str:
         ("/api//b", "write '/api/b'"),
         ("/api/%41", "write '/api/A'"),
         ("/api/a ", "spaces at an end"),
+        ("/api/%2e%2e/api/x", "write '/api/x'"),
+        ("/api/a/%7Bid%7D", "write '/api/a'"),
+        ("/api/a%00b", "compared decoded"),
         ("/apia", "must be /api or begin with /api/"),
     ],
 )
@@ -169,6 +172,13 @@ def test_a_path_that_never_matches_is_refused_with_what_to_write(path: str, inst
     assert line.startswith("path: ")
     assert instead in line
     assert line.endswith(f"got {path!r}")
+
+
+@pytest.mark.parametrize("path", ["/api/../x", "/api/%2e%2e/x", "/x/*", "/*", "/{id}", "/..", "/x//y", "/%41"])
+def test_no_path_is_suggested_that_would_be_refused(path: str) -> None:
+    line = route_problem(path=path)
+    assert "write" not in line
+    assert "it must be /api or begin with /api/" in line
 
 
 @pytest.mark.parametrize("path", ["/api/a.b", "/api/a-b_c~d", "/api/caf\u00e9", "/api/a(b)", "/api/100%", "/api/a:b"])

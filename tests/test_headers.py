@@ -24,7 +24,6 @@ from api_gateway.headers import (
     is_within,
     rewrite_request,
     rewrite_response,
-    values,
 )
 from api_gateway.models import HeaderList
 
@@ -34,6 +33,10 @@ UNTOUCHED = st.lists(
     st.tuples(TOKEN.map(str.encode).filter(lambda name: name.lower() not in TOUCHED), st.binary(max_size=20)),
     max_size=8,
 )
+
+
+def values(headers: HeaderList, name: bytes) -> list[bytes]:
+    return fields_of(headers).get(name, [])
 
 
 def upstreams_view(

@@ -1,6 +1,7 @@
 """Loops over input end, whatever the peer sends and however its connection ends at the same moment."""
 
 import asyncio
+import errno
 import socket
 import struct
 import time
@@ -16,11 +17,12 @@ from uvicorn.server import ServerState
 
 from api_gateway.answer import NO_LISTENER, UpstreamResponse
 from api_gateway.connection import StaleConnection
+from api_gateway.errors import causes
+from api_gateway.local_resources import lack_behind
 from api_gateway.outgoing import NO_BODY
 from api_gateway.pool import Pool
 from api_gateway.protocol import ConnectionLimits, DownstreamConnection, bounded_protocol
 from api_gateway.request import DisconnectWatch
-from api_gateway.store import _causes
 from api_gateway.transport import UpstreamTransport
 from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
@@ -245,7 +247,27 @@ async def test_watching_for_a_client_that_leaves_lets_the_loop_turn() -> None:
 def test_a_circular_chain_of_errors_has_an_end() -> None:
     first, second = OSError("first"), OSError("second")
     first.__cause__, second.__cause__ = second, first
-    assert list(_causes(first)) == [first, second]
+    assert list(causes(first)) == [first, second]
+    assert lack_behind(first) is None
+
+
+@pytest.mark.timeout(10)
+def test_a_circular_chain_of_groups_has_an_end() -> None:
+    inner = OSError(errno.EMFILE, "inner")
+    group, around = ExceptionGroup("group", [inner, OSError("other")]), OSError("around")
+    around.__cause__ = group
+    assert list(causes(around)) == [around, group, inner]
+    assert lack_behind(around) is inner
+    inner.errno, inner.__cause__ = errno.ECONNREFUSED, around
+    assert list(causes(around)) == [around, group, inner]
+    assert lack_behind(around) is None
+
+
+def test_what_was_being_handled_led_to_an_error_only_if_that_is_asked_for() -> None:
+    first, second = OSError("first"), OSError("second")
+    second.__context__ = first
+    assert list(causes(second)) == [second, first]
+    assert list(causes(second, with_context=False)) == [second]
 
 
 @pytest.mark.timeout(10)

@@ -1,6 +1,7 @@
 """What the supervisor adds up, how long it waits between starts, and what a reload may change."""
 
 import asyncio
+import errno
 import signal
 import socket
 import time
@@ -12,6 +13,7 @@ from api_gateway import supervisor
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.config_changes import with_restart_settings_of
 from api_gateway.crew import encode
+from api_gateway.errors import StartupError
 from api_gateway.listening import Sockets
 from api_gateway.metrics import Recorder
 from api_gateway.report import WorkerSnapshot
@@ -159,6 +161,7 @@ class Leaver:
     """A worker that was told to stop, and ends when it is killed or its time has come."""
 
     has_served = True
+    has_served_for = started = 0.0
 
     def __init__(self, seconds: float, cut_off: int = 0) -> None:
         self.cut_off = cut_off
@@ -184,11 +187,15 @@ class Leaver:
         self._killed.set()
 
 
-def supervisor_of(*leavers: Leaver, monkeypatch: pytest.MonkeyPatch, drain_timeout: float) -> Supervisor:
+def supervisor_of(*leavers: Leaver | Exception, monkeypatch: pytest.MonkeyPatch, drain_timeout: float) -> Supervisor:
+    """Return one whose starts of workers come to these, one after the other."""
     left = iter(leavers)
 
     async def hire(*_: object) -> Leaver:
-        return next(left)
+        found = next(left)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     monkeypatch.setattr(supervisor, "spawn", hire)
     monkeypatch.setattr(supervisor, "DRAIN_MARGIN", 0.0)
@@ -197,6 +204,49 @@ def supervisor_of(*leavers: Leaver, monkeypatch: pytest.MonkeyPatch, drain_timeo
 
 def drains_in(seconds: float) -> GatewayConfig:
     return load_config(None, {"server": {"drain_timeout": seconds}})
+
+
+@pytest.mark.parametrize(
+    "lack", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread"), MemoryError()]
+)
+async def test_a_worker_that_cannot_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lack: Exception
+) -> None:
+    """The others serve on meanwhile: nothing leaves the task that keeps the place."""
+    monkeypatch.setattr(supervisor, "FIRST_DELAY", 0.001)
+    boss = supervisor_of(Leaver(0), lack, lack, Leaver(30), monkeypatch=monkeypatch, drain_timeout=30)
+    post = WorkerSlot(1, Sockets([]))
+    first = post.worker = await boss._spawn(post)
+    keeping = asyncio.create_task(boss._respawn(post))
+    async with asyncio.timeout(20):
+        while post.worker is first:  # noqa: ASYNC110 - no event tells it
+            await asyncio.sleep(0.01)
+    assert not keeping.done()
+    keeping.cancel()
+    found = [one for one in caplog.records if "could not be started" in one.getMessage()]
+    assert [(one.exc_info, one.getMessage().count("\n")) for one in found] == [(None, 0)] * 2
+    assert (
+        found[0].getMessage()
+        == f"worker 1 could not be started: {str(lack) or 'MemoryError'}; trying again in 0.002 s"
+    )
+    assert "trying again in 0.004 s" in found[1].getMessage()
+
+
+async def test_a_rolling_restart_that_cannot_start_a_worker_leaves_the_old_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    boss = supervisor_of(Leaver(30), OSError(errno.EAGAIN, "try again"), monkeypatch=monkeypatch, drain_timeout=30)
+    post = WorkerSlot(1, Sockets([]))
+    old = post.worker = await boss._spawn(post)
+    assert not await boss._replace(post)
+    assert post.worker is old
+    assert "worker 1 could not be started: [Errno 11] try again" in caplog.text
+
+
+async def test_a_first_worker_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    boss = supervisor_of(OSError(errno.EAGAIN, "try again"), monkeypatch=monkeypatch, drain_timeout=30)
+    with pytest.raises(StartupError, match="worker 1 could not be started"):
+        await boss._start(WorkerSlot(1, Sockets([])))
 
 
 async def test_a_worker_has_the_time_to_drain_that_it_was_hired_with(monkeypatch: pytest.MonkeyPatch) -> None:
