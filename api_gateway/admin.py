@@ -2,9 +2,8 @@
 
 import asyncio
 import itertools
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -20,6 +19,7 @@ from api_gateway.breaker_modes import BreakerOverrides, Override
 from api_gateway.breaker_policy import Mode, State
 from api_gateway.breaker_records import TransitionRecord
 from api_gateway.clients import ClientRegistry
+from api_gateway.clocks import Clocks, Moment
 from api_gateway.crew import Aggregator
 from api_gateway.diagnosis import nearest
 from api_gateway.errors import (
@@ -48,7 +48,6 @@ from api_gateway.models import (
     Charge,
     Client,
     ClientView,
-    Clock,
     Decision,
     GrantChanged,
     GrantRequest,
@@ -105,15 +104,14 @@ class AdminContext:
     limiter: RateLimiter
     clients: ClientRegistry
     aggregator: Aggregator
-    clock: Clock
-    clock_ns: Callable[[], int]
+    clocks: Clocks
     explainer: Explainer
     overrides: BreakerOverrides
     lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.health = HealthCache(partial(health_view, self), self.clock)
+        self.health = HealthCache(partial(health_view, self), self.clocks.monotonic)
 
 
 def _context(request: Request) -> AdminContext:
@@ -212,9 +210,10 @@ async def health(console: Open) -> Response:
 async def health_view(console: AdminContext) -> HealthView:
     """Return the health of the gateway and its upstreams, as operators see it."""
     report = await console.aggregator.gather()
+    now = console.clocks.now()
     views = each(
         report.upstreams.items(),
-        lambda name, upstream: upstream_view(upstream, console.clock(), report.recorder.concurrency(name, upstream)),
+        lambda name, upstream: upstream_view(upstream, now, report.recorder.concurrency(name, upstream)),
     )
     upstreams = await paced(views)
     words = {view.status for view in upstreams.values()}
@@ -228,7 +227,7 @@ async def health_view(console: AdminContext) -> HealthView:
         or any(resource.status == "warn" for resource in report.resources)
     ):
         status = "warn"
-    uptime = round(console.clock() - report.recorder.started, 3)
+    uptime = round(console.clocks.monotonic() - report.recorder.started, 3)
     return HealthView(
         status=status,
         version=console.version,
@@ -300,7 +299,7 @@ async def metrics(
         body, content_type = await paced(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})
     view = report.recorder.snapshot(
-        console.clock(),
+        console.clocks.monotonic(),
         report.upstreams,
         buckets=report.buckets,
         bucket_limit=report.bucket_limit,
@@ -315,7 +314,7 @@ async def metrics(
 async def latency(console: Guarded) -> Response:
     """Answer the percentiles over the last minute, the last five minutes and since the start."""
     report = await console.aggregator.gather()
-    return _shown(await paced(report.recorder.latency(console.clock())))
+    return _shown(await paced(report.recorder.latency(console.clocks.monotonic())))
 
 
 @guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model=BreakersView)
@@ -323,7 +322,7 @@ async def circuit_breakers(console: Guarded) -> Response:
     """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
     await console.overrides.look()
     report = await console.aggregator.gather()
-    now = console.clock()
+    now = console.clocks.now()
     trouble = {} if console.overrides.trouble is None else {"modes_error": console.overrides.trouble}
     breakers = each(
         report.upstreams.items(),
@@ -355,7 +354,7 @@ async def set_mode(name: str, change: ModeChange, request: Request, console: Gua
     _check_breaker(console, name)
     if change.mode == "auto" and change.seconds is not None:
         raise InvalidValue(f"body.seconds: auto ends what was set before and lasts, got {change.seconds:g}.")
-    override, wall = None, time.time()
+    override, wall = None, console.clocks.wall()
     if change.mode != "auto":
         until = None if change.seconds is None else wall + change.seconds
         override = Override(Mode(change.mode), wall, until, change.reason, _who(request))
@@ -375,7 +374,7 @@ async def history(name: str, console: Guarded) -> HistoryView:
     """
     _check_breaker(console, name)
     report = await console.aggregator.gather(with_histories=True)
-    now = console.clock()
+    now = console.clocks.now()
     moves = [_move_view(record, now) for record in reversed(report.histories.get(name, []))]
     return HistoryView(name=name, history=moves)
 
@@ -435,7 +434,7 @@ async def grant(client_id: ClientId, request: GrantRequest, console: Guarded) ->
 
     It ends by itself on every gateway, by the clock of each one's machine: where clocks differ, so do the moments.
     """
-    tier, until = _tier(console, request.tier), _until(request)
+    tier, until = _tier(console, request.tier), _until(request, console.clocks.wall())
     return await _regrant(console, until, *await console.clients.grant(client_id, tier, until))
 
 
@@ -601,9 +600,8 @@ def _tier(console: AdminContext, name: str) -> str:
     return tier
 
 
-def _until(request: GrantRequest) -> float:
-    """Return when a grant shall end, in seconds since the epoch."""
-    now = time.time()
+def _until(request: GrantRequest, now: float) -> float:
+    """Return when a grant ends, in seconds since the epoch; so is `now`."""
     if request.until is not None and request.duration is not None:
         raise InvalidValue(
             "body: a grant has either until or for, got"
@@ -643,7 +641,7 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
 async def _move(console: AdminContext, before: Client, after: Client) -> TierChanged:
     """Take the bucket over to the new tier and report it."""
     held = await _bucket(console, before)
-    await console.limiter.move(before.key, before.quota, after.quota, console.clock_ns())
+    await console.limiter.move(before.key, before.quota, after.quota, console.clocks.monotonic_ns())
     holds = await _bucket(console, after)
     return TierChanged(
         client_id=after.id,
@@ -657,7 +655,7 @@ async def _move(console: AdminContext, before: Client, after: Client) -> TierCha
 
 async def _bucket(console: AdminContext, client: Client) -> Decision:
     """Return the client's bucket as it is."""
-    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clock_ns())
+    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clocks.monotonic_ns())
     return decision
 
 
@@ -681,7 +679,7 @@ def _mode_view(override: Override | None) -> ModeView:
     )
 
 
-def _move_view(record: TransitionRecord, now: float) -> TransitionRecordView:
+def _move_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
     failures = [
         FailedCallView(
             at=utc(call.at, now),
@@ -709,7 +707,7 @@ def _move_view(record: TransitionRecord, now: float) -> TransitionRecordView:
     return TransitionRecordView.model_validate(given)
 
 
-def _breaker_view(breaker: BreakerSnapshot, override: Override | None, now: float) -> BreakerView:
+def _breaker_view(breaker: BreakerSnapshot, override: Override | None, now: Moment) -> BreakerView:
     calls, failures, slow = breaker.window_calls, breaker.window_failures, breaker.window_slow
     opened = None
     if breaker.opened_at is not None:
@@ -735,7 +733,7 @@ def _breaker_view(breaker: BreakerSnapshot, override: Override | None, now: floa
         slow_total=breaker.slow_total,
         would_open_total=breaker.would_open_total,
         would_reject_total=breaker.would_reject_total,
-        next_probe_in=round(max(0.0, probe_at - now), 3) if is_open and probe_at is not None else None,
+        next_probe_in=round(max(0.0, probe_at - now.monotonic), 3) if is_open and probe_at is not None else None,
         last_opened=opened,
         thresholds=BreakerThresholds(**asdict(breaker.policy)),
         **several,
