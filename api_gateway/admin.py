@@ -2,9 +2,8 @@
 
 import asyncio
 import itertools
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -21,6 +20,7 @@ from api_gateway.breaker_modes import ModeBoard, Override
 from api_gateway.breaker_policy import Mode, State
 from api_gateway.breaker_records import FlightRecord
 from api_gateway.clients import ClientRegistry
+from api_gateway.clocks import Clocks, Moment
 from api_gateway.crew import Crew
 from api_gateway.diagnosis import nearest
 from api_gateway.errors import (
@@ -49,7 +49,6 @@ from api_gateway.models import (
     Charge,
     Client,
     ClientView,
-    Clock,
     Decision,
     GrantChanged,
     GrantRequest,
@@ -106,15 +105,14 @@ class Console:
     limiter: RateLimiter
     clients: ClientRegistry
     crew: Crew
-    clock: Clock
-    clock_ns: Callable[[], int]
+    clocks: Clocks
     explainer: Explainer
     modes: ModeBoard
     phase: Phase = Phase.STARTING
     health: HealthCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.health = HealthCache(partial(health_view, self), self.clock)
+        self.health = HealthCache(partial(health_view, self), self.clocks.monotonic)
 
 
 def _console(request: Request) -> Console:
@@ -221,9 +219,10 @@ async def health(console: Open) -> Response:
 async def health_view(console: Console) -> HealthView:
     """Return the health of the gateway and its upstreams, as operators see it."""
     report = await console.crew.gather()
+    now = console.clocks.now()
     views = each(
         report.upstreams.items(),
-        lambda name, upstream: upstream_view(upstream, console.clock(), report.recorder.concurrency(name, upstream)),
+        lambda name, upstream: upstream_view(upstream, now, report.recorder.concurrency(name, upstream)),
     )
     upstreams = await paced(views)
     words = {view.status for view in upstreams.values()}
@@ -237,7 +236,7 @@ async def health_view(console: Console) -> HealthView:
         or any(resource.status == "warn" for resource in report.resources)
     ):
         status = "warn"
-    uptime = round(console.clock() - report.recorder.started, 3)
+    uptime = round(console.clocks.monotonic() - report.recorder.started, 3)
     return HealthView(
         status=status,
         version=console.version,
@@ -309,7 +308,7 @@ async def metrics(
         body, content_type = await paced(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})
     view = report.recorder.snapshot(
-        console.clock(),
+        console.clocks.monotonic(),
         report.upstreams,
         buckets=report.buckets,
         bucket_limit=report.bucket_limit,
@@ -324,7 +323,7 @@ async def metrics(
 async def latency(console: Guarded) -> Response:
     """Answer the percentiles over the last minute, the last five minutes and since the start."""
     report = await console.crew.gather()
-    return _shown(await paced(report.recorder.latency(console.clock())))
+    return _shown(await paced(report.recorder.latency(console.clocks.monotonic())))
 
 
 @guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model=BreakersView)
@@ -332,7 +331,7 @@ async def circuit_breakers(console: Guarded) -> Response:
     """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
     await console.modes.look()
     report = await console.crew.gather()
-    now = console.clock()
+    now = console.clocks.now()
     trouble = {} if console.modes.trouble is None else {"modes_error": console.modes.trouble}
     breakers = each(
         report.upstreams.items(),
@@ -364,7 +363,7 @@ async def set_mode(name: str, change: ModeChange, request: Request, console: Gua
     _check_breaker(console, name)
     if change.mode == "auto" and change.seconds is not None:
         raise InvalidValue(f"body.seconds: auto ends what was set before and lasts, got {change.seconds:g}.")
-    override, wall = None, time.time()
+    override, wall = None, console.clocks.wall()
     if change.mode != "auto":
         until = None if change.seconds is None else wall + change.seconds
         override = Override(Mode(change.mode), wall, until, change.reason, _who(request))
@@ -384,7 +383,7 @@ async def history(name: str, console: Guarded) -> HistoryView:
     """
     _check_breaker(console, name)
     report = await console.crew.gather(with_histories=True)
-    now = console.clock()
+    now = console.clocks.now()
     moves = [_move_view(record, now) for record in reversed(report.histories.get(name, []))]
     return HistoryView(name=name, history=moves)
 
@@ -444,7 +443,7 @@ async def grant(client_id: ClientId, request: GrantRequest, console: Guarded) ->
 
     It ends by itself on every gateway, by the clock of each one's machine: where clocks differ, so do the moments.
     """
-    tier, until = _tier(console, request.tier), _until(request)
+    tier, until = _tier(console, request.tier), _until(request, console.clocks.wall())
     return await _regrant(console, until, *await console.clients.grant(client_id, tier, until))
 
 
@@ -610,9 +609,8 @@ def _tier(console: Console, name: str) -> str:
     return tier
 
 
-def _until(request: GrantRequest) -> float:
-    """Return when a grant shall end, in seconds since the epoch."""
-    now = time.time()
+def _until(request: GrantRequest, now: float) -> float:
+    """Return when a grant ends, in seconds since the epoch; so is `now`."""
     if request.until is not None and request.duration is not None:
         raise InvalidValue(
             "body: a grant has either until or for, got"
@@ -652,7 +650,7 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
 async def _move(console: Console, before: Client, after: Client) -> TierChanged:
     """Take the bucket over to the new tier and report it."""
     held = await _bucket(console, before)
-    await console.limiter.move(before.key, before.quota, after.quota, console.clock_ns())
+    await console.limiter.move(before.key, before.quota, after.quota, console.clocks.monotonic_ns())
     holds = await _bucket(console, after)
     return TierChanged(
         client_id=after.id,
@@ -666,7 +664,7 @@ async def _move(console: Console, before: Client, after: Client) -> TierChanged:
 
 async def _bucket(console: Console, client: Client) -> Decision:
     """Return the client's bucket as it is."""
-    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clock_ns())
+    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clocks.monotonic_ns())
     return decision
 
 
@@ -690,7 +688,7 @@ def _mode_view(override: Override | None) -> ModeView:
     )
 
 
-def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
+def _move_view(record: FlightRecord, now: Moment) -> FlightRecordView:
     failures = [
         FailedCallView(
             at=utc(call.at, now),
@@ -718,7 +716,7 @@ def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
     return FlightRecordView.model_validate(given)
 
 
-def _breaker_view(breaker: BreakerReport, override: Override | None, now: float) -> BreakerView:
+def _breaker_view(breaker: BreakerReport, override: Override | None, now: Moment) -> BreakerView:
     calls, failures, slow = breaker.window_calls, breaker.window_failures, breaker.window_slow
     opened = None
     if breaker.opened_at is not None:
@@ -744,7 +742,7 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
         slow_total=breaker.slow_total,
         would_open_total=breaker.would_open_total,
         would_reject_total=breaker.would_reject_total,
-        next_probe_in=round(max(0.0, probe_at - now), 3) if is_open and probe_at is not None else None,
+        next_probe_in=round(max(0.0, probe_at - now.monotonic), 3) if is_open and probe_at is not None else None,
         last_opened=opened,
         thresholds=BreakerThresholds(**asdict(breaker.policy)),
         **several,

@@ -8,7 +8,6 @@ adopts by name what lives (buckets, breakers, targets, pools, counts), makes wha
 import asyncio
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -28,6 +27,7 @@ from api_gateway.assembly_upstreams import (
 )
 from api_gateway.breaker_modes import ModeBoard, ModeFile
 from api_gateway.clients import ClientRegistry
+from api_gateway.clocks import Clocks
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
@@ -68,6 +68,7 @@ class Gateway:
     recorder: Recorder
     modes: ModeBoard
     lag: LagLimit
+    clocks: Clocks
 
     @property
     def address_quota(self) -> Quota | None:
@@ -103,11 +104,16 @@ class Assembly:
     gateway: Gateway
 
     def __init__(
-        self, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport], resolve: Resolve
+        self,
+        rejections: Counter[str],
+        transports: Mapping[str, httpx.AsyncBaseTransport],
+        resolve: Resolve,
+        clocks: Clocks,
     ) -> None:
         self._rejections = rejections
         self._overrides = transports
         self._resolve = resolve
+        self._clocks = clocks
         self._demo: DemoUpstreams | None = None
         self._retired: dict[str, LiveUpstream] = {}  # by name, the one retired last at the end
         self._closing: set[GuardedTransport] = set()
@@ -168,9 +174,10 @@ class Assembly:
 
     def commit(self, plan: Plan) -> Gateway:
         """Put a planned configuration into force. Requests that run go on under the one they began with."""
-        before, config, now = self.gateway, plan.config, time.monotonic()
-        requote(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas))
-        upstreams = {name: self._taken_over(name, one, plan.bands, now) for name, one in plan.upstreams.items()}
+        before, config = self.gateway, plan.config
+        now_ns = self._clocks.monotonic_ns()
+        requote(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas), now_ns)
+        upstreams = {name: self._taken_over(name, one, plan.bands) for name, one in plan.upstreams.items()}
         for name, live in before.upstreams.items():
             if name not in upstreams:
                 self._retire(name, live)
@@ -192,10 +199,10 @@ class Assembly:
         return self.gateway
 
     def _build(self, plan: Plan) -> Gateway:
-        config, quotas, now = plan.config, plan.quotas, time.monotonic()
-        limiter = limiter_of(config, quotas.all)
+        config, quotas, clocks = plan.config, plan.quotas, self._clocks
+        limiter = limiter_of(config, quotas.all, clocks)
         upstreams = {
-            name: build_upstream(one, self._resolve, now, plan.bands)
+            name: build_upstream(one, self._resolve, clocks.monotonic, plan.bands)
             for name, one in plan.upstreams.items()
             if one is not None
         }
@@ -207,38 +214,40 @@ class Assembly:
             bands=plan.bands,
             upstreams=upstreams,
             limiter=limiter,
-            clients=registry_of(config, quotas, limiter),
+            clients=registry_of(config, quotas, limiter, clocks),
             recorder=Recorder(
                 (route.name for route in plan.routes),
                 upstreams,
                 quotas.tiers,
                 config.metrics.percentiles,
-                now,
+                clocks.monotonic(),
                 self._rejections,
                 *process_output().losses,
             ),
             modes=ModeBoard(
                 ModeFile(own_folder(config.state_dir)),
                 {name: live.service.upstream.breaker for name, live in upstreams.items()},
-                clock=time.monotonic,
-                wall_clock=time.time,
+                clock=clocks.monotonic,
+                wall_clock=clocks.wall,
             ),
             lag=LagLimit(config.server.max_lag, plan.bands, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
+            clocks=clocks,
         )
 
     # Upstreams
 
-    def _taken_over(self, name: str, plan: UpstreamPlan | None, bands: Bands, now: float) -> LiveUpstream:
+    def _taken_over(self, name: str, plan: UpstreamPlan | None, bands: Bands) -> LiveUpstream:
         """Return the upstream of that name under its plan: one that lives, one that is back, or a new one."""
+        clock = self._clocks.monotonic
         live = self.gateway.upstreams.get(name) or self._retired.pop(name, None)
         if plan is None:
             assert live is not None  # noqa: S101 - it stays as it is
-            rerank(live, bands, now)
+            rerank(live, bands, clock())
             return live
         if live is None:
-            return build_upstream(plan, self._resolve, now, bands)
+            return build_upstream(plan, self._resolve, clock, bands)
         before = live.transports
-        changed = change_upstream(plan, live, self._resolve, now, bands)
+        changed = change_upstream(plan, live, self._resolve, clock, bands)
         self._retire_transports(one for one in before if one not in changed.transports)
         return changed
 

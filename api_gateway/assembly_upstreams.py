@@ -6,7 +6,6 @@ What can fail is done by `plan_upstream`, which changes nothing; `build_upstream
 import hashlib
 import random
 import ssl
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from api_gateway.errors import StartupError
 from api_gateway.gradient import AdaptivePolicy, Gradient
 from api_gateway.guarded import GuardedTransport, http2_transport
 from api_gateway.health import HealthPolicy
+from api_gateway.models import Clock
 from api_gateway.overload import Bands, ConcurrencyLimit
 from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin, share_of_key
 from api_gateway.resolution import Name, Resolve
@@ -95,9 +95,9 @@ def plan_upstream(
     return UpstreamPlan(name, section, tls, transport, checking)
 
 
-def build_upstream(plan: UpstreamPlan, resolve: Resolve, now: float, bands: Bands) -> LiveUpstream:
+def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, bands: Bands) -> LiveUpstream:
     """Build an upstream that nothing is known of yet."""
-    section = plan.section
+    section, now = plan.section, clock()
     assert plan.transport is not None  # noqa: S101 - nothing lives that could stay
     names = tuple(Name(target.url, target.weight) for target in section.targets)
     upstream = Upstream(
@@ -115,17 +115,19 @@ def build_upstream(plan: UpstreamPlan, resolve: Resolve, now: float, bands: Band
         retry=_retry_policy(section.retry),
         hash_header=_hash_header(section),
     )
-    return LiveUpstream(section, plan.tls, names, service, _upkeep(section, service, names, resolve, plan.checking))
+    return LiveUpstream(
+        section, plan.tls, names, service, _upkeep(section, service, names, resolve, plan.checking, clock)
+    )
 
 
 def change_upstream(
-    plan: UpstreamPlan, live: LiveUpstream, resolve: Resolve, now: float, bands: Bands
+    plan: UpstreamPlan, live: LiveUpstream, resolve: Resolve, clock: Clock, bands: Bands
 ) -> LiveUpstream:
     """Bring an upstream to another section. Breakers, targets that stay, pools, budgets and limits live on.
 
     A target that is new beside others starts slowly.
     """
-    section, upstream = plan.section, live.service.upstream
+    section, upstream, now = plan.section, live.service.upstream, clock()
     upstream.breaker.change_policy(_breaker_policy(section), now)
     upstream.rebalance(_pick(section))
     upstream.rotation.change(
@@ -149,7 +151,7 @@ def change_upstream(
     if plan.checking is None and checking is not None:
         _change_transport(checking, plan)
     if live.is_retired:
-        upkeep = _upkeep(section, service, names, resolve, checking)
+        upkeep = _upkeep(section, service, names, resolve, checking, clock)
     else:
         upkeep = live.upkeep
         upkeep.change(service, _health_policy(section), checking, *_resolved(section, names))
@@ -243,6 +245,7 @@ def _upkeep(
     names: tuple[Name, ...],
     resolve: Resolve,
     checking: Transport | None,
+    clock: Clock,
 ) -> Upkeep:
     followed, interval = _resolved(section, names)
     return Upkeep(
@@ -252,7 +255,7 @@ def _upkeep(
         names=followed,
         interval=interval,
         resolve=resolve,
-        clock=time.monotonic,
+        clock=clock,
         source=random.Random(),  # noqa: S311 - spreads checks and questions, guards nothing
     )
 

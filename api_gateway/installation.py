@@ -1,7 +1,6 @@
 """Puts configurations into force in one application: the first at its start, others by a reload."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -70,7 +69,7 @@ class Installation:
     async def start(self, settings: GatewayConfig, console: Callable[..., Console], crew: Crew) -> None:
         """Put the first configuration into force; `console` makes what the operator endpoints look at."""
         gateway = self._assembly.gateway
-        self._reloader = Reloader(settings, self._read, self._apply, wall_clock=time.time)
+        self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
         data_plane, lane, explainer = data_plane_of(gateway, self._server_headers)
         self._switch.set(data_plane, lane)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
@@ -126,7 +125,7 @@ class Installation:
 
 def report_of(gateway: Gateway) -> Steps[Report]:
     """Return how a gateway stands."""
-    now = time.monotonic()
+    now = gateway.clocks.monotonic()
     upstreams = yield from each(
         gateway.upstreams.items(), lambda _, live: UpstreamReport.of(live.service.upstream, now, live.upkeep.names)
     )

@@ -5,7 +5,6 @@
 
 import logging
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ from api_gateway import __version__, admin
 from api_gateway.admin import Console, Phase
 from api_gateway.assembly import Assembly, Gateway
 from api_gateway.assembly_access import NOBODY, operator_access
+from api_gateway.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.crew import Alone, Crew
 from api_gateway.diagnosis import ConfigError
@@ -50,7 +50,9 @@ class GatewayApp(FastAPI):
     requests too.
     """
 
-    def __init__(self, switch: Switch, refused: Counter[str], *, has_admin_listener: bool, **options: Any) -> None:
+    def __init__(
+        self, switch: Switch, refused: Counter[str], *, clocks: Clocks, has_admin_listener: bool, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.add_middleware(Split, switch=switch)
         self._switch = switch
@@ -65,7 +67,7 @@ class GatewayApp(FastAPI):
             has_admin_listener=has_admin_listener,
             readiness=self._readiness,
             health=self._health,
-            limits=OperatorLimits(time.monotonic_ns),
+            limits=OperatorLimits(clocks.monotonic_ns),
             refused=refused,
         )
 
@@ -133,6 +135,7 @@ def create_app(
     on_change: Callable[[GatewayConfig], None] | None = None,
     connections: Shares | None = None,
     locality: Locality | None = None,
+    clocks: Clocks = SYSTEM_CLOCKS,
 ) -> GatewayApp:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
@@ -145,6 +148,7 @@ def create_app(
     same sources. `on_change` is called with every configuration that a reload has put into force.
     `locality` decides which requests need no token; by default that of a program of the operator on this machine.
     `connections` are the shares of the server's connections, to be shown to operators.
+    `clocks` are read by the limiter, breakers, health checks, metrics and operator endpoints.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
@@ -157,7 +161,7 @@ def create_app(
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
         # In the framework's pool, which is set up by that: neither is left to the first request.
         await run_in_threadpool(_build_routes, app)
-        assembly = Assembly(rejections, transports or {}, resolve)
+        assembly = Assembly(rejections, transports or {}, resolve, clocks)
         async with app.noting_startup_error(), assembly.live(settings) as gateway:
             gateway.recorder.operator_refusals = app.gate.refusals
             installation = Installation(
@@ -178,6 +182,7 @@ def create_app(
     return GatewayApp(
         switch,
         rejections,
+        clocks=clocks,
         has_admin_listener=settings.admin.listen is not None,
         title="API Gateway",
         version=__version__,
@@ -217,8 +222,7 @@ def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
         limiter=gateway.limiter,
         clients=gateway.clients,
         crew=crew,
-        clock=time.monotonic,
-        clock_ns=time.monotonic_ns,
+        clocks=gateway.clocks,
         explainer=explainer,
         modes=gateway.modes,
     )

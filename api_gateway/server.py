@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from api_gateway.admin import Phase
 from api_gateway.admin_listener import AdminListener
+from api_gateway.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
 from api_gateway.config_watch import ConfigSource, ConfigWatch
@@ -66,9 +67,10 @@ class GatewayServer(uvicorn.Server):
         read: Callable[[], GatewayConfig] | None = None,
         *,
         locality: Locality | None = None,
+        clocks: Clocks = SYSTEM_CLOCKS,
         is_watched: bool = False,
     ) -> None:
-        """`read` and `locality` are as in `create_app`. `is_watched`: a change of the files of `read` is a reload."""
+        """`is_watched`: a change of the files of `read` is a reload. The others are as in `create_app`."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
@@ -91,6 +93,7 @@ class GatewayServer(uvicorn.Server):
             read=read,
             on_change=self._on_configuration,
             locality=locality,
+            clocks=clocks,
         )
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
