@@ -8,49 +8,57 @@ from api_gateway.assembly import Gateway
 from api_gateway.breaker_policy import Mode
 from api_gateway.breaker_records import Transition
 from api_gateway.explanation import Explainer
-from api_gateway.express import Express
-from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief
+from api_gateway.express import FastPath
+from api_gateway.middleware import (
+    ASGIApp,
+    ExchangeMiddleware,
+    IdentityMiddleware,
+    LoadSheddingMiddleware,
+    ProxyApp,
+    RateLimitMiddleware,
+    RoutingMiddleware,
+)
 from api_gateway.models import Exchange
 from api_gateway.output import process_output
 from api_gateway.router import Router
-from api_gateway.settlement import Settlement
-from api_gateway.shadow import Shadow
+from api_gateway.settlement import CostSettlement
+from api_gateway.shadow import ShadowLimits
 from api_gateway.targets import Target
 
 logger = logging.getLogger(__name__)
 
 
-def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express, Explainer]:
+def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, FastPath, Explainer]:
     """Build the steps of a proxied request, the straight way past them, and what explains both.
 
     Read from the inside out: what stands last sees a request first.
     """
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
-    settlement = Settlement(limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder)
+    settlement = CostSettlement(limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder)
     router = _router(gateway, settlement, server_headers)
-    limit = Limit(
-        Proxy(router=router),
+    limit = RateLimitMiddleware(
+        ProxyApp(router=router),
         limiter=gateway.limiter,
         clock_ns=clocks.monotonic_ns,
         address_quota=gateway.address_quota,
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    relief = Relief(limit, lag=gateway.lag, bands=gateway.bands)
-    identify = Identify(
-        Match(relief, router=router),
+    relief = LoadSheddingMiddleware(limit, lag=gateway.lag, priorities=gateway.priorities)
+    identify = IdentityMiddleware(
+        RoutingMiddleware(relief, router=router),
         clients=gateway.clients,
         header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
     )
-    record = Record(
+    record = ExchangeMiddleware(
         identify,
         clock=clocks.monotonic,
         recorder=recorder,
         observers=[recorder.observe, *_access_logs(gateway)],
         on_failure=settlement.on_failure,
     )
-    express = Express(
+    fast_path = FastPath(
         record=record,
         identify=identify,
         limit=limit,
@@ -69,10 +77,10 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
-    return record, express, explainer
+    return record, fast_path, explainer
 
 
-def _router(gateway: Gateway, settlement: Settlement, server_headers: frozenset[bytes]) -> Router:
+def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozenset[bytes]) -> Router:
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     return Router(
         gateway.table,
@@ -88,7 +96,7 @@ def _router(gateway: Gateway, settlement: Settlement, server_headers: frozenset[
         on_retry=recorder.observe_retry,
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,
-        bands=gateway.bands,
+        priorities=gateway.priorities,
         lag=gateway.lag,
     )
 
@@ -99,8 +107,8 @@ def _access_logs(gateway: Gateway) -> list[Callable[[Exchange], None]]:
     return [AccessLog(gateway.clocks.wall, process_output().out.write).write]
 
 
-def _shadow(gateway: Gateway) -> Shadow | None:
-    shadow = Shadow(
+def _shadow(gateway: Gateway) -> ShadowLimits | None:
+    shadow = ShadowLimits(
         limiter=gateway.limiter,
         clock_ns=gateway.clocks.monotonic_ns,
         recorder=gateway.recorder,

@@ -24,10 +24,10 @@ from api_gateway.config_sections import (
     AddressLimitSection,
     AdminSection,
     ClientSection,
+    Identifier,
     IdentitySection,
     LogSection,
     MetricsSection,
-    Name,
     RouteSection,
     ServerSection,
     StoreSection,
@@ -101,10 +101,10 @@ class GatewayConfig(BaseSettings):
     admin: AdminSection = AdminSection()
     identity: IdentitySection = IdentitySection()
     address_limit: AddressLimitSection = AddressLimitSection()
-    tiers: dict[Name, TierSection] = Field(default={}, validate_default=True)
+    tiers: dict[Identifier, TierSection] = Field(default={}, validate_default=True)
     default_tier: TierName = "FREE"
     clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
-    upstreams: dict[Name, UpstreamSection] = {}
+    upstreams: dict[Identifier, UpstreamSection] = {}
     routes: list[RouteSection] = []
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()

@@ -17,20 +17,20 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import iter_route_contexts
 
 from api_gateway import __version__, admin
-from api_gateway.admin import Console, Phase
+from api_gateway.admin import AdminContext, Lifecycle
 from api_gateway.assembly import Assembly, Gateway
 from api_gateway.assembly_access import NOBODY, operator_access
 from api_gateway.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.crew import Alone, Crew
+from api_gateway.crew import Aggregator, SingleProcess
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
 from api_gateway.installation import Installation
-from api_gateway.link import Lanes
+from api_gateway.link import FastPathProvider
 from api_gateway.locality import Locality
-from api_gateway.middleware import Split, Switch, is_proxied
+from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied
 from api_gateway.operator_gate import OperatorGate
 from api_gateway.operator_limits import OperatorLimits
 from api_gateway.request import Message, Receive, Scope, Send
@@ -51,10 +51,10 @@ class GatewayApp(FastAPI):
     """
 
     def __init__(
-        self, switch: Switch, refused: Counter[str], *, clocks: Clocks, has_admin_listener: bool, **options: Any
+        self, switch: DataPlaneSlot, refused: Counter[str], *, clocks: Clocks, has_admin_listener: bool, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.add_middleware(Split, switch=switch)
+        self.add_middleware(DataPlaneSplit, switch=switch)
         self._switch = switch
         self.startup_error: StartupError | None = None
         self.has_admin_listener = has_admin_listener
@@ -72,7 +72,7 @@ class GatewayApp(FastAPI):
         )
 
     @property
-    def lane(self) -> Lanes | None:
+    def fast_path(self) -> FastPathProvider | None:
         """The straight way for plain requests; none if somebody's middleware wants to see them."""
         return self._switch if self._has_no_other_middleware else None
 
@@ -114,12 +114,12 @@ class GatewayApp(FastAPI):
         return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
-        console: Console | None = getattr(self.state, "console", None)
-        phase = Phase.STARTING if console is None else console.phase
-        return phase is Phase.SERVING, phase.value
+        console: AdminContext | None = getattr(self.state, "console", None)
+        phase = Lifecycle.STARTING if console is None else console.lifecycle
+        return phase is Lifecycle.SERVING, phase.value
 
     def _health(self) -> HealthCache | None:
-        console: Console | None = getattr(self.state, "console", None)
+        console: AdminContext | None = getattr(self.state, "console", None)
         return None if console is None else console.health
 
 
@@ -129,7 +129,7 @@ def create_app(
     server_headers: frozenset[bytes] = frozenset(),
     refused: Counter[str] | None = None,
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
-    crew: Crew | None = None,
+    crew: Aggregator | None = None,
     resolve: Resolve = look_up,
     read: Callable[[], GatewayConfig] | None = None,
     on_change: Callable[[GatewayConfig], None] | None = None,
@@ -155,7 +155,7 @@ def create_app(
     if config is None and read is None:
         read = load_config
     rejections: Counter[str] = Counter() if refused is None else refused
-    switch = Switch()
+    switch = DataPlaneSlot()
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
@@ -174,10 +174,10 @@ def create_app(
                 read=read,
                 on_change=on_change,
             )
-            await installation.start(settings, _console, crew or Alone())
-            app.state.console.phase = Phase.SERVING
+            await installation.start(settings, _console, crew or SingleProcess())
+            app.state.console.lifecycle = Lifecycle.SERVING
             yield
-            app.state.console.phase = Phase.DRAINING
+            app.state.console.lifecycle = Lifecycle.DRAINING
 
     return GatewayApp(
         switch,
@@ -216,13 +216,13 @@ def _build_routes(app: FastAPI) -> None:
         pass
 
 
-def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
-    return Console(
+def _console(gateway: Gateway, explainer: Explainer, crew: Aggregator) -> AdminContext:
+    return AdminContext(
         version=__version__,
         limiter=gateway.limiter,
         clients=gateway.clients,
-        crew=crew,
+        aggregator=crew,
         clocks=gateway.clocks,
         explainer=explainer,
-        modes=gateway.modes,
+        overrides=gateway.modes,
     )
