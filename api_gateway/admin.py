@@ -9,9 +9,10 @@ from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
@@ -170,8 +171,16 @@ _TIER_REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 open_router = APIRouter(tags=["health"])
-guarded_router = APIRouter(tags=["operator"], responses=_REFUSALS)
-clients_router = APIRouter(tags=["clients"], responses=_CLIENT_REFUSALS)
+# The gate checks the token; this says so in the schema.
+_TOKEN = Security(
+    HTTPBearer(
+        scheme_name="operator",
+        auto_error=False,
+        description="A token of the configuration, or the generated one in the file that the start names.",
+    )
+)
+guarded_router = APIRouter(tags=["operator"], responses=_REFUSALS, dependencies=[_TOKEN])
+clients_router = APIRouter(tags=["clients"], responses=_CLIENT_REFUSALS, dependencies=[_TOKEN])
 _ROUTERS = (open_router, guarded_router, clients_router)
 
 

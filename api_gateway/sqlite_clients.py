@@ -47,6 +47,11 @@ _FROM_SCHEMA_1 = (
     "INSERT INTO clients (id, tier, version, changed_at)"
     " SELECT id, tier, row_number() OVER (ORDER BY changed_at, id), changed_at FROM former"
 )
+_REMEDY = (
+    "it holds the tiers and grants that were set while the gateway ran: stop the gateway and put a backup in its"
+    " place, or move it away, with its -wal and -shm files, to start without them"
+)
+_CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at"
 _KINDS = (str, str | None, str | None, float | None, int, float)  # of their values
 
@@ -107,9 +112,9 @@ class SqliteClients:
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-        except ValueError as error:  # text that is no UTF-8, or a value of another type than the column's
-            raise OSError(f"{self.path}: the file is corrupt: {_printable(error)}") from error
-        except (sqlite3.Error, RuntimeError) as error:  # RuntimeError: the thread has ended, the store is closed
+        except (sqlite3.Error, ValueError, RuntimeError) as error:  # RuntimeError: the thread has ended
+            if _is_of_corrupt_file(error):
+                raise OSError(f"{self.path}: the file is corrupt: {_printable(error)}; {_REMEDY}") from error
             raise OSError(f"{self.path}: {_printable(error)}") from error
 
     # In the store's thread
@@ -240,6 +245,14 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _is_of_corrupt_file(error: Exception) -> bool:
+    """Tell whether the file is damaged: its structure, or text that is no UTF-8, or a value of the wrong type."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", None)  # of Python's own errors there is none
+        return "decode to UTF-8" in str(error) if code is None else code & 0xFF in _CORRUPT
+    return isinstance(error, ValueError)
 
 
 def _printable(error: Exception) -> str:

@@ -356,6 +356,19 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
     }
 
 
+def test_the_schema_says_which_endpoints_take_a_token(plain: RunningGateway) -> None:
+    """The page of the documentation offers to enter one for it."""
+    schema = ask(f"{plain.url}/openapi.json").json()
+    (scheme,) = schema["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    open_ones = {
+        path
+        for path, operations in schema["paths"].items()
+        if any("security" not in operation for operation in operations.values())
+    }
+    assert open_ones == {"/healthz", "/readyz", "/health"}
+
+
 @pytest.mark.parametrize(
     ("path", "model"),
     [
