@@ -5,7 +5,7 @@
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
     │   ├── NoRoute, MethodNotAllowed
-    │   ├── BodyTooLarge, HeadersTooLarge, HeadTimeout
+    │   ├── BodyTooLarge, HeadersTooLarge, RequestTimeout
     │   └── RateLimited, CostExceedsCapacity
     ├── Unavailable         the gateway declines to try: 503
     │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable
@@ -175,7 +175,7 @@ class HeadersTooLarge(RequestRefused):
     reason = Reason.HEADERS_TOO_LARGE
 
 
-class HeadTimeout(RequestRefused):
+class RequestTimeout(RequestRefused):
     """The request's head took longer than `server.header_timeout` to arrive."""
 
     status = 408
@@ -223,7 +223,7 @@ class Overloaded(Unavailable):
     reason = Reason.OVERLOADED
 
 
-class Shed(Overloaded):
+class LoadShed(Overloaded):
     """More is under way than the upstream, or the gateway itself, can serve well; lower tiers are refused first."""
 
 

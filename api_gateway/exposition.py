@@ -16,11 +16,11 @@ from prometheus_client.exposition import choose_encoder
 
 from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
-from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Series, Tally, UpstreamFigures, value_of
-from api_gateway.models import LimiterState, Source
+from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, UpstreamFigures, WindowedSeries, value_of
+from api_gateway.models import DecisionSource, LimiterState
 from api_gateway.pacing import Steps
 from api_gateway.reload_state import ReloadState
-from api_gateway.retry import Why
+from api_gateway.retry import RetryDenied
 from api_gateway.shares import ResourceState
 
 # The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
@@ -33,7 +33,7 @@ _OPENMETRICS = "application/openmetrics-text"
 _END = b"# EOF\n"
 
 
-class Exposition:
+class PrometheusExposition:
     """A Prometheus collector that reads the recorder and the live objects at scrape time."""
 
     def __init__(
@@ -116,7 +116,7 @@ class Exposition:
             rejected.add_metric([label], count)
         yield rejected
 
-    def _shown(self, series: Mapping[str, Series]) -> list[tuple[str, Series]]:
+    def _shown(self, series: Mapping[str, WindowedSeries]) -> list[tuple[str, WindowedSeries]]:
         return [(name, one) for name, one in series.items() if self._are_few or one.is_used]
 
     def _limits(self) -> Iterator[Metric]:
@@ -157,7 +157,7 @@ class Exposition:
         current = GaugeMetricFamily(
             "gateway_rate_limit_decision_source", "1 for what decisions rest on now.", labels=["decision_source"]
         )
-        for source in get_args(Source):
+        for source in get_args(DecisionSource):
             sources.add_metric([source], self._recorder.sources[source])
             current.add_metric([source], source == self._limiter.decision_source)
         yield sources
@@ -168,7 +168,7 @@ class Exposition:
             value=self._limiter.failures,
         )
         yield CounterMetricFamily(
-            "gateway_store_evicted_keys",
+            "gateway_store_evicted_keys_total",
             "Keys the store has thrown out for want of memory since it began; a bucket among them is full again.",
             value=self._limiter.evicted_keys,
         )
@@ -239,7 +239,7 @@ class Exposition:
             (
                 "gateway_upstream_retries_denied",
                 "Failed attempts that were not repeated.",
-                tuple(Why),
+                tuple(RetryDenied),
                 recorder.retries_denied,
             ),
         ):
@@ -410,7 +410,7 @@ def _family(
             return
 
 
-def _durations(name: str, words: str, label: str, series: Iterable[tuple[str, Series]]) -> Iterator[Metric]:
+def _durations(name: str, words: str, label: str, series: Iterable[tuple[str, WindowedSeries]]) -> Iterator[Metric]:
     """Yield a histogram, each label value by itself: it is two dozen lines."""
     yield HistogramMetricFamily(name, words, labels=[label])
     for value, one in series:

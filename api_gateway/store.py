@@ -36,7 +36,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from api_gateway.errors import causes
 from api_gateway.store_url import StoreUrl
-from api_gateway.tasks import not_cancelled
+from api_gateway.tasks import check_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class StoreSession:
     def __repr__(self) -> str:
         return f"<StoreSession [{type(self.client).__name__}]>"
 
-    async def carrier(self, script: Script, node: str = "") -> "Carrier":
+    async def carrier(self, script: Script, node: str = "") -> "ScriptConnection":
         """Connect and make the script known; `node` is one of `nodes`, where there are several.
 
         Raises one of `StoreError`, which names the setting that may be wrong.
@@ -106,11 +106,13 @@ class StoreSession:
         with self._hinting():
             connection = self._connection(node)
             connection.socket_timeout = None  # the caller's deadline is the only one
-            carrier = Carrier(connection, script, self.client if isinstance(self.client, RedisCluster) else None)
+            carrier = ScriptConnection(
+                connection, script, self.client if isinstance(self.client, RedisCluster) else None
+            )
             try:
                 await connection.connect()  # type: ignore[no-untyped-call]  # theirs
                 await carrier.introduce()
-                not_cancelled()
+                check_cancelled()
             except BaseException:
                 carrier.abort()
                 raise
@@ -124,7 +126,7 @@ class StoreSession:
                 await self.client.nodes_manager.initialize()
             else:
                 await self.client.initialize()
-            not_cancelled()
+            check_cancelled()
         return {node.name for node in self.client.get_primaries()}
 
     def node_of(self, key: str) -> str:
@@ -165,7 +167,7 @@ class StoreSession:
                 if isinstance(self.client, RedisCluster):
                     await self.client.initialize()  # or it raises KeyError for a slot it knows nothing of
                 await pubsub.subscribe(channel)
-                not_cancelled()
+                check_cancelled()
                 async for message in _heard(pubsub):
                     if message["type"] == "subscribe":
                         on_state(True)
@@ -197,7 +199,7 @@ class StoreSession:
         await disconnect(self.client)
 
 
-class Carrier:
+class ScriptConnection:
     """A connection to one server, outside of any pool, on which one script can be called.
 
     Nothing that may have been executed is sent twice.
@@ -247,7 +249,7 @@ class Carrier:
             reply: list[int] = await self._connection.read_response(timeout=math.inf)
         elif isinstance(refusal, MOVED) and self._cluster is not None:  # its client follows, and learns
             reply = await self._cluster.eval(self._script.text, len(call.keys), *call.keys, *call.arguments)
-            not_cancelled()
+            check_cancelled()
         else:
             raise refusal
         return reply
@@ -262,7 +264,7 @@ async def _heard(pubsub: PubSub) -> AsyncIterator[dict[str, Any]]:
     is_asked = False
     while True:
         message = await pubsub.get_message(timeout=MAX_QUIET)
-        not_cancelled()
+        check_cancelled()
         if message is not None:
             is_asked = False
             yield message

@@ -85,6 +85,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "watchdog",
         "heap",
         "send_queue",
+        "clocks",
         "receive_buffer",
         "pool",
         "outgoing",

@@ -15,13 +15,13 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from api_gateway.answer import NO_HOOKS, Answer
-from api_gateway.connection import Stale
+from api_gateway.answer import NO_LISTENER, UpstreamResponse
+from api_gateway.connection import StaleConnection
 from api_gateway.errors import causes
 from api_gateway.local_resources import lack_behind
 from api_gateway.outgoing import NO_BODY
 from api_gateway.pool import Pool
-from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+from api_gateway.protocol import ConnectionLimits, DownstreamConnection, bounded_protocol
 from api_gateway.request import DisconnectWatch
 from api_gateway.transport import UpstreamTransport
 from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
@@ -78,17 +78,17 @@ async def _refuse_all(_scope: Any, _receive: Any, send: Any) -> None:
     await send({"type": "http.response.body"})
 
 
-def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> GatewayProtocol:
+def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> DownstreamConnection:
     """Return a protocol on that transport, whose application refuses everything at once, or is `app`."""
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
-    kind = bounded_protocol(Bounds(), Counter())
+    kind = bounded_protocol(ConnectionLimits(), Counter())
     protocol = kind(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.connection_made(transport)
     return protocol
 
 
-async def ended(protocol: GatewayProtocol) -> None:
+async def ended(protocol: DownstreamConnection) -> None:
     """End the connection, and wait for the task that served it."""
     protocol.connection_lost(None)
     await asyncio.gather(*protocol.tasks)
@@ -207,22 +207,22 @@ async def test_a_request_is_repeated_once_when_its_connection_was_closed_meanwhi
     async with UpstreamTransport(max_connections=1) as transport:
         request = httpx.Request("GET", "http://up.test/", headers=[(b"Host", b"up.test")])
 
-        def send(_request: object) -> Answer:
+        def send(_request: object) -> UpstreamResponse:
             nonlocal sent
             sent += 1
-            answer = Answer(None, "GET", {}, NO_HOOKS)
-            answer.fail(Stale())
+            answer = UpstreamResponse(None, "GET", {}, NO_LISTENER)
+            answer.fail(StaleConnection())
             return answer
 
         class Used(FakeConnection):
-            def send(self, request: object) -> Answer:
+            def send(self, request: object) -> UpstreamResponse:
                 return send(request)
 
         async def wait(*_: object, **__: object) -> Any:
             return Used()
 
         monkeypatch.setattr(transport, "_wait", wait)
-        with pytest.raises(Stale):
+        with pytest.raises(StaleConnection):
             await transport.handle_async_request(request)
     assert sent == 2
 

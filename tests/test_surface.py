@@ -22,7 +22,7 @@ from api_gateway import cli
 from api_gateway.access_log import AccessLog
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import GatewayError, Reason, problem
-from api_gateway.exposition import Exposition
+from api_gateway.exposition import PrometheusExposition
 from api_gateway.main import create_app
 from api_gateway.metrics import Recorder
 from api_gateway.models import Exchange, LimiterState
@@ -43,7 +43,7 @@ def metric_families() -> dict[str, Metric]:
     """Return every metric family by the name that its samples have, for a gateway without traffic."""
     recorder = Recorder((), (), (), (50,), 0.0)
     families: dict[str, Metric] = {}
-    for family in Exposition(recorder, {}, LimiterState(), 0, "1.2.3").collect():
+    for family in PrometheusExposition(recorder, {}, LimiterState(), 0, "1.2.3").collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         families.setdefault(f"{family.name}{suffix}", family)
     return families
