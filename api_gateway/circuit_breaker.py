@@ -9,12 +9,12 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State
-from api_gateway.breaker_records import FailedCall, Transition, TransitionRecord
-from api_gateway.call_window import Counts, CountWindow, TimeWindow, Window
 from api_gateway.models import Outcome
-from api_gateway.principals import Callers
-from api_gateway.ramp import RampUp, RateMeter
+from api_gateway.resilience.breaker_history import FailedCall, Transition, TransitionRecord
+from api_gateway.resilience.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State
+from api_gateway.resilience.call_windows import Counts, CountWindow, TimeWindow, Window
+from api_gateway.resilience.principals import Callers
+from api_gateway.resilience.ramp_up import RampUp, RateMeter
 
 KEPT_RECORDS = 50
 KEPT_FAILURES = 10

@@ -16,9 +16,18 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from api_gateway.config_repair import repaired
-from api_gateway.config_rules import Finding, contradictions
-from api_gateway.config_sections import (
+from api_gateway.settings.diagnostics import NO_FILE, ConfigError, Sources, explain, read_yaml, without_passwords
+from api_gateway.settings.environment import (
+    broken_lines,
+    ignored_variables,
+    is_setting,
+    read_env_file,
+    read_environment,
+)
+from api_gateway.settings.repair import repaired
+from api_gateway.settings.rules import Finding, contradictions
+from api_gateway.settings.secret import Unusable
+from api_gateway.settings.upstreams import (
     CLIENT_ID,
     PATTERNS,
     AddressLimitSection,
@@ -35,10 +44,7 @@ from api_gateway.config_sections import (
     TierSection,
     UpstreamSection,
 )
-from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, read_yaml, without_passwords
-from api_gateway.environment import broken_lines, ignored_variables, is_setting, read_env_file, read_environment
-from api_gateway.secret import Unusable
-from api_gateway.state_folder import StateError, default_state_dir
+from api_gateway.system.state_folder import StateError, default_state_dir
 
 ENV_PREFIX = "GATEWAY_"
 ENV_FILE = ".env"

@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
-from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
-from api_gateway.metrics_bodies import (
+from api_gateway.eventloop.pacing import Steps, completed, each
+from api_gateway.models import Exchange, LimiterState
+from api_gateway.observability.heavy_hitters import HeavyHitters
+from api_gateway.reporting.metrics_schema import (
     BreakerCounts,
     LatencySeries,
     LatencyView,
@@ -26,10 +28,8 @@ from api_gateway.metrics_bodies import (
     RateWindow,
     RequestCounts,
 )
-from api_gateway.models import Exchange, LimiterState
-from api_gateway.pacing import Steps, completed, each
-from api_gateway.sketch import HeavyHitters
-from api_gateway.upstream_bodies import ConcurrencyView, StoreView
+from api_gateway.reporting.upstream_schema import ConcurrencyView, StoreView
+from api_gateway.resilience.breaker_policy import Mode, State
 
 Label = TypeVar("Label")
 

@@ -14,9 +14,8 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from api_gateway import auth
-from api_gateway.clients import ClientRegistry
-from api_gateway.deadline import deadline_of
+from api_gateway.clients.identity import client_id
+from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import (
     BadRequest,
     ClientDisconnected,
@@ -29,8 +28,8 @@ from api_gateway.errors import (
     not_started,
     problem,
 )
-from api_gateway.failures import note_failure
-from api_gateway.headers import (
+from api_gateway.http1.asgi import FastPathHandler
+from api_gateway.http1.headers import (
     Fields,
     address_key,
     ambiguity,
@@ -40,15 +39,16 @@ from api_gateway.headers import (
     is_visible_ascii,
     is_within,
 )
-from api_gateway.limit_fields import RateLimitHeaders
-from api_gateway.link import FastPathHandler
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.models import Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
-from api_gateway.overload import EventLoopShedder, PriorityClasses
+from api_gateway.proxy.deadline import deadline_of
+from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.proxy.upstream_request import DEADLINE, FIELDS, Receive, Scope, Send
 from api_gateway.rate_limiter import NEVER, RateLimiter
-from api_gateway.request import DEADLINE, FIELDS, Receive, Scope, Send
+from api_gateway.resilience.concurrency_limit import EventLoopShedder, PriorityClasses
 from api_gateway.router import Router
-from api_gateway.shadow import ShadowLimits
+from api_gateway.transport.error_mapping import note_failure
 
 logger = logging.getLogger(__name__)
 _ID_PREFIX = f"{random.Random().getrandbits(96):024x}"  # noqa: S311 - seeded by the system; ids must differ, not be secret
@@ -277,7 +277,7 @@ class IdentityMiddleware:
 
     def name(self, fields: Fields) -> str | None:
         """Return the name the client gave, if it gave one. Raises ClientIdInvalid."""
-        return auth.client_id(fields, self.header)
+        return client_id(fields, self.header)
 
     def client(self, name: str | None, address: str) -> Client | None:
         """Return the client as it is registered now, or None if the store is to be asked."""

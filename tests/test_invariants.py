@@ -45,12 +45,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from api_gateway.config_rules import LONGEST_BUDGET, MAX_FILL
-from api_gateway.dispatcher import CONNECTIONS, ScriptBatcher
+from api_gateway.limits.redis_limiter import MESSAGE_NS, RedisLimiter, _ChargeOp, _SettleOp
+from api_gateway.limits.script_batcher import CONNECTIONS, ScriptBatcher
 from api_gateway.middleware import refusal
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
 from api_gateway.rate_limiter import NEVER, MemoryLimiter
-from api_gateway.redis_limiter import MESSAGE_NS, RedisLimiter, _ChargeOp, _SettleOp
+from api_gateway.settings.rules import LONGEST_BUDGET, MAX_FILL
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore

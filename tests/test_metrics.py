@@ -14,19 +14,19 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy, Mode
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
-from api_gateway.exposition import DURATION_BOUNDS, PrometheusExposition
+from api_gateway.eventloop.pacing import completed
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
-from api_gateway.metrics_bodies import RateWindow
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
-from api_gateway.pacing import completed
-from api_gateway.picks import round_robin
-from api_gateway.report import UpstreamSnapshot
-from api_gateway.rotation import OutlierDetector
-from api_gateway.targets import Target
+from api_gateway.reporting.metrics_schema import RateWindow
+from api_gateway.reporting.prometheus import DURATION_BOUNDS, PrometheusExposition
+from api_gateway.reporting.snapshot import UpstreamSnapshot
+from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.outlier_detection import OutlierDetector
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
 
 START = 1000.0
 TIERS = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "PREMIUM")}

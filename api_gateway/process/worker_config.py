@@ -1,0 +1,46 @@
+"""What a worker is told when it starts: the configuration as the supervisor has read it, and what it inherits.
+
+The configuration is handed over and not read again, so that a worker that takes another's place in the middle of an
+edit of the file is what the others are. It travels through a pipe: it may hold a secret.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from api_gateway.config import DEFAULT_TIERS, GatewayConfig, from_values
+from api_gateway.settings.secret import revealed
+
+# Modules are looked for where the supervisor finds them, however it was started.
+ENTRY = (
+    "import json, sys; brief = json.load(sys.stdin); sys.path[:] = brief['path'];"
+    " from api_gateway.process.worker import main; raise SystemExit(main(brief))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """`config` is what `hand_over` returns; the others are file descriptors, `admin_listeners` those for operators."""
+
+    number: int
+    config: dict[str, Any]
+    channel: int
+    listeners: list[int]
+    admin_listeners: list[int]
+
+    def encode(self) -> bytes:
+        """Return what `ENTRY` reads."""
+        return json.dumps({"path": sys.path, **asdict(self)}).encode()
+
+
+def hand_over(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with `sections` in place of its own, as JSON can hold it. It shows the secrets."""
+    values: dict[str, Any] = revealed(config.model_dump(), config.model_dump(mode="json"))
+    values["tiers"] |= {name: None for name in DEFAULT_TIERS if name not in config.tiers}  # removed ones stay removed
+    return values | sections
+
+
+def take_over(values: dict[str, Any]) -> GatewayConfig:
+    """Return the configuration that was handed over."""
+    return from_values(values)
