@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from api_gateway import __version__
+from api_gateway._version import __version__
 from api_gateway.assembly.stores import client_store, state_folder
 from api_gateway.config import ENV_PREFIX, GatewayConfig, Loaded
 from api_gateway.errors import STARTUP_FAILED, StartupError

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import iter_route_contexts
 
-from api_gateway import __version__
+from api_gateway._version import __version__
 from api_gateway.admin.endpoints import AdminContext, Lifecycle, install
 from api_gateway.admin.explainer import Explainer
 from api_gateway.admin.gate import OperatorGate
