@@ -17,7 +17,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import iter_route_contexts
 
 from api_gateway._version import __version__
-from api_gateway.admin.endpoints import AdminContext, Lifecycle, install
+from api_gateway.admin.context import AdminContext, Lifecycle
+from api_gateway.admin.endpoints import install
 from api_gateway.admin.explainer import Explainer
 from api_gateway.admin.gate import OperatorGate
 from api_gateway.admin.health_cache import HealthCache
@@ -28,10 +29,9 @@ from api_gateway.assembly.gateway import Assembly, Gateway
 from api_gateway.assembly.installation import Installation
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.errors import STARTUP_FAILED, StartupError
-from api_gateway.http1.asgi import FastPathProvider
+from api_gateway.http1.asgi import FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
 from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied
-from api_gateway.proxy.upstream_request import Message, Receive, Scope, Send
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
 from api_gateway.resilience.fair_shares import Shares
 from api_gateway.settings.diagnostics import ConfigError

@@ -31,7 +31,7 @@ from api_gateway.errors import (
     UpstreamTimeout,
 )
 from api_gateway.proxy.deadline import Deadline
-from api_gateway.transport.error_mapping import CLIENT_PAUSE, ClientShare, fault_of, fault_of_deadline, fault_of_status
+from api_gateway.proxy.faults import CLIENT_PAUSE, ClientShare, fault_of, fault_of_deadline, fault_of_status
 from tests.kit import (
     PATIENCE,
     Behaviour,

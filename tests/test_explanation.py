@@ -18,6 +18,7 @@ from api_gateway.admin.explainer import Explainer
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClients
+from api_gateway.http1.asgi import Message
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import (
     ExchangeMiddleware,
@@ -31,7 +32,6 @@ from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.proxy.shadow_limits import ShadowLimits
-from api_gateway.proxy.upstream_request import Message
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.router import Router

@@ -1,4 +1,4 @@
-"""`heads`: what is plain is a part of what the parser accepts, and means the same."""
+"""`fast_parser`: what is plain is a part of what the parser accepts, and means the same."""
 
 from typing import Any
 

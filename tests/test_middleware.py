@@ -25,13 +25,13 @@ from api_gateway.errors import (
     RateLimited,
     UpstreamReset,
 )
+from api_gateway.http1.asgi import FIELDS, ASGIApp, Message, Receive, Scope, Send
 from api_gateway.http1.headers import fields_of
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import (
     EXCHANGE,
     IS_TRUSTED,
     ROUTE,
-    ASGIApp,
     DataPlaneSlot,
     DataPlaneSplit,
     ExchangeMiddleware,
@@ -42,7 +42,6 @@ from api_gateway.middleware import (
 )
 from api_gateway.models import NANOSECONDS, Charge, Client, Exchange, HeaderList, Quota
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
-from api_gateway.proxy.upstream_request import FIELDS, Message, Receive, Scope, Send
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.router import Router
 from tests.kit import FakeClock

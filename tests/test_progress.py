@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, bounded_protocol
 from api_gateway.errors import causes
-from api_gateway.proxy.upstream_request import DisconnectWatch
+from api_gateway.proxy.client_disconnect import DisconnectWatch
 from api_gateway.transport.connection import StaleConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
 from api_gateway.transport.local_resources import lack_behind

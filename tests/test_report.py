@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.eventloop.pacing import completed
-from api_gateway.metrics import SLICE, Recorder
+from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
+from api_gateway.observability.latency_series import SLICE
 from api_gateway.reporting.merge import merge
+from api_gateway.reporting.metrics_view import metrics_view
 from api_gateway.reporting.prometheus import PrometheusExposition
 from api_gateway.reporting.snapshot import (
     BreakerSnapshot,
@@ -68,7 +70,7 @@ def shown(report: WorkerSnapshot, now: float) -> tuple[Any, ...]:
     """Return all that is made of a recorder."""
     found = report.recorder
     view = completed(
-        found.snapshot(now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
+        metrics_view(found, now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
     )
     text, _ = completed(PrometheusExposition(found, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
     return view.model_dump(), sorted(text.decode().splitlines())

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import BadRequest, BodyTooLarge, ClientDisconnected, MethodNotAllowed, NoRoute, UpstreamTimeout
+from api_gateway.http1.asgi import DEADLINE, FIELDS, Message
+from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.models import Exchange
 from api_gateway.proxy.deadline import deadline_of
-from api_gateway.proxy.route_table import CostRule, Route, RouteTable, is_below, matching_path, upstream_target
-from api_gateway.proxy.upstream_request import DEADLINE, FIELDS, Message, RequestBody
+from api_gateway.proxy.request_body import RequestBody
+from api_gateway.proxy.route_table import CostRule, Route, RouteTable, upstream_target
 from api_gateway.resilience.breaker_policy import BreakerPolicy
 from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.router import Router

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.process.worker_config import hand_over, take_over
+from api_gateway.reload.serialization import hand_over, take_over
 from api_gateway.settings.diagnostics import ConfigError
 
 TOKEN = "correct-horse-battery"

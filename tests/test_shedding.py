@@ -11,7 +11,7 @@ import pytest
 
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.fastpath.fast_path import FastPath
-from api_gateway.resilience.concurrency_limit import LAGS
+from api_gateway.resilience.event_loop_limit import LAGS
 from tests.kit import (
     RawAnswer,
     RawClient,

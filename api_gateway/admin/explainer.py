@@ -23,15 +23,17 @@ from api_gateway.admin.explain_schema import (
 )
 from api_gateway.errors import GatewayError, InvalidValue, Reason
 from api_gateway.http1.headers import fields_of, host_name
-from api_gateway.middleware import IdentityMiddleware, RateLimitMiddleware, is_proxied, refusal
+from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.limits.refusal import refusal
+from api_gateway.middleware import IdentityMiddleware, RateLimitMiddleware, is_proxied
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, TierView
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
 from api_gateway.proxy.route_table import Route, refuse_method, upstream_target
 from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.resilience.breaker_policy import State
-from api_gateway.resilience.concurrency_limit import ConcurrencyLimit, EventLoopShedder
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
-from api_gateway.resilience.retry import IDEMPOTENT
 from api_gateway.router import Router
 
 LIKELY = 0.5  # share of requests refused at random from which a refusal is what is foretold

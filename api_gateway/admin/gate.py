@@ -26,11 +26,10 @@ from api_gateway.errors import (
     Unauthorized,
     not_started,
 )
-from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION
+from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, ASGIApp, Receive, Scope, Send
 from api_gateway.http1.headers import Fields, Network, ambiguity, client_address, fields_of, framing
 from api_gateway.http1.request_paths import first_segment, path_as_sent, target_of
-from api_gateway.middleware import ASGIApp, send_problem
-from api_gateway.proxy.upstream_request import Receive, Scope, Send
+from api_gateway.proxy.problem_response import send_problem
 
 logger = logging.getLogger(__name__)
 

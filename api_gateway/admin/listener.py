@@ -1,9 +1,9 @@
 """The application behind the listener for operators: the operator endpoints, and nothing of the data plane."""
 
 from api_gateway.errors import NoRoute
-from api_gateway.http1.asgi import ADMIN
-from api_gateway.middleware import ASGIApp, is_proxied, send_problem
-from api_gateway.proxy.upstream_request import Receive, Scope, Send
+from api_gateway.http1.asgi import ADMIN, ASGIApp, Receive, Scope, Send
+from api_gateway.middleware import is_proxied
+from api_gateway.proxy.problem_response import send_problem
 
 
 class AdminListener:

@@ -1,8 +1,8 @@
 """The bodies of operator requests, read before the framework runs; and responses to HEAD, which have none."""
 
 from api_gateway.errors import BodyTooLarge, ClientDisconnected
+from api_gateway.http1.asgi import Message, Receive, Send
 from api_gateway.http1.headers import Fields, framing
-from api_gateway.proxy.upstream_request import Message, Receive, Send
 
 MAX_BODY = 65_536  # bytes
 

@@ -9,7 +9,7 @@ from api_gateway.admin.locality import Locality, LoopbackRule, NothingIsLocal
 from api_gateway.admin.operator_token import operator_token
 from api_gateway.admin.operators import Operator, Role, Tokens
 from api_gateway.config import GatewayConfig
-from api_gateway.settings.upstreams import AdminSection
+from api_gateway.settings.admin import AdminSection
 from api_gateway.system.peer_process import PeerProcesses
 
 GENERATED = Operator("operator-token", Role.OPERATE)

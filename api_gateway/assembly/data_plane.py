@@ -6,8 +6,8 @@ from collections.abc import Callable
 from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.http1.asgi import ASGIApp
 from api_gateway.middleware import (
-    ASGIApp,
     ExchangeMiddleware,
     IdentityMiddleware,
     LoadSheddingMiddleware,

@@ -36,13 +36,14 @@ from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
 from api_gateway.proxy.route_table import Route, RouteTable
-from api_gateway.resilience.concurrency_limit import EventLoopShedder, PriorityClasses
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
+from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.system.clocks import Clocks
+from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.heap import trimmed
 from api_gateway.system.output import process_output
 from api_gateway.system.state_folder import own_folder
 from api_gateway.transport.http1_transport import UpstreamTransport
-from api_gateway.transport.local_resources import raise_descriptor_limit
 from api_gateway.transport.shielded import ShieldedTransport
 from api_gateway.upstreams.dns import Resolve
 from api_gateway.upstreams.upstream_client import UpstreamClient

@@ -6,16 +6,16 @@ from typing import Any, Protocol
 
 from starlette.datastructures import State
 
-from api_gateway.admin.endpoints import AdminContext, Lifecycle
+from api_gateway.admin.context import AdminContext, Lifecycle
 from api_gateway.admin.gate import Access, OperatorGate
 from api_gateway.assembly.data_plane import data_plane_of
 from api_gateway.assembly.gateway import Assembly, Gateway, Plan
 from api_gateway.config import GatewayConfig
 from api_gateway.eventloop.pacing import Steps, each
 from api_gateway.middleware import DataPlaneSlot
-from api_gateway.process.worker_config import take_over
 from api_gateway.reload.outcome import Outcome
 from api_gateway.reload.reloader import Reloader, refused
+from api_gateway.reload.serialization import take_over
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, moves_of
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.resilience.fair_shares import ResourceState, Shares
@@ -78,7 +78,7 @@ class Installation:
         crew.register(self.snapshot, self)
 
     async def prepare(self, values: dict[str, Any]) -> None:
-        """See `crew.Configured`."""
+        """See `worker_channel.Configured`."""
         await self._prepare(await asyncio.to_thread(take_over, values))
 
     async def _prepare(self, config: GatewayConfig) -> None:

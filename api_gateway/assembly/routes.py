@@ -2,7 +2,7 @@
 
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.route_table import CostRule, Route
-from api_gateway.settings.upstreams import FallbackSection, RouteSection
+from api_gateway.settings.routes import FallbackSection, RouteSection
 
 
 def route_of(section: RouteSection) -> Route:

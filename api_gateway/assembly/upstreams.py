@@ -18,7 +18,8 @@ from api_gateway.errors import StartupError
 from api_gateway.models import Clock
 from api_gateway.resilience.adaptive_limit import AdaptivePolicy, GradientController
 from api_gateway.resilience.breaker_policy import BreakerPolicy
-from api_gateway.resilience.concurrency_limit import ConcurrencyLimit, PriorityClasses
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
+from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.settings.upstreams import RetrySection, UpstreamSection
 from api_gateway.transport.http1_transport import UpstreamTransport, tls_context

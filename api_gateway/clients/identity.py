@@ -1,4 +1,4 @@
-"""The identifier that a client sends. Pure decisions on header fields; `operators` has those on operators."""
+"""The identifier that a client sends. Pure decisions on header fields; `admin.operators` has those on operators."""
 
 from api_gateway.errors import ClientIdInvalid
 from api_gateway.http1.headers import Fields, is_visible_ascii

@@ -2,6 +2,8 @@
 
 A change is stored first and then takes effect. What others change in the same store takes effect when the store tells
 of it. What does not fit into memory is looked up, all that is asked for at one time in one question.
+
+Long because it is one subject: records, grants and the followed store change the same copy of them.
 """
 
 import asyncio

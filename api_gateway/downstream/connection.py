@@ -1,12 +1,14 @@
 """The server side of HTTP/1.1: uvicorn's httptools protocol with a request cycle of our own.
 
-What is different from uvicorn's, and why (`cycle` has the rest):
+What is different from uvicorn's, and why (`request_cycle` has the rest):
 
 - One task serves a connection, request after request; uvicorn starts one for each request.
 - Heads are bounded in size, in number of lines and in time, bodies in the time they may stall, and connections in
   number for each address. Refusals are problem details, and reach the client even while it is still sending.
-- What a proxy needs and ASGI has no word for is offered in the scope, as `link.Link`.
+- What a proxy needs and ASGI has no word for is offered in the scope, as `http1.asgi.Link`.
 - Trailers never become headers, and nothing behind a refused request is served.
+
+Long because it is one state machine: all states of a connection share its buffer, timer and order of requests.
 """
 
 import asyncio
@@ -26,7 +28,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
-from api_gateway.downstream.request_cycle import HIGH_WATER, RequestResponseCycle, render_response_head
+from api_gateway.downstream.request_cycle import HIGH_WATER, RequestResponseCycle
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
@@ -40,6 +42,7 @@ from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.eventloop.send_queue import unacknowledged
 from api_gateway.http1.asgi import SERVER_EXTENSION, UNIX_PEER, FastPathProvider, InFlight
 from api_gateway.http1.headers import fields_of, framing, http_date
+from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList
 from api_gateway.resilience.fair_shares import MAX_CONNECTIONS, Shares
 
@@ -538,7 +541,7 @@ class DownstreamConnection(HttpToolsProtocol):
             self._excuse_pause()
             self.transport.resume_reading()
 
-    # The lane, as `express.Downstream` has it
+    # The lane, as `fast_path.Downstream` has it
 
     def begin_exchange(self, exchange: InFlight) -> None:
         """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""

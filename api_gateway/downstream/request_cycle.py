@@ -7,18 +7,15 @@ HTTP/1.0. Names keep their spelling; a `Date` is added where none comes (RFC 911
 import asyncio
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from api_gateway.http1.fast_parser import BODILESS
-from api_gateway.http1.headers import Fields, fields_of, http_date
+from api_gateway.http1.headers import BODILESS, Fields, fields_of, http_date
+from api_gateway.http1.serializer import _COLON, _status_line, refuse_hidden_lines, render_response_head
 from api_gateway.models import HeaderList
 
 HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client is made to wait
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
-_COLON = b": ".join
 
 
 class DownstreamPort(Protocol):
@@ -273,21 +270,3 @@ class RequestResponseCycle:
         self.keep_alive = False
         self.on_leaving = None
         return self.connection.hand_over(render_response_head(101, reason, headers))
-
-
-def render_response_head(status: int, reason: bytes | None, headers: HeaderList) -> bytes:
-    """Return a head; raises RuntimeError if one of its lines hides another."""
-    lines = list(map(_COLON, headers))
-    refuse_hidden_lines(lines)
-    return b"\r\n".join([_status_line(status, reason), *lines, b"\r\n"])
-
-
-def refuse_hidden_lines(lines: list[bytes]) -> None:
-    """Raise RuntimeError if there is a break within a line of a head."""
-    if any(b"\n" in line or b"\r" in line or b"\0" in line for line in lines):
-        raise RuntimeError("a header of the answer holds a line break")
-
-
-@lru_cache(maxsize=256)
-def _status_line(status: int, reason: bytes | None) -> bytes:
-    return b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, b"") if reason is None else reason)

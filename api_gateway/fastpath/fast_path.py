@@ -6,17 +6,20 @@ but who is out of tokens, and what there is no place for. A request that is out 
 for another reason, is left alone before anything has been done for it, and goes the ordinary way from its start. One
 that turns out so later (another answer than a plain one, a connection that broke, no connection free) goes on in the
 ordinary way from where it is.
+
+Long because it is one state machine: a plain request, from its bytes to the end of its response.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from functools import lru_cache, partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 from urllib.parse import unquote
 
-from api_gateway.downstream.request_cycle import render_response_head
 from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
+from api_gateway.fastpath.header_cache import HeaderProfile, RewrittenHeaders
+from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
 from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, pairs_of, parse_request_head, remove_lines
 from api_gateway.http1.headers import (
     VIA_NAME,
@@ -30,25 +33,20 @@ from api_gateway.http1.headers import (
     rewrite_request,
     stripped_headers,
 )
-from api_gateway.middleware import (
-    ASGIApp,
-    ExchangeMiddleware,
-    IdentityMiddleware,
-    RateLimitMiddleware,
-    given_request_id,
-    is_proxied,
-    new_request_id,
-    problem_response,
-    refusal,
-)
-from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Outcome
+from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.http1.serializer import render_response_head
+from api_gateway.limits.refusal import refusal
+from api_gateway.middleware import ExchangeMiddleware, IdentityMiddleware, RateLimitMiddleware, is_proxied
+from api_gateway.models import NANOSECONDS, Clock, Decision, Exchange, HeaderList, Outcome
+from api_gateway.proxy.client_disconnect import LEFT
+from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.faults import ClientShare
+from api_gateway.proxy.problem_response import problem_response
+from api_gateway.proxy.request_id import given_request_id, new_request_id
 from api_gateway.proxy.route_table import Route, upstream_target
-from api_gateway.proxy.upstream_request import FIELDS, LEFT, Receive, Scope, Send
-from api_gateway.resilience.concurrency_limit import EventLoopShedder
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
-from api_gateway.resilience.retry import IDEMPOTENT
 from api_gateway.router import Router
-from api_gateway.transport.error_mapping import ClientShare, note_failure
 from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
@@ -59,78 +57,6 @@ MAX_KNOWN_BYTES = 4_096  # of header lines whose meaning is remembered
 MAX_KNOWN = 1_024  # meanings remembered
 _MAY_BE_RETRIED = 429  # the least status that an upstream's retries can name
 _MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
-
-
-class HeaderProfile:
-    """What the noted headers of requests from one address come to; it is worked out once for all that have the same.
-
-    `dropped` are those that do not go upstream, `added` the lines that go there behind the client's own.
-    """
-
-    __slots__ = (
-        "added",
-        "charges",
-        "client",
-        "cost",
-        "dropped",
-        "host",
-        "is_trusted",
-        "keep_alive",
-        "length",
-        "name",
-        "owner",
-        "peer",
-        "principal",
-        "priority",
-        "request_id",
-        "version",
-    )
-
-    def __init__(
-        self,
-        *,
-        owner: "FastPath",
-        framing: tuple[int, bool],
-        host: str,
-        caller: tuple[str, bool, str | None],
-        request_id: str | None,
-        dropped: HeaderList,
-        added: bytes,
-    ) -> None:
-        self.owner = owner  # by whose configuration it was worked out
-        self.length, self.keep_alive = framing
-        self.host = host
-        self.peer, self.is_trusted, self.name = caller
-        self.request_id = request_id
-        self.dropped = dropped
-        self.added = added
-        self.version = -1  # of the registry, when it was asked for
-        self.client: Client | None = None
-        self.cost = -1.0
-        self.charges: list[Charge] = []  # for that client and cost
-        self.principal: str | None = None  # who that client is to circuit breakers and shares
-        self.priority = 0  # of that client
-
-    def __repr__(self) -> str:
-        return f"<HeaderProfile of {self.name or self.peer!r}>"
-
-    def for_client(self, name: str | None) -> "HeaderProfile":
-        """Return what the same headers come to with a client's name beside them."""
-        other = HeaderProfile.__new__(HeaderProfile)  # the arguments of `__init__` would be taken apart a second time
-        other.owner, other.length, other.keep_alive = self.owner, self.length, self.keep_alive
-        other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
-        other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
-        other.version, other.cost, other.client, other.charges = -1, -1.0, None, []
-        other.principal = None
-        return other
-
-
-class RewrittenHeaders(NamedTuple):
-    """The header lines of a request as they came, what they come to, and as they go upstream."""
-
-    came: bytes
-    profile: HeaderProfile
-    sent: bytes
 
 
 class HeaderLimits(Protocol):

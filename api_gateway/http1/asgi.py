@@ -1,11 +1,22 @@
 """What a proxy needs of its server and ASGI has no word for; our own server puts it into the scope."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
 from api_gateway.http1.headers import UNIX
 from api_gateway.models import HeaderList
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
+DEADLINE = "gateway.deadline"  # and its deadline, if it has one
+
+
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
 
 SERVER_EXTENSION = "gateway.link"  # its key in the scope
 UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket

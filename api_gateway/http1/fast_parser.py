@@ -8,7 +8,7 @@ accepts, and means the same. Pure functions on bytes.
 
 import re
 
-from api_gateway.http1.headers import COST, HOP_BY_HOP, OURS, REQUEST_TIMEOUT, Fields
+from api_gateway.http1.headers import BODILESS, COST, HOP_BY_HOP, OURS, REQUEST_TIMEOUT, Fields
 from api_gateway.models import HeaderList
 
 # Possessive quantifiers (`*+`): a head is matched or not in one pass, however it is made. A group that `(?(n)(?!)|…)`
@@ -53,7 +53,6 @@ _UNUSUAL_IN_REQUESTS = frozenset(
         REQUEST_TIMEOUT,
     }
 )
-BODILESS = frozenset({204, 304})  # statuses of answers that have no body, whatever they announce
 _NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]
 
 

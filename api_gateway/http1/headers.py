@@ -13,6 +13,9 @@ from typing import Literal
 
 from api_gateway.models import HeaderList
 
+BODILESS = frozenset({204, 304})  # statuses of answers that have no body, whatever they announce
+
+
 UNIX: Literal["unix"] = "unix"  # the address of every peer on a Unix socket
 Network = IPv4Network | IPv6Network | Literal["unix"]
 Fields = Mapping[bytes, Sequence[bytes]]  # the values of each name (lower case), in order

@@ -4,6 +4,7 @@ A framework matches the decoded path, in which `/clients/team%2Fgrants` (the cli
 `/clients/team/grants` (a resource of the client `team`) are the same.
 """
 
+import posixpath
 from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -62,3 +63,15 @@ def _below(root: str, path: str) -> str:
     if root and (path == root or path.startswith(f"{root}/")):
         path = path[len(root) :]
     return path.removeprefix("/")
+
+
+def is_below(path: str, prefix: str) -> bool:
+    """Tell whether `path` is `prefix` or lies below it, by whole segments."""
+    return prefix in (path, "/") or path.startswith(f"{prefix}/")
+
+
+def matching_path(path: str) -> str:
+    """Return the decoded `path` with dot segments and repeated slashes resolved (RFC 3986 section 5.2.4)."""
+    if "//" in path or "/." in path:
+        return "/" + posixpath.normpath(path).lstrip("/")
+    return path

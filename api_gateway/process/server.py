@@ -16,9 +16,8 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
-from api_gateway.admin.endpoints import Lifecycle
+from api_gateway.admin.context import Lifecycle
 from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
 from api_gateway.config import GatewayConfig
@@ -33,11 +32,11 @@ from api_gateway.process.watchdog import Watchdog
 from api_gateway.reload.outcome import Outcome
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
 from api_gateway.resilience.fair_shares import Shares, default_connections
-from api_gateway.settings.upstreams import ServerSection
+from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
+from api_gateway.system.descriptor_limit import raise_descriptor_limit
 from api_gateway.system.held_signals import delivered
 from api_gateway.system.output import LineHandler, process_output
-from api_gateway.transport.local_resources import raise_descriptor_limit
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class GatewayServer(uvicorn.Server):
             self._watch = ConfigWatch(read, partial(self._crew.reload, "--watch"))
         self._watching: asyncio.Task[None] | None = None
         self._is_reload_due = False  # it was asked for before the start was done
-        self._app: FastAPI = create_app(
+        self._app = create_app(
             config,
             refused=refused,
             crew=self._crew,

@@ -21,10 +21,10 @@ from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
 from api_gateway.process.server import set_log_level, stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
-from api_gateway.process.worker_config import hand_over
 from api_gateway.process.worker_handle import START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import Outcome, ReloadState
 from api_gateway.reload.reloader import ApplyError, Reloader, refused
+from api_gateway.reload.serialization import hand_over
 from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server

@@ -10,13 +10,13 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.process.listeners import Sockets
 from api_gateway.process.server import GatewayServer, configure_logging
-from api_gateway.process.worker_config import take_over
+from api_gateway.reload.serialization import take_over
 from api_gateway.reporting.worker_channel import REPLACED_SIGNAL, SupervisorChannel
 from api_gateway.system.output import redirected
 
 
 def main(worker_config: dict[str, Any]) -> int:
-    """Serve until told to stop, or until the supervisor is gone. Returns the exit code; see `brief.Brief`."""
+    """Serve until told to stop, or until the supervisor is gone. Returns the exit code; see `worker_config.Brief`."""
     with redirected():
         return _serve(worker_config)
 

@@ -9,9 +9,6 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from api_gateway.config import DEFAULT_TIERS, GatewayConfig, from_values
-from api_gateway.settings.secret import revealed
-
 # Modules are looked for where the supervisor finds them, however it was started.
 ENTRY = (
     "import json, sys; brief = json.load(sys.stdin); sys.path[:] = brief['path'];"
@@ -32,15 +29,3 @@ class WorkerConfig:
     def encode(self) -> bytes:
         """Return what `ENTRY` reads."""
         return json.dumps({"path": sys.path, **asdict(self)}).encode()
-
-
-def hand_over(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with `sections` in place of its own, as JSON can hold it. It shows the secrets."""
-    values: dict[str, Any] = revealed(config.model_dump(), config.model_dump(mode="json"))
-    values["tiers"] |= {name: None for name in DEFAULT_TIERS if name not in config.tiers}  # removed ones stay removed
-    return values | sections
-
-
-def take_over(values: dict[str, Any]) -> GatewayConfig:
-    """Return the configuration that was handed over."""
-    return from_values(values)

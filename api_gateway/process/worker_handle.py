@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from api_gateway.process.listeners import Sockets
 from api_gateway.process.worker_config import ENTRY, WorkerConfig
 from api_gateway.reload.outcome import Outcome
-from api_gateway.reporting.snapshot import WorkerSnapshot, split
+from api_gateway.reporting.snapshot import WorkerSnapshot
+from api_gateway.reporting.snapshot_parts import split
 from api_gateway.reporting.worker_channel import MAX_MESSAGE, REPLACED_SIGNAL, encode
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from api_gateway.errors import GatewayError, Reason
-from api_gateway.http1.fast_parser import BODILESS
+from api_gateway.http1.headers import BODILESS
 from api_gateway.models import HeaderList
 
 STATIC = "static"  # the word for an answer that no upstream gave

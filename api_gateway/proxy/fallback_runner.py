@@ -3,12 +3,13 @@
 from collections.abc import Awaitable, Callable, Mapping
 
 from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
+from api_gateway.http1.asgi import Receive, Send
 from api_gateway.http1.headers import FALLBACK
 from api_gateway.models import Clock, Exchange
+from api_gateway.proxy.failure_record import note_failure, note_shed
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
-from api_gateway.proxy.upstream_request import Receive, Send, UpstreamRequest
+from api_gateway.proxy.upstream_request import UpstreamRequest
 from api_gateway.resilience.retry import is_repeatable
-from api_gateway.transport.error_mapping import note_failure, note_shed
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
 Ask = Callable[[Exchange, UpstreamClient, UpstreamRequest, Receive, Send], Awaitable[None]]

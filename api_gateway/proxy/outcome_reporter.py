@@ -6,8 +6,9 @@ import httpx
 
 from api_gateway.errors import Fault, GatewayError, Overloaded, UpstreamTimeout
 from api_gateway.models import Clock, Exchange, Outcome
+from api_gateway.proxy.faults import NO_SHARE, OUTCOMES, ClientShare, fault_of, fault_of_status
 from api_gateway.resilience.breaker_history import Transition
-from api_gateway.transport.error_mapping import NO_SHARE, OUTCOMES, ClientShare, fault_of, fault_of_status, translate
+from api_gateway.transport.error_mapping import translate
 from api_gateway.transport.local_resources import LackLog, OutOfResources
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, SlowResponse

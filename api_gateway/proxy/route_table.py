@@ -3,15 +3,13 @@
 Pure; paths are compared percent-decoded and by whole segments, and travel as they were sent.
 """
 
-import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
+from api_gateway.http1.methods import PROXIED_METHODS, REFUSED_METHODS
+from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.proxy.fallback import Fallback
-
-PROXIED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-REFUSED_METHODS = frozenset({"TRACE", "CONNECT"})  # RFC 9110 section 9.3.8: TRACE would echo credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +77,6 @@ class Route:
         return self.candidate_cost is not None or any(rule.candidate_cost is not None for rule in self.costs)
 
 
-def is_below(path: str, prefix: str) -> bool:
-    """Tell whether `path` is `prefix` or lies below it, by whole segments."""
-    return prefix in (path, "/") or path.startswith(f"{prefix}/")
-
-
 class RouteTable:
     """Finds the route of a request: the longest prefix, and among equals the one for the host before one for any.
 
@@ -123,13 +116,6 @@ class RouteTable:
                 raise MethodNotAllowed(f"{path} takes {names}, not {method}.", headers={"allow": names})
             prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
-
-
-def matching_path(path: str) -> str:
-    """Return the decoded `path` with dot segments and repeated slashes resolved (RFC 3986 section 5.2.4)."""
-    if "//" in path or "/." in path:
-        return "/" + posixpath.normpath(path).lstrip("/")
-    return path
 
 
 def refuse_method(method: str) -> None:

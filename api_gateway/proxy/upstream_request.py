@@ -1,15 +1,14 @@
 """A request on its way upstream: its body as it arrives, the client's leaving meanwhile, and how it is rendered."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 
-from api_gateway.errors import BodyTooLarge, ClientDisconnected
-from api_gateway.http1.asgi import ServerExtension
-from api_gateway.http1.fast_parser import BODILESS
+from api_gateway.http1.asgi import DEADLINE, FIELDS, Scope, ServerExtension
 from api_gateway.http1.headers import (
+    BODILESS,
     REQUEST_TIMEOUT,
     Fields,
     forwardable_interim,
@@ -19,168 +18,14 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.deadline import Deadline
+from api_gateway.proxy.request_body import RequestBody
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
-DEADLINE = "gateway.deadline"  # and its deadline, if it has one
-LEFT = "The client left before its answer was complete."
-PATIENCE = 0.05  # seconds an upstream may take before we also watch for the client's leaving
 _NO_LENGTH = frozenset({204})
 _MAX_HOP_DIGITS = 9  # of Max-Forwards; one that says more says nothing
-
-
-class RequestBody(httpx.AsyncByteStream):
-    """The client's body, piece by piece as it arrives; raises BodyTooLarge and ClientDisconnected.
-
-    The first `keep` bytes are kept, so that it can be sent from its start again; one that has more of them cannot.
-    """
-
-    def __init__(self, receive: Receive, limit: int, exchange: Exchange, keep: int = 0) -> None:
-        self._receive = receive
-        self._limit = limit
-        self._exchange = exchange
-        self._keep = keep
-        self._kept: list[bytes] = []
-        self.is_started = False
-        self.is_finished = False
-        self._waited = 0.0  # seconds, for pieces that have come
-        self._awaited_since: float | None = None  # the next piece
-
-    @property
-    def is_awaited(self) -> bool:
-        """True while the next piece is waited for; also after that was ended by the failure of an attempt."""
-        return self._awaited_since is not None
-
-    @property
-    def waited(self) -> float:
-        """Seconds for which the attempt has waited for the client to send."""
-        if self._awaited_since is None:
-            return self._waited
-        return self._waited + asyncio.get_running_loop().time() - self._awaited_since
-
-    @property
-    def is_kept(self) -> bool:
-        """True while it can be sent from its start."""
-        return not self.is_started or self._exchange.bytes_in <= self._keep
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield what was kept, then what the client sends."""
-        if not self.is_kept:
-            raise RuntimeError("a body that was not kept cannot be sent again")
-        self.is_started = True
-        self._waited, self._awaited_since = 0.0, None
-        for piece in tuple(self._kept):
-            yield piece
-        clock = asyncio.get_running_loop().time
-        while not self.is_finished:
-            self._awaited_since = since = clock()
-            message = await self._receive()
-            self._waited, self._awaited_since = self._waited + clock() - since, None
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnected("The client left while sending.")
-            piece = message.get("body", b"")
-            self._exchange.bytes_in += len(piece)
-            if self._exchange.bytes_in > self._limit:
-                raise body_too_large(self._limit)
-            self.is_finished = not message.get("more_body", False)
-            if piece:
-                self._hold(piece)
-                yield piece
-
-    def _hold(self, piece: bytes) -> None:
-        if self._exchange.bytes_in <= self._keep:
-            self._kept.append(piece)
-        else:
-            self._kept.clear()
-
-
-class SentBody(NoBody):
-    """The body of a request that has been sent whole already; `kept` is None if it cannot be once more."""
-
-    is_started = True
-
-    def __init__(self, kept: bytes | None) -> None:
-        self._kept = kept
-        self.is_kept = kept is not None
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield it again."""
-        if self._kept:
-            yield self._kept
-
-
-class LeavingWatch:
-    """Turns the cancellation by which our own server tells that the client has left into ClientDisconnected.
-
-    Used as `with`. Raises it at once if the client has left before.
-    """
-
-    def __init__(self, link: ServerExtension) -> None:
-        self._link = link
-
-    def __enter__(self) -> None:
-        """Ask to be told."""
-        if self._link.is_disconnected:
-            raise ClientDisconnected(LEFT)
-        self._link.on_leaving = self._link.task.cancel
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Stop being told."""
-        self._link.on_leaving = None
-        if kind is asyncio.CancelledError and self._link.is_disconnected and self._link.task.uncancel() == 0:
-            raise ClientDisconnected(LEFT) from error
-
-
-class DisconnectWatch:
-    """Ends the current task once the client has left, before a server that does not tell so by itself.
-
-    It asks after `PATIENCE` only: most answers are faster. Used as `with`; what the task was doing is cancelled, and
-    leaves the block as ClientDisconnected.
-    """
-
-    def __init__(self, receive: Receive, body: RequestBody | NoBody) -> None:
-        self._receive = receive
-        self._body = body
-        self._has_left = False
-        self._watcher: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> None:
-        """Start the clock."""
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine that runs is in a task
-        self._task = task
-        self._timer = loop.call_later(PATIENCE, self._start, loop)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Stop looking; turn our own cancellation into ClientDisconnected."""
-        self._timer.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if self._has_left:
-            if kind is asyncio.CancelledError and self._task.uncancel() == 0:
-                raise ClientDisconnected(LEFT) from error
-            self._task.uncancel()
-
-    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._body.is_finished:
-            self._watcher = loop.create_task(self._watch())
-        else:  # the body's own reading notices a client that leaves
-            self._timer = loop.call_later(PATIENCE, self._start, loop)
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":  # noqa: ASYNC110 - the server tells, when asked
-            await asyncio.sleep(PATIENCE)  # it, or a middleware, may repeat that the body is complete
-        self._has_left = True
-        self._task.cancel()
 
 
 class UpstreamRequest:
@@ -312,8 +157,3 @@ def spelt_target(scope: Scope) -> bytes:
     query: bytes = scope["query_string"]
     path: bytes = scope["raw_path"]
     return path + b"?" + query if query else path
-
-
-def body_too_large(limit: int) -> BodyTooLarge:
-    """Return the refusal of a body; the connection is closed, as the rest of it may still come."""
-    return BodyTooLarge(f"The body is larger than {limit} bytes.", headers={"connection": "close"})

@@ -1,14 +1,12 @@
 """The metrics as Prometheus and OpenMetrics read them: made at scrape time from what the recorder has counted."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, get_args
+from typing import get_args
 
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
 )
@@ -16,19 +14,18 @@ from prometheus_client.exposition import choose_encoder
 
 from api_gateway.errors import Reason
 from api_gateway.eventloop.pacing import Steps
-from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, UpstreamFigures, WindowedSeries, value_of
+from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder
 from api_gateway.models import DecisionSource, LimiterState
+from api_gateway.observability.latency_series import WindowedSeries
 from api_gateway.reload.outcome import ReloadState
+from api_gateway.reporting.metrics_view import UpstreamFigures
+from api_gateway.reporting.prometheus_families import SingleMetric, duration_histogram, family_in_pieces, without_head
 from api_gateway.resilience.breaker_policy import Mode, State
 from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.resilience.retry import RetryDenied
 
-# The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
-DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-
 _AT_ZERO = dict.fromkeys(OUTCOMES, 0)
 _FEW = 200  # routes and upstreams together
-_PIECE = 50  # rows of a family that are rendered at once
 _OPENMETRICS = "application/openmetrics-text"
 _END = b"# EOF\n"
 
@@ -64,8 +61,8 @@ class PrometheusExposition:
         encode, content_type = choose_encoder(accept)
         pieces, last = [], ""
         for metric in self.collect():
-            piece = encode(_Single(metric)).removesuffix(_END)
-            pieces.append(_without_head(piece) if metric.name == last else piece)
+            piece = encode(SingleMetric(metric)).removesuffix(_END)
+            pieces.append(without_head(piece) if metric.name == last else piece)
             last = metric.name
             yield
         end = _END if content_type.startswith(_OPENMETRICS) else b""
@@ -91,7 +88,7 @@ class PrometheusExposition:
 
     def _requests(self) -> Iterator[Metric]:
         recorder = self._recorder
-        yield from _family(
+        yield from family_in_pieces(
             CounterMetricFamily,
             "gateway_http_requests",
             "Proxied requests, by who made the answer.",
@@ -99,7 +96,7 @@ class PrometheusExposition:
             ((map(str, key), count) for key, count in list(recorder.requests.items())),
         )
         yield GaugeMetricFamily("gateway_http_requests_in_flight", "Requests running now.", value=recorder.in_flight)
-        yield from _durations(
+        yield from duration_histogram(
             "gateway_http_request_duration_seconds",
             "Time from request to the end of its answer, of requests that reached an upstream; bounds within 1 %.",
             "route",
@@ -175,7 +172,7 @@ class PrometheusExposition:
         yield GaugeMetricFamily("gateway_rate_limit_buckets", "Buckets in memory.", value=self._buckets)
 
     def _upstream_families(self) -> Iterator[Metric]:
-        yield from _family(
+        yield from family_in_pieces(
             CounterMetricFamily,
             "gateway_upstream_requests",
             "Tries on upstreams, by class of status or cause of failure.",
@@ -187,7 +184,7 @@ class PrometheusExposition:
                 for outcome, count in {**_AT_ZERO, **outcomes}.items()
             ),
         )
-        yield from _durations(
+        yield from duration_histogram(
             "gateway_upstream_request_duration_seconds",
             "Time from a try to the head of its answer; bounds within 1 %.",
             "upstream",
@@ -204,21 +201,21 @@ class PrometheusExposition:
             for key, target in {target.key: target for target in upstream.targets}.items()
         ]
         passive = [(key, target.passive) for key, target in targets if target.passive is not None]
-        yield from _family(
+        yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_upstream_healthy",
             "1 while the target passes its health checks, 0 while it fails them; no series while none has come back.",
             labels,
             ((key, target.verdict) for key, target in targets if target.verdict is not None),
         )
-        yield from _family(
+        yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_upstream_ejected",
             "1 while live requests keep the target out of rotation.",
             labels,
             ((key, one.is_ejected) for key, one in passive),
         )
-        yield from _family(
+        yield from family_in_pieces(
             CounterMetricFamily,
             "gateway_upstream_ejections",
             "Times the target's own breaker opened.",
@@ -245,7 +242,7 @@ class PrometheusExposition:
         ):
             known = dict.fromkeys((upstream, value) for upstream in used for value in closed)
             rows = [(map(str, key), counts[key]) for key in known | dict.fromkeys(counts)]
-            yield from _family(CounterMetricFamily, name, words, ["upstream", "reason"], rows)
+            yield from family_in_pieces(CounterMetricFamily, name, words, ["upstream", "reason"], rows)
         fallbacks = CounterMetricFamily(
             "gateway_fallbacks",
             "Fallbacks used, by who answered and the reason of the failure.",
@@ -258,14 +255,14 @@ class PrometheusExposition:
     def _breakers(self) -> Iterator[Metric]:
         breakers = [(name, upstream.breaker) for name, upstream in self._upstreams.items()]
         used = [(name, breaker) for name, breaker in breakers if self._is_used(name)]
-        yield from _family(
+        yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_circuit_breaker_state",
             "1 for the state the breaker is in.",
             ["upstream", "state"],
             (((name, state.value.lower()), breaker.state is state) for name, breaker in breakers for state in State),
         )
-        yield from _family(
+        yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_circuit_breaker_mode",
             "1 for the mode an operator has it in.",
@@ -281,7 +278,9 @@ class PrometheusExposition:
         ):
             figure = attrgetter(f"{key.removesuffix('_calls')}_total")
             rows = (((name,), figure(breaker)) for name, breaker in used)
-            yield from _family(CounterMetricFamily, f"gateway_circuit_breaker_{key}", words, ["upstream"], rows)
+            yield from family_in_pieces(
+                CounterMetricFamily, f"gateway_circuit_breaker_{key}", words, ["upstream"], rows
+            )
 
     def _is_used(self, upstream: str) -> bool:
         """Tell whether the series of an upstream are shown: it has had a request, or its breaker has changed."""
@@ -299,21 +298,21 @@ class PrometheusExposition:
 
     def _overload(self) -> Iterator[Metric]:
         running = [(name, upstream.concurrency) for name, upstream in self._upstreams.items()]
-        yield from _family(
+        yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_upstream_concurrency_limit",
             "Requests that may be under way at once.",
             ["upstream"],
             (((name,), one.limit) for name, one in running if one.limit is not None),
         )
-        yield from _family(
+        yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_upstream_requests_in_flight",
             "Requests under way.",
             ["upstream"],
             (((name,), one.in_flight) for name, one in running if one.limit is not None or self._is_used(name)),
         )
-        yield from _family(
+        yield from family_in_pieces(
             CounterMetricFamily,
             "gateway_shed_requests",
             "Requests refused because too much was under way.",
@@ -364,72 +363,17 @@ class PrometheusExposition:
             for one in self._resources
             if one.upstream is None or one.in_use or one.refused or self._is_used(one.upstream)
         ]
-        yield from _family(
+        yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_resource_used_ratio",
             "Share of a bounded resource that is in use, 0 to 1.",
             labels,
             ((key, one.in_use / one.limit if one.limit else 0.0) for key, one in resources),
         )
-        yield from _family(
+        yield from family_in_pieces(
             CounterMetricFamily,
             "gateway_resource_rejections",
             "What got no place, or exceeded an address's or client's share.",
             labels,
             ((key, one.refused) for key, one in resources),
         )
-
-
-class _Single:
-    """What an encoder needs of a registry, around one metric."""
-
-    def __init__(self, metric: Metric) -> None:
-        self._metric = metric
-
-    def collect(self) -> Iterator[Metric]:
-        yield self._metric
-
-
-def _family(
-    kind: Callable[..., Any],
-    name: str,
-    words: str,
-    labels: Sequence[str],
-    rows: Iterable[tuple[Iterable[str], float]],
-) -> Iterator[Metric]:
-    """Yield a family in pieces of `_PIECE` rows (label values, and the value), at least one."""
-    left = iter(rows)
-    piece = list(islice(left, _PIECE))
-    while True:
-        family = kind(name, words, labels=labels)
-        for values, value in piece:
-            family.add_metric(list(values), value)
-        yield family
-        piece = list(islice(left, _PIECE))
-        if not piece:
-            return
-
-
-def _durations(name: str, words: str, label: str, series: Iterable[tuple[str, WindowedSeries]]) -> Iterator[Metric]:
-    """Yield a histogram, each label value by itself: it is two dozen lines."""
-    yield HistogramMetricFamily(name, words, labels=[label])
-    for value, one in series:
-        family, total = HistogramMetricFamily(name, words, labels=[label]), one.total
-        family.add_metric([value], _classic(total), sum_value=total.total_seconds)
-        yield family
-
-
-def _without_head(piece: bytes) -> bytes:
-    """Return the samples of a family without its HELP and TYPE lines."""
-    while piece.startswith(b"# "):
-        piece = piece.partition(b"\n")[2]
-    return piece
-
-
-def _classic(tally: Tally) -> list[tuple[str, float]]:
-    """Fold logarithmic buckets into the cumulative ones of a classic histogram."""
-    cumulative: list[tuple[str, float]] = [
-        (str(bound), sum(count for bucket, count in tally.buckets.items() if value_of(bucket) <= bound))
-        for bound in DURATION_BOUNDS
-    ]
-    return [*cumulative, ("+Inf", sum(tally.buckets.values()))]

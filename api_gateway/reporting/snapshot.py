@@ -4,15 +4,15 @@ Values only: the live breakers and targets are looked at once, when a report is 
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from typing import Any, Literal
 
 from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.eventloop.pacing import Steps, completed, each
-from api_gateway.metrics import SLICE, Recorder
+from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
+from api_gateway.observability.latency_series import SLICE
 from api_gateway.reload.outcome import ReloadState
 from api_gateway.resilience.breaker_history import FailedCall, TransitionRecord
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode, State
@@ -26,8 +26,6 @@ from api_gateway.upstreams.upstream import Upstream
 Status = Literal["pass", "warn", "fail"]
 
 _EVER = float("inf")
-_LARGE = (("upstreams",), ("histories",), ("recorder", "routes"), ("recorder", "upstreams"))  # grow with configuration
-_PART = 50  # rows of such a table in one part
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,33 +321,6 @@ class WorkerSnapshot:
         self.recorder.in_flight = self.buckets = self.tasks = 0
         self.lag = 0.0
         self.resources = [replace(resource, limit=0, in_use=0) for resource in self.resources]
-
-
-def split(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a report's state in parts that are each parsed quickly: what is kept by route and upstream in pieces."""
-    tables = [(path, _table(state, path)) for path in _LARGE]
-    first = {**state, "recorder": {**state["recorder"]}}
-    for path, _ in tables:
-        _table(first, path[:-1])[path[-1]] = {}
-    yield first
-    for path, table in tables:
-        rows = iter(table.items())
-        while piece := dict(islice(rows, _PART)):
-            yield {"path": path, "rows": piece}
-
-
-def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the state whose parts these are."""
-    state, *pieces = parts
-    for piece in pieces:
-        _table(state, piece["path"]).update(piece["rows"])
-    return state
-
-
-def _table(state: Mapping[str, Any], path: Iterable[str]) -> Any:
-    for key in path:
-        state = state[key]
-    return state
 
 
 def oldest_changed(now: float) -> int:

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 from api_gateway.errors import StartupError
 from api_gateway.eventloop.pacing import Steps, paced
 from api_gateway.reload.outcome import Outcome
-from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, joined, oldest_changed
+from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, oldest_changed
+from api_gateway.reporting.snapshot_parts import joined
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Principals: on whose behalf calls are made, as far as a circuit breaker tells them apart (see `shares.holder_of`).
+"""Principals: on whose behalf calls are made, as far as a circuit breaker tells them apart (see `holder_of`).
 
 Synchronous and without clock.
 """

@@ -11,9 +11,9 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 
 from api_gateway.http1.headers import Fields
-from api_gateway.resilience.ramp_up import RateMeter
+from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.resilience.rate_meter import RateMeter
 
-IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 NEVER = float("inf")
 _SECONDS = re.compile(rb"[0-9]{1,9}")
 _MAX_DOUBLINGS = 30

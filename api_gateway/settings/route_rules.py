@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv6Address
 from urllib.parse import unquote
 
-from api_gateway.proxy.route_table import is_below, matching_path
-from api_gateway.settings.upstreams import CostSection, RouteSection
+from api_gateway.http1.request_paths import is_below, matching_path
+from api_gateway.settings.routes import CostSection, RouteSection
 
 API = "/api"
 

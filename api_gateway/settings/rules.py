@@ -6,19 +6,15 @@ from typing import Protocol
 
 from pydantic import SecretStr
 
-from api_gateway.proxy.route_table import REFUSED_METHODS, is_below
+from api_gateway.http1.methods import REFUSED_METHODS
+from api_gateway.http1.request_paths import is_below
+from api_gateway.settings.admin import AdminSection
+from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
 from api_gateway.settings.diagnostics import Place, nearest, spelt
 from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
-from api_gateway.settings.upstreams import (
-    AddressLimitSection,
-    AdminSection,
-    CandidateSection,
-    ClientSection,
-    RouteSection,
-    StoreSection,
-    TierSection,
-    UpstreamSection,
-)
+from api_gateway.settings.routes import RouteSection
+from api_gateway.settings.store import StoreSection
+from api_gateway.settings.upstreams import UpstreamSection
 
 LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
 MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits

@@ -1,6 +1,8 @@
 """One connection to an upstream: an asyncio protocol that sends a request and takes its answer, one at a time.
 
-A plain head is taken apart by `heads`, a body whose length it told is counted; everything else is for httptools.
+A plain head is taken apart by `fast_parser`, a body whose length it told is counted; everything else is for httptools.
+
+Long because it is one state machine: request and response share the connection's buffer, parser and timer.
 """
 
 import asyncio
@@ -12,8 +14,8 @@ import httpx
 from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.eventloop.receive_buffer import READ_SIZE, receive_buffer
 from api_gateway.eventloop.send_queue import unacknowledged
-from api_gateway.http1.fast_parser import BODILESS, parse_response_head
-from api_gateway.http1.headers import fields_of, framing
+from api_gateway.http1.fast_parser import parse_response_head
+from api_gateway.http1.headers import BODILESS, fields_of, framing
 from api_gateway.models import HeaderList
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import LeanRequest, length_of, render_request_head

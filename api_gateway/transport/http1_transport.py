@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 
+from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.resilience.fair_shares import Shares
-from api_gateway.resilience.retry import IDEMPOTENT
 from api_gateway.transport.connection import StaleConnection, UpstreamConnection
 from api_gateway.transport.local_resources import OutOfResources, is_own_lack
 from api_gateway.transport.pool import Pool

@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import socket
-import sys
 from contextlib import suppress
 from ipaddress import ip_address
 
@@ -15,12 +14,6 @@ import httpx
 
 from api_gateway.errors import causes
 
-try:
-    import resource
-except ImportError:  # Windows has no such limit
-    resource = None  # type: ignore[assignment]
-
-MOST_DESCRIPTORS = 1_048_576  # the kernel's default for what one process may have
 REPORT_INTERVAL = 60.0  # seconds between two log lines
 _LACK = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
@@ -31,26 +24,6 @@ logger = logging.getLogger(__name__)
 
 class OutOfResources(httpx.ConnectError):
     """No connection could be opened because this process or machine lacks a descriptor, a port or socket memory."""
-
-
-def raise_descriptor_limit(most: int = MOST_DESCRIPTORS) -> int:
-    """Raise the soft limit of open files to the hard one, or to `most` if that is less; return what it is then.
-
-    Child processes inherit it.
-    """
-    if resource is None:
-        return sys.maxsize
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (OSError, ValueError) as error:
-        logger.debug("the limit of open files stays at %d: %s", soft, error)
-        return soft
-    logger.debug("the limit of open files is raised from %d to %d", soft, wanted)
-    return wanted
 
 
 def lack_behind(error: BaseException | None) -> OSError | None:

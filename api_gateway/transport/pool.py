@@ -3,7 +3,7 @@
 Last in first out lets the surplus of a quiet hour expire. Taking and giving back cost O(1) and do not wait; a closed
 connection leaves the pool the moment it closes.
 
-Of the connections in use each holder may have as many as are free, see `shares`; who has more under way waits, in a
+Of the connections in use each holder may have as many as are free, see `Shares`; who has more under way waits, in a
 queue of its own. The connection of a tunnel or an event stream is counted apart, by a bound and shares of its own.
 """
 

@@ -1,7 +1,7 @@
 """An upstream and its targets: choose one that is offered, ask the breakers, and take the result back.
 
-Synchronous and without clock. Nothing here knows HTTP. Who is offered is for `rotation` to say, which of them for
-`picks`.
+Synchronous and without clock. Nothing here knows HTTP. Who is offered is for `outlier_detection` to say, which of
+them for `load_balancing`.
 """
 
 from collections.abc import Collection, Sequence
