@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--custom-compile-command "make lock"
-.PHONY: help check format test cover load bench chaos soak fuzz probe lock audit
+.PHONY: help check format unit wire test cover run load bench chaos soak fuzz probe lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -9,26 +9,32 @@ check:   ## linters and strict types
 	ruff check .
 	ruff format --check .
 	mypy
-format:  ## bring the code into shape
+format:  ## format the code and apply automatic fixes
 	ruff format .
 	ruff check --fix .
-test:    ## all tests but those that build environments or take all cores (pytest -n 0 -m "install or heavy")
+unit:    ## tests of logic, without sockets and processes
+	pytest tests/unit
+wire:    ## tests on real sockets, with a gateway in the test process
+	pytest tests/wire
+test:    ## all tests, except those that build environments or use all cores (pytest -n 0 -m "install or heavy")
 	pytest
 cover:   ## tests with coverage by module
 	pytest --cov --cov-report=term-missing
+run:     ## the gateway with its demo upstreams, on port 8000
+	python run_gateway.py
 load:    ## load test against a running gateway
 	python load_test.py
-bench:   ## CPU, rate, latency and memory, beside nine others
+bench:   ## CPU time, rate, latency and memory, compared with other proxies
 	python -m benchmarks.compare
-chaos:   ## one target of three fails: what clients notice, beside four others
+chaos:   ## one of three targets fails: the effect on clients, compared with other proxies
 	python -m benchmarks.chaos
-soak:    ## an hour of mixed load, for every night: fails if memory, descriptors or anything else rises
+soak:    ## an hour of mixed load; fails if memory, descriptors or other resources grow
 	python -m benchmarks.soak --minutes 60
-fuzz:    ## both peers send what they should not: make fuzz MINUTES=10 SEED=1
+fuzz:    ## invalid messages from both peers: make fuzz MINUTES=10 SEED=1
 	python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
-probe:   ## a black-box HTTP probe against a running gateway: make probe PROBE=path/to/probe_proxy.py
+probe:   ## a black-box HTTP probe, which starts a gateway: make probe PROBE=path/to/probe_proxy.py
 	python -m benchmarks.probe $(PROBE)
-lock:    ## bring the lock files up to date with pyproject.toml; UPGRADE=--upgrade takes newer versions (extra "release")
+lock:    ## update the lock files from pyproject.toml; UPGRADE=--upgrade selects newer versions (extra "release")
 	$(COMPILE) pyproject.toml --output-file requirements.lock
 	$(COMPILE) --constraints requirements.lock --extra dev pyproject.toml --output-file requirements-dev.lock
 audit:   ## known vulnerabilities in the locked packages; fails if the database cannot be reached (extra "release")

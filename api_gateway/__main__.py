@@ -1,5 +1,20 @@
-"""`python -m api_gateway` is the command line."""
+"""The command line: `python -m api_gateway`, the console script `api-gateway`, and run_gateway.py.
 
-from api_gateway.cli import main
+All it imports at first is what provides for signals: the gateway itself takes seconds to import.
+"""
 
-raise SystemExit(main())
+import importlib
+
+from api_gateway.held_signals import end_quietly, hold
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    hold()
+    end_quietly()
+    code: int = importlib.import_module("api_gateway.cli").main()
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

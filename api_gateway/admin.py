@@ -2,25 +2,26 @@
 
 import asyncio
 import itertools
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from api_gateway.breaker_modes import ModeBoard, Override
+from api_gateway.breaker_modes import BreakerOverrides, Override
 from api_gateway.breaker_policy import Mode, State
-from api_gateway.breaker_records import FlightRecord
+from api_gateway.breaker_records import TransitionRecord
 from api_gateway.clients import ClientRegistry
-from api_gateway.crew import Crew
+from api_gateway.clocks import Clocks, Moment
+from api_gateway.crew import Aggregator
 from api_gateway.diagnosis import nearest
 from api_gateway.errors import (
     BadRequest,
@@ -34,8 +35,8 @@ from api_gateway.errors import (
     problem,
 )
 from api_gateway.explanation import Explainer
-from api_gateway.explanation_bodies import Explanation, Question
-from api_gateway.exposition import Exposition
+from api_gateway.explanation_bodies import ExplainRequest, Explanation
+from api_gateway.exposition import PrometheusExposition
 from api_gateway.headers import is_visible_ascii
 from api_gateway.health_cache import HealthCache
 from api_gateway.metrics import GATEWAY, Recorder
@@ -48,7 +49,6 @@ from api_gateway.models import (
     Charge,
     Client,
     ClientView,
-    Clock,
     Decision,
     GrantChanged,
     GrantRequest,
@@ -67,7 +67,7 @@ from api_gateway.pacing import each, paced
 from api_gateway.rate_limiter import RateLimiter
 from api_gateway.reload_bodies import Reloaded
 from api_gateway.reload_views import configuration_view, reload_view
-from api_gateway.report import BreakerReport
+from api_gateway.report import BreakerSnapshot
 from api_gateway.request_paths import path_as_sent, unescaped
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
 from api_gateway.upstream_bodies import (
@@ -76,7 +76,6 @@ from api_gateway.upstream_bodies import (
     BreakerView,
     ClientStoreView,
     FailedCallView,
-    FlightRecordView,
     HealthView,
     HistoryView,
     LagView,
@@ -86,10 +85,11 @@ from api_gateway.upstream_bodies import (
     OpeningView,
     ResourceView,
     StoreView,
+    TransitionRecordView,
 )
 
 
-class Phase(StrEnum):
+class Lifecycle(StrEnum):
     """Where the gateway is in its life."""
 
     STARTING = "starting"
@@ -98,26 +98,25 @@ class Phase(StrEnum):
 
 
 @dataclass(slots=True)
-class Console:
+class AdminContext:
     """Everything the operator's endpoints look at."""
 
     version: str
     limiter: RateLimiter
     clients: ClientRegistry
-    crew: Crew
-    clock: Clock
-    clock_ns: Callable[[], int]
+    aggregator: Aggregator
+    clocks: Clocks
     explainer: Explainer
-    modes: ModeBoard
-    phase: Phase = Phase.STARTING
+    overrides: BreakerOverrides
+    lifecycle: Lifecycle = Lifecycle.STARTING
     health: HealthCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.health = HealthCache(partial(health_view, self), self.clock)
+        self.health = HealthCache(partial(health_view, self), self.clocks.monotonic)
 
 
-def _console(request: Request) -> Console:
-    console: Console = request.app.state.console
+def _context(request: Request) -> AdminContext:
+    console: AdminContext = request.app.state.console
     return console
 
 
@@ -129,9 +128,9 @@ def _operator(request: Request) -> Operator:
     return operator
 
 
-def _guard(request: Request) -> Console:
+def _guard(request: Request) -> AdminContext:
     _operator(request)
-    return _console(request)
+    return _context(request)
 
 
 def _client_id(client_id: str) -> str:
@@ -143,8 +142,8 @@ def _client_id(client_id: str) -> str:
 
 
 ClientId = Annotated[str, Depends(_client_id)]
-Guarded = Annotated[Console, Depends(_guard)]
-Open = Annotated[Console, Depends(_console)]
+Guarded = Annotated[AdminContext, Depends(_guard)]
+Open = Annotated[AdminContext, Depends(_context)]
 
 _PROBLEM: dict[str, Any] = {"model": Problem, "content": {"application/problem+json": {}}}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -172,8 +171,16 @@ _TIER_REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 open_router = APIRouter(tags=["health"])
-guarded_router = APIRouter(tags=["operator"], responses=_REFUSALS)
-clients_router = APIRouter(tags=["clients"], responses=_CLIENT_REFUSALS)
+# The gate checks the token; this says so in the schema.
+_TOKEN = Security(
+    HTTPBearer(
+        scheme_name="operator",
+        auto_error=False,
+        description="A token of the configuration, or the generated one in the file that the start names.",
+    )
+)
+guarded_router = APIRouter(tags=["operator"], responses=_REFUSALS, dependencies=[_TOKEN])
+clients_router = APIRouter(tags=["clients"], responses=_CLIENT_REFUSALS, dependencies=[_TOKEN])
 _ROUTERS = (open_router, guarded_router, clients_router)
 
 
@@ -194,8 +201,8 @@ async def healthz() -> str:
 )
 async def readyz(console: Open) -> Response:
     """Answer 200 while serving. Upstreams that are down do not make the gateway unready."""
-    is_serving = console.phase is Phase.SERVING
-    return PlainTextResponse(f"{console.phase}\n", status_code=200 if is_serving else 503)
+    is_serving = console.lifecycle is Lifecycle.SERVING
+    return PlainTextResponse(f"{console.lifecycle}\n", status_code=200 if is_serving else 503)
 
 
 @open_router.get(
@@ -209,12 +216,13 @@ async def health(console: Open) -> Response:
     return Response(await console.health.word(), media_type="application/json")
 
 
-async def health_view(console: Console) -> HealthView:
+async def health_view(console: AdminContext) -> HealthView:
     """Return the health of the gateway and its upstreams, as operators see it."""
-    report = await console.crew.gather()
+    report = await console.aggregator.gather()
+    now = console.clocks.now()
     views = each(
         report.upstreams.items(),
-        lambda name, upstream: upstream_view(upstream, console.clock(), report.recorder.concurrency(name, upstream)),
+        lambda name, upstream: upstream_view(upstream, now, report.recorder.concurrency(name, upstream)),
     )
     upstreams = await paced(views)
     words = {view.status for view in upstreams.values()}
@@ -228,7 +236,7 @@ async def health_view(console: Console) -> HealthView:
         or any(resource.status == "warn" for resource in report.resources)
     ):
         status = "warn"
-    uptime = round(console.clock() - report.recorder.started, 3)
+    uptime = round(console.clocks.monotonic() - report.recorder.started, 3)
     return HealthView(
         status=status,
         version=console.version,
@@ -259,7 +267,7 @@ async def reload(request: Request, console: Guarded) -> Reloaded:
     Requests, streams and connections go on; buckets, breakers and counts stay. The response names what has changed,
     and what of it needs a restart.
     """
-    outcome = await console.crew.reload(f"POST /reload by {_who(request)}")
+    outcome = await console.aggregator.reload(f"POST /reload by {_who(request)}")
     return reload_view(outcome)
 
 
@@ -282,11 +290,11 @@ async def metrics(
     format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the public name
 ) -> Any:
     """Answer JSON, or exposition text where `?format=prometheus` or `Accept` asks for it."""
-    report = await console.crew.gather()
+    report = await console.aggregator.gather()
     accept = request.headers.get("accept", "")
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
-        exposition = Exposition(
+        exposition = PrometheusExposition(
             report.recorder,
             report.upstreams,
             report.limiter,
@@ -300,7 +308,7 @@ async def metrics(
         body, content_type = await paced(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})
     view = report.recorder.snapshot(
-        console.clock(),
+        console.clocks.monotonic(),
         report.upstreams,
         buckets=report.buckets,
         bucket_limit=report.bucket_limit,
@@ -314,20 +322,20 @@ async def metrics(
 @guarded_router.get("/metrics/latency", summary="Latency percentiles", response_model=LatencyView)
 async def latency(console: Guarded) -> Response:
     """Answer the percentiles over the last minute, the last five minutes and since the start."""
-    report = await console.crew.gather()
-    return _shown(await paced(report.recorder.latency(console.clock())))
+    report = await console.aggregator.gather()
+    return _shown(await paced(report.recorder.latency(console.clocks.monotonic())))
 
 
 @guarded_router.get("/circuit-breakers", summary="Every circuit breaker", response_model=BreakersView)
 async def circuit_breakers(console: Guarded) -> Response:
     """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
-    await console.modes.look()
-    report = await console.crew.gather()
-    now = console.clock()
-    trouble = {} if console.modes.trouble is None else {"modes_error": console.modes.trouble}
+    await console.overrides.look()
+    report = await console.aggregator.gather()
+    now = console.clocks.now()
+    trouble = {} if console.overrides.trouble is None else {"modes_error": console.overrides.trouble}
     breakers = each(
         report.upstreams.items(),
-        lambda name, upstream: _breaker_view(upstream.breaker, console.modes.override(name), now),
+        lambda name, upstream: _breaker_view(upstream.breaker, console.overrides.override(name), now),
     )
     targets = each(
         report.upstreams.items(),
@@ -355,11 +363,11 @@ async def set_mode(name: str, change: ModeChange, request: Request, console: Gua
     _check_breaker(console, name)
     if change.mode == "auto" and change.seconds is not None:
         raise InvalidValue(f"body.seconds: auto ends what was set before and lasts, got {change.seconds:g}.")
-    override, wall = None, time.time()
+    override, wall = None, console.clocks.wall()
     if change.mode != "auto":
         until = None if change.seconds is None else wall + change.seconds
         override = Override(Mode(change.mode), wall, until, change.reason, _who(request))
-    before = await console.modes.set(name, override)
+    before = await console.overrides.set(name, override)
     return ModeChanged(name=name, previous=_mode_view(before), current=_mode_view(override))
 
 
@@ -374,8 +382,8 @@ async def history(name: str, console: Guarded) -> HistoryView:
     Among them are as many of the breakers of its targets, by `target_url`.
     """
     _check_breaker(console, name)
-    report = await console.crew.gather(with_histories=True)
-    now = console.clock()
+    report = await console.aggregator.gather(with_histories=True)
+    now = console.clocks.now()
     moves = [_move_view(record, now) for record in reversed(report.histories.get(name, []))]
     return HistoryView(name=name, history=moves)
 
@@ -388,7 +396,7 @@ async def history(name: str, console: Guarded) -> HistoryView:
         422: {"description": "The path is not proxied, or the body is not a question.", **_PROBLEM},
     },
 )
-async def explain(question: Question, console: Guarded) -> Explanation:
+async def explain(question: ExplainRequest, console: Guarded) -> Explanation:
     """Answer who the client is, what the request costs, what every bucket says, and what would come of it.
 
     Nothing is charged, sent or moved by asking.
@@ -406,7 +414,7 @@ async def heaviest_clients(
 
     Every client with more than a thousandth of all of them is among those counted.
     """
-    recorder = (await console.crew.gather()).recorder
+    recorder = (await console.aggregator.gather()).recorder
     chosen = recorder.limited_by_client if sort == "limited" else recorder.requests_by_client
     clients = [_heavy(console.clients, recorder, found.key) for found in chosen.heaviest(limit)]
     return HeavyClients(sort=sort, clients=clients)
@@ -435,7 +443,7 @@ async def grant(client_id: ClientId, request: GrantRequest, console: Guarded) ->
 
     It ends by itself on every gateway, by the clock of each one's machine: where clocks differ, so do the moments.
     """
-    tier, until = _tier(console, request.tier), _until(request)
+    tier, until = _tier(console, request.tier), _until(request, console.clocks.wall())
     return await _regrant(console, until, *await console.clients.grant(client_id, tier, until))
 
 
@@ -470,7 +478,7 @@ async def forget(client_id: ClientId, console: Guarded) -> TierChanged:
 
     It falls back to what the configuration says of it, else the default tier.
     """
-    return await _move(console, *await console.clients.forget(client_id))
+    return await _move(console, *await console.clients.delete(client_id))
 
 
 @clients_router.get("/clients/{client_id}", summary="A client's tier and bucket")
@@ -577,8 +585,8 @@ def _shown(view: Body) -> Response:
     return Response(view.model_dump_json(by_alias=True, exclude_unset=True), media_type="application/json")
 
 
-def _check_breaker(console: Console, name: str) -> None:
-    known = console.modes.names
+def _check_breaker(console: AdminContext, name: str) -> None:
+    known = console.overrides.names
     if name not in known:
         hint = nearest(name, known) or f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}."
         raise NoRoute(f"There is no circuit breaker '{name}'{hint}")
@@ -591,7 +599,7 @@ def _who(request: Request) -> str:
     return host if operator.is_local else f"token '{operator.name}', from {host}"
 
 
-def _tier(console: Console, name: str) -> str:
+def _tier(console: AdminContext, name: str) -> str:
     tier = name.upper()
     if tier not in console.clients.tiers:
         names = list(console.clients.tiers)
@@ -601,9 +609,8 @@ def _tier(console: Console, name: str) -> str:
     return tier
 
 
-def _until(request: GrantRequest) -> float:
-    """Return when a grant shall end, in seconds since the epoch."""
-    now = time.time()
+def _until(request: GrantRequest, now: float) -> float:
+    """Return when a grant ends, in seconds since the epoch; so is `now`."""
     if request.until is not None and request.duration is not None:
         raise InvalidValue(
             "body: a grant has either until or for, got"
@@ -621,13 +628,13 @@ def _until(request: GrantRequest) -> float:
     return until
 
 
-async def _regrant(console: Console, until: float | None, before: Client, after: Client) -> GrantChanged:
+async def _regrant(console: AdminContext, until: float | None, before: Client, after: Client) -> GrantChanged:
     changed = await _move(console, before, after)
     return GrantChanged(**changed.model_dump(), until=None if until is None else wall_time(until))
 
 
 def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient:
-    found = clients.keyed(key)
+    found = clients.by_bucket_key(key)
     limits, made = recorder.limited_by_client.estimate(key), recorder.requests_by_client.estimate(key)
     return HeavyClient(
         client_id=found.id,
@@ -640,10 +647,10 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
     )
 
 
-async def _move(console: Console, before: Client, after: Client) -> TierChanged:
+async def _move(console: AdminContext, before: Client, after: Client) -> TierChanged:
     """Take the bucket over to the new tier and report it."""
     held = await _bucket(console, before)
-    await console.limiter.move(before.key, before.quota, after.quota, console.clock_ns())
+    await console.limiter.move(before.key, before.quota, after.quota, console.clocks.monotonic_ns())
     holds = await _bucket(console, after)
     return TierChanged(
         client_id=after.id,
@@ -655,9 +662,9 @@ async def _move(console: Console, before: Client, after: Client) -> TierChanged:
     )
 
 
-async def _bucket(console: Console, client: Client) -> Decision:
+async def _bucket(console: AdminContext, client: Client) -> Decision:
     """Return the client's bucket as it is."""
-    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clock_ns())
+    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clocks.monotonic_ns())
     return decision
 
 
@@ -681,7 +688,7 @@ def _mode_view(override: Override | None) -> ModeView:
     )
 
 
-def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
+def _move_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
     failures = [
         FailedCallView(
             at=utc(call.at, now),
@@ -706,10 +713,10 @@ def _move_view(record: FlightRecord, now: float) -> FlightRecordView:
         "worker": record.worker or None,
         "target_url": record.target_url,
     }
-    return FlightRecordView.model_validate(given)
+    return TransitionRecordView.model_validate(given)
 
 
-def _breaker_view(breaker: BreakerReport, override: Override | None, now: float) -> BreakerView:
+def _breaker_view(breaker: BreakerSnapshot, override: Override | None, now: Moment) -> BreakerView:
     calls, failures, slow = breaker.window_calls, breaker.window_failures, breaker.window_slow
     opened = None
     if breaker.opened_at is not None:
@@ -735,7 +742,7 @@ def _breaker_view(breaker: BreakerReport, override: Override | None, now: float)
         slow_total=breaker.slow_total,
         would_open_total=breaker.would_open_total,
         would_reject_total=breaker.would_reject_total,
-        next_probe_in=round(max(0.0, probe_at - now), 3) if is_open and probe_at is not None else None,
+        next_probe_in=round(max(0.0, probe_at - now.monotonic), 3) if is_open and probe_at is not None else None,
         last_opened=opened,
         thresholds=BreakerThresholds(**asdict(breaker.policy)),
         **several,

@@ -1,7 +1,7 @@
 """One deadline that moves a lot and rarely passes, as those of connections do.
 
-Arming and cancelling a timer of the event loop for every request costs more than the rest of keeping time. An `Alarm`
-leaves its timer standing while the deadline moves on, and asks for the rest when it rings too early.
+Arming and cancelling a timer of the event loop for every request costs more than the rest of keeping time. A
+`DeadlineTimer` leaves its timer standing while the deadline moves on, and asks for the rest when it rings too early.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ def _nothing() -> None:
     """Stand in for what a stopped alarm called, whose owner it would otherwise keep."""
 
 
-class Alarm:
+class DeadlineTimer:
     """Calls `ring` once the deadline has passed. Setting it to a later one, the usual case, costs an assignment."""
 
     __slots__ = ("_due", "_handle", "_loop", "_ring", "deadline")
@@ -26,7 +26,7 @@ class Alarm:
         self._handle: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        return f"<Alarm [{'off' if self.deadline == math.inf else f'due at {self.deadline:.3f}'}]>"
+        return f"<DeadlineTimer [{'off' if self.deadline == math.inf else f'due at {self.deadline:.3f}'}]>"
 
     def set(self, seconds: float | None) -> None:
         """Ring in `seconds`; None is never."""

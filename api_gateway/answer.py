@@ -7,9 +7,9 @@ from typing import Protocol
 
 import httpx
 
-from api_gateway.alarm import Alarm
+from api_gateway.alarm import DeadlineTimer
 from api_gateway.headers import Fields, fields_of
-from api_gateway.heads import pairs_of, phrase_of
+from api_gateway.heads import pairs_of, reason_phrase
 from api_gateway.models import HeaderList
 
 SWITCHING = 101
@@ -17,7 +17,7 @@ SWITCHING = 101
 Timeouts = Mapping[str, float | None]
 
 
-class Hooks(Protocol):
+class ResponseListener(Protocol):
     """What a proxy wants to hear of, or to say, in the course of one request.
 
     `expects_continue`: the request says so, and its body may wait for an interim answer. `upgrade`: a 101 is welcome.
@@ -35,28 +35,28 @@ class Hooks(Protocol):
         ...
 
 
-class NoHooks:
+class NoListener:
     """The hooks of who wants to hear and say nothing."""
 
     expects_continue = upgrade = False
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        """See `Hooks`."""
+        """See `ResponseListener`."""
 
     def trailers(self) -> HeaderList:
-        """See `Hooks`."""
+        """See `ResponseListener`."""
         return []
 
 
-NO_HOOKS = NoHooks()
+NO_LISTENER = NoListener()
 NO_LIMITS: Timeouts = {}
 
 
-class Source(Protocol):
+class ResponseSource(Protocol):
     """What an answer asks of the connection it comes from."""
 
     loop: asyncio.AbstractEventLoop
-    alarm: Alarm
+    alarm: DeadlineTimer
 
     def set_alarm(self, name: str) -> None:
         """Give the upstream its time: `read` for the head, `idle` between pieces of the body."""
@@ -78,12 +78,12 @@ class Source(Protocol):
         """Stop counting among the pool's connections. Raises OverShare."""
         ...
 
-    def abandon(self, answer: "Answer") -> None:
+    def abandon(self, answer: "UpstreamResponse") -> None:
         """Drop the answer; unless it has fully arrived, the connection goes with it."""
         ...
 
 
-class Answer(httpx.AsyncByteStream):
+class UpstreamResponse(httpx.AsyncByteStream):
     """The answer to one request while it arrives: head, then pieces of body, then its end or its failure."""
 
     # What every answer begins as stands here, and not in each of them: one is made for every request.
@@ -105,20 +105,23 @@ class Answer(httpx.AsyncByteStream):
     reader_waited = 0.0  # seconds for which the upstream was made to wait for the reader
     _waiter: "asyncio.Future[None] | None" = None
 
-    def __init__(self, connection: Source | None, method: str, timeouts: Timeouts, hooks: Hooks) -> None:
+    def __init__(
+        self, connection: ResponseSource | None, method: str, timeouts: Timeouts, hooks: ResponseListener
+    ) -> None:
         self.connection = connection
         self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
-        self.hooks = hooks
+        self.listener = hooks
         self.pieces: list[bytes] = []
 
     def __repr__(self) -> str:
-        return f"<Answer {self.status or 'awaited'} [{'complete' if self.is_complete else self.error or 'arriving'}]>"
+        state = "complete" if self.is_complete else self.error or "arriving"
+        return f"<UpstreamResponse {self.status or 'awaited'} [{state}]>"
 
     @cached_property
     def reason(self) -> bytes:
         """The phrase behind the status."""
-        return phrase_of(self.head)
+        return reason_phrase(self.head)
 
     @cached_property
     def headers(self) -> HeaderList:
@@ -130,24 +133,24 @@ class Answer(httpx.AsyncByteStream):
         """The same by name."""
         return fields_of(self.headers)
 
-    def on_unusual(self) -> None:
+    def on_complex_head(self) -> None:
         """Hear that the head is not a plain one, before the parser takes it apart."""
 
-    def wake(self) -> None:
+    def on_progress(self) -> None:
         """Let whoever waits for this answer look again."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def until_head(self) -> None:
+    async def wait_head(self) -> None:
         """Wait until the head is there; raises what the answer has failed with by then, be it behind the head."""
         while self.error is None and not self.is_head_complete:
             self._waiter = self._open_connection().loop.create_future()
             await self._waiter
         if self.error is not None:
-            raise self._give_error(self.error)
+            raise self._consume_error(self.error)
 
-    def feed(self, piece: bytes) -> None:
+    def append(self, piece: bytes) -> None:
         """Hold one piece of body for the reader, who is not woken yet."""
         self.pieces.append(piece)
         self.buffered += len(piece)
@@ -156,9 +159,9 @@ class Answer(httpx.AsyncByteStream):
         """End the answer with `error`, which the reader gets after what has arrived."""
         if not self.is_complete and self.error is None:
             self.error = error
-            self.wake()
+            self.on_progress()
 
-    def _give_error(self, error: Exception) -> Exception:
+    def _consume_error(self, error: Exception) -> Exception:
         """Return what the answer has failed with, to be raised. Another takes its place here.
 
         Once raised, it refers to frames that refer to this answer: only the garbage collector could free them.
@@ -166,11 +169,11 @@ class Answer(httpx.AsyncByteStream):
         self.error = httpx.ReadError(str(error))
         return error
 
-    def finish(self) -> None:
+    def end_early(self) -> None:
         """Take what has come for all there is. What may still come is let go, with its connection."""
         self.close()
         self.is_complete = True
-        self.wake()
+        self.on_progress()
 
     @property
     def is_ready(self) -> bool:
@@ -190,7 +193,7 @@ class Answer(httpx.AsyncByteStream):
         """Return what has arrived of the body and whether more may follow; raises what the answer failed with."""
         while not self.pieces and not self.is_complete:
             if self.error is not None:
-                raise self._give_error(self.error)
+                raise self._consume_error(self.error)
             await self._wait_for_piece()
         body = self.take()
         if self.connection is not None:
@@ -205,7 +208,7 @@ class Answer(httpx.AsyncByteStream):
             if body:
                 yield body
 
-    def _open_connection(self) -> Source:
+    def _open_connection(self) -> ResponseSource:
         if self.connection is None:  # it is gone, and with it all that could still come
             raise httpx.ReadError("closed before the answer was complete")
         return self.connection
@@ -225,7 +228,7 @@ class Answer(httpx.AsyncByteStream):
         if self.connection is not None:
             self.connection.set_apart()
 
-    def take_over(self) -> tuple[asyncio.Transport, bytes]:
+    def detach(self) -> tuple[asyncio.Transport, bytes]:
         """Return the connection after a 101, with what has already come in the new protocol."""
         if self.connection is None or self.status != SWITCHING:
             raise httpx.ReadError("closed before the protocol was switched")
@@ -241,7 +244,7 @@ class Answer(httpx.AsyncByteStream):
             self.connection.abandon(self)
 
 
-class Incoming(httpx.Response):
+class LeanResponse(httpx.Response):
     """A response whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them."""
 
     is_closed = False
@@ -251,9 +254,9 @@ class Incoming(httpx.Response):
     _request = None
     _num_bytes_downloaded = 0
 
-    stream: Answer
+    stream: UpstreamResponse
 
-    def __init__(self, answer: Answer) -> None:  # see `Outgoing`
+    def __init__(self, answer: UpstreamResponse) -> None:  # see `LeanRequest`
         self.status_code = answer.status
         self.pairs = answer.headers
         self.stream = answer

@@ -8,7 +8,6 @@ adopts by name what lives (buckets, breakers, targets, pools, counts), makes wha
 import asyncio
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -26,27 +25,27 @@ from api_gateway.assembly_upstreams import (
     plan_upstream,
     rerank,
 )
-from api_gateway.breaker_modes import ModeBoard, ModeFile
+from api_gateway.breaker_modes import BreakerOverrides, OverrideFile
 from api_gateway.clients import ClientRegistry
+from api_gateway.clocks import Clocks
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
 from api_gateway.errors import StartupError
-from api_gateway.guarded import GuardedTransport
+from api_gateway.guarded import ShieldedTransport
 from api_gateway.heap import trimmed
 from api_gateway.lag import LagSampler
 from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.metrics import Recorder
 from api_gateway.models import Quota
 from api_gateway.output import process_output
-from api_gateway.overload import Bands, LagLimit
+from api_gateway.overload import EventLoopShedder, PriorityClasses
 from api_gateway.redis_limiter import RedisLimiter
 from api_gateway.resolution import Resolve
 from api_gateway.routes import Route, RouteTable
-from api_gateway.service import Service
+from api_gateway.service import UpstreamClient
 from api_gateway.state_folder import own_folder
-from api_gateway.tasks import end
+from api_gateway.tasks import cancel_and_wait
 from api_gateway.transport import UpstreamTransport
-from api_gateway.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +61,14 @@ class Gateway:
     quotas: Quotas
     routes: tuple[Route, ...]
     table: RouteTable
-    bands: Bands
+    priorities: PriorityClasses
     upstreams: Mapping[str, LiveUpstream]
     limiter: Limiter
     clients: ClientRegistry
     recorder: Recorder
-    modes: ModeBoard
-    lag: LagLimit
+    modes: BreakerOverrides
+    lag: EventLoopShedder
+    clocks: Clocks
 
     @property
     def address_quota(self) -> Quota | None:
@@ -81,14 +81,9 @@ class Gateway:
         return self.quotas.candidates
 
     @property
-    def services(self) -> dict[str, Service]:
+    def services(self) -> dict[str, UpstreamClient]:
         """How to send to each upstream."""
         return {name: live.service for name, live in self.upstreams.items()}
-
-    @property
-    def upkeeps(self) -> dict[str, Upkeep]:
-        """The checks and names of each upstream."""
-        return {name: live.upkeep for name, live in self.upstreams.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +94,7 @@ class Plan:
     quotas: Quotas
     routes: tuple[Route, ...]
     table: RouteTable
-    bands: Bands
+    priorities: PriorityClasses
     upstreams: Mapping[str, UpstreamPlan | None]
 
 
@@ -109,14 +104,19 @@ class Assembly:
     gateway: Gateway
 
     def __init__(
-        self, rejections: Counter[str], transports: Mapping[str, httpx.AsyncBaseTransport], resolve: Resolve
+        self,
+        rejections: Counter[str],
+        transports: Mapping[str, httpx.AsyncBaseTransport],
+        resolve: Resolve,
+        clocks: Clocks,
     ) -> None:
         self._rejections = rejections
         self._overrides = transports
         self._resolve = resolve
+        self._clocks = clocks
         self._demo: DemoUpstreams | None = None
         self._retired: dict[str, LiveUpstream] = {}  # by name, the one retired last at the end
-        self._closing: set[GuardedTransport] = set()
+        self._closing: set[ShieldedTransport] = set()
         self._upkeep_tasks: dict[str, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
@@ -135,13 +135,13 @@ class Assembly:
                 await gateway.clients.load()
             except OSError as error:
                 raise StartupError(f"state_dir: the client store cannot be opened: {error}") from error
-            following = asyncio.create_task(gateway.clients.keep_up(), name="client store")
+            following = asyncio.create_task(gateway.clients.follow(), name="client store")
             stack.push_async_callback(_cancelled, following)
             if isinstance(gateway.limiter, RedisLimiter):
                 stack.push_async_callback(gateway.limiter.close)
                 await gateway.limiter.start()
             await gateway.modes.look()
-            modes = asyncio.create_task(gateway.modes.keep_up(), name="modes of circuit breakers")
+            modes = asyncio.create_task(gateway.modes.follow_file(), name="modes of circuit breakers")
             stack.push_async_callback(_cancelled, modes)
             stack.push_async_callback(self._close_upstreams)
             self._begin_upkeep(gateway.upstreams)
@@ -170,20 +170,21 @@ class Assembly:
             is_same = known is not None and not known.is_retired and section == known.section and plan.tls is known.tls
             upstreams[name] = None if is_same else plan
         ranks = {name: tier.rate if tier.priority is None else tier.priority for name, tier in config.tiers.items()}
-        return Plan(config, Quotas.of(config), routes, RouteTable(routes), Bands(ranks), upstreams)
+        return Plan(config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams)
 
     def commit(self, plan: Plan) -> Gateway:
         """Put a planned configuration into force. Requests that run go on under the one they began with."""
-        before, config, now = self.gateway, plan.config, time.monotonic()
-        requote(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas))
-        upstreams = {name: self._taken_over(name, one, plan.bands, now) for name, one in plan.upstreams.items()}
+        before, config = self.gateway, plan.config
+        now_ns = self._clocks.monotonic_ns()
+        requote(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas), now_ns)
+        upstreams = {name: self._taken_over(name, one, plan.priorities) for name, one in plan.upstreams.items()}
         for name, live in before.upstreams.items():
             if name not in upstreams:
                 self._retire(name, live)
         before.recorder.extend(
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
-        before.lag.change(config.server.max_lag, plan.bands)
+        before.lag.change(config.server.max_lag, plan.priorities)
         before.modes.follow({name: live.service.upstream.breaker for name, live in upstreams.items()})
         self._begin_upkeep(upstreams)
         self.gateway = replace(
@@ -192,16 +193,16 @@ class Assembly:
             quotas=plan.quotas,
             routes=plan.routes,
             table=plan.table,
-            bands=plan.bands,
+            priorities=plan.priorities,
             upstreams=upstreams,
         )
         return self.gateway
 
     def _build(self, plan: Plan) -> Gateway:
-        config, quotas, now = plan.config, plan.quotas, time.monotonic()
-        limiter = limiter_of(config, quotas.all)
+        config, quotas, clocks = plan.config, plan.quotas, self._clocks
+        limiter = limiter_of(config, quotas.all, clocks)
         upstreams = {
-            name: build_upstream(one, self._resolve, now, plan.bands)
+            name: build_upstream(one, self._resolve, clocks.monotonic, plan.priorities)
             for name, one in plan.upstreams.items()
             if one is not None
         }
@@ -210,41 +211,43 @@ class Assembly:
             quotas=quotas,
             routes=plan.routes,
             table=plan.table,
-            bands=plan.bands,
+            priorities=plan.priorities,
             upstreams=upstreams,
             limiter=limiter,
-            clients=registry_of(config, quotas, limiter),
+            clients=registry_of(config, quotas, limiter, clocks),
             recorder=Recorder(
                 (route.name for route in plan.routes),
                 upstreams,
                 quotas.tiers,
                 config.metrics.percentiles,
-                now,
+                clocks.monotonic(),
                 self._rejections,
                 *process_output().losses,
             ),
-            modes=ModeBoard(
-                ModeFile(own_folder(config.state_dir)),
+            modes=BreakerOverrides(
+                OverrideFile(own_folder(config.state_dir)),
                 {name: live.service.upstream.breaker for name, live in upstreams.items()},
-                clock=time.monotonic,
-                wall_clock=time.time,
+                clock=clocks.monotonic,
+                wall_clock=clocks.wall,
             ),
-            lag=LagLimit(config.server.max_lag, plan.bands, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
+            lag=EventLoopShedder(config.server.max_lag, plan.priorities, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
+            clocks=clocks,
         )
 
     # Upstreams
 
-    def _taken_over(self, name: str, plan: UpstreamPlan | None, bands: Bands, now: float) -> LiveUpstream:
+    def _taken_over(self, name: str, plan: UpstreamPlan | None, bands: PriorityClasses) -> LiveUpstream:
         """Return the upstream of that name under its plan: one that lives, one that is back, or a new one."""
+        clock = self._clocks.monotonic
         live = self.gateway.upstreams.get(name) or self._retired.pop(name, None)
         if plan is None:
             assert live is not None  # noqa: S101 - it stays as it is
-            rerank(live, bands, now)
+            rerank(live, bands, clock())
             return live
         if live is None:
-            return build_upstream(plan, self._resolve, now, bands)
+            return build_upstream(plan, self._resolve, clock, bands)
         before = live.transports
-        changed = change_upstream(plan, live, self._resolve, now, bands)
+        changed = change_upstream(plan, live, self._resolve, clock, bands)
         self._retire_transports(one for one in before if one not in changed.transports)
         return changed
 
@@ -260,7 +263,7 @@ class Assembly:
         for transport in transports:
             if isinstance(transport, UpstreamTransport):
                 transport.retire_all()
-            elif isinstance(transport, GuardedTransport) and not transport.is_of(self._overrides.values()):
+            elif isinstance(transport, ShieldedTransport) and not transport.is_of(self._overrides.values()):
                 self._closing.add(transport)
 
     async def _keep_closing(self) -> None:
@@ -277,7 +280,7 @@ class Assembly:
                 self._upkeep_tasks[name] = asyncio.create_task(live.upkeep.run(), name=f"upkeep of {name}")
 
     async def _close_upstreams(self) -> None:
-        await end(*self._upkeep_tasks.values())
+        await cancel_and_wait(*self._upkeep_tasks.values())
         live = [*self.gateway.upstreams.values(), *self._retired.values()]
         for transport in {*self._closing, *(transport for one in live for transport in one.transports)}:
             await transport.aclose()
@@ -298,6 +301,6 @@ class Assembly:
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
     """Cancel a task of ours and wait for its end; what it had failed with before is raised."""
-    await end(task)
+    await cancel_and_wait(task)
     with suppress(asyncio.CancelledError):
         await task

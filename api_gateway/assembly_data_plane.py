@@ -1,65 +1,71 @@
 """Builds the steps of a proxied request around the live parts: ASGI path, fast path, and what explains both."""
 
 import logging
-import time
 from collections.abc import Callable
 
 from api_gateway.access_log import AccessLog
 from api_gateway.assembly import Gateway
 from api_gateway.breaker_policy import Mode
 from api_gateway.breaker_records import Transition
-from api_gateway.config import GatewayConfig
 from api_gateway.explanation import Explainer
-from api_gateway.express import Express
-from api_gateway.middleware import ASGIApp, Identify, Limit, Match, Proxy, Record, Relief
+from api_gateway.express import FastPath
+from api_gateway.middleware import (
+    ASGIApp,
+    ExchangeMiddleware,
+    IdentityMiddleware,
+    LoadSheddingMiddleware,
+    ProxyApp,
+    RateLimitMiddleware,
+    RoutingMiddleware,
+)
 from api_gateway.models import Exchange
 from api_gateway.output import process_output
 from api_gateway.router import Router
-from api_gateway.settlement import Settlement
-from api_gateway.shadow import Shadow
+from api_gateway.settlement import CostSettlement
+from api_gateway.shadow import ShadowLimits
 from api_gateway.targets import Target
 
 logger = logging.getLogger(__name__)
 
 
-def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, Express, Explainer]:
+def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, FastPath, Explainer]:
     """Build the steps of a proxied request, the straight way past them, and what explains both.
 
     Read from the inside out: what stands last sees a request first.
     """
-    config, recorder = gateway.config, gateway.recorder
-    settlement = Settlement(limiter=gateway.limiter, clock_ns=time.monotonic_ns, recorder=recorder)
+    config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
+    settlement = CostSettlement(limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder)
     router = _router(gateway, settlement, server_headers)
-    limit = Limit(
-        Proxy(router=router),
+    limit = RateLimitMiddleware(
+        ProxyApp(router=router),
         limiter=gateway.limiter,
-        clock_ns=time.monotonic_ns,
+        clock_ns=clocks.monotonic_ns,
         address_quota=gateway.address_quota,
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    relief = Relief(limit, lag=gateway.lag, bands=gateway.bands)
-    identify = Identify(
-        Match(relief, router=router),
+    relief = LoadSheddingMiddleware(limit, lag=gateway.lag, priorities=gateway.priorities)
+    identify = IdentityMiddleware(
+        RoutingMiddleware(relief, router=router),
         clients=gateway.clients,
         header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
     )
-    record = Record(
+    record = ExchangeMiddleware(
         identify,
-        clock=time.monotonic,
+        clock=clocks.monotonic,
         recorder=recorder,
-        observers=[recorder.observe, *_access_logs(config)],
+        observers=[recorder.observe, *_access_logs(gateway)],
         on_failure=settlement.on_failure,
     )
-    express = Express(
+    fast_path = FastPath(
         record=record,
         identify=identify,
         limit=limit,
         router=router,
         lag=gateway.lag,
-        clock=time.monotonic,
-        clock_ns=time.monotonic_ns,
+        clock=clocks.monotonic,
+        clock_ns=clocks.monotonic_ns,
     )
     explainer = Explainer(
         identify=identify,
@@ -68,18 +74,18 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         limiter=gateway.limiter,
         lag=gateway.lag,
         header=config.identity.header,
-        clock=time.monotonic,
-        clock_ns=time.monotonic_ns,
+        clock=clocks.monotonic,
+        clock_ns=clocks.monotonic_ns,
     )
-    return record, express, explainer
+    return record, fast_path, explainer
 
 
-def _router(gateway: Gateway, settlement: Settlement, server_headers: frozenset[bytes]) -> Router:
-    config, recorder = gateway.config, gateway.recorder
+def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozenset[bytes]) -> Router:
+    config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     return Router(
         gateway.table,
         gateway.services,
-        clock=time.monotonic,
+        clock=clocks.monotonic,
         max_body_bytes=config.server.max_body_bytes,
         protected=frozenset({config.identity.header.lower().encode()}),
         omit=server_headers,
@@ -90,19 +96,21 @@ def _router(gateway: Gateway, settlement: Settlement, server_headers: frozenset[
         on_retry=recorder.observe_retry,
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,
-        bands=gateway.bands,
+        priorities=gateway.priorities,
         lag=gateway.lag,
     )
 
 
-def _access_logs(config: GatewayConfig) -> list[Callable[[Exchange], None]]:
-    return [AccessLog(time.time, process_output().out.write).write] if config.log.access else []
+def _access_logs(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+    if not gateway.config.log.access:
+        return []
+    return [AccessLog(gateway.clocks.wall, process_output().out.write).write]
 
 
-def _shadow(gateway: Gateway) -> Shadow | None:
-    shadow = Shadow(
+def _shadow(gateway: Gateway) -> ShadowLimits | None:
+    shadow = ShadowLimits(
         limiter=gateway.limiter,
-        clock_ns=time.monotonic_ns,
+        clock_ns=gateway.clocks.monotonic_ns,
         recorder=gateway.recorder,
         candidates=gateway.candidates,
         routes=gateway.routes,

@@ -4,14 +4,14 @@ import logging
 import multiprocessing
 import random
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from api_gateway.client_records import ClientStore
 from api_gateway.clients import ClientRegistry, EarlierClients
+from api_gateway.clocks import Clocks
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.models import Client, Quota
@@ -92,7 +92,7 @@ class EarlierQuotas:
         return self.clients.quota_of(key)
 
 
-def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter) -> ClientRegistry:
+def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks: Clocks) -> ClientRegistry:
     """Build the registry of clients; raises StartupError."""
     return ClientRegistry(
         quotas.tiers,
@@ -101,7 +101,8 @@ def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter) -> Clie
         client_store(config),
         limit=config.store.client_limit,
         deadline=config.store.deadline,
-        on_change=partial(follow, limiter),
+        wall_clock=clocks.wall,
+        on_change=partial(follow, limiter, clocks.monotonic_ns),
     )
 
 
@@ -115,6 +116,7 @@ def requote(
     clients: ClientRegistry,
     configs: tuple[GatewayConfig, GatewayConfig],
     quotas: tuple[Quotas, Quotas],
+    now_ns: int,
 ) -> None:
     """Bring buckets and clients to another configuration. Both pairs hold what was before, and what is after."""
     before, after = configs
@@ -129,10 +131,10 @@ def requote(
     if old == new and terms[0] == terms[1]:
         return
     earlier = clients.retier(new.tiers, after.default_tier, configured_clients(after))
-    limiter.requote(new.all, EarlierQuotas(old, earlier).of, time.monotonic_ns())
+    limiter.requote(new.all, EarlierQuotas(old, earlier).of, now_ns)
 
 
-def limiter_of(config: GatewayConfig, quotas: list[Quota]) -> Limiter:
+def limiter_of(config: GatewayConfig, quotas: list[Quota], clocks: Clocks) -> Limiter:
     """Build the limiter; raises StartupError if the store cannot be used."""
     store = config.store
     if not store.is_shared:
@@ -145,8 +147,8 @@ def limiter_of(config: GatewayConfig, quotas: list[Quota]) -> Limiter:
         processes=max(store.processes, config.server.workers),
         bucket_limit=store.bucket_limit,
         prefix=store.prefix,
-        clock=time.monotonic,
-        clock_ns=time.monotonic_ns,
+        clock=clocks.monotonic,
+        clock_ns=clocks.monotonic_ns,
         source=random.Random(),  # noqa: S311 - names a process and spreads attempts, guards nothing
     )
 
@@ -169,6 +171,6 @@ def _session(config: GatewayConfig) -> StoreSession:
         raise StartupError(f"store.url: the files cannot be used: {error}") from error
 
 
-def follow(limiter: Limiter, before: Client, after: Client) -> None:
+def follow(limiter: Limiter, clock_ns: Callable[[], int], before: Client, after: Client) -> None:
     """Take a bucket over to a tier that was changed elsewhere, or has ended. In a shared store it moves by itself."""
-    limiter.change_quota(before.key, before.quota, after.quota, time.monotonic_ns())
+    limiter.change_quota(before.key, before.quota, after.quota, clock_ns())

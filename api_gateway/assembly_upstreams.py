@@ -6,7 +6,6 @@ What can fail is done by `plan_upstream`, which changes nothing; `build_upstream
 import hashlib
 import random
 import ssl
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,20 +18,21 @@ from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.config_sections import RetrySection, UpstreamSection
 from api_gateway.errors import StartupError
-from api_gateway.gradient import AdaptivePolicy, Gradient
-from api_gateway.guarded import GuardedTransport, http2_transport
+from api_gateway.gradient import AdaptivePolicy, GradientController
+from api_gateway.guarded import ShieldedTransport, http2_transport
 from api_gateway.health import HealthPolicy
-from api_gateway.overload import Bands, ConcurrencyLimit
+from api_gateway.models import Clock
+from api_gateway.overload import ConcurrencyLimit, PriorityClasses
 from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin, share_of_key
-from api_gateway.resolution import Name, Resolve
+from api_gateway.resolution import HostName, Resolve
 from api_gateway.retry import RetryPolicy
-from api_gateway.rotation import Draw, Rotation, RotationPolicy
-from api_gateway.service import Service, Timeouts
+from api_gateway.rotation import Draw, OutlierDetector, OutlierPolicy
+from api_gateway.service import Timeouts, UpstreamClient
 from api_gateway.targets import Target
 from api_gateway.transport import UpstreamTransport, tls_context
-from api_gateway.upkeep import Upkeep
+from api_gateway.upkeep import UpstreamMonitor
 
-Transport = UpstreamTransport | GuardedTransport
+Transport = UpstreamTransport | ShieldedTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class LiveUpstream:
 
     section: UpstreamSection
     tls: Tls
-    names: tuple[Name, ...]
-    service: Service
-    upkeep: Upkeep
+    names: tuple[HostName, ...]
+    service: UpstreamClient
+    upkeep: UpstreamMonitor
     is_retired: bool = False
 
     @property
@@ -85,7 +85,7 @@ def plan_upstream(
         is_new |= live.is_retired or section.pool != live.section.pool or tls is not live.tls
     transport: Transport | None = None
     if override is not None:
-        transport = GuardedTransport(override) if live is None else None
+        transport = ShieldedTransport(override) if live is None else None
         return UpstreamPlan(name, section, tls, transport, None)
     if is_new:
         transport = _transport(name, section, tls)
@@ -95,40 +95,42 @@ def plan_upstream(
     return UpstreamPlan(name, section, tls, transport, checking)
 
 
-def build_upstream(plan: UpstreamPlan, resolve: Resolve, now: float, bands: Bands) -> LiveUpstream:
+def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, priorities: PriorityClasses) -> LiveUpstream:
     """Build an upstream that nothing is known of yet."""
-    section = plan.section
+    section, now = plan.section, clock()
     assert plan.transport is not None  # noqa: S101 - nothing lives that could stay
-    names = tuple(Name(target.url, target.weight) for target in section.targets)
+    names = tuple(HostName(target.url, target.weight) for target in section.targets)
     upstream = Upstream(
         plan.name,
         [target for name in names for target in name.targets],
         _breaker(section, now),
         _pick(section),
-        rotation=Rotation(_rotation_policy(section), draw=_draw(section), make_breaker=_make_breaker(section)),
-        limit=_limit(section, None, bands, now),
+        rotation=OutlierDetector(_rotation_policy(section), draw=_draw(section), make_breaker=_make_breaker(section)),
+        limit=_limit(section, None, priorities, now),
     )
-    service = Service(
+    service = UpstreamClient(
         upstream,
         plan.transport,
         Timeouts(**section.timeouts.model_dump()),
         retry=_retry_policy(section.retry),
         hash_header=_hash_header(section),
     )
-    return LiveUpstream(section, plan.tls, names, service, _upkeep(section, service, names, resolve, plan.checking))
+    return LiveUpstream(
+        section, plan.tls, names, service, _upkeep(section, service, names, resolve, plan.checking, clock)
+    )
 
 
 def change_upstream(
-    plan: UpstreamPlan, live: LiveUpstream, resolve: Resolve, now: float, bands: Bands
+    plan: UpstreamPlan, live: LiveUpstream, resolve: Resolve, clock: Clock, priorities: PriorityClasses
 ) -> LiveUpstream:
     """Bring an upstream to another section. Breakers, targets that stay, pools, budgets and limits live on.
 
     A target that is new beside others starts slowly.
     """
-    section, upstream = plan.section, live.service.upstream
+    section, upstream, now = plan.section, live.service.upstream, clock()
     upstream.breaker.change_policy(_breaker_policy(section), now)
     upstream.rebalance(_pick(section))
-    upstream.rotation.change(
+    upstream.outliers.change(
         _rotation_policy(section),
         _draw(section),
         _make_breaker(section),
@@ -136,7 +138,7 @@ def change_upstream(
         upstream.targets,
         now,
     )
-    upstream.limit = _limit(section, upstream.limit, bands, now)
+    upstream.limit = _limit(section, upstream.limit, priorities, now)
     transport = live.service.transport if plan.transport is None else plan.transport
     service = live.service.succeeded_by(
         Timeouts(**section.timeouts.model_dump()), _retry_policy(section.retry), _hash_header(section), transport
@@ -149,32 +151,32 @@ def change_upstream(
     if plan.checking is None and checking is not None:
         _change_transport(checking, plan)
     if live.is_retired:
-        upkeep = _upkeep(section, service, names, resolve, checking)
+        upkeep = _upkeep(section, service, names, resolve, checking, clock)
     else:
         upkeep = live.upkeep
         upkeep.change(service, _health_policy(section), checking, *_resolved(section, names))
     return LiveUpstream(section, plan.tls, names, service, upkeep)
 
 
-def rerank(live: LiveUpstream, bands: Bands, now: float) -> None:
+def rerank(live: LiveUpstream, priorities: PriorityClasses, now: float) -> None:
     """Shed by other bands from now on."""
     limit = live.service.upstream.limit
-    live.service.upstream.limit = _limit(live.section, limit, bands, now)
+    live.service.upstream.limit = _limit(live.section, limit, priorities, now)
 
 
-def _retarget(service: Service, targets: list[Target], now: float) -> None:
+def _retarget(service: UpstreamClient, targets: list[Target], now: float) -> None:
     upstream = service.upstream
     before = upstream.targets
-    service.retarget(targets, now)
+    service.set_targets(targets, now)
     if any(target in before for target in targets):
         for target in targets:
             if target not in before:
-                upstream.rotation.welcome(target, now)
+                upstream.outliers.start_slow_start(target, now)
 
 
-def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[Name, ...]:
+def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[HostName, ...]:
     """Return the names of the configured targets: those there are, where they stay."""
-    known: Mapping[str, list[Name]] = defaultdict(list)
+    known: Mapping[str, list[HostName]] = defaultdict(list)
     for name in live.names:
         if section.resolve is not None or not name.addresses:  # what was resolved is no target of its own any more
             known[name.url].append(name)
@@ -184,7 +186,7 @@ def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[Name, ...]:
             name = known[target.url].pop(0)
             name.reweigh(target.weight)
         else:
-            name = Name(target.url, target.weight)
+            name = HostName(target.url, target.weight)
         found.append(name)
     return tuple(found)
 
@@ -232,27 +234,28 @@ def _health_policy(section: UpstreamSection) -> HealthPolicy | None:
     return HealthPolicy(**check.model_dump(exclude={"statuses"}), statuses=statuses)
 
 
-def _resolved(section: UpstreamSection, names: tuple[Name, ...]) -> tuple[tuple[Name, ...], float]:
+def _resolved(section: UpstreamSection, names: tuple[HostName, ...]) -> tuple[tuple[HostName, ...], float]:
     """Return the names to be resolved, and how often."""
     return (names, section.resolve) if section.resolve is not None else ((), 0.0)
 
 
 def _upkeep(
     section: UpstreamSection,
-    service: Service,
-    names: tuple[Name, ...],
+    service: UpstreamClient,
+    names: tuple[HostName, ...],
     resolve: Resolve,
     checking: Transport | None,
-) -> Upkeep:
+    clock: Clock,
+) -> UpstreamMonitor:
     followed, interval = _resolved(section, names)
-    return Upkeep(
+    return UpstreamMonitor(
         service,
         policy=_health_policy(section),
         transport=checking,
         names=followed,
         interval=interval,
         resolve=resolve,
-        clock=time.monotonic,
+        clock=clock,
         source=random.Random(),  # noqa: S311 - spreads checks and questions, guards nothing
     )
 
@@ -266,8 +269,8 @@ def _breaker(section: UpstreamSection, now: float, **changes: float) -> CircuitB
     return CircuitBreaker(_breaker_policy(section, **changes), now, random.Random())  # noqa: S311 - spreads probes
 
 
-def _rotation_policy(section: UpstreamSection) -> RotationPolicy:
-    return RotationPolicy(section.circuit_breaker.max_ejected, section.slow_start)
+def _rotation_policy(section: UpstreamSection) -> OutlierPolicy:
+    return OutlierPolicy(section.circuit_breaker.max_ejected, section.slow_start)
 
 
 def _make_breaker(section: UpstreamSection) -> "partial[CircuitBreaker] | None":
@@ -284,7 +287,7 @@ def _by_chance(source: random.Random) -> Draw:
 
 
 def _limit(
-    section: UpstreamSection, limit: ConcurrencyLimit | None, bands: Bands, now: float
+    section: UpstreamSection, limit: ConcurrencyLimit | None, priorities: PriorityClasses, now: float
 ) -> ConcurrencyLimit | None:
     """Return the limit that the section sets: `limit` itself, changed, if there is one."""
     concurrency = section.concurrency
@@ -297,10 +300,10 @@ def _limit(
         assert concurrency.limit is not None  # noqa: S101 - one of them is set
         terms = concurrency.limit
     if limit is not None:
-        limit.change(terms, bands, now)
+        limit.change(terms, priorities, now)
         return limit
-    start = Gradient(terms, now) if isinstance(terms, AdaptivePolicy) else terms
-    return ConcurrencyLimit(start, bands, source=random.Random())  # noqa: S311 - spreads load, guards nothing
+    start = GradientController(terms, now) if isinstance(terms, AdaptivePolicy) else terms
+    return ConcurrencyLimit(start, priorities, source=random.Random())  # noqa: S311 - spreads load, guards nothing
 
 
 def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:

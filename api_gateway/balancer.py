@@ -12,13 +12,13 @@ from api_gateway.breaker_records import Transition
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream, Unavailable
 from api_gateway.models import Outcome
-from api_gateway.overload import Concurrency, ConcurrencyLimit
+from api_gateway.overload import ConcurrencyLimit, ConcurrencyState
 from api_gateway.picks import Pick
-from api_gateway.rotation import Rotation, serves
+from api_gateway.rotation import OutlierDetector, is_serving
 from api_gateway.targets import Target
 
 
-class SlowHead(NamedTuple):
+class SlowResponse(NamedTuple):
     """A good answer whose head was long in coming, for the breaker to hear of at the answer's end."""
 
     duration: float  # seconds
@@ -26,7 +26,7 @@ class SlowHead(NamedTuple):
     request_id: str
 
 
-class Lease:
+class Attempt:
     """One try on one target. Settling it gives back the target and tells the breakers; only the first time counts.
 
     `principal` is on whose behalf it was made; None once it has failed in a way that no client can have caused.
@@ -68,7 +68,7 @@ class Lease:
         self._holder = principal
         self.target_move = None
         self._target_breaker = target.breaker  # the one that gave the ticket: the target may get another
-        self.slow: SlowHead | None = None
+        self.slow: SlowResponse | None = None
         self._is_settled = False
         self._limit = upstream.limit
         target.in_flight += 1
@@ -92,7 +92,7 @@ class Lease:
             duration, route, request_id = self.slow
         upstream, target = self.upstream, self.target
         if self.target_ticket is not None and target.breaker is self._target_breaker:
-            self.target_move = upstream.rotation.settle(
+            self.target_move = upstream.outliers.settle(
                 upstream.targets,
                 target,
                 self.target_ticket,
@@ -105,7 +105,7 @@ class Lease:
                 principal=self.principal,
             )
         is_bad = outcome is Outcome.FAILURE or (duration is not None and duration >= upstream.breaker.slow_after)
-        if is_bad and not upstream.is_shown_by(target):
+        if is_bad and not upstream.counts_failures_of(target):
             outcome = Outcome.IGNORED
         return upstream.breaker.settle(
             self.ticket,
@@ -128,7 +128,7 @@ class Lease:
         elif not self._is_settled:
             self._is_settled = True
             if self.target_ticket is not None and self.target.breaker is self._target_breaker:
-                rotation, targets = self.upstream.rotation, self.upstream.targets
+                rotation, targets = self.upstream.outliers, self.upstream.targets
                 rotation.settle(targets, self.target, self.target_ticket, outcome, now, principal=self.principal)
             self.upstream.breaker.settle(self.ticket, outcome, now, principal=self.principal)
         self.target.in_flight -= 1
@@ -157,15 +157,15 @@ class Upstream:
         breaker: CircuitBreaker,
         pick: Pick,
         *,
-        rotation: Rotation | None = None,
+        rotation: OutlierDetector | None = None,
         limit: ConcurrencyLimit | None = None,
     ) -> None:
         self.name = name
         self.limit = limit
         self.breaker = breaker
-        self.rotation = rotation or Rotation()
+        self.outliers = rotation or OutlierDetector()
         self._pick = pick
-        self.retarget(targets, breaker.since)
+        self.set_targets(targets, breaker.since)
 
     def __repr__(self) -> str:
         healthy = sum(target.is_healthy for target in self.targets)
@@ -175,38 +175,38 @@ class Upstream:
         """Choose among targets in another way."""
         self._pick = pick
 
-    def retarget(self, targets: Sequence[Target], now: float) -> None:
+    def set_targets(self, targets: Sequence[Target], now: float) -> None:
         """Offer `targets` from now on. Leases on others run on to their end."""
         self.targets = list(targets)
-        self.rotation.keep(self.targets, now)
+        self.outliers.set_targets(self.targets, now)
 
     @property
-    def concurrency(self) -> Concurrency:
+    def concurrency(self) -> ConcurrencyState:
         """What is under way, and what may be."""
         limit = self.limit
         if limit is not None:
-            return Concurrency(limit.limit, limit.in_flight)
-        return Concurrency(None, sum(target.in_flight for target in self.targets))
+            return ConcurrencyState(limit.limit, limit.in_flight)
+        return ConcurrencyState(None, sum(target.in_flight for target in self.targets))
 
-    def is_untroubled(self) -> bool:
+    def accepts_all(self) -> bool:
         """Tell whether `checkout` would give a lease that is no probe of the upstream's breaker."""
-        if not self.breaker.admits_all:
+        if not self.breaker.is_transparent:
             return False
         for target in self.targets:  # noqa: SIM110 - any() takes five times as long, on every request
             if target.is_healthy:
                 return True
         return False
 
-    def checkout(
+    def acquire(
         self,
         now: float,
         key: str,
         tried: Collection[Target] = (),
         *,
-        band: int = 0,
+        priority: int = 0,
         is_safe: bool = True,
         principal: str | None = None,
-    ) -> Lease:
+    ) -> Attempt:
         """Return a lease on a healthy target that is not ejected, preferring those not in `tried`.
 
         `is_safe` is for `admit`, `principal` is on whose behalf the attempt is made and whose share of the limit it
@@ -220,30 +220,30 @@ class Upstream:
         if not candidates:
             raise self._unhealthy()
         limit = self.limit
-        if limit is not None and not limit.admits(band, principal):
-            raise limit.refusal(self.name, band, principal)
+        if limit is not None and not limit.admits(priority, principal):
+            raise limit.refusal(self.name, priority, principal)
         ticket = self.breaker.admit(now, is_safe=is_safe, principal=principal)
         if ticket is None:
             raise self._refusal(now)
         offered: Sequence[Target] = candidates
         if ticket.is_probe:  # one at a time: what is on probation itself tells nothing of the upstream
-            offered = candidates = [target for target in candidates if serves(target)] or candidates
-        if self.rotation.unsettled:
-            offered = self.rotation.offered(candidates, tried, now, key, is_safe=is_safe)
+            offered = candidates = [target for target in candidates if is_serving(target)] or candidates
+        if self.outliers.abnormal:
+            offered = self.outliers.eligible(candidates, tried, now, key, is_safe=is_safe)
         elif tried:
             offered = [target for target in candidates if target not in tried] or candidates
         target = self._pick(offered, key) if len(offered) > 1 else offered[0]
         own = target.breaker
         if limit is not None:
-            limit.take(band, principal)
+            limit.take(priority, principal)
         own_ticket = None if own is None else own.admit(now, is_safe=is_safe)
-        return Lease(self, target, ticket, own_ticket, principal)
+        return Attempt(self, target, ticket, own_ticket, principal)
 
-    def is_shown_by(self, target: Target) -> bool:
+    def counts_failures_of(self, target: Target) -> bool:
         """Tell whether what fails at `target` says something of the upstream: not if it is out while others serve."""
-        if target in self.targets and serves(target):
+        if target in self.targets and is_serving(target):
             return True
-        return not any(other is not target and serves(other) for other in self.targets)
+        return not any(other is not target and is_serving(other) for other in self.targets)
 
     def is_recovering(self, now: float) -> bool:
         """Tell whether it is too early for anything but probes, or an operator keeps requests off."""
@@ -253,16 +253,16 @@ class Upstream:
     def has_other(self, tried: Collection[Target], now: float) -> bool:
         """Tell whether there is a target that is not in `tried` and would get a request now."""
         others = [target for target in self.targets if target.is_healthy and target not in tried]
-        return any(self.rotation.admits(target, now) for target in others)
+        return any(self.outliers.admits(target, now) for target in others)
 
     def refusal(
-        self, now: float, band: int = 0, *, holder: str | None = None, is_safe: bool = True
+        self, now: float, priority: int = 0, *, holder: str | None = None, is_safe: bool = True
     ) -> Unavailable | None:
         """Return what `checkout` would raise now, or None; nothing is taken by that."""
         if not any(target.is_healthy for target in self.targets):
             return self._unhealthy()
-        if self.limit is not None and self.limit.is_full_for(band, holder):
-            return self.limit.refusal(self.name, band, holder)
+        if self.limit is not None and self.limit.is_full_for(priority, holder):
+            return self.limit.refusal(self.name, priority, holder)
         return None if self.breaker.would_admit(now, is_safe=is_safe) else self._refusal(now)
 
     def _unhealthy(self) -> NoHealthyUpstream:
@@ -275,7 +275,7 @@ class Upstream:
     def _refusal(self, now: float) -> CircuitOpen:
         breaker = self.breaker
         return CircuitOpen(
-            f"The circuit breaker of upstream '{self.name}' is {breaker.hindrance(now)}",
+            f"The circuit breaker of upstream '{self.name}' is {breaker.refusal_reason(now)}",
             retry_after=max(breaker.retry_after(now), 1.0),
             extra={"upstream": self.name, "circuit_breaker": breaker.state.value},
         )

@@ -51,14 +51,14 @@ class Override:
 Overrides = dict[str, Override]
 
 
-class ModeFile:
+class OverrideFile:
     """The file in `state_dir`. All methods block."""
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / FILE_NAME
 
     def __repr__(self) -> str:
-        return f"<ModeFile [{self.path}]>"
+        return f"<OverrideFile [{self.path}]>"
 
     def signature(self) -> tuple[int, int, int] | None:
         """Return what differs between two contents; None if there is no file."""
@@ -114,11 +114,16 @@ class ModeFile:
         fresh.replace(self.path)
 
 
-class ModeBoard:
+class BreakerOverrides:
     """Keeps breakers in the modes that the file says, and changes it."""
 
     def __init__(
-        self, file: ModeFile, breakers: Mapping[str, CircuitBreaker], *, clock: Clock, wall_clock: Callable[[], float]
+        self,
+        file: OverrideFile,
+        breakers: Mapping[str, CircuitBreaker],
+        *,
+        clock: Clock,
+        wall_clock: Callable[[], float],
     ) -> None:
         self.trouble: str | None = None  # why the file cannot be used, while it cannot
         self._file = file
@@ -131,7 +136,7 @@ class ModeBoard:
         self._lock = asyncio.Lock()  # what was read before a change is not taken for what is there after it
 
     def __repr__(self) -> str:
-        return f"<ModeBoard [{len(self._overrides)} overrides]>"
+        return f"<BreakerOverrides [{len(self._overrides)} overrides]>"
 
     def follow(self, breakers: Mapping[str, CircuitBreaker]) -> None:
         """Keep these breakers in their modes from now on, and no others."""
@@ -149,7 +154,7 @@ class ModeBoard:
         found = self._overrides.get(name)
         return None if found is None or found.is_over(self._wall_clock()) else found
 
-    async def keep_up(self) -> None:
+    async def follow_file(self) -> None:
         """Follow the file until cancelled."""
         while True:
             await asyncio.sleep(INTERVAL)

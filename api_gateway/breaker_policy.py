@@ -71,7 +71,7 @@ class BreakerPolicy:
 
     It stays open for `recovery_timeout`, twice as long with each opening in a row up to `max_recovery_timeout` (None:
     always as long), and up to `jitter` of that longer by chance. Then it admits `half_open_max_calls` probes at once,
-    and closes when as many have succeeded. For `ramp` seconds after that not all calls are admitted; see `Ramp`.
+    and closes when as many have succeeded. For `ramp` seconds after that not all calls are admitted; see `RampUp`.
     It opens for its first time again once it has been closed for `window` seconds.
     """
 

@@ -29,7 +29,7 @@ class FailedCall:
 
 
 @dataclass(frozen=True, slots=True)
-class FlightRecord:
+class TransitionRecord:
     """A move and what led to it: the window's counts, and the last calls that failed since the move before.
 
     `number` counts the breaker's moves from 1. `next_probe_at` is None unless the move opened it. `worker` and

@@ -20,7 +20,7 @@ ENTRY = (
 
 
 @dataclass(frozen=True, slots=True)
-class Brief:
+class WorkerConfig:
     """`config` is what `hand_over` returns; the others are file descriptors, `admin_listeners` those for operators."""
 
     number: int

@@ -29,7 +29,7 @@ class Window(Protocol):
         """Forget everything."""
         ...
 
-    def words(self, calls: int) -> tuple[str, str]:
+    def describe(self, calls: int) -> tuple[str, str]:
         """Return what goes before and behind 'calls' to say in words which these are."""
         ...
 
@@ -72,7 +72,7 @@ class TimeWindow:
         live = [slot for slot in range(self.SLICES) if self._numbers[slot] > oldest]
         return Counts(*(sum(column[slot] for slot in live) for column in (self._calls, self._failures, self._slow)))
 
-    def words(self, calls: int) -> tuple[str, str]:
+    def describe(self, calls: int) -> tuple[str, str]:
         """See `Window`."""
         return f"of {calls}", f" within {self._span:g} s"
 
@@ -105,6 +105,6 @@ class CountWindow:
         """See `Window`."""
         return Counts(self._calls, self._failures, self._slow)
 
-    def words(self, calls: int) -> tuple[str, str]:
+    def describe(self, calls: int) -> tuple[str, str]:
         """See `Window`."""
         return f"of the last {calls}", ""

@@ -10,11 +10,11 @@ from collections import deque
 from dataclasses import dataclass
 
 from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State
-from api_gateway.breaker_records import FailedCall, FlightRecord, Transition
+from api_gateway.breaker_records import FailedCall, Transition, TransitionRecord
 from api_gateway.call_window import Counts, CountWindow, TimeWindow, Window
 from api_gateway.models import Outcome
 from api_gateway.principals import Callers
-from api_gateway.ramp import Ramp, RateMeter
+from api_gateway.ramp import RampUp, RateMeter
 
 KEPT_RECORDS = 50
 KEPT_FAILURES = 10
@@ -45,15 +45,15 @@ class CircuitBreaker:
         self.mode = Mode.AUTO
         self.mode_until: float | None = None
         self.since = now
-        self.admits_all = True  # without being asked twice: the hot path looks at nothing else
+        self.is_transparent = True  # without being asked twice: the hot path looks at nothing else
         self.slow_after = NEVER if policy.slow_call_duration is None else policy.slow_call_duration
         self.consecutive_failures = 0
         self.probes_in_flight = 0
         self.opened_total = self.rejected_total = self.slow_total = 0
         self.would_open_total = self.would_reject_total = 0  # in mode observe
         self.last_opened: Transition | None = None
-        self.records: deque[FlightRecord] = deque(maxlen=KEPT_RECORDS)
-        self.ramp: Ramp | None = None
+        self.records: deque[TransitionRecord] = deque(maxlen=KEPT_RECORDS)
+        self.ramp: RampUp | None = None
         self._source = source
         self._window: Window = _window(policy)
         self._callers = Callers()  # of every call that has ended
@@ -91,7 +91,7 @@ class CircuitBreaker:
         meter.count += 1  # whatever becomes of it: the meter tells what is asked for
         if now >= meter.due:
             meter.mark(now)
-        if self.admits_all:
+        if self.is_transparent:
             return self._closed_ticket
         self.advance(now)
         ticket = self._admit_by_mode(now, is_safe=is_safe, principal=principal)
@@ -100,7 +100,7 @@ class CircuitBreaker:
             self._last_safe_at = now
         return ticket
 
-    def note_safe(self, now: float) -> None:
+    def note_idempotent(self, now: float) -> None:
         """Note that a request came which may be repeated, though it was not asked to be admitted here."""
         self._last_safe_at = now
 
@@ -227,7 +227,7 @@ class CircuitBreaker:
             self.set_mode(Mode.AUTO, now)
         if self.ramp is not None and self.ramp.is_over(now):
             self.ramp = None
-            self._look_again()
+            self._refresh_flag()
         if self.state_at(now) is not self.state:
             return self._move(Event.RECOVERY_DUE, now, f"{round(self._due - self.since, 1):g} s have passed")
         return None
@@ -247,7 +247,7 @@ class CircuitBreaker:
             self._begin_ramp(now)
         if mode.is_forced:
             self.ramp = None
-        self._look_again()
+        self._refresh_flag()
 
     def change_policy(self, policy: BreakerPolicy, now: float) -> None:
         """Go by another policy from now on. State, counts, history and tickets stay as they are.
@@ -269,7 +269,7 @@ class CircuitBreaker:
         self._open_time = open_time
         if not policy.ramp:
             self.ramp = None
-        self._look_again()
+        self._refresh_flag()
 
     # What it says of itself
 
@@ -292,7 +292,7 @@ class CircuitBreaker:
         """Return what share of the rate before the outage is admitted, 0 to 1; None unless it is coming back."""
         return self.ramp.share(now) if self.ramp is not None and not self.ramp.is_over(now) else None
 
-    def hindrance(self, now: float) -> str:
+    def refusal_reason(self, now: float) -> str:
         """Say why a request is not admitted, to go behind 'the circuit breaker is'."""
         wait = self.retry_after(now)
         state = self.state_at(now)
@@ -362,7 +362,7 @@ class CircuitBreaker:
         calls, failures, slow = self._window.counts(now)
         if calls < policy.minimum_calls:
             return None
-        which, where = self._window.words(calls)
+        which, where = self._window.describe(calls)
         if failures / calls >= policy.failure_rate:
             return f"{failures} {which} calls failed{where}"
         if policy.slow_call_rate is not None and slow / calls >= policy.slow_call_rate:
@@ -395,8 +395,8 @@ class CircuitBreaker:
         self._failing = Callers()
         if self.state is State.CLOSED:
             self._begin_ramp(now)
-        self._look_again()
-        self._write_down(transition, counts)
+        self._refresh_flag()
+        self._record_transition(transition, counts)
         return transition
 
     def _open(self, transition: Transition) -> None:
@@ -431,7 +431,7 @@ class CircuitBreaker:
     def _begin_ramp(self, now: float) -> None:
         """Let traffic come back to the usual rate; where that is unknown, to what is asked for now."""
         if self.policy.ramp:
-            self.ramp = Ramp(self._rate or self._meter.rate(now), self.policy.ramp, now)
+            self.ramp = RampUp(self._rate or self._meter.rate(now), self.policy.ramp, now)
 
     def _begin_generation(self) -> None:
         """Void every ticket that is out."""
@@ -439,13 +439,13 @@ class CircuitBreaker:
         self._closed_ticket = Ticket(self._generation, is_probe=False)
         self.probes_in_flight = 0
 
-    def _look_again(self) -> None:
+    def _refresh_flag(self) -> None:
         is_plain = self.state is State.CLOSED and self.ramp is None
-        self.admits_all = is_plain and self.mode is not Mode.FORCED_OPEN
+        self.is_transparent = is_plain and self.mode is not Mode.FORCED_OPEN
 
-    def _write_down(self, transition: Transition, counts: Counts) -> None:
+    def _record_transition(self, transition: Transition, counts: Counts) -> None:
         self._moves += 1
-        record = FlightRecord(
+        record = TransitionRecord(
             number=self._moves,
             at=transition.at,
             source=transition.source,

@@ -3,14 +3,14 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from api_gateway.client_records import ClientRecord, Snapshot
-from api_gateway.id_filter import IdFilter
+from api_gateway.client_records import ClientRecord, ClientSnapshot
+from api_gateway.id_filter import BloomFilter
 from api_gateway.models import Client
 
 _ABSENT_SHARE = 10  # invented ids may take this part of the room from the clients that exist
 
 
-class ClientCopy:
+class ClientCache:
     """Records by id, the client each comes to in `clients`, and ids known to have no record.
 
     While it is complete, an id without a record is known to have none. Else `knows` tells, and `rules_out` of most
@@ -25,12 +25,12 @@ class ClientCopy:
         self._records: OrderedDict[str, ClientRecord] = OrderedDict()
         self._absent: OrderedDict[str, None] = OrderedDict()
         self._empty: set[str] = set()
-        self._ids: IdFilter | None = IdFilter(limit)  # all that may have a record; None if that is not known
+        self._ids: BloomFilter | None = BloomFilter(limit)  # all that may have a record; None if that is not known
         self._resolve = resolve
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else "partial"
-        return f"<ClientCopy [{len(self._records)} records, {len(self._absent)} absent, {state}]>"
+        return f"<ClientCache [{len(self._records)} records, {len(self._absent)} absent, {state}]>"
 
     def __len__(self) -> int:
         """Return the ids held."""
@@ -54,11 +54,11 @@ class ClientCopy:
             return self.is_complete
         return True
 
-    def rules_out(self, client_id: str) -> bool:
+    def surely_absent(self, client_id: str) -> bool:
         """Tell whether it is certain that nothing is stored of a client, without knowing of it in particular."""
         return self._ids is not None and client_id not in self._ids
 
-    def start(self, snapshot: Snapshot) -> None:
+    def start(self, snapshot: ClientSnapshot) -> None:
         """Hear how much there is, before its records are put in."""
         self.is_complete = snapshot.is_complete
         if snapshot.is_complete:
@@ -68,7 +68,7 @@ class ClientCopy:
         elif self._ids is not None:
             self._ids.update(snapshot.ids)
 
-    def expect(self, client_id: str) -> None:
+    def note_id(self, client_id: str) -> None:
         """Note that there may be a record of a client, which is not held."""
         if self._ids is not None:
             self._ids.add(client_id)
@@ -81,7 +81,7 @@ class ClientCopy:
         held = self._records.get(record.id)
         if held is not None and held.version >= record.version and not is_new_epoch:
             return False
-        self.expect(record.id)
+        self.note_id(record.id)
         self._records[record.id] = record
         self._records.move_to_end(record.id)
         self._absent.pop(record.id, None)
@@ -105,7 +105,7 @@ class ClientCopy:
         for record in self._records.values():
             self.refresh(record)
 
-    def put_absent(self, client_id: str) -> None:
+    def put_negative(self, client_id: str) -> None:
         """Note that nothing is stored of a client."""
         if client_id not in self._records and not self.is_complete:
             self._absent[client_id] = None

@@ -7,7 +7,7 @@ from itertools import islice
 
 from api_gateway.client_records import ClientRecord
 from api_gateway.models import Client
-from api_gateway.tasks import end
+from api_gateway.tasks import cancel_and_wait
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +15,7 @@ BATCH = 500  # clients looked up at once
 RETRY_AFTER = 1.0  # seconds until what was late or failed is tried again
 
 
-class LookUps:
+class LookupBatcher:
     """Questions under way, and the clients that nobody waits for at present because their answer is late."""
 
     def __init__(
@@ -40,7 +40,7 @@ class LookUps:
         self._late: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"<LookUps [{len(self._asked)} under way, {len(self._late)} late]>"
+        return f"<LookupBatcher [{len(self._asked)} under way, {len(self._late)} late]>"
 
     def is_asked(self, client_id: str) -> bool:
         """Tell whether a question for a client is under way."""
@@ -50,7 +50,7 @@ class LookUps:
         """Tell whether an answer was late, so that nobody shall wait for it at present."""
         return client_id in self._late
 
-    def forgive(self, client_id: str | None = None) -> None:
+    def retry_now(self, client_id: str | None = None) -> None:
         """Let a client that was late be asked for again; without a name all of them."""
         if client_id is None:
             self._late.clear()
@@ -75,7 +75,7 @@ class LookUps:
     async def close(self) -> None:
         """End the question under way."""
         if self._asking is not None:
-            await end(self._asking)
+            await cancel_and_wait(self._asking)
 
     async def _ask_all(self) -> None:
         try:

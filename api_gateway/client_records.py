@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from api_gateway.id_filter import IdFilter
+from api_gateway.id_filter import BloomFilter
 
 KEPT_CHANGES = 10_000  # whoever is further behind than this reads everything anew
 
 
-class Keep(Enum):
+class Unchanged(Enum):
     """Says of a field that it stays as it is."""
 
     KEEP = "keep"
 
 
-KEEP = Keep.KEEP
+UNCHANGED = Unchanged.KEEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,31 +51,31 @@ class ClientRecord:
 class Change:
     """What is to be written of a client. Each field is changed by itself, so that two writers of two fields agree."""
 
-    tier: str | Keep | None = KEEP
-    grant: Grant | Keep | None = KEEP
+    tier: str | Unchanged | None = UNCHANGED
+    grant: Grant | Unchanged | None = UNCHANGED
 
 
-class Mark(NamedTuple):
+class Cursor(NamedTuple):
     """How far a store's changes have been read. `epoch` is the life of the store in which versions count."""
 
     epoch: str
     version: int
 
 
-UNREAD = Mark("", 0)
+NO_CURSOR = Cursor("", 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class ClientSnapshot:
     """Records as they were at `mark` or later; not all of them if there were more than asked for.
 
     Then `ids`, made for as many as were asked for, holds the ids of all; None if the store does not tell them.
     """
 
     records: Sequence[ClientRecord]
-    mark: Mark
+    mark: Cursor
     is_complete: bool
-    ids: IdFilter | None = None
+    ids: BloomFilter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,11 @@ class Changes:
     """The newest record of every client changed since, oldest change first, and how far that goes."""
 
     records: Sequence[ClientRecord]
-    mark: Mark
+    mark: Cursor
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WriteResult:
     """A change that was made: the client's record before it (empty if there was none) and after it."""
 
     before: ClientRecord
@@ -112,11 +112,11 @@ class ClientStore(Protocol):
         """True when it can be away for a while, so that the gateway starts and goes on without it."""
         ...
 
-    async def load(self, limit: int) -> Snapshot:
+    async def load(self, limit: int) -> ClientSnapshot:
         """Open the store if need be and read at most `limit` records."""
         ...
 
-    async def write(self, client_id: str, change: Change) -> Written:
+    async def write(self, client_id: str, change: Change) -> WriteResult:
         """Make a change and give it the next version. On return it is as durable as the store is.
 
         The last writer wins. Raises OutcomeUnknown when it may or may not have been made; after any other OSError it
@@ -124,14 +124,14 @@ class ClientStore(Protocol):
         """
         ...
 
-    async def end_grant(self, client_id: str, version: int) -> Written | None:
+    async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
         """Remove the grant of a record that is still at `version` if its time is over; None if nothing was changed.
 
         Of all that try, one succeeds.
         """
         ...
 
-    async def changes(self, since: Mark) -> Changes | None:
+    async def changes(self, since: Cursor) -> Changes | None:
         """Return what has changed since; None if that cannot be told any more, so that all is to be read anew."""
         ...
 

@@ -14,22 +14,22 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from api_gateway.client_copy import ClientCopy
-from api_gateway.client_look_ups import BATCH, LookUps
+from api_gateway.client_copy import ClientCache
+from api_gateway.client_look_ups import BATCH, LookupBatcher
 from api_gateway.client_records import (
-    UNREAD,
+    NO_CURSOR,
     Change,
     ClientRecord,
+    ClientSnapshot,
     ClientStore,
     Grant,
     OutcomeUnknown,
-    Snapshot,
-    Written,
+    WriteResult,
 )
-from api_gateway.endings import Ending, Endings
+from api_gateway.endings import Expiry, ExpiryQueue
 from api_gateway.errors import StoreUnavailable
 from api_gateway.models import Client, Clock, Quota
-from api_gateway.tasks import end
+from api_gateway.tasks import cancel_and_wait
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _LONGEST_NAP = 30.0  # seconds until the wall clock is looked at again: it may b
 _CLEAR_WITHIN = 0.2  # seconds over which those that have seen a grant end spread out
 
 
-class Inspection(NamedTuple):
+class ClientStatus(NamedTuple):
     """A client, its grant if it has one, what it is without, and whether the store has said so just now."""
 
     client: Client
@@ -108,14 +108,14 @@ class ClientRegistry:
         self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._on_change = on_change
         self._store = store
-        self._mark = UNREAD
-        self._copy = self._loading = ClientCopy(limit, self._resolve)
+        self._mark = NO_CURSOR
+        self._copy = self._loading = ClientCache(limit, self._resolve)
         self._copy.is_complete = True  # until there is something to look up
         self._known = self._copy.clients
-        self._endings = Endings(limit)
+        self._endings = ExpiryQueue(limit)
         self._timer: asyncio.TimerHandle | None = None
-        self._look_ups = LookUps(
-            store.look_up, self._note, self.named, self.count_version, limit=limit + BATCH, deadline=deadline
+        self._look_ups = LookupBatcher(
+            store.look_up, self._note, self.by_id, self.count_version, limit=limit + BATCH, deadline=deadline
         )
         self._writing: Counter[str] = Counter()  # changes under way, by client
         self._heard: dict[str, list[ClientRecord]] = {}  # of such clients meanwhile
@@ -137,7 +137,7 @@ class ClientRegistry:
                 raise
             self._lose_touch(error)
 
-    async def keep_up(self) -> None:
+    async def follow(self) -> None:
         """Follow what others change, until cancelled. After the store was away all is read anew."""
         clock = asyncio.get_running_loop().time
         pause, longest = _RECONNECT_AFTER
@@ -161,7 +161,7 @@ class ClientRegistry:
         """End what is under way and close the store."""
         if self._timer is not None:
             self._timer.cancel()
-        await end(*self._tasks)
+        await cancel_and_wait(*self._tasks)
         await self._look_ups.close()
         await self._store.close()
 
@@ -176,7 +176,7 @@ class ClientRegistry:
 
     async def _reload(self) -> None:
         """Take the store's records in place of those held; what is written meanwhile goes into both copies."""
-        fresh = self._loading = ClientCopy(self._limit, self._resolve)
+        fresh = self._loading = ClientCache(self._limit, self._resolve)
         different = set()
         try:
             snapshot = await self._store.load(self._limit)
@@ -192,7 +192,7 @@ class ClientRegistry:
             raise
         self._take_over(fresh, snapshot, different | (self._known.keys() - fresh.clients.keys()))
 
-    def _take_over(self, fresh: ClientCopy, snapshot: Snapshot, different: set[str]) -> None:
+    def _take_over(self, fresh: ClientCache, snapshot: ClientSnapshot, different: set[str]) -> None:
         known = self._known
         if self._mark.epoch and self._mark.epoch != snapshot.mark.epoch:
             logger.warning("the client store has begun anew, with %d clients; %d were known", len(fresh), len(known))
@@ -202,15 +202,15 @@ class ClientRegistry:
             logger.warning("the client store can be used again")
         self._copy, self._mark, self.trouble = fresh, snapshot.mark, None
         self._known = fresh.clients
-        self._look_ups.forgive()
+        self._look_ups.retry_now()
         self.version += 1
         for client_id in different:
-            self._tell(known.get(client_id) or self._fallback(client_id), self.named(client_id))
+            self._tell(known.get(client_id) or self._fallback(client_id), self.by_id(client_id))
         self._endings.replace(fresh.records())
         self._warn_of_unknown_tiers(snapshot)
         self._set_timer()
 
-    def _warn_of_unknown_tiers(self, snapshot: Snapshot) -> None:
+    def _warn_of_unknown_tiers(self, snapshot: ClientSnapshot) -> None:
         for record in snapshot.records:
             if record.tier is not None and record.tier not in self.tiers:
                 logger.warning("client %r is registered for tier %r, which is not configured", record.id, record.tier)
@@ -226,8 +226,8 @@ class ClientRegistry:
             elif self._copy.is_complete or self._copy.knows(record.id) or self._look_ups.is_asked(record.id):
                 self._apply(record)
             else:
-                self._copy.expect(record.id)
-                self._look_ups.forgive(record.id)
+                self._copy.note_id(record.id)
+                self._look_ups.retry_now(record.id)
                 self.version += 1  # somebody may still go by what was once known of it
         self._mark = changes.mark
         self._copy.forget_empty(changes.mark.version)
@@ -256,26 +256,26 @@ class ClientRegistry:
 
     # Who is who
 
-    def named(self, client_id: str) -> Client:
+    def by_id(self, client_id: str) -> Client:
         """Return the client that calls itself `client_id`, as far as is known here."""
         known = self._known.get(client_id) or self._configured.get(client_id)
         return known or Client(client_id, bucket_key(client_id), self.default, "default")
 
-    def unnamed(self, address: str) -> Client:
+    def by_address(self, address: str) -> Client:
         """Return the client that gave no name: it is its address."""
         return Client(address, f"{_ADDRESS}{address}", self.default, "address")
 
-    def keyed(self, key: str) -> Client:
+    def by_bucket_key(self, key: str) -> Client:
         """Return the client whose bucket has this key."""
-        return self.unnamed(key[len(_ADDRESS) :]) if key.startswith(_ADDRESS) else self.named(key[len(_CLIENT) :])
+        return self.by_address(key[len(_ADDRESS) :]) if key.startswith(_ADDRESS) else self.by_id(key[len(_CLIENT) :])
 
-    def find(self, client_id: str) -> Client | None:
+    def try_get(self, client_id: str) -> Client | None:
         """Return the client that calls itself `client_id`, or None if it takes a `look_up`."""
         copy = self._copy
-        if copy.is_complete or copy.knows(client_id) or copy.rules_out(client_id):
-            return self.named(client_id)
+        if copy.is_complete or copy.knows(client_id) or copy.surely_absent(client_id):
+            return self.by_id(client_id)
         if self.trouble is not None or self._look_ups.is_late(client_id):
-            return self.named(client_id)
+            return self.by_id(client_id)
         return None
 
     async def look_up(self, client_id: str) -> Client:
@@ -285,7 +285,7 @@ class ClientRegistry:
     def _note(self, client_id: str, record: ClientRecord | None, was_late: bool) -> None:  # noqa: FBT001 - told so
         """Take over what a look-up has told. Who has gone by the default meanwhile is to look again."""
         if record is None:
-            self._copy.put_absent(client_id)
+            self._copy.put_negative(client_id)
         elif was_late or self._copy.get(client_id) is not None:
             self._apply(record)
         else:
@@ -312,11 +312,11 @@ class ClientRegistry:
         """End the grant of `client_id`, if it has one; see `set_tier`."""
         return await self._write(client_id, Change(grant=None))
 
-    async def forget(self, client_id: str) -> tuple[Client, Client]:
+    async def delete(self, client_id: str) -> tuple[Client, Client]:
         """Remove all that the API has said of `client_id`, registration and grant; see `set_tier`."""
         return await self._write(client_id, Change(tier=None, grant=None))
 
-    async def inspect(self, client_id: str) -> Inspection:
+    async def inspect(self, client_id: str) -> ClientStatus:
         """Return a client as the store has it, or as it is known here if the store cannot be asked."""
         is_confirmed = True
         try:
@@ -330,7 +330,7 @@ class ClientRegistry:
         otherwise = self._registered(record) or self._fallback(client_id)
         client = self._resolve(record) or otherwise
         grant = record.grant if client.source == "granted" else None
-        return Inspection(client, grant, otherwise, is_confirmed)
+        return ClientStatus(client, grant, otherwise, is_confirmed)
 
     async def _write(self, client_id: str, change: Change) -> tuple[Client, Client]:
         """Make a change. What is heard of the client meanwhile waits: it may be this very change."""
@@ -344,7 +344,7 @@ class ClientRegistry:
                 for record in self._heard.pop(client_id, ()):
                     self._apply(record)
 
-    async def _store_change(self, client_id: str, change: Change) -> Written:
+    async def _store_change(self, client_id: str, change: Change) -> WriteResult:
         try:
             return await self._store.write(client_id, change)
         except OutcomeUnknown as error:
@@ -358,21 +358,21 @@ class ClientRegistry:
                 f"The change could not be written to {self._store.name} and was not made.", retry_after=5
             ) from error
 
-    def _adopt(self, written: Written) -> tuple[Client, Client]:
+    def _adopt(self, written: WriteResult) -> tuple[Client, Client]:
         """Take over a change that this process has made itself, behind what others had made before it."""
         client_id = written.after.id
         if written.before.version:
             self._apply(written.before)
-        before = self.named(client_id)
+        before = self.by_id(client_id)
         self._put(written.after, is_new_epoch=written.epoch != self._mark.epoch)
         self.version += 1
-        return before, self.named(client_id)
+        return before, self.by_id(client_id)
 
     def _apply(self, record: ClientRecord) -> None:
         """Take over a change that somebody has made."""
-        before = self.named(record.id)
+        before = self.by_id(record.id)
         if self._put(record):
-            self._tell(before, self.named(record.id))
+            self._tell(before, self.by_id(record.id))
 
     def _put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:
         if self._loading is not self._copy:
@@ -394,7 +394,7 @@ class ClientRegistry:
 
     # Grants
 
-    def _is_current(self, ending: Ending) -> bool:
+    def _is_current(self, ending: Expiry) -> bool:
         record = self._copy.get(ending.client_id)
         return record is not None and record.version == ending.version
 
@@ -409,9 +409,9 @@ class ClientRegistry:
         self._set_timer()
 
     def _end_grant(self, record: ClientRecord) -> None:
-        before = self.named(record.id)
+        before = self.by_id(record.id)
         self._copy.refresh(record)
-        self._tell(before, self.named(record.id))
+        self._tell(before, self.by_id(record.id))
         task = asyncio.create_task(self._clear(record), name="clearing of an ended grant")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

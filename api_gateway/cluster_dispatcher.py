@@ -11,10 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from api_gateway.dispatcher import Dispatcher, Question, give_up
+from api_gateway.dispatcher import ScriptBatcher, ScriptOp, give_up
 from api_gateway.models import Clock
 from api_gateway.store import Script, StoreError, StoreSession
-from api_gateway.tasks import end
+from api_gateway.tasks import cancel_and_wait
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ ASK_AGAIN = 10.0  # seconds between two looks at which servers there are
 PACE = 1.0  # seconds before one after trouble; it takes 5 ms of the event loop's time
 
 
-class ClusterDispatcher:
-    """Asks a cluster on behalf of one process. See `Dispatcher`."""
+class ClusterScriptBatcher:
+    """Asks a cluster on behalf of one process. See `ScriptBatcher`."""
 
     def __init__(
         self,
@@ -35,20 +35,19 @@ class ClusterDispatcher:
         source: random.Random,
         on_trouble: Callable[[], None],
     ) -> None:
-        """Take what a `Dispatcher` does. `on_trouble` is called when something breaks that was well before."""
+        """Take what a `ScriptBatcher` does. `on_trouble` is called when something breaks that was well before."""
         self._session = session
-        self._make = partial(Dispatcher, session, script, deadline=deadline, clock=clock, source=source)
+        self._make = partial(ScriptBatcher, session, script, deadline=deadline, clock=clock, source=source)
         self._on_trouble = on_trouble
-        self._nodes: dict[str, Dispatcher] = {}
+        self._nodes: dict[str, ScriptBatcher] = {}
         self._past = [0, 0, 0]  # what those have counted that are gone: see `_count`
         self._look = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._error: str | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"<ClusterDispatcher [{sum(node.is_usable for node in self._nodes.values())} of {len(self._nodes)} nodes]>"
-        )
+        usable = sum(node.is_usable for node in self._nodes.values())
+        return f"<ClusterScriptBatcher [{usable} of {len(self._nodes)} nodes]>"
 
     @property
     def is_usable(self) -> bool:
@@ -94,10 +93,10 @@ class ClusterDispatcher:
     async def close(self) -> None:
         """Disconnect. What still waits is answered with a failure."""
         if self._keeper is not None:
-            await end(self._keeper)
+            await cancel_and_wait(self._keeper)
         await asyncio.gather(*[node.close() for node in self._nodes.values()])
 
-    def submit(self, question: Question) -> None:
+    def submit(self, question: ScriptOp) -> None:
         """Have a question answered, or failed, within the deadline; at once if its node cannot be used."""
         node = self._nodes.get(self._session.node_of(question.key))
         if node is None:

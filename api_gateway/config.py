@@ -6,7 +6,7 @@ Knows nothing of how the values are used.
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,10 @@ from api_gateway.config_sections import (
     AddressLimitSection,
     AdminSection,
     ClientSection,
+    Identifier,
     IdentitySection,
     LogSection,
     MetricsSection,
-    Name,
     RouteSection,
     ServerSection,
     StoreSection,
@@ -35,8 +35,8 @@ from api_gateway.config_sections import (
     TierSection,
     UpstreamSection,
 )
-from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, nearest, read_yaml, without_passwords
-from api_gateway.environment import broken_lines, read_env_file, read_environment
+from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, read_yaml, without_passwords
+from api_gateway.environment import broken_lines, ignored_variables, is_setting, read_env_file, read_environment
 from api_gateway.secret import Unusable
 from api_gateway.state_folder import StateError, default_state_dir
 
@@ -101,10 +101,10 @@ class GatewayConfig(BaseSettings):
     admin: AdminSection = AdminSection()
     identity: IdentitySection = IdentitySection()
     address_limit: AddressLimitSection = AddressLimitSection()
-    tiers: dict[Name, TierSection] = Field(default={}, validate_default=True)
+    tiers: dict[Identifier, TierSection] = Field(default={}, validate_default=True)
     default_tier: TierName = "FREE"
     clients: dict[Annotated[str, Field(pattern=CLIENT_ID)], ClientSection] = {}
-    upstreams: dict[Name, UpstreamSection] = {}
+    upstreams: dict[Identifier, UpstreamSection] = {}
     routes: list[RouteSection] = []
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
@@ -178,8 +178,13 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     return read_config(path, overrides).config
 
 
-def read_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Loaded:
-    """Do as `load_config`, and keep where each value came from."""
+def read_config(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    warn: Callable[[str], None] = logger.warning,
+) -> Loaded:
+    """Do as `load_config`, and keep where each value came from. `warn` takes what is ignored, one line each."""
     variables = _variables()
     environment, problems = read_environment(variables, ENV_PREFIX, GatewayConfig)
     problems += broken_lines(ENV_FILE, ENV_PREFIX)
@@ -188,8 +193,12 @@ def read_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         file = NO_FILE if chosen is None else read_yaml(chosen)
     except ConfigError as error:  # without the file, nothing can be said of the rest
         raise ConfigError([*error.problems, *problems]) from None
-    sources = Sources(overrides or {}, ENV_PREFIX, variables, file)
-    _warn_of_unknown(variables)
+    given = {name: text for name, text in variables.items() if text is not None}
+    settings = {name: text for name, text in given.items() if is_setting(name, ENV_PREFIX, GatewayConfig)}
+    sources = Sources(overrides or {}, ENV_PREFIX, settings, file)
+    # Platforms set such variables by themselves, so they stop nothing.
+    for line in ignored_variables(given, ENV_PREFIX, GatewayConfig, besides={CONFIG_VARIABLE}):
+        warn(f"environment: {line}")
     read = _Read(file.path, (environment, file.values))
     merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, environment, sources.overrides)])
     found = [*file.problems, *problems, *_emptiness(merged, sources)]
@@ -270,14 +279,6 @@ def _merged(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             is_nested = isinstance(below, Mapping) and isinstance(value, Mapping)
             merged[name] = _merged([below, value]) if is_nested else value  # type: ignore[list-item]  # both are mappings
     return merged
-
-
-def _warn_of_unknown(variables: Collection[str]) -> None:
-    """Name variables that look like ours and are not. Platforms set such by themselves, so they stop nothing."""
-    known = [f"{ENV_PREFIX}{name.upper()}" for name in GatewayConfig.model_fields]
-    for name in sorted(variables):
-        if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE and name.partition("__")[0] not in known:
-            logger.warning("environment: %s is not a setting and is ignored%s", name, nearest(name, known))
 
 
 def _with_upper_tiers(values: dict[str, Any]) -> dict[str, Any]:

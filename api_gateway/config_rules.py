@@ -17,7 +17,7 @@ from api_gateway.config_sections import (
     UpstreamSection,
 )
 from api_gateway.diagnosis import Place, nearest, spelt
-from api_gateway.route_rules import host_problem, never_reached, path_problem, unused_cost_rules
+from api_gateway.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
 from api_gateway.routes import REFUSED_METHODS, is_below
 
 LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
@@ -241,8 +241,8 @@ def _reference_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
 
 def _match_findings(route: RouteSection) -> Iterator[_Wrong]:
     problem = path_problem(route.path)
-    if problem is None and route.path != "/api" and not route.path.startswith("/api/"):
-        problem = "must be /api or begin with /api/"
+    if problem is None and not is_below(route.path, API):
+        problem = f"must be {API} or begin with {API}/"
     if problem is not None:
         yield ("path",), f"{problem}, got {route.path!r}", ()
     if route.host is not None and (problem := host_problem(route.host)) is not None:

@@ -58,8 +58,8 @@ class Section(BaseModel):
 
 Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Name = Annotated[str, Field(pattern=_NAME)]
-TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Name]
+Identifier = Annotated[str, Field(pattern=_NAME)]
+TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Identifier]
 Methods = Annotated[
     list[Annotated[str, AfterValidator(str.upper), Field(pattern=_METHOD)]],
     Field(min_length=1),
@@ -267,7 +267,7 @@ class AdminSection(Section):
 
     token: OperatorToken | None = Field(default=None, description="A token named 'admin' of the role operate.")
     token_file: SecretFile = None
-    tokens: dict[Name, TokenSection] = Field(
+    tokens: dict[Identifier, TokenSection] = Field(
         default={}, description="Further tokens by name. Several may hold at once, so that one can be replaced."
     )
     local: bool = Field(default=True, description="Whether programs of this machine need no token; see the docs.")
@@ -492,7 +492,7 @@ def _host(host: str) -> str:
 class RouteSection(Section):
     """Which requests go to which upstream, at what cost."""
 
-    name: Name
+    name: Identifier
     path: WholePath
     upstream: str
     strip_prefix: WholePath | None = None

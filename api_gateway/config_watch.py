@@ -7,6 +7,7 @@ once the contents have been the same for two looks: a file that is half written 
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from api_gateway.config import ENV_FILE, GatewayConfig, Loaded, config_path, rea
 from api_gateway.diagnosis import ConfigError
 from api_gateway.secret import noting_files
 from api_gateway.start_check import file_obstacles
+
+logger = logging.getLogger(__name__)
 
 INTERVAL = 1.0  # seconds between two looks
 _PIECE = 1_048_576  # bytes
@@ -30,6 +33,7 @@ class ConfigSource:
         self._path = path
         self._overrides = overrides
         self.files: frozenset[Path] = frozenset()
+        self._warnings: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<ConfigSource [{len(self.files)} files]>"
@@ -42,6 +46,12 @@ class ConfigSource:
             raise ConfigError(found)
         return loaded.config
 
+    def _warn(self, message: str) -> None:
+        """Log it, once and not at every reload."""
+        if message not in self._warnings:
+            self._warnings.add(message)
+            logger.warning("%s", message)
+
     def load(self) -> Loaded:
         """Read the configuration. Blocks; raises ConfigError, and knows the files all the same."""
         found = {Path(ENV_FILE)}
@@ -50,7 +60,7 @@ class ConfigSource:
             found.add(chosen)
         try:
             with noting_files(found):
-                loaded = read_config(self._path, self._overrides)
+                loaded = read_config(self._path, self._overrides, warn=self._warn)
         except BaseException:
             self.files |= found
             raise

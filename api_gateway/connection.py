@@ -9,14 +9,15 @@ from typing import Any
 import httptools
 import httpx
 
-from api_gateway.alarm import Alarm
-from api_gateway.answer import NO_HOOKS, NO_LIMITS, SWITCHING, Answer, Hooks
+from api_gateway.alarm import DeadlineTimer
+from api_gateway.answer import NO_LIMITS, NO_LISTENER, SWITCHING, ResponseListener, UpstreamResponse
 from api_gateway.headers import fields_of, framing
-from api_gateway.heads import BODILESS, split_answer
+from api_gateway.heads import BODILESS, parse_response_head
 from api_gateway.models import HeaderList
-from api_gateway.outgoing import Outgoing, length_of, render_head
+from api_gateway.outgoing import LeanRequest, length_of, render_request_head
 from api_gateway.pool import Pool
 from api_gateway.receive_buffer import READ_SIZE, receive_buffer
+from api_gateway.send_queue import unacknowledged
 
 HIGH_WATER = 32 * 1024  # bytes of a response held for a slow client before reading from the upstream is paused
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
@@ -26,14 +27,14 @@ _CONTINUE = 100
 _KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser knows that these have no content, whatever they announce
 
 
-class Stale(httpx.ReadError):
+class StaleConnection(httpx.ReadError):
     """A reused connection died before any byte of an answer: the race every keep-alive client can lose."""
 
     def __init__(self) -> None:
         super().__init__("closed before any answer, on a connection kept alive")
 
 
-class Connection(asyncio.BufferedProtocol):
+class UpstreamConnection(asyncio.BufferedProtocol):
     """One connection, one request at a time.
 
     A slow client costs at most 256 KiB: its transport keeps 64 KiB. To that comes one read of RELAY_SIZE where it is
@@ -44,16 +45,16 @@ class Connection(asyncio.BufferedProtocol):
         self.loop = loop
         self._relay_buffer = receive_buffer(loop)
         self._buffer = self._relay_buffer[:READ_SIZE]
-        self.pool: Pool[Connection] | None = None
+        self.pool: Pool[UpstreamConnection] | None = None
         self.idle_since = 0.0
         self.is_closed = False
         self.is_reused = False
         self.holder: str | None = None
-        self.alarm = Alarm(loop, self._on_alarm)
+        self.alarm = DeadlineTimer(loop, self._on_alarm)
         self._patience = 0.0  # what the alarm was set to
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
         self._parser: Any = None  # while there is a connection: it refers to us
-        self._answer: Answer | None = None
+        self._answer: UpstreamResponse | None = None
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
         self._paused_at = self._resumed_at = 0.0
@@ -67,16 +68,18 @@ class Connection(asyncio.BufferedProtocol):
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "idle" if self._answer is None else "busy"
-        return f"<Connection [{state}]>"
+        return f"<UpstreamConnection [{state}]>"
 
     # Sending
 
-    def send(self, request: Outgoing) -> Answer:
+    def send(self, request: LeanRequest) -> UpstreamResponse:
         """Send the request; its answer is still to come. Raises LocalProtocolError if it cannot be sent."""
         extensions = request.extensions
-        answer = Answer(self, request.method, extensions.get("timeout", NO_LIMITS), extensions.get("hooks", NO_HOOKS))
+        answer = UpstreamResponse(
+            self, request.method, extensions.get("timeout", NO_LIMITS), extensions.get("hooks", NO_LISTENER)
+        )
         try:
-            head = render_head(request)
+            head = render_request_head(request)
         except BaseException:
             self.close()
             raise
@@ -87,13 +90,13 @@ class Connection(asyncio.BufferedProtocol):
             self._answer = answer
             self._received = self._left = 0
             self._transport.write(head)
-            if answer.hooks.expects_continue:
+            if answer.listener.expects_continue:
                 self.set_alarm("read")
             body = self._send_body(answer, request.stream, request.framing, length_of(request.pairs))
             self._upload = self.loop.create_task(body)
         return answer
 
-    def start(self, answer: Answer, request: bytes) -> None:
+    def start(self, answer: UpstreamResponse, request: bytes) -> None:
         """Send a whole request, rendered, whose answer is made already."""
         self._answer = answer
         self._received = self._left = 0
@@ -102,7 +105,7 @@ class Connection(asyncio.BufferedProtocol):
         self._patience = seconds or 0.0
         self.alarm.set(seconds)
 
-    async def _send_body(self, answer: Answer, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many ends
+    async def _send_body(self, answer: UpstreamResponse, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many ends
         is_chunked = framing == b"chunked"
         left = 0 if is_chunked else length
         try:
@@ -111,7 +114,7 @@ class Connection(asyncio.BufferedProtocol):
                     continue
                 if self.is_closed:
                     return
-                if answer.hooks.expects_continue:
+                if answer.listener.expects_continue:
                     self.alarm.clear()
                 left -= 0 if is_chunked else len(piece)
                 if left < 0:
@@ -122,7 +125,7 @@ class Connection(asyncio.BufferedProtocol):
             if left:
                 raise httpx.LocalProtocolError("the body is shorter than its Content-Length")  # noqa: TRY301 - as above
             if is_chunked and not self.is_closed:
-                self._transport.write(b"0\r\n%b\r\n" % _render_trailers(answer.hooks))
+                self._transport.write(b"0\r\n%b\r\n" % _render_trailers(answer.listener))
         except Exception as error:  # noqa: BLE001 - whatever ends the body ends the answer, and its reader gets it
             answer.fail(error)
             self.close()
@@ -131,25 +134,29 @@ class Connection(asyncio.BufferedProtocol):
         if not answer.is_head_complete:
             self.set_alarm("read")
 
-    async def _wait_until_writable(self, answer: Answer) -> None:
+    async def _wait_until_writable(self, answer: UpstreamResponse) -> None:
         """Wait for the upstream to read on, no longer than it may be idle; the answer's own clock runs apart."""
         seconds = answer.timeouts.get("idle", answer.timeouts.get("read"))
         if seconds is not None:
-            self._stall = self.loop.call_later(seconds, self._check_stall, seconds)
+            self._stall = self.loop.call_later(seconds, self._check_stall, seconds, unacknowledged(self._transport))
         try:
             while self._writable is not None:
-                await asyncio.wait({self._writable})  # see `protocol.GatewayProtocol.wait_until_writable`
+                await asyncio.wait({self._writable})  # see `protocol.DownstreamConnection.wait_until_writable`
         finally:
             if self._stall is not None:
                 self._stall.cancel()
                 self._stall = None
 
-    def _check_stall(self, seconds: float) -> None:
-        """Give up on an upstream that does not read on, unless its answer has not been read either in that time."""
-        since = self.loop.time() if self._is_reading_paused else self._resumed_at
+    def _check_stall(self, seconds: float, before: int) -> None:
+        """Give up on an upstream that has read nothing, unless its answer has not been read either in that time.
+
+        `before` are the bytes that were unacknowledged at the last check.
+        """
+        unsent = unacknowledged(self._transport)
+        since = self.loop.time() if self._is_reading_paused or unsent < before else self._resumed_at
         left = since + seconds - self.loop.time()
         if left > 0:
-            self._stall = self.loop.call_later(left, self._check_stall, seconds)
+            self._stall = self.loop.call_later(left, self._check_stall, seconds, unsent)
         else:
             self._time_out(seconds)
 
@@ -195,12 +202,12 @@ class Connection(asyncio.BufferedProtocol):
         elif self._received:
             self._parse(answer, data)
         elif not self._take_plain(answer, data):
-            answer.on_unusual()
+            answer.on_complex_head()
             self._parse(answer, data)
 
-    def _take_plain(self, answer: Answer, data: bytes) -> bool:
+    def _take_plain(self, answer: UpstreamResponse, data: bytes) -> bool:
         """Take the beginning of an answer if its head is a plain one; otherwise it is the parser's."""
-        parts = split_answer(data, is_to_head=answer.is_to_head)
+        parts = parse_response_head(data, is_to_head=answer.is_to_head)
         if parts is None:
             return False
         status, passed, size, length, keeps_alive, has_date, cost = parts
@@ -224,27 +231,27 @@ class Connection(asyncio.BufferedProtocol):
         self._on_progress(answer)
         return True
 
-    def _take_counted(self, answer: Answer, data: bytes) -> None:
+    def _take_counted(self, answer: UpstreamResponse, data: bytes) -> None:
         """Take more of a body whose length is known."""
         if len(data) > self._left:
             self._fail(answer, _SURPLUS)
             return
         self._left -= len(data)
         answer.is_complete = not self._left
-        answer.feed(data)
+        answer.append(data)
         self._on_progress(answer)
 
-    def _on_progress(self, answer: Answer) -> None:
+    def _on_progress(self, answer: UpstreamResponse) -> None:
         """Act on how far the answer has come, and let its reader know."""
         if answer.is_complete:
             self._finish(answer)
-            answer.wake()
+            answer.on_progress()
             return
-        answer.wake()
+        answer.on_progress()
         if answer.buffered > HIGH_WATER:  # nothing is held of a response that is relayed
             self.pause_reading()
 
-    def _parse(self, answer: Answer, data: bytes) -> None:
+    def _parse(self, answer: UpstreamResponse, data: bytes) -> None:
         """Have the parser take what came."""
         size = len(data)
         if not self._received:
@@ -260,7 +267,7 @@ class Connection(asyncio.BufferedProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             answer.leftover = data[upgrade.args[0] :]
             self.pause_reading()
-            answer.wake()
+            answer.on_progress()
             return
         if answer.is_complete:
             self._on_progress(answer)
@@ -324,8 +331,8 @@ class Connection(asyncio.BufferedProtocol):
             answer.is_counted = codings is None and b"content-length" in fields
             answer.is_until_close = codings is None and not answer.is_counted
 
-    def _on_unusual_status(self, answer: Answer, status: int, reason: bytes, headers: HeaderList) -> None:
-        if status == SWITCHING and answer.hooks.upgrade and self._parser.should_upgrade():
+    def _on_unusual_status(self, answer: UpstreamResponse, status: int, reason: bytes, headers: HeaderList) -> None:
+        if status == SWITCHING and answer.listener.upgrade and self._parser.should_upgrade():
             answer.status, answer.reason = status, reason
             answer.headers, answer.fields = headers, fields_of(headers)
             answer.is_head_complete = True
@@ -336,9 +343,9 @@ class Connection(asyncio.BufferedProtocol):
             if status not in _KNOWN_INTERIM and framing(fields_of(headers)) is not None:
                 self._fail(answer, "an interim response with content")  # it would be taken for the final response's
                 return
-            if status == _CONTINUE and answer.hooks.expects_continue and self._upload is not None:
+            if status == _CONTINUE and answer.listener.expects_continue and self._upload is not None:
                 self.alarm.clear()  # now it is the client who is waited for
-            answer.hooks.on_interim(status, reason, headers)
+            answer.listener.on_interim(status, reason, headers)
         else:
             self._fail(answer, f"status {status}")
 
@@ -349,7 +356,7 @@ class Connection(asyncio.BufferedProtocol):
         if answer is None or answer.is_complete:
             self.close()
         elif answer.error is None:
-            answer.feed(piece)
+            answer.append(piece)
 
     def on_message_complete(self) -> None:
         """The end of the answer, unless it was an interim one."""
@@ -381,9 +388,9 @@ class Connection(asyncio.BufferedProtocol):
         if answer is not None:
             if exc is None and was_open and answer.is_head_complete and answer.is_until_close:
                 answer.is_complete = True
-                answer.wake()
+                answer.on_progress()
             elif self.is_reused and self._received == 0:
-                answer.fail(Stale())
+                answer.fail(StaleConnection())
             else:
                 answer.fail(httpx.ReadError("closed before the answer was complete"))
             self._detach(answer)
@@ -419,11 +426,11 @@ class Connection(asyncio.BufferedProtocol):
         self.alarm.stop()
         return transport
 
-    def _fail(self, answer: Answer, cause: str) -> None:
+    def _fail(self, answer: UpstreamResponse, cause: str) -> None:
         if answer.is_complete and answer.is_counted:
             answer.is_complete, cause = False, _SURPLUS
         if answer.is_complete:  # by itself; only what came behind is wrong
-            answer.wake()
+            answer.on_progress()
         else:
             answer.fail(httpx.RemoteProtocolError(cause))
         self.close()
@@ -437,7 +444,7 @@ class Connection(asyncio.BufferedProtocol):
             self._answer.fail(httpx.ReadTimeout(f"silent for {seconds:g} s"))
             self.close()
 
-    def abandon(self, answer: Answer) -> None:
+    def abandon(self, answer: UpstreamResponse) -> None:
         """Drop the answer; unless it has fully arrived, the connection goes with it."""
         if self._answer is answer:
             self._detach(answer)
@@ -462,7 +469,7 @@ class Connection(asyncio.BufferedProtocol):
             self._upload.cancel()
             self._upload = None
 
-    def _finish(self, answer: Answer) -> None:
+    def _finish(self, answer: UpstreamResponse) -> None:
         """Give the connection back, or close it if it cannot serve again.
 
         It cannot if the upstream said so, or answered without waiting for the whole body: what is left has no reader.
@@ -477,11 +484,11 @@ class Connection(asyncio.BufferedProtocol):
         if self.pool is not None:
             self.pool.give(self)
 
-    def _detach(self, answer: Answer) -> None:
+    def _detach(self, answer: UpstreamResponse) -> None:
         self._answer = None
         answer.connection = None
         self.alarm.clear()
 
 
-def _render_trailers(hooks: Hooks) -> bytes:
+def _render_trailers(hooks: ResponseListener) -> bytes:
     return b"".join([b"%b: %b\r\n" % pair for pair in hooks.trailers()])

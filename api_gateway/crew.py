@@ -19,14 +19,14 @@ from typing import Any, Protocol
 from api_gateway.errors import StartupError
 from api_gateway.pacing import Steps, paced
 from api_gateway.reload_state import Outcome
-from api_gateway.report import Report, UpstreamReport, joined, oldest_changed
+from api_gateway.report import UpstreamSnapshot, WorkerSnapshot, joined, oldest_changed
 
 logger = logging.getLogger(__name__)
 
-Look = Callable[[], Steps[Report]]
+Look = Callable[[], Steps[WorkerSnapshot]]
 Reload = Callable[[str], Awaitable[Outcome]]
 
-RELIEF = signal.SIGUSR1  # tells a worker that another one has taken its place
+REPLACED_SIGNAL = signal.SIGUSR1  # tells a worker that another one has taken its place
 
 REPORT_INTERVAL = 1.0  # seconds: what is counted in them is what a killed worker takes with it
 PATIENCE = 1.0  # seconds for the supervisor to answer, who gives the workers half of that
@@ -34,7 +34,7 @@ MAX_MESSAGE = 64 * 1024 * 1024  # bytes
 MAX_UNSENT = 8 * 1024 * 1024  # bytes: a supervisor that does not read gets nothing new
 
 
-class Configured(Protocol):
+class Reconfigurable(Protocol):
     """What serves in this process, as the supervisor brings it to another configuration in two phases."""
 
     async def prepare(self, values: dict[str, Any]) -> None:
@@ -50,10 +50,10 @@ class Configured(Protocol):
         ...
 
 
-class Crew(Protocol):
+class Aggregator(Protocol):
     """Those who serve."""
 
-    def enlist(self, look: Look, configured: "Configured | None" = None) -> None:
+    def register(self, look: Look, configured: "Reconfigurable | None" = None) -> None:
         """Say how to look at the process that serves here, and how to bring it to another configuration."""
         ...
 
@@ -61,33 +61,33 @@ class Crew(Protocol):
         """Have all take the configuration anew, or none. `origin` says who wants it."""
         ...
 
-    async def gather(self, *, with_histories: bool = False) -> Report:
+    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
         """Return the report of all together; the histories of the breakers come when asked for, as they are large."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """The crew of a single process: its report is the report of all, and the recorder in it is the live one."""
 
     def __init__(self) -> None:
         self._look: Look = _nothing
-        self._configured: Configured | None = None
+        self._configured: Reconfigurable | None = None
 
-    def enlist(self, look: Look, configured: Configured | None = None) -> None:
-        """See `Crew`."""
+    def register(self, look: Look, configured: Reconfigurable | None = None) -> None:
+        """See `Aggregator`."""
         self._look, self._configured = look, configured
 
-    async def gather(self, *, with_histories: bool = False) -> Report:  # noqa: ARG002 - they are at hand
-        """See `Crew`."""
+    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:  # noqa: ARG002 - they are at hand
+        """See `Aggregator`."""
         return await paced(self._look())
 
     async def reload(self, origin: str) -> Outcome:
-        """See `Crew`."""
+        """See `Aggregator`."""
         assert self._configured is not None  # noqa: S101 - whoever asks is served
         return await self._configured.reload(origin)
 
 
-class Member:
+class SupervisorChannel:
     """One of several workers: tells the supervisor how it stands, and asks it how all stand."""
 
     def __init__(self, channel: socket.socket, on_orphaned: Callable[[], None]) -> None:
@@ -95,9 +95,9 @@ class Member:
         self._channel = channel
         self._on_orphaned = on_orphaned
         self._look: Look = _nothing
-        self._configured: Configured | None = None
+        self._configured: Reconfigurable | None = None
         self._since = 0  # the first slice that the supervisor may not know as it is
-        self._known: dict[str, UpstreamReport] = {}  # what it was last told of each upstream
+        self._known: dict[str, UpstreamSnapshot] = {}  # what it was last told of each upstream
         self._telling = asyncio.Lock()  # a report that was begun earlier is sent earlier
         self._number = 0
         self._asked: dict[int, asyncio.Future[Any]] = {}
@@ -107,23 +107,23 @@ class Member:
         self._preparing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Member [{len(self._asked)} asked]>"
+        return f"<SupervisorChannel [{len(self._asked)} asked]>"
 
-    def enlist(self, look: Look, configured: Configured | None = None) -> None:
-        """See `Crew`."""
+    def register(self, look: Look, configured: Reconfigurable | None = None) -> None:
+        """See `Aggregator`."""
         self._look, self._configured = look, configured
 
-    async def join(self) -> None:
+    async def connect(self) -> None:
         """Begin to listen to the supervisor."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_MESSAGE)
         self._tasks.append(asyncio.create_task(self._listen(reader), name="crew"))
 
-    def say_ready(self) -> None:
+    def announce_ready(self) -> None:
         """Tell that this worker serves, and report from now on."""
         self._say("ready", clock=time.monotonic())
         self._tasks.append(asyncio.create_task(self._report_regularly(), name="reports"))
 
-    async def leave(self, cut_off: int = 0) -> None:
+    async def close(self, cut_off: int = 0) -> None:
         """Report for the last time, with what could not be ended in time, and stop listening."""
         for task in self._tasks:
             task.cancel()
@@ -133,7 +133,7 @@ class Member:
             self._writer.close()
             await self._writer.wait_closed()
 
-    async def gather(self, *, with_histories: bool = False) -> Report:
+    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
         """Return the report of all together.
 
         What is shown has passed through the supervisor, who keeps it: so nothing that was shown once falls when this
@@ -153,12 +153,12 @@ class Member:
         own = await paced(self._look())
         if self._last is None:
             return own
-        report = Report.blank(percentiles=own.recorder.percentiles)
+        report = WorkerSnapshot.blank(percentiles=own.recorder.percentiles)
         await paced(report.updating(self._last))
         return report
 
     async def reload(self, origin: str) -> Outcome:
-        """See `Crew`; the supervisor reads the configuration and has every worker take it."""
+        """See `Aggregator`; the supervisor reads the configuration and has every worker take it."""
         self._number = number = self._number + 1
         answer = self._asked[number] = asyncio.get_running_loop().create_future()
         self._say("reload", id=number, origin=origin)
@@ -243,9 +243,9 @@ class Member:
             self._writer.write(encode(kind, **fields))
 
 
-def _nothing() -> Steps[Report]:
+def _nothing() -> Steps[WorkerSnapshot]:
     yield from ()
-    return Report.blank()
+    return WorkerSnapshot.blank()
 
 
 def encode(kind: str, **fields: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""One request and its answer on the server side: ASGI's `receive` and `send`, and the `Link` beside them.
+"""One request and its answer on the server side: ASGI's `receive` and `send`, and the `ServerExtension` beside them.
 
 What goes out is framed here: by the announced length, in chunks, or by the end of the connection for a client of
 HTTP/1.0. Names keep their spelling; a `Date` is added where none comes (RFC 9110 section 6.6.1).
@@ -21,7 +21,7 @@ _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 _COLON = b": ".join
 
 
-class Connection(Protocol):
+class DownstreamPort(Protocol):
     """What a cycle asks of its connection."""
 
     loop: asyncio.AbstractEventLoop
@@ -43,21 +43,21 @@ class Connection(Protocol):
         """Wait for the client to read on, or to leave."""
         ...
 
-    def on_answered(self, cycle: "Cycle") -> None:
+    def on_answered(self, cycle: "RequestResponseCycle") -> None:
         """Go on to the next request, or close if there shall be none."""
         ...
 
-    def on_body_rate(self, cycle: "Cycle") -> None:
+    def on_body_rate(self, cycle: "RequestResponseCycle") -> None:
         """Apply the rate that this request's body must have from now on."""
         ...
 
     def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
-        """Send the answer to a handshake and let go of the connection; see `Link.switch`."""
+        """Send the answer to a handshake and let go of the connection; see `ServerExtension.switch`."""
         ...
 
 
-class Cycle:
-    """One request and its answer: ASGI's `receive` and `send`, and the `Link` beside them."""
+class RequestResponseCycle:
+    """One request and its answer: ASGI's `receive` and `send`, and the `ServerExtension` beside them."""
 
     # What every cycle begins as stands here, and not in each of them: one is made for every request.
     upgrade = b""
@@ -83,7 +83,7 @@ class Cycle:
     _left: int | None = None  # bytes of the announced length still to be sent
     _trailers_follow = False
 
-    def __init__(self, connection: "Connection", scope: dict[str, Any], target: bytes) -> None:
+    def __init__(self, connection: "DownstreamPort", scope: dict[str, Any], target: bytes) -> None:
         self.scope = scope
         self.target = target
         self.headers: HeaderList = connection.spelled
@@ -95,7 +95,7 @@ class Cycle:
 
     def __repr__(self) -> str:
         state = "answered" if self.is_answered else "started" if self.is_started else "waiting"
-        return f"<Cycle {self.scope['method']} {self.target!r} [{state}]>"
+        return f"<RequestResponseCycle {self.scope['method']} {self.target!r} [{state}]>"
 
     # From the connection
 
@@ -184,7 +184,7 @@ class Cycle:
         self.is_started = True
         lines = [_status_line(status, message.get("reason")), *map(_COLON, headers)]
         fields: Fields | None = message.get("upstream_fields")
-        fields_given = fields is not None  # then `headers` hold no `Connection` any more
+        fields_given = fields is not None  # then `headers` hold no `DownstreamPort` any more
         if fields is None:
             fields = fields_of(headers)
             refuse_hidden_lines(lines)  # a parser has seen an upstream's
@@ -252,30 +252,30 @@ class Cycle:
         return self.connection.worker
 
     def defer_continue(self) -> None:
-        """See `Link`; what the upstream says then goes through `inform`."""
+        """See `ServerExtension`; what the upstream says then goes through `inform`."""
         self._owes_continue = False
 
     def require_body_rate(self, rate: float) -> None:
-        """See `Link`."""
+        """See `ServerExtension`."""
         self.body_rate = rate
         if not self.is_body_complete:
             self.connection.on_body_rate(self)
 
     def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        """See `Link`. A client of HTTP/1.0 knows no interim answers."""
+        """See `ServerExtension`. A client of HTTP/1.0 knows no interim answers."""
         self.awaits_continue = self.awaits_continue and status != HTTPStatus.CONTINUE
         if not self.is_http10 and not self.is_started and not self.is_disconnected:
-            self.connection.transport.write(render_head(status, reason, headers))
+            self.connection.transport.write(render_response_head(status, reason, headers))
 
     def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
-        """See `Link`. From here on this cycle sends nothing; its end closes the connection."""
+        """See `ServerExtension`. From here on this cycle sends nothing; its end closes the connection."""
         self.is_started = self.is_answered = True
         self.keep_alive = False
         self.on_leaving = None
-        return self.connection.hand_over(render_head(101, reason, headers))
+        return self.connection.hand_over(render_response_head(101, reason, headers))
 
 
-def render_head(status: int, reason: bytes | None, headers: HeaderList) -> bytes:
+def render_response_head(status: int, reason: bytes | None, headers: HeaderList) -> bytes:
     """Return a head; raises RuntimeError if one of its lines hides another."""
     lines = list(map(_COLON, headers))
     refuse_hidden_lines(lines)

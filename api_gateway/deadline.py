@@ -30,19 +30,19 @@ class Deadline:
     is_passed_on: bool
 
     @property
-    def blames_upstream(self) -> bool:
+    def is_upstream_fault(self) -> bool:
         """True if its passing is a failure of the upstream. A client may be as impatient as it likes."""
         return self.source != "client"
 
-    def left(self, now: float) -> float:
+    def remaining(self, now: float) -> float:
         """Return the seconds that are left, 0 at least."""
         return max(0.0, self.at - now)
 
-    def value(self, now: float) -> bytes:
+    def header_value(self, now: float) -> bytes:
         """Return what is left as `X-Request-Timeout` says it: rounded down to the millisecond, but never 0."""
-        return b"%.3f" % (max(1, int(self.left(now) * 1000)) / 1000)
+        return b"%.3f" % (max(1, int(self.remaining(now) * 1000)) / 1000)
 
-    def words(self) -> str:
+    def message(self) -> str:
         """Return what is told when it has passed."""
         what = {
             "client": "the X-Request-Timeout the client has set",

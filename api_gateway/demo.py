@@ -14,8 +14,8 @@ from urllib.parse import parse_qs
 
 import uvicorn
 
-Answer = tuple[int, Any]
-Handler = Callable[[str, str, Mapping[str, str], bytes], Awaitable[Answer]]
+Response = tuple[int, Any]
+Handler = Callable[[str, str, Mapping[str, str], bytes], Awaitable[Response]]
 
 NAMES = ("users", "orders", "slow", "flaky")
 MAX_DELAY = 30.0
@@ -33,7 +33,7 @@ ORDERS = [
 
 
 def _listing(name: str, rows: list[dict[str, Any]]) -> Handler:
-    async def handle(method: str, path: str, _query: Mapping[str, str], body: bytes) -> Answer:
+    async def handle(method: str, path: str, _query: Mapping[str, str], body: bytes) -> Response:
         key = path.removeprefix(f"/{name}").strip("/")
         if method == "POST":
             return 201, {"created": json.loads(body) if body else None}
@@ -45,7 +45,7 @@ def _listing(name: str, rows: list[dict[str, Any]]) -> Handler:
     return handle
 
 
-async def _slow(_method: str, _path: str, query: Mapping[str, str], _body: bytes) -> Answer:
+async def _slow(_method: str, _path: str, query: Mapping[str, str], _body: bytes) -> Response:
     seconds = min(max(float(query.get("seconds", 1)), 0.0), MAX_DELAY)
     await asyncio.sleep(seconds)
     return 200, {"waited_seconds": seconds}
@@ -54,7 +54,7 @@ async def _slow(_method: str, _path: str, query: Mapping[str, str], _body: bytes
 def _flaky() -> Handler:
     is_failing = False
 
-    async def handle(method: str, path: str, query: Mapping[str, str], _body: bytes) -> Answer:
+    async def handle(method: str, path: str, query: Mapping[str, str], _body: bytes) -> Response:
         nonlocal is_failing
         if method == "POST" and path == "/flaky/fail":
             is_failing = True

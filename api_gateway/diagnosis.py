@@ -20,6 +20,8 @@ from api_gateway.secret import SUFFIX, Unusable, holds_secret, may_hold_password
 
 Place = tuple[str, ...]
 
+DELIMITER = "__"  # between the levels of a setting, in the name of a variable
+
 # The URL of a target, or a wrong attempt at one, in which nothing can be taken for a password.
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
 _LONGEST_SHOWN = 200
@@ -125,28 +127,36 @@ def _index_lines(
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where values came from: `overrides` of the command line, `variables` (by upper-case name), and the file."""
+    """Where values came from: `overrides` of the command line, `variables` (by upper-case name), and the file.
+
+    Only those variables that are settings are sources.
+    """
 
     overrides: Mapping[str, Any]
     prefix: str
-    variables: Mapping[str, str | None]
+    variables: Mapping[str, str]
     file: YamlFile
 
     @property
     def names(self) -> list[str]:
-        """What the sources are called that have any values: the command line, variables, the file."""
-        variables = sorted(name for name in self.variables if name.startswith(self.prefix))
+        """What the sources are called that have any values in force: the command line, variables, the file."""
+        variables = sorted(name for name in self.variables if not self._is_overridden(name))
         return [
             *(["command line"] if self.overrides else []),
             *(f"environment {name}" for name in variables),
             *([str(self.file.path)] if self.file.path is not None else []),
         ]
 
+    def _is_overridden(self, variable: str) -> bool:
+        """Tell whether the command line says what the variable does."""
+        value = _value_at(self.overrides, place_of_variable(variable, self.prefix))
+        return value is not None and not isinstance(value, Mapping)
+
     def given(self, place: Place) -> Any:
         """Return the value that one of the sources has for exactly this place, or None."""
         found = [_value_at(self.overrides, place)]
         for length in range(len(place), 0, -1):
-            text = self.variables.get(self.prefix + "__".join(place[:length]).upper())
+            text = self.variables.get(self.prefix + DELIMITER.join(place[:length]).upper())
             found.append(text if length == len(place) else _value_at(_parsed(text), place[length:]))
         found.append(_value_at(self.file.values, place))
         return next((value for value in found if value is not None), None)
@@ -157,7 +167,7 @@ class Sources:
             return "command line: "
         prefixes = [place[:length] for length in range(len(place), 0, -1)]
         for some in prefixes:
-            name = self.prefix + "__".join(some).upper()
+            name = self.prefix + DELIMITER.join(some).upper()
             if name in self.variables and _may_hold(self.variables[name], place[len(some) :]):
                 return f"environment {name}: "
         for some in prefixes:
@@ -165,6 +175,11 @@ class Sources:
             if line is not None:
                 return f"{self.file.path}:{line}: "
         return ""
+
+
+def place_of_variable(name: str, prefix: str) -> Place:
+    """Return the place of the setting that a variable, by its upper-case name, is for."""
+    return tuple(name.removeprefix(prefix).lower().split(DELIMITER))
 
 
 def _may_hold(text: str | None, place: Place) -> bool:
@@ -224,7 +239,8 @@ def explain(
     twin = (*place[:-1], "".join(place[-1:]) + SUFFIX)
     path = sources.given(twin)
     if path is not None:  # the secret was read from a file
-        place, shown = twin, "" if ", got " in message else f", read from {shown_path(path)}"
+        names_file = ", got " in message or (isinstance(detail["input"], Unusable) and detail["input"].names_file)
+        place, shown = twin, "" if names_file else f", read from {shown_path(path)}"
     return f"{sources.origin(place)}{spelt(place) or 'the configuration'}: {message}{shown}"
 
 

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Clock, Outcome
-from api_gateway.store import Carrier, Script, ScriptCall, StoreError, StoreSession
-from api_gateway.tasks import end
+from api_gateway.store import Script, ScriptCall, ScriptConnection, StoreError, StoreSession
+from api_gateway.tasks import cancel_and_wait
 
 logger = logging.getLogger(__name__)
 
-LANES = 2  # batches under way at once: one is answered while the next is written
+CONNECTIONS = 2  # batches under way at once: one is answered while the next is written
 MAX_BATCH = 128  # questions; a script call keeps the store from everything else
 CONNECT_TIMEOUT = 1.0  # seconds; requests do not wait for it
 MAX_SILENCE = 1.0  # seconds without a word from the store
@@ -35,7 +35,7 @@ POLICY = BreakerPolicy(
 )
 
 
-class Question(ABC):
+class ScriptOp(ABC):
     """What is asked of the script within a batch; see token_bucket.lua for the operations.
 
     `key` is one of its buckets: on a cluster all of them must lie where that one does.
@@ -61,7 +61,7 @@ class Question(ABC):
         """Do without the store. If it `is_sent`, it may have been executed all the same."""
 
 
-class Dispatcher:
+class ScriptBatcher:
     """Asks one store on behalf of one process."""
 
     def __init__(
@@ -86,8 +86,8 @@ class Dispatcher:
         self._clock = clock
         self._source = source
         self._on_trouble = on_trouble
-        self._waiting: deque[Question] = deque()
-        self._open: deque[Question] = deque()  # waiting or sent, in order
+        self._waiting: deque[ScriptOp] = deque()
+        self._open: deque[ScriptOp] = deque()  # waiting or sent, in order
         self._idle: deque[asyncio.Future[None]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
         self._is_waking = False
@@ -99,7 +99,7 @@ class Dispatcher:
         self.last_error: str | None = None
 
     def __repr__(self) -> str:
-        return f"<Dispatcher [{self.connections} connections, {len(self._waiting)} waiting, {self.breaker.state}]>"
+        return f"<ScriptBatcher [{self.connections} connections, {len(self._waiting)} waiting, {self.breaker.state}]>"
 
     @property
     def is_usable(self) -> bool:
@@ -114,7 +114,7 @@ class Dispatcher:
     async def start(self) -> None:
         """Connect, and go on connecting until `close`. Returns once the store has answered, or failed to do so."""
         self._loop = asyncio.get_running_loop()
-        self._lanes = [asyncio.create_task(self._run_lane(), name=f"store lane {n}") for n in range(LANES)]
+        self._lanes = [asyncio.create_task(self._run_lane(), name=f"store lane {n}") for n in range(CONNECTIONS)]
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await self._connected.wait()
@@ -123,13 +123,13 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Disconnect. What still waits is answered with a failure."""
-        await end(*self._lanes)
+        await cancel_and_wait(*self._lanes)
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
         self._fail_waiting()
 
-    def submit(self, question: Question) -> None:
+    def submit(self, question: ScriptOp) -> None:
         """Have a question answered, or failed, within the deadline."""
         question.expires = self._loop.time() + self.deadline
         self._waiting.append(question)
@@ -146,12 +146,12 @@ class Dispatcher:
     def _wake(self) -> None:
         """Set idle lanes to work, at the end of the turn in which the questions came."""
         self._is_waking = False
-        lanes = math.ceil(len(self._waiting) / MAX_BATCH)
-        while lanes and self._idle:
+        fast_paths = math.ceil(len(self._waiting) / MAX_BATCH)
+        while fast_paths and self._idle:
             idle = self._idle.popleft()
             if not idle.done():  # or else its lane has just ended its rest by itself, and tries its connection out
                 idle.set_result(None)
-                lanes -= 1
+                fast_paths -= 1
 
     def _expire(self) -> None:
         """Fail what is as old as it may get."""
@@ -191,7 +191,7 @@ class Dispatcher:
             finally:
                 carrier.abort()
 
-    async def _serve(self, carrier: Carrier) -> None:
+    async def _serve(self, carrier: ScriptConnection) -> None:
         """Carry batches, once the store has answered in time; returns by raising."""
         await self._try_out(carrier)
         self.connections += 1
@@ -223,7 +223,7 @@ class Dispatcher:
                 self._idle.remove(idle)
         return True
 
-    async def _try_out(self, carrier: Carrier) -> None:
+    async def _try_out(self, carrier: ScriptConnection) -> None:
         """Have the store answer to nothing in time: the breaker's probe, so that no request has to be it."""
         while True:
             ticket = self.breaker.admit(self._clock())
@@ -238,7 +238,7 @@ class Dispatcher:
             raise
         self._count(ticket, Outcome.SUCCESS, None)
 
-    async def _carry(self, carrier: Carrier) -> None:
+    async def _carry(self, carrier: ScriptConnection) -> None:
         """Send a batch and hand out the replies."""
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
         groups = _groups(carrier, [question for question in batch if not question.is_over])
@@ -286,17 +286,17 @@ class Dispatcher:
                 self._fail_waiting()
 
 
-def _groups(carrier: Carrier, questions: list[Question]) -> list[list[Question]]:
+def _groups(carrier: ScriptConnection, questions: list[ScriptOp]) -> list[list[ScriptOp]]:
     """Put together what one call of the script can answer."""
     if not carrier.is_divided:
         return [questions] if questions else []
-    groups: dict[int, list[Question]] = {}
+    groups: dict[int, list[ScriptOp]] = {}
     for question in questions:
         groups.setdefault(carrier.slot(question.key), []).append(question)
     return list(groups.values())
 
 
-def _call(questions: list[Question]) -> ScriptCall:
+def _call(questions: list[ScriptOp]) -> ScriptCall:
     call = ScriptCall()
     for question in questions:
         question.write(call)
@@ -304,7 +304,7 @@ def _call(questions: list[Question]) -> ScriptCall:
     return call
 
 
-def _read(question: Question, clock_us: int, values: Iterator[int]) -> None:
+def _read(question: ScriptOp, clock_us: int, values: Iterator[int]) -> None:
     try:
         question.read(clock_us, values)
     except Exception:  # a defect of whoever asked; the others have their answers coming
@@ -313,7 +313,7 @@ def _read(question: Question, clock_us: int, values: Iterator[int]) -> None:
         question.is_over = True
 
 
-def give_up(question: Question) -> None:
+def give_up(question: ScriptOp) -> None:
     """Fail a question, unless it is over."""
     if question.is_over:
         return

@@ -6,7 +6,7 @@ A message names the variable and never quotes its text.
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -14,9 +14,7 @@ from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from pydantic import BaseModel
 
-from api_gateway.diagnosis import Place, spelt, type_at, unwrapped
-
-_DELIMITER = "__"
+from api_gateway.diagnosis import DELIMITER, Place, is_section, nearest, place_of_variable, spelt, type_at, unwrapped
 
 
 def read_env_file(path: str) -> dict[str, str | None]:
@@ -50,14 +48,48 @@ def read_environment(
     values: dict[str, Any] = {}
     problems: list[str] = []
     for name in sorted(variables):  # so a section as a whole comes before its settings
-        place = tuple(name.removeprefix(prefix).lower().split(_DELIMITER))
         text = variables[name]
-        if not name.startswith(prefix) or place[0] not in model.model_fields or text is None:
+        if text is None or not is_setting(name, prefix, model):
             continue
+        place = place_of_variable(name, prefix)
         problem = _set(values, place, text, model)
         if problem:
             problems.append(f"environment {name}: {spelt(place)}: {problem}")
     return values, problems
+
+
+def is_setting(name: str, prefix: str, model: type[BaseModel]) -> bool:
+    """Tell whether a variable, by its upper-case name, is for a setting of `model`, perhaps a misspelt one inside."""
+    return name.startswith(prefix) and place_of_variable(name, prefix)[0] in model.model_fields
+
+
+def ignored_variables(
+    names: Collection[str], prefix: str, model: type[BaseModel], besides: Collection[str]
+) -> list[str]:
+    """Return a message for each variable that looks like one of ours and is none, with the nearest that is.
+
+    `besides` are those of ours that are no settings.
+    """
+    sections = {f"{prefix}{name}".upper(): unwrapped(type_at(model, (name,))) for name in model.model_fields}
+    inner = [
+        f"{name}{DELIMITER}{key}".upper()
+        for name, section in sections.items()
+        if is_section(section)
+        for key in section.model_fields
+    ]
+    return [
+        f"{name} is not a setting and is ignored{_nearest(name, prefix, [*sections, *inner, *besides])}"
+        for name in sorted(names)
+        if name.startswith(prefix) and name not in besides and not is_setting(name, prefix, model)
+    ]
+
+
+def _nearest(name: str, prefix: str, known: Collection[str]) -> str:
+    """Return a suggestion, for preference one that has the same words, or the word at its end."""
+    plain = name.replace(DELIMITER, "_")
+    same = [one for one in known if one.replace(DELIMITER, "_") == plain]
+    at_end = [one for one in known if one.endswith(f"{DELIMITER}{name.removeprefix(prefix)}")]
+    return nearest(name, same or at_end or known)
 
 
 def _set(values: dict[str, Any], place: Place, text: str, model: type[BaseModel]) -> str | None:

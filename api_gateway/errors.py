@@ -5,7 +5,7 @@
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
     │   ├── NoRoute, MethodNotAllowed
-    │   ├── BodyTooLarge, HeadersTooLarge, HeadTimeout
+    │   ├── BodyTooLarge, HeadersTooLarge, RequestTimeout
     │   └── RateLimited, CostExceedsCapacity
     ├── Unavailable         the gateway declines to try: 503
     │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable
@@ -20,7 +20,7 @@ Nothing here sends or logs; `problem` only renders the body of RFC 9457.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from http import HTTPStatus
 from typing import Any, ClassVar
@@ -175,7 +175,7 @@ class HeadersTooLarge(RequestRefused):
     reason = Reason.HEADERS_TOO_LARGE
 
 
-class HeadTimeout(RequestRefused):
+class RequestTimeout(RequestRefused):
     """The request's head took longer than `server.header_timeout` to arrive."""
 
     status = 408
@@ -223,7 +223,7 @@ class Overloaded(Unavailable):
     reason = Reason.OVERLOADED
 
 
-class Shed(Overloaded):
+class LoadShed(Overloaded):
     """More is under way than the upstream, or the gateway itself, can serve well; lower tiers are refused first."""
 
 
@@ -328,3 +328,18 @@ def problem(error: GatewayError, *, instance: str, request_id: str | None = None
 
 class StartupError(Exception):
     """The gateway cannot start; the message says why."""
+
+
+def causes(error: BaseException | None, *, with_context: bool = True) -> Iterator[BaseException]:
+    """Yield an error and what led to it, of a group the first one. Chains of exceptions may be circular.
+
+    `with_context`: an error without a stated cause was led to by the one that was being handled when it came up.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        else:
+            error = error.__cause__ or (error.__context__ if with_context else None)

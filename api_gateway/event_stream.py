@@ -4,9 +4,9 @@ Its reader comes back by itself, on another connection, and says which event it 
 9.2). So a gateway that stops need not cut it off.
 """
 
-from api_gateway.answer import Answer
+from api_gateway.answer import UpstreamResponse
 from api_gateway.headers import Fields
-from api_gateway.link import Link
+from api_gateway.link import ServerExtension
 
 _TYPE = b"text/event-stream"
 _EDGES = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event ends with an empty line
@@ -16,7 +16,7 @@ _LONGEST = 4
 class EventStream:
     """Ends `answer` once the server stops and no event is half sent."""
 
-    def __init__(self, link: Link, answer: Answer) -> None:
+    def __init__(self, link: ServerExtension, answer: UpstreamResponse) -> None:
         self._link = link
         self._answer = answer
         self._tail = _EDGES[0]  # before the first event is between two as well
@@ -34,7 +34,7 @@ class EventStream:
 
     def _on_stopping(self) -> None:
         if self._tail.endswith(_EDGES) and not self._answer.pieces:
-            self._answer.finish()
+            self._answer.end_early()
 
 
 def is_event_stream(fields: Fields) -> bool:
@@ -43,11 +43,11 @@ def is_event_stream(fields: Fields) -> bool:
     return types is not None and types[0].lower().startswith(_TYPE) and b"content-length" not in fields
 
 
-def event_stream(link: Link | None, fields: Fields, answer: object) -> EventStream | None:
+def event_stream(link: ServerExtension | None, fields: Fields, answer: object) -> EventStream | None:
     """Return what ends the answer of these headers politely.
 
     None if it has an end of its own, or a content coding: of that only its decoder sees where an event ends.
     """
     if link is None or b"content-encoding" in fields or not is_event_stream(fields):
         return None
-    return EventStream(link, answer) if isinstance(answer, Answer) else None
+    return EventStream(link, answer) if isinstance(answer, UpstreamResponse) else None

@@ -15,19 +15,19 @@ from api_gateway.explanation_bodies import (
     BucketExplained,
     ClientExplained,
     ConcurrencyExplained,
+    ExplainRequest,
     Explanation,
     FallbackExplained,
     LagExplained,
-    Question,
     RouteExplained,
     UpstreamExplained,
     Verdict,
 )
-from api_gateway.fallback import Fallback, add_failure, stands_in
+from api_gateway.fallback import Fallback, add_failure, applies
 from api_gateway.headers import fields_of, host_name
-from api_gateway.middleware import Identify, Limit, is_proxied, refusal
+from api_gateway.middleware import IdentityMiddleware, RateLimitMiddleware, is_proxied, refusal
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, TierView
-from api_gateway.overload import ConcurrencyLimit, LagLimit
+from api_gateway.overload import ConcurrencyLimit, EventLoopShedder
 from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
@@ -75,11 +75,11 @@ class Explainer:
     def __init__(
         self,
         *,
-        identify: Identify,
+        identify: IdentityMiddleware,
         router: Router,
-        limit: Limit,
+        limit: RateLimitMiddleware,
         limiter: RateLimiter,
-        lag: LagLimit | None = None,
+        lag: EventLoopShedder | None = None,
         header: str,
         clock: Clock,
         clock_ns: Callable[[], int],
@@ -89,7 +89,7 @@ class Explainer:
         self._router = router
         self._limit = limit
         self._limiter = limiter
-        self._lag = lag or LagLimit(None, router.bands, source=random.Random())  # noqa: S311 - guards nothing
+        self._lag = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - guards nothing
         self._header = header
         self._clock = clock
         self._clock_ns = clock_ns
@@ -97,7 +97,7 @@ class Explainer:
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"
 
-    async def explain(self, question: Question) -> Explanation:
+    async def explain(self, question: ExplainRequest) -> Explanation:
         """Return what would happen, and every figure it rests on. Raises ClientIdInvalid and InvalidValue."""
         target = question.path.encode("ascii")
         path = unquote(question.path.partition("?")[0])
@@ -105,17 +105,17 @@ class Explainer:
             raise InvalidValue(f"path: only /api and what is below it is proxied, got {path!r}.")
         exchange = Exchange("explain", question.method, path, question.address, self._clock())
         exchange.client = client = await self._client(exchange, question)
-        band = self._router.bands.of(client.quota.name)
+        priority = self._router.priorities.of(client.quota.name)
         holder = holder_of(client, exchange.peer)
         route, error = self._route(exchange, question)
-        if error is None and self._lag.share(band) >= LIKELY:
-            error = self._lag.refusal(band)
+        if error is None and self._lag.share(priority) >= LIKELY:
+            error = self._lag.refusal(priority)
         buckets = await self._inspect(self._limit.charges(client, exchange.peer, exchange.cost))
         binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
         if error is None and not binding.decision.allowed:
             error = refusal(exchange, binding.decision)
         if error is None and route is not None:
-            error = self._refused(route, question.method, target, band, holder)
+            error = self._refused(route, question.method, target, priority, holder)
         fallback = self._fallback(route, error)
         return Explanation(
             verdict=_verdict(error, fallback),
@@ -124,20 +124,20 @@ class Explainer:
             buckets=[_bucket_view(bucket) for bucket in buckets],
             binding=binding.charge.key,
             candidate=await self._candidate(client, exchange),
-            upstream=None if route is None else self._upstream_view(route, band, holder),
+            upstream=None if route is None else self._upstream_view(route, priority, holder),
             fallback=fallback,
-            event_loop=LagExplained(seconds=round(self._lag.lag, 6), shed_share=round(self._lag.share(band), 3)),
+            event_loop=LagExplained(seconds=round(self._lag.lag, 6), shed_share=round(self._lag.share(priority), 3)),
             limiter=binding.decision.source,
         )
 
-    async def _client(self, exchange: Exchange, question: Question) -> Client:
+    async def _client(self, exchange: Exchange, question: ExplainRequest) -> Client:
         headers = []
         if question.client_id is not None:
             headers.append((self._header.encode(), question.client_id.encode()))
         exchange.peer, _, name = self._identify.caller(exchange.peer, fields_of(headers))
         return await self._identify.ask(name, exchange.peer)
 
-    def _route(self, exchange: Exchange, question: Question) -> tuple[Route | None, GatewayError | None]:
+    def _route(self, exchange: Exchange, question: ExplainRequest) -> tuple[Route | None, GatewayError | None]:
         host = host_name({b"host": [question.host.encode()]})
         try:
             route, exchange.cost = self._router.routes.find(host, exchange.method, exchange.path)
@@ -150,7 +150,9 @@ class Explainer:
         decisions = await self._limiter.inspect(charges, self._clock_ns())
         return [_Bucket(charge, decision) for charge, decision in zip(charges, decisions, strict=True)]
 
-    def _refused(self, route: Route, method: str, target: bytes, band: int, holder: str | None) -> GatewayError | None:
+    def _refused(
+        self, route: Route, method: str, target: bytes, priority: int, holder: str | None
+    ) -> GatewayError | None:
         """Return why a request that may pass the limiter would go no further."""
         try:
             refuse_method(method)
@@ -158,14 +160,14 @@ class Explainer:
         except GatewayError as error:
             return error
         upstream = self._router.services[route.upstream].upstream
-        return upstream.refusal(self._clock(), band, holder=holder, is_safe=method in IDEMPOTENT)
+        return upstream.refusal(self._clock(), priority, holder=holder, is_safe=method in IDEMPOTENT)
 
     def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
         """Return what the route falls back on, and whether it would now, as `error` is in the way."""
         fallback = None if route is None else route.fallback
         if fallback is None:
             return None
-        is_used = error is not None and stands_in(fallback, error, is_repeatable=True, is_kept=True)
+        is_used = error is not None and applies(fallback, error, is_repeatable=True, is_kept=True)
         if is_used and error is not None and fallback.upstream is not None:
             other = self._router.services[fallback.upstream].upstream.refusal(self._clock())
             if other is not None:
@@ -204,7 +206,7 @@ class Explainer:
             cost_from="route" if rule is None else f"rule: {rule}",
         )
 
-    def _upstream_view(self, route: Route, band: int, holder: str | None) -> UpstreamExplained:
+    def _upstream_view(self, route: Route, priority: int, holder: str | None) -> UpstreamExplained:
         upstream, now = self._router.services[route.upstream].upstream, self._clock()
         state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
         return UpstreamExplained(
@@ -214,7 +216,7 @@ class Explainer:
             healthy=sum(target.is_healthy and target.checks.at is not None for target in upstream.targets),
             unchecked=sum(target.checks.at is None for target in upstream.targets),
             targets=len(upstream.targets),
-            concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, band, holder),
+            concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, priority, holder),
         )
 
 
@@ -246,12 +248,12 @@ def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
     return FallbackExplained(name=fallback.name, status=status, used=is_used)
 
 
-def _concurrency_view(limit: ConcurrencyLimit, band: int, holder: str | None) -> ConcurrencyExplained:
+def _concurrency_view(limit: ConcurrencyLimit, priority: int, holder: str | None) -> ConcurrencyExplained:
     return ConcurrencyExplained(
         limit=round(limit.limit, 1),
-        bound=limit.bounds[band],
+        bound=limit.bounds[priority],
         in_flight=limit.in_flight,
-        admits=not limit.is_full_for(band, holder),
+        admits=not limit.is_full_for(priority, holder),
     )
 
 

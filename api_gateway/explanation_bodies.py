@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from api_gateway.models import Body, ClientSource, RequestBody, Source, TierView
+from api_gateway.models import Body, ClientSource, DecisionSource, RequestBody, TierView
 
 
-class Question(RequestBody):
+class ExplainRequest(RequestBody):
     """A request that has not been made, and about which `POST /explain` is asked."""
 
     client_id: str | None = Field(description="What would name the client; null for a client that gives no name.")
@@ -119,4 +119,4 @@ class Explanation(Body):
     upstream: UpstreamExplained | None
     fallback: FallbackExplained | None
     event_loop: LagExplained
-    limiter: Source = Field(description="What the figures rest on.")
+    limiter: DecisionSource = Field(description="What the figures rest on.")

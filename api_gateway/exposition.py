@@ -16,11 +16,11 @@ from prometheus_client.exposition import choose_encoder
 
 from api_gateway.breaker_policy import Mode, State
 from api_gateway.errors import Reason
-from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Series, Tally, UpstreamFigures, value_of
-from api_gateway.models import LimiterState, Source
+from api_gateway.metrics import OUTCOMES, RETRY_CAUSES, Recorder, Tally, UpstreamFigures, WindowedSeries, value_of
+from api_gateway.models import DecisionSource, LimiterState
 from api_gateway.pacing import Steps
 from api_gateway.reload_state import ReloadState
-from api_gateway.retry import Why
+from api_gateway.retry import RetryDenied
 from api_gateway.shares import ResourceState
 
 # The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
@@ -33,7 +33,7 @@ _OPENMETRICS = "application/openmetrics-text"
 _END = b"# EOF\n"
 
 
-class Exposition:
+class PrometheusExposition:
     """A Prometheus collector that reads the recorder and the live objects at scrape time."""
 
     def __init__(
@@ -116,7 +116,7 @@ class Exposition:
             refusals.add_metric([cause], count)
         yield refusals
 
-    def _shown(self, series: Mapping[str, Series]) -> list[tuple[str, Series]]:
+    def _shown(self, series: Mapping[str, WindowedSeries]) -> list[tuple[str, WindowedSeries]]:
         return [(name, one) for name, one in series.items() if self._are_few or one.is_used]
 
     def _limits(self) -> Iterator[Metric]:
@@ -153,7 +153,7 @@ class Exposition:
             "gateway_rate_limit_decision_sources", "Decisions by what they rest on.", labels=["source"]
         )
         modes = GaugeMetricFamily("gateway_rate_limit_mode", "1 for what decisions rest on now.", labels=["mode"])
-        for source in get_args(Source):
+        for source in get_args(DecisionSource):
             sources.add_metric([source], self._recorder.sources[source])
             modes.add_metric([source], source == self._limiter.mode)
         yield sources
@@ -233,7 +233,13 @@ class Exposition:
                 RETRY_CAUSES,
                 recorder.retries,
             ),
-            ("gateway_retries_denied", "Failed tries not repeated.", "why", tuple(Why), recorder.retries_denied),
+            (
+                "gateway_retries_denied",
+                "Failed tries not repeated.",
+                "why",
+                tuple(RetryDenied),
+                recorder.retries_denied,
+            ),
         ):
             known = dict.fromkeys((upstream, value) for upstream in used for value in closed)
             rows = [(map(str, key), counts[key]) for key in known | dict.fromkeys(counts)]
@@ -402,7 +408,7 @@ def _family(
             return
 
 
-def _durations(name: str, words: str, label: str, series: Iterable[tuple[str, Series]]) -> Iterator[Metric]:
+def _durations(name: str, words: str, label: str, series: Iterable[tuple[str, WindowedSeries]]) -> Iterator[Metric]:
     """Yield a histogram, each label value by itself: it is two dozen lines."""
     yield HistogramMetricFamily(name, words, labels=[label])
     for value, one in series:

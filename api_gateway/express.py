@@ -15,42 +15,42 @@ from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote
 
-from api_gateway.answer import NO_HOOKS, Answer, NoHooks
-from api_gateway.balancer import Lease
-from api_gateway.cycle import render_head
+from api_gateway.answer import NO_LISTENER, NoListener, UpstreamResponse
+from api_gateway.balancer import Attempt
+from api_gateway.cycle import render_response_head
 from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
 from api_gateway.failures import ClientShare, note_failure
 from api_gateway.headers import (
     VIA_NAME,
     Fields,
+    ambiguity,
     fields_of,
-    flaw,
-    for_upstream,
+    forwardable_interim,
     host_name,
     http_date,
-    interim_to_pass,
-    not_forwarded,
-    noted,
+    inspected_headers,
+    rewrite_request,
+    stripped_headers,
 )
-from api_gateway.heads import NotedLines, framing_of, pairs_of, split_request, without
+from api_gateway.heads import InspectedHeaders, framing_of, pairs_of, parse_request_head, remove_lines
 from api_gateway.middleware import (
     ASGIApp,
-    Identify,
-    Limit,
-    Record,
+    ExchangeMiddleware,
+    IdentityMiddleware,
+    RateLimitMiddleware,
     given_request_id,
     is_proxied,
     new_request_id,
-    problem_answer,
+    problem_response,
     refusal,
 )
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, HeaderList, Outcome
-from api_gateway.overload import LagLimit
+from api_gateway.overload import EventLoopShedder
 from api_gateway.request import FIELDS, LEFT, Receive, Scope, Send
 from api_gateway.retry import IDEMPOTENT
 from api_gateway.router import Router
 from api_gateway.routes import Route, upstream_target
-from api_gateway.service import Service
+from api_gateway.service import UpstreamClient
 from api_gateway.shares import holder_of
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
@@ -61,7 +61,7 @@ _MAY_BE_RETRIED = 429  # the least status that an upstream's retries can name
 _MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
 
 
-class Standing:
+class HeaderProfile:
     """What the noted headers of requests from one address come to; it is worked out once for all that have the same.
 
     `dropped` are those that do not go upstream, `added` the lines that go there behind the client's own.
@@ -69,7 +69,6 @@ class Standing:
 
     __slots__ = (
         "added",
-        "band",
         "charges",
         "client",
         "cost",
@@ -82,6 +81,7 @@ class Standing:
         "owner",
         "peer",
         "principal",
+        "priority",
         "request_id",
         "version",
     )
@@ -89,7 +89,7 @@ class Standing:
     def __init__(
         self,
         *,
-        owner: "Express",
+        owner: "FastPath",
         framing: tuple[int, bool],
         host: str,
         caller: tuple[str, bool, str | None],
@@ -109,14 +109,14 @@ class Standing:
         self.cost = -1.0
         self.charges: list[Charge] = []  # for that client and cost
         self.principal: str | None = None  # who that client is to circuit breakers and shares
-        self.band = 0  # of that client
+        self.priority = 0  # of that client
 
     def __repr__(self) -> str:
-        return f"<Standing of {self.name or self.peer!r}>"
+        return f"<HeaderProfile of {self.name or self.peer!r}>"
 
-    def named(self, name: str | None) -> "Standing":
+    def for_client(self, name: str | None) -> "HeaderProfile":
         """Return what the same headers come to with a client's name beside them."""
-        other = Standing.__new__(Standing)  # the arguments of `__init__` would be taken apart a second time
+        other = HeaderProfile.__new__(HeaderProfile)  # the arguments of `__init__` would be taken apart a second time
         other.owner, other.length, other.keep_alive = self.owner, self.length, self.keep_alive
         other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
         other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
@@ -125,15 +125,15 @@ class Standing:
         return other
 
 
-class Lines(NamedTuple):
+class RewrittenHeaders(NamedTuple):
     """The header lines of a request as they came, what they come to, and as they go upstream."""
 
     came: bytes
-    standing: Standing
+    profile: HeaderProfile
     sent: bytes
 
 
-class HeadBounds(Protocol):
+class HeaderLimits(Protocol):
     """What a head may have."""
 
     @property
@@ -147,46 +147,46 @@ class HeadBounds(Protocol):
         ...
 
 
-class ClientConnection(Protocol):
+class Downstream(Protocol):
     """What is asked of a client's connection."""
 
     transport: asyncio.Transport
     client: tuple[str, int] | None
     scheme: str
-    bounds: HeadBounds
+    bounds: HeaderLimits
     is_write_paused: bool
-    lines: Lines | None  # of the last request that was plain
+    lines: RewrittenHeaders | None  # of the last request that was plain
 
-    def embark(self, passage: "Passage") -> None:
+    def begin_exchange(self, exchange: "FastExchange") -> None:
         """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
         ...
 
-    def disembark(self, *, keep_alive: bool) -> None:
+    def end_exchange(self, *, keep_alive: bool) -> None:
         """Go on behind a complete answer, or end the connection."""
         ...
 
-    def reply(self, answer: bytes, *, keep_alive: bool) -> None:
+    def write_response(self, answer: bytes, *, keep_alive: bool) -> None:
         """Send a whole answer to a request that has not embarked."""
         ...
 
-    def serve(
+    def run_asgi(
         self, app: ASGIApp, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
     ) -> None:
         """Have `app` serve the request, whether it has embarked or not."""
         ...
 
 
-class Express:
+class FastPath:
     """Takes plain requests on their way."""
 
     def __init__(
         self,
         *,
-        record: Record,
-        identify: Identify,
-        limit: Limit,
+        record: ExchangeMiddleware,
+        identify: IdentityMiddleware,
+        limit: RateLimitMiddleware,
         router: Router,
-        lag: LagLimit,
+        lag: EventLoopShedder,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
@@ -199,33 +199,33 @@ class Express:
         self._identify = identify
         self._clients = identify.clients
         self._clock_ns = clock_ns
-        self._noted = NotedLines(noted(router.protected))
-        self._known = lru_cache(maxsize=MAX_KNOWN)(self._told_apart)
-        self._nameless = lru_cache(maxsize=MAX_KNOWN)(self._understand)
+        self._noted = InspectedHeaders(inspected_headers(router.protected))
+        self._known = lru_cache(maxsize=MAX_KNOWN)(self._profile_by_client)
+        self._nameless = lru_cache(maxsize=MAX_KNOWN)(self._build_profile)
         # Unless the client's name lies in a header that says something else, too.
-        self._names_apart = identify.header not in noted(frozenset())
+        self._names_apart = identify.header not in inspected_headers(frozenset())
 
-    def board(self, client: ClientConnection, received: bytes) -> bool:
+    def try_handle(self, client: Downstream, received: bytes) -> bool:
         """Take the request that was received on its way, or change nothing and return False."""
-        parts = split_request(received)
+        parts = parse_request_head(received)
         if parts is None:
             return False
         method, raw_path, query, came, body = parts
         lines = client.lines
         if lines is None or lines.came != came:
-            lines = self._look_up(client, came)
+            lines = self._profile(client, came)
             client.lines = lines if len(came) <= MAX_KNOWN_BYTES else None
-        if lines is None or len(body) != lines.standing.length:
+        if lines is None or len(body) != lines.profile.length:
             return False
         if len(received) - len(body) > client.bounds.header_bytes:
             return False
-        return self._take(client, lines, method, raw_path, query, body)
+        return self._admit(client, lines, method, raw_path, query, body)
 
-    def _take(  # noqa: C901, PLR0911 - every way out is a decision
-        self, client: ClientConnection, lines: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
+    def _admit(  # noqa: C901, PLR0911 - every way out is a decision
+        self, client: Downstream, lines: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
         """Take a plain request on its way if it can be decided on now, or change nothing and return False."""
-        standing = lines.standing
+        profile = lines.profile
         path = raw_path.decode("ascii")
         if "%" in path:
             path = unquote(path)
@@ -234,66 +234,68 @@ class Express:
         router = self.router
         asked = raw_path + query if query else raw_path
         try:
-            route, cost = router.routes.find(standing.host, method, path)
+            route, cost = router.routes.find(profile.host, method, path)
             target = upstream_target(route, asked)
         except GatewayError:
             return False
         service = router.services[route.upstream]
         limit = self.limit
-        if standing.version != self._clients.version or standing.cost != cost:
-            if standing.owner is not self:  # a reload counts the version up, so no other is noticed here
-                return self._take_anew(client, lines, method, raw_path, query, body)
-            self._charge_anew(standing, cost)
+        if profile.version != self._clients.version or profile.cost != cost:
+            if profile.owner is not self:  # a reload counts the version up, so no other is noticed here
+                return self._admit_again(client, lines, method, raw_path, query, body)
+            self._refresh_charges(profile, cost)
         upstream = service.upstream
         is_plain = (
-            service.takes_passages and route.timeout is None and (route.fallback is None or upstream.limit is None)
+            service.supports_fast_path and route.timeout is None and (route.fallback is None or upstream.limit is None)
         )
-        if standing.client is None or not is_plain or not upstream.is_untroubled():
+        if profile.client is None or not is_plain or not upstream.accepts_all():
             return False
         now_ns = self._clock_ns()
         exchange = Exchange(
-            standing.request_id or new_request_id(),
+            profile.request_id or new_request_id(),
             method,
             path,
-            standing.peer,
+            profile.peer,
             now_ns / NANOSECONDS,
-            standing.client,
+            profile.client,
             route.name,
         )
-        exchange.cost, exchange.charges = cost, standing.charges
+        exchange.cost, exchange.charges = cost, profile.charges
         lag = self._lag
-        if lag.is_over and lag.sheds(standing.band):
+        if lag.is_over and lag.sheds(profile.priority):
             self.record.begin(exchange)
-            self._refuse(client, exchange, lag.refusal(standing.band), keep_alive=standing.keep_alive)
+            self._refuse(client, exchange, lag.refusal(profile.priority), keep_alive=profile.keep_alive)
             return True
-        decision = limit.decide(standing.charges, now_ns)
+        decision = limit.decide(profile.charges, now_ns)
         self.record.begin(exchange)
         if decision is None:
-            Passage(self, client, lines, exchange, route, asked).hear(service, target, body, now_ns)
+            FastExchange(self, client, lines, exchange, route, asked).await_decision(service, target, body, now_ns)
             return True
         self.note(exchange, decision)
         if not decision.allowed:
-            self._refuse(client, exchange, refusal(exchange, decision), keep_alive=standing.keep_alive)
+            self._refuse(client, exchange, refusal(exchange, decision), keep_alive=profile.keep_alive)
             return True
         try:
-            Passage(self, client, lines, exchange, route, asked).depart(service, target, body, exchange.started)
+            FastExchange(self, client, lines, exchange, route, asked).send_upstream(
+                service, target, body, exchange.started
+            )
         except Unavailable as error:
-            self._refuse(client, exchange, error, keep_alive=standing.keep_alive)
+            self._refuse(client, exchange, error, keep_alive=profile.keep_alive)
         return True
 
-    def _take_anew(
-        self, client: ClientConnection, old: Lines, method: str, raw_path: bytes, query: bytes, body: bytes
+    def _admit_again(
+        self, client: Downstream, old: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
         """Take a request whose header lines were last seen under an earlier configuration."""
-        lines = self._look_up(client, old.came)
+        lines = self._profile(client, old.came)
         client.lines = lines if len(old.came) <= MAX_KNOWN_BYTES else None
-        if lines is None or len(body) != lines.standing.length:
+        if lines is None or len(body) != lines.profile.length:
             return False
-        return self._take(client, lines, method, raw_path, query, body)
+        return self._admit(client, lines, method, raw_path, query, body)
 
-    def _refuse(self, client: ClientConnection, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
+    def _refuse(self, client: Downstream, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
         """Answer a request that has not embarked."""
-        client.reply(self.refusal(exchange, error, keep_alive=keep_alive), keep_alive=keep_alive)
+        client.write_response(self.refusal(exchange, error, keep_alive=keep_alive), keep_alive=keep_alive)
         self.record.end(exchange, self.clock())
 
     def note(self, exchange: Exchange, decision: Decision) -> None:
@@ -306,61 +308,67 @@ class Express:
         """Return the answer that tells of `error`: a client that floods is told so at the least cost."""
         self.record.note_failure(exchange, error)
         exchange.status = error.status
-        headers, body = problem_answer(error, instance=exchange.path, request_id=exchange.id)
+        headers, body = problem_response(error, instance=exchange.path, request_id=exchange.id)
         decision = exchange.decision
-        headers += answer_headers(exchange, [] if decision is None else self.limit.headers(decision))
+        headers += response_headers(exchange, [] if decision is None else self.limit.headers(decision))
         headers.append((b"date", http_date(int(time.time()))))
         if not keep_alive:
             headers.append((b"connection", b"close"))
         exchange.bytes_out = len(body)
-        return render_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body)
+        return render_response_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body)
 
-    def _charge_anew(self, standing: Standing, cost: float) -> None:
+    def _refresh_charges(self, profile: HeaderProfile, cost: float) -> None:
         """Work out what a request of that cost draws on, as clients are registered now, unless that takes asking."""
-        standing.client = client = self._identify.client(standing.name, standing.peer)
+        profile.client = client = self._identify.client(profile.name, profile.peer)
         if client is not None:
-            standing.version, standing.cost = self._clients.version, cost
-            standing.charges = self.limit.charges(client, standing.peer, cost)
-            standing.band = self.router.bands.of(client.quota.name)
-            standing.principal = holder_of(client, standing.peer)
+            profile.version, profile.cost = self._clients.version, cost
+            profile.charges = self.limit.charges(client, profile.peer, cost)
+            profile.priority = self.router.priorities.of(client.quota.name)
+            profile.principal = holder_of(client, profile.peer)
         else:
-            standing.version = -1
+            profile.version = -1
 
-    def _look_up(self, client: ClientConnection, came: bytes) -> Lines | None:
+    def _profile(self, client: Downstream, came: bytes) -> RewrittenHeaders | None:
         """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""
         found = self._noted.find(came)
         if found is None or len(found) > MAX_NOTED or came.count(b"\n") - 1 > client.bounds.header_lines:
             return None
         peer = client.client[0] if client.client else "unknown"
-        understand = self._known if len(came) <= MAX_KNOWN_BYTES else self._understand
-        standing = understand(peer, client.scheme, tuple(found))
-        return None if standing is None else Lines(came, standing, without(came, standing.dropped) + standing.added)
+        understand = self._known if len(came) <= MAX_KNOWN_BYTES else self._build_profile
+        profile = understand(peer, client.scheme, tuple(found))
+        return (
+            None
+            if profile is None
+            else RewrittenHeaders(came, profile, remove_lines(came, profile.dropped) + profile.added)
+        )
 
-    def _told_apart(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> Standing | None:
+    def _profile_by_client(
+        self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]
+    ) -> HeaderProfile | None:
         """Understand the client's name by itself: who invents names invents no more than those, as a rule."""
         header = self._identify.header
         names = [pair for pair in found if pair[0].lower() == header]
         if len(names) != 1 or not self._names_apart:
-            return self._understand(peer, scheme, found)
+            return self._build_profile(peer, scheme, found)
         nameless = self._nameless(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
         if nameless is None:
             return None
         try:
-            return nameless.named(self._identify.name(fields_of(names)))
+            return nameless.for_client(self._identify.name(fields_of(names)))
         except GatewayError:
             return None
 
-    def _understand(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> Standing | None:
+    def _build_profile(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderProfile | None:
         fields = fields_of(found)
         framing = framing_of(fields)
-        if framing is None or framing[0] > self.router.max_body_bytes or flaw(fields, "1.1") is not None:
+        if framing is None or framing[0] > self.router.max_body_bytes or ambiguity(fields, "1.1") is not None:
             return None
         try:
             caller = self._identify.caller(peer, fields)
         except GatewayError:
             return None
-        dropped = not_forwarded(self.router.protected, caller[1])
-        return Standing(
+        dropped = stripped_headers(self.router.protected, caller[1])
+        return HeaderProfile(
             owner=self,
             framing=framing,
             host=host_name(fields),
@@ -372,7 +380,7 @@ class Express:
 
     def _added_lines(self, peer: str, scheme: str, fields: Fields, *, is_trusted: bool) -> bytes:
         """Return the lines that go upstream behind the client's own, but for the request's id."""
-        pairs = for_upstream(
+        pairs = rewrite_request(
             [],
             fields,
             host=b"",
@@ -386,28 +394,34 @@ class Express:
         return b"".join([b"%b: %b\r\n" % pair for pair in pairs[1:-1]])
 
 
-class Passage(Answer):
+class FastExchange(UpstreamResponse):
     """One request on the straight way, and the answer to it."""
 
-    has_left: bool  # the straight way, for the ordinary one
+    has_fallen_back: bool  # the straight way, for the ordinary one
     is_relayed = True  # until then
-    lease: Lease | None  # from `depart` on
+    attempt: Attempt | None  # from `depart` on
     kept: bytes | None = None  # the body, from `depart` on, if it may be sent again
 
     def __init__(
-        self, express: Express, client: ClientConnection, lines: Lines, exchange: Exchange, route: Route, asked: bytes
+        self,
+        fast_path: FastPath,
+        client: Downstream,
+        lines: RewrittenHeaders,
+        exchange: Exchange,
+        route: Route,
+        asked: bytes,
     ) -> None:
         """`asked` is the request target as the client sent it."""
-        self.connection = self.error = self.lease = None
+        self.connection = self.error = self.attempt = None
         self.is_to_head = exchange.method == "HEAD"
-        self.hooks = NO_HOOKS
+        self.listener = NO_LISTENER
         self.pieces = []
-        self.has_left = False
+        self.has_fallen_back = False
         self.exchange = exchange
-        self._express = express
+        self._fast_path = fast_path
         self._client = client
         self._lines = lines
-        self.keep_alive = lines.standing.keep_alive
+        self.keep_alive = lines.profile.keep_alive
         self._route = route
         self._asked = asked
 
@@ -418,54 +432,56 @@ class Passage(Answer):
 
     # Towards the upstream
 
-    def hear(self, service: Service, target: bytes, body: bytes, now_ns: int) -> None:
+    def await_decision(self, service: UpstreamClient, target: bytes, body: bytes, now_ns: int) -> None:
         """Wait for the decision of the buckets' store, then go on."""
-        self._client.embark(self)
-        limit = self._express.limit
-        limit.ask(self._lines.standing.charges, now_ns, partial(self._on_decision, service, target, body))
+        self._client.begin_exchange(self)
+        limit = self._fast_path.limit
+        limit.ask(self._lines.profile.charges, now_ns, partial(self._on_decision, service, target, body))
 
-    def _on_decision(self, service: Service, target: bytes, body: bytes, decision: Decision) -> None:
-        if self.has_left:  # the client, meanwhile
+    def _on_decision(self, service: UpstreamClient, target: bytes, body: bytes, decision: Decision) -> None:
+        if self.has_fallen_back:  # the client, meanwhile
             return
-        express, exchange = self._express, self.exchange
-        express.note(exchange, decision)
+        fast_path, exchange = self._fast_path, self.exchange
+        fast_path.note(exchange, decision)
         if not decision.allowed:
             self._refuse(refusal(exchange, decision))
-        elif service.upstream.is_untroubled():
+        elif service.upstream.accepts_all():
             try:
-                self.depart(service, target, body, express.clock())
+                self.send_upstream(service, target, body, fast_path.clock())
             except Unavailable as error:
                 self._refuse(error)
         else:
-            self._leave(body, is_sent=False)
+            self._fall_back(body, is_sent=False)
 
     def _refuse(self, error: GatewayError) -> None:
-        express, exchange = self._express, self.exchange
-        self._client.transport.write(express.refusal(exchange, error, keep_alive=self.keep_alive))
-        self._client.disembark(keep_alive=self.keep_alive)
-        express.record.end(exchange, express.clock())
+        fast_path, exchange = self._fast_path, self.exchange
+        self._client.transport.write(fast_path.refusal(exchange, error, keep_alive=self.keep_alive))
+        self._client.end_exchange(keep_alive=self.keep_alive)
+        fast_path.record.end(exchange, fast_path.clock())
 
-    def depart(self, service: Service, target: bytes, body: bytes, now: float) -> None:
+    def send_upstream(self, service: UpstreamClient, target: bytes, body: bytes, now: float) -> None:
         """Send the request, if there is a connection free for it. Raises Unavailable if it may not go."""
-        exchange, standing = self.exchange, self._lines.standing
+        exchange, profile = self.exchange, self._lines.profile
         exchange.upstream = self._route.upstream
         service.retries.budget.deposit(exchange.started)
-        checkout = service.upstream.checkout
+        checkout = service.upstream.acquire
         is_safe = exchange.method in IDEMPOTENT
-        self.lease = lease = checkout(
-            now, standing.charges[0].key, band=standing.band, is_safe=is_safe, principal=standing.principal
+        self.attempt = attempt = checkout(
+            now, profile.charges[0].key, priority=profile.priority, is_safe=is_safe, principal=profile.principal
         )
-        probe = lease.target_ticket is not None and lease.target_ticket.is_probe  # its long answer settles early there
-        connection = None if probe else service.idle_connection(lease.target, standing.principal)
+        probe = (
+            attempt.target_ticket is not None and attempt.target_ticket.is_probe
+        )  # its long answer settles early there
+        connection = None if probe else service.idle_connection(attempt.target, profile.principal)
         if connection is None:  # the ordinary way waits for one
-            self._leave(body, is_sent=False)
+            self._fall_back(body, is_sent=False)
             return
-        origin = service.origins[lease.target]
-        exchange.target, exchange.sent_at, exchange.bytes_in = lease.target.url, now, len(body)
+        origin = service.origins[attempt.target]
+        exchange.target, exchange.sent_at, exchange.bytes_in = attempt.target.url, now, len(body)
         self.connection, self.timeouts = connection, service.limits
         if body and len(body) <= service.retries.policy.max_body_bytes:
             self.kept = body
-        self._client.embark(self)
+        self._client.begin_exchange(self)
         connection.start(
             self,
             b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
@@ -474,22 +490,22 @@ class Passage(Answer):
 
     # From the upstream
 
-    def on_unusual(self) -> None:
+    def on_complex_head(self) -> None:
         """Leave an answer that is not plain to the ordinary way."""
-        if not self.has_left:
-            self.hooks = _Interim(self._client)
-            self._leave(b"", is_sent=True)
+        if not self.has_fallen_back:
+            self.listener = _Interim(self._client)
+            self._fall_back(b"", is_sent=True)
 
-    def wake(self) -> None:
+    def on_progress(self) -> None:
         """Send on what has come."""
-        if self.has_left or self.error is not None:
-            self._on_trouble()
+        if self.has_fallen_back or self.error is not None:
+            self._on_error()
             return
         client, exchange = self._client, self.exchange
         if self.status >= _MAY_BE_RETRIED and not exchange.status and self._may_be_retried():
-            self._leave(b"", is_sent=True)
+            self._fall_back(b"", is_sent=True)
             return
-        now = self._express.clock()
+        now = self._fast_path.clock()
         piece = self.take()
         exchange.bytes_out += len(piece)
         if exchange.status:
@@ -510,17 +526,17 @@ class Passage(Answer):
 
     def _may_be_retried(self) -> bool:
         """Tell whether an answer with this status is for the ordinary way, which may ask once more."""
-        return self.status in self._express.router.services[self._route.upstream].retried_statuses
+        return self.status in self._fast_path.router.services[self._route.upstream].retried_statuses
 
     def _head(self, now: float) -> bytes:
         """Return the answer's head as the client shall see it, and count it."""
-        express, exchange = self._express, self.exchange
+        fast_path, exchange = self._fast_path, self.exchange
         exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
-        assert self.lease is not None and exchange.decision is not None  # noqa: S101, PT018 - or nothing would be sent
-        express.router.verdicts.on_head(exchange, self.lease, self.status, now)
+        assert self.attempt is not None and exchange.decision is not None  # noqa: S101, PT018 - or nothing would be sent
+        fast_path.router.outcomes.on_head(exchange, self.attempt, self.status, now)
         if self.cost is not None:
-            express.router.on_cost(exchange, (self.cost,))
-        lines = express.limit.lines(exchange.decision)
+            fast_path.router.on_cost(exchange, (self.cost,))
+        lines = fast_path.limit.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"
         return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
@@ -532,18 +548,18 @@ class Passage(Answer):
             close,
         )
 
-    def _on_trouble(self) -> None:
+    def _on_error(self) -> None:
         """Leave it to the ordinary way, unless half an answer has been sent: that is ended so that it shows."""
-        if self.has_left:
-            super().wake()
+        if self.has_fallen_back:
+            super().on_progress()
         elif self.exchange.status and self.error is not None:
-            assert self.lease is not None  # noqa: S101 - what has been answered has been sent
+            assert self.attempt is not None  # noqa: S101 - what has been answered has been sent
             client = ClientShare(waited=self.reader_waited)
-            failure = self._express.router.verdicts.on_broken_body(self.exchange, self.lease, self.error, client)
+            failure = self._fast_path.router.outcomes.on_broken_body(self.exchange, self.attempt, self.error, client)
             note_failure(self.exchange, failure)
-            self._end(self._express.clock(), Outcome.IGNORED, keep_alive=False)  # it is settled
+            self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)  # it is settled
         else:
-            self._leave(b"", is_sent=True)
+            self._fall_back(b"", is_sent=True)
 
     # From the client
 
@@ -558,63 +574,63 @@ class Passage(Answer):
         note_failure(self.exchange, ClientDisconnected(LEFT))
         self._abort()
 
-    def on_cut_off(self) -> None:
+    def on_forced_close(self) -> None:
         """Abort the exchange: the server's time to drain is over."""
-        self._express.record.note_cut_off(self.exchange)
+        self._fast_path.record.note_cut_off(self.exchange)
         self._abort()
 
     def _abort(self) -> None:
         """End the exchange with the outcome IGNORED, and its connection with it."""
-        self.has_left = True
+        self.has_fallen_back = True
         self.exchange.attempts = 1
         self.close()
-        self._end(self._express.clock(), Outcome.IGNORED, keep_alive=False)
+        self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)
 
     # The end
 
     def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
-        if self.lease is not None:
-            if self.lease.slow is not None:  # that may open the breaker
-                self._express.router.verdicts.settle(self.lease, outcome, now)
-            self.lease.release(now, outcome)
-        self._client.disembark(keep_alive=keep_alive)
-        self._express.record.end(self.exchange, now)
+        if self.attempt is not None:
+            if self.attempt.slow is not None:  # that may open the breaker
+                self._fast_path.router.outcomes.settle(self.attempt, outcome, now)
+            self.attempt.release(now, outcome)
+        self._client.end_exchange(keep_alive=keep_alive)
+        self._fast_path.record.end(self.exchange, now)
 
-    def _leave(self, body: bytes, *, is_sent: bool) -> None:
+    def _fall_back(self, body: bytes, *, is_sent: bool) -> None:
         """Go on in the ordinary way, with a request that is on its way already or one whose `body` is to be sent."""
-        self.has_left, self.is_relayed = True, False
+        self.has_fallen_back, self.is_relayed = True, False
         exchange = self.exchange
         assert exchange.decision is not None  # noqa: S101 - without one there is no passage
-        exchange.answer_headers = answer_headers(exchange, self._express.limit.headers(exchange.decision))
+        exchange.response_headers = response_headers(exchange, self._fast_path.limit.headers(exchange.decision))
         app = partial(self._serve, self if is_sent else None)
-        self._client.serve(
+        self._client.run_asgi(
             app, exchange.method, self._asked, pairs_of(self._lines.came), body, keep_alive=self.keep_alive
         )
 
-    def _serve(self, answer: Answer | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    def _serve(self, answer: UpstreamResponse | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve the request in the ordinary way, from where it is."""
         scope[FIELDS] = fields_of(scope["headers"])
-        router, exchange, route = self._express.router, self.exchange, self._route
+        router, exchange, route = self._fast_path.router, self.exchange, self._route
         go_on = partial(
             partial(router.forward, exchange, route)
-            if self.lease is None
-            else partial(router.resume, exchange, route, self.lease, answer, kept=self.kept),
-            is_trusted=self._lines.standing.is_trusted,
+            if self.attempt is None
+            else partial(router.continue_exchange, exchange, route, self.attempt, answer, kept=self.kept),
+            is_trusted=self._lines.profile.is_trusted,
         )
-        return self._express.record.conclude(self.exchange, go_on, scope, receive, send)
+        return self._fast_path.record.conclude(self.exchange, go_on, scope, receive, send)
 
 
-def answer_headers(exchange: Exchange, limits: HeaderList) -> HeaderList:
+def response_headers(exchange: Exchange, limits: HeaderList) -> HeaderList:
     """Return the headers that go on every answer to a request that has been decided on."""
     return [(b"x-request-id", exchange.id.encode()), *limits]
 
 
-class _Interim(NoHooks):
+class _Interim(NoListener):
     """Passes interim answers on, until the ordinary way has taken over."""
 
-    def __init__(self, client: ClientConnection) -> None:
+    def __init__(self, client: Downstream) -> None:
         self._client = client
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        """See `Hooks`."""
-        self._client.transport.write(render_head(status, reason, interim_to_pass(headers)))
+        """See `ResponseListener`."""
+        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers)))

@@ -10,8 +10,8 @@ from api_gateway.errors import (
     ClientDisconnected,
     Fault,
     GatewayError,
+    LoadShed,
     Overloaded,
-    Shed,
     UpstreamConnectError,
     UpstreamConnectTimeout,
     UpstreamProtocolError,
@@ -105,7 +105,7 @@ def fault_of_deadline(deadline: Deadline, spent: float, client: ClientShare) -> 
 
     The client for a deadline of its own; else the upstream, if it had the whole request and at least half of the time.
     """
-    if not deadline.blames_upstream:
+    if not deadline.is_upstream_fault:
         return Fault.CLIENT
     return Fault.UPSTREAM if client.has_sent_all and spent >= deadline.seconds / 2 else Fault.NOBODY
 
@@ -122,5 +122,5 @@ def note_failure(exchange: Exchange, error: GatewayError) -> None:
 
 def note_shed(exchange: Exchange, error: GatewayError) -> None:
     """Write down who had no room for it, once each: its upstream of the moment, or None for the gateway itself."""
-    if isinstance(error, Shed) and exchange.upstream not in exchange.shed_by:
+    if isinstance(error, LoadShed) and exchange.upstream not in exchange.shed_by:
         exchange.shed_by += (exchange.upstream,)

@@ -42,7 +42,7 @@ def add_failure(first: GatewayError, second: GatewayError) -> None:
     first.detail += f" Its fallback cannot answer either: {second.detail}"
 
 
-def stands_in(fallback: Fallback, error: GatewayError, *, is_repeatable: bool, is_kept: bool) -> bool:
+def applies(fallback: Fallback, error: GatewayError, *, is_repeatable: bool, is_kept: bool) -> bool:
     """Tell whether `fallback` answers a request that ended with `error` before any byte was sent to the client.
 
     It does for one that was refused, or failed unsent. One that was sent must be repeatable, whoever answers: a

@@ -15,7 +15,7 @@ _SIZES = [
 ]
 
 
-class FrameEdges:
+class FrameBoundary:
     """Follows a stream of frames by their heads."""
 
     __slots__ = ("_head", "_left", "has_closed")
@@ -26,7 +26,7 @@ class FrameEdges:
         self.has_closed = False  # a close frame has come: nothing may follow it
 
     def __repr__(self) -> str:
-        return f"<FrameEdges [{'between frames' if self.is_between else f'{self._left} bytes to come'}]>"
+        return f"<FrameBoundary [{'between frames' if self.is_between else f'{self._left} bytes to come'}]>"
 
     @property
     def is_between(self) -> bool:

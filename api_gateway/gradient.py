@@ -31,7 +31,7 @@ class AdaptivePolicy:
     tolerance: float = 1.4
 
 
-class Gradient:
+class GradientController:
     """A limit that holds the upstream's latency near `tolerance` times what it is without a queue.
 
     The time to the head of an answer is averaged window by window and smoothed, and compared with the `baseline`,
@@ -69,7 +69,7 @@ class Gradient:
         self._begun = self._counted_from = now
 
     def __repr__(self) -> str:
-        return f"<Gradient [{self.limit:.1f}, {self.latency} against {self.baseline} s]>"
+        return f"<GradientController [{self.limit:.1f}, {self.latency} against {self.baseline} s]>"
 
     def change_policy(self, policy: AdaptivePolicy) -> None:
         """Go by another policy; what has been learnt of the upstream stays."""

@@ -16,7 +16,7 @@ import httpx
 from api_gateway.local_resources import OutOfResources, is_own_lack
 
 
-class GuardedTransport(httpx.AsyncBaseTransport):
+class ShieldedTransport(httpx.AsyncBaseTransport):
     """Keeps cancellation out of `inner`."""
 
     def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
@@ -25,7 +25,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         self._left: set[asyncio.Task[Any]] = set()  # tasks that finish for nobody
 
     def __repr__(self) -> str:
-        return f"<GuardedTransport {self._inner!r} [{len(self._left)} left to finish]>"
+        return f"<ShieldedTransport {self._inner!r} [{len(self._left)} left to finish]>"
 
     def is_of(self, transports: Iterable[httpx.AsyncBaseTransport]) -> bool:
         """Tell whether it guards one of these."""
@@ -88,7 +88,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 class _Body(httpx.AsyncByteStream):
     """A body whose reading may be cancelled without the transport below noticing."""
 
-    def __init__(self, guard: GuardedTransport, stream: httpx.AsyncByteStream) -> None:
+    def __init__(self, guard: ShieldedTransport, stream: httpx.AsyncByteStream) -> None:
         self._guard = guard
         self._stream = stream
         self._pieces = aiter(stream)
@@ -121,7 +121,7 @@ class _Body(httpx.AsyncByteStream):
         await self._stream.aclose()
 
 
-def http2_transport(max_connections: int, idle_timeout: float, tls: ssl.SSLContext | None) -> GuardedTransport:
+def http2_transport(max_connections: int, idle_timeout: float, tls: ssl.SSLContext | None) -> ShieldedTransport:
     """Return httpx's transport speaking HTTP/2 where the upstream does. Raises ImportError without the package h2.
 
     `idle_timeout` is in seconds.
@@ -132,4 +132,4 @@ def http2_transport(max_connections: int, idle_timeout: float, tls: ssl.SSLConte
     if importlib.util.find_spec("h2") is None:  # httpx itself looks for it no sooner than it connects
         raise ImportError("the package h2 is not installed")
     verify = tls if tls is not None else True
-    return GuardedTransport(httpx.AsyncHTTPTransport(http2=True, limits=limits, verify=verify))
+    return ShieldedTransport(httpx.AsyncHTTPTransport(http2=True, limits=limits, verify=verify))

@@ -76,11 +76,6 @@ _NODE = re.compile(
 _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-def values(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
-    """Return every value of `name` (lower case), white space around it taken off."""
-    return [value.strip(b" \t") for key, value in headers if key.lower() == name]
-
-
 def fields_of(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
     """Return the values of every name, white space around them taken off, so that each is found at once."""
     found: dict[bytes, list[bytes]] = {}
@@ -117,7 +112,7 @@ def is_visible_ascii(value: bytes) -> bool:
     return _VISIBLE.fullmatch(value) is not None
 
 
-def flaw(fields: Fields, version: str) -> str | None:
+def ambiguity(fields: Fields, version: str) -> str | None:
     """Return what makes a request ambiguous to some server, in words, or None. Such a request is not forwarded.
 
     A request names exactly one host (RFC 9112 section 3.2; HTTP/1.0 may name none). Its only transfer coding is
@@ -151,17 +146,17 @@ def framing(fields: Fields) -> bytes | None:
 
 
 @lru_cache(maxsize=64)
-def not_forwarded(protected: frozenset[bytes], is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
+def stripped_headers(protected: frozenset[bytes], is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
     """Return the names that go no further, with the spellings that CGI would take for what we vouch for."""
     forgeable = FORWARDING | protected
     aliases = {alias for name in forgeable for alias in _spellings(name)} - forgeable
     return _NOT_FORWARDED | aliases | (frozenset({b"x-forwarded-for"}) if is_trusted else FORWARDING)
 
 
-def noted(protected: frozenset[bytes]) -> frozenset[bytes]:
+def inspected_headers(protected: frozenset[bytes]) -> frozenset[bytes]:
     """Return the names that the gateway looks at, or does not forward; any other header simply goes on."""
     looked_at = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding"}
-    return not_forwarded(protected, False) | protected | looked_at
+    return stripped_headers(protected, False) | protected | looked_at
 
 
 def _spellings(name: bytes) -> set[bytes]:
@@ -178,7 +173,7 @@ def _forwarded_for(peer: str) -> tuple[bytes, bytes]:
     return b"x-forwarded-for", peer.encode("ascii", "replace")
 
 
-def for_upstream(
+def rewrite_request(
     headers: HeaderList,
     fields: Fields,
     *,
@@ -196,7 +191,7 @@ def for_upstream(
     otherwise replaced. `protected` names (lower case) survive being named by `Connection`. A spelling of a protected
     or forwarding name with underscores is left out: servers that read headers as CGI variables take it for the name.
     """
-    dropped = not_forwarded(protected, is_trusted)
+    dropped = stripped_headers(protected, is_trusted)
     if b"connection" in fields:
         dropped |= connection_options(fields[b"connection"]) - protected - {b"transfer-encoding"}
     kept: HeaderList = [(b"host", host)]
@@ -218,7 +213,7 @@ def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
     return HOP_BY_HOP | OURS | omit
 
 
-def for_client(headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
+def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
     """Return the upstream's headers as the client shall see them, followed by the gateway's `own`.
 
     `fields` are the same headers by name. `omit` names (lower case) are left out beside the hop-by-hop ones: what the
@@ -234,14 +229,14 @@ def for_client(headers: HeaderList, fields: Fields, own: HeaderList, omit: froze
     return kept
 
 
-def interim_to_pass(headers: HeaderList) -> HeaderList:
+def forwardable_interim(headers: HeaderList) -> HeaderList:
     """Return the headers of an interim answer (1xx) that may go on."""
-    return for_client(headers, fields_of(headers), [], frozenset())
+    return rewrite_response(headers, fields_of(headers), [], frozenset())
 
 
-def trailers_to_pass(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
+def forwardable_trailers(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
     """Return the trailers that may go on: none that says how a message is framed, routed, trusted or cached."""
-    dropped = _NEVER_TRAILING | not_forwarded(protected, False) | protected
+    dropped = _NEVER_TRAILING | stripped_headers(protected, False) | protected
     return [pair for pair in trailers if pair[0].lower() not in dropped]
 
 

@@ -57,7 +57,7 @@ BODILESS = frozenset({204, 304})  # statuses of answers that have no body, whate
 _NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]
 
 
-class NotedLines:
+class InspectedHeaders:
     """Finds, among the header lines of requests, those whose names (`noted`, lower case) mean something here."""
 
     def __init__(self, noted: frozenset[bytes]) -> None:
@@ -68,7 +68,7 @@ class NotedLines:
         self._noted = re.compile(rb"\r\n(%b): ([^\r]++)" % b"|".join(names))
 
     def find(self, lines: bytes) -> HeaderList | None:
-        """Return the noted headers among `lines` (as `split_request` returns them), or None if one is not plain."""
+        """Return the inspected headers among `lines` (see `parse_request_head`), or None if one is not plain."""
         return None if _LINES.fullmatch(lines) is None else self._noted.findall(lines)
 
 
@@ -86,14 +86,14 @@ def framing_of(fields: Fields) -> tuple[int, bool] | None:
     return (int(lengths[0]), option == b"keep-alive") if option in (b"keep-alive", b"close") else None
 
 
-def without(lines: bytes, headers: HeaderList) -> bytes:
+def remove_lines(lines: bytes, headers: HeaderList) -> bytes:
     """Return header lines without one for each of `headers`."""
     for pair in headers:
         lines = lines.replace(b"\r\n%b: %b\r\n" % pair, b"\r\n", 1)
     return lines
 
 
-def split_request(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | None:
+def parse_request_head(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | None:
     """Return method, path, query (with its question mark), header lines and what came behind, of a plain request.
 
     The header lines are not looked at yet: they are one piece, from the line break before to the one behind.
@@ -109,7 +109,9 @@ def split_request(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | N
     return _METHODS[method], path, query, received[start : end + 2], received[end + 4 :]
 
 
-def split_answer(received: bytes, *, is_to_head: bool) -> tuple[int, bytes, int, int, bool, bool, bytes | None] | None:
+def parse_response_head(
+    received: bytes, *, is_to_head: bool
+) -> tuple[int, bytes, int, int, bool, bool, bytes | None] | None:
     """Return status, head, size of the head, length of the body, whether it keeps alive and has a date, and its cost.
 
     None unless it is a plain final answer whose body has a known length. The head is returned as it came up to its
@@ -140,6 +142,6 @@ def pairs_of(head: bytes) -> HeaderList:
     return _PAIR.findall(head)
 
 
-def phrase_of(head: bytes) -> bytes:
+def reason_phrase(head: bytes) -> bytes:
     """Return the reason phrase of a plain answer's head."""
     return head[13 : head.index(b"\r")]

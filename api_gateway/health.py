@@ -35,7 +35,7 @@ class HealthPolicy:
     statuses: tuple[range, ...] = SUCCESSFUL
 
 
-class HealthJudge:
+class HealthThreshold:
     """Turns single results into a verdict: it changes after enough contrary ones in a row."""
 
     def __init__(self, policy: HealthPolicy, target: Target) -> None:
@@ -45,7 +45,7 @@ class HealthJudge:
 
     def __repr__(self) -> str:
         verdict = "healthy" if self._target.is_healthy else "unhealthy"
-        return f"<HealthJudge [{verdict}, {self._contrary} contrary in a row]>"
+        return f"<HealthThreshold [{verdict}, {self._contrary} contrary in a row]>"
 
     def observe(self, *, is_good: bool, finding: str, now: float) -> bool:
         """Take in one result; `finding` says it in words. Returns whether the verdict changed."""
@@ -62,7 +62,7 @@ class HealthJudge:
         return True
 
 
-async def check(judge: HealthJudge, policy: HealthPolicy, url: str, ask: Ask, clock: Callable[[], float]) -> bool:
+async def check(judge: HealthThreshold, policy: HealthPolicy, url: str, ask: Ask, clock: Callable[[], float]) -> bool:
     """Ask once and let `judge` take in the result. Returns whether the verdict changed.
 
     A check that this process lacks a descriptor or a port for says nothing about the target and is not counted.
@@ -83,7 +83,7 @@ async def check(judge: HealthJudge, policy: HealthPolicy, url: str, ask: Ask, cl
     return judge.observe(is_good=is_good, finding=finding, now=clock())
 
 
-class HealthWatch:
+class HealthChecker:
     """Checks every target of one upstream, each by itself so that a slow one delays no other.
 
     `asker` returns how a target is asked. The first check of each comes at a random moment of the first interval, so
@@ -109,7 +109,7 @@ class HealthWatch:
         self._targets: Sequence[Target] = ()
 
     def __repr__(self) -> str:
-        return f"<HealthWatch [{len(self._tasks)} targets]>"
+        return f"<HealthChecker [{len(self._tasks)} targets]>"
 
     async def run(self) -> None:
         """Check whom `follow` names, until cancelled."""
@@ -131,7 +131,7 @@ class HealthWatch:
 
     async def _watch(self, target: Target) -> None:
         policy, source = self._policy, self._source
-        judge, ask, url = HealthJudge(policy, target), self._asker(target), target.named or target.url
+        judge, ask, url = HealthThreshold(policy, target), self._asker(target), target.named or target.url
         await asyncio.sleep(policy.interval * source.random())
         while True:
             if await check(judge, policy, url, ask, self._clock):

@@ -8,7 +8,7 @@ _BITS_AN_ID = 64  # of those that are held in memory; so eight times as many get
 _PROBES = 4
 
 
-class IdFilter:
+class BloomFilter:
     """A set of ids that may say of a few others, too, that it holds them. Nothing is ever taken out."""
 
     __slots__ = ("_bits", "_mask")
@@ -20,7 +20,7 @@ class IdFilter:
         self._bits = bytearray(size // 8)
 
     def __repr__(self) -> str:
-        return f"<IdFilter [{len(self._bits)} bytes]>"
+        return f"<BloomFilter [{len(self._bits)} bytes]>"
 
     def __contains__(self, client_id: str) -> bool:
         """Tell whether an id may have been added."""
@@ -42,7 +42,7 @@ class IdFilter:
             bits[(place & mask) >> 3] |= 1 << (place & 7)
             place += step
 
-    def update(self, other: "IdFilter") -> None:
+    def update(self, other: "BloomFilter") -> None:
         """Add what a filter for the same limit holds. Raises ValueError."""
         bits = other._bits  # noqa: SLF001 - of the same class
         if len(bits) != len(self._bits):

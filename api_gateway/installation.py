@@ -1,24 +1,23 @@
 """Puts configurations into force in one application: the first at its start, others by a reload."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from starlette.datastructures import State
 
-from api_gateway.admin import Console, Phase
+from api_gateway.admin import AdminContext, Lifecycle
 from api_gateway.assembly import Assembly, Gateway, Plan
 from api_gateway.assembly_data_plane import data_plane_of
 from api_gateway.brief import take_over
 from api_gateway.config import GatewayConfig
-from api_gateway.crew import Crew
-from api_gateway.middleware import Switch
+from api_gateway.crew import Aggregator
+from api_gateway.middleware import DataPlaneSlot
 from api_gateway.operator_gate import Access, OperatorGate
 from api_gateway.pacing import Steps, each
 from api_gateway.reload import Reloader, refused
 from api_gateway.reload_state import Outcome
-from api_gateway.report import Report, UpstreamReport, moves_of
+from api_gateway.report import UpstreamSnapshot, WorkerSnapshot, moves_of
 from api_gateway.shares import ResourceState, Shares
 
 
@@ -39,7 +38,7 @@ class Installation:
         self,
         app: Application,
         assembly: Assembly,
-        switch: Switch,
+        switch: DataPlaneSlot,
         *,
         server_headers: frozenset[bytes],
         access: Callable[[GatewayConfig], Access],
@@ -67,16 +66,16 @@ class Installation:
     def __repr__(self) -> str:
         return f"<Installation of {self._assembly!r} [{'none' if self._plan is None else 'prepared'}]>"
 
-    async def start(self, settings: GatewayConfig, console: Callable[..., Console], crew: Crew) -> None:
+    async def start(self, settings: GatewayConfig, console: Callable[..., AdminContext], crew: Aggregator) -> None:
         """Put the first configuration into force; `console` makes what the operator endpoints look at."""
         gateway = self._assembly.gateway
-        self._reloader = Reloader(settings, self._read, self._apply, wall_clock=time.time)
+        self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
         data_plane, lane, explainer = data_plane_of(gateway, self._server_headers)
         self._switch.set(data_plane, lane)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
         self._app.state.console = console(gateway, explainer, crew)
-        crew.enlist(self.look, self)
+        crew.register(self.snapshot, self)
 
     async def prepare(self, values: dict[str, Any]) -> None:
         """See `crew.Configured`."""
@@ -94,8 +93,8 @@ class Installation:
         self._plan = None
         assert plan is not None and access is not None and settings is not None  # noqa: S101, PT018 - see the class
         gateway = self._assembly.commit(plan)
-        data_plane, lane, explainer = data_plane_of(gateway, self._server_headers)
-        self._switch.set(data_plane, lane)
+        data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
+        self._switch.set(data_plane, fast_path)
         self._app.state.gateway = gateway
         self._app.state.console.explainer = explainer
         self._app.gate.access = access
@@ -105,8 +104,8 @@ class Installation:
     async def reload(self, origin: str) -> Outcome:
         """Reload the configuration of an application that serves alone."""
         assert self._reloader is not None  # noqa: S101 - nothing serves before the start
-        phase = self._app.state.console.phase
-        if phase is not Phase.SERVING:
+        phase = self._app.state.console.lifecycle
+        if phase is not Lifecycle.SERVING:
             return self._reloader.note(refused(f"the gateway is {phase}"), origin)
         return await self._reloader.reload(origin)
 
@@ -114,7 +113,7 @@ class Installation:
         await self._prepare(config)
         self.commit()
 
-    def look(self) -> Steps[Report]:
+    def snapshot(self) -> Steps[WorkerSnapshot]:
         """Return how this process stands."""
         report = yield from report_of(self._assembly.gateway)
         if self._connections is not None:
@@ -124,15 +123,15 @@ class Installation:
         return report
 
 
-def report_of(gateway: Gateway) -> Steps[Report]:
+def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
     """Return how a gateway stands."""
-    now = time.monotonic()
+    now = gateway.clocks.monotonic()
     upstreams = yield from each(
-        gateway.upstreams.items(), lambda _, live: UpstreamReport.of(live.service.upstream, now, live.upkeep.names)
+        gateway.upstreams.items(), lambda _, live: UpstreamSnapshot.of(live.service.upstream, now, live.upkeep.names)
     )
     histories = yield from each(gateway.upstreams.items(), lambda _, live: moves_of(live.service.upstream))
     resources = yield from each(gateway.upstreams.items(), lambda _, live: live.service.resources())
-    return Report(
+    return WorkerSnapshot(
         worker="",
         recorder=gateway.recorder,
         upstreams=upstreams,

@@ -13,7 +13,7 @@ NAMES = frozenset(
 _UP = NANOSECONDS - 1  # added before whole seconds are taken, so that they are rounded up
 
 
-class LimitFields:
+class RateLimitHeaders:
     """Renders decisions.
 
     `r` is the whole tokens left, and `t` the time the quota takes to refill as many: a client that spends r tokens in
@@ -26,7 +26,7 @@ class LimitFields:
         self._templates: dict[str, bytes] = {}
 
     def __repr__(self) -> str:
-        return f"<LimitFields of {sorted(self._templates)}>"
+        return f"<RateLimitHeaders of {sorted(self._templates)}>"
 
     def lines(self, decision: Decision) -> bytes:
         """Return the fields as they go over the wire, each with its line break."""

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 from api_gateway.headers import UNIX
 from api_gateway.models import HeaderList
 
-LINK = "gateway.link"  # its key in the scope
+SERVER_EXTENSION = "gateway.link"  # its key in the scope
 UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket
 ADMIN = "gateway.admin"  # the scope's key of a request that came through the listener for operators
 
 
-class Passage(Protocol):
+class InFlight(Protocol):
     """A request that has taken the lane."""
 
     keep_alive: bool  # whether the connection may serve another one after it
@@ -30,26 +30,26 @@ class Passage(Protocol):
         """Hear that the connection is lost."""
         ...
 
-    def on_cut_off(self) -> None:
+    def on_forced_close(self) -> None:
         """Hear that the server stops without waiting any longer."""
         ...
 
 
-class Lane(Protocol):
+class FastPathHandler(Protocol):
     """A faster way than ASGI for requests that need nothing of it; an application may offer one as `lane`."""
 
-    def board(self, client: Any, received: bytes) -> bool:
+    def try_handle(self, client: Any, received: bytes) -> bool:
         """Take a request as it was received, or change nothing and return False. `client` is its connection."""
         ...
 
 
-class Lanes(Protocol):
+class FastPathProvider(Protocol):
     """Where a connection finds the lane in force: a reload sets another one."""
 
-    current: Lane
+    current: FastPathHandler
 
 
-class Link(Protocol):
+class ServerExtension(Protocol):
     """The server's side of one request, beside ASGI's `receive` and `send`.
 
     `target` and `headers` are the request's as it was spelt, `trailers` those that came after its body. `upgrade` is

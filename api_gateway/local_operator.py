@@ -16,11 +16,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from api_gateway.headers import Network, fields_of, is_within
-from api_gateway.link import ADMIN, LINK, UNIX_PEER
+from api_gateway.link import ADMIN, SERVER_EXTENSION, UNIX_PEER
 from api_gateway.locality import LOOPBACK, is_direct
 from api_gateway.models import Clock
-from api_gateway.peer_process import Connection, NotEstablished, PeerProcesses
-from api_gateway.socket_table import End
+from api_gateway.peer_process import EstablishedConnection, NotEstablished, PeerProcesses
+from api_gateway.socket_table import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class LocalProcesses:
         """See `Locality`."""
         if not is_direct(fields_of(scope["headers"])) or not self._may_be_local(scope):
             return False
-        link = scope.get(LINK)
+        link = scope.get(SERVER_EXTENSION)
         if link is None:  # another server than our own: nothing identifies the connection
             return await self._look_up(scope, None) is True
         connection = link.connection
@@ -105,7 +105,7 @@ class LocalProcesses:
             assert transport is not None  # noqa: S101 - only our own server has an admin listener
             return partial(self._peers.examine_process, *credentials(transport))
         inode = None if transport is None else os.fstat(_descriptor(transport)).st_ino
-        connection = Connection(End.of(*scope["server"]), End.of(*scope["client"]), inode)
+        connection = EstablishedConnection(Endpoint.of(*scope["server"]), Endpoint.of(*scope["client"]), inode)
         return partial(self._peers.examine, connection)
 
     async def _take_turn(self) -> bool:

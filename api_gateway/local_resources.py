@@ -13,6 +13,8 @@ from ipaddress import ip_address
 
 import httpx
 
+from api_gateway.errors import causes
+
 try:
     import resource
 except ImportError:  # Windows has no such limit
@@ -53,13 +55,12 @@ def raise_descriptor_limit(most: int = MOST_DESCRIPTORS) -> int:
 
 def lack_behind(error: BaseException | None) -> OSError | None:
     """Return the error of the operating system that names a lack of our own, if one is behind `error`."""
-    while error is not None:
-        if isinstance(error, socket.gaierror):
+    for cause in causes(error, with_context=False):
+        if isinstance(cause, socket.gaierror):
             if not _has_descriptor():  # the resolver could not open its files, and says that the name is unknown
                 return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        elif isinstance(error, OSError) and error.errno in _LACK:
-            return error
-        error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__
+        elif isinstance(cause, OSError) and cause.errno in _LACK:
+            return cause
     return None
 
 

@@ -11,20 +11,20 @@ max(C, N*c) + max(r, N*c/B)*d in any window of length d.
 from collections.abc import Callable, Iterable, Sequence
 
 from api_gateway.models import Charge, Decision, Quota
-from api_gateway.rate_limiter import DebtTable, MemoryLimiter, settled
+from api_gateway.rate_limiter import MemoryLimiter, TatTable, settled
 
 
-class LocalShare:
+class FallbackLimiter:
     """Decides on a share of each bucket, and remembers what it admitted until the store has been told."""
 
     def __init__(self, quotas: Iterable[Quota], *, bucket_limit: int) -> None:
         quotas = list(quotas)
         self.processes = 1
         self._limiter = MemoryLimiter(quotas, bucket_limit=bucket_limit)
-        self._admitted: DebtTable[int] = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
+        self._admitted: TatTable[int] = TatTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
 
     def __repr__(self) -> str:
-        return f"<LocalShare [1/{self.processes}, {len(self._admitted)} to be told]>"
+        return f"<FallbackLimiter [1/{self.processes}, {len(self._admitted)} to be told]>"
 
     def __len__(self) -> int:
         """Return the entries held."""
@@ -39,18 +39,18 @@ class LocalShare:
         `may_be_charged` in the store already, which did not say so, it is not charged there once more.
         """
         for charge, tat_ns in zip(charges, known, strict=True):
-            self._limiter.owe(charge.key, charge.quota, tat_ns, now_ns)
+            self._limiter.seed(charge.key, charge.quota, tat_ns, now_ns)
         decision = self._as_share(self._limiter.decide([self._scaled(charge) for charge in charges], now_ns))
         if decision.allowed and not may_be_charged:
-            self.admit(charges, now_ns)
+            self.record_unsynced(charges, now_ns)
         return decision
 
     def inspect(self, charge: Charge, known_ns: int, now_ns: int) -> Decision:
         """Return what this process's share of a bucket says to a charge, charging nothing."""
-        self._limiter.owe(charge.key, charge.quota, known_ns, now_ns)
+        self._limiter.seed(charge.key, charge.quota, known_ns, now_ns)
         return self._as_share(self._limiter.preview(self._scaled(charge), now_ns))
 
-    def admit(self, charges: Iterable[Charge], now_ns: int) -> None:
+    def record_unsynced(self, charges: Iterable[Charge], now_ns: int) -> None:
         """Remember what was admitted without the store."""
         self._admitted.advance(now_ns)
         for charge in charges:
@@ -69,11 +69,11 @@ class LocalShare:
         return after
 
     @property
-    def has_debts(self) -> bool:
+    def has_unsynced(self) -> bool:
         """True if something was admitted here that the store may not know of."""
         return len(self._admitted) > 0
 
-    def owed(self, key: str, now_ns: int) -> int:
+    def take_unsynced(self, key: str, now_ns: int) -> int:
         """Return what was admitted here and has not been refilled since, in nanoseconds, and forget it."""
         self._admitted.advance(now_ns)
         tat_ns = self._admitted.get(key)
@@ -82,9 +82,9 @@ class LocalShare:
         self._admitted.drop(key)
         return max(tat_ns - now_ns, 0)
 
-    def forget(self, key: str) -> None:
+    def reset(self, key: str) -> None:
         """Take a bucket for full."""
-        self._limiter.forget(key)
+        self._limiter.reset(key)
         self._admitted.drop(key)
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:

@@ -5,7 +5,6 @@
 
 import logging
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -18,19 +17,20 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import iter_route_contexts
 
 from api_gateway import __version__, admin
-from api_gateway.admin import Console, Phase
+from api_gateway.admin import AdminContext, Lifecycle
 from api_gateway.assembly import Assembly, Gateway
 from api_gateway.assembly_access import NOBODY, operator_access
+from api_gateway.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.crew import Alone, Crew
+from api_gateway.crew import Aggregator, SingleProcess
 from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.explanation import Explainer
 from api_gateway.health_cache import HealthCache
 from api_gateway.installation import Installation
-from api_gateway.link import Lanes
+from api_gateway.link import FastPathProvider
 from api_gateway.locality import Locality
-from api_gateway.middleware import Split, Switch, is_proxied
+from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied
 from api_gateway.operator_gate import OperatorGate
 from api_gateway.operator_limits import OperatorLimits
 from api_gateway.request import Message, Receive, Scope, Send
@@ -50,9 +50,11 @@ class GatewayApp(FastAPI):
     requests too.
     """
 
-    def __init__(self, switch: Switch, refused: Counter[str], *, has_admin_listener: bool, **options: Any) -> None:
+    def __init__(
+        self, switch: DataPlaneSlot, refused: Counter[str], *, clocks: Clocks, has_admin_listener: bool, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.add_middleware(Split, switch=switch)
+        self.add_middleware(DataPlaneSplit, switch=switch)
         self._switch = switch
         self.startup_error: StartupError | None = None
         self.has_admin_listener = has_admin_listener
@@ -65,12 +67,12 @@ class GatewayApp(FastAPI):
             has_admin_listener=has_admin_listener,
             readiness=self._readiness,
             health=self._health,
-            limits=OperatorLimits(time.monotonic_ns),
+            limits=OperatorLimits(clocks.monotonic_ns),
             refused=refused,
         )
 
     @property
-    def lane(self) -> Lanes | None:
+    def fast_path(self) -> FastPathProvider | None:
         """The straight way for plain requests; none if somebody's middleware wants to see them."""
         return self._switch if self._has_no_other_middleware else None
 
@@ -112,12 +114,12 @@ class GatewayApp(FastAPI):
         return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
-        console: Console | None = getattr(self.state, "console", None)
-        phase = Phase.STARTING if console is None else console.phase
-        return phase is Phase.SERVING, phase.value
+        console: AdminContext | None = getattr(self.state, "console", None)
+        phase = Lifecycle.STARTING if console is None else console.lifecycle
+        return phase is Lifecycle.SERVING, phase.value
 
     def _health(self) -> HealthCache | None:
-        console: Console | None = getattr(self.state, "console", None)
+        console: AdminContext | None = getattr(self.state, "console", None)
         return None if console is None else console.health
 
 
@@ -127,12 +129,13 @@ def create_app(
     server_headers: frozenset[bytes] = frozenset(),
     refused: Counter[str] | None = None,
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
-    crew: Crew | None = None,
+    crew: Aggregator | None = None,
     resolve: Resolve = look_up,
     read: Callable[[], GatewayConfig] | None = None,
     on_change: Callable[[GatewayConfig], None] | None = None,
     connections: Shares | None = None,
     locality: Locality | None = None,
+    clocks: Clocks = SYSTEM_CLOCKS,
 ) -> GatewayApp:
     """Build the gateway as an ASGI application; everything live begins with its lifespan.
 
@@ -145,19 +148,20 @@ def create_app(
     same sources. `on_change` is called with every configuration that a reload has put into force.
     `locality` decides which requests need no token; by default that of a program of the operator on this machine.
     `connections` are the shares of the server's connections, to be shown to operators.
+    `clocks` are read by the limiter, breakers, health checks, metrics and operator endpoints.
     Raises ConfigError when `config` is None and the sources are wrong.
     """
     settings = config or load_config()
     if config is None and read is None:
         read = load_config
     rejections: Counter[str] = Counter() if refused is None else refused
-    switch = Switch()
+    switch = DataPlaneSlot()
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
         # In the framework's pool, which is set up by that: neither is left to the first request.
         await run_in_threadpool(_build_routes, app)
-        assembly = Assembly(rejections, transports or {}, resolve)
+        assembly = Assembly(rejections, transports or {}, resolve, clocks)
         async with app.noting_startup_error(), assembly.live(settings) as gateway:
             gateway.recorder.operator_refusals = app.gate.refusals
             installation = Installation(
@@ -170,14 +174,15 @@ def create_app(
                 read=read,
                 on_change=on_change,
             )
-            await installation.start(settings, _console, crew or Alone())
-            app.state.console.phase = Phase.SERVING
+            await installation.start(settings, _console, crew or SingleProcess())
+            app.state.console.lifecycle = Lifecycle.SERVING
             yield
-            app.state.console.phase = Phase.DRAINING
+            app.state.console.lifecycle = Lifecycle.DRAINING
 
     return GatewayApp(
         switch,
         rejections,
+        clocks=clocks,
         has_admin_listener=settings.admin.listen is not None,
         title="API Gateway",
         version=__version__,
@@ -211,14 +216,13 @@ def _build_routes(app: FastAPI) -> None:
         pass
 
 
-def _console(gateway: Gateway, explainer: Explainer, crew: Crew) -> Console:
-    return Console(
+def _console(gateway: Gateway, explainer: Explainer, crew: Aggregator) -> AdminContext:
+    return AdminContext(
         version=__version__,
         limiter=gateway.limiter,
         clients=gateway.clients,
-        crew=crew,
-        clock=time.monotonic,
-        clock_ns=time.monotonic_ns,
+        aggregator=crew,
+        clocks=gateway.clocks,
         explainer=explainer,
-        modes=gateway.modes,
+        overrides=gateway.modes,
     )

@@ -4,17 +4,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from api_gateway.breaker_policy import Mode, State
-from api_gateway.breaker_records import FlightRecord
+from api_gateway.breaker_records import TransitionRecord
 from api_gateway.models import LimiterState
-from api_gateway.overload import Concurrency
+from api_gateway.overload import ConcurrencyState
 from api_gateway.report import (
-    BreakerReport,
-    NameReport,
-    PassiveReport,
-    Report,
+    BreakerSnapshot,
+    HostNameSnapshot,
+    OutlierSnapshot,
     Status,
-    TargetReport,
-    UpstreamReport,
+    TargetSnapshot,
+    UpstreamSnapshot,
+    WorkerSnapshot,
     last_moves,
 )
 from api_gateway.shares import merge_states
@@ -26,9 +26,9 @@ _EXACT = frozenset({"memory", "store"})
 _EVER = float("inf")
 
 
-def merge(reports: Sequence[Report]) -> Report:
+def merge(reports: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
     """Return what the reports come to: counts summed, and of states the worst."""
-    merged = Report.blank()
+    merged = WorkerSnapshot.blank()
     for report in reports:
         merged.recorder.absorb(report.recorder)
         merged.buckets += report.buckets
@@ -50,7 +50,7 @@ def merge(reports: Sequence[Report]) -> Report:
     return merged
 
 
-def _merge_limiters(reports: Sequence[Report]) -> LimiterState:
+def _merge_limiters(reports: Sequence[WorkerSnapshot]) -> LimiterState:
     states = [report.limiter for report in reports]
     present = [report.limiter for report in reports if not report.is_over] or states
     return LimiterState(
@@ -65,7 +65,7 @@ def _merge_limiters(reports: Sequence[Report]) -> LimiterState:
     )
 
 
-def _merge_histories(name: str, reports: Sequence[Report]) -> list[FlightRecord]:
+def _merge_histories(name: str, reports: Sequence[WorkerSnapshot]) -> list[TransitionRecord]:
     """Return the moves of all, by time, each saying whose it is; of those that have ended the last ones."""
     moves = [
         record if record.worker else replace(record, worker=report.worker)
@@ -75,7 +75,7 @@ def _merge_histories(name: str, reports: Sequence[Report]) -> list[FlightRecord]
     return last_moves(moves, len(reports))
 
 
-def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report]) -> UpstreamReport:
+def _merge_upstream(name: str, found: Sequence[WorkerSnapshot], present: Sequence[WorkerSnapshot]) -> UpstreamSnapshot:
     upstreams = [report.upstreams[name] for report in present]
     breaker = replace(
         _worst([upstream.breaker for upstream in upstreams]),
@@ -92,17 +92,17 @@ def _merge_upstream(name: str, found: Sequence[Report], present: Sequence[Report
     targets = (_merge_target(key, upstreams, everywhere) for key in keys)
     spoken = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
     names = {(one.host, one.port): one for one in spoken}  # the last to be said is one with an error, if any
-    return UpstreamReport(status, breaker, tuple(targets), tuple(names.values()), _merge_concurrency(upstreams))
+    return UpstreamSnapshot(status, breaker, tuple(targets), tuple(names.values()), _merge_concurrency(upstreams))
 
 
-def _merge_concurrency(upstreams: Sequence[UpstreamReport]) -> Concurrency:
+def _merge_concurrency(upstreams: Sequence[UpstreamSnapshot]) -> ConcurrencyState:
     """Return what workers may have under way together: each has a limit of its own."""
     found = [upstream.concurrency for upstream in upstreams]
     limits = [concurrency.limit for concurrency in found if concurrency.limit is not None]
-    return Concurrency(sum(limits) if limits else None, sum(concurrency.in_flight for concurrency in found))
+    return ConcurrencyState(sum(limits) if limits else None, sum(concurrency.in_flight for concurrency in found))
 
 
-def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:
+def _worst(breakers: Sequence[BreakerSnapshot]) -> BreakerSnapshot:
     """Return the worst of the states, with what the others add to it; the totals are left to the caller."""
     worst = max(breakers, key=lambda breaker: (_BADNESS[breaker.state], -breaker.since))
     probes = [breaker.next_probe_at for breaker in breakers if breaker.next_probe_at is not None]
@@ -123,7 +123,9 @@ def _worst(breakers: Sequence[BreakerReport]) -> BreakerReport:
     )
 
 
-def _merge_target(key: str, upstreams: Iterable[UpstreamReport], everywhere: Iterable[UpstreamReport]) -> TargetReport:
+def _merge_target(
+    key: str, upstreams: Iterable[UpstreamSnapshot], everywhere: Iterable[UpstreamSnapshot]
+) -> TargetSnapshot:
     """Return the worst that is said of a target. What was counted `everywhere` counts, also by who has ended."""
     targets = [target for upstream in upstreams for target in upstream.targets if target.key == key]
     telling = min(targets, key=lambda target: (target.is_healthy, target.checks.at is None))
@@ -144,7 +146,7 @@ def _merge_target(key: str, upstreams: Iterable[UpstreamReport], everywhere: Ite
     )
 
 
-def _merge_passive(passive: Sequence[PassiveReport], ejections_total: int) -> PassiveReport | None:
+def _merge_passive(passive: Sequence[OutlierSnapshot], ejections_total: int) -> OutlierSnapshot | None:
     if not passive:
         return None
     worst = max(passive, key=lambda one: (one.is_ejected, _BADNESS[one.state], one.consecutive_failures))
@@ -158,5 +160,5 @@ def _merge_passive(passive: Sequence[PassiveReport], ejections_total: int) -> Pa
     )
 
 
-def _is_in_error(name: NameReport) -> bool:
+def _is_in_error(name: HostNameSnapshot) -> bool:
     return name.error is not None

@@ -28,7 +28,7 @@ from api_gateway.metrics_bodies import (
 )
 from api_gateway.models import Exchange, LimiterState
 from api_gateway.pacing import Steps, completed, each
-from api_gateway.sketch import Sketch
+from api_gateway.sketch import HeavyHitters
 from api_gateway.upstream_bodies import ConcurrencyView, StoreView
 
 Label = TypeVar("Label")
@@ -228,7 +228,7 @@ class Tally:
         self.total_seconds += seconds
 
 
-class Series:
+class WindowedSeries:
     """Tallies since the start and for each of the last slices of 5 s."""
 
     def __init__(self) -> None:
@@ -278,7 +278,7 @@ class Series:
         for number, tally in state["slices"]:
             self._put(number, Tally.from_state(tally))
 
-    def absorb(self, other: "Series") -> None:
+    def absorb(self, other: "WindowedSeries") -> None:
         """Take in the counts of another series whose times are on the same clock."""
         self._past.add(other._past)  # noqa: SLF001 - of the same class
         for slot, number in other._numbers.items():  # noqa: SLF001 - as above
@@ -343,8 +343,8 @@ class Recorder:
         tiers = tuple(tiers)
         self.started = now
         self.in_flight = 0
-        self.routes = {name: Series() for name in (*routes, NO_ROUTE)}
-        self.upstreams = {name: Series() for name in upstreams}
+        self.routes = {name: WindowedSeries() for name in (*routes, NO_ROUTE)}
+        self.upstreams = {name: WindowedSeries() for name in upstreams}
         self.requests: Counter[tuple[str, str, int, str, str]] = Counter()  # route, method, status, source, tier
         self.outcomes: dict[str, Counter[str]] = {name: Counter() for name in self.upstreams}
         self.retries: Counter[tuple[str, str]] = Counter()  # upstream, cause
@@ -362,8 +362,8 @@ class Recorder:
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
-        self.requests_by_client = Sketch()  # by the client's key
-        self.limited_by_client = Sketch()
+        self.requests_by_client = HeavyHitters()  # by the client's key
+        self.limited_by_client = HeavyHitters()
         self.percentiles = tuple(percentiles)
 
     def extend(
@@ -372,9 +372,9 @@ class Recorder:
         """Know more label values. Those known before stay, with what was counted under them."""
         self.percentiles = tuple(percentiles)
         for name in routes:
-            self.routes.setdefault(name, Series())
+            self.routes.setdefault(name, WindowedSeries())
         for name in upstreams:
-            self.upstreams.setdefault(name, Series())
+            self.upstreams.setdefault(name, WindowedSeries())
             self.outcomes.setdefault(name, Counter())
             self.shed.setdefault(name, Counter())
         for tier in tiers:
@@ -414,7 +414,7 @@ class Recorder:
         self.started, self.in_flight = state["started"], state["in_flight"]
         for mine, theirs in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
             for name, series in theirs.items():
-                mine.setdefault(name, Series()).update(series)
+                mine.setdefault(name, WindowedSeries()).update(series)
                 yield
         for name in _TABLES:
             setattr(self, name, Counter({tuple(key): count for *key, count in state[name]}))
@@ -424,9 +424,9 @@ class Recorder:
         self.shed = {name: Counter(counts) for name, counts in state["shed"].items()}
         for name in _COUNTERS:
             setattr(self, name, Counter(state[name]))
-        self.requests_by_client = Sketch.from_state(state["requests_by_client"])
+        self.requests_by_client = HeavyHitters.from_state(state["requests_by_client"])
         yield
-        self.limited_by_client = Sketch.from_state(state["limited_by_client"])
+        self.limited_by_client = HeavyHitters.from_state(state["limited_by_client"])
 
     def absorb(self, other: "Recorder") -> None:
         """Take in what another recorder has counted."""
@@ -434,7 +434,7 @@ class Recorder:
         self.in_flight += other.in_flight
         for mine, theirs in ((self.routes, other.routes), (self.upstreams, other.upstreams)):
             for name, series in theirs.items():
-                mine.setdefault(name, Series()).absorb(series)
+                mine.setdefault(name, WindowedSeries()).absorb(series)
         for name, outcomes in other.outcomes.items():
             _add(self.outcomes.setdefault(name, Counter()), outcomes)
         for name, counts in other.shed.items():
@@ -502,7 +502,7 @@ class Recorder:
         latency = LatencySeries(**{name: self._latency_window(tally) for name, _, tally in windows})
         return latency, RateSeries(**{name: _rate_window(span, tally) for name, span, tally in windows})
 
-    def _named_routes(self) -> list[tuple[str, Series]]:
+    def _named_routes(self) -> list[tuple[str, WindowedSeries]]:
         return [(name, series) for name, series in self.routes.items() if name != NO_ROUTE]
 
     def snapshot(
@@ -573,7 +573,7 @@ class Recorder:
             sums[label(key)] += count
         return dict(sums)
 
-    def _windows(self, series: Sequence[Series], now: float) -> Iterator[tuple[str, float, Tally]]:
+    def _windows(self, series: Sequence[WindowedSeries], now: float) -> Iterator[tuple[str, float, Tally]]:
         """Yield each window's name, the seconds it covers, and its counts."""
         uptime = max(now - self.started, 1e-9)
         for name, span in WINDOWS.items():
@@ -586,7 +586,7 @@ class Recorder:
             merged.add(one.total)
         yield "since_start", uptime, merged
 
-    def _latency_of(self, series: Sequence[Series], now: float) -> LatencySeries:
+    def _latency_of(self, series: Sequence[WindowedSeries], now: float) -> LatencySeries:
         return LatencySeries(**{name: self._latency_window(tally) for name, _, tally in self._windows(series, now)})
 
     def _latency_window(self, tally: Tally) -> LatencyWindow:
@@ -599,7 +599,7 @@ class Recorder:
             },
         )
 
-    def _rates_of(self, series: Sequence[Series], now: float) -> RateSeries:
+    def _rates_of(self, series: Sequence[WindowedSeries], now: float) -> RateSeries:
         return RateSeries(**{name: _rate_window(span, tally) for name, span, tally in self._windows(series, now)})
 
 
@@ -609,7 +609,7 @@ def _add(mine: Counter[Label], theirs: Counter[Label]) -> None:
         mine[label] += count
 
 
-def _changed(series: Mapping[str, Series], since: int) -> list[tuple[str, Series]]:
+def _changed(series: Mapping[str, WindowedSeries], since: int) -> list[tuple[str, WindowedSeries]]:
     """Return the series that have changed in slice `since` or later; 0 returns all."""
     return [(name, one) for name, one in series.items() if not since or one.has_changed(since)]
 

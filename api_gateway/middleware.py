@@ -1,8 +1,8 @@
 """The pure-ASGI steps of a proxied request, outermost first: split, record, identify, match, relief, limit, proxy.
 
-Each step holds only configuration. What belongs to one request lies in its `Exchange`, which `Record` puts into the
-scope, and in which every later step writes its own fields and talks to nobody else. A step that has nothing to wait
-for is a plain function that returns the next step's awaitable: a coroutine costs more than what the step does.
+Each step holds only configuration. What belongs to one request lies in its `Exchange`, which `ExchangeMiddleware`
+puts into the scope, and in which every later step writes its own fields and talks to nobody else. A step that need not
+wait is a plain function that returns the next step's awaitable: a coroutine costs more than the step itself.
 """
 
 import asyncio
@@ -33,22 +33,22 @@ from api_gateway.failures import note_failure
 from api_gateway.headers import (
     Fields,
     address_key,
+    ambiguity,
     client_address,
     fields_of,
-    flaw,
     host_name,
     is_visible_ascii,
     is_within,
 )
-from api_gateway.limit_fields import LimitFields
-from api_gateway.link import Lane
+from api_gateway.limit_fields import RateLimitHeaders
+from api_gateway.link import FastPathHandler
 from api_gateway.metrics import Recorder
 from api_gateway.models import Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
-from api_gateway.overload import Bands, LagLimit
+from api_gateway.overload import EventLoopShedder, PriorityClasses
 from api_gateway.rate_limiter import NEVER, RateLimiter
 from api_gateway.request import DEADLINE, FIELDS, Receive, Scope, Send
 from api_gateway.router import Router
-from api_gateway.shadow import Shadow
+from api_gateway.shadow import ShadowLimits
 
 logger = logging.getLogger(__name__)
 _ID_PREFIX = f"{random.Random().getrandbits(96):024x}"  # noqa: S311 - seeded by the system; ids must differ, not be secret
@@ -68,13 +68,13 @@ def is_proxied(path: str) -> bool:
     return path.startswith(API_PREFIX) and path[4:5] in ("", "/")
 
 
-class Split:
+class DataPlaneSplit:
     """Takes `/api` and all below it to the data plane, past the framework's routing; everything else goes on to `app`.
 
     `data_plane` is None until the gateway has started.
     """
 
-    def __init__(self, app: ASGIApp, *, switch: "Switch") -> None:
+    def __init__(self, app: ASGIApp, *, switch: "DataPlaneSlot") -> None:
         self.app = app
         self._switch = switch
 
@@ -88,7 +88,7 @@ class Split:
             await send({"type": "websocket.close", "code": 1013, "reason": "WebSockets are not proxied."})
 
 
-class Switch:
+class DataPlaneSlot:
     """Holds the data plane in force: the ASGI path, and the fast path that connections keep as their lane.
 
     Start-up sets both, and a reload sets them anew: connections keep the switch, and never what is behind it.
@@ -96,17 +96,17 @@ class Switch:
 
     def __init__(self) -> None:
         self.data_plane: ASGIApp = _not_started
-        self.current: Lane = _Closed()
+        self.current: FastPathHandler = _Closed()
 
-    def set(self, data_plane: ASGIApp, lane: Lane) -> None:
+    def set(self, data_plane: ASGIApp, fast_path: FastPathHandler) -> None:
         """Have new requests take these."""
-        self.data_plane, self.current = data_plane, lane
+        self.data_plane, self.current = data_plane, fast_path
 
 
 class _Closed:
     """The lane before the start."""
 
-    def board(self, _client: Any, _received: bytes) -> bool:
+    def try_handle(self, _client: Any, _received: bytes) -> bool:
         """Leave every request to the ASGI path."""
         return False
 
@@ -115,7 +115,7 @@ async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
     await send_problem(not_started(), send, instance=scope["path"], request_id=None, headers=[])
 
 
-class Record:
+class ExchangeMiddleware:
     """Begins the exchange, turns errors into answers, and hands the finished record to the observers."""
 
     def __init__(
@@ -140,7 +140,7 @@ class Record:
         peer = scope["client"][0] if scope.get("client") else "unknown"
         identity = given_request_id(fields) or new_request_id()
         exchange = self.begin(Exchange(identity, scope["method"], scope["path"], peer, self._clock()))
-        exchange.answer_headers.append((b"x-request-id", exchange.id.encode()))
+        exchange.response_headers.append((b"x-request-id", exchange.id.encode()))
         scope[EXCHANGE] = exchange
         await self.conclude(exchange, self._unflawed, scope, receive, send)
 
@@ -175,7 +175,7 @@ class Record:
             return
         exchange.status, exchange.source = error.status, "gateway"
         exchange.bytes_out = await send_problem(
-            error, send, instance=exchange.path, request_id=exchange.id, headers=exchange.answer_headers
+            error, send, instance=exchange.path, request_id=exchange.id, headers=exchange.response_headers
         )
 
     def note_failure(self, exchange: Exchange, error: GatewayError) -> None:
@@ -213,12 +213,12 @@ def new_request_id() -> str:
 
 
 def _refuse_flaws(scope: Scope) -> None:
-    fault = flaw(scope[FIELDS], scope["http_version"])
+    fault = ambiguity(scope[FIELDS], scope["http_version"])
     if fault is not None:
         raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
 
 
-def problem_answer(error: GatewayError, *, instance: str, request_id: str | None) -> tuple[HeaderList, bytes]:
+def problem_response(error: GatewayError, *, instance: str, request_id: str | None) -> tuple[HeaderList, bytes]:
     """Return headers and body of the answer that tells of `error` (RFC 9457)."""
     body = json.dumps(problem(error, instance=instance, request_id=request_id), ensure_ascii=False).encode()
     headers = [
@@ -234,13 +234,13 @@ async def send_problem(
     error: GatewayError, send: Send, *, instance: str, request_id: str | None, headers: HeaderList
 ) -> int:
     """Send `error` as problem details (RFC 9457) and return the bytes of its body."""
-    own, body = problem_answer(error, instance=instance, request_id=request_id)
+    own, body = problem_response(error, instance=instance, request_id=request_id)
     await send({"type": "http.response.start", "status": error.status, "headers": own + headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
     return len(body)
 
 
-class Identify:
+class IdentityMiddleware:
     """Finds out who is asking: the named client, or else the peer's address."""
 
     def __init__(
@@ -281,7 +281,7 @@ class Identify:
 
     def client(self, name: str | None, address: str) -> Client | None:
         """Return the client as it is registered now, or None if the store is to be asked."""
-        return self.clients.unnamed(address_key(address)) if name is None else self.clients.find(name)
+        return self.clients.by_address(address_key(address)) if name is None else self.clients.try_get(name)
 
     async def ask(self, name: str | None, address: str) -> Client:
         """Return the client as it is registered now, asking the store if need be."""
@@ -289,7 +289,7 @@ class Identify:
         return await self.clients.look_up(name or "") if known is None else known
 
 
-class Match:
+class RoutingMiddleware:
     """Finds the route, and with it the cost and the deadline."""
 
     def __init__(self, app: ASGIApp, *, router: Router) -> None:
@@ -307,24 +307,24 @@ class Match:
         return self.app(scope, receive, send)
 
 
-class Relief:
+class LoadSheddingMiddleware:
     """Refuses a share of the requests while the event loop runs late, the lowest tiers' first."""
 
-    def __init__(self, app: ASGIApp, *, lag: LagLimit, bands: Bands) -> None:
+    def __init__(self, app: ASGIApp, *, lag: EventLoopShedder, priorities: PriorityClasses) -> None:
         self.app = app
         self._lag = lag
-        self._bands = bands
+        self._bands = priorities
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Go on, or raise Shed."""
         if self._lag.is_over:
-            band = self._bands.of(scope[EXCHANGE].client.quota.name)
-            if self._lag.sheds(band):
-                raise self._lag.refusal(band)
+            priority = self._bands.of(scope[EXCHANGE].client.quota.name)
+            if self._lag.sheds(priority):
+                raise self._lag.refusal(priority)
         return self.app(scope, receive, send)
 
 
-class Limit:
+class RateLimitMiddleware:
     """Charges the client's bucket, and its address's too if nobody vouches for the client. Both or neither."""
 
     def __init__(
@@ -335,7 +335,7 @@ class Limit:
         clock_ns: Callable[[], int],
         address_quota: Quota | None,
         exempt: Collection[Any],
-        shadow: Shadow | None = None,
+        shadow: ShadowLimits | None = None,
     ) -> None:
         """`address_quota` None leaves addresses uncounted; those in `exempt` networks are.
 
@@ -343,12 +343,12 @@ class Limit:
         """
         self.app = app
         self.decide = limiter.decide
-        self.ask = limiter.ask
+        self.ask = limiter.decide_async
         self._clock_ns = clock_ns
         self._address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
         self.shadow = shadow
-        self.fields = LimitFields()
+        self.fields = RateLimitHeaders()
         self.lines, self.headers = self.fields.lines, self.fields.headers
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -372,7 +372,7 @@ class Limit:
 
     def _apply(self, exchange: Exchange, decision: Decision) -> None:
         exchange.decision = decision
-        exchange.answer_headers += self.headers(decision)
+        exchange.response_headers += self.headers(decision)
         if self.shadow is not None:
             self.shadow.observe(exchange)
         if not decision.allowed:
@@ -430,7 +430,7 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
     )
 
 
-class Proxy:
+class ProxyApp:
     """The innermost step: hands the exchange to the router."""
 
     def __init__(self, *, router: Router) -> None:

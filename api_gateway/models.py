@@ -17,7 +17,7 @@ NANOSECONDS = 1_000_000_000
 
 # What a decision rests on: buckets in this process, in the shared store, what the store said before of a bucket that
 # must still be empty, or, while the store cannot be used, the policy for that.
-Source = Literal["memory", "store", "deny_cache", "local_share", "deny", "allow"]
+DecisionSource = Literal["memory", "store", "deny_cache", "local_share", "deny", "allow"]
 
 BreakerMode = Literal["auto", "observe", "forced_closed", "forced_open"]
 
@@ -89,7 +89,7 @@ class Decision:
     reset_ns: int
     at_ns: int = field(default=0, compare=False)
     others_ns: tuple[int, ...] = field(default=(), compare=False)
-    source: Source = "memory"
+    source: DecisionSource = "memory"
 
     @property
     def retry_after(self) -> float | None:
@@ -127,7 +127,7 @@ class LimiterState:
     those the store has thrown out for want of memory since it began, buckets or not.
     """
 
-    mode: Source = "memory"
+    mode: DecisionSource = "memory"
     processes: int = 1
     batches: int = 0
     questions: int = 0
@@ -183,7 +183,7 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     finished: float = 0.0
-    answer_headers: HeaderList = field(default_factory=list)
+    response_headers: HeaderList = field(default_factory=list)
     charges: Sequence[Charge] = ()
     trial: tuple[Sequence[Charge], Decision] | None = None
     has_reached: bool = False

@@ -21,9 +21,9 @@ from api_gateway.errors import (
     Unauthorized,
     not_started,
 )
-from api_gateway.headers import Fields, Network, client_address, fields_of, flaw, framing
+from api_gateway.headers import Fields, Network, ambiguity, client_address, fields_of, framing
 from api_gateway.health_cache import HealthCache
-from api_gateway.link import ADMIN, LINK
+from api_gateway.link import ADMIN, SERVER_EXTENSION
 from api_gateway.locality import Locality
 from api_gateway.middleware import ASGIApp, send_problem
 from api_gateway.operator_body import read_body, replay, without_body
@@ -126,7 +126,7 @@ class OperatorGate:
     async def _serve(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
         target = target_of(scope)
         view = self._views.get(target.segments[0]) if len(target.segments) == 1 else None
-        fault = flaw(fields, scope["http_version"])
+        fault = ambiguity(fields, scope["http_version"])
         if fault is not None and (view is None or framing(fields) is not None):  # simple probes may name no host
             raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         if view is not None:
@@ -155,7 +155,7 @@ class OperatorGate:
         check_content_type(method, fields)
         body = await read_body(fields, receive)
         inner = {**scope, "method": "GET" if method == "HEAD" else method, "path": target.path, OPERATOR: operator}
-        inner.pop(LINK, None)  # it refers to the connection, and is the server's to delete
+        inner.pop(SERVER_EXTENSION, None)  # it refers to the connection, and is the server's to delete
         await self.app(inner, replay(body, receive), send)
         health = self._health()
         if needed is Role.OPERATE and health is not None:

@@ -41,7 +41,7 @@ class Origin:
         return httpx.Request(method, url, headers=headers, **options)
 
 
-class Outgoing(httpx.Request):
+class LeanRequest(httpx.Request):
     """A request whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them.
 
     `framing` is b"chunked", b"length", or None for a request without a body. `has_begun`: a connection was opened for
@@ -68,7 +68,7 @@ class Outgoing(httpx.Request):
         self.extensions = extensions
 
     @classmethod
-    def of(cls, request: httpx.Request) -> "Outgoing":
+    def of(cls, request: httpx.Request) -> "LeanRequest":
         """Return any request of httpx as one of these."""
         pairs = request.headers.raw
         stream: Any = request.stream
@@ -115,7 +115,7 @@ def length_of(headers: HeaderList) -> int:
     return next((int(value) for name, value in headers if name.lower() == b"content-length"), 0)
 
 
-def render_head(request: Outgoing) -> bytes:
+def render_request_head(request: LeanRequest) -> bytes:
     """Return request line and headers as they go out; raises LocalProtocolError if they hide a line of their own."""
     target = request.extensions.get("target") or request.url.raw_path
     lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]

@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from api_gateway.errors import Shed
-from api_gateway.gradient import AdaptivePolicy, Gradient
+from api_gateway.errors import LoadShed
+from api_gateway.gradient import AdaptivePolicy, GradientController
 from api_gateway.shares import Shares
 
 LOWEST_SHARE = 0.5  # of a limit that the lowest band may fill
 LONGEST_RETRY_AFTER = 3  # seconds; the shortest is 1
 LAGS = 5  # samples of the event loop's lag whose median counts: one stall, or two, shed nobody
-BAND_WIDTH = 0.5  # of the greatest lag that may be: what takes a band from the first refused to the last
+PRIORITY_WIDTH = 0.5  # of the greatest lag that may be: what takes a band from the first refused to the last
 HIGHEST_SHED = 0.9  # of the highest band's requests: some always pass
 
 _GATEWAY = "The gateway itself is overloaded: its event loop runs {lag:.2f} s late, and {most:g} s is the most it may."
 
 
-class Bands:
+class PriorityClasses:
     """The tiers in the order in which they are shed, lowest first. Tiers of one rank share a band.
 
     A band is admitted while less than its share of the limit is under way, whoever holds it. The shares rise evenly
@@ -39,10 +39,10 @@ class Bands:
         self._bands = {tier: bisect_left(order, rank) for tier, rank in ranks.items()}
         count = max(1, len(order))
         rise = (1 - LOWEST_SHARE) / (count - 1) if count > 1 else 0.0
-        self.shares = tuple(1 - rise * (count - 1 - band) for band in range(count))
+        self.shares = tuple(1 - rise * (count - 1 - priority) for priority in range(count))
 
     def __repr__(self) -> str:
-        return f"<Bands {[self.name(band) for band in range(len(self.shares))]}>"
+        return f"<PriorityClasses {[self.name(priority) for priority in range(len(self.shares))]}>"
 
     def __len__(self) -> int:
         return len(self.shares)
@@ -51,16 +51,16 @@ class Bands:
         """Return the band of a tier; of one that is not known, the lowest."""
         return self._bands.get(tier, 0)
 
-    def name(self, band: int) -> str:
+    def name(self, priority: int) -> str:
         """Return the tiers of a band."""
-        return " or ".join(tier for tier, its in self._bands.items() if its == band)
+        return " or ".join(tier for tier, its in self._bands.items() if its == priority)
 
 
-ONE_BAND = Bands({})
+SINGLE_PRIORITY = PriorityClasses({})
 
 
 @dataclass(frozen=True, slots=True)
-class Concurrency:
+class ConcurrencyState:
     """What may be under way at an upstream, None if that is not limited, and what is."""
 
     limit: float | None = None
@@ -76,15 +76,21 @@ class ConcurrencyLimit:
 
     __slots__ = ("_bands", "_gradient", "_met", "_most_bands", "_peak", "_places", "_source", "bounds", "limit")
 
-    def __init__(self, limit: float | Gradient, bands: Bands = ONE_BAND, *, source: random.Random) -> None:
-        self._bands = bands
-        self._most_bands = len(bands)  # that a request under way may have been given its band among
-        self._gradient = limit if isinstance(limit, Gradient) else None
+    def __init__(
+        self,
+        limit: float | GradientController,
+        priorities: PriorityClasses = SINGLE_PRIORITY,
+        *,
+        source: random.Random,
+    ) -> None:
+        self._bands = priorities
+        self._most_bands = len(priorities)  # that a request under way may have been given its band among
+        self._gradient = limit if isinstance(limit, GradientController) else None
         self._source = source
         self._places = Shares(0)
         self._peak = 0
-        self._met = len(bands)  # the lowest band that met its bound since the gradient's window began
-        self._set(limit.allowed if isinstance(limit, Gradient) else limit)
+        self._met = len(priorities)  # the lowest band that met its bound since the gradient's window began
+        self._set(limit.allowed if isinstance(limit, GradientController) else limit)
 
     def __repr__(self) -> str:
         return f"<ConcurrencyLimit [{self.in_flight} of {self.limit:g}]>"
@@ -94,18 +100,18 @@ class ConcurrencyLimit:
         """True if it follows the upstream's latency."""
         return self._gradient is not None
 
-    def change(self, limit: float | AdaptivePolicy, bands: Bands, now: float) -> None:
+    def change(self, limit: float | AdaptivePolicy, priorities: PriorityClasses, now: float) -> None:
         """Take another limit, or other terms of an adaptive one, which goes on from where it stands."""
-        self._bands = bands
-        self._most_bands = max(self._most_bands, len(bands))
-        self._met = len(bands)
+        self._bands = priorities
+        self._most_bands = max(self._most_bands, len(priorities))
+        self._met = len(priorities)
         gradient = self._gradient
         if not isinstance(limit, AdaptivePolicy):
             self._gradient = None
             self._set(limit)
             return
         if gradient is None:
-            self._gradient = gradient = Gradient(limit, now, self.limit)
+            self._gradient = gradient = GradientController(limit, now, self.limit)
         else:
             gradient.change_policy(limit)
         self._set(gradient.allowed)
@@ -123,26 +129,26 @@ class ConcurrencyLimit:
         """Requests under way."""
         return self._places.in_use
 
-    def admits(self, band: int, holder: str | None = None) -> bool:
+    def admits(self, priority: int, holder: str | None = None) -> bool:
         """Tell whether a request of that band may go now."""
-        if not self.is_full_for(band, holder):
+        if not self.is_full_for(priority, holder):
             return True
-        self._met = min(self._met, band)
+        self._met = min(self._met, priority)
         return False
 
-    def is_full_for(self, band: int, holder: str | None = None) -> bool:
+    def is_full_for(self, priority: int, holder: str | None = None) -> bool:
         """Tell whether `admits` would refuse; nothing is learnt from the question."""
         places = self._places
-        return places.held(holder) >= self.bounds[band] - places.in_use
+        return places.held(holder) >= self.bounds[priority] - places.in_use
 
-    def take(self, band: int, holder: str | None = None) -> None:
+    def take(self, priority: int, holder: str | None = None) -> None:
         """Count one more under way, which `admits` has allowed."""
         self._places.take(holder)
         taken = self._places.in_use
         if taken > self._peak:
             self._peak = taken
-            if taken >= self.bounds[band] and band < self._met:
-                self._met = band
+            if taken >= self.bounds[priority] and priority < self._met:
+                self._met = priority
 
     def give_back(self, holder: str | None = None) -> None:
         """Count one less."""
@@ -152,22 +158,22 @@ class ConcurrencyLimit:
         """Learn from the time one request took to the head of its answer."""
         gradient = self._gradient
         if gradient is not None and gradient.add(seconds, now):
-            bands, met = len(self._bands), self._met
-            gradient.close_window(now, is_met=met < bands, is_calm=2 * self._peak <= self.bounds[0])
-            self._met, self._peak = bands, self.in_flight
+            priorities, met = len(self._bands), self._met
+            gradient.close_window(now, is_met=met < priorities, is_calm=2 * self._peak <= self.bounds[0])
+            self._met, self._peak = priorities, self.in_flight
             self._set(gradient.allowed)
-            if gradient.is_looking and met < bands - 1:  # a look costs the lower bands, if they are many enough
-                self._bound([*self.bounds[: bands - 1], math.ceil(gradient.unqueued)])
+            if gradient.is_looking and met < priorities - 1:  # a look costs the lower bands, if they are many enough
+                self._bound([*self.bounds[: priorities - 1], math.ceil(gradient.unqueued)])
 
-    def refusal(self, upstream: str, band: int, holder: str | None = None) -> Shed:
+    def refusal(self, upstream: str, priority: int, holder: str | None = None) -> LoadShed:
         """Return the error that tells a request of that band that it came at a bad time."""
-        bound = self.bounds[band]
-        tier = self._bands.name(band)
+        bound = self.bounds[priority]
+        tier = self._bands.name(priority)
         whose = f"requests of tier {tier} are admitted" if tier else "requests are admitted"
         share = ""
         if self.in_flight < bound:
             share = f"; {self._places.held(holder)} of them are yours, and nobody may have more than are still free"
-        return Shed(
+        return LoadShed(
             f"Upstream '{upstream}' is overloaded: of {self.limit:.4g} requests that may be under way"
             f" {self.in_flight} are, and {whose} below {bound}{share}.",
             retry_after=_retry_after(self._source),
@@ -181,7 +187,7 @@ class ConcurrencyLimit:
         )
 
 
-class LagLimit:
+class EventLoopShedder:
     """How late the event loop may run, beyond which requests are refused before anything is done for them.
 
     What counts is the median of the last few samples, so that a pause of the garbage collector or one stall sheds
@@ -189,22 +195,24 @@ class LagLimit:
     that; then the next. Of the highest, one in ten always passes.
     """
 
-    def __init__(self, most: float | None, bands: Bands = ONE_BAND, *, source: random.Random) -> None:
+    def __init__(
+        self, most: float | None, priorities: PriorityClasses = SINGLE_PRIORITY, *, source: random.Random
+    ) -> None:
         """`most` is seconds; None sheds nobody."""
         self.most = math.inf if most is None else most
         self.lag = 0.0
         self.is_over = False
-        self._bands = bands
+        self._bands = priorities
         self._source = source
         self._lags: deque[float] = deque(maxlen=LAGS)
 
     def __repr__(self) -> str:
-        return f"<LagLimit [{self.lag:.3f} of {self.most:g} s]>"
+        return f"<EventLoopShedder [{self.lag:.3f} of {self.most:g} s]>"
 
-    def change(self, most: float | None, bands: Bands) -> None:
+    def change(self, most: float | None, priorities: PriorityClasses) -> None:
         """Take another limit or other bands; the samples stay."""
         self.most = math.inf if most is None else most
-        self._bands = bands
+        self._bands = priorities
         self.is_over = self.lag > self.most
 
     def observe(self, seconds: float) -> None:
@@ -213,22 +221,22 @@ class LagLimit:
         self.lag = median(self._lags) if len(self._lags) == LAGS else 0.0
         self.is_over = self.lag > self.most
 
-    def share(self, band: int) -> float:
+    def share(self, priority: int) -> float:
         """Return which share of a band's requests is refused now, 0 to 1."""
         if not self.is_over:
             return 0.0
-        share = (self.lag / self.most - 1) / BAND_WIDTH - band
-        return max(0.0, min(HIGHEST_SHED if band == len(self._bands) - 1 else 1.0, share))
+        share = (self.lag / self.most - 1) / PRIORITY_WIDTH - priority
+        return max(0.0, min(HIGHEST_SHED if priority == len(self._bands) - 1 else 1.0, share))
 
-    def sheds(self, band: int) -> bool:
+    def sheds(self, priority: int) -> bool:
         """Decide on one request."""
-        return self._source.random() < self.share(band)
+        return self._source.random() < self.share(priority)
 
-    def refusal(self, band: int) -> Shed:
+    def refusal(self, priority: int) -> LoadShed:
         """Return the error that tells a request of that band that it came at a bad time."""
-        tier, share = self._bands.name(band), self.share(band)
+        tier, share = self._bands.name(priority), self.share(priority)
         whose = f" of tier {tier}" if tier else ""
-        return Shed(
+        return LoadShed(
             f"{_GATEWAY.format(lag=self.lag, most=self.most)} {share:.0%} of the requests{whose} are refused now.",
             retry_after=_retry_after(self._source),
             extra={"tier": tier, "event_loop_lag": round(self.lag, 3), "max_lag": self.most},

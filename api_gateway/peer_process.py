@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from api_gateway.socket_table import ESTABLISHED, LISTEN, End, Row, SocketTable
+from api_gateway.socket_table import ESTABLISHED, LISTEN, Endpoint, Row, SocketTable
 
 PROC = Path("/proc")
 PORT_RANGE = "sys/net/ipv4/ip_local_port_range"
@@ -29,11 +29,11 @@ class NotEstablished(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class EstablishedConnection:
     """A connection between two processes of this machine. `inode` is that of our own socket, if it is at hand."""
 
-    ours: End
-    theirs: End
+    ours: Endpoint
+    theirs: Endpoint
     inode: int | None = None
 
 
@@ -52,7 +52,7 @@ class PeerProcesses:
         """Whether this system has the files that the look-up reads."""
         return (self._proc / "self/net/tcp").exists() and (self._proc / "self/fd").exists()
 
-    def examine(self, connection: Connection) -> None:
+    def examine(self, connection: EstablishedConnection) -> None:
         """Examine who is at the other end of a TCP connection. Raises NotEstablished unless all of them qualify."""
         try:
             table = SocketTable.read(self._proc / "self")
@@ -75,7 +75,7 @@ class PeerProcesses:
         except OSError as error:
             raise NotEstablished(f"{error.filename}: {error.strerror}") from error
 
-    def _peer(self, connection: Connection, table: SocketTable) -> Row:
+    def _peer(self, connection: EstablishedConnection, table: SocketTable) -> Row:
         """Return the peer's socket, if both ends are connected and the peer's was made by a user who qualifies."""
         ours = table.between(connection.ours, connection.theirs)
         theirs = table.between(connection.theirs, connection.ours)
@@ -117,7 +117,9 @@ class PeerProcesses:
                 if must_exist:
                     raise
 
-    def _examine_all(self, holders: list[int], table: SocketTable, connection: Connection, inode: int) -> None:
+    def _examine_all(
+        self, holders: list[int], table: SocketTable, connection: EstablishedConnection, inode: int
+    ) -> None:
         for pid in holders:
             self._examine(pid, table, connection.ours.port, holds=inode)
 

@@ -26,20 +26,21 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
-from api_gateway.alarm import Alarm
-from api_gateway.cycle import HIGH_WATER, Cycle, render_head
+from api_gateway.alarm import DeadlineTimer
+from api_gateway.cycle import HIGH_WATER, RequestResponseCycle, render_response_head
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
     HeadersTooLarge,
-    HeadTimeout,
     InternalError,
     Overloaded,
+    RequestTimeout,
     problem,
 )
 from api_gateway.headers import fields_of, framing, http_date
-from api_gateway.link import LINK, UNIX_PEER, Lanes, Passage
+from api_gateway.link import SERVER_EXTENSION, UNIX_PEER, FastPathProvider, InFlight
 from api_gateway.models import HeaderList
+from api_gateway.send_queue import unacknowledged
 from api_gateway.shares import MAX_CONNECTIONS, Shares
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ConnectionLimits:
     """What a client may ask of a connection: bytes, lines and seconds. `connections_per_peer` 0 is no limit.
 
     `body_rate` is the bytes a second that a body must have while it is awaited, 0 for none, `body_grace` the seconds
@@ -82,10 +83,10 @@ def _nobody(_address: str) -> None:
     """Count no connection against anybody."""
 
 
-class GatewayProtocol(HttpToolsProtocol):
+class DownstreamConnection(HttpToolsProtocol):
     """One connection of a client. `bounds` and what the connections share is set by `bounded_protocol`."""
 
-    bounds: Bounds = Bounds()  # of the class: those of new connections, which keep them
+    bounds: ConnectionLimits = ConnectionLimits()  # of the class: those of new connections, which keep them
     peers: ClassVar[Counter[str]] = Counter()
     refused: ClassVar[Counter[str]] = Counter()
     shares: ClassVar[Shares] = Shares(MAX_CONNECTIONS)
@@ -107,9 +108,9 @@ class GatewayProtocol(HttpToolsProtocol):
         self._peer = self.client[0] if self.client and self.client is not UNIX_PEER else ""
         self.peers[self._peer] += 1
         self._surplus = self._take_place()
-        self._reading: Cycle | None = None  # the request whose body is not complete
-        self._serving: Cycle | None = None  # the request whose answer is due, or was the last one sent
-        self._waiting: deque[Cycle] = deque()
+        self._reading: RequestResponseCycle | None = None  # the request whose body is not complete
+        self._serving: RequestResponseCycle | None = None  # the request whose answer is due, or was the last one sent
+        self._waiting: deque[RequestResponseCycle] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._rest: asyncio.Future[None] | None = None  # what the worker waits for when there is nothing to serve
         self._writable: asyncio.Future[None] | None = None
@@ -124,14 +125,14 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_over = self._is_ending = self._is_read_paused = False
         self._is_last = False  # what is held back is the last that will be served
         self._is_draining = False  # the server stops: no connection goes on behind an answer
-        self._unsent = 0  # bytes the client had not read when last looked at
-        self._alarm = Alarm(self.loop, self._on_alarm)
+        self._unsent = 0  # bytes the client had not acknowledged at the last check
+        self._alarm = DeadlineTimer(self.loop, self._on_alarm)
         self._alarm.set(SURPLUS_TIMEOUT if self._surplus else self.bounds.header_timeout)
         self._body_bytes = 0  # received of bodies since the time for them was last set
         self._paused_at = 0.0  # when reading was last paused
         self.lines: Any = None  # the lane's memory of the last request here
-        self._lane: Lanes | None = getattr(self.app, "lane", None)
-        self._passage: Passage | None = None  # the request that has taken the lane
+        self._lane: FastPathProvider | None = getattr(self.app, "fast_path", None)
+        self._passage: InFlight | None = None  # the request that has taken the lane
         self._is_at_rest = self._lane is not None and not self._surplus  # nothing has begun: the lane is open
 
     def _take_place(self) -> str:
@@ -166,15 +167,15 @@ class GatewayProtocol(HttpToolsProtocol):
         self._is_over = True
         self._is_at_rest = False
         self._alarm.stop()
-        passage, self._passage = self._passage, None
+        exchange, self._passage = self._passage, None
         self.resume_writing()
         self._drop_waiting()
         self._wake_worker()
         if self._serving is not None:
             self._serving.disconnect()
         self.parser = None  # type: ignore[assignment]  # as uvicorn does: it refers to us
-        if passage is not None:
-            passage.on_client_left()
+        if exchange is not None:
+            exchange.on_client_left()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never says to go on
         """Tell whether to go on: a client that said it would send no more may still be reading (RFC 9112, 9.6)."""
@@ -205,9 +206,9 @@ class GatewayProtocol(HttpToolsProtocol):
             self._serving.stop()
         if self._is_handed_over:
             return
-        self._mark_last()
+        self._announce_close()
 
-    def _mark_last(self) -> None:
+    def _announce_close(self) -> None:
         """Have the last answer that is due say that the connection ends, unless its head has been sent already."""
         last = self._waiting[-1] if self._waiting else self._serving
         if self._held:  # the last of these will be it, once they are parsed
@@ -217,9 +218,9 @@ class GatewayProtocol(HttpToolsProtocol):
         elif last is not None and not last.is_answered:
             last.keep_alive = last.keep_alive and last.is_started
         elif not self._is_ending:
-            self._await_last()
+            self._drain_idle()
 
-    def _await_last(self) -> None:
+    def _drain_idle(self) -> None:
         """Wait a moment for one more request, which goes the ordinary way."""
         self._is_at_rest = False
         if not (self._has_begun or self._unparsed or self._reading is not None):
@@ -231,7 +232,7 @@ class GatewayProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the bounds, unless it is a request that can take the lane."""
         if self._is_at_rest:
-            if self._lane.current.board(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
+            if self._lane.current.try_handle(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
                 return
             self._is_at_rest = False
         if self._is_ending:
@@ -240,13 +241,13 @@ class GatewayProtocol(HttpToolsProtocol):
                 self.transport.abort()
             return
         if self._is_holding:
-            self._hold(data)
+            self._buffer(data)
         else:
             self._parse(data)
             if self._is_draining:
-                self._mark_last()
+                self._announce_close()
 
-    def _hold(self, data: bytes | memoryview) -> None:
+    def _buffer(self, data: bytes | memoryview) -> None:
         """Keep what may not be parsed yet."""
         self._is_holding = True
         self._held += data
@@ -260,7 +261,7 @@ class GatewayProtocol(HttpToolsProtocol):
             if self._is_holding or len(self._waiting) > MAX_PIPELINED:
                 if not self._is_holding:
                     self.pause_reading()
-                self._hold(view)
+                self._buffer(view)
                 return
             view = view[self._feed(view[: HEAD_PIECE if self._reading is None else BODY_PIECE]) :]
         if self._is_ending:
@@ -289,12 +290,12 @@ class GatewayProtocol(HttpToolsProtocol):
             self._on_error(error)
         return size
 
-    def _release_soon(self) -> None:
+    def _replay_soon(self) -> None:
         """Parse what is held back, once the callbacks that run now are done."""
         if self._releasing is None:
-            self._releasing = self.loop.call_soon(self._release)
+            self._releasing = self.loop.call_soon(self._replay_buffered)
 
-    def _release(self) -> None:
+    def _replay_buffered(self) -> None:
         """Parse what was held back."""
         self._releasing = None
         data, self._held = bytes(self._held), bytearray()
@@ -302,7 +303,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if not self._is_over:
             self._parse(data)
             if self._is_draining:
-                self._mark_last()
+                self._announce_close()
             self.resume_reading()
 
     def _on_error(self, error: httptools.HttpParserError) -> None:
@@ -378,7 +379,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._enqueue(cycle)
 
-    def _enqueue(self, cycle: Cycle) -> None:
+    def _enqueue(self, cycle: RequestResponseCycle) -> None:
         """Have the worker serve a request, as soon as it has served those before."""
         self._waiting.append(cycle)
         if self._worker is None or self._worker.done():
@@ -388,7 +389,7 @@ class GatewayProtocol(HttpToolsProtocol):
         elif self._rest is not None:
             self._wake_worker()
 
-    def _parsed_cycle(self) -> Cycle:
+    def _parsed_cycle(self) -> RequestResponseCycle:
         """Return the request whose head has just come; raises ValueError if its target is none."""
         parser = self.parser
         method, version = parser.get_method().decode("ascii"), parser.get_http_version()
@@ -419,7 +420,7 @@ class GatewayProtocol(HttpToolsProtocol):
             "extensions": _EXTENSIONS,
         }
 
-    def _cycle(self, method: str, target: bytes, version: str) -> Cycle:
+    def _cycle(self, method: str, target: bytes, version: str) -> RequestResponseCycle:
         """Return a request; its headers are those spelled last."""
         raw_path, _, query = target.partition(b"?")
         path = raw_path.decode("ascii")
@@ -434,7 +435,7 @@ class GatewayProtocol(HttpToolsProtocol):
             "headers": headers,
             "state": self.app_state.copy(),
         }
-        scope[LINK] = cycle = Cycle(self, scope, target)
+        scope[SERVER_EXTENSION] = cycle = RequestResponseCycle(self, scope, target)
         return cycle
 
     def _origin_form(self, target: bytes) -> bytes:
@@ -476,9 +477,9 @@ class GatewayProtocol(HttpToolsProtocol):
             return
         cycle.end_body()
         if cycle.is_answered:
-            self._rest_between()
+            self._become_idle()
         else:
-            self._alarm.set(self._patience())
+            self._alarm.set(self._current_timeout())
 
     def _is_handshake(self) -> bool:
         """Tell whether the head that has just come asks for a WebSocket (RFC 6455 section 4.1)."""
@@ -537,16 +538,16 @@ class GatewayProtocol(HttpToolsProtocol):
             self._excuse_pause()
             self.transport.resume_reading()
 
-    # The lane, as `express.ClientConnection` has it
+    # The lane, as `express.Downstream` has it
 
-    def embark(self, passage: Passage) -> None:
+    def begin_exchange(self, exchange: InFlight) -> None:
         """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
-        self._passage = passage
+        self._passage = exchange
         self._is_at_rest = self._is_timed = False
         self._is_holding = True
         self._alarm.clear()
 
-    def disembark(self, *, keep_alive: bool) -> None:
+    def end_exchange(self, *, keep_alive: bool) -> None:
         """Go on behind a complete answer, or end the connection."""
         self._passage = None
         self.server_state.total_requests += 1
@@ -555,19 +556,19 @@ class GatewayProtocol(HttpToolsProtocol):
         if not keep_alive:
             self._close()
         elif self._held:
-            self._release_soon()
-            self._alarm.set(self._patience())
+            self._replay_soon()
+            self._alarm.set(self._current_timeout())
         else:
             self._is_holding = False
-            self._rest_between()
+            self._become_idle()
 
-    def reply(self, answer: bytes, *, keep_alive: bool) -> None:
+    def write_response(self, answer: bytes, *, keep_alive: bool) -> None:
         """Send a whole answer to a request that has not embarked."""
         self.transport.write(answer)
         self.server_state.total_requests += 1
         self._is_timed = False
         if keep_alive:
-            self._rest_between()
+            self._become_idle()
         else:
             self._close()
 
@@ -585,11 +586,11 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._is_working:
             return
         self.transport.abort()
-        passage, self._passage = self._passage, None
-        if passage is not None:
-            passage.on_cut_off()
+        exchange, self._passage = self._passage, None
+        if exchange is not None:
+            exchange.on_forced_close()
 
-    def serve(
+    def run_asgi(
         self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
     ) -> None:
         """Have `app` serve the request, whether it has embarked or not."""
@@ -604,21 +605,21 @@ class GatewayProtocol(HttpToolsProtocol):
             cycle.feed(body)
         cycle.end_body()
         self._enqueue(cycle)
-        self._alarm.set(self._patience())
+        self._alarm.set(self._current_timeout())
         if self._held:
-            self._release_soon()
+            self._replay_soon()
         else:
             self._is_holding = False
 
-    def _rest_between(self) -> None:
+    def _become_idle(self) -> None:
         """Wait for the next request, if nothing of it has come yet."""
-        self._alarm.set(self._patience())
+        self._alarm.set(self._current_timeout())
         if self._is_holding or self._waiting or self._has_begun or self._unparsed or self._reading is not None:
             return
         if self._is_last:
             self._close()
         elif self._is_draining:
-            self._await_last()
+            self._drain_idle()
         else:
             self._is_at_rest = self._lane is not None and not self.is_write_paused
 
@@ -644,17 +645,17 @@ class GatewayProtocol(HttpToolsProtocol):
                 self.transport.abort()
                 raise
             finally:
-                del cycle.scope[LINK]  # they refer to each other, and would wait for the garbage collector
+                del cycle.scope[SERVER_EXTENSION]  # they refer to each other, and would wait for the garbage collector
                 cycle.on_stopping = None  # as do what it calls and this
                 cycle.app = None  # as it does where it goes on with what began on the straight way
             if not cycle.is_answered and not cycle.is_disconnected:
                 self._on_unfinished(cycle)
         self._serving = self._reading = None  # they refer to us
 
-    def _on_unfinished(self, cycle: Cycle) -> None:
+    def _on_unfinished(self, cycle: RequestResponseCycle) -> None:
         """Break off what the application has not finished, so that it cannot pass for complete."""
         if not cycle.is_started:
-            self._say(InternalError("The gateway failed to answer."))
+            self._send_error(InternalError("The gateway failed to answer."))
         elif cycle.is_http10:  # only a reset tells that it was not the end
             self.transport.abort()
         else:
@@ -670,7 +671,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._rest is not None and not self._rest.done():
             self._rest.set_result(None)
 
-    def on_answered(self, cycle: Cycle) -> None:
+    def on_answered(self, cycle: RequestResponseCycle) -> None:
         """Go on to the next request, or close if there shall be none."""
         self.server_state.total_requests += 1
         if not cycle.keep_alive:
@@ -684,14 +685,14 @@ class GatewayProtocol(HttpToolsProtocol):
             self._renew_parser()
         if self._is_holding and (cycle.upgrade or len(self._waiting) < MAX_PIPELINED // 2):
             if not any(waiting.upgrade for waiting in self._waiting):
-                self._release_soon()
+                self._replay_soon()
         elif self._is_read_paused:
             self.resume_reading()
         self._discarded = 0
-        self._rest_between()
+        self._become_idle()
 
     def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
-        """Send the answer to a handshake and let go of the connection; see `Link.switch`."""
+        """Send the answer to a handshake and let go of the connection; see `ServerExtension.switch`."""
         self._alarm.stop()
         self._is_ending = self._is_handed_over = True
         self._is_holding = False
@@ -712,7 +713,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
             if not self._is_ending:
-                self._alarm.set(self._patience())
+                self._alarm.set(self._current_timeout())
         self._writable = None
         if self._passage is not None:
             self._passage.on_writable()
@@ -724,7 +725,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     # Time, refusals, the end
 
-    def _patience(self) -> float | None:
+    def _current_timeout(self) -> float | None:
         """Return the seconds that what is awaited now may take."""
         if self._reading is not None or self.is_write_paused:
             return self.bounds.idle_timeout
@@ -732,7 +733,7 @@ class GatewayProtocol(HttpToolsProtocol):
             return None  # the upstream's time, which others keep
         return self.bounds.header_timeout if self._is_timed else self.bounds.keep_alive_timeout
 
-    def _await_body(self, reading: Cycle) -> None:
+    def _await_body(self, reading: RequestResponseCycle) -> None:
         """Give the client its time for the rest of a body.
 
         Each piece is worth as long as it takes at the least rate. The next is due before that is used up, and within
@@ -762,7 +763,7 @@ class GatewayProtocol(HttpToolsProtocol):
             reading.body_due += pause
             self._alarm.set(reading.body_due - now)
 
-    def on_body_rate(self, cycle: Cycle) -> None:
+    def on_body_rate(self, cycle: RequestResponseCycle) -> None:
         """Apply the rate that this request's body must have from now on."""
         if cycle is self._reading and not self._is_ending:
             cycle.body_due = None
@@ -775,20 +776,20 @@ class GatewayProtocol(HttpToolsProtocol):
         elif self._serving is not None and not self._serving.is_answered:
             self._check_sender(self._serving)
         elif self._has_begun or self._unparsed:
-            self.refuse(HeadTimeout(f"The request's head did not arrive within {self.bounds.header_timeout:g} s."))
+            self.refuse(RequestTimeout(f"The request's head did not arrive within {self.bounds.header_timeout:g} s."))
         else:
             self._close()
 
     def _check_reader(self) -> None:
         """Give a client that reads slowly more time, and one that does not read, or has read it all, none."""
-        unsent = self.transport.get_write_buffer_size()
-        if unsent in (0, self._unsent):
+        unsent = unacknowledged(self.transport)
+        if unsent == self._unsent or not self.transport.get_write_buffer_size():
             self.transport.abort()
             return
         self._unsent = unsent
         self._alarm.set(self.bounds.idle_timeout)
 
-    def _check_sender(self, serving: Cycle) -> None:
+    def _check_sender(self, serving: RequestResponseCycle) -> None:
         if self._reading is not serving:  # it is complete, and a head behind it may take as long as its answer
             self._alarm.set(self.bounds.header_timeout)
         elif self._is_read_paused or serving.awaits_continue:  # it is not the client that is waited for
@@ -798,10 +799,10 @@ class GatewayProtocol(HttpToolsProtocol):
         elif serving.is_started:
             self.transport.abort()
         elif serving.body_due is None or serving.body_due < serving.body_credit:
-            self.refuse(HeadTimeout(f"Nothing of the body came for {self.bounds.idle_timeout:g} s."))
+            self.refuse(RequestTimeout(f"Nothing of the body came for {self.bounds.idle_timeout:g} s."))
         else:
             rate = self.bounds.body_rate if serving.body_rate is None else serving.body_rate
-            self.refuse(HeadTimeout(f"The body came more slowly than {rate:g} bytes a second."))
+            self.refuse(RequestTimeout(f"The body came more slowly than {rate:g} bytes a second."))
 
     def _refuse_size(self) -> None:
         self.refuse(HeadersTooLarge(f"The request's head is larger than {self.bounds.header_bytes} bytes."))
@@ -823,11 +824,11 @@ class GatewayProtocol(HttpToolsProtocol):
         if due is not None and (due is not self._reading or due.is_started):
             self._close()
         else:
-            self._say(error)
+            self._send_error(error)
         if due is not None:
             due.disconnect()
 
-    def _say(self, error: GatewayError) -> None:
+    def _send_error(self, error: GatewayError) -> None:
         body = json.dumps(problem(error, instance="")).encode()
         headers = [
             (b"content-type", b"application/problem+json"),
@@ -837,7 +838,7 @@ class GatewayProtocol(HttpToolsProtocol):
             (b"date", http_date(int(time.time()))),
             (b"connection", b"close"),
         ]
-        self.transport.write(render_head(error.status, None, headers) + body)
+        self.transport.write(render_response_head(error.status, None, headers) + body)
         self._linger()
 
     def _linger(self) -> None:
@@ -887,11 +888,11 @@ def _size(headers: HeaderList) -> int:
 
 
 def bounded_protocol(
-    bounds: Bounds,
+    bounds: ConnectionLimits,
     refused: Counter[str],
     shares: Shares | None = None,
     share_holder: Callable[[str], str | None] = _nobody,
-) -> type[GatewayProtocol]:
+) -> type[DownstreamConnection]:
     """Return the protocol class for one server, for uvicorn's `Config(http=...)`; it counts its refusals.
 
     `shares` are of the connections, `share_holder` says whose share one from an address takes.
@@ -904,4 +905,4 @@ def bounded_protocol(
         "surplus": Shares(MAX_SURPLUS),
         "share_holder": staticmethod(share_holder),
     }
-    return type("BoundedProtocol", (GatewayProtocol,), shared)
+    return type("BoundedProtocol", (DownstreamConnection,), shared)

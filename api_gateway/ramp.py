@@ -35,7 +35,7 @@ class RateMeter:
 
 
 @dataclass(slots=True)
-class Ramp:
+class RampUp:
     """Admits a share of `rate` that grows from nothing to all of it in `length` seconds, and never less than FLOOR.
 
     It is a token bucket that refills at that growing rate and holds one second's worth: within any stretch of time no

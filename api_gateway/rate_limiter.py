@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
-from api_gateway.models import Charge, Decision, LimiterState, Quota, Source
+from api_gateway.models import Charge, Decision, DecisionSource, LimiterState, Quota
 
 NEVER = -1
 OVERFLOW_SLOTS = 65_536
@@ -49,7 +49,7 @@ class RateLimiter(Protocol):
         """
         ...
 
-    def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
         """Have the store decide what `decide` could not, and call `answer` with the decision, once."""
         ...
 
@@ -122,7 +122,7 @@ def rescale(tat_ns: int, old: Quota, new: Quota, now_ns: int) -> int:
     return now_ns - (-debt_ns * new.burst_ns // old.burst_ns)
 
 
-class DebtTable(Generic[Noted]):
+class TatTable(Generic[Noted]):
     """TATs, or what they are worked out from, by key in two plain dicts, forgotten once they are past.
 
     Entries are written to the current generation and read from both. When a generation is older than the longest debt
@@ -143,7 +143,7 @@ class DebtTable(Generic[Noted]):
         self.rotated_at_ns = 0  # the first use rotates two empty generations
 
     def __repr__(self) -> str:
-        return f"<DebtTable [{len(self)} of {self.limit}]>"
+        return f"<TatTable [{len(self)} of {self.limit}]>"
 
     def __len__(self) -> int:
         """Return the entries held; a key used in two generations counts twice."""
@@ -240,7 +240,7 @@ class MemoryLimiter:
 
     def __init__(self, quotas: Iterable[Quota], *, bucket_limit: int = 1_000_000) -> None:
         """Hold buckets of any of `quotas`. A quota with a longer budget may only come in by `change_quota`."""
-        self._table: DebtTable[int] = DebtTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
+        self._table: TatTable[int] = TatTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
         self._overflow: dict[int, int] = {}
         self._earlier: list[EarlierBuckets] = []  # the oldest first
         self._refunds = Refunds()
@@ -291,7 +291,7 @@ class MemoryLimiter:
             self._store(charge.key, after_ns)
         return decision_of(charge, after_ns, wait_ns, now_ns)
 
-    def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
         """See `RateLimiter`; nothing asks, because `decide` always decides."""
         answer(self.decide(charges, now_ns))
 
@@ -324,7 +324,7 @@ class MemoryLimiter:
 
     async def refill(self, key: str) -> None:
         """See `RateLimiter`."""
-        self.forget(key)
+        self.reset(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """See `RateLimiter`."""
@@ -363,14 +363,14 @@ class MemoryLimiter:
                 self._store(charge.key, after_ns)
         return joint_decision(charges, taken, now_ns)
 
-    def forget(self, key: str) -> None:
+    def reset(self, key: str) -> None:
         """Take a bucket for full."""
         for earlier in self._earlier:
             earlier.pop(key)
         if self._table.get(key) or self._overflow:
             self._store(key, 0)
 
-    def owe(self, key: str, quota: Quota, tat_ns: int, now_ns: int) -> None:
+    def seed(self, key: str, quota: Quota, tat_ns: int, now_ns: int) -> None:
         """Take over what is known of a bucket from elsewhere: it is not full before `tat_ns`."""
         self._advance(now_ns)  # or the next decision would, and might drop the generation that this is put in
         if tat_ns > self._load(key, quota):
@@ -465,7 +465,7 @@ class Refunds:
 
 
 def joint_decision(
-    charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int, source: Source = "memory"
+    charges: Sequence[Charge], taken: Sequence[tuple[int, int]], now_ns: int, source: DecisionSource = "memory"
 ) -> Decision:
     """Return what the TAT and wait of every bucket come to: the first one's decision, or the longest refusal."""
     refusals = [index for index, (_, wait_ns) in enumerate(taken) if wait_ns]
@@ -481,7 +481,7 @@ def decision_of(
     tat_ns: int,
     wait_ns: int,
     now_ns: int,
-    source: Source = "memory",
+    source: DecisionSource = "memory",
     others_ns: tuple[int, ...] = (),
 ) -> Decision:
     """Return the decision on one bucket whose TAT is `tat_ns` after it."""

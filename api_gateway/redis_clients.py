@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from api_gateway.client_records import (
-    KEEP,
     KEPT_CHANGES,
+    UNCHANGED,
     Change,
     Changes,
     ClientRecord,
+    ClientSnapshot,
+    Cursor,
     Grant,
-    Mark,
     OutcomeUnknown,
-    Snapshot,
-    Written,
+    WriteResult,
 )
-from api_gateway.id_filter import IdFilter
+from api_gateway.id_filter import BloomFilter
 from api_gateway.store import REFUSALS, StoreError, StoreSession
-from api_gateway.tasks import end
+from api_gateway.tasks import cancel_and_wait
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +85,15 @@ class RedisClients:
     def __repr__(self) -> str:
         return f"<RedisClients [{'listening' if self._is_listening else 'not listening'}]>"
 
-    async def load(self, limit: int) -> Snapshot:
+    async def load(self, limit: int) -> ClientSnapshot:
         """See `ClientStore`. What changes while it reads is newer than the mark, and so read again.
 
         All ids are read, a page at a time, also where there are more than `limit`.
         """
         epoch, version = await self._ask(self._client.hmget(self._meta, "epoch", "version"))
-        mark = Mark((epoch or b"").decode(), int(version or 0))
+        mark = Cursor((epoch or b"").decode(), int(version or 0))
         records: dict[str, ClientRecord] = {}
-        ids = IdFilter(limit)
+        ids = BloomFilter(limit)
         cursor = 0
         while True:
             cursor, page = await self._ask(self._client.hscan(self._records, cursor, count=_PAGE))
@@ -104,19 +104,19 @@ class RedisClients:
             if not cursor:
                 break
         is_complete = len(records) <= limit
-        return Snapshot(list(records.values())[:limit], mark, is_complete, None if is_complete else ids)
+        return ClientSnapshot(list(records.values())[:limit], mark, is_complete, None if is_complete else ids)
 
-    async def write(self, client_id: str, change: Change) -> Written:
+    async def write(self, client_id: str, change: Change) -> WriteResult:
         """See `ClientStore`."""
         written = await self._write(client_id, change, "")
         assert written is not None  # noqa: S101 - without a condition it is always made
         return written
 
-    async def end_grant(self, client_id: str, version: int) -> Written | None:
+    async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
         """See `ClientStore`; whether its time is over is told by the server's clock."""
         return await self._write(client_id, Change(grant=None), str(version))
 
-    async def changes(self, since: Mark) -> Changes | None:
+    async def changes(self, since: Cursor) -> Changes | None:
         """See `ClientStore`."""
         keys = self._meta, self._records, self._changes
         answer = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, KEPT_CHANGES))
@@ -124,7 +124,7 @@ class RedisClients:
             return None
         epoch, version, *pairs = answer
         found = _records(zip(pairs[::2], pairs[1::2], strict=True))
-        return Changes(found, Mark(epoch.decode(), int(version)))
+        return Changes(found, Cursor(epoch.decode(), int(version)))
 
     async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
         """See `ClientStore`."""
@@ -144,7 +144,7 @@ class RedisClients:
                     async with asyncio.timeout(POLL_INTERVAL):
                         await self._news.wait()
         finally:
-            await end(subscription)
+            await cancel_and_wait(subscription)
 
     async def close(self) -> None:
         """See `ClientStore`."""
@@ -158,11 +158,11 @@ class RedisClients:
         self._is_listening = is_listening
         self._news.set()  # what was published before it began is not told
 
-    async def _write(self, client_id: str, change: Change, ended_version: str) -> Written | None:
+    async def _write(self, client_id: str, change: Change, ended_version: str) -> WriteResult | None:
         async with self._writers:
             return await self._write_now(client_id, change, ended_version)
 
-    async def _write_now(self, client_id: str, change: Change, ended_version: str) -> Written | None:
+    async def _write_now(self, client_id: str, change: Change, ended_version: str) -> WriteResult | None:
         await self._ask(self._client.hget(self._meta, "epoch"))  # what fails here has certainly changed nothing
         outcome = f"{self._outcomes}{secrets.token_hex(12)}"
         keys = self._meta, self._records, self._changes, outcome
@@ -180,7 +180,7 @@ class RedisClients:
         _, before, after, epoch = answer
         key = client_id.encode()
         empty = ClientRecord(client_id)
-        return Written(_record(key, before) or empty, _record(key, after) or empty, epoch.decode())
+        return WriteResult(_record(key, before) or empty, _record(key, after) or empty, epoch.decode())
 
     async def _settle(self, client_id: str, outcome: str, cause: Exception) -> Any:
         keys = self._meta, self._records, outcome
@@ -198,12 +198,12 @@ class RedisClients:
 
 def _arguments(change: Change) -> list[str]:
     """Return what the script is given of a change: for each field whether it is set, and to what."""
-    tier: str = "" if change.tier is KEEP else change.tier or ""
-    grant = None if change.grant is KEEP else change.grant
+    tier: str = "" if change.tier is UNCHANGED else change.tier or ""
+    grant = None if change.grant is UNCHANGED else change.grant
     return [
-        "" if change.tier is KEEP else "1",
+        "" if change.tier is UNCHANGED else "1",
         tier,
-        "" if change.grant is KEEP else "1",
+        "" if change.grant is UNCHANGED else "1",
         grant.tier if grant else "",
         f"{grant.until:.3f}" if grant else "",
     ]

@@ -15,14 +15,14 @@ from functools import lru_cache, partial
 from importlib.resources import files
 from typing import Literal, NamedTuple
 
-from api_gateway.cluster_dispatcher import ClusterDispatcher
-from api_gateway.dispatcher import Dispatcher, Question
+from api_gateway.cluster_dispatcher import ClusterScriptBatcher
+from api_gateway.dispatcher import ScriptBatcher, ScriptOp
 from api_gateway.errors import StoreUnavailable
-from api_gateway.local_share import LocalShare
-from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, LimiterState, Quota, Source
+from api_gateway.local_share import FallbackLimiter
+from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, DecisionSource, LimiterState, Quota
 from api_gateway.rate_limiter import (
-    DebtTable,
     Refunds,
+    TatTable,
     decision_after,
     decision_of,
     joint_decision,
@@ -31,7 +31,7 @@ from api_gateway.rate_limiter import (
     take_each,
 )
 from api_gateway.store import REFUSALS, Evictions, Script, ScriptCall, StoreError, StoreSession
-from api_gateway.tasks import end, not_cancelled
+from api_gateway.tasks import cancel_and_wait, check_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def refund_message(key: str, given_ns: int) -> str:
     return f"{given_ns} {key}"
 
 
-class Told(NamedTuple):
+class CachedDebt(NamedTuple):
     """What a bucket owed in the store at some time between asking and hearing, by this process's clock."""
 
     asked_ns: int
@@ -103,11 +103,11 @@ class RedisLimiter:
         self.policy: Policy = policy
         self.bucket_limit = bucket_limit
         self.overflowed = 0
-        asker = ClusterDispatcher if session.is_divided else Dispatcher
-        self.dispatcher: Dispatcher | ClusterDispatcher = asker(
+        asker = ClusterScriptBatcher if session.is_divided else ScriptBatcher
+        self.dispatcher: ScriptBatcher | ClusterScriptBatcher = asker(
             session, SCRIPT, deadline=deadline, clock=clock, source=source, on_trouble=self._on_trouble
         )
-        self.share = LocalShare(quotas, bucket_limit=bucket_limit)
+        self.share = FallbackLimiter(quotas, bucket_limit=bucket_limit)
         self.share.processes = processes
         self._session = session
         self._configured_processes = processes
@@ -121,8 +121,8 @@ class RedisLimiter:
         self._clock = clock
         self.clock_ns = clock_ns
         # What the store said of buckets, by the length of their budget: after a change of tier it says nothing.
-        self._told: dict[int, DebtTable[Told]] = {}
-        self._told_before: dict[int, DebtTable[Told]] = {}  # and refunds may have been missed since
+        self._told: dict[int, TatTable[CachedDebt]] = {}
+        self._told_before: dict[int, TatTable[CachedDebt]] = {}  # and refunds may have been missed since
         self._hears_refunds = False
         self._given_back = Refunds()  # by the store's clock, which is ahead of ours by
         self.offset_ns = 0
@@ -141,7 +141,7 @@ class RedisLimiter:
         return sum(map(len, [*self._told.values(), *self._told_before.values()])) + len(self.share)
 
     @property
-    def mode(self) -> Source:
+    def mode(self) -> DecisionSource:
         """What decisions (on a cluster: some of them) rest on: the store, or the policy for when it cannot be used."""
         return "store" if self.dispatcher.is_whole and self._write_refusal is None else self.policy
 
@@ -169,7 +169,7 @@ class RedisLimiter:
         """Disconnect."""
         tasks = [task for task in (self._listener, self._heart, *self._retiring) if task is not None]
         self._listener = self._heart = None
-        await end(*tasks)
+        await cancel_and_wait(*tasks)
         await self.dispatcher.close()
         await self._session.close()
 
@@ -185,12 +185,12 @@ class RedisLimiter:
                     return self._refusal(charges, now_ns)
         return None
 
-    def ask(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
         """See `RateLimiter`."""
         if len(charges) > 1 and self._session.is_divided:
-            _Jointly(self, charges, now_ns, answer).submit()
+            _MultiNodeCharge(self, charges, now_ns, answer).submit()
         else:
-            self.dispatcher.submit(_Take(self, charges, now_ns, answer))
+            self.dispatcher.submit(_ChargeOp(self, charges, now_ns, answer))
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """See `RateLimiter`."""
@@ -200,7 +200,7 @@ class RedisLimiter:
         if not self.dispatcher.is_usable:
             return self.share.inspect(charge, self.last_told(charge), now_ns)
         seen: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self.dispatcher.submit(_Look(self, charge, now_ns, seen))
+        self.dispatcher.submit(_PeekOp(self, charge, now_ns, seen))
         return await seen
 
     def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
@@ -212,7 +212,7 @@ class RedisLimiter:
         for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
             tat_ns = at_ns + debt_ns
             charged_ns = tat_ns - self._given_back.since(charge.key, at_ns)
-            self.dispatcher.submit(_Settle(self, charge, charged_ns))
+            self.dispatcher.submit(_SettleOp(self, charge, charged_ns))
             debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, charged_ns, at_ns) - at_ns)
             if charge.increment_ns < 0:
                 self._note_refund(charge.key, -charge.increment_ns)
@@ -226,7 +226,7 @@ class RedisLimiter:
         except StoreError as error:
             raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
         self._note_refund(key, 0)
-        self.share.forget(key)
+        self.share.reset(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """See `RateLimiter`. In the store a bucket carries its budget, and moves when it is next used."""
@@ -267,7 +267,7 @@ class RedisLimiter:
         if self.policy == "deny":
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
         if not may_be_charged:
-            self.share.admit(charges, now_ns)
+            self.share.record_unsynced(charges, now_ns)
         others_ns = tuple(charge.increment_ns for charge in charges[1:])
         return decision_of(first, now_ns + first.increment_ns, 0, now_ns, "allow", others_ns)
 
@@ -279,7 +279,7 @@ class RedisLimiter:
         told = self._told_of(charge), before.get(charge.key) if before is not None else None
         return max((one.asked_ns + one.debt_ns for one in told if one is not None), default=0)
 
-    def _told_of(self, charge: Charge) -> Told | None:
+    def _told_of(self, charge: Charge) -> CachedDebt | None:
         table = self._told.get(charge.quota.burst_ns)
         return table.get(charge.key) if table is not None else None
 
@@ -294,10 +294,10 @@ class RedisLimiter:
             return
         table = self._told.get(charge.quota.burst_ns)
         if table is None:
-            table = DebtTable(2 * charge.quota.burst_ns, self.bucket_limit)
+            table = TatTable(2 * charge.quota.burst_ns, self.bucket_limit)
             self._told[charge.quota.burst_ns] = table
         table.advance(asked_ns)
-        told = Told(asked_ns, self.clock_ns(), debt_ns)
+        told = CachedDebt(asked_ns, self.clock_ns(), debt_ns)
         if charge.key in table.current:
             table.current[charge.key] = told
         else:
@@ -351,7 +351,7 @@ class RedisLimiter:
         """Listen anew: what broke one connection may have silenced the other."""
         self._on_listening(False)
         if self._listener is not None:
-            retiring = asyncio.create_task(end(self._listener), name="end of store refunds")
+            retiring = asyncio.create_task(cancel_and_wait(self._listener), name="end of store refunds")
             self._retiring.add(retiring)
             retiring.add_done_callback(self._retiring.discard)
             self._listener = self._listen()
@@ -383,7 +383,7 @@ class RedisLimiter:
                 self._note_write_refusal(None)
                 self.note_processes(int(alive), self._clock())
             await self._look_for_evictions()  # also of a store so full that it refuses the heartbeat
-            not_cancelled()
+            check_cancelled()
             await asyncio.sleep(BEAT)
 
     def _note_write_refusal(self, refusal: str | None) -> None:
@@ -418,7 +418,7 @@ def _warning(policy: str | None) -> str | None:
     return f"the store has maxmemory-policy {policy}: a bucket it evicts is full again; it should be noeviction"
 
 
-class _Take(Question):
+class _ChargeOp(ScriptOp):
     """Charges the buckets of one request."""
 
     __slots__ = ("_answer", "_asked_ns", "_charges", "_limiter")
@@ -433,16 +433,16 @@ class _Take(Question):
         self._answer = answer
 
     def write(self, call: ScriptCall) -> None:
-        """See `Question`; what was admitted meanwhile is told first."""
+        """See `ScriptOp`; what was admitted meanwhile is told first."""
         limiter, arguments = self._limiter, call.arguments
-        if len(self._charges) == 1 and not limiter.share.has_debts:  # the common case
+        if len(self._charges) == 1 and not limiter.share.has_unsynced:  # the common case
             charge = self._charges[0]
             arguments += (1, call.number(self.key), charge.quota.burst_ns, charge.increment_ns)
             return
         numbers = [call.number(limiter.store_key(charge.key)) for charge in self._charges]
-        if limiter.share.has_debts:
+        if limiter.share.has_unsynced:
             for number, charge in zip(numbers, self._charges, strict=True):
-                owed_ns = limiter.share.owed(charge.key, self._asked_ns)
+                owed_ns = limiter.share.take_unsynced(charge.key, self._asked_ns)
                 if owed_ns:
                     arguments += ("debt", number, charge.quota.burst_ns, owed_ns)
         arguments.append(len(numbers))
@@ -475,7 +475,7 @@ class _Take(Question):
         self._answer(limiter.without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent))
 
 
-class _Jointly:
+class _MultiNodeCharge:
     """Charges buckets that lie on several servers of a cluster: all, or none in the end.
 
     Each is charged where it lies. If one refuses, what the others took is given back: for the time of that round trip
@@ -495,7 +495,7 @@ class _Jointly:
         """Ask for every bucket."""
         for index, charge in enumerate(self._charges):
             answer = partial(self._on_decision, index)
-            self._limiter.dispatcher.submit(_Take(self._limiter, [charge], self._now_ns, answer))
+            self._limiter.dispatcher.submit(_ChargeOp(self._limiter, [charge], self._now_ns, answer))
 
     def _on_decision(self, index: int, decision: Decision) -> None:
         self._decisions[index] = decision
@@ -515,7 +515,7 @@ class _Jointly:
         self._answer(max(refusals, key=lambda known: (known.wait_ns < 0, known.wait_ns)))
 
 
-class _Look(Question):
+class _PeekOp(ScriptOp):
     """Looks at one bucket."""
 
     __slots__ = ("_asked_ns", "_charge", "_limiter", "_seen")
@@ -528,24 +528,24 @@ class _Look(Question):
         self._seen = seen
 
     def write(self, call: ScriptCall) -> None:
-        """See `Question`: a charge of nothing."""
+        """See `ScriptOp`: a charge of nothing."""
         call.arguments += (1, call.number(self.key), self._charge.quota.burst_ns, 0)
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
-        """See `Question`."""
+        """See `ScriptOp`."""
         now_ns, quota = clock_us * 1000, self._charge.quota
         tat_ns, wait_ns = take(now_ns + next(reply), quota.burst_ns, self._charge.increment_ns, now_ns)
         if not self._seen.done():
             self._seen.set_result(decision_of(self._charge, tat_ns, wait_ns, now_ns, "store"))
 
     def fail(self) -> None:
-        """See `Question`."""
+        """See `ScriptOp`."""
         if not self._seen.done():
             limiter, charge = self._limiter, self._charge
             self._seen.set_result(limiter.share.inspect(charge, limiter.last_told(charge), self._asked_ns))
 
 
-class _Settle(Question):
+class _SettleOp(ScriptOp):
     """Charges a bucket later, or gives back. Nobody waits; if it fails, the store keeps what it has."""
 
     __slots__ = ("_charge", "_limiter", "_tat_ns")
@@ -558,7 +558,7 @@ class _Settle(Question):
         self._tat_ns = tat_ns
 
     def write(self, call: ScriptCall) -> None:
-        """See `Question`; whoever remembers the bucket as emptier is told."""
+        """See `ScriptOp`; whoever remembers the bucket as emptier is told."""
         charge = self._charge
         number = call.number(self.key)
         call.arguments += ("settle", number, charge.quota.burst_ns, charge.increment_ns, self._tat_ns)
@@ -566,8 +566,8 @@ class _Settle(Question):
             call.arguments += ("told", self._limiter.refunds, refund_message(charge.key, -charge.increment_ns))
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - nobody waits
-        """See `Question`."""
+        """See `ScriptOp`."""
         next(reply)
 
     def fail(self) -> None:
-        """See `Question`."""
+        """See `ScriptOp`."""

@@ -7,7 +7,6 @@ time: those that come meanwhile wait for their turn, as what they want to be see
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
 from api_gateway.config import GatewayConfig
 from api_gateway.config_changes import changes_between, with_restart_settings_of
@@ -22,18 +21,6 @@ MAX_LOGGED = 50  # changes
 
 class ApplyError(Exception):
     """A valid configuration could not be put into force; the message says where and why. The old one is in force."""
-
-
-class Configurable(Protocol):
-    """What serves here and can be brought to another configuration."""
-
-    async def prepare(self, config: GatewayConfig) -> None:
-        """Do all that may fail, and change nothing. Raises StartupError."""
-        ...
-
-    def commit(self) -> None:
-        """Put what was prepared last into force, at once."""
-        ...
 
 
 class Reloader:

@@ -5,14 +5,14 @@ from collections.abc import AsyncIterable
 
 import httpx
 
-from api_gateway.answer import Answer, Incoming
+from api_gateway.answer import LeanResponse, UpstreamResponse
 from api_gateway.headers import Fields, fields_of
 from api_gateway.models import HeaderList
-from api_gateway.outgoing import Outgoing
+from api_gateway.outgoing import LeanRequest
 from api_gateway.transport import UpstreamTransport
 
 
-class Foreign:
+class HttpxBody:
     """The body of an answer that another transport gave, read as our own are."""
 
     is_ready = False
@@ -36,31 +36,31 @@ class Foreign:
 
 
 async def reply_to(
-    transport: httpx.AsyncBaseTransport, request: httpx.Request, answer: Answer | None
+    transport: httpx.AsyncBaseTransport, request: httpx.Request, answer: UpstreamResponse | None
 ) -> httpx.Response:
     """Send the request, unless it has an answer under way already, and return the response."""
-    if answer is not None and isinstance(transport, UpstreamTransport) and isinstance(request, Outgoing):
+    if answer is not None and isinstance(transport, UpstreamTransport) and isinstance(request, LeanRequest):
         return await transport.response_to(request, answer)
     return await transport.handle_async_request(request)
 
 
 def fields_in(response: httpx.Response) -> Fields:
     """Return the headers of an answer by name."""
-    return response.stream.fields if isinstance(response, Incoming) else fields_of(response.headers.raw)
+    return response.stream.fields if isinstance(response, LeanResponse) else fields_of(response.headers.raw)
 
 
-def parts_of(response: httpx.Response) -> tuple[HeaderList, Fields, Answer | Foreign]:
+def parts_of(response: httpx.Response) -> tuple[HeaderList, Fields, UpstreamResponse | HttpxBody]:
     """Return the headers of an answer, the same by name, and its body."""
-    if isinstance(response, Incoming):
+    if isinstance(response, LeanResponse):
         answer = response.stream
         return answer.headers, answer.fields, answer
     headers = response.headers.raw
-    return headers, fields_of(headers), Foreign(response.stream)  # type: ignore[arg-type]  # an async one
+    return headers, fields_of(headers), HttpxBody(response.stream)  # type: ignore[arg-type]  # an async one
 
 
 async def let_go(response: httpx.Response) -> None:
     """Close an answer: what has not fully arrived takes its connection with it."""
-    if isinstance(response, Incoming):
+    if isinstance(response, LeanResponse):
         response.stream.close()
     else:
         await response.stream.aclose()  # type: ignore[union-attr]  # an async transport's stream is an async one

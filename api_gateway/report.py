@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 from api_gateway.balancer import Upstream
 from api_gateway.breaker_policy import BreakerPolicy, Mode, State
-from api_gateway.breaker_records import FailedCall, FlightRecord
+from api_gateway.breaker_records import FailedCall, TransitionRecord
 from api_gateway.call_window import Counts
 from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import LimiterState
-from api_gateway.overload import Concurrency
+from api_gateway.overload import ConcurrencyState
 from api_gateway.pacing import Steps, completed, each
 from api_gateway.reload_state import ReloadState
-from api_gateway.resolution import Name
+from api_gateway.resolution import HostName
 from api_gateway.shares import ResourceState
 from api_gateway.targets import CheckRecord, Target
 
@@ -31,7 +31,7 @@ _PART = 50  # rows of such a table in one part
 
 
 @dataclass(frozen=True, slots=True)
-class BreakerReport:
+class BreakerSnapshot:
     """A circuit breaker. `workers` holds its state in each worker, where there are several.
 
     `one_principal`: it stays CLOSED because the failures are one client's and others call, too.
@@ -59,7 +59,7 @@ class BreakerReport:
     workers: dict[str, State] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, breaker: CircuitBreaker, now: float) -> "BreakerReport":
+    def of(cls, breaker: CircuitBreaker, now: float) -> "BreakerSnapshot":
         """Look at a breaker, after the moves that time has made."""
         breaker.advance(now)
         calls, failures, slow = breaker.window_counts(now)
@@ -87,7 +87,7 @@ class BreakerReport:
         )
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "BreakerReport":
+    def from_state(cls, state: Mapping[str, Any]) -> "BreakerSnapshot":
         """Build the report that `asdict` and JSON have made this of."""
         workers = {name: State(word) for name, word in state["workers"].items()}
         policy = BreakerPolicy(**state["policy"])
@@ -96,7 +96,7 @@ class BreakerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class PassiveReport:
+class OutlierSnapshot:
     """What live requests have shown of a target. `withheld` failures in a row did not eject it: it may not be."""
 
     state: State
@@ -107,10 +107,10 @@ class PassiveReport:
     opened_at: float | None
     opened_cause: str
     ejections_total: int
-    one_principal: bool = False  # see `BreakerReport`
+    one_principal: bool = False  # see `BreakerSnapshot`
 
     @classmethod
-    def of(cls, upstream: Upstream, target: Target, now: float) -> "PassiveReport | None":
+    def of(cls, upstream: Upstream, target: Target, now: float) -> "OutlierSnapshot | None":
         """Look at a target's breaker, if it has one."""
         breaker = target.breaker
         if breaker is None:
@@ -118,7 +118,7 @@ class PassiveReport:
         opened, state = breaker.last_opened, breaker.state_at(now)
         return cls(
             state=state,
-            is_ejected=upstream.rotation.is_ejected(upstream.targets, target, now),
+            is_ejected=upstream.outliers.is_ejected(upstream.targets, target, now),
             withheld=target.withheld,
             consecutive_failures=breaker.consecutive_failures,
             next_probe_at=now + breaker.retry_after(now) if state is State.OPEN else None,
@@ -130,7 +130,7 @@ class PassiveReport:
 
 
 @dataclass(frozen=True, slots=True)
-class TargetReport:
+class TargetSnapshot:
     """A target of an upstream; `share` is how often it is a candidate, less than 1 while it starts slowly."""
 
     url: str
@@ -139,25 +139,27 @@ class TargetReport:
     named: str | None = None
     share: float = 1.0
     checks: CheckRecord = field(default_factory=CheckRecord)
-    passive: PassiveReport | None = None
+    passive: OutlierSnapshot | None = None
 
     @classmethod
-    def of(cls, upstream: Upstream, target: Target, now: float) -> "TargetReport":
+    def of(cls, upstream: Upstream, target: Target, now: float) -> "TargetSnapshot":
         """Look at a target."""
         return cls(
             url=target.url,
             is_healthy=target.is_healthy,
             in_flight=target.in_flight,
             named=target.named,
-            share=upstream.rotation.share(target, now),
+            share=upstream.outliers.share(target, now),
             checks=replace(target.checks),
-            passive=PassiveReport.of(upstream, target, now),
+            passive=OutlierSnapshot.of(upstream, target, now),
         )
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "TargetReport":
+    def from_state(cls, state: Mapping[str, Any]) -> "TargetSnapshot":
         """Build the report that `asdict` and JSON have made this of."""
-        passive = state["passive"] and PassiveReport(**{**state["passive"], "state": State(state["passive"]["state"])})
+        passive = state["passive"] and OutlierSnapshot(
+            **{**state["passive"], "state": State(state["passive"]["state"])}
+        )
         return cls(**{**state, "checks": CheckRecord(**state["checks"]), "passive": passive})
 
     @property
@@ -177,7 +179,7 @@ class TargetReport:
 
 
 @dataclass(frozen=True, slots=True)
-class NameReport:
+class HostNameSnapshot:
     """A name whose addresses are targets."""
 
     host: str
@@ -188,22 +190,22 @@ class NameReport:
 
 
 @dataclass(frozen=True, slots=True)
-class UpstreamReport:
+class UpstreamSnapshot:
     """An upstream: `pass` while all targets are in rotation, `fail` if none is healthy or its breaker refuses all."""
 
     status: Status
-    breaker: BreakerReport
-    targets: tuple[TargetReport, ...]
-    names: tuple[NameReport, ...] = ()
-    concurrency: Concurrency = Concurrency()  # noqa: RUF009 - frozen
+    breaker: BreakerSnapshot
+    targets: tuple[TargetSnapshot, ...]
+    names: tuple[HostNameSnapshot, ...] = ()
+    concurrency: ConcurrencyState = ConcurrencyState()  # noqa: RUF009 - frozen
 
     @classmethod
-    def of(cls, upstream: Upstream, now: float, names: Iterable[Name] = ()) -> "UpstreamReport":
+    def of(cls, upstream: Upstream, now: float, names: Iterable[HostName] = ()) -> "UpstreamSnapshot":
         """Look at an upstream, and at the `names` that its targets come from."""
-        breaker = BreakerReport.of(upstream.breaker, now)
-        targets = tuple(TargetReport.of(upstream, target, now) for target in upstream.targets)
+        breaker = BreakerSnapshot.of(upstream.breaker, now)
+        targets = tuple(TargetSnapshot.of(upstream, target, now) for target in upstream.targets)
         asked = tuple(
-            NameReport(name.host, name.port, name.addresses, name.asked_at, name.error)
+            HostNameSnapshot(name.host, name.port, name.addresses, name.asked_at, name.error)
             for name in names
             if not name.is_address
         )
@@ -216,16 +218,16 @@ class UpstreamReport:
         return cls(status, breaker, targets, asked, upstream.concurrency)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "UpstreamReport":
+    def from_state(cls, state: Mapping[str, Any]) -> "UpstreamSnapshot":
         """Build the report that `asdict` and JSON have made this of."""
-        targets = tuple(map(TargetReport.from_state, state["targets"]))
-        names = tuple(NameReport(**{**name, "addresses": tuple(name["addresses"])}) for name in state["names"])
-        concurrency = Concurrency(**state["concurrency"])
-        return cls(state["status"], BreakerReport.from_state(state["breaker"]), targets, names, concurrency)
+        targets = tuple(map(TargetSnapshot.from_state, state["targets"]))
+        names = tuple(HostNameSnapshot(**{**name, "addresses": tuple(name["addresses"])}) for name in state["names"])
+        concurrency = ConcurrencyState(**state["concurrency"])
+        return cls(state["status"], BreakerSnapshot.from_state(state["breaker"]), targets, names, concurrency)
 
 
 @dataclass(slots=True)
-class Report:
+class WorkerSnapshot:
     """One worker, or several together.
 
     `is_over` marks a worker that serves no more: its counters count, and its breakers and targets say nothing of the
@@ -234,13 +236,13 @@ class Report:
 
     worker: str
     recorder: Recorder
-    upstreams: dict[str, UpstreamReport] = field(default_factory=dict)
+    upstreams: dict[str, UpstreamSnapshot] = field(default_factory=dict)
     buckets: int = 0
     bucket_limit: int = 0
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
     client_trouble: str | None = None  # why the client store cannot be used, while it cannot
-    histories: dict[str, list[FlightRecord]] = field(default_factory=dict)  # by upstream, the oldest move first
+    histories: dict[str, list[TransitionRecord]] = field(default_factory=dict)  # by upstream, the oldest move first
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
     tasks: int = 0  # that the event loop has
@@ -248,7 +250,7 @@ class Report:
     resources: list[ResourceState] = field(default_factory=list)
 
     @classmethod
-    def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "Report":
+    def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "WorkerSnapshot":
         """Return a report of nothing, to be updated or merged into."""
         recorder = Recorder((), (), (), percentiles, _EVER)
         recorder.routes.clear()
@@ -258,7 +260,7 @@ class Report:
         """Return the report as JSON can hold it; see `describing`."""
         return completed(self.describing(since, {}))
 
-    def describing(self, since: int, known: Mapping[str, UpstreamReport]) -> Steps[dict[str, Any]]:
+    def describing(self, since: int, known: Mapping[str, UpstreamSnapshot]) -> Steps[dict[str, Any]]:
         """Return the report as JSON can hold it, without what is known: see `Recorder.describing`.
 
         Upstreams that are as in `known` are left out.
@@ -294,7 +296,7 @@ class Report:
     def updating(self, state: Mapping[str, Any]) -> Steps[None]:
         """Do the same in steps."""
         yield from self.recorder.updating(state["recorder"])
-        self.upstreams |= yield from each(state["upstreams"].items(), lambda _, one: UpstreamReport.from_state(one))
+        self.upstreams |= yield from each(state["upstreams"].items(), lambda _, one: UpstreamSnapshot.from_state(one))
         for name in state["gone"]:
             self.upstreams.pop(name, None)
         self.buckets, self.bucket_limit = state["buckets"], state["bucket_limit"]
@@ -308,7 +310,7 @@ class Report:
         for name, records in state["histories"].items():
             self._note(name, [_record(record) for record in records])
 
-    def _note(self, name: str, records: list[FlightRecord]) -> None:
+    def _note(self, name: str, records: list[TransitionRecord]) -> None:
         """Append the moves that have not been told before."""
         known = self.histories.setdefault(name, [])
         told = {_identity(record) for record in known}
@@ -355,7 +357,7 @@ def oldest_changed(now: float) -> int:
     return max(0, int(now / SLICE) - 1)
 
 
-def moves_of(upstream: Upstream) -> list[FlightRecord]:
+def moves_of(upstream: Upstream) -> list[TransitionRecord]:
     """Return the last moves of an upstream's breaker and of its targets' breakers, the oldest first."""
     theirs = (
         (record, target.url)
@@ -368,7 +370,7 @@ def moves_of(upstream: Upstream) -> list[FlightRecord]:
     return sorted(moves, key=_moment)
 
 
-def last_moves(moves: Iterable[FlightRecord], workers: int) -> list[FlightRecord]:
+def last_moves(moves: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
     """Return the last of the moves, the oldest first.
 
     For each worker those are KEPT_RECORDS of the upstream's breaker and as many of all its targets': one that moves
@@ -381,16 +383,16 @@ def last_moves(moves: Iterable[FlightRecord], workers: int) -> list[FlightRecord
     return sorted(own[-most:] + theirs[-most:], key=_moment)
 
 
-def _moment(record: FlightRecord) -> float:
+def _moment(record: TransitionRecord) -> float:
     return record.at
 
 
-def _identity(record: FlightRecord) -> tuple[str, str | None, int, float]:
+def _identity(record: TransitionRecord) -> tuple[str, str | None, int, float]:
     """Tell one move from others: a target may get a new breaker, which counts from 1 again."""
     return record.worker, record.target_url, record.number, record.at
 
 
-def _record(state: Mapping[str, Any]) -> FlightRecord:
+def _record(state: Mapping[str, Any]) -> TransitionRecord:
     """Build the record that `asdict` and JSON have made this of."""
     own = {
         "source": State(state["source"]),
@@ -399,4 +401,4 @@ def _record(state: Mapping[str, Any]) -> FlightRecord:
         "counts": Counts(*state["counts"]),
         "failures": tuple(FailedCall(**failure) for failure in state["failures"]),
     }
-    return FlightRecord(**{**state, **own})
+    return TransitionRecord(**{**state, **own})

@@ -8,12 +8,19 @@ import httpx
 
 from api_gateway.deadline import Deadline
 from api_gateway.errors import BodyTooLarge, ClientDisconnected
-from api_gateway.headers import REQUEST_TIMEOUT, Fields, for_upstream, framing, interim_to_pass, trailers_to_pass
+from api_gateway.headers import (
+    REQUEST_TIMEOUT,
+    Fields,
+    forwardable_interim,
+    forwardable_trailers,
+    framing,
+    rewrite_request,
+)
 from api_gateway.heads import BODILESS
-from api_gateway.link import Link
+from api_gateway.link import ServerExtension
 from api_gateway.models import Exchange, HeaderList
-from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
-from api_gateway.service import Service
+from api_gateway.outgoing import NO_BODY, LeanRequest, NoBody
+from api_gateway.service import UpstreamClient
 from api_gateway.shares import holder_of
 from api_gateway.targets import Target
 
@@ -116,7 +123,7 @@ class LeavingWatch:
     Used as `with`. Raises it at once if the client has left before.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ServerExtension) -> None:
         self._link = link
 
     def __enter__(self) -> None:
@@ -198,7 +205,7 @@ class UpstreamRequest:
     def __init__(
         self,
         scope: Scope,
-        link: Link | None,
+        link: ServerExtension | None,
         target: bytes,
         is_trusted: bool,  # noqa: FBT001 - one of these is made for every request
         protected: frozenset[bytes],
@@ -249,27 +256,27 @@ class UpstreamRequest:
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Pass on an interim answer (RFC 9110 section 15.2)."""
         if self.link is not None:
-            self.link.inform(status, reason, interim_to_pass(headers))
+            self.link.inform(status, reason, forwardable_interim(headers))
 
     def trailers(self) -> HeaderList:
         """Return the trailers that came behind the body."""
-        return [] if self.link is None else trailers_to_pass(self.link.trailers, self._protected)
+        return [] if self.link is None else forwardable_trailers(self.link.trailers, self._protected)
 
-    def _limits(self, service: Service, now: float) -> Mapping[str, float]:
+    def _limits(self, service: UpstreamClient, now: float) -> Mapping[str, float]:
         """Return the time limits of a try: connecting takes half of what is left at most, so that another can follow.
 
         Of a client's own deadline that would make every host look as slow as the client is impatient.
         """
-        if self.deadline is None or not self.deadline.blames_upstream:
+        if self.deadline is None or not self.deadline.is_upstream_fault:
             return service.limits
-        half = self.deadline.left(now) / 2
+        half = self.deadline.remaining(now) / 2
         return {**service.limits, "connect": min(service.limits["connect"], half)}
 
-    def render(self, exchange: Exchange, service: Service, target: Target, now: float) -> httpx.Request:
+    def render(self, exchange: Exchange, service: UpstreamClient, target: Target, now: float) -> httpx.Request:
         """Return the request for one target, with what is left of its time."""
         origin = service.origins[target]
         scope = self._scope
-        headers = for_upstream(
+        headers = rewrite_request(
             self.headers,
             self.fields,
             host=origin.netloc,
@@ -286,18 +293,18 @@ class UpstreamRequest:
             elif self.expects_continue:
                 self.link.defer_continue()
         if self.deadline is not None and self.deadline.is_passed_on:
-            headers.append((REQUEST_TIMEOUT, self.deadline.value(now)))
+            headers.append((REQUEST_TIMEOUT, self.deadline.header_value(now)))
         extensions: dict[str, Any] = {
             "target": self.target,
             "timeout": self._limits(service, now),
             "hooks": self,
             "holder": holder_of(exchange.client, exchange.peer),
         }
-        if not service.speaks_pairs:
+        if not service.is_native:
             return origin.plain_request(exchange.method, headers, self.target, stream=self.body, extensions=extensions)
         if self.upgrade and self.link is not None:
             headers += [(b"connection", b"Upgrade"), (b"upgrade", self.link.upgrade)]
-        return Outgoing(exchange.method, origin, headers, self.body, self.framing, extensions)
+        return LeanRequest(exchange.method, origin, headers, self.body, self.framing, extensions)
 
 
 def spelt_target(scope: Scope) -> bytes:

@@ -20,10 +20,10 @@ _JITTER = 0.1  # share of the interval by which questions spread out
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Resolution:
     """What became of asking for one name: the addresses that came and went, and why it failed if it did."""
 
-    name: "Name"
+    name: "HostName"
     came: tuple[str, ...] = ()
     went: tuple[str, ...] = ()
     is_recovered: bool = False
@@ -34,7 +34,7 @@ class Answer:
         return bool(self.came or self.went)
 
 
-class Name:
+class HostName:
     """A configured target whose host is a name, and the targets that this stands for now.
 
     `error` is why the last question failed, None if it did not; `asked_at` is when it was asked, monotonic seconds.
@@ -54,7 +54,7 @@ class Name:
         self._targets: dict[str, Target] = {"": Target(url, weight)}  # by address; the name itself at first
 
     def __repr__(self) -> str:
-        return f"<Name {self.host!r} [{', '.join(self.addresses) or 'not resolved'}]>"
+        return f"<HostName {self.host!r} [{', '.join(self.addresses) or 'not resolved'}]>"
 
     @property
     def targets(self) -> list[Target]:
@@ -72,7 +72,7 @@ class Name:
         for target in self._targets.values():
             target.weight = weight
 
-    def learn(self, addresses: Sequence[str], now: float) -> Answer:
+    def learn(self, addresses: Sequence[str], now: float) -> Resolution:
         """Take in an answer. An address that is known keeps its target, with all that is known of that."""
         found = sorted(set(addresses))[:MAX_ADDRESSES]
         if not found:
@@ -80,17 +80,17 @@ class Name:
         before, was_failing = self._targets, self.error is not None
         self._targets = {address: before.get(address) or self._target(address) for address in found}
         self.error, self.asked_at = None, now
-        return Answer(
+        return Resolution(
             self,
             came=tuple(address for address in found if address not in before),
             went=tuple(address for address in before if address and address not in self._targets),
             is_recovered=was_failing,
         )
 
-    def fail(self, error: str, now: float) -> Answer:
+    def fail(self, error: str, now: float) -> Resolution:
         """Keep what is known, as nothing else could be learnt."""
         self.error, self.asked_at = error, now
-        return Answer(self)
+        return Resolution(self)
 
     def _target(self, address: str) -> Target:
         place = f"[{address}]" if ":" in address else address
@@ -104,10 +104,10 @@ async def look_up(host: str, port: int) -> list[str]:
 
 
 async def keep_resolving(
-    names: Sequence[Name],
+    names: Sequence[HostName],
     interval: float,
     resolve: Resolve,
-    on_answer: Callable[[Answer], None],
+    on_answer: Callable[[Resolution], None],
     *,
     clock: Callable[[], float],
     source: random.Random,
@@ -119,7 +119,7 @@ async def keep_resolving(
                 group.create_task(_keep_asking(name, interval, resolve, on_answer, clock, source))
 
 
-async def ask(name: Name, patience: float, resolve: Resolve, clock: Callable[[], float]) -> Answer:
+async def ask(name: HostName, patience: float, resolve: Resolve, clock: Callable[[], float]) -> Resolution:
     """Ask once, for `patience` seconds at most, and take in what comes of it."""
     try:
         async with asyncio.timeout(patience):
@@ -132,10 +132,10 @@ async def ask(name: Name, patience: float, resolve: Resolve, clock: Callable[[],
 
 
 async def _keep_asking(
-    name: Name,
+    name: HostName,
     interval: float,
     resolve: Resolve,
-    on_answer: Callable[[Answer], None],
+    on_answer: Callable[[Resolution], None],
     clock: Callable[[], float],
     source: random.Random,
 ) -> None:

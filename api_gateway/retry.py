@@ -19,7 +19,7 @@ _SECONDS = re.compile(rb"[0-9]{1,9}")
 _MAX_DOUBLINGS = 30
 
 
-class Why(StrEnum):
+class RetryDenied(StrEnum):
     """Why a failed try was not repeated, in the order in which that is asked."""
 
     ATTEMPTS = "attempts"  # it has been tried as often as it may be
@@ -52,7 +52,7 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class FailedAttempt:
     """A try that failed, as far as that matters to another one.
 
     `attempts` were made so far, this one included. `is_sent`: some of the request may have reached the upstream.
@@ -66,7 +66,7 @@ class Failed:
     is_sent: bool
     is_repeatable: bool
     is_kept: bool = True
-    is_troubled: bool = False
+    is_recovering: bool = False
     is_elsewhere: bool = False
     retry_after: float | None = None
     left: float | None = None
@@ -133,7 +133,7 @@ class RetryBudget:
             self._balance = min(self._balance, self._most)
 
 
-class Retries:
+class RetryDecider:
     """The retries of one upstream: its policy, its budget, and the chance in its back-off."""
 
     def __init__(self, policy: RetryPolicy, source: random.Random, budget: RetryBudget | None = None) -> None:
@@ -142,24 +142,24 @@ class Retries:
         self._source = source
 
     def __repr__(self) -> str:
-        return f"<Retries of {self.policy.attempts} attempts {self.budget!r}>"
+        return f"<RetryDecider of {self.policy.attempts} attempts {self.budget!r}>"
 
-    def succeeded_by(self, policy: RetryPolicy) -> "Retries":
+    def succeeded_by(self, policy: RetryPolicy) -> "RetryDecider":
         """Return retries by another policy that draw on the same budget."""
         self.budget.change(policy.budget, policy.floor)
-        return Retries(policy, self._source, self.budget)
+        return RetryDecider(policy, self._source, self.budget)
 
-    def verdict(self, failed: Failed, now: float) -> float | Why:
+    def decide(self, failed: FailedAttempt, now: float) -> float | RetryDenied:
         """Return the seconds to wait before another try, which is taken off the budget; or why there is none."""
         why = _objection(failed, self.policy)
         if why is not None:
             return why
-        wait = max(self._pause(failed), failed.retry_after or 0.0)
+        wait = max(self._delay(failed), failed.retry_after or 0.0)
         if failed.left is not None and wait >= failed.left:
-            return Why.DEADLINE
-        return wait if self.budget.withdraw(now) else Why.BUDGET
+            return RetryDenied.DEADLINE
+        return wait if self.budget.withdraw(now) else RetryDenied.BUDGET
 
-    def _pause(self, failed: Failed) -> float:
+    def _delay(self, failed: FailedAttempt) -> float:
         """Return the back-off: exponential with full jitter (Brooker 2015).
 
         The first retry goes to a target that has not been tried at once: the pause is there to spare one that failed,
@@ -176,14 +176,14 @@ def longest_pause(policy: RetryPolicy, attempts: int) -> float:
     return min(policy.cap, policy.base * float(2**doublings))
 
 
-def _objection(failed: Failed, policy: RetryPolicy) -> Why | None:
+def _objection(failed: FailedAttempt, policy: RetryPolicy) -> RetryDenied | None:
     """Return what speaks against another try whatever is left of time and budget."""
     objections = (
-        (failed.attempts >= policy.attempts, Why.ATTEMPTS),
-        (failed.is_sent and not failed.is_repeatable, Why.METHOD),
-        (not failed.is_kept, Why.BODY),
-        (failed.is_troubled, Why.BREAKER),
-        (failed.retry_after is not None and failed.retry_after > policy.max_retry_after, Why.RETRY_AFTER),
+        (failed.attempts >= policy.attempts, RetryDenied.ATTEMPTS),
+        (failed.is_sent and not failed.is_repeatable, RetryDenied.METHOD),
+        (not failed.is_kept, RetryDenied.BODY),
+        (failed.is_recovering, RetryDenied.BREAKER),
+        (failed.retry_after is not None and failed.retry_after > policy.max_retry_after, RetryDenied.RETRY_AFTER),
     )
     return next((why for holds, why in objections if holds), None)
 

@@ -18,32 +18,32 @@ Draw = Callable[[Target, str], float]  # a number from 0 to 1, by chance or by k
 
 
 @dataclass(frozen=True, slots=True)
-class RotationPolicy:
+class OutlierPolicy:
     """How much of an upstream may be ejected, as a share of its targets, and how long a return takes in seconds."""
 
     max_ejected: float = 0.5
     slow_start: float = 10.0
 
 
-class Rotation:
-    """Offers targets and judges them by what came of it. `unsettled` are those that are not simply offered."""
+class OutlierDetector:
+    """Offers targets and judges them by what came of it. `abnormal` are those that are not simply offered."""
 
     def __init__(
         self,
-        policy: RotationPolicy = RotationPolicy(),
+        policy: OutlierPolicy = OutlierPolicy(),
         *,
         draw: Draw = share_of_key,
         make_breaker: Callable[[float], CircuitBreaker] | None = None,
     ) -> None:
         """`make_breaker` makes the breaker of a target; without it targets have none and none is ejected."""
         self.policy = policy
-        self.unsettled: set[Target] = set()
+        self.abnormal: set[Target] = set()
         self._draw = draw
         self._make_breaker = make_breaker
 
     def change(
         self,
-        policy: RotationPolicy,
+        policy: OutlierPolicy,
         draw: Draw,
         make_breaker: Callable[[float], CircuitBreaker] | None,
         breaker_policy: BreakerPolicy,
@@ -59,21 +59,21 @@ class Rotation:
                 target.breaker.change_policy(breaker_policy, now)
 
     def __repr__(self) -> str:
-        return f"<Rotation [{len(self.unsettled)} unsettled]>"
+        return f"<OutlierDetector [{len(self.abnormal)} abnormal]>"
 
-    def offered(
+    def eligible(
         self, healthy: Sequence[Target], tried: Collection[Target], now: float, key: str, *, is_safe: bool = True
     ) -> Sequence[Target]:
         """Return those of the healthy targets that may have this request: at least one.
 
         Those not yet `tried` go first. If every one is ejected, none is. `is_safe` is for the breakers' `admit`.
         """
-        self._let_settle(now)
+        self._prune(now)
         if is_safe:
-            self._note_safe(now)
+            self._note_idempotent(now)
         admitting = [target for target in healthy if self.admits(target, now, is_safe=is_safe)] or healthy
         fresh = [target for target in admitting if target not in tried] or admitting
-        return [target for target in fresh if self._has_its_turn(target, now, key)] or fresh
+        return [target for target in fresh if self._passes_slow_start(target, now, key)] or fresh
 
     def settle(
         self,
@@ -126,7 +126,7 @@ class Rotation:
         for other in targets:
             if other is target:
                 continue
-            if _is_out(other):
+            if _is_ejected(other):
                 out += 1
             elif other.is_healthy:
                 serving = True
@@ -144,24 +144,24 @@ class Rotation:
             return 1.0
         return max(0.0, now - target.returned_at) / self.policy.slow_start
 
-    def welcome(self, target: Target, now: float) -> None:
+    def start_slow_start(self, target: Target, now: float) -> None:
         """Begin the slow start of a target that was away and has returned."""
         if self.policy.slow_start > 0:
             target.returned_at = now
-            self.unsettled.add(target)
+            self.abnormal.add(target)
 
-    def keep(self, targets: Sequence[Target], now: float) -> None:
+    def set_targets(self, targets: Sequence[Target], now: float) -> None:
         """Rotate among `targets` from now on: give new ones their breakers, and take back whom fewer may not spare."""
-        self.unsettled.intersection_update(targets)
+        self.abnormal.intersection_update(targets)
         if self._make_breaker is None or (len(targets) == 1 and targets[0].breaker is None):
             return
         for target in targets:
             if target.breaker is None:
                 target.breaker = self._make_breaker(now)
-        out = [target for target in targets if _is_out(target)]
-        for target in sorted(out, key=_out_since)[: max(0, len(out) - self._most(targets))]:
+        out = [target for target in targets if _is_ejected(target)]
+        for target in sorted(out, key=_ejected_since)[: max(0, len(out) - self._most(targets))]:
             target.breaker = self._make_breaker(now)
-            self.welcome(target, now)
+            self.start_slow_start(target, now)
 
     def _most(self, targets: Sequence[Target]) -> int:
         """Return how many of them may be out at once: never all."""
@@ -170,42 +170,42 @@ class Rotation:
     def admits(self, target: Target, now: float, *, is_safe: bool = True) -> bool:
         """Tell whether a healthy target may have a request now, as far as its own breaker goes."""
         breaker = target.breaker
-        return target not in self.unsettled or breaker is None or breaker.would_admit(now, is_safe=is_safe)
+        return target not in self.abnormal or breaker is None or breaker.would_admit(now, is_safe=is_safe)
 
-    def _has_its_turn(self, target: Target, now: float, key: str) -> bool:
+    def _passes_slow_start(self, target: Target, now: float, key: str) -> bool:
         share = self.share(target, now)
         return share >= 1 or self._draw(target, key) < share
 
-    def _let_settle(self, now: float) -> None:
+    def _prune(self, now: float) -> None:
         """Forget what is over: a target that has its full share and is not out is like any other."""
-        for target in list(self.unsettled):
-            if not _is_out(target) and self.share(target, now) >= 1:
+        for target in list(self.abnormal):
+            if not _is_ejected(target) and self.share(target, now) >= 1:
                 target.returned_at = None
-                self.unsettled.discard(target)
+                self.abnormal.discard(target)
 
-    def _note_safe(self, now: float) -> None:
+    def _note_idempotent(self, now: float) -> None:
         """Let breakers that wait for probes know that requests come which may be repeated."""
-        for target in self.unsettled:
+        for target in self.abnormal:
             if target.breaker is not None:
-                target.breaker.note_safe(now)
+                target.breaker.note_idempotent(now)
 
     def _note_move(self, target: Target, move: Transition) -> None:
-        self.unsettled.add(target)
+        self.abnormal.add(target)
         if move.target is State.OPEN:
             target.ejections_total += move.source is State.CLOSED
             target.returned_at = None
         elif move.target is State.CLOSED:
-            self.welcome(target, move.at)
+            self.start_slow_start(target, move.at)
 
 
-def serves(target: Target) -> bool:
+def is_serving(target: Target) -> bool:
     """Tell whether a target is in rotation without reserve: healthy, neither ejected nor on probation."""
-    return target.is_healthy and not _is_out(target)
+    return target.is_healthy and not _is_ejected(target)
 
 
-def _is_out(target: Target) -> bool:
+def _is_ejected(target: Target) -> bool:
     return target.breaker is not None and target.breaker.state is not State.CLOSED
 
 
-def _out_since(target: Target) -> float:
+def _ejected_since(target: Target) -> float:
     return 0.0 if target.breaker is None else target.breaker.since

@@ -12,6 +12,8 @@ from urllib.parse import unquote
 from api_gateway.config_sections import CostSection, RouteSection
 from api_gateway.routes import is_below, matching_path
 
+API = "/api"
+
 _PLACEHOLDER = re.compile(r"[{}<>]|^:")
 _PATTERN = re.compile(r"[\[\]\\^$|]|\(\?")
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
@@ -21,20 +23,34 @@ _LONGEST_HOST = 253
 
 def path_problem(path: str) -> str | None:
     """Return why no request has this path, and what to write instead; None if there are such requests."""
-    problem = None
+    found = _flaw(path)
+    if found is None:
+        return None
+    problem, instead = found
+    while instead is not None and (again := _flaw(instead)) is not None:  # each is shorter than the one before
+        instead = again[1]
+    if instead is None:
+        return problem
+    if not is_below(instead, API):
+        return f"{problem}, which leaves {instead!r}, and it must be {API} or begin with {API}/"
+    return f"{problem}: write {instead!r}"
+
+
+def _flaw(path: str) -> tuple[str, str | None] | None:
+    """Return why no request has this path, and a shorter one to write instead, which may have a flaw of its own."""
     segments = path.split("/")
     odd = next((number for number, one in enumerate(segments) if _is_odd(one)), None)
     if odd is not None:
-        instead = "/".join(segments[:odd]) or "/"
         what = "a '*'" if "*" in segments[odd] else "a placeholder or pattern"
-        problem = f"{what} is taken literally and matches nothing, a path matches all below it: write {instead!r}"
-    elif _ESCAPE.search(path):
-        problem = f"never matches, as paths are compared decoded: write {unquote(path)!r}"
-    elif matching_path(path) != path:
-        problem = f"never matches, as dots and repeated slashes are resolved before: write {matching_path(path)!r}"
-    elif any(not character.isprintable() for character in path) or path != path.strip():
-        problem = "never matches, as it has spaces at an end, or control characters"
-    return problem
+        why = f"{what} is taken literally and matches nothing, a path matches all below it"
+        return why, "/".join(segments[:odd]) or "/"
+    if _ESCAPE.search(path):
+        return "never matches, as paths are compared decoded", unquote(path)
+    if matching_path(path) != path:
+        return "never matches, as dots and repeated slashes are resolved before", matching_path(path)
+    if any(not character.isprintable() for character in path) or path != path.strip():
+        return "never matches, as it has spaces at an end, or control characters", None
+    return None
 
 
 def _is_odd(segment: str) -> bool:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from api_gateway.answer import Answer
-from api_gateway.balancer import Lease
+from api_gateway.answer import UpstreamResponse
+from api_gateway.balancer import Attempt
 from api_gateway.breaker_records import Transition
 from api_gateway.deadline import Deadline
 from api_gateway.errors import (
@@ -29,15 +29,15 @@ from api_gateway.failures import ClientShare, fault_of_deadline, translate
 from api_gateway.headers import (
     COST,
     Fields,
-    for_client,
-    trailers_to_pass,
+    forwardable_trailers,
+    rewrite_response,
 )
 from api_gateway.heads import BODILESS
-from api_gateway.link import LINK, Link
+from api_gateway.link import SERVER_EXTENSION, ServerExtension
 from api_gateway.models import Clock, Exchange, HeaderList
-from api_gateway.outgoing import NO_BODY, NoBody, Outgoing
-from api_gateway.overload import ONE_BAND, Bands, LagLimit
-from api_gateway.reply import Foreign, fields_in, let_go, parts_of, reply_to
+from api_gateway.outgoing import NO_BODY, LeanRequest, NoBody
+from api_gateway.overload import SINGLE_PRIORITY, EventLoopShedder, PriorityClasses
+from api_gateway.reply import HttpxBody, fields_in, let_go, parts_of, reply_to
 from api_gateway.request import (
     LEFT,
     DisconnectWatch,
@@ -51,26 +51,26 @@ from api_gateway.request import (
     body_too_large,
     spelt_target,
 )
-from api_gateway.retry import Failed, Why, is_repeatable, retry_after_of
+from api_gateway.retry import FailedAttempt, RetryDenied, is_repeatable, retry_after_of
 from api_gateway.routes import PROXIED_METHODS, Route, RouteTable, refuse_method, upstream_target
-from api_gateway.service import Service
+from api_gateway.service import UpstreamClient
 from api_gateway.shares import holder_of
-from api_gateway.stand_in import StandIn
+from api_gateway.stand_in import FallbackRunner
 from api_gateway.targets import Target
 from api_gateway.tunnel import Tunnel
-from api_gateway.verdicts import Verdicts
+from api_gateway.verdicts import OutcomeReporter
 
 SWITCHING_PROTOCOLS = 101
 PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success, at most
 
 
 @dataclass(slots=True)
-class _Again:
+class _PendingRetry:
     """A try that failed and is to be repeated after `pause` seconds, with what it ended with if that cannot be."""
 
     cause: str
     pause: float
-    lease: Lease
+    attempt: Attempt
     error: UpstreamFailed | None = None
     response: httpx.Response | None = None
 
@@ -91,7 +91,7 @@ class Router:
     def __init__(
         self,
         routes: RouteTable,
-        services: Mapping[str, Service],
+        services: Mapping[str, UpstreamClient],
         *,
         clock: Clock,
         max_body_bytes: int,
@@ -104,8 +104,8 @@ class Router:
         on_retry: Callable[[str, str], None] | None = None,
         on_denial: Callable[[str, str], None] | None = None,
         on_fallback: Callable[[Exchange, GatewayError], None] | None = None,
-        bands: Bands = ONE_BAND,
-        lag: LagLimit | None = None,
+        priorities: PriorityClasses = SINGLE_PRIORITY,
+        lag: EventLoopShedder | None = None,
     ) -> None:
         """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out.
 
@@ -121,14 +121,14 @@ class Router:
         self.protected = protected
         self._omit = omit
         self._omit_with_length = omit | {b"content-length"}
-        self.verdicts = Verdicts(
+        self.outcomes = OutcomeReporter(
             clock=clock, observe_try=observe_try, on_transition=on_transition, on_target_move=on_target_move
         )
         self.on_cost = on_cost or _ignore
         self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
-        self._stand_in = StandIn(self.services, self._tries, on_fallback or _ignore, clock)
-        self.bands = bands
-        self._lag = lag or LagLimit(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
+        self._stand_in = FallbackRunner(self.services, self._tries, on_fallback or _ignore, clock)
+        self.priorities = priorities
+        self._lag = lag or EventLoopShedder(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
 
     def forward(
         self,
@@ -144,7 +144,7 @@ class Router:
         refuse_method(exchange.method)
         service = self.services[route.upstream]
         exchange.upstream = route.upstream
-        link: Link | None = scope.get(LINK)
+        link: ServerExtension | None = scope.get(SERVER_EXTENSION)
         target = upstream_target(route, spelt_target(scope) if link is None else link.target)
         request = UpstreamRequest(scope, link, target, is_trusted, self.protected)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
@@ -156,14 +156,14 @@ class Router:
         tries = self._tries(exchange, service, request, receive, send)
         if route.fallback is None:
             return tries
-        return self._stand_in.answer(exchange, route.fallback, request, receive, send, tries)
+        return self._stand_in.respond(exchange, route.fallback, request, receive, send, tries)
 
-    def resume(
+    def continue_exchange(
         self,
         exchange: Exchange,
         route: Route,
-        lease: Lease,
-        answer: Answer | None,
+        attempt: Attempt,
+        answer: UpstreamResponse | None,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -176,49 +176,49 @@ class Router:
         `answer` is None if the request has not been sent yet; `kept` is the body of one that has, if there is one.
         """
         service = self.services[route.upstream]
-        link: Link = scope[LINK]
+        link: ServerExtension = scope[SERVER_EXTENSION]
         if link.is_disconnected:
             if answer is not None:
                 answer.close()
-            lease.release(self._clock())
+            attempt.release(self._clock())
             raise ClientDisconnected(LEFT)
         request = UpstreamRequest(scope, link, upstream_target(route, link.target), is_trusted, self.protected)
         if answer is None:
             request.body = self._body(exchange, service, request, receive)
         else:
-            answer.hooks = request
+            answer.listener = request
             request.body = NO_BODY if request.framing is None else SentBody(kept)
-        tries = self._try_targets(exchange, service, request, send, lease, answer)
+        tries = self._attempt_targets(exchange, service, request, send, attempt, answer)
         if route.fallback is None:
             return tries
-        return self._stand_in.answer(exchange, route.fallback, request, receive, send, tries)
+        return self._stand_in.respond(exchange, route.fallback, request, receive, send, tries)
 
     def _tries(
-        self, exchange: Exchange, service: Service, request: UpstreamRequest, receive: Receive, send: Send
+        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, receive: Receive, send: Send
     ) -> Awaitable[None]:
         """Return the tries on one upstream, bounded in time if the request is."""
         if request.link is not None and request.deadline is None:
-            return self._try_targets(exchange, service, request, send)
+            return self._attempt_targets(exchange, service, request, send)
         return self._guard(exchange, service, request, receive, send)
 
     async def _guard(
-        self, exchange: Exchange, service: Service, request: UpstreamRequest, receive: Receive, send: Send
+        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, receive: Receive, send: Send
     ) -> None:
         """Bound the tries in time, and watch for the client's leaving where the server does not tell."""
         deadline = request.deadline
-        left = None if deadline is None else deadline.left(self._clock())
+        left = None if deadline is None else deadline.remaining(self._clock())
         if deadline is not None and left == 0:  # it went before anything could be sent
             raise _overdue(exchange, deadline)
         with nullcontext() if request.link is not None else DisconnectWatch(receive, request.body):
             try:
                 async with asyncio.timeout(left) as request.timer:
-                    await self._try_targets(exchange, service, request, send)
+                    await self._attempt_targets(exchange, service, request, send)
             except TimeoutError as error:
                 assert deadline is not None  # noqa: S101 - nothing else runs out
                 raise _overdue(exchange, deadline) from error
 
     def _body(
-        self, exchange: Exchange, service: Service, request: UpstreamRequest, receive: Receive
+        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, receive: Receive
     ) -> RequestBody | NoBody:
         if request.framing is None:
             return NO_BODY
@@ -231,18 +231,18 @@ class Router:
     async def _answer_options(self, exchange: Exchange, send: Send) -> None:
         """Answer for the upstream, as a request that may go no further asks (RFC 9110 section 7.6.2)."""
         exchange.status = 204
-        headers = [(b"allow", PROXIED_METHODS.encode()), *exchange.answer_headers]
+        headers = [(b"allow", PROXIED_METHODS.encode()), *exchange.response_headers]
         await send({"type": "http.response.start", "status": 204, "headers": headers})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _try_targets(
+    async def _attempt_targets(
         self,
         exchange: Exchange,
-        service: Service,
+        service: UpstreamClient,
         request: UpstreamRequest,
         send: Send,
-        lease: Lease | None = None,
-        answer: Answer | None = None,
+        attempt: Attempt | None = None,
+        answer: UpstreamResponse | None = None,
     ) -> None:
         """Try one target, and another while that is safe, worth it and nothing has been answered yet.
 
@@ -252,110 +252,112 @@ class Router:
         tried: list[Target] = []
         watch: AbstractContextManager[None] = nullcontext() if request.link is None else LeavingWatch(request.link)
         with watch:
-            if lease is None:
-                lease = self._checkout(exchange, service, request, tried)
-            again = await self._try(exchange, service, lease, request, send, tried, answer)
+            if attempt is None:
+                attempt = self._acquire(exchange, service, request, tried)
+            again = await self._attempt(exchange, service, attempt, request, send, tried, answer)
             try:
                 while again is not None:
-                    again = await self._try_again(exchange, service, again, request, send, tried)
+                    again = await self._attempt_again(exchange, service, again, request, send, tried)
             finally:
                 again = None  # its error refers to this frame
 
-    def _checkout(
-        self, exchange: Exchange, service: Service, request: UpstreamRequest, tried: Sequence[Target]
-    ) -> Lease:
+    def _acquire(
+        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
+    ) -> Attempt:
         """Return the next target's lease; another try asks as the lowest band, to give way to whoever is shed."""
-        key = exchange.client_key if service.hash_header is None else service.key_in(request.fields, exchange)
+        key = exchange.client_key if service.hash_header is None else service.hash_key(request.fields, exchange)
         is_safe = is_repeatable(exchange.method, request.fields)
-        band = 0 if tried or exchange.client is None else self.bands.of(exchange.client.quota.name)
+        priority = 0 if tried or exchange.client is None else self.priorities.of(exchange.client.quota.name)
         principal = holder_of(exchange.client, exchange.peer)
-        return service.upstream.checkout(self._clock(), key, tried, band=band, is_safe=is_safe, principal=principal)
+        return service.upstream.acquire(
+            self._clock(), key, tried, priority=priority, is_safe=is_safe, principal=principal
+        )
 
-    async def _try_again(
+    async def _attempt_again(
         self,
         exchange: Exchange,
-        service: Service,
-        again: _Again,
+        service: UpstreamClient,
+        again: _PendingRetry,
         request: UpstreamRequest,
         send: Send,
         tried: list[Target],
-    ) -> _Again | None:
+    ) -> _PendingRetry | None:
         """Make another try after the pause. What the last one ended with stands if there is no target by then."""
-        lease = None
+        attempt = None
         try:
             await asyncio.sleep(again.pause)
-            lease = self._another(exchange, service, request, tried)
-            if lease is None:
-                self._on_denial(service.upstream.name, Why.UNAVAILABLE)
+            attempt = self._next_attempt(exchange, service, request, tried)
+            if attempt is None:
+                self._on_denial(service.upstream.name, RetryDenied.UNAVAILABLE)
                 if again.response is None:
                     raise again.failure()
-                await self._relay(exchange, again.lease, request, again.response, send)
+                await self._relay(exchange, again.attempt, request, again.response, send)
                 return None
         finally:
-            if again.response is not None and lease is None:
+            if again.response is not None and attempt is None:
                 await let_go(again.response)
         exchange.retried += (again.cause,)
         self._on_retry(service.upstream.name, again.cause)
-        return await self._try(exchange, service, lease, request, send, tried, given_up=again.response)
+        return await self._attempt(exchange, service, attempt, request, send, tried, given_up=again.response)
 
-    def _another(
-        self, exchange: Exchange, service: Service, request: UpstreamRequest, tried: Sequence[Target]
-    ) -> Lease | None:
+    def _next_attempt(
+        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
+    ) -> Attempt | None:
         """Return a lease for another try, if there is one to be had: no retry is a probe."""
-        if self._is_troubled(service):
+        if self._is_recovering(service):
             return None
         try:
-            return self._checkout(exchange, service, request, tried)
+            return self._acquire(exchange, service, request, tried)
         except Unavailable:
             return None
 
-    def _is_troubled(self, service: Service) -> bool:
+    def _is_recovering(self, service: UpstreamClient) -> bool:
         """Tell whether it, or this gateway itself, has enough to do with what comes for the first time."""
         return self._lag.is_over or service.upstream.is_recovering(self._clock())
 
-    async def _try(
+    async def _attempt(
         self,
         exchange: Exchange,
-        service: Service,
-        lease: Lease,
+        service: UpstreamClient,
+        attempt: Attempt,
         request: UpstreamRequest,
         send: Send,
         tried: list[Target],
-        answer: Answer | None = None,
+        answer: UpstreamResponse | None = None,
         given_up: httpx.Response | None = None,
-    ) -> _Again | None:
+    ) -> _PendingRetry | None:
         """Send the request to one target and its answer on, unless it has failed so that another try is worth it.
 
         `given_up` is the answer of the try before, which nobody will read.
         """
-        tried.append(lease.target)
+        tried.append(attempt.target)
         exchange.attempts += 1
         try:
             if given_up is not None:
                 await let_go(given_up)
             try:
-                response = await self._send(exchange, service, lease, request, answer)
+                response = await self._send(exchange, service, attempt, request, answer)
             except UpstreamFailed as error:
-                pause = self._pause(exchange, service, lease, request, tried, is_sent=not error.is_retry_safe)
+                pause = self._retry_delay(exchange, service, attempt, request, tried, is_sent=not error.is_retry_safe)
                 if pause is None:
                     raise
                 exchange.has_reached |= not error.is_retry_safe
-                return _Again(error.reason.value, pause, lease, error=error)
+                return _PendingRetry(error.reason.value, pause, attempt, error=error)
             if response.status_code in service.retried_statuses:
-                pause = self._pause(exchange, service, lease, request, tried, is_sent=True, answer=response)
+                pause = self._retry_delay(exchange, service, attempt, request, tried, is_sent=True, answer=response)
                 if pause is not None:
                     exchange.has_reached = True
-                    return _Again(str(response.status_code), pause, lease, response=response)
-            await self._pass_on(exchange, service, lease, request, response, send)
+                    return _PendingRetry(str(response.status_code), pause, attempt, response=response)
+            await self._deliver(exchange, service, attempt, request, response, send)
             return None
         finally:
-            lease.release(self._clock())
+            attempt.release(self._clock())
 
-    def _pause(
+    def _retry_delay(
         self,
         exchange: Exchange,
-        service: Service,
-        lease: Lease,
+        service: UpstreamClient,
+        attempt: Attempt,
         request: UpstreamRequest,
         tried: Sequence[Target],
         *,
@@ -367,49 +369,54 @@ class Router:
         While there is an `answer`, the rest of a body still goes where it came from, and could be lost to another try.
         """
         now = self._clock()
-        failed = Failed(
+        failed = FailedAttempt(
             attempts=len(tried),
             is_sent=is_sent,
             is_repeatable=is_repeatable(exchange.method, request.fields),
             is_kept=request.body.is_kept and (answer is None or request.body.is_finished),
-            is_troubled=lease.ticket.is_probe or self._is_troubled(service),
-            is_elsewhere=lease.upstream.has_other(tried, now),
+            is_recovering=attempt.ticket.is_probe or self._is_recovering(service),
+            is_elsewhere=attempt.upstream.has_other(tried, now),
             retry_after=None if answer is None else retry_after_of(fields_in(answer)),
-            left=None if request.deadline is None else request.deadline.left(now),
+            left=None if request.deadline is None else request.deadline.remaining(now),
         )
-        verdict = service.retries.verdict(failed, now)
-        if isinstance(verdict, Why):
-            self._on_denial(lease.upstream.name, verdict)
+        verdict = service.retries.decide(failed, now)
+        if isinstance(verdict, RetryDenied):
+            self._on_denial(attempt.upstream.name, verdict)
             return None
         return verdict
 
     async def _send(
-        self, exchange: Exchange, service: Service, lease: Lease, request: UpstreamRequest, answer: Answer | None
+        self,
+        exchange: Exchange,
+        service: UpstreamClient,
+        attempt: Attempt,
+        request: UpstreamRequest,
+        answer: UpstreamResponse | None,
     ) -> httpx.Response:
         """Send the request to one target and return the answer's head; settles the try if that fails."""
         now = self._clock()
-        outgoing = request.render(exchange, service, lease.target, now)
+        outgoing = request.render(exchange, service, attempt.target, now)
         if answer is None:
-            exchange.target = lease.target.url
+            exchange.target = attempt.target.url
             exchange.sent_at, exchange.head_at = now, None
         try:
             response = await reply_to(service.transport, outgoing, answer)
         except httpx.TransportError as error:
-            raise self._failure(exchange, lease, request, outgoing, answer, error) from error
+            raise self._failure(exchange, attempt, request, outgoing, answer, error) from error
         except asyncio.CancelledError:
             if _note_progress(exchange, outgoing, answer, is_sent=True) and request.is_overdue:
-                self._settle_overdue(exchange, lease, request.deadline, _note_share(exchange, request))
+                self._settle_overdue(exchange, attempt, request.deadline, _note_share(exchange, request))
             raise
-        self.verdicts.on_head(exchange, lease, response.status_code, self._clock(), _note_share(exchange, request))
+        self.outcomes.on_head(exchange, attempt, response.status_code, self._clock(), _note_share(exchange, request))
         return response
 
     def _failure(
         self,
         exchange: Exchange,
-        lease: Lease,
+        attempt: Attempt,
         request: UpstreamRequest,
         outgoing: httpx.Request,
-        answer: Answer | None,
+        answer: UpstreamResponse | None,
         error: httpx.TransportError,
     ) -> GatewayError:
         """Settle an attempt that got no response; return its error.
@@ -417,14 +424,14 @@ class Router:
         A variable of whoever raises that would refer to the error, and the error to the variable: only the garbage
         collector could free them.
         """
-        failure = self.verdicts.on_failure(exchange, lease, error, _note_share(exchange, request))
+        failure = self.outcomes.on_failure(exchange, attempt, error, _note_share(exchange, request))
         _note_progress(exchange, outgoing, answer, is_sent=not failure.is_retry_safe)
         return failure
 
     def _settle_overdue(
         self,
         exchange: Exchange,
-        lease: Lease,
+        attempt: Attempt,
         deadline: Deadline | None,
         client: ClientShare,
         reader_waited: float = 0.0,
@@ -433,40 +440,42 @@ class Router:
         assert deadline is not None  # noqa: S101 - it has just passed
         assert exchange.sent_at is not None  # noqa: S101 - a try has begun
         spent = self._clock() - exchange.sent_at - reader_waited
-        self.verdicts.on_overdue(exchange, lease, fault_of_deadline(deadline, spent, client))
+        self.outcomes.on_overdue(exchange, attempt, fault_of_deadline(deadline, spent, client))
 
-    async def _pass_on(
+    async def _deliver(
         self,
         exchange: Exchange,
-        service: Service,
-        lease: Lease,
+        service: UpstreamClient,
+        attempt: Attempt,
         request: UpstreamRequest,
         response: httpx.Response,
         send: Send,
     ) -> None:
         """Send an answer on, whatever it is."""
         settle_probe = None
-        if lease.is_probe:  # a long stream must not keep a breaker from closing
+        if attempt.is_probe:  # a long stream must not keep a breaker from closing
             loop = asyncio.get_running_loop()
-            soon = min(PROBE_SETTLES_AFTER, lease.upstream.breaker.policy.recovery_timeout / 2)  # or it counts as lost
-            settle_probe = loop.call_later(soon, self.verdicts.settle_success, lease)
+            soon = min(
+                PROBE_SETTLES_AFTER, attempt.upstream.breaker.policy.recovery_timeout / 2
+            )  # or it counts as lost
+            settle_probe = loop.call_later(soon, self.outcomes.settle_success, attempt)
         try:
             if response.status_code == SWITCHING_PROTOCOLS:
-                await self._tunnel(exchange, service, lease, request, response)
+                await self._tunnel(exchange, service, attempt, request, response)
             else:
-                await self._relay(exchange, lease, request, response, send)
+                await self._relay(exchange, attempt, request, response, send)
         finally:
             if settle_probe is not None:
                 settle_probe.cancel()
             await let_go(response)
 
     async def _relay(
-        self, exchange: Exchange, lease: Lease, request: UpstreamRequest, response: httpx.Response, send: Send
+        self, exchange: Exchange, attempt: Attempt, request: UpstreamRequest, response: httpx.Response, send: Send
     ) -> None:
         """Send the answer on, piece by piece; its end settles the try as a success, its breaking off as a failure."""
         headers, fields, stream = parts_of(response)
         if is_event_stream(fields):
-            _set_apart(exchange, lease, stream)
+            _set_apart(exchange, attempt, stream)
         exchange.status, exchange.source = response.status_code, "upstream"
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
         may_have_trailers = b"transfer-encoding" in fields and response.status_code not in BODILESS
@@ -478,7 +487,7 @@ class Router:
                 "reason": response.extensions.get("reason_phrase"),
                 "headers": self._for_client(exchange, headers, fields, omit),
                 "trailers": passes_trailers,
-                "upstream_fields": fields if isinstance(stream, Answer) else None,
+                "upstream_fields": fields if isinstance(stream, UpstreamResponse) else None,
                 "is_body_ready": stream.is_ready,
             }
         )
@@ -489,20 +498,20 @@ class Router:
                 piece, more = await stream.read()
             except httpx.TransportError as error:
                 client = _share(request.body, stream.reader_waited)
-                raise self.verdicts.on_broken_body(exchange, lease, error, client) from error
+                raise self.outcomes.on_broken_body(exchange, attempt, error, client) from error
             except asyncio.CancelledError:
                 if request.is_overdue:
                     client = _share(request.body, stream.reader_waited)
-                    self._settle_overdue(exchange, lease, request.deadline, client, stream.reader_waited)
+                    self._settle_overdue(exchange, attempt, request.deadline, client, stream.reader_waited)
                 raise
             if events is not None and events.on_piece(piece):
                 more = False
             exchange.bytes_out += len(piece)
             if not more:
-                self.verdicts.settle_success(lease)
+                self.outcomes.settle_success(attempt)
             await send({"type": "http.response.body", "body": piece, "more_body": more})
         if passes_trailers:
-            passed = trailers_to_pass(stream.trailers, self.protected)
+            passed = forwardable_trailers(stream.trailers, self.protected)
             await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
 
     def _for_client(
@@ -511,26 +520,31 @@ class Router:
         """Return the headers of an answer as the client shall see them, its cost settled."""
         if COST in fields:
             self.on_cost(exchange, fields[COST])
-        return for_client(headers, fields, exchange.answer_headers, omit)
+        return rewrite_response(headers, fields, exchange.response_headers, omit)
 
     async def _tunnel(
-        self, exchange: Exchange, service: Service, lease: Lease, request: UpstreamRequest, response: httpx.Response
+        self,
+        exchange: Exchange,
+        service: UpstreamClient,
+        attempt: Attempt,
+        request: UpstreamRequest,
+        response: httpx.Response,
     ) -> None:
         """Join client and upstream after a 101, until one of them ends it or neither says a word for too long."""
         link = request.link
         assert link is not None  # noqa: S101 - nobody else asks for an upgrade
-        _set_apart(exchange, lease, response.extensions["switched"])
+        _set_apart(exchange, attempt, response.extensions["switched"])
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         if request.timer is not None:  # it was the handshake's
             request.timer.reschedule(None)
-        self.verdicts.settle_success(lease)
+        self.outcomes.settle_success(attempt)
         headers, fields, _ = parts_of(response)
         headers = self._for_client(exchange, headers, fields, self._omit)
         headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
         try:
-            upstream, from_upstream = response.extensions["switched"].take_over()
+            upstream, from_upstream = response.extensions["switched"].detach()
         except httpx.TransportError as error:
-            raise translate(error, lease.upstream.name) from error
+            raise translate(error, attempt.upstream.name) from error
         client, from_client = link.switch(response.extensions["reason_phrase"], headers)
         tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, service.tunnel_timeout)
         link.on_stopping = tunnel.go_away
@@ -542,15 +556,15 @@ class Router:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
 
-def _set_apart(exchange: Exchange, lease: Lease, answer: Answer | Foreign) -> None:
+def _set_apart(exchange: Exchange, attempt: Attempt, answer: UpstreamResponse | HttpxBody) -> None:
     """Count what has no end of its own apart from requests. Raises Overloaded if there is no place for it."""
-    if isinstance(answer, Answer):
+    if isinstance(answer, UpstreamResponse):
         try:
             answer.set_apart()
         except httpx.PoolTimeout as error:
             exchange.has_reached = True  # so it is charged for: it has been answered, only not to the client
-            raise translate(error, lease.upstream.name) from error
-        lease.give_place_back()
+            raise translate(error, attempt.upstream.name) from error
+        attempt.give_place_back()
 
 
 def _share(body: RequestBody | NoBody, reader_waited: float) -> ClientShare:
@@ -566,12 +580,14 @@ def _note_share(exchange: Exchange, request: UpstreamRequest) -> ClientShare:
     return share
 
 
-def _note_progress(exchange: Exchange, outgoing: httpx.Request, answer: Answer | None, *, is_sent: bool) -> bool:
+def _note_progress(
+    exchange: Exchange, outgoing: httpx.Request, answer: UpstreamResponse | None, *, is_sent: bool
+) -> bool:
     """Note how far an attempt came that has no answer; return whether some of the request was sent.
 
     `answer` is that of a request which had been sent before. Where the transport does not say, `is_sent` holds.
     """
-    if isinstance(outgoing, Outgoing):
+    if isinstance(outgoing, LeanRequest):
         is_sent = answer is not None or outgoing.is_sent
         exchange.has_begun |= is_sent or outgoing.has_begun
     else:
@@ -585,6 +601,6 @@ def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
 
     It was free if nothing has been sent; under a deadline that the client has set, only if no connection was begun.
     """
-    has_cost = exchange.has_reached or (exchange.has_begun and not deadline.blames_upstream)
+    has_cost = exchange.has_reached or (exchange.has_begun and not deadline.is_upstream_fault)
     kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout
-    return kind(deadline.words(), extra={"deadline": deadline.source})
+    return kind(deadline.message(), extra={"deadline": deadline.source})

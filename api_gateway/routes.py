@@ -18,7 +18,7 @@ REFUSED_METHODS = frozenset({"TRACE", "CONNECT"})  # RFC 9110 section 9.3.8: TRA
 class CostRule:
     """What matching requests cost in tokens instead of the route's own cost; None matches any.
 
-    `candidate_cost` is a cost that is tried beside it, see `Shadow`.
+    `candidate_cost` is a cost that is tried beside it, see `ShadowLimits`.
     """
 
     methods: frozenset[str] | None

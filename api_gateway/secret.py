@@ -37,6 +37,7 @@ class Unusable:
     """Takes the place of a secret that could not be read, until validation reports it as a mistake."""
 
     cause: str
+    names_file: bool = False  # the cause says by itself where the secret would have been read from
 
 
 def _text(value: Any) -> Any:
@@ -122,7 +123,7 @@ def read_secret_files(section: type[BaseModel], given: Any) -> Any:
             continue
         read[name + SUFFIX] = None
         if read.get(name) is not None:
-            read[name] = Unusable(f"{name} and {name}{SUFFIX} are both given; remove one of them")
+            read[name] = Unusable(f"{name} and {name}{SUFFIX} are both given; keep one of them", names_file=True)
             continue
         try:
             read[name] = read_secret(Path(path))

@@ -18,12 +18,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from api_gateway.admin import Phase
+from api_gateway.admin import Lifecycle
 from api_gateway.admin_listener import AdminListener
+from api_gateway.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.config import GatewayConfig
 from api_gateway.config_sections import ServerSection
 from api_gateway.config_watch import ConfigSource, ConfigWatch
-from api_gateway.crew import Alone, Crew
+from api_gateway.crew import Aggregator, SingleProcess
 from api_gateway.errors import BLOCKED, CUT_OFF
 from api_gateway.headers import Network, address_key, is_within
 from api_gateway.held_signals import delivered
@@ -32,11 +33,11 @@ from api_gateway.local_resources import raise_descriptor_limit
 from api_gateway.locality import Locality
 from api_gateway.main import create_app
 from api_gateway.output import LineHandler, process_output
-from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+from api_gateway.protocol import ConnectionLimits, DownstreamConnection, bounded_protocol
 from api_gateway.reload_state import Outcome
 from api_gateway.shares import Shares, default_connections
 from api_gateway.watchdog import Watchdog
-from api_gateway.welcome import welcome
+from api_gateway.welcome import startup_banner
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ _UNSAID = (
 ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
 STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain
-DRAIN_LINGER = 2.0  # seconds; see `protocol.GatewayProtocol.shutdown`
+DRAIN_LINGER = 2.0  # seconds; see `protocol.DownstreamConnection.shutdown`
 
 
 class GatewayServer(uvicorn.Server):
@@ -62,13 +63,14 @@ class GatewayServer(uvicorn.Server):
     def __init__(
         self,
         config: GatewayConfig,
-        crew: Crew | None = None,
+        crew: Aggregator | None = None,
         read: Callable[[], GatewayConfig] | None = None,
         *,
         locality: Locality | None = None,
+        clocks: Clocks = SYSTEM_CLOCKS,
         is_watched: bool = False,
     ) -> None:
-        """`read` and `locality` are as in `create_app`. `is_watched`: a change of the files of `read` is a reload."""
+        """`is_watched`: a change of the files of `read` is a reload. The others are as in `create_app`."""
         self._settings = config
         self._delay = config.server.drain_delay
         self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
@@ -76,7 +78,7 @@ class GatewayServer(uvicorn.Server):
         refused: Counter[str] = Counter()
         section = config.server
         self.connections = Shares(section.max_connections or default_connections(raise_descriptor_limit()))
-        self._crew = crew or Alone()
+        self._crew = crew or SingleProcess()
         self._reloads: set[asyncio.Task[Outcome]] = set()
         self._watch: ConfigWatch | None = None
         if is_watched and isinstance(read, ConfigSource):
@@ -91,6 +93,7 @@ class GatewayServer(uvicorn.Server):
             read=read,
             on_change=self._on_configuration,
             locality=locality,
+            clocks=clocks,
         )
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
@@ -160,7 +163,7 @@ class GatewayServer(uvicorn.Server):
 
     def announce(self) -> None:
         """Tell the person at the terminal that the gateway serves."""
-        print(welcome(self._settings, self._sockets), flush=True)
+        print(startup_banner(self._settings, self._sockets), flush=True)
 
     @property
     def exit_code(self) -> int:
@@ -193,7 +196,9 @@ class GatewayServer(uvicorn.Server):
 
     def _cut_off(self) -> None:
         """End what is still running, and count it."""
-        running = [one for one in self.server_state.connections if isinstance(one, GatewayProtocol) and one.is_busy]
+        running = [
+            one for one in self.server_state.connections if isinstance(one, DownstreamConnection) and one.is_busy
+        ]
         if running:
             self.cut_off = len(running)
             logger.error("%d requests were cut off: the time to drain was over", self.cut_off)
@@ -204,7 +209,7 @@ class GatewayServer(uvicorn.Server):
         """Begin to drain; a second interrupt ends without waiting."""
         console = getattr(self._app.state, "console", None)
         if console is not None:  # the signal may come before start-up is done
-            console.phase = Phase.DRAINING
+            console.lifecycle = Lifecycle.DRAINING
         self._watchdog.expect_end()
         super().handle_exit(sig, frame)
 
@@ -280,8 +285,8 @@ def _tune_garbage_collection() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def _bounds(section: ServerSection) -> Bounds:
-    return Bounds(
+def _bounds(section: ServerSection) -> ConnectionLimits:
+    return ConnectionLimits(
         header_bytes=section.max_header_bytes,
         header_lines=section.max_header_lines,
         header_timeout=section.header_timeout,

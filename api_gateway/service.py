@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import httpx
 
 from api_gateway.balancer import Upstream
-from api_gateway.connection import Connection
+from api_gateway.connection import UpstreamConnection
 from api_gateway.headers import Fields
 from api_gateway.models import Exchange
 from api_gateway.outgoing import Origin
-from api_gateway.retry import Retries, RetryPolicy
+from api_gateway.retry import RetryDecider, RetryPolicy
 from api_gateway.shares import ResourceState
 from api_gateway.targets import Target
 from api_gateway.transport import UpstreamTransport
@@ -29,7 +29,7 @@ class Timeouts:
     tunnel: float = 3600.0  # without a byte in either direction, once protocols were switched
 
 
-class Service:
+class UpstreamClient:
     """An upstream with what is needed to send to it. `retry` is one try and no other by default.
 
     `hash_header` (lower case) is the header whose value is the key that a target is chosen by, instead of the client.
@@ -49,21 +49,21 @@ class Service:
         self.origins = {target: _origin(target) for target in upstream.targets}
         self._gone: set[Target] = set()
         self._connect(transport)
-        retries = Retries(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
+        retries = RetryDecider(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
         self._configure(timeouts, retries, hash_header)
 
     def _connect(self, transport: httpx.AsyncBaseTransport) -> None:
         self.transport = transport
-        self.speaks_pairs = isinstance(transport, UpstreamTransport)
-        self._take_idle: dict[Target, Callable[[str | None], Connection | None]] = {}
+        self.is_native = isinstance(transport, UpstreamTransport)
+        self._take_idle: dict[Target, Callable[[str | None], UpstreamConnection | None]] = {}
 
-    def _configure(self, timeouts: Timeouts, retries: Retries, hash_header: bytes | None) -> None:
+    def _configure(self, timeouts: Timeouts, retries: RetryDecider, hash_header: bytes | None) -> None:
         retry = retries.policy
         self.total_timeout = timeouts.total
         self.retries = retries
         self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
         self.hash_header = hash_header
-        self.takes_passages = self.speaks_pairs and timeouts.total is None and hash_header is None
+        self.supports_fast_path = self.is_native and timeouts.total is None and hash_header is None
         self.tunnel_timeout = timeouts.tunnel
         self.limits = {
             "connect": timeouts.connect,
@@ -74,11 +74,11 @@ class Service:
         }
 
     def __repr__(self) -> str:
-        return f"<Service {self.upstream!r}>"
+        return f"<UpstreamClient {self.upstream!r}>"
 
     def succeeded_by(
         self, timeouts: Timeouts, retry: RetryPolicy, hash_header: bytes | None, transport: httpx.AsyncBaseTransport
-    ) -> "Service":
+    ) -> "UpstreamClient":
         """Return the same upstream under other terms. Requests that go by this one's go on; what lives is shared."""
         other = copy(self)
         if transport is not self.transport:
@@ -86,12 +86,12 @@ class Service:
         other._configure(timeouts, self.retries.succeeded_by(retry), hash_header)  # noqa: SLF001 - as above
         return other
 
-    def key_in(self, fields: Fields, exchange: Exchange) -> str:
+    def hash_key(self, fields: Fields, exchange: Exchange) -> str:
         """Return the key that a target is chosen by: what the header says, or the client if it says nothing."""
         values = None if self.hash_header is None else fields.get(self.hash_header)
         return exchange.client_key if values is None else values[0].decode("latin-1")
 
-    def retarget(self, targets: Sequence[Target], now: float) -> None:
+    def set_targets(self, targets: Sequence[Target], now: float) -> None:
         """Send to `targets` from now on. Requests that run on others go on; no connection is kept to those."""
         before = self.upstream.targets
         for target in targets:
@@ -99,7 +99,7 @@ class Service:
                 self.origins[target] = _origin(target)
                 if isinstance(self.transport, UpstreamTransport):
                     self.transport.pool(self.origins[target]).revive()
-        self.upstream.retarget(targets, now)
+        self.upstream.set_targets(targets, now)
         self._gone.update(target for target in before if target not in targets)
         self.sweep()
 
@@ -125,7 +125,7 @@ class Service:
             return []
         return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
 
-    def idle_connection(self, target: Target, holder: str | None) -> Connection | None:
+    def idle_connection(self, target: Target, holder: str | None) -> UpstreamConnection | None:
         """Take a connection of our own transport to `target`, if one is free and the holder may have it."""
         take = self._take_idle.get(target)
         if take is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from api_gateway.errors import GatewayError
 from api_gateway.fallback import STATIC
-from api_gateway.limit_fields import NAMES, LimitFields
+from api_gateway.limit_fields import NAMES, RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.models import Charge, Decision, Exchange
 from api_gateway.rate_limiter import RateLimiter
@@ -20,7 +20,7 @@ _DECIMAL = re.compile(rb"[0-9]{1,10}(?:\.[0-9]{1,9})?")
 logger = logging.getLogger(__name__)
 
 
-class Settlement:
+class CostSettlement:
     """Charges or gives back what a request has cost beyond, or below, what it was charged at first.
 
     Nobody is refused by it: who comes to owe waits longer with the next request. What is tried beside the limit
@@ -31,7 +31,7 @@ class Settlement:
         self._limiter = limiter
         self._clock_ns = clock_ns
         self._recorder = recorder
-        self._fields = LimitFields()
+        self._fields = RateLimitHeaders()
         self._warned: set[str | None] = set()
 
     def on_cost(self, exchange: Exchange, given: Sequence[bytes]) -> None:
@@ -74,9 +74,9 @@ class Settlement:
         exchange.decision = decision = self._change(exchange.charges, decision, cost)
         if exchange.trial is not None and exchange.trial[1].allowed:
             self._change(*exchange.trial, cost)
-        if exchange.answer_headers:
-            others = [pair for pair in exchange.answer_headers if pair[0] not in NAMES]
-            exchange.answer_headers = others + self._fields.headers(decision)
+        if exchange.response_headers:
+            others = [pair for pair in exchange.response_headers if pair[0] not in NAMES]
+            exchange.response_headers = others + self._fields.headers(decision)
 
     def _change(self, charges: Sequence[Charge], decision: Decision, cost: float) -> Decision:
         """Bring buckets from what they were charged to `cost`."""

@@ -9,7 +9,7 @@ from api_gateway.rate_limiter import RateLimiter
 from api_gateway.routes import Route
 
 
-class Shadow:
+class ShadowLimits:
     """Charges candidates of tiers and costs to buckets of their own, `candidate:` before the key.
 
     Where only tiers have candidates, only their clients are looked at. Where a cost has one, every request is: what
@@ -33,7 +33,7 @@ class Shadow:
         self._routes = {route.name: route for route in routes if route.has_candidate}
 
     def __repr__(self) -> str:
-        return f"<Shadow of tiers {sorted(self._candidates)} and routes {sorted(self._routes)}>"
+        return f"<ShadowLimits of tiers {sorted(self._candidates)} and routes {sorted(self._routes)}>"
 
     @property
     def is_empty(self) -> bool:
@@ -50,7 +50,7 @@ class Shadow:
         now_ns = self._clock_ns()
         trial = self._limiter.decide(charges, now_ns)
         if trial is None:
-            self._limiter.ask(charges, now_ns, partial(self._count, exchange, charges))
+            self._limiter.decide_async(charges, now_ns, partial(self._count, exchange, charges))
         else:
             self._count(exchange, charges, trial)
 

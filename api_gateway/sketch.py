@@ -12,7 +12,7 @@ from typing import TypedDict
 SIZE = 1000
 
 
-class SketchState(TypedDict):
+class HeavyHittersState(TypedDict):
     """A sketch as plain JSON: its size, and key, count and error of every counter."""
 
     size: int
@@ -28,7 +28,7 @@ class Estimate:
     error: int
 
 
-class Sketch:
+class HeavyHitters:
     """`size` counters for a stream of `n` keys: any key that came more than n / size times is held.
 
     A key that is held costs one look-up. A new one takes the smallest counter off a heap whose order is mended only
@@ -46,7 +46,7 @@ class Sketch:
         self._heap: list[tuple[int, str]] = []  # counts as they were: never above what they are; made when first full
 
     def __repr__(self) -> str:
-        return f"<Sketch [{len(self._counters)} of {self._size} counters]>"
+        return f"<HeavyHitters [{len(self._counters)} of {self._size} counters]>"
 
     def __len__(self) -> int:
         return len(self._counters)
@@ -81,19 +81,19 @@ class Sketch:
         keys = nlargest(limit, self._counters, key=lambda key: self._counters[key][0])
         return [Estimate(key, *self._counters[key]) for key in keys]
 
-    def state(self) -> SketchState:
+    def state(self) -> HeavyHittersState:
         """Return all that is held, to be merged elsewhere."""
         counters = [(key, count, error) for key, (count, error) in self._counters.items()]
         return {"size": self._size, "counters": counters}
 
     @classmethod
-    def from_state(cls, state: SketchState) -> "Sketch":
+    def from_state(cls, state: HeavyHittersState) -> "HeavyHitters":
         """Build the sketch whose `state` this is."""
         sketch = cls(state["size"])
         sketch._counters = {key: [count, error] for key, count, error in state["counters"]}
         return sketch
 
-    def merge(self, state: SketchState) -> None:
+    def merge(self, state: HeavyHittersState) -> None:
         """Take in what another sketch of the same size has counted.
 
         A key that only one of them holds may have come to the other as often as its smallest counter says; adding

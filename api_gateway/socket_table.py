@@ -15,14 +15,14 @@ _ACCEPTS, _CONNECTED = 0x10000, b"03"  # __SO_ACCEPTCON of the flags, SS_CONNECT
 _MAPPED = b"0000000000000000" + (b"FFFF0000" if sys.byteorder == "little" else b"0000FFFF")  # ::ffff:0:0/96
 
 
-class End(NamedTuple):
+class Endpoint(NamedTuple):
     """One end of a connection: an address as the table spells it, IPv4 wherever it is one, and a port."""
 
     address: bytes
     port: int
 
     @classmethod
-    def of(cls, address: str, port: int) -> "End":
+    def of(cls, address: str, port: int) -> "Endpoint":
         """Return the end at this address. Raises ValueError for what is no IP address."""
         parsed = ip_address(address.partition("%")[0])
         if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
@@ -37,8 +37,8 @@ class End(NamedTuple):
 class Row(NamedTuple):
     """One socket. `uid` is the user who created it, `inode` what `/proc/<pid>/fd` calls it."""
 
-    local: End
-    remote: End
+    local: Endpoint
+    remote: Endpoint
     state: bytes
     uid: int
     inode: int
@@ -73,7 +73,7 @@ class SocketTable:
             (process / "net/unix").read_bytes(),
         )
 
-    def between(self, local: End, remote: End) -> Row | None:
+    def between(self, local: Endpoint, remote: Endpoint) -> Row | None:
         """Return the socket with these two ends."""
         plain = b" %b %b " % (_spelled(local), _spelled(remote))
         mapped = b" %b%b %b%b " % (_MAPPED, _spelled(local), _MAPPED, _spelled(remote))
@@ -138,13 +138,13 @@ def _row(line: bytes) -> Row | None:
     fields = line.split()
     if len(fields) <= _INODE or not fields[_INODE].isdigit():
         return None
-    return Row(_end(fields[1]), _end(fields[2]), fields[3], int(fields[7]), int(fields[_INODE]))
+    return Row(_endpoint(fields[1]), _endpoint(fields[2]), fields[3], int(fields[7]), int(fields[_INODE]))
 
 
-def _end(spelled: bytes) -> End:
+def _endpoint(spelled: bytes) -> Endpoint:
     address, _, port = spelled.rpartition(b":")
-    return End(address.removeprefix(_MAPPED), int(port, 16))
+    return Endpoint(address.removeprefix(_MAPPED), int(port, 16))
 
 
-def _spelled(end: End) -> bytes:
+def _spelled(end: Endpoint) -> bytes:
     return b"%b:%04X" % end

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from api_gateway.client_records import (
-    KEEP,
     KEPT_CHANGES,
+    UNCHANGED,
     Change,
     Changes,
     ClientRecord,
+    ClientSnapshot,
+    Cursor,
     Grant,
-    Mark,
-    Snapshot,
-    Written,
+    WriteResult,
 )
-from api_gateway.id_filter import IdFilter
+from api_gateway.id_filter import BloomFilter
 from api_gateway.state_folder import create_private, make_private
 
 T = TypeVar("T")
@@ -47,6 +47,11 @@ _FROM_SCHEMA_1 = (
     "INSERT INTO clients (id, tier, version, changed_at)"
     " SELECT id, tier, row_number() OVER (ORDER BY changed_at, id), changed_at FROM former"
 )
+_REMEDY = (
+    "it holds the tiers and grants that were set while the gateway ran: stop the gateway and put a backup in its"
+    " place, or move it away, with its -wal and -shm files, to start without them"
+)
+_CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at"
 _KINDS = (str, str | None, str | None, float | None, int, float)  # of their values
 
@@ -65,21 +70,21 @@ class SqliteClients:
     def __repr__(self) -> str:
         return f"<SqliteClients [{self.path}]>"
 
-    async def load(self, limit: int) -> Snapshot:
+    async def load(self, limit: int) -> ClientSnapshot:
         """See `ClientStore`; creates the file, or brings it to the current schema."""
         return await self._run(self._load, limit)
 
-    async def write(self, client_id: str, change: Change) -> Written:
+    async def write(self, client_id: str, change: Change) -> WriteResult:
         """See `ClientStore`; on return the change is on disk."""
         written = await self._run(self._write, client_id, change, None)
         assert written is not None  # noqa: S101 - without a condition it is always made
         return written
 
-    async def end_grant(self, client_id: str, version: int) -> Written | None:
+    async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
         """See `ClientStore`."""
         return await self._run(self._write, client_id, Change(grant=None), version)
 
-    async def changes(self, since: Mark) -> Changes | None:
+    async def changes(self, since: Cursor) -> Changes | None:
         """See `ClientStore`."""
         return await self._run(self._changes, since)
 
@@ -107,9 +112,9 @@ class SqliteClients:
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-        except ValueError as error:  # text that is no UTF-8, or a value of another type than the column's
-            raise OSError(f"{self.path}: the file is corrupt: {_printable(error)}") from error
-        except (sqlite3.Error, RuntimeError) as error:  # RuntimeError: the thread has ended, the store is closed
+        except (sqlite3.Error, ValueError, RuntimeError) as error:  # RuntimeError: the thread has ended
+            if _is_of_corrupt_file(error):
+                raise OSError(f"{self.path}: the file is corrupt: {_printable(error)}; {_REMEDY}") from error
             raise OSError(f"{self.path}: {_printable(error)}") from error
 
     # In the store's thread
@@ -120,7 +125,7 @@ class SqliteClients:
             raise sqlite3.ProgrammingError("the client store is not open")
         return self._connection
 
-    def _load(self, limit: int) -> Snapshot:
+    def _load(self, limit: int) -> ClientSnapshot:
         if self._connection is None:
             self._connection = self._open()
         with _transaction(self._connection, "BEGIN"):
@@ -133,10 +138,10 @@ class SqliteClients:
             is_complete = len(rows) <= limit
             ids = None if is_complete or not limit else self._ids(self._connection, limit)
         records = [_record(row) for row in reversed(rows[:limit])]
-        return Snapshot(records, Mark(EPOCH, version), is_complete, ids)
+        return ClientSnapshot(records, Cursor(EPOCH, version), is_complete, ids)
 
-    def _ids(self, connection: sqlite3.Connection, limit: int) -> IdFilter:
-        ids = IdFilter(limit)
+    def _ids(self, connection: sqlite3.Connection, limit: int) -> BloomFilter:
+        ids = BloomFilter(limit)
         for (client_id,) in connection.execute("SELECT id FROM clients"):
             if not isinstance(client_id, str):
                 raise ValueError(f"client {client_id!r:.200} has no name")  # noqa: TRY004 - as in `_latest`
@@ -176,7 +181,7 @@ class SqliteClients:
                 connection.execute("DROP TABLE former")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def _write(self, client_id: str, change: Change, of_version: int | None) -> Written | None:
+    def _write(self, client_id: str, change: Change, of_version: int | None) -> WriteResult | None:
         """Make a change; with `of_version` only to a record at that version whose grant has ended."""
         connection, now = self._open_connection, time.time()
         with _transaction(connection, "BEGIN IMMEDIATE"):
@@ -185,8 +190,8 @@ class SqliteClients:
                 before.version == of_version and before.grant is not None and before.grant.until <= now
             ):
                 return None
-            tier = before.tier if change.tier is KEEP else change.tier
-            grant = before.grant if change.grant is KEEP else change.grant
+            tier = before.tier if change.tier is UNCHANGED else change.tier
+            grant = before.grant if change.grant is UNCHANGED else change.grant
             after = ClientRecord(client_id, tier, grant, _latest(connection) + 1, now)
             connection.execute(
                 f"INSERT OR REPLACE INTO clients ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 - our own names
@@ -203,9 +208,9 @@ class SqliteClients:
                 "DELETE FROM clients WHERE version <= ? AND tier IS NULL AND coalesce(grant_until, 0) <= ?",
                 (after.version - KEPT_CHANGES, now),
             )
-        return Written(before, after, EPOCH)
+        return WriteResult(before, after, EPOCH)
 
-    def _changes(self, since: Mark) -> Changes | None:
+    def _changes(self, since: Cursor) -> Changes | None:
         connection = self._open_connection
         with _transaction(connection, "BEGIN"):
             version = _latest(connection)
@@ -215,7 +220,7 @@ class SqliteClients:
                 f"SELECT {_COLUMNS} FROM clients WHERE version > ? ORDER BY version",  # noqa: S608 - our own names
                 (since.version,),
             )
-            return Changes([_record(row) for row in rows], Mark(EPOCH, version))
+            return Changes([_record(row) for row in rows], Cursor(EPOCH, version))
 
     def _look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
         return [self._find(client_id) for client_id in client_ids]
@@ -240,6 +245,14 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _is_of_corrupt_file(error: Exception) -> bool:
+    """Tell whether the file is damaged: its structure, or text that is no UTF-8, or a value of the wrong type."""
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", None)  # of Python's own errors there is none
+        return "decode to UTF-8" in str(error) if code is None else code & 0xFF in _CORRUPT
+    return isinstance(error, ValueError)
 
 
 def _printable(error: Exception) -> str:

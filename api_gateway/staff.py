@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from api_gateway.brief import ENTRY, Brief
-from api_gateway.crew import MAX_MESSAGE, RELIEF, encode
+from api_gateway.brief import ENTRY, WorkerConfig
+from api_gateway.crew import MAX_MESSAGE, REPLACED_SIGNAL, encode
 from api_gateway.listening import Sockets
 from api_gateway.reload_state import Outcome
-from api_gateway.report import Report, split
+from api_gateway.report import WorkerSnapshot, split
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Objection(NamedTuple):
     is_of_all: bool = False
 
 
-class Worker:
+class WorkerHandle:
     """One worker. `report` is kept current by the worker; it may be looked at and not changed while it lives."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Worker:
         """Kill it when, after its start, it has given no sign of life for `patience` seconds."""
         self.started = time.monotonic()
         self._served_since = math.inf
-        self.report = Report.blank(str(number))
+        self.report = WorkerSnapshot.blank(str(number))
         self.cut_off = 0  # requests that it could not end in its time to drain
         self.drains_within = math.inf  # seconds it has to end, once it is told to
         self._number = number
@@ -99,7 +99,7 @@ class Worker:
 
     def relieve(self) -> None:
         """Tell it that another one has taken its place; it drains and ends."""
-        self._signal(RELIEF)
+        self._signal(REPLACED_SIGNAL)
 
     def kill(self) -> None:
         """End it."""
@@ -222,7 +222,7 @@ class Worker:
                 answer.set_result(None)
 
 
-async def hire(
+async def spawn(
     number: int,
     config: dict[str, Any],
     sockets: Sockets,
@@ -230,7 +230,7 @@ async def hire(
     gather: Gather,
     reload: Reload,
     patience: float,
-) -> Worker:
+) -> WorkerHandle:
     """Start a worker, by exec and not by fork: it takes the code as it is now, and nothing of this process's loop.
 
     It inherits `sockets` and the descriptors `inherited`; `gather` answers when it asks how all workers stand, and
@@ -238,7 +238,12 @@ async def hire(
     gives no sign of life for `patience` seconds.
     """
     ours, theirs = socket.socketpair()
-    streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
+    try:
+        streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
     listeners = [sock.fileno() for sock in sockets.public]
     admin = [sock.fileno() for sock in sockets.admin]
     try:
@@ -252,10 +257,10 @@ async def hire(
         streams[1].close()
         theirs.close()
         raise
-    brief = Brief(number, config, theirs.fileno(), listeners, admin)
+    worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin)
     theirs.close()  # the worker has its own by that number
-    worker = Worker(number, process, streams, gather, reload, patience)
+    worker = WorkerHandle(number, process, streams, gather, reload, patience)
     assert process.stdin is not None  # noqa: S101 - piped above
-    process.stdin.write(brief.encode())
+    process.stdin.write(worker_config.encode())
     process.stdin.close()
     return worker

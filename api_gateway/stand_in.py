@@ -4,22 +4,22 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
 from api_gateway.failures import note_failure, note_shed
-from api_gateway.fallback import Fallback, add_failure, stands_in
+from api_gateway.fallback import Fallback, add_failure, applies
 from api_gateway.headers import FALLBACK
 from api_gateway.models import Clock, Exchange
 from api_gateway.request import Receive, Send, UpstreamRequest
 from api_gateway.retry import is_repeatable
-from api_gateway.service import Service
+from api_gateway.service import UpstreamClient
 
-Ask = Callable[[Exchange, Service, UpstreamRequest, Receive, Send], Awaitable[None]]
+Ask = Callable[[Exchange, UpstreamClient, UpstreamRequest, Receive, Send], Awaitable[None]]
 
 
-class StandIn:
+class FallbackRunner:
     """Answers for upstreams that cannot."""
 
     def __init__(
         self,
-        services: Mapping[str, Service],
+        services: Mapping[str, UpstreamClient],
         ask: Ask,
         on_fallback: Callable[[Exchange, GatewayError], None],
         clock: Clock,
@@ -30,7 +30,7 @@ class StandIn:
         self._on_fallback = on_fallback
         self._clock = clock
 
-    async def answer(
+    async def respond(
         self,
         exchange: Exchange,
         fallback: Fallback,
@@ -43,24 +43,28 @@ class StandIn:
         try:
             await tries
         except (Unavailable, UpstreamFailed) as error:
-            if exchange.status or not self._may_answer(exchange, fallback, request, error):
+            if exchange.status or not self._may_respond(exchange, fallback, request, error):
                 raise
             note_failure(exchange, error)
             exchange.fallback = fallback.name
             self._on_fallback(exchange, error)
             exchange.has_reached |= not error.is_retry_safe
-            exchange.answer_headers.append((FALLBACK, fallback.name.encode()))
+            exchange.response_headers.append((FALLBACK, fallback.name.encode()))
             if fallback.upstream is None:
                 await self._statically(exchange, fallback, send)
             else:
                 await self._from_another(exchange, fallback.upstream, error, request, receive, send)
 
-    def _may_answer(
+    def _may_respond(
         self, exchange: Exchange, fallback: Fallback, request: UpstreamRequest, error: GatewayError
     ) -> bool:
-        if fallback.upstream is not None and request.deadline is not None and not request.deadline.left(self._clock()):
+        if (
+            fallback.upstream is not None
+            and request.deadline is not None
+            and not request.deadline.remaining(self._clock())
+        ):
             return False
-        return stands_in(
+        return applies(
             fallback,
             error,
             is_repeatable=is_repeatable(exchange.method, request.fields),
@@ -69,7 +73,7 @@ class StandIn:
 
     async def _statically(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:
         exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
-        headers = [*fallback.fields(), *exchange.answer_headers]
+        headers = [*fallback.fields(), *exchange.response_headers]
         await send({"type": "http.response.start", "status": fallback.status, "headers": headers})
         await send({"type": "http.response.body", "body": fallback.body, "more_body": False})
 
@@ -95,7 +99,7 @@ class StandIn:
             note_shed(exchange, error)
             exchange.upstream, exchange.target, exchange.fallback = failed, target, None
             exchange.has_reached |= not error.is_retry_safe
-            exchange.answer_headers = [pair for pair in exchange.answer_headers if pair[0] != FALLBACK]
+            exchange.response_headers = [pair for pair in exchange.response_headers if pair[0] != FALLBACK]
             add_failure(first, error)
             try:
                 raise first from first.__cause__

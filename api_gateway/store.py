@@ -34,8 +34,9 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as Broken
 from redis.maint_notifications import MaintNotificationsConfig
 
+from api_gateway.errors import causes
 from api_gateway.store_url import StoreUrl
-from api_gateway.tasks import not_cancelled
+from api_gateway.tasks import check_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class StoreSession:
     def __repr__(self) -> str:
         return f"<StoreSession [{type(self.client).__name__}]>"
 
-    async def carrier(self, script: Script, node: str = "") -> "Carrier":
+    async def carrier(self, script: Script, node: str = "") -> "ScriptConnection":
         """Connect and make the script known; `node` is one of `nodes`, where there are several.
 
         Raises one of `StoreError`, which names the setting that may be wrong.
@@ -105,11 +106,13 @@ class StoreSession:
         with self._hinting():
             connection = self._connection(node)
             connection.socket_timeout = None  # the caller's deadline is the only one
-            carrier = Carrier(connection, script, self.client if isinstance(self.client, RedisCluster) else None)
+            carrier = ScriptConnection(
+                connection, script, self.client if isinstance(self.client, RedisCluster) else None
+            )
             try:
                 await connection.connect()  # type: ignore[no-untyped-call]  # theirs
                 await carrier.introduce()
-                not_cancelled()
+                check_cancelled()
             except BaseException:
                 carrier.abort()
                 raise
@@ -123,7 +126,7 @@ class StoreSession:
                 await self.client.nodes_manager.initialize()
             else:
                 await self.client.initialize()
-            not_cancelled()
+            check_cancelled()
         return {node.name for node in self.client.get_primaries()}
 
     def node_of(self, key: str) -> str:
@@ -164,7 +167,7 @@ class StoreSession:
                 if isinstance(self.client, RedisCluster):
                     await self.client.initialize()  # or it raises KeyError for a slot it knows nothing of
                 await pubsub.subscribe(channel)
-                not_cancelled()
+                check_cancelled()
                 async for message in _heard(pubsub):
                     if message["type"] == "subscribe":
                         on_state(True)
@@ -196,7 +199,7 @@ class StoreSession:
         await disconnect(self.client)
 
 
-class Carrier:
+class ScriptConnection:
     """A connection to one server, outside of any pool, on which one script can be called.
 
     Nothing that may have been executed is sent twice.
@@ -246,7 +249,7 @@ class Carrier:
             reply: list[int] = await self._connection.read_response(timeout=math.inf)
         elif isinstance(refusal, MOVED) and self._cluster is not None:  # its client follows, and learns
             reply = await self._cluster.eval(self._script.text, len(call.keys), *call.keys, *call.arguments)
-            not_cancelled()
+            check_cancelled()
         else:
             raise refusal
         return reply
@@ -261,7 +264,7 @@ async def _heard(pubsub: PubSub) -> AsyncIterator[dict[str, Any]]:
     is_asked = False
     while True:
         message = await pubsub.get_message(timeout=MAX_QUIET)
-        not_cancelled()
+        check_cancelled()
         if message is not None:
             is_asked = False
             yield message
@@ -343,7 +346,7 @@ def _check_files(options: Mapping[str, Any]) -> None:
 def _hint(error: BaseException, place: StoreUrl) -> str | None:
     """Return what about the URL may be why the store could not be connected to, None if nothing points there."""
     is_tls = "ssl" in place.options
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             if cause.verify_code in OTHER_NAME:
                 return "The host in store.url must be one that the server's certificate is for."
@@ -354,16 +357,6 @@ def _hint(error: BaseException, place: StoreUrl) -> str | None:
         if (is_broken_off or "CERTIFICATE_REQUIRED" in str(cause)) and is_tls and "ssl_certfile" not in place.options:
             return "If the server asks for a certificate, it is ?certificate= and &key= in store.url."
     return None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what led to it; chains of exceptions may be circular."""
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        seen.append(cause)
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _introduction(secrets: Sequence[str]) -> Callable[[AbstractConnection], Awaitable[None]]:

@@ -25,10 +25,10 @@ from api_gateway.listening import Listeners, Sockets, leave_group
 from api_gateway.merging import merge
 from api_gateway.reload import ApplyError, Reloader, refused
 from api_gateway.reload_state import Outcome, ReloadState
-from api_gateway.report import Report
+from api_gateway.report import WorkerSnapshot
 from api_gateway.server import set_log_level, stop_within, watchdog_of
-from api_gateway.staff import START_TIMEOUT, Objection, Worker, hire
-from api_gateway.welcome import welcome
+from api_gateway.staff import START_TIMEOUT, Objection, WorkerHandle, spawn
+from api_gateway.welcome import startup_banner
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +49,21 @@ def delay_after(failures: int) -> float:
 
 
 @dataclass(eq=False, slots=True)
-class Post:
+class WorkerSlot:
     """A place for one worker: its number, its sockets, who is there, and starts in a row that failed."""
 
     number: int
     sockets: Sockets
-    worker: Worker | None = None
+    worker: WorkerHandle | None = None
     failures: int = 0
 
 
 @dataclass(eq=False, slots=True)
-class Ledger:
+class CounterLedger:
     """What the workers count. `gone` is the sum of those that have ended."""
 
-    workers: list[Worker] = field(default_factory=list)
-    gone: Report = field(default_factory=lambda: merge([]))
+    workers: list[WorkerHandle] = field(default_factory=list)
+    gone: WorkerSnapshot = field(default_factory=lambda: merge([]))
     configuration: Callable[[], ReloadState] = ReloadState
     _asked: int = 0
     _running: "asyncio.Task[dict[str, Any]] | None" = None
@@ -79,7 +79,7 @@ class Ledger:
             self._next = asyncio.create_task(self._round(self._running), name="gathering")
         return await asyncio.shield(self._next)
 
-    def strike(self, worker: Worker) -> None:
+    def retire(self, worker: WorkerHandle) -> None:
         """Keep what a worker that has ended had counted, and forget the rest."""
         self.workers.remove(worker)
         worker.report.end()
@@ -111,11 +111,11 @@ class Supervisor:
             self._watch = ConfigWatch(read, partial(self.reload, "--watch"))
         self._config = config  # which workers are started with
         self._reloader = Reloader(config, read, self._apply, wall_clock=time.time)
-        self._ledger = Ledger(configuration=lambda: self._reloader.state)
+        self._ledger = CounterLedger(configuration=lambda: self._reloader.state)
         self._watchdog = watchdog_of(config.server, STOP_MARGIN)
         self._hiring = asyncio.Lock()  # nobody is started while a configuration is brought to those who are there
         self._is_rolling = False
-        self._posts: list[Post] = []
+        self._posts: list[WorkerSlot] = []
         self._stack = AsyncExitStack()
         self._store: EmbeddedStore | None = None
         self._demo: DemoUpstreams | None = None
@@ -160,21 +160,21 @@ class Supervisor:
 
     async def _live(self) -> None:
         server = self._config.server
-        await self._provide(self._config)
+        await self._start_shared(self._config)
         listeners = Listeners.of(self._config, server.workers)
         self._stack.callback(listeners.close)
-        self._posts = [Post(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
-        self._stack.push_async_callback(self._dismiss)
-        await self._man()
-        print(welcome(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - for the person there
+        self._posts = [WorkerSlot(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
+        self._stack.push_async_callback(self._stop_all)
+        await self._start_all()
+        print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - for the person there
         async with asyncio.TaskGroup() as group:
             for post in self._posts:
-                group.create_task(self._keep(post), name=f"post {post.number}")
+                group.create_task(self._respawn(post), name=f"post {post.number}")
             group.create_task(self._serve_signals(), name="signals")
             if self._watch is not None:
                 group.create_task(self._watch.run(), name="watch")
 
-    async def _provide(self, config: GatewayConfig) -> None:
+    async def _start_shared(self, config: GatewayConfig) -> None:
         """Start what the workers have in common."""
         if config.is_demo and self._demo is None:
             self._demo = DemoUpstreams()
@@ -188,19 +188,19 @@ class Supervisor:
             except NoServer as error:
                 raise StartupError(str(error)) from error
 
-    async def _man(self) -> None:
+    async def _start_all(self) -> None:
         """Start a worker at every post: the first alone, so that what none can do is said once."""
         first, *others = self._posts
         await self._start(first)
         await asyncio.gather(*(self._start(post) for post in others))
 
-    async def _start(self, post: Post) -> None:
+    async def _start(self, post: WorkerSlot) -> None:
         async with self._hiring:
-            post.worker = await self._hire(post)
+            post.worker = await self._spawn(post)
         if not await post.worker.is_ready(START_TIMEOUT):
             raise StartupError(f"worker {post.number} did not start")
 
-    async def _dismiss(self) -> None:
+    async def _stop_all(self) -> None:
         """Stop all workers; whoever takes too long is ended."""
         for post in self._posts:
             for sock in post.sockets:
@@ -208,7 +208,7 @@ class Supervisor:
         workers = list(self._ledger.workers)
         for worker in workers:
             worker.terminate()
-        await asyncio.gather(*(self._see_off(worker) for worker in workers))
+        await asyncio.gather(*(self._await_exit(worker) for worker in workers))
         if self._cut_off:
             logger.error("%d requests were cut off in all", self._cut_off)
 
@@ -221,29 +221,35 @@ class Supervisor:
             values["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
         return values
 
-    async def _hire(self, post: Post) -> Worker:
+    async def _spawn(self, post: WorkerSlot) -> WorkerHandle:
+        """Start a worker. Raises StartupError if this machine cannot start another process now."""
         config = self._handed_over(self._config)
         inherited = [] if self._store is None else [self._store.lifeline]
         server = self._config.server
-        worker = await hire(
-            post.number,
-            config,
-            post.sockets,
-            inherited,
-            self._ledger.gather,
-            self.reload,
-            server.worker_timeout + REPORT_MARGIN,
-        )
+        try:
+            worker = await spawn(
+                post.number,
+                config,
+                post.sockets,
+                inherited,
+                self._ledger.gather,
+                self.reload,
+                server.worker_timeout + REPORT_MARGIN,
+            )
+        except Exception as error:  # no descriptor, process, thread or memory: asyncio raises more than OSError
+            raise StartupError(
+                f"worker {post.number} could not be started: {str(error) or type(error).__name__}"
+            ) from error
         worker.drains_within = _drains_within(self._config)
         self._ledger.workers.append(worker)
         return worker
 
-    async def _relieve(self, worker: Worker) -> None:
+    async def _relieve(self, worker: WorkerHandle) -> None:
         """Stop one worker whose place another has taken, and wait for its end."""
         worker.relieve()
-        await self._see_off(worker)
+        await self._await_exit(worker)
 
-    async def _see_off(self, worker: Worker) -> None:
+    async def _await_exit(self, worker: WorkerHandle) -> None:
         """Wait for the end of a worker that was told to stop, and add up what it could not end."""
         try:
             async with asyncio.timeout(worker.drains_within):
@@ -256,9 +262,9 @@ class Supervisor:
             worker.cut_off = max(1, worker.cut_off)
         self._cut_off += worker.cut_off
         if worker in self._ledger.workers:
-            self._ledger.strike(worker)
+            self._ledger.retire(worker)
 
-    async def _keep(self, post: Post) -> None:
+    async def _respawn(self, post: WorkerSlot) -> None:
         """Put another worker in the place of one that has ended by itself."""
         while True:
             worker = post.worker
@@ -266,7 +272,7 @@ class Supervisor:
             code = await worker.wait()
             if worker is not post.worker:  # it was relieved
                 continue
-            self._ledger.strike(worker)
+            self._ledger.retire(worker)
             lived = time.monotonic() - worker.started
             post.failures = post.failures + 1 if worker.has_served_for < SETTLED else 0
             delay = delay_after(post.failures)
@@ -275,9 +281,23 @@ class Supervisor:
             if delay >= LEAVE_AFTER:
                 leave_group(post.sockets)
             await asyncio.sleep(delay)
+            await self._fill(post, worker)
+
+    async def _fill(self, post: WorkerSlot, gone: WorkerHandle) -> None:
+        """Start a worker in the place of one that has ended, however often that fails: the others go on serving."""
+        while True:
             async with self._hiring:
-                if worker is post.worker:
-                    post.worker = await self._hire(post)
+                if post.worker is not gone:  # a rolling restart has started one
+                    return
+                try:
+                    post.worker = await self._spawn(post)
+                except StartupError as error:
+                    post.failures += 1
+                    delay = delay_after(post.failures)
+                    logger.error("%s; trying again in %g s", error, delay)  # noqa: TRY400 - one line
+                else:
+                    return
+            await asyncio.sleep(delay)
 
     # Configuration
 
@@ -307,7 +327,7 @@ class Supervisor:
         async with self._hiring:
             workers = list(self._ledger.workers)
             await asyncio.gather(*(worker.is_ready(START_TIMEOUT) for worker in workers))
-            await self._provide(config)
+            await self._start_shared(config)
             workers = [worker for worker in workers if worker.is_serving]
             values = self._handed_over(config)
             objections = await _all(workers, "prepare", PREPARE_TIMEOUT, config=values)
@@ -335,9 +355,13 @@ class Supervisor:
             self._is_rolling = False
         logger.info("rolling restart complete: %d workers restarted", len(self._posts))
 
-    async def _replace(self, post: Post) -> bool:
+    async def _replace(self, post: WorkerSlot) -> bool:
         """Start a new worker beside the old one, then relieve that; tell whether the new one serves."""
-        new = await self._hire(post)
+        try:
+            new = await self._spawn(post)
+        except StartupError as error:
+            logger.error("%s", error)  # noqa: TRY400 - one line
+            return False
         if not await new.is_ready(START_TIMEOUT):
             await self._relieve(new)
             return False
@@ -353,14 +377,16 @@ def _drains_within(config: GatewayConfig) -> float:
     return config.server.drain_delay + config.server.drain_timeout + DRAIN_MARGIN
 
 
-async def _all(workers: Sequence[Worker], phase: str, within: float, **fields: Any) -> dict[Worker, Objection]:
+async def _all(
+    workers: Sequence[WorkerHandle], phase: str, within: float, **fields: Any
+) -> dict[WorkerHandle, Objection]:
     """Have all workers do a phase of a reload; return what is in the way of those that serve and have not done it."""
     answers = await asyncio.gather(*(worker.configure(phase, within, **fields) for worker in workers))
     found = zip(workers, answers, strict=True)
     return {worker: answer for worker, answer in found if answer is not None and worker.is_serving}
 
 
-def _error_of(objections: Mapping[Worker, Objection]) -> StartupError | ApplyError:
+def _error_of(objections: Mapping[WorkerHandle, Objection]) -> StartupError | ApplyError:
     """Return what to raise: the mistake in the configuration, if it is one, or what is wrong with each worker."""
     mistake = next((objection.problem for objection in objections.values() if objection.is_of_all), None)
     if mistake is not None:

@@ -1,10 +1,10 @@
 """How the operator is shown an upstream's targets: what checks and live requests say of each, in words and times."""
 
-import time
 from datetime import UTC, datetime
 
 from api_gateway.breaker_policy import State
-from api_gateway.report import NameReport, PassiveReport, TargetReport, UpstreamReport
+from api_gateway.clocks import Moment
+from api_gateway.report import HostNameSnapshot, OutlierSnapshot, TargetSnapshot, UpstreamSnapshot
 from api_gateway.upstream_bodies import (
     ActiveView,
     ConcurrencyView,
@@ -17,7 +17,7 @@ from api_gateway.upstream_bodies import (
 )
 
 
-def upstream_view(upstream: UpstreamReport, now: float, concurrency: ConcurrencyView) -> UpstreamView:
+def upstream_view(upstream: UpstreamSnapshot, now: Moment, concurrency: ConcurrencyView) -> UpstreamView:
     """Return how an upstream stands."""
     names = {"names": [_name_view(name, now) for name in upstream.names]} if upstream.names else {}
     return UpstreamView(
@@ -29,7 +29,7 @@ def upstream_view(upstream: UpstreamReport, now: float, concurrency: Concurrency
     )
 
 
-def verdict_view(target: TargetReport, now: float) -> VerdictView:
+def verdict_view(target: TargetSnapshot, now: Moment) -> VerdictView:
     """Return both verdicts on a target."""
     return VerdictView(
         healthy=target.verdict,
@@ -39,7 +39,7 @@ def verdict_view(target: TargetReport, now: float) -> VerdictView:
     )
 
 
-def _target_view(target: TargetReport, now: float) -> TargetView:
+def _target_view(target: TargetSnapshot, now: Moment) -> TargetView:
     verdict = verdict_view(target, now)
     return TargetView(
         url=target.url,
@@ -54,7 +54,7 @@ def _target_view(target: TargetReport, now: float) -> TargetView:
     )
 
 
-def _active_view(target: TargetReport, now: float) -> ActiveView | None:
+def _active_view(target: TargetSnapshot, now: Moment) -> ActiveView | None:
     checks = target.checks
     if checks.at is None:
         return None
@@ -68,7 +68,7 @@ def _active_view(target: TargetReport, now: float) -> ActiveView | None:
     )
 
 
-def _passive_view(passive: PassiveReport | None, now: float) -> PassiveView | None:
+def _passive_view(passive: OutlierSnapshot | None, now: Moment) -> PassiveView | None:
     if passive is None:
         return None
     opened, probe_at = None, passive.next_probe_at
@@ -79,13 +79,13 @@ def _passive_view(passive: PassiveReport | None, now: float) -> PassiveView | No
         ejected=passive.is_ejected,
         consecutive_failures=passive.consecutive_failures,
         last_opened=opened,
-        next_probe_in=None if probe_at is None else round(max(0.0, probe_at - now), 3),
+        next_probe_in=None if probe_at is None else round(max(0.0, probe_at - now.monotonic), 3),
         ejections_total=passive.ejections_total,
         kept=_why_kept(passive),
     )
 
 
-def _why_kept(passive: PassiveReport) -> str | None:
+def _why_kept(passive: OutlierSnapshot) -> str | None:
     if passive.state is State.OPEN and not passive.is_ejected:
         return "No other target is in rotation, so it gets requests although its breaker is OPEN."
     if passive.withheld:
@@ -98,7 +98,7 @@ def _why_kept(passive: PassiveReport) -> str | None:
     return None
 
 
-def _name_view(name: NameReport, now: float) -> NameView:
+def _name_view(name: HostNameSnapshot, now: Moment) -> NameView:
     return NameView(
         host=name.host,
         port=name.port,
@@ -108,9 +108,9 @@ def _name_view(name: NameReport, now: float) -> NameView:
     )
 
 
-def utc(at: float, now: float) -> str:
+def utc(at: float, now: Moment) -> str:
     """Return a monotonic moment as wall-clock time."""
-    return wall_time(time.time() - (now - at))
+    return wall_time(now.wall_of(at))
 
 
 def wall_time(at: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 _AGAIN_AFTER = 0.25  # seconds, enough for a task to tidy up
 
 
-async def end(*tasks: asyncio.Task[Any]) -> None:
+async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks and wait for their end, also when cancelled itself meanwhile."""
     interruption = None
     running = {task for task in tasks if not task.done()}
@@ -26,7 +26,7 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
         raise interruption
 
 
-def not_cancelled() -> None:
+def check_cancelled() -> None:
     """Raise CancelledError if this task was cancelled, and the cancellation was lost."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():

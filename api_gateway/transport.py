@@ -21,10 +21,10 @@ from typing import Any
 
 import httpx
 
-from api_gateway.answer import NO_HOOKS, NO_LIMITS, Answer, Incoming
-from api_gateway.connection import Connection, Stale
+from api_gateway.answer import NO_LIMITS, NO_LISTENER, LeanResponse, UpstreamResponse
+from api_gateway.connection import StaleConnection, UpstreamConnection
 from api_gateway.local_resources import OutOfResources, is_own_lack
-from api_gateway.outgoing import NO_BODY, Origin, Outgoing
+from api_gateway.outgoing import NO_BODY, LeanRequest, Origin
 from api_gateway.pool import Pool
 from api_gateway.retry import IDEMPOTENT
 from api_gateway.shares import Shares
@@ -52,7 +52,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         self._idle_timeout = idle_timeout
         self._tls = tls
         self._is_retired = False
-        self._pools: dict[tuple[str, str, int, str], Pool[Connection]] = {}
+        self._pools: dict[tuple[str, str, int, str], Pool[UpstreamConnection]] = {}
 
     def __repr__(self) -> str:
         return f"<UpstreamTransport {self._pools!r}>"
@@ -63,35 +63,37 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         If a reused connection dies before any byte of the answer, the request goes out once more on a new one,
         provided that its method is idempotent and it has no body (RFC 9110 section 9.2.2).
         """
-        outgoing = request if isinstance(request, Outgoing) else Outgoing.of(request)
+        outgoing = request if isinstance(request, LeanRequest) else LeanRequest.of(request)
         pool = self.pool(outgoing.origin)
         extensions = outgoing.extensions
-        if extensions.get("hooks", NO_HOOKS).upgrade:  # it is not worth a handshake
+        if extensions.get("hooks", NO_LISTENER).upgrade:  # it is not worth a handshake
             pool.admit_tunnel(extensions.get("holder"))
         connection = pool.take_idle(extensions.get("holder")) or await self._wait(pool, outgoing)
         return await self.response_to(outgoing, connection.send(outgoing))
 
-    async def response_to(self, request: Outgoing, answer: Answer) -> httpx.Response:
+    async def response_to(self, request: LeanRequest, answer: UpstreamResponse) -> httpx.Response:
         """Wait for the head of an answer whose request is on its way; see `handle_async_request`."""
         is_repeated = False
         while True:
             try:
-                await answer.until_head()
-            except Stale:
+                await answer.wait_head()
+            except StaleConnection:
                 if is_repeated or request.method not in _REPEATABLE or request.framing is not None:
                     raise
                 try:
                     connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
                 except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-                    raise httpx.ReadError(f"{Stale()}; once more: {error}") from error  # it has been sent before
+                    raise httpx.ReadError(
+                        f"{StaleConnection()}; once more: {error}"
+                    ) from error  # it has been sent before
                 answer, is_repeated = connection.send(request), True
             except BaseException:
                 answer.close()
                 raise
             else:
-                return Incoming(answer)
+                return LeanResponse(answer)
 
-    def pool(self, origin: Origin) -> Pool[Connection]:
+    def pool(self, origin: Origin) -> Pool[UpstreamConnection]:
         """Return the connections to `origin`."""
         return self._pools.get(origin.key) or self._make_pool(origin)
 
@@ -130,7 +132,9 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         for pool in self._pools.values():
             pool.revive()
 
-    async def _wait(self, pool: Pool[Connection], request: Outgoing, *, is_fresh: bool = False) -> Connection:
+    async def _wait(
+        self, pool: Pool[UpstreamConnection], request: LeanRequest, *, is_fresh: bool = False
+    ) -> UpstreamConnection:
         def on_connect() -> None:
             request.has_begun = True
 
@@ -148,13 +152,13 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         for pool in self._pools.values():
             pool.close()
 
-    def _make_pool(self, origin: Origin) -> Pool[Connection]:
-        async def connect(seconds: float | None) -> Connection:
+    def _make_pool(self, origin: Origin) -> Pool[UpstreamConnection]:
+        async def connect(seconds: float | None) -> UpstreamConnection:
             connection = await _connect(origin, self._tls if origin.scheme == "https" else None, seconds)
             connection.pool = pool
             return connection
 
-        pool: Pool[Connection] = Pool(
+        pool: Pool[UpstreamConnection] = Pool(
             connect,
             limit=self._max_connections,
             idle_timeout=self._idle_timeout,
@@ -166,10 +170,10 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         return pool
 
 
-async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | None) -> Connection:
+async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | None) -> UpstreamConnection:
     """Open a connection within that time."""
     loop = asyncio.get_running_loop()
-    connection = Connection(loop)
+    connection = UpstreamConnection(loop)
     place = f"{origin.address}:{origin.port}"
     try:
         async with asyncio.timeout(seconds):
@@ -227,7 +231,7 @@ async def probe(
     request: httpx.Request
     if isinstance(transport, UpstreamTransport):
         extensions["target"] = target.raw_path
-        request = Outgoing("GET", origin, headers, NO_BODY, None, extensions)
+        request = LeanRequest("GET", origin, headers, NO_BODY, None, extensions)
     else:
         request = origin.plain_request("GET", headers, target.raw_path, stream=NO_BODY, extensions=extensions)
     try:

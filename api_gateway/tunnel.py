@@ -7,8 +7,8 @@ a gateway that stops puts in a frame of its own, between two of the upstream's.
 
 import asyncio
 
-from api_gateway.alarm import Alarm
-from api_gateway.frames import GOING_AWAY, FrameEdges
+from api_gateway.alarm import DeadlineTimer
+from api_gateway.frames import GOING_AWAY, FrameBoundary
 from api_gateway.receive_buffer import READ_SIZE, receive_buffer
 
 LINGER = 1.0  # seconds of silence that one direction may fall into after the other has ended
@@ -30,11 +30,11 @@ class Tunnel:
         self.bytes_in = 0  # from the client
         self.bytes_out = 0  # to the client
         self.idle_timeout = idle_timeout
-        self.alarm = Alarm(loop, self.abort)
+        self.alarm = DeadlineTimer(loop, self.abort)
         self._ended: asyncio.Future[None] = loop.create_future()
         buffer = receive_buffer(loop)[:READ_SIZE]
-        self._client = _End(self, client, buffer)
-        self._upstream = _UpstreamEnd(self, upstream, buffer)
+        self._client = _Side(self, client, buffer)
+        self._upstream = _UpstreamSide(self, upstream, buffer)
         self._client.other, self._upstream.other = self._upstream, self._client
 
     def __repr__(self) -> str:
@@ -72,11 +72,11 @@ class Tunnel:
             self._ended.set_result(None)
 
 
-class _End(asyncio.BufferedProtocol):
+class _Side(asyncio.BufferedProtocol):
     """One side: passes on what it hears."""
 
     def __init__(self, tunnel: Tunnel, transport: asyncio.Transport, buffer: memoryview) -> None:
-        self.other: _End = self
+        self.other: _Side = self
         self.transport = transport
         self.is_lost = False
         self.has_ended = False  # it will send no more
@@ -86,7 +86,7 @@ class _End(asyncio.BufferedProtocol):
         self._buffer = buffer
 
     def __repr__(self) -> str:
-        return f"<_End [{'lost' if self.is_lost else 'open'}, {self.received} bytes received]>"
+        return f"<_Side [{'lost' if self.is_lost else 'open'}, {self.received} bytes received]>"
 
     def attach(self) -> None:
         """Replace the transport's protocol. Reading is paused meanwhile: how to read is decided where it begins."""
@@ -158,12 +158,12 @@ class _End(asyncio.BufferedProtocol):
         del self.other, self._tunnel
 
 
-class _UpstreamEnd(_End):
+class _UpstreamSide(_Side):
     """The upstream's side, which can be interrupted between two frames."""
 
     def __init__(self, tunnel: Tunnel, transport: asyncio.Transport, buffer: memoryview) -> None:
         super().__init__(tunnel, transport, buffer)
-        self._edges = FrameEdges()
+        self._edges = FrameBoundary()
         self._is_leaving = self._has_left = False
 
     def data_received(self, data: bytes) -> None:

@@ -9,27 +9,27 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
-from api_gateway.guarded import GuardedTransport
-from api_gateway.health import Ask, HealthPolicy, HealthWatch
+from api_gateway.guarded import ShieldedTransport
+from api_gateway.health import Ask, HealthChecker, HealthPolicy
 from api_gateway.models import Clock
-from api_gateway.resolution import Answer, Name, Resolve, keep_resolving
-from api_gateway.service import Service
+from api_gateway.resolution import HostName, Resolution, Resolve, keep_resolving
+from api_gateway.service import UpstreamClient
 from api_gateway.targets import Target
 from api_gateway.transport import UpstreamTransport, probe
 
 logger = logging.getLogger(__name__)
 
 
-class Upkeep:
+class UpstreamMonitor:
     """The checks and the names of one upstream. `policy` None means no checks; without `names` nothing is resolved."""
 
     def __init__(
         self,
-        service: Service,
+        service: UpstreamClient,
         *,
         policy: HealthPolicy | None = None,
-        transport: UpstreamTransport | GuardedTransport | None = None,
-        names: Sequence[Name] = (),
+        transport: UpstreamTransport | ShieldedTransport | None = None,
+        names: Sequence[HostName] = (),
         interval: float = 0.0,
         resolve: Resolve,
         clock: Clock,
@@ -51,12 +51,12 @@ class Upkeep:
         self._resolve = resolve
         self._clock = clock
         self._source = source
-        self._last_errors: dict[Name, str | None] = {}
-        self._watch: HealthWatch | None = None
+        self._last_errors: dict[HostName, str | None] = {}
+        self._watch: HealthChecker | None = None
         self._set_watch(policy)
 
     def __repr__(self) -> str:
-        return f"<Upkeep of {self._service.upstream.name!r} [{self._watch!r}, {list(self.names)!r}]>"
+        return f"<UpstreamMonitor of {self._service.upstream.name!r} [{self._watch!r}, {list(self.names)!r}]>"
 
     async def run(self) -> None:
         """Do it until cancelled."""
@@ -85,10 +85,10 @@ class Upkeep:
 
     def change(
         self,
-        service: Service,
+        service: UpstreamClient,
         policy: HealthPolicy | None,
-        transport: UpstreamTransport | GuardedTransport | None,
-        names: Sequence[Name],
+        transport: UpstreamTransport | ShieldedTransport | None,
+        names: Sequence[HostName],
         interval: float,
     ) -> None:
         """Go by other terms from now on, for the targets that the upstream has by now.
@@ -114,7 +114,7 @@ class Upkeep:
             for target in targets:
                 target.forget_checks()
             return
-        self._watch = HealthWatch(policy, self._asker, self._on_verdict, clock=self._clock, source=self._source)
+        self._watch = HealthChecker(policy, self._asker, self._on_verdict, clock=self._clock, source=self._source)
         self._watch.follow(targets)
 
     def _follow(self) -> None:
@@ -127,7 +127,7 @@ class Upkeep:
             await self._own.aclose()
 
     @property
-    def transport(self) -> UpstreamTransport | GuardedTransport | None:
+    def transport(self) -> UpstreamTransport | ShieldedTransport | None:
         """Through which checks go, None if that is the service's."""
         return self._own
 
@@ -140,11 +140,11 @@ class Upkeep:
         """Take in that health checks have changed their mind about a target."""
         upstream = self._service.upstream
         if target.is_healthy:
-            upstream.rotation.welcome(target, self._clock())
+            upstream.outliers.start_slow_start(target, self._clock())
         verdict = "healthy again" if target.is_healthy else "unhealthy"
         logger.warning("upstream %s: target %s is %s: %s", upstream.name, target.url, verdict, target.checks.finding)
 
-    def _on_answer(self, answer: Answer) -> None:
+    def _on_answer(self, answer: Resolution) -> None:
         """Send requests and checks where an answer says."""
         self._log(answer)
         self._last_errors[answer.name] = answer.name.error
@@ -152,11 +152,11 @@ class Upkeep:
             self._service.sweep()
             return
         targets = [target for name in self.names for target in name.targets]
-        self._service.retarget(targets, self._clock())
+        self._service.set_targets(targets, self._clock())
         if self._watch is not None:
             self._watch.follow(targets)
 
-    def _log(self, answer: Answer) -> None:
+    def _log(self, answer: Resolution) -> None:
         """Tell what is new in an answer: other addresses, another error, or that there is none any more."""
         upstream, name = self._service.upstream.name, answer.name
         known = ", ".join(name.addresses) or "the name itself"

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from api_gateway.models import Body, BreakerMode, RequestBody, Source
+from api_gateway.models import Body, BreakerMode, DecisionSource, RequestBody
 from api_gateway.reload_bodies import ConfigurationView
 
 
@@ -147,7 +147,7 @@ class FailedCallView(Body):
     request_id: str | None
 
 
-class FlightRecordView(Body):
+class TransitionRecordView(Body):
     """A move of a breaker and what led to it."""
 
     at: str = Field(description="UTC, ISO 8601.")
@@ -170,7 +170,7 @@ class HistoryView(Body):
     """The last moves of a breaker and of those of its targets, the newest first."""
 
     name: str
-    history: list[FlightRecordView]
+    history: list[TransitionRecordView]
 
 
 class NameView(Body):
@@ -236,7 +236,7 @@ class ResourceView(Body):
 class StoreView(Body):
     """What the limits rest on now. `memory` and `store` are exact, all else is the policy for a store that is away."""
 
-    mode: Source
+    mode: DecisionSource
     processes: int = Field(description="Gateways that share a bucket while the store cannot be used.")
     batches: int = Field(description="Calls that the store answered in time.")
     questions: int = Field(description="Decisions and settlements in them.")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import httpx
 
-from api_gateway.balancer import Lease, SlowHead
+from api_gateway.balancer import Attempt, SlowResponse
 from api_gateway.breaker_records import Transition
 from api_gateway.errors import Fault, GatewayError, Overloaded, UpstreamTimeout
 from api_gateway.failures import NO_SHARE, OUTCOMES, ClientShare, fault_of, fault_of_status, translate
@@ -15,7 +15,7 @@ from api_gateway.targets import Target
 _CLASSES = tuple(f"{number}xx" for number in range(6))
 
 
-class Verdicts:
+class OutcomeReporter:
     """Settles tries. A settled one is settled: what is told of it later moves nothing."""
 
     def __init__(
@@ -34,84 +34,84 @@ class Verdicts:
         self._lack_log = LackLog()
 
     def on_head(
-        self, exchange: Exchange, lease: Lease, status: int, now: float, client: ClientShare = NO_SHARE
+        self, exchange: Exchange, attempt: Attempt, status: int, now: float, client: ClientShare = NO_SHARE
     ) -> None:
         """Count the answer's head; a status that is an error settles the try already."""
         assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
         exchange.head_at = now
         took = now - exchange.sent_at
-        self._observe_try(lease.upstream.name, _CLASSES[status // 100], took, now)
+        self._observe_try(attempt.upstream.name, _CLASSES[status // 100], took, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
-            self._settle_failure(exchange, lease, fault_of_status(status, client), now, f"status {status}", now)
+            self._settle_failure(exchange, attempt, fault_of_status(status, client), now, f"status {status}", now)
             return
-        if lease.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
-            lease.upstream.limit.observe(took, now)
+        if attempt.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
+            attempt.upstream.limit.observe(took, now)
         if status >= 400:  # noqa: PLR2004 - the class of client errors
-            self.settle(lease, Outcome.IGNORED, now)
-        elif took >= lease.upstream.breaker.slow_after:
-            lease.slow = SlowHead(took, exchange.route or "", exchange.id)
+            self.settle(attempt, Outcome.IGNORED, now)
+        elif took >= attempt.upstream.breaker.slow_after:
+            attempt.slow = SlowResponse(took, exchange.route or "", exchange.id)
 
     def on_failure(
-        self, exchange: Exchange, lease: Lease, error: httpx.TransportError, client: ClientShare = NO_SHARE
+        self, exchange: Exchange, attempt: Attempt, error: httpx.TransportError, client: ClientShare = NO_SHARE
     ) -> GatewayError:
         """Settle a try that got no answer, and return what it failed with in our words."""
-        upstream, now = lease.upstream.name, self._clock()
+        upstream, now = attempt.upstream.name, self._clock()
         failure = translate(error, upstream)
         self._observe_try(upstream, failure.reason, None, now)
         fault = fault_of(failure, client)
         if isinstance(failure, UpstreamTimeout) and fault is Fault.UPSTREAM:
-            _teach(exchange, lease, now)
+            _teach(exchange, attempt, now)
         if isinstance(failure, Overloaded) and (lack := _lack(error)) is not None:
             self._lack_log.note(upstream, lack, now)
-        self._settle_failure(exchange, lease, fault, now, failure.reason, now)
+        self._settle_failure(exchange, attempt, fault, now, failure.reason, now)
         return failure
 
     def on_broken_body(
-        self, exchange: Exchange, lease: Lease, error: Exception, client: ClientShare = NO_SHARE
+        self, exchange: Exchange, attempt: Attempt, error: Exception, client: ClientShare = NO_SHARE
     ) -> GatewayError:
         """Settle a try whose answer broke off, and return what it failed with in our words."""
-        failure = translate(error, lease.upstream.name)
+        failure = translate(error, attempt.upstream.name)
         failure.__cause__ = error
         head_at = exchange.head_at or exchange.started
         fault = fault_of(failure, client)
-        self._settle_failure(exchange, lease, fault, self._clock(), f"{failure.reason} within the body", head_at)
+        self._settle_failure(exchange, attempt, fault, self._clock(), f"{failure.reason} within the body", head_at)
         return failure
 
-    def on_overdue(self, exchange: Exchange, lease: Lease, fault: Fault) -> None:
+    def on_overdue(self, exchange: Exchange, attempt: Attempt, fault: Fault) -> None:
         """Settle a try that the deadline has ended."""
         if fault is not Fault.UPSTREAM:
             return
         now, reason = self._clock(), UpstreamTimeout.reason.value
         if exchange.head_at is None:
-            self._observe_try(lease.upstream.name, reason, None, now)
-            _teach(exchange, lease, now)
-        self._settle_failure(exchange, lease, fault, now, f"{reason} (deadline)", now)
+            self._observe_try(attempt.upstream.name, reason, None, now)
+            _teach(exchange, attempt, now)
+        self._settle_failure(exchange, attempt, fault, now, f"{reason} (deadline)", now)
 
-    def settle_success(self, lease: Lease) -> None:
+    def settle_success(self, attempt: Attempt) -> None:
         """Settle a try as good."""
-        self.settle(lease, Outcome.SUCCESS, self._clock())
+        self.settle(attempt, Outcome.SUCCESS, self._clock())
 
-    def settle(self, lease: Lease, outcome: Outcome, now: float, detail: str = "") -> None:
+    def settle(self, attempt: Attempt, outcome: Outcome, now: float, detail: str = "") -> None:
         """Tell the breakers how a try ended, and the log if that moved one."""
-        self._tell(lease, lease.settle(outcome, now, detail))
+        self._report(attempt, attempt.settle(outcome, now, detail))
 
     def _settle_failure(
-        self, exchange: Exchange, lease: Lease, fault: Fault, now: float, detail: str, until: float
+        self, exchange: Exchange, attempt: Attempt, fault: Fault, now: float, detail: str, until: float
     ) -> None:
         """Tell the breakers of a failure, and for their records what failed; it took `until` its head, or its end."""
         took = until - (exchange.sent_at or until)
         if fault is Fault.TARGET:
-            lease.principal = None  # no client can have caused it
-        move = lease.settle(
+            attempt.principal = None  # no client can have caused it
+        move = attempt.settle(
             OUTCOMES[fault], now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
         )
-        self._tell(lease, move)
+        self._report(attempt, move)
 
-    def _tell(self, lease: Lease, transition: Transition | None) -> None:
+    def _report(self, attempt: Attempt, transition: Transition | None) -> None:
         if transition is not None:
-            self._on_transition(lease.upstream.name, transition)
-        if lease.target_move is not None:
-            self._on_target_move(lease.upstream.name, lease.target, lease.target_move)
+            self._on_transition(attempt.upstream.name, transition)
+        if attempt.target_move is not None:
+            self._on_target_move(attempt.upstream.name, attempt.target, attempt.target_move)
 
 
 def _lack(error: BaseException) -> OutOfResources | None:
@@ -119,7 +119,7 @@ def _lack(error: BaseException) -> OutOfResources | None:
     return next((found for found in (error, error.__cause__) if isinstance(found, OutOfResources)), None)
 
 
-def _teach(exchange: Exchange, lease: Lease, now: float) -> None:
+def _teach(exchange: Exchange, attempt: Attempt, now: float) -> None:
     """Let an adaptive limit know of a head that has not come: it takes at least as long."""
-    if lease.upstream.limit is not None and exchange.sent_at is not None:
-        lease.upstream.limit.observe(now - exchange.sent_at, now)
+    if attempt.upstream.limit is not None and exchange.sent_at is not None:
+        attempt.upstream.limit.observe(now - exchange.sent_at, now)

@@ -37,7 +37,7 @@ class Place:
         return f"{self.bound} ({self.url if self.curl == 'curl' else f'{self.curl} {self.url}'})"
 
 
-def welcome(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
+def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
     """Return what a person needs to know when the gateway listens on these sockets."""
     place = Place.of(sockets.public)
     operators = Place.of(sockets.admin) if sockets.admin else place

@@ -8,26 +8,28 @@ from typing import Any
 
 from api_gateway.brief import take_over
 from api_gateway.config import GatewayConfig
-from api_gateway.crew import RELIEF, Member
+from api_gateway.crew import REPLACED_SIGNAL, SupervisorChannel
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.listening import Sockets
 from api_gateway.output import redirected
 from api_gateway.server import GatewayServer, configure_logging
 
 
-def main(brief: dict[str, Any]) -> int:
+def main(worker_config: dict[str, Any]) -> int:
     """Serve until told to stop, or until the supervisor is gone. Returns the exit code; see `brief.Brief`."""
     with redirected():
-        return _serve(brief)
+        return _serve(worker_config)
 
 
-def _serve(brief: dict[str, Any]) -> int:
+def _serve(worker_config: dict[str, Any]) -> int:
     for number in (signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor
-    config = take_over(brief["config"])
-    configure_logging(config.log.level, f"worker {brief['number']}: ")
-    server = WorkerServer(config, socket.socket(fileno=brief["channel"]))
-    public, admin = ([socket.socket(fileno=one) for one in brief[key]] for key in ("listeners", "admin_listeners"))
+    config = take_over(worker_config["config"])
+    configure_logging(config.log.level, f"worker {worker_config['number']}: ")
+    server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]))
+    public, admin = (
+        [socket.socket(fileno=one) for one in worker_config[key]] for key in ("listeners", "admin_listeners")
+    )
     server.run_on(Sockets(public, admin))
     return server.exit_code if server.started else STARTUP_FAILED
 
@@ -36,27 +38,27 @@ class WorkerServer(GatewayServer):
     """The server, which tells its supervisor when it serves, how it stands, and how it stood in the end."""
 
     def __init__(self, config: GatewayConfig, channel: socket.socket) -> None:
-        self._member = Member(channel, self._on_orphaned)
+        self._member = SupervisorChannel(channel, self._on_orphaned)
         super().__init__(config, self._member)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, in touch with the supervisor from the first."""
-        await self._member.join()
+        await self._member.connect()
         await super().startup(sockets)
 
     def announce(self) -> None:
         """Tell the supervisor, and not the person at the terminal."""
-        self._member.say_ready()
+        self._member.announce_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, and report what was counted in all."""
         await super().shutdown(sockets)
-        await self._member.leave(self.cut_off)
+        await self._member.close(self.cut_off)
 
     def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
         for_the_supervisor = {signal.SIGHUP, signal.SIGUSR2}
         own = {number: do for number, do in super()._handlers().items() if number not in for_the_supervisor}
-        return {**own, RELIEF: self._on_relieved}
+        return {**own, REPLACED_SIGNAL: self._on_relieved}
 
     def _on_relieved(self, _number: int, _frame: FrameType | None) -> None:
         """Drain at once: another worker serves at this place already, and the gateway is as ready as it was."""

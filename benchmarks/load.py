@@ -151,7 +151,7 @@ class Answer:
         self.length = 0
         self.done = False
 
-    def feed(self, received: bytes) -> None:
+    def append(self, received: bytes) -> None:
         """Take what came; the first piece after a whole answer begins the next."""
         if self.done:
             self.length, self.done = 0, False
@@ -209,7 +209,7 @@ class Client:
         received = self._socket.recv(65_536)
         if not received:
             raise Failed("the connection was closed before the answer")
-        self._answer.feed(received)
+        self._answer.append(received)
         if self._answer.done:
             self.check(self._answer)
         return self._answer.done

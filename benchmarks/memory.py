@@ -83,5 +83,5 @@ def _read_answer(sock: socket.socket, size: int) -> None:
         received = sock.recv(262_144)
         if not received:
             raise Failed(f"the connection was closed after {answer.length} bytes of the body")
-        answer.feed(received)
+        answer.append(received)
     answer.check(size)

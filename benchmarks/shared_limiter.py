@@ -71,7 +71,7 @@ async def ours(url: str) -> Decide:
         decision = limiter.decide(charges, now_ns)
         if decision is None:
             answer: asyncio.Future[Decision] = loop.create_future()
-            limiter.ask(charges, now_ns, answer.set_result)
+            limiter.decide_async(charges, now_ns, answer.set_result)
             decision = await answer
         return decision.allowed
 

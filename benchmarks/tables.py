@@ -52,7 +52,7 @@ def main() -> int:
     configure_logging(config.log.level)
     server = GatewayServer(config)
     app: Any = server._app
-    app.add_api_route("/tables", lambda: sizes(app.state.gateway, app.lane.current))
+    app.add_api_route("/tables", lambda: sizes(app.state.gateway, app.fast_path.current))
     server.run()
     logging.shutdown()
     return 0 if server.started else 1

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
 
-from api_gateway.models import Charge, Decision, Quota, Source
+from api_gateway.models import Charge, Decision, DecisionSource, Quota
 from api_gateway.rate_limiter import NEVER
 
 
 class ExactBuckets:
     """Any number of buckets, each known by the instant at which it is full; `source` is what its decisions say."""
 
-    def __init__(self, source: Source = "memory") -> None:
-        self.source: Source = source
+    def __init__(self, source: DecisionSource = "memory") -> None:
+        self.source: DecisionSource = source
         self.full_at: dict[str, Fraction] = {}
         self.passed_ns = 0  # all the time that has passed, whatever the clock showed
         self._written: dict[str, tuple[int, Fraction]] = {}  # when, by that, and what was owed then

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
+from api_gateway.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.config import GatewayConfig
 from api_gateway.locality import LoopbackRule
 from api_gateway.server import GatewayServer
@@ -38,6 +39,28 @@ class FakeClock:
         """Let time pass; return the new time."""
         self.now += seconds
         return self.now
+
+
+class FakeClocks:
+    """The clocks of a gateway, which stand still but for `advance`."""
+
+    def __init__(self, monotonic: float = 1000.0, wall: float = 1_800_000_000.0) -> None:
+        self._passed_ns = 0
+        self._began = monotonic, wall
+
+    @property
+    def clocks(self) -> Clocks:
+        """The value that `create_app` takes."""
+        monotonic, wall = self._began
+        return Clocks(
+            monotonic=lambda: monotonic + self._passed_ns / 1e9,
+            monotonic_ns=lambda: int(monotonic * 1e9) + self._passed_ns,
+            wall=lambda: wall + self._passed_ns / 1e9,
+        )
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass on all three."""
+        self._passed_ns += round(seconds * 1e9)
 
 
 def eventually(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
@@ -63,12 +86,12 @@ async def soon(condition: Callable[[], bool], what: str, within: float = PATIENC
 class RunningGateway:
     """A gateway in a thread of its own, on a free port."""
 
-    def __init__(self, sections: dict[str, Any], state_dir: Path) -> None:
+    def __init__(self, sections: dict[str, Any], state_dir: Path, clocks: Clocks = SYSTEM_CLOCKS) -> None:
         server = {"port": 0, **sections.get("server", {})}
         defaults: dict[str, Any] = {"state_dir": state_dir, "log": {"access": False}}
         self.config = GatewayConfig.model_validate(defaults | sections | {"server": server})
         # The tests' own requests come from a process that serves others: the product would not take them as local.
-        self.server = GatewayServer(self.config, locality=LoopbackRule())
+        self.server = GatewayServer(self.config, locality=LoopbackRule(), clocks=clocks)
         self._thread = threading.Thread(target=self.server.run, name="gateway")
         self._thread.start()
         eventually(lambda: self.server.started or not self._thread.is_alive(), "the gateway starts", START_PATIENCE)
@@ -93,9 +116,11 @@ class RunningGateway:
 
 
 @contextmanager
-def running_gateway(sections: dict[str, Any], state_dir: Path) -> Iterator[RunningGateway]:
+def running_gateway(
+    sections: dict[str, Any], state_dir: Path, clocks: Clocks = SYSTEM_CLOCKS
+) -> Iterator[RunningGateway]:
     """Run a gateway for the length of a block."""
-    gateway = RunningGateway(sections, state_dir)
+    gateway = RunningGateway(sections, state_dir, clocks)
     try:
         yield gateway
     finally:

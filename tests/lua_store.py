@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from lupa import lua51
 
-from api_gateway.dispatcher import Dispatcher, Question, _call
+from api_gateway.dispatcher import ScriptBatcher, ScriptOp, _call
 from api_gateway.models import Charge, Decision, Quota
 from api_gateway.redis_limiter import SCRIPT, RedisLimiter
 from api_gateway.store import StoreSession
@@ -90,7 +90,7 @@ class LuaStore:
         return commands[verb](*words)
 
 
-class Wire(Dispatcher):
+class Wire(ScriptBatcher):
     """Carries questions to such a store: at once, or (`is_slow`) when the test has them executed and answered."""
 
     def __init__(self, store: LuaStore) -> None:
@@ -98,8 +98,8 @@ class Wire(Dispatcher):
         self.is_up = True
         self.is_slow = False
         self.deadline = DEADLINE
-        self.waiting: list[Question] = []
-        self.under_way: deque[tuple[list[Question], list[int]]] = deque()  # executed, and not answered yet
+        self.waiting: list[ScriptOp] = []
+        self.under_way: deque[tuple[list[ScriptOp], list[int]]] = deque()  # executed, and not answered yet
         self.batches = self.questions = self.failures = 0
         self.last_error = None
 
@@ -111,8 +111,8 @@ class Wire(Dispatcher):
         """What the breaker and the connections come to."""
         return self.is_up
 
-    def submit(self, question: Question) -> None:
-        """See `Dispatcher`."""
+    def submit(self, question: ScriptOp) -> None:
+        """See `ScriptBatcher`."""
         self.waiting.append(question)
         if not self.is_slow:
             self.execute()
@@ -196,6 +196,6 @@ class LuaLimiter(RedisLimiter):
         answers: list[Decision] = []
         decision = self.decide(charges, now_ns)
         if decision is None:
-            self.ask(charges, now_ns, answers.append)
+            self.decide_async(charges, now_ns, answers.append)
             (decision,) = answers
         return decision

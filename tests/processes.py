@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ START = 60.0  # seconds a start may take on a busy machine
 WAYS = {
     "run_gateway.py": [str(ROOT / "run_gateway.py"), "--port", "0"],
     "python -m": ["-m", "api_gateway", "--port", "0"],
+}
+_SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+_MODULE, _, _FUNCTION = _SCRIPTS["api-gateway"].partition(":")
+ALL_WAYS = {
+    **WAYS,
+    "console script": ["-c", f"import sys; from {_MODULE} import {_FUNCTION}; sys.exit({_FUNCTION}())", "--port", "0"],
 }
 
 # Where the event loops of gateways in processes of their own are watched from; see `loop_watch`.

@@ -286,7 +286,7 @@ def asking(limiter: RedisLimiter, *charges: Charge) -> asyncio.Future[Decision]:
     if decision is not None:
         answer.set_result(decision)
     else:
-        limiter.ask(charges, now_ns, answer.set_result)
+        limiter.decide_async(charges, now_ns, answer.set_result)
     return answer
 
 

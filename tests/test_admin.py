@@ -119,7 +119,7 @@ def test_a_grant_ends_by_itself_and_its_bucket_is_taken_over_once(plain: Running
     post(f"{url}/tier", {"tier": "BASIC"})
     post(f"{url}/grants", {"tier": "PREMIUM", "for": 0.5})
     console = plain.console
-    client = console.clients.named("brief")
+    client = console.clients.by_id("brief")
     charge = models.Charge(client.key, client.quota, client.quota.cost_ns(100))
     spent = console.limiter.decide([charge], time.monotonic_ns())
     assert spent.remaining == 100
@@ -129,7 +129,7 @@ def test_a_grant_ends_by_itself_and_its_bucket_is_taken_over_once(plain: Running
 
 def test_a_reset_fills_the_bucket(plain: RunningGateway) -> None:
     url, console = f"{plain.url}/clients/spent", plain.console
-    client = console.clients.named("spent")
+    client = console.clients.by_id("spent")
     console.limiter.decide([models.Charge(client.key, client.quota, client.quota.burst_ns)], time.monotonic_ns())
     filled = post(f"{url}/reset")
     assert filled.pop("http") == 200
@@ -354,6 +354,19 @@ def test_the_schema_describes_every_endpoint(plain: RunningGateway) -> None:
         "/clients/{client_id}",
         "/explain",
     }
+
+
+def test_the_schema_says_which_endpoints_take_a_token(plain: RunningGateway) -> None:
+    """The page of the documentation offers to enter one for it."""
+    schema = ask(f"{plain.url}/openapi.json").json()
+    (scheme,) = schema["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    open_ones = {
+        path
+        for path, operations in schema["paths"].items()
+        if any("security" not in operation for operation in operations.values())
+    }
+    assert open_ones == {"/healthz", "/readyz", "/health"}
 
 
 @pytest.mark.parametrize(

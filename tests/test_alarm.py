@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from api_gateway.alarm import Alarm
+from api_gateway.alarm import DeadlineTimer
 
 
 class Timer:
@@ -64,11 +64,11 @@ def rung(loop: Loop) -> list[float]:
 
 
 @pytest.fixture
-def alarm(loop: Loop, rung: list[float]) -> Alarm:
-    return Alarm(loop, lambda: rung.append(loop.now))  # type: ignore[arg-type]  # as much of a loop as it needs
+def alarm(loop: Loop, rung: list[float]) -> DeadlineTimer:
+    return DeadlineTimer(loop, lambda: rung.append(loop.now))  # type: ignore[arg-type]  # as much of a loop as it needs
 
 
-def test_it_rings_once_when_its_time_has_passed(loop: Loop, alarm: Alarm, rung: list[float]) -> None:
+def test_it_rings_once_when_its_time_has_passed(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     alarm.set(2)
     loop.advance(1.9)
     assert rung == []
@@ -77,7 +77,7 @@ def test_it_rings_once_when_its_time_has_passed(loop: Loop, alarm: Alarm, rung: 
     assert loop.standing() == []
 
 
-def test_a_later_deadline_costs_the_loop_nothing(loop: Loop, alarm: Alarm, rung: list[float]) -> None:
+def test_a_later_deadline_costs_the_loop_nothing(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     """The timer that stands is left to ring for nothing, and is then set for the rest."""
     alarm.set(2)
     for _ in range(1000):
@@ -91,7 +91,7 @@ def test_a_later_deadline_costs_the_loop_nothing(loop: Loop, alarm: Alarm, rung:
     assert rung == [pytest.approx(103)]
 
 
-def test_an_earlier_deadline_is_kept(loop: Loop, alarm: Alarm, rung: list[float]) -> None:
+def test_an_earlier_deadline_is_kept(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     alarm.set(60)
     alarm.set(1)
     assert loop.standing() == [101]
@@ -99,7 +99,7 @@ def test_an_earlier_deadline_is_kept(loop: Loop, alarm: Alarm, rung: list[float]
     assert rung == [101]
 
 
-def test_what_is_cleared_does_not_ring(loop: Loop, alarm: Alarm, rung: list[float]) -> None:
+def test_what_is_cleared_does_not_ring(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     alarm.set(2)
     alarm.clear()
     assert loop.standing() == [102]
@@ -107,7 +107,7 @@ def test_what_is_cleared_does_not_ring(loop: Loop, alarm: Alarm, rung: list[floa
     assert (rung, loop.standing()) == ([], [])
 
 
-def test_never_is_a_deadline_too(loop: Loop, alarm: Alarm, rung: list[float]) -> None:
+def test_never_is_a_deadline_too(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     alarm.set(2)
     alarm.set(None)
     loop.advance(10)
@@ -115,7 +115,9 @@ def test_never_is_a_deadline_too(loop: Loop, alarm: Alarm, rung: list[float]) ->
 
 
 @pytest.mark.parametrize("between", [0, 1, 3], ids=["at once", "before the timer", "after it"])
-def test_what_was_cleared_can_be_set_again(loop: Loop, alarm: Alarm, rung: list[float], between: float) -> None:
+def test_what_was_cleared_can_be_set_again(
+    loop: Loop, alarm: DeadlineTimer, rung: list[float], between: float
+) -> None:
     alarm.set(2)
     alarm.clear()
     loop.advance(between)
@@ -134,13 +136,13 @@ def test_it_may_be_set_again_as_it_rings(loop: Loop) -> None:
         if len(rung) < 3:
             again.set(5)
 
-    again = Alarm(loop, ring)  # type: ignore[arg-type]  # as much of a loop as it needs
+    again = DeadlineTimer(loop, ring)  # type: ignore[arg-type]  # as much of a loop as it needs
     again.set(1)
     loop.advance(100)
     assert rung == [101, 106, 111]
 
 
-def test_what_is_stopped_holds_nothing(loop: Loop, alarm: Alarm, rung: list[float]) -> None:
+def test_what_is_stopped_holds_nothing(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     alarm.set(2)
     alarm.stop()
     assert loop.standing() == []
@@ -154,7 +156,7 @@ def test_what_is_stopped_lets_go_of_its_owner() -> None:
 
     class Owner:
         def __init__(self) -> None:
-            self.alarm = Alarm(Loop(), self.ring)  # type: ignore[arg-type]  # as much of a loop as it needs
+            self.alarm = DeadlineTimer(Loop(), self.ring)  # type: ignore[arg-type]  # as much of a loop as it needs
 
         def ring(self) -> None: ...
 
@@ -169,16 +171,16 @@ def test_what_is_stopped_lets_go_of_its_owner() -> None:
         gc.enable()
 
 
-def test_it_tells_its_state(alarm: Alarm) -> None:
-    assert repr(alarm) == "<Alarm [off]>"
+def test_it_tells_its_state(alarm: DeadlineTimer) -> None:
+    assert repr(alarm) == "<DeadlineTimer [off]>"
     alarm.set(2.5)
-    assert repr(alarm) == "<Alarm [due at 102.500]>"
+    assert repr(alarm) == "<DeadlineTimer [due at 102.500]>"
 
 
 async def test_it_rings_on_a_real_loop() -> None:
     loop = asyncio.get_running_loop()
     rung = asyncio.Event()
-    alarm = Alarm(loop, rung.set)
+    alarm = DeadlineTimer(loop, rung.set)
     begun = loop.time()
     alarm.set(0.02)
     await asyncio.sleep(0.01)

@@ -84,6 +84,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lag",
         "watchdog",
         "heap",
+        "send_queue",
+        "clocks",
         "receive_buffer",
         "pool",
         "outgoing",
@@ -146,6 +148,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 SIBLINGS = {
+    ("local_resources", "errors"),
     ("reload_bodies", "models"),
     ("upstream_bodies", "reload_bodies"),
     ("reload", "config_changes"),
@@ -153,6 +156,8 @@ SIBLINGS = {
     ("admin", "reload_views"),
     ("assembly", "assembly_routes"),
     ("connection", "receive_buffer"),
+    ("connection", "send_queue"),
+    ("protocol", "send_queue"),
     ("tunnel", "receive_buffer"),
     ("peer_process", "socket_table"),
     ("local_operator", "peer_process"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Lease, Upstream
+from api_gateway.balancer import Attempt, Upstream
 from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream
@@ -30,7 +30,7 @@ def upstream_of(pool: Sequence[Target], pick: Pick = round_robin, *, failure_thr
 
 
 def urls(upstream: Upstream, count: int) -> str:
-    return "".join(upstream.checkout(NOW, "").target.url for _ in range(count))
+    return "".join(upstream.acquire(NOW, "").target.url for _ in range(count))
 
 
 # Round robin
@@ -151,7 +151,7 @@ def test_an_unhealthy_target_is_never_chosen(pick: Pick, healthy: str) -> None:
     for target in pool:
         target.is_healthy = target.url in healthy
     upstream = upstream_of(pool, pick)
-    assert {upstream.checkout(NOW, key).target.url for key in KEYS[:200]} == set(healthy)
+    assert {upstream.acquire(NOW, key).target.url for key in KEYS[:200]} == set(healthy)
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
@@ -160,19 +160,19 @@ def test_a_retry_prefers_what_was_not_tried(pick: Pick) -> None:
     for key in KEYS[:50]:
         tried: list[Target] = []
         while len(tried) < 3:
-            tried.append(upstream.checkout(NOW, key, tried).target)
+            tried.append(upstream.acquire(NOW, key, tried).target)
         assert {target.url for target in tried} == {"a", "b", "c"}
 
 
 def test_a_retry_takes_a_tried_target_rather_than_none() -> None:
     pool = targets(a=1, b=1)
     pool[1].is_healthy = False
-    assert upstream_of(pool).checkout(NOW, "", tried=[pool[0]]).target is pool[0]
+    assert upstream_of(pool).acquire(NOW, "", tried=[pool[0]]).target is pool[0]
 
 
 def test_targets_with_one_address_are_still_two() -> None:
     pool = [Target("a"), Target("a")]
-    assert upstream_of(pool).checkout(NOW, "", tried=[pool[0]]).target is pool[1]
+    assert upstream_of(pool).acquire(NOW, "", tried=[pool[0]]).target is pool[1]
 
 
 def test_without_a_healthy_target_there_is_no_upstream() -> None:
@@ -180,7 +180,7 @@ def test_without_a_healthy_target_there_is_no_upstream() -> None:
     for target in pool:
         target.is_healthy = False
     with pytest.raises(NoHealthyUpstream) as raised:
-        upstream_of(pool).checkout(NOW, "")
+        upstream_of(pool).acquire(NOW, "")
     assert raised.value.detail == "Upstream 'users' has no healthy target: all 2 fail their health checks."
     assert (raised.value.retry_after, raised.value.extra) == (1, {"upstream": "users"})
     assert [target.in_flight for target in pool] == [0, 0]
@@ -191,10 +191,10 @@ def test_without_a_healthy_target_no_probe_is_used_up() -> None:
     upstream = opened([target])
     target.is_healthy = False
     with pytest.raises(NoHealthyUpstream):
-        upstream.checkout(NOW + 30, "")
+        upstream.acquire(NOW + 30, "")
     assert (upstream.breaker.state, upstream.breaker.probes_in_flight) == (State.OPEN, 0)
     target.is_healthy = True
-    assert upstream.checkout(NOW + 30, "").ticket.is_probe
+    assert upstream.acquire(NOW + 30, "").ticket.is_probe
 
 
 # The breaker refuses
@@ -203,7 +203,7 @@ def test_without_a_healthy_target_no_probe_is_used_up() -> None:
 def opened(pool: Sequence[Target]) -> Upstream:
     """Return an upstream whose breaker opened at NOW, for 30 s."""
     upstream = upstream_of(pool)
-    lease = upstream.checkout(NOW, "")
+    lease = upstream.acquire(NOW, "")
     assert lease.settle(Outcome.FAILURE, NOW, "status 503") is not None
     lease.release(NOW)
     return upstream
@@ -215,7 +215,7 @@ def opened(pool: Sequence[Target]) -> Upstream:
 def test_an_open_breaker_says_why_and_until_when(later: float, retry_after: float, next_probe: str) -> None:
     pool = targets(a=1)
     with pytest.raises(CircuitOpen) as raised:
-        opened(pool).checkout(NOW + later, "")
+        opened(pool).acquire(NOW + later, "")
     assert raised.value.detail == (
         "The circuit breaker of upstream 'users' is OPEN after 1 consecutive failures; last: status 503. "
         f"Next probe in {next_probe} s."
@@ -228,9 +228,9 @@ def test_an_open_breaker_says_why_and_until_when(later: float, retry_after: floa
 def test_a_half_open_breaker_says_that_its_probes_are_under_way() -> None:
     pool = targets(a=1)
     upstream = opened(pool)
-    upstream.checkout(NOW + 30, "")
+    upstream.acquire(NOW + 30, "")
     with pytest.raises(CircuitOpen) as raised:
-        upstream.checkout(NOW + 30, "")
+        upstream.acquire(NOW + 30, "")
     assert raised.value.detail == (
         "The circuit breaker of upstream 'users' is HALF_OPEN and its probes are under way."
     )
@@ -243,7 +243,7 @@ def test_an_open_breaker_without_a_past_names_no_cause() -> None:
     upstream = opened(targets(a=1))
     upstream.breaker.last_opened = None
     with pytest.raises(CircuitOpen, match=r"is OPEN\. Next probe in 30\.0 s\.$"):
-        upstream.checkout(NOW, "")
+        upstream.acquire(NOW, "")
 
 
 # Leases
@@ -252,7 +252,7 @@ def test_an_open_breaker_without_a_past_names_no_cause() -> None:
 def test_a_lease_holds_its_target_until_released() -> None:
     (target,) = targets(a=1)
     upstream = upstream_of([target])
-    one, other = upstream.checkout(NOW, ""), upstream.checkout(NOW, "")
+    one, other = upstream.acquire(NOW, ""), upstream.acquire(NOW, "")
     assert target.in_flight == 2
     one.settle(Outcome.SUCCESS, NOW)
     assert target.in_flight == 2
@@ -264,7 +264,7 @@ def test_a_lease_holds_its_target_until_released() -> None:
 @pytest.mark.parametrize("first", Outcome)
 def test_only_the_first_settling_counts(first: Outcome) -> None:
     upstream = upstream_of(targets(a=1), failure_threshold=3)
-    lease = upstream.checkout(NOW, "")
+    lease = upstream.acquire(NOW, "")
     lease.settle(first, NOW)
     for later in Outcome:
         assert lease.settle(later, NOW) is None
@@ -274,7 +274,7 @@ def test_only_the_first_settling_counts(first: Outcome) -> None:
 
 
 def test_a_lease_returns_the_move_it_caused() -> None:
-    move = upstream_of(targets(a=1)).checkout(NOW, "").settle(Outcome.FAILURE, NOW + 2, "status 500")
+    move = upstream_of(targets(a=1)).acquire(NOW, "").settle(Outcome.FAILURE, NOW + 2, "status 500")
     assert move is not None
     assert (move.at, move.source, move.target) == (NOW + 2, State.CLOSED, State.OPEN)
     assert move.cause == "1 consecutive failures; last: status 500"
@@ -282,15 +282,15 @@ def test_a_lease_returns_the_move_it_caused() -> None:
 
 def test_a_released_probe_that_nobody_settled_makes_room_for_the_next() -> None:
     upstream = opened(targets(a=1))
-    upstream.checkout(NOW + 30, "").release(NOW + 30)
+    upstream.acquire(NOW + 30, "").release(NOW + 30)
     assert (upstream.breaker.state, upstream.breaker.probes_in_flight) == (State.HALF_OPEN, 0)
-    assert upstream.checkout(NOW + 30, "").settle(Outcome.SUCCESS, NOW + 30) is not None
+    assert upstream.acquire(NOW + 30, "").settle(Outcome.SUCCESS, NOW + 30) is not None
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.sampled_from(Outcome)), max_size=60))
 @settings(deadline=None, max_examples=50)
 def test_what_is_in_flight_is_what_is_leased(steps: list[tuple[bool, int, Outcome]]) -> None:
-    pool, leases = targets(a=1, b=2), list[Lease]()
+    pool, leases = targets(a=1, b=2), list[Attempt]()
     upstream = upstream_of(pool, least_requests(random.Random(1)), failure_threshold=1000)
     for gives_back, which, outcome in steps:
         if gives_back and leases:
@@ -298,7 +298,7 @@ def test_what_is_in_flight_is_what_is_leased(steps: list[tuple[bool, int, Outcom
             lease.settle(outcome, NOW)
             lease.release(NOW)
         else:
-            leases.append(upstream.checkout(NOW, ""))
+            leases.append(upstream.acquire(NOW, ""))
         assert [target.in_flight for target in pool] == [
             sum(one.target is target for one in leases) for target in pool
         ]
@@ -337,13 +337,13 @@ def test_a_refusal_is_foretold_in_the_same_words_and_by_asking_nothing_moves(
         assert (upstream.breaker.state, upstream.breaker.rejected_total) == (state, rejected)
         assert [(target.in_flight, target.credit) for target in upstream.targets] == held
         if foretold is None:
-            lease = upstream.checkout(now, "")
+            lease = upstream.acquire(now, "")
             if outcome is not None:  # else it never comes back
                 lease.settle(outcome, now)
                 lease.release(now)
             continue
         with pytest.raises((CircuitOpen, NoHealthyUpstream)) as raised:
-            upstream.checkout(now, "")
+            upstream.acquire(now, "")
         error = raised.value
         assert (type(foretold), foretold.detail, foretold.extra) == (type(error), error.detail, error.extra)
         assert foretold.retry_after == error.retry_after

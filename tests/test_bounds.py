@@ -29,6 +29,7 @@ from tests.kit import (
 SOON = 3.0
 LINES = 12
 IDLE = 0.4
+STALL = 1.0  # seconds; for tests that must not take a busy machine's pause for a stall
 RESPONSE = 1.0  # seconds the upstream may take
 MAX_BODY = 64 * 1024
 PEERS = 3
@@ -231,22 +232,56 @@ def test_a_client_that_stops_reading_its_answer_is_cut(
         client.buffer = b""
 
 
-def test_a_client_that_reads_slowly_and_steadily_gets_it_all(client: RawClient, up: RawUpstream) -> None:
+def steadily(read: Callable[[int], int], size: int, idle: float) -> None:
+    """Read `size` bytes: for several times `idle` a little in each tenth of it, then the rest.
+
+    What is read in one `idle` is less than a third of the largest send buffer, so that the kernel reports no progress.
+    """
+    begun, left = time.monotonic(), size
+    while left:
+        is_slow = time.monotonic() - begun < idle * 4
+        count = read(min(left, 16 * 1024 if is_slow else MIB))
+        assert count, f"cut with {left} bytes to come"
+        left -= count
+        if is_slow:
+            time.sleep(idle / 10)
+
+
+def test_a_client_that_reads_slowly_and_steadily_gets_it_all(
+    gateway: Callable[..., RunningGateway], up: RawUpstream
+) -> None:
     """For several times as long as it might have stalled."""
     size = 24 * MIB
     done = downloads(up, size)
-    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
-    client.request()
-    assert client.read_until(b"\r\n\r\n") is not None
-    begun, left, pause = time.monotonic(), size - len(client.buffer), IDLE / 8
-    while left:
-        chunk = len(client.sock.recv(min(left, MIB)))
-        assert chunk, f"cut with {left} bytes to come"
-        left -= chunk
-        if time.monotonic() - begun < IDLE * 5:
-            time.sleep(pause)
-    assert time.monotonic() - begun > IDLE * 4
+    running = gateway(in_front_of(up.url) | {"server": {"idle_timeout": STALL, "drain_timeout": 1}})
+    with RawClient(running.port) as client:
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        client.request()
+        assert client.read_until(b"\r\n\r\n") is not None
+        steadily(lambda most: len(client.sock.recv(most)), size - len(client.buffer), STALL)
     eventually(lambda: done == [True], "the upstream has sent all", within=SOON)
+
+
+def test_an_upstream_that_reads_slowly_and_steadily_is_sent_it_all(
+    gateway: Callable[..., RunningGateway], up: RawUpstream
+) -> None:
+    """The same in the other direction: a request body that its upstream takes longer to read than it may stall."""
+    size = 16 * MIB
+    up.reads_body = False
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        steadily(lambda most: len(wire.sock.recv(most)), size - len(wire.buffer), STALL)
+        reply()(wire, request)
+
+    up.behave = behave
+    running = gateway(
+        in_front_of(up.url, timeouts={"response": STALL, "idle": STALL})
+        | {"server": {"max_body_bytes": 2 * size, "drain_timeout": 1}}
+    )
+    with RawClient(running.port) as client:
+        client.request("POST", "/api/x", (f"Content-Length: {size}",), bytes(size))
+        assert client.answer().status == 200
 
 
 def test_a_client_that_has_its_early_answer_cannot_keep_the_connection(

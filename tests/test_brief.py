@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.brief import Brief, hand_over, take_over
+from api_gateway.brief import WorkerConfig, hand_over, take_over
 from api_gateway.config import load_config
 from api_gateway.demo import DemoUpstreams
 
@@ -53,7 +53,7 @@ def test_sections_take_the_place_of_the_configuration_s_own() -> None:
 
 
 def test_a_brief_travels_as_json() -> None:
-    brief = json.loads(Brief(3, {"a": 1}, 7, [8, 9], [10]).encode())
+    brief = json.loads(WorkerConfig(3, {"a": 1}, 7, [8, 9], [10]).encode())
     assert (brief["number"], brief["config"], brief["channel"]) == (3, {"a": 1}, 7)
     assert (brief["listeners"], brief["admin_listeners"]) == ([8, 9], [10])
     assert brief["path"]

@@ -8,9 +8,10 @@ import pytest
 
 from api_gateway.cli import main
 from api_gateway.config import load_config
+from api_gateway.config_watch import ConfigSource
 from api_gateway.diagnosis import ConfigError
 from tests.kit import RawClient, RawUpstream
-from tests.processes import process
+from tests.processes import config_file, process
 
 MANY = """\
 server:
@@ -161,6 +162,9 @@ def route_problem(**keys: Any) -> str:
         ("/api//b", "write '/api/b'"),
         ("/api/%41", "write '/api/A'"),
         ("/api/a ", "spaces at an end"),
+        ("/api/%2e%2e/api/x", "write '/api/x'"),
+        ("/api/a/%7Bid%7D", "write '/api/a'"),
+        ("/api/a%00b", "compared decoded"),
         ("/apia", "must be /api or begin with /api/"),
     ],
 )
@@ -169,6 +173,13 @@ def test_a_path_that_never_matches_is_refused_with_what_to_write(path: str, inst
     assert line.startswith("path: ")
     assert instead in line
     assert line.endswith(f"got {path!r}")
+
+
+@pytest.mark.parametrize("path", ["/api/../x", "/api/%2e%2e/x", "/x/*", "/*", "/{id}", "/..", "/x//y", "/%41"])
+def test_no_path_is_suggested_that_would_be_refused(path: str) -> None:
+    line = route_problem(path=path)
+    assert "write" not in line
+    assert "it must be /api or begin with /api/" in line
 
 
 @pytest.mark.parametrize("path", ["/api/a.b", "/api/a-b_c~d", "/api/caf\u00e9", "/api/a(b)", "/api/100%", "/api/a:b"])
@@ -327,4 +338,36 @@ def test_a_start_names_all_files_that_it_cannot_use(tmp_path: Path) -> None:
     assert [line.partition(": cannot")[0] for line in running.errors.splitlines()] == [
         f"{path}:2: upstreams.a.tls.ca_file",
         f"{path}:3: upstreams.b.tls.ca_file",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("GATEWAY_PORT", "; did you mean 'GATEWAY_SERVER__PORT'?"),
+        ("GATEWAY_SERVER_PORT", "; did you mean 'GATEWAY_SERVER__PORT'?"),
+        ("GATEWAY_SERVR__PORT", "; did you mean 'GATEWAY_SERVER__PORT'?"),
+        ("GATEWAY_TIER", "; did you mean 'GATEWAY_TIERS'?"),
+        ("GATEWAY_CONFIG_", "; did you mean 'GATEWAY_CONFIG'?"),
+        ("GATEWAY_QQQQQQQQQQQQQQQQQQ", ""),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_named_with_the_nearest_that_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    variable: str,
+    hint: str,
+) -> None:
+    """It is not among what was read, and one that the command line overrides is not either."""
+    path = config_file(tmp_path, "http://127.0.0.1:9")
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("GATEWAY_SERVER__PORT", "1")
+    monkeypatch.setenv("GATEWAY_SERVER__WORKERS", "1")
+    monkeypatch.setenv("GATEWAY_CONFIG", path)
+    source = ConfigSource(None, {"server": {"port": 0}})
+    assert source.load().sources.names == ["command line", "environment GATEWAY_SERVER__WORKERS", path]
+    source.load()
+    assert [one.getMessage() for one in caplog.records] == [
+        f"environment: {variable} is not a setting and is ignored{hint}"
     ]

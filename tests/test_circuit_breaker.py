@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State, diagram
-from api_gateway.breaker_records import FailedCall, FlightRecord, Transition
+from api_gateway.breaker_records import FailedCall, Transition, TransitionRecord
 from api_gateway.call_window import Counts
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Outcome
@@ -479,14 +479,14 @@ def recovered(rate: int) -> tuple[CircuitBreaker, float]:
 
 def test_traffic_comes_back_step_by_step() -> None:
     breaker, now = recovered(100)
-    assert not breaker.admits_all
+    assert not breaker.is_transparent
     passed = [breaker.admit(now + number / 200) is not None for number in range(2000)]
     assert sum(passed[:200]) < 30
     assert 850 * 0.5 < sum(passed) < 1100 * 0.5 + 20
     assert breaker.rejected_total == 2000 - sum(passed)
     assert [breaker.ramp_share(now + second) for second in (0, 5, 10)] == [0, 0.5, None]
     assert breaker.admit(now + 10) is not None
-    assert breaker.admits_all
+    assert breaker.is_transparent
 
 
 def test_a_call_that_the_ramp_refuses_is_told_when_to_come_again() -> None:
@@ -496,7 +496,7 @@ def test_a_call_that_the_ramp_refuses_is_told_when_to_come_again() -> None:
     wait = breaker.retry_after(now)
     assert 0 < wait <= 0.1
     assert not breaker.would_admit(now)
-    assert "lets traffic back step by step" in breaker.hindrance(now)
+    assert "lets traffic back step by step" in breaker.refusal_reason(now)
     assert breaker.would_admit(now + wait)
 
 
@@ -572,7 +572,7 @@ def test_forced_open_admits_nothing_until_it_ends() -> None:
     breaker.set_mode(Mode.FORCED_OPEN, NOW, NOW + 60)
     assert [breaker.admit(NOW + second) for second in (0, 30, 59.9)] == [None, None, None]
     assert (breaker.state, breaker.rejected_total, breaker.retry_after(NOW + 20)) == (CLOSED, 3, 40)
-    assert breaker.hindrance(NOW + 20) == "held open by an operator for another 40.0 s."
+    assert breaker.refusal_reason(NOW + 20) == "held open by an operator for another 40.0 s."
     assert breaker.would_admit(NOW + 60)
     assert breaker.admit(NOW + 60) is not None
     assert breaker.mode is Mode.AUTO
@@ -583,7 +583,7 @@ def test_forced_open_without_an_end_promises_no_time() -> None:
     breaker.set_mode(Mode.FORCED_OPEN, NOW)
     assert breaker.admit(NOW + 1e6) is None
     assert breaker.retry_after(NOW + 1e6) == breaker.policy.recovery_timeout
-    assert breaker.hindrance(NOW) == "held open by an operator."
+    assert breaker.refusal_reason(NOW) == "held open by an operator."
 
 
 def test_what_was_held_off_by_an_operator_comes_back_step_by_step() -> None:
@@ -677,7 +677,7 @@ def test_each_move_is_written_down_with_what_led_to_it() -> None:
         breaker.settle(ticket, FAILURE, at, "status 503", duration=0.5, route="users", request_id=f"r{number}")
     call(breaker, SUCCESS, NOW + 40)
     first, second, third = breaker.records
-    assert first == FlightRecord(
+    assert first == TransitionRecord(
         number=1,
         at=NOW + 2,
         source=CLOSED,

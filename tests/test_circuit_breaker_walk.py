@@ -19,10 +19,10 @@ from hypothesis.stateful import (
 )
 
 from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Mode, State
-from api_gateway.breaker_records import FlightRecord
+from api_gateway.breaker_records import TransitionRecord
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Outcome
-from api_gateway.ramp import Ramp
+from api_gateway.ramp import RampUp
 
 NOW = 1000.0
 CLOSED, OPEN, HALF_OPEN = State.CLOSED, State.OPEN, State.HALF_OPEN
@@ -66,8 +66,8 @@ class Walk(RuleBasedStateMachine):
         self.breaker = CircuitBreaker(policy, NOW, random.Random(seed))
         self.mode, self.changes = Mode.AUTO, 0
         self.probes: list[Try] = []  # out, of this recovery, and not lost
-        self.seen: list[FlightRecord] = []
-        self.ramp: Ramp | None = None
+        self.seen: list[TransitionRecord] = []
+        self.ramp: RampUp | None = None
         self.ramped: list[float] = []  # when calls passed on the present ramp
 
     @property
@@ -251,7 +251,7 @@ class Walk(RuleBasedStateMachine):
     def it_says_of_itself_what_is_so(self) -> None:
         breaker = self.breaker
         assert str(breaker.state) in repr(breaker)
-        if breaker.admits_all:
+        if breaker.is_transparent:
             assert breaker.state is CLOSED
             assert breaker.ramp is None
             assert breaker.mode is not Mode.FORCED_OPEN

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.client_copy import ClientCopy
+from api_gateway.client_copy import ClientCache
 from api_gateway.client_records import ClientRecord
 from api_gateway.models import Client, Quota
 
@@ -18,9 +18,9 @@ def resolve(record: ClientRecord) -> Client | None:
 
 
 @pytest.fixture
-def copy() -> Callable[..., ClientCopy]:
-    def make(limit: int, *, is_complete: bool = False) -> ClientCopy:
-        made = ClientCopy(limit, resolve)
+def copy() -> Callable[..., ClientCache]:
+    def make(limit: int, *, is_complete: bool = False) -> ClientCache:
+        made = ClientCache(limit, resolve)
         made.is_complete = is_complete
         return made
 
@@ -44,7 +44,7 @@ def test_it_is_bounded_and_what_it_says_is_so(
     is_complete: bool,  # noqa: FBT001 - drawn
     steps: list[tuple[str, str, str | None]],
 ) -> None:
-    copy = ClientCopy(limit, resolve)
+    copy = ClientCache(limit, resolve)
     copy.is_complete = is_complete
     truth: dict[str, str | None] = {}
     for version, (step, name, tier) in enumerate(steps, 1):
@@ -52,14 +52,14 @@ def test_it_is_bounded_and_what_it_says_is_so(
             assert copy.put(ClientRecord(name, tier, version=version))
             truth[name] = tier
         elif step == "absent" and truth.get(name) is None:
-            copy.put_absent(name)
+            copy.put_negative(name)
         elif step == "knows" and copy.knows(name):
             assert (name in copy.clients) == (truth.get(name) is not None)
         assert len(copy) <= limit
         assert all(truth[each] == "FREE" for each in copy.clients)
 
 
-def test_removals_are_forgotten_once_nothing_older_can_come(copy: Callable[..., ClientCopy]) -> None:
+def test_removals_are_forgotten_once_nothing_older_can_come(copy: Callable[..., ClientCache]) -> None:
     complete, partial = copy(10, is_complete=True), copy(10)
     for one in (complete, partial):
         one.put(ClientRecord("a", None, version=1))
@@ -67,10 +67,10 @@ def test_removals_are_forgotten_once_nothing_older_can_come(copy: Callable[..., 
         assert not one.put(ClientRecord("a", "FREE", version=1))
         one.forget_empty(1)
     assert (len(complete), len(partial)) == (1, 2)
-    assert repr(partial) == "<ClientCopy [2 records, 0 absent, partial]>"
+    assert repr(partial) == "<ClientCache [2 records, 0 absent, partial]>"
 
 
-def test_in_another_epoch_versions_count_anew(copy: Callable[..., ClientCopy]) -> None:
+def test_in_another_epoch_versions_count_anew(copy: Callable[..., ClientCache]) -> None:
     one = copy(10)
     one.put(ClientRecord("a", None, version=9))
     assert one.put(ClientRecord("a", "FREE", version=1), is_new_epoch=True)

@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 
 from api_gateway.client_records import (
-    KEEP,
     KEPT_CHANGES,
+    UNCHANGED,
     Change,
     Changes,
     ClientRecord,
+    ClientSnapshot,
     ClientStore,
+    Cursor,
     Grant,
-    Mark,
     OutcomeUnknown,
-    Snapshot,
-    Written,
+    WriteResult,
 )
 from api_gateway.clients import ClientRegistry, bucket_key
 from api_gateway.errors import StoreUnavailable
-from api_gateway.id_filter import IdFilter
+from api_gateway.id_filter import BloomFilter
 from api_gateway.models import Client, Quota
-from api_gateway.tasks import end
+from api_gateway.tasks import cancel_and_wait
 from tests.kit import FakeClock, soon
 
 TIERS = {
@@ -44,7 +44,7 @@ class HeldStore:
     def __init__(self, wall_clock: FakeClock | None = None, *, is_remote: bool = True) -> None:
         self.is_remote = is_remote
         self.records: dict[str, ClientRecord] = {}
-        self.mark = Mark("first", 0)
+        self.mark = Cursor("first", 0)
         self.failure: OSError | None = None
         self.look_up_failure: OSError | None = None
         self.questions: list[list[str]] = []
@@ -68,25 +68,25 @@ class HeldStore:
         self.failure = error
         self.tell()
 
-    async def load(self, limit: int) -> Snapshot:
+    async def load(self, limit: int) -> ClientSnapshot:
         await self._reach()
         live = [record for record in self.records.values() if not record.is_empty]
-        ids = IdFilter(limit)
+        ids = BloomFilter(limit)
         for record in live:
             ids.add(record.id)
-        return Snapshot(live[:limit], self.mark, len(live) <= limit, ids if self.tells_ids else None)
+        return ClientSnapshot(live[:limit], self.mark, len(live) <= limit, ids if self.tells_ids else None)
 
-    async def write(self, client_id: str, change: Change) -> Written:
+    async def write(self, client_id: str, change: Change) -> WriteResult:
         await self._reach()
         before = self.records.get(client_id, ClientRecord(client_id))
         self.mark = self.mark._replace(version=self.mark.version + 1)
-        tier = before.tier if change.tier is KEEP else change.tier
-        grant = before.grant if change.grant is KEEP else change.grant
+        tier = before.tier if change.tier is UNCHANGED else change.tier
+        grant = before.grant if change.grant is UNCHANGED else change.grant
         after = self.records[client_id] = ClientRecord(client_id, tier, grant, self.mark.version)
         self.tell()
-        return Written(before, after, self.mark.epoch)
+        return WriteResult(before, after, self.mark.epoch)
 
-    async def end_grant(self, client_id: str, version: int) -> Written | None:
+    async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
         await self._reach()
         record = self.records[client_id]
         if record.version != version or record.grant is None or record.grant.until > self._wall_clock():
@@ -94,7 +94,7 @@ class HeldStore:
         self.ended += 1
         return await self.write(client_id, Change(grant=None))
 
-    async def changes(self, since: Mark) -> Changes | None:
+    async def changes(self, since: Cursor) -> Changes | None:
         await self._reach()
         if since.epoch != self.mark.epoch or since.version < self.mark.version - KEPT_CHANGES:
             return None
@@ -132,11 +132,11 @@ async def following(
     tiers = {name: quota for name, quota in TIERS.items() if name not in without}
     registry = ClientRegistry(tiers, "FREE", configured or {}, store, **options)
     await registry.load()
-    task = asyncio.create_task(registry.keep_up())
+    task = asyncio.create_task(registry.follow())
     try:
         yield registry
     finally:
-        await end(task)
+        await cancel_and_wait(task)
         await registry.close()
 
 
@@ -145,7 +145,7 @@ def view(client: Client | None) -> Pair | None:
 
 
 def tier_of(registry: ClientRegistry, client_id: str) -> Pair | None:
-    return view(registry.named(client_id))
+    return view(registry.by_id(client_id))
 
 
 # Who a client is
@@ -164,23 +164,23 @@ async def test_granted_beats_registered_beats_configured_beats_the_default() -> 
 
 async def test_a_client_has_the_terms_of_its_tier_and_a_bucket_of_its_own() -> None:
     async with following(HeldStore(), {"acme": "BASIC"}) as registry:
-        client = registry.named("acme")
+        client = registry.by_id("acme")
         assert (client.id, client.key, client.quota) == ("acme", bucket_key("acme"), TIERS["BASIC"])
 
 
 async def test_a_client_cannot_name_itself_into_the_bucket_of_an_address() -> None:
     async with following(HeldStore()) as registry:
-        unnamed = registry.unnamed("192.0.2.7")
+        unnamed = registry.by_address("192.0.2.7")
         assert (unnamed.id, unnamed.quota.name, unnamed.source) == ("192.0.2.7", "FREE", "address")
         for name in ("192.0.2.7", unnamed.key, "address:192.0.2.7"):
-            assert registry.named(name).key != unnamed.key
+            assert registry.by_id(name).key != unnamed.key
 
 
 async def test_asking_for_a_client_remembers_nothing() -> None:
     async with following(HeldStore()) as registry:
         before = repr(registry), repr(registry._copy)
         for number in range(1000):
-            registry.find(f"stranger-{number}")
+            registry.try_get(f"stranger-{number}")
         assert (repr(registry), repr(registry._copy)) == before
 
 
@@ -206,7 +206,7 @@ async def test_a_change_tells_before_and_after_and_holds_at_once() -> None:
     async with following(HeldStore(), {"acme": "BASIC"}) as registry:
         before, after = await registry.set_tier("acme", "PREMIUM")
         assert view(before) == ("BASIC", "configured")
-        assert after == registry.named("acme")
+        assert after == registry.by_id("acme")
         before, after = await registry.set_tier("acme", "FREE")
         assert (before.quota.name, after.quota.name) == ("PREMIUM", "FREE")
 
@@ -217,7 +217,7 @@ async def test_every_change_makes_who_has_looked_look_again() -> None:
             registry.set_tier("acme", "PREMIUM"),
             registry.grant("acme", "BASIC", 2000),
             registry.revoke("acme"),
-            registry.forget("acme"),
+            registry.delete("acme"),
         ):
             version = registry.version
             await change
@@ -228,14 +228,14 @@ async def test_forgetting_a_client_takes_registration_and_grant() -> None:
     async with following(HeldStore(), {"acme": "BASIC"}, wall_clock=FakeClock(1000)) as registry:
         await registry.set_tier("acme", "FREE")
         await registry.grant("acme", "PREMIUM", 2000)
-        before, after = await registry.forget("acme")
+        before, after = await registry.delete("acme")
         assert (view(before), view(after)) == (("PREMIUM", "granted"), ("BASIC", "configured"))
-        assert after == registry.named("acme")
+        assert after == registry.by_id("acme")
 
 
 async def test_forgetting_a_client_nobody_registered_changes_nothing() -> None:
     async with following(HeldStore()) as registry:
-        before, after = await registry.forget("acme")
+        before, after = await registry.delete("acme")
         assert before == after
         assert after.source == "default"
 
@@ -256,7 +256,7 @@ async def test_what_one_changes_others_follow_and_only_they_are_told() -> None:
         await one.set_tier("acme", "PREMIUM")
         await soon(lambda: tier_of(other, "acme") == ("PREMIUM", "registered"), "the other follows")
         assert other.version > version
-        await one.forget("acme")
+        await one.delete("acme")
         await soon(lambda: tier_of(other, "acme") == ("BASIC", "configured"), "the other follows")
     assert told["one"] == []
     assert told["other"] == [
@@ -286,7 +286,7 @@ async def test_a_change_that_is_heard_of_before_its_answer_is_not_taken_for_some
     async with following(store, on_change=lambda before, after: told.append(after)) as registry:
         write = store.write
 
-        async def late(client_id: str, change: Change) -> Written:
+        async def late(client_id: str, change: Change) -> WriteResult:
             written = await write(client_id, change)
             await registry._catch_up()
             assert tier_of(registry, client_id) != ("PREMIUM", "registered")
@@ -311,7 +311,7 @@ async def test_an_older_record_never_takes_the_place_of_a_newer_one() -> None:
         await registry.set_tier("acme", "PREMIUM")
         registry._apply(older)
         assert tier_of(registry, "acme") == ("PREMIUM", "registered")
-        await registry.forget("acme")
+        await registry.delete("acme")
         registry._apply(replace(older, version=2))
         assert tier_of(registry, "acme") == ("FREE", "default")
 
@@ -321,7 +321,7 @@ async def test_who_is_too_far_behind_reads_all_anew() -> None:
     async with following(store) as registry:
         await registry.set_tier("acme", "BASIC")
         store.records["acme"] = ClientRecord("acme", "PREMIUM", version=KEPT_CHANGES + 9)
-        store.mark = Mark("first", KEPT_CHANGES + 9)
+        store.mark = Cursor("first", KEPT_CHANGES + 9)
         store.tell()
         await soon(lambda: tier_of(registry, "acme") == ("PREMIUM", "registered"), "all is read anew")
 
@@ -334,7 +334,7 @@ async def test_a_change_that_cannot_be_stored_is_not_made() -> None:
     async with following(store) as registry:
         await registry.set_tier("acme", "BASIC")
         store.failure = OSError("away")
-        for change in (registry.set_tier("acme", "PREMIUM"), registry.forget("acme")):
+        for change in (registry.set_tier("acme", "PREMIUM"), registry.delete("acme")):
             with pytest.raises(StoreUnavailable, match=r"the test's store and was not made") as caught:
                 await change
             assert caught.value.retry_after == 5
@@ -366,7 +366,7 @@ async def test_a_remote_store_may_be_away_at_start_and_is_waited_for(caplog: pyt
     async with following(store, {"initech": "BASIC"}) as registry:
         assert registry.trouble == "not up yet"
         assert tier_of(registry, "initech") == ("BASIC", "configured")
-        assert view(registry.find("acme")) == ("FREE", "default")
+        assert view(registry.try_get("acme")) == ("FREE", "default")
         version = registry.version
         store.failure = None
         await soon(lambda: tier_of(registry, "acme") == ("PREMIUM", "registered"), "the store is found")
@@ -393,7 +393,7 @@ async def test_a_store_that_begins_anew_is_believed_and_told_of(caplog: pytest.L
     store = HeldStore()
     async with following(store) as registry:
         await registry.set_tier("acme", "PREMIUM")
-        store.records, store.mark = {}, Mark("second", 0)
+        store.records, store.mark = {}, Cursor("second", 0)
         for _ in range(3):  # its versions may have overtaken those of its former life
             await store.write("initech", Change(tier="BASIC"))
         await soon(lambda: tier_of(registry, "initech") == ("BASIC", "registered"), "the new life is read")
@@ -407,7 +407,7 @@ async def test_a_write_into_a_store_that_began_anew_holds_at_once() -> None:
     for _ in range(3):
         await store.write("acme", Change(tier="BASIC"))
     await registry.load()
-    store.records, store.mark = {}, Mark("second", 0)
+    store.records, store.mark = {}, Cursor("second", 0)
     await registry.set_tier("acme", "PREMIUM")
     assert tier_of(registry, "acme") == ("PREMIUM", "registered")
 
@@ -465,7 +465,7 @@ async def test_while_all_fit_a_miss_is_an_answer() -> None:
     store = HeldStore()
     await crowded(store, 20)
     async with following(store, limit=20) as registry:
-        assert view(registry.find("stranger")) == ("FREE", "default")
+        assert view(registry.try_get("stranger")) == ("FREE", "default")
         assert store.questions == []
 
 
@@ -473,12 +473,12 @@ async def test_what_does_not_fit_is_looked_up_once_and_remembered() -> None:
     store = HeldStore()
     await crowded(store, 25)
     async with following(store, limit=20) as registry:
-        assert registry.find("client-24") is None
+        assert registry.try_get("client-24") is None
         assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
-        assert view(registry.find("client-24")) == ("PREMIUM", "registered")
-        assert registry.find("stranger") is None
+        assert view(registry.try_get("client-24")) == ("PREMIUM", "registered")
+        assert registry.try_get("stranger") is None
         assert view(await registry.look_up("stranger")) == ("FREE", "default")
-        assert view(registry.find("stranger")) == ("FREE", "default")
+        assert view(registry.try_get("stranger")) == ("FREE", "default")
         assert store.questions == [["client-24"], ["stranger"]]
         assert len(registry._copy) == 20
 
@@ -487,7 +487,7 @@ async def test_a_configured_client_may_be_registered_for_another_tier_in_the_sto
     store = HeldStore()
     await crowded(store, 25)
     async with following(store, {"client-24": "BASIC"}, limit=20) as registry:
-        assert registry.find("client-24") is None
+        assert registry.try_get("client-24") is None
         assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
 
 
@@ -496,7 +496,7 @@ async def test_one_too_many_turns_a_complete_copy_into_a_partial_one(caplog: pyt
     async with following(store, limit=20) as registry:
         for number in range(21):
             await registry.set_tier(f"client-{number}", "BASIC")
-        assert registry.find("client-0") is None
+        assert registry.try_get("client-0") is None
         assert view(await registry.look_up("client-0")) == ("BASIC", "registered")
     assert sum("client_limit" in record.getMessage() for record in caplog.records) == 1
 
@@ -506,10 +506,10 @@ async def test_those_used_last_stay() -> None:
     await crowded(store, 30)
     async with following(store, limit=20) as registry:
         for number in range(20, 30):
-            registry.find("client-3")
+            registry.try_get("client-3")
             await registry.look_up(f"client-{number}")
-        assert registry.find("client-3") is not None
-        assert registry.find("client-4") is None
+        assert registry.try_get("client-3") is not None
+        assert registry.try_get("client-4") is None
 
 
 async def test_invented_names_do_not_push_out_those_that_exist() -> None:
@@ -518,7 +518,7 @@ async def test_invented_names_do_not_push_out_those_that_exist() -> None:
     async with following(store, limit=100) as registry:
         for number in range(500):
             await registry.look_up(f"stranger-{number}")
-        known = sum(registry.find(f"client-{number}") is not None for number in range(101))
+        known = sum(registry.try_get(f"client-{number}") is not None for number in range(101))
         assert known >= 89
         assert len(registry._copy) == 100
 
@@ -545,11 +545,11 @@ async def test_what_is_late_counts_as_not_registered_until_it_comes() -> None:
     async with following(store, limit=20, deadline=0.01) as registry:
         store.answers.clear()
         assert view(await registry.look_up("client-24")) == ("FREE", "default")
-        assert view(registry.find("client-24")) == ("FREE", "default"), "nobody waits for it twice"
-        assert view(registry.find("client-1")) == ("PREMIUM", "registered")
+        assert view(registry.try_get("client-24")) == ("FREE", "default"), "nobody waits for it twice"
+        assert view(registry.try_get("client-1")) == ("PREMIUM", "registered")
         version = registry.version
         store.answers.set()
-        await soon(lambda: view(registry.find("client-24")) == ("PREMIUM", "registered"), "the answer is noted")
+        await soon(lambda: view(registry.try_get("client-24")) == ("PREMIUM", "registered"), "the answer is noted")
         assert registry.version > version, "who went by the default looks again"
 
 
@@ -560,10 +560,10 @@ async def test_a_look_up_that_failed_is_made_again_later(monkeypatch: pytest.Mon
     async with following(store, limit=20) as registry:
         store.look_up_failure = OSError("away")
         assert view(await registry.look_up("client-24")) == ("FREE", "default")
-        assert view(registry.find("client-24")) == ("FREE", "default")
+        assert view(registry.try_get("client-24")) == ("FREE", "default")
         version, store.look_up_failure = registry.version, None
         await soon(lambda: registry.version > version, "it may be asked again")
-        assert registry.find("client-24") is None
+        assert registry.try_get("client-24") is None
         assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
 
 
@@ -573,10 +573,10 @@ async def test_while_the_store_is_known_to_be_away_nobody_waits_for_it() -> None
     async with following(store, limit=20) as registry:
         store.fail(OSError("away"))
         await soon(lambda: registry.trouble is not None, "the failure is noticed")
-        assert view(registry.find("client-24")) == ("FREE", "default")
+        assert view(registry.try_get("client-24")) == ("FREE", "default")
         store.failure = None
         await soon(lambda: registry.trouble is None, "the store is back")
-        assert registry.find("client-24") is None
+        assert registry.try_get("client-24") is None
 
 
 async def test_a_change_of_a_client_that_is_not_remembered_is_not_missed() -> None:
@@ -587,7 +587,7 @@ async def test_a_change_of_a_client_that_is_not_remembered_is_not_missed() -> No
         version = registry.version
         await store.write("client-24", Change(tier="BASIC"))
         await soon(lambda: registry.version > version, "who has looked looks again")
-        assert registry.find("client-24") is None
+        assert registry.try_get("client-24") is None
         asking = asyncio.create_task(registry.look_up("newcomer"))
         await asyncio.sleep(0)
         registry._apply(ClientRecord("newcomer", "BASIC", version=99))  # told while the question is under way
@@ -599,17 +599,17 @@ async def test_invented_names_are_not_looked_up_where_the_store_tells_all_ids() 
     store.tells_ids = True
     await crowded(store, 25)
     async with following(store, limit=20) as registry:
-        found = [registry.find(f"stranger-{number}") for number in range(500)]
+        found = [registry.try_get(f"stranger-{number}") for number in range(500)]
         assert sum(client is None for client in found) <= 5, "a few may be taken for others"
         assert {view(client) for client in found} <= {("FREE", "default"), None}
-        assert registry.find("client-24") is None
+        assert registry.try_get("client-24") is None
         assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
         await store.write("stranger-1", Change(tier="BASIC"))
-        await soon(lambda: registry.find("stranger-1") is None, "it is told of, and looked up")
+        await soon(lambda: registry.try_get("stranger-1") is None, "it is told of, and looked up")
         await registry.set_tier("stranger-2", "BASIC")
         for number in range(20):
             await registry.look_up(f"client-{number}")
-        assert registry.find("stranger-2") is None, "it had to make room, and is looked up"
+        assert registry.try_get("stranger-2") is None, "it had to make room, and is looked up"
 
 
 async def test_who_is_registered_here_while_all_is_read_anew_is_looked_up_later() -> None:
@@ -622,7 +622,7 @@ async def test_who_is_registered_here_while_all_is_read_anew_is_looked_up_later(
         for number in range(25):
             registry._put(ClientRecord(f"newcomer-{number}", "BASIC", version=100 + number))
         await reading
-        assert all(view(registry.find(f"newcomer-{number}")) != ("FREE", "default") for number in range(25))
+        assert all(view(registry.try_get(f"newcomer-{number}")) != ("FREE", "default") for number in range(25))
 
 
 async def test_one_too_many_makes_nobody_unknown_who_is_registered() -> None:
@@ -630,8 +630,8 @@ async def test_one_too_many_makes_nobody_unknown_who_is_registered() -> None:
     async with following(store, limit=20) as registry:
         for number in range(30):
             await registry.set_tier(f"client-{number}", "BASIC")
-        assert all(view(registry.find(f"client-{number}")) != ("FREE", "default") for number in range(30))
-        assert sum(registry.find(f"stranger-{number}") is None for number in range(500)) <= 5
+        assert all(view(registry.try_get(f"client-{number}")) != ("FREE", "default") for number in range(30))
+        assert sum(registry.try_get(f"stranger-{number}") is None for number in range(500)) <= 5
 
 
 async def test_a_name_known_to_be_absent_may_be_registered() -> None:
@@ -640,7 +640,7 @@ async def test_a_name_known_to_be_absent_may_be_registered() -> None:
     async with following(store, limit=20) as registry:
         await registry.look_up("newcomer")
         await store.write("newcomer", Change(tier="BASIC"))
-        await soon(lambda: view(registry.find("newcomer")) == ("BASIC", "registered"), "it is told of")
+        await soon(lambda: view(registry.try_get("newcomer")) == ("BASIC", "registered"), "it is told of")
 
 
 # Inspection
@@ -658,7 +658,7 @@ async def test_an_inspection_asks_the_store() -> None:
         ("BASIC", "registered"),
         True,
     )
-    assert registry.named("acme") == found.client, "what was learnt holds"
+    assert registry.by_id("acme") == found.client, "what was learnt holds"
     store.failure = OSError("away")
     found = await registry.inspect("acme")
     assert (view(found.client), found.is_confirmed) == (("PREMIUM", "granted"), False)

@@ -91,7 +91,23 @@ async def test_at_the_start_it_is_one_line_and_exit_code_3(tmp_path: Path, corru
         assert running.popen.wait(60) == 3
         (line,) = running.errors.splitlines()
     assert "state_dir: " in line
-    assert str(file) in line
+    assert f"{file}: the file is corrupt: " in line
+    assert "tiers and grants" in line
+    assert "put a backup in its place, or move it away" in line
+
+
+async def test_a_file_that_is_not_corrupt_is_not_called_so(tmp_path: Path) -> None:
+    store = SqliteClients(tmp_path / "state")
+    await store.load(50)
+    await store.close()
+    with pytest.raises(OSError, match=FILE_NAME) as closed:
+        await store.write("acme", Change(tier="FREE"))
+    (tmp_path / "folder" / FILE_NAME).mkdir(parents=True)
+    store = SqliteClients(tmp_path / "folder")
+    with pytest.raises(OSError, match="folder") as unusable:
+        await store.load(50)
+    await store.close()
+    assert "corrupt" not in f"{closed.value}{unusable.value}"
 
 
 def test_while_it_runs_it_is_one_line_and_tiers_stay(gateway: StartGateway, caplog: pytest.LogCaptureFixture) -> None:
@@ -116,7 +132,7 @@ def test_while_it_runs_it_is_one_line_and_tiers_stay(gateway: StartGateway, capl
     assert (refused.status, refused.json()["reason"]) == (503, "store_unavailable")
     assert ask(f"{running.url}/clients/known").json()["source"] == "registered"
     shown = ask(f"{running.url}/health").json()["clients"]
-    assert (shown["status"], "malformed" in shown["error"]) == ("warn", True)
+    assert (shown["status"], "malformed" in shown["error"], "backup" in shown["error"]) == ("warn", True, True)
     assert [(len(one.getMessage().splitlines()), one.exc_info) for one in errors()] == [(1, None)]
 
 

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from api_gateway import crew
-from api_gateway.crew import Alone, Member, encode
+from api_gateway.crew import SingleProcess, SupervisorChannel, encode
 from api_gateway.metrics import Recorder
 from api_gateway.pacing import Steps
-from api_gateway.report import Report
+from api_gateway.report import WorkerSnapshot
 
 
-def look() -> Report:
-    return Report("", Recorder(["users"], ["people"], ["FREE"], (50,), time.monotonic()), buckets=7)
+def look() -> WorkerSnapshot:
+    return WorkerSnapshot("", Recorder(["users"], ["people"], ["FREE"], (50,), time.monotonic()), buckets=7)
 
 
-def looking(report: Report | None = None) -> Steps[Report]:
+def looking(report: WorkerSnapshot | None = None) -> Steps[WorkerSnapshot]:
     """Look in steps, as the gateway does."""
     yield
     return report or look()
@@ -32,12 +32,12 @@ class Peer:
 
     def __init__(self, on_orphaned: Callable[[], None] = lambda: None) -> None:
         self.sock, theirs = socket.socketpair()
-        self.member = Member(theirs, on_orphaned)
-        self.member.enlist(looking)
+        self.member = SupervisorChannel(theirs, on_orphaned)
+        self.member.register(looking)
 
     async def open(self) -> None:
         self.reader, self.writer = await asyncio.open_unix_connection(sock=self.sock)
-        await self.member.join()
+        await self.member.connect()
 
     async def heard(self, kind: str) -> Any:
         while True:
@@ -46,25 +46,25 @@ class Peer:
                 return message
 
     async def close(self) -> None:
-        await self.member.leave()
+        await self.member.close()
         self.writer.close()
 
 
 async def test_who_is_alone_shows_what_is_live() -> None:
-    alone, own = Alone(), look()
-    alone.enlist(lambda: looking(own))
+    alone, own = SingleProcess(), look()
+    alone.register(lambda: looking(own))
     assert await alone.gather() is own
 
 
 async def test_a_worker_says_that_it_is_ready_reports_when_asked_and_at_the_end() -> None:
     peer = Peer()
     await peer.open()
-    peer.member.say_ready()
+    peer.member.announce_ready()
     assert abs((await peer.heard("ready"))["clock"] - time.monotonic()) < 5
     peer.writer.write(encode("report", id=3))
     asked = await peer.heard("report")
     assert (asked["answers"], asked["report"]["buckets"]) == (3, 7)
-    await peer.member.leave(cut_off=2)
+    await peer.member.close(cut_off=2)
     left = await peer.heard("left")
     assert (left["cut_off"], left["report"]["buckets"]) == (2, 7)
     peer.writer.close()
@@ -74,7 +74,7 @@ async def test_a_worker_reports_by_itself(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(crew, "REPORT_INTERVAL", 0.01)
     peer = Peer()
     await peer.open()
-    peer.member.say_ready()
+    peer.member.announce_ready()
     for _ in range(3):
         assert (await peer.heard("report"))["answers"] == 0
     await peer.close()
@@ -121,7 +121,7 @@ async def test_a_worker_whose_supervisor_is_gone_is_told_once() -> None:
     told: list[int] = []
     peer = Peer(lambda: told.append(1))
     await peer.open()
-    peer.member.say_ready()
+    peer.member.announce_ready()
     peer.writer.close()
     for _ in range(100):
         await asyncio.sleep(0.01)
@@ -129,7 +129,7 @@ async def test_a_worker_whose_supervisor_is_gone_is_told_once() -> None:
             break
     assert told == [1]
     assert (await asyncio.wait_for(peer.member.gather(), 5)).buckets == 7
-    await peer.member.leave()
+    await peer.member.close()
     assert told == [1]
 
 

@@ -61,7 +61,7 @@ def test_the_routes_takes_the_place_of_the_upstreams_and_the_clients_counts_if_i
     assert (found and (found.source, found.seconds, found.is_passed_on)) == expected
     if found is not None:
         assert found.at == ARRIVED + found.seconds
-        assert found.blames_upstream is (found.source != "client")
+        assert found.is_upstream_fault is (found.source != "client")
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_two_values_are_refused_even_if_they_agree() -> None:
 def test_what_goes_on_is_never_more_than_what_is_left_nor_nothing(seconds: float, passed: float) -> None:
     deadline = Deadline(ARRIVED + seconds, seconds, "client", "", is_passed_on=True)
     now = ARRIVED + passed
-    value = deadline.value(now)
+    value = deadline.header_value(now)
     assert re.fullmatch(rb"\d+\.\d{3}", value)
-    assert 0 < float(value) <= max(deadline.left(now) + 5e-4, 0.001)
+    assert 0 < float(value) <= max(deadline.remaining(now) + 5e-4, 0.001)
 
 
 # On the wire

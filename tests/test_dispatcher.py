@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from api_gateway.breaker_policy import State
-from api_gateway.dispatcher import LANES, MAX_BATCH, Dispatcher, Question
+from api_gateway.dispatcher import CONNECTIONS, MAX_BATCH, ScriptBatcher, ScriptOp
 from api_gateway.redis_limiter import SCRIPT
 from api_gateway.store import Script, ScriptCall, StoreSession
 from tests.kit import soon
@@ -30,7 +30,7 @@ return reply
 EPSILON = 0.15  # seconds that a busy machine may add to a deadline
 
 
-class Echo(Question):
+class Echo(ScriptOp):
     """Asks for a number."""
 
     def __init__(self, number: int, key: str = "count") -> None:
@@ -66,10 +66,10 @@ class Echo(Question):
 
 
 @asynccontextmanager
-async def dispatching(url: str, *, script: Script = ECHO, deadline: float = CALM) -> AsyncIterator[Dispatcher]:
+async def dispatching(url: str, *, script: Script = ECHO, deadline: float = CALM) -> AsyncIterator[ScriptBatcher]:
     session = StoreSession(url, timeout=1)
     troubles: list[None] = []
-    dispatcher = Dispatcher(
+    dispatcher = ScriptBatcher(
         session,
         script,
         deadline=deadline,
@@ -87,7 +87,7 @@ async def dispatching(url: str, *, script: Script = ECHO, deadline: float = CALM
         await session.close()
 
 
-def ask(dispatcher: Dispatcher, count: int, first: int = 0) -> list[Echo]:
+def ask(dispatcher: ScriptBatcher, count: int, first: int = 0) -> list[Echo]:
     asked = [Echo(number) for number in range(first, first + count)]
     for question in asked:
         dispatcher.submit(question)
@@ -98,7 +98,7 @@ async def answered(asked: list[Echo]) -> None:
     await soon(lambda: all(question.answers for question in asked), "all are answered")
 
 
-def lanes_idle(dispatcher: Dispatcher) -> int:
+def lanes_idle(dispatcher: ScriptBatcher) -> int:
     return sum(not idle.done() for idle in dispatcher._idle)
 
 
@@ -125,10 +125,10 @@ async def test_a_call_holds_so_many_questions_and_the_rest_go_in_the_next(store:
 
 async def test_there_are_two_connections_and_no_more(store: StoreServer) -> None:
     async with dispatching(store.url) as dispatcher:
-        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
         for _ in range(50):
             await answered(ask(dispatcher, 7))
-        assert len(store.connections()) == LANES
+        assert len(store.connections()) == CONNECTIONS
     assert store.connections() == []
 
 
@@ -138,9 +138,9 @@ async def test_each_lane_is_idle_once_at_most(store: StoreServer) -> None:
             asked = ask(dispatcher, number % 3 + 1)
             if number % 7:
                 await answered(asked)
-            assert len(dispatcher._idle) <= LANES
+            assert len(dispatcher._idle) <= CONNECTIONS
         await answered(asked)
-        await soon(lambda: lanes_idle(dispatcher) == LANES == len(dispatcher._idle), "both rest")
+        await soon(lambda: lanes_idle(dispatcher) == CONNECTIONS == len(dispatcher._idle), "both rest")
 
 
 async def test_nothing_is_kept_of_what_is_over(store: StoreServer) -> None:
@@ -254,7 +254,7 @@ async def test_what_may_have_been_executed_is_not_sent_again(store: StoreServer)
     """The store executes everything, and none of its replies arrives."""
     async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.15) as dispatcher:
         await answered(ask(dispatcher, 5))
-        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
         proxy.loses_replies = True
         asked = ask(dispatcher, 200, first=100)
         await answered(asked)
@@ -293,7 +293,7 @@ async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_
 ) -> None:
     caplog.set_level(logging.INFO)
     async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.1) as dispatcher:
-        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
         proxy.is_deaf = True
         asked: list[Echo] = []
         while dispatcher.breaker.state is State.CLOSED:
@@ -319,10 +319,10 @@ async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_
 async def test_a_connection_that_breaks_while_idle_costs_no_question(store: StoreServer) -> None:
     """The trial after a second's silence finds it."""
     async with dispatching(store.url) as dispatcher:
-        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
         store.admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-        await soon(lambda: dispatcher.failures >= LANES, "they are found broken", within=3)
-        await soon(lambda: dispatcher.connections == LANES, "both serve again")
+        await soon(lambda: dispatcher.failures >= CONNECTIONS, "they are found broken", within=3)
+        await soon(lambda: dispatcher.connections == CONNECTIONS, "both serve again")
         asked = ask(dispatcher, 3)
         await answered(asked)
         assert all(question.is_answered_rightly for question in asked)
@@ -353,9 +353,9 @@ async def test_connections_cut_at_random_mix_up_no_replies(store: StoreServer) -
         assert all(question.answers == 1 for question in asked)
         assert all(question.is_failed or question.heard == question.number for question in asked)
         proxy.delay = 0.0
-        await soon(lambda: dispatcher.is_usable and dispatcher.connections == LANES, "it goes on")
+        await soon(lambda: dispatcher.is_usable and dispatcher.connections == CONNECTIONS, "it goes on")
         await answered(ask(dispatcher, 3))
-        assert len(store.connections()) <= LANES
+        assert len(store.connections()) <= CONNECTIONS
 
 
 async def test_a_question_that_comes_as_a_rest_ends_loses_neither_itself_nor_the_lane(
@@ -365,7 +365,7 @@ async def test_a_question_that_comes_as_a_rest_ends_loses_neither_itself_nor_the
     monkeypatch.setattr("api_gateway.dispatcher.MAX_SILENCE", 0.05)
     async with dispatching(store.url) as dispatcher:
         for number in range(3):
-            await soon(lambda: lanes_idle(dispatcher) == LANES, "both rest")
+            await soon(lambda: lanes_idle(dispatcher) == CONNECTIONS, "both rest")
             asked: list[Echo] = []
             asyncio.get_running_loop().call_later(0, lambda: asked.extend(ask(dispatcher, 1)))  # noqa: B023 - called within the turn
             time.sleep(0.06)  # noqa: ASYNC251 - the loop is kept busy, so that both are due at once
@@ -410,19 +410,19 @@ async def test_an_error_nobody_thought_of_ends_no_lane(
     store: StoreServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with dispatching(store.url) as dispatcher:
-        await soon(lambda: dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
         real = dispatcher._carry
         calls = []
 
         async def failing(carrier: Any) -> None:
             calls.append(carrier)
-            if len(calls) <= LANES:
+            if len(calls) <= CONNECTIONS:
                 raise LookupError("nobody thought of it")
             await real(carrier)
 
         monkeypatch.setattr(dispatcher, "_carry", failing)
         asked = ask(dispatcher, 2)
-        await soon(lambda: len(calls) > LANES, "lanes go on")
+        await soon(lambda: len(calls) > CONNECTIONS, "lanes go on")
         await answered(asked)
     assert "nobody thought of it" in caplog.text
 

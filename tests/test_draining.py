@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.protocol import GatewayProtocol
+from api_gateway.protocol import DownstreamConnection
 from tests.kit import (
     PATIENCE,
     Behaviour,
@@ -163,7 +163,7 @@ def test_what_a_slow_reader_has_not_been_sent_counts_as_cut_off(gateway: Start, 
     with RawClient(running.port) as client:
         assert client.get("/healthz").status == 200
         (connection,) = running.server.server_state.connections
-        assert isinstance(connection, GatewayProtocol)
+        assert isinstance(connection, DownstreamConnection)
         while not connection.transport.get_write_buffer_size():
             client.request()
             sent += 1

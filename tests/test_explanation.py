@@ -18,19 +18,25 @@ from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients import ClientRegistry
 from api_gateway.explanation import Explainer
-from api_gateway.explanation_bodies import Explanation, Question
+from api_gateway.explanation_bodies import ExplainRequest, Explanation
 from api_gateway.fallback import Fallback
 from api_gateway.metrics import Recorder
-from api_gateway.middleware import Identify, Limit, Match, Proxy, Record
+from api_gateway.middleware import (
+    ExchangeMiddleware,
+    IdentityMiddleware,
+    ProxyApp,
+    RateLimitMiddleware,
+    RoutingMiddleware,
+)
 from api_gateway.models import NANOSECONDS, Exchange, Quota
 from api_gateway.picks import least_requests, round_robin
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.request import Message
 from api_gateway.router import Router
 from api_gateway.routes import CostRule, Route, RouteTable
-from api_gateway.service import Service, Timeouts
-from api_gateway.settlement import Settlement
-from api_gateway.shadow import Shadow
+from api_gateway.service import Timeouts, UpstreamClient
+from api_gateway.settlement import CostSettlement
+from api_gateway.shadow import ShadowLimits
 from api_gateway.sqlite_clients import SqliteClients
 from api_gateway.targets import Target
 from tests.kit import RawUpstream, RunningGateway, ask, in_front_of
@@ -86,10 +92,10 @@ class Stage:
             Route("static", "/api/static", "one", fallback=Fallback(status=203, body=b"instead")),
             Route("other", "/api/instead", "one", fallback=Fallback("pair")),
         ]
-        settlement = Settlement(limiter=self.limiter, clock_ns=lambda: self.now_ns, recorder=self.recorder)
+        settlement = CostSettlement(limiter=self.limiter, clock_ns=lambda: self.now_ns, recorder=self.recorder)
         router = Router(
             RouteTable(routes),
-            {one.name: Service(one, self.transport, timeouts) for one in self.upstreams},
+            {one.name: UpstreamClient(one, self.transport, timeouts) for one in self.upstreams},
             clock=lambda: self.now,
             max_body_bytes=1000,
             observe_try=self.recorder.observe_try,
@@ -97,15 +103,15 @@ class Stage:
             on_cost=settlement.on_cost,
             on_fallback=settlement.on_fallback,
         )
-        shadow = Shadow(
+        shadow = ShadowLimits(
             limiter=self.limiter,
             clock_ns=lambda: self.now_ns,
             recorder=self.recorder,
             candidates={"FREE": CANDIDATE},
             routes=routes,
         )
-        limit = Limit(
-            Proxy(router=router),
+        limit = RateLimitMiddleware(
+            ProxyApp(router=router),
             limiter=self.limiter,
             clock_ns=lambda: self.now_ns,
             address_quota=ADDRESS,
@@ -114,9 +120,11 @@ class Stage:
         )
         tiers = {"FREE": FREE, "PAID": PAID}
         registry = ClientRegistry(tiers, "FREE", {"paid": "PAID"}, SqliteClients(tmp_path / "unused"))
-        identify = Identify(Match(limit, router=router), clients=registry, header="X-Client-ID", trusted_proxies=())
+        identify = IdentityMiddleware(
+            RoutingMiddleware(limit, router=router), clients=registry, header="X-Client-ID", trusted_proxies=()
+        )
         self.seen: list[Exchange] = []
-        self.record = Record(
+        self.record = ExchangeMiddleware(
             identify,
             clock=lambda: self.now,
             recorder=self.recorder,
@@ -148,7 +156,7 @@ class Stage:
         tables = dict(table.current), dict(table.previous), dict(limiter._overflow), table.rotated_at_ns
         return breakers, targets, tables, dict(self.recorder.would_limit), len(self.recorder.requests_by_client)
 
-    async def request(self, question: Question) -> dict[str, Any]:
+    async def request(self, question: ExplainRequest) -> dict[str, Any]:
         """Make the request that the question is about; return status and problem."""
         messages: list[Message] = []
 
@@ -180,7 +188,7 @@ class Stage:
 COSTS = (CostRule(frozenset({"POST"}), "/api/one/export", 4.5, 2), CostRule(None, "/api/one/never", 21))
 
 questions = st.builds(
-    Question,
+    ExplainRequest,
     client_id=st.sampled_from([None, "a", "b", "paid"]),
     method=st.sampled_from(["GET", "GET", "POST", "PUT", "TRACE"]),
     path=st.sampled_from(
@@ -227,15 +235,15 @@ def assert_foretold(told: Explanation, got: dict[str, Any], exchange: Exchange, 
         assert told.binding == exchange.decision.key
 
 
-PLAIN = Question(client_id=None, path="/api/one", address="192.0.2.7")
-NEVER = Question(client_id="a", path="/api/one/never", address="192.0.2.7")
+PLAIN = ExplainRequest(client_id=None, path="/api/one", address="192.0.2.7")
+NEVER = ExplainRequest(client_id="a", path="/api/one/never", address="192.0.2.7")
 
 
 @given(script=steps)
 @example(script=[*[(0, 200, 0, PLAIN)] * 4, (0, 200, 0, NEVER)])  # two buckets that never hold it: the first is named
 @settings(deadline=None, max_examples=150)
 def test_the_verdict_is_what_the_request_then_gets_and_asking_changes_nothing(
-    script: list[tuple[int, int, int, Question]], tmp_path_factory: pytest.TempPathFactory
+    script: list[tuple[int, int, int, ExplainRequest]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     stage = Stage(tmp_path_factory.getbasetemp())
 
@@ -259,7 +267,9 @@ def test_the_verdict_is_what_the_request_then_gets_and_asking_changes_nothing(
 @given(script=steps, question=questions)
 @settings(deadline=None, max_examples=50)
 def test_what_is_limited_passes_the_limiter_when_it_was_said_to(
-    script: list[tuple[int, int, int, Question]], question: Question, tmp_path_factory: pytest.TempPathFactory
+    script: list[tuple[int, int, int, ExplainRequest]],
+    question: ExplainRequest,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     stage = Stage(tmp_path_factory.getbasetemp())
 
@@ -295,7 +305,7 @@ async def test_it_tells_of_the_fallback_and_whether_it_would_answer(
     tmp_path: Path, path: str, outcome: str, fallback: dict[str, Any], *, pair_is_up: bool
 ) -> None:
     stage = Stage(tmp_path)
-    question = Question(client_id="a", path=path, address="192.0.2.7")
+    question = ExplainRequest(client_id="a", path=path, address="192.0.2.7")
     told = await stage.explainer.explain(question)
     assert told.verdict.outcome == "allowed"
     assert told.fallback is not None
@@ -311,7 +321,7 @@ async def test_it_tells_of_the_fallback_and_whether_it_would_answer(
 
 async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    question = Question(client_id="a", method="POST", path="/api/one/export?all", address="192.0.2.7")
+    question = ExplainRequest(client_id="a", method="POST", path="/api/one/export?all", address="192.0.2.7")
     assert (await stage.request(question.model_copy(update={"path": "/api/one"})))["status"] == 200
     stage.now_ns += NANOSECONDS // 4
     told = await stage.explainer.explain(question)
@@ -370,12 +380,12 @@ async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
 async def test_of_those_that_pass_the_one_that_will_bind_first_binds(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     for client in ("a", "b"):
-        await stage.request(Question(client_id=client, path="/api/one", address="192.0.2.7"))
-    told = await stage.explainer.explain(Question(client_id="a", path="/api/one", address="192.0.2.7"))
+        await stage.request(ExplainRequest(client_id=client, path="/api/one", address="192.0.2.7"))
+    told = await stage.explainer.explain(ExplainRequest(client_id="a", path="/api/one", address="192.0.2.7"))
     assert [bucket.tokens for bucket in told.buckets] == [4, 4]
     assert told.binding == "client:a"
-    await stage.request(Question(client_id="b", path="/api/one", address="192.0.2.7"))
-    told = await stage.explainer.explain(Question(client_id="a", path="/api/one", address="192.0.2.7"))
+    await stage.request(ExplainRequest(client_id="b", path="/api/one", address="192.0.2.7"))
+    told = await stage.explainer.explain(ExplainRequest(client_id="a", path="/api/one", address="192.0.2.7"))
     assert (told.verdict.outcome, told.binding) == ("allowed", "peer:192.0.2.7")
 
 
@@ -383,7 +393,7 @@ async def test_of_those_that_pass_the_one_that_will_bind_first_binds(tmp_path: P
     ("client_id", "source", "count"), [(None, "address", 2), ("a", "default", 2), ("paid", "configured", 1)]
 )
 async def test_it_says_who_somebody_is_and_why(tmp_path: Path, client_id: str | None, source: str, count: int) -> None:
-    told = await Stage(tmp_path).explainer.explain(Question(client_id=client_id, path="/api/one"))
+    told = await Stage(tmp_path).explainer.explain(ExplainRequest(client_id=client_id, path="/api/one"))
     assert (told.client.source, len(told.buckets)) == (source, count)
     assert told.client.registered == (count == 1)
     assert told.route is not None
@@ -392,7 +402,7 @@ async def test_it_says_who_somebody_is_and_why(tmp_path: Path, client_id: str | 
 
 async def test_a_breaker_whose_time_has_come_is_shown_as_it_would_be_met(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    question = Question(client_id="paid", path="/api/one")
+    question = ExplainRequest(client_id="paid", path="/api/one")
     stage.transport.status = 500
     for _ in range(2):
         await stage.request(question)

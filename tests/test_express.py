@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.express import Express
+from api_gateway.express import FastPath
 from api_gateway.models import Exchange
 from tests.kit import (
     PATIENCE,
@@ -36,13 +36,13 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 def boarded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What the straight way said to each request offered to it: taken, or not."""
     seen: list[bool] = []
-    board = Express.board
+    board = FastPath.try_handle
 
-    def noting(self: Express, client: Any, received: bytes) -> bool:
+    def noting(self: FastPath, client: Any, received: bytes) -> bool:
         seen.append(board(self, client, received))
         return seen[-1]
 
-    monkeypatch.setattr(Express, "board", noting)
+    monkeypatch.setattr(FastPath, "try_handle", noting)
     return seen
 
 
@@ -99,7 +99,7 @@ def warm(running: RunningGateway, up: RawUpstream) -> RunningGateway:
 def lane(running: RunningGateway) -> Any:
     """Return the straight way of a gateway; None if it is closed."""
     app: Any = running.server._app
-    return None if app.lane is None else app.lane.current
+    return None if app.fast_path is None else app.fast_path.current
 
 
 def finished(running: RunningGateway) -> list[Exchange]:
@@ -461,7 +461,7 @@ def test_a_client_to_be_looked_up_is_for_the_ordinary_way(
         assert client.get(headers=("X-Client-ID: b",)).status == 200
         boarded.clear()
         with monkeypatch.context() as patched:
-            patched.setattr(clients, "find", lambda client_id: None)
+            patched.setattr(clients, "try_get", lambda client_id: None)
             clients.version += 1
             answers = [client.get(headers=("X-Client-ID: b",)) for _ in range(2)]
         answers.append(client.get(headers=("X-Client-ID: b",)))

@@ -23,7 +23,7 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from api_gateway.fallback import Fallback, stands_in
+from api_gateway.fallback import Fallback, applies
 from api_gateway.models import Exchange, Outcome
 from tests.kit import (
     RawAnswer,
@@ -65,14 +65,14 @@ def test_it_stands_in_for_refusals_and_for_tries_that_failed_harmlessly(
     kind: type[GatewayError], *, repeatable: bool, once: bool
 ) -> None:
     for fallback in (STATIC, OTHER):
-        assert stands_in(fallback, kind("no"), is_repeatable=True, is_kept=True) is repeatable
-        assert stands_in(fallback, kind("no"), is_repeatable=False, is_kept=True) is once
+        assert applies(fallback, kind("no"), is_repeatable=True, is_kept=True) is repeatable
+        assert applies(fallback, kind("no"), is_repeatable=False, is_kept=True) is once
 
 
 def test_another_upstream_needs_the_body_and_a_static_answer_does_not() -> None:
     error = UpstreamReset("no")
-    assert stands_in(STATIC, error, is_repeatable=True, is_kept=False)
-    assert not stands_in(OTHER, error, is_repeatable=True, is_kept=False)
+    assert applies(STATIC, error, is_repeatable=True, is_kept=False)
+    assert not applies(OTHER, error, is_repeatable=True, is_kept=False)
 
 
 # Configuration
@@ -189,7 +189,7 @@ def up(running: RunningGateway, shared: RawUpstream, spare: RawUpstream) -> RawU
 def done(running: RunningGateway) -> Iterator[list[Exchange]]:
     """Every exchange that ends."""
     app: Any = running.server._app
-    record = app.lane.current.record
+    record = app.fast_path.current.record
     seen: list[Exchange] = []
     before = record._observers
     record._observers = (*before, seen.append)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.frames import GOING_AWAY, FrameEdges
+from api_gateway.frames import GOING_AWAY, FrameBoundary
 from tests.test_websocket import BINARY, CLOSE, frame
 
 READ = 64 * 1024  # bytes: what the tunnel takes at once
@@ -29,7 +29,7 @@ def test_a_stream_is_between_frames_exactly_at_their_ends(frames: list[bytes], d
     stream = b"".join(frames)
     ends = {0, *accumulate(map(len, frames))}
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12).map(sorted))
-    edges = FrameEdges()
+    edges = FrameBoundary()
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         edges.feed(stream[start:end])
         assert edges.is_between == (end in ends)
@@ -43,7 +43,7 @@ def test_what_still_belongs_to_the_frame_that_has_begun_is_told_to_the_byte(
     ends = sorted({0, *accumulate(map(len, frames))})
     cut = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(cut, len(stream)))
-    edges = FrameEdges()
+    edges = FrameBoundary()
     edges.feed(stream[:cut])
     following = next(end for end in ends if end >= cut)
     assert edges.rest(stream[cut:stop]) == (following - cut if following <= stop else None)
@@ -84,7 +84,7 @@ def test_whatever_the_bytes_and_however_cut_every_frame_is_followed(stream: byte
     known = heads(stream)
     edges_known = {0, *(end for _, end in known)}
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=30).map(sorted))
-    edges = FrameEdges()
+    edges = FrameBoundary()
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         piece = stream[start:end]
         if data.draw(st.booleans()):
@@ -100,7 +100,7 @@ def test_whatever_the_bytes_and_however_cut_every_frame_is_followed(stream: byte
 @pytest.mark.parametrize("small", SMALL.values(), ids=SMALL)
 def test_a_read_full_of_small_frames_costs_a_few_steps_each(small: bytes) -> None:
     stream = small * (READ // len(small))
-    assert quickest(lambda: FrameEdges().feed(stream)) < 10 * quickest(lambda: count(stream))
+    assert quickest(lambda: FrameBoundary().feed(stream)) < 10 * quickest(lambda: count(stream))
 
 
 def count(stream: bytes) -> int:
@@ -125,7 +125,7 @@ def quickest(work: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("at", range(1, 14))
 def test_a_head_may_come_byte_by_byte(at: int) -> None:
-    edges = FrameEdges()
+    edges = FrameBoundary()
     long = frame(BINARY, bytes(70_000), masked=True)
     edges.feed(long[:at])
     edges.feed(long[at:])
@@ -134,7 +134,7 @@ def test_a_head_may_come_byte_by_byte(at: int) -> None:
 
 @given(FRAMES)
 def test_a_close_frame_is_noticed_and_no_other_is_taken_for_one(frames: list[bytes]) -> None:
-    edges = FrameEdges()
+    edges = FrameBoundary()
     for one in frames:
         edges.feed(one)
     assert not edges.has_closed

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.gradient import ENOUGH, LOOK_EVERY, WINDOW, AdaptivePolicy, Gradient
-from api_gateway.overload import ONE_BAND, Bands, ConcurrencyLimit
+from api_gateway.gradient import ENOUGH, LOOK_EVERY, WINDOW, AdaptivePolicy, GradientController
+from api_gateway.overload import SINGLE_PRIORITY, ConcurrencyLimit, PriorityClasses
 
 NOW = 990.0  # a multiple of what lies between two looks
-TIERS = Bands({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})
+TIERS = PriorityClasses({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})
 FREE, BASIC, PREMIUM, ENTERPRISE = range(4)
 
 
@@ -113,8 +113,8 @@ def long_tailed(source: random.Random) -> float:
 SPREADS = (constant, exponential, long_tailed)
 
 
-def adaptive(bands: Bands = TIERS, **policy: float) -> ConcurrencyLimit:
-    gradient = Gradient(AdaptivePolicy(**policy), NOW)  # type: ignore[arg-type]  # floor and ceiling are whole
+def adaptive(bands: PriorityClasses = TIERS, **policy: float) -> ConcurrencyLimit:
+    gradient = GradientController(AdaptivePolicy(**policy), NOW)  # type: ignore[arg-type]  # floor and ceiling are whole
     return ConcurrencyLimit(gradient, bands, source=random.Random(1))
 
 
@@ -144,17 +144,17 @@ def test_under_three_times_its_capacity_an_upstream_does_nearly_all_it_can_and_t
 
 @pytest.mark.parametrize("spread", SPREADS)
 def test_one_band_alone_keeps_the_upstream_busy_too(spread: Callable[[random.Random], float]) -> None:
-    for bands, rates in ((ONE_BAND, (600.0,)), (TIERS, (600.0, 0, 0, 0)), (TIERS, (0, 0, 0, 600.0))):
+    for bands, rates in ((SINGLE_PRIORITY, (600.0,)), (TIERS, (600.0, 0, 0, 0)), (TIERS, (0, 0, 0, 600.0))):
         server = Queue(adaptive(bands), 10, 0.05, spread=spread)
         server.run(15, *rates)
         assert server.run(40, *rates).rate > 0.92 * 200
 
 
 def test_a_queue_that_is_there_from_the_start_is_not_taken_for_the_latency_of_the_upstream() -> None:
-    server = Queue(adaptive(ONE_BAND, ceiling=400, floor=400), 10, 0.05, spread=constant)
+    server = Queue(adaptive(SINGLE_PRIORITY, ceiling=400, floor=400), 10, 0.05, spread=constant)
     server.run(5, 600)
     assert server.limit.in_flight == 400
-    server.limit = adaptive(ONE_BAND)
+    server.limit = adaptive(SINGLE_PRIORITY)
     server.limit._places.in_use = 400
     server.run(60, 600)
     assert sum(latencies := server.run(20, 600).latencies) / len(latencies) < 0.05 * 1.7
@@ -208,7 +208,7 @@ def test_a_look_lowers_the_limit_for_tenths_of_a_second_in_half_a_minute() -> No
 def test_the_limit_keeps_between_floor_and_ceiling(
     steps: list[tuple[float, float, bool, bool]], floor: int, width: int, tolerance: float
 ) -> None:
-    gradient, now = Gradient(AdaptivePolicy(floor, floor + width, tolerance), NOW), NOW
+    gradient, now = GradientController(AdaptivePolicy(floor, floor + width, tolerance), NOW), NOW
     for seconds, pause, is_met, is_calm in steps:
         now += pause
         for _ in range(ENOUGH + 1):
@@ -243,7 +243,7 @@ def windows(limit: ConcurrencyLimit, count: int, seconds: float, now: float) -> 
 
 
 def test_it_grows_while_the_latency_keeps_and_shrinks_with_a_worse_one() -> None:
-    limit = adaptive(ONE_BAND)
+    limit = adaptive(SINGLE_PRIORITY)
     limit._places.in_use = 1000
     *_, grown = windows(limit, 200, 0.01, NOW)
     assert grown > 55
@@ -255,4 +255,4 @@ def test_an_adaptive_limit_tells_its_state() -> None:
     limit = adaptive()
     assert limit.is_adaptive
     assert repr(limit) == "<ConcurrencyLimit [0 of 50]>"
-    assert repr(Gradient(AdaptivePolicy(), NOW)) == "<Gradient [50.0, None against None s]>"
+    assert repr(GradientController(AdaptivePolicy(), NOW)) == "<GradientController [50.0, None against None s]>"

@@ -11,7 +11,7 @@ import pytest
 
 from api_gateway import GatewayConfig, create_app
 from api_gateway.errors import StartupError
-from api_gateway.guarded import GuardedTransport
+from api_gateway.guarded import ShieldedTransport
 from tests.kit import RawRequest, RawUpstream, Wire, in_front_of, reply
 
 
@@ -60,7 +60,7 @@ REQUEST = httpx.Request("GET", "http://up.test/")
 
 async def test_a_request_that_is_cancelled_finishes_for_nobody_and_is_closed() -> None:
     inner = Slow()
-    guard = GuardedTransport(inner)
+    guard = ShieldedTransport(inner)
     task = asyncio.ensure_future(guard.handle_async_request(REQUEST))
     await asyncio.sleep(0)
     task.cancel()
@@ -74,7 +74,7 @@ async def test_a_request_that_is_cancelled_finishes_for_nobody_and_is_closed() -
 async def test_reading_that_is_cancelled_does_not_reach_the_body() -> None:
     inner = Slow()
     inner.gate.set()
-    guard = GuardedTransport(inner)
+    guard = ShieldedTransport(inner)
     response = await guard.handle_async_request(REQUEST)
     assert response.extensions["reason_phrase"] == b"Fine"
     assert isinstance(response.stream, httpx.AsyncByteStream)
@@ -99,7 +99,7 @@ async def test_a_failure_for_nobody_is_nobodys() -> None:
             raise httpx.ReadError("reset")
 
     inner = Failing()
-    guard = GuardedTransport(inner)
+    guard = ShieldedTransport(inner)
     task = asyncio.ensure_future(guard.handle_async_request(REQUEST))
     await asyncio.sleep(0)
     task.cancel()
@@ -119,7 +119,7 @@ async def test_httpx_own_transport_loses_no_connection_to_cancelled_requests() -
 
     up = RawUpstream(behave)
     limits = httpx.Limits(max_connections=2, max_keepalive_connections=2)
-    guard = GuardedTransport(httpx.AsyncHTTPTransport(limits=limits))
+    guard = ShieldedTransport(httpx.AsyncHTTPTransport(limits=limits))
     try:
         for _ in range(20):
             with pytest.raises(TimeoutError):
@@ -163,7 +163,7 @@ async def test_an_answer_left_anywhere_gives_its_connection_back() -> None:
 
     up = RawUpstream(behave)
     limits = httpx.Limits(max_connections=2, max_keepalive_connections=2)
-    guard = GuardedTransport(httpx.AsyncHTTPTransport(limits=limits))
+    guard = ShieldedTransport(httpx.AsyncHTTPTransport(limits=limits))
     timeout = {"timeout": {"connect": 5, "pool": 5, "read": 5}}
 
     async def ask() -> bytes:

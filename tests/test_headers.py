@@ -12,19 +12,18 @@ from api_gateway.headers import (
     OURS,
     PROTECTED,
     address_key,
+    ambiguity,
     client_address,
     connection_options,
     fields_of,
-    flaw,
-    for_client,
-    for_upstream,
     framing,
     hop_address,
     host_name,
     http_date,
     is_visible_ascii,
     is_within,
-    values,
+    rewrite_request,
+    rewrite_response,
 )
 from api_gateway.models import HeaderList
 
@@ -36,11 +35,15 @@ UNTOUCHED = st.lists(
 )
 
 
+def values(headers: HeaderList, name: bytes) -> list[bytes]:
+    return fields_of(headers).get(name, [])
+
+
 def upstreams_view(
     headers: HeaderList, *, is_trusted: bool = False, protected: frozenset[bytes] = frozenset(), version: str = "1.1"
 ) -> HeaderList:
-    """Return `for_upstream` of these headers, sent by 192.0.2.7 over http."""
-    return for_upstream(
+    """Return `rewrite_request` of these headers, sent by 192.0.2.7 over http."""
+    return rewrite_request(
         headers,
         fields_of(headers),
         host=b"target:9001",
@@ -54,8 +57,8 @@ def upstreams_view(
 
 
 def clients_view(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
-    """Return `for_client` of these headers."""
-    return for_client(headers, fields_of(headers), own, omit)
+    """Return `rewrite_response` of these headers."""
+    return rewrite_response(headers, fields_of(headers), own, omit)
 
 
 # Towards the upstream
@@ -281,7 +284,7 @@ def test_is_visible_ascii(value: bytes, expected: bool) -> None:  # noqa: FBT001
     ],
 )
 def test_a_plain_request_has_no_flaw(headers: HeaderList) -> None:
-    assert flaw(fields_of(headers), "1.1") is None
+    assert ambiguity(fields_of(headers), "1.1") is None
 
 
 @pytest.mark.parametrize(
@@ -301,14 +304,14 @@ def test_a_plain_request_has_no_flaw(headers: HeaderList) -> None:
     ],
 )
 def test_what_servers_read_in_different_ways_is_a_flaw(headers: HeaderList, telling: str) -> None:
-    found = flaw(fields_of(headers), "1.1")
+    found = ambiguity(fields_of(headers), "1.1")
     assert found is not None
     assert telling in found
 
 
 def test_only_http_1_0_may_name_no_host() -> None:
-    assert flaw({}, "1.0") is None
-    assert flaw({b"host": [b"a", b"b"]}, "1.0") is not None
+    assert ambiguity({}, "1.0") is None
+    assert ambiguity({b"host": [b"a", b"b"]}, "1.0") is not None
 
 
 @pytest.mark.parametrize(

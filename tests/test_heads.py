@@ -7,13 +7,21 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.headers import COST, HOP_BY_HOP, OURS, fields_of, not_forwarded, noted
-from api_gateway.heads import NotedLines, framing_of, pairs_of, phrase_of, split_answer, split_request, without
+from api_gateway.headers import COST, HOP_BY_HOP, OURS, fields_of, inspected_headers, stripped_headers
+from api_gateway.heads import (
+    InspectedHeaders,
+    framing_of,
+    pairs_of,
+    parse_request_head,
+    parse_response_head,
+    reason_phrase,
+    remove_lines,
+)
 
 REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nAccept: b\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
 ANSWER = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\nETag: x\r\n\r\nok"
-NOTED = noted(frozenset({b"x-client-id"}))
-LINES_OF_NOTE = NotedLines(NOTED)
+NOTED = inspected_headers(frozenset({b"x-client-id"}))
+LINES_OF_NOTE = InspectedHeaders(NOTED)
 
 
 class Parsed:
@@ -44,7 +52,7 @@ class Parsed:
 
 
 def test_a_request_is_split_into_its_parts() -> None:
-    parts = split_request(REQUEST)
+    parts = parse_request_head(REQUEST)
     assert parts == (
         "POST",
         b"/api/x",
@@ -55,14 +63,14 @@ def test_a_request_is_split_into_its_parts() -> None:
     found = LINES_OF_NOTE.find(parts[3])
     assert found == [(b"Host", b"a"), (b"X-Client-ID", b"me"), (b"Content-Length", b"2")]
     assert framing_of(fields_of(found)) == (2, True)
-    assert without(parts[3], found[:1]) == parts[3].replace(b"Host: a\r\n", b"")
+    assert remove_lines(parts[3], found[:1]) == parts[3].replace(b"Host: a\r\n", b"")
 
 
 @pytest.mark.parametrize("name", sorted(NOTED))
 @pytest.mark.parametrize("spell", [bytes.lower, bytes.upper, bytes.title])
 def test_a_noted_name_is_found_in_every_spelling_and_no_name_that_holds_it(name: bytes, spell: Any) -> None:
     lookalikes = b"\r\nX-%b: a\r\n%b-x: a\r\nX: %b: a\r\n" % (name, name, name)
-    found = NotedLines(frozenset({name})).find(lookalikes + spell(name) + b": a\r\n")
+    found = InspectedHeaders(frozenset({name})).find(lookalikes + spell(name) + b": a\r\n")
     assert found == [(spell(name), b"a")]
 
 
@@ -86,12 +94,12 @@ def test_a_noted_name_is_found_in_every_spelling_and_no_name_that_holds_it(name:
     ],
 )
 def test_an_unusual_request_line_is_for_the_parser(line: bytes) -> None:
-    assert split_request(line + b"\r\nHost: a\r\n\r\n") is None
+    assert parse_request_head(line + b"\r\nHost: a\r\n\r\n") is None
 
 
 def test_a_head_that_is_not_whole_is_for_the_parser() -> None:
     for end in range(len(REQUEST) - 2):
-        assert split_request(REQUEST[:end]) is None
+        assert parse_request_head(REQUEST[:end]) is None
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ STARTS = st.sampled_from(
 @given(STARTS, LINES, st.binary(max_size=3))
 @example(b"POST /a HTTP/1.1\r\n", b"Host: a\r\nContent-Length: 2\r\n", b"ok")
 def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, lines: bytes, body: bytes) -> None:
-    parts = split_request(start + lines + b"\r\n" + body)
+    parts = parse_request_head(start + lines + b"\r\n" + body)
     if parts is None:
         return
     method, path, query, split_lines, behind = parts
@@ -162,9 +170,9 @@ def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, li
     assert (parser.get_method().decode(), parsed.url) == (method, path + query)
     assert parsed.pairs == pairs_of(split_lines)
     assert found == [pair for pair in parsed.pairs if pair[0].lower() in NOTED]
-    dropped = not_forwarded(frozenset({b"x-client-id"}), False)
+    dropped = stripped_headers(frozenset({b"x-client-id"}), False)
     kept = [pair for pair in parsed.pairs if pair[0].lower() not in dropped]
-    assert pairs_of(without(split_lines, [pair for pair in found if pair[0].lower() in dropped])) == kept
+    assert pairs_of(remove_lines(split_lines, [pair for pair in found if pair[0].lower() in dropped])) == kept
     assert (parsed.messages, parsed.body) == (1, behind)
     assert parser.should_keep_alive() == framing[1]
     assert not parser.should_upgrade()
@@ -175,8 +183,8 @@ def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, li
 
 def test_an_answer_is_split_into_its_parts() -> None:
     head = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nETag: x"
-    assert split_answer(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True, None)
-    assert phrase_of(ANSWER) == b"Fine"
+    assert parse_response_head(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True, None)
+    assert reason_phrase(ANSWER) == b"Fine"
     assert pairs_of(ANSWER)[0] == (b"Date", b"now")
 
 
@@ -194,7 +202,7 @@ def test_a_line_that_goes_no_further_is_taken_out_and_no_other_that_looks_like_i
 ) -> None:
     lookalikes = b"X-%b\r\nX: %b" % (line, line)
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + lookalikes
-    parts = split_answer(head + b"\r\n" + line + b"\r\n\r\n", is_to_head=False)
+    parts = parse_response_head(head + b"\r\n" + line + b"\r\n\r\n", is_to_head=False)
     assert parts is not None
     assert (parts[1], parts[4]) == (head, keeps_alive)
 
@@ -221,12 +229,12 @@ def test_a_line_that_goes_no_further_is_taken_out_and_no_other_that_looks_like_i
     ],
 )
 def test_an_unusual_answer_is_for_the_parser(lines: bytes) -> None:
-    assert split_answer(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\nok", is_to_head=False) is None
+    assert parse_response_head(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\nok", is_to_head=False) is None
 
 
 @pytest.mark.parametrize("start", [b"HTTP/1.0 200 OK", b"HTTP/1.1 103 Early", b"HTTP/1.1 200", b"HTTP/1.1 600 Odd"])
 def test_an_unusual_status_line_is_for_the_parser(start: bytes) -> None:
-    assert split_answer(start + b"\r\nContent-Length: 0\r\n\r\n", is_to_head=False) is None
+    assert parse_response_head(start + b"\r\nContent-Length: 0\r\n\r\n", is_to_head=False) is None
 
 
 @pytest.mark.parametrize(
@@ -242,7 +250,7 @@ def test_an_unusual_status_line_is_for_the_parser(start: bytes) -> None:
 def test_some_answers_end_with_their_head(
     status: bytes, lines: bytes, length: int | None, *, is_to_head: bool
 ) -> None:
-    parts = split_answer(b"HTTP/1.1 " + status + b"\r\n" + lines + b"\r\n", is_to_head=is_to_head)
+    parts = parse_response_head(b"HTTP/1.1 " + status + b"\r\n" + lines + b"\r\n", is_to_head=is_to_head)
     assert (None if parts is None else parts[3]) == length
 
 
@@ -268,14 +276,14 @@ STATUSES = st.sampled_from([b"200 OK", b"204 No Content", b"304 ", b"404 \xe4", 
 @example(b"200 OK", b"Content-Length: 2\r\nConnection: close\r\nDe: x\r\n", False)
 def test_a_plain_answer_means_to_the_parser_what_it_means_here(status: bytes, lines: bytes, is_to_head: bool) -> None:  # noqa: FBT001 - as drawn
     head = b"HTTP/1.1 " + status + b"\r\n" + lines + b"\r\n"
-    parts = split_answer(head, is_to_head=is_to_head)
+    parts = parse_response_head(head, is_to_head=is_to_head)
     if parts is None:
         return
     code, passed, size, length, keeps_alive, has_date, cost = parts
     parsed = Parsed()
     parser = httptools.HttpResponseParser(parsed)
     parser.feed_data(head[:size])
-    assert (parser.get_status_code(), parsed.reason) == (code, phrase_of(head))
+    assert (parser.get_status_code(), parsed.reason) == (code, reason_phrase(head))
     assert parsed.pairs == pairs_of(head[:size])
     kept = [pair for pair in parsed.pairs if pair[0].lower() not in HOP_BY_HOP | OURS]
     assert pairs_of(passed) == kept

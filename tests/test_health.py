@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from api_gateway.health import Ask, HealthJudge, HealthPolicy, HealthWatch, check
+from api_gateway.health import Ask, HealthChecker, HealthPolicy, HealthThreshold, check
 from api_gateway.targets import Target
 from tests.kit import FakeClock, soon
 
@@ -18,9 +18,9 @@ NOW = 1000.0
 CLOCK = FakeClock(NOW)
 
 
-def judged(*, is_healthy: bool = True, policy: HealthPolicy = POLICY) -> tuple[HealthJudge, Target]:
+def judged(*, is_healthy: bool = True, policy: HealthPolicy = POLICY) -> tuple[HealthThreshold, Target]:
     target = Target(URL, is_healthy=is_healthy)
-    return HealthJudge(policy, target), target
+    return HealthThreshold(policy, target), target
 
 
 def answering(status: int) -> Ask:
@@ -90,10 +90,10 @@ def test_a_target_shows_that_it_was_checked_and_what_was_found() -> None:
 def test_its_repr_tells_verdict_and_doubt() -> None:
     judge, _ = judged()
     judge.observe(is_good=False, finding="", now=NOW)
-    assert repr(judge) == "<HealthJudge [healthy, 1 contrary in a row]>"
+    assert repr(judge) == "<HealthThreshold [healthy, 1 contrary in a row]>"
     judge.observe(is_good=False, finding="", now=NOW)
     judge.observe(is_good=False, finding="", now=NOW)
-    assert repr(judge) == "<HealthJudge [unhealthy, 0 contrary in a row]>"
+    assert repr(judge) == "<HealthThreshold [unhealthy, 0 contrary in a row]>"
 
 
 def test_a_target_shows_how_many_results_alike_came_in_a_row_and_its_last_error() -> None:
@@ -141,7 +141,7 @@ async def test_silence_is_found_after_the_timeout() -> None:
     judge, target = judged()
     assert not await check(judge, HealthPolicy("/health", timeout=0.001), URL, silent, CLOCK)
     assert target.checks.finding == "no answer within 0.001 s"
-    assert repr(judge) == "<HealthJudge [healthy, 1 contrary in a row]>"
+    assert repr(judge) == "<HealthThreshold [healthy, 1 contrary in a row]>"
 
 
 async def test_a_check_asks_the_health_path_with_its_timeout() -> None:
@@ -171,9 +171,9 @@ async def test_cancelling_a_check_passes_through_and_finds_nothing() -> None:
 @asynccontextmanager
 async def watching(
     targets: Sequence[Target], ask: Ask, on_change: Callable[[Target], None] = lambda _: None
-) -> AsyncIterator[HealthWatch]:
+) -> AsyncIterator[HealthChecker]:
     """Watch for the length of a block, which may take 5 s; the end is a cancellation that passes through."""
-    watch = HealthWatch(POLICY, lambda _: ask, on_change, clock=CLOCK, source=random.Random(1))
+    watch = HealthChecker(POLICY, lambda _: ask, on_change, clock=CLOCK, source=random.Random(1))
     watch.follow(targets)
     task = asyncio.create_task(watch.run())
     try:
@@ -323,7 +323,7 @@ async def test_new_targets_are_checked_and_those_that_are_gone_no_more() -> None
     async with watching([stays, goes], ask) as watch:
         await soon(lambda: asked["stays"] > 1 and asked["goes"] > 1, "both are checked")
         watch.follow([stays, comes])
-        assert repr(watch) == "<HealthWatch [2 targets]>"
+        assert repr(watch) == "<HealthChecker [2 targets]>"
         await asyncio.sleep(0)
         asked.clear()
         await soon(lambda: asked["stays"] > 3 and asked["comes"] > 3, "the new one is checked")

@@ -46,11 +46,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from api_gateway.config_rules import LONGEST_BUDGET, MAX_FILL
-from api_gateway.dispatcher import LANES, Dispatcher
+from api_gateway.dispatcher import CONNECTIONS, ScriptBatcher
 from api_gateway.middleware import refusal
-from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota, Source
+from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
 from api_gateway.rate_limiter import NEVER, MemoryLimiter
-from api_gateway.redis_limiter import MESSAGE_NS, RedisLimiter, _Settle, _Take
+from api_gateway.redis_limiter import MESSAGE_NS, RedisLimiter, _ChargeOp, _SettleOp
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
@@ -93,7 +93,7 @@ def charge(quota: Quota, cost: float = 1, key: str = "a") -> Charge:
 class Backend(Protocol):
     """A limiter and what it is kept in. `tick_ns` is the finest time it knows."""
 
-    source: Source
+    source: DecisionSource
     tick_ns: int
     heals_when_looked_at: bool
     notes_late_ns: int  # a refund counts for charges made this much later
@@ -125,7 +125,7 @@ def at_once(waiting: Any) -> Any:
 
 
 class Memory:
-    source: Source = "memory"
+    source: DecisionSource = "memory"
     tick_ns = 1
     heals_when_looked_at = False
     notes_late_ns = 0
@@ -160,7 +160,7 @@ class Memory:
 
 
 class Shared:
-    source: Source = "store"
+    source: DecisionSource = "store"
     tick_ns = MICROSECOND
     heals_when_looked_at = True
     notes_late_ns = MESSAGE_NS
@@ -591,7 +591,7 @@ def test_a_batch_decides_as_one_after_the_other_would(requests: list[list[tuple[
     at_once.wire.is_slow = True
     charges = [[charge(held[key], cost, key) for key, cost in request] for request in requests]
     for asked in charges:
-        at_once.ask(asked, START, answers.append)
+        at_once.decide_async(asked, START, answers.append)
     at_once.wire.execute()
     at_once.wire.deliver()
     assert answers == [one_by_one.decided(asked, START) for asked in charges]
@@ -854,7 +854,7 @@ class Remembering(RuleBasedStateMachine):
         if self.fleet.is_quiet:
             self.left_ns = LONGEST_LAG_NS
         limiter = self.fleet.limiters[number]
-        limiter.ask(asked, self.fleet.clock_ns(number), lambda answer: self.note(number, asked, answer))
+        limiter.decide_async(asked, self.fleet.clock_ns(number), lambda answer: self.note(number, asked, answer))
         if is_answered:
             self.settle_down()
 
@@ -884,8 +884,8 @@ class Remembering(RuleBasedStateMachine):
         for part, owed_ns in zip(parts, before, strict=True):
             self.charged[part.key] += self.fleet.owed(part) > owed_ns
         if batch:
-            told = {one.key for question in batch if isinstance(question, _Take) for one in question._charges}
-            told -= {question._charge.key for question in batch if isinstance(question, _Settle)}
+            told = {one.key for question in batch if isinstance(question, _ChargeOp) for one in question._charges}
+            told -= {question._charge.key for question in batch if isinstance(question, _SettleOp)}
             self.under_way[number].append({key: self.charged[key] for key in told})
 
     @rule(number=numbers)
@@ -968,7 +968,7 @@ def test_a_refusal_from_memory_ends_no_later_than_the_stores_and_its_wait_no_ear
     """However long question and reply took, and however fast the gateway's clock runs."""
     fleet, asked = Fleet([speed_ppm]), [charge(FREE, cost)]
     (limiter,) = fleet.limiters
-    limiter.ask([charge(FREE, 10)], fleet.clock_ns(0), lambda _: None)
+    limiter.decide_async([charge(FREE, 10)], fleet.clock_ns(0), lambda _: None)
     fleet.pass_time(there_ns)
     fleet.execute(0)
     fleet.pass_time(back_ns)
@@ -987,7 +987,7 @@ def test_a_reply_under_way_while_a_bucket_is_filled_otherwise_is_not_remembered(
     fleet, asked = Fleet([0, 0]), [charge(FREE, 10)]
     answers: list[Decision] = []
     for number in range(2):
-        fleet.limiters[number].ask(asked, fleet.clock_ns(number), answers.append)
+        fleet.limiters[number].decide_async(asked, fleet.clock_ns(number), answers.append)
         fleet.execute(number)
     fleet.limiters[0].wire.deliver()
     match how:
@@ -1018,14 +1018,14 @@ class Together:
     def ask(self, number: int, cost: float) -> None:
         asked, limiter = [charge(FREE, cost)], self.fleet.limiters[number]
         if self.fleet.decide(number, asked) is None:
-            limiter.ask(asked, self.fleet.clock_ns(number), lambda _: None)
+            limiter.decide_async(asked, self.fleet.clock_ns(number), lambda _: None)
             question = limiter.wire.waiting[-1]
-            assert isinstance(question, _Take)
+            assert isinstance(question, _ChargeOp)
             question._answer = partial(self.answers.__setitem__, id(question))
 
     def execute(self, number: int) -> None:
         for question in self.fleet.limiters[number].wire.waiting:
-            assert isinstance(question, _Take)
+            assert isinstance(question, _ChargeOp)
             expected = self.expected[id(question)] = self.exact.decide(question._charges, self.fleet.store_ns)
             if expected.allowed:
                 cost = Fraction(question._charges[0].increment_ns, FREE.emission_ns)
@@ -1114,7 +1114,7 @@ class Outages:
         decision = self.fleet.decide(number, asked)
         missed: tuple[int, ...] = ()
         if decision is None:
-            limiter.ask(asked, now_ns, answers.append)
+            limiter.decide_async(asked, now_ns, answers.append)
             if fate != "unsent":
                 limiter.wire.execute()
                 _, (_, debt_ns) = limiter.wire.under_way[-1]
@@ -1346,7 +1346,7 @@ async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer
         assert decision.remaining == 1000 - (number % 997 + 1)
 
     async with gateways(store.url, roomy, deadline=PATIENCE) as (limiter,):
-        await soon(lambda: limiter.dispatcher.connections == LANES, "both lanes serve")
+        await soon(lambda: limiter.dispatcher.connections == CONNECTIONS, "both lanes serve")
         kept: list[asyncio.Task[None]] = []
         for turn in range(60):
             tasks = [asyncio.create_task(request(limiter, 100 * turn + number)) for number in range(40)]
@@ -1357,10 +1357,10 @@ async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer
             await asyncio.sleep(source.choice((0, 0.001, 0.003)))
         await asyncio.gather(*kept)
         dispatcher = limiter.dispatcher
-        assert isinstance(dispatcher, Dispatcher)
+        assert isinstance(dispatcher, ScriptBatcher)
         await soon(lambda: not dispatcher._waiting, "nothing waits")
         assert limiter.dispatcher.failures == 0
-        assert len(store.connections()) == LANES + 1, "the lanes, and who beats the heart"
+        assert len(store.connections()) == CONNECTIONS + 1, "the lanes, and who beats the heart"
         await request(limiter, 9999)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from api_gateway import local_operator
-from api_gateway.link import ADMIN, LINK, UNIX_PEER
+from api_gateway.link import ADMIN, SERVER_EXTENSION, UNIX_PEER
 from api_gateway.local_operator import LocalProcesses
-from api_gateway.peer_process import Connection, NotEstablished, PeerProcesses
-from api_gateway.socket_table import End
+from api_gateway.peer_process import EstablishedConnection, NotEstablished, PeerProcesses
+from api_gateway.socket_table import Endpoint
 from tests.kit import FakeClock, soon
 
 HEADERS = [(b"host", b"localhost:8000")]
@@ -32,7 +32,7 @@ class Peers(PeerProcesses):
         self.may_answer.set()
         self._running = 0
 
-    def examine(self, connection: Connection) -> None:
+    def examine(self, connection: EstablishedConnection) -> None:
         self.asked += 1
         self._running += 1
         self.at_once = max(self.at_once, self._running)
@@ -73,7 +73,7 @@ def scope(link: Link | None = None, **changes: Any) -> dict[str, Any]:
         "server": ("127.0.0.1", 8000),
         "headers": HEADERS,
     }
-    return made | ({LINK: link} if link is not None else {}) | changes
+    return made | ({SERVER_EXTENSION: link} if link is not None else {}) | changes
 
 
 @pytest.mark.parametrize("reason", [None, "it listens"])
@@ -209,15 +209,15 @@ def test_ports_that_another_connection_has_by_now_are_noticed() -> None:
     ):
         accepted, peer = listener.accept()
         with accepted:
-            ours, theirs = End.of(*accepted.getsockname()), End.of(*peer)
+            ours, theirs = Endpoint.of(*accepted.getsockname()), Endpoint.of(*peer)
             peers = PeerProcesses(os.geteuid())
             with pytest.raises(NotEstablished, match="another one has its ports"):
-                peers.examine(Connection(ours, theirs, os.fstat(client.fileno()).st_ino))
+                peers.examine(EstablishedConnection(ours, theirs, os.fstat(client.fileno()).st_ino))
             with pytest.raises(NotEstablished, match="TCP listener"):
-                peers.examine(Connection(ours, theirs, os.fstat(accepted.fileno()).st_ino))
+                peers.examine(EstablishedConnection(ours, theirs, os.fstat(accepted.fileno()).st_ino))
             client.close()
             with pytest.raises(NotEstablished, match="is over"):
-                peers.examine(Connection(ours, theirs))
+                peers.examine(EstablishedConnection(ours, theirs))
 
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="Linux only")
@@ -225,4 +225,6 @@ def test_without_the_files_of_proc_nothing_is_available(tmp_path: Path) -> None:
     assert PeerProcesses(0).is_available
     assert not PeerProcesses(0, tmp_path).is_available
     with pytest.raises(NotEstablished):
-        PeerProcesses(0, tmp_path).examine(Connection(End.of("127.0.0.1", 1), End.of("127.0.0.1", 2)))
+        PeerProcesses(0, tmp_path).examine(
+            EstablishedConnection(Endpoint.of("127.0.0.1", 1), Endpoint.of("127.0.0.1", 2))
+        )

@@ -18,14 +18,14 @@ from api_gateway.balancer import Upstream
 from api_gateway.breaker_policy import BreakerPolicy, Mode
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
-from api_gateway.exposition import DURATION_BOUNDS, Exposition
+from api_gateway.exposition import DURATION_BOUNDS, PrometheusExposition
 from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
 from api_gateway.metrics_bodies import RateWindow
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
 from api_gateway.pacing import completed
 from api_gateway.picks import round_robin
-from api_gateway.report import UpstreamReport
-from api_gateway.rotation import Rotation
+from api_gateway.report import UpstreamSnapshot
+from api_gateway.rotation import OutlierDetector
 from api_gateway.targets import Target
 
 START = 1000.0
@@ -66,12 +66,12 @@ def people(policy: BreakerPolicy | None = None) -> Upstream:
     return Upstream("people", targets, CircuitBreaker(policy or BreakerPolicy(), START), round_robin)
 
 
-def exposition_of(recorder: Recorder, *upstreams: Upstream) -> Exposition:
-    reports = {one.name: UpstreamReport.of(one, START) for one in upstreams or (people(),)}
-    return Exposition(recorder, reports, LimiterState(), 7, "1.2.3")
+def exposition_of(recorder: Recorder, *upstreams: Upstream) -> PrometheusExposition:
+    reports = {one.name: UpstreamSnapshot.of(one, START) for one in upstreams or (people(),)}
+    return PrometheusExposition(recorder, reports, LimiterState(), 7, "1.2.3")
 
 
-def families(exposition: Exposition, accept: str = "text/plain") -> Iterator[Metric]:
+def families(exposition: PrometheusExposition, accept: str = "text/plain") -> Iterator[Metric]:
     """Scrape, as Prometheus would."""
     text, content_type = completed(exposition.render(accept))
     is_open = content_type.startswith("application/openmetrics-text")
@@ -82,7 +82,7 @@ def families(exposition: Exposition, accept: str = "text/plain") -> Iterator[Met
 Samples = dict[str, float]
 
 
-def samples(exposition: Exposition, accept: str = "text/plain") -> Samples:
+def samples(exposition: PrometheusExposition, accept: str = "text/plain") -> Samples:
     """Return every series by its spelling, labels sorted by name."""
     found: Samples = {}
     for family in families(exposition, accept):
@@ -361,7 +361,7 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
     view = completed(
         recorder.snapshot(
             START + 12.5,
-            {"people": UpstreamReport.of(upstream, START)},
+            {"people": UpstreamSnapshot.of(upstream, START)},
             buckets=4,
             bucket_limit=9,
             overflowed=2,
@@ -385,7 +385,7 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
 
 def trip(upstream: Upstream) -> None:
     """Open the breaker of an upstream that opens after one failure."""
-    lease = upstream.checkout(START, "")
+    lease = upstream.acquire(START, "")
     lease.settle(Outcome.FAILURE, START, "status 500")
     lease.release(START)
 
@@ -451,7 +451,7 @@ def test_openmetrics_comes_where_it_is_asked_for() -> None:
 
 
 @pytest.fixture
-def busy() -> Exposition:
+def busy() -> PrometheusExposition:
     """An exposition after some traffic."""
     recorder = recorder_of()
     for seconds in (0.002, 0.004, 0.02, 0.3, 0.3, 20.0):
@@ -464,7 +464,7 @@ def busy() -> Exposition:
 
 
 @pytest.mark.parametrize("accept", ["text/plain", OPENMETRICS])
-def test_the_text_says_what_was_counted(busy: Exposition, accept: str) -> None:
+def test_the_text_says_what_was_counted(busy: PrometheusExposition, accept: str) -> None:
     found = samples(busy, accept)
     expected = {
         "gateway_http_requests_total{code=200,method=GET,route=users,source=upstream,tier=FREE}": 6,
@@ -483,7 +483,7 @@ def test_the_text_says_what_was_counted(busy: Exposition, accept: str) -> None:
     assert {name: found.get(name) for name in expected} == expected
 
 
-def test_every_family_says_what_it_is(busy: Exposition) -> None:
+def test_every_family_says_what_it_is(busy: PrometheusExposition) -> None:
     for accept in ("text/plain", OPENMETRICS):
         for family in families(busy, accept):
             assert family.documentation
@@ -500,7 +500,7 @@ def test_every_family_says_what_it_is(busy: Exposition) -> None:
     ],
 )
 def test_the_buckets_of_a_histogram_are_cumulative(
-    busy: Exposition, accept: str, name: str, label: str, total: float
+    busy: PrometheusExposition, accept: str, name: str, label: str, total: float
 ) -> None:
     found = samples(busy, accept)
     buckets = {
@@ -581,16 +581,16 @@ def test_the_state_of_a_breaker_is_one_of_three() -> None:
 def test_the_series_of_a_target_end_with_it() -> None:
     upstream = people()
     upstream.targets[1].is_healthy, upstream.targets[0].ejections_total = True, 3
-    rotation = Rotation(make_breaker=lambda now: CircuitBreaker(BreakerPolicy(failure_threshold=1), now))
+    rotation = OutlierDetector(make_breaker=lambda now: CircuitBreaker(BreakerPolicy(failure_threshold=1), now))
     upstream = Upstream("people", upstream.targets, upstream.breaker, round_robin, rotation=rotation)
     first, second = upstream.targets
-    lease = upstream.checkout(START, "", tried=[second])
+    lease = upstream.acquire(START, "", tried=[second])
     lease.settle(Outcome.FAILURE, START)
     found = samples(exposition_of(recorder_of(), upstream))
     for name, values in (("ejected", (1, 0)), ("ejections_total", (4, 0)), ("healthy", (1, 1))):
         for target, value in zip((first, second), values, strict=True):
             assert found[f"gateway_upstream_{name}{{target={target.url},upstream=people}}"] == value
-    upstream.retarget([second], START)
+    upstream.set_targets([second], START)
     left = samples(exposition_of(recorder_of(), upstream))
     assert not [series for series in left if first.url in series]
     assert [series for series in left if second.url in series]
@@ -604,8 +604,8 @@ def test_the_mode_of_a_breaker_is_one_of_four_and_what_it_would_have_done_is_cou
         modes = {other: found[f"gateway_circuit_breaker_mode{{mode={other},upstream=people}}"] for other in Mode}
         assert modes == {other: other is mode for other in Mode}
     upstream.breaker.set_mode(Mode.OBSERVE, START)
-    upstream.checkout(START, "").settle(Outcome.FAILURE, START, "status 500", duration=2)
-    upstream.checkout(START, "").release(START)
+    upstream.acquire(START, "").settle(Outcome.FAILURE, START, "status 500", duration=2)
+    upstream.acquire(START, "").release(START)
     found = samples(exposition_of(recorder_of(), upstream))
     assert {
         key: found[f"gateway_circuit_breaker_{key}_total{{upstream=people}}"]
@@ -613,7 +613,7 @@ def test_the_mode_of_a_breaker_is_one_of_four_and_what_it_would_have_done_is_cou
     } == {"opened": 0, "rejected": 0, "slow_calls": 1, "would_open": 1, "would_reject": 1}
 
 
-def test_counters_never_fall(busy: Exposition) -> None:
+def test_counters_never_fall(busy: PrometheusExposition) -> None:
     before = samples(busy)
     busy._recorder.observe(ended(START + 1000))
     after = samples(busy)

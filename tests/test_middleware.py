@@ -31,13 +31,13 @@ from api_gateway.middleware import (
     IS_TRUSTED,
     ROUTE,
     ASGIApp,
-    Identify,
-    Limit,
-    Match,
-    Proxy,
-    Record,
-    Split,
-    Switch,
+    DataPlaneSlot,
+    DataPlaneSplit,
+    ExchangeMiddleware,
+    IdentityMiddleware,
+    ProxyApp,
+    RateLimitMiddleware,
+    RoutingMiddleware,
 )
 from api_gateway.models import NANOSECONDS, Charge, Client, Exchange, HeaderList, Quota
 from api_gateway.rate_limiter import MemoryLimiter
@@ -64,7 +64,7 @@ def http(
     peer: str | None = "192.0.2.7",
     host: tuple[bytes, bytes] = HOST,
 ) -> Scope:
-    """Return the scope of a request as a server makes it, and `Record` completes it."""
+    """Return the scope of a request as a server makes it, and `ExchangeMiddleware` completes it."""
     return {
         "type": "http",
         "http_version": "1.1",
@@ -123,7 +123,7 @@ async def ask(app: ASGIApp, scope: Scope) -> Answer:
 async def answers(scope: Scope, _receive: Receive, send: Send) -> None:
     """Answer as the router does: the exchange is told first."""
     exchange = scope.get(EXCHANGE)
-    own = exchange.answer_headers if exchange else []
+    own = exchange.response_headers if exchange else []
     if exchange:
         exchange.status, exchange.source = 200, "upstream"
     await send({"type": "http.response.start", "status": 200, "headers": own})
@@ -144,11 +144,11 @@ def raises(error: BaseException) -> ASGIApp:
 # Split
 
 
-def split(inner: ASGIApp, data_plane: ASGIApp | None = None) -> Split:
-    switch = Switch()
+def split(inner: ASGIApp, data_plane: ASGIApp | None = None) -> DataPlaneSplit:
+    switch = DataPlaneSlot()
     if data_plane is not None:
         switch.data_plane = data_plane
-    return Split(inner, switch=switch)
+    return DataPlaneSplit(inner, switch=switch)
 
 
 @pytest.mark.parametrize("path", ["/api", "/api/", "/api/users", "/api//", "/api/../health"])
@@ -191,7 +191,7 @@ async def test_before_the_start_the_gateway_is_not_ready_yet() -> None:
 
 
 class Recording:
-    """A `Record` around some application, and all that can be seen of it."""
+    """A `ExchangeMiddleware` around some application, and all that can be seen of it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.clock = FakeClock(100.0)
@@ -199,7 +199,7 @@ class Recording:
         self.seen: list[Exchange] = []
         self.in_flight: list[int] = []
         self._inner = app
-        self.app = Record(
+        self.app = ExchangeMiddleware(
             self._watched,
             clock=self.clock,
             recorder=self.recorder,
@@ -281,7 +281,7 @@ async def test_an_error_becomes_an_answer_that_says_why() -> None:
 
 async def test_the_headers_that_earlier_steps_left_go_on_an_error_too() -> None:
     async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
-        scope[EXCHANGE].answer_headers.append((b"ratelimit", b"r"))
+        scope[EXCHANGE].response_headers.append((b"ratelimit", b"r"))
         raise NoRoute("No.")
 
     assert (await ask(Recording(app).app, http())).all(b"ratelimit") == [b"r"]
@@ -372,7 +372,7 @@ async def test_an_ambiguous_request_is_refused_before_any_other_step(headers: He
 
 
 def begun(scope: Scope, client: Client | None = None, cost: float = 1.0) -> Exchange:
-    """Put an exchange into the scope as `Record` does, and what the steps before this one wrote."""
+    """Put an exchange into the scope as `ExchangeMiddleware` does, and what the steps before this one wrote."""
     peer = scope["client"][0] if scope["client"] else "unknown"
     exchange = Exchange("id-1", scope["method"], scope["path"], peer, 100.0, client=client, cost=cost)
     scope[EXCHANGE] = exchange
@@ -381,14 +381,16 @@ def begun(scope: Scope, client: Client | None = None, cost: float = 1.0) -> Exch
 
 @pytest.fixture
 def identified(tmp_path: Path) -> Callable[..., Awaitable[Exchange]]:
-    """Let `Identify` look at a request; return the exchange."""
+    """Let `IdentityMiddleware` look at a request; return the exchange."""
     registry = ClientRegistry(
         {"FREE": FREE, "PREMIUM": PREMIUM}, "FREE", {"acme": "PREMIUM"}, SqliteClients(tmp_path / "unused")
     )
 
     async def identify(scope: Scope, *trusted: str, header: str = "X-Client-ID") -> Exchange:
         exchange = begun(scope)
-        step = Identify(answers, clients=registry, header=header, trusted_proxies=[ip_network(one) for one in trusted])
+        step = IdentityMiddleware(
+            answers, clients=registry, header=header, trusted_proxies=[ip_network(one) for one in trusted]
+        )
         assert (await ask(step, scope)).status == 200
         return exchange
 
@@ -447,7 +449,7 @@ async def test_a_stranger_is_not_trusted_because_somebody_is(identified: Identif
 
 async def test_a_client_id_that_is_none_goes_no_further(tmp_path: Path) -> None:
     registry = ClientRegistry({"FREE": FREE}, "FREE", {}, SqliteClients(tmp_path))
-    step = Identify(never, clients=registry, header="X-Client-ID", trusted_proxies=[])
+    step = IdentityMiddleware(never, clients=registry, header="X-Client-ID", trusted_proxies=[])
     scope = http("/api", (b"x-client-id", b"a b"))
     exchange = begun(scope)
     with pytest.raises(ClientIdInvalid):
@@ -480,8 +482,8 @@ class SilentRouter(Router):
         self.forwarded.append((*arguments, options))
 
 
-def matching(inner: ASGIApp) -> Match:
-    return Match(inner, router=SilentRouter(USERS, PARTNER))
+def matching(inner: ASGIApp) -> RoutingMiddleware:
+    return RoutingMiddleware(inner, router=SilentRouter(USERS, PARTNER))
 
 
 @pytest.mark.parametrize(
@@ -523,12 +525,12 @@ async def test_a_request_without_a_route_goes_no_further(scope: Scope, error: ty
 
 
 class Limiting:
-    """A `Limit` with buckets of its own and a clock that stands still."""
+    """A `RateLimitMiddleware` with buckets of its own and a clock that stands still."""
 
     def __init__(self, address_quota: Quota | None = None, *exempt: str) -> None:
         self.now_ns = 5 * NANOSECONDS
         self.limiter = MemoryLimiter([FREE, PREMIUM, ADDRESS])
-        self.step = Limit(
+        self.step = RateLimitMiddleware(
             answers,
             limiter=self.limiter,
             clock_ns=lambda: self.now_ns,
@@ -547,10 +549,10 @@ class Limiting:
         except GatewayError as error:
             assert exchange.decision is not None
             assert not exchange.decision.allowed
-            return exchange.answer_headers, error
+            return exchange.response_headers, error
         assert exchange.decision is not None
         assert exchange.decision.allowed
-        return exchange.answer_headers, None
+        return exchange.response_headers, None
 
     async def passes(self, client: Client = STRANGER, cost: float = 1.0, peer: str = "192.0.2.7") -> bool:
         return (await self.ask(client, cost, peer))[1] is None
@@ -744,7 +746,7 @@ async def test_the_last_step_hands_the_exchange_to_the_router(is_trusted: bool) 
     exchange = begun(scope)
     scope[ROUTE], scope[IS_TRUSTED] = USERS, is_trusted
     answer = Answer()
-    await Proxy(router=router)(scope, unread, answer.send)
+    await ProxyApp(router=router)(scope, unread, answer.send)
     assert router.forwarded == [(exchange, USERS, scope, unread, answer.send, {"is_trusted": is_trusted})]
 
 
@@ -755,9 +757,11 @@ async def test_the_steps_together_refuse_with_everything_that_is_known(tmp_path:
     router = SilentRouter(USERS)
     registry = ClientRegistry({"FREE": FREE}, "FREE", {}, SqliteClients(tmp_path))
     limiting = Limiting()
-    limiting.step.app = Proxy(router=router)
-    matching_step = Match(limiting.step, router=router)
-    recording = Recording(Identify(matching_step, clients=registry, header="X-Client-ID", trusted_proxies=[]))
+    limiting.step.app = ProxyApp(router=router)
+    matching_step = RoutingMiddleware(limiting.step, router=router)
+    recording = Recording(
+        IdentityMiddleware(matching_step, clients=registry, header="X-Client-ID", trusted_proxies=[])
+    )
     for _ in range(6):
         answer = await ask(recording.app, http("/api/users", (b"x-client-id", b"acme")))
     assert len(router.forwarded) == 5

@@ -91,8 +91,8 @@ def test_an_exchange_can_begin_at_any_time() -> None:
 
 def test_two_exchanges_share_no_headers() -> None:
     one, other = (Exchange("id", "GET", "/", "peer", started=0.0) for _ in range(2))
-    one.answer_headers.append((b"a", b"1"))
-    assert other.answer_headers == []
+    one.response_headers.append((b"a", b"1"))
+    assert other.response_headers == []
 
 
 def test_an_exchange_has_no_room_for_other_fields() -> None:

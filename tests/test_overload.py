@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Lease, Upstream
+from api_gateway.balancer import Attempt, Upstream
 from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.errors import CircuitOpen, Reason, Shed, problem
+from api_gateway.errors import CircuitOpen, LoadShed, Reason, problem
 from api_gateway.models import Outcome
-from api_gateway.overload import LAGS, ONE_BAND, Bands, ConcurrencyLimit, LagLimit
+from api_gateway.overload import LAGS, SINGLE_PRIORITY, ConcurrencyLimit, EventLoopShedder, PriorityClasses
 from api_gateway.picks import round_robin
 from api_gateway.targets import Target
 
 NOW = 1000.0
-TIERS = Bands({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})
+TIERS = PriorityClasses({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})
 FREE, BASIC, PREMIUM, ENTERPRISE = range(4)
 
 
-def limit_of(places: float, bands: Bands = TIERS) -> ConcurrencyLimit:
+def limit_of(places: float, bands: PriorityClasses = TIERS) -> ConcurrencyLimit:
     return ConcurrencyLimit(places, bands, source=random.Random(1))
 
 
@@ -35,21 +35,21 @@ def upstream_of(limit: ConcurrencyLimit | None, *, failure_threshold: int = 1) -
 
 def test_the_shares_rise_evenly_from_one_half_to_the_whole() -> None:
     assert TIERS.shares == pytest.approx((1 / 2, 2 / 3, 5 / 6, 1))
-    assert Bands({"A": 1, "B": 2, "C": 3}).shares == (0.5, 0.75, 1)
-    assert Bands({"A": 1}).shares == ONE_BAND.shares == (1,)
+    assert PriorityClasses({"A": 1, "B": 2, "C": 3}).shares == (0.5, 0.75, 1)
+    assert PriorityClasses({"A": 1}).shares == SINGLE_PRIORITY.shares == (1,)
 
 
 def test_tiers_are_ordered_by_rank_and_those_of_one_rank_share_a_band() -> None:
-    bands = Bands({"GOLD": 9, "A": 1, "B": 1, "SILVER": 4})
+    bands = PriorityClasses({"GOLD": 9, "A": 1, "B": 1, "SILVER": 4})
     assert [bands.of(tier) for tier in ("A", "B", "SILVER", "GOLD")] == [0, 0, 1, 2]
     assert [bands.name(band) for band in range(len(bands))] == ["A or B", "SILVER", "GOLD"]
     assert bands.of("unknown") == 0
-    assert repr(bands) == "<Bands ['A or B', 'SILVER', 'GOLD']>"
+    assert repr(bands) == "<PriorityClasses ['A or B', 'SILVER', 'GOLD']>"
 
 
 @given(ranks=st.lists(st.floats(0, 1e6), min_size=1, max_size=12))
 def test_the_highest_band_has_the_whole_and_no_band_less_than_a_lower_one(ranks: list[float]) -> None:
-    bands = Bands({str(number): rank for number, rank in enumerate(ranks)})
+    bands = PriorityClasses({str(number): rank for number, rank in enumerate(ranks)})
     assert bands.shares[-1] == 1
     assert list(bands.shares) == sorted(bands.shares)
     assert min(bands.shares) >= 0.5
@@ -68,17 +68,17 @@ def test_the_highest_band_has_the_whole_and_no_band_less_than_a_lower_one(ranks:
 def test_a_band_is_admitted_exactly_while_less_than_its_share_is_under_way(
     places: float, steps: list[tuple[bool, int, int]]
 ) -> None:
-    upstream, leases = upstream_of(limit_of(places)), list[Lease]()
+    upstream, leases = upstream_of(limit_of(places)), list[Attempt]()
     limit = upstream.limit
     assert limit is not None
     for gives_back, band, which in steps:
         if gives_back and leases:
             leases.pop(which % len(leases)).release(NOW)
         elif len(leases) < places * TIERS.shares[band]:
-            leases.append(upstream.checkout(NOW, "", band=band))
+            leases.append(upstream.acquire(NOW, "", priority=band))
         else:
-            with pytest.raises(Shed):
-                upstream.checkout(NOW, "", band=band)
+            with pytest.raises(LoadShed):
+                upstream.acquire(NOW, "", priority=band)
         assert limit.in_flight == len(leases) == sum(target.in_flight for target in upstream.targets)
 
 
@@ -99,16 +99,16 @@ def test_no_flood_of_lower_bands_takes_the_last_places_of_the_highest(places: in
 
 def test_without_a_limit_everything_goes() -> None:
     upstream = upstream_of(None)
-    assert len([upstream.checkout(NOW, "", band=FREE) for _ in range(1000)]) == 1000
+    assert len([upstream.acquire(NOW, "", priority=FREE) for _ in range(1000)]) == 1000
     assert upstream.concurrency.limit is None
     assert upstream.concurrency.in_flight == 1000
 
 
 def test_a_refusal_names_upstream_tier_limit_and_what_is_under_way() -> None:
     upstream = upstream_of(limit_of(4))
-    leases = [upstream.checkout(NOW, "", band=ENTERPRISE) for _ in range(3)]
-    with pytest.raises(Shed) as raised:
-        upstream.checkout(NOW, "", band=BASIC)
+    leases = [upstream.acquire(NOW, "", priority=ENTERPRISE) for _ in range(3)]
+    with pytest.raises(LoadShed) as raised:
+        upstream.acquire(NOW, "", priority=BASIC)
     error = raised.value
     assert (error.status, error.reason, error.is_retry_safe) == (503, Reason.OVERLOADED, True)
     assert error.detail == (
@@ -131,30 +131,30 @@ def test_clients_are_told_different_times_to_come_back_of_one_to_three_whole_sec
 
 def test_what_is_shed_spends_no_probe_of_the_breaker() -> None:
     upstream = upstream_of(limit_of(2))
-    held = [upstream.checkout(NOW, "", band=ENTERPRISE) for _ in range(2)]
+    held = [upstream.acquire(NOW, "", priority=ENTERPRISE) for _ in range(2)]
     held[0].settle(Outcome.FAILURE, NOW)
-    with pytest.raises(Shed):
-        upstream.checkout(NOW + 30, "", band=ENTERPRISE)
+    with pytest.raises(LoadShed):
+        upstream.acquire(NOW + 30, "", priority=ENTERPRISE)
     assert upstream.breaker.probes_in_flight == 0
     for lease in held:
         lease.release(NOW + 30)
-    assert upstream.checkout(NOW + 30, "", band=ENTERPRISE).ticket.is_probe
+    assert upstream.acquire(NOW + 30, "", priority=ENTERPRISE).ticket.is_probe
 
 
 def test_what_the_breaker_refuses_takes_no_place() -> None:
     upstream = upstream_of(limit_of(2))
-    upstream.checkout(NOW, "").settle(Outcome.FAILURE, NOW)
+    upstream.acquire(NOW, "").settle(Outcome.FAILURE, NOW)
     with pytest.raises(CircuitOpen):
-        upstream.checkout(NOW, "", band=ENTERPRISE)
+        upstream.acquire(NOW, "", priority=ENTERPRISE)
     assert upstream.concurrency.in_flight == 1
 
 
 def test_a_refusal_is_foretold_and_asking_takes_nothing() -> None:
     upstream = upstream_of(limit_of(2))
     assert upstream.refusal(NOW, FREE) is None
-    upstream.checkout(NOW, "")
+    upstream.acquire(NOW, "")
     told = upstream.refusal(NOW, FREE)
-    assert isinstance(told, Shed)
+    assert isinstance(told, LoadShed)
     assert "1 are" in told.detail
     assert upstream.refusal(NOW, ENTERPRISE) is None
     assert upstream.concurrency.in_flight == 1
@@ -163,9 +163,9 @@ def test_a_refusal_is_foretold_and_asking_takes_nothing() -> None:
 # The event loop's lag
 
 
-def lagging(seconds: float, most: float | None = 0.25, bands: Bands = TIERS) -> LagLimit:
+def lagging(seconds: float, most: float | None = 0.25, bands: PriorityClasses = TIERS) -> EventLoopShedder:
     """Return a limit whose loop has run late by so much for a while."""
-    lag = LagLimit(most, bands, source=random.Random(1))
+    lag = EventLoopShedder(most, bands, source=random.Random(1))
     for _ in range(LAGS):
         lag.observe(seconds)
     return lag
@@ -195,7 +195,7 @@ def test_the_later_the_loop_the_more_bands_are_shed_the_highest_last_and_never_a
 
 def test_one_stall_or_two_shed_nobody() -> None:
     """As a pause of the garbage collector, a machine that was asleep, and the first moments of the process are."""
-    lag = LagLimit(0.25, TIERS, source=random.Random(1))
+    lag = EventLoopShedder(0.25, TIERS, source=random.Random(1))
     for number in range(100):
         lag.observe(30.0 if number % LAGS in (0, 1) else 0.001)
         assert not lag.is_over
@@ -226,7 +226,7 @@ def test_its_refusal_says_that_it_is_the_gateway() -> None:
         " 50% of the requests of tier FREE are refused now."
     )
     assert error.extra == {"tier": "FREE", "event_loop_lag": 0.312, "max_lag": 0.25}
-    assert "of tier" not in lagging(0.5, bands=ONE_BAND).refusal(0).detail
+    assert "of tier" not in lagging(0.5, bands=SINGLE_PRIORITY).refusal(0).detail
 
 
 def test_reprs_tell_the_state() -> None:
@@ -234,4 +234,4 @@ def test_reprs_tell_the_state() -> None:
     limit.take(FREE)
     assert repr(limit) == "<ConcurrencyLimit [1 of 7]>"
     assert not limit.is_adaptive
-    assert repr(lagging(0.5)) == "<LagLimit [0.500 of 0.25 s]>"
+    assert repr(lagging(0.5)) == "<EventLoopShedder [0.500 of 0.25 s]>"

@@ -11,12 +11,12 @@ import pytest
 from api_gateway.balancer import Upstream
 from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.exposition import Exposition
+from api_gateway.exposition import PrometheusExposition
 from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
 from api_gateway.pacing import Steps, completed, each, paced
 from api_gateway.picks import round_robin
-from api_gateway.report import Report, UpstreamReport, joined, split
+from api_gateway.report import UpstreamSnapshot, WorkerSnapshot, joined, split
 from api_gateway.targets import Target
 from tests.kit import RawUpstream, RunningGateway, ask
 
@@ -64,7 +64,7 @@ def test_what_is_iterated_may_change_meanwhile() -> None:
     assert completed(steps) == {"a": 2, "b": 4}
 
 
-def large_report(*, is_used: bool) -> Report:
+def large_report(*, is_used: bool) -> WorkerSnapshot:
     names = [f"upstream-{number:04d}" for number in range(MANY)]
     recorder = Recorder((f"route-{number:04d}" for number in range(MANY)), names, ["FREE", "PREMIUM"], (50, 99), NOW)
     if is_used:
@@ -73,12 +73,12 @@ def large_report(*, is_used: bool) -> Report:
                 recorder.observe_try(name, "2xx", number / 100, NOW)
                 recorder.routes[route].at(NOW).time(number / 100)
     upstreams = {
-        name: UpstreamReport.of(
+        name: UpstreamSnapshot.of(
             Upstream(name, [Target("http://127.0.0.1:9")], CircuitBreaker(BreakerPolicy(), NOW), round_robin), NOW
         )
         for name in names
     }
-    return Report("1", recorder, upstreams)
+    return WorkerSnapshot("1", recorder, upstreams)
 
 
 def longest(steps: Steps[Any]) -> tuple[float, Any]:
@@ -96,17 +96,19 @@ def longest(steps: Steps[Any]) -> tuple[float, Any]:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda report: Exposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain"),
+        lambda report: PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render(
+            "text/plain"
+        ),
         lambda report: report.recorder.snapshot(
             NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
         ),
         lambda report: report.recorder.latency(NOW),
         lambda report: report.describing(0, {}),
-        lambda report: Report.blank().updating(report.state()),
+        lambda report: WorkerSnapshot.blank().updating(report.state()),
     ],
     ids=["exposition", "metrics", "latency", "describing", "updating"],
 )
-def test_no_step_is_long(make: Callable[[Report], Steps[Any]], *, is_used: bool) -> None:
+def test_no_step_is_long(make: Callable[[WorkerSnapshot], Steps[Any]], *, is_used: bool) -> None:
     """10 ms is the budget on an idle machine; here several processes share a processor."""
     report = large_report(is_used=is_used)
     assert min(longest(make(report))[0] for _ in range(3)) < 0.04
@@ -114,10 +116,14 @@ def test_no_step_is_long(make: Callable[[Report], Steps[Any]], *, is_used: bool)
 
 def test_a_scrape_of_many_unused_routes_is_small() -> None:
     report = large_report(is_used=False)
-    text, _ = completed(Exposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
+    text, _ = completed(
+        PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain")
+    )
     assert len(text) < 1_000_000
     report.recorder.observe_try("upstream-0007", "2xx", 0.1, NOW)
-    text, _ = completed(Exposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
+    text, _ = completed(
+        PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain")
+    )
     assert b'gateway_circuit_breaker_opened_total{upstream="upstream-0007"} 0.0' in text
 
 
@@ -129,7 +135,7 @@ def test_a_report_that_was_split_is_joined_again() -> None:
 
 
 def test_a_worker_reports_what_has_changed_and_what_is_gone() -> None:
-    report, mirror = large_report(is_used=True), Report.blank("1")
+    report, mirror = large_report(is_used=True), WorkerSnapshot.blank("1")
     mirror.update(report.state())
     known, upstreams = report.upstreams, dict(report.upstreams)
     del upstreams["upstream-0001"]

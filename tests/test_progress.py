@@ -1,6 +1,7 @@
 """Loops over input end, whatever the peer sends and however its connection ends at the same moment."""
 
 import asyncio
+import errno
 import socket
 import struct
 import time
@@ -14,13 +15,14 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from api_gateway.answer import NO_HOOKS, Answer
-from api_gateway.connection import Stale
+from api_gateway.answer import NO_LISTENER, UpstreamResponse
+from api_gateway.connection import StaleConnection
+from api_gateway.errors import causes
+from api_gateway.local_resources import lack_behind
 from api_gateway.outgoing import NO_BODY
 from api_gateway.pool import Pool
-from api_gateway.protocol import Bounds, GatewayProtocol, bounded_protocol
+from api_gateway.protocol import ConnectionLimits, DownstreamConnection, bounded_protocol
 from api_gateway.request import DisconnectWatch
-from api_gateway.store import _causes
 from api_gateway.transport import UpstreamTransport
 from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
@@ -76,17 +78,17 @@ async def _refuse_all(_scope: Any, _receive: Any, send: Any) -> None:
     await send({"type": "http.response.body"})
 
 
-def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> GatewayProtocol:
+def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> DownstreamConnection:
     """Return a protocol on that transport, whose application refuses everything at once, or is `app`."""
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
-    kind = bounded_protocol(Bounds(), Counter())
+    kind = bounded_protocol(ConnectionLimits(), Counter())
     protocol = kind(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.connection_made(transport)
     return protocol
 
 
-async def ended(protocol: GatewayProtocol) -> None:
+async def ended(protocol: DownstreamConnection) -> None:
     """End the connection, and wait for the task that served it."""
     protocol.connection_lost(None)
     await asyncio.gather(*protocol.tasks)
@@ -205,22 +207,22 @@ async def test_a_request_is_repeated_once_when_its_connection_was_closed_meanwhi
     async with UpstreamTransport(max_connections=1) as transport:
         request = httpx.Request("GET", "http://up.test/", headers=[(b"Host", b"up.test")])
 
-        def send(_request: object) -> Answer:
+        def send(_request: object) -> UpstreamResponse:
             nonlocal sent
             sent += 1
-            answer = Answer(None, "GET", {}, NO_HOOKS)
-            answer.fail(Stale())
+            answer = UpstreamResponse(None, "GET", {}, NO_LISTENER)
+            answer.fail(StaleConnection())
             return answer
 
         class Used(FakeConnection):
-            def send(self, request: object) -> Answer:
+            def send(self, request: object) -> UpstreamResponse:
                 return send(request)
 
         async def wait(*_: object, **__: object) -> Any:
             return Used()
 
         monkeypatch.setattr(transport, "_wait", wait)
-        with pytest.raises(Stale):
+        with pytest.raises(StaleConnection):
             await transport.handle_async_request(request)
     assert sent == 2
 
@@ -245,7 +247,27 @@ async def test_watching_for_a_client_that_leaves_lets_the_loop_turn() -> None:
 def test_a_circular_chain_of_errors_has_an_end() -> None:
     first, second = OSError("first"), OSError("second")
     first.__cause__, second.__cause__ = second, first
-    assert list(_causes(first)) == [first, second]
+    assert list(causes(first)) == [first, second]
+    assert lack_behind(first) is None
+
+
+@pytest.mark.timeout(10)
+def test_a_circular_chain_of_groups_has_an_end() -> None:
+    inner = OSError(errno.EMFILE, "inner")
+    group, around = ExceptionGroup("group", [inner, OSError("other")]), OSError("around")
+    around.__cause__ = group
+    assert list(causes(around)) == [around, group, inner]
+    assert lack_behind(around) is inner
+    inner.errno, inner.__cause__ = errno.ECONNREFUSED, around
+    assert list(causes(around)) == [around, group, inner]
+    assert lack_behind(around) is None
+
+
+def test_what_was_being_handled_led_to_an_error_only_if_that_is_asked_for() -> None:
+    first, second = OSError("first"), OSError("second")
+    second.__context__ = first
+    assert list(causes(second)) == [second, first]
+    assert list(causes(second, with_context=False)) == [second]
 
 
 @pytest.mark.timeout(10)

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from api_gateway.protocol import MAX_LINGERED, Bounds, bounded_protocol
+from api_gateway.protocol import MAX_LINGERED, ConnectionLimits, bounded_protocol
 from tests.kit import (
     PATIENCE,
     RawAnswer,
@@ -519,5 +519,5 @@ def test_an_absolute_target_is_taken_apart(
 
 
 def test_the_bounds_are_those_asked_for() -> None:
-    bounds = Bounds(header_bytes=10, header_timeout=0.5)
+    bounds = ConnectionLimits(header_bytes=10, header_timeout=0.5)
     assert bounded_protocol(bounds, Counter()).bounds is bounds

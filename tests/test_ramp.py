@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.ramp import FLOOR, Ramp, RateMeter
+from api_gateway.ramp import FLOOR, RampUp, RateMeter
 
 NOW = 1000.0
 
 
-def take(ramp: Ramp, now: float) -> bool:
+def take(ramp: RampUp, now: float) -> bool:
     """Take a call if it is admitted, and tell whether it was."""
     is_admitted = ramp.wait(now) == 0
     if is_admitted:
@@ -17,20 +17,20 @@ def take(ramp: Ramp, now: float) -> bool:
     return is_admitted
 
 
-def passed(ramp: Ramp, *, per_second: int, seconds: float) -> list[float]:
+def passed(ramp: RampUp, *, per_second: int, seconds: float) -> list[float]:
     """Return when calls passed of those that came at a steady rate from NOW on."""
     times = [NOW + number / per_second for number in range(int(per_second * seconds))]
     return [now for now in times if take(ramp, now)]
 
 
 def test_the_share_grows_from_nothing_to_all() -> None:
-    ramp = Ramp(1000, 10, NOW)
+    ramp = RampUp(1000, 10, NOW)
     assert [ramp.share(NOW + second) for second in (0, 2.5, 5, 10, 99)] == [0, 0.25, 0.5, 1, 1]
     assert [ramp.is_over(NOW + second) for second in (0, 9.9, 10)] == [False, False, True]
 
 
 def test_a_stampede_is_clipped_to_a_growing_rate() -> None:
-    times = passed(Ramp(1000, 10, NOW), per_second=2000, seconds=10)
+    times = passed(RampUp(1000, 10, NOW), per_second=2000, seconds=10)
     by_second = [sum(int(now - NOW) == second for now in times) for second in range(10)]
     assert by_second[0] < 80
     assert all(abs(count - 1000 * (second + 0.5) / 10) < 25 for second, count in enumerate(by_second) if second)
@@ -39,14 +39,14 @@ def test_a_stampede_is_clipped_to_a_growing_rate() -> None:
 @pytest.mark.parametrize("rate", [0, 1, 9, 100])
 def test_a_person_and_a_small_service_notice_nothing(rate: float) -> None:
     """Ten at once, as a page that loads, and ten a second from then on."""
-    ramp = Ramp(rate, 10, NOW)
+    ramp = RampUp(rate, 10, NOW)
     assert all(take(ramp, NOW) for _ in range(int(FLOOR)))
     assert not take(ramp, NOW)
     assert all(take(ramp, NOW + number / FLOOR) for number in range(1, 100))
 
 
 def test_it_says_when_the_next_call_passes() -> None:
-    ramp = Ramp(0, 10, NOW)
+    ramp = RampUp(0, 10, NOW)
     assert ramp.wait(NOW) == 0
     while take(ramp, NOW):
         pass
@@ -63,7 +63,7 @@ def test_it_says_when_the_next_call_passes() -> None:
 def test_within_any_stretch_no_more_pass_than_the_rate_admits_and_one_seconds_worth(
     rate: float, length: float, pauses: list[float]
 ) -> None:
-    ramp, now, times = Ramp(rate, length, NOW), NOW, list[float]()
+    ramp, now, times = RampUp(rate, length, NOW), NOW, list[float]()
     for pause in pauses:
         now += pause
         if take(ramp, now):
@@ -75,7 +75,7 @@ def test_within_any_stretch_no_more_pass_than_the_rate_admits_and_one_seconds_wo
 
 @given(st.sampled_from((0.0, 5.0, 50.0, 1000.0)), st.floats(0, 10), st.floats(0, 10))
 def test_what_the_rate_admits_is_the_sum_of_its_limits(rate: float, one: float, other: float) -> None:
-    ramp, (start, end) = Ramp(rate, 10, NOW), sorted((one, other))
+    ramp, (start, end) = RampUp(rate, 10, NOW), sorted((one, other))
     steps = 2000
     width = (end - start) / steps
     summed = sum(ramp.limit(NOW + start + (step + 0.5) * width) * width for step in range(steps))

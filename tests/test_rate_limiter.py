@@ -158,7 +158,7 @@ async def test_acquiring_is_deciding() -> None:
     limiter, twin = MemoryLimiter([FREE]), MemoryLimiter([FREE])
     for cost in (4, 0, 7, 11):
         answers: list[Decision] = []
-        limiter.ask([charge(FREE, cost)], START, answers.append)
+        limiter.decide_async([charge(FREE, cost)], START, answers.append)
         assert answers == [twin.decide([charge(FREE, cost)], START)]
     assert entries(limiter) == entries(twin)
 

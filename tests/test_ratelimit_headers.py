@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api_gateway.config_rules import MAX_FILL
-from api_gateway.express import Express
-from api_gateway.limit_fields import NAMES, LimitFields
+from api_gateway.express import FastPath
+from api_gateway.limit_fields import NAMES, RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply, running_gateway
@@ -78,13 +78,13 @@ def get(
 ) -> Callable[..., RawAnswer]:
     """Ask on one of the two ways, with a client of one's own unless it is named."""
     taken: list[bool] = []
-    board = Express.board
+    board = FastPath.try_handle
 
-    def noting(self: Express, client: Any, received: bytes) -> bool:
+    def noting(self: FastPath, client: Any, received: bytes) -> bool:
         taken.append(board(self, client, received))
         return taken[-1]
 
-    monkeypatch.setattr(Express, "board", noting)
+    monkeypatch.setattr(FastPath, "try_handle", noting)
     up.behave = reply()
     assert ask(f"{running.url}/api/warm", headers={"X-Client-ID": "roomy"}).status == 200
     own = f"{request.node.name}"[:100].replace(" ", "-")
@@ -197,7 +197,7 @@ def test_the_fields_are_structured_and_their_integers_are_short_enough(quota: Qu
     reset_ns = round(quota.burst_ns * (1 - filled))
     left = max(quota.burst_ns - reset_ns, 0) // quota.emission_ns
     decision = Decision("k", quota, wait == 0, left, wait, reset_ns)
-    headers = dict(LimitFields().headers(decision))
+    headers = dict(RateLimitHeaders().headers(decision))
     assert headers.keys() == NAMES
     ((policy, terms),) = items([headers[b"ratelimit-policy"]])
     ((name, told),) = items([headers[b"ratelimit"]])
@@ -224,7 +224,7 @@ def test_a_client_that_paces_itself_by_r_and_t_is_never_refused(
     quota: Quota, spent: int, reserve: list[float]
 ) -> None:
     """It spends a token each t / r seconds, or waits t where r is 0; sometimes it takes more time than that."""
-    limiter, now_ns, fields = MemoryLimiter([quota]), START, LimitFields()
+    limiter, now_ns, fields = MemoryLimiter([quota]), START, RateLimitHeaders()
     first = limiter.decide([Charge("k", quota, quota.cost_ns(min(spent, quota.capacity)))], now_ns)
     answered = first
     for more in reserve:

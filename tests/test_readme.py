@@ -105,7 +105,7 @@ def test_every_yaml_block_is_a_valid_configuration() -> None:
 
 
 def test_every_reason_is_explained() -> None:
-    table = README[README.index("## Answers the gateway") :]
+    table = README[README.index("## Responses that the gateway generates") :]
     assert {reason.value for reason in Reason} == set(re.findall(r"`([a-z_]+)`", table.split("\n## ")[0]))
 
 

@@ -54,7 +54,7 @@ async def test_what_one_gateway_changes_another_follows_at_once(store_server: St
             await one.set_tier("acme", tier)
             took = await soon(lambda tier=tier: tier_of(other, "acme") == (tier, "registered"), "it follows")  # type: ignore[misc]  # a loop's value
             assert took < 0.4, "the message is faster than the check"
-        await other.forget("acme")
+        await other.delete("acme")
         assert await soon(lambda: tier_of(one, "acme") == ("FREE", "default"), "it follows") < 1
 
 
@@ -218,7 +218,7 @@ async def test_a_store_that_hangs_delays_nobody_who_is_known_and_others_by_the_d
             await store.write(f"client-{number}", Change(tier="PREMIUM"))
     async with joined(store_server, limit=20, deadline=0.05, patience=2) as registry:
         names = [f"client-{number}" for number in range(25)]
-        known = [name for name in names if registry.find(name) is not None]
+        known = [name for name in names if registry.try_get(name) is not None]
         unknown = [name for name in names if name not in known]
         assert len(known) == 20
         paused()
@@ -226,9 +226,9 @@ async def test_a_store_that_hangs_delays_nobody_who_is_known_and_others_by_the_d
         found = await asyncio.gather(*(registry.look_up(name) for name in unknown for _ in range(20)))
         assert 0.04 < time.monotonic() - began < 0.5
         assert {view(client) for client in found} == {("FREE", "default")}
-        assert all(view(registry.find(name)) == ("PREMIUM", "registered") for name in known)
+        assert all(view(registry.try_get(name)) == ("PREMIUM", "registered") for name in known)
         store_server.resume()
-        await soon(lambda: view(registry.find(unknown[0])) == ("PREMIUM", "registered"), "the answer comes")
+        await soon(lambda: view(registry.try_get(unknown[0])) == ("PREMIUM", "registered"), "the answer comes")
 
 
 async def test_a_miss_is_looked_up(store_server: StoreServer) -> None:

@@ -232,7 +232,7 @@ async def test_what_was_admitted_alone_is_charged_once_when_the_store_is_back(st
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(witness, 0)).remaining == 2
-        assert not limiter.share.has_debts
+        assert not limiter.share.has_unsynced
 
 
 async def test_a_debt_empties_the_bucket_at_most(store: StoreServer) -> None:

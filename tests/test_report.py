@@ -11,24 +11,24 @@ from hypothesis import strategies as st
 from api_gateway.balancer import Upstream
 from api_gateway.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
-from api_gateway.exposition import Exposition
+from api_gateway.exposition import PrometheusExposition
 from api_gateway.merging import merge
 from api_gateway.metrics import SLICE, Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
-from api_gateway.overload import Concurrency, ConcurrencyLimit
+from api_gateway.overload import ConcurrencyLimit, ConcurrencyState
 from api_gateway.pacing import completed
 from api_gateway.picks import round_robin
 from api_gateway.report import (
-    BreakerReport,
-    NameReport,
-    PassiveReport,
-    Report,
-    UpstreamReport,
+    BreakerSnapshot,
+    HostNameSnapshot,
+    OutlierSnapshot,
+    UpstreamSnapshot,
+    WorkerSnapshot,
     moves_of,
     oldest_changed,
 )
-from api_gateway.resolution import Name
-from api_gateway.rotation import Rotation
+from api_gateway.resolution import HostName
+from api_gateway.rotation import OutlierDetector
 from api_gateway.shares import ResourceState
 from api_gateway.targets import Target
 
@@ -64,13 +64,13 @@ def count(one: Recorder, kind: str, seconds: float, at: float) -> None:
         one.observe_try("people", f"{KINDS[kind]['status'] // 100}xx", seconds, at)
 
 
-def shown(report: Report, now: float) -> tuple[Any, ...]:
+def shown(report: WorkerSnapshot, now: float) -> tuple[Any, ...]:
     """Return all that is made of a recorder."""
     found = report.recorder
     view = completed(
         found.snapshot(now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
     )
-    text, _ = completed(Exposition(found, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
+    text, _ = completed(PrometheusExposition(found, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
     return view.model_dump(), sorted(text.decode().splitlines())
 
 
@@ -99,11 +99,11 @@ def test_the_sum_of_the_workers_is_what_one_would_have_counted(
     events: list[tuple[int, str, float, float, str]], rest: float
 ) -> None:
     whole, parts = recorder(), [recorder() for _ in range(3)]
-    mirrors, since = [Report.blank(str(name)) for name in range(3)], [0, 0, 0]
+    mirrors, since = [WorkerSnapshot.blank(str(name)) for name in range(3)], [0, 0, 0]
     gone, now = merge([]), START
 
     def report(worker: int) -> None:
-        state = Report("", parts[worker]).state(since[worker])
+        state = WorkerSnapshot("", parts[worker]).state(since[worker])
         since[worker] = oldest_changed(now)
         mirrors[worker].update(through_json(state))
 
@@ -116,13 +116,13 @@ def test_the_sum_of_the_workers_is_what_one_would_have_counted(
         if then == "die":
             mirrors[worker].end()
             gone = merge([gone, mirrors[worker]])
-            parts[worker], mirrors[worker], since[worker] = recorder(), Report.blank(str(worker)), 0
+            parts[worker], mirrors[worker], since[worker] = recorder(), WorkerSnapshot.blank(str(worker)), 0
     now += rest
     for worker in range(3):
         report(worker)
-    told = Report.blank(percentiles=PERCENTILES)
+    told = WorkerSnapshot.blank(percentiles=PERCENTILES)
     told.update(through_json(merge([gone, *mirrors]).state()))
-    assert shown(told, now) == shown(Report("", whole), now)
+    assert shown(told, now) == shown(WorkerSnapshot("", whole), now)
 
 
 @given(EVENTS)
@@ -138,7 +138,7 @@ def test_a_recorder_that_was_put_together_can_go_on_counting(
             again = recorder()
             again.update(through_json(moved.state()))
             moved = again
-    assert shown(Report("", moved), now) == shown(Report("", whole), now)
+    assert shown(WorkerSnapshot("", moved), now) == shown(WorkerSnapshot("", whole), now)
 
 
 def test_a_report_between_two_holds_what_has_changed_only() -> None:
@@ -151,7 +151,7 @@ def test_a_report_between_two_holds_what_has_changed_only() -> None:
 
 
 def test_what_has_ended_keeps_its_counts_and_runs_nothing() -> None:
-    one = Report("1", recorder(), buckets=5, overflowed=2)
+    one = WorkerSnapshot("1", recorder(), buckets=5, overflowed=2)
     count(one.recorder, "fine", 0.5, START)
     one.recorder.in_flight = 3
     one.end()
@@ -176,9 +176,9 @@ def upstream(*, failures: int = 0, at: float = START, healthy: int = 2) -> Upstr
     return Upstream("people", targets, breaker, round_robin)
 
 
-def report_of(worker: str, now: float, **state: Any) -> Report:
-    one = Report(worker, recorder(), {"people": UpstreamReport.of(upstream(**state), now)})
-    other = Report.blank(worker)
+def report_of(worker: str, now: float, **state: Any) -> WorkerSnapshot:
+    one = WorkerSnapshot(worker, recorder(), {"people": UpstreamSnapshot.of(upstream(**state), now)})
+    other = WorkerSnapshot.blank(worker)
     other.update(through_json(one.state()))
     assert other.upstreams == one.upstreams, "nothing is lost on the way"
     return other
@@ -192,7 +192,7 @@ def test_of_states_the_worst_is_shown_and_counts_are_summed() -> None:
         report_of("3", now, failures=3, at=START + 1),
     ]
     breaker = merge(workers).upstreams["people"].breaker
-    assert breaker == BreakerReport(
+    assert breaker == BreakerSnapshot(
         state=State.OPEN,
         since=START + 1,
         consecutive_failures=2,
@@ -233,10 +233,10 @@ def test_a_target_is_healthy_when_every_worker_finds_it_so() -> None:
     assert both.status == "warn"
 
 
-def ejecting(worker: str, now: float, *, failures: int, names: tuple[NameReport, ...] = ()) -> Report:
+def ejecting(worker: str, now: float, *, failures: int, names: tuple[HostNameSnapshot, ...] = ()) -> WorkerSnapshot:
     """Return the report of a worker on whose first target so many tries have failed; three eject it."""
     policy = BreakerPolicy(failure_threshold=3, recovery_timeout=10)
-    rotation = Rotation(make_breaker=lambda at: CircuitBreaker(policy, at))
+    rotation = OutlierDetector(make_breaker=lambda at: CircuitBreaker(policy, at))
     whole = CircuitBreaker(BreakerPolicy(failure_threshold=100), START)
     people = Upstream(
         "people",
@@ -246,9 +246,9 @@ def ejecting(worker: str, now: float, *, failures: int, names: tuple[NameReport,
         rotation=rotation,
     )
     for _ in range(failures):
-        people.checkout(now, "", people.targets[1:]).release(now, Outcome.FAILURE)
-    seen = replace(UpstreamReport.of(people, now), names=names)
-    one, other = Report(worker, recorder(), {"people": seen}), Report.blank(worker)
+        people.acquire(now, "", people.targets[1:]).release(now, Outcome.FAILURE)
+    seen = replace(UpstreamSnapshot.of(people, now), names=names)
+    one, other = WorkerSnapshot(worker, recorder(), {"people": seen}), WorkerSnapshot.blank(worker)
     other.update(through_json(one.state()))
     assert other.upstreams == one.upstreams, "nothing is lost on the way"
     return other
@@ -259,7 +259,7 @@ def test_a_target_is_ejected_when_any_worker_finds_it_so() -> None:
     workers = [ejecting("1", now, failures=2), ejecting("2", now - 1, failures=3), ejecting("3", now, failures=3)]
     merged = merge(workers).upstreams["people"]
     first, second = (target.passive for target in merged.targets)
-    assert first == PassiveReport(
+    assert first == OutlierSnapshot(
         state=State.OPEN,
         is_ejected=True,
         withheld=0,
@@ -283,7 +283,7 @@ def test_ejections_by_a_worker_that_has_ended_still_count() -> None:
 
 
 def test_a_name_that_any_worker_cannot_resolve_is_shown_with_its_error() -> None:
-    fine = NameReport("users.test", 80, ("10.0.0.1",), START, None)
+    fine = HostNameSnapshot("users.test", 80, ("10.0.0.1",), START, None)
     broken = replace(fine, error="no such host")
     reports = [ejecting(str(number), START, failures=0, names=(one,)) for number, one in enumerate((broken, fine))]
     assert merge(reports).upstreams["people"].names == (broken,)
@@ -296,35 +296,35 @@ def test_a_worker_that_has_ended_counts_and_has_no_say_in_the_state() -> None:
     assert (breaker.state, breaker.opened_total, breaker.workers) == (State.CLOSED, 1, {"1": State.CLOSED})
 
 
-def limited_report(worker: str, places: float, taken: int, shed: int, lag: float) -> Report:
+def limited_report(worker: str, places: float, taken: int, shed: int, lag: float) -> WorkerSnapshot:
     """A worker with so many places, as another process gets to know it."""
     live, found = upstream(), recorder()
     live.limit = ConcurrencyLimit(places, source=random.Random(1))
     live.limit._places.in_use = taken
     found.shed["people"]["FREE"] += shed
     found.shed["_gateway"]["FREE"] += 1
-    other = Report.blank(worker)
-    told = Report(worker, found, {"people": UpstreamReport.of(live, START)}, lag=lag, tasks=int(lag * 100))
+    other = WorkerSnapshot.blank(worker)
+    told = WorkerSnapshot(worker, found, {"people": UpstreamSnapshot.of(live, START)}, lag=lag, tasks=int(lag * 100))
     other.update(through_json(told.state()))
     return other
 
 
 def test_places_and_what_was_shed_are_summed_and_the_latest_loop_is_shown() -> None:
     both = merge([limited_report("1", 40, 7, 5, 0.01), limited_report("2", 30.5, 3, 2, 0.4)])
-    assert both.upstreams["people"].concurrency == Concurrency(70.5, 10)
+    assert both.upstreams["people"].concurrency == ConcurrencyState(70.5, 10)
     assert both.recorder.shed == {"people": {"FREE": 7}, "_gateway": {"FREE": 2}}
     assert (both.lag, both.tasks) == (0.4, 41)
     ended = limited_report("3", 100, 9, 4, 9.0)
     ended.end()
     after = merge([both, ended])
-    assert after.upstreams["people"].concurrency == Concurrency(70.5, 10)
+    assert after.upstreams["people"].concurrency == ConcurrencyState(70.5, 10)
     assert after.recorder.shed["people"] == {"FREE": 11}
     assert (after.lag, after.tasks) == (0.4, 41)
 
 
 def test_without_a_limit_what_is_under_way_is_summed() -> None:
     both = merge([report_of("1", START), report_of("2", START)])
-    assert both.upstreams["people"].concurrency == Concurrency(None, 4)
+    assert both.upstreams["people"].concurrency == ConcurrencyState(None, 4)
 
 
 def test_an_upstream_that_no_worker_has_any_more_is_not_shown() -> None:
@@ -338,15 +338,17 @@ def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_
     targets[1].is_healthy = False
     targets[0].checks.note(START, is_good=True, finding="status 200")
     people = Upstream("people", targets, CircuitBreaker(BreakerPolicy(), START), round_robin)
-    names = [Name("http://a.test:80"), Name("http://a.test:81")]
+    names = [HostName("http://a.test:80"), HostName("http://a.test:81")]
     for name in names:
         name.learn(["10.0.0.1"], START)
-    seen = UpstreamReport.of(people, START, names)
-    merged = merge([Report(worker, recorder(), {"people": seen}) for worker in ("1", "2")]).upstreams["people"]
+    seen = UpstreamSnapshot.of(people, START, names)
+    merged = merge([WorkerSnapshot(worker, recorder(), {"people": seen}) for worker in ("1", "2")]).upstreams["people"]
     found = [(target.key, target.is_healthy) for target in merged.targets]
     assert found == [("http://a.test:80 (http://10.0.0.1:80)", True), ("http://b.test:80 (http://10.0.0.1:80)", False)]
     assert [(name.host, name.port) for name in merged.names] == [("a.test", 80), ("a.test", 81)]
-    text, _ = completed(Exposition(recorder(), {"people": merged}, LimiterState(), 0, "1.2.3").render("text/plain"))
+    text, _ = completed(
+        PrometheusExposition(recorder(), {"people": merged}, LimiterState(), 0, "1.2.3").render("text/plain")
+    )
     for key, is_healthy in found:
         assert f'gateway_upstream_healthy{{target="{key}",upstream="people"}} {float(is_healthy)}' in text.decode()
 
@@ -354,7 +356,7 @@ def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_
 # Histories
 
 
-def history_of(worker: str, moves: int, at: float = START) -> Report:
+def history_of(worker: str, moves: int, at: float = START) -> WorkerSnapshot:
     """Return the report of a worker whose breaker opened and half-opened by turns, so many moves in all."""
     breaker = CircuitBreaker(BreakerPolicy(failure_threshold=1, recovery_timeout=1), START)
     for number in range(moves):
@@ -362,7 +364,7 @@ def history_of(worker: str, moves: int, at: float = START) -> Report:
         ticket = breaker.admit(now)
         if ticket is not None and number % 2 == 0:
             breaker.settle(ticket, Outcome.FAILURE, now, "status 500", duration=0.5, route="users", request_id="r")
-    return Report(
+    return WorkerSnapshot(
         worker,
         recorder(),
         {"people": report_of(worker, at).upstreams["people"]},
@@ -372,7 +374,7 @@ def history_of(worker: str, moves: int, at: float = START) -> Report:
 
 def test_a_history_travels_whole_and_what_was_told_is_not_told_again() -> None:
     live = history_of("1", 9)
-    mirror = Report.blank("1")
+    mirror = WorkerSnapshot.blank("1")
     mirror.update(through_json(live.state()))
     assert mirror.histories == live.histories
     since = oldest_changed(live.histories["people"][-1].at)
@@ -389,7 +391,7 @@ def test_the_histories_of_several_are_merged_by_time_and_say_whose_each_move_is(
     moves = merged.histories["people"]
     assert {move.worker for move in moves} == {"1", "2"}
     assert [move.at for move in moves] == sorted(move.at for move in moves)
-    told = Report.blank()
+    told = WorkerSnapshot.blank()
     told.update(through_json(merged.state()))
     assert told.histories == merged.histories
 
@@ -422,7 +424,7 @@ def with_targets(moves: int, target_moves: int) -> Upstream:
         [Target("http://127.0.0.1:9001"), Target("http://127.0.0.1:9002")],
         CircuitBreaker(policy, START),
         round_robin,
-        rotation=Rotation(make_breaker=lambda at: CircuitBreaker(policy, at)),
+        rotation=OutlierDetector(make_breaker=lambda at: CircuitBreaker(policy, at)),
     )
     moving(people.breaker, moves)
     breaker = people.targets[0].breaker
@@ -431,10 +433,13 @@ def with_targets(moves: int, target_moves: int) -> Upstream:
     return people
 
 
-def told_by(worker: str, people: Upstream) -> Report:
+def told_by(worker: str, people: Upstream) -> WorkerSnapshot:
     """Return what the supervisor knows of a worker."""
-    seen = {"people": UpstreamReport.of(people, START)}
-    live, mirror = Report(worker, recorder(), seen, histories={"people": moves_of(people)}), Report.blank(worker)
+    seen = {"people": UpstreamSnapshot.of(people, START)}
+    live, mirror = (
+        WorkerSnapshot(worker, recorder(), seen, histories={"people": moves_of(people)}),
+        WorkerSnapshot.blank(worker),
+    )
     mirror.update(through_json(live.state()))
     return mirror
 
@@ -460,7 +465,7 @@ def test_the_first_move_of_a_targets_new_breaker_is_not_taken_for_that_of_the_ol
     target = people.targets[0]
     target.breaker = CircuitBreaker(people.breaker.policy, START)
     moving(target.breaker, 1, START + 60)
-    mirror.update(through_json(Report("1", recorder(), histories={"people": moves_of(people)}).state()))
+    mirror.update(through_json(WorkerSnapshot("1", recorder(), histories={"people": moves_of(people)}).state()))
     assert [(move.number, move.at) for move in mirror.histories["people"]] == [(1, START + 0.5), (1, START + 60)]
 
 
@@ -472,12 +477,12 @@ def test_a_target_that_moves_often_hides_no_move_of_the_upstreams() -> None:
 
 
 def test_how_resources_stand_gets_to_other_processes_and_only_refusals_outlive_a_worker() -> None:
-    def worker(name: str, in_use: int, refused: int) -> Report:
+    def worker(name: str, in_use: int, refused: int) -> WorkerSnapshot:
         states = [
             ResourceState("connections", None, 10, in_use, refused),
             ResourceState("tunnels", "up", 4, in_use, refused),
         ]
-        told, other = Report(name, recorder(), resources=states), Report.blank(name)
+        told, other = WorkerSnapshot(name, recorder(), resources=states), WorkerSnapshot.blank(name)
         other.update(json.loads(json.dumps(told.state())))
         assert other.resources == states
         return other

@@ -70,7 +70,7 @@ def test_an_empty_bucket_stays_empty_and_is_counted(emptied: MemoryLimiter) -> N
 
 
 def test_a_bucket_that_is_refilled_after_the_change_is_full(emptied: MemoryLimiter) -> None:
-    emptied.forget("a")
+    emptied.reset("a")
     assert emptied.decide([charge(PAID, 1, "a")], START).remaining == 999
     assert not emptied.decide([charge(PAID, 1, "b")], START).allowed
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from api_gateway.main import create_app
-from api_gateway.resolution import MAX_ADDRESSES, Answer, Name, Resolve, ask, keep_resolving, look_up
+from api_gateway.resolution import MAX_ADDRESSES, HostName, Resolution, Resolve, ask, keep_resolving, look_up
 from tests.kit import FakeClock, RawUpstream, RunningGateway, eventually, in_front_of, reply, running_gateway, soon
 from tests.kit import ask as get
 
@@ -24,11 +24,11 @@ NOW = 1000.0
 
 
 def test_a_name_is_one_target_until_it_is_resolved() -> None:
-    name = Name("http://users.internal:8080", 3)
+    name = HostName("http://users.internal:8080", 3)
     (target,) = name.targets
     assert (target.url, target.weight, target.named, target.address) == ("http://users.internal:8080", 3, None, None)
     assert (name.addresses, name.error) == ((), None)
-    assert repr(name) == "<Name 'users.internal' [not resolved]>"
+    assert repr(name) == "<HostName 'users.internal' [not resolved]>"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_name_is_one_target_until_it_is_resolved() -> None:
     ],
 )
 def test_each_address_is_a_target_that_keeps_the_name(url: str, address: str, expected: str) -> None:
-    name = Name(url, 3)
+    name = HostName(url, 3)
     answer = name.learn([address], NOW)
     (target,) = name.targets
     assert (target.url, target.named, target.address, target.weight) == (expected, url, address, 3)
@@ -48,7 +48,7 @@ def test_each_address_is_a_target_that_keeps_the_name(url: str, address: str, ex
 
 
 def test_an_address_that_stays_keeps_its_target() -> None:
-    name = Name("http://users.internal")
+    name = HostName("http://users.internal")
     name.learn(["10.0.0.2", "10.0.0.1", "10.0.0.2"], NOW)
     one, two = name.targets
     answer = name.learn(["10.0.0.3", "10.0.0.2"], NOW + 30)
@@ -59,13 +59,13 @@ def test_an_address_that_stays_keeps_its_target() -> None:
 
 
 def test_the_same_addresses_in_another_order_change_nothing() -> None:
-    name = Name("http://users.internal")
+    name = HostName("http://users.internal")
     name.learn(["10.0.0.1", "10.0.0.2"], NOW)
     assert not name.learn(["10.0.0.2", "10.0.0.1"], NOW + 30).is_change
 
 
 def test_what_is_known_is_kept_when_nothing_can_be_learnt() -> None:
-    name = Name("http://users.internal")
+    name = HostName("http://users.internal")
     name.learn(["10.0.0.1"], NOW)
     for answer in (name.fail("no such host", NOW + 30), name.learn([], NOW + 60)):
         assert not answer.is_change
@@ -76,14 +76,14 @@ def test_what_is_known_is_kept_when_nothing_can_be_learnt() -> None:
 
 
 def test_a_name_does_not_become_more_targets_than_are_of_use() -> None:
-    name = Name("http://users.internal")
+    name = HostName("http://users.internal")
     name.learn([f"10.0.{number}.1" for number in range(256)], NOW)
     assert len(name.targets) == MAX_ADDRESSES
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 def test_an_address_needs_no_resolving(host: str) -> None:
-    assert Name(f"http://{host}:80").is_address
+    assert HostName(f"http://{host}:80").is_address
 
 
 # Asking
@@ -121,7 +121,7 @@ async def silent(_host: str, _port: int) -> Sequence[str]:
     ],
 )
 async def test_asking_finds(resolve: Resolve, error: str | None) -> None:
-    name = Name("http://users.internal")
+    name = HostName("http://users.internal")
     await ask(name, 0.01, resolve, FakeClock(NOW))
     assert (name.error, name.asked_at) == (error, NOW)
 
@@ -133,7 +133,7 @@ async def test_a_name_is_asked_for_with_its_port() -> None:
         asked.append((host, port))
         return ["10.0.0.1"]
 
-    await ask(Name("https://users.internal"), 1, resolve, FakeClock())
+    await ask(HostName("https://users.internal"), 1, resolve, FakeClock())
     assert asked == [("users.internal", 443)]
 
 
@@ -143,7 +143,7 @@ async def test_the_loops_resolver_finds_this_machine() -> None:
 
 @asynccontextmanager
 async def resolving(
-    names: Sequence[Name], resolve: Resolve, on_answer: Callable[[Answer], None]
+    names: Sequence[HostName], resolve: Resolve, on_answer: Callable[[Resolution], None]
 ) -> AsyncIterator[None]:
     task = asyncio.create_task(
         keep_resolving(names, 0.005, resolve, on_answer, clock=FakeClock(), source=random.Random(1))
@@ -158,13 +158,13 @@ async def resolving(
 
 async def test_names_are_asked_for_again_and_again_and_addresses_never() -> None:
     asked: list[str] = []
-    answers: list[Answer] = []
+    answers: list[Resolution] = []
 
     async def resolve(host: str, _port: int) -> Sequence[str]:
         asked.append(host)
         return ["10.0.0.1", f"10.0.0.{1 + min(3, len(asked))}"]
 
-    names = [Name("http://users.internal"), Name("http://127.0.0.1:9001")]
+    names = [HostName("http://users.internal"), HostName("http://127.0.0.1:9001")]
     async with resolving(names, resolve, answers.append):
         await soon(lambda: len(answers) >= 5, "it is asked five times")
     assert set(asked) == {"users.internal"}
@@ -172,13 +172,13 @@ async def test_names_are_asked_for_again_and_again_and_addresses_never() -> None
 
 
 async def test_a_slow_name_delays_no_other() -> None:
-    answers: list[Answer] = []
+    answers: list[Resolution] = []
 
     async def resolve(host: str, port: int) -> Sequence[str]:
         return await silent(host, port) if host == "slow" else ["10.0.0.1"]
 
-    fast = Name("http://fast")
-    async with resolving([Name("http://slow"), fast], resolve, answers.append):
+    fast = HostName("http://fast")
+    async with resolving([HostName("http://slow"), fast], resolve, answers.append):
         await soon(lambda: sum(answer.name is fast for answer in answers) >= 3, "the fast one is asked")
 
 

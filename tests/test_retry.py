@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 
 from api_gateway.retry import (
     NEVER,
-    Failed,
-    Retries,
+    FailedAttempt,
     RetryBudget,
+    RetryDecider,
+    RetryDenied,
     RetryPolicy,
-    Why,
     is_repeatable,
     longest_pause,
     retry_after_of,
 )
 
 POLICY = RetryPolicy(attempts=3, budget=0.2, base=0.025, cap=0.25, max_retry_after=1.0)
-SAFE = Failed(attempts=1, is_sent=True, is_repeatable=True, is_kept=True)
+SAFE = FailedAttempt(attempts=1, is_sent=True, is_repeatable=True, is_kept=True)
 NOW = 1000.0
 
 
-def retries(policy: RetryPolicy = POLICY) -> Retries:
-    return Retries(policy, random.Random(1))
+def retries(policy: RetryPolicy = POLICY) -> RetryDecider:
+    return RetryDecider(policy, random.Random(1))
 
 
 # The table
@@ -36,31 +36,31 @@ def retries(policy: RetryPolicy = POLICY) -> Retries:
     [
         (SAFE, None),
         (replace(SAFE, attempts=2), None),
-        (replace(SAFE, attempts=3), Why.ATTEMPTS),
-        (replace(SAFE, is_repeatable=False), Why.METHOD),
+        (replace(SAFE, attempts=3), RetryDenied.ATTEMPTS),
+        (replace(SAFE, is_repeatable=False), RetryDenied.METHOD),
         (replace(SAFE, is_repeatable=False, is_sent=False), None),
-        (replace(SAFE, is_kept=False), Why.BODY),
-        (replace(SAFE, is_kept=False, is_sent=False), Why.BODY),
-        (replace(SAFE, is_troubled=True), Why.BREAKER),
-        (replace(SAFE, is_troubled=True, is_elsewhere=True), Why.BREAKER),
+        (replace(SAFE, is_kept=False), RetryDenied.BODY),
+        (replace(SAFE, is_kept=False, is_sent=False), RetryDenied.BODY),
+        (replace(SAFE, is_recovering=True), RetryDenied.BREAKER),
+        (replace(SAFE, is_recovering=True, is_elsewhere=True), RetryDenied.BREAKER),
         (replace(SAFE, retry_after=0.0), None),
         (replace(SAFE, retry_after=1.0), None),
-        (replace(SAFE, retry_after=1.001), Why.RETRY_AFTER),
-        (replace(SAFE, retry_after=NEVER, is_elsewhere=True), Why.RETRY_AFTER),
+        (replace(SAFE, retry_after=1.001), RetryDenied.RETRY_AFTER),
+        (replace(SAFE, retry_after=NEVER, is_elsewhere=True), RetryDenied.RETRY_AFTER),
         (replace(SAFE, left=0.25), None),
-        (replace(SAFE, left=0.0), Why.DEADLINE),
-        (replace(SAFE, left=0.0, is_elsewhere=True), Why.DEADLINE),
-        (replace(SAFE, left=0.9, retry_after=0.9), Why.DEADLINE),
+        (replace(SAFE, left=0.0), RetryDenied.DEADLINE),
+        (replace(SAFE, left=0.0, is_elsewhere=True), RetryDenied.DEADLINE),
+        (replace(SAFE, left=0.9, retry_after=0.9), RetryDenied.DEADLINE),
         (replace(SAFE, left=0.91, retry_after=0.9), None),
     ],
 )
-def test_the_table_of_decisions(failed: Failed, expected: Why | None) -> None:
-    verdict = retries().verdict(failed, NOW)
-    assert (verdict if isinstance(verdict, Why) else None) == expected
+def test_the_table_of_decisions(failed: FailedAttempt, expected: RetryDenied | None) -> None:
+    verdict = retries().decide(failed, NOW)
+    assert (verdict if isinstance(verdict, RetryDenied) else None) == expected
 
 
 FAILURES = st.builds(
-    Failed,
+    FailedAttempt,
     attempts=st.integers(1, 5),
     is_sent=st.booleans(),
     is_repeatable=st.booleans(),
@@ -73,30 +73,30 @@ FAILURES = st.builds(
 
 
 @given(FAILURES)
-def test_a_retry_keeps_to_every_rule_whatever_comes_together(failed: Failed) -> None:
-    pause = retries().verdict(failed, NOW)
-    if isinstance(pause, Why):
+def test_a_retry_keeps_to_every_rule_whatever_comes_together(failed: FailedAttempt) -> None:
+    pause = retries().decide(failed, NOW)
+    if isinstance(pause, RetryDenied):
         return
     assert failed.attempts < POLICY.attempts
     assert failed.is_repeatable or not failed.is_sent
     assert failed.is_kept
-    assert not failed.is_troubled
+    assert not failed.is_recovering
     assert (failed.retry_after or 0.0) <= pause <= max(POLICY.max_retry_after, POLICY.cap)
     assert failed.left is None or pause < failed.left
 
 
 @given(FAILURES)
-def test_what_is_denied_takes_nothing_off_the_budget_and_what_is_not_takes_one(failed: Failed) -> None:
+def test_what_is_denied_takes_nothing_off_the_budget_and_what_is_not_takes_one(failed: FailedAttempt) -> None:
     ours = retries()
-    is_denied = isinstance(ours.verdict(failed, NOW), Why)
+    is_denied = isinstance(ours.decide(failed, NOW), RetryDenied)
     assert spent(ours.budget) == (10 if is_denied else 9)
 
 
 def test_a_budget_that_is_spent_denies() -> None:
     ours = retries()
-    verdicts = [ours.verdict(SAFE, NOW) for _ in range(12)]
-    assert verdicts[10:] == [Why.BUDGET] * 2
-    assert not any(isinstance(verdict, Why) for verdict in verdicts[:10])
+    verdicts = [ours.decide(SAFE, NOW) for _ in range(12)]
+    assert verdicts[10:] == [RetryDenied.BUDGET] * 2
+    assert not any(isinstance(verdict, RetryDenied) for verdict in verdicts[:10])
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_the_pause_lies_between_nothing_and_a_bound_that_doubles_up_to_its_cap(
     attempts: int, base: float, cap: float, seed: int
 ) -> None:
     policy = RetryPolicy(attempts=attempts + 1, budget=1, base=base, cap=cap)
-    pause = Retries(policy, random.Random(seed)).verdict(replace(SAFE, attempts=attempts), NOW)
-    assert not isinstance(pause, Why)
+    pause = RetryDecider(policy, random.Random(seed)).decide(replace(SAFE, attempts=attempts), NOW)
+    assert not isinstance(pause, RetryDenied)
     assert 0 <= pause <= longest_pause(policy, attempts) <= cap
     assert longest_pause(policy, attempts) <= longest_pause(policy, attempts + 1)
 
@@ -142,21 +142,21 @@ def test_the_bounds_of_the_default_pauses() -> None:
 def test_the_whole_range_is_used_so_that_clients_do_not_come_back_together() -> None:
     policy = replace(POLICY, budget=1.0)
     source = random.Random(2)
-    pauses = [Retries(policy, source).verdict(SAFE, NOW) for _ in range(2000)]
+    pauses = [RetryDecider(policy, source).decide(SAFE, NOW) for _ in range(2000)]
     tenths = [sum(1 for pause in pauses if tenth <= float(pause) / 0.0025 < tenth + 1) for tenth in range(10)]
     assert min(tenths) > 120
 
 
 def test_the_first_retry_on_another_target_goes_at_once_and_no_other() -> None:
     """The pause spares a target that has failed; this one has not."""
-    assert retries().verdict(replace(SAFE, is_elsewhere=True), NOW) == 0.0
-    assert retries().verdict(replace(SAFE, is_elsewhere=True, attempts=2), NOW) > 0.0  # type: ignore[operator]  # a pause
-    assert retries().verdict(SAFE, NOW) > 0.0  # type: ignore[operator]  # as above
+    assert retries().decide(replace(SAFE, is_elsewhere=True), NOW) == 0.0
+    assert retries().decide(replace(SAFE, is_elsewhere=True, attempts=2), NOW) > 0.0  # type: ignore[operator]  # a pause
+    assert retries().decide(SAFE, NOW) > 0.0  # type: ignore[operator]  # as above
 
 
 def test_what_the_upstream_asks_for_is_waited_for_in_full_on_any_target() -> None:
-    assert retries().verdict(replace(SAFE, retry_after=0.5), NOW) == 0.5
-    assert retries().verdict(replace(SAFE, retry_after=0.5, is_elsewhere=True), NOW) == 0.5
+    assert retries().decide(replace(SAFE, retry_after=0.5), NOW) == 0.5
+    assert retries().decide(replace(SAFE, retry_after=0.5, is_elsewhere=True), NOW) == 0.5
 
 
 DATE = b"Wed, 21 Oct 2015 07:28:00 GMT"
@@ -281,4 +281,4 @@ def test_reprs_tell_the_state() -> None:
     budget.withdraw()
     budget.deposit(NOW)
     assert repr(budget) == "<RetryBudget [9.5 retries left]>"
-    assert repr(retries()) == "<Retries of 3 attempts <RetryBudget [10.0 retries left]>>"
+    assert repr(retries()) == "<RetryDecider of 3 attempts <RetryBudget [10.0 retries left]>>"

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from api_gateway.balancer import Lease, Upstream
+from api_gateway.balancer import Attempt, Upstream
 from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import NoHealthyUpstream
 from api_gateway.models import Outcome
 from api_gateway.picks import LOAD_BOUND, Pick, least_requests, rendezvous_hash, round_robin, share_of_key
-from api_gateway.rotation import Rotation, RotationPolicy
+from api_gateway.rotation import OutlierDetector, OutlierPolicy
 from api_gateway.targets import Target
 
 NOW = 1000.0
@@ -34,16 +34,16 @@ def upstream_of(
     **options: Any,
 ) -> Upstream:
     """Return an upstream whose own breaker never opens, so that only its targets' do."""
-    rotation = Rotation(
-        RotationPolicy(max_ejected, slow_start), make_breaker=lambda now: CircuitBreaker(policy, now), **options
+    rotation = OutlierDetector(
+        OutlierPolicy(max_ejected, slow_start), make_breaker=lambda now: CircuitBreaker(policy, now), **options
     )
     targets = [Target("abcdefgh"[number]) for number in range(count)]
     return Upstream("users", targets, CircuitBreaker(NEVER, NOW), pick, rotation=rotation)
 
 
-def lease_on(upstream: Upstream, target: Target, now: float = NOW) -> Lease:
+def lease_on(upstream: Upstream, target: Target, now: float = NOW) -> Attempt:
     """Return a lease on that target, by having tried all others."""
-    lease = upstream.checkout(now, "", [other for other in upstream.targets if other is not target])
+    lease = upstream.acquire(now, "", [other for other in upstream.targets if other is not target])
     assert lease.target is target
     return lease
 
@@ -59,7 +59,7 @@ def served(upstream: Upstream, count: int = 60, now: float = NOW) -> Counter[str
     """Let requests come and go; return how many each target had."""
     counts: Counter[str] = Counter()
     for number in range(count):
-        lease = upstream.checkout(now, f"client-{number}")
+        lease = upstream.acquire(now, f"client-{number}")
         counts[lease.target.url] += 1
         lease.release(now)
     return counts
@@ -67,7 +67,7 @@ def served(upstream: Upstream, count: int = 60, now: float = NOW) -> Counter[str
 
 def ejected(upstream: Upstream, now: float = NOW) -> str:
     targets = upstream.targets
-    return "".join(one.url for one in targets if upstream.rotation.is_ejected(targets, one, now))
+    return "".join(one.url for one in targets if upstream.outliers.is_ejected(targets, one, now))
 
 
 # Ejection
@@ -112,9 +112,9 @@ def test_what_was_under_way_at_a_target_that_is_ejected_does_not_open_the_upstre
         [Target("a"), Target("b"), Target("c")],
         CircuitBreaker(POLICY, NOW),
         round_robin,
-        rotation=Rotation(RotationPolicy(0.5, 0.0), make_breaker=lambda now: CircuitBreaker(POLICY, now)),
+        rotation=OutlierDetector(OutlierPolicy(0.5, 0.0), make_breaker=lambda now: CircuitBreaker(POLICY, now)),
     )
-    leases = [upstream.checkout(NOW, "") for _ in range(60)]
+    leases = [upstream.acquire(NOW, "") for _ in range(60)]
     sick, ill, gone = ([lease for lease in leases if lease.target.url == url] for url in "abc")
     for lease in sick:
         lease.release(NOW, Outcome.FAILURE)
@@ -122,7 +122,7 @@ def test_what_was_under_way_at_a_target_that_is_ejected_does_not_open_the_upstre
     ill[0].target.is_healthy = False
     for lease in ill:
         lease.release(NOW, Outcome.FAILURE)
-    upstream.retarget([*upstream.targets[:2], Target("d")], NOW)
+    upstream.set_targets([*upstream.targets[:2], Target("d")], NOW)
     for lease in gone:
         lease.release(NOW, Outcome.FAILURE)
     assert upstream.breaker.state is State.CLOSED
@@ -146,7 +146,7 @@ def test_the_upstreams_probe_goes_to_a_target_that_serves() -> None:
     for lease in leases:
         lease.release(NOW, Outcome.FAILURE)
     assert upstream.breaker.state is State.OPEN
-    probe = upstream.checkout(NOW + 40, "")
+    probe = upstream.acquire(NOW + 40, "")
     assert (probe.ticket.is_probe, probe.target) == (True, last)
 
 
@@ -156,9 +156,9 @@ def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come() -> N
     fail(upstream, target)
     for tenth in range(12):
         now = NOW + 30 + tenth / 10
-        upstream.checkout(now, "", [target]).release(now, Outcome.SUCCESS)
-        assert upstream.checkout(now, "", is_safe=False).target is not target
-    assert upstream.checkout(NOW + 33, "", is_safe=False).target is target, "none came for a second"
+        upstream.acquire(now, "", [target]).release(now, Outcome.SUCCESS)
+        assert upstream.acquire(now, "", is_safe=False).target is not target
+    assert upstream.acquire(NOW + 33, "", is_safe=False).target is target, "none came for a second"
 
 
 def test_a_target_that_got_another_breaker_is_not_judged_by_what_was_before() -> None:
@@ -225,7 +225,7 @@ def test_a_target_that_fails_its_checks_cannot_stand_in_for_one_that_would_be_ej
     first, other = upstream.targets
     other.is_healthy = healthy
     for _ in range(5):
-        lease = upstream.checkout(NOW, "", [other])
+        lease = upstream.acquire(NOW, "", [other])
         lease.settle(Outcome.FAILURE, NOW)
         lease.release(NOW)
     assert ejected(upstream) == ("a" if healthy else "")
@@ -238,7 +238,7 @@ def test_an_ejected_target_is_offered_again_once_the_others_fail_their_checks() 
     fail(upstream, upstream.targets[0])
     upstream.targets[1].is_healthy = False
     assert ejected(upstream) == ""
-    lease = upstream.checkout(NOW, "")
+    lease = upstream.acquire(NOW, "")
     assert (lease.target.url, lease.target_ticket) == ("a", None)
     lease.release(NOW, Outcome.FAILURE)
     upstream.targets[1].is_healthy = True
@@ -251,7 +251,7 @@ def test_with_no_healthy_target_none_is_offered() -> None:
     for target in upstream.targets:
         target.is_healthy = False
     with pytest.raises(NoHealthyUpstream):
-        upstream.checkout(NOW, "")
+        upstream.acquire(NOW, "")
 
 
 # Probes
@@ -279,7 +279,7 @@ def test_a_failed_probe_ejects_for_another_while_and_the_request_finds_another_t
     probe.release(NOW + 30)
     assert ejected(upstream, NOW + 59) == "a"
     assert target.ejections_total == 1, "it has not been back"
-    assert upstream.checkout(NOW + 30, "", [target]).target is not target
+    assert upstream.acquire(NOW + 30, "", [target]).target is not target
 
 
 def test_a_probe_that_nobody_settled_makes_room_for_the_next() -> None:
@@ -307,12 +307,12 @@ def test_a_probe_of_the_last_in_rotation_that_fails_leaves_it_there() -> None:
     target, other = upstream.targets
     fail(upstream, target)
     other.is_healthy = False
-    lease = upstream.checkout(NOW + 30, "")
+    lease = upstream.acquire(NOW + 30, "")
     assert lease.is_probe
     lease.release(NOW + 30, Outcome.FAILURE)
     assert target.breaker is not None
     assert (target.breaker.state, target.withheld) == (State.HALF_OPEN, 1)
-    held = [upstream.checkout(NOW + 30, "") for _ in range(3)]
+    held = [upstream.acquire(NOW + 30, "") for _ in range(3)]
     assert {lease.target.url for lease in held} == {"a"}, "more than its breaker admits, as there is nobody else"
 
 
@@ -320,7 +320,7 @@ def test_slow_answers_eject_a_target_too_but_not_the_last() -> None:
     policy = BreakerPolicy(slow_call_duration=1, slow_call_rate=0.5, minimum_calls=2, recovery_timeout=30)
     upstream = upstream_of(2, policy=policy)
     for _ in range(10):
-        lease = upstream.checkout(NOW, "")
+        lease = upstream.acquire(NOW, "")
         lease.settle(Outcome.SUCCESS, NOW, duration=2)
         lease.release(NOW)
     assert len(ejected(upstream)) == 1
@@ -341,7 +341,7 @@ def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Pick) -> None:
     shares = [served(upstream, 1000, NOW + 30 + second)["a"] / 1000 for second in (0, 2.5, 5, 7.5, 10, 60)]
     assert shares[0] == 0
     assert shares == pytest.approx([0, 0.125, 0.25, 0.375, 0.5, 0.5], abs=0.06)
-    assert repr(upstream.rotation) == "<Rotation [0 unsettled]>"
+    assert repr(upstream.outliers) == "<OutlierDetector [0 abnormal]>"
 
 
 @given(seconds=st.lists(st.floats(0, 12), min_size=2, max_size=6), seed=st.integers(0, 99))
@@ -349,14 +349,14 @@ def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Pick) -> None:
 def test_with_the_same_draws_it_never_gets_less_later(seconds: list[float], seed: int) -> None:
     """By key this holds for every single key: each moves over once and stays."""
     upstream = upstream_of(3, rendezvous_hash, slow_start=10)
-    upstream.rotation.welcome(upstream.targets[0], NOW)
+    upstream.outliers.start_slow_start(upstream.targets[0], NOW)
     keys = [f"{seed}-{number}" for number in range(100)]
     had: set[str] = set()
     for second in sorted(seconds):
-        upstream.rotation.unsettled.add(upstream.targets[0])
+        upstream.outliers.abnormal.add(upstream.targets[0])
         has = set()
         for key in keys:
-            lease = upstream.checkout(NOW + second, key)
+            lease = upstream.acquire(NOW + second, key)
             has |= {key} if lease.target is upstream.targets[0] else set()
             lease.release(NOW + second)
         assert had <= has
@@ -365,8 +365,8 @@ def test_with_the_same_draws_it_never_gets_less_later(seconds: list[float], seed
 
 def test_failed_health_checks_are_followed_by_a_slow_start_too() -> None:
     upstream = upstream_of(2, slow_start=10, draw=lambda _target, _key: 0.5)
-    upstream.rotation.welcome(upstream.targets[0], NOW)
-    assert upstream.rotation.share(upstream.targets[0], NOW + 2.5) == 0.25
+    upstream.outliers.start_slow_start(upstream.targets[0], NOW)
+    assert upstream.outliers.share(upstream.targets[0], NOW + 2.5) == 0.25
     assert set(served(upstream, now=NOW + 4.9)) == {"b"}
     assert set(served(upstream, now=NOW + 5.1)) == {"a", "b"}
 
@@ -374,22 +374,22 @@ def test_failed_health_checks_are_followed_by_a_slow_start_too() -> None:
 def test_nothing_starts_slowly_at_the_start() -> None:
     upstream = upstream_of(3, slow_start=10, draw=lambda _target, _key: 1.0)
     assert served(upstream) == {"a": 20, "b": 20, "c": 20}
-    assert not upstream.rotation.unsettled
+    assert not upstream.outliers.abnormal
 
 
 def test_where_all_start_slowly_all_are_candidates() -> None:
     upstream = upstream_of(2, slow_start=10, draw=lambda _target, _key: 1.0)
     for target in upstream.targets:
-        upstream.rotation.welcome(target, NOW)
+        upstream.outliers.start_slow_start(target, NOW)
     assert served(upstream) == {"a": 30, "b": 30}
 
 
 def test_a_retry_takes_a_target_that_starts_slowly_rather_than_one_that_failed() -> None:
     upstream = upstream_of(2, slow_start=10, draw=lambda _target, _key: 1.0)
     slow, other = upstream.targets
-    upstream.rotation.welcome(slow, NOW)
-    assert upstream.checkout(NOW, "").target is other
-    assert upstream.checkout(NOW, "", [other]).target is slow
+    upstream.outliers.start_slow_start(slow, NOW)
+    assert upstream.acquire(NOW, "").target is other
+    assert upstream.acquire(NOW, "", [other]).target is slow
 
 
 def test_a_draw_by_key_is_even_and_the_same_every_time() -> None:
@@ -407,7 +407,7 @@ def test_new_targets_begin_with_a_breaker_and_a_full_share() -> None:
     upstream = upstream_of(1, slow_start=10)
     first, new = upstream.targets[0], Target("new")
     assert first.breaker is None
-    upstream.retarget([first, new], NOW)
+    upstream.set_targets([first, new], NOW)
     assert first.breaker is not None
     assert new.breaker is not None
     assert served(upstream) == {"a": 30, "new": 30}
@@ -417,7 +417,7 @@ def test_a_target_that_is_gone_gets_no_new_request_and_its_leases_run_on() -> No
     upstream = upstream_of(3)
     gone = upstream.targets[0]
     lease = lease_on(upstream, gone)
-    upstream.retarget(upstream.targets[1:], NOW)
+    upstream.set_targets(upstream.targets[1:], NOW)
     assert set(served(upstream)) == {"b", "c"}
     assert gone.in_flight == 1
     lease.settle(Outcome.FAILURE, NOW)
@@ -429,10 +429,10 @@ def test_what_still_runs_on_a_target_that_is_gone_unsettles_nothing() -> None:
     upstream = upstream_of(3)
     gone = upstream.targets[0]
     leases = [lease_on(upstream, gone) for _ in range(3)]
-    upstream.retarget(upstream.targets[1:], NOW)
+    upstream.set_targets(upstream.targets[1:], NOW)
     for lease in leases:
         lease.release(NOW, Outcome.FAILURE)
-    assert not upstream.rotation.unsettled
+    assert not upstream.outliers.abnormal
 
 
 def test_of_fewer_targets_no_more_than_their_share_stays_ejected() -> None:
@@ -442,9 +442,9 @@ def test_of_fewer_targets_no_more_than_their_share_stays_ejected() -> None:
     fail(upstream, a)
     fail(upstream, b, now=NOW + 1)
     assert ejected(upstream, NOW + 1) == "ab"
-    upstream.retarget([a, b, c], NOW + 2)
+    upstream.set_targets([a, b, c], NOW + 2)
     assert ejected(upstream, NOW + 2) == "b"
-    assert upstream.rotation.share(a, NOW + 3) == 0.1
+    assert upstream.outliers.share(a, NOW + 3) == 0.1
     assert a.ejections_total == 1
 
 
@@ -453,7 +453,7 @@ def test_the_only_target_that_is_left_is_not_ejected() -> None:
     upstream = upstream_of(2, max_ejected=1)
     first, _ = upstream.targets
     fail(upstream, first)
-    upstream.retarget([first], NOW)
+    upstream.set_targets([first], NOW)
     assert first.breaker is not None
     assert first.breaker.state is State.CLOSED
 
@@ -477,9 +477,9 @@ class Balancing(RuleBasedStateMachine):
             "hash": rendezvous_hash,
         }
         self.now, self.is_hash, self.names = NOW, pick == "hash", len(weights)
-        self.leases: list[Lease] = []
-        self.policy = RotationPolicy(max_ejected, slow_start=10)
-        rotation = Rotation(
+        self.leases: list[Attempt] = []
+        self.policy = OutlierPolicy(max_ejected, slow_start=10)
+        rotation = OutlierDetector(
             self.policy,
             draw=lambda _target, _key: source.random(),
             make_breaker=lambda now: CircuitBreaker(BreakerPolicy(2, recovery_timeout=5), now),
@@ -491,15 +491,15 @@ class Balancing(RuleBasedStateMachine):
     @rule(key=st.integers(0, 20), tried=st.sets(st.integers(0, 5)))
     def request(self, key: int, tried: set[int]) -> None:
         targets = self.upstream.targets
-        unsettled = set(self.upstream.rotation.unsettled)
+        unsettled = set(self.upstream.outliers.abnormal)
         if not any(target.is_healthy for target in targets):
             with pytest.raises(NoHealthyUpstream):
-                self.upstream.checkout(self.now, str(key))
+                self.upstream.acquire(self.now, str(key))
             return
         away = [targets[number] for number in tried if number < len(targets)]
-        out = [one for one in targets if self.upstream.rotation.is_ejected(targets, one, self.now)]
+        out = [one for one in targets if self.upstream.outliers.is_ejected(targets, one, self.now)]
         before = {target: target.in_flight for target in targets}
-        lease = self.upstream.checkout(self.now, str(key), away)
+        lease = self.upstream.acquire(self.now, str(key), away)
         self.leases.append(lease)
         assert lease.target.is_healthy
         assert lease.target not in out
@@ -529,7 +529,7 @@ class Balancing(RuleBasedStateMachine):
         target = self.upstream.targets[which % len(self.upstream.targets)]
         target.is_healthy = not target.is_healthy
         if target.is_healthy:
-            self.upstream.rotation.welcome(target, self.now)
+            self.upstream.outliers.start_slow_start(target, self.now)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 11.0]))
     def wait(self, seconds: float) -> None:
@@ -541,7 +541,7 @@ class Balancing(RuleBasedStateMachine):
         kept += [Target(f"n{self.names + number}") for number in range(new)]
         self.names += new
         if kept:
-            self.upstream.retarget(kept, self.now)
+            self.upstream.set_targets(kept, self.now)
             self.everyone += [target for target in kept if target not in self.everyone]
 
     @invariant()
@@ -559,14 +559,14 @@ class Balancing(RuleBasedStateMachine):
     @invariant()
     def only_targets_that_are_there_are_unsettled(self) -> None:
         if hasattr(self, "upstream"):
-            assert self.upstream.rotation.unsettled <= set(self.upstream.targets)
+            assert self.upstream.outliers.abnormal <= set(self.upstream.targets)
 
     @invariant()
     def one_that_is_healthy_is_always_offered(self) -> None:
         if hasattr(self, "upstream"):
             healthy = [target for target in self.upstream.targets if target.is_healthy]
             if healthy:
-                offered = self.upstream.rotation.offered(healthy, (), self.now, "")
+                offered = self.upstream.outliers.eligible(healthy, (), self.now, "")
                 assert offered
                 assert set(offered) <= set(healthy)
 

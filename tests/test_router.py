@@ -22,7 +22,7 @@ from api_gateway.request import DEADLINE, FIELDS, Message, RequestBody
 from api_gateway.retry import RetryPolicy
 from api_gateway.router import Router
 from api_gateway.routes import CostRule, Route, RouteTable, is_below, matching_path, upstream_target
-from api_gateway.service import Service, Timeouts
+from api_gateway.service import Timeouts, UpstreamClient
 from api_gateway.targets import Target
 
 
@@ -371,7 +371,7 @@ class Stub(httpx.AsyncBaseTransport):
 def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: Any = None) -> Any:
     """Return a coroutine that forwards one request to `stub`, and the upstream it goes to."""
     upstream = Upstream("up", [Target("http://up.test")], CircuitBreaker(BreakerPolicy(10_000), 0.0), round_robin)
-    service = Service(upstream, stub, Timeouts(1, 1, 1, total), retry=RetryPolicy(10_000, budget=1.0))
+    service = UpstreamClient(upstream, stub, Timeouts(1, 1, 1, total), retry=RetryPolicy(10_000, budget=1.0))
     the_route = route("/api")
 
     async def send(message: Message) -> None:

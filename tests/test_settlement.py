@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.express import Express
+from api_gateway.express import FastPath
 from api_gateway.models import Exchange
 from api_gateway.settlement import cost_of
 from tests.kit import (
@@ -35,13 +35,13 @@ SLOWLY = {"FREE": {"rate": 0.01, "capacity": 10}}
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What the straight way said to each request offered to it."""
     seen: list[bool] = []
-    board = Express.board
+    board = FastPath.try_handle
 
-    def noting(self: Express, client: Any, received: bytes) -> bool:
+    def noting(self: FastPath, client: Any, received: bytes) -> bool:
         seen.append(board(self, client, received))
         return seen[-1]
 
-    monkeypatch.setattr(Express, "board", noting)
+    monkeypatch.setattr(FastPath, "try_handle", noting)
     return seen
 
 
@@ -67,7 +67,7 @@ def left(running: RunningGateway, client: str = "c") -> float:
 def finished(running: RunningGateway) -> list[Exchange]:
     done: list[Exchange] = []
     app: Any = running.server._app
-    record = app.lane.current.record
+    record = app.fast_path.current.record
     record._observers = (*record._observers, done.append)
     return done
 

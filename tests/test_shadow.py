@@ -14,7 +14,7 @@ from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.routes import CostRule, Route
-from api_gateway.shadow import Shadow
+from api_gateway.shadow import ShadowLimits
 from tests.kit import RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
@@ -37,7 +37,7 @@ class Trying:
         self.now_ns = 1_000 * NANOSECONDS
         self.limiter = MemoryLimiter([FREE, TIGHTER, PAID])
         self.recorder = Recorder(["r"], ["up"], ["FREE", "PAID"], [50], 0.0)
-        self.shadow = Shadow(
+        self.shadow = ShadowLimits(
             limiter=self.limiter,
             clock_ns=lambda: self.now_ns,
             recorder=self.recorder,
@@ -144,7 +144,7 @@ def test_a_store_that_must_be_asked_counts_when_it_has_answered(monkeypatch: pyt
         return None if charges[0].key.startswith("candidate:") else decide(charges, now_ns)
 
     monkeypatch.setattr(trying.limiter, "decide", only_enforced)
-    monkeypatch.setattr(trying.limiter, "ask", lambda _charges, _now_ns, answer: waiting.append(answer))
+    monkeypatch.setattr(trying.limiter, "decide_async", lambda _charges, _now_ns, answer: waiting.append(answer))
     exchange = trying.request()
     assert (exchange.trial, trying.counted) == (None, (0, 0))
     waiting[0](Decision("candidate:client:c", TIGHTER, allowed=False, remaining=0, wait_ns=1, reset_ns=1))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.express import Express
+from api_gateway.express import FastPath
 from api_gateway.lag import LagSampler
 from api_gateway.overload import LAGS
 from tests.kit import (
@@ -287,15 +287,15 @@ def test_refusals_stay_on_the_straight_way(
 ) -> None:
     """They would cost more than serving otherwise, just when there is too much to do."""
     boarded: list[bool] = []
-    board = Express.board
+    board = FastPath.try_handle
 
-    def noting(self: Express, client: Any, received: bytes) -> bool:
+    def noting(self: FastPath, client: Any, received: bytes) -> bool:
         boarded.append(board(self, client, received))
         return boarded[-1]
 
     with ExitStack() as stack:
         hold(stack, running, 3)
-        monkeypatch.setattr(Express, "board", noting)
+        monkeypatch.setattr(FastPath, "try_handle", noting)
         assert get(running, "FREE").status == 503
         assert get(running, "FREE", WAYS["ordinary"]).status == 503
         assert boarded == [True, False]

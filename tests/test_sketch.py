@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.sketch import Estimate, Sketch
+from api_gateway.sketch import Estimate, HeavyHitters
 
 KEYS = st.integers(0, 30).map(str)
 # Some keys come much more often than others, and in runs, as clients do.
@@ -18,14 +18,14 @@ STREAMS = st.lists(st.tuples(KEYS, st.integers(1, 12)), max_size=80).map(
 SIZES = st.integers(1, 12)
 
 
-def sketch_of(stream: list[str], size: int) -> Sketch:
-    sketch = Sketch(size)
+def sketch_of(stream: list[str], size: int) -> HeavyHitters:
+    sketch = HeavyHitters(size)
     for key in stream:
         sketch.add(key)
     return sketch
 
 
-def assert_bounds(sketch: Sketch, stream: list[str], size: int) -> None:
+def assert_bounds(sketch: HeavyHitters, stream: list[str], size: int) -> None:
     true = Counter(stream)
     assert len(sketch) <= size
     for key in [*true, "never"]:
@@ -50,7 +50,7 @@ def test_counts_are_within_their_bounds_and_heavy_keys_are_held(stream: list[str
 def test_merging_keeps_the_bounds_also_for_what_is_counted_afterwards(
     streams: list[list[str]], size: int, more: list[str]
 ) -> None:
-    merged = Sketch(size)
+    merged = HeavyHitters(size)
     for stream in streams:
         merged.merge(json.loads(json.dumps(sketch_of(stream, size).state())))
     everything = [key for stream in streams for key in stream]
@@ -66,11 +66,11 @@ def test_what_fits_is_counted_exactly() -> None:
     assert sketch.estimate("c") == Estimate("c", 1, 1)
     sketch.add("c")
     assert sketch.heaviest(1) == [Estimate("a", 2, 0)] or sketch.heaviest(1) == [Estimate("c", 2, 1)]
-    assert repr(sketch) == "<Sketch [2 of 2 counters]>"
+    assert repr(sketch) == "<HeavyHitters [2 of 2 counters]>"
 
 
 def test_a_flood_of_invented_keys_hides_no_heavy_one_and_takes_no_memory() -> None:
-    source, sketch = random.Random(7), Sketch(100)
+    source, sketch = random.Random(7), HeavyHitters(100)
     for number in range(20_000):
         sketch.add(f"invented-{number}")
         if source.random() < 0.05:
@@ -82,9 +82,9 @@ def test_a_flood_of_invented_keys_hides_no_heavy_one_and_takes_no_memory() -> No
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_sketch_has_a_counter(size: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Sketch(size)
+        HeavyHitters(size)
 
 
 def test_only_equals_are_merged() -> None:
     with pytest.raises(ValueError, match="of 3 counters"):
-        Sketch(2).merge(Sketch(3).state())
+        HeavyHitters(2).merge(HeavyHitters(3).state())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.socket_table import ESTABLISHED, LISTEN, End, Row, SocketTable
+from api_gateway.socket_table import ESTABLISHED, LISTEN, Endpoint, Row, SocketTable
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="Linux lists them in /proc")
 HEADING = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -42,7 +42,7 @@ def test_both_ends_of_a_connection_are_found(
         client.connect((dialled[1], listener.getsockname()[1]))
         accepted, peer = listener.accept()
         with accepted:
-            ours, theirs = End.of(*accepted.getsockname()[:2]), End.of(*peer[:2])
+            ours, theirs = Endpoint.of(*accepted.getsockname()[:2]), Endpoint.of(*peer[:2])
             table = SocketTable.read(Path("/proc/self"))
             for sock, local, remote in ((accepted, ours, theirs), (client, theirs, ours)):
                 inode = os.fstat(sock.fileno()).st_ino
@@ -67,22 +67,22 @@ def test_a_port_or_an_inode_is_not_taken_for_another_number() -> None:
     assert table.socket(0) is None
     found = table.socket(80)
     assert found is not None
-    assert found.local == End.of("127.0.0.1", 8080)
+    assert found.local == Endpoint.of("127.0.0.1", 8080)
     assert table.is_listening(80)
     assert not table.is_listening(0x1F90)
-    assert table.between(End.of("127.0.0.1", 8080), End.of("127.0.0.1", 40_001)) is None
+    assert table.between(Endpoint.of("127.0.0.1", 8080), Endpoint.of("127.0.0.1", 40_001)) is None
 
 
 def test_a_table_may_end_anywhere() -> None:
     text = HEADING + line(b"0100007F:1F90", b"0100007F:9C40")
     for end in range(len(text) + 1):
-        SocketTable(text[:end]).between(End.of("127.0.0.1", 8080), End.of("127.0.0.1", 40_000))
+        SocketTable(text[:end]).between(Endpoint.of("127.0.0.1", 8080), Endpoint.of("127.0.0.1", 40_000))
         SocketTable(text[:end]).socket(7)
 
 
 def test_what_is_no_address_is_an_error() -> None:
     with pytest.raises(ValueError, match="unix"):
-        End.of("unix", 0)
+        Endpoint.of("unix", 0)
 
 
 @pytest.mark.parametrize("is_abstract", [True, False])

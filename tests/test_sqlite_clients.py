@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import api_gateway
-from api_gateway.client_records import UNREAD, Change, ClientRecord, Grant, Mark
+from api_gateway.client_records import NO_CURSOR, Change, ClientRecord, Cursor, Grant
 from api_gateway.clients import ClientRegistry
 from api_gateway.errors import StoreUnavailable
 from api_gateway.sqlite_clients import EPOCH, FILE_NAME, SCHEMA_VERSION, SqliteClients
@@ -65,7 +65,7 @@ async def test_a_change_survives_a_restart(tmp_path: Path) -> None:
 async def test_forgetting_a_client_survives_a_restart(tmp_path: Path) -> None:
     async with following(SqliteClients(tmp_path)) as registry:
         await registry.set_tier("acme", "PREMIUM")
-        await registry.forget("acme")
+        await registry.delete("acme")
     assert rows(tmp_path) == {}
     async with following(SqliteClients(tmp_path)) as registry:
         assert tier_of(registry, "acme") == ("FREE", "default")
@@ -153,7 +153,7 @@ async def test_writers_at_one_time_end_up_with_the_last_writer(tmp_path: Path) -
         assert versions[-1] == 60, "no version was given twice"
         final = rows(tmp_path)
         await soon(
-            lambda: all(registry.named(each).quota.name == tier for each, tier in final.items()), "it is followed"
+            lambda: all(registry.by_id(each).quota.name == tier for each, tier in final.items()), "it is followed"
         )
 
 
@@ -172,7 +172,7 @@ async def test_two_processes_may_open_an_old_file_at_one_time(tmp_path: Path) ->
 async def test_changes_are_told_in_their_order_with_the_newest_of_each_client(tmp_path: Path) -> None:
     store = SqliteClients(tmp_path)
     mark = (await store.load(10)).mark
-    assert mark == Mark(EPOCH, 0)
+    assert mark == Cursor(EPOCH, 0)
     await store.write("a", Change(tier="BASIC"))
     await store.write("b", Change(tier="BASIC"))
     written = await store.write("a", Change(tier=None))
@@ -183,12 +183,12 @@ async def test_changes_are_told_in_their_order_with_the_newest_of_each_client(tm
         ("b", "BASIC", 2),
         ("a", None, 3),
     ]
-    assert changes.mark == Mark(EPOCH, 3)
+    assert changes.mark == Cursor(EPOCH, 3)
     again = await store.changes(changes.mark)
     assert again is not None
     assert list(again.records) == []
-    assert await store.changes(UNREAD) is None
-    assert await store.changes(Mark(EPOCH, 4)) is None, "the file has been replaced by an older one"
+    assert await store.changes(NO_CURSOR) is None
+    assert await store.changes(Cursor(EPOCH, 4)) is None, "the file has been replaced by an older one"
     await store.close()
 
 
@@ -308,7 +308,7 @@ async def test_a_change_that_cannot_be_written_is_not_made(
             await registry.set_tier("acme", "PREMIUM")
         assert caught.value.retry_after == 5
         with pytest.raises(StoreUnavailable, match=FILE_NAME):
-            await registry.forget("acme")
+            await registry.delete("acme")
         assert tier_of(registry, "acme") == ("BASIC", "registered")
 
 

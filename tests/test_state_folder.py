@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.breaker_modes import ModeFile
+from api_gateway.breaker_modes import OverrideFile
 from api_gateway.config import load_config
 from api_gateway.diagnosis import ConfigError
 from api_gateway.sqlite_clients import SqliteClients
@@ -86,7 +86,7 @@ async def test_nobody_else_may_read_it_whatever_the_umask(tmp_path: Path) -> Non
         with StateFolder(tmp_path / "a" / "b") as folder:
             clients = SqliteClients(folder.path)
             await clients.load(10)
-            ModeFile(folder.path).change("up", None, 0)
+            OverrideFile(folder.path).change("up", None, 0)
             files = {path.name: mode(path) for path in folder.path.iterdir()}
             await clients.close()
     finally:

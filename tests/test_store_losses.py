@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.dispatcher import LANES
+from api_gateway.dispatcher import CONNECTIONS
 from api_gateway.models import NANOSECONDS, Decision, Quota
 from api_gateway.redis_limiter import RedisLimiter
 from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of, soon
@@ -35,7 +35,7 @@ async def spent(limiter: RedisLimiter, quota: Quota = SLOW, at_most: int = 100) 
 async def answering(limiter: RedisLimiter) -> None:
     """Look on, charging nothing, until the store answers on both lanes again."""
     answered = 0
-    while answered < 2 * LANES:
+    while answered < 2 * CONNECTIONS:
         decision = await asking(limiter, charge(SLOW, 0, "nobody"))
         answered = answered + 1 if decision.source == "store" else 0
         await asyncio.sleep(0.01)

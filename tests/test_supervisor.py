@@ -1,6 +1,7 @@
 """What the supervisor adds up, how long it waits between starts, and what a reload may change."""
 
 import asyncio
+import errno
 import signal
 import socket
 import time
@@ -12,11 +13,12 @@ from api_gateway import supervisor
 from api_gateway.config import GatewayConfig, load_config
 from api_gateway.config_changes import with_restart_settings_of
 from api_gateway.crew import encode
+from api_gateway.errors import StartupError
 from api_gateway.listening import Sockets
 from api_gateway.metrics import Recorder
-from api_gateway.report import Report
-from api_gateway.staff import Objection, Worker
-from api_gateway.supervisor import FIRST_DELAY, LONGEST_DELAY, Ledger, Post, Supervisor, delay_after
+from api_gateway.report import WorkerSnapshot
+from api_gateway.staff import Objection, WorkerHandle
+from api_gateway.supervisor import FIRST_DELAY, LONGEST_DELAY, CounterLedger, Supervisor, WorkerSlot, delay_after
 
 
 def test_a_first_failure_is_made_good_soon_and_later_ones_less_and_less_so() -> None:
@@ -31,7 +33,7 @@ class Puppet:
     """A worker that reports what it is told to, when it is told to."""
 
     def __init__(self, number: int) -> None:
-        self.report = Report(str(number), Recorder(["users"], [], ["FREE"], (50,), 0.0))
+        self.report = WorkerSnapshot(str(number), Recorder(["users"], [], ["FREE"], (50,), 0.0))
         self.count = 0
         self.asked: list[asyncio.Future[None]] = []
 
@@ -46,8 +48,8 @@ class Puppet:
                 asked.set_result(None)
 
 
-def ledger_of(*puppets: Puppet) -> Ledger:
-    return Ledger([cast("Worker", puppet) for puppet in puppets])
+def ledger_of(*puppets: Puppet) -> CounterLedger:
+    return CounterLedger([cast("WorkerHandle", puppet) for puppet in puppets])
 
 
 def allowed(state: dict[str, Any]) -> int:
@@ -77,7 +79,7 @@ async def test_a_worker_that_is_slow_to_start_is_not_taken_to_hang() -> None:
     ours, theirs = socket.socketpair()
     streams = await asyncio.open_unix_connection(sock=ours)
     with theirs:
-        worker = Worker(1, cast("Any", process), streams, nothing, nothing, patience)
+        worker = WorkerHandle(1, cast("Any", process), streams, nothing, nothing, patience)
         await asyncio.sleep(3 * patience)
         assert not process.is_killed.is_set()
         assert worker.has_served_for == 0
@@ -136,7 +138,7 @@ async def test_who_ends_leaves_his_counts_and_nothing_else() -> None:
     ledger = ledger_of(one, other)
     one.count, one.report.recorder.in_flight, one.report.buckets = 4, 2, 10
     one.answer()
-    ledger.strike(cast("Worker", one))
+    ledger.retire(cast("WorkerHandle", one))
     gathering = asyncio.create_task(ledger.gather())
     await turns()
     other.answer()
@@ -159,10 +161,11 @@ class Leaver:
     """A worker that was told to stop, and ends when it is killed or its time has come."""
 
     has_served = True
+    has_served_for = started = 0.0
 
     def __init__(self, seconds: float, cut_off: int = 0) -> None:
         self.cut_off = cut_off
-        self.report = Report("1", Recorder(["up"], [], ["FREE"], (50,), 0.0))
+        self.report = WorkerSnapshot("1", Recorder(["up"], [], ["FREE"], (50,), 0.0))
         self.drains_within = 0.0
         self._seconds = seconds
         self._killed = asyncio.Event()
@@ -184,13 +187,17 @@ class Leaver:
         self._killed.set()
 
 
-def supervisor_of(*leavers: Leaver, monkeypatch: pytest.MonkeyPatch, drain_timeout: float) -> Supervisor:
+def supervisor_of(*leavers: Leaver | Exception, monkeypatch: pytest.MonkeyPatch, drain_timeout: float) -> Supervisor:
+    """Return one whose starts of workers come to these, one after the other."""
     left = iter(leavers)
 
     async def hire(*_: object) -> Leaver:
-        return next(left)
+        found = next(left)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    monkeypatch.setattr(supervisor, "hire", hire)
+    monkeypatch.setattr(supervisor, "spawn", hire)
     monkeypatch.setattr(supervisor, "DRAIN_MARGIN", 0.0)
     return Supervisor(drains_in(drain_timeout), lambda: drains_in(1))
 
@@ -199,10 +206,53 @@ def drains_in(seconds: float) -> GatewayConfig:
     return load_config(None, {"server": {"drain_timeout": seconds}})
 
 
+@pytest.mark.parametrize(
+    "lack", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread"), MemoryError()]
+)
+async def test_a_worker_that_cannot_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lack: Exception
+) -> None:
+    """The others serve on meanwhile: nothing leaves the task that keeps the place."""
+    monkeypatch.setattr(supervisor, "FIRST_DELAY", 0.001)
+    boss = supervisor_of(Leaver(0), lack, lack, Leaver(30), monkeypatch=monkeypatch, drain_timeout=30)
+    post = WorkerSlot(1, Sockets([]))
+    first = post.worker = await boss._spawn(post)
+    keeping = asyncio.create_task(boss._respawn(post))
+    async with asyncio.timeout(20):
+        while post.worker is first:  # noqa: ASYNC110 - no event tells it
+            await asyncio.sleep(0.01)
+    assert not keeping.done()
+    keeping.cancel()
+    found = [one for one in caplog.records if "could not be started" in one.getMessage()]
+    assert [(one.exc_info, one.getMessage().count("\n")) for one in found] == [(None, 0)] * 2
+    assert (
+        found[0].getMessage()
+        == f"worker 1 could not be started: {str(lack) or 'MemoryError'}; trying again in 0.002 s"
+    )
+    assert "trying again in 0.004 s" in found[1].getMessage()
+
+
+async def test_a_rolling_restart_that_cannot_start_a_worker_leaves_the_old_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    boss = supervisor_of(Leaver(30), OSError(errno.EAGAIN, "try again"), monkeypatch=monkeypatch, drain_timeout=30)
+    post = WorkerSlot(1, Sockets([]))
+    old = post.worker = await boss._spawn(post)
+    assert not await boss._replace(post)
+    assert post.worker is old
+    assert "worker 1 could not be started: [Errno 11] try again" in caplog.text
+
+
+async def test_a_first_worker_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    boss = supervisor_of(OSError(errno.EAGAIN, "try again"), monkeypatch=monkeypatch, drain_timeout=30)
+    with pytest.raises(StartupError, match="worker 1 could not be started"):
+        await boss._start(WorkerSlot(1, Sockets([])))
+
+
 async def test_a_worker_has_the_time_to_drain_that_it_was_hired_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reload may shorten it, but the worker does not know."""
     boss = supervisor_of(Leaver(0.05), monkeypatch=monkeypatch, drain_timeout=30)
-    worker = await boss._hire(Post(1, Sockets([])))
+    worker = await boss._spawn(WorkerSlot(1, Sockets([])))
     boss._config = drains_in(0.01)
     await boss._relieve(worker)
     assert worker.cut_off == boss._cut_off == 0
@@ -215,7 +265,7 @@ async def test_a_worker_that_is_killed_has_cut_off_what_it_served(
     leaver = Leaver(30)
     leaver.has_served = is_ready
     boss = supervisor_of(leaver, monkeypatch=monkeypatch, drain_timeout=30)
-    worker = await boss._hire(Post(1, Sockets([])))
+    worker = await boss._spawn(WorkerSlot(1, Sockets([])))
     worker.kill()
     await boss._relieve(worker)
     assert boss._cut_off == int(is_ready)
@@ -225,9 +275,9 @@ async def test_what_relieved_workers_have_cut_off_is_added_to_what_the_last_ones
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     boss = supervisor_of(Leaver(0, 2), Leaver(0, 3), monkeypatch=monkeypatch, drain_timeout=30)
-    await boss._relieve(await boss._hire(Post(1, Sockets([]))))
-    await boss._hire(Post(1, Sockets([])))
-    await boss._dismiss()
+    await boss._relieve(await boss._spawn(WorkerSlot(1, Sockets([]))))
+    await boss._spawn(WorkerSlot(1, Sockets([])))
+    await boss._stop_all()
     assert boss._cut_off == 5
 
 
@@ -274,7 +324,7 @@ def supervisor_with(*workers: Obedient) -> tuple[Supervisor, GatewayConfig]:
     }
     before, after = (load_config(None, {**shared, "default_tier": tier}) for tier in ("FREE", "BASIC"))
     boss = Supervisor(before, lambda: after)
-    boss._ledger.workers = [cast("Worker", worker) for worker in workers]
+    boss._ledger.workers = [cast("WorkerHandle", worker) for worker in workers]
     return boss, after
 
 

@@ -12,10 +12,10 @@ from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.health import HealthPolicy
 from api_gateway.picks import round_robin
-from api_gateway.resolution import Name
-from api_gateway.service import Service, Timeouts
+from api_gateway.resolution import HostName
+from api_gateway.service import Timeouts, UpstreamClient
 from api_gateway.transport import UpstreamTransport
-from api_gateway.upkeep import Upkeep
+from api_gateway.upkeep import UpstreamMonitor
 from tests.kit import FakeClock, RawUpstream
 
 NOW = 1000.0
@@ -27,13 +27,13 @@ async def nobody(_host: str, _port: int) -> Sequence[str]:
     return ()
 
 
-def kept(policy: HealthPolicy | None = None) -> tuple[Upkeep, Service, Name, Name]:
+def kept(policy: HealthPolicy | None = None) -> tuple[UpstreamMonitor, UpstreamClient, HostName, HostName]:
     """Return the upkeep of an upstream with two names."""
-    one, other = Name("http://one.test"), Name("http://other.test", 2)
+    one, other = HostName("http://one.test"), HostName("http://other.test", 2)
     breaker = CircuitBreaker(BreakerPolicy(), NOW)
     upstream = Upstream("users", [*one.targets, *other.targets], breaker, round_robin)
-    service = Service(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))
-    upkeep = Upkeep(
+    service = UpstreamClient(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))
+    upkeep = UpstreamMonitor(
         service,
         policy=policy,
         names=[one, other],
@@ -44,7 +44,7 @@ def kept(policy: HealthPolicy | None = None) -> tuple[Upkeep, Service, Name, Nam
     return upkeep, service, one, other
 
 
-def urls(service: Service) -> list[str]:
+def urls(service: UpstreamClient) -> list[str]:
     return [target.url for target in service.upstream.targets]
 
 
@@ -62,7 +62,7 @@ def test_a_target_that_is_gone_is_let_go_of_once_nothing_runs_on_it() -> None:
     upkeep, service, one, _ = kept()
     upkeep._on_answer(one.learn(["10.0.0.1"], NOW))
     gone, other = service.upstream.targets
-    lease = service.upstream.checkout(NOW, "", [other])
+    lease = service.upstream.acquire(NOW, "", [other])
     assert lease.target is gone
     upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
     assert lease.target in service.origins, "a request that has not been sent yet finds its way"
@@ -97,14 +97,14 @@ async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection
 ) -> None:
     """Names come and go, and with them what is connected to."""
     up = upstream()
-    one = Name(up.url)
-    service = Service(
+    one = HostName(up.url)
+    service = UpstreamClient(
         Upstream("users", one.targets, CircuitBreaker(BreakerPolicy(), NOW), round_robin),
         UpstreamTransport(),
         Timeouts(1, 1, 1, None),
     )
     own = UpstreamTransport()
-    upkeep = Upkeep(
+    upkeep = UpstreamMonitor(
         service,
         policy=HealthPolicy("/health"),
         transport=own,
@@ -120,6 +120,6 @@ async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection
 def test_its_repr_tells_what_it_keeps() -> None:
     upkeep, *_ = kept(HealthPolicy("/health"))
     assert repr(upkeep) == (
-        "<Upkeep of 'users' [<HealthWatch [0 targets]>, [<Name 'one.test' [not resolved]>,"
-        " <Name 'other.test' [not resolved]>]]>"
+        "<UpstreamMonitor of 'users' [<HealthChecker [0 targets]>, [<HostName 'one.test' [not resolved]>,"
+        " <HostName 'other.test' [not resolved]>]]>"
     )

@@ -1,6 +1,7 @@
 """A process whose event loop hangs is ended, and says where it hung; one that was only stopped for a while is not.
 
-A signal handler blocks the loop, as it runs in the loop's thread; `sitecustomize` puts it into every process.
+A signal handler blocks the loop, as it runs in the loop's thread; `sitecustomize` puts it into every process. It gives
+the report more time than it has otherwise, as a busy machine may take long to write it.
 """
 
 import os
@@ -30,13 +31,18 @@ DRAIN = 1.0
 MARGIN = 5.0  # what a process that hangs may take beyond its time to drain
 SLACK = 20.0  # for a busy machine, where a test does not ask for punctuality
 HOOK = """
-import ctypes, signal
+import ctypes, signal, sys
+
+def wait_for_the_report():
+    sys.modules["api_gateway.watchdog"].REPORT_WITHIN = 20
 
 def spin_visibly(*_):
+    wait_for_the_report()
     while True:
         pass
 
 def wait_outside_of_the_interpreter(*_):
+    wait_for_the_report()
     mutex = ctypes.create_string_buffer(256)
     libc = ctypes.CDLL(None)
     for _ in range(2):
