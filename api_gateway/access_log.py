@@ -25,8 +25,8 @@ class AccessLog:
         line = {
             "time": datetime.fromtimestamp(self._wall_clock(), UTC).isoformat(timespec="milliseconds"),
             "request_id": exchange.id,
-            "peer": exchange.peer,
-            "client": client.id if client else None,
+            "client_address": exchange.peer,
+            "client_id": client.id if client else None,
             "tier": client.quota.name if client else None,
             "method": exchange.method,
             "path": exchange.path,
@@ -38,13 +38,15 @@ class AccessLog:
             "upstream": exchange.upstream,
             "target": exchange.target,
             "attempts": exchange.attempts,
-            "retried": exchange.retried,
+            "retry_reasons": exchange.retried,
             "fallback": exchange.fallback,
             "cost": exchange.cost,
             "remaining": decision.remaining if decision else None,
-            "bytes_in": exchange.bytes_in,
-            "bytes_out": exchange.bytes_out,
+            "bytes_received": exchange.bytes_in,
+            "bytes_sent": exchange.bytes_out,
             "duration_ms": round(exchange.duration * 1000, 3),
-            "upstream_ms": None if exchange.upstream_duration is None else round(exchange.upstream_duration * 1000, 3),
+            "upstream_duration_ms": None
+            if exchange.upstream_duration is None
+            else round(exchange.upstream_duration * 1000, 3),
         }
         self._write_line(f"{_encode(line)}\n")

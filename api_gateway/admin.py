@@ -69,6 +69,7 @@ from api_gateway.reload_bodies import Reloaded
 from api_gateway.reload_views import configuration_view, reload_view
 from api_gateway.report import BreakerSnapshot
 from api_gateway.request_paths import path_as_sent, unescaped
+from api_gateway.shares import ResourceState
 from api_gateway.target_views import upstream_view, utc, verdict_view, wall_time
 from api_gateway.upstream_bodies import (
     BreakersView,
@@ -240,15 +241,15 @@ async def health_view(console: AdminContext) -> HealthView:
     return HealthView(
         status=status,
         version=console.version,
-        uptime=uptime,
+        uptime_seconds=uptime,
         upstreams=upstreams,
-        limits=StoreView(**asdict(report.limiter)),
-        clients=ClientStoreView(
+        store=StoreView(**asdict(report.limiter)),
+        client_store=ClientStoreView(
             status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
         ),
         configuration=configuration_view(report.configuration),
-        event_loop=LagView(seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
-        resources=[ResourceView(**asdict(resource), status=resource.status) for resource in report.resources],
+        event_loop=LagView(lag_seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
+        resources=[_resource_view(resource) for resource in report.resources],
     )
 
 
@@ -356,17 +357,19 @@ async def circuit_breakers(console: Guarded) -> Response:
 async def set_mode(name: str, change: ModeChange, request: Request, console: Guarded) -> ModeChanged:
     """Force a breaker open or closed, only observe it, or leave it to itself again (`auto`).
 
-    The mode holds for `seconds`, or until it is changed, also over a restart. It is on disk when this answers; every
-    worker of this gateway follows within a second. In `observe` calls are counted and moves are made and shown, but
-    nothing is refused.
+    The mode holds for `duration_seconds`, or until it is changed, also over a restart. It is on disk before the
+    response is sent; every worker of this gateway follows within a second. In `observe` calls are counted and
+    transitions are made and shown, but nothing is refused.
     """
     _check_breaker(console, name)
-    if change.mode == "auto" and change.seconds is not None:
-        raise InvalidValue(f"body.seconds: auto ends what was set before and lasts, got {change.seconds:g}.")
+    if change.mode == "auto" and change.duration_seconds is not None:
+        raise InvalidValue(
+            f"body.duration_seconds: auto ends what was set before and lasts, got {change.duration_seconds:g}."
+        )
     override, wall = None, console.clocks.wall()
     if change.mode != "auto":
-        until = None if change.seconds is None else wall + change.seconds
-        override = Override(Mode(change.mode), wall, until, change.reason, _who(request))
+        until = None if change.duration_seconds is None else wall + change.duration_seconds
+        override = Override(Mode(change.mode), wall, until, change.comment, _who(request))
     before = await console.overrides.set(name, override)
     return ModeChanged(name=name, previous=_mode_view(before), current=_mode_view(override))
 
@@ -490,13 +493,14 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
     return ClientView(
         client_id=client_id,
         tier=_tier_view(found.quota),
-        source="default" if found.source == "address" else found.source,
-        grant=given and GrantView(tier=given.tier, until=wall_time(given.until), then=inspection.otherwise.quota.name),
+        tier_source="default" if found.source == "address" else found.source,
+        grant=given
+        and GrantView(tier=given.tier, until=wall_time(given.until), tier_after=inspection.otherwise.quota.name),
         confirmed=inspection.is_confirmed,
         bucket=BucketView(
             tokens=_tokens(found.quota, bucket.reset_ns),
             capacity=found.quota.capacity,
-            full_in=round(bucket.reset_ns / NANOSECONDS, 3),
+            reset_after_seconds=round(bucket.reset_ns / NANOSECONDS, 3),
         ),
     )
 
@@ -611,15 +615,15 @@ def _tier(console: AdminContext, name: str) -> str:
 
 def _until(request: GrantRequest, now: float) -> float:
     """Return when a grant ends, in seconds since the epoch; so is `now`."""
-    if request.until is not None and request.duration is not None:
+    if request.until is not None and request.duration_seconds is not None:
         raise InvalidValue(
-            "body: a grant has either until or for, got"
-            f" until: '{request.until.isoformat()}' and for: {request.duration:g}."
+            "body: a grant has either until or duration_seconds, got"
+            f" until: '{request.until.isoformat()}' and duration_seconds: {request.duration_seconds:g}."
         )
-    if request.duration is not None:
-        return now + request.duration
+    if request.duration_seconds is not None:
+        return now + request.duration_seconds
     if request.until is None:
-        raise InvalidValue("body: a grant needs until (a moment) or for (seconds), got neither.")
+        raise InvalidValue("body: a grant needs until or duration_seconds, got neither.")
     until = request.until.timestamp()
     if until <= now:
         raise InvalidValue(
@@ -638,12 +642,12 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
     limits, made = recorder.limited_by_client.estimate(key), recorder.requests_by_client.estimate(key)
     return HeavyClient(
         client_id=found.id,
-        source=found.source,
+        tier_source=found.source,
         tier=found.quota.name,
         limited=limits.count,
-        limited_error=limits.error,
+        limited_error_bound=limits.error,
         requests=made.count,
-        requests_error=made.error,
+        requests_error_bound=made.error,
     )
 
 
@@ -676,6 +680,17 @@ def _tier_view(quota: Quota) -> TierView:
     return TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity)
 
 
+def _resource_view(resource: ResourceState) -> ResourceView:
+    return ResourceView(
+        resource=resource.resource,
+        upstream=resource.upstream,
+        limit=resource.limit,
+        in_use=resource.in_use,
+        rejected=resource.refused,
+        status=resource.status,
+    )
+
+
 def _mode_view(override: Override | None) -> ModeView:
     if override is None:
         return ModeView(mode=Mode.AUTO.value)
@@ -683,8 +698,8 @@ def _mode_view(override: Override | None) -> ModeView:
         mode=override.mode.value,
         since=wall_time(override.since),
         until=None if override.until is None else wall_time(override.until),
-        reason=override.reason,
-        who=override.who,
+        comment=override.comment,
+        set_by=override.set_by,
     )
 
 
@@ -694,7 +709,7 @@ def _move_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
             at=utc(call.at, now),
             route=call.route or None,
             detail=call.detail,
-            duration=None if call.duration is None else round(call.duration, 4),
+            duration_seconds=None if call.duration is None else round(call.duration, 4),
             request_id=call.request_id or None,
         )
         for call in reversed(record.failures)
@@ -703,11 +718,11 @@ def _move_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
         "at": utc(record.at, now),
         "from": record.source.value,
         "to": record.target.value,
-        "cause": record.cause,
+        "detail": record.cause,
         "mode": record.mode.value,
         "window_calls": record.counts.calls,
         "window_failures": record.counts.failures,
-        "window_slow": record.counts.slow,
+        "window_slow_calls": record.counts.slow,
         "last_failures": failures,
         "next_probe_at": None if record.next_probe_at is None else utc(record.next_probe_at, now),
         "worker": record.worker or None,
@@ -720,7 +735,7 @@ def _breaker_view(breaker: BreakerSnapshot, override: Override | None, now: Mome
     calls, failures, slow = breaker.window_calls, breaker.window_failures, breaker.window_slow
     opened = None
     if breaker.opened_at is not None:
-        opened = OpeningView(at=utc(breaker.opened_at, now), cause=breaker.opened_cause)
+        opened = OpeningView(at=utc(breaker.opened_at, now), detail=breaker.opened_cause)
     several = {"workers": {name: state.value for name, state in breaker.workers.items()}} if breaker.workers else {}
     is_open, probe_at = breaker.state is State.OPEN, breaker.next_probe_at
     return BreakerView(
@@ -732,17 +747,19 @@ def _breaker_view(breaker: BreakerSnapshot, override: Override | None, now: Mome
         window_calls=calls,
         window_failures=failures,
         window_failure_rate=round(failures / calls, 4) if calls else None,
-        window_slow=slow,
-        window_slow_rate=round(slow / calls, 4) if calls else None,
+        window_slow_calls=slow,
+        window_slow_call_rate=round(slow / calls, 4) if calls else None,
         probes_in_flight=breaker.probes_in_flight,
-        one_principal=breaker.one_principal,
-        ramp_share=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
+        failures_of_one_client=breaker.one_principal,
+        ramp_ratio=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,
-        slow_total=breaker.slow_total,
+        slow_calls_total=breaker.slow_total,
         would_open_total=breaker.would_open_total,
         would_reject_total=breaker.would_reject_total,
-        next_probe_in=round(max(0.0, probe_at - now.monotonic), 3) if is_open and probe_at is not None else None,
+        next_probe_in_seconds=round(max(0.0, probe_at - now.monotonic), 3)
+        if is_open and probe_at is not None
+        else None,
         last_opened=opened,
         thresholds=BreakerThresholds(**asdict(breaker.policy)),
         **several,

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "circuit_breakers.json"
 INTERVAL = 0.25  # seconds between two looks at the file
-_KEYS = ("mode", "since", "until", "reason", "who")
+_KEYS = ("mode", "since", "until", "comment", "set_by")
 
 
 class FileUnusable(Exception):
@@ -40,8 +40,8 @@ class Override:
     mode: Mode
     since: float
     until: float | None
-    reason: str
-    who: str
+    comment: str
+    set_by: str
 
     def is_over(self, wall: float) -> bool:
         """Tell whether it has ended by itself."""
@@ -210,7 +210,7 @@ class BreakerOverrides:
 def _words(override: Override | None) -> str:
     if override is None:
         return ""
-    return f", set by {override.who}" + (f": {override.reason}" if override.reason else "")
+    return f", set by {override.set_by}" + (f": {override.comment}" if override.comment else "")
 
 
 def _written(override: Override) -> dict[str, Any]:
@@ -219,8 +219,8 @@ def _written(override: Override) -> dict[str, Any]:
         "mode": override.mode.value,
         "since": _iso(override.since),
         "until": until,
-        "reason": override.reason,
-        "who": override.who,
+        "comment": override.comment,
+        "set_by": override.set_by,
     }
 
 
@@ -243,7 +243,7 @@ def _parsed_override(place: str, given: Any) -> Override:
         raise FileUnusable(f"{place}.mode: must be one of {', '.join(modes)}, got {given['mode']!r}")
     until = None if given["until"] is None else _moment(f"{place}.until", given["until"])
     since = _moment(f"{place}.since", given["since"])
-    return Override(Mode(given["mode"]), since, until, given["reason"], given["who"])
+    return Override(Mode(given["mode"]), since, until, given["comment"], given["set_by"])
 
 
 def _moment(place: str, text: str) -> float:

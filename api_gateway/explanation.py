@@ -118,16 +118,18 @@ class Explainer:
             error = self._refused(route, question.method, target, priority, holder)
         fallback = self._fallback(route, error)
         return Explanation(
-            verdict=_verdict(error, fallback),
+            result=_verdict(error, fallback),
             client=self._client_view(client, exchange.peer),
             route=None if route is None else self._route_view(route, exchange),
             buckets=[_bucket_view(bucket) for bucket in buckets],
-            binding=binding.charge.key,
+            limiting_bucket=binding.charge.key,
             candidate=await self._candidate(client, exchange),
             upstream=None if route is None else self._upstream_view(route, priority, holder),
             fallback=fallback,
-            event_loop=LagExplained(seconds=round(self._lag.lag, 6), shed_share=round(self._lag.share(priority), 3)),
-            limiter=binding.decision.source,
+            event_loop=LagExplained(
+                lag_seconds=round(self._lag.lag, 6), shed_ratio=round(self._lag.share(priority), 3)
+            ),
+            decision_source=binding.decision.source,
         )
 
     async def _client(self, exchange: Exchange, question: ExplainRequest) -> Client:
@@ -189,8 +191,8 @@ class Explainer:
         words = "and its address is limited too" if is_limited else "and its address is exempt from a limit of its own"
         return ClientExplained(
             id=client.id,
-            source=client.source,
-            why=_WHY[client.source].format(header=self._header, address=words),
+            tier_source=client.source,
+            detail=_WHY[client.source].format(header=self._header, address=words),
             registered=client.is_registered,
             address_limited=is_limited,
             tier=TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity),
@@ -203,7 +205,7 @@ class Explainer:
             path=route.path,
             upstream=route.upstream,
             cost=exchange.cost,
-            cost_from="route" if rule is None else f"rule: {rule}",
+            cost_source="route" if rule is None else f"rule: {rule}",
         )
 
     def _upstream_view(self, route: Route, priority: int, holder: str | None) -> UpstreamExplained:
@@ -211,35 +213,37 @@ class Explainer:
         state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
         return UpstreamExplained(
             name=upstream.name,
-            breaker=state.value,
-            next_probe_in=round(due - now, 3) if state is State.OPEN and due is not None else None,
-            healthy=sum(target.is_healthy and target.checks.at is not None for target in upstream.targets),
-            unchecked=sum(target.checks.at is None for target in upstream.targets),
+            circuit_breaker=state.value,
+            next_probe_in_seconds=round(due - now, 3) if state is State.OPEN and due is not None else None,
             targets=len(upstream.targets),
+            healthy_targets=sum(target.is_healthy and target.checks.at is not None for target in upstream.targets),
+            unchecked_targets=sum(target.checks.at is None for target in upstream.targets),
             concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, priority, holder),
         )
 
 
-_OUTCOMES: Mapping[Reason, Literal["limited", "never"]] = {
+_OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
     Reason.RATE_LIMITED: "limited",
-    Reason.COST_EXCEEDS_CAPACITY: "never",
+    Reason.COST_EXCEEDS_CAPACITY: "exceeds_capacity",
 }
 
 
 def _verdict(error: GatewayError | None, fallback: FallbackExplained | None) -> Verdict:
     if error is None:
         words = "Every bucket holds what the request costs, and its upstream may be tried."
-        return Verdict(outcome="allowed", status=None, reason=None, retry_after=None, words=words)
+        return Verdict(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=words)
     if fallback is not None and fallback.used:
         words = f"{error.detail} The fallback '{fallback.name}' answers."
         reason = error.reason.value
-        return Verdict(outcome="fallback", status=fallback.status, reason=reason, retry_after=None, words=words)
+        return Verdict(
+            outcome="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=words
+        )
     return Verdict(
         outcome=_OUTCOMES.get(error.reason, "refused"),
         status=error.status,
         reason=error.reason.value,
-        retry_after=error.retry_after,
-        words=error.detail,
+        retry_after_seconds=error.retry_after,
+        detail=error.detail,
     )
 
 
@@ -251,9 +255,9 @@ def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
 def _concurrency_view(limit: ConcurrencyLimit, priority: int, holder: str | None) -> ConcurrencyExplained:
     return ConcurrencyExplained(
         limit=round(limit.limit, 1),
-        bound=limit.bounds[priority],
+        tier_limit=limit.bounds[priority],
         in_flight=limit.in_flight,
-        admits=not limit.is_full_for(priority, holder),
+        allowed=not limit.is_full_for(priority, holder),
     )
 
 
@@ -266,7 +270,7 @@ def _bucket_view(bucket: _Bucket) -> BucketExplained:
         tokens=round((quota.burst_ns - bucket.owed_ns) / quota.emission_ns, 3),
         capacity=quota.capacity,
         cost=round(charge.increment_ns / quota.emission_ns, 6),
-        passes=decision.allowed,
-        wait=None if decision.wait_ns == NEVER else decision.wait_ns / NANOSECONDS,
-        full_in=round(bucket.owed_ns / NANOSECONDS, 3),
+        allowed=decision.allowed,
+        retry_after_seconds=None if decision.wait_ns == NEVER else decision.wait_ns / NANOSECONDS,
+        reset_after_seconds=round(bucket.owed_ns / NANOSECONDS, 3),
     )

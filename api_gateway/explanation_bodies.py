@@ -26,8 +26,8 @@ class ClientExplained(Body):
     """Who the client is taken for."""
 
     id: str
-    source: ClientSource
-    why: str = Field(description="What names it, and where its tier comes from.")
+    tier_source: ClientSource
+    detail: str = Field(description="What names it, and where its tier comes from.")
     registered: bool = Field(description="True if an operator vouches for it.")
     address_limited: bool = Field(
         description="True if its address is limited too: not for a registered client, nor for an exempt address."
@@ -42,7 +42,7 @@ class RouteExplained(Body):
     path: str
     upstream: str
     cost: float
-    cost_from: str = Field(description="`route`, or the rule of the route that says what it costs.")
+    cost_source: str = Field(description="`route`, or the rule of the route that says what it costs.")
 
 
 class BucketExplained(Body):
@@ -53,20 +53,20 @@ class BucketExplained(Body):
     tokens: float = Field(description="Tokens now; below 0 while it owes what was settled later.")
     capacity: int
     cost: float
-    passes: bool
-    wait: float | None = Field(description="Seconds until this request passes; 0 now, null never.")
-    full_in: float = Field(description="Seconds until the bucket is full.")
+    allowed: bool = Field(description="True if the bucket holds the cost now.")
+    retry_after_seconds: float | None = Field(description="Time until this request passes; 0 now, null never.")
+    reset_after_seconds: float = Field(description="Time until the bucket is full.")
 
 
 class UpstreamExplained(Body):
     """Where the request would go."""
 
     name: str
-    breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
-    next_probe_in: float | None = Field(description="Seconds until a probe is let through; null unless OPEN.")
-    healthy: int = Field(description="Targets that pass their health checks.")
-    unchecked: int = Field(description="Targets that no health check has asked yet, or that have none; they are used.")
-    targets: int
+    circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    next_probe_in_seconds: float | None = Field(description="Time until a probe is admitted; null unless OPEN.")
+    targets: int = Field(description="Number of its targets.")
+    healthy_targets: int = Field(description="Targets that pass their health checks.")
+    unchecked_targets: int = Field(description="Targets without the result of a health check; they get requests.")
     concurrency: "ConcurrencyExplained | None" = Field(description="null if the upstream has no limit.")
 
 
@@ -74,16 +74,16 @@ class ConcurrencyExplained(Body):
     """What may be under way at the upstream, and what is, in the worker that was asked."""
 
     limit: float
-    bound: int = Field(description="Requests of this tier are admitted while fewer are under way.")
+    tier_limit: int = Field(description="Requests of this tier are admitted while fewer are under way.")
     in_flight: int
-    admits: bool
+    allowed: bool
 
 
 class LagExplained(Body):
     """How late the event loop of the worker runs that was asked."""
 
-    seconds: float
-    shed_share: float = Field(description="Share of this tier's requests that is refused for it now, 0 to 1.")
+    lag_seconds: float
+    shed_ratio: float = Field(description="Share of this tier's requests that is refused for it now, 0 to 1.")
 
 
 class FallbackExplained(Body):
@@ -100,23 +100,25 @@ class Verdict(Body):
     Where a fallback would answer, `reason` is why, and `status` the static answer's.
     """
 
-    outcome: Literal["allowed", "limited", "never", "refused", "fallback"]
+    outcome: Literal["allowed", "limited", "exceeds_capacity", "refused", "fallback"]
     status: int | None
     reason: str | None
-    retry_after: float | None = Field(description="Seconds until it passes, as far as that is known.")
-    words: str
+    retry_after_seconds: float | None = Field(description="Time until it passes, as far as that is known.")
+    detail: str
 
 
 class Explanation(Body):
     """The answer to a question, and every figure it rests on."""
 
-    verdict: Verdict
+    result: Verdict
     client: ClientExplained
     route: RouteExplained | None
     buckets: list[BucketExplained]
-    binding: str = Field(description="Key of the bucket that refuses longest, or takes the fewest such requests more.")
+    limiting_bucket: str = Field(
+        description="Key of the bucket that refuses longest, or takes the fewest such requests more."
+    )
     candidate: BucketExplained | None = Field(description="The bucket that is tried beside them; it limits nobody.")
     upstream: UpstreamExplained | None
     fallback: FallbackExplained | None
     event_loop: LagExplained
-    limiter: DecisionSource = Field(description="What the figures rest on.")
+    decision_source: DecisionSource = Field(description="What the figures rest on.")

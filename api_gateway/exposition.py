@@ -109,12 +109,12 @@ class PrometheusExposition:
         for reason in Reason:
             rejections.add_metric([reason.value], recorder.rejections[reason.value])
         yield rejections
-        refusals = CounterMetricFamily(
-            "gateway_operator_refusals", "Requests to operator endpoints that were refused.", labels=["cause"]
+        rejected = CounterMetricFamily(
+            "gateway_operator_rejections", "Requests to operator endpoints that were rejected.", labels=["reason"]
         )
-        for cause, count in recorder.operator_refusals.items():
-            refusals.add_metric([cause], count)
-        yield refusals
+        for label, count in recorder.operator_rejections.items():
+            rejected.add_metric([label], count)
+        yield rejected
 
     def _shown(self, series: Mapping[str, WindowedSeries]) -> list[tuple[str, WindowedSeries]]:
         return [(name, one) for name, one in series.items() if self._are_few or one.is_used]
@@ -144,27 +144,31 @@ class PrometheusExposition:
                 family.add_metric([tier], count)
             yield family
         settlements = CounterMetricFamily(
-            "gateway_rate_limit_settlements", "Costs settled after the decision.", labels=["kind"]
+            "gateway_rate_limit_settlements", "Costs settled after the decision.", labels=["result"]
         )
-        for kind, count in self._recorder.settlements.items():
-            settlements.add_metric([kind], count)
+        for result, count in self._recorder.settlements.items():
+            settlements.add_metric([result], count)
         yield settlements
         sources = CounterMetricFamily(
-            "gateway_rate_limit_decision_sources", "Decisions by what they rest on.", labels=["source"]
+            "gateway_rate_limit_decisions_by_source",
+            "Decisions of the rate limiter, by what they rest on.",
+            labels=["decision_source"],
         )
-        modes = GaugeMetricFamily("gateway_rate_limit_mode", "1 for what decisions rest on now.", labels=["mode"])
+        current = GaugeMetricFamily(
+            "gateway_rate_limit_decision_source", "1 for what decisions rest on now.", labels=["decision_source"]
+        )
         for source in get_args(DecisionSource):
             sources.add_metric([source], self._recorder.sources[source])
-            modes.add_metric([source], source == self._limiter.mode)
+            current.add_metric([source], source == self._limiter.decision_source)
         yield sources
-        yield modes
+        yield current
         yield CounterMetricFamily(
             "gateway_store_failures",
             "Calls of the store without an answer in time, and attempts to connect.",
             value=self._limiter.failures,
         )
-        yield GaugeMetricFamily(
-            "gateway_store_evicted_keys",
+        yield CounterMetricFamily(
+            "gateway_store_evicted_keys_total",
             "Keys the store has thrown out for want of memory since it began; a bucket among them is full again.",
             value=self._limiter.evicted_keys,
         )
@@ -225,25 +229,23 @@ class PrometheusExposition:
     def _retries(self) -> Iterator[Metric]:
         recorder = self._recorder
         used = [name for name in recorder.upstreams if self._is_used(name)]
-        for name, words, label, closed, counts in (
+        for name, words, closed, counts in (
             (
-                "gateway_retries",
-                "Repeated tries, by what the last failed with.",
-                "cause",
+                "gateway_upstream_retries",
+                "Repeated attempts, by why the attempt before failed.",
                 RETRY_CAUSES,
                 recorder.retries,
             ),
             (
-                "gateway_retries_denied",
-                "Failed tries not repeated.",
-                "why",
+                "gateway_upstream_retries_denied",
+                "Failed attempts that were not repeated.",
                 tuple(RetryDenied),
                 recorder.retries_denied,
             ),
         ):
             known = dict.fromkeys((upstream, value) for upstream in used for value in closed)
             rows = [(map(str, key), counts[key]) for key in known | dict.fromkeys(counts)]
-            yield from _family(CounterMetricFamily, name, words, ["upstream", label], rows)
+            yield from _family(CounterMetricFamily, name, words, ["upstream", "reason"], rows)
         fallbacks = CounterMetricFamily(
             "gateway_fallbacks",
             "Fallbacks used, by who answered and the reason of the failure.",
@@ -299,21 +301,21 @@ class PrometheusExposition:
         running = [(name, upstream.concurrency) for name, upstream in self._upstreams.items()]
         yield from _family(
             GaugeMetricFamily,
-            "gateway_concurrency_limit",
+            "gateway_upstream_concurrency_limit",
             "Requests that may be under way at once.",
             ["upstream"],
             (((name,), one.limit) for name, one in running if one.limit is not None),
         )
         yield from _family(
             GaugeMetricFamily,
-            "gateway_concurrency_in_flight",
+            "gateway_upstream_requests_in_flight",
             "Requests under way.",
             ["upstream"],
             (((name,), one.in_flight) for name, one in running if one.limit is not None or self._is_used(name)),
         )
         yield from _family(
             CounterMetricFamily,
-            "gateway_shed",
+            "gateway_shed_requests",
             "Requests refused because too much was under way.",
             ["upstream", "tier"],
             (
@@ -329,17 +331,17 @@ class PrometheusExposition:
     def _reloads(self) -> Iterator[Metric]:
         state = self._configuration
         yield GaugeMetricFamily(
-            "gateway_config_reload_success",
+            "gateway_config_last_reload_successful",
             "1 unless the last reload of the configuration failed.",
             value=state.is_successful,
         )
         yield GaugeMetricFamily(
-            "gateway_config_reload_last_success_timestamp_seconds",
+            "gateway_config_last_reload_success_timestamp_seconds",
             "When the configuration in force was read.",
             value=state.loaded_at,
         )
         reloads = CounterMetricFamily(
-            "gateway_config_reload", "Reloads of the configuration, by result.", labels=["result"]
+            "gateway_config_reloads", "Reloads of the configuration, by result.", labels=["result"]
         )
         for result, count in state.counts.items():
             reloads.add_metric([result], count)
@@ -371,7 +373,7 @@ class PrometheusExposition:
         )
         yield from _family(
             CounterMetricFamily,
-            "gateway_resource_refused",
+            "gateway_resource_rejections",
             "What got no place, or exceeded an address's or client's share.",
             labels,
             ((key, one.refused) for key, one in resources),

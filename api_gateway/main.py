@@ -163,7 +163,7 @@ def create_app(
         await run_in_threadpool(_build_routes, app)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
         async with app.noting_startup_error(), assembly.live(settings) as gateway:
-            gateway.recorder.operator_refusals = app.gate.refusals
+            gateway.recorder.operator_rejections = app.gate.refusals
             installation = Installation(
                 app,
                 assembly,

@@ -54,10 +54,10 @@ def _merge_limiters(reports: Sequence[WorkerSnapshot]) -> LimiterState:
     states = [report.limiter for report in reports]
     present = [report.limiter for report in reports if not report.is_over] or states
     return LimiterState(
-        mode=min((state.mode for state in present), key=_EXACT.__contains__, default="memory"),
-        processes=max((state.processes for state in present), default=1),
-        batches=sum(state.batches for state in states),
-        questions=sum(state.questions for state in states),
+        decision_source=min((state.decision_source for state in present), key=_EXACT.__contains__, default="memory"),
+        gateway_processes=max((state.gateway_processes for state in present), default=1),
+        calls=sum(state.calls for state in states),
+        operations=sum(state.operations for state in states),
         failures=sum(state.failures for state in states),
         last_error=next((state.last_error for state in present if state.last_error), None),
         evicted_keys=max((state.evicted_keys for state in present), default=0),  # all ask the same store

@@ -42,7 +42,7 @@ _COUNTERS = (
     "would_limit",
     "would_allow",
     "settlements",
-    "operator_refusals",
+    "operator_rejections",
     "dropped_lines",
     "write_errors",
 )
@@ -358,7 +358,7 @@ class Recorder:
         self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused, but not by the candidate
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         places = (*self.upstreams, GATEWAY)
-        self.operator_refusals: Counter[str] = Counter()  # requests to operator endpoints, by cause
+        self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
@@ -523,7 +523,7 @@ class Recorder:
         breakers = yield from each(upstreams.items(), _breaker_counts)
         concurrency = yield from each(upstreams.items(), self.concurrency)
         return MetricsView(
-            uptime=round(now - self.started, 3),
+            uptime_seconds=round(now - self.started, 3),
             requests=RequestCounts(
                 total=self.requests.total(),
                 in_flight=self.in_flight,
@@ -539,7 +539,7 @@ class Recorder:
             retries_denied=_nested(self.upstreams, self.retries_denied),
             fallbacks=_by_route(self.fallbacks),
             rejections=dict(self.rejections),
-            operator_refusals=dict(self.operator_refusals),
+            operator_rejections=dict(self.operator_rejections),
             rate_limiter=LimiterView(
                 allowed=dict(self.allowed),
                 limited=dict(self.limited),
@@ -547,15 +547,15 @@ class Recorder:
                 would_allow=dict(self.would_allow),
                 settlements=dict(self.settlements),
                 buckets=buckets,
-                bucket_limit=bucket_limit,
-                overflowed=overflowed,
-                sources=dict(self.sources),
+                max_buckets=bucket_limit,
+                overflow_decisions=overflowed,
+                decisions_by_source=dict(self.sources),
                 store=StoreView(**asdict(limiter)),
             ),
             circuit_breakers=breakers,
             output=OutputView(dropped_lines=dict(self.dropped_lines), write_errors=dict(self.write_errors)),
             overload=OverloadView(
-                event_loop_lag=round(lag, 6),
+                event_loop_lag_seconds=round(lag, 6),
                 upstreams=concurrency,
                 shed={name: dict(counts) for name, counts in self.shed.items()},
             ),
@@ -638,7 +638,7 @@ def _breaker_counts(_name: str, upstream: UpstreamFigures) -> BreakerCounts:
         opened_total=breaker.opened_total,
         rejected_total=breaker.rejected_total,
         mode=breaker.mode.value,
-        slow_total=breaker.slow_total,
+        slow_calls_total=breaker.slow_total,
         would_open_total=breaker.would_open_total,
         would_reject_total=breaker.would_reject_total,
     )

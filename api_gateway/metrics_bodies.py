@@ -73,9 +73,11 @@ class LimiterView(Body):
         description="Costs settled after the decision: more charged, given back, or told in a way nobody can read."
     )
     buckets: int = Field(description="Buckets in memory; full ones are forgotten.")
-    bucket_limit: int
-    overflowed: int = Field(description="Decisions made on a shared bucket because the table was full.")
-    sources: dict[str, int] = Field(description="Decisions by what they rest on: memory, store, deny_cache, …")
+    max_buckets: int
+    overflow_decisions: int = Field(description="Decisions made on a shared bucket because the table was full.")
+    decisions_by_source: dict[str, int] = Field(
+        description="Decisions by what they rest on: memory, store, deny_cache, …"
+    )
     store: "StoreView"
 
 
@@ -86,7 +88,7 @@ class BreakerCounts(Body):
     mode: BreakerMode
     opened_total: int
     rejected_total: int
-    slow_total: int
+    slow_calls_total: int
     would_open_total: int
     would_reject_total: int
 
@@ -94,7 +96,7 @@ class BreakerCounts(Body):
 class OverloadView(Body):
     """What was refused because too much was under way, and how much is."""
 
-    event_loop_lag: float = Field(description="Seconds by which the event loop runs late.")
+    event_loop_lag_seconds: float = Field(description="How late the event loop runs.")
     upstreams: dict[str, ConcurrencyView]
     shed: dict[str, dict[str, int]] = Field(description="By upstream and tier; `_gateway` is the gateway itself.")
 
@@ -109,22 +111,23 @@ class OutputView(Body):
 class MetricsView(Body):
     """Everything counted since the start, for people; Prometheus reads the same URL as text."""
 
-    uptime: float
+    uptime_seconds: float
     requests: RequestCounts
     rates: RateSeries
     route_rates: dict[str, RateSeries]
     latency: LatencyView
     upstream_outcomes: dict[str, dict[str, int]]
     retries: dict[str, dict[str, int]] = Field(
-        description="Repeated tries, by upstream and what the last failed with."
+        description="Repeated attempts, by upstream and the reason of the failure before."
     )
     retries_denied: dict[str, dict[str, int]] = Field(
-        description="Failed tries that were not repeated, by upstream and why."
+        description="Failed attempts that were not repeated, by upstream and reason."
     )
     fallbacks: dict[str, dict[str, int]] = Field(description="Fallbacks used, by route and reason of the failure.")
     rejections: dict[str, int] = Field(description="Answers made by the gateway, by reason.")
-    operator_refusals: dict[str, int] = Field(
-        description="Requests to operator endpoints that were refused: no_token, wrong_token, role, cross_site."
+    operator_rejections: dict[str, int] = Field(
+        description="Rejected requests to operator endpoints, by reason: missing_token, invalid_token,"
+        " insufficient_role, cross_site."
     )
     rate_limiter: LimiterView
     circuit_breakers: dict[str, BreakerCounts]

@@ -122,15 +122,15 @@ class Client:
 class LimiterState:
     """What decisions rest on now, and how the shared store has fared, if there is one.
 
-    `processes` is how many gateways share a bucket while the store cannot be used; `questions` were answered by the
-    store in so many `batches`, and `failures` are batches that were not, and attempts to connect. `evicted_keys` are
-    those the store has thrown out for want of memory since it began, buckets or not.
+    `gateway_processes` is how many share a bucket while the store cannot be used; the store executed `operations` in
+    so many `calls`, and `failures` are calls without a response in time, and attempts to connect. `evicted_keys` are
+    those the store has evicted for lack of memory since it began, buckets or not.
     """
 
-    mode: DecisionSource = "memory"
-    processes: int = 1
-    batches: int = 0
-    questions: int = 0
+    decision_source: DecisionSource = "memory"
+    gateway_processes: int = 1
+    calls: int = 0
+    operations: int = 0
     failures: int = 0
     last_error: str | None = None
     evicted_keys: int = 0
@@ -139,7 +139,7 @@ class LimiterState:
     @property
     def is_whole(self) -> bool:
         """True while limits are exact, and nothing is known that will make them otherwise."""
-        return self.mode in ("memory", "store") and self.warning is None
+        return self.decision_source in ("memory", "store") and self.warning is None
 
 
 class Outcome(Enum):
@@ -249,7 +249,7 @@ class GrantRequest(RequestBody):
     until: AwareDatetime | None = Field(
         default=None, description="When it ends, ISO 8601 with its offset.", examples=["2026-12-01T00:00:00Z"]
     )
-    duration: float | None = Field(default=None, alias="for", description="Seconds it lasts.", gt=0, le=3_200_000_000)
+    duration_seconds: float | None = Field(default=None, description="How long it lasts.", gt=0, le=3_200_000_000)
 
 
 class TierView(Body):
@@ -265,7 +265,7 @@ class BucketView(Body):
 
     tokens: float = Field(description="Tokens in the bucket now.")
     capacity: int
-    full_in: float = Field(description="Seconds until the bucket is full.")
+    reset_after_seconds: float = Field(description="Time until the bucket is full.")
 
 
 class GrantView(Body):
@@ -273,7 +273,7 @@ class GrantView(Body):
 
     tier: str
     until: str = Field(description="UTC, ISO 8601, by the clock of each gateway's machine.")
-    then: str = Field(description="Name of the tier that the client returns to.")
+    tier_after: str = Field(description="Name of the tier that the client returns to.")
 
 
 class ClientView(Body):
@@ -281,7 +281,7 @@ class ClientView(Body):
 
     client_id: str
     tier: TierView
-    source: Literal["granted", "registered", "configured", "default"] = Field(
+    tier_source: Literal["granted", "registered", "configured", "default"] = Field(
         description="Where the tier comes from: a grant, a registration by this API, the configuration, or nowhere"
         " (the default tier)."
     )
@@ -320,15 +320,15 @@ class BucketReset(Body):
 
 
 class HeavyClient(Body):
-    """A client and how often it came; each true count lies between the count less its error, and the count."""
+    """A client and how often it came; each true count lies between the count less its error bound, and the count."""
 
     client_id: str
-    source: ClientSource
+    tier_source: ClientSource
     tier: str
     limited: int
-    limited_error: int
+    limited_error_bound: int
     requests: int
-    requests_error: int
+    requests_error_bound: int
 
 
 class HeavyClients(Body):

@@ -35,7 +35,7 @@ from api_gateway.request_paths import first_segment, path_as_sent, target_of
 logger = logging.getLogger(__name__)
 
 OPERATOR = "gateway.operator"  # the scope's key for the operator who was admitted
-CAUSES = ("no_token", "wrong_token", "role", "cross_site")  # why a request was refused
+REASONS = ("missing_token", "invalid_token", "insufficient_role", "cross_site")  # for which a request is rejected
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _QUESTIONS = frozenset({"explain"})  # endpoints that change nothing although they take a body
 _PAGES = frozenset({"docs"})  # pages that hold no data: other sites may link to them
@@ -84,7 +84,7 @@ class OperatorGate:
         """
         self.app = app
         self.access = access
-        self.refusals: Counter[str] = Counter(dict.fromkeys(CAUSES, 0))
+        self.refusals: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self._endpoints = frozenset(endpoints)
         self._has_admin_listener = has_admin_listener
         self._readiness = readiness
@@ -148,7 +148,7 @@ class OperatorGate:
         needed = Role.READ if method in _READS or first in _QUESTIONS else Role.OPERATE
         if not operator.may(needed):
             raise self._refusal(
-                "role",
+                "insufficient_role",
                 scope,
                 Forbidden(f"The token '{operator.name}' has the role 'read'; {method} needs the role 'operate'."),
             )
@@ -193,20 +193,20 @@ class OperatorGate:
                 "Without an admin token this endpoint answers only direct requests from this machine to localhost. "
                 "Set admin.token (GATEWAY_ADMIN__TOKEN) to reach it from elsewhere."
             )
-        return self._refusal("wrong_token" if is_wrong else "no_token", scope, error)
+        return self._refusal("invalid_token" if is_wrong else "missing_token", scope, error)
 
     def _address(self, scope: Scope, fields: Fields) -> str:
         peer = scope["client"][0] if scope.get("client") else "unknown"
         return client_address(peer, fields, self.access.trusted_proxies)
 
-    def _refusal(self, cause: str, scope: Scope, error: GatewayError) -> GatewayError:
+    def _refusal(self, reason: str, scope: Scope, error: GatewayError) -> GatewayError:
         """Count a refused request, log it unless too many are, and return the error."""
-        self.refusals[cause] += 1
+        self.refusals[reason] += 1
         unlogged = self._limits.log_line()
         if unlogged is not None:
             logger.warning(
                 "operator endpoint refused: %s: %s %s from %s%s",
-                cause,
+                reason,
                 scope["method"],
                 ascii(path_as_sent(scope)[:_MAX_LOGGED])[1:-1],
                 self._address(scope, fields_of(scope["headers"])),

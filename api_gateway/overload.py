@@ -181,7 +181,7 @@ class ConcurrencyLimit:
                 "upstream": upstream,
                 "tier": tier,
                 "concurrency_limit": round(self.limit, 1),
-                "concurrency_bound": bound,
+                "tier_concurrency_limit": bound,
                 "in_flight": self.in_flight,
             },
         )
@@ -239,7 +239,11 @@ class EventLoopShedder:
         return LoadShed(
             f"{_GATEWAY.format(lag=self.lag, most=self.most)} {share:.0%} of the requests{whose} are refused now.",
             retry_after=_retry_after(self._source),
-            extra={"tier": tier, "event_loop_lag": round(self.lag, 3), "max_lag": self.most},
+            extra={
+                "tier": tier,
+                "event_loop_lag_seconds": round(self.lag, 3),
+                "max_event_loop_lag_seconds": self.most,
+            },
         )
 
 

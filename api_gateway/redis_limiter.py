@@ -149,10 +149,10 @@ class RedisLimiter:
         """See `RateLimiter`."""
         dispatcher = self.dispatcher
         return LimiterState(
-            mode=self.mode,
-            processes=self.share.processes,
-            batches=dispatcher.batches,
-            questions=dispatcher.questions,
+            decision_source=self.mode,
+            gateway_processes=self.share.processes,
+            calls=dispatcher.batches,
+            operations=dispatcher.questions,
             failures=dispatcher.failures,
             last_error=dispatcher.last_error,
             evicted_keys=self._evictions.keys,

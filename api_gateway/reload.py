@@ -99,4 +99,4 @@ class Reloader:
 
 def refused(problem: str) -> Outcome:
     """Return the outcome of a reload that comes at a bad time."""
-    return Outcome(Result.REFUSED, problems=(problem,))
+    return Outcome(Result.UNAVAILABLE, problems=(problem,))

@@ -30,4 +30,4 @@ class ConfigurationView(Body):
 
     status: Literal["pass", "warn"] = Field(description="warn while the last reload failed: an older one is in force.")
     loaded_at: str = Field(description="When it was read, UTC, ISO 8601.")
-    problems: list[str] = Field(description="Why the newest configuration is not in force.")
+    errors: list[str] = Field(description="Why the newest configuration is not in force.")

@@ -12,7 +12,7 @@ class Result(StrEnum):
     SUCCESS = "success"
     INVALID = "invalid"  # the configuration is wrong
     FAILED = "failed"  # it is right and could not be put into force
-    REFUSED = "refused"  # it came at a time at which none can be made
+    UNAVAILABLE = "unavailable"  # the gateway drains, or its workers are being restarted
 
 
 class ChangedSetting(NamedTuple):
@@ -73,7 +73,7 @@ class ReloadState:
         counts = {**self.counts, outcome.result.value: self.counts[outcome.result.value] + 1}
         if outcome.result is Result.SUCCESS:
             return ReloadState(now, (), counts)
-        problems = self.problems if outcome.result is Result.REFUSED else outcome.problems
+        problems = self.problems if outcome.result is Result.UNAVAILABLE else outcome.problems
         return ReloadState(self.loaded_at, problems, counts)
 
     @classmethod

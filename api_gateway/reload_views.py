@@ -13,11 +13,11 @@ def reload_view(outcome: Outcome) -> Reloaded:
     problems = list(outcome.problems)
     detail = f"The configuration was not reloaded: {'; '.join(problems).rstrip('.')}."
     if outcome.result is Result.INVALID:
-        raise InvalidValue(detail, extra={"problems": problems})
-    if outcome.result is Result.REFUSED:
+        raise InvalidValue(detail, extra={"errors": problems})
+    if outcome.result is Result.UNAVAILABLE:
         raise Draining(detail, retry_after=AGAIN_AFTER)
     if outcome.result is Result.FAILED:
-        raise InternalError(detail, extra={"problems": problems})
+        raise InternalError(detail, extra={"errors": problems})
     return Reloaded(
         result="reloaded" if outcome.changes else "unchanged",
         changes=[
@@ -39,5 +39,5 @@ def configuration_view(state: ReloadState) -> ConfigurationView:
     return ConfigurationView(
         status="pass" if state.is_successful else "warn",
         loaded_at=wall_time(state.loaded_at),
-        problems=list(state.problems),
+        errors=list(state.problems),
     )

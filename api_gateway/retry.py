@@ -25,7 +25,7 @@ class RetryDenied(StrEnum):
     ATTEMPTS = "attempts"  # it has been tried as often as it may be
     METHOD = "method"  # it may have had its effect, and neither its method nor a key says that once more is harmless
     BODY = "body"  # it was not kept, and cannot be sent again
-    BREAKER = "breaker"  # the upstream is in trouble, or this was the probe that asked whether it still is
+    BREAKER = "circuit_breaker"  # the upstream is in trouble, or this was the probe that asked whether it still is
     RETRY_AFTER = "retry_after"  # the upstream asked for more time than a client should be kept waiting
     DEADLINE = "deadline"  # none of the request's time would be left
     BUDGET = "budget"  # retries have had their share of the requests

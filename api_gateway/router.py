@@ -603,4 +603,4 @@ def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
     """
     has_cost = exchange.has_reached or (exchange.has_begun and not deadline.is_upstream_fault)
     kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout
-    return kind(deadline.message(), extra={"deadline": deadline.source})
+    return kind(deadline.message(), extra={"deadline_source": deadline.source})

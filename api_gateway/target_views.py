@@ -19,10 +19,10 @@ from api_gateway.upstream_bodies import (
 
 def upstream_view(upstream: UpstreamSnapshot, now: Moment, concurrency: ConcurrencyView) -> UpstreamView:
     """Return how an upstream stands."""
-    names = {"names": [_name_view(name, now) for name in upstream.names]} if upstream.names else {}
+    names = {"dns_names": [_name_view(name, now) for name in upstream.names]} if upstream.names else {}
     return UpstreamView(
         status=upstream.status,
-        breaker=upstream.breaker.state.value,
+        circuit_breaker=upstream.breaker.state.value,
         targets=[_target_view(target, now) for target in upstream.targets],
         concurrency=concurrency,
         **names,
@@ -35,7 +35,7 @@ def verdict_view(target: TargetSnapshot, now: Moment) -> VerdictView:
         healthy=target.verdict,
         active=_active_view(target, now),
         passive=_passive_view(target.passive, now),
-        share=round(target.share, 3),
+        slow_start_ratio=round(target.share, 3),
     )
 
 
@@ -45,12 +45,10 @@ def _target_view(target: TargetSnapshot, now: Moment) -> TargetView:
         url=target.url,
         healthy=target.verdict,
         in_flight=target.in_flight,
-        checked=target.checks.at is not None,
-        last_check=target.checks.finding,
         active=verdict.active,
         passive=verdict.passive,
-        share=verdict.share,
-        **({} if target.named is None else {"name": target.named}),
+        slow_start_ratio=verdict.slow_start_ratio,
+        **({} if target.named is None else {"configured_url": target.named}),
     )
 
 
@@ -61,7 +59,7 @@ def _active_view(target: TargetSnapshot, now: Moment) -> ActiveView | None:
     return ActiveView(
         result=checks.finding or "",
         at=utc(checks.at, now),
-        good=checks.is_good,
+        passed=checks.is_good,
         consecutive=checks.consecutive,
         last_error=checks.last_error,
         last_error_at=None if checks.last_error_at is None else utc(checks.last_error_at, now),
@@ -73,15 +71,15 @@ def _passive_view(passive: OutlierSnapshot | None, now: Moment) -> PassiveView |
         return None
     opened, probe_at = None, passive.next_probe_at
     if passive.opened_at is not None:
-        opened = OpeningView(at=utc(passive.opened_at, now), cause=passive.opened_cause)
+        opened = OpeningView(at=utc(passive.opened_at, now), detail=passive.opened_cause)
     return PassiveView(
-        breaker=passive.state.value,
+        circuit_breaker=passive.state.value,
         ejected=passive.is_ejected,
         consecutive_failures=passive.consecutive_failures,
         last_opened=opened,
-        next_probe_in=None if probe_at is None else round(max(0.0, probe_at - now.monotonic), 3),
+        next_probe_in_seconds=None if probe_at is None else round(max(0.0, probe_at - now.monotonic), 3),
         ejections_total=passive.ejections_total,
-        kept=_why_kept(passive),
+        not_ejected_detail=_why_kept(passive),
     )
 
 
@@ -103,7 +101,7 @@ def _name_view(name: HostNameSnapshot, now: Moment) -> NameView:
         host=name.host,
         port=name.port,
         addresses=list(name.addresses),
-        asked_at=None if name.asked_at is None else utc(name.asked_at, now),
+        queried_at=None if name.asked_at is None else utc(name.asked_at, now),
         error=name.error,
     )
 

@@ -12,7 +12,7 @@ class OpeningView(Body):
     """Why a breaker last opened."""
 
     at: str = Field(description="UTC, ISO 8601.")
-    cause: str
+    detail: str
 
 
 class BreakerThresholds(Body):
@@ -33,11 +33,11 @@ class BreakerThresholds(Body):
 
 
 class ModeChange(RequestBody):
-    """The body of POST /circuit-breakers/{name}: the mode, for how many seconds (null: until changed), and why."""
+    """The body of POST /circuit-breakers/{name}: the mode, for how long (null: until changed), and a comment."""
 
     mode: BreakerMode = Field(description="`auto` takes back what was set before.", examples=["forced_open"])
-    seconds: float | None = Field(default=None, gt=0, le=3_200_000_000, examples=[600])
-    reason: str = Field(default="", max_length=500, examples=["the database is being moved"])
+    duration_seconds: float | None = Field(default=None, gt=0, le=3_200_000_000, examples=[600])
+    comment: str = Field(default="", max_length=500, examples=["the database is being moved"])
 
 
 class ModeView(Body):
@@ -46,8 +46,8 @@ class ModeView(Body):
     mode: BreakerMode
     since: str | None = Field(default=None, description="UTC, ISO 8601.")
     until: str | None = Field(default=None, description="UTC, ISO 8601; null until it is changed.")
-    reason: str = ""
-    who: str | None = Field(default=None, description="Where the request came from that set it.")
+    comment: str = ""
+    set_by: str | None = Field(default=None, description="The operator who set it: token and address.")
 
 
 class ModeChanged(Body):
@@ -69,23 +69,23 @@ class BreakerView(Body):
     window_calls: int = Field(description="Counted calls inside the window.")
     window_failures: int
     window_failure_rate: float | None = Field(description="None while the window holds no call.")
-    window_slow: int = Field(description="Calls inside the window that took slow_call_duration or longer.")
-    window_slow_rate: float | None = Field(description="None while the window holds no call.")
+    window_slow_calls: int = Field(description="Calls inside the window that took slow_call_duration or longer.")
+    window_slow_call_rate: float | None = Field(description="None while the window holds no call.")
     probes_in_flight: int
-    one_principal: bool = Field(
+    failures_of_one_client: bool = Field(
         description="True while a threshold is reached by the failures of one client alone, and others call too: that"
         " does not open it. A client is one that is registered, or else an address."
     )
-    ramp_share: float | None = Field(
+    ramp_ratio: float | None = Field(
         description="Share of the rate before it opened that is admitted, and 10 a second at least; null unless it has"
         " just closed."
     )
     opened_total: int
     rejected_total: int
-    slow_total: int
+    slow_calls_total: int
     would_open_total: int = Field(description="Times it would have opened, in mode observe.")
     would_reject_total: int = Field(description="Requests it would have refused, in mode observe.")
-    next_probe_in: float | None = Field(description="Seconds until a probe is let through; None unless OPEN.")
+    next_probe_in_seconds: float | None = Field(description="Time until a probe is admitted; null unless OPEN.")
     last_opened: OpeningView | None
     thresholds: BreakerThresholds
     workers: dict[str, Literal["CLOSED", "OPEN", "HALF_OPEN"]] | None = Field(
@@ -98,7 +98,7 @@ class ActiveView(Body):
 
     result: str = Field(description="What the last check found.")
     at: str = Field(description="When that was, UTC, ISO 8601.")
-    good: bool
+    passed: bool
     consecutive: int = Field(description="Results alike in a row: good ones, or bad ones.")
     last_error: str | None
     last_error_at: str | None
@@ -107,13 +107,15 @@ class ActiveView(Body):
 class PassiveView(Body):
     """What live requests have shown of a target: its own circuit breaker."""
 
-    breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
     ejected: bool = Field(description="True while it gets no request for it.")
     consecutive_failures: int
     last_opened: OpeningView | None
-    next_probe_in: float | None = Field(description="Seconds until a request tries it again; None unless OPEN.")
+    next_probe_in_seconds: float | None = Field(description="Time until a request tries it again; null unless OPEN.")
     ejections_total: int
-    kept: str | None = Field(description="Why failures do not eject it; None if nothing keeps it.")
+    not_ejected_detail: str | None = Field(
+        description="Why its failures do not eject it; null if nothing prevents it."
+    )
 
 
 class VerdictView(Body):
@@ -122,7 +124,9 @@ class VerdictView(Body):
     healthy: bool | None = Field(description="What health checks say; null while none has come back, or none is set.")
     active: ActiveView | None = Field(description="None while no health check has come back.")
     passive: PassiveView | None = Field(description="None where the target has no breaker of its own.")
-    share: float = Field(description="How often it is a candidate, 0 to 1: less than 1 while it starts slowly.")
+    slow_start_ratio: float = Field(
+        description="How often the target is a candidate, 0 to 1: less than 1 during its slow start."
+    )
 
 
 class BreakersView(Body):
@@ -143,7 +147,7 @@ class FailedCallView(Body):
     at: str = Field(description="UTC, ISO 8601.")
     route: str | None
     detail: str = Field(description="Its status or error.")
-    duration: float | None = Field(description="Seconds from sending to the answer's head, or to the failure.")
+    duration_seconds: float | None = Field(description="From sending to the response's head, or to the failure.")
     request_id: str | None
 
 
@@ -153,11 +157,11 @@ class TransitionRecordView(Body):
     at: str = Field(description="UTC, ISO 8601.")
     source: Literal["CLOSED", "OPEN", "HALF_OPEN"] = Field(alias="from")
     target: Literal["CLOSED", "OPEN", "HALF_OPEN"] = Field(alias="to")
-    cause: str
+    detail: str = Field(description="What led to it.")
     mode: BreakerMode = Field(description="In mode observe nothing was refused.")
     window_calls: int
     window_failures: int
-    window_slow: int
+    window_slow_calls: int
     last_failures: list[FailedCallView] = Field(description="Since the move before, the newest first; at most 10.")
     next_probe_at: str | None = Field(description="UTC, ISO 8601; null unless it opened.")
     worker: str | None = Field(default=None, description="Whose breaker it was, where several serve.")
@@ -179,8 +183,8 @@ class NameView(Body):
     host: str
     port: int
     addresses: list[str] = Field(description="Empty until it was resolved: then the name itself is the target.")
-    asked_at: str | None = Field(description="UTC, ISO 8601.")
-    error: str | None = Field(description="Why the last question failed; what was known before is kept.")
+    queried_at: str | None = Field(description="When DNS was queried last, UTC, ISO 8601.")
+    error: str | None = Field(description="Why the last query failed; the addresses known before are kept.")
 
 
 class TargetView(Body):
@@ -189,21 +193,19 @@ class TargetView(Body):
     url: str
     healthy: bool | None = Field(description="What health checks say; null while none has come back, or none is set.")
     in_flight: int
-    checked: bool = Field(description="False while no health check has come back, or none is set.")
-    last_check: str | None = Field(description="What the last health check found.")
-    name: str | None = Field(default=None, description="The URL whose host stands for this address.")
+    configured_url: str | None = Field(default=None, description="The URL whose host was resolved to this address.")
     active: ActiveView | None = None
     passive: PassiveView | None = None
-    share: float = 1.0
+    slow_start_ratio: float = 1.0
 
 
 class UpstreamView(Body):
     """Health of an upstream: pass while every target is in rotation, fail when none is healthy or its breaker open."""
 
     status: Literal["pass", "warn", "fail"]
-    breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
+    circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
     targets: list[TargetView]
-    names: list[NameView] | None = None
+    dns_names: list[NameView] | None = None
     concurrency: "ConcurrencyView"
 
 
@@ -218,7 +220,7 @@ class ConcurrencyView(Body):
 class LagView(Body):
     """How late the event loop runs: the worst worker's."""
 
-    seconds: float = Field(description="Median of the last samples.")
+    lag_seconds: float = Field(description="Median of the last samples.")
     shed: int = Field(description="Requests refused for it since the start.")
 
 
@@ -229,20 +231,20 @@ class ResourceView(Body):
     upstream: str | None
     limit: int = Field(description="All workers and targets together.")
     in_use: int
-    refused: int = Field(description="What got no place since the start.")
+    rejected: int = Field(description="What got no place since the start.")
     status: Literal["pass", "warn"] = Field(description="`warn` while it is nearly exhausted.")
 
 
 class StoreView(Body):
     """What the limits rest on now. `memory` and `store` are exact, all else is the policy for a store that is away."""
 
-    mode: DecisionSource
-    processes: int = Field(description="Gateways that share a bucket while the store cannot be used.")
-    batches: int = Field(description="Calls that the store answered in time.")
-    questions: int = Field(description="Decisions and settlements in them.")
-    failures: int = Field(description="Calls that it did not answer in time, and attempts to connect.")
+    decision_source: DecisionSource
+    gateway_processes: int = Field(description="Gateway processes that share a bucket while the store cannot be used.")
+    calls: int = Field(description="Calls that the store answered in time.")
+    operations: int = Field(description="Decisions and settlements in these calls.")
+    failures: int = Field(description="Calls without a response in time, and failed attempts to connect.")
     last_error: str | None
-    evicted_keys: int = Field(description="Keys the store has thrown out for want of memory, since it began.")
+    evicted_keys: int = Field(description="Keys the store has evicted for lack of memory since it started.")
     warning: str | None = Field(description="What about the store makes limits inexact, if anything does.")
 
 
@@ -258,10 +260,10 @@ class HealthView(BaseModel):
 
     status: Literal["pass", "warn", "fail"]
     version: str | None = None
-    uptime: float | None = Field(default=None, description="Seconds since the start.")
+    uptime_seconds: float | None = None
     upstreams: dict[str, UpstreamView] | None = None
-    limits: StoreView | None = None
-    clients: ClientStoreView | None = None
+    store: StoreView | None = None
+    client_store: ClientStoreView | None = None
     event_loop: LagView | None = None
     configuration: ConfigurationView | None = None
     resources: list[ResourceView] | None = None

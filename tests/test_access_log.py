@@ -55,8 +55,8 @@ def test_a_line_tells_everything_of_a_proxied_request() -> None:
     expected = {
         "time": "2023-11-14T22:13:20.250+00:00",
         "request_id": "id-1",
-        "peer": "192.0.2.7",
-        "client": "acme",
+        "client_address": "192.0.2.7",
+        "client_id": "acme",
         "tier": "FREE",
         "method": "POST",
         "path": "/api/users/7",
@@ -69,10 +69,10 @@ def test_a_line_tells_everything_of_a_proxied_request() -> None:
         "attempts": 2,
         "cost": 2.0,
         "remaining": 8,
-        "bytes_in": 12,
-        "bytes_out": 345,
+        "bytes_received": 12,
+        "bytes_sent": 345,
         "duration_ms": 20.123,
-        "upstream_ms": 4.5,
+        "upstream_duration_ms": 4.5,
     }
     assert {key: line.get(key, "missing") for key in expected} == expected
 
@@ -83,12 +83,12 @@ def test_a_line_of_a_request_that_was_refused_at_once_has_empty_places() -> None
     (line,) = logged(exchange)
     assert (line["status"], line["reason"], line["source"], line["duration_ms"]) == (404, "no_route", "gateway", 500)
     assert "No route matches /api/x." in line.values()
-    for key in ("client", "tier", "route", "upstream", "target", "remaining", "upstream_ms"):
+    for key in ("client_id", "tier", "route", "upstream", "target", "remaining", "upstream_duration_ms"):
         assert line[key] is None
 
 
 def test_an_exchange_is_one_line() -> None:
-    assert [line["client"] for line in logged(bare("a"), bare("b"), bare("c"))] == ["a", "b", "c"]
+    assert [line["client_id"] for line in logged(bare("a"), bare("b"), bare("c"))] == ["a", "b", "c"]
 
 
 @given(st.text(), st.text())
@@ -96,4 +96,4 @@ def test_an_exchange_is_one_line() -> None:
 @example("\u2028\u2029\x85\x0b\x0c\x1c\x00\x1b[31m", "/api/\ud800é😀")
 def test_odd_names_and_paths_are_data_and_never_lines(client: str, path: str) -> None:
     lines = logged(bare(client, path))
-    assert [(line["client"], line["path"], line["request_id"]) for line in lines] == [(client, path, "id-1")]
+    assert [(line["client_id"], line["path"], line["request_id"]) for line in lines] == [(client, path, "id-1")]

@@ -74,7 +74,7 @@ def test_changing_a_tier_is_guarded(tokened: RunningGateway) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
-        ("POST", "/clients/acme/grants", b'{"tier": "BASIC", "for": 1}'),
+        ("POST", "/clients/acme/grants", b'{"tier": "BASIC", "duration_seconds": 1}'),
         ("DELETE", "/clients/acme/grants", None),
         ("POST", "/clients/acme/reset", b""),
         ("POST", "/circuit-breakers/up", b'{"mode": "auto"}'),
@@ -105,25 +105,25 @@ def test_a_grant_stands_over_the_tier_until_it_is_ended(plain: RunningGateway) -
     assert changed["until"] == "2999-11-30T23:00:00.000+00:00"
     assert (changed["tokens_before"], changed["tokens_after"]) == (50, 200)
     view = ask(url).json()
-    assert (view["tier"]["name"], view["source"], view["confirmed"]) == ("PREMIUM", "granted", True)
-    assert view["grant"] == {"tier": "PREMIUM", "until": "2999-11-30T23:00:00.000+00:00", "then": "BASIC"}
+    assert (view["tier"]["name"], view["tier_source"], view["confirmed"]) == ("PREMIUM", "granted", True)
+    assert view["grant"] == {"tier": "PREMIUM", "until": "2999-11-30T23:00:00.000+00:00", "tier_after": "BASIC"}
     ended = post(f"{url}/grants", method="DELETE")
     assert (ended["previous"]["name"], ended["current"]["name"], ended["until"]) == ("PREMIUM", "BASIC", None)
     view = ask(url).json()
-    assert (view["source"], view["grant"]) == ("registered", None)
+    assert (view["tier_source"], view["grant"]) == ("registered", None)
 
 
 def test_a_grant_ends_by_itself_and_its_bucket_is_taken_over_once(plain: RunningGateway) -> None:
     """Of 200 tokens 100 are spent, which leaves half of the bucket: 25 of 50 when the grant has ended."""
     url = f"{plain.url}/clients/brief"
     post(f"{url}/tier", {"tier": "BASIC"})
-    post(f"{url}/grants", {"tier": "PREMIUM", "for": 0.5})
+    post(f"{url}/grants", {"tier": "PREMIUM", "duration_seconds": 0.5})
     console = plain.console
     client = console.clients.by_id("brief")
     charge = models.Charge(client.key, client.quota, client.quota.cost_ns(100))
     spent = console.limiter.decide([charge], time.monotonic_ns())
     assert spent.remaining == 100
-    eventually(lambda: ask(url).json()["source"] == "registered", "the grant ends")
+    eventually(lambda: ask(url).json()["tier_source"] == "registered", "the grant ends")
     assert 25 <= ask(url).json()["bucket"]["tokens"] < 32
 
 
@@ -141,15 +141,18 @@ def test_a_reset_fills_the_bucket(plain: RunningGateway) -> None:
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({"tier": "GOLD", "for": 1}, ["'GOLD'", "PREMIUM"]),
-        ({"tier": "FREE"}, ["until", "for", "neither"]),
-        ({"tier": "FREE", "for": 60, "until": "2999-12-01T00:00:00Z"}, ["until", "for: 60", "2999"]),
+        ({"tier": "GOLD", "duration_seconds": 1}, ["'GOLD'", "PREMIUM"]),
+        ({"tier": "FREE"}, ["until", "duration_seconds", "neither"]),
+        (
+            {"tier": "FREE", "duration_seconds": 60, "until": "2999-12-01T00:00:00Z"},
+            ["until", "duration_seconds: 60", "2999"],
+        ),
         ({"tier": "FREE", "until": "2001-12-01T00:00:00Z"}, ["body.until", "2001-12-01", "future"]),
         ({"tier": "FREE", "until": "2999-12-01T00:00:00"}, ["body.until", "2999-12-01", "timezone"]),
         ({"tier": "FREE", "until": "tomorrow"}, ["body.until", "'tomorrow'"]),
-        ({"tier": "FREE", "for": 0}, ["body.for", "got 0"]),
-        ({"tier": "FREE", "for": -5}, ["body.for", "got -5"]),
-        ({"tier": "FREE", "for": 1e300}, ["body.for", "got 1e+300"]),
+        ({"tier": "FREE", "duration_seconds": 0}, ["body.duration_seconds", "got 0"]),
+        ({"tier": "FREE", "duration_seconds": -5}, ["body.duration_seconds", "got -5"]),
+        ({"tier": "FREE", "duration_seconds": 1e300}, ["body.duration_seconds", "got 1e+300"]),
     ],
 )
 def test_a_grant_that_makes_no_sense_is_refused_by_place_and_value(
@@ -176,10 +179,10 @@ def test_a_breaker_is_put_into_a_mode_and_back(tokened: RunningGateway) -> None:
         return ask(f"{tokened.url}/circuit-breakers", headers=authorized).json()["circuit_breakers"]["up"]
 
     assert (shown()["mode"], shown()["override"]) == ("auto", None)
-    changed = change({"mode": "forced_open", "seconds": 600, "reason": "moving house"})
+    changed = change({"mode": "forced_open", "duration_seconds": 600, "comment": "moving house"})
     assert (changed["name"], changed["previous"]["mode"], changed["current"]["mode"]) == ("up", "auto", "forced_open")
     assert shown()["override"] == changed["current"]
-    assert (changed["current"]["reason"], changed["current"]["who"]) == (
+    assert (changed["current"]["comment"], changed["current"]["set_by"]) == (
         "moving house",
         "token 'admin', from 127.0.0.1",
     )
@@ -191,7 +194,7 @@ def test_a_breaker_is_put_into_a_mode_and_back(tokened: RunningGateway) -> None:
     assert "moving house" not in refused["detail"]
     assert 590 < refused["retry_after_seconds"] <= 600
     assert ask(f"{tokened.url}/health", headers=authorized).json()["upstreams"]["up"]["status"] == "fail"
-    observed = change({"mode": "observe", "seconds": None})
+    observed = change({"mode": "observe", "duration_seconds": None})
     assert (observed["previous"], observed["current"]["until"]) == (changed["current"], None)
     assert ask(f"{tokened.url}/api/x").json()["reason"] == "upstream_connect_error"
     assert change({"mode": "auto"})["previous"]["mode"] == "observe"
@@ -227,19 +230,19 @@ def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream
         ("OPEN", "HALF_OPEN"),
         ("CLOSED", "OPEN"),
     ]
-    assert opened["cause"] == "2 consecutive failures; last: status 500"
-    assert (opened["window_calls"], opened["window_failures"], opened["window_slow"]) == (2, 2, 0)
+    assert opened["detail"] == "2 consecutive failures; last: status 500"
+    assert (opened["window_calls"], opened["window_failures"], opened["window_slow_calls"]) == (2, 2, 0)
     assert [(call["request_id"], call["route"], call["detail"]) for call in opened["last_failures"]] == [
         ("request-1", "all", "status 500"),
         ("request-0", "all", "status 500"),
     ]
-    assert all(0 < call["duration"] < 5 for call in opened["last_failures"])
+    assert all(0 < call["duration_seconds"] < 5 for call in opened["last_failures"])
     moments = [datetime.fromisoformat(move["at"]) for move in (opened, half_open, closed)]
     assert moments == sorted(moments)
     wait = datetime.fromisoformat(opened["next_probe_at"]) - moments[0]
     assert abs(wait.total_seconds() - 0.2) < 0.01
     assert (closed["next_probe_at"], opened["worker"], opened["target_url"]) == (None, None, None)
-    assert 0 <= ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]["ramp_share"] < 1
+    assert 0 <= ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]["ramp_ratio"] < 1
 
 
 @pytest.mark.parametrize(
@@ -247,10 +250,10 @@ def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream
     [
         ({"mode": "open"}, ["body.mode", "'forced_open'", "got 'open'"]),
         ({}, ["body.mode", "required"]),
-        ({"mode": "observe", "seconds": 0}, ["body.seconds", "got 0"]),
-        ({"mode": "observe", "seconds": 1e300}, ["body.seconds", "got 1e+300"]),
-        ({"mode": "auto", "seconds": 60}, ["body.seconds", "got 60"]),
-        ({"mode": "observe", "reason": "x" * 501}, ["body.reason", "500"]),
+        ({"mode": "observe", "duration_seconds": 0}, ["body.duration_seconds", "got 0"]),
+        ({"mode": "observe", "duration_seconds": 1e300}, ["body.duration_seconds", "got 1e+300"]),
+        ({"mode": "auto", "duration_seconds": 60}, ["body.duration_seconds", "got 60"]),
+        ({"mode": "observe", "comment": "x" * 501}, ["body.comment", "500"]),
         ({"mode": "observe", "minutes": 5}, ["body.minutes", "got 5"]),
     ],
 )
@@ -301,16 +304,16 @@ def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> No
     assert {
         "status",
         "version",
-        "uptime",
+        "uptime_seconds",
         "upstreams",
-        "limits",
-        "clients",
+        "store",
+        "client_store",
         "event_loop",
         "resources",
         "configuration",
     } == set(full)
-    assert full["limits"]["mode"] == "memory"
-    assert full["clients"] == {"status": "pass", "error": None}
+    assert full["store"]["decision_source"] == "memory"
+    assert full["client_store"] == {"status": "pass", "error": None}
 
 
 @pytest.mark.parametrize(

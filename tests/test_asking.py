@@ -41,7 +41,7 @@ def paused(store: StoreServer) -> Iterator[None]:
 
 
 def sources(running: RunningGateway) -> dict[str, int]:
-    found: dict[str, int] = ask(f"{running.url}/metrics").json()["rate_limiter"]["sources"]
+    found: dict[str, int] = ask(f"{running.url}/metrics").json()["rate_limiter"]["decisions_by_source"]
     return found
 
 

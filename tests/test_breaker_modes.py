@@ -22,8 +22,8 @@ ENTRY: dict[str, Any] = {
     "mode": "forced_open",
     "since": "2027-01-15T08:00:00.000+00:00",
     "until": None,
-    "reason": "",
-    "who": "me",
+    "comment": "",
+    "set_by": "me",
 }
 
 
@@ -100,7 +100,7 @@ def test_a_writer_that_dies_halfway_leaves_the_file_as_it_was(
         ("", ":1:1: not JSON: Expecting value"),
         ("[]", ": must hold an object circuit_breakers"),
         (b"\xff", ": not UTF-8: invalid start byte at byte 0"),
-        ({"users": 7}, ": circuit_breakers.users: must hold mode, since, until, reason, who, got 7"),
+        ({"users": 7}, ": circuit_breakers.users: must hold mode, since, until, comment, set_by, got 7"),
         ({"users": ENTRY | {"mode": 7}}, ": circuit_breakers.users.mode: must be text, got 7"),
         (
             {"users": ENTRY | {"mode": "open"}},

@@ -169,7 +169,7 @@ def test_a_tier_survives_kill_9(tmp_path: Path) -> None:
         running.popen.kill()
     with process(*way, cwd=tmp_path) as running:
         view = running.ask("/clients/survivor").json()
-    assert (view["tier"]["name"], view["source"]) == ("BASIC", "registered")
+    assert (view["tier"]["name"], view["tier_source"]) == ("BASIC", "registered")
 
 
 def test_no_request_imports_anything(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ async def test_a_node_that_hangs_takes_its_own_buckets_with_it_and_no_others(clu
         try:
             while limiter.dispatcher.is_whole:
                 assert (await without_the_last_node(limiter))[0] == {"local_share"}
-            assert limiter.state().mode == "local_share"
+            assert limiter.state().decision_source == "local_share"
             assert limiter.dispatcher.is_usable
             seen = [await without_the_last_node(limiter) for _ in range(10)]
             assert [sources for sources, _ in seen] == [{"local_share"}] * 10
@@ -126,7 +126,7 @@ async def test_a_node_that_hangs_takes_its_own_buckets_with_it_and_no_others(clu
             cluster[2].resume()
         await soon(lambda: limiter.dispatcher.is_whole, "it is back")
         assert (await without_the_last_node(limiter))[0] == {"store"}
-        assert limiter.state().mode == "store"
+        assert limiter.state().decision_source == "store"
 
 
 async def test_a_node_that_dies_does_so_too_until_its_replica_takes_over(cluster: list[StoreServer]) -> None:
@@ -144,7 +144,7 @@ async def test_a_node_that_dies_does_so_too_until_its_replica_takes_over(cluster
             assert (await without_the_last_node(limiter))[0] <= {"local_share", "store"}
             await asyncio.sleep(0.02)
         assert (await without_the_last_node(limiter))[0] == {"store"}
-        assert limiter.state().mode == "store"
+        assert limiter.state().decision_source == "store"
 
 
 async def without_the_last_node(limiter: RedisLimiter) -> tuple[set[str], float]:

@@ -209,7 +209,7 @@ steps = st.lists(
 
 def assert_foretold(told: Explanation, got: dict[str, Any], exchange: Exchange, mood: int) -> None:
     """Compare a verdict with the answer to the request."""
-    verdict = told.verdict
+    verdict = told.result
     assert exchange.client is not None
     assert (told.client.id, told.client.tier.name) == (exchange.client.id, exchange.client.quota.name)
     assert (told.route.name if told.route else None) == exchange.route
@@ -226,13 +226,15 @@ def assert_foretold(told: Explanation, got: dict[str, Any], exchange: Exchange, 
             assert (exchange.fallback, got["headers"][b"x-gateway-fallback"].decode()) == (told.fallback.name,) * 2
         return
     problem = json.loads(got["body"])
-    assert (verdict.status, verdict.reason, verdict.words) == (got["status"], problem["reason"], problem["detail"])
-    assert verdict.retry_after == pytest.approx(problem.get("retry_after_seconds"), abs=0.001)
-    assert (verdict.retry_after is None) == (b"retry-after" not in got["headers"])
-    expected = {"rate_limited": "limited", "cost_exceeds_capacity": "never"}.get(problem["reason"], "refused")
+    assert (verdict.status, verdict.reason, verdict.detail) == (got["status"], problem["reason"], problem["detail"])
+    assert verdict.retry_after_seconds == pytest.approx(problem.get("retry_after_seconds"), abs=0.001)
+    assert (verdict.retry_after_seconds is None) == (b"retry-after" not in got["headers"])
+    expected = {"rate_limited": "limited", "cost_exceeds_capacity": "exceeds_capacity"}.get(
+        problem["reason"], "refused"
+    )
     assert verdict.outcome == expected
     if exchange.decision is not None and not exchange.decision.allowed:
-        assert told.binding == exchange.decision.key
+        assert told.limiting_bucket == exchange.decision.key
 
 
 PLAIN = ExplainRequest(client_id=None, path="/api/one", address="192.0.2.7")
@@ -278,14 +280,14 @@ def test_what_is_limited_passes_the_limiter_when_it_was_said_to(
             stage.now_ns += gap_ns
             await stage.request(other)
         told = await stage.explainer.explain(question)
-        waits = [bucket.wait for bucket in told.buckets]
-        if told.verdict.outcome == "limited":
+        waits = [bucket.retry_after_seconds for bucket in told.buckets]
+        if told.result.outcome == "limited":
             assert all(wait is not None for wait in waits)
             wait_ns = round(max(wait or 0 for wait in waits) * NANOSECONDS)
             stage.now_ns += wait_ns
-            assert (await stage.explainer.explain(question)).verdict.outcome != "limited"
+            assert (await stage.explainer.explain(question)).result.outcome != "limited"
             stage.now_ns -= 1
-            assert (await stage.explainer.explain(question)).verdict.outcome == "limited"
+            assert (await stage.explainer.explain(question)).result.outcome == "limited"
 
     asyncio.run(play())
 
@@ -307,14 +309,14 @@ async def test_it_tells_of_the_fallback_and_whether_it_would_answer(
     stage = Stage(tmp_path)
     question = ExplainRequest(client_id="a", path=path, address="192.0.2.7")
     told = await stage.explainer.explain(question)
-    assert told.verdict.outcome == "allowed"
+    assert told.result.outcome == "allowed"
     assert told.fallback is not None
     assert told.fallback.model_dump() == fallback | {"used": False}
     for upstream in stage.upstreams[: 1 if pair_is_up else 2]:
         for target in upstream.targets:
             target.is_healthy = False
     told = await stage.explainer.explain(question)
-    assert (told.verdict.outcome, told.verdict.reason) == (outcome, "no_healthy_upstream")
+    assert (told.result.outcome, told.result.reason) == (outcome, "no_healthy_upstream")
     assert told.fallback is not None
     assert told.fallback.model_dump() == fallback
 
@@ -325,29 +327,29 @@ async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
     assert (await stage.request(question.model_copy(update={"path": "/api/one"})))["status"] == 200
     stage.now_ns += NANOSECONDS // 4
     told = await stage.explainer.explain(question)
-    assert told.verdict.model_dump() == {
+    assert told.result.model_dump() == {
         "outcome": "limited",
         "status": 429,
         "reason": "rate_limited",
-        "retry_after": 0.25,
-        "words": told.verdict.words,
+        "retry_after_seconds": 0.25,
+        "detail": told.result.detail,
     }
     assert told.client.model_dump() == {
         "id": "a",
-        "source": "default",
-        "why": told.client.why,
+        "tier_source": "default",
+        "detail": told.client.detail,
         "registered": False,
         "address_limited": True,
         "tier": {"name": "FREE", "rate": 1, "capacity": 5},
     }
-    assert "X-Client-ID" in told.client.why
+    assert "X-Client-ID" in told.client.detail
     assert told.route is not None
     assert told.route.model_dump() == {
         "name": "plain",
         "path": "/api/one",
         "upstream": "one",
         "cost": 4.5,
-        "cost_from": "rule: POST /api/one/export",
+        "cost_source": "rule: POST /api/one/export",
     }
     own, address = told.buckets
     assert own.model_dump() == {
@@ -356,25 +358,25 @@ async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
         "tokens": 4.25,
         "capacity": 5,
         "cost": 4.5,
-        "passes": False,
-        "wait": 0.25,
-        "full_in": 0.75,
+        "allowed": False,
+        "retry_after_seconds": 0.25,
+        "reset_after_seconds": 0.75,
     }
-    assert (address.key, address.policy, address.tokens, address.passes) == ("peer:192.0.2.7", "address", 5.5, True)
-    assert told.binding == "client:a"
+    assert (address.key, address.policy, address.tokens, address.allowed) == ("peer:192.0.2.7", "address", 5.5, True)
+    assert told.limiting_bucket == "client:a"
     assert told.candidate is not None
-    assert (told.candidate.key, told.candidate.cost, told.candidate.passes) == ("candidate:client:a", 2, True)
+    assert (told.candidate.key, told.candidate.cost, told.candidate.allowed) == ("candidate:client:a", 2, True)
     assert told.upstream is not None
     assert told.upstream.model_dump() == {
         "name": "one",
-        "breaker": "CLOSED",
-        "next_probe_in": None,
-        "healthy": 0,
-        "unchecked": 1,
+        "circuit_breaker": "CLOSED",
+        "next_probe_in_seconds": None,
+        "healthy_targets": 0,
+        "unchecked_targets": 1,
         "targets": 1,
         "concurrency": None,
     }
-    assert told.limiter == "memory"
+    assert told.decision_source == "memory"
 
 
 async def test_of_those_that_pass_the_one_that_will_bind_first_binds(tmp_path: Path) -> None:
@@ -383,10 +385,10 @@ async def test_of_those_that_pass_the_one_that_will_bind_first_binds(tmp_path: P
         await stage.request(ExplainRequest(client_id=client, path="/api/one", address="192.0.2.7"))
     told = await stage.explainer.explain(ExplainRequest(client_id="a", path="/api/one", address="192.0.2.7"))
     assert [bucket.tokens for bucket in told.buckets] == [4, 4]
-    assert told.binding == "client:a"
+    assert told.limiting_bucket == "client:a"
     await stage.request(ExplainRequest(client_id="b", path="/api/one", address="192.0.2.7"))
     told = await stage.explainer.explain(ExplainRequest(client_id="a", path="/api/one", address="192.0.2.7"))
-    assert (told.verdict.outcome, told.binding) == ("allowed", "peer:192.0.2.7")
+    assert (told.result.outcome, told.limiting_bucket) == ("allowed", "peer:192.0.2.7")
 
 
 @pytest.mark.parametrize(
@@ -394,10 +396,10 @@ async def test_of_those_that_pass_the_one_that_will_bind_first_binds(tmp_path: P
 )
 async def test_it_says_who_somebody_is_and_why(tmp_path: Path, client_id: str | None, source: str, count: int) -> None:
     told = await Stage(tmp_path).explainer.explain(ExplainRequest(client_id=client_id, path="/api/one"))
-    assert (told.client.source, len(told.buckets)) == (source, count)
+    assert (told.client.tier_source, len(told.buckets)) == (source, count)
     assert told.client.registered == (count == 1)
     assert told.route is not None
-    assert told.route.cost_from == "route"
+    assert told.route.cost_source == "route"
 
 
 async def test_a_breaker_whose_time_has_come_is_shown_as_it_would_be_met(tmp_path: Path) -> None:
@@ -407,13 +409,13 @@ async def test_a_breaker_whose_time_has_come_is_shown_as_it_would_be_met(tmp_pat
     for _ in range(2):
         await stage.request(question)
     told = await stage.explainer.explain(question)
-    assert (told.verdict.reason, told.verdict.status) == ("circuit_open", 503)
+    assert (told.result.reason, told.result.status) == ("circuit_open", 503)
     assert told.upstream is not None
-    assert (told.upstream.breaker, told.upstream.next_probe_in) == ("OPEN", 4)
+    assert (told.upstream.circuit_breaker, told.upstream.next_probe_in_seconds) == ("OPEN", 4)
     stage.now_ns += 4 * NANOSECONDS
     told = await stage.explainer.explain(question)
     assert told.upstream is not None
-    assert (told.verdict.outcome, told.upstream.breaker) == ("allowed", "HALF_OPEN")
+    assert (told.result.outcome, told.upstream.circuit_breaker) == ("allowed", "HALF_OPEN")
     assert stage.upstreams[0].breaker.state is State.OPEN
 
 
@@ -439,7 +441,7 @@ def test_it_is_asked_by_post_and_costs_nothing(running: RunningGateway) -> None:
         answer = explained(running, {"client_id": "c", "method": "GET", "path": "/api/x"})
         assert answer.status == 200
         found = Explanation.model_validate(answer.json())
-        assert (found.verdict.outcome, found.buckets[0].tokens) == ("allowed", 2)
+        assert (found.result.outcome, found.buckets[0].tokens) == ("allowed", 2)
 
 
 @pytest.mark.parametrize(
@@ -482,17 +484,17 @@ def test_the_heaviest_clients_are_listed(running: RunningGateway) -> None:
     ]
     assert found["clients"][0] == {
         "client_id": "eager",
-        "source": "default",
+        "tier_source": "default",
         "tier": "FREE",
         "limited": 4,
-        "limited_error": 0,
+        "limited_error_bound": 0,
         "requests": 6,
-        "requests_error": 0,
+        "requests_error_bound": 0,
     }
     found = ask(f"{running.url}/clients?sort=requests&limit=3").json()
     assert [one["client_id"] for one in found["clients"]] == ["eager", "busier", "busy"]
     everyone = ask(f"{running.url}/clients?sort=requests").json()["clients"]
-    assert (everyone[-1]["client_id"], everyone[-1]["source"]) == ("127.0.0.1", "address")
+    assert (everyone[-1]["client_id"], everyone[-1]["tier_source"]) == ("127.0.0.1", "address")
     for query in ("sort=size", "limit=0", "limit=1001"):
         assert ask(f"{running.url}/clients?{query}").status == 422
 
@@ -514,7 +516,7 @@ def test_an_address_that_is_exempt_is_not_said_to_be_limited(
     headers = {"Content-Type": "application/json"}
     found = ask(f"{running.url}/explain", method="POST", headers=headers, body=question).json()
     assert found["client"]["address_limited"] is is_limited
-    assert ("limited too" in found["client"]["why"]) is is_limited
+    assert ("limited too" in found["client"]["detail"]) is is_limited
     assert len(found["buckets"]) == 1 + is_limited
     shown = found["upstream"]
-    assert (shown["healthy"], shown["unchecked"], shown["targets"]) == (0, 1, 1)
+    assert (shown["healthy_targets"], shown["unchecked_targets"], shown["targets"]) == (0, 1, 1)

@@ -170,7 +170,7 @@ def test_stock_uvicorn_has_the_gate_too(serve: Serve, tmp_path: Path) -> None:
     assert (
         ask(f"{url}/clients/team%2Fgrants", method="DELETE", headers=AUTHORIZED).json()["client_id"] == "team/grants"
     )
-    assert ask(f"{url}/clients/team", headers=AUTHORIZED).json()["source"] == "registered"
+    assert ask(f"{url}/clients/team", headers=AUTHORIZED).json()["tier_source"] == "registered"
     with connected(port) as wire:
         wire.send(b"POST /clients/x/tier HTTP/1.1\r\nHost: localhost\r\nContent-Length: 400000000\r\n\r\n")
         refused = wire.read_until(b"\r\n\r\n")

@@ -128,10 +128,10 @@ def test_a_client_can_be_looked_at_and_returned_to_the_default(demo: RunningGate
     set_tier(demo, "visitor", "BASIC")
     get(demo, "/api/users", "visitor")
     view = get(demo, "/clients/visitor").json()
-    assert (view["tier"]["name"], view["source"], view["bucket"]["capacity"]) == ("BASIC", "registered", 50)
+    assert (view["tier"]["name"], view["tier_source"], view["bucket"]["capacity"]) == ("BASIC", "registered", 50)
     assert 49 <= view["bucket"]["tokens"] <= 50
     assert ask(f"{demo.url}/clients/visitor", method="DELETE").json()["current"]["name"] == "FREE"
-    assert get(demo, "/clients/visitor").json()["source"] == "default"
+    assert get(demo, "/clients/visitor").json()["tier_source"] == "default"
 
 
 def test_an_unknown_tier_is_answered_with_the_list(demo: RunningGateway) -> None:
@@ -165,8 +165,8 @@ def test_a_breaker_opens_refuses_without_touching_the_upstream_and_recovers(
     assert len(up.requests) == 3
     view = get(running, "/circuit-breakers").json()["circuit_breakers"]["up"]
     assert (view["state"], view["opened_total"], view["rejected_total"]) == ("OPEN", 1, 1)
-    assert "3 consecutive failures" in view["last_opened"]["cause"]
-    assert 0 < view["next_probe_in"] <= 0.5
+    assert "3 consecutive failures" in view["last_opened"]["detail"]
+    assert 0 < view["next_probe_in_seconds"] <= 0.5
     is_failing = False
     eventually(lambda: get(running, "/api/x", "c").status == 200, "the breaker lets a probe through")
     assert get(running, "/circuit-breakers").json()["circuit_breakers"]["up"]["state"] == "CLOSED"
@@ -216,7 +216,7 @@ def test_an_unhealthy_target_gets_no_traffic_until_it_is_well(gateway: StartGate
     eventually(lambda: get(running, "/health").json()["status"] == "warn", "the sick target is noticed")
     assert {get(running, "/api/x", "c").body for _ in range(6)} == {b"well one"}
     target = get(running, "/health").json()["upstreams"]["up"]["targets"][0]
-    assert (target["healthy"], target["last_check"]) == (False, "status 500")
+    assert (target["healthy"], target["active"]["result"]) == (False, "status 500")
     is_sick = False
     eventually(lambda: get(running, "/health").json()["status"] == "pass", "the target is well again")
     assert {get(running, "/api/x", "c").body for _ in range(6)} == {b"sick one", b"well one"}
@@ -247,7 +247,7 @@ def test_a_pool_that_slow_answers_hold_makes_no_target_unhealthy(
         before = checks()
         eventually(lambda: checks() > before + 3, "it is checked", 2)
         (target,) = get(running, "/health").json()["upstreams"]["up"]["targets"]
-        assert (target["healthy"], target["last_check"]) == (True, "status 200")
+        assert (target["healthy"], target["active"]["result"]) == (True, "status 200")
         over.set()
         assert [client.answer().status for client in (one, other)] == [200, 200]
 

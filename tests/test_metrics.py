@@ -368,15 +368,15 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
             limiter=LimiterState(),
         )
     )
-    assert (view.uptime, view.requests.in_flight, view.requests.total) == (12.5, 3, 0)
+    assert (view.uptime_seconds, view.requests.in_flight, view.requests.total) == (12.5, 3, 0)
     limiter = view.rate_limiter
-    assert (limiter.buckets, limiter.bucket_limit, limiter.overflowed) == (4, 9, 2)
+    assert (limiter.buckets, limiter.max_buckets, limiter.overflow_decisions) == (4, 9, 2)
     assert view.circuit_breakers["people"].model_dump() == {
         "state": "OPEN",
         "mode": "auto",
         "opened_total": 1,
         "rejected_total": 1,
-        "slow_total": 0,
+        "slow_calls_total": 0,
         "would_open_total": 0,
         "would_reject_total": 0,
     }

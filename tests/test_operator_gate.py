@@ -129,7 +129,7 @@ def test_what_follows_a_refused_body_is_not_served(connect: Connect, plain: Runn
     wire.send(head + b"Content-Length: 70000\r\n\r\n" + hidden * 2)
     assert read_answer(wire)[0] == 413
     assert not wire.fill()
-    assert ask(f"{plain.url}/clients/hidden").json()["source"] == "default"
+    assert ask(f"{plain.url}/clients/hidden").json()["tier_source"] == "default"
 
 
 def test_a_client_that_leaves_within_its_body_changes_nothing(connect: Connect, plain: RunningGateway) -> None:
@@ -140,7 +140,7 @@ def test_a_client_that_leaves_within_its_body_changes_nothing(connect: Connect, 
         b"Content-Length: %d\r\n\r\n%b" % (len(body) + 1, body)
     )
     wire.close()
-    assert ask(f"{plain.url}/clients/left").json()["source"] == "default"
+    assert ask(f"{plain.url}/clients/left").json()["tier_source"] == "default"
 
 
 # Pages of other origins
@@ -148,7 +148,7 @@ def test_a_client_that_leaves_within_its_body_changes_nothing(connect: Connect, 
 
 WRITES: list[tuple[str, str, bytes | None]] = [
     ("POST", "/clients/acme/tier", b'{"tier": "BASIC"}'),
-    ("POST", "/clients/acme/grants", b'{"tier": "BASIC", "for": 1}'),
+    ("POST", "/clients/acme/grants", b'{"tier": "BASIC", "duration_seconds": 1}'),
     ("DELETE", "/clients/acme/grants", None),
     ("POST", "/clients/acme/reset", None),
     ("DELETE", "/clients/acme", None),
@@ -268,25 +268,25 @@ def test_any_id_is_one_segment_of_the_path(plain: RunningGateway, client_id: str
 
     assert told()["client_id"] == client_id
     assert told("/tier", "POST", tier)["client_id"] == client_id
-    assert told()["source"] == "registered"
-    assert told("/grants", "POST", b'{"tier": "BASIC", "for": 600}')["current"]["name"] == "BASIC"
+    assert told()["tier_source"] == "registered"
+    assert told("/grants", "POST", b'{"tier": "BASIC", "duration_seconds": 600}')["current"]["name"] == "BASIC"
     assert told("/reset", "POST")["client_id"] == client_id
     assert told("/grants", "DELETE")["current"]["name"] == "PREMIUM"
     assert told("", "DELETE")["client_id"] == client_id
-    assert told()["source"] == "default"
+    assert told()["tier_source"] == "default"
 
 
 @pytest.mark.parametrize("resource", ["grants", "tier", "reset"])
 def test_an_id_with_a_slash_is_not_a_resource_of_another_client(plain: RunningGateway, resource: str) -> None:
     url = f"{plain.url}/clients/team"
-    for path, body in (("/tier", b'{"tier": "PREMIUM"}'), ("/grants", b'{"tier": "BASIC", "for": 600}')):
+    for path, body in (("/tier", b'{"tier": "PREMIUM"}'), ("/grants", b'{"tier": "BASIC", "duration_seconds": 600}')):
         assert ask(url + path, method="POST", headers=JSON, body=body).status == 200
     before = ask(url).json()
     assert ask(f"{url}%2F{resource}", method="DELETE").json()["client_id"] == f"team/{resource}"
     assert ask(f"{url}%2f{resource}").json()["client_id"] == f"team/{resource}"
     assert ask(f"{url}%2F{resource}", method="POST").status == 405
     after = ask(url).json()
-    assert (after["source"], after["tier"], after["grant"]) == ("granted", before["tier"], before["grant"])
+    assert (after["tier_source"], after["tier"], after["grant"]) == ("granted", before["tier"], before["grant"])
 
 
 @pytest.mark.parametrize("path", ["/clients/a/b", "/clients/a/b/tier", "/clients//tier", "/clients/", "/clients/a/"])
@@ -468,7 +468,7 @@ def test_a_mode_names_the_token_that_set_it(named: RunningGateway) -> None:
             headers=JSON | bearer(token),
             body=b'{"mode": "observe"}',
         )
-        assert answer.json()["current"]["who"] == f"token '{who}', from 127.0.0.1"
+        assert answer.json()["current"]["set_by"] == f"token '{who}', from 127.0.0.1"
 
 
 # Limits
@@ -519,14 +519,19 @@ def test_refused_attempts_are_counted_and_a_few_are_logged(
     assert ask(f"{running.url}/clients/x", method="DELETE", headers=bearer(READ)).status == 403
     assert ask(f"{running.url}/health", headers=bearer("a-secret-mistyped")).status == 200
     told = ask(f"{running.url}/metrics", headers=AUTHORIZED).json()
-    assert told["operator_refusals"] == {"wrong_token": 61, "no_token": 1, "cross_site": 1, "role": 1}
+    assert told["operator_rejections"] == {
+        "invalid_token": 61,
+        "missing_token": 1,
+        "cross_site": 1,
+        "insufficient_role": 1,
+    }
     assert told["rejections"]["unauthorized"] >= 50
     assert told["rejections"]["rate_limited"] >= 1
     text = ask(f"{running.url}/metrics?format=prometheus", headers=AUTHORIZED).body
-    assert b'gateway_operator_refusals_total{cause="wrong_token"} 61.0' in text
+    assert b'gateway_operator_rejections_total{reason="invalid_token"} 61.0' in text
     lines = [record.getMessage() for record in caplog.records if "operator endpoint refused" in record.getMessage()]
     assert 1 <= len(lines) <= 7
-    assert lines[0] == "operator endpoint refused: wrong_token: GET /clients/a%1b[1m from 127.0.0.1"
+    assert lines[0] == "operator endpoint refused: invalid_token: GET /clients/a%1b[1m from 127.0.0.1"
     assert "mistyped" not in caplog.text
 
 
@@ -581,15 +586,15 @@ def test_a_probe_that_names_no_host_is_answered(
     ("path", "body"),
     [
         ("/clients/x/tier", rb'{"tier": "\ud800"}'),
-        ("/clients/x/grants", rb'{"tier": "\udfff", "for": 1}'),
+        ("/clients/x/grants", rb'{"tier": "\udfff", "duration_seconds": 1}'),
         ("/circuit-breakers/up", rb'{"mode": "\ud800"}'),
         ("/circuit-breakers/up", rb'{"mode": "auto", "reason": "\ud800"}'),
         ("/explain", rb'{"client_id": "\ud800", "path": "/api/x"}'),
         ("/explain", rb'{"client_id": "x", "path": "/api/x", "host": "\ud800"}'),
         ("/explain", rb'{"client_id": "x", "path": "/api/x", "address": "\ud800"}'),
         ("/explain", rb'{"client_id": "x", "path": "/api/\ud800"}'),
-        ("/clients/x/grants", b'{"tier": "FREE", "for": Infinity}'),
-        ("/clients/x/grants", b'{"tier": "FREE", "for": NaN}'),
+        ("/clients/x/grants", b'{"tier": "FREE", "duration_seconds": Infinity}'),
+        ("/clients/x/grants", b'{"tier": "FREE", "duration_seconds": NaN}'),
     ],
 )
 def test_text_that_is_no_text_and_numbers_that_are_none_are_mistakes(

@@ -116,7 +116,7 @@ def test_a_refusal_names_upstream_tier_limit_and_what_is_under_way() -> None:
         " admitted below 3."
     )
     body = problem(error, instance="/api/users")
-    told = ("upstream", "tier", "concurrency_limit", "concurrency_bound", "in_flight")
+    told = ("upstream", "tier", "concurrency_limit", "tier_concurrency_limit", "in_flight")
     assert [body[key] for key in told] == ["users", "BASIC", 4, 3, 3]
     assert len(leases) == 3
 
@@ -225,7 +225,7 @@ def test_its_refusal_says_that_it_is_the_gateway() -> None:
         "The gateway itself is overloaded: its event loop runs 0.31 s late, and 0.25 s is the most it may."
         " 50% of the requests of tier FREE are refused now."
     )
-    assert error.extra == {"tier": "FREE", "event_loop_lag": 0.312, "max_lag": 0.25}
+    assert error.extra == {"tier": "FREE", "event_loop_lag_seconds": 0.312, "max_event_loop_lag_seconds": 0.25}
     assert "of tier" not in lagging(0.5, bands=SINGLE_PRIORITY).refusal(0).detail
 
 

@@ -331,11 +331,11 @@ def test_one_client_that_provokes_errors_opens_no_breaker_that_others_use(
         assert send(running, way, "/api/bad", **one) == 500
     assert state(running) == "CLOSED"
     shown = ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]
-    assert (shown["consecutive_failures"], shown["one_principal"]) == (7, True)
+    assert (shown["consecutive_failures"], shown["failures_of_one_client"]) == (7, True)
     assert send(running, way, "/api/bad", **other) == 500, "it fails for another one too"
     assert state(running) == "OPEN"
     shown = ask(f"{running.url}/circuit-breakers").json()["circuit_breakers"]["up"]
-    assert shown["one_principal"] is False
+    assert shown["failures_of_one_client"] is False
 
 
 @both_ways

@@ -244,8 +244,8 @@ def test_a_breaker_that_is_open_stays_open_and_goes_by_its_new_terms(tmp_path: P
         assert abs(since[1] - since[0]) < timedelta(seconds=1), "an age and two clocks, read one after the other"
         assert after["last_opened"] == before["last_opened"]
         assert after["thresholds"]["failure_threshold"] == 4
-        assert before["next_probe_in"] > 500
-        assert after["next_probe_in"] < 301, "what is left changes with recovery_timeout"
+        assert before["next_probe_in_seconds"] > 500
+        assert after["next_probe_in_seconds"] < 301, "what is left changes with recovery_timeout"
         history = one.operate("/circuit-breakers/up/history").json()["history"]
         assert [move["to"] for move in history] == ["OPEN"]
         one.sections["upstreams"]["other"] = one.sections["upstreams"].pop("up")  # renamed: it starts anew
@@ -274,8 +274,8 @@ def test_targets_that_stay_keep_what_is_known_of_them(tmp_path: Path) -> None:
         verdicts = one.operate("/circuit-breakers").json()["targets"]["up"]
         assert verdicts[bad.url]["passive"]["ejected"]
         assert verdicts[bad.url]["passive"]["ejections_total"] == 1
-        assert verdicts[good.url]["share"] == 1
-        assert verdicts[new.url]["share"] < 0.5, "a new target starts slowly"
+        assert verdicts[good.url]["slow_start_ratio"] == 1
+        assert verdicts[new.url]["slow_start_ratio"] < 0.5, "a new target starts slowly"
         wires = len(good.wires)
         assert {client.get().status for _ in range(30)} == {200}
         assert len(good.wires) == wires, "its connection was kept"
@@ -295,19 +295,19 @@ def test_a_wrong_configuration_changes_nothing_and_shows(tmp_path: Path, workers
         one.file.write_text(json.dumps({**one.sections, "server": {"prot": 1}, "default_tier": "NONE"}))
         answer = one.operate("/reload", "POST")
         assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
-        assert any("server.prot" in line for line in answer.json()["problems"])
+        assert any("server.prot" in line for line in answer.json()["errors"])
         assert ask(f"{one.running.url}/api/x").status == 200
         eventually(lambda: one.health()["status"] == "warn", "it shows", LONG)
-        assert any("server.prot" in line for line in one.health()["configuration"]["problems"])
+        assert any("server.prot" in line for line in one.health()["configuration"]["errors"])
         assert ask(f"{one.running.url}/health").json() == {"status": "warn"}
         counters = one.operate("/metrics?format=prometheus").body.decode()
-        assert "gateway_config_reload_success 0.0" in counters
-        assert 'gateway_config_reload_total{result="invalid"} 1.0' in counters
+        assert "gateway_config_last_reload_successful 0.0" in counters
+        assert 'gateway_config_reloads_total{result="invalid"} 1.0' in counters
         one.reload()
         eventually(lambda: one.health()["status"] == "pass", "it is right again", LONG)
         counters = one.operate("/metrics?format=prometheus").body.decode()
-        assert "gateway_config_reload_success 1.0" in counters
-        assert 'gateway_config_reload_total{result="success"} 1.0' in counters
+        assert "gateway_config_last_reload_successful 1.0" in counters
+        assert 'gateway_config_reloads_total{result="success"} 1.0' in counters
         one.sections["upstreams"]["up"]["targets"] = [{"url": "https://127.0.0.1:1"}]
         one.sections["upstreams"]["up"]["tls"] = {"ca_file": str(tmp_path / "missing.pem")}
         one.write()

@@ -331,13 +331,13 @@ def test_a_failed_resolution_keeps_what_is_known_and_says_so(
     running: RunningGateway, zone: Zone, caplog: pytest.LogCaptureFixture
 ) -> None:
     zone.error = socket.gaierror(-3, "Temporary failure in name resolution")
-    eventually(lambda: bool(health(running)["names"][0]["error"]), "the failure is shown")
+    eventually(lambda: bool(health(running)["dns_names"][0]["error"]), "the failure is shown")
     assert served(running) == {"127.0.0.1", "127.0.0.2"}
     view = health(running)
     assert view["status"] == "warn"
-    assert view["names"][0]["host"] == "users.test"
-    assert view["names"][0]["addresses"] == ["127.0.0.1", "127.0.0.2"]
-    assert view["names"][0]["error"] == "Temporary failure in name resolution"
+    assert view["dns_names"][0]["host"] == "users.test"
+    assert view["dns_names"][0]["addresses"] == ["127.0.0.1", "127.0.0.2"]
+    assert view["dns_names"][0]["error"] == "Temporary failure in name resolution"
     asked = zone.asked
     eventually(lambda: zone.asked > asked + 3, "it goes on asking")
     told = [record for record in caplog.records if "cannot be resolved" in record.getMessage()]
@@ -356,9 +356,9 @@ def test_a_resolved_target_is_checked_at_its_address_by_its_name(places: Places,
         )
         assert served(running) == {"127.0.0.1"}
         (bad,) = [target for target in health(running)["targets"] if target["healthy"] is False]
-        assert bad["name"] == f"http://users.test:{places.port}"
+        assert bad["configured_url"] == f"http://users.test:{places.port}"
         assert bad["active"]["last_error"] == "status 503"
         shown = get(f"{running.url}/circuit-breakers").json()["targets"]["up"]
-        assert shown[f"{bad['name']} ({bad['url']})"]["active"]["result"] == "status 503"
+        assert shown[f"{bad['configured_url']} ({bad['url']})"]["active"]["result"] == "status 503"
     asked = {host for request in places.of["127.0.0.2"].requests for host in request.all("host")}
     assert asked == {f"users.test:{places.port}".encode()}

@@ -165,13 +165,13 @@ def test_health_warns_of_connections_that_are_nearly_exhausted_and_probes_are_se
             "upstream": None,
             "limit": 8,
             "in_use": 7,
-            "refused": 4,
+            "rejected": 4,
             "status": "warn",
         }
     eventually(lambda: connections(eight) == 0, "every place is given back")
     eventually(lambda: ask(f"{eight.url}/health").json()["status"] == "pass", "it is over", within=SOON)
     text = ask(f"{eight.url}/metrics?format=prometheus").body.decode()
-    assert 'gateway_resource_refused_total{resource="connections",upstream=""} 4.0\n' in text
+    assert 'gateway_resource_rejections_total{resource="connections",upstream=""} 4.0\n' in text
     assert 'gateway_resource_used_ratio{resource="connections",upstream=""} 0.125\n' in text
 
 
@@ -437,7 +437,7 @@ def test_one_address_or_client_holds_half_of_the_connections_to_an_upstream(
         assert [holding.answer().status for holding in held] == [200, 200]
         assert client().get("/api/x", one).status == 200
     all_given_back(running)
-    eventually(lambda: resource(running, "requests")["refused"] == 2, "it is shown", within=SOON)
+    eventually(lambda: resource(running, "requests")["rejected"] == 2, "it is shown", within=SOON)
 
 
 def test_what_exceeds_a_share_waits_its_turn(gateway: StartGateway, gate: Gate) -> None:
@@ -546,7 +546,7 @@ def test_what_has_no_end_of_its_own_is_bounded_apart_from_requests(
             eventually(lambda: shares(running) == (0, 2), "their places are given back")
             opened(ONE).reset()
         all_given_back(running)
-    eventually(lambda: resource(running, "tunnels")["refused"] == 2, "it is shown", within=SOON)
+    eventually(lambda: resource(running, "tunnels")["rejected"] == 2, "it is shown", within=SOON)
 
 
 def test_an_event_stream_for_which_there_is_no_place_is_charged_for(gateway: StartGateway, gate: Gate) -> None:

@@ -424,7 +424,7 @@ def test_a_probe_is_not_repeated_nor_anything_while_the_upstream_is_being_probed
     answer = ask(plain, "GET", "/api/probing")
     assert (answer.status, answer.body) == (503, b"not now")
     assert len(up.requests) == 1
-    assert plain.console.recorder.retries_denied["probing", "breaker"] >= 2
+    assert plain.console.recorder.retries_denied["probing", "circuit_breaker"] >= 2
 
 
 def test_a_request_that_found_no_connection_is_not_repeated(plain: RunningGateway, up: RawUpstream) -> None:
@@ -481,6 +481,6 @@ def test_retries_are_counted_by_cause_and_those_denied_by_why(plain: RunningGate
     assert since(recorder.retries, before[0]) == {("thrice", "upstream_reset"): 1, ("thrice", "503"): 1}
     assert since(recorder.retries_denied, before[1]) == {("thrice", "method"): 1, ("unfunded", "budget"): 1}
     text = exposition(f"{plain.url}/metrics?format=prometheus").body.decode()
-    assert 'gateway_retries_total{cause="503",upstream="thrice"}' in text
-    assert 'gateway_retries_denied_total{upstream="unfunded",why="budget"}' in text
-    assert 'gateway_retries_denied_total{upstream="once",why="retry_after"} 0.0' in text
+    assert 'gateway_upstream_retries_total{reason="503",upstream="thrice"}' in text
+    assert 'gateway_upstream_retries_denied_total{reason="budget",upstream="unfunded"}' in text
+    assert 'gateway_upstream_retries_denied_total{reason="retry_after",upstream="once"} 0.0' in text

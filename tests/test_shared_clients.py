@@ -38,7 +38,7 @@ def test_a_tier_and_a_grant_set_at_one_gateway_hold_at_the_other_within_a_second
     assert change(one, "acme", "tier", tier="BASIC")["http"] == 200
     eventually(lambda: limit(other, "acme") == 50, "the other follows", within=1)
     began = time.time()
-    assert change(other, "acme", "grants", tier="PREMIUM", **{"for": 1.5})["http"] == 200
+    assert change(other, "acme", "grants", tier="PREMIUM", duration_seconds=1.5)["http"] == 200
     eventually(lambda: limit(one, "acme") == 200, "the other follows", within=1)
     eventually(lambda: limit(one, "acme") == limit(other, "acme") == 50, "it ends on both")
     assert 1.5 <= time.time() - began < 3
@@ -73,4 +73,4 @@ def test_while_the_store_is_away_changes_are_refused_in_words_and_a_view_says_wh
     assert (health["status"], health["clients"]["status"]) == ("warn", "warn")
     assert health["clients"]["error"]
     store_server.start()
-    eventually(lambda: ask(f"{running.url}/clients/acme").json()["source"] == "default", "it has begun anew")
+    eventually(lambda: ask(f"{running.url}/clients/acme").json()["tier_source"] == "default", "it has begun anew")

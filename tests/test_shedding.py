@@ -163,7 +163,7 @@ def test_one_client_alone_gets_half_of_the_places(running: RunningGateway, stage
             " are admitted below 6; 3 of them are yours, and nobody may have more than are still free."
         )
         told = explained(running, "enterprise")
-        assert (told["verdict"]["outcome"], told["upstream"]["concurrency"]["admits"]) == ("refused", False)
+        assert (told["result"]["outcome"], told["upstream"]["concurrency"]["allowed"]) == ("refused", False)
         with RawClient(running.port) as other:
             assert other.get("/api/x", ("X-Client-ID: holder-0", *way)).status == 200
         assert get(running, "PREMIUM", way).status == 200
@@ -226,7 +226,7 @@ def test_both_ways_refuse_in_the_same_words(running: RunningGateway, stage: Stag
             "Upstream 'up' is overloaded: of 6 requests that may be under way 3 are, and requests of tier FREE are"
             " admitted below 3."
         )
-        told = ("upstream", "tier", "concurrency_limit", "concurrency_bound", "in_flight")
+        told = ("upstream", "tier", "concurrency_limit", "tier_concurrency_limit", "in_flight")
         assert [body[key] for key in told] == ["up", "FREE", 6, 3, 3]
 
 
@@ -398,17 +398,17 @@ def test_a_late_loop_sheds_by_tier_before_anything_is_done(
 def test_the_lag_is_told(late: Callable[[float], RunningGateway]) -> None:
     running = late(0.5)
     assert get(running, "FREE").status == 503
-    assert ask(f"{running.url}/health").json()["event_loop"] == {"seconds": 0.5, "shed": 1}
+    assert ask(f"{running.url}/health").json()["event_loop"] == {"lag_seconds": 0.5, "shed": 1}
     overload = ask(f"{running.url}/metrics").json()["overload"]
-    assert overload["event_loop_lag"] == 0.5
+    assert overload["event_loop_lag_seconds"] == 0.5
     assert overload["shed"]["_gateway"] == {"FREE": 1, "BASIC": 0, "PREMIUM": 0, "ENTERPRISE": 0}
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
     assert "gateway_event_loop_lag_seconds 0.5\n" in text
-    assert 'gateway_shed_total{tier="FREE",upstream="_gateway"} 1.0\n' in text
+    assert 'gateway_shed_requests_total{tier="FREE",upstream="_gateway"} 1.0\n' in text
     told = explained(running, "free")
-    assert (told["verdict"]["outcome"], told["verdict"]["reason"]) == ("refused", "overloaded")
-    assert told["event_loop"] == {"seconds": 0.5, "shed_share": 1}
-    assert explained(running, "enterprise")["verdict"]["outcome"] == "allowed"
+    assert (told["result"]["outcome"], told["result"]["reason"]) == ("refused", "overloaded")
+    assert told["event_loop"] == {"lag_seconds": 0.5, "shed_ratio": 1}
+    assert explained(running, "enterprise")["result"]["outcome"] == "allowed"
 
 
 def test_a_loop_that_is_really_late_is_noticed(stage: Stage, gateway: StartGateway) -> None:
@@ -451,17 +451,17 @@ def test_health_metrics_and_explanation_tell_what_is_under_way_and_who_was_shed(
         assert overload["shed"]["up"] == {"FREE": 1, "BASIC": 1, "PREMIUM": 0, "ENTERPRISE": 0}
         text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
         for line in (
-            'gateway_concurrency_limit{upstream="up"} 6.0',
-            'gateway_concurrency_in_flight{upstream="up"} 4.0',
-            'gateway_shed_total{tier="BASIC",upstream="up"} 1.0',
+            'gateway_upstream_concurrency_limit{upstream="up"} 6.0',
+            'gateway_upstream_requests_in_flight{upstream="up"} 4.0',
+            'gateway_shed_requests_total{tier="BASIC",upstream="up"} 1.0',
         ):
             assert f"{line}\n" in text
         told = explained(running, "basic")
-        assert (told["verdict"]["outcome"], told["verdict"]["reason"]) == ("refused", "overloaded")
-        assert told["upstream"]["concurrency"] == {"limit": 6, "bound": 4, "in_flight": 4, "admits": False}
+        assert (told["result"]["outcome"], told["result"]["reason"]) == ("refused", "overloaded")
+        assert told["upstream"]["concurrency"] == {"limit": 6, "tier_limit": 4, "in_flight": 4, "allowed": False}
         told = explained(running, "premium")
-        assert told["verdict"]["outcome"] == "allowed"
-        assert told["upstream"]["concurrency"] == {"limit": 6, "bound": 5, "in_flight": 4, "admits": True}
+        assert told["result"]["outcome"] == "allowed"
+        assert told["upstream"]["concurrency"] == {"limit": 6, "tier_limit": 5, "in_flight": 4, "allowed": True}
         stage.go_on.set()
 
 
@@ -471,5 +471,7 @@ def test_without_a_limit_what_is_under_way_is_told_all_the_same(stage: Stage, ga
         hold(stack, running, 3)
         view = {"limit": None, "in_flight": 3, "shed": 0}
         assert ask(f"{running.url}/health").json()["upstreams"]["up"]["concurrency"] == view
-        assert "gateway_concurrency_limit{" not in ask(f"{running.url}/metrics?format=prometheus").body.decode()
+        assert (
+            "gateway_upstream_concurrency_limit{" not in ask(f"{running.url}/metrics?format=prometheus").body.decode()
+        )
         stage.go_on.set()

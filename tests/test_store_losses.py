@@ -126,18 +126,18 @@ def test_a_store_that_evicts_is_a_warning_in_the_log_at_health_and_in_the_metric
         return answer
 
     eventually(lambda: health()["status"] == "pass", "all is well")
-    assert (health()["limits"]["warning"], health()["limits"]["evicted_keys"]) == (None, 0)
+    assert (health()["store"]["warning"], health()["store"]["evicted_keys"]) == (None, 0)
     evict(store, "other:0")
-    eventually(lambda: health()["limits"]["evicted_keys"] > 0, "evictions are known")
+    eventually(lambda: health()["store"]["evicted_keys"] > 0, "evictions are known")
     assert health()["status"] == "warn"
-    assert "allkeys-lru" in health()["limits"]["warning"]
+    assert "allkeys-lru" in health()["store"]["warning"]
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
-    (line,) = [line for line in text.splitlines() if line.startswith("gateway_store_evicted_keys ")]
+    (line,) = [line for line in text.splitlines() if line.startswith("gateway_store_evicted_keys_total ")]
     assert float(line.split()[1]) > 0
     assert caplog.text.count("the store has maxmemory-policy allkeys-lru") == 1
     store.admin.config_set("maxmemory", 0)  # it is full, and would now refuse writes
     store.admin.config_set("maxmemory-policy", "noeviction")
-    eventually(lambda: health()["limits"]["warning"] is None, "it is mended")
+    eventually(lambda: health()["store"]["warning"] is None, "it is mended")
 
 
 @pytest.mark.parametrize(
@@ -169,12 +169,12 @@ def test_a_store_that_refuses_writes_is_a_warning_in_the_log_and_at_health(
     eventually(lambda: health()["status"] == "pass", "all is well")
     store.admin.execute_command(*refuse)
     eventually(lambda: health()["status"] == "warn", "it is noticed")
-    eventually(lambda: word in (health()["limits"]["warning"] or ""), "the refusal is shown")
-    assert health()["limits"]["mode"] == "local_share", "what decisions rest on now"
+    eventually(lambda: word in (health()["store"]["warning"] or ""), "the refusal is shown")
+    assert health()["store"]["decision_source"] == "local_share", "what decisions rest on now"
     assert caplog.text.count("the store refuses writes") == 1
     store.admin.execute_command(*accept)
     eventually(lambda: health()["status"] == "pass", "it is mended")
-    assert (health()["limits"]["warning"], health()["limits"]["mode"]) == (None, "store")
+    assert (health()["store"]["warning"], health()["store"]["decision_source"]) == (None, "store")
     assert caplog.text.count("the store takes writes again") == 1
 
 

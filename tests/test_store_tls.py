@@ -124,8 +124,8 @@ def test_without_tls_to_a_port_that_expects_it_the_policy_decides_and_health_say
     running = gateway(in_front_of(upstream().url) | {"store": store})
     assert ask(f"{running.url}/api/x").status == 200
     health = ask(f"{running.url}/health").json()
-    assert (health["status"], health["limits"]["mode"]) == ("warn", "local_share")
-    assert "If the server expects TLS, store.url must begin with rediss" in health["limits"]["last_error"]
+    assert (health["status"], health["store"]["decision_source"]) == ("warn", "local_share")
+    assert "If the server expects TLS, store.url must begin with rediss" in health["store"]["last_error"]
 
 
 # Files

@@ -360,8 +360,8 @@ async def test_a_worker_that_does_not_commit_is_replaced_by_one_that_starts_with
 async def test_reloads_are_refused_while_workers_are_restarted_or_the_gateway_drains() -> None:
     boss, _ = supervisor_with(Obedient())
     boss._is_rolling = True
-    assert (await boss.reload("a test")).result == "refused"
+    assert (await boss.reload("a test")).result == "unavailable"
     boss._is_rolling = False
     boss._stopping.set()
-    assert (await boss.reload("a test")).result == "refused"
-    assert boss._reloader.state.counts["refused"] == 2
+    assert (await boss.reload("a test")).result == "unavailable"
+    assert boss._reloader.state.counts["unavailable"] == 2

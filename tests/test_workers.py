@@ -154,7 +154,7 @@ def test_a_breaker_that_is_open_in_one_worker_shows(tmp_path: Path) -> None:
         assert {(answer["state"], answer["opened_total"], answer["rejected_total"]) for answer in answers} == {
             ("OPEN", 1, 1)
         }
-        assert all(0 < answer["next_probe_in"] <= 33 for answer in answers)
+        assert all(0 < answer["next_probe_in_seconds"] <= 33 for answer in answers)
         assert {running.ask("/health").json()["status"] for _ in range(4)} == {"fail"}
         assert running.terminate() == 0
     upstream.close()
@@ -175,13 +175,13 @@ def test_a_mode_that_one_worker_is_told_is_followed_by_all_also_after_a_restart(
         return found
 
     with process(*command, cwd=tmp_path) as running:
-        body = b'{"mode": "forced_open", "seconds": null, "reason": "a test"}'
+        body = b'{"mode": "forced_open", "duration_seconds": null, "comment": "a test"}'
         headers = {"Content-Type": "application/json"}
         answer = running.ask("/circuit-breakers/up", method="POST", headers=headers, body=body).json()
         assert (answer["previous"]["mode"], answer["current"]["mode"]) == ("auto", "forced_open")
         eventually(lambda: statuses(running.port) == {503}, "every worker follows")
         shown = [running.ask("/circuit-breakers").json()["circuit_breakers"]["up"] for _ in range(8)]
-        assert {(one["mode"], one["override"]["reason"]) for one in shown} == {("forced_open", "a test")}
+        assert {(one["mode"], one["override"]["comment"]) for one in shown} == {("forced_open", "a test")}
         text = running.ask("/metrics?format=prometheus").body.decode()
         assert 'gateway_circuit_breaker_mode{mode="forced_open",upstream="up"} 1.0' in text
         assert running.terminate() == 0
@@ -581,5 +581,5 @@ def test_a_tier_set_at_one_worker_holds_at_all_of_them_and_after_a_restart(tmp_p
                 limits.add(client.get("/api/up", ("X-Client-ID: acme",)).all("x-ratelimit-limit")[0])
         assert limits == {b"200"}
     with crew(tmp_path, upstream.url, workers=2) as running:
-        assert running.ask("/clients/acme").json()["source"] == "registered"
+        assert running.ask("/clients/acme").json()["tier_source"] == "registered"
     upstream.close()
