@@ -25,7 +25,7 @@ from tests.kit import (
     reply,
 )
 from tests.store_kit import StoreServer
-from tests.test_websocket import ASKING, SWITCHED, until_it_ends
+from tests.wire.test_websocket import ASKING, SWITCHED, until_it_ends
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]

@@ -21,7 +21,7 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import EPOCH, FILE_NAME, SCHEMA_VERSION, SqliteClients
 from api_gateway.errors import StoreUnavailable
 from tests.kit import soon
-from tests.test_clients import TIERS, following, tier_of
+from tests.unit.test_client_registry import TIERS, following, tier_of
 
 # A file as schema 1 wrote it: acme PREMIUM, then initech BASIC, then üñí FREE.
 SCHEMA_1_FILE = zlib.decompress(

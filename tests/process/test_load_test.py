@@ -9,7 +9,7 @@ import pytest
 
 from tests.kit import RunningGateway, running_gateway
 
-SCRIPT = Path(__file__).parent.parent / "load_test.py"
+SCRIPT = Path(__file__).parents[2] / "load_test.py"
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def start(tmp_path: Path, upstream: Callable[..., RawUpstream]) -> Start:
     def run(*, workers: int = 1, patience: float = PATIENCE, drain: float = DRAIN) -> Process:
         settings = f"server: {{workers: {workers}, worker_timeout: {patience}, drain_timeout: {drain}}}\n"
         path = config_file(tmp_path, up.url, settings)
-        root = str(Path(__file__).parent.parent)
+        root = str(Path(__file__).parents[2])
         return process(
             *WAYS["run_gateway.py"], "--config", path, cwd=tmp_path, PYTHONPATH=os.pathsep.join((str(hook), root))
         )

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 import api_gateway
 from api_gateway.config import GatewayConfig, load_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

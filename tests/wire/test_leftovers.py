@@ -19,7 +19,7 @@ from tests.kit import (
     in_front_of,
     reply,
 )
-from tests.test_websocket import ASKING, BINARY, SWITCHED, frame
+from tests.wire.test_websocket import ASKING, BINARY, SWITCHED, frame
 
 Start = Callable[[dict[str, Any]], RunningGateway]
 Upstreams = Callable[..., RawUpstream]

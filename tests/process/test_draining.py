@@ -26,7 +26,7 @@ from tests.kit import (
     reply,
 )
 from tests.processes import WAYS, config_file, process
-from tests.test_websocket import ASKING, BINARY, CLOSE, SWITCHED, TEXT, frame
+from tests.wire.test_websocket import ASKING, BINARY, CLOSE, SWITCHED, TEXT, frame
 
 Start = Callable[[dict[str, Any]], RunningGateway]
 Upstreams = Callable[..., RawUpstream]

@@ -1,7 +1,7 @@
 """The shape of the package: what each package may import, which libraries it knows, and the picture in the docs.
 
 A package imports itself and lower layers, never sideways, never up; a module at the top of `api_gateway` counts as a
-package of its own. `python -m tests.test_architecture` draws the picture in docs/architecture.md again.
+package of its own. `python -m tests.unit.test_architecture` draws the picture in docs/architecture.md again.
 """
 
 import ast
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "api_gateway"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- layers: begin -->\n", "<!-- layers: end -->"
@@ -272,7 +272,7 @@ def page_with(drawn: str) -> str:
 
 
 def test_the_picture_in_the_docs_is_this_one() -> None:
-    assert PAGE.read_text() == page_with(picture()), "run `python -m tests.test_architecture`"
+    assert PAGE.read_text() == page_with(picture()), "run `python -m tests.unit.test_architecture`"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from api_gateway.errors import StoreUnavailable
 from api_gateway.storage.redis_session import StoreSession
 from tests.kit import soon
 from tests.store_kit import StoreServer
-from tests.test_clients import following, tier_of, view
+from tests.unit.test_client_registry import following, tier_of, view
 
 PREFIX = "{gateway:clients}:"
 META, RECORDS, CHANGES = f"{PREFIX}meta", f"{PREFIX}records", f"{PREFIX}changes"

@@ -2,7 +2,7 @@
 
 Metrics with their labels, JSON fields, settings, options, log fields and header fields are promises: others build
 dashboards, scripts and configuration files on them. After a deliberate change write the file anew with
-`python -m tests.test_surface`, and put the change into CHANGELOG.md.
+`python -m tests.unit.test_surface`, and put the change into CHANGELOG.md.
 """
 
 import ast
@@ -28,7 +28,7 @@ from api_gateway.observability.access_log import AccessLog
 from api_gateway.reporting.prometheus import PrometheusExposition
 
 SNAPSHOT = Path(__file__).parent / "surface.txt"
-METRICS_PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
+METRICS_PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 PACKAGE = Path(api_gateway.__file__).parent
 
 # Where the names of a table's rows come from data: names of upstreams, tiers, statuses and the like.
@@ -210,7 +210,7 @@ def surface() -> str:
 
 
 def test_every_name_is_in_the_snapshot() -> None:
-    """After a deliberate change: `python -m tests.test_surface`, and a line in CHANGELOG.md."""
+    """After a deliberate change: `python -m tests.unit.test_surface`, and a line in CHANGELOG.md."""
     assert SNAPSHOT.read_text().splitlines() == surface().splitlines()
 
 

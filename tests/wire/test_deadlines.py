@@ -29,7 +29,7 @@ from tests.kit import (
     reply,
     running_gateway,
 )
-from tests.test_websocket import ASKING, accepting, echo
+from tests.wire.test_websocket import ASKING, accepting, echo
 
 SHORT, LONG = 0.3, 5.0
 ARRIVED = 1000.0

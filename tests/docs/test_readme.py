@@ -17,7 +17,7 @@ from api_gateway.errors import Reason
 from tests.kit import eventually, running_gateway
 from tests.processes import WAYS, Running, process
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [text.strip() for language, text in BLOCKS if language == "sh"]

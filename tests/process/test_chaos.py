@@ -17,7 +17,7 @@ from benchmarks.target import targets
 from benchmarks.visitors import Clients
 from tests.kit import ask, eventually
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RATE = 120.0  # 40 for each of three targets, 10 in a bin
 
 # Chaos

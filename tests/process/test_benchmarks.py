@@ -24,7 +24,7 @@ from benchmarks.processes import cpu_seconds, free_port, reset_peak, resident_by
 from benchmarks.report import Results, tables
 from benchmarks.upstream import SIZES, SMALL
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 
 WRK = """Running 1s test @ http://127.0.0.1:1/api/small

@@ -7,7 +7,7 @@ import yaml
 
 from api_gateway.config import GatewayConfig
 
-PAGE = (Path(__file__).parent.parent / "docs" / "upstreams.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "upstreams.md").read_text()
 
 
 def test_its_example_is_valid() -> None:
