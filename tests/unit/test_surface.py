@@ -1,4 +1,4 @@
-"""What users of the gateway see by name, compared with one readable file, `tests/surface.txt`.
+"""What users of the gateway see by name, compared with one readable file, `tests/unit/surface.txt`.
 
 Metrics with their labels, JSON fields, settings, options, log fields and header fields are promises: others build
 dashboards, scripts and configuration files on them. After a deliberate change write the file anew with
