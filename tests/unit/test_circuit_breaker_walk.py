@@ -4,7 +4,7 @@ import copy
 import random
 from dataclasses import dataclass
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -259,4 +259,4 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
-TestWalk.settings = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+TestWalk.settings = settings(max_examples=60)

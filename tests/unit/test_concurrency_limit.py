@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.circuit_breaker import CircuitBreaker
@@ -66,7 +66,6 @@ def test_the_highest_band_has_the_whole_and_no_band_less_than_a_lower_one(ranks:
     places=st.floats(1, 200),
     steps=st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 1000)), max_size=300),
 )
-@settings(deadline=None)
 def test_a_band_is_admitted_exactly_while_less_than_its_share_is_under_way(
     places: float, steps: list[tuple[bool, int, int]]
 ) -> None:
@@ -85,17 +84,16 @@ def test_a_band_is_admitted_exactly_while_less_than_its_share_is_under_way(
 
 
 @given(places=st.integers(1, 100), flood=st.lists(st.integers(0, 2), max_size=300))
-@settings(deadline=None)
 def test_no_flood_of_lower_bands_takes_the_last_places_of_the_highest(places: int, flood: list[int]) -> None:
     limit = limit_of(places)
     for band in flood:
         if limit.admits(band):
-            limit.take(band)
+            limit.acquire(band)
     kept = places - limit.in_flight
     assert kept >= int(places * (1 - TIERS.shares[PREMIUM]))
     for _ in range(kept):
         assert limit.admits(ENTERPRISE)
-        limit.take(ENTERPRISE)
+        limit.acquire(ENTERPRISE)
     assert not limit.admits(ENTERPRISE)
 
 
@@ -233,7 +231,7 @@ def test_its_refusal_says_that_it_is_the_gateway() -> None:
 
 def test_reprs_tell_the_state() -> None:
     limit = limit_of(7)
-    limit.take(FREE)
+    limit.acquire(FREE)
     assert repr(limit) == "<ConcurrencyLimit [1 of 7]>"
     assert not limit.is_adaptive
     assert repr(lagging(0.5)) == "<EventLoopShedder [0.500 of 0.25 s]>"

@@ -16,7 +16,7 @@ from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.upstreams.load_balancing import (
     LOAD_BOUND,
-    Pick,
+    Picker,
     least_requests,
     rendezvous_hash,
     round_robin,
@@ -33,7 +33,7 @@ NEVER = BreakerPolicy(failure_threshold=10_000, minimum_calls=10_000)
 
 def upstream_of(
     count: int = 3,
-    pick: Pick = round_robin,
+    pick: Picker = round_robin,
     *,
     max_ejected: float = 0.5,
     slow_start: float = 0.0,
@@ -81,7 +81,7 @@ def ejected(upstream: Upstream, now: float = NOW) -> str:
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
-def test_a_target_whose_breaker_opens_gets_no_request(pick: Pick) -> None:
+def test_a_target_whose_breaker_opens_gets_no_request(pick: Picker) -> None:
     upstream = upstream_of(3, pick)
     fail(upstream, upstream.targets[0])
     assert ejected(upstream) == "a"
@@ -339,7 +339,7 @@ def test_slow_answers_eject_a_target_too_but_not_the_last() -> None:
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(2)), rendezvous_hash])
-def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Pick) -> None:
+def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Picker) -> None:
     source = random.Random(1)
     upstream = upstream_of(2, pick, slow_start=10, draw=lambda _target, _key: source.random())
     target = upstream.targets[0]
@@ -352,7 +352,7 @@ def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Pick) -> None:
 
 
 @given(seconds=st.lists(st.floats(0, 12), min_size=2, max_size=6), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_with_the_same_draws_it_never_gets_less_later(seconds: list[float], seed: int) -> None:
     """By key this holds for every single key: each moves over once and stays."""
     upstream = upstream_of(3, rendezvous_hash, slow_start=10)
@@ -478,7 +478,7 @@ class Balancing(RuleBasedStateMachine):
     )
     def begin(self, weights: list[int], pick: str, max_ejected: float) -> None:
         source = random.Random(1)
-        picks: dict[str, Pick] = {
+        picks: dict[str, Picker] = {
             "round_robin": round_robin,
             "least_requests": least_requests(source),
             "hash": rendezvous_hash,
@@ -579,7 +579,7 @@ class Balancing(RuleBasedStateMachine):
 
 
 TestBalancing = Balancing.TestCase
-TestBalancing.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+TestBalancing.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 # Bounded load and disruption
@@ -592,7 +592,7 @@ def held(targets: Sequence[Target], keys: int, most: int) -> None:
 
 
 @given(weights=st.lists(st.integers(1, 5), min_size=1, max_size=6), keys=st.integers(1, 10))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_one_hot_key_loads_no_target_beyond_its_bound(weights: list[int], keys: int) -> None:
     targets = [Target(str(number), weight) for number, weight in enumerate(weights)]
     held(targets, keys, 200)
@@ -613,7 +613,7 @@ def test_a_key_that_was_passed_on_comes_home_when_there_is_room() -> None:
 
 
 @given(count=st.integers(2, 8), lost=st.integers(0, 7))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_losing_any_target_moves_its_keys_only(count: int, lost: int) -> None:
     targets = [Target(f"http://10.0.0.{number}", 1 + number % 3) for number in range(count)]
     gone = targets[lost % count]

@@ -98,7 +98,7 @@ class Stage:
             {one.name: UpstreamClient(one, self.transport, timeouts) for one in self.upstreams},
             clock=lambda: self.now,
             max_body_bytes=1000,
-            observe_try=self.recorder.observe_try,
+            observe_attempt=self.recorder.observe_attempt,
             on_transition=lambda *_: None,
             on_cost=settlement.on_cost,
             on_fallback=settlement.on_fallback,
@@ -243,7 +243,7 @@ NEVER = ExplainRequest(client_id="a", path="/api/one/never", address="192.0.2.7"
 
 @given(script=steps)
 @example(script=[*[(0, 200, 0, PLAIN)] * 4, (0, 200, 0, NEVER)])  # two buckets that never hold it: the first is named
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_the_verdict_is_what_the_request_then_gets_and_asking_changes_nothing(
     script: list[tuple[int, int, int, ExplainRequest]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -267,7 +267,7 @@ def test_the_verdict_is_what_the_request_then_gets_and_asking_changes_nothing(
 
 
 @given(script=steps, question=questions)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_what_is_limited_passes_the_limiter_when_it_was_said_to(
     script: list[tuple[int, int, int, ExplainRequest]],
     question: ExplainRequest,

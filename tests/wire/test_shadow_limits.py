@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from api_gateway.config import GatewayConfig, load_config
@@ -116,7 +116,6 @@ def test_a_candidate_cost_above_the_capacity_would_limit() -> None:
     rate=st.sampled_from((0.5, 1, 2)),
     capacity=st.integers(1, 20),
 )
-@settings(deadline=None)
 def test_it_counts_exactly_what_the_candidate_would_have_decided_otherwise(
     steps: list[tuple[int, float]], rate: float, capacity: int
 ) -> None:
