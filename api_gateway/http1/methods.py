@@ -1,4 +1,4 @@
-"""The methods of HTTP as a proxy divides them: forwarded, refused, idempotent."""
+"""HTTP methods: forwarded, refused, idempotent (RFC 9110 section 9)."""
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 

@@ -163,7 +163,7 @@ def failures(running: RunningGateway, name: str) -> int:
 @pytest.mark.parametrize(
     ("name", "headers", "words", "is_blamed"),
     [
-        ("free", (f"X-Request-Timeout: {SHORT}",), "the X-Request-Timeout the client has set", False),
+        ("free", (f"X-Request-Timeout: {SHORT}",), "the client's X-Request-Timeout", False),
         ("timed", (), "the timeout of route 'timed'", True),
         ("timed", ("X-Request-Timeout: 9",), "the timeout of route 'timed'", True),
         ("both", (), "the timeout of route 'both'", True),
