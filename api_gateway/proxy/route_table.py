@@ -133,6 +133,6 @@ def upstream_target(route: Route, target: bytes) -> bytes:
     if not prefix:
         return target
     if not target.startswith(prefix) or target[len(prefix) : len(prefix) + 1] not in (b"", b"/", b"?"):
-        raise BadRequest(f"The prefix {route.strip_prefix} cannot be removed: the path encodes it differently.")
+        raise BadRequest(f"The prefix {route.strip_prefix} cannot be removed: the path spells it differently.")
     rest = target[len(prefix) :]
     return rest if rest.startswith(b"/") else b"/" + rest

@@ -91,7 +91,7 @@ class _Side(asyncio.BufferedProtocol):
         return f"<_Side [{'lost' if self.is_lost else 'open'}, {self.received} bytes received]>"
 
     def attach(self) -> None:
-        """Replace the transport's protocol, with reading paused: asyncio chooses the read method when reading starts."""
+        """Replace the transport's protocol, with reading paused: asyncio selects the read method when it resumes."""
         if not self.transport.is_closing():
             self.transport.pause_reading()
         self.transport.set_protocol(self)

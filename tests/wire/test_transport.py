@@ -768,7 +768,7 @@ async def test_an_answer_longer_than_announced_fails(
     answer = b"HTTP/1.1 200 OK\r\n" + head + b"\r\nok" + surplus
     at = answer.index(b"ok") + cut if cut else len(answer)
     up = upstream(first_then(raw(answer[:at], answer[at:]), reply(b"next")))
-    with pytest.raises(httpx.RemoteProtocolError, match="more came than was announced"):
+    with pytest.raises(httpx.RemoteProtocolError, match="more bytes than announced"):
         await fetch(transport, request_to(up))
     await settles(transport, "0 busy, 0 idle, 0 waiting")
     assert await fetch(transport, request_to(up)) == b"next"
