@@ -18,7 +18,7 @@ from api_gateway.models import LimiterState
 from api_gateway.reporting.prometheus import PrometheusExposition
 from api_gateway.reporting.upstream_schema import HealthView
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
-from api_gateway.resilience.fair_shares import refusal
+from api_gateway.resilience.fair_shares import share_refusal
 from api_gateway.resilience.priorities import PriorityClasses
 
 ROOT = Path(__file__).parent.parent
@@ -163,7 +163,7 @@ def shown(name: str) -> dict[str, Any]:
 def test_the_refusal_under_overload_is_the_one_that_its_page_shows() -> None:
     limit = ConcurrencyLimit(100, PriorityClasses({"FREE": 0, "ENTERPRISE": 1}), source=random.Random(1))
     for _ in range(57):
-        limit.take(1)
+        limit.acquire(1)
     error = limit.refusal("users", 0)
     assert shown("docs/overload.md") == {
         "status": error.status,
@@ -175,5 +175,5 @@ def test_the_refusal_under_overload_is_the_one_that_its_page_shows() -> None:
 
 def test_the_refusal_of_a_share_is_the_one_that_its_page_shows() -> None:
     assert shown("docs/resource-limits.md")["detail"] == (
-        f"Upstream 'users': {refusal(256, 256, 512, 'connections to it')}."
+        f"Upstream 'users': {share_refusal(256, 256, 512, 'connections to it')}."
     )
