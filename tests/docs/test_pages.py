@@ -35,8 +35,6 @@ FENCE = re.compile(r"^ *```.*?^ *```", flags=re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"\.?[\w.-]+(/[\w.-]+)+/?|[\w.-]+\.(py|md|lock|yaml)")
 SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)(?:: .+)?")
 NAME = re.compile(r"(_?[A-Z]+[a-z]+[A-Z]\w+|_[A-Z]{3,}|[A-Z]+_[A-Z_]+)(\.\w+)?(\(.*\))?|[A-Z][a-z]+\.[a-z_]+")
-# Folders that the tests move into; nothing is left out here once they have.
-NOT_YET = () if (ROOT / "tests" / "unit").exists() else ("unit", "wire", "store", "process", "docs")
 OURS = ("api_gateway/", "benchmarks/", "docs/", "examples/", "tests/", ".ci/")
 FOREIGN = {"AsyncClient", "AsyncBaseTransport", "AsyncHTTPTransport"}  # names of httpx
 
@@ -131,7 +129,7 @@ def test_every_file_it_names_exists(name: str) -> None:
     """On pages for maintainers, whatever looks like a path; elsewhere, paths in the folders of the repository."""
     paths = [text for part in code(name) for text in part.split() if FILE.fullmatch(text)]
     checked = [path for path in paths if name in MAINTAINERS or path.startswith(OURS)]
-    assert not [path for path in checked if not is_file(path) and path.removeprefix("tests/") not in NOT_YET]
+    assert not [path for path in checked if not is_file(path)]
 
 
 @cache
