@@ -16,29 +16,32 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from api_gateway.config_repair import repaired
-from api_gateway.config_rules import Finding, contradictions
-from api_gateway.config_sections import (
-    CLIENT_ID,
-    PATTERNS,
-    AddressLimitSection,
-    AdminSection,
-    ClientSection,
-    Identifier,
-    IdentitySection,
-    LogSection,
-    MetricsSection,
-    RouteSection,
-    ServerSection,
-    StoreSection,
-    TierName,
-    TierSection,
-    UpstreamSection,
+from api_gateway.settings.admin import AdminSection
+from api_gateway.settings.clients import AddressLimitSection, ClientSection, IdentitySection, TierSection
+from api_gateway.settings.diagnostics import (
+    NO_FILE,
+    ConfigError,
+    Sources,
+    describe_errors,
+    read_yaml,
+    without_passwords,
 )
-from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, read_yaml, without_passwords
-from api_gateway.environment import broken_lines, ignored_variables, is_setting, read_env_file, read_environment
-from api_gateway.secret import Unusable
-from api_gateway.state_folder import StateError, default_state_dir
+from api_gateway.settings.environment import (
+    broken_lines,
+    ignored_variables,
+    is_setting,
+    read_env_file,
+    read_environment,
+)
+from api_gateway.settings.repair import repaired
+from api_gateway.settings.routes import RouteSection
+from api_gateway.settings.rules import Finding, contradictions
+from api_gateway.settings.secret import Unusable
+from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
+from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
+from api_gateway.settings.store import StoreSection
+from api_gateway.settings.upstreams import UpstreamSection
+from api_gateway.system.state_folder import StateError, default_state_dir
 
 ENV_PREFIX = "GATEWAY_"
 ENV_FILE = ".env"
@@ -96,7 +99,7 @@ class GatewayConfig(BaseSettings):
     server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
     state_dir: Annotated[Path, BeforeValidator(_folder)] = Field(
-        default=Path(), description="None: a folder of the configuration file's own, see `state_folder`."
+        default=Path(), description="None: a folder of the configuration file's own, see `system.state_folder`."
     )
     admin: AdminSection = AdminSection()
     identity: IdentitySection = IdentitySection()
@@ -203,7 +206,7 @@ def read_config(
     merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, environment, sources.overrides)])
     found = [*file.problems, *problems, *_emptiness(merged, sources)]
     config, errors = _validated(sources.overrides, read)
-    found += [explain(detail, GatewayConfig, sources, PATTERNS) for detail in errors if detail["loc"]]
+    found += [describe_errors(detail, GatewayConfig, sources, PATTERNS) for detail in errors if detail["loc"]]
     if any(detail["loc"] for detail in errors):
         errors, wrong = repaired(merged, GatewayConfig, errors, lambda values: _made(values, _Read(file.path)))
     else:

@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 
-from api_gateway.breaker_modes import FILE_NAME, INTERVAL, BreakerOverrides, FileUnusable, Override, OverrideFile
-from api_gateway.breaker_policy import BreakerPolicy, Mode
+from api_gateway.admin.breaker_overrides import (
+    OVERRIDES_FILE,
+    OVERRIDES_POLL_INTERVAL,
+    BreakerOverrides,
+    FileUnusable,
+    Override,
+    OverrideFile,
+)
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import StoreUnavailable
+from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode
 from tests.kit import FakeClock, soon
 
 WALL = 1_800_000_000.0
@@ -87,7 +94,7 @@ def test_a_writer_that_dies_halfway_leaves_the_file_as_it_was(
         raise OSError("no space left")
 
     file.change("users", HELD, WALL)
-    monkeypatch.setattr("api_gateway.breaker_modes.os.fsync", die)
+    monkeypatch.setattr("api_gateway.admin.breaker_overrides.os.fsync", die)
     with pytest.raises(OSError, match="no space left"):
         file.change("users", WATCHED, WALL)
     assert file.read() == {"users": HELD}
@@ -220,7 +227,7 @@ async def test_each_change_is_logged_with_who_and_why(file: OverrideFile, caplog
 
 async def test_it_looks_several_times_a_second(file: OverrideFile) -> None:
     worker = Worker(file, FakeClock(WALL))
-    assert INTERVAL < 0.5
+    assert OVERRIDES_POLL_INTERVAL < 0.5
     following = asyncio.create_task(worker.try_handle.follow_file())
     try:
         file.change("users", HELD, WALL)
@@ -230,5 +237,5 @@ async def test_it_looks_several_times_a_second(file: OverrideFile) -> None:
 
 
 def test_the_file_lies_in_the_state_directory(tmp_path: Path) -> None:
-    assert OverrideFile(tmp_path).path == tmp_path / FILE_NAME
-    assert FILE_NAME in repr(OverrideFile(tmp_path))
+    assert OverrideFile(tmp_path).path == tmp_path / OVERRIDES_FILE
+    assert OVERRIDES_FILE in repr(OverrideFile(tmp_path))

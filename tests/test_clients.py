@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.client_records import (
+from api_gateway.clients.bloom_filter import BloomFilter
+from api_gateway.clients.records import (
     KEPT_CHANGES,
     UNCHANGED,
     Change,
@@ -22,11 +23,10 @@ from api_gateway.client_records import (
     OutcomeUnknown,
     WriteResult,
 )
-from api_gateway.clients import ClientRegistry, bucket_key
+from api_gateway.clients.registry import ClientRegistry, bucket_key
 from api_gateway.errors import StoreUnavailable
-from api_gateway.id_filter import BloomFilter
+from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Client, Quota
-from api_gateway.tasks import cancel_and_wait
 from tests.kit import FakeClock, soon
 
 TIERS = {
@@ -178,10 +178,10 @@ async def test_a_client_cannot_name_itself_into_the_bucket_of_an_address() -> No
 
 async def test_asking_for_a_client_remembers_nothing() -> None:
     async with following(HeldStore()) as registry:
-        before = repr(registry), repr(registry._copy)
+        before = repr(registry), repr(registry._cache)
         for number in range(1000):
             registry.try_get(f"stranger-{number}")
-        assert (repr(registry), repr(registry._copy)) == before
+        assert (repr(registry), repr(registry._cache)) == before
 
 
 def test_a_default_tier_that_does_not_exist_is_a_defect_told_at_once() -> None:
@@ -480,7 +480,7 @@ async def test_what_does_not_fit_is_looked_up_once_and_remembered() -> None:
         assert view(await registry.look_up("stranger")) == ("FREE", "default")
         assert view(registry.try_get("stranger")) == ("FREE", "default")
         assert store.questions == [["client-24"], ["stranger"]]
-        assert len(registry._copy) == 20
+        assert len(registry._cache) == 20
 
 
 async def test_a_configured_client_may_be_registered_for_another_tier_in_the_store() -> None:
@@ -520,7 +520,7 @@ async def test_invented_names_do_not_push_out_those_that_exist() -> None:
             await registry.look_up(f"stranger-{number}")
         known = sum(registry.try_get(f"client-{number}") is not None for number in range(101))
         assert known >= 89
-        assert len(registry._copy) == 100
+        assert len(registry._cache) == 100
 
 
 async def test_many_who_ask_for_one_client_ask_once_and_many_clients_are_one_question() -> None:
@@ -554,7 +554,7 @@ async def test_what_is_late_counts_as_not_registered_until_it_comes() -> None:
 
 
 async def test_a_look_up_that_failed_is_made_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.client_look_ups.RETRY_AFTER", 0.05)
+    monkeypatch.setattr("api_gateway.clients.lookup_batcher.RETRY_AFTER", 0.05)
     store = HeldStore()
     await crowded(store, 25)
     async with following(store, limit=20) as registry:
@@ -742,7 +742,7 @@ async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
 
 
 async def test_a_grant_that_ends_while_the_store_is_away_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.clients._CLEAR_AGAIN_AFTER", 0.02)
+    monkeypatch.setattr("api_gateway.clients.registry._CLEAR_AGAIN_AFTER", 0.02)
     clock = FakeClock(1000)
     store = HeldStore(clock)
     async with following(store, wall_clock=clock) as registry:
@@ -760,5 +760,5 @@ async def test_the_ends_of_replaced_grants_are_forgotten() -> None:
     async with following(HeldStore(), wall_clock=FakeClock(1000), limit=10) as registry:
         for number in range(200):
             await registry.grant("acme", "PREMIUM", 5000 + number)
-        assert len(registry._endings) <= 22
+        assert len(registry._expiries) <= 22
         assert tier_of(registry, "acme") == ("PREMIUM", "granted")

@@ -45,12 +45,13 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from api_gateway.config_rules import LONGEST_BUDGET, MAX_FILL
-from api_gateway.dispatcher import CONNECTIONS, ScriptBatcher
-from api_gateway.middleware import refusal
+from api_gateway.limits.redis_limiter import MESSAGE_NS, RedisLimiter
+from api_gateway.limits.refusal import refusal
+from api_gateway.limits.script_batcher import CONNECTIONS, ScriptBatcher
+from api_gateway.limits.script_ops import ChargeOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
-from api_gateway.rate_limiter import NEVER, MemoryLimiter
-from api_gateway.redis_limiter import MESSAGE_NS, RedisLimiter, _ChargeOp, _SettleOp
+from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter
+from api_gateway.settings.rules import LONGEST_BUDGET, MAX_FILL
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
@@ -499,7 +500,7 @@ def sent_retry_after(asked: Charge, decision: Decision) -> int | None:
 def test_a_cost_above_capacity_is_never_admitted_nor_charged_and_has_no_wait(make: Make, cost: float) -> None:
     backend, asked = make([FREE]), charge(FREE, cost)
     decision = backend.decide([asked], START)
-    assert (decision.allowed, decision.wait_ns, decision.retry_after) == (False, NEVER, None)
+    assert (decision.allowed, decision.wait_ns, decision.retry_after) == (False, NEVER_NS, None)
     assert sent_retry_after(asked, decision) is None
     assert backend.kept() == {}
 
@@ -673,7 +674,7 @@ def test_the_table_of_throttled_and_redis_cell(make: Make) -> None:
     quota = Quota.per_second("q", 1, 5)
     backend = make([quota])
     table = [  # at ms, cost -> allowed, remaining, reset ms, wait ms
-        (0, 6, False, 5, 0, NEVER),
+        (0, 6, False, 5, 0, NEVER_NS),
         (0, 1, True, 4, 1000, 0),
         (0, 1, True, 3, 2000, 0),
         (0, 1, True, 2, 3000, 0),
@@ -688,11 +689,11 @@ def test_the_table_of_throttled_and_redis_cell(make: Make) -> None:
         (9500, 0, True, 4, 1000, 0),
         (9500, 2, True, 2, 3000, 0),
         (9500, 5, False, 2, 3000, 3000),
-        (15000, 6, False, 5, 0, NEVER),
+        (15000, 6, False, 5, 0, NEVER_NS),
     ]
     for row, (at, cost, allowed, remaining, reset, wait) in enumerate(table):
         found = backend.decide([charge(quota, cost)], START + at * MILLISECOND)
-        wait_ns = wait if wait == NEVER else wait * MILLISECOND
+        wait_ns = wait if wait == NEVER_NS else wait * MILLISECOND
         expected = Decision("a", quota, allowed, remaining, wait_ns, reset * MILLISECOND, source=backend.source)
         assert found == expected, f"row {row}"
 
@@ -868,8 +869,8 @@ class Remembering(RuleBasedStateMachine):
         (binding,) = (one for one in asked if one.key == decision.key)
         wait_ns = self.fleet.owed(binding) + binding.increment_ns - binding.quota.burst_ns
         assert wait_ns > 0
-        assert (decision.wait_ns == NEVER) == (binding.increment_ns > binding.quota.burst_ns)
-        if decision.wait_ns != NEVER and self.known.get((number, binding.key)) == self.charged[binding.key]:
+        assert (decision.wait_ns == NEVER_NS) == (binding.increment_ns > binding.quota.burst_ns)
+        if decision.wait_ns != NEVER_NS and self.known.get((number, binding.key)) == self.charged[binding.key]:
             most_ns = wait_ns + 2 * LONGEST_LAG_NS + binding.quota.burst_ns // 250 + MICROSECOND
             assert wait_ns <= decision.wait_ns <= most_ns
 
@@ -884,8 +885,8 @@ class Remembering(RuleBasedStateMachine):
         for part, owed_ns in zip(parts, before, strict=True):
             self.charged[part.key] += self.fleet.owed(part) > owed_ns
         if batch:
-            told = {one.key for question in batch if isinstance(question, _ChargeOp) for one in question._charges}
-            told -= {question._charge.key for question in batch if isinstance(question, _SettleOp)}
+            told = {one.key for question in batch if isinstance(question, ChargeOp) for one in question._charges}
+            told -= {question._charge.key for question in batch if isinstance(question, SettleOp)}
             self.under_way[number].append({key: self.charged[key] for key in told})
 
     @rule(number=numbers)
@@ -1020,12 +1021,12 @@ class Together:
         if self.fleet.decide(number, asked) is None:
             limiter.decide_async(asked, self.fleet.clock_ns(number), lambda _: None)
             question = limiter.wire.waiting[-1]
-            assert isinstance(question, _ChargeOp)
+            assert isinstance(question, ChargeOp)
             question._answer = partial(self.answers.__setitem__, id(question))
 
     def execute(self, number: int) -> None:
         for question in self.fleet.limiters[number].wire.waiting:
-            assert isinstance(question, _ChargeOp)
+            assert isinstance(question, ChargeOp)
             expected = self.expected[id(question)] = self.exact.decide(question._charges, self.fleet.store_ns)
             if expected.allowed:
                 cost = Fraction(question._charges[0].increment_ns, FREE.emission_ns)

@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Attempt, Upstream
-from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import CircuitOpen, LoadShed, Reason, problem
 from api_gateway.models import Outcome
-from api_gateway.overload import LAGS, SINGLE_PRIORITY, ConcurrencyLimit, EventLoopShedder, PriorityClasses
-from api_gateway.picks import round_robin
-from api_gateway.targets import Target
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
+from api_gateway.resilience.event_loop_limit import LAGS, EventLoopShedder
+from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt, Upstream
 
 NOW = 1000.0
 TIERS = PriorityClasses({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})
@@ -88,12 +90,12 @@ def test_no_flood_of_lower_bands_takes_the_last_places_of_the_highest(places: in
     limit = limit_of(places)
     for band in flood:
         if limit.admits(band):
-            limit.take(band)
+            limit.acquire(band)
     kept = places - limit.in_flight
     assert kept >= int(places * (1 - TIERS.shares[PREMIUM]))
     for _ in range(kept):
         assert limit.admits(ENTERPRISE)
-        limit.take(ENTERPRISE)
+        limit.acquire(ENTERPRISE)
     assert not limit.admits(ENTERPRISE)
 
 
@@ -231,7 +233,7 @@ def test_its_refusal_says_that_it_is_the_gateway() -> None:
 
 def test_reprs_tell_the_state() -> None:
     limit = limit_of(7)
-    limit.take(FREE)
+    limit.acquire(FREE)
     assert repr(limit) == "<ConcurrencyLimit [1 of 7]>"
     assert not limit.is_adaptive
     assert repr(lagging(0.5)) == "<EventLoopShedder [0.500 of 0.25 s]>"

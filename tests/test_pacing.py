@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.exposition import PrometheusExposition
+from api_gateway.eventloop.pacing import Steps, completed, each, paced
 from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
-from api_gateway.pacing import Steps, completed, each, paced
-from api_gateway.picks import round_robin
-from api_gateway.report import UpstreamSnapshot, WorkerSnapshot, joined, split
-from api_gateway.targets import Target
+from api_gateway.reporting.metrics_view import latency_view, metrics_view
+from api_gateway.reporting.prometheus import PrometheusExposition
+from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot
+from api_gateway.reporting.snapshot_parts import joined, split
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
 from tests.kit import RawUpstream, RunningGateway, ask
 
 MANY = 1000
@@ -70,7 +72,7 @@ def large_report(*, is_used: bool) -> WorkerSnapshot:
     if is_used:
         for name, route in zip(names, list(recorder.routes), strict=False):
             for number in range(1, 20):
-                recorder.observe_try(name, "2xx", number / 100, NOW)
+                recorder.observe_attempt(name, "2xx", number / 100, NOW)
                 recorder.routes[route].at(NOW).time(number / 100)
     upstreams = {
         name: UpstreamSnapshot.of(
@@ -99,10 +101,10 @@ def longest(steps: Steps[Any]) -> tuple[float, Any]:
         lambda report: PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render(
             "text/plain"
         ),
-        lambda report: report.recorder.snapshot(
-            NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
+        lambda report: metrics_view(
+            report.recorder, NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
         ),
-        lambda report: report.recorder.latency(NOW),
+        lambda report: latency_view(report.recorder, NOW),
         lambda report: report.describing(0, {}),
         lambda report: WorkerSnapshot.blank().updating(report.state()),
     ],
@@ -120,7 +122,7 @@ def test_a_scrape_of_many_unused_routes_is_small() -> None:
         PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain")
     )
     assert len(text) < 1_000_000
-    report.recorder.observe_try("upstream-0007", "2xx", 0.1, NOW)
+    report.recorder.observe_attempt("upstream-0007", "2xx", 0.1, NOW)
     text, _ = completed(
         PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain")
     )
@@ -140,7 +142,7 @@ def test_a_worker_reports_what_has_changed_and_what_is_gone() -> None:
     known, upstreams = report.upstreams, dict(report.upstreams)
     del upstreams["upstream-0001"]
     report.upstreams = upstreams | {"upstream-0002": replace(upstreams["upstream-0002"], status="fail")}
-    report.recorder.observe_try("upstream-0005", "2xx", 0.1, NOW + 100)
+    report.recorder.observe_attempt("upstream-0005", "2xx", 0.1, NOW + 100)
     changed = completed(report.describing(int(NOW / 5) + 1, known))
     assert (list(changed["upstreams"]), changed["gone"]) == (["upstream-0002"], ["upstream-0001"])
     assert list(changed["recorder"]["upstreams"]) == ["upstream-0005"]

@@ -10,14 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from api_gateway.balancer import Attempt, Upstream
-from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import NoHealthyUpstream
 from api_gateway.models import Outcome
-from api_gateway.picks import LOAD_BOUND, Pick, least_requests, rendezvous_hash, round_robin, share_of_key
-from api_gateway.rotation import OutlierDetector, OutlierPolicy
-from api_gateway.targets import Target
+from api_gateway.resilience.breaker_policy import BreakerPolicy, State
+from api_gateway.upstreams.load_balancing import (
+    LOAD_BOUND,
+    Picker,
+    least_requests,
+    rendezvous_hash,
+    round_robin,
+    share_of_key,
+)
+from api_gateway.upstreams.outlier_detection import OutlierDetector, OutlierPolicy
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt, Upstream
 
 NOW = 1000.0
 POLICY = BreakerPolicy(failure_threshold=3, recovery_timeout=30)
@@ -26,7 +33,7 @@ NEVER = BreakerPolicy(failure_threshold=10_000, minimum_calls=10_000)
 
 def upstream_of(
     count: int = 3,
-    pick: Pick = round_robin,
+    pick: Picker = round_robin,
     *,
     max_ejected: float = 0.5,
     slow_start: float = 0.0,
@@ -74,7 +81,7 @@ def ejected(upstream: Upstream, now: float = NOW) -> str:
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
-def test_a_target_whose_breaker_opens_gets_no_request(pick: Pick) -> None:
+def test_a_target_whose_breaker_opens_gets_no_request(pick: Picker) -> None:
     upstream = upstream_of(3, pick)
     fail(upstream, upstream.targets[0])
     assert ejected(upstream) == "a"
@@ -332,7 +339,7 @@ def test_slow_answers_eject_a_target_too_but_not_the_last() -> None:
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(2)), rendezvous_hash])
-def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Pick) -> None:
+def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Picker) -> None:
     source = random.Random(1)
     upstream = upstream_of(2, pick, slow_start=10, draw=lambda _target, _key: source.random())
     target = upstream.targets[0]
@@ -471,7 +478,7 @@ class Balancing(RuleBasedStateMachine):
     )
     def begin(self, weights: list[int], pick: str, max_ejected: float) -> None:
         source = random.Random(1)
-        picks: dict[str, Pick] = {
+        picks: dict[str, Picker] = {
             "round_robin": round_robin,
             "least_requests": least_requests(source),
             "hash": rendezvous_hash,

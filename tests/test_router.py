@@ -11,19 +11,21 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.deadline import deadline_of
 from api_gateway.errors import BadRequest, BodyTooLarge, ClientDisconnected, MethodNotAllowed, NoRoute, UpstreamTimeout
+from api_gateway.http1.asgi import DEADLINE, FIELDS, Message
+from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.models import Exchange
-from api_gateway.picks import round_robin
-from api_gateway.request import DEADLINE, FIELDS, Message, RequestBody
-from api_gateway.retry import RetryPolicy
+from api_gateway.proxy.deadline import deadline_of
+from api_gateway.proxy.request_body import StreamedBody
+from api_gateway.proxy.route_table import CostRule, Route, RouteTable, upstream_target
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.router import Router
-from api_gateway.routes import CostRule, Route, RouteTable, is_below, matching_path, upstream_target
-from api_gateway.service import Timeouts, UpstreamClient
-from api_gateway.targets import Target
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
+from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 
 
 def route(path: str, **options: Any) -> Route:
@@ -298,14 +300,14 @@ def piece(body: bytes, *, more: bool) -> Message:
 async def test_a_body_comes_piece_by_piece_and_is_counted() -> None:
     record = exchange("POST")
     messages = (piece(b"ab", more=True), piece(b"", more=True), piece(b"c", more=True), piece(b"", more=False))
-    body = RequestBody(receiving(*messages), 3, record)
+    body = StreamedBody(receiving(*messages), 3, record)
     assert not body.is_started
     assert [found async for found in body] == [b"ab", b"c"]
     assert (body.is_started, body.is_finished, record.bytes_in) == (True, True, 3)
 
 
 async def test_a_body_that_exceeds_its_limit_is_refused_with_the_piece_that_does() -> None:
-    body = RequestBody(receiving(piece(b"abc", more=True), piece(b"d", more=False)), 3, exchange("POST"))
+    body = StreamedBody(receiving(piece(b"abc", more=True), piece(b"d", more=False)), 3, exchange("POST"))
     pieces = aiter(body)
     assert await anext(pieces) == b"abc"
     with pytest.raises(BodyTooLarge):
@@ -313,7 +315,7 @@ async def test_a_body_that_exceeds_its_limit_is_refused_with_the_piece_that_does
 
 
 async def test_a_client_that_leaves_breaks_its_body_off() -> None:
-    body = RequestBody(receiving(piece(b"abc", more=True), {"type": "http.disconnect"}), 9, exchange("POST"))
+    body = StreamedBody(receiving(piece(b"abc", more=True), {"type": "http.disconnect"}), 9, exchange("POST"))
     pieces = aiter(body)
     assert await anext(pieces) == b"abc"
     with pytest.raises(ClientDisconnected):
@@ -323,7 +325,7 @@ async def test_a_client_that_leaves_breaks_its_body_off() -> None:
 
 async def test_a_body_is_given_again_from_its_start_while_it_is_kept_whole() -> None:
     messages = (piece(b"ab", more=True), piece(b"c", more=True), piece(b"d", more=False))
-    body = RequestBody(receiving(*messages), 9, exchange("PUT"), keep=3)
+    body = StreamedBody(receiving(*messages), 9, exchange("PUT"), keep=3)
     first = aiter(body)
     assert [await anext(first), await anext(first)] == [b"ab", b"c"]
     assert body.is_kept
@@ -386,7 +388,7 @@ def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: An
         {"up": service},
         clock=time.monotonic,
         max_body_bytes=100,
-        observe_try=lambda *_: None,
+        observe_attempt=lambda *_: None,
         on_transition=lambda *_: None,
     )
     scope = {

@@ -1,0 +1,61 @@
+"""The health of the gateway, as operators see it."""
+
+from dataclasses import asdict
+from typing import Literal
+
+from api_gateway.admin.reload_views import configuration_view
+from api_gateway.admin.views import upstream_view
+from api_gateway.eventloop.pacing import each, paced
+from api_gateway.metrics import GATEWAY
+from api_gateway.reporting.metrics_view import concurrency_view
+from api_gateway.reporting.upstream_schema import ClientStoreView, HealthView, LagView, ResourceView, StoreView
+from api_gateway.reporting.worker_channel import Aggregator
+from api_gateway.resilience.fair_shares import ResourceState
+from api_gateway.system.clocks import Clocks
+
+
+async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> HealthView:
+    """Return the health of the gateway and its upstreams, as operators see it."""
+    snapshot = await aggregator.gather()
+    now = clocks.now()
+    views = each(
+        snapshot.upstreams.items(),
+        lambda name, upstream: upstream_view(upstream, now, concurrency_view(snapshot.recorder, name, upstream)),
+    )
+    upstreams = await paced(views)
+    words = {view.status for view in upstreams.values()}
+    status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
+    if words == {"fail"}:
+        status = "fail"
+    elif (
+        not snapshot.limiter.is_whole
+        or snapshot.client_trouble is not None
+        or snapshot.configuration.problems
+        or any(resource.status == "warn" for resource in snapshot.resources)
+    ):
+        status = "warn"
+    uptime = round(clocks.monotonic() - snapshot.recorder.started, 3)
+    return HealthView(
+        status=status,
+        version=version,
+        uptime_seconds=uptime,
+        upstreams=upstreams,
+        store=StoreView(**asdict(snapshot.limiter)),
+        client_store=ClientStoreView(
+            status="pass" if snapshot.client_trouble is None else "warn", error=snapshot.client_trouble
+        ),
+        configuration=configuration_view(snapshot.configuration),
+        event_loop=LagView(lag_seconds=round(snapshot.lag, 6), shed=snapshot.recorder.shed[GATEWAY].total()),
+        resources=[_resource_view(resource) for resource in snapshot.resources],
+    )
+
+
+def _resource_view(resource: ResourceState) -> ResourceView:
+    return ResourceView(
+        resource=resource.resource,
+        upstream=resource.upstream,
+        limit=resource.limit,
+        in_use=resource.in_use,
+        rejected=resource.refused,
+        status=resource.status,
+    )

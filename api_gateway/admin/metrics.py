@@ -1,0 +1,71 @@
+"""The endpoints `/metrics` and `/metrics/latency`."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from api_gateway.admin.context import Guarded
+from api_gateway.admin.openapi import REFUSALS, TOKEN, rendered
+from api_gateway.eventloop.pacing import paced
+from api_gateway.reporting.metrics_schema import LatencyView, MetricsView
+from api_gateway.reporting.metrics_view import latency_view, metrics_view
+from api_gateway.reporting.prometheus import PrometheusExposition
+
+router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
+
+
+class MetricsFormat(StrEnum):
+    """The two ways to show the metrics."""
+
+    JSON = "json"
+    PROMETHEUS = "prometheus"
+
+
+@router.get(
+    "/metrics",
+    summary="All metrics, for people and for Prometheus",
+    response_model=MetricsView,
+    responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
+)
+async def metrics(
+    request: Request,
+    context: Guarded,
+    format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the public name
+) -> Any:
+    """Answer JSON, or exposition text where `?format=prometheus` or `Accept` asks for it."""
+    snapshot = await context.aggregator.gather()
+    accept = request.headers.get("accept", "")
+    asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
+    if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
+        exposition = PrometheusExposition(
+            snapshot.recorder,
+            snapshot.upstreams,
+            snapshot.limiter,
+            snapshot.buckets,
+            context.version,
+            snapshot.lag,
+            snapshot.tasks,
+            snapshot.resources,
+            snapshot.configuration,
+        )
+        body, content_type = await paced(exposition.render(accept))
+        return Response(body, headers={"content-type": content_type})
+    view = metrics_view(
+        snapshot.recorder,
+        context.clocks.monotonic(),
+        snapshot.upstreams,
+        buckets=snapshot.buckets,
+        bucket_limit=snapshot.bucket_limit,
+        overflowed=snapshot.overflowed,
+        limiter=snapshot.limiter,
+        lag=snapshot.lag,
+    )
+    return rendered(await paced(view))
+
+
+@router.get("/metrics/latency", summary="Latency percentiles", response_model=LatencyView)
+async def latency(context: Guarded) -> Response:
+    """Answer the percentiles over the last minute, the last five minutes and since the start."""
+    snapshot = await context.aggregator.gather()
+    return rendered(await paced(latency_view(snapshot.recorder, context.clocks.monotonic())))

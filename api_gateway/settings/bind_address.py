@@ -1,0 +1,75 @@
+"""Where a server listens: a host and a port, or the path of a Unix socket."""
+
+import re
+from dataclasses import dataclass
+
+UNIX_PREFIX = "unix:"
+MAX_PATH = 107  # bytes of a Unix socket's path (unix(7))
+MAX_PORT = 65_535
+EVERY_PERMISSION = 0o777
+
+
+@dataclass(frozen=True, slots=True)
+class BindAddress:
+    """`path` is set for a Unix socket, whose file gets the permissions `mode`; otherwise host and port count."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    mode: int = 0o600
+
+    @classmethod
+    def of(cls, host: str, port: int, mode: int) -> "BindAddress":
+        """Return the address of a host that may also be `unix:/path`. Raises ValueError."""
+        if not host.startswith(UNIX_PREFIX):
+            return cls(host.removeprefix("[").removesuffix("]"), port)
+        path = host.removeprefix(UNIX_PREFIX)
+        if not path.startswith("/") or len(path.encode()) > MAX_PATH:
+            raise ValueError(f"must be unix: and an absolute path of at most {MAX_PATH} bytes")
+        return cls(path=path, mode=mode)
+
+    @classmethod
+    def parse(cls, text: str, mode: int) -> "BindAddress":
+        """Return the address that `host:port` or `unix:/path` names. Raises ValueError."""
+        if text.startswith(UNIX_PREFIX):
+            return cls.of(text, 0, mode)
+        host, _, port = text.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit()) or int(port) > MAX_PORT:
+            raise ValueError("must be host:port or unix:/path, such as 127.0.0.1:9901")
+        if ":" in host and not (host.startswith("[") and host.endswith("]")):
+            raise ValueError("needs brackets around an IPv6 address, as in [::1]:9901")
+        return cls.of(host, int(port), mode)
+
+    def __str__(self) -> str:
+        return f"{UNIX_PREFIX}{self.path}" if self.path else authority(self.host, self.port)
+
+
+def authority(host: str, port: int) -> str:
+    """Return host and port as a URL has them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def checked_host(host: str) -> str:
+    """Return a host that `BindAddress.of` takes. Raises ValueError.
+
+    An empty one, as an unset variable leaves it, would be every address.
+    """
+    if not host:
+        raise ValueError("must name an address to listen on, such as 127.0.0.1, or '::' for every address")
+    BindAddress.of(host, 0, 0)
+    return host
+
+
+def checked_listen(text: str) -> str:
+    """Return an address that `BindAddress.parse` takes. Raises ValueError."""
+    BindAddress.parse(text, 0)
+    return text
+
+
+def file_mode(value: object) -> int:
+    """Return permissions. Text is octal; an unquoted 0660 in YAML has become a number already. Raises ValueError."""
+    if isinstance(value, str) and re.fullmatch("0?[0-7]{3}", value):
+        return int(value, 8)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= EVERY_PERMISSION:
+        raise ValueError("must be octal permissions such as 0660")
+    return value

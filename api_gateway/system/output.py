@@ -1,0 +1,323 @@
+"""Standard output and standard error, written by threads of their own: no reader and no disk blocks the event loop.
+
+A line is queued in memory and written within `BATCH_DELAY` seconds. When the queue is full, or writing fails, lines
+are dropped and counted; a warning says how many, at most once a minute. A blocked reader cannot keep the process from
+ending: `flush` waits for a bounded time.
+"""
+
+import atexit
+import io
+import logging
+import os
+import select
+import stat
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+
+logger = logging.getLogger(__name__)
+
+BATCH_DELAY = 0.05  # seconds a line waits for others to be written together with it
+MAX_BYTES = 8 * 1024 * 1024  # in one queue
+MAX_ENTRIES = 50_000  # in one queue
+LOSS_REPORT_DELAY, LOSS_REPORT_INTERVAL = (
+    1.0,
+    60.0,
+)  # seconds from the first lost line to a warning, and between two warnings
+EXIT_FLUSH_TIMEOUT = 2.0  # seconds for what is queued to be written before the process ends
+_ATOMIC = 4096  # bytes (PIPE_BUF on Linux) that a pipe takes without mixing them with what other processes write
+_BATCH = 256 * 1024  # bytes of one write to anything else
+_NAMES = {"stdout": "standard output", "stderr": "standard error"}
+
+OnLoss = Callable[[int, OSError | None], None]  # lines lost, and the error that lost them; None: the queue was full
+
+
+class LineWriter:
+    """A bounded queue in front of one file descriptor, and the thread that writes it, in order and in whole lines."""
+
+    def __init__(
+        self, descriptor: int, on_loss: OnLoss, max_bytes: int = MAX_BYTES, max_entries: int = MAX_ENTRIES
+    ) -> None:
+        self._descriptor = descriptor
+        self._on_loss = on_loss
+        self._max_bytes = max_bytes
+        self._max_entries = max_entries
+        self._lock = threading.RLock()  # a signal handler may write while its own thread does
+        self._written = threading.Condition(self._lock)
+        self._entries: list[str] = []
+        self._pending = 0  # bytes queued or being written
+        self._has_entries, self._is_urgent = threading.Event(), threading.Event()
+        self._batches_written = 0
+        self._stuck_at = -1  # batches that were written when `flush` last waited in vain
+        self._is_mid_line = False  # the last write ended within a line
+        threading.Thread(target=self._run, name=f"output {descriptor}", daemon=True).start()
+
+    def __repr__(self) -> str:
+        return f"<LineWriter {self._descriptor} [{len(self._entries)} queued, {self._pending} bytes]>"
+
+    def write(self, text: str) -> None:
+        """Queue `text`, which is one or more whole lines; never blocks."""
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "backslashreplace"))
+        with self._lock:
+            is_full = self._pending + size > self._max_bytes or len(self._entries) >= self._max_entries
+            if not is_full:
+                self._pending += size
+                self._entries.append(text)
+                if len(self._entries) == 1:
+                    self._has_entries.set()
+        if is_full:
+            self._on_loss(_lines(text), None)
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until everything queued is written, for `seconds` at most; return whether it is.
+
+        Returns at once if it has waited in vain before and nothing was written since.
+        """
+        self._is_urgent.set()
+        try:
+            with self._written:
+                if self._stuck_at == self._batches_written:
+                    return not self._pending
+                is_written = self._written.wait_for(lambda: not self._pending, seconds)
+                self._stuck_at = -1 if is_written else self._batches_written
+                return is_written
+        finally:
+            self._is_urgent.clear()
+
+    # In the writer's thread
+
+    def _run(self) -> None:
+        while True:
+            self._has_entries.wait()
+            self._is_urgent.wait(BATCH_DELAY)
+            with self._lock:
+                self._has_entries.clear()
+                entries, self._entries = self._entries, []
+                size = self._pending
+            for batch in self._batches(entries):
+                self._write_batch(batch)
+                self._batches_written += 1
+            with self._written:
+                self._pending -= size
+                self._written.notify_all()
+
+    def _batches(self, entries: Sequence[str]) -> Iterator[bytes]:
+        """Yield whole entries joined, each batch as large as one write should be unless one entry is larger."""
+        most = _ATOMIC if _is_pipe(self._descriptor) else _BATCH
+        batch: list[bytes] = []
+        size = 0
+        for entry in entries:
+            encoded = entry.encode("utf-8", "backslashreplace")
+            if batch and size + len(encoded) > most:
+                yield b"".join(batch)
+                batch, size = [], 0
+            batch.append(encoded)
+            size += len(encoded)
+        if batch:
+            yield b"".join(batch)
+
+    def _write_batch(self, batch: bytes) -> None:
+        left = b"\n" + batch if self._is_mid_line else batch  # after half a line, the next begins on its own
+        total = len(left)
+        try:
+            while left:
+                left = left[self._write_some(left) :]
+        except OSError as error:
+            self._on_loss(left.count(b"\n"), error)
+            if len(left) < total:
+                self._is_mid_line = True
+        else:
+            self._is_mid_line = not batch.endswith(b"\n")
+
+    def _write_some(self, data: bytes) -> int:
+        while True:
+            try:
+                return os.write(self._descriptor, data)
+            except BlockingIOError:  # another process has made the shared descriptor non-blocking
+                select.select((), (self._descriptor,), ())
+
+
+class Output:
+    """Both streams of this process, and what was lost of them, by stream."""
+
+    def __init__(self, delay: float = LOSS_REPORT_DELAY, interval: float = LOSS_REPORT_INTERVAL) -> None:
+        self.dropped: Counter[str] = Counter(dict.fromkeys(_NAMES, 0))  # lines
+        self.errors: Counter[str] = Counter(dict.fromkeys(_NAMES, 0))  # failed writes
+        self._delay, self._interval = delay, interval
+        self._reported: Counter[str] = Counter()
+        self._causes: dict[str, str] = {}
+        self._has_losses = threading.Event()
+        self._lock = threading.RLock()
+        self.out = self._writer("stdout", _usable(1, sys.__stdout__))
+        # Where both are one file they share a queue, so that their lines keep their order.
+        self.err = self.out if _are_same(1, 2) else self._writer("stderr", _usable(2, sys.__stderr__))
+        threading.Thread(target=self._report_losses, name="output losses", daemon=True).start()
+
+    def __repr__(self) -> str:
+        return f"<Output [{self.dropped.total()} lines dropped, {self.errors.total()} errors]>"
+
+    @property
+    def losses(self) -> tuple[Counter[str], Counter[str]]:
+        """The live counts of dropped lines and failed writes."""
+        return self.dropped, self.errors
+
+    def flush(self, seconds: float = EXIT_FLUSH_TIMEOUT) -> bool:
+        """Wait until both streams are written, for `seconds` at most; return whether they are."""
+        until = time.monotonic() + seconds
+        is_written = self.out.flush(seconds)
+        return self.err.flush(max(0.0, until - time.monotonic())) and is_written
+
+    def report(self) -> None:
+        """Log how many lines were lost since the last report, if any were."""
+        for stream, name in _NAMES.items():
+            new = self.dropped[stream] - self._reported[stream]
+            if new:
+                self._reported[stream] += new
+                total, cause = self.dropped[stream], self._causes[stream]
+                logger.warning("%s: %d lines were dropped, %d since the start: %s", name, new, total, cause)
+
+    def _writer(self, stream: str, descriptor: int) -> LineWriter:
+        def on_loss(lines: int, error: OSError | None) -> None:
+            cause = "they are not read fast enough" if error is None else error.strerror or str(error)
+            with self._lock:
+                self.dropped[stream] += lines
+                self.errors[stream] += error is not None
+                self._causes[stream] = cause
+                self._has_losses.set()
+
+        return LineWriter(descriptor, on_loss)
+
+    def _report_losses(self) -> None:
+        while True:
+            self._has_losses.wait()
+            time.sleep(self._delay)
+            self._has_losses.clear()
+            self.report()
+            time.sleep(self._interval - self._delay)
+
+
+class TextStream(io.TextIOBase):
+    """What `print`, warnings and tracebacks write to in place of `sys.stdout` or `sys.stderr`. Never blocks.
+
+    Each thread's unfinished line is kept until it ends or is flushed, so that lines of several threads do not mix.
+    """
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def __init__(self, writer: LineWriter, descriptor: int) -> None:
+        self._writer = writer
+        self._descriptor = descriptor
+        self._unfinished = threading.local()
+
+    def write(self, text: str) -> int:
+        """Queue the lines that `text` completes."""
+        lines, end, rest = (getattr(self._unfinished, "text", "") + text).rpartition("\n")
+        self._unfinished.text = rest
+        if end:
+            self._writer.write(lines + end)
+        return len(text)
+
+    def flush(self) -> None:
+        """Queue this thread's unfinished line."""
+        rest, self._unfinished.text = getattr(self._unfinished, "text", ""), ""
+        if rest:
+            self._writer.write(rest)
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def isatty(self) -> bool:
+        """Tell whether the descriptor is a terminal."""
+        return os.isatty(self._descriptor)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._descriptor
+
+
+class LineHandler(logging.Handler):
+    """Logs to a `LineWriter`."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the record's text."""
+        try:
+            self._writer.write(f"{self.format(record)}\n")
+        except Exception:  # noqa: BLE001 - arguments that cannot be formatted; the base class reports them
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait until what was logged is written, for a bounded time. Blocks; `emit` does not call it."""
+        self._writer.flush(EXIT_FLUSH_TIMEOUT)
+
+
+@cache
+def process_output() -> Output:
+    """Return the streams of this process, which are written out at its end."""
+    open_standard_descriptors()
+    output = Output()
+    atexit.register(output.flush)
+    return output
+
+
+@contextmanager
+def redirected() -> Iterator[None]:
+    """Send what this process prints through `process_output`, and write it out at the end."""
+    output = process_output()
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = TextStream(output.out, 1), TextStream(output.err, 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+        output.report()
+        output.flush()
+        atexit.unregister(output.flush)  # a reader that has not read until now is not waited for twice
+
+
+def open_standard_descriptors() -> None:
+    """Open /dev/null in place of a standard descriptor that is closed.
+
+    Otherwise a socket would get its number: what is printed would go to a client, and libuv aborts on closing it.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            os.set_inheritable(descriptor, True)
+
+
+def _usable(descriptor: int, stream: object) -> int:
+    """Return `descriptor`, or one of /dev/null if it was closed when Python started: its number may be a socket's."""
+    return os.open(os.devnull, os.O_WRONLY) if stream is None else descriptor
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + (not text.endswith("\n"))
+
+
+def _is_pipe(descriptor: int) -> bool:
+    with suppress(OSError):
+        return not stat.S_ISREG(os.fstat(descriptor).st_mode)
+    return False
+
+
+def _are_same(one: int, other: int) -> bool:
+    with suppress(OSError):
+        return os.path.sameopenfile(one, other)
+    return False

@@ -1,0 +1,150 @@
+"""The TCP and Unix sockets of a network namespace, as Linux lists them in `/proc/<pid>/net` (proc(5))."""
+
+import sys
+from collections.abc import Iterator
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+from typing import NamedTuple
+
+ESTABLISHED, LISTEN = b"01", b"0A"
+_WORD = 4  # bytes: addresses are printed as words of the machine's byte order
+NEWLINE = b"\n"
+_INODE = 9  # the column, in `tcp` and `tcp6`
+_UNIX_FLAGS, _UNIX_STATE, _UNIX_INODE, _UNIX_NAME = 3, 5, 6, 7  # the columns in `unix`
+_ACCEPTS, _CONNECTED = 0x10000, b"03"  # __SO_ACCEPTCON of the flags, SS_CONNECTED of the states
+_MAPPED = b"0000000000000000" + (b"FFFF0000" if sys.byteorder == "little" else b"0000FFFF")  # ::ffff:0:0/96
+
+
+class Endpoint(NamedTuple):
+    """One end of a connection: an address as the table spells it, IPv4 wherever it is one, and a port."""
+
+    address: bytes
+    port: int
+
+    @classmethod
+    def of(cls, address: str, port: int) -> "Endpoint":
+        """Return the end at this address. Raises ValueError for what is no IP address."""
+        parsed = ip_address(address.partition("%")[0])
+        if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+            parsed = parsed.ipv4_mapped
+        packed = parsed.packed
+        words = [packed[start : start + _WORD] for start in range(0, len(packed), _WORD)]
+        if sys.byteorder == "little":
+            words = [word[::-1] for word in words]
+        return cls(b"".join(words).hex().upper().encode(), port)
+
+
+class Row(NamedTuple):
+    """One socket. `uid` is the user who created it, `inode` what `/proc/<pid>/fd` calls it."""
+
+    local: Endpoint
+    remote: Endpoint
+    state: bytes
+    uid: int
+    inode: int
+
+
+class UnixRow(NamedTuple):
+    """One Unix socket. `name` is its path, or `@` and its abstract name; empty if it was not bound."""
+
+    is_listening: bool
+    is_connected: bool
+    name: bytes
+
+
+class SocketTable:
+    """A snapshot, as text: of many thousand rows few are looked at, and finding bytes is fast."""
+
+    def __init__(self, tcp: bytes, tcp6: bytes = b"", unix: bytes = b"") -> None:
+        self._tcp = tcp
+        self._tcp6 = tcp6
+        self._unix = unix
+
+    def __repr__(self) -> str:
+        return f"<SocketTable [{self._tcp.count(NEWLINE) + self._tcp6.count(NEWLINE)} lines]>"
+
+    @classmethod
+    def read(cls, process: Path) -> "SocketTable":
+        """Return the sockets of the network namespace that a process (`/proc/<pid>`) is in. Raises OSError."""
+        six = process / "net/tcp6"  # not there on a machine without IPv6
+        return cls(
+            (process / "net/tcp").read_bytes(),
+            six.read_bytes() if six.exists() else b"",
+            (process / "net/unix").read_bytes(),
+        )
+
+    def between(self, local: Endpoint, remote: Endpoint) -> Row | None:
+        """Return the socket with these two ends."""
+        plain = b" %b %b " % (_spelled(local), _spelled(remote))
+        mapped = b" %b%b %b%b " % (_MAPPED, _spelled(local), _MAPPED, _spelled(remote))
+        rows = (*_rows_with(self._tcp, plain), *_rows_with(self._tcp6, plain), *_rows_with(self._tcp6, mapped))
+        return next((row for row in rows if (row.local, row.remote) == (local, remote)), None)
+
+    def socket(self, inode: int) -> Row | None:
+        """Return the socket with this inode; none for one that is neither bound nor connected, or no TCP socket."""
+        rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, b" %d " % inode))
+        return next((row for row in rows if row.inode == inode), None)
+
+    def is_listening(self, port: int) -> bool:
+        """Tell whether somebody listens on this port, at any address."""
+        cursor = b":%04X " % port
+        rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, cursor))
+        return any(row.state == LISTEN and row.local.port == port for row in rows)
+
+    def unix_socket(self, inode: int) -> UnixRow | None:
+        """Return the Unix socket with this inode."""
+        spelled = b"%d" % inode
+        for line in _lines_with(self._unix, b" %b" % spelled):
+            fields = line.split(maxsplit=_UNIX_NAME)
+            if len(fields) > _UNIX_INODE and fields[_UNIX_INODE] == spelled:
+                return _unix_row(fields)
+        return None
+
+    def is_accepted_unix(self, row: UnixRow) -> bool:
+        """Tell whether a listener has made this Unix socket: such a socket has the listener's name.
+
+        A client may bind an abstract name of its own before it connects, as those of D-Bus do; with a path none does.
+        """
+        if not row.is_connected or not row.name:
+            return False
+        return not row.name.startswith(b"@") or self._has_unix_listener(row.name)
+
+    def _has_unix_listener(self, name: bytes) -> bool:
+        lines = (line.split(maxsplit=_UNIX_NAME) for line in _lines_with(self._unix, b" " + name))
+        rows = (_unix_row(fields) for fields in lines if len(fields) > _UNIX_INODE)
+        return any(row.is_listening and row.name == name for row in rows)
+
+
+def _rows_with(text: bytes, cursor: bytes) -> Iterator[Row]:
+    """Return the rows whose line holds the mark."""
+    return (row for line in _lines_with(text, cursor) if (row := _row(line)) is not None)
+
+
+def _lines_with(text: bytes, cursor: bytes) -> Iterator[bytes]:
+    at = text.find(cursor)
+    while at >= 0:
+        start, end = text.rfind(NEWLINE, 0, at) + 1, text.find(NEWLINE, at)
+        yield text[start : end if end >= 0 else len(text)]
+        at = text.find(cursor, max(end, at + 1)) if end >= 0 else -1
+
+
+def _unix_row(fields: list[bytes]) -> UnixRow:
+    name = fields[_UNIX_NAME] if len(fields) > _UNIX_NAME else b""
+    return UnixRow(bool(int(fields[_UNIX_FLAGS], 16) & _ACCEPTS), fields[_UNIX_STATE] == _CONNECTED, name)
+
+
+def _row(line: bytes) -> Row | None:
+    """Return what a line says; nothing for the heading."""
+    fields = line.split()
+    if len(fields) <= _INODE or not fields[_INODE].isdigit():
+        return None
+    return Row(_endpoint(fields[1]), _endpoint(fields[2]), fields[3], int(fields[7]), int(fields[_INODE]))
+
+
+def _endpoint(spelled: bytes) -> Endpoint:
+    address, _, port = spelled.rpartition(b":")
+    return Endpoint(address.removeprefix(_MAPPED), int(port, 16))
+
+
+def _spelled(end: Endpoint) -> bytes:
+    return b"%b:%04X" % end
