@@ -184,7 +184,7 @@ class Assembly:
         before.recorder.extend(
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
-        before.lag.change(config.server.max_lag, plan.priorities)
+        before.lag.change(config.server.max_event_loop_lag, plan.priorities)
         before.modes.follow({name: live.service.upstream.breaker for name, live in upstreams.items()})
         self._begin_upkeep(upstreams)
         self.gateway = replace(
@@ -230,7 +230,7 @@ class Assembly:
                 clock=clocks.monotonic,
                 wall_clock=clocks.wall,
             ),
-            lag=EventLoopShedder(config.server.max_lag, plan.priorities, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
+            lag=EventLoopShedder(config.server.max_event_loop_lag, plan.priorities, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
             clocks=clocks,
         )
 

@@ -197,7 +197,7 @@ class ClientRegistry:
         if self._mark.epoch and self._mark.epoch != snapshot.mark.epoch:
             logger.warning("the client store has begun anew, with %d clients; %d were known", len(fresh), len(known))
         if not fresh.is_complete:
-            logger.warning("more than store.client_limit (%d) clients: the others are looked up", self._limit)
+            logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if self.trouble is not None:
             logger.warning("the client store can be used again")
         self._copy, self._mark, self.trouble = fresh, snapshot.mark, None
@@ -381,7 +381,7 @@ class ClientRegistry:
         if not self._copy.put(record, is_new_epoch=is_new_epoch):
             return False
         if was_complete and not self._copy.is_complete:
-            logger.warning("more than store.client_limit (%d) clients: the others are looked up", self._limit)
+            logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if record.grant is not None:
             self._endings.expect(record, self._is_current)
             self._set_timer()

@@ -196,7 +196,7 @@ class ServerSection(Section):
         le=86_400,
         description="How long the event loop may be blocked before the process is ended; a worker is replaced.",
     )
-    max_lag: Seconds | None = Field(
+    max_event_loop_lag: Seconds | None = Field(
         default=0.25, description="How late the event loop may run before requests are shed by tier. None: never."
     )
     trusted_proxies: list[TrustedProxy] = Field(default=[], description="Networks, and `unix` for Unix sockets.")
@@ -217,16 +217,18 @@ class StoreSection(Section):
     url: Annotated[Secret, AfterValidator(_store_url)] = SecretStr(MEMORY)
     url_file: SecretFile = None
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
-    deadline: Seconds = Field(default=0.02, description="How long a request waits for the store.")
+    decision_timeout: Seconds = Field(default=0.02, description="How long a request waits for the store.")
     timeout: Seconds = Field(default=1, description="For everything else that is asked of the store.")
-    processes: int = Field(default=1, ge=1, description="How many gateways there are at least, on all machines.")
+    min_gateway_processes: int = Field(
+        default=1, ge=1, description="How many gateway processes there are at least, on all machines."
+    )
     prefix: str = Field(default="gateway", pattern=_PREFIX, description="Begins every key.")
-    bucket_limit: int = Field(default=1_000_000, ge=1)
+    max_buckets: int = Field(default=1_000_000, ge=1)
     clients: Literal["auto", "sqlite", "store"] = Field(
         default="auto",
         description="Where registered clients are kept: a file in state_dir, or the store. auto: in a shared store.",
     )
-    client_limit: int = Field(default=100_000, ge=1, description="Registered clients held in memory.")
+    max_cached_clients: int = Field(default=100_000, ge=1, description="Registered clients held in memory.")
 
     @property
     def keeps_clients(self) -> bool:
@@ -350,8 +352,8 @@ class HealthCheckSection(Section):
     path: WholePath = "/health"
     interval: Seconds = 5
     timeout: Seconds = 2
-    healthy_after: int = Field(default=2, ge=1)
-    unhealthy_after: int = Field(default=3, ge=1)
+    healthy_threshold: int = Field(default=2, ge=1)
+    unhealthy_threshold: int = Field(default=3, ge=1)
     statuses: list[StatusRange] = Field(default=["200-399"], min_length=1)
 
 
@@ -375,7 +377,7 @@ class CircuitBreakerSection(Section):
     half_open_max_calls: int = Field(default=1, ge=1)
     ramp: float = Field(default=10, ge=0, le=3600, description="Seconds until all traffic is back; 0 is at once.")
     per_target: bool = Field(default=True, description="A breaker of each target beside the upstream's own.")
-    max_ejected: float = Field(default=0.5, ge=0, le=1, description="Share of the targets, rounded down.")
+    max_ejected_ratio: float = Field(default=0.5, ge=0, le=1, description="Share of the targets, rounded down.")
 
     @model_validator(mode="before")
     @classmethod
@@ -399,7 +401,9 @@ class RetrySection(Section):
 
     attempts: int = Field(default=2, ge=1, le=10)
     budget: float = Field(default=0.2, ge=0, le=1)
-    floor: float = Field(default=1, ge=0, le=1000, description="Retries a second beside the share.")
+    min_retries_per_second: float = Field(
+        default=1, ge=0, le=1000, description="Retries that are allowed in addition to the budget."
+    )
     backoff: BackoffSection = BackoffSection()
     max_retry_after: float = Field(
         default=1, ge=0, le=60, description="An upstream that asks for a longer wait is not asked again."
@@ -411,8 +415,8 @@ class RetrySection(Section):
 class AdaptiveSection(Section):
     """A limit found from the upstream's latency, which is held near `tolerance` times what it is without a queue."""
 
-    floor: int = Field(default=10, ge=1, le=1_000_000)
-    ceiling: int = Field(default=1000, ge=1, le=1_000_000)
+    min_limit: int = Field(default=10, ge=1, le=1_000_000)
+    max_limit: int = Field(default=1000, ge=1, le=1_000_000)
     tolerance: float = Field(default=1.4, ge=1.1, le=10)
 
 
@@ -427,15 +431,15 @@ class TlsSection(Section):
     """PEM files for https targets: whom to trust instead of the system's store, and what to show of ourselves."""
 
     ca_file: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
 
 class UpstreamSection(Section):
     """A service behind the gateway. `http2` speaks HTTP/2 to https targets that offer it (needs the package h2)."""
 
     targets: list[TargetSection] = Field(min_length=1)
-    resolve: float | None = Field(
+    dns_refresh_interval: float | None = Field(
         default=None, ge=1, le=86_400, description="Seconds after which the names of targets are resolved anew."
     )
     balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"

@@ -249,10 +249,10 @@ store:
 upstreams:
   a:
     targets: [{{url: "https://a"}}]
-    tls: {{ca_file: missing.pem, certificate: {one}.pem, key: missing.key}}
+    tls: {{ca_file: missing.pem, cert_file: {one}.pem, key_file: missing.key}}
   b:
     targets: [{{url: "https://b"}}]
-    tls: {{ca_file: empty.pem, certificate: {one}.pem, key: {other}.key}}
+    tls: {{ca_file: empty.pem, cert_file: {one}.pem, key_file: {other}.key}}
   c:
     targets: [{{url: "https://c"}}]
     tls: {{key: {one}.key}}
@@ -267,7 +267,7 @@ upstreams:
         ":9: upstreams.a.tls.key: cannot be read: no such file or directory, got 'missing.key'",
         ":12: upstreams.b.tls.ca_file: holds no PEM certificate",
         f":12: upstreams.b.tls.key: does not belong to '{one}.pem', got '{other}.key'",
-        ":15: upstreams.c.tls.key: needs the certificate that it belongs to",
+        ":15: upstreams.c.tls.key_file: needs the cert_file that it belongs to",
     ):
         assert sum(line.startswith(start) for line in errors) == 1, (start, errors)
 
