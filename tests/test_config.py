@@ -18,7 +18,7 @@ from api_gateway.diagnosis import ConfigError
 WHOLE = """
 server:    {host: 0.0.0.0, port: 8001, workers: 4, max_body_bytes: 1048576, max_header_bytes: 32768,
             header_timeout: 11, keep_alive_timeout: 76, drain_timeout: 31, trusted_proxies: [10.0.0.0/8, "::1"]}
-store:     {url: "memory://", on_failure: deny, deadline: 0.03}
+store:     {url: "memory://", on_failure: deny, decision_timeout: 0.03}
 state_dir: state
 admin:     {token: a-long-enough-token}
 identity:  {mode: header, header: X-Key}

@@ -70,7 +70,7 @@ def test_while_the_store_is_away_changes_are_refused_in_words_and_a_view_says_wh
     assert "was not made" in refused["detail"]
     assert limit(running, "acme") == 50
     health = ask(f"{running.url}/health").json()
-    assert (health["status"], health["clients"]["status"]) == ("warn", "warn")
-    assert health["clients"]["error"]
+    assert (health["status"], health["client_store"]["status"]) == ("warn", "warn")
+    assert health["client_store"]["error"]
     store_server.start()
     eventually(lambda: ask(f"{running.url}/clients/acme").json()["tier_source"] == "default", "it has begun anew")
