@@ -15,6 +15,15 @@ from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, 
 from tests.processes import reports_of_processes
 from tests.store_kit import SERVERS, StoreServer
 
+PROCESSES_PER_CORE = 3
+MOST_PROCESSES = 12
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes `-n auto` means: the tests wait more than they compute."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_PROCESSES, PROCESSES_PER_CORE * cores)
+
 
 @pytest.fixture(autouse=True)
 def _no_ambient_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def test_a_store_that_evicts_is_a_warning_in_the_log_at_health_and_in_the_metric
     (line,) = [line for line in text.splitlines() if line.startswith("gateway_store_evicted_keys_total ")]
     assert float(line.split()[1]) > 0
     assert caplog.text.count("the store has maxmemory-policy allkeys-lru") == 1
+    store.admin.config_set("maxmemory", 0)  # it is full, and would now refuse writes
     store.admin.config_set("maxmemory-policy", "noeviction")
     eventually(lambda: health()["store"]["warning"] is None, "it is mended")
 

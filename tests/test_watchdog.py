@@ -119,10 +119,11 @@ def test_native_code_that_holds_the_interpreter_is_ended_by_its_cpu_time(start: 
 
 
 def test_a_worker_whose_loop_is_blocked_is_replaced(start: Start) -> None:
+    """It waits and does not compute: that counts in full on a busy machine, too, where the supervisor ends others."""
     with start(workers=2) as running:
         port = port_of(running)
         before = workers_of(running)
-        os.kill(before[0], VISIBLY)
+        os.kill(before[0], OUTSIDE)
         eventually(lambda: not is_alive(before[0]), "it ends", within=PATIENCE + SLACK)
         eventually(lambda: len(set(workers_of(running)) - {before[0]}) == 2, "another follows", within=SLACK)
         eventually(lambda: serves(port), "the gateway serves", within=SLACK)
