@@ -26,9 +26,9 @@ try:  # first of all: locust patches ssl and sockets, which others import
 except ModuleNotFoundError:
     raise SystemExit("load_test.py needs locust: pip install 'locust>=2.40,<3'") from None
 
+from api_gateway.admin.operator_token import token_file
 from api_gateway.config import load_config
-from api_gateway.diagnosis import ConfigError
-from api_gateway.operator_token import token_file
+from api_gateway.settings.diagnostics import ConfigError
 
 PATH = os.environ.get("LOAD_TEST_PATH", "/api/users")
 OK, UNAUTHORIZED, TOO_MANY_REQUESTS = 200, 401, 429

@@ -1,25 +1,24 @@
-"""A rate-limiting API gateway: exact token buckets per client, circuit breakers per upstream, metrics."""
+"""A rate-limiting API gateway: exact token buckets per client, circuit breakers per upstream, metrics.
 
-import importlib
-from typing import TYPE_CHECKING
+The public names are loaded when they are first used, so that importing one module does not import all of them.
+"""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["GatewayConfig", "__version__", "create_app", "load_config"]
+from api_gateway._version import __version__
 
 if TYPE_CHECKING:
     from api_gateway.config import GatewayConfig, load_config
     from api_gateway.main import create_app
-else:
-    _MODULES = {
-        "GatewayConfig": "api_gateway.config",
-        "load_config": "api_gateway.config",
-        "create_app": "api_gateway.main",
-    }
 
-    def __getattr__(name: str) -> object:
-        """Import what the package offers when it is first asked for: it takes seconds; see `held_signals`."""
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
-        return value
+__all__ = ["GatewayConfig", "__version__", "create_app", "load_config"]
+
+_HOMES = {"GatewayConfig": "config", "load_config": "config", "create_app": "main"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found

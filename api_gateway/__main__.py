@@ -5,7 +5,7 @@ All it imports at first is what provides for signals: the gateway itself takes s
 
 import importlib
 
-from api_gateway.held_signals import end_quietly, hold
+from api_gateway.system.held_signals import end_quietly, hold
 
 
 def main() -> int:

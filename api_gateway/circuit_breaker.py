@@ -3,18 +3,21 @@
 Synchronous; `now` (monotonic seconds) is an argument; it neither logs nor waits. Admission hands out a ticket with the
 generation of the state it was given in. A result that comes back after the state has changed carries an old
 generation and changes nothing, so a slow failure from before an outage cannot reopen a breaker that has recovered.
+
+Long because it is one state machine: every method reads or moves the state that the others guard.
 """
 
 import random
 from collections import deque
 from dataclasses import dataclass
 
-from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State
-from api_gateway.breaker_records import FailedCall, Transition, TransitionRecord
-from api_gateway.call_window import Counts, CountWindow, TimeWindow, Window
 from api_gateway.models import Outcome
-from api_gateway.principals import Callers
-from api_gateway.ramp import RampUp, RateMeter
+from api_gateway.resilience.breaker_history import FailedCall, Transition, TransitionRecord
+from api_gateway.resilience.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State
+from api_gateway.resilience.call_windows import Counts, CountWindow, TimeWindow, Window
+from api_gateway.resilience.principals import Callers
+from api_gateway.resilience.ramp_up import RampUp
+from api_gateway.resilience.rate_meter import RateMeter
 
 KEPT_RECORDS = 50
 KEPT_FAILURES = 10

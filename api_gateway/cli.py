@@ -9,19 +9,19 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from api_gateway import __version__
-from api_gateway.assembly_stores import client_store, state_folder
+from api_gateway._version import __version__
+from api_gateway.assembly.stores import client_store, state_folder
 from api_gateway.config import ENV_PREFIX, GatewayConfig, Loaded
-from api_gateway.config_rules import Finding, doubts
-from api_gateway.config_watch import ConfigSource
-from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
-from api_gateway.held_signals import hold
-from api_gateway.output import redirected
-from api_gateway.server import GatewayServer, configure_logging
-from api_gateway.start_check import file_obstacles, obstacles, passing_doubts
-from api_gateway.state_folder import former_state
-from api_gateway.supervisor import Supervisor
+from api_gateway.process.config_watch import ConfigSource
+from api_gateway.process.server import GatewayServer, configure_logging
+from api_gateway.process.start_check import file_obstacles, obstacles, passing_doubts
+from api_gateway.process.supervisor import Supervisor
+from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.rules import Finding, doubts
+from api_gateway.system.held_signals import hold
+from api_gateway.system.output import redirected
+from api_gateway.system.state_folder import former_state
 
 logger = logging.getLogger(__name__)
 

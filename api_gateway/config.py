@@ -16,29 +16,25 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from api_gateway.config_repair import repaired
-from api_gateway.config_rules import Finding, contradictions
-from api_gateway.config_sections import (
-    CLIENT_ID,
-    PATTERNS,
-    AddressLimitSection,
-    AdminSection,
-    ClientSection,
-    Identifier,
-    IdentitySection,
-    LogSection,
-    MetricsSection,
-    RouteSection,
-    ServerSection,
-    StoreSection,
-    TierName,
-    TierSection,
-    UpstreamSection,
+from api_gateway.settings.admin import AdminSection
+from api_gateway.settings.clients import AddressLimitSection, ClientSection, IdentitySection, TierSection
+from api_gateway.settings.diagnostics import NO_FILE, ConfigError, Sources, explain, read_yaml, without_passwords
+from api_gateway.settings.environment import (
+    broken_lines,
+    ignored_variables,
+    is_setting,
+    read_env_file,
+    read_environment,
 )
-from api_gateway.diagnosis import NO_FILE, ConfigError, Sources, explain, read_yaml, without_passwords
-from api_gateway.environment import broken_lines, ignored_variables, is_setting, read_env_file, read_environment
-from api_gateway.secret import Unusable
-from api_gateway.state_folder import StateError, default_state_dir
+from api_gateway.settings.repair import repaired
+from api_gateway.settings.routes import RouteSection
+from api_gateway.settings.rules import Finding, contradictions
+from api_gateway.settings.secret import Unusable
+from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
+from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
+from api_gateway.settings.store import StoreSection
+from api_gateway.settings.upstreams import UpstreamSection
+from api_gateway.system.state_folder import StateError, default_state_dir
 
 ENV_PREFIX = "GATEWAY_"
 ENV_FILE = ".env"
@@ -96,7 +92,7 @@ class GatewayConfig(BaseSettings):
     server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
     state_dir: Annotated[Path, BeforeValidator(_folder)] = Field(
-        default=Path(), description="None: a folder of the configuration file's own, see `state_folder`."
+        default=Path(), description="None: a folder of the configuration file's own, see `system.state_folder`."
     )
     admin: AdminSection = AdminSection()
     identity: IdentitySection = IdentitySection()

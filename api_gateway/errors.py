@@ -82,7 +82,7 @@ class GatewayError(Exception):
 
     `retry_after` is in seconds, as exact as it is known, or None where waiting cannot help. `headers` go on the
     answer, `extra` into its problem body. `is_retry_safe` says that nothing of the request reached an upstream,
-    `fault` who is at fault unless more is known (see `failures.fault_of`).
+    `fault` who is at fault unless more is known (see `proxy.faults.fault_of`).
     """
 
     status: ClassVar[int] = 500

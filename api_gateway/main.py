@@ -16,27 +16,27 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import iter_route_contexts
 
-from api_gateway import __version__, admin
-from api_gateway.admin import AdminContext, Lifecycle
-from api_gateway.assembly import Assembly, Gateway
-from api_gateway.assembly_access import NOBODY, operator_access
-from api_gateway.clocks import SYSTEM_CLOCKS, Clocks
+from api_gateway._version import __version__
+from api_gateway.admin.context import AdminContext, Lifecycle
+from api_gateway.admin.endpoints import install
+from api_gateway.admin.explainer import Explainer
+from api_gateway.admin.gate import OperatorGate
+from api_gateway.admin.health_cache import HealthCache
+from api_gateway.admin.locality import Locality
+from api_gateway.admin.operator_limits import OperatorLimits
+from api_gateway.assembly.access import NOBODY, operator_access
+from api_gateway.assembly.gateway import Assembly, Gateway
+from api_gateway.assembly.installation import Installation
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.crew import Aggregator, SingleProcess
-from api_gateway.diagnosis import ConfigError
 from api_gateway.errors import STARTUP_FAILED, StartupError
-from api_gateway.explanation import Explainer
-from api_gateway.health_cache import HealthCache
-from api_gateway.installation import Installation
-from api_gateway.link import FastPathProvider
-from api_gateway.locality import Locality
+from api_gateway.http1.asgi import FastPathProvider, Message, Receive, Scope, Send
+from api_gateway.http1.request_paths import below_root
 from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied
-from api_gateway.operator_gate import OperatorGate
-from api_gateway.operator_limits import OperatorLimits
-from api_gateway.request import Message, Receive, Scope, Send
-from api_gateway.request_paths import below_root
-from api_gateway.resolution import Resolve, look_up
-from api_gateway.shares import Shares
+from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
+from api_gateway.resilience.fair_shares import Shares
+from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
+from api_gateway.upstreams.dns import Resolve, look_up
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class GatewayApp(FastAPI):
         self._switch = switch
         self.startup_error: StartupError | None = None
         self.has_admin_listener = has_admin_listener
-        endpoints = admin.install(self, refused)
+        endpoints = install(self, refused)
         self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,

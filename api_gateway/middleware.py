@@ -6,55 +6,47 @@ wait is a plain function that returns the next step's awaitable: a coroutine cos
 """
 
 import asyncio
-import itertools
-import json
 import logging
-import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from api_gateway import auth
-from api_gateway.clients import ClientRegistry
-from api_gateway.deadline import deadline_of
+from api_gateway.clients.identity import client_id
+from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import (
     BadRequest,
     ClientDisconnected,
-    CostExceedsCapacity,
     Draining,
     GatewayError,
     InternalError,
-    RateLimited,
-    StoreUnavailable,
     not_started,
-    problem,
 )
-from api_gateway.failures import note_failure
-from api_gateway.headers import (
+from api_gateway.http1.asgi import DEADLINE, FIELDS, ASGIApp, FastPathHandler, Receive, Scope, Send
+from api_gateway.http1.headers import (
     Fields,
     address_key,
     ambiguity,
     client_address,
     fields_of,
     host_name,
-    is_visible_ascii,
     is_within,
 )
-from api_gateway.limit_fields import RateLimitHeaders
-from api_gateway.link import FastPathHandler
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
+from api_gateway.limits.refusal import refusal
 from api_gateway.metrics import Recorder
-from api_gateway.models import Charge, Client, Clock, Decision, Exchange, HeaderList, Quota
-from api_gateway.overload import EventLoopShedder, PriorityClasses
-from api_gateway.rate_limiter import NEVER, RateLimiter
-from api_gateway.request import DEADLINE, FIELDS, Receive, Scope, Send
+from api_gateway.models import Charge, Client, Clock, Decision, Exchange, Quota
+from api_gateway.proxy.deadline import deadline_of
+from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.problem_response import send_problem
+from api_gateway.proxy.request_id import given_request_id, new_request_id
+from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.rate_limiter import RateLimiter
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
+from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.router import Router
-from api_gateway.shadow import ShadowLimits
 
 logger = logging.getLogger(__name__)
-_ID_PREFIX = f"{random.Random().getrandbits(96):024x}"  # noqa: S311 - seeded by the system; ids must differ, not be secret
-_id_numbers = itertools.count(random.Random().getrandbits(24))  # noqa: S311 - as above
 
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Observer = Callable[[Exchange], None]
 
 API_PREFIX = "/api"
@@ -201,43 +193,10 @@ class ExchangeMiddleware:
                 logger.exception("request %s could not be recorded", exchange.id)
 
 
-def given_request_id(fields: Fields) -> str | None:
-    """Return the request id that came with the request, if it can be used."""
-    given: Sequence[bytes] = fields.get(b"x-request-id", ())
-    return given[0].decode("ascii") if len(given) == 1 and is_visible_ascii(given[0]) else None
-
-
-def new_request_id() -> str:
-    """Return an id that no other request has: a random number for this process, and one that counts up."""
-    return f"{_ID_PREFIX}{next(_id_numbers):08x}"
-
-
 def _refuse_flaws(scope: Scope) -> None:
     fault = ambiguity(scope[FIELDS], scope["http_version"])
     if fault is not None:
         raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
-
-
-def problem_response(error: GatewayError, *, instance: str, request_id: str | None) -> tuple[HeaderList, bytes]:
-    """Return headers and body of the answer that tells of `error` (RFC 9457)."""
-    body = json.dumps(problem(error, instance=instance, request_id=request_id), ensure_ascii=False).encode()
-    headers = [
-        (b"content-type", b"application/problem+json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"cache-control", b"no-store"),
-        *((name.encode(), value.encode()) for name, value in error.headers.items()),
-    ]
-    return headers, body
-
-
-async def send_problem(
-    error: GatewayError, send: Send, *, instance: str, request_id: str | None, headers: HeaderList
-) -> int:
-    """Send `error` as problem details (RFC 9457) and return the bytes of its body."""
-    own, body = problem_response(error, instance=instance, request_id=request_id)
-    await send({"type": "http.response.start", "status": error.status, "headers": own + headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-    return len(body)
 
 
 class IdentityMiddleware:
@@ -277,7 +236,7 @@ class IdentityMiddleware:
 
     def name(self, fields: Fields) -> str | None:
         """Return the name the client gave, if it gave one. Raises ClientIdInvalid."""
-        return auth.client_id(fields, self.header)
+        return client_id(fields, self.header)
 
     def client(self, name: str | None, address: str) -> Client | None:
         """Return the client as it is registered now, or None if the store is to be asked."""
@@ -394,40 +353,6 @@ class RateLimitMiddleware:
 def _resolve(answer: asyncio.Future[Decision], decision: Decision) -> None:
     if not answer.done():  # the request may have been cancelled meanwhile
         answer.set_result(decision)
-
-
-def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
-    """Return the error that tells the client which limit refused it, and when the same request will pass."""
-    quota, client = decision.quota, exchange.client
-    if decision.source == "deny":
-        return StoreUnavailable(
-            "The store of the rate limits does not answer, and nothing is admitted without it.", retry_after=1
-        )
-    assert client is not None  # noqa: S101 - Identify came before
-    is_peer = decision.key != client.key
-    who = f"Address '{address_key(exchange.peer)}'" if is_peer else f"Client '{client.id}' (tier {quota.name})"
-    extra = {
-        "violated-policies": [quota.name.lower()],
-        "client_id": client.id,
-        "tier": client.quota.name,
-        "policy": quota.name.lower(),
-        "cost": exchange.cost,
-        "limit": quota.capacity,
-        "refill_per_second": quota.rate,
-        "remaining": decision.remaining,
-    }
-    if decision.wait_ns == NEVER:
-        return CostExceedsCapacity(
-            f"The request costs {exchange.cost:g} tokens; the bucket of {who} holds {quota.capacity} at most.",
-            extra=extra,
-        )
-    wait = decision.retry_after or 0.0
-    return RateLimited(
-        f"{who} may spend {quota.capacity} tokens at once and then {quota.rate:g} a second; this request costs"
-        f" {exchange.cost:g} and {decision.remaining} are left. It passes in {wait:.3f} s.",
-        retry_after=wait,
-        extra=extra,
-    )
 
 
 class ProxyApp:

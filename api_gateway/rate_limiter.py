@@ -7,6 +7,8 @@ the token bucket with continuous refill. All arithmetic is in integer nanosecond
 
 Refusals and zero costs write nothing. Decisions are atomic because they run on one thread without awaiting; the
 limiter is not thread-safe.
+
+Long because it is one subject: arithmetic, tables and the decision that is made of them have to agree.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,9 @@
 """Routes and forwarding: match a request to its route, try the upstream, stream both ways, settle the try.
 
 The only loop is the retry, and it ends with the answer's first byte. Which target, whether the breaker admits and
-what a result means to it is decided in `balancer` and `circuit_breaker`; how bytes travel, in the transport.
+what a result means to it is decided in `upstreams.upstream` and `circuit_breaker`; how bytes travel, in the transport.
+
+Long because it is one state machine: the attempts of a request, from the first to the delivered response.
 """
 
 import asyncio
@@ -12,10 +14,6 @@ from dataclasses import dataclass
 
 import httpx
 
-from api_gateway.answer import UpstreamResponse
-from api_gateway.balancer import Attempt
-from api_gateway.breaker_records import Transition
-from api_gateway.deadline import Deadline
 from api_gateway.errors import (
     ClientDisconnected,
     GatewayError,
@@ -24,41 +22,38 @@ from api_gateway.errors import (
     UpstreamFailed,
     UpstreamTimeout,
 )
-from api_gateway.event_stream import event_stream, is_event_stream
-from api_gateway.failures import ClientShare, fault_of_deadline, translate
-from api_gateway.headers import (
+from api_gateway.http1.asgi import SERVER_EXTENSION, Receive, Scope, Send, ServerExtension
+from api_gateway.http1.headers import (
+    BODILESS,
     COST,
     Fields,
     forwardable_trailers,
     rewrite_response,
 )
-from api_gateway.heads import BODILESS
-from api_gateway.link import SERVER_EXTENSION, ServerExtension
+from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.models import Clock, Exchange, HeaderList
-from api_gateway.outgoing import NO_BODY, LeanRequest, NoBody
-from api_gateway.overload import SINGLE_PRIORITY, EventLoopShedder, PriorityClasses
-from api_gateway.reply import HttpxBody, fields_in, let_go, parts_of, reply_to
-from api_gateway.request import (
-    LEFT,
-    DisconnectWatch,
-    LeavingWatch,
-    Receive,
-    RequestBody,
-    Scope,
-    Send,
-    SentBody,
-    UpstreamRequest,
-    body_too_large,
-    spelt_target,
-)
-from api_gateway.retry import FailedAttempt, RetryDenied, is_repeatable, retry_after_of
-from api_gateway.routes import PROXIED_METHODS, Route, RouteTable, refuse_method, upstream_target
-from api_gateway.service import UpstreamClient
-from api_gateway.shares import holder_of
-from api_gateway.stand_in import FallbackRunner
-from api_gateway.targets import Target
-from api_gateway.tunnel import Tunnel
-from api_gateway.verdicts import OutcomeReporter
+from api_gateway.proxy.client_disconnect import LEFT, DisconnectWatch, LeavingWatch
+from api_gateway.proxy.deadline import Deadline
+from api_gateway.proxy.fallback_runner import FallbackRunner
+from api_gateway.proxy.faults import ClientShare, fault_of_deadline
+from api_gateway.proxy.outcome_reporter import OutcomeReporter
+from api_gateway.proxy.request_body import RequestBody, SentBody, body_too_large
+from api_gateway.proxy.route_table import Route, RouteTable, refuse_method, upstream_target
+from api_gateway.proxy.sse import event_stream, is_event_stream
+from api_gateway.proxy.upstream_request import UpstreamRequest, spelt_target
+from api_gateway.proxy.websocket_tunnel import Tunnel
+from api_gateway.resilience.breaker_history import Transition
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
+from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
+from api_gateway.resilience.retry import FailedAttempt, RetryDenied, is_repeatable, retry_after_of
+from api_gateway.transport.dispatch import HttpxBody, fields_in, let_go, parts_of, reply_to
+from api_gateway.transport.error_mapping import translate
+from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
+from api_gateway.transport.response import UpstreamResponse
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt
+from api_gateway.upstreams.upstream_client import UpstreamClient
 
 SWITCHING_PROTOCOLS = 101
 PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success, at most

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from api_gateway.config_sections import CircuitBreakerSection, RetrySection, UpstreamSection
+from api_gateway.settings.upstreams import CircuitBreakerSection, RetrySection, UpstreamSection
 from benchmarks.peers import GATEWAY, Launch
 
 # The gateway's settings against failing targets, and the one place to change them. What it does not know is left out.

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from api_gateway.sqlite_clients import FILE_NAME, SqliteClients
+from api_gateway.clients.sqlite_store import FILE_NAME, SqliteClients
 from benchmarks.flood import Flooded, client_id
 from benchmarks.load import CLIENT, Answer, Client, Failed, OpenLoop, await_ready, percentile
 from benchmarks.processes import cpu_seconds, free_port, pinned, reset_peak, resident_bytes, running, store_command

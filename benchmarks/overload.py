@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from api_gateway.operator_token import token_file
+from api_gateway.admin.operator_token import token_file
 from benchmarks.load import percentile
 from benchmarks.processes import free_port, running
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from api_gateway.embedded import find_server
+from api_gateway.storage.embedded_server import find_server
 
 LISTEN_TIMEOUT = 30.0
 STOP_TIMEOUT = 40.0

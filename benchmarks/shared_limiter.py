@@ -23,9 +23,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Charge, Decision, Quota
-from api_gateway.redis_limiter import RedisLimiter
-from api_gateway.store import StoreSession
+from api_gateway.storage.redis_session import StoreSession
 from benchmarks import load
 from benchmarks.processes import cpu_seconds, family, free_port, pinned, running, store_command
 from benchmarks.upstream import upstream

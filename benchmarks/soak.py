@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from api_gateway.operator_token import token_file
+from api_gateway.admin.operator_token import token_file
 from benchmarks.peers import GATEWAY
 from benchmarks.processes import free_port, resident_bytes, running
 from benchmarks.target import steady_port

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from api_gateway.assembly import Gateway
+from api_gateway.assembly.gateway import Gateway
 from api_gateway.config import load_config
+from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.metrics import Recorder
-from api_gateway.redis_limiter import RedisLimiter
-from api_gateway.server import GatewayServer, configure_logging
+from api_gateway.process.server import GatewayServer, configure_logging
 
 
 def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:

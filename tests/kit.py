@@ -17,10 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-from api_gateway.clocks import SYSTEM_CLOCKS, Clocks
+from api_gateway.admin.locality import LoopbackRule
 from api_gateway.config import GatewayConfig
-from api_gateway.locality import LoopbackRule
-from api_gateway.server import GatewayServer
+from api_gateway.process.server import GatewayServer
+from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 
 PATIENCE = 30.0  # seconds a scene may take to come about before a test gives up
 START_PATIENCE = 45.0  # seconds a gateway may take to start: imports take long on a busy machine

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 from lupa import lua51
 
-from api_gateway.dispatcher import ScriptBatcher, ScriptOp, _call
+from api_gateway.limits.redis_limiter import SCRIPT, RedisLimiter
+from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp, _call
 from api_gateway.models import Charge, Decision, Quota
-from api_gateway.redis_limiter import SCRIPT, RedisLimiter
-from api_gateway.store import StoreSession
+from api_gateway.storage.redis_session import StoreSession
 
 MICROSECOND = 1000  # in nanoseconds
 DEADLINE = 0.02  # seconds

@@ -22,10 +22,10 @@ from typing import Any, Self
 from redis import Redis
 from redis.exceptions import RedisError
 
-from api_gateway.embedded import find_server
+from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Charge, Decision, Quota
-from api_gateway.redis_limiter import RedisLimiter
-from api_gateway.store import StoreSession
+from api_gateway.storage.embedded_server import find_server
+from api_gateway.storage.redis_session import StoreSession
 from tests.kit import PATIENCE
 
 

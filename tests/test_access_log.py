@@ -6,8 +6,8 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.access_log import AccessLog
 from api_gateway.models import Client, Decision, Exchange, Quota
+from api_gateway.observability.access_log import AccessLog
 
 FREE = Quota.per_second("FREE", 1, 10)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway import metrics_bodies, models, upstream_bodies
+from api_gateway import models
+from api_gateway.reporting import metrics_schema, upstream_schema
 from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of, reply, running_gateway
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
@@ -172,7 +173,7 @@ def test_a_breaker_is_put_into_a_mode_and_back(tokened: RunningGateway) -> None:
             f"{tokened.url}/circuit-breakers/up", method="POST", headers=headers, body=json.dumps(body).encode()
         )
         assert answer.status == 200, answer.body
-        upstream_bodies.ModeChanged.model_validate(answer.json())
+        upstream_schema.ModeChanged.model_validate(answer.json())
         return answer.json()
 
     def shown() -> Any:
@@ -223,7 +224,7 @@ def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream
     up.behave = reply()
     eventually(lambda: ask(f"{running.url}/api/x").status == 200, "it recovers")
     answer = ask(f"{running.url}/circuit-breakers/up/history").json()
-    upstream_bodies.HistoryView.model_validate(answer)
+    upstream_schema.HistoryView.model_validate(answer)
     closed, half_open, opened = answer["history"]
     assert [(move["from"], move["to"]) for move in answer["history"]] == [
         ("HALF_OPEN", "CLOSED"),
@@ -375,11 +376,11 @@ def test_the_schema_says_which_endpoints_take_a_token(plain: RunningGateway) -> 
 @pytest.mark.parametrize(
     ("path", "model"),
     [
-        ("/health", upstream_bodies.HealthView),
-        ("/metrics", metrics_bodies.MetricsView),
-        ("/metrics/latency", metrics_bodies.LatencyView),
-        ("/circuit-breakers", upstream_bodies.BreakersView),
-        ("/circuit-breakers/up/history", upstream_bodies.HistoryView),
+        ("/health", upstream_schema.HealthView),
+        ("/metrics", metrics_schema.MetricsView),
+        ("/metrics/latency", metrics_schema.LatencyView),
+        ("/circuit-breakers", upstream_schema.BreakersView),
+        ("/circuit-breakers/up/history", upstream_schema.HistoryView),
         ("/clients/acme", models.ClientView),
         ("/clients", models.HeavyClients),
     ],

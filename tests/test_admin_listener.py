@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.listening import Sockets
-from api_gateway.operator_token import token_file
+from api_gateway.admin.operator_token import token_file
+from api_gateway.process.listeners import Sockets
 from tests.kit import PATIENCE, RawUpstream, RunningGateway, ask, eventually, in_front_of, running_gateway
 from tests.processes import START, config_file, process
 

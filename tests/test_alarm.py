@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from api_gateway.alarm import DeadlineTimer
+from api_gateway.eventloop.deadline_timer import DeadlineTimer
 
 
 class Timer:

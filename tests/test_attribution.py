@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import uvloop
 
-from api_gateway.deadline import Deadline
 from api_gateway.errors import (
     BadRequest,
     Fault,
@@ -31,7 +30,8 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from api_gateway.failures import CLIENT_PAUSE, ClientShare, fault_of, fault_of_deadline, fault_of_status
+from api_gateway.proxy.deadline import Deadline
+from api_gateway.proxy.faults import CLIENT_PAUSE, ClientShare, fault_of, fault_of_deadline, fault_of_status
 from tests.kit import (
     PATIENCE,
     Behaviour,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from api_gateway.auth import client_id
+from api_gateway.clients.identity import client_id
 from api_gateway.errors import ClientIdInvalid
-from api_gateway.headers import fields_of
+from api_gateway.http1.headers import fields_of
 
 
 @pytest.mark.parametrize(

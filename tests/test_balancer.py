@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Attempt, Upstream
-from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream
 from api_gateway.models import Outcome
-from api_gateway.picks import Pick, least_requests, rendezvous_hash, round_robin
-from api_gateway.targets import Target
+from api_gateway.resilience.breaker_policy import BreakerPolicy, State
+from api_gateway.upstreams.load_balancing import Pick, least_requests, rendezvous_hash, round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt, Upstream
 
 NOW = 1000.0
 KEYS = [f"client-{number}" for number in range(2000)]

@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 
-from api_gateway.breaker_modes import FILE_NAME, INTERVAL, BreakerOverrides, FileUnusable, Override, OverrideFile
-from api_gateway.breaker_policy import BreakerPolicy, Mode
+from api_gateway.admin.breaker_overrides import (
+    FILE_NAME,
+    INTERVAL,
+    BreakerOverrides,
+    FileUnusable,
+    Override,
+    OverrideFile,
+)
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import StoreUnavailable
+from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode
 from tests.kit import FakeClock, soon
 
 WALL = 1_800_000_000.0
@@ -87,7 +94,7 @@ def test_a_writer_that_dies_halfway_leaves_the_file_as_it_was(
         raise OSError("no space left")
 
     file.change("users", HELD, WALL)
-    monkeypatch.setattr("api_gateway.breaker_modes.os.fsync", die)
+    monkeypatch.setattr("api_gateway.admin.breaker_overrides.os.fsync", die)
     with pytest.raises(OSError, match="no space left"):
         file.change("users", WATCHED, WALL)
     assert file.read() == {"users": HELD}

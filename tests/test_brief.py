@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from api_gateway.brief import WorkerConfig, hand_over, take_over
 from api_gateway.config import load_config
 from api_gateway.demo import DemoUpstreams
+from api_gateway.process.worker_config import WorkerConfig
+from api_gateway.reload.serialization import hand_over, take_over
 
 WHOLE: dict[str, Any] = {
     "server": {"workers": 4, "trusted_proxies": ["10.0.0.0/8", "::1"], "drain_timeout": 2.5},

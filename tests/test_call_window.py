@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.call_window import Counts, CountWindow, TimeWindow
+from api_gateway.resilience.call_windows import Counts, CountWindow, TimeWindow
 
 NOW = 1000.0
 

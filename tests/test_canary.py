@@ -18,8 +18,8 @@ from pydantic import BaseModel
 
 from api_gateway.cli import main
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.diagnosis import ConfigError, type_at, unwrapped
-from api_gateway.secret import holds_secret, may_hold_password
+from api_gateway.settings.diagnostics import ConfigError, type_at, unwrapped
+from api_gateway.settings.secret import holds_secret, may_hold_password
 from tests.kit import ask, eventually
 from tests.processes import WAYS, children, process
 

@@ -8,8 +8,8 @@ import pytest
 
 from api_gateway.cli import main
 from api_gateway.config import load_config
-from api_gateway.config_watch import ConfigSource
-from api_gateway.diagnosis import ConfigError
+from api_gateway.process.config_watch import ConfigSource
+from api_gateway.settings.diagnostics import ConfigError
 from tests.kit import RawClient, RawUpstream
 from tests.processes import config_file, process
 

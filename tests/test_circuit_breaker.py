@@ -19,11 +19,11 @@ from hypothesis.stateful import (
     rule,
 )
 
-from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State, diagram
-from api_gateway.breaker_records import FailedCall, Transition, TransitionRecord
-from api_gateway.call_window import Counts
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Outcome
+from api_gateway.resilience.breaker_history import FailedCall, Transition, TransitionRecord
+from api_gateway.resilience.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State, diagram
+from api_gateway.resilience.call_windows import Counts
 
 NOW = 1000.0
 CLOSED, OPEN, HALF_OPEN = State.CLOSED, State.OPEN, State.HALF_OPEN

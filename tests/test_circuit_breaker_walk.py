@@ -18,11 +18,11 @@ from hypothesis.stateful import (
     rule,
 )
 
-from api_gateway.breaker_policy import TRANSITIONS, BreakerPolicy, Mode, State
-from api_gateway.breaker_records import TransitionRecord
 from api_gateway.circuit_breaker import CircuitBreaker, Ticket
 from api_gateway.models import Outcome
-from api_gateway.ramp import RampUp
+from api_gateway.resilience.breaker_history import TransitionRecord
+from api_gateway.resilience.breaker_policy import TRANSITIONS, BreakerPolicy, Mode, State
+from api_gateway.resilience.ramp_up import RampUp
 
 NOW = 1000.0
 CLOSED, OPEN, HALF_OPEN = State.CLOSED, State.OPEN, State.HALF_OPEN

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.client_copy import ClientCache
-from api_gateway.client_records import ClientRecord
+from api_gateway.clients.cache import ClientCache
+from api_gateway.clients.records import ClientRecord
 from api_gateway.models import Client, Quota
 
 FREE = Quota.per_second("FREE", 1, 10)

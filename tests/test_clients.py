@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.client_records import (
+from api_gateway.clients.bloom_filter import BloomFilter
+from api_gateway.clients.records import (
     KEPT_CHANGES,
     UNCHANGED,
     Change,
@@ -22,11 +23,10 @@ from api_gateway.client_records import (
     OutcomeUnknown,
     WriteResult,
 )
-from api_gateway.clients import ClientRegistry, bucket_key
+from api_gateway.clients.registry import ClientRegistry, bucket_key
 from api_gateway.errors import StoreUnavailable
-from api_gateway.id_filter import BloomFilter
+from api_gateway.eventloop.tasks import cancel_and_wait
 from api_gateway.models import Client, Quota
-from api_gateway.tasks import cancel_and_wait
 from tests.kit import FakeClock, soon
 
 TIERS = {
@@ -498,7 +498,7 @@ async def test_one_too_many_turns_a_complete_copy_into_a_partial_one(caplog: pyt
             await registry.set_tier(f"client-{number}", "BASIC")
         assert registry.try_get("client-0") is None
         assert view(await registry.look_up("client-0")) == ("BASIC", "registered")
-    assert sum("client_limit" in record.getMessage() for record in caplog.records) == 1
+    assert sum("max_cached_clients" in record.getMessage() for record in caplog.records) == 1
 
 
 async def test_those_used_last_stay() -> None:
@@ -554,7 +554,7 @@ async def test_what_is_late_counts_as_not_registered_until_it_comes() -> None:
 
 
 async def test_a_look_up_that_failed_is_made_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.client_look_ups.RETRY_AFTER", 0.05)
+    monkeypatch.setattr("api_gateway.clients.lookup_batcher.RETRY_AFTER", 0.05)
     store = HeldStore()
     await crowded(store, 25)
     async with following(store, limit=20) as registry:
@@ -742,7 +742,7 @@ async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
 
 
 async def test_a_grant_that_ends_while_the_store_is_away_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.clients._CLEAR_AGAIN_AFTER", 0.02)
+    monkeypatch.setattr("api_gateway.clients.registry._CLEAR_AGAIN_AFTER", 0.02)
     clock = FakeClock(1000)
     store = HeldStore(clock)
     async with following(store, wall_clock=clock) as registry:

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 import pytest
 from redis.crc import key_slot
 
+from api_gateway.limits.redis_limiter import RedisLimiter
 from api_gateway.models import Decision, Quota
-from api_gateway.redis_limiter import RedisLimiter
 from tests.kit import eventually, soon
 from tests.store_kit import CALM, SERVERS, StoreServer, asking, charge, free_port, gateways
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.diagnosis import ConfigError
+from api_gateway.settings.diagnostics import ConfigError
 
 WHOLE = """
 server:    {host: 0.0.0.0, port: 8001, workers: 4, max_body_bytes: 1048576, max_header_bytes: 32768,

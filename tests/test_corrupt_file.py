@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.client_records import Change, Grant
-from api_gateway.sqlite_clients import FILE_NAME, SqliteClients
+from api_gateway.clients.records import Change, Grant
+from api_gateway.clients.sqlite_store import FILE_NAME, SqliteClients
 from tests.kit import RunningGateway, ask, eventually, in_front_of
 from tests.processes import process
 

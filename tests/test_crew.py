@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from api_gateway import crew
-from api_gateway.crew import SingleProcess, SupervisorChannel, encode
+from api_gateway.eventloop.pacing import Steps
 from api_gateway.metrics import Recorder
-from api_gateway.pacing import Steps
-from api_gateway.report import WorkerSnapshot
+from api_gateway.reporting import worker_channel
+from api_gateway.reporting.snapshot import WorkerSnapshot
+from api_gateway.reporting.worker_channel import SingleProcess, SupervisorChannel, encode
 
 
 def look() -> WorkerSnapshot:
@@ -71,7 +71,7 @@ async def test_a_worker_says_that_it_is_ready_reports_when_asked_and_at_the_end(
 
 
 async def test_a_worker_reports_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "REPORT_INTERVAL", 0.01)
+    monkeypatch.setattr(worker_channel, "REPORT_INTERVAL", 0.01)
     peer = Peer()
     await peer.open()
     peer.member.announce_ready()
@@ -98,7 +98,7 @@ async def test_what_is_gathered_is_what_the_supervisor_answers() -> None:
 async def test_silence_is_made_up_for_by_the_last_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(crew, "PATIENCE", 0.05)
+    monkeypatch.setattr(worker_channel, "PATIENCE", 0.05)
     peer = Peer()
     await peer.open()
     with caplog.at_level(logging.WARNING):
@@ -134,7 +134,7 @@ async def test_a_worker_whose_supervisor_is_gone_is_told_once() -> None:
 
 
 async def test_a_supervisor_that_does_not_read_gets_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "MAX_UNSENT", 1)
+    monkeypatch.setattr(worker_channel, "MAX_UNSENT", 1)
     peer = Peer()
     await peer.open()
     peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)

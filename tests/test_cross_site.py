@@ -2,9 +2,9 @@
 
 import pytest
 
-from api_gateway.cross_site import check_content_type, is_foreign, is_forged
+from api_gateway.admin.cross_site import check_content_type, is_foreign, is_forged
 from api_gateway.errors import InvalidValue
-from api_gateway.headers import fields_of
+from api_gateway.http1.headers import fields_of
 from api_gateway.models import HeaderList
 
 HOST = (b"host", b"localhost:8000")

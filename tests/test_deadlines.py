@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.deadline import Deadline, deadline_of
 from api_gateway.errors import BadRequest
-from api_gateway.routes import Route
+from api_gateway.proxy.deadline import Deadline, deadline_of
+from api_gateway.proxy.route_table import Route
 from tests.faulty import Fault, FaultyUpstream, Listening
 from tests.kit import (
     PATIENCE,

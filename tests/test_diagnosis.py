@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from api_gateway.config import load_config
-from api_gateway.diagnosis import ConfigError, Sources, YamlFile, nearest, read_yaml
+from api_gateway.settings.diagnostics import ConfigError, Sources, YamlFile, nearest, read_yaml
 
 SECRET = "hunter2-hunter2"
 

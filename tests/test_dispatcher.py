@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from api_gateway.breaker_policy import State
-from api_gateway.dispatcher import CONNECTIONS, MAX_BATCH, ScriptBatcher, ScriptOp
-from api_gateway.redis_limiter import SCRIPT
-from api_gateway.store import Script, ScriptCall, StoreSession
+from api_gateway.limits.redis_limiter import SCRIPT
+from api_gateway.limits.script_batcher import CONNECTIONS, MAX_BATCH, ScriptBatcher, ScriptOp
+from api_gateway.resilience.breaker_policy import State
+from api_gateway.storage.redis_session import Script, ScriptCall, StoreSession
 from tests.kit import soon
 from tests.store_kit import CALM, SERVERS, Proxy, StoreServer
 
@@ -362,7 +362,7 @@ async def test_a_question_that_comes_as_a_rest_ends_loses_neither_itself_nor_the
     store: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within one turn of the loop, the question first: the lane is woken, and has ended its rest by itself."""
-    monkeypatch.setattr("api_gateway.dispatcher.MAX_SILENCE", 0.05)
+    monkeypatch.setattr("api_gateway.limits.script_batcher.MAX_SILENCE", 0.05)
     async with dispatching(store.url) as dispatcher:
         for number in range(3):
             await soon(lambda: lanes_idle(dispatcher) == CONNECTIONS, "both rest")

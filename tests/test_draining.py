@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.protocol import DownstreamConnection
+from api_gateway.downstream.connection import DownstreamConnection
 from tests.kit import (
     PATIENCE,
     Behaviour,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway import embedded
-from api_gateway.embedded import SERVERS, EmbeddedStore, NoServer, find_server
+from api_gateway.storage import embedded_server
+from api_gateway.storage.embedded_server import SERVERS, EmbeddedStore, NoServer, find_server
 
 
 def program(folder: Path, name: str, text: str = "exit 1") -> str:
@@ -73,7 +73,7 @@ async def test_it_answers_when_started_and_is_gone_when_stopped() -> None:
 async def test_it_is_started_again_when_it_dies(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "RESTART_DELAY", 0.01)
+    monkeypatch.setattr(embedded_server, "RESTART_DELAY", 0.01)
     store = EmbeddedStore(find_server())
     await store.start()
     process = store._process
@@ -96,7 +96,7 @@ async def test_a_server_that_does_not_start_is_reported_with_its_words(tmp_path:
 async def test_a_server_that_does_not_answer_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "START_TIMEOUT", 0.3)
+    monkeypatch.setattr(embedded_server, "START_TIMEOUT", 0.3)
     store = EmbeddedStore(program(tmp_path, "server", "exec sleep 60"))
     with pytest.raises(NoServer, match=r"did not answer within 0\.3 s"):
         await store.start()

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.client_records import ClientRecord, Grant
-from api_gateway.endings import Expiry, ExpiryQueue
+from api_gateway.clients.grant_expiry import Expiry, ExpiryQueue
+from api_gateway.clients.records import ClientRecord, Grant
 
 
 def granted(until: float, version: int = 1, client_id: str = "acme") -> ClientRecord:

@@ -13,13 +13,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy, State
+from api_gateway.admin.explain_schema import ExplainRequest, Explanation
+from api_gateway.admin.explainer import Explainer
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.clients import ClientRegistry
-from api_gateway.explanation import Explainer
-from api_gateway.explanation_bodies import ExplainRequest, Explanation
-from api_gateway.fallback import Fallback
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.clients.sqlite_store import SqliteClients
+from api_gateway.http1.asgi import Message
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import (
     ExchangeMiddleware,
@@ -29,16 +28,17 @@ from api_gateway.middleware import (
     RoutingMiddleware,
 )
 from api_gateway.models import NANOSECONDS, Exchange, Quota
-from api_gateway.picks import least_requests, round_robin
+from api_gateway.proxy.cost_settlement import CostSettlement
+from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.route_table import CostRule, Route, RouteTable
+from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.request import Message
+from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.router import Router
-from api_gateway.routes import CostRule, Route, RouteTable
-from api_gateway.service import Timeouts, UpstreamClient
-from api_gateway.settlement import CostSettlement
-from api_gateway.shadow import ShadowLimits
-from api_gateway.sqlite_clients import SqliteClients
-from api_gateway.targets import Target
+from api_gateway.upstreams.load_balancing import least_requests, round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
+from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 from tests.kit import RawUpstream, RunningGateway, ask, in_front_of
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]

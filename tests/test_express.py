@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.express import FastPath
+from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.models import Exchange
 from tests.kit import (
     PATIENCE,
@@ -892,7 +892,7 @@ def test_an_upstream_that_was_held_back_for_a_moment_goes_on(
     client: RawClient, up: RawUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when more than is held for a slow reader arrives at once; TLS can deliver that."""
-    monkeypatch.setattr("api_gateway.connection.HIGH_WATER", 10)
+    monkeypatch.setattr("api_gateway.transport.connection.HIGH_WATER", 10)
     up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n" + b"x" * 20, b"x" * 20, b"x" * 20)
     assert client.get().body == b"x" * 60
 

@@ -23,8 +23,8 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from api_gateway.fallback import Fallback, applies
 from api_gateway.models import Exchange, Outcome
+from api_gateway.proxy.fallback import Fallback, applies
 from tests.kit import (
     RawAnswer,
     RawClient,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.frames import GOING_AWAY, FrameBoundary
+from api_gateway.proxy.websocket_frames import GOING_AWAY, FrameBoundary
 from tests.test_websocket import BINARY, CLOSE, frame
 
 READ = 64 * 1024  # bytes: what the tunnel takes at once

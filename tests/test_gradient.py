@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.gradient import ENOUGH, LOOK_EVERY, WINDOW, AdaptivePolicy, GradientController
-from api_gateway.overload import SINGLE_PRIORITY, ConcurrencyLimit, PriorityClasses
+from api_gateway.resilience.adaptive_limit import ENOUGH, LOOK_EVERY, WINDOW, AdaptivePolicy, GradientController
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
+from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 
 NOW = 990.0  # a multiple of what lies between two looks
 TIERS = PriorityClasses({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})

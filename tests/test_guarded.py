@@ -11,7 +11,7 @@ import pytest
 
 from api_gateway import GatewayConfig, create_app
 from api_gateway.errors import StartupError
-from api_gateway.guarded import ShieldedTransport
+from api_gateway.transport.shielded import ShieldedTransport
 from tests.kit import RawRequest, RawUpstream, Wire, in_front_of, reply
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.headers import (
+from api_gateway.http1.headers import (
     FORWARDING,
     HOP_BY_HOP,
     OURS,

@@ -1,4 +1,4 @@
-"""`heads`: what is plain is a part of what the parser accepts, and means the same."""
+"""`fast_parser`: what is plain is a part of what the parser accepts, and means the same."""
 
 from typing import Any
 
@@ -7,8 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.headers import COST, HOP_BY_HOP, OURS, fields_of, inspected_headers, stripped_headers
-from api_gateway.heads import (
+from api_gateway.http1.fast_parser import (
     InspectedHeaders,
     framing_of,
     pairs_of,
@@ -17,6 +16,7 @@ from api_gateway.heads import (
     reason_phrase,
     remove_lines,
 )
+from api_gateway.http1.headers import COST, HOP_BY_HOP, OURS, fields_of, inspected_headers, stripped_headers
 
 REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nAccept: b\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
 ANSWER = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\nETag: x\r\n\r\nok"

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from api_gateway.health import Ask, HealthChecker, HealthPolicy, HealthThreshold, check
-from api_gateway.targets import Target
+from api_gateway.upstreams.health_checks import Ask, HealthChecker, HealthPolicy, HealthThreshold, check
+from api_gateway.upstreams.target import Target
 from tests.kit import FakeClock, soon
 
 POLICY = HealthPolicy("/health", interval=0.001, timeout=5, healthy_threshold=2, unhealthy_threshold=3)
@@ -254,7 +254,7 @@ class Pauses:
         self.are_over = asyncio.Event()
         self._count = count
         self._short = short
-        monkeypatch.setattr("api_gateway.health.asyncio.sleep", self._sleep)
+        monkeypatch.setattr("api_gateway.upstreams.health_checks.asyncio.sleep", self._sleep)
 
     async def _sleep(self, seconds: float) -> None:
         self.seconds.append(seconds)

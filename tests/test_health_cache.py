@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from api_gateway.health_cache import HealthCache
-from api_gateway.upstream_bodies import HealthView
+from api_gateway.admin.health_cache import HealthCache
+from api_gateway.reporting.upstream_schema import HealthView
 from tests.kit import FakeClock
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.id_filter import BloomFilter
+from api_gateway.clients.bloom_filter import BloomFilter
 
 IDS = st.lists(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=128), max_size=60)
 

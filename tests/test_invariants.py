@@ -45,12 +45,13 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from api_gateway.config_rules import LONGEST_BUDGET, MAX_FILL
-from api_gateway.dispatcher import CONNECTIONS, ScriptBatcher
-from api_gateway.middleware import refusal
+from api_gateway.limits.redis_limiter import MESSAGE_NS, RedisLimiter
+from api_gateway.limits.refusal import refusal
+from api_gateway.limits.script_batcher import CONNECTIONS, ScriptBatcher
+from api_gateway.limits.script_ops import ChargeOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
 from api_gateway.rate_limiter import NEVER, MemoryLimiter
-from api_gateway.redis_limiter import MESSAGE_NS, RedisLimiter, _ChargeOp, _SettleOp
+from api_gateway.settings.rules import LONGEST_BUDGET, MAX_FILL
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
@@ -884,8 +885,8 @@ class Remembering(RuleBasedStateMachine):
         for part, owed_ns in zip(parts, before, strict=True):
             self.charged[part.key] += self.fleet.owed(part) > owed_ns
         if batch:
-            told = {one.key for question in batch if isinstance(question, _ChargeOp) for one in question._charges}
-            told -= {question._charge.key for question in batch if isinstance(question, _SettleOp)}
+            told = {one.key for question in batch if isinstance(question, ChargeOp) for one in question._charges}
+            told -= {question._charge.key for question in batch if isinstance(question, SettleOp)}
             self.under_way[number].append({key: self.charged[key] for key in told})
 
     @rule(number=numbers)
@@ -1020,12 +1021,12 @@ class Together:
         if self.fleet.decide(number, asked) is None:
             limiter.decide_async(asked, self.fleet.clock_ns(number), lambda _: None)
             question = limiter.wire.waiting[-1]
-            assert isinstance(question, _ChargeOp)
+            assert isinstance(question, ChargeOp)
             question._answer = partial(self.answers.__setitem__, id(question))
 
     def execute(self, number: int) -> None:
         for question in self.fleet.limiters[number].wire.waiting:
-            assert isinstance(question, _ChargeOp)
+            assert isinstance(question, ChargeOp)
             expected = self.expected[id(question)] = self.exact.decide(question._charges, self.fleet.store_ns)
             if expected.allowed:
                 cost = Fraction(question._charges[0].increment_ns, FREE.emission_ns)

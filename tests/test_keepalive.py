@@ -34,7 +34,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 def pool(gateway: RunningGateway) -> str:
     """Return what the pool of the upstream `up` says of itself."""
-    step = gateway.server._app._switch.data_plane  # type: ignore[attr-defined]  # ours is no plain FastAPI
+    step: Any = gateway.server._app._switch.data_plane
     while hasattr(step, "app"):
         step = step.app
     return repr(step._router.services["up"].transport)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
-from api_gateway.lag import EVERY, LagSampler
+from api_gateway.eventloop.lag_sampler import EVERY, LagSampler
 
 
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway import listening
-from api_gateway.listening import bind_for, bind_path, leave_group
+from api_gateway.process import listeners
+from api_gateway.process.listeners import bind_for, bind_path, leave_group
 
-linux = pytest.mark.skipif(not listening.IS_BALANCED, reason="the kernel does not balance there")
+linux = pytest.mark.skipif(not listeners.IS_BALANCED, reason="the kernel does not balance there")
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def connect(port: int, times: int) -> None:
 
 @pytest.mark.parametrize("is_balanced", [pytest.param(True, marks=linux), False])
 def test_any_free_port_is_the_same_for_all(monkeypatch: pytest.MonkeyPatch, *, is_balanced: bool) -> None:
-    monkeypatch.setattr(listening, "IS_BALANCED", is_balanced)
+    monkeypatch.setattr(listeners, "IS_BALANCED", is_balanced)
     with bound(3) as sets:
         (port,) = {sock.getsockname()[1] for one in sets for sock in one}
         assert port

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from api_gateway import local_operator
-from api_gateway.link import ADMIN, SERVER_EXTENSION, UNIX_PEER
-from api_gateway.local_operator import LocalProcesses
-from api_gateway.peer_process import EstablishedConnection, NotEstablished, PeerProcesses
-from api_gateway.socket_table import Endpoint
+from api_gateway.admin import local_operator
+from api_gateway.admin.local_operator import LocalProcesses
+from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, UNIX_PEER
+from api_gateway.system.peer_process import EstablishedConnection, NotEstablished, PeerProcesses
+from api_gateway.system.socket_table import Endpoint
 from tests.kit import FakeClock, soon
 
 HEADERS = [(b"host", b"localhost:8000")]

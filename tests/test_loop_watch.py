@@ -109,7 +109,8 @@ def test_first_requests_to_operator_endpoints_neither_hold_the_loop_nor_set_up_t
     program.write_text(
         "import sys, threading\n"
         "import pydantic\n"
-        "from api_gateway import cli, server\n"
+        "from api_gateway import cli\n"
+        "from api_gateway.process import server\n"
         "def note(what):\n"
         "    if serves and threading.current_thread() is threading.main_thread():\n"
         "        sys.stderr.write(f'late: {what}\\n')\n"

@@ -14,19 +14,22 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy, Mode
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import Reason, UpstreamFailed
-from api_gateway.exposition import DURATION_BOUNDS, PrometheusExposition
-from api_gateway.metrics import Recorder, Tally, bucket_of, percentile
-from api_gateway.metrics_bodies import RateWindow
+from api_gateway.eventloop.pacing import completed
+from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
-from api_gateway.pacing import completed
-from api_gateway.picks import round_robin
-from api_gateway.report import UpstreamSnapshot
-from api_gateway.rotation import OutlierDetector
-from api_gateway.targets import Target
+from api_gateway.observability.latency_series import Tally, bucket_of, percentile
+from api_gateway.reporting.metrics_schema import RateWindow
+from api_gateway.reporting.metrics_view import latency_view, metrics_view
+from api_gateway.reporting.prometheus import PrometheusExposition
+from api_gateway.reporting.prometheus_families import DURATION_BOUNDS
+from api_gateway.reporting.snapshot import UpstreamSnapshot
+from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.outlier_detection import OutlierDetector
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
 
 START = 1000.0
 TIERS = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "PREMIUM")}
@@ -143,7 +146,7 @@ def test_percentiles_of_many_values_stay_within_one_percent(
 
 def test_nothing_has_no_percentile() -> None:
     assert percentile({}, 50) is None
-    assert completed(recorder_of().latency(START)).overall.since_start.model_dump() == {
+    assert completed(latency_view(recorder_of(), START)).overall.since_start.model_dump() == {
         "count": 0,
         "mean_ms": None,
         "percentiles_ms": {"p50": None, "p90": None, "p95": None, "p99": None},
@@ -165,7 +168,7 @@ def test_percentiles_are_as_configured() -> None:
     recorder = recorder_of([25, 99.9])
     for milliseconds in range(1, 1001):
         recorder.observe(ended(seconds=milliseconds / 1000))
-    found = completed(recorder.latency(START)).overall.last_60s.percentiles_ms
+    found = completed(latency_view(recorder, START)).overall.last_60s.percentiles_ms
     assert found == {"p25": pytest.approx(250, rel=0.011), "p99.9": pytest.approx(999, rel=0.011)}
 
 
@@ -207,7 +210,7 @@ def test_overall_is_all_routes_together() -> None:
     recorder = recorder_of()
     for route, seconds in (("users", 0.1), ("users", 0.2), ("orders", 0.9)):
         recorder.observe(ended(route=route, seconds=seconds))
-    view = completed(recorder.latency(START))
+    view = completed(latency_view(recorder, START))
     assert view.overall.since_start.count == 3
     assert view.overall.since_start.mean_ms == pytest.approx(400)
     assert {name: series.since_start.count for name, series in view.routes.items()} == {"users": 2, "orders": 1}
@@ -228,8 +231,10 @@ def test_a_window_forgets_what_is_older_and_holds_what_is_five_seconds_younger(a
     recorder.observe_try("people", "2xx", 0.01, at)
     now = at + age
     latency, rates = (
-        completed(recorder.latency(now)),
-        completed(recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())).rates,
+        completed(latency_view(recorder, now)),
+        completed(
+            metrics_view(recorder, now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
+        ).rates,
     )
     for series in (latency.overall, latency.routes["users"], latency.upstreams["people"]):
         for span, count in ((60, series.last_60s.count), (300, series.last_5m.count)):
@@ -248,13 +253,13 @@ def test_a_window_can_be_filled_again_after_it_was_forgotten() -> None:
     recorder = recorder_of()
     for turn in range(3):
         recorder.observe(ended(START + 300 * turn))
-    latency = completed(recorder.latency(START + 600)).overall
+    latency = completed(latency_view(recorder, START + 600)).overall
     assert (latency.last_60s.count, latency.last_5m.count, latency.since_start.count) == (1, 1, 3)
 
 
 def rates_at(recorder: Recorder, now: float) -> dict[str, RateWindow]:
     rates = completed(
-        recorder.snapshot(now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
+        metrics_view(recorder, now, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
     ).rates
     return {"last_60s": rates.last_60s, "last_5m": rates.last_5m, "since_start": rates.since_start}
 
@@ -296,7 +301,9 @@ def test_an_exchange_counts_once_in_everything_it_is(
 ) -> None:
     recorder = recorder_of()
     recorder.observe(exchange)
-    view = completed(recorder.snapshot(START + 1, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState()))
+    view = completed(
+        metrics_view(recorder, START + 1, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
+    )
     for window in (view.rates.last_60s, view.rates.last_5m, view.rates.since_start):
         assert window.model_dump(exclude={"requests_per_second"}) == {
             "requests": 1,
@@ -343,7 +350,9 @@ def test_a_try_counts_its_outcome_and_its_time_if_there_was_an_answer() -> None:
     recorder = recorder_of()
     recorder.observe_try("people", "2xx", 0.2, START)
     recorder.observe_try("people", "upstream_timeout", None, START)
-    view = completed(recorder.snapshot(START, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState()))
+    view = completed(
+        metrics_view(recorder, START, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
+    )
     tried = {name: count for name, count in view.upstream_outcomes["people"].items() if count}
     assert tried == {"2xx": 1, "upstream_timeout": 1}
     assert not any(view.upstream_outcomes["shop"].values())
@@ -359,7 +368,8 @@ def test_a_snapshot_shows_the_live_figures_and_is_json() -> None:
     trip(upstream)
     upstream.breaker.admit(START)
     view = completed(
-        recorder.snapshot(
+        metrics_view(
+            recorder,
             START + 12.5,
             {"people": UpstreamSnapshot.of(upstream, START)},
             buckets=4,

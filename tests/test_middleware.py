@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.clients import ClientRegistry
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.clients.sqlite_store import SqliteClients
 from api_gateway.errors import (
     ClientDisconnected,
     ClientIdInvalid,
@@ -24,13 +25,13 @@ from api_gateway.errors import (
     RateLimited,
     UpstreamReset,
 )
-from api_gateway.headers import fields_of
+from api_gateway.http1.asgi import FIELDS, ASGIApp, Message, Receive, Scope, Send
+from api_gateway.http1.headers import fields_of
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import (
     EXCHANGE,
     IS_TRUSTED,
     ROUTE,
-    ASGIApp,
     DataPlaneSlot,
     DataPlaneSplit,
     ExchangeMiddleware,
@@ -40,11 +41,9 @@ from api_gateway.middleware import (
     RoutingMiddleware,
 )
 from api_gateway.models import NANOSECONDS, Charge, Client, Exchange, HeaderList, Quota
+from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.request import FIELDS, Message, Receive, Scope, Send
 from api_gateway.router import Router
-from api_gateway.routes import CostRule, Route, RouteTable
-from api_gateway.sqlite_clients import SqliteClients
 from tests.kit import FakeClock
 
 HOST = (b"host", b"gateway.test")

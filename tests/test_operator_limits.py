@@ -2,9 +2,9 @@
 
 import pytest
 
+from api_gateway.admin.operator_limits import FAILURES, LOG_LINES, MAX_ADDRESSES, OPERATORS, OperatorLimits
+from api_gateway.admin.operators import LOCAL, Operator, Role
 from api_gateway.errors import RateLimited
-from api_gateway.operator_limits import FAILURES, LOG_LINES, MAX_ADDRESSES, OPERATORS, OperatorLimits
-from api_gateway.operators import LOCAL, Operator, Role
 
 SECOND = 1_000_000_000
 ALICE, READER = Operator("alice", Role.OPERATE), Operator("prometheus", Role.READ)

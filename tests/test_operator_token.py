@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.operator_token import FILE, operator_token, token_file
+from api_gateway.admin.operator_token import FILE, operator_token, token_file
 from tests.kit import ask, in_front_of, running_gateway
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from api_gateway.assembly_access import operator_access
-from api_gateway.brief import hand_over, take_over
+from api_gateway.admin.operators import Operator, Role
+from api_gateway.assembly.access import operator_access
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.diagnosis import ConfigError
-from api_gateway.operators import Operator, Role
+from api_gateway.reload.serialization import hand_over, take_over
+from api_gateway.settings.diagnostics import ConfigError
 
 SECRET = "a-canary-of-a-secret"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from api_gateway.headers import fields_of
-from api_gateway.operators import LOCAL, Operator, Role, Tokens, bearer_token
+from api_gateway.admin.operators import LOCAL, Operator, Role, Tokens, bearer_token
+from api_gateway.http1.headers import fields_of
 
 READER, OPERATOR = Operator("prometheus", Role.READ), Operator("alice", Role.OPERATE)
 TOKEN = b"a-long-enough-token"

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway import output
-from api_gateway.output import LineHandler, LineWriter, Output, TextStream
+from api_gateway.system import output
+from api_gateway.system.output import LineHandler, LineWriter, Output, TextStream
 from tests.kit import PATIENCE, RawUpstream, ask, eventually
 from tests.processes import ROOT, START, WATCHED, config_file, is_alive
 
@@ -201,7 +201,7 @@ def test_flushing_a_handler_writes_what_was_logged(pipe: Callable[..., Pipe]) ->
 def test_what_was_lost_is_said_at_most_once_an_interval(caplog: pytest.LogCaptureFixture) -> None:
     lossy = Output(delay=0.05, interval=3600)
     on_loss = lossy.out._on_loss
-    with caplog.at_level(logging.WARNING, logger="api_gateway.output"):
+    with caplog.at_level(logging.WARNING, logger="api_gateway.system.output"):
         for _ in range(1000):
             on_loss(2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         eventually(lambda: bool(caplog.messages), "the loss is reported")

@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Attempt, Upstream
-from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import CircuitOpen, LoadShed, Reason, problem
 from api_gateway.models import Outcome
-from api_gateway.overload import LAGS, SINGLE_PRIORITY, ConcurrencyLimit, EventLoopShedder, PriorityClasses
-from api_gateway.picks import round_robin
-from api_gateway.targets import Target
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
+from api_gateway.resilience.event_loop_limit import LAGS, EventLoopShedder
+from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt, Upstream
 
 NOW = 1000.0
 TIERS = PriorityClasses({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100})

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.exposition import PrometheusExposition
+from api_gateway.eventloop.pacing import Steps, completed, each, paced
 from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
-from api_gateway.pacing import Steps, completed, each, paced
-from api_gateway.picks import round_robin
-from api_gateway.report import UpstreamSnapshot, WorkerSnapshot, joined, split
-from api_gateway.targets import Target
+from api_gateway.reporting.metrics_view import latency_view, metrics_view
+from api_gateway.reporting.prometheus import PrometheusExposition
+from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot
+from api_gateway.reporting.snapshot_parts import joined, split
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
 from tests.kit import RawUpstream, RunningGateway, ask
 
 MANY = 1000
@@ -99,10 +101,10 @@ def longest(steps: Steps[Any]) -> tuple[float, Any]:
         lambda report: PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render(
             "text/plain"
         ),
-        lambda report: report.recorder.snapshot(
-            NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
+        lambda report: metrics_view(
+            report.recorder, NOW, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState()
         ),
-        lambda report: report.recorder.latency(NOW),
+        lambda report: latency_view(report.recorder, NOW),
         lambda report: report.describing(0, {}),
         lambda report: WorkerSnapshot.blank().updating(report.state()),
     ],

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import HEAD_START, CircuitBreaker, Ticket
 from api_gateway.models import Client, Outcome, Quota
-from api_gateway.principals import Callers
-from api_gateway.shares import holder_of
+from api_gateway.resilience.breaker_policy import BreakerPolicy, State
+from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.resilience.principals import Callers
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, ask, eventually, in_front_of, reply
 
 NOW = 1000.0

@@ -15,15 +15,15 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from api_gateway.answer import NO_LISTENER, UpstreamResponse
-from api_gateway.connection import StaleConnection
+from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, bounded_protocol
 from api_gateway.errors import causes
-from api_gateway.local_resources import lack_behind
-from api_gateway.outgoing import NO_BODY
-from api_gateway.pool import Pool
-from api_gateway.protocol import ConnectionLimits, DownstreamConnection, bounded_protocol
-from api_gateway.request import DisconnectWatch
-from api_gateway.transport import UpstreamTransport
+from api_gateway.proxy.client_disconnect import DisconnectWatch
+from api_gateway.transport.connection import StaleConnection
+from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.local_resources import lack_behind
+from api_gateway.transport.pool import Pool
+from api_gateway.transport.request import NO_BODY
+from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
 from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
 HANDSHAKE = (

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from api_gateway.protocol import MAX_LINGERED, ConnectionLimits, bounded_protocol
+from api_gateway.downstream.connection import MAX_LINGERED, ConnectionLimits, bounded_protocol
 from tests.kit import (
     PATIENCE,
     RawAnswer,

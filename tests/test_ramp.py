@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.ramp import FLOOR, RampUp, RateMeter
+from api_gateway.resilience.ramp_up import FLOOR, RampUp
+from api_gateway.resilience.rate_meter import RateMeter
 
 NOW = 1000.0
 

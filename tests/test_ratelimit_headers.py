@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.config_rules import MAX_FILL
-from api_gateway.express import FastPath
-from api_gateway.limit_fields import NAMES, RateLimitHeaders
+from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.limits.ratelimit_headers import NAMES, RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.settings.rules import MAX_FILL
 from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply, running_gateway
 
 ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from api_gateway.client_records import Change, ClientRecord, Grant, OutcomeUnknown
-from api_gateway.clients import ClientRegistry
+from api_gateway.clients.records import Change, ClientRecord, Grant, OutcomeUnknown
+from api_gateway.clients.redis_store import RedisClients
+from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import StoreUnavailable
-from api_gateway.redis_clients import RedisClients
-from api_gateway.store import StoreSession
+from api_gateway.storage.redis_session import StoreSession
 from tests.kit import soon
 from tests.store_kit import StoreServer
 from tests.test_clients import following, tier_of, view
@@ -162,7 +162,7 @@ async def test_a_record_that_cannot_be_read_is_told_of_and_ignored(
 
 
 async def test_changes_and_removals_are_bounded(store_server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.redis_clients.KEPT_CHANGES", 5)
+    monkeypatch.setattr("api_gateway.clients.redis_store.KEPT_CHANGES", 5)
     async with opened(store_server) as store:
         start = (await store.write("first", Change(tier="BASIC"))).after.version
         mark = (await store.load(1)).mark

@@ -12,9 +12,9 @@ import pytest
 from redis.exceptions import RedisError
 
 from api_gateway.errors import StoreUnavailable
+from api_gateway.limits.redis_limiter import BEAT, MEMORY_OF_PROCESSES, RedisLimiter
 from api_gateway.models import NANOSECONDS, Decision, Quota
-from api_gateway.redis_limiter import BEAT, MEMORY_OF_PROCESSES, RedisLimiter
-from api_gateway.store import MAX_QUIET
+from api_gateway.storage.redis_session import MAX_QUIET
 from tests.kit import FakeClock, soon
 from tests.store_kit import Lateness, Proxy, StoreServer, asking, burst_of, charge, gateways, hammer, limiter_of
 
@@ -357,7 +357,7 @@ async def test_a_subscription_that_dies_without_a_sign_is_found_out(store: Store
 
 
 async def test_a_subscription_with_nothing_to_hear_lasts(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.store.MAX_QUIET", 0.1)
+    monkeypatch.setattr("api_gateway.storage.redis_session.MAX_QUIET", 0.1)
     async with gateways(store.url, SLOW) as (limiter,):
         await serving([limiter])
         await decided(limiter, 10)
@@ -538,7 +538,7 @@ async def test_keys_tell_nothing_and_steer_nothing(store: StoreServer) -> None:
 
 
 async def test_gateways_count_each_other(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.redis_limiter.BEAT", 0.05)
+    monkeypatch.setattr("api_gateway.limits.redis_limiter.BEAT", 0.05)
     async with gateways(store.url, SLOW, count=3) as limiters:
         await soon(lambda: all(limiter.share.processes == 3 for limiter in limiters), "all know of all")
     assert BEAT == 2.0
@@ -562,7 +562,7 @@ async def test_the_most_there_were_within_an_hour_count(clock: FakeClock) -> Non
 
 
 async def test_a_heart_that_cannot_beat_beats_again(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.redis_limiter.BEAT", 0.02)
+    monkeypatch.setattr("api_gateway.limits.redis_limiter.BEAT", 0.02)
     store.kill()
     async with gateways(store.url, SLOW) as (limiter,):
         store.start()

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import pytest
 
-from api_gateway.reload_bodies import Reloaded
+from api_gateway.reporting.reload_schema import Reloaded
 from tests.kit import PATIENCE, Answer, RawClient, RawRequest, RawUpstream, Wire, ask, eventually, reply
 from tests.processes import ROOT, Running, children, is_alive, kill, process
 

@@ -8,17 +8,15 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
-from api_gateway.exposition import PrometheusExposition
-from api_gateway.merging import merge
-from api_gateway.metrics import SLICE, Recorder
+from api_gateway.eventloop.pacing import completed
+from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
-from api_gateway.overload import ConcurrencyLimit, ConcurrencyState
-from api_gateway.pacing import completed
-from api_gateway.picks import round_robin
-from api_gateway.report import (
+from api_gateway.observability.latency_series import SLICE
+from api_gateway.reporting.merge import merge
+from api_gateway.reporting.metrics_view import metrics_view
+from api_gateway.reporting.prometheus import PrometheusExposition
+from api_gateway.reporting.snapshot import (
     BreakerSnapshot,
     HostNameSnapshot,
     OutlierSnapshot,
@@ -27,10 +25,14 @@ from api_gateway.report import (
     moves_of,
     oldest_changed,
 )
-from api_gateway.resolution import HostName
-from api_gateway.rotation import OutlierDetector
-from api_gateway.shares import ResourceState
-from api_gateway.targets import Target
+from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode, State
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit, ConcurrencyState
+from api_gateway.resilience.fair_shares import ResourceState
+from api_gateway.upstreams.dns import HostName
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.outlier_detection import OutlierDetector
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
 
 START = 1000.0
 FREE = Quota.per_second("FREE", 1, 10)
@@ -68,7 +70,7 @@ def shown(report: WorkerSnapshot, now: float) -> tuple[Any, ...]:
     """Return all that is made of a recorder."""
     found = report.recorder
     view = completed(
-        found.snapshot(now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
+        metrics_view(found, now, report.upstreams, buckets=0, bucket_limit=0, overflowed=0, limiter=LimiterState())
     )
     text, _ = completed(PrometheusExposition(found, report.upstreams, LimiterState(), 0, "1").render("text/plain"))
     return view.model_dump(), sorted(text.decode().splitlines())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from api_gateway.main import create_app
-from api_gateway.resolution import MAX_ADDRESSES, HostName, Resolution, Resolve, ask, keep_resolving, look_up
+from api_gateway.upstreams.dns import MAX_ADDRESSES, HostName, Resolution, Resolve, ask, keep_resolving, look_up
 from tests.kit import FakeClock, RawUpstream, RunningGateway, eventually, in_front_of, reply, running_gateway, soon
 from tests.kit import ask as get
 
@@ -227,10 +227,10 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Zone:
     """What names stand for, asked for a hundred times as often as configured."""
     found = Zone("127.0.0.1", "127.0.0.2")
     monkeypatch.setattr(
-        "api_gateway.server.create_app", lambda *args, **options: create_app(*args, **options, resolve=found)
+        "api_gateway.process.server.create_app", lambda *args, **options: create_app(*args, **options, resolve=found)
     )
     sleep = asyncio.sleep
-    monkeypatch.setattr("api_gateway.resolution.asyncio.sleep", lambda seconds: sleep(seconds / 100))
+    monkeypatch.setattr("api_gateway.upstreams.dns.asyncio.sleep", lambda seconds: sleep(seconds / 100))
     return found
 
 

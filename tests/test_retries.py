@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.retry import RetryBudget
+from api_gateway.resilience.retry import RetryBudget
 from tests.kit import (
     PATIENCE,
     Behaviour,

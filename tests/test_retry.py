@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.retry import (
+from api_gateway.resilience.retry import (
     NEVER,
     FailedAttempt,
     RetryBudget,

@@ -13,7 +13,7 @@ from typing import Self
 
 import pytest
 
-from api_gateway.config_sections import ServerSection
+from api_gateway.settings.server import ServerSection
 from benchmarks.processes import free_port
 from benchmarks.target import steady_port
 from tests.kit import RawClient, RawUpstream, eventually

@@ -10,14 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from api_gateway.balancer import Attempt, Upstream
-from api_gateway.breaker_policy import BreakerPolicy, State
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import NoHealthyUpstream
 from api_gateway.models import Outcome
-from api_gateway.picks import LOAD_BOUND, Pick, least_requests, rendezvous_hash, round_robin, share_of_key
-from api_gateway.rotation import OutlierDetector, OutlierPolicy
-from api_gateway.targets import Target
+from api_gateway.resilience.breaker_policy import BreakerPolicy, State
+from api_gateway.upstreams.load_balancing import (
+    LOAD_BOUND,
+    Pick,
+    least_requests,
+    rendezvous_hash,
+    round_robin,
+    share_of_key,
+)
+from api_gateway.upstreams.outlier_detection import OutlierDetector, OutlierPolicy
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt, Upstream
 
 NOW = 1000.0
 POLICY = BreakerPolicy(failure_threshold=3, recovery_timeout=30)

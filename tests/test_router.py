@@ -11,19 +11,21 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.deadline import deadline_of
 from api_gateway.errors import BadRequest, BodyTooLarge, ClientDisconnected, MethodNotAllowed, NoRoute, UpstreamTimeout
+from api_gateway.http1.asgi import DEADLINE, FIELDS, Message
+from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.models import Exchange
-from api_gateway.picks import round_robin
-from api_gateway.request import DEADLINE, FIELDS, Message, RequestBody
-from api_gateway.retry import RetryPolicy
+from api_gateway.proxy.deadline import deadline_of
+from api_gateway.proxy.request_body import RequestBody
+from api_gateway.proxy.route_table import CostRule, Route, RouteTable, upstream_target
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.router import Router
-from api_gateway.routes import CostRule, Route, RouteTable, is_below, matching_path, upstream_target
-from api_gateway.service import Timeouts, UpstreamClient
-from api_gateway.targets import Target
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
+from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 
 
 def route(path: str, **options: Any) -> Route:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from api_gateway.brief import hand_over, take_over
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.diagnosis import ConfigError
+from api_gateway.reload.serialization import hand_over, take_over
+from api_gateway.settings.diagnostics import ConfigError
 
 TOKEN = "correct-horse-battery"
 URL = f"redis://user:{TOKEN}@cache:6379/0"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from api_gateway.express import FastPath
+from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.models import Exchange
-from api_gateway.settlement import cost_of
+from api_gateway.proxy.cost_settlement import cost_of
 from tests.kit import (
     RawAnswer,
     RawClient,

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.diagnosis import ConfigError
 from api_gateway.metrics import Recorder
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota
+from api_gateway.proxy.route_table import CostRule, Route
+from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import MemoryLimiter
-from api_gateway.routes import CostRule, Route
-from api_gateway.shadow import ShadowLimits
+from api_gateway.settings.diagnostics import ConfigError
 from tests.kit import RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]

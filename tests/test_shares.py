@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from api_gateway.models import Client, Quota
-from api_gateway.shares import (
+from api_gateway.resilience.fair_shares import (
     MAX_CONNECTIONS,
     MIN_CONNECTIONS,
     ResourceState,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from api_gateway.express import FastPath
-from api_gateway.lag import LagSampler
-from api_gateway.overload import LAGS
+from api_gateway.eventloop.lag_sampler import LagSampler
+from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.resilience.event_loop_limit import LAGS
 from tests.kit import (
     RawAnswer,
     RawClient,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.sketch import Estimate, HeavyHitters
+from api_gateway.observability.heavy_hitters import Estimate, HeavyHitters
 
 KEYS = st.integers(0, 30).map(str)
 # Some keys come much more often than others, and in runs, as clients do.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway import heap
+from api_gateway.system import heap
 from tests.kit import RawRequest, RawUpstream, Wire, eventually
 from tests.processes import WAYS, Running, config_file, process
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.socket_table import ESTABLISHED, LISTEN, Endpoint, Row, SocketTable
+from api_gateway.system.socket_table import ESTABLISHED, LISTEN, Endpoint, Row, SocketTable
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="Linux lists them in /proc")
 HEADING = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 import api_gateway
-from api_gateway.client_records import NO_CURSOR, Change, ClientRecord, Cursor, Grant
-from api_gateway.clients import ClientRegistry
+from api_gateway.clients.records import NO_CURSOR, Change, ClientRecord, Cursor, Grant
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.clients.sqlite_store import EPOCH, FILE_NAME, SCHEMA_VERSION, SqliteClients
 from api_gateway.errors import StoreUnavailable
-from api_gateway.sqlite_clients import EPOCH, FILE_NAME, SCHEMA_VERSION, SqliteClients
 from tests.kit import soon
 from tests.test_clients import TIERS, following, tier_of
 
@@ -87,9 +87,9 @@ async def test_changes_at_one_time_are_made_one_after_the_other(tmp_path: Path) 
 CHILD = """
 import asyncio, sys, time
 from pathlib import Path
-from api_gateway.clients import ClientRegistry
+from api_gateway.clients.registry import ClientRegistry
 from api_gateway.models import Quota
-from api_gateway.sqlite_clients import SqliteClients
+from api_gateway.clients.sqlite_store import SqliteClients
 
 async def main():
     tiers = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "BASIC", "PREMIUM")}
@@ -195,7 +195,7 @@ async def test_changes_are_told_in_their_order_with_the_newest_of_each_client(tm
 async def test_removals_are_kept_for_a_bounded_number_of_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api_gateway.sqlite_clients.KEPT_CHANGES", 5)
+    monkeypatch.setattr("api_gateway.clients.sqlite_store.KEPT_CHANGES", 5)
     store = SqliteClients(tmp_path)
     start = (await store.load(10)).mark
     await store.write("gone", Change(tier=None))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.breaker_modes import OverrideFile
+from api_gateway.admin.breaker_overrides import OverrideFile
+from api_gateway.clients.sqlite_store import SqliteClients
 from api_gateway.config import load_config
-from api_gateway.diagnosis import ConfigError
-from api_gateway.sqlite_clients import SqliteClients
-from api_gateway.state_folder import FolderInUse, StateError, StateFolder, default_state_dir, own_folder
+from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder, default_state_dir, own_folder
 from tests.kit import ask, eventually
 from tests.processes import WAYS, config_file, process
 

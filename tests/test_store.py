@@ -8,7 +8,7 @@ import pytest
 from redis import Redis
 
 from api_gateway.models import Quota
-from api_gateway.store_url import StoreUrl
+from api_gateway.settings.store_url import StoreUrl
 from tests.kit import eventually
 from tests.store_kit import StoreServer, asking, charge, free_port, gateways, is_older_than_7
 

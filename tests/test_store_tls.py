@@ -10,9 +10,9 @@ from redis.exceptions import RedisError
 
 from api_gateway import GatewayConfig, create_app
 from api_gateway.errors import StartupError
+from api_gateway.limits.redis_limiter import SCRIPT
 from api_gateway.models import Quota
-from api_gateway.redis_limiter import SCRIPT
-from api_gateway.store import StoreSession
+from api_gateway.storage.redis_session import StoreSession
 from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of, soon
 from tests.store_kit import StoreServer, asking, charge, free_port, gateways, speaks_tls
 

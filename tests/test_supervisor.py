@@ -9,16 +9,23 @@ from typing import Any, cast
 
 import pytest
 
-from api_gateway import supervisor
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.config_changes import with_restart_settings_of
-from api_gateway.crew import encode
 from api_gateway.errors import StartupError
-from api_gateway.listening import Sockets
 from api_gateway.metrics import Recorder
-from api_gateway.report import WorkerSnapshot
-from api_gateway.staff import Objection, WorkerHandle
-from api_gateway.supervisor import FIRST_DELAY, LONGEST_DELAY, CounterLedger, Supervisor, WorkerSlot, delay_after
+from api_gateway.process import supervisor
+from api_gateway.process.listeners import Sockets
+from api_gateway.process.supervisor import (
+    FIRST_DELAY,
+    LONGEST_DELAY,
+    CounterLedger,
+    Supervisor,
+    WorkerSlot,
+    delay_after,
+)
+from api_gateway.process.worker_handle import Objection, WorkerHandle
+from api_gateway.reload.changes import with_restart_settings_of
+from api_gateway.reporting.snapshot import WorkerSnapshot
+from api_gateway.reporting.worker_channel import encode
 
 
 def test_a_first_failure_is_made_good_soon_and_later_ones_less_and_less_so() -> None:

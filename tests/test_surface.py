@@ -19,13 +19,13 @@ from pydantic import BaseModel
 
 import api_gateway
 from api_gateway import cli
-from api_gateway.access_log import AccessLog
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import GatewayError, Reason, problem
-from api_gateway.exposition import PrometheusExposition
 from api_gateway.main import create_app
 from api_gateway.metrics import Recorder
 from api_gateway.models import Exchange, LimiterState
+from api_gateway.observability.access_log import AccessLog
+from api_gateway.reporting.prometheus import PrometheusExposition
 
 SNAPSHOT = Path(__file__).parent / "surface.txt"
 METRICS_PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from api_gateway.tasks import cancel_and_wait
+from api_gateway.eventloop.tasks import cancel_and_wait
 
 
 async def deaf(times: int) -> None:
@@ -17,7 +17,7 @@ async def deaf(times: int) -> None:
 
 
 async def test_several_tasks_are_ended_and_those_that_have_ended_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.tasks._AGAIN_AFTER", 0.01)
+    monkeypatch.setattr("api_gateway.eventloop.tasks._AGAIN_AFTER", 0.01)
     tasks = [asyncio.create_task(deaf(times)) for times in (0, 1, 2)]
     done = asyncio.create_task(asyncio.sleep(0))
     await asyncio.sleep(0.001)
@@ -27,7 +27,7 @@ async def test_several_tasks_are_ended_and_those_that_have_ended_are_left(monkey
 
 
 async def test_it_goes_through_with_it_when_it_is_cancelled_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.tasks._AGAIN_AFTER", 0.01)
+    monkeypatch.setattr("api_gateway.eventloop.tasks._AGAIN_AFTER", 0.01)
     task = asyncio.create_task(deaf(2))
     await asyncio.sleep(0)
     ending = asyncio.create_task(cancel_and_wait(task))

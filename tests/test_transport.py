@@ -15,8 +15,8 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from api_gateway.outgoing import Origin
-from api_gateway.transport import UpstreamTransport, probe, tls_context
+from api_gateway.transport.http1_transport import UpstreamTransport, probe, tls_context
+from api_gateway.transport.request import Origin
 from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, reply, soon
 
 StartUpstream = Callable[..., RawUpstream]

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from api_gateway.balancer import Upstream
-from api_gateway.breaker_policy import BreakerPolicy
 from api_gateway.circuit_breaker import CircuitBreaker
-from api_gateway.health import HealthPolicy
-from api_gateway.picks import round_robin
-from api_gateway.resolution import HostName
-from api_gateway.service import Timeouts, UpstreamClient
-from api_gateway.transport import UpstreamTransport
-from api_gateway.upkeep import UpstreamMonitor
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.upstreams.dns import HostName
+from api_gateway.upstreams.health_checks import HealthPolicy
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.monitor import UpstreamMonitor
+from api_gateway.upstreams.upstream import Upstream
+from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 from tests.kit import FakeClock, RawUpstream
 
 NOW = 1000.0

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from api_gateway.errors import BLOCKED, CUT_OFF
-from api_gateway.watchdog import Watchdog
+from api_gateway.process.watchdog import Watchdog
 from tests.kit import RawClient, RawUpstream, ask, eventually
 from tests.processes import WAYS, Running, children, config_file, is_alive, process
 
@@ -34,7 +34,7 @@ HOOK = """
 import ctypes, signal, sys
 
 def wait_for_the_report():
-    sys.modules["api_gateway.watchdog"].REPORT_WITHIN = 20
+    sys.modules["api_gateway.process.watchdog"].REPORT_WITHIN = 20
 
 def spin_visibly(*_):
     wait_for_the_report()
@@ -191,7 +191,7 @@ def test_a_stop_signal_ends_a_supervisor_that_hangs(start: Start) -> None:
 
 STARVED = """
 import asyncio, os, sys, threading
-from api_gateway.watchdog import Watchdog
+from api_gateway.process.watchdog import Watchdog
 
 async def main():
     dog = Watchdog(0.5, 1000, blocked=5, overdue=4)
@@ -231,7 +231,7 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process(monkeypatch: 
     """What blocks the loop may hold the log's lock."""
     ended: list[int] = []
     watchdog = Watchdog(10, 0.0, blocked=BLOCKED, overdue=CUT_OFF, end=ended.append)
-    monkeypatch.setattr("api_gateway.watchdog.REPORT_WITHIN", 0.1)
+    monkeypatch.setattr("api_gateway.process.watchdog.REPORT_WITHIN", 0.1)
     monkeypatch.setattr(watchdog, "_report", lambda *_: time.sleep(3))
     watchdog.expect_end()
     watchdog._look()

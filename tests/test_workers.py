@@ -16,7 +16,7 @@ from typing import Self
 
 import pytest
 
-from api_gateway import metrics_bodies, upstream_bodies
+from api_gateway.reporting import metrics_schema, upstream_schema
 from tests.kit import PATIENCE, RawClient, RawRequest, RawUpstream, Wire, ask, eventually, reply
 from tests.processes import START, WATCHED, WAYS, Running, children, config_file, is_alive, kill, process
 
@@ -54,7 +54,7 @@ class Crew(Running):
 
     @property
     def _keepers(self) -> list[tuple[int, list[str]]]:
-        return [one for one in self._children if any("lifeline" in word for word in one[1])]
+        return [one for one in self._children if any("server_guardian" in word for word in one[1])]
 
     @property
     def _children(self) -> list[tuple[int, list[str]]]:
@@ -124,7 +124,7 @@ def test_whichever_worker_answers_the_metrics_are_those_of_all(shared: Crew) -> 
 def test_the_latency_is_that_of_all(shared: Crew) -> None:
     shared.serve(connections=20)
     latency = shared.ask("/metrics/latency").json()
-    metrics_bodies.LatencyView.model_validate(latency)
+    metrics_schema.LatencyView.model_validate(latency)
     assert latency["overall"]["since_start"]["count"] == shared.served
     assert latency["overall"]["last_5m"]["count"] == shared.served
     assert set(latency["overall"]["since_start"]["percentiles_ms"]) == {"p50", "p90", "p95", "p99"}
@@ -133,7 +133,7 @@ def test_the_latency_is_that_of_all(shared: Crew) -> None:
 def test_a_breaker_is_shown_as_the_worst_of_the_workers_see_it(shared: Crew) -> None:
     shared.serve(connections=20)
     answer = shared.ask("/circuit-breakers").json()
-    upstream_bodies.BreakersView.model_validate(answer)
+    upstream_schema.BreakersView.model_validate(answer)
     breaker = answer["circuit_breakers"]["up"]
     assert breaker["workers"] == {str(number): "CLOSED" for number in range(1, WORKERS + 1)}
     assert breaker["window_calls"] >= 20
@@ -202,7 +202,7 @@ def test_the_history_is_that_of_all_workers_and_each_move_says_whose_it_is(tmp_p
                 for _ in range(3):
                     client.get("/api/up")
             answer = running.ask("/circuit-breakers/up/history").json()
-            upstream_bodies.HistoryView.model_validate(answer)
+            upstream_schema.HistoryView.model_validate(answer)
             moments = [move["at"] for move in answer["history"]]
             assert moments == sorted(moments, reverse=True)
             return {move["worker"] for move in answer["history"]}
@@ -554,7 +554,9 @@ def test_without_a_server_for_the_store_it_refuses_to_start_and_says_what_to_ins
 def test_a_store_of_ones_own_needs_no_embedded_one(up: RawUpstream, tmp_path: Path) -> None:
     extra = f'store: {{url: "unix://{tmp_path}/there.sock"}}\n'
     with crew(tmp_path, up.url, workers=2, extra=extra, PATH="/nonexistent") as running:
-        assert not [one for one in children(running.popen.pid).values() if any("lifeline" in word for word in one)]
+        assert not [
+            one for one in children(running.popen.pid).values() if any("server_guardian" in word for word in one)
+        ]
         running.serve(connections=4)
 
 

@@ -1,0 +1,1 @@
+"""The operator endpoints: authentication of operators, views, and explanations. Proxies nothing."""

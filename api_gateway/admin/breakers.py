@@ -1,0 +1,177 @@
+"""The endpoints below `/circuit-breakers`, and the views of breakers."""
+
+from dataclasses import asdict
+
+from fastapi import APIRouter, Request, Response
+
+from api_gateway.admin.breaker_overrides import Override
+from api_gateway.admin.context import AdminContext, Guarded, who
+from api_gateway.admin.openapi import PROBLEM, REFUSALS, STORE_REFUSAL, TOKEN, rendered
+from api_gateway.admin.views import utc, verdict_view, wall_time
+from api_gateway.errors import InvalidValue, NoRoute
+from api_gateway.eventloop.pacing import each, paced
+from api_gateway.reporting.snapshot import BreakerSnapshot
+from api_gateway.reporting.upstream_schema import (
+    BreakersView,
+    BreakerThresholds,
+    BreakerView,
+    FailedCallView,
+    HistoryView,
+    ModeChange,
+    ModeChanged,
+    ModeView,
+    OpeningView,
+    TransitionRecordView,
+)
+from api_gateway.resilience.breaker_history import TransitionRecord
+from api_gateway.resilience.breaker_policy import Mode, State
+from api_gateway.settings.diagnostics import nearest
+from api_gateway.system.clocks import Moment
+
+router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
+
+
+@router.get("/circuit-breakers", summary="Every circuit breaker", response_model=BreakersView)
+async def circuit_breakers(console: Guarded) -> Response:
+    """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
+    await console.overrides.look()
+    report = await console.aggregator.gather()
+    now = console.clocks.now()
+    trouble = {} if console.overrides.trouble is None else {"modes_error": console.overrides.trouble}
+    breakers = each(
+        report.upstreams.items(),
+        lambda name, upstream: _breaker_view(upstream.breaker, console.overrides.override(name), now),
+    )
+    targets = each(
+        report.upstreams.items(),
+        lambda _, upstream: {target.key: verdict_view(target, now) for target in upstream.targets},
+    )
+    return rendered(BreakersView(circuit_breakers=await paced(breakers), targets=await paced(targets), **trouble))
+
+
+@router.post(
+    "/circuit-breakers/{name}",
+    summary="Put a circuit breaker into a mode",
+    responses={
+        404: {"description": "There is no circuit breaker of that name.", **PROBLEM},
+        422: {"description": "No such mode, or another mistake in the body.", **PROBLEM},
+        **STORE_REFUSAL,
+    },
+)
+async def set_mode(name: str, change: ModeChange, request: Request, console: Guarded) -> ModeChanged:
+    """Force a breaker open or closed, only observe it, or leave it to itself again (`auto`).
+
+    The mode holds for `duration_seconds`, or until it is changed, also over a restart. It is on disk before the
+    response is sent; every worker of this gateway follows within a second. In `observe` calls are counted and
+    transitions are made and shown, but nothing is refused.
+    """
+    _check_breaker(console, name)
+    if change.mode == "auto" and change.duration_seconds is not None:
+        raise InvalidValue(
+            f"body.duration_seconds: auto ends what was set before and lasts, got {change.duration_seconds:g}."
+        )
+    override, wall = None, console.clocks.wall()
+    if change.mode != "auto":
+        until = None if change.duration_seconds is None else wall + change.duration_seconds
+        override = Override(Mode(change.mode), wall, until, change.comment, who(request))
+    before = await console.overrides.set(name, override)
+    return ModeChanged(name=name, previous=_mode_view(before), current=_mode_view(override))
+
+
+@router.get(
+    "/circuit-breakers/{name}/history",
+    summary="A circuit breaker's last moves",
+    responses={404: {"description": "There is no circuit breaker of that name.", **PROBLEM}},
+)
+async def history(name: str, console: Guarded) -> HistoryView:
+    """Answer the last 50 moves of each worker's breaker, the newest first, with what led to each.
+
+    Among them are as many of the breakers of its targets, by `target_url`.
+    """
+    _check_breaker(console, name)
+    report = await console.aggregator.gather(with_histories=True)
+    now = console.clocks.now()
+    moves = [_move_view(record, now) for record in reversed(report.histories.get(name, []))]
+    return HistoryView(name=name, history=moves)
+
+
+def _check_breaker(console: AdminContext, name: str) -> None:
+    known = console.overrides.names
+    if name not in known:
+        hint = nearest(name, known) or f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}."
+        raise NoRoute(f"There is no circuit breaker '{name}'{hint}")
+
+
+def _mode_view(override: Override | None) -> ModeView:
+    if override is None:
+        return ModeView(mode=Mode.AUTO.value)
+    return ModeView(
+        mode=override.mode.value,
+        since=wall_time(override.since),
+        until=None if override.until is None else wall_time(override.until),
+        comment=override.comment,
+        set_by=override.set_by,
+    )
+
+
+def _move_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
+    failures = [
+        FailedCallView(
+            at=utc(call.at, now),
+            route=call.route or None,
+            detail=call.detail,
+            duration_seconds=None if call.duration is None else round(call.duration, 4),
+            request_id=call.request_id or None,
+        )
+        for call in reversed(record.failures)
+    ]
+    given = {
+        "at": utc(record.at, now),
+        "from": record.source.value,
+        "to": record.target.value,
+        "detail": record.cause,
+        "mode": record.mode.value,
+        "window_calls": record.counts.calls,
+        "window_failures": record.counts.failures,
+        "window_slow_calls": record.counts.slow,
+        "last_failures": failures,
+        "next_probe_at": None if record.next_probe_at is None else utc(record.next_probe_at, now),
+        "worker": record.worker or None,
+        "target_url": record.target_url,
+    }
+    return TransitionRecordView.model_validate(given)
+
+
+def _breaker_view(breaker: BreakerSnapshot, override: Override | None, now: Moment) -> BreakerView:
+    calls, failures, slow = breaker.window_calls, breaker.window_failures, breaker.window_slow
+    opened = None
+    if breaker.opened_at is not None:
+        opened = OpeningView(at=utc(breaker.opened_at, now), detail=breaker.opened_cause)
+    several = {"workers": {name: state.value for name, state in breaker.workers.items()}} if breaker.workers else {}
+    is_open, probe_at = breaker.state is State.OPEN, breaker.next_probe_at
+    return BreakerView(
+        state=breaker.state.value,
+        since=utc(breaker.since, now),
+        mode=Mode.AUTO.value if override is None else override.mode.value,
+        override=None if override is None else _mode_view(override),
+        consecutive_failures=breaker.consecutive_failures,
+        window_calls=calls,
+        window_failures=failures,
+        window_failure_rate=round(failures / calls, 4) if calls else None,
+        window_slow_calls=slow,
+        window_slow_call_rate=round(slow / calls, 4) if calls else None,
+        probes_in_flight=breaker.probes_in_flight,
+        failures_of_one_client=breaker.one_principal,
+        ramp_ratio=None if breaker.ramp_share is None else round(breaker.ramp_share, 3),
+        opened_total=breaker.opened_total,
+        rejected_total=breaker.rejected_total,
+        slow_calls_total=breaker.slow_total,
+        would_open_total=breaker.would_open_total,
+        would_reject_total=breaker.would_reject_total,
+        next_probe_in_seconds=round(max(0.0, probe_at - now.monotonic), 3)
+        if is_open and probe_at is not None
+        else None,
+        last_opened=opened,
+        thresholds=BreakerThresholds(**asdict(breaker.policy)),
+        **several,
+    )

@@ -1,0 +1,208 @@
+"""The endpoints below `/clients`: registered clients, their tiers, grants and buckets."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+
+from api_gateway.admin.context import AdminContext, ClientId, Guarded
+from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSALS, STORE_REFUSAL, TIER_REFUSALS, TOKEN
+from api_gateway.admin.views import wall_time
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.errors import InvalidValue
+from api_gateway.metrics import Recorder
+from api_gateway.models import (
+    NANOSECONDS,
+    BucketReset,
+    BucketView,
+    Charge,
+    Client,
+    ClientView,
+    Decision,
+    GrantChanged,
+    GrantRequest,
+    GrantView,
+    HeavyClient,
+    HeavyClients,
+    Quota,
+    TierChange,
+    TierChanged,
+    TierView,
+)
+
+overview_router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
+
+
+router = APIRouter(tags=["clients"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])
+
+
+@overview_router.get("/clients", summary="The heaviest clients")
+async def heaviest_clients(
+    console: Guarded,
+    sort: Annotated[Literal["limited", "requests"], Query()] = "limited",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> HeavyClients:
+    """Answer who made most requests, or was limited most often, since the start: from counters for 1000 clients.
+
+    Every client with more than a thousandth of all of them is among those counted.
+    """
+    recorder = (await console.aggregator.gather()).recorder
+    chosen = recorder.limited_by_client if sort == "limited" else recorder.requests_by_client
+    clients = [_heavy(console.clients, recorder, found.key) for found in chosen.heaviest(limit)]
+    return HeavyClients(sort=sort, clients=clients)
+
+
+@router.post(
+    "/clients/{client_id}/tier",
+    summary="Set a client's tier",
+    responses=TIER_REFUSALS,
+)
+async def set_tier(client_id: ClientId, change: TierChange, console: Guarded) -> TierChanged:
+    """Register the client for a tier. Effective for its next request, and stored when this answers.
+
+    Gateways that share the store follow within a second. The bucket keeps its filled fraction: an upgrade brings
+    relief at once, and changing back and forth gains nothing.
+    """
+    tier = _tier(console, change.tier)
+    return await _move(console, *await console.clients.set_tier(client_id, tier))
+
+
+@router.post("/clients/{client_id}/grants", summary="Give a client a tier for a while", responses=TIER_REFUSALS)
+async def grant(client_id: ClientId, request: GrantRequest, console: Guarded) -> GrantChanged:
+    """Give the client a tier until a moment, over whatever it has otherwise and in place of an earlier grant.
+
+    It ends by itself on every gateway, by the clock of each one's machine: where clocks differ, so do the moments.
+    """
+    tier, until = _tier(console, request.tier), _until(request, console.clocks.wall())
+    return await _regrant(console, until, *await console.clients.grant(client_id, tier, until))
+
+
+@router.delete("/clients/{client_id}/grants", summary="End a client's grant early", responses=STORE_REFUSAL)
+async def revoke(client_id: ClientId, console: Guarded) -> GrantChanged:
+    """Return the client to what it has without its grant. One that has none stays as it is."""
+    return await _regrant(console, None, *await console.clients.revoke(client_id))
+
+
+@router.post(
+    "/clients/{client_id}/reset",
+    summary="Fill a client's bucket",
+    responses={503: {"description": "The store of the buckets could not be used.", **PROBLEM}},
+)
+async def reset(client_id: ClientId, console: Guarded) -> BucketReset:
+    """Fill the client's bucket, whatever it owes."""
+    found = (await console.clients.inspect(client_id)).client
+    held = await _bucket(console, found)
+    await console.limiter.refill(found.key)
+    holds = await _bucket(console, found)
+    return BucketReset(
+        client_id=client_id,
+        tier=_tier_view(found.quota),
+        tokens_before=_tokens(found.quota, held.reset_ns),
+        tokens_after=_tokens(found.quota, holds.reset_ns),
+    )
+
+
+@router.delete("/clients/{client_id}", summary="Return a client to the default tier", responses=STORE_REFUSAL)
+async def forget(client_id: ClientId, console: Guarded) -> TierChanged:
+    """Remove the client's registration and its grant.
+
+    It falls back to what the configuration says of it, else the default tier.
+    """
+    return await _move(console, *await console.clients.delete(client_id))
+
+
+@router.get("/clients/{client_id}", summary="A client's tier and bucket")
+async def client(client_id: ClientId, console: Guarded) -> ClientView:
+    """Answer the client's tier and the tokens it has now. Any well-formed id has a bucket, so none is unknown."""
+    inspection = await console.clients.inspect(client_id)
+    found, given = inspection.client, inspection.grant
+    bucket = await _bucket(console, found)
+    return ClientView(
+        client_id=client_id,
+        tier=_tier_view(found.quota),
+        tier_source="default" if found.source == "address" else found.source,
+        grant=given
+        and GrantView(tier=given.tier, until=wall_time(given.until), tier_after=inspection.otherwise.quota.name),
+        confirmed=inspection.is_confirmed,
+        bucket=BucketView(
+            tokens=_tokens(found.quota, bucket.reset_ns),
+            capacity=found.quota.capacity,
+            reset_after_seconds=round(bucket.reset_ns / NANOSECONDS, 3),
+        ),
+    )
+
+
+def _tier(console: AdminContext, name: str) -> str:
+    tier = name.upper()
+    if tier not in console.clients.tiers:
+        names = list(console.clients.tiers)
+        raise InvalidValue(
+            f"There is no tier '{name}'; the tiers are {', '.join(names)}.", extra={"tier": name, "tiers": names}
+        )
+    return tier
+
+
+def _until(request: GrantRequest, now: float) -> float:
+    """Return when a grant ends, in seconds since the epoch; so is `now`."""
+    if request.until is not None and request.duration_seconds is not None:
+        raise InvalidValue(
+            "body: a grant has either until or duration_seconds, got"
+            f" until: '{request.until.isoformat()}' and duration_seconds: {request.duration_seconds:g}."
+        )
+    if request.duration_seconds is not None:
+        return now + request.duration_seconds
+    if request.until is None:
+        raise InvalidValue("body: a grant needs until or duration_seconds, got neither.")
+    until = request.until.timestamp()
+    if until <= now:
+        raise InvalidValue(
+            f"body.until: must lie in the future, got '{request.until.isoformat()}'; it is {wall_time(now)} now."
+        )
+    return until
+
+
+async def _regrant(console: AdminContext, until: float | None, before: Client, after: Client) -> GrantChanged:
+    changed = await _move(console, before, after)
+    return GrantChanged(**changed.model_dump(), until=None if until is None else wall_time(until))
+
+
+def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient:
+    found = clients.by_bucket_key(key)
+    limits, made = recorder.limited_by_client.estimate(key), recorder.requests_by_client.estimate(key)
+    return HeavyClient(
+        client_id=found.id,
+        tier_source=found.source,
+        tier=found.quota.name,
+        limited=limits.count,
+        limited_error_bound=limits.error,
+        requests=made.count,
+        requests_error_bound=made.error,
+    )
+
+
+async def _move(console: AdminContext, before: Client, after: Client) -> TierChanged:
+    """Take the bucket over to the new tier and report it."""
+    held = await _bucket(console, before)
+    await console.limiter.move(before.key, before.quota, after.quota, console.clocks.monotonic_ns())
+    holds = await _bucket(console, after)
+    return TierChanged(
+        client_id=after.id,
+        previous=_tier_view(before.quota),
+        current=_tier_view(after.quota),
+        tokens_before=_tokens(before.quota, held.reset_ns),
+        tokens_after=_tokens(after.quota, holds.reset_ns),
+        persisted=True,
+    )
+
+
+async def _bucket(console: AdminContext, client: Client) -> Decision:
+    """Return the client's bucket as it is."""
+    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clocks.monotonic_ns())
+    return decision
+
+
+def _tokens(quota: Quota, debt_ns: int) -> float:
+    return round((quota.burst_ns - debt_ns) / quota.emission_ns, 3)
+
+
+def _tier_view(quota: Quota) -> TierView:
+    return TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity)

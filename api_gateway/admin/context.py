@@ -1,0 +1,88 @@
+"""What the operator endpoints work on, and how each gets it: dependencies of the framework."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from api_gateway.admin.breaker_overrides import BreakerOverrides
+from api_gateway.admin.explainer import Explainer
+from api_gateway.admin.gate import OPERATOR
+from api_gateway.admin.health_cache import HealthCache
+from api_gateway.admin.health_view import health_view
+from api_gateway.admin.operators import Operator
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.errors import ClientIdInvalid, Forbidden
+from api_gateway.http1.headers import is_visible_ascii
+from api_gateway.http1.request_paths import unescaped
+from api_gateway.rate_limiter import RateLimiter
+from api_gateway.reporting.worker_channel import Aggregator
+from api_gateway.system.clocks import Clocks
+
+
+class Lifecycle(StrEnum):
+    """Where the gateway is in its life."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class AdminContext:
+    """Everything the operator's endpoints look at."""
+
+    version: str
+    limiter: RateLimiter
+    clients: ClientRegistry
+    aggregator: Aggregator
+    clocks: Clocks
+    explainer: Explainer
+    overrides: BreakerOverrides
+    lifecycle: Lifecycle = Lifecycle.STARTING
+    health: HealthCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.health = HealthCache(
+            partial(health_view, self.aggregator, self.clocks, self.version), self.clocks.monotonic
+        )
+
+
+def _context(request: Request) -> AdminContext:
+    console: AdminContext = request.app.state.console
+    return console
+
+
+def _operator(request: Request) -> Operator:
+    """Return the operator whom the gate admitted. A request that did not come through the gate has none."""
+    operator: Operator | None = request.scope.get(OPERATOR)
+    if operator is None:
+        raise Forbidden("This endpoint is for operators.")
+    return operator
+
+
+def _guard(request: Request) -> AdminContext:
+    _operator(request)
+    return _context(request)
+
+
+def _client_id(client_id: str) -> str:
+    """Return the client id that a path names, in which a slash is spelt %2F."""
+    name = unescaped(client_id)
+    if not is_visible_ascii(name.encode()):
+        raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {name[:200]!r}.")
+    return name
+
+
+ClientId = Annotated[str, Depends(_client_id)]
+Guarded = Annotated[AdminContext, Depends(_guard)]
+Open = Annotated[AdminContext, Depends(_context)]
+
+
+def who(request: Request) -> str:
+    """Name the operator by token and address; a local one by the address alone."""
+    operator = _operator(request)
+    host = request.client.host if request.client is not None else "unknown"
+    return host if operator.is_local else f"token '{operator.name}', from {host}"

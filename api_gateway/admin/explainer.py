@@ -1,0 +1,278 @@
+"""What the gateway would say to a request, and why, without the request: nothing is charged, sent or moved.
+
+It asks the objects that decide on requests, in the order in which those meet them, and by the same pure functions.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import unquote
+
+from api_gateway.admin.explain_schema import (
+    BucketExplained,
+    ClientExplained,
+    ConcurrencyExplained,
+    ExplainRequest,
+    Explanation,
+    FallbackExplained,
+    LagExplained,
+    RouteExplained,
+    UpstreamExplained,
+    Verdict,
+)
+from api_gateway.errors import GatewayError, InvalidValue, Reason
+from api_gateway.http1.headers import fields_of, host_name
+from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.limits.refusal import refusal
+from api_gateway.middleware import IdentityMiddleware, RateLimitMiddleware, is_proxied
+from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, TierView
+from api_gateway.proxy.fallback import Fallback, add_failure, applies
+from api_gateway.proxy.route_table import Route, refuse_method, upstream_target
+from api_gateway.rate_limiter import NEVER, RateLimiter
+from api_gateway.resilience.breaker_policy import State
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
+from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.router import Router
+
+LIKELY = 0.5  # share of requests refused at random from which a refusal is what is foretold
+
+_WHY = {
+    "granted": "named by {header}; it has its tier for a while, by POST /clients/{{id}}/grants",
+    "registered": "named by {header}; its tier was set by POST /clients/{{id}}/tier",
+    "configured": "named by {header}; its tier stands in the configuration",
+    "default": "named by {header}; nobody registered it, so it has the default tier, {address}",
+    "address": "no {header}, so it is its address, with the default tier",
+}
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """One bucket, what would be charged to it, and what it says to that."""
+
+    charge: Charge
+    decision: Decision
+
+    @property
+    def owed_ns(self) -> int:
+        """What is missing to a full bucket now; a charge that passes is not made."""
+        return self.decision.reset_ns - (self.charge.increment_ns if self.decision.allowed else 0)
+
+    @property
+    def wait_ns(self) -> float:
+        """Nanoseconds until the charge passes, without end if it never does."""
+        return float("inf") if self.decision.wait_ns == NEVER else self.decision.wait_ns
+
+    @property
+    def more(self) -> float:
+        """How many such charges it takes after this one."""
+        left_ns = self.charge.quota.burst_ns - self.decision.reset_ns
+        return left_ns / self.charge.increment_ns if self.charge.increment_ns else float("inf")
+
+
+class Explainer:
+    """Answers questions about requests that have not been made."""
+
+    def __init__(
+        self,
+        *,
+        identify: IdentityMiddleware,
+        router: Router,
+        limit: RateLimitMiddleware,
+        limiter: RateLimiter,
+        lag: EventLoopShedder | None = None,
+        header: str,
+        clock: Clock,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        """`header` is the one that names clients; both clocks are the same one."""
+        self._identify = identify
+        self._router = router
+        self._limit = limit
+        self._limiter = limiter
+        self._lag = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - guards nothing
+        self._header = header
+        self._clock = clock
+        self._clock_ns = clock_ns
+
+    def __repr__(self) -> str:
+        return f"<Explainer of {self._router.routes!r}>"
+
+    async def explain(self, question: ExplainRequest) -> Explanation:
+        """Return what would happen, and every figure it rests on. Raises ClientIdInvalid and InvalidValue."""
+        target = question.path.encode("ascii")
+        path = unquote(question.path.partition("?")[0])
+        if not is_proxied(path):
+            raise InvalidValue(f"path: only /api and what is below it is proxied, got {path!r}.")
+        exchange = Exchange("explain", question.method, path, question.address, self._clock())
+        exchange.client = client = await self._client(exchange, question)
+        priority = self._router.priorities.of(client.quota.name)
+        holder = holder_of(client, exchange.peer)
+        route, error = self._route(exchange, question)
+        if error is None and self._lag.share(priority) >= LIKELY:
+            error = self._lag.refusal(priority)
+        buckets = await self._inspect(self._limit.charges(client, exchange.peer, exchange.cost))
+        binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
+        if error is None and not binding.decision.allowed:
+            error = refusal(exchange, binding.decision)
+        if error is None and route is not None:
+            error = self._refused(route, question.method, target, priority, holder)
+        fallback = self._fallback(route, error)
+        return Explanation(
+            result=_verdict(error, fallback),
+            client=self._client_view(client, exchange.peer),
+            route=None if route is None else self._route_view(route, exchange),
+            buckets=[_bucket_view(bucket) for bucket in buckets],
+            limiting_bucket=binding.charge.key,
+            candidate=await self._candidate(client, exchange),
+            upstream=None if route is None else self._upstream_view(route, priority, holder),
+            fallback=fallback,
+            event_loop=LagExplained(
+                lag_seconds=round(self._lag.lag, 6), shed_ratio=round(self._lag.share(priority), 3)
+            ),
+            decision_source=binding.decision.source,
+        )
+
+    async def _client(self, exchange: Exchange, question: ExplainRequest) -> Client:
+        headers = []
+        if question.client_id is not None:
+            headers.append((self._header.encode(), question.client_id.encode()))
+        exchange.peer, _, name = self._identify.caller(exchange.peer, fields_of(headers))
+        return await self._identify.ask(name, exchange.peer)
+
+    def _route(self, exchange: Exchange, question: ExplainRequest) -> tuple[Route | None, GatewayError | None]:
+        host = host_name({b"host": [question.host.encode()]})
+        try:
+            route, exchange.cost = self._router.routes.find(host, exchange.method, exchange.path)
+        except GatewayError as error:
+            return None, error
+        exchange.route = route.name
+        return route, None
+
+    async def _inspect(self, charges: Sequence[Charge]) -> list[_Bucket]:
+        decisions = await self._limiter.inspect(charges, self._clock_ns())
+        return [_Bucket(charge, decision) for charge, decision in zip(charges, decisions, strict=True)]
+
+    def _refused(
+        self, route: Route, method: str, target: bytes, priority: int, holder: str | None
+    ) -> GatewayError | None:
+        """Return why a request that may pass the limiter would go no further."""
+        try:
+            refuse_method(method)
+            upstream_target(route, target)
+        except GatewayError as error:
+            return error
+        upstream = self._router.services[route.upstream].upstream
+        return upstream.refusal(self._clock(), priority, holder=holder, is_safe=method in IDEMPOTENT)
+
+    def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
+        """Return what the route falls back on, and whether it would now, as `error` is in the way."""
+        fallback = None if route is None else route.fallback
+        if fallback is None:
+            return None
+        is_used = error is not None and applies(fallback, error, is_repeatable=True, is_kept=True)
+        if is_used and error is not None and fallback.upstream is not None:
+            other = self._router.services[fallback.upstream].upstream.refusal(self._clock())
+            if other is not None:
+                add_failure(error, other)
+            is_used = other is None
+        return _fallback_view(fallback, is_used=is_used)
+
+    async def _candidate(self, client: Client, exchange: Exchange) -> BucketExplained | None:
+        shadow = self._limit.shadow
+        if shadow is None:
+            return None
+        charges = shadow.charges(client, exchange.route, exchange.method, exchange.path, exchange.cost)
+        found = await self._inspect(charges) if charges else []
+        return _bucket_view(found[0]) if found else None
+
+    def _client_view(self, client: Client, address: str) -> ClientExplained:
+        quota = client.quota
+        is_limited = self._limit.limits_address_of(client, address)
+        words = "and its address is limited too" if is_limited else "and its address is exempt from a limit of its own"
+        return ClientExplained(
+            id=client.id,
+            tier_source=client.source,
+            detail=_WHY[client.source].format(header=self._header, address=words),
+            registered=client.is_registered,
+            address_limited=is_limited,
+            tier=TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity),
+        )
+
+    def _route_view(self, route: Route, exchange: Exchange) -> RouteExplained:
+        rule = route.rule_for(exchange.method, exchange.path)
+        return RouteExplained(
+            name=route.name,
+            path=route.path,
+            upstream=route.upstream,
+            cost=exchange.cost,
+            cost_source="route" if rule is None else f"rule: {rule}",
+        )
+
+    def _upstream_view(self, route: Route, priority: int, holder: str | None) -> UpstreamExplained:
+        upstream, now = self._router.services[route.upstream].upstream, self._clock()
+        state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
+        return UpstreamExplained(
+            name=upstream.name,
+            circuit_breaker=state.value,
+            next_probe_in_seconds=round(due - now, 3) if state is State.OPEN and due is not None else None,
+            targets=len(upstream.targets),
+            healthy_targets=sum(target.is_healthy and target.checks.at is not None for target in upstream.targets),
+            unchecked_targets=sum(target.checks.at is None for target in upstream.targets),
+            concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, priority, holder),
+        )
+
+
+_OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
+    Reason.RATE_LIMITED: "limited",
+    Reason.COST_EXCEEDS_CAPACITY: "exceeds_capacity",
+}
+
+
+def _verdict(error: GatewayError | None, fallback: FallbackExplained | None) -> Verdict:
+    if error is None:
+        words = "Every bucket holds what the request costs, and its upstream may be tried."
+        return Verdict(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=words)
+    if fallback is not None and fallback.used:
+        words = f"{error.detail} The fallback '{fallback.name}' answers."
+        reason = error.reason.value
+        return Verdict(
+            outcome="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=words
+        )
+    return Verdict(
+        outcome=_OUTCOMES.get(error.reason, "refused"),
+        status=error.status,
+        reason=error.reason.value,
+        retry_after_seconds=error.retry_after,
+        detail=error.detail,
+    )
+
+
+def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
+    status = fallback.status if fallback.upstream is None else None
+    return FallbackExplained(name=fallback.name, status=status, used=is_used)
+
+
+def _concurrency_view(limit: ConcurrencyLimit, priority: int, holder: str | None) -> ConcurrencyExplained:
+    return ConcurrencyExplained(
+        limit=round(limit.limit, 1),
+        tier_limit=limit.bounds[priority],
+        in_flight=limit.in_flight,
+        allowed=not limit.is_full_for(priority, holder),
+    )
+
+
+def _bucket_view(bucket: _Bucket) -> BucketExplained:
+    charge, decision = bucket.charge, bucket.decision
+    quota = charge.quota
+    return BucketExplained(
+        key=charge.key,
+        policy=quota.name.lower(),
+        tokens=round((quota.burst_ns - bucket.owed_ns) / quota.emission_ns, 3),
+        capacity=quota.capacity,
+        cost=round(charge.increment_ns / quota.emission_ns, 6),
+        allowed=decision.allowed,
+        retry_after_seconds=None if decision.wait_ns == NEVER else decision.wait_ns / NANOSECONDS,
+        reset_after_seconds=round(bucket.owed_ns / NANOSECONDS, 3),
+    )

@@ -1,0 +1,259 @@
+"""The gate in front of the operator endpoints: pure ASGI, ahead of the framework and of the request's body.
+
+In this order, and with nothing of the body read before the last step: the path is classified; a request made by a
+page of another origin is refused; the operator is identified by token or as local, has an allowance, and must hold the
+role that the request needs; the content type is checked; the body is read, up to `MAX_BODY`. Then the framework runs.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from api_gateway.admin.cross_site import check_content_type, is_foreign, is_forged
+from api_gateway.admin.health_cache import HealthCache
+from api_gateway.admin.locality import Locality
+from api_gateway.admin.operator_limits import OperatorLimits
+from api_gateway.admin.operators import LOCAL, Operator, Role, Tokens, bearer_token
+from api_gateway.admin.request_body import read_body, replay, without_body
+from api_gateway.errors import (
+    BadRequest,
+    ClientDisconnected,
+    Forbidden,
+    GatewayError,
+    MethodNotAllowed,
+    NoRoute,
+    Unauthorized,
+    not_started,
+)
+from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, ASGIApp, Receive, Scope, Send
+from api_gateway.http1.headers import Fields, Network, ambiguity, client_address, fields_of, framing
+from api_gateway.http1.request_paths import first_segment, path_as_sent, target_of
+from api_gateway.proxy.problem_response import send_problem
+
+logger = logging.getLogger(__name__)
+
+OPERATOR = "gateway.operator"  # the scope's key for the operator who was admitted
+REASONS = ("missing_token", "invalid_token", "insufficient_role", "cross_site")  # for which a request is rejected
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
+_QUESTIONS = frozenset({"explain"})  # endpoints that change nothing although they take a body
+_PAGES = frozenset({"docs"})  # pages that hold no data: other sites may link to them
+_TEXT = b"text/plain; charset=utf-8"
+_JSON = b"application/json"
+_ADVICE = (
+    "This endpoint needs the header 'Authorization: Bearer <token>', with a configured token or the one in the file"
+    " operator-token in state_dir. Where no token is configured, a program that the operator runs on this machine"
+    " needs none; if it is refused, the log says why."
+)
+_MAX_LOGGED = 100  # characters of a path
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may use the operator endpoints, as configured. Immutable; a reload replaces it."""
+
+    tokens: Tokens
+    locality: Locality
+    trusted_proxies: Collection[Network] = ()
+
+
+class OperatorGate:
+    """Decides who reaches the framework, and answers `/health`, `/healthz` and `/readyz` from memory.
+
+    `access` may be replaced at any time. `refusals` counts what was refused, by cause.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        access: Access,
+        endpoints: Collection[str],
+        has_admin_listener: bool,
+        readiness: Callable[[], tuple[bool, str]],
+        health: Callable[[], HealthCache | None],
+        limits: OperatorLimits,
+        refused: Counter[str],
+    ) -> None:
+        """Guard all paths whose first segment is one of `endpoints`.
+
+        With `has_admin_listener` only that one serves more than health; the others know of none of these paths.
+        `readiness` tells whether the gateway serves, and the word for it; `health` is None until it has started.
+        `refused` counts the responses made here by reason.
+        """
+        self.app = app
+        self.access = access
+        self.refusals: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
+        self._endpoints = frozenset(endpoints)
+        self._has_admin_listener = has_admin_listener
+        self._readiness = readiness
+        self._health = health
+        self._limits = limits
+        self._refused = refused
+        self._views: dict[str, Callable[[Scope, Fields, Send], Awaitable[None]]] = {
+            "health": self._show_health,
+            "healthz": self._show_liveness,
+            "readyz": self._show_readiness,
+        }
+
+    def __repr__(self) -> str:
+        return f"<OperatorGate of {', '.join(sorted(self._endpoints))}>"
+
+    def guards(self, scope: Scope) -> bool:
+        """Tell whether the path is the gate's business, by either reading of an encoded slash."""
+        return first_segment(scope) in self._endpoints or target_of(scope).segments[0] in self._endpoints
+
+    def _is_hidden(self, scope: Scope) -> bool:
+        """Tell whether the path is served by the listener for operators alone, and this is another one."""
+        return self._has_admin_listener and ADMIN not in scope
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; one whose path is not guarded is answered 404."""
+        fields = fields_of(scope["headers"])
+        if scope["method"] == "HEAD":
+            send = without_body(send)
+        try:
+            await self._serve(scope, fields, receive, send)
+        except ClientDisconnected:
+            return
+        except GatewayError as error:
+            self._refused[error.reason] += 1
+            if framing(fields) is not None:  # the body, which is not read, would follow
+                error.headers["connection"] = "close"
+            await send_problem(error, send, instance=path_as_sent(scope), request_id=None, headers=[])
+
+    async def _serve(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
+        target = target_of(scope)
+        view = self._views.get(target.segments[0]) if len(target.segments) == 1 else None
+        fault = ambiguity(fields, scope["http_version"])
+        if fault is not None and (view is None or framing(fields) is not None):  # simple probes may name no host
+            raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
+        if view is not None:
+            await self._show(view, scope, fields, send)
+            return
+        method, first = scope["method"], target.segments[0]
+        if not self.guards(scope) or self._is_hidden(scope):
+            raise NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
+        if is_forged(method, fields, holds_data=first not in _PAGES):
+            raise self._refusal(
+                "cross_site",
+                scope,
+                Forbidden(
+                    "A web page of another origin made this request (Origin, Sec-Fetch-Site)."
+                    " The operator endpoints refuse that."
+                ),
+            )
+        operator = await self._admitted(scope, fields)
+        needed = Role.READ if method in _READS or first in _QUESTIONS else Role.OPERATE
+        if not operator.may(needed):
+            raise self._refusal(
+                "insufficient_role",
+                scope,
+                Forbidden(f"The token '{operator.name}' has the role 'read'; {method} needs the role 'operate'."),
+            )
+        check_content_type(method, fields)
+        body = await read_body(fields, receive)
+        inner = {**scope, "method": "GET" if method == "HEAD" else method, "path": target.path, OPERATOR: operator}
+        inner.pop(SERVER_EXTENSION, None)  # it refers to the connection, and is the server's to delete
+        await self.app(inner, replay(body, receive), send)
+        health = self._health()
+        if needed is Role.OPERATE and health is not None:
+            health.expire()
+
+    # Who asks
+
+    async def _identify(self, scope: Scope, fields: Fields) -> Operator | None:
+        token = bearer_token(fields)
+        if token is not None:
+            return self.access.tokens.find(token)
+        return LOCAL if await self.access.locality.is_local(scope) else None
+
+    async def _admitted(self, scope: Scope, fields: Fields) -> Operator:
+        """Return the operator. Raises Unauthorized, or Forbidden where no token could help, or RateLimited."""
+        operator = await self._identify(scope, fields)
+        if operator is not None:
+            self._limits.charge_operator(operator)
+            return operator
+        error = self._stranger(scope, fields)
+        self._limits.charge_failure(self._address(scope, fields))
+        raise error
+
+    def _stranger(self, scope: Scope, fields: Fields) -> GatewayError:
+        """Return the error for a request that identifies nobody."""
+        is_wrong = bearer_token(fields) is not None
+        error: GatewayError
+        if is_wrong or self.access.tokens:
+            error = Unauthorized(
+                "The bearer token is not valid." if is_wrong else _ADVICE,
+                headers={"www-authenticate": 'Bearer realm="api-gateway"'},
+            )
+        else:
+            error = Forbidden(
+                "Without an admin token this endpoint answers only direct requests from this machine to localhost. "
+                "Set admin.token (GATEWAY_ADMIN__TOKEN) to reach it from elsewhere."
+            )
+        return self._refusal("invalid_token" if is_wrong else "missing_token", scope, error)
+
+    def _address(self, scope: Scope, fields: Fields) -> str:
+        peer = scope["client"][0] if scope.get("client") else "unknown"
+        return client_address(peer, fields, self.access.trusted_proxies)
+
+    def _refusal(self, reason: str, scope: Scope, error: GatewayError) -> GatewayError:
+        """Count a refused request, log it unless too many are, and return the error."""
+        self.refusals[reason] += 1
+        unlogged = self._limits.log_line()
+        if unlogged is not None:
+            logger.warning(
+                "operator endpoint refused: %s: %s %s from %s%s",
+                reason,
+                scope["method"],
+                ascii(path_as_sent(scope)[:_MAX_LOGGED])[1:-1],
+                self._address(scope, fields_of(scope["headers"])),
+                f" ({unlogged} more since the last such line)" if unlogged else "",
+            )
+        return error
+
+    # Views from memory
+
+    async def _show(
+        self, view: Callable[[Scope, Fields, Send], Awaitable[None]], scope: Scope, fields: Fields, send: Send
+    ) -> None:
+        allow = {"allow": "GET, HEAD, OPTIONS"}
+        if scope["method"] == "OPTIONS":
+            await _respond(send, 204, [(b"allow", allow["allow"].encode())])
+        elif scope["method"] not in _READS:
+            raise MethodNotAllowed("This endpoint takes GET and HEAD.", headers=allow)
+        else:
+            await view(scope, fields, send)
+
+    async def _show_liveness(self, _scope: Scope, _fields: Fields, send: Send) -> None:
+        await _respond(send, 200, body=b"ok\n", kind=_TEXT)
+
+    async def _show_readiness(self, _scope: Scope, _fields: Fields, send: Send) -> None:
+        is_ready, word = self._readiness()
+        await _respond(send, 200 if is_ready else 503, body=f"{word}\n".encode(), kind=_TEXT)
+
+    async def _show_health(self, scope: Scope, fields: Fields, send: Send) -> None:
+        """Show all of it to operators; to strangers, and to pages of another origin, the status word."""
+        health = self._health()
+        if health is None:
+            raise not_started()
+        operator = None if is_foreign(fields) else await self._identify(scope, fields)
+        if operator is not None:
+            self._limits.charge_operator(operator)
+            await _respond(send, 200, body=await health.full(), kind=_JSON)
+            return
+        if bearer_token(fields) is not None:
+            self._stranger(scope, fields)
+        self._limits.charge_view(self._address(scope, fields))
+        await _respond(send, 200, body=await health.word(), kind=_JSON)
+
+
+async def _respond(
+    send: Send, status: int, headers: Sequence[tuple[bytes, bytes]] = (), *, body: bytes = b"", kind: bytes = b""
+) -> None:
+    fields = [*headers, (b"cache-control", b"no-store")]
+    if kind:
+        fields += [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,61 @@
+"""The health of the gateway, as operators see it."""
+
+from dataclasses import asdict
+from typing import Literal
+
+from api_gateway.admin.reload_views import configuration_view
+from api_gateway.admin.views import upstream_view
+from api_gateway.eventloop.pacing import each, paced
+from api_gateway.metrics import GATEWAY
+from api_gateway.reporting.metrics_view import concurrency_view
+from api_gateway.reporting.upstream_schema import ClientStoreView, HealthView, LagView, ResourceView, StoreView
+from api_gateway.reporting.worker_channel import Aggregator
+from api_gateway.resilience.fair_shares import ResourceState
+from api_gateway.system.clocks import Clocks
+
+
+async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> HealthView:
+    """Return the health of the gateway and its upstreams, as operators see it."""
+    report = await aggregator.gather()
+    now = clocks.now()
+    views = each(
+        report.upstreams.items(),
+        lambda name, upstream: upstream_view(upstream, now, concurrency_view(report.recorder, name, upstream)),
+    )
+    upstreams = await paced(views)
+    words = {view.status for view in upstreams.values()}
+    status: Literal["pass", "warn", "fail"] = "warn" if words & {"warn", "fail"} else "pass"
+    if words == {"fail"}:
+        status = "fail"
+    elif (
+        not report.limiter.is_whole
+        or report.client_trouble is not None
+        or report.configuration.problems
+        or any(resource.status == "warn" for resource in report.resources)
+    ):
+        status = "warn"
+    uptime = round(clocks.monotonic() - report.recorder.started, 3)
+    return HealthView(
+        status=status,
+        version=version,
+        uptime_seconds=uptime,
+        upstreams=upstreams,
+        store=StoreView(**asdict(report.limiter)),
+        client_store=ClientStoreView(
+            status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
+        ),
+        configuration=configuration_view(report.configuration),
+        event_loop=LagView(lag_seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
+        resources=[_resource_view(resource) for resource in report.resources],
+    )
+
+
+def _resource_view(resource: ResourceState) -> ResourceView:
+    return ResourceView(
+        resource=resource.resource,
+        upstream=resource.upstream,
+        limit=resource.limit,
+        in_use=resource.in_use,
+        rejected=resource.refused,
+        status=resource.status,
+    )

@@ -1,0 +1,165 @@
+"""Whether a request comes from a program that the operator runs on this machine: the process at the peer's end.
+
+The look-up runs in a thread, one at a time, within a share of a processor, and once for each connection. A verdict
+belongs to the connection and never to an address.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from api_gateway.admin.locality import LOOPBACK, is_direct
+from api_gateway.http1.asgi import ADMIN, SERVER_EXTENSION, UNIX_PEER
+from api_gateway.http1.headers import Network, fields_of, is_within
+from api_gateway.models import Clock
+from api_gateway.system.peer_process import EstablishedConnection, NotEstablished, PeerProcesses
+from api_gateway.system.socket_table import Endpoint
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING = 32  # look-ups; further requests are not local
+MAX_WAIT = 3.0  # seconds that a request waits for its look-up to begin
+SHARE = 0.1  # of one processor, in the long run
+BURST = 1.0  # seconds of processor time that look-ups may take at once
+_QUIET = 60.0  # seconds between two log lines
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7))
+
+
+class LocalProcesses:
+    """Requests of processes that are no proxy are local, if they come over loopback and name a loopback host."""
+
+    def __init__(
+        self, peers: PeerProcesses, *, trusted_proxies: Collection[Network] = (), clock: Clock = time.monotonic
+    ) -> None:
+        """A peer in `trusted_proxies` is a proxy, and never local."""
+        self._peers = peers
+        self._trusted = tuple(trusted_proxies)
+        self._clock = clock
+        self._verdicts: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        self._lock = asyncio.Lock()
+        self._waiting = 0
+        self._allowance, self._since = BURST, clock()  # seconds of processor time
+        self._silent_until = 0.0
+
+    def __repr__(self) -> str:
+        return f"<LocalProcesses [{len(self._verdicts)} verdicts, {self._waiting} waiting]>"
+
+    async def is_local(self, scope: Mapping[str, Any]) -> bool:
+        """See `Locality`."""
+        if not is_direct(fields_of(scope["headers"])) or not self._may_be_local(scope):
+            return False
+        link = scope.get(SERVER_EXTENSION)
+        if link is None:  # another server than our own: nothing identifies the connection
+            return await self._look_up(scope, None) is True
+        connection = link.connection
+        verdict = self._verdicts.get(connection)
+        if verdict is None and not connection.transport.is_closing():
+            verdict = await self._look_up(scope, connection.transport)
+            if verdict is not None:
+                self._verdicts[connection] = verdict
+        return verdict is True
+
+    def _may_be_local(self, scope: Mapping[str, Any]) -> bool:
+        """Tell whether the connection stays on this machine. A Unix socket for clients is there for proxies."""
+        client, server = scope.get("client"), scope.get("server")
+        if client == UNIX_PEER:
+            return ADMIN in scope
+        return (
+            client is not None
+            and server is not None
+            and is_within(client[0], LOOPBACK)
+            and is_within(server[0], LOOPBACK)
+            and not is_within(client[0], self._trusted)
+        )
+
+    async def _look_up(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> bool | None:
+        """Examine the peer; None without a result, if too many look-ups wait already."""
+        try:
+            examine = self._question(scope, transport)
+        except (NotEstablished, OSError) as error:
+            self._log(str(error))
+            return False
+        if not await self._take_turn():
+            self._log("too many connections are being looked at")
+            return None
+        try:
+            await self._pace()
+            reason, cost = await asyncio.to_thread(_timed, examine)
+            self._allowance -= cost
+        finally:
+            self._lock.release()
+        if reason is not None:
+            self._log(reason)
+        return reason is None
+
+    def _question(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> Callable[[], None]:
+        """Return the look-up to be made. The socket is identified here, where it cannot be closed meanwhile."""
+        if scope["client"] == UNIX_PEER:
+            assert transport is not None  # noqa: S101 - only our own server has an admin listener
+            return partial(self._peers.examine_process, *credentials(transport))
+        inode = None if transport is None else os.fstat(_descriptor(transport)).st_ino
+        connection = EstablishedConnection(Endpoint.of(*scope["server"]), Endpoint.of(*scope["client"]), inode)
+        return partial(self._peers.examine, connection)
+
+    async def _take_turn(self) -> bool:
+        """Wait for the look-ups before; tell whether this one may be made."""
+        if self._waiting >= MAX_WAITING:
+            return False
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(MAX_WAIT):
+                await self._lock.acquire()
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting -= 1
+        return True
+
+    async def _pace(self) -> None:
+        """Wait until processor time is left for a look-up."""
+        now = self._clock()
+        self._allowance = min(BURST, self._allowance + (now - self._since) * SHARE)
+        self._since = now
+        if self._allowance < 0:
+            await asyncio.sleep(-self._allowance / SHARE)
+
+    def _log(self, reason: str) -> None:
+        now = self._clock()
+        if now >= self._silent_until:
+            self._silent_until = now + _QUIET
+            logger.info("an operator request from this machine is not local: %s", reason)
+
+
+def credentials(transport: asyncio.Transport) -> tuple[int, int]:
+    """Return process and user at the other end of a Unix socket when it connected. Raises OSError."""
+    with socket.socket(fileno=os.dup(_descriptor(transport))) as ours:
+        packed = ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(packed)
+    if pid <= 0:
+        raise NotEstablished("the peer is in another PID namespace")
+    return pid, uid
+
+
+def _timed(examine: Callable[[], None]) -> tuple[str | None, float]:
+    """Return why the peer is not local, None if it is, and the processor time that took."""
+    began = time.thread_time()
+    reason = None
+    try:
+        examine()
+    except NotEstablished as error:
+        reason = str(error)
+    return reason, time.thread_time() - began
+
+
+def _descriptor(transport: asyncio.Transport) -> int:
+    descriptor: int = transport.get_extra_info("socket").fileno()
+    if descriptor < 0:
+        raise NotEstablished("the connection is over")
+    return descriptor

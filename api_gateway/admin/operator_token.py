@@ -1,0 +1,58 @@
+"""The operator token that the gateway generates: a file in its state folder that only its own user can read."""
+
+import logging
+import os
+import secrets
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from api_gateway.system.state_folder import make_private, own_folder
+
+logger = logging.getLogger(__name__)
+
+FILE = "operator-token"
+MIN_LENGTH = 16  # characters
+
+
+def token_file(state_dir: Path) -> Path:
+    """Return where the token is."""
+    return own_folder(state_dir) / FILE
+
+
+def operator_token(state_dir: Path) -> str | None:
+    """Return the token, generated if there is none yet; None if there is none and none can be written.
+
+    Several processes may ask at once: the file appears with its content, once, and all return the same.
+    """
+    path = token_file(state_dir)
+    try:
+        if not path.exists():
+            _write(path)
+        token = path.read_text("ascii").strip()
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        logger.warning("%s: there is no generated operator token: %s", path, error)
+        return None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        logger.warning("%s: other users may use the operator token; its permissions are %04o, not 0600", path, mode)
+    if len(token) < MIN_LENGTH:
+        logger.warning("%s: is not used as a token, it has less than %d characters", path, MIN_LENGTH)
+        return None
+    return token
+
+
+def _write(path: Path) -> None:
+    """Write a new token under a name of its own, and give it the name `path` unless that exists by now."""
+    make_private(path.parent)
+    draft = path.with_name(f".{FILE}-{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with open(descriptor, "w", encoding="ascii") as file:  # noqa: PTH123 - of a descriptor
+            file.write(f"{secrets.token_urlsafe(32)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink()

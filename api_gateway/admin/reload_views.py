@@ -1,0 +1,43 @@
+"""What the operator is shown of the configuration in force and of a reload, or the error that a reload ended with."""
+
+from api_gateway.admin.views import wall_time
+from api_gateway.errors import Draining, InternalError, InvalidValue
+from api_gateway.reload.outcome import Outcome, ReloadState, Result
+from api_gateway.reporting.reload_schema import ConfigurationView, Reloaded, SettingChanged
+
+AGAIN_AFTER = 5  # seconds
+
+
+def reload_view(outcome: Outcome) -> Reloaded:
+    """Return what a reload did. Raises InvalidValue, Draining or InternalError if it changed nothing."""
+    problems = list(outcome.problems)
+    detail = f"The configuration was not reloaded: {'; '.join(problems).rstrip('.')}."
+    if outcome.result is Result.INVALID:
+        raise InvalidValue(detail, extra={"errors": problems})
+    if outcome.result is Result.UNAVAILABLE:
+        raise Draining(detail, retry_after=AGAIN_AFTER)
+    if outcome.result is Result.FAILED:
+        raise InternalError(detail, extra={"errors": problems})
+    return Reloaded(
+        result="reloaded" if outcome.changes else "unchanged",
+        changes=[
+            SettingChanged(
+                setting=change.setting,
+                old=change.old,
+                new=change.new,
+                secret=change.is_secret,
+                needs_restart=change.setting in outcome.needs_restart,
+            )
+            for change in outcome.changes
+        ],
+        needs_restart=list(outcome.needs_restart),
+    )
+
+
+def configuration_view(state: ReloadState) -> ConfigurationView:
+    """Return what is in force, and why something newer is not."""
+    return ConfigurationView(
+        status="pass" if state.is_successful else "warn",
+        loaded_at=wall_time(state.loaded_at),
+        errors=list(state.problems),
+    )

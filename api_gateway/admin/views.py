@@ -1,0 +1,116 @@
+"""How the operator is shown an upstream's targets: what checks and live requests say of each, in words and times."""
+
+from datetime import UTC, datetime
+
+from api_gateway.reporting.snapshot import HostNameSnapshot, OutlierSnapshot, TargetSnapshot, UpstreamSnapshot
+from api_gateway.reporting.upstream_schema import (
+    ActiveView,
+    ConcurrencyView,
+    NameView,
+    OpeningView,
+    PassiveView,
+    TargetView,
+    UpstreamView,
+    VerdictView,
+)
+from api_gateway.resilience.breaker_policy import State
+from api_gateway.system.clocks import Moment
+
+
+def upstream_view(upstream: UpstreamSnapshot, now: Moment, concurrency: ConcurrencyView) -> UpstreamView:
+    """Return how an upstream stands."""
+    names = {"dns_names": [_name_view(name, now) for name in upstream.names]} if upstream.names else {}
+    return UpstreamView(
+        status=upstream.status,
+        circuit_breaker=upstream.breaker.state.value,
+        targets=[_target_view(target, now) for target in upstream.targets],
+        concurrency=concurrency,
+        **names,
+    )
+
+
+def verdict_view(target: TargetSnapshot, now: Moment) -> VerdictView:
+    """Return both verdicts on a target."""
+    return VerdictView(
+        healthy=target.verdict,
+        active=_active_view(target, now),
+        passive=_passive_view(target.passive, now),
+        slow_start_ratio=round(target.share, 3),
+    )
+
+
+def _target_view(target: TargetSnapshot, now: Moment) -> TargetView:
+    verdict = verdict_view(target, now)
+    return TargetView(
+        url=target.url,
+        healthy=target.verdict,
+        in_flight=target.in_flight,
+        active=verdict.active,
+        passive=verdict.passive,
+        slow_start_ratio=verdict.slow_start_ratio,
+        **({} if target.named is None else {"configured_url": target.named}),
+    )
+
+
+def _active_view(target: TargetSnapshot, now: Moment) -> ActiveView | None:
+    checks = target.checks
+    if checks.at is None:
+        return None
+    return ActiveView(
+        result=checks.finding or "",
+        at=utc(checks.at, now),
+        passed=checks.is_good,
+        consecutive=checks.consecutive,
+        last_error=checks.last_error,
+        last_error_at=None if checks.last_error_at is None else utc(checks.last_error_at, now),
+    )
+
+
+def _passive_view(passive: OutlierSnapshot | None, now: Moment) -> PassiveView | None:
+    if passive is None:
+        return None
+    opened, probe_at = None, passive.next_probe_at
+    if passive.opened_at is not None:
+        opened = OpeningView(at=utc(passive.opened_at, now), detail=passive.opened_cause)
+    return PassiveView(
+        circuit_breaker=passive.state.value,
+        ejected=passive.is_ejected,
+        consecutive_failures=passive.consecutive_failures,
+        last_opened=opened,
+        next_probe_in_seconds=None if probe_at is None else round(max(0.0, probe_at - now.monotonic), 3),
+        ejections_total=passive.ejections_total,
+        not_ejected_detail=_why_kept(passive),
+    )
+
+
+def _why_kept(passive: OutlierSnapshot) -> str | None:
+    if passive.state is State.OPEN and not passive.is_ejected:
+        return "No other target is in rotation, so it gets requests although its breaker is OPEN."
+    if passive.withheld:
+        return (
+            f"Its last failures in a row ({passive.withheld}) did not count towards ejection: no other target is in"
+            " rotation, or max_ejected_ratio of the targets are out already."
+        )
+    if passive.one_principal:
+        return "Its failures are those of one client, and others use it, too."
+    return None
+
+
+def _name_view(name: HostNameSnapshot, now: Moment) -> NameView:
+    return NameView(
+        host=name.host,
+        port=name.port,
+        addresses=list(name.addresses),
+        queried_at=None if name.asked_at is None else utc(name.asked_at, now),
+        error=name.error,
+    )
+
+
+def utc(at: float, now: Moment) -> str:
+    """Return a monotonic moment as wall-clock time."""
+    return wall_time(now.wall_of(at))
+
+
+def wall_time(at: float) -> str:
+    """Return seconds since the epoch as the API writes them."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

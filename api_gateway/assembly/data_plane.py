@@ -1,0 +1,139 @@
+"""Builds the steps of a proxied request around the live parts: ASGI path, fast path, and what explains both."""
+
+import logging
+from collections.abc import Callable
+
+from api_gateway.admin.explainer import Explainer
+from api_gateway.assembly.gateway import Gateway
+from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.http1.asgi import ASGIApp
+from api_gateway.middleware import (
+    ExchangeMiddleware,
+    IdentityMiddleware,
+    LoadSheddingMiddleware,
+    ProxyApp,
+    RateLimitMiddleware,
+    RoutingMiddleware,
+)
+from api_gateway.models import Exchange
+from api_gateway.observability.access_log import AccessLog
+from api_gateway.proxy.cost_settlement import CostSettlement
+from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.resilience.breaker_history import Transition
+from api_gateway.resilience.breaker_policy import Mode
+from api_gateway.router import Router
+from api_gateway.system.output import process_output
+from api_gateway.upstreams.target import Target
+
+logger = logging.getLogger(__name__)
+
+
+def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, FastPath, Explainer]:
+    """Build the steps of a proxied request, the straight way past them, and what explains both.
+
+    Read from the inside out: what stands last sees a request first.
+    """
+    config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
+    settlement = CostSettlement(limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder)
+    router = _router(gateway, settlement, server_headers)
+    limit = RateLimitMiddleware(
+        ProxyApp(router=router),
+        limiter=gateway.limiter,
+        clock_ns=clocks.monotonic_ns,
+        address_quota=gateway.address_quota,
+        exempt=config.address_limit.exempt,
+        shadow=_shadow(gateway),
+    )
+    relief = LoadSheddingMiddleware(limit, lag=gateway.lag, priorities=gateway.priorities)
+    identify = IdentityMiddleware(
+        RoutingMiddleware(relief, router=router),
+        clients=gateway.clients,
+        header=config.identity.header,
+        trusted_proxies=config.server.trusted_proxies,
+    )
+    record = ExchangeMiddleware(
+        identify,
+        clock=clocks.monotonic,
+        recorder=recorder,
+        observers=[recorder.observe, *_access_logs(gateway)],
+        on_failure=settlement.on_failure,
+    )
+    fast_path = FastPath(
+        record=record,
+        identify=identify,
+        limit=limit,
+        router=router,
+        lag=gateway.lag,
+        clock=clocks.monotonic,
+        clock_ns=clocks.monotonic_ns,
+    )
+    explainer = Explainer(
+        identify=identify,
+        router=router,
+        limit=limit,
+        limiter=gateway.limiter,
+        lag=gateway.lag,
+        header=config.identity.header,
+        clock=clocks.monotonic,
+        clock_ns=clocks.monotonic_ns,
+    )
+    return record, fast_path, explainer
+
+
+def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozenset[bytes]) -> Router:
+    config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
+    return Router(
+        gateway.table,
+        gateway.services,
+        clock=clocks.monotonic,
+        max_body_bytes=config.server.max_body_bytes,
+        protected=frozenset({config.identity.header.lower().encode()}),
+        omit=server_headers,
+        observe_try=recorder.observe_try,
+        on_transition=_log_transition,
+        on_target_move=_log_target_move,
+        on_cost=settlement.on_cost,
+        on_retry=recorder.observe_retry,
+        on_denial=recorder.observe_denial,
+        on_fallback=settlement.on_fallback,
+        priorities=gateway.priorities,
+        lag=gateway.lag,
+    )
+
+
+def _access_logs(gateway: Gateway) -> list[Callable[[Exchange], None]]:
+    if not gateway.config.log.access:
+        return []
+    return [AccessLog(gateway.clocks.wall, process_output().out.write).write]
+
+
+def _shadow(gateway: Gateway) -> ShadowLimits | None:
+    shadow = ShadowLimits(
+        limiter=gateway.limiter,
+        clock_ns=gateway.clocks.monotonic_ns,
+        recorder=gateway.recorder,
+        candidates=gateway.candidates,
+        routes=gateway.routes,
+    )
+    return None if shadow.is_empty else shadow
+
+
+def _log_transition(upstream: str, transition: Transition) -> None:
+    level = logging.WARNING if transition.target == "OPEN" else logging.INFO
+    logger.log(
+        level,
+        "circuit breaker %s%s: %s -> %s: %s",
+        upstream,
+        " (only observed)" if transition.mode is Mode.OBSERVE else "",
+        transition.source,
+        transition.target,
+        transition.cause,
+    )
+
+
+def _log_target_move(upstream: str, target: Target, move: Transition) -> None:
+    if move.target == "OPEN":
+        words = "is" if move.source == "CLOSED" else "stays"
+        logger.warning("upstream %s: target %s %s ejected: %s", upstream, target.url, words, move.cause)
+    else:
+        logger.info("upstream %s: target %s returns: %s", upstream, target.url, move.cause)

@@ -1,0 +1,147 @@
+"""Puts configurations into force in one application: the first at its start, others by a reload."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from starlette.datastructures import State
+
+from api_gateway.admin.context import AdminContext, Lifecycle
+from api_gateway.admin.gate import Access, OperatorGate
+from api_gateway.assembly.data_plane import data_plane_of
+from api_gateway.assembly.gateway import Assembly, Gateway, Plan
+from api_gateway.config import GatewayConfig
+from api_gateway.eventloop.pacing import Steps, each
+from api_gateway.middleware import DataPlaneSlot
+from api_gateway.reload.outcome import Outcome
+from api_gateway.reload.reloader import Reloader, refused
+from api_gateway.reload.serialization import take_over
+from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, moves_of
+from api_gateway.reporting.worker_channel import Aggregator
+from api_gateway.resilience.fair_shares import ResourceState, Shares
+
+
+class Application(Protocol):
+    """What a configuration is put into: its operator gate, and where its endpoints find the live parts."""
+
+    gate: OperatorGate
+    state: State
+
+
+class Installation:
+    """Brings an application to configurations in two phases: `prepare` may fail, `commit` takes effect at once.
+
+    States of a reload: none, prepared. `commit` without a `prepare` before it is a defect.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        assembly: Assembly,
+        switch: DataPlaneSlot,
+        *,
+        server_headers: frozenset[bytes],
+        access: Callable[[GatewayConfig], Access],
+        connections: Shares | None,
+        read: Callable[[], GatewayConfig] | None,
+        on_change: Callable[[GatewayConfig], None] | None,
+    ) -> None:
+        """`access` returns who may use the operator endpoints, and may block.
+
+        `read` reads the configuration anew; `on_change` is called with each that has come into force by a reload.
+        """
+        self._app = app
+        self._assembly = assembly
+        self._switch = switch
+        self._server_headers = server_headers
+        self._access_of = access
+        self._read = read
+        self._connections = connections
+        self._on_change = on_change
+        self._plan: Plan | None = None
+        self._access: Access | None = None
+        self._settings: GatewayConfig | None = None  # as they were read, without the demo's
+        self._reloader: Reloader | None = None
+
+    def __repr__(self) -> str:
+        return f"<Installation of {self._assembly!r} [{'none' if self._plan is None else 'prepared'}]>"
+
+    async def start(self, settings: GatewayConfig, console: Callable[..., AdminContext], crew: Aggregator) -> None:
+        """Put the first configuration into force; `console` makes what the operator endpoints look at."""
+        gateway = self._assembly.gateway
+        self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
+        data_plane, lane, explainer = data_plane_of(gateway, self._server_headers)
+        self._switch.set(data_plane, lane)
+        self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
+        self._app.state.gateway = gateway
+        self._app.state.console = console(gateway, explainer, crew)
+        crew.register(self.snapshot, self)
+
+    async def prepare(self, values: dict[str, Any]) -> None:
+        """See `worker_channel.Configured`."""
+        await self._prepare(await asyncio.to_thread(take_over, values))
+
+    async def _prepare(self, config: GatewayConfig) -> None:
+        self._plan = None
+        self._settings = config
+        self._access = await asyncio.to_thread(self._access_of, config)
+        self._plan = await self._assembly.plan(config)
+
+    def commit(self) -> None:
+        """Put what was prepared into force. Requests that run end on what they began with."""
+        plan, access, settings = self._plan, self._access, self._settings
+        self._plan = None
+        assert plan is not None and access is not None and settings is not None  # noqa: S101, PT018 - see the class
+        gateway = self._assembly.commit(plan)
+        data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
+        self._switch.set(data_plane, fast_path)
+        self._app.state.gateway = gateway
+        self._app.state.console.explainer = explainer
+        self._app.gate.access = access
+        if self._on_change is not None:
+            self._on_change(settings)
+
+    async def reload(self, origin: str) -> Outcome:
+        """Reload the configuration of an application that serves alone."""
+        assert self._reloader is not None  # noqa: S101 - nothing serves before the start
+        phase = self._app.state.console.lifecycle
+        if phase is not Lifecycle.SERVING:
+            return self._reloader.note(refused(f"the gateway is {phase}"), origin)
+        return await self._reloader.reload(origin)
+
+    async def _apply(self, config: GatewayConfig) -> None:
+        await self._prepare(config)
+        self.commit()
+
+    def snapshot(self) -> Steps[WorkerSnapshot]:
+        """Return how this process stands."""
+        report = yield from report_of(self._assembly.gateway)
+        if self._connections is not None:
+            report.resources.insert(0, ResourceState.of("connections", [self._connections]))
+        if self._reloader is not None:
+            report.configuration = self._reloader.state
+        return report
+
+
+def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
+    """Return how a gateway stands."""
+    now = gateway.clocks.monotonic()
+    upstreams = yield from each(
+        gateway.upstreams.items(), lambda _, live: UpstreamSnapshot.of(live.service.upstream, now, live.upkeep.names)
+    )
+    histories = yield from each(gateway.upstreams.items(), lambda _, live: moves_of(live.service.upstream))
+    resources = yield from each(gateway.upstreams.items(), lambda _, live: live.service.resources())
+    return WorkerSnapshot(
+        worker="",
+        recorder=gateway.recorder,
+        upstreams=upstreams,
+        buckets=len(gateway.limiter),
+        bucket_limit=gateway.limiter.bucket_limit,
+        overflowed=gateway.limiter.overflowed,
+        limiter=gateway.limiter.state(),
+        client_trouble=gateway.clients.trouble,
+        histories=histories,
+        lag=gateway.lag.lag,
+        tasks=len(asyncio.all_tasks()),
+        resources=[one for found in resources.values() for one in found],
+    )

@@ -1,0 +1,37 @@
+"""Builds routes from their sections: costs, timeouts and fallbacks."""
+
+from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.route_table import CostRule, Route
+from api_gateway.settings.routes import FallbackSection, RouteSection
+
+
+def route_of(section: RouteSection) -> Route:
+    """Build a route."""
+    return Route(
+        name=section.name,
+        path=section.path,
+        upstream=section.upstream,
+        strip_prefix=(section.strip_prefix or "").rstrip("/"),
+        methods=frozenset(section.methods) if section.methods else None,
+        host=section.host,
+        cost=section.cost,
+        costs=tuple(
+            CostRule(frozenset(rule.methods) if rule.methods else None, rule.path, rule.cost, rule.candidate_cost)
+            for rule in section.costs
+        ),
+        candidate_cost=section.candidate_cost,
+        timeout=section.timeout,
+        min_body_rate=section.min_body_rate,
+        fallback=None if section.fallback is None else _fallback(section.fallback),
+    )
+
+
+def _fallback(section: FallbackSection) -> Fallback:
+    if section.upstream is not None:
+        return Fallback(section.upstream)
+    return Fallback(
+        None,
+        section.status or 200,
+        tuple((name.encode(), value.encode()) for name, value in section.headers.items()),
+        section.body.encode(),
+    )

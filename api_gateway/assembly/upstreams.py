@@ -1,0 +1,340 @@
+"""Builds upstreams from their sections, and brings those that live already to other sections.
+
+What can fail is done by `plan_upstream`, which changes nothing; `build_upstream` and `change_upstream` only act.
+"""
+
+import hashlib
+import random
+import ssl
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import httpx
+
+from api_gateway.circuit_breaker import CircuitBreaker
+from api_gateway.errors import StartupError
+from api_gateway.models import Clock
+from api_gateway.resilience.adaptive_limit import AdaptivePolicy, GradientController
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
+from api_gateway.resilience.priorities import PriorityClasses
+from api_gateway.resilience.retry import RetryPolicy
+from api_gateway.settings.upstreams import RetrySection, UpstreamSection
+from api_gateway.transport.http1_transport import UpstreamTransport, tls_context
+from api_gateway.transport.shielded import ShieldedTransport, http2_transport
+from api_gateway.upstreams.dns import HostName, Resolve
+from api_gateway.upstreams.health_checks import HealthPolicy
+from api_gateway.upstreams.load_balancing import Pick, least_requests, rendezvous_hash, round_robin, share_of_key
+from api_gateway.upstreams.monitor import UpstreamMonitor
+from api_gateway.upstreams.outlier_detection import Draw, OutlierDetector, OutlierPolicy
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
+from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
+
+Transport = UpstreamTransport | ShieldedTransport
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """The TLS settings of an upstream, and a digest of the files that they were read from."""
+
+    context: ssl.SSLContext | None = None
+    digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveUpstream:
+    """An upstream that lives, with the section it goes by. `is_retired`: it is not configured any more."""
+
+    section: UpstreamSection
+    tls: Tls
+    names: tuple[HostName, ...]
+    service: UpstreamClient
+    upkeep: UpstreamMonitor
+    is_retired: bool = False
+
+    @property
+    def transports(self) -> tuple[httpx.AsyncBaseTransport, ...]:
+        """Those for requests and, if there are others, for health checks."""
+        checking = self.upkeep.transport
+        return (self.service.transport,) if checking is None else (self.service.transport, checking)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamPlan:
+    """An upstream that is to be. The transports are new ones, None where those that live can stay."""
+
+    name: str
+    section: UpstreamSection
+    tls: Tls
+    transport: Transport | None
+    checking: Transport | None
+
+
+def plan_upstream(
+    name: str, section: UpstreamSection, live: LiveUpstream | None, override: httpx.AsyncBaseTransport | None
+) -> UpstreamPlan:
+    """Do all that may fail on the way to a section, in place of the one of `live`. Blocks; raises StartupError.
+
+    `override` takes the place of the gateway's own transport.
+    """
+    tls = _tls(name, section, live)
+    is_new = live is None or section.http2 != live.section.http2
+    if live is not None and section.http2:  # httpx's transport cannot be changed
+        is_new |= live.is_retired or section.pool != live.section.pool or tls is not live.tls
+    transport: Transport | None = None
+    if override is not None:
+        transport = ShieldedTransport(override) if live is None else None
+        return UpstreamPlan(name, section, tls, transport, None)
+    if is_new:
+        transport = _transport(name, section, tls)
+    checking = None
+    if section.health_check is not None and (is_new or live is None or live.upkeep.transport is None):
+        checking = _transport(name, section, tls)
+    return UpstreamPlan(name, section, tls, transport, checking)
+
+
+def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, priorities: PriorityClasses) -> LiveUpstream:
+    """Build an upstream that nothing is known of yet."""
+    section, now = plan.section, clock()
+    assert plan.transport is not None  # noqa: S101 - nothing lives that could stay
+    names = tuple(HostName(target.url, target.weight) for target in section.targets)
+    upstream = Upstream(
+        plan.name,
+        [target for name in names for target in name.targets],
+        _breaker(section, now),
+        _pick(section),
+        rotation=OutlierDetector(_rotation_policy(section), draw=_draw(section), make_breaker=_make_breaker(section)),
+        limit=_limit(section, None, priorities, now),
+    )
+    service = UpstreamClient(
+        upstream,
+        plan.transport,
+        Timeouts(**section.timeouts.model_dump()),
+        retry=_retry_policy(section.retry),
+        hash_header=_hash_header(section),
+    )
+    return LiveUpstream(
+        section, plan.tls, names, service, _upkeep(section, service, names, resolve, plan.checking, clock)
+    )
+
+
+def change_upstream(
+    plan: UpstreamPlan, live: LiveUpstream, resolve: Resolve, clock: Clock, priorities: PriorityClasses
+) -> LiveUpstream:
+    """Bring an upstream to another section. Breakers, targets that stay, pools, budgets and limits live on.
+
+    A target that is new beside others starts slowly.
+    """
+    section, upstream, now = plan.section, live.service.upstream, clock()
+    upstream.breaker.change_policy(_breaker_policy(section), now)
+    upstream.rebalance(_pick(section))
+    upstream.outliers.change(
+        _rotation_policy(section),
+        _draw(section),
+        _make_breaker(section),
+        _breaker_policy(section, ramp=0.0),
+        upstream.targets,
+        now,
+    )
+    upstream.limit = _limit(section, upstream.limit, priorities, now)
+    transport = live.service.transport if plan.transport is None else plan.transport
+    service = live.service.succeeded_by(
+        Timeouts(**section.timeouts.model_dump()), _retry_policy(section.retry), _hash_header(section), transport
+    )
+    if plan.transport is None:
+        _change_transport(transport, plan)
+    names = _names(section, live)
+    _retarget(service, [target for name in names for target in name.targets], now)
+    checking = plan.checking or (None if section.health_check is None else live.upkeep.transport)
+    if plan.checking is None and checking is not None:
+        _change_transport(checking, plan)
+    if live.is_retired:
+        upkeep = _upkeep(section, service, names, resolve, checking, clock)
+    else:
+        upkeep = live.upkeep
+        upkeep.change(service, _health_policy(section), checking, *_resolved(section, names))
+    return LiveUpstream(section, plan.tls, names, service, upkeep)
+
+
+def rerank(live: LiveUpstream, priorities: PriorityClasses, now: float) -> None:
+    """Shed by other bands from now on."""
+    limit = live.service.upstream.limit
+    live.service.upstream.limit = _limit(live.section, limit, priorities, now)
+
+
+def _retarget(service: UpstreamClient, targets: list[Target], now: float) -> None:
+    upstream = service.upstream
+    before = upstream.targets
+    service.set_targets(targets, now)
+    if any(target in before for target in targets):
+        for target in targets:
+            if target not in before:
+                upstream.outliers.start_slow_start(target, now)
+
+
+def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[HostName, ...]:
+    """Return the names of the configured targets: those there are, where they stay."""
+    known: Mapping[str, list[HostName]] = defaultdict(list)
+    for name in live.names:
+        if (
+            section.dns_refresh_interval is not None or not name.addresses
+        ):  # what was resolved is no target of its own any more
+            known[name.url].append(name)
+    found = []
+    for target in section.targets:
+        if known[target.url]:
+            name = known[target.url].pop(0)
+            name.reweigh(target.weight)
+        else:
+            name = HostName(target.url, target.weight)
+        found.append(name)
+    return tuple(found)
+
+
+def _change_transport(transport: httpx.AsyncBaseTransport, plan: UpstreamPlan) -> None:
+    if isinstance(transport, UpstreamTransport):
+        pool = plan.section.pool
+        transport.change(pool.max_connections, pool.max_tunnels, pool.idle_timeout, plan.tls.context)
+        transport.revive()
+
+
+def _pick(section: UpstreamSection) -> Pick:
+    picks: dict[str, Pick] = {
+        "round_robin": round_robin,
+        "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
+        "hash": rendezvous_hash,
+    }
+    return picks[section.balance]
+
+
+def _hash_header(section: UpstreamSection) -> bytes | None:
+    _, _, header = section.hash_on.partition(":")
+    return header.lower().encode() or None
+
+
+def _retry_policy(section: RetrySection) -> RetryPolicy:
+    return RetryPolicy(
+        attempts=section.attempts,
+        budget=section.budget,
+        floor=section.min_retries_per_second,
+        base=section.backoff.base,
+        cap=section.backoff.cap,
+        max_retry_after=section.max_retry_after,
+        statuses=frozenset(section.statuses),
+        max_body_bytes=section.max_body_bytes,
+    )
+
+
+def _health_policy(section: UpstreamSection) -> HealthPolicy | None:
+    check = section.health_check
+    if check is None:
+        return None
+    ranges = (spelt.split("-") for spelt in check.statuses)
+    statuses = tuple(range(int(low), int(high) + 1) for low, high in ranges)
+    return HealthPolicy(**check.model_dump(exclude={"statuses"}), statuses=statuses)
+
+
+def _resolved(section: UpstreamSection, names: tuple[HostName, ...]) -> tuple[tuple[HostName, ...], float]:
+    """Return the names to be resolved, and how often."""
+    return (names, section.dns_refresh_interval) if section.dns_refresh_interval is not None else ((), 0.0)
+
+
+def _upkeep(
+    section: UpstreamSection,
+    service: UpstreamClient,
+    names: tuple[HostName, ...],
+    resolve: Resolve,
+    checking: Transport | None,
+    clock: Clock,
+) -> UpstreamMonitor:
+    followed, interval = _resolved(section, names)
+    return UpstreamMonitor(
+        service,
+        policy=_health_policy(section),
+        transport=checking,
+        names=followed,
+        interval=interval,
+        resolve=resolve,
+        clock=clock,
+        source=random.Random(),  # noqa: S311 - spreads checks and questions, guards nothing
+    )
+
+
+def _breaker_policy(section: UpstreamSection, **changes: float) -> BreakerPolicy:
+    settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected_ratio"})
+    return BreakerPolicy(**settings | changes)
+
+
+def _breaker(section: UpstreamSection, now: float, **changes: float) -> CircuitBreaker:
+    return CircuitBreaker(_breaker_policy(section, **changes), now, random.Random())  # noqa: S311 - spreads probes
+
+
+def _rotation_policy(section: UpstreamSection) -> OutlierPolicy:
+    return OutlierPolicy(section.circuit_breaker.max_ejected_ratio, section.slow_start)
+
+
+def _make_breaker(section: UpstreamSection) -> "partial[CircuitBreaker] | None":
+    # Traffic comes back to a target by its slow start, and by no ramp beside it.
+    return partial(_breaker, section, ramp=0.0) if section.circuit_breaker.per_target else None
+
+
+def _draw(section: UpstreamSection) -> Draw:
+    return share_of_key if section.balance == "hash" else _by_chance(random.Random())  # noqa: S311 - spreads load
+
+
+def _by_chance(source: random.Random) -> Draw:
+    return lambda _target, _key: source.random()
+
+
+def _limit(
+    section: UpstreamSection, limit: ConcurrencyLimit | None, priorities: PriorityClasses, now: float
+) -> ConcurrencyLimit | None:
+    """Return the limit that the section sets: `limit` itself, changed, if there is one."""
+    concurrency = section.concurrency
+    if concurrency is None:
+        return None
+    terms: float | AdaptivePolicy
+    if concurrency.adaptive is not None:
+        terms = AdaptivePolicy(**concurrency.adaptive.model_dump())
+    else:
+        assert concurrency.limit is not None  # noqa: S101 - one of them is set
+        terms = concurrency.limit
+    if limit is not None:
+        limit.change(terms, priorities, now)
+        return limit
+    start = GradientController(terms, now) if isinstance(terms, AdaptivePolicy) else terms
+    return ConcurrencyLimit(start, priorities, source=random.Random())  # noqa: S311 - spreads load, guards nothing
+
+
+def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:
+    """Return the TLS settings: those of `live` if neither the files nor what they hold have changed."""
+    if not any(target.url.startswith("https:") for target in section.targets):
+        return Tls()
+    files = (section.tls.ca_file, section.tls.cert_file, section.tls.key_file)
+    try:
+        digest = hashlib.blake2b(
+            b"\0".join(str(path).encode() + (path.read_bytes() if path is not None else b"") for path in files)
+        ).digest()
+        if live is not None and live.tls.digest == digest:
+            return live.tls
+        return Tls(tls_context(*files), digest)
+    except OSError as error:
+        raise StartupError(f"upstreams.{name}.tls: the files cannot be used: {error}") from error
+
+
+def _transport(name: str, section: UpstreamSection, tls: Tls) -> Transport:
+    pool = section.pool
+    if not section.http2:
+        return UpstreamTransport(
+            max_connections=pool.max_connections,
+            max_tunnels=pool.max_tunnels,
+            idle_timeout=pool.idle_timeout,
+            tls=tls.context,
+        )
+    try:
+        return http2_transport(pool.max_connections, pool.idle_timeout, tls.context)
+    except ImportError as error:
+        raise StartupError(f"upstreams.{name}.http2: needs the package h2: pip install 'httpx[http2]'") from error

@@ -1,0 +1,562 @@
+"""The straight way of a plain request: decided, sent on and answered in the event loop's own callbacks.
+
+Most requests need nothing to be waited for but the upstream's answer. They take the same decisions here as in
+`middleware` and `router`, from the same objects, but without a scope, a coroutine or a task. Nothing is refused here
+but who is out of tokens, and what there is no place for. A request that is out of the ordinary, or would be refused
+for another reason, is left alone before anything has been done for it, and goes the ordinary way from its start. One
+that turns out so later (another answer than a plain one, a connection that broke, no connection free) goes on in the
+ordinary way from where it is.
+
+Long because it is one state machine: a plain request, from its bytes to the end of its response.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from functools import lru_cache, partial
+from typing import Protocol
+from urllib.parse import unquote
+
+from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
+from api_gateway.fastpath.header_cache import HeaderProfile, RewrittenHeaders
+from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
+from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, pairs_of, parse_request_head, remove_lines
+from api_gateway.http1.headers import (
+    VIA_NAME,
+    Fields,
+    ambiguity,
+    fields_of,
+    forwardable_interim,
+    host_name,
+    http_date,
+    inspected_headers,
+    rewrite_request,
+    stripped_headers,
+)
+from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.http1.serializer import render_response_head
+from api_gateway.limits.refusal import refusal
+from api_gateway.middleware import ExchangeMiddleware, IdentityMiddleware, RateLimitMiddleware, is_proxied
+from api_gateway.models import NANOSECONDS, Clock, Decision, Exchange, HeaderList, Outcome
+from api_gateway.proxy.client_disconnect import LEFT
+from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.faults import ClientShare
+from api_gateway.proxy.problem_response import problem_response
+from api_gateway.proxy.request_id import given_request_id, new_request_id
+from api_gateway.proxy.route_table import Route, upstream_target
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
+from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.router import Router
+from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
+from api_gateway.upstreams.upstream import Attempt
+from api_gateway.upstreams.upstream_client import UpstreamClient
+
+_VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
+MAX_NOTED = 32  # headers of a request that mean something here
+MAX_KNOWN_BYTES = 4_096  # of header lines whose meaning is remembered
+MAX_KNOWN = 1_024  # meanings remembered
+_MAY_BE_RETRIED = 429  # the least status that an upstream's retries can name
+_MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
+
+
+class HeaderLimits(Protocol):
+    """What a head may have."""
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes, line breaks included."""
+        ...
+
+    @property
+    def header_lines(self) -> int:
+        """Lines."""
+        ...
+
+
+class Downstream(Protocol):
+    """What is asked of a client's connection."""
+
+    transport: asyncio.Transport
+    client: tuple[str, int] | None
+    scheme: str
+    bounds: HeaderLimits
+    is_write_paused: bool
+    lines: RewrittenHeaders | None  # of the last request that was plain
+
+    def begin_exchange(self, exchange: "FastExchange") -> None:
+        """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
+        ...
+
+    def end_exchange(self, *, keep_alive: bool) -> None:
+        """Go on behind a complete answer, or end the connection."""
+        ...
+
+    def write_response(self, answer: bytes, *, keep_alive: bool) -> None:
+        """Send a whole answer to a request that has not embarked."""
+        ...
+
+    def run_asgi(
+        self, app: ASGIApp, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
+    ) -> None:
+        """Have `app` serve the request, whether it has embarked or not."""
+        ...
+
+
+class FastPath:
+    """Takes plain requests on their way."""
+
+    def __init__(
+        self,
+        *,
+        record: ExchangeMiddleware,
+        identify: IdentityMiddleware,
+        limit: RateLimitMiddleware,
+        router: Router,
+        lag: EventLoopShedder,
+        clock: Clock,
+        clock_ns: Callable[[], int],
+    ) -> None:
+        """Decide with the same steps as the ordinary way; both clocks are the same one."""
+        self.record = record
+        self.limit = limit
+        self.router = router
+        self._lag = lag
+        self.clock = clock
+        self._identify = identify
+        self._clients = identify.clients
+        self._clock_ns = clock_ns
+        self._noted = InspectedHeaders(inspected_headers(router.protected))
+        self._known = lru_cache(maxsize=MAX_KNOWN)(self._profile_by_client)
+        self._nameless = lru_cache(maxsize=MAX_KNOWN)(self._build_profile)
+        # Unless the client's name lies in a header that says something else, too.
+        self._names_apart = identify.header not in inspected_headers(frozenset())
+
+    def try_handle(self, client: Downstream, received: bytes) -> bool:
+        """Take the request that was received on its way, or change nothing and return False."""
+        parts = parse_request_head(received)
+        if parts is None:
+            return False
+        method, raw_path, query, came, body = parts
+        lines = client.lines
+        if lines is None or lines.came != came:
+            lines = self._profile(client, came)
+            client.lines = lines if len(came) <= MAX_KNOWN_BYTES else None
+        if lines is None or len(body) != lines.profile.length:
+            return False
+        if len(received) - len(body) > client.bounds.header_bytes:
+            return False
+        return self._admit(client, lines, method, raw_path, query, body)
+
+    def _admit(  # noqa: C901, PLR0911 - every way out is a decision
+        self, client: Downstream, lines: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
+    ) -> bool:
+        """Take a plain request on its way if it can be decided on now, or change nothing and return False."""
+        profile = lines.profile
+        path = raw_path.decode("ascii")
+        if "%" in path:
+            path = unquote(path)
+        if not is_proxied(path):
+            return False
+        router = self.router
+        asked = raw_path + query if query else raw_path
+        try:
+            route, cost = router.routes.find(profile.host, method, path)
+            target = upstream_target(route, asked)
+        except GatewayError:
+            return False
+        service = router.services[route.upstream]
+        limit = self.limit
+        if profile.version != self._clients.version or profile.cost != cost:
+            if profile.owner is not self:  # a reload counts the version up, so no other is noticed here
+                return self._admit_again(client, lines, method, raw_path, query, body)
+            self._refresh_charges(profile, cost)
+        upstream = service.upstream
+        is_plain = (
+            service.supports_fast_path and route.timeout is None and (route.fallback is None or upstream.limit is None)
+        )
+        if profile.client is None or not is_plain or not upstream.accepts_all():
+            return False
+        now_ns = self._clock_ns()
+        exchange = Exchange(
+            profile.request_id or new_request_id(),
+            method,
+            path,
+            profile.peer,
+            now_ns / NANOSECONDS,
+            profile.client,
+            route.name,
+        )
+        exchange.cost, exchange.charges = cost, profile.charges
+        lag = self._lag
+        if lag.is_over and lag.sheds(profile.priority):
+            self.record.begin(exchange)
+            self._refuse(client, exchange, lag.refusal(profile.priority), keep_alive=profile.keep_alive)
+            return True
+        decision = limit.decide(profile.charges, now_ns)
+        self.record.begin(exchange)
+        if decision is None:
+            FastExchange(self, client, lines, exchange, route, asked).await_decision(service, target, body, now_ns)
+            return True
+        self.note(exchange, decision)
+        if not decision.allowed:
+            self._refuse(client, exchange, refusal(exchange, decision), keep_alive=profile.keep_alive)
+            return True
+        try:
+            FastExchange(self, client, lines, exchange, route, asked).send_upstream(
+                service, target, body, exchange.started
+            )
+        except Unavailable as error:
+            self._refuse(client, exchange, error, keep_alive=profile.keep_alive)
+        return True
+
+    def _admit_again(
+        self, client: Downstream, old: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
+    ) -> bool:
+        """Take a request whose header lines were last seen under an earlier configuration."""
+        lines = self._profile(client, old.came)
+        client.lines = lines if len(old.came) <= MAX_KNOWN_BYTES else None
+        if lines is None or len(body) != lines.profile.length:
+            return False
+        return self._admit(client, lines, method, raw_path, query, body)
+
+    def _refuse(self, client: Downstream, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
+        """Answer a request that has not embarked."""
+        client.write_response(self.refusal(exchange, error, keep_alive=keep_alive), keep_alive=keep_alive)
+        self.record.end(exchange, self.clock())
+
+    def note(self, exchange: Exchange, decision: Decision) -> None:
+        """Write down what has been decided, and try other limits beside it."""
+        exchange.decision = decision
+        if self.limit.shadow is not None:
+            self.limit.shadow.observe(exchange)
+
+    def refusal(self, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> bytes:
+        """Return the answer that tells of `error`: a client that floods is told so at the least cost."""
+        self.record.note_failure(exchange, error)
+        exchange.status = error.status
+        headers, body = problem_response(error, instance=exchange.path, request_id=exchange.id)
+        decision = exchange.decision
+        headers += response_headers(exchange, [] if decision is None else self.limit.headers(decision))
+        headers.append((b"date", http_date(int(time.time()))))
+        if not keep_alive:
+            headers.append((b"connection", b"close"))
+        exchange.bytes_out = len(body)
+        return render_response_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body)
+
+    def _refresh_charges(self, profile: HeaderProfile, cost: float) -> None:
+        """Work out what a request of that cost draws on, as clients are registered now, unless that takes asking."""
+        profile.client = client = self._identify.client(profile.name, profile.peer)
+        if client is not None:
+            profile.version, profile.cost = self._clients.version, cost
+            profile.charges = self.limit.charges(client, profile.peer, cost)
+            profile.priority = self.router.priorities.of(client.quota.name)
+            profile.principal = holder_of(client, profile.peer)
+        else:
+            profile.version = -1
+
+    def _profile(self, client: Downstream, came: bytes) -> RewrittenHeaders | None:
+        """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""
+        found = self._noted.find(came)
+        if found is None or len(found) > MAX_NOTED or came.count(b"\n") - 1 > client.bounds.header_lines:
+            return None
+        peer = client.client[0] if client.client else "unknown"
+        understand = self._known if len(came) <= MAX_KNOWN_BYTES else self._build_profile
+        profile = understand(peer, client.scheme, tuple(found))
+        return (
+            None
+            if profile is None
+            else RewrittenHeaders(came, profile, remove_lines(came, profile.dropped) + profile.added)
+        )
+
+    def _profile_by_client(
+        self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]
+    ) -> HeaderProfile | None:
+        """Understand the client's name by itself: who invents names invents no more than those, as a rule."""
+        header = self._identify.header
+        names = [pair for pair in found if pair[0].lower() == header]
+        if len(names) != 1 or not self._names_apart:
+            return self._build_profile(peer, scheme, found)
+        nameless = self._nameless(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
+        if nameless is None:
+            return None
+        try:
+            return nameless.for_client(self._identify.name(fields_of(names)))
+        except GatewayError:
+            return None
+
+    def _build_profile(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderProfile | None:
+        fields = fields_of(found)
+        framing = framing_of(fields)
+        if framing is None or framing[0] > self.router.max_body_bytes or ambiguity(fields, "1.1") is not None:
+            return None
+        try:
+            caller = self._identify.caller(peer, fields)
+        except GatewayError:
+            return None
+        dropped = stripped_headers(self.router.protected, caller[1])
+        return HeaderProfile(
+            owner=self,
+            framing=framing,
+            host=host_name(fields),
+            caller=caller,
+            request_id=given_request_id(fields),
+            dropped=[pair for pair in found if pair[0].lower() in dropped],
+            added=self._added_lines(peer, scheme, fields, is_trusted=caller[1]),
+        )
+
+    def _added_lines(self, peer: str, scheme: str, fields: Fields, *, is_trusted: bool) -> bytes:
+        """Return the lines that go upstream behind the client's own, but for the request's id."""
+        pairs = rewrite_request(
+            [],
+            fields,
+            host=b"",
+            peer=peer,
+            scheme=scheme,
+            request_id=b"",
+            version="1.1",
+            is_trusted=is_trusted,
+            protected=self.router.protected,
+        )
+        return b"".join([b"%b: %b\r\n" % pair for pair in pairs[1:-1]])
+
+
+class FastExchange(UpstreamResponse):
+    """One request on the straight way, and the answer to it."""
+
+    has_fallen_back: bool  # the straight way, for the ordinary one
+    is_relayed = True  # until then
+    attempt: Attempt | None  # from `depart` on
+    kept: bytes | None = None  # the body, from `depart` on, if it may be sent again
+
+    def __init__(
+        self,
+        fast_path: FastPath,
+        client: Downstream,
+        lines: RewrittenHeaders,
+        exchange: Exchange,
+        route: Route,
+        asked: bytes,
+    ) -> None:
+        """`asked` is the request target as the client sent it."""
+        self.connection = self.error = self.attempt = None
+        self.is_to_head = exchange.method == "HEAD"
+        self.listener = NO_LISTENER
+        self.pieces = []
+        self.has_fallen_back = False
+        self.exchange = exchange
+        self._fast_path = fast_path
+        self._client = client
+        self._lines = lines
+        self.keep_alive = lines.profile.keep_alive
+        self._route = route
+        self._asked = asked
+
+    @property
+    def is_head_sent(self) -> bool:
+        """Tell whether it is too late to say that the connection will be closed."""
+        return self.exchange.status != 0
+
+    # Towards the upstream
+
+    def await_decision(self, service: UpstreamClient, target: bytes, body: bytes, now_ns: int) -> None:
+        """Wait for the decision of the buckets' store, then go on."""
+        self._client.begin_exchange(self)
+        limit = self._fast_path.limit
+        limit.ask(self._lines.profile.charges, now_ns, partial(self._on_decision, service, target, body))
+
+    def _on_decision(self, service: UpstreamClient, target: bytes, body: bytes, decision: Decision) -> None:
+        if self.has_fallen_back:  # the client, meanwhile
+            return
+        fast_path, exchange = self._fast_path, self.exchange
+        fast_path.note(exchange, decision)
+        if not decision.allowed:
+            self._refuse(refusal(exchange, decision))
+        elif service.upstream.accepts_all():
+            try:
+                self.send_upstream(service, target, body, fast_path.clock())
+            except Unavailable as error:
+                self._refuse(error)
+        else:
+            self._fall_back(body, is_sent=False)
+
+    def _refuse(self, error: GatewayError) -> None:
+        fast_path, exchange = self._fast_path, self.exchange
+        self._client.transport.write(fast_path.refusal(exchange, error, keep_alive=self.keep_alive))
+        self._client.end_exchange(keep_alive=self.keep_alive)
+        fast_path.record.end(exchange, fast_path.clock())
+
+    def send_upstream(self, service: UpstreamClient, target: bytes, body: bytes, now: float) -> None:
+        """Send the request, if there is a connection free for it. Raises Unavailable if it may not go."""
+        exchange, profile = self.exchange, self._lines.profile
+        exchange.upstream = self._route.upstream
+        service.retries.budget.deposit(exchange.started)
+        checkout = service.upstream.acquire
+        is_safe = exchange.method in IDEMPOTENT
+        self.attempt = attempt = checkout(
+            now, profile.charges[0].key, priority=profile.priority, is_safe=is_safe, principal=profile.principal
+        )
+        probe = (
+            attempt.target_ticket is not None and attempt.target_ticket.is_probe
+        )  # its long answer settles early there
+        connection = None if probe else service.idle_connection(attempt.target, profile.principal)
+        if connection is None:  # the ordinary way waits for one
+            self._fall_back(body, is_sent=False)
+            return
+        origin = service.origins[attempt.target]
+        exchange.target, exchange.sent_at, exchange.bytes_in = attempt.target.url, now, len(body)
+        self.connection, self.timeouts = connection, service.limits
+        if body and len(body) <= service.retries.policy.max_body_bytes:
+            self.kept = body
+        self._client.begin_exchange(self)
+        connection.start(
+            self,
+            b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
+            % (exchange.method.encode(), target, origin.netloc, self._lines.sent, exchange.id.encode(), body),
+        )
+
+    # From the upstream
+
+    def on_complex_head(self) -> None:
+        """Leave an answer that is not plain to the ordinary way."""
+        if not self.has_fallen_back:
+            self.listener = _Interim(self._client)
+            self._fall_back(b"", is_sent=True)
+
+    def on_progress(self) -> None:
+        """Send on what has come."""
+        if self.has_fallen_back or self.error is not None:
+            self._on_error()
+            return
+        client, exchange = self._client, self.exchange
+        if self.status >= _MAY_BE_RETRIED and not exchange.status and self._may_be_retried():
+            self._fall_back(b"", is_sent=True)
+            return
+        now = self._fast_path.clock()
+        piece = self.take()
+        exchange.bytes_out += len(piece)
+        if exchange.status:
+            client.transport.write(piece)
+        elif len(piece) > _MAX_JOINED:
+            client.transport.writelines((self._head(now), piece))
+        else:
+            client.transport.write(self._head(now) + piece)
+        connection = self.connection
+        if connection is None:
+            self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
+        elif client.is_write_paused:
+            connection.pause_reading()
+            connection.alarm.clear()
+        else:
+            connection.resume_reading()  # it is paused when much comes at once
+            connection.set_alarm("idle")
+
+    def _may_be_retried(self) -> bool:
+        """Tell whether an answer with this status is for the ordinary way, which may ask once more."""
+        return self.status in self._fast_path.router.services[self._route.upstream].retried_statuses
+
+    def _head(self, now: float) -> bytes:
+        """Return the answer's head as the client shall see it, and count it."""
+        fast_path, exchange = self._fast_path, self.exchange
+        exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
+        assert self.attempt is not None and exchange.decision is not None  # noqa: S101, PT018 - or nothing would be sent
+        fast_path.router.outcomes.on_head(exchange, self.attempt, self.status, now)
+        if self.cost is not None:
+            fast_path.router.on_cost(exchange, (self.cost,))
+        lines = fast_path.limit.lines(exchange.decision)
+        date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
+        close = b"" if self.keep_alive else b"connection: close\r\n"
+        return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
+            self.passed,
+            _VIA,
+            exchange.id.encode(),
+            lines,
+            date,
+            close,
+        )
+
+    def _on_error(self) -> None:
+        """Leave it to the ordinary way, unless half an answer has been sent: that is ended so that it shows."""
+        if self.has_fallen_back:
+            super().on_progress()
+        elif self.exchange.status and self.error is not None:
+            assert self.attempt is not None  # noqa: S101 - what has been answered has been sent
+            client = ClientShare(waited=self.reader_waited)
+            failure = self._fast_path.router.outcomes.on_broken_body(self.exchange, self.attempt, self.error, client)
+            note_failure(self.exchange, failure)
+            self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)  # it is settled
+        else:
+            self._fall_back(b"", is_sent=True)
+
+    # From the client
+
+    def on_writable(self) -> None:
+        """Read on: the client has caught up."""
+        if self.connection is not None:
+            self.connection.resume_reading()
+            self.connection.set_alarm("idle" if self.exchange.status else "read")
+
+    def on_client_left(self) -> None:
+        """Abort the exchange: its client has left."""
+        note_failure(self.exchange, ClientDisconnected(LEFT))
+        self._abort()
+
+    def on_forced_close(self) -> None:
+        """Abort the exchange: the server's time to drain is over."""
+        self._fast_path.record.note_cut_off(self.exchange)
+        self._abort()
+
+    def _abort(self) -> None:
+        """End the exchange with the outcome IGNORED, and its connection with it."""
+        self.has_fallen_back = True
+        self.exchange.attempts = 1
+        self.close()
+        self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)
+
+    # The end
+
+    def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
+        if self.attempt is not None:
+            if self.attempt.slow is not None:  # that may open the breaker
+                self._fast_path.router.outcomes.settle(self.attempt, outcome, now)
+            self.attempt.release(now, outcome)
+        self._client.end_exchange(keep_alive=keep_alive)
+        self._fast_path.record.end(self.exchange, now)
+
+    def _fall_back(self, body: bytes, *, is_sent: bool) -> None:
+        """Go on in the ordinary way, with a request that is on its way already or one whose `body` is to be sent."""
+        self.has_fallen_back, self.is_relayed = True, False
+        exchange = self.exchange
+        assert exchange.decision is not None  # noqa: S101 - without one there is no passage
+        exchange.response_headers = response_headers(exchange, self._fast_path.limit.headers(exchange.decision))
+        app = partial(self._serve, self if is_sent else None)
+        self._client.run_asgi(
+            app, exchange.method, self._asked, pairs_of(self._lines.came), body, keep_alive=self.keep_alive
+        )
+
+    def _serve(self, answer: UpstreamResponse | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve the request in the ordinary way, from where it is."""
+        scope[FIELDS] = fields_of(scope["headers"])
+        router, exchange, route = self._fast_path.router, self.exchange, self._route
+        go_on = partial(
+            partial(router.forward, exchange, route)
+            if self.attempt is None
+            else partial(router.continue_exchange, exchange, route, self.attempt, answer, kept=self.kept),
+            is_trusted=self._lines.profile.is_trusted,
+        )
+        return self._fast_path.record.conclude(self.exchange, go_on, scope, receive, send)
+
+
+def response_headers(exchange: Exchange, limits: HeaderList) -> HeaderList:
+    """Return the headers that go on every answer to a request that has been decided on."""
+    return [(b"x-request-id", exchange.id.encode()), *limits]
+
+
+class _Interim(NoListener):
+    """Passes interim answers on, until the ordinary way has taken over."""
+
+    def __init__(self, client: Downstream) -> None:
+        self._client = client
+
+    def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
+        """See `ResponseListener`."""
+        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers)))

@@ -1,0 +1,146 @@
+"""Plain heads: those that leave no question, taken apart by a strict grammar instead of a parser.
+
+Most heads arrive in one piece, in exactly the form of RFC 9112, and ask for nothing unusual. They are matched whole,
+in one step of C. Whatever the grammar does not know (a space too many, an unknown method, a coding, an upgrade, a
+length that is no number) is not refused here but left to the parser: what is plain is a strict subset of what that
+accepts, and means the same. Pure functions on bytes.
+"""
+
+import re
+
+from api_gateway.http1.headers import BODILESS, COST, HOP_BY_HOP, OURS, REQUEST_TIMEOUT, Fields
+from api_gateway.models import HeaderList
+
+# Possessive quantifiers (`*+`): a head is matched or not in one pass, however it is made. A group that `(?(n)(?!)|…)`
+# guards can match once only, so no line that counts comes twice.
+_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_VALUE = rb"(?! )[\x20-\x7e\x80-\xff]++(?<! )"
+_LINES = re.compile(rb"(?:\r\n" + _NAME + rb": " + _VALUE + rb")++\r\n")
+_PAIR = re.compile(rb"\r\n([^:]++): ([^\r]++)")
+_LENGTH = re.compile(rb"[0-9]{1,15}")
+_REQUEST_LINE = re.compile(
+    rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21\x22\x24-\x3e\x40-\x7e]*+)((?:\?[\x21\x22\x24-\x7e]*+)?+)"
+    rb" HTTP/1\.1(?=\r\n)"
+)
+# Names of an answer that are not simply passed on; their first letters are spelt out, as most lines fail on those.
+_NOTED = HOP_BY_HOP | OURS | {b"content-length", b"date"}
+_IS_NOTED = rb"[%b](?i:%b):" % (
+    b"".join(sorted({letter for name in _NOTED for letter in (name[:1], name[:1].upper())})),
+    b"|".join(sorted({name[1:] for name in _NOTED})),
+)
+_ANSWER = re.compile(
+    rb"HTTP/1\.1 ([2-5][0-9][0-9]) [\x20-\x7e\x80-\xff]*+"
+    rb"(?:\r\n(?!" + _IS_NOTED + rb")" + _NAME + rb": " + _VALUE +
+    rb"|(?(2)(?!)|\r\n(?i:content-length): ([0-9]{1,15}))"
+    rb"|(?(3)(?!)|(\r\n(?i:date): " + _VALUE + rb"))"
+    rb"|(?(4)(?!)|(\r\n(?i:connection: (?:keep-alive|(close)))))"
+    rb"|(?(6)(?!)|(\r\n(?i:keep-alive): " + _VALUE + rb"))"
+    rb"|(?(7)(?!)|(\r\n(?i:x-request-id): " + _VALUE + rb"))"
+    rb"|(?(8)(?!)|(\r\n(?i:" + COST + rb"): " + _VALUE + rb"))"
+    rb")*+\r\n\r\n"
+)  # fmt: skip
+
+_METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
+_UNUSUAL_IN_REQUESTS = frozenset(
+    {
+        b"transfer-encoding",
+        b"upgrade",
+        b"expect",
+        b"te",
+        b"trailer",
+        b"max-forwards",
+        b"proxy-connection",
+        REQUEST_TIMEOUT,
+    }
+)
+_NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]
+
+
+class InspectedHeaders:
+    """Finds, among the header lines of requests, those whose names (`noted`, lower case) mean something here."""
+
+    def __init__(self, noted: frozenset[bytes]) -> None:
+        by_letter: dict[bytes, list[bytes]] = {}
+        for name in sorted({name.replace(b"_", b"-") for name in noted}):
+            by_letter.setdefault(re.escape(name[:1]), []).append(re.escape(name[1:]).replace(rb"\-", b"[-_]"))
+        names = (b"[%b%b](?i:%b)" % (first, first.upper(), b"|".join(rest)) for first, rest in by_letter.items())
+        self._noted = re.compile(rb"\r\n(%b): ([^\r]++)" % b"|".join(names))
+
+    def find(self, lines: bytes) -> HeaderList | None:
+        """Return the inspected headers among `lines` (see `parse_request_head`), or None if one is not plain."""
+        return None if _LINES.fullmatch(lines) is None else self._noted.findall(lines)
+
+
+def framing_of(fields: Fields) -> tuple[int, bool] | None:
+    """Return the length of a request's body and whether the connection stays; None if that takes a parser.
+
+    `fields` are the noted headers by name.
+    """
+    if not _UNUSUAL_IN_REQUESTS.isdisjoint(fields):
+        return None
+    lengths, connection = fields.get(b"content-length", _NO_LENGTH), fields.get(b"connection", _KEEP_ALIVE)
+    if len(lengths) > 1 or len(connection) > 1 or _LENGTH.fullmatch(lengths[0]) is None:
+        return None
+    option = connection[0].lower()
+    return (int(lengths[0]), option == b"keep-alive") if option in (b"keep-alive", b"close") else None
+
+
+def remove_lines(lines: bytes, headers: HeaderList) -> bytes:
+    """Return header lines without one for each of `headers`."""
+    for pair in headers:
+        lines = lines.replace(b"\r\n%b: %b\r\n" % pair, b"\r\n", 1)
+    return lines
+
+
+def parse_request_head(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | None:
+    """Return method, path, query (with its question mark), header lines and what came behind, of a plain request.
+
+    The header lines are not looked at yet: they are one piece, from the line break before to the one behind.
+    """
+    line = _REQUEST_LINE.match(received)
+    if line is None:
+        return None
+    start = line.end()
+    end = received.find(b"\r\n\r\n", start)
+    if end < 0:
+        return None
+    method, path, query = line.groups()
+    return _METHODS[method], path, query, received[start : end + 2], received[end + 4 :]
+
+
+def parse_response_head(
+    received: bytes, *, is_to_head: bool
+) -> tuple[int, bytes, int, int, bool, bool, bytes | None] | None:
+    """Return status, head, size of the head, length of the body, whether it keeps alive and has a date, and its cost.
+
+    None unless it is a plain final answer whose body has a known length. The head is returned as it came up to its
+    last line's end, but for the lines that go no further.
+    """
+    match = _ANSWER.match(received)
+    if match is None:
+        return None
+    digits, length, date, connection, close, keep_alive, request_id, cost = match.groups()
+    status, size = int(digits), match.end()
+    head = received[: size - 4]
+    for line in (connection, keep_alive, request_id):
+        if line is not None:
+            head = head.replace(line, b"", 1)
+    if cost is not None:
+        head, cost = head.replace(cost, b"", 1), cost[len(COST) + 4 :]
+    if is_to_head or status in BODILESS:
+        if status == 204 and length is not None:  # noqa: PLR2004 - it may not announce one (RFC 9110 section 8.6)
+            return None
+        length = 0
+    elif length is None:
+        return None
+    return status, head, size, int(length), close is None, date is not None, cost
+
+
+def pairs_of(head: bytes) -> HeaderList:
+    """Return the header lines of a plain head as pairs."""
+    return _PAIR.findall(head)
+
+
+def reason_phrase(head: bytes) -> bytes:
+    """Return the reason phrase of a plain answer's head."""
+    return head[13 : head.index(b"\r")]

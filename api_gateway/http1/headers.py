@@ -1,0 +1,316 @@
+"""Pure functions on header byte pairs: what a proxy must take out, and what it must put in. Never a dict.
+
+Names are compared in lower case and kept as they came. Sources: RFC 9110 section 7.6, RFC 9112, RFC 7239 (the
+`X-Forwarded-*` names are the older convention that services actually read).
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from email.utils import formatdate
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Literal
+
+from api_gateway.models import HeaderList
+
+BODILESS = frozenset({204, 304})  # statuses of answers that have no body, whatever they announce
+
+
+UNIX: Literal["unix"] = "unix"  # the address of every peer on a Unix socket
+Network = IPv4Network | IPv6Network | Literal["unix"]
+Fields = Mapping[bytes, Sequence[bytes]]  # the values of each name (lower case), in order
+
+VIA_NAME = b"api-gateway"
+
+# RFC 9110 section 7.6.1, with the names it retired but that still travel.
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+# A client may not have these removed by naming them in `Connection`: the gateway or the framing depends on them.
+PROTECTED = frozenset({b"host", b"content-length", b"expect", b"via"})
+FORWARDING = frozenset(
+    {
+        b"forwarded",
+        b"x-forwarded-for",
+        b"x-forwarded-proto",
+        b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-real-ip",
+    }
+)
+REQUEST_TIMEOUT = b"x-request-timeout"  # the seconds a client gives a request; what is left of them goes on
+# The gateway's word on these is the one that counts, so an upstream's is left out and not merged.
+COST = b"x-gateway-cost"  # by which an upstream tells us what its answer has cost; nobody else may
+FALLBACK = b"x-gateway-fallback"  # by which we tell who answered in the place of the route's upstream
+OURS = frozenset(
+    {b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id", COST, FALLBACK}
+)
+
+# `Host` becomes the target's. The coding is checked to be `chunked` before, and is how the body goes on.
+_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id", COST, REQUEST_TIMEOUT}
+# What must not come behind a body: it would have been acted on already, or would frame what has been framed
+# (RFC 9110 section 6.5.1).
+_NEVER_TRAILING = (
+    HOP_BY_HOP
+    | PROTECTED
+    | FORWARDING
+    | OURS
+    | {b"authorization", b"cache-control", b"cookie", b"expect", b"max-forwards", b"range", b"set-cookie"}
+    | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
+)
+_PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # what `Connection` mostly says, and names nothing
+_VIA = (b"via", b"1.1 " + VIA_NAME)
+_AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+# A node of RFC 7239 with an address that is not bare: quoted, in brackets, or with a port (which may be hidden).
+_NODE = re.compile(
+    r"""(?P<quote>"?)(?:\[(?P<six>[0-9A-Fa-f:.]+(?:%[\w.~-]+)?)\]|(?P<four>[0-9.]+))(?::(?:[0-9]{1,5}|_[\w.-]+))?(?P=quote)""",
+    re.ASCII,
+)
+_VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+def fields_of(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
+    """Return the values of every name, white space around them taken off, so that each is found at once."""
+    found: dict[bytes, list[bytes]] = {}
+    for key, value in headers:
+        name = key.lower()
+        if name in found:
+            found[name].append(value.strip(b" \t"))
+        else:
+            found[name] = [value.strip(b" \t")]
+    return found
+
+
+def host_name(fields: Fields) -> str:
+    """Return the host a request names, in lower case, without port and trailing dot; empty unless it names one."""
+    hosts = fields.get(b"host", ())
+    return _host_name(hosts[0]) if len(hosts) == 1 else ""
+
+
+@lru_cache(maxsize=1024)
+def _host_name(value: bytes) -> str:
+    host = value.decode("latin-1").lower()
+    name, colon, port = host.rpartition(":")
+    return (name if colon and (not port or port.isdigit()) else host).removesuffix(".")
+
+
+@lru_cache(maxsize=1024)
+def _is_authority(value: bytes) -> bool:
+    return _AUTHORITY.fullmatch(value) is not None
+
+
+@lru_cache(maxsize=4096)
+def is_visible_ascii(value: bytes) -> bool:
+    """Tell whether `value` is 1 to 128 visible ASCII characters."""
+    return _VISIBLE.fullmatch(value) is not None
+
+
+def ambiguity(fields: Fields, version: str) -> str | None:
+    """Return what makes a request ambiguous to some server, in words, or None. Such a request is not forwarded.
+
+    A request names exactly one host (RFC 9112 section 3.2; HTTP/1.0 may name none). Its only transfer coding is
+    `chunked`: any other makes its end a matter of opinion (RFC 9112 section 6.1).
+    """
+    hosts = fields.get(b"host", ())
+    if len(hosts) != 1 and (hosts or version != "1.0"):
+        return f"it names {len(hosts)} hosts"
+    if hosts and not _is_authority(hosts[0]):
+        return "its Host is not a host and a port"
+    codings = fields.get(b"transfer-encoding")
+    if codings and version == "1.0":
+        return "HTTP/1.0 has no Transfer-Encoding"
+    if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
+        return "its Transfer-Encoding is not chunked"
+    return None
+
+
+def connection_options(connection: Iterable[bytes]) -> set[bytes]:
+    """Return the names that `Connection` declares to be for this hop only (RFC 9110 section 7.6.1)."""
+    named = (value.split(b",") for value in connection)
+    return {option.strip(b" \t").lower() for options in named for option in options} - PROTECTED
+
+
+def framing(fields: Fields) -> bytes | None:
+    """Return b"chunked", b"length", or None for a request without a body (RFC 9112 section 6.3)."""
+    if b"transfer-encoding" in fields:
+        return b"chunked"
+    lengths = fields.get(b"content-length")
+    return b"length" if lengths and lengths[0].strip(b"0") else None
+
+
+@lru_cache(maxsize=64)
+def stripped_headers(protected: frozenset[bytes], is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
+    """Return the names that go no further, with the spellings that CGI would take for what we vouch for."""
+    forgeable = FORWARDING | protected
+    aliases = {alias for name in forgeable for alias in _spellings(name)} - forgeable
+    return _NOT_FORWARDED | aliases | (frozenset({b"x-forwarded-for"}) if is_trusted else FORWARDING)
+
+
+def inspected_headers(protected: frozenset[bytes]) -> frozenset[bytes]:
+    """Return the names that the gateway looks at, or does not forward; any other header simply goes on."""
+    looked_at = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding"}
+    return stripped_headers(protected, False) | protected | looked_at
+
+
+def _spellings(name: bytes) -> set[bytes]:
+    """Return `name` with every choice of hyphens and underscores."""
+    first, *rest = name.split(b"-")
+    found = {first}
+    for part in rest:
+        found = {known + joint + part for known in found for joint in (b"-", b"_")}
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _forwarded_for(peer: str) -> tuple[bytes, bytes]:
+    return b"x-forwarded-for", peer.encode("ascii", "replace")
+
+
+def rewrite_request(
+    headers: HeaderList,
+    fields: Fields,
+    *,
+    host: bytes,
+    peer: str,
+    scheme: str,
+    request_id: bytes,
+    version: str,
+    is_trusted: bool,
+    protected: frozenset[bytes] = frozenset(),
+) -> HeaderList:
+    """Return the request's headers as the upstream shall see them; `fields` are the same ones by name.
+
+    `peer` is the address that connected to us. If `is_trusted`, what it says in `X-Forwarded-*` is extended,
+    otherwise replaced. `protected` names (lower case) survive being named by `Connection`. A spelling of a protected
+    or forwarding name with underscores is left out: servers that read headers as CGI variables take it for the name.
+    """
+    dropped = stripped_headers(protected, is_trusted)
+    if b"connection" in fields:
+        dropped |= connection_options(fields[b"connection"]) - protected - {b"transfer-encoding"}
+    kept: HeaderList = [(b"host", host)]
+    kept += [pair for pair in headers if pair[0].lower() not in dropped]
+    hops = fields.get(b"x-forwarded-for", ()) if is_trusted else ()
+    added = _forwarded_for(peer)
+    kept.append((added[0], b", ".join((*hops, added[1]))) if hops else added)
+    if not is_trusted or b"x-forwarded-proto" not in fields:
+        kept.append((b"x-forwarded-proto", scheme.encode()))
+    if b"host" in fields and (not is_trusted or b"x-forwarded-host" not in fields):
+        kept.append((b"x-forwarded-host", fields[b"host"][0]))
+    kept.append(_VIA if version == "1.1" else (b"via", b"%s %s" % (version.encode(), VIA_NAME)))
+    kept.append((b"x-request-id", request_id))
+    return kept
+
+
+@lru_cache(maxsize=8)
+def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
+    return HOP_BY_HOP | OURS | omit
+
+
+def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
+    """Return the upstream's headers as the client shall see them, followed by the gateway's `own`.
+
+    `fields` are the same headers by name. `omit` names (lower case) are left out beside the hop-by-hop ones: what the
+    server in front writes by itself.
+    """
+    dropped = _not_for_clients(omit)
+    connection = fields.get(b"connection")
+    if connection is not None and (len(connection) > 1 or connection[0].lower() not in _PLAIN_OPTIONS):
+        dropped |= connection_options(connection)
+    kept = [pair for pair in headers if pair[0].lower() not in dropped]
+    kept.append(_VIA)
+    kept += own
+    return kept
+
+
+def forwardable_interim(headers: HeaderList) -> HeaderList:
+    """Return the headers of an interim answer (1xx) that may go on."""
+    return rewrite_response(headers, fields_of(headers), [], frozenset())
+
+
+def forwardable_trailers(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
+    """Return the trailers that may go on: none that says how a message is framed, routed, trusted or cached."""
+    dropped = _NEVER_TRAILING | stripped_headers(protected, False) | protected
+    return [pair for pair in trailers if pair[0].lower() not in dropped]
+
+
+@lru_cache(maxsize=1)
+def http_date(second: int) -> bytes:
+    """Return an IMF-fixdate for a whole second since 1970 (RFC 9110 section 5.6.7)."""
+    return formatdate(second, usegmt=True).encode()
+
+
+@lru_cache(maxsize=4096)
+def address_key(address: str) -> str:
+    """Return what one peer is counted as: an IPv4 address, or the /64 of an IPv6 one.
+
+    A /64 is the smallest block a site is given, so one host commands all of it. An IPv4 address mapped into IPv6 is
+    that IPv4 address. What is no address (a unix socket's peer) is returned as it is.
+    """
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(IPv6Network((parsed, 64), strict=False))
+    return str(parsed)
+
+
+def is_within(address: str, networks: Collection[Network]) -> bool:
+    """Tell whether `address` lies in one of `networks`; what is no address lies in none, but `unix`."""
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address == UNIX and UNIX in networks
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return any(parsed in network for network in networks if not isinstance(network, str))
+
+
+@lru_cache(maxsize=4096)
+def hop_address(hop: bytes) -> str | None:
+    """Return the address that a hop of `X-Forwarded-For` names, or None if it names none.
+
+    That is without quotes, brackets, port and zone: the zone is that of another machine. A port may stand behind an
+    IPv4 address, and behind an IPv6 address in brackets (RFC 7239 section 6).
+    """
+    text = hop.decode("latin-1")
+    found = _NODE.fullmatch(text)
+    address = text if found is None else found["six"] or found["four"]
+    try:
+        ip_address(address)
+    except ValueError:
+        return None
+    return address.partition("%")[0]
+
+
+def client_address(peer: str, fields: Fields, trusted: Collection[Network]) -> str:
+    """Return the address of the client itself.
+
+    That is `peer`, unless `peer` is a trusted proxy: then the last hop of `X-Forwarded-For` that is not a trusted
+    proxy. Reading from the right is what makes it unforgeable: everything left of that hop is the client's own text.
+    A hop that names no address (`unknown` and `_hidden` of RFC 7239 section 6, anything else, or nothing) ends the
+    search at the proxy that wrote it: what stands to its left has not been vouched for.
+    """
+    if not trusted or not is_within(peer, trusted):
+        return peer
+    hops = [hop.strip() for value in fields.get(b"x-forwarded-for", ()) for hop in value.split(b",")]
+    for hop in reversed(hops):
+        address = hop_address(hop)
+        if address is None:
+            return peer
+        if not is_within(address, trusted):
+            return address
+        peer = address
+    return peer

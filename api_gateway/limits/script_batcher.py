@@ -1,0 +1,324 @@
+"""Carries questions to the store: whatever waits goes out in one script call, without a timer that would collect it.
+
+Requests never own a connection. They leave a question, and are answered by a callback; so one that is cancelled breaks
+nothing, and many that come within one turn of the event loop share one write and one read. A question is sent once at
+most: what may have been executed is never sent again. It is answered within the deadline, if need be with a failure.
+
+A connection serves only after the store has answered on it within the deadline. Three failures in a row, or half of
+twenty, open the breaker: then nothing is sent, and nothing waits, until the store has answered a trial in time.
+"""
+
+import asyncio
+import logging
+import math
+import random
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from api_gateway.circuit_breaker import CircuitBreaker, Ticket
+from api_gateway.eventloop.tasks import cancel_and_wait
+from api_gateway.models import Clock, Outcome
+from api_gateway.resilience.breaker_policy import BreakerPolicy, State
+from api_gateway.storage.redis_session import Script, ScriptCall, ScriptConnection, StoreError, StoreSession
+
+logger = logging.getLogger(__name__)
+
+CONNECTIONS = 2  # batches under way at once: one is answered while the next is written
+MAX_BATCH = 128  # questions; a script call keeps the store from everything else
+CONNECT_TIMEOUT = 1.0  # seconds; requests do not wait for it
+MAX_SILENCE = 1.0  # seconds without a word from the store
+FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between attempts to connect
+
+POLICY = BreakerPolicy(
+    failure_threshold=3, failure_rate=0.5, minimum_calls=20, window=10, recovery_timeout=1, half_open_max_calls=1
+)
+
+
+class ScriptOp(ABC):
+    """What is asked of the script within a batch; see token_bucket.lua for the operations.
+
+    `key` is one of its buckets: on a cluster all of them must lie where that one does.
+    """
+
+    __slots__ = ("expires", "is_over", "is_sent", "key")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.expires = 0.0
+        self.is_sent = self.is_over = False
+
+    @abstractmethod
+    def write(self, call: ScriptCall) -> None:
+        """Append its operations."""
+
+    @abstractmethod
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        """Take its part of the reply, and act on it unless the question `is_over`."""
+
+    @abstractmethod
+    def fail(self) -> None:
+        """Do without the store. If it `is_sent`, it may have been executed all the same."""
+
+
+class ScriptBatcher:
+    """Asks one store on behalf of one process."""
+
+    def __init__(
+        self,
+        session: StoreSession,
+        script: Script,
+        *,
+        deadline: float,
+        clock: Clock,
+        source: random.Random,
+        on_trouble: Callable[[], None],
+        node: str = "",
+    ) -> None:
+        """`deadline` is in seconds, from leaving the question to its answer. Any failure calls `on_trouble`.
+
+        `node` is the server to ask, where the store has several.
+        """
+        self.deadline = deadline
+        self._session = session
+        self._node = node
+        self._script = script
+        self._clock = clock
+        self._source = source
+        self._on_trouble = on_trouble
+        self._waiting: deque[ScriptOp] = deque()
+        self._open: deque[ScriptOp] = deque()  # waiting or sent, in order
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._is_waking = False
+        self._lanes: list[asyncio.Task[None]] = []
+        self._connected = asyncio.Event()
+        self.connections = 0
+        self.breaker = CircuitBreaker(POLICY, clock())
+        self.batches = self.questions = self.failures = 0
+        self.last_error: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<ScriptBatcher [{self.connections} connections, {len(self._waiting)} waiting, {self.breaker.state}]>"
+
+    @property
+    def is_usable(self) -> bool:
+        """True while a question has a chance of being answered in time."""
+        return self.connections > 0 and self.breaker.state is State.CLOSED
+
+    @property
+    def is_whole(self) -> bool:
+        """True while that holds for every question."""
+        return self.is_usable
+
+    async def start(self) -> None:
+        """Connect, and go on connecting until `close`. Returns once the store has answered, or failed to do so."""
+        self._loop = asyncio.get_running_loop()
+        self._lanes = [asyncio.create_task(self._run_lane(), name=f"store lane {n}") for n in range(CONNECTIONS)]
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await self._connected.wait()
+        except TimeoutError:
+            logger.warning("the store cannot be used yet: %s", self.last_error or "it does not answer")
+
+    async def close(self) -> None:
+        """Disconnect. What still waits is answered with a failure."""
+        await cancel_and_wait(*self._lanes)
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        self._fail_waiting()
+
+    def submit(self, question: ScriptOp) -> None:
+        """Have a question answered, or failed, within the deadline."""
+        question.expires = self._loop.time() + self.deadline
+        self._waiting.append(question)
+        self._open.append(question)
+        if self._alarm is None:
+            self._alarm = self._loop.call_at(question.expires, self._expire)
+        self._rouse()
+
+    def _rouse(self) -> None:
+        if self._idle and not self._is_waking:
+            self._is_waking = True
+            self._loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        """Set idle lanes to work, at the end of the turn in which the questions came."""
+        self._is_waking = False
+        fast_paths = math.ceil(len(self._waiting) / MAX_BATCH)
+        while fast_paths and self._idle:
+            idle = self._idle.popleft()
+            if not idle.done():  # or else its lane has just ended its rest by itself, and tries its connection out
+                idle.set_result(None)
+                fast_paths -= 1
+
+    def _expire(self) -> None:
+        """Fail what is as old as it may get."""
+        self._alarm = None
+        now = self._loop.time()
+        while self._open and (self._open[0].is_over or self._open[0].expires <= now):
+            give_up(self._open.popleft())
+        if self._open:
+            self._alarm = self._loop.call_at(self._open[0].expires, self._expire)
+
+    def _fail_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for question in waiting:
+            give_up(question)
+
+    # Lanes
+
+    async def _run_lane(self) -> None:
+        """Keep one connection, and carry batches over it."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    carrier = await self._session.carrier(self._script, self._node)
+            except StoreError as error:
+                self._count(self.breaker.admit(self._clock()), Outcome.FAILURE, error)
+                await asyncio.sleep(pause * self._source.uniform(0.5, 1.5))
+                pause = min(2 * pause, LAST_PAUSE)
+                continue
+            try:
+                await self._serve(carrier)
+            except StoreError:
+                pause = FIRST_PAUSE  # it has been counted where it happened
+            except Exception:  # a defect of ours; the lane begins anew, or questions would wait for it for ever
+                logger.exception("a connection to the store is given up")
+                await asyncio.sleep(pause)
+            finally:
+                carrier.abort()
+
+    async def _serve(self, carrier: ScriptConnection) -> None:
+        """Carry batches, once the store has answered in time; returns by raising."""
+        await self._try_out(carrier)
+        self.connections += 1
+        self._connected.set()
+        try:
+            while True:
+                if self.breaker.state is not State.CLOSED:
+                    await self._try_out(carrier)
+                while self._waiting:
+                    await self._carry(carrier)
+                if not await self._is_woken():
+                    await self._try_out(carrier)  # a connection that broke while idle shall not cost a request
+        finally:
+            self.connections -= 1
+            if self._waiting:  # it was woken for them
+                self._rouse()
+
+    async def _is_woken(self) -> bool:
+        """Wait for questions, but not for ever; tell whether there are any."""
+        idle = self._loop.create_future()
+        self._idle.append(idle)
+        try:
+            async with asyncio.timeout(MAX_SILENCE):
+                await idle
+        except TimeoutError:
+            return False
+        finally:
+            if idle in self._idle:  # nobody has woken it
+                self._idle.remove(idle)
+        return True
+
+    async def _try_out(self, carrier: ScriptConnection) -> None:
+        """Have the store answer to nothing in time: the breaker's probe, so that no request has to be it."""
+        while True:
+            ticket = self.breaker.admit(self._clock())
+            if ticket is not None:
+                break
+            await asyncio.sleep(max(self.breaker.retry_after(self._clock()), self.deadline))
+        try:
+            async with asyncio.timeout(self.deadline):
+                await carrier.run([ScriptCall()])
+        except StoreError as error:
+            self._count(ticket, Outcome.FAILURE, error)
+            raise
+        self._count(ticket, Outcome.SUCCESS, None)
+
+    async def _carry(self, carrier: ScriptConnection) -> None:
+        """Send a batch and hand out the replies."""
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+        groups = _groups(carrier, [question for question in batch if not question.is_over])
+        if not groups:
+            return
+        ticket = self.breaker.admit(self._clock())
+        replies = None
+        try:
+            async with asyncio.timeout_at(batch[-1].expires):
+                replies = await carrier.run([_call(group) for group in groups])
+        except StoreError as error:
+            self._count(ticket, Outcome.FAILURE, error)
+            raise
+        finally:
+            if replies is None:
+                for question in batch:
+                    give_up(question)
+        self._count(ticket, Outcome.SUCCESS, None)
+        self.batches += 1
+        self.questions += len(batch)
+        for group, reply in zip(groups, replies, strict=True):
+            values = iter(reply)
+            clock_us = next(values)
+            for question in group:
+                _read(question, clock_us, values)
+
+    def _count(self, ticket: Ticket | None, outcome: Outcome, error: BaseException | None) -> None:
+        detail = "" if error is None else str(error) or type(error).__name__
+        if error is not None:
+            self.failures += 1
+            self.last_error = detail
+            self._on_trouble()
+        if ticket is None:
+            return
+        moved = self.breaker.settle(ticket, outcome, self._clock(), detail)
+        if moved is not None:
+            is_open = moved.target is State.OPEN
+            logger.log(
+                logging.WARNING if is_open else logging.INFO,
+                "the store is %s: %s",
+                "not used for now" if is_open else "in use again",
+                moved.cause,
+            )
+            if is_open:
+                self._fail_waiting()
+
+
+def _groups(carrier: ScriptConnection, questions: list[ScriptOp]) -> list[list[ScriptOp]]:
+    """Put together what one call of the script can answer."""
+    if not carrier.is_divided:
+        return [questions] if questions else []
+    groups: dict[int, list[ScriptOp]] = {}
+    for question in questions:
+        groups.setdefault(carrier.slot(question.key), []).append(question)
+    return list(groups.values())
+
+
+def _call(questions: list[ScriptOp]) -> ScriptCall:
+    call = ScriptCall()
+    for question in questions:
+        question.write(call)
+        question.is_sent = True
+    return call
+
+
+def _read(question: ScriptOp, clock_us: int, values: Iterator[int]) -> None:
+    try:
+        question.read(clock_us, values)
+    except Exception:  # a defect of whoever asked; the others have their answers coming
+        logger.exception("an answer of the store could not be acted on")
+    finally:
+        question.is_over = True
+
+
+def give_up(question: ScriptOp) -> None:
+    """Fail a question, unless it is over."""
+    if question.is_over:
+        return
+    question.is_over = True
+    try:
+        question.fail()
+    except Exception:  # as above
+        logger.exception("a question to the store could not be given up")

@@ -1,0 +1,204 @@
+"""The operations of the limiter on buckets in the store: charge, look and settle, as the script takes them."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
+from api_gateway.limits.fallback_limiter import FallbackLimiter
+from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp
+from api_gateway.models import Charge, Decision
+from api_gateway.rate_limiter import decision_of, joint_decision, take, take_each
+from api_gateway.storage.redis_session import ScriptCall
+
+
+def refund_message(key: str, given_ns: int) -> str:
+    """Return what is published when a bucket has been given back so much, or (0) is fuller for another reason."""
+    return f"{given_ns} {key}"
+
+
+class LimiterPort(Protocol):
+    """What an operation asks of the limiter that submits it."""
+
+    share: FallbackLimiter
+    dispatcher: ScriptBatcher | ClusterScriptBatcher
+    refunds: str
+    offset_ns: int
+    clock_ns: Callable[[], int]
+
+    @property
+    def store_key(self) -> Callable[[str], str]:
+        """Finds the name of a bucket in the store."""
+        ...
+
+    def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
+        """Decide by the policy for when the store cannot be used."""
+        ...
+
+    def last_told(self, charge: Charge) -> int:
+        """Return the TAT of a bucket by what the store last said of it."""
+        ...
+
+    def remember(self, charge: Charge, debt_ns: int, asked_ns: int) -> None:
+        """Keep what a bucket owed when the store was asked."""
+        ...
+
+    def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
+        """See `RateLimiter`."""
+        ...
+
+
+class ChargeOp(ScriptOp):
+    """Charges the buckets of one request."""
+
+    __slots__ = ("_answer", "_asked_ns", "_charges", "_limiter")
+
+    def __init__(
+        self, limiter: LimiterPort, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]
+    ) -> None:
+        super().__init__(limiter.store_key(charges[0].key))
+        self._limiter = limiter
+        self._charges = charges
+        self._asked_ns = now_ns
+        self._answer = answer
+
+    def write(self, call: ScriptCall) -> None:
+        """See `ScriptOp`; what was admitted meanwhile is told first."""
+        limiter, arguments = self._limiter, call.arguments
+        if len(self._charges) == 1 and not limiter.share.has_unsynced:  # the common case
+            charge = self._charges[0]
+            arguments += (1, call.number(self.key), charge.quota.burst_ns, charge.increment_ns)
+            return
+        numbers = [call.number(limiter.store_key(charge.key)) for charge in self._charges]
+        if limiter.share.has_unsynced:
+            for number, charge in zip(numbers, self._charges, strict=True):
+                owed_ns = limiter.share.take_unsynced(charge.key, self._asked_ns)
+                if owed_ns:
+                    arguments += ("debt", number, charge.quota.burst_ns, owed_ns)
+        arguments.append(len(numbers))
+        for number, charge in zip(numbers, self._charges, strict=True):
+            arguments += (number, charge.quota.burst_ns, charge.increment_ns)
+
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        """Work out the decision as the script did, from the same figures by the same rule."""
+        limiter, charges, asked_ns = self._limiter, self._charges, self._asked_ns
+        now_ns = clock_us * 1000
+        limiter.offset_ns = now_ns - asked_ns
+        if len(charges) == 1:
+            charge = charges[0]
+            after_ns, wait_ns = take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns)
+            limiter.remember(charge, after_ns - now_ns, asked_ns)
+            if not self.is_over:
+                self._answer(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
+            return
+        taken = take_each([now_ns + next(reply) for _ in charges], charges, now_ns)
+        decision = joint_decision(charges, taken, now_ns, "store")
+        for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
+            given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # by another bucket's refusal
+            limiter.remember(charge, tat_ns - now_ns - given_back_ns, asked_ns)
+        if not self.is_over:
+            self._answer(decision)
+
+    def fail(self) -> None:
+        """Decide by the policy."""
+        limiter = self._limiter
+        self._answer(limiter.without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent))
+
+
+class MultiNodeCharge:
+    """Charges buckets that lie on several servers of a cluster: all, or none in the end.
+
+    Each is charged where it lies. If one refuses, what the others took is given back: for the time of that round trip
+    they hold less than they should, never more.
+    """
+
+    def __init__(
+        self, limiter: LimiterPort, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]
+    ) -> None:
+        self._limiter = limiter
+        self._charges = charges
+        self._now_ns = now_ns
+        self._answer = answer
+        self._decisions: list[Decision | None] = [None] * len(charges)
+
+    def submit(self) -> None:
+        """Ask for every bucket."""
+        for index, charge in enumerate(self._charges):
+            answer = partial(self._on_decision, index)
+            self._limiter.dispatcher.submit(ChargeOp(self._limiter, [charge], self._now_ns, answer))
+
+    def _on_decision(self, index: int, decision: Decision) -> None:
+        self._decisions[index] = decision
+        decisions = [known for known in self._decisions if known is not None]
+        if len(decisions) < len(self._charges):
+            return
+        refusals = [known for known in decisions if not known.allowed]
+        if not refusals:
+            first, *others = decisions
+            first.others_ns = tuple(other.reset_ns for other in others)
+            self._answer(first)
+            return
+        for charge, known in zip(self._charges, decisions, strict=True):
+            if known.allowed and charge.increment_ns:
+                back = Charge(charge.key, charge.quota, -charge.increment_ns)
+                self._limiter.settle([back], known, self._now_ns)
+        self._answer(max(refusals, key=lambda known: (known.wait_ns < 0, known.wait_ns)))
+
+
+class PeekOp(ScriptOp):
+    """Looks at one bucket."""
+
+    __slots__ = ("_asked_ns", "_charge", "_limiter", "_seen")
+
+    def __init__(self, limiter: LimiterPort, charge: Charge, now_ns: int, seen: asyncio.Future[Decision]) -> None:
+        super().__init__(limiter.store_key(charge.key))
+        self._limiter = limiter
+        self._charge = charge
+        self._asked_ns = now_ns
+        self._seen = seen
+
+    def write(self, call: ScriptCall) -> None:
+        """See `ScriptOp`: a charge of nothing."""
+        call.arguments += (1, call.number(self.key), self._charge.quota.burst_ns, 0)
+
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:
+        """See `ScriptOp`."""
+        now_ns, quota = clock_us * 1000, self._charge.quota
+        tat_ns, wait_ns = take(now_ns + next(reply), quota.burst_ns, self._charge.increment_ns, now_ns)
+        if not self._seen.done():
+            self._seen.set_result(decision_of(self._charge, tat_ns, wait_ns, now_ns, "store"))
+
+    def fail(self) -> None:
+        """See `ScriptOp`."""
+        if not self._seen.done():
+            limiter, charge = self._limiter, self._charge
+            self._seen.set_result(limiter.share.inspect(charge, limiter.last_told(charge), self._asked_ns))
+
+
+class SettleOp(ScriptOp):
+    """Charges a bucket later, or gives back. Nobody waits; if it fails, the store keeps what it has."""
+
+    __slots__ = ("_charge", "_limiter", "_tat_ns")
+
+    def __init__(self, limiter: LimiterPort, charge: Charge, tat_ns: int) -> None:
+        """`tat_ns` is the bucket's TAT after the charge that is settled, on the store's clock."""
+        super().__init__(limiter.store_key(charge.key))
+        self._limiter = limiter
+        self._charge = charge
+        self._tat_ns = tat_ns
+
+    def write(self, call: ScriptCall) -> None:
+        """See `ScriptOp`; whoever remembers the bucket as emptier is told."""
+        charge = self._charge
+        number = call.number(self.key)
+        call.arguments += ("settle", number, charge.quota.burst_ns, charge.increment_ns, self._tat_ns)
+        if charge.increment_ns < 0:
+            call.arguments += ("told", self._limiter.refunds, refund_message(charge.key, -charge.increment_ns))
+
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - nobody waits
+        """See `ScriptOp`."""
+        next(reply)
+
+    def fail(self) -> None:
+        """See `ScriptOp`."""

@@ -1,0 +1,185 @@
+"""Latencies in logarithmic buckets, whole and by slices of time, and percentiles read from them.
+
+DDSketch (Masson et al. 2019): with gamma = 1.01/0.99 every bucket's middle is within 1 % of every value in it, and so
+is any percentile read from it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from api_gateway.models import Exchange
+
+RELATIVE_ERROR = 0.01
+_GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
+_LOG_GAMMA = math.log(_GAMMA)
+_log, _ceil = math.log, math.ceil
+_FLOOR = 1e-6  # seconds; all below counts as this
+SLICE = 5.0  # seconds by which the sliding windows move
+WINDOWS = {"last_60s": 60.0, "last_5m": 300.0}
+_SLICES = int(max(WINDOWS.values()) / SLICE)
+SWITCHED = 101  # a tunnel lasts as long as its two ends like, which is no latency
+
+
+def bucket_of(seconds: float) -> int:
+    """Return the index of the logarithmic bucket that holds `seconds`."""
+    return math.ceil(math.log(max(_FLOOR, seconds)) / _LOG_GAMMA)
+
+
+def value_of(bucket: int) -> float:
+    """Return the value, in seconds, that is within 1 % of all values of the bucket."""
+    return 2 * math.exp(bucket * _LOG_GAMMA) / (_GAMMA + 1)
+
+
+def percentile(buckets: Mapping[int, int], percent: float) -> float | None:
+    """Return the `percent`-th percentile in seconds (nearest rank), or None of nothing."""
+    rank = math.ceil(sum(buckets.values()) * percent / 100)
+    for bucket in sorted(buckets):
+        rank -= buckets[bucket]
+        if rank <= 0:
+            return value_of(bucket)
+    return None
+
+
+_FLOOR_BUCKET = bucket_of(_FLOOR)
+
+
+class Tally:
+    """Counts of one span of time: answers by kind, and durations in logarithmic buckets."""
+
+    __slots__ = ("buckets", "gateway_errors", "limited", "requests", "total_seconds", "upstream_errors")
+
+    def __init__(self) -> None:
+        self.requests = self.gateway_errors = self.upstream_errors = self.limited = 0
+        self.total_seconds = 0.0
+        self.buckets: dict[int, int] = {}
+
+    def add(self, other: "Tally") -> None:
+        """Take in the counts of another span."""
+        self.requests += other.requests
+        self.gateway_errors += other.gateway_errors
+        self.upstream_errors += other.upstream_errors
+        self.limited += other.limited
+        self.total_seconds += other.total_seconds
+        for bucket, count in other.buckets.items():
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+
+    def state(self) -> list[Any]:
+        """Return the counts as JSON can hold them."""
+        counts = [self.requests, self.gateway_errors, self.upstream_errors, self.limited, self.total_seconds]
+        return [*counts, list(self.buckets.items())]
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> "Tally":
+        """Build the tally whose `state` this is."""
+        tally = cls()
+        tally.requests, tally.gateway_errors, tally.upstream_errors, tally.limited, tally.total_seconds, pairs = state
+        tally.buckets = dict(pairs)
+        return tally
+
+    def count(self, exchange: Exchange) -> None:
+        """Count one answer."""
+        self.requests += 1
+        if exchange.status >= 500:  # noqa: PLR2004 - the class of server errors
+            if exchange.source == "upstream":
+                self.upstream_errors += 1
+            else:
+                self.gateway_errors += 1
+        elif exchange.reason == "rate_limited":
+            self.limited += 1
+
+    def time(self, seconds: float) -> None:
+        """Count one duration."""
+        bucket = _ceil(_log(seconds) / _LOG_GAMMA) if seconds > _FLOOR else _FLOOR_BUCKET  # `bucket_of`, written out
+        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
+        self.total_seconds += seconds
+
+
+class WindowedSeries:
+    """Tallies since the start and for each of the last slices of 5 s."""
+
+    def __init__(self) -> None:
+        self._past = Tally()  # of the slices that are gone
+        self._slices: dict[int, Tally] = {}  # by number modulo _SLICES; most series of a large gateway have none
+        self._numbers: dict[int, int] = {}  # of the slices, likewise
+        self._newest = -1  # number of the newest slice
+        self._running = self._past
+        self._from = self._until = 0.0  # seconds on the clock which the running slice spans
+
+    def at(self, now: float) -> Tally:
+        """Return the tally of the running slice."""
+        if self._from <= now < self._until:
+            return self._running
+        number = int(now / SLICE)
+        slot = number % _SLICES
+        if self._numbers.get(slot) != number:
+            if slot in self._slices:
+                self._past.add(self._slices[slot])
+            self._numbers[slot], self._slices[slot] = number, Tally()
+            self._newest = max(self._newest, number)
+        self._running = self._slices[slot]
+        self._from, self._until = number * SLICE, (number + 1) * SLICE
+        return self._running
+
+    @property
+    def is_used(self) -> bool:
+        """Tell whether anything was ever counted."""
+        return self._newest >= 0
+
+    def has_changed(self, since: int) -> bool:
+        """Tell whether anything was counted in the slices numbered `since` and above."""
+        return self._newest >= since
+
+    def state(self, since: int = 0) -> dict[str, Any]:
+        """Return the counts as JSON can hold them; of the slices those numbered `since` and above."""
+        return {
+            "past": self._past.state(),
+            "slices": [
+                (number, self._slices[slot].state()) for slot, number in self._numbers.items() if number >= since
+            ],
+        }
+
+    def update(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says. Slices it does not hold are as they were when it held them last."""
+        self._past = Tally.from_state(state["past"])
+        for number, tally in state["slices"]:
+            self._put(number, Tally.from_state(tally))
+
+    def absorb(self, other: "WindowedSeries") -> None:
+        """Take in the counts of another series whose times are on the same clock."""
+        self._past.add(other._past)  # noqa: SLF001 - of the same class
+        for slot, number in other._numbers.items():  # noqa: SLF001 - as above
+            tally = other._slices[slot]  # noqa: SLF001 - as above
+            mine = self._numbers.get(slot, -1)
+            if number < mine:  # it is out of every window already
+                self._past.add(tally)
+                continue
+            merged = Tally()
+            merged.add(tally)
+            if number == mine:
+                merged.add(self._slices[slot])
+            elif mine >= 0:
+                self._past.add(self._slices[slot])
+            self._put(number, merged)
+
+    def _put(self, number: int, tally: Tally) -> None:
+        self._numbers[number % _SLICES], self._slices[number % _SLICES] = number, tally
+        self._newest = max(self._newest, number)
+        self._from = self._until = 0.0  # the running slice may be another one now
+
+    @property
+    def total(self) -> Tally:
+        """The tally since the start."""
+        merged = Tally()
+        for tally in (self._past, *self._slices.values()):
+            merged.add(tally)
+        return merged
+
+    def last(self, span: float, now: float) -> Tally:
+        """Return the tally of the last `span` seconds: the running slice and the full ones before it."""
+        newest = int(now / SLICE)
+        merged = Tally()
+        for slot, number in self._numbers.items():
+            if newest - span / SLICE < number <= newest:
+                merged.add(self._slices[slot])
+        return merged

@@ -1,0 +1,1 @@
+"""Server, supervisor, workers and listeners: the processes of a gateway, and their signals. Decides no request."""

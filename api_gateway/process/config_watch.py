@@ -1,0 +1,125 @@
+"""Where the configuration comes from, and a watch over its files: a change has the configuration reloaded.
+
+The contents are compared, about once a second and in a thread, so that every way to change a file is noticed: writing
+it in place, renaming another to its name, and swapping a symbolic link above it, as Kubernetes does. A change counts
+once the contents have been the same for two looks: a file that is half written is not read.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from api_gateway.config import ENV_FILE, GatewayConfig, Loaded, config_path, read_config
+from api_gateway.process.start_check import file_obstacles
+from api_gateway.settings.diagnostics import ConfigError
+from api_gateway.settings.secret import noting_files
+
+logger = logging.getLogger(__name__)
+
+INTERVAL = 1.0  # seconds between two looks
+_PIECE = 1_048_576  # bytes
+
+Contents = Mapping[Path, bytes | None]
+
+
+class ConfigSource:
+    """Reads the configuration from its sources, and knows the files among them."""
+
+    def __init__(self, path: str | None, overrides: Mapping[str, Any]) -> None:
+        """`path` and `overrides` are as in `load_config`."""
+        self._path = path
+        self._overrides = overrides
+        self.files: frozenset[Path] = frozenset()
+        self._warnings: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<ConfigSource [{len(self.files)} files]>"
+
+    def __call__(self) -> GatewayConfig:
+        """Read the configuration for a reload. Blocks; raises ConfigError, also for files that cannot be used."""
+        loaded = self.load()
+        found = [f"{loaded.sources.origin(one.place)}{one}" for one in file_obstacles(loaded.config)]
+        if found:
+            raise ConfigError(found)
+        return loaded.config
+
+    def _warn(self, message: str) -> None:
+        """Log it, once and not at every reload."""
+        if message not in self._warnings:
+            self._warnings.add(message)
+            logger.warning("%s", message)
+
+    def load(self) -> Loaded:
+        """Read the configuration. Blocks; raises ConfigError, and knows the files all the same."""
+        found = {Path(ENV_FILE)}
+        chosen = config_path(self._path)
+        if chosen is not None:
+            found.add(chosen)
+        try:
+            with noting_files(found):
+                loaded = read_config(self._path, self._overrides, warn=self._warn)
+        except BaseException:
+            self.files |= found
+            raise
+        self.files = frozenset(found | _tls_files(loaded.config))
+        return loaded
+
+
+class ConfigWatch:
+    """Calls `reload` when the contents of a source's files have changed."""
+
+    def __init__(
+        self, source: ConfigSource, reload: Callable[[], Awaitable[object]], interval: float = INTERVAL
+    ) -> None:
+        self._source = source
+        self._reload = reload
+        self._interval = interval
+
+    def __repr__(self) -> str:
+        return f"<ConfigWatch of {self._source!r}>"
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        seen = await self._look()
+        changed = seen
+        while True:
+            await asyncio.sleep(self._interval)
+            found = await self._look()
+            if found == changed != seen:
+                await self._reload()
+                # What is read by now is not known: a file counts as it was seen before the reload, if it was.
+                found = {**await self._look(), **{path: found[path] for path in found if path in self._source.files}}
+                seen = found
+            changed = found
+
+    async def _look(self) -> Contents:
+        return await asyncio.to_thread(contents_of, self._source.files)
+
+
+def contents_of(files: Iterable[Path]) -> Contents:
+    """Return a digest of each file, None of one that cannot be read. Blocks."""
+    return {path: _digest(path) for path in files}
+
+
+def _digest(path: Path) -> bytes | None:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    except OSError:
+        return None
+    return digest.digest()
+
+
+def _tls_files(config: GatewayConfig) -> set[Path]:
+    sections = [upstream.tls for upstream in config.upstreams.values()]
+    return {
+        path
+        for section in sections
+        for path in (section.ca_file, section.cert_file, section.key_file)
+        if path is not None
+    }

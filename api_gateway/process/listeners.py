@@ -1,0 +1,189 @@
+"""The sockets that the workers listen on: a set for each, held by the supervisor for as long as the gateway runs.
+
+On Linux the kernel spreads new connections over the TCP sockets (SO_REUSEPORT). A connection that waits in the queue
+of a worker that has ended or is being replaced is not lost: the supervisor keeps the socket open, and the next worker
+inherits it. Elsewhere, and on a Unix socket, all workers accept from the same socket.
+"""
+
+import errno
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from api_gateway.config import GatewayConfig
+from api_gateway.errors import StartupError
+from api_gateway.settings.bind_address import BindAddress
+
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_EVERY_ADDRESS = "::"
+IS_BALANCED = sys.platform == "linux"
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """What one worker listens on: for clients, and for operators where they have a listener of their own."""
+
+    public: list[socket.socket]
+    admin: list[socket.socket] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[socket.socket]:
+        yield from self.public
+        yield from self.admin
+
+
+class Listeners:
+    """The sockets of every worker. Closing them also removes the files of Unix sockets, if nobody replaced them."""
+
+    def __init__(self, workers: int) -> None:
+        self.sets = [Sockets([]) for _ in range(workers)]
+        self._files: list[tuple[Path, os.stat_result]] = []
+
+    def __repr__(self) -> str:
+        return f"<Listeners [{len(self.sets)} sets]>"
+
+    @classmethod
+    def of(cls, config: GatewayConfig, workers: int) -> "Listeners":
+        """Bind all that the configuration asks for. Raises StartupError, and then nothing is bound."""
+        server, admin = config.server, config.admin
+        listeners = cls(workers)
+        try:
+            address = BindAddress.of(server.host, server.port, server.socket_mode)
+            listeners._bind("server", address, lambda sockets: sockets.public)
+            if admin.listen is not None:
+                address = BindAddress.parse(admin.listen, admin.socket_mode)
+                listeners._bind("admin.listen", address, lambda sockets: sockets.admin)
+        except BaseException:
+            listeners.close()
+            raise
+        return listeners
+
+    def _bind(self, setting: str, address: BindAddress, choose: Callable[[Sockets], list[socket.socket]]) -> None:
+        workers = len(self.sets)
+        try:
+            if address.path:
+                bound = bind_path(workers, address.path, address.mode)
+                self._files.append((Path(address.path), os.stat(address.path)))  # noqa: PTH116
+            else:
+                bound = bind_for(workers, address.host, address.port)
+        except socket.gaierror as error:
+            reason = (error.strerror or str(error)).lower()
+            raise StartupError(f"{setting}: the host '{address.host}' is not known: {reason}") from error
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise StartupError(f"{setting}: cannot listen on {address}: {reason}") from error
+        for sockets, own in zip(self.sets, bound, strict=True):
+            choose(sockets).extend(own)
+
+    def close(self) -> None:
+        """Close the sockets in this process, and remove the files of Unix sockets."""
+        for sock in (sock for sockets in self.sets for sock in sockets):
+            sock.close()
+        for path, made in self._files:
+            with suppress(OSError):
+                if os.path.samestat(path.lstat(), made):  # otherwise another gateway has taken the path over
+                    path.unlink()
+        self._files.clear()
+
+
+def bind_for(workers: int, host: str, port: int) -> list[list[socket.socket]]:
+    """Return the sockets of each worker, one for each address of `host`, bound and not yet listening.
+
+    Port 0 takes any free one, the same for all. `::` accepts IPv4 too. Raises OSError, also if another program has the
+    port and would share it.
+    """
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    is_dual = host == _EVERY_ADDRESS
+    with ExitStack() as stack:
+        sets: list[list[socket.socket]] = [[] for _ in range(workers)]
+        for family, address in addresses:
+            try:
+                free = _free_address(family, address, port, is_dual=is_dual)
+            except OSError as error:
+                if error.errno in _NOT_HERE and len(addresses) > 1:
+                    continue  # as for the ::1 of `localhost` on a machine without IPv6
+                raise
+            port = free[1]
+            if IS_BALANCED and workers > 1:
+                bound = [stack.enter_context(_bound(family, free, is_shared=True, is_dual=is_dual)) for _ in sets]
+            else:
+                first = stack.enter_context(_bound(family, free, is_shared=False, is_dual=is_dual))
+                bound = [first, *(stack.enter_context(first.dup()) for _ in sets[1:])]
+            for one, sock in zip(sets, bound, strict=True):
+                one.append(sock)
+        if not sets[0]:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+        stack.pop_all()
+    return sets
+
+
+def bind_path(workers: int, path: str, mode: int) -> list[list[socket.socket]]:
+    """Return one Unix socket for each worker, all the same, bound and not yet listening.
+
+    A file that a gateway left behind is replaced. Raises OSError, also if somebody listens there, or if the path is no
+    socket's.
+    """
+    _remove_stale(Path(path))
+    with ExitStack() as stack:
+        first = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        first.bind(path)
+        Path(path).chmod(mode)  # before anybody can connect, as it does not listen yet
+        others = [stack.enter_context(first.dup()) for _ in range(workers - 1)]
+        stack.pop_all()
+    return [[sock] for sock in (first, *others)]
+
+
+def leave_group(sockets: Iterable[socket.socket]) -> None:
+    """Have the kernel give these sockets no more connections until somebody listens on them again.
+
+    For a worker that cannot be replaced soon: a client that is turned away tries again and gets another worker. A Unix
+    socket is every worker's, and stays.
+    """
+    if IS_BALANCED:
+        for sock in sockets:
+            if sock.family != socket.AF_UNIX:
+                with suppress(OSError):  # it was not listening
+                    sock.shutdown(socket.SHUT_RDWR)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the file of a Unix socket that nobody listens on. Raises OSError if somebody does."""
+    if not path.is_socket():
+        return  # what else is there makes `bind` fail
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        except (TimeoutError, BlockingIOError):  # its queue is full
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _free_address(family: int, address: tuple[object, ...], port: int, *, is_dual: bool) -> tuple[str, int]:
+    """Return the address with a port that nobody else has."""
+    with _bound(family, (str(address[0]), port), is_shared=False, is_dual=is_dual) as probe:
+        host, free, *_ = probe.getsockname()
+        return host, free
+
+
+def _bound(family: int, address: tuple[str, int], *, is_shared: bool, is_dual: bool) -> socket.socket:
+    # The protocol is named because asyncio turns Nagle's delay off only for sockets that say they are TCP.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if is_dual else 1)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

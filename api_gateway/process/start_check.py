@@ -1,0 +1,209 @@
+"""What a start would find on this machine: PEM files, packages, addresses, and the folder of the state.
+
+All functions block. What can change by itself until the start, such as a port in use, is a doubt and no obstacle.
+"""
+
+import errno
+import fcntl
+import importlib.util
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
+from pathlib import Path
+
+from api_gateway.config import GatewayConfig
+from api_gateway.settings.bind_address import BindAddress
+from api_gateway.settings.diagnostics import Place
+from api_gateway.settings.rules import Finding
+from api_gateway.settings.store_url import StoreUrl
+from api_gateway.storage.embedded_server import NoServer, find_server
+from api_gateway.system.state_folder import LOCK, own_folder
+
+_PRIVILEGED = 1024
+_STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
+
+
+def file_obstacles(config: GatewayConfig) -> Iterator[Finding]:
+    """Yield the files and packages that a start needs and could not use."""
+    for name, upstream in config.upstreams.items():
+        place: Place = ("upstreams", name)
+        if upstream.http2 and importlib.util.find_spec("h2") is None:
+            yield Finding((*place, "http2"), "needs the package h2: pip install 'httpx[http2]', got True")
+        if any(target.url.startswith("https:") for target in upstream.targets):
+            tls = upstream.tls
+            files = {"ca_file": tls.ca_file, "cert_file": tls.cert_file, "key_file": tls.key_file}
+            given = {key: path for key, path in files.items() if path is not None}
+            for key, message in _pem_problems(given):
+                yield Finding((*place, "tls", key), message)
+    store = config.store
+    if store.is_shared:
+        options = StoreUrl.parse(store.url.get_secret_value()).options
+        given = {key: Path(options[option]) for key, option in _STORE_FILES.items() if option in options}
+        for key, message in _pem_problems(given):
+            yield Finding(("store", "url"), f"{key}: {message}")
+    elif config.server.workers > 1:
+        try:
+            find_server()
+        except NoServer as error:
+            yield Finding(("server", "workers"), f"{error}, got {config.server.workers}")
+
+
+def obstacles(config: GatewayConfig) -> Iterator[Finding]:
+    """Yield everything that a start would fail with."""
+    yield from file_obstacles(config)
+    yield from (finding for finding, is_passing in _address_findings(config) if not is_passing)
+    if not config.store.keeps_clients:
+        yield from _state_obstacles(config.state_dir)
+
+
+def passing_doubts(config: GatewayConfig) -> Iterator[Finding]:
+    """Yield what a start would fail with now, and perhaps not later; and what it would go without."""
+    yield from (finding for finding, is_passing in _address_findings(config) if is_passing)
+    if config.store.keeps_clients:
+        yield from _state_obstacles(config.state_dir)
+    holder = _holder(own_folder(config.state_dir) / LOCK)
+    if holder is not None:
+        message = f"another gateway uses {config.state_dir} (process {holder}); while it does, a second one is refused"
+        yield Finding(("state_dir",), message)
+
+
+# PEM files
+
+
+def _pem_problems(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    """Yield the setting and the problem of every file that cannot be used."""
+    unreadable = False
+    for key, path in files.items():
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            unreadable = True
+            yield key, f"cannot be read: {(error.strerror or str(error)).lower()}, got '{path}'"
+        else:
+            if key == "key_file" and b"ENCRYPTED" in text:
+                unreadable = True
+                yield key, f"is encrypted; a start cannot ask for its passphrase, got '{path}'"
+    if "key_file" in files and "cert_file" not in files:
+        yield "key_file", f"needs the cert_file that it belongs to, got '{files['key_file']}' alone"
+    if not unreadable:
+        yield from _pem_contents(files)
+
+
+def _pem_contents(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    if "ca_file" in files:
+        try:
+            ssl.create_default_context(cafile=files["ca_file"])
+        except ssl.SSLError as error:
+            yield "ca_file", f"holds no PEM certificate ({_reason(error)}), got '{files['ca_file']}'"
+    if "cert_file" not in files:
+        return
+    certificate, key = files["cert_file"], files.get("key_file")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            yield (
+                ("key_file" if key else "cert_file"),
+                f"does not belong to '{certificate}', got '{key or certificate}'",
+            )
+            return
+        where = f"'{certificate}'" if key is None else f"'{certificate}' with the key '{key}'"
+        yield "cert_file", f"cannot be used as PEM ({_reason(error)}), got {where}"
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or "unreadable").replace("_", " ").lower()
+
+
+# Addresses
+
+
+def _address_findings(config: GatewayConfig) -> Iterator[tuple[Finding, bool]]:
+    """Yield what is in the way of listening, and whether that may pass by itself."""
+    server, admin = config.server, config.admin
+    address = BindAddress.of(server.host, server.port, server.socket_mode)
+    yield from _bind_findings(("server", "host"), ("server", "port"), address)
+    if admin.listen is not None:
+        place: Place = ("admin", "listen")
+        yield from _bind_findings(place, place, BindAddress.parse(admin.listen, admin.socket_mode))
+
+
+def _bind_findings(host_place: Place, port_place: Place, address: BindAddress) -> Iterator[tuple[Finding, bool]]:
+    if address.path:
+        for message in _socket_path_problems(Path(address.path)):
+            yield Finding(host_place, f"{message}, got 'unix:{address.path}'"), False
+        return
+    try:
+        found = socket.getaddrinfo(
+            address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no host name"
+        yield Finding(host_place, f"the host is not known: {reason.lower()}, got {address.host!r}"), False
+        return
+    failures = [_bind_failure(family, place) for family, _, _, _, place in dict.fromkeys(found)]
+    if not failures or None in failures:
+        return
+    code = failures[0]
+    if code == errno.EADDRINUSE:
+        message = f"is in use; a start fails unless what uses it has ended, got {address.port}"
+        yield Finding(port_place, message), True
+    elif code == errno.EACCES and address.port < _PRIVILEGED:
+        message = f"a port below {_PRIVILEGED} needs a privilege (CAP_NET_BIND_SERVICE), got {address.port}"
+        yield Finding(port_place, message), False
+    else:
+        yield Finding(host_place, f"cannot listen: {os.strerror(code or 0).lower()}, got {address.host!r}"), False
+
+
+def _bind_failure(family: int, address: object) -> int | None:
+    """Return the number of the error with which binding fails, None if it does not."""
+    try:
+        with closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)  # type: ignore[arg-type]  # as getaddrinfo has given it
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def _socket_path_problems(path: Path) -> Iterator[str]:
+    if not path.parent.is_dir():
+        yield f"there is no folder '{path.parent}'"
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        yield f"the folder '{path.parent}' may not be written"
+    elif path.exists() and not path.is_socket():
+        yield "there is something else than a socket"
+
+
+# State
+
+
+def _state_obstacles(state_dir: Path) -> Iterator[Finding]:
+    place: Place = ("state_dir",)
+    existing = own = own_folder(state_dir)
+    while not existing.exists() and not existing.is_symlink() and existing != existing.parent:
+        existing = existing.parent
+    if existing == own:
+        found = own.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            yield Finding(place, f"'{own}' is no folder of this user, got '{state_dir}'")
+            return
+    if not existing.is_dir():
+        yield Finding(place, f"'{existing}' is no folder, got '{state_dir}'")
+    elif not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
+        yield Finding(place, f"'{existing}' may not be written by this user, got '{state_dir}'")
+
+
+def _holder(lock: Path) -> str | None:
+    """Return the process that holds the folder, None if there is none."""
+    with suppress(OSError), lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return (file.read(100).split() or ["unknown"])[0]
+    return None

@@ -1,0 +1,55 @@
+"""What is printed when the gateway listens: the addresses it is bound to, and a URL or command that reaches it."""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from api_gateway.admin.operator_token import token_file
+from api_gateway.config import GatewayConfig
+from api_gateway.demo import banner
+from api_gateway.process.listeners import Sockets
+from api_gateway.settings.bind_address import UNIX, authority
+
+_REACHED_AS_LOCALHOST = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a set of sockets listens: `bound` as it is, `url` to reach it, with `curl` as the command for it."""
+
+    bound: str
+    url: str
+    curl: str = "curl"
+
+    @classmethod
+    def of(cls, sockets: Sequence[socket.socket]) -> "Place":
+        """Return the place of sockets that are one listener: several addresses, or one path."""
+        first = sockets[0]
+        if first.family == socket.AF_UNIX:
+            path = first.getsockname()
+            return cls(f"{UNIX}{path}", "http://localhost", f"curl --unix-socket {path}")
+        names = [sock.getsockname()[:2] for sock in sockets]
+        host, port = names[0]
+        reached = "localhost" if host in _REACHED_AS_LOCALHOST else host
+        return cls(" and ".join(authority(*name) for name in names), f"http://{authority(reached, port)}")
+
+    def __str__(self) -> str:
+        return f"{self.bound} ({self.url if self.curl == 'curl' else f'{self.curl} {self.url}'})"
+
+
+def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
+    """Return what a person needs to know when the gateway listens on these sockets."""
+    place = Place.of(sockets.public)
+    operators = Place.of(sockets.admin) if sockets.admin else place
+    routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
+    lines = [f"Listening on {place}", *routes]
+    if config.is_demo:
+        lines = [banner(str(place), place.url, place.curl, f"{operators.curl} {operators.url}")]
+    if sockets.admin:
+        lines.append(f"Operator endpoints on {operators}")
+    token = token_file(config.state_dir)
+    if token.exists():
+        lines.append(f"Operator token in {token}")
+    if workers > 1:
+        lines.append(f"{workers} workers serve it.")
+    return "\n".join(lines)

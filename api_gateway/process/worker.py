@@ -1,0 +1,70 @@
+"""One worker process of several: the gateway on sockets it inherits, in touch with its supervisor."""
+
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from api_gateway.config import GatewayConfig
+from api_gateway.errors import STARTUP_FAILED
+from api_gateway.process.listeners import Sockets
+from api_gateway.process.server import GatewayServer, configure_logging
+from api_gateway.reload.serialization import take_over
+from api_gateway.reporting.worker_channel import REPLACED_SIGNAL, SupervisorChannel
+from api_gateway.system.output import redirected
+
+
+def main(worker_config: dict[str, Any]) -> int:
+    """Serve until told to stop, or until the supervisor is gone. Returns the exit code; see `worker_config.Brief`."""
+    with redirected():
+        return _serve(worker_config)
+
+
+def _serve(worker_config: dict[str, Any]) -> int:
+    for number in (signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they are for the supervisor
+    config = take_over(worker_config["config"])
+    configure_logging(config.log.level, f"worker {worker_config['number']}: ")
+    server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]))
+    public, admin = (
+        [socket.socket(fileno=one) for one in worker_config[key]] for key in ("listeners", "admin_listeners")
+    )
+    server.run_on(Sockets(public, admin))
+    return server.exit_code if server.started else STARTUP_FAILED
+
+
+class WorkerServer(GatewayServer):
+    """The server, which tells its supervisor when it serves, how it stands, and how it stood in the end."""
+
+    def __init__(self, config: GatewayConfig, channel: socket.socket) -> None:
+        self._member = SupervisorChannel(channel, self._on_orphaned)
+        super().__init__(config, self._member)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, in touch with the supervisor from the first."""
+        await self._member.connect()
+        await super().startup(sockets)
+
+    def announce(self) -> None:
+        """Tell the supervisor, and not the person at the terminal."""
+        self._member.announce_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, and report what was counted in all."""
+        await super().shutdown(sockets)
+        await self._member.close(self.cut_off)
+
+    def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
+        for_the_supervisor = {signal.SIGHUP, signal.SIGUSR2}
+        own = {number: do for number, do in super()._handlers().items() if number not in for_the_supervisor}
+        return {**own, REPLACED_SIGNAL: self._on_relieved}
+
+    def _on_relieved(self, _number: int, _frame: FrameType | None) -> None:
+        """Drain at once: another worker serves at this place already, and the gateway is as ready as it was."""
+        self._delay = 0
+        self._watchdog.expect_end()
+        self.should_exit = True
+
+    def _on_orphaned(self) -> None:
+        self.handle_exit(signal.SIGTERM, None)

@@ -1,0 +1,267 @@
+"""A worker process as its supervisor sees it: the process, the channel to it, and its last report."""
+
+import asyncio
+import json
+import logging
+import math
+import signal
+import socket
+import sys
+import time
+from asyncio.subprocess import Process
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from api_gateway.process.listeners import Sockets
+from api_gateway.process.worker_config import ENTRY, WorkerConfig
+from api_gateway.reload.outcome import Outcome
+from api_gateway.reporting.snapshot import WorkerSnapshot
+from api_gateway.reporting.snapshot_parts import split
+from api_gateway.reporting.worker_channel import MAX_MESSAGE, REPLACED_SIGNAL, encode
+
+logger = logging.getLogger(__name__)
+
+Gather = Callable[[], Awaitable[dict[str, Any]]]
+Reload = Callable[[str], Awaitable[Outcome]]  # given where the wish came from
+
+START_TIMEOUT = 30.0  # seconds until a worker must serve
+LOOKS = 10  # that must find a worker silent before it is taken to hang
+MAX_SKEW = 60.0  # seconds that a message may have been on its way before the clocks are taken to be different
+
+
+class Objection(NamedTuple):
+    """Why a worker has not done a phase of a reload. `is_of_all`: the configuration is wrong, wherever it is tried."""
+
+    problem: str
+    is_of_all: bool = False
+
+
+class WorkerHandle:
+    """One worker. `report` is kept current by the worker; it may be looked at and not changed while it lives."""
+
+    def __init__(
+        self,
+        number: int,
+        process: Process,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        gather: Gather,
+        reload: Reload,
+        patience: float,
+    ) -> None:
+        """Kill it when, after its start, it has given no sign of life for `patience` seconds."""
+        self.started = time.monotonic()
+        self._served_since = math.inf
+        self.report = WorkerSnapshot.blank(str(number))
+        self.cut_off = 0  # requests that it could not end in its time to drain
+        self.drains_within = math.inf  # seconds it has to end, once it is told to
+        self._number = number
+        self._process = process
+        self._reader, self._writer = streams
+        self._gather = gather
+        self._reload = reload
+        self._ready = asyncio.get_running_loop().create_future()
+        self._asked: dict[int, asyncio.Future[None]] = {}
+        self._configuring: asyncio.Future[Objection | None] | None = None  # its answer to a phase of a reload
+        self._configurations = 0
+        self._answers: set[asyncio.Task[None]] = set()
+        self._is_heard = False  # since the last look
+        self._listening = asyncio.create_task(self._listen(), name=f"worker {number}")
+        watching = asyncio.create_task(self._watch(patience), name=f"watch over worker {number}")
+        self._listening.add_done_callback(lambda _: watching.cancel())
+
+    def __repr__(self) -> str:
+        return f"<worker {self._number} [{self._process.pid}]>"
+
+    async def is_ready(self, within: float) -> bool:
+        """Wait until it serves; False if it ends before, or takes too long."""
+        await asyncio.wait({self._ready}, timeout=within)
+        return self.has_served
+
+    @property
+    def has_served(self) -> bool:
+        """Tell whether it has ever been ready."""
+        return self._ready.done() and bool(self._ready.result())
+
+    @property
+    def has_served_for(self) -> float:
+        """The seconds since it was ready; 0 if it has never been: how long its start took says nothing of it."""
+        return max(0.0, time.monotonic() - self._served_since)
+
+    async def wait(self) -> int:
+        """Wait for its end and its last word; return the exit code, negative for a signal."""
+        code = await self._process.wait()
+        await asyncio.wait({self._listening})
+        return code
+
+    def terminate(self) -> None:
+        """Ask it to drain and end."""
+        self._signal(signal.SIGTERM)
+
+    def relieve(self) -> None:
+        """Tell it that another one has taken its place; it drains and ends."""
+        self._signal(REPLACED_SIGNAL)
+
+    def kill(self) -> None:
+        """End it."""
+        self._signal(signal.SIGKILL)
+
+    def ask(self, number: int) -> asyncio.Future[None]:
+        """Ask for a report; the future is done when `report` is newer than this, or will not get any newer."""
+        answer = asyncio.get_running_loop().create_future()
+        if self._listening.done() or not self._ready.done():
+            answer.set_result(None)
+        else:
+            self._asked[number] = answer
+            self._writer.write(encode("report", id=number))
+        return answer
+
+    @property
+    def is_serving(self) -> bool:
+        """True from when it is ready until it has ended or said its last word."""
+        return self.has_served and not self._listening.done()
+
+    async def configure(self, phase: str, within: float, **fields: Any) -> Objection | None:
+        """Have it do a phase of a reload (`prepare` or `commit`); return what is in the way, None if nothing is."""
+        self._configurations = number = self._configurations + 1
+        answer: asyncio.Future[Objection | None] = asyncio.get_running_loop().create_future()
+        self._configuring = answer
+        if not self._listening.done():
+            self._writer.write(encode(phase, id=number, **fields))
+        waited: set[asyncio.Future[Any]] = {answer, self._listening}
+        await asyncio.wait(waited, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        return Objection("it has ended" if self._listening.done() else f"it has not answered within {within:g} s")
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def _listen(self) -> None:
+        """Take its messages, until it closes the channel."""
+        try:
+            with suppress(OSError):
+                while (line := await self._reader.readline()).endswith(b"\n"):
+                    self._take(json.loads(line))
+        finally:
+            self._writer.close()
+            if not self._ready.done():
+                self._ready.set_result(False)
+            self._answered(None)
+
+    async def _watch(self, patience: float) -> None:
+        """Kill it when it hangs. Looks are counted and not seconds: a supervisor that was stopped blames nobody.
+
+        Before it serves it has nothing to say, so its time for that is added.
+        """
+        await asyncio.wait({self._ready}, timeout=START_TIMEOUT)
+        silent = 0
+        while silent < LOOKS:
+            await asyncio.sleep(patience / LOOKS)
+            silent = 0 if self._is_heard else silent + 1
+            self._is_heard = False
+        logger.error("%r has given no sign of life for %g s and is ended", self, patience)
+        self.kill()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        self._is_heard = True
+        if message["kind"] == "ready":
+            self._on_ready(message["clock"])
+            return
+        if message["kind"] == "configured":
+            if message["id"] == self._configurations and self._configuring and not self._configuring.done():
+                objection = message["objection"]
+                self._configuring.set_result(None if objection is None else Objection(*objection))
+            return
+        if message["kind"] == "reload":
+            self._answer_later(self._answer_reload(message["id"], message["origin"]))
+            return
+        self.report.update(message["report"])
+        if message["kind"] == "left":
+            self.cut_off = message["cut_off"]
+            self._answered(None)
+        elif message["kind"] == "gather":
+            self._answer_later(self._answer(message["id"], message["with_histories"]))
+        else:
+            self._answered(message["answers"])
+
+    def _on_ready(self, clock: float) -> None:
+        """Believe that it serves, if its times mean here what they mean there."""
+        is_shared = abs(time.monotonic() - clock) < MAX_SKEW
+        if not is_shared:
+            logger.error("%r has another monotonic clock: its windows cannot be added to the others'", self)
+        if not self._ready.done():
+            self._ready.set_result(is_shared)
+            self._served_since = time.monotonic()
+
+    def _answer_later(self, answering: Coroutine[Any, Any, None]) -> None:
+        answer = asyncio.create_task(answering, name="answer")
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
+
+    async def _answer_reload(self, number: int, origin: str) -> None:
+        outcome = await self._reload(origin)
+        if not self._writer.is_closing():
+            self._writer.write(encode("reloaded", id=number, outcome=outcome.state()))
+
+    async def _answer(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - as the message says
+        report = await self._gather()
+        if not with_histories:
+            report = {**report, "histories": {}}
+        parts = list(split(report))
+        for count, part in enumerate(parts, 1):
+            if self._writer.is_closing():
+                return
+            self._writer.write(encode("gathered", id=number, report=part, is_last=count == len(parts)))
+
+    def _answered(self, number: int | None) -> None:
+        """Wake who has asked for this report or an earlier one; None wakes all."""
+        for asked in [asked for asked in self._asked if number is None or asked <= number]:
+            answer = self._asked.pop(asked)
+            if not answer.done():
+                answer.set_result(None)
+
+
+async def spawn(
+    number: int,
+    config: dict[str, Any],
+    sockets: Sockets,
+    inherited: Sequence[int],
+    gather: Gather,
+    reload: Reload,
+    patience: float,
+) -> WorkerHandle:
+    """Start a worker, by exec and not by fork: it takes the code as it is now, and nothing of this process's loop.
+
+    It inherits `sockets` and the descriptors `inherited`; `gather` answers when it asks how all workers stand, and
+    `reload` when it wants the configuration reloaded. Once it serves, or START_TIMEOUT is over, it is killed when it
+    gives no sign of life for `patience` seconds.
+    """
+    ours, theirs = socket.socketpair()
+    try:
+        streams = await asyncio.open_unix_connection(sock=ours, limit=MAX_MESSAGE)
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
+    listeners = [sock.fileno() for sock in sockets.public]
+    admin = [sock.fileno() for sock in sockets.admin]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-c", ENTRY, f"gateway worker {number}"),
+            stdin=asyncio.subprocess.PIPE,
+            pass_fds=(theirs.fileno(), *listeners, *admin, *inherited),
+            process_group=0,  # an interrupt at the terminal is for the supervisor, who passes it on
+        )
+    except BaseException:
+        streams[1].close()
+        theirs.close()
+        raise
+    worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin)
+    theirs.close()  # the worker has its own by that number
+    worker = WorkerHandle(number, process, streams, gather, reload, patience)
+    assert process.stdin is not None  # noqa: S101 - piped above
+    process.stdin.write(worker_config.encode())
+    process.stdin.close()
+    return worker

@@ -1,0 +1,108 @@
+"""Acts on a route's fallback: waits for the tries on its upstream, and answers in its place where those fail."""
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from api_gateway.errors import GatewayError, Unavailable, UpstreamFailed
+from api_gateway.http1.asgi import Receive, Send
+from api_gateway.http1.headers import FALLBACK
+from api_gateway.models import Clock, Exchange
+from api_gateway.proxy.failure_record import note_failure, note_shed
+from api_gateway.proxy.fallback import Fallback, add_failure, applies
+from api_gateway.proxy.upstream_request import UpstreamRequest
+from api_gateway.resilience.retry import is_repeatable
+from api_gateway.upstreams.upstream_client import UpstreamClient
+
+Ask = Callable[[Exchange, UpstreamClient, UpstreamRequest, Receive, Send], Awaitable[None]]
+
+
+class FallbackRunner:
+    """Answers for upstreams that cannot."""
+
+    def __init__(
+        self,
+        services: Mapping[str, UpstreamClient],
+        ask: Ask,
+        on_fallback: Callable[[Exchange, GatewayError], None],
+        clock: Clock,
+    ) -> None:
+        """`ask` tries an upstream; `on_fallback` hears of a fallback that takes over after an error."""
+        self._services = services
+        self._ask = ask
+        self._on_fallback = on_fallback
+        self._clock = clock
+
+    async def respond(
+        self,
+        exchange: Exchange,
+        fallback: Fallback,
+        request: UpstreamRequest,
+        receive: Receive,
+        send: Send,
+        tries: Awaitable[None],
+    ) -> None:
+        """Have the fallback answer where the tries have come to nothing, nothing has been sent, and it may."""
+        try:
+            await tries
+        except (Unavailable, UpstreamFailed) as error:
+            if exchange.status or not self._may_respond(exchange, fallback, request, error):
+                raise
+            note_failure(exchange, error)
+            exchange.fallback = fallback.name
+            self._on_fallback(exchange, error)
+            exchange.has_reached |= not error.is_retry_safe
+            exchange.response_headers.append((FALLBACK, fallback.name.encode()))
+            if fallback.upstream is None:
+                await self._statically(exchange, fallback, send)
+            else:
+                await self._from_another(exchange, fallback.upstream, error, request, receive, send)
+
+    def _may_respond(
+        self, exchange: Exchange, fallback: Fallback, request: UpstreamRequest, error: GatewayError
+    ) -> bool:
+        if (
+            fallback.upstream is not None
+            and request.deadline is not None
+            and not request.deadline.remaining(self._clock())
+        ):
+            return False
+        return applies(
+            fallback,
+            error,
+            is_repeatable=is_repeatable(exchange.method, request.fields),
+            is_kept=request.body.is_kept,
+        )
+
+    async def _statically(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:
+        exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
+        headers = [*fallback.fields(), *exchange.response_headers]
+        await send({"type": "http.response.start", "status": fallback.status, "headers": headers})
+        await send({"type": "http.response.body", "body": fallback.body, "more_body": False})
+
+    async def _from_another(
+        self,
+        exchange: Exchange,
+        upstream: str,
+        first: GatewayError,
+        request: UpstreamRequest,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Have another upstream answer; if that fails too before it has begun, it was the `first` failure."""
+        failed, target = exchange.upstream, exchange.target
+        exchange.upstream = upstream
+        service = self._services[upstream]
+        service.retries.budget.deposit(exchange.started)
+        try:
+            await self._ask(exchange, service, request, receive, send)
+        except (Unavailable, UpstreamFailed) as error:
+            if exchange.status:
+                raise
+            note_shed(exchange, error)
+            exchange.upstream, exchange.target, exchange.fallback = failed, target, None
+            exchange.has_reached |= not error.is_retry_safe
+            exchange.response_headers = [pair for pair in exchange.response_headers if pair[0] != FALLBACK]
+            add_failure(first, error)
+            try:
+                raise first from first.__cause__
+            finally:
+                del first  # it refers to this frame

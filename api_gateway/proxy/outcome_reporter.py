@@ -1,0 +1,126 @@
+"""What a try came to, told to everybody it concerns: the breakers, an adaptive limit, the metrics and the log."""
+
+from collections.abc import Callable
+
+import httpx
+
+from api_gateway.errors import Fault, GatewayError, Overloaded, UpstreamTimeout
+from api_gateway.models import Clock, Exchange, Outcome
+from api_gateway.proxy.faults import NO_SHARE, OUTCOMES, ClientShare, fault_of, fault_of_status
+from api_gateway.resilience.breaker_history import Transition
+from api_gateway.transport.error_mapping import translate
+from api_gateway.transport.local_resources import LackLog, OutOfResources
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Attempt, SlowResponse
+
+_CLASSES = tuple(f"{number}xx" for number in range(6))
+
+
+class OutcomeReporter:
+    """Settles tries. A settled one is settled: what is told of it later moves nothing."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        observe_try: Callable[[str, str, float | None, float], None],
+        on_transition: Callable[[str, Transition], None],
+        on_target_move: Callable[[str, Target, Transition], None],
+    ) -> None:
+        """`observe_try` counts each try once, `on_transition` and `on_target_move` hear of the breakers' moves."""
+        self._clock = clock
+        self._observe_try = observe_try
+        self._on_transition = on_transition
+        self._on_target_move = on_target_move
+        self._lack_log = LackLog()
+
+    def on_head(
+        self, exchange: Exchange, attempt: Attempt, status: int, now: float, client: ClientShare = NO_SHARE
+    ) -> None:
+        """Count the answer's head; a status that is an error settles the try already."""
+        assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
+        exchange.head_at = now
+        took = now - exchange.sent_at
+        self._observe_try(attempt.upstream.name, _CLASSES[status // 100], took, now)
+        if status >= 500:  # noqa: PLR2004 - the class of server errors
+            self._settle_failure(exchange, attempt, fault_of_status(status, client), now, f"status {status}", now)
+            return
+        if attempt.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
+            attempt.upstream.limit.observe(took, now)
+        if status >= 400:  # noqa: PLR2004 - the class of client errors
+            self.settle(attempt, Outcome.IGNORED, now)
+        elif took >= attempt.upstream.breaker.slow_after:
+            attempt.slow = SlowResponse(took, exchange.route or "", exchange.id)
+
+    def on_failure(
+        self, exchange: Exchange, attempt: Attempt, error: httpx.TransportError, client: ClientShare = NO_SHARE
+    ) -> GatewayError:
+        """Settle a try that got no answer, and return what it failed with in our words."""
+        upstream, now = attempt.upstream.name, self._clock()
+        failure = translate(error, upstream)
+        self._observe_try(upstream, failure.reason, None, now)
+        fault = fault_of(failure, client)
+        if isinstance(failure, UpstreamTimeout) and fault is Fault.UPSTREAM:
+            _teach(exchange, attempt, now)
+        if isinstance(failure, Overloaded) and (lack := _lack(error)) is not None:
+            self._lack_log.note(upstream, lack, now)
+        self._settle_failure(exchange, attempt, fault, now, failure.reason, now)
+        return failure
+
+    def on_broken_body(
+        self, exchange: Exchange, attempt: Attempt, error: Exception, client: ClientShare = NO_SHARE
+    ) -> GatewayError:
+        """Settle a try whose answer broke off, and return what it failed with in our words."""
+        failure = translate(error, attempt.upstream.name)
+        failure.__cause__ = error
+        head_at = exchange.head_at or exchange.started
+        fault = fault_of(failure, client)
+        self._settle_failure(exchange, attempt, fault, self._clock(), f"{failure.reason} within the body", head_at)
+        return failure
+
+    def on_overdue(self, exchange: Exchange, attempt: Attempt, fault: Fault) -> None:
+        """Settle a try that the deadline has ended."""
+        if fault is not Fault.UPSTREAM:
+            return
+        now, reason = self._clock(), UpstreamTimeout.reason.value
+        if exchange.head_at is None:
+            self._observe_try(attempt.upstream.name, reason, None, now)
+            _teach(exchange, attempt, now)
+        self._settle_failure(exchange, attempt, fault, now, f"{reason} (deadline)", now)
+
+    def settle_success(self, attempt: Attempt) -> None:
+        """Settle a try as good."""
+        self.settle(attempt, Outcome.SUCCESS, self._clock())
+
+    def settle(self, attempt: Attempt, outcome: Outcome, now: float, detail: str = "") -> None:
+        """Tell the breakers how a try ended, and the log if that moved one."""
+        self._report(attempt, attempt.settle(outcome, now, detail))
+
+    def _settle_failure(
+        self, exchange: Exchange, attempt: Attempt, fault: Fault, now: float, detail: str, until: float
+    ) -> None:
+        """Tell the breakers of a failure, and for their records what failed; it took `until` its head, or its end."""
+        took = until - (exchange.sent_at or until)
+        if fault is Fault.TARGET:
+            attempt.principal = None  # no client can have caused it
+        move = attempt.settle(
+            OUTCOMES[fault], now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
+        )
+        self._report(attempt, move)
+
+    def _report(self, attempt: Attempt, transition: Transition | None) -> None:
+        if transition is not None:
+            self._on_transition(attempt.upstream.name, transition)
+        if attempt.target_move is not None:
+            self._on_target_move(attempt.upstream.name, attempt.target, attempt.target_move)
+
+
+def _lack(error: BaseException) -> OutOfResources | None:
+    """Return the error that says what this process lacks, if that is what it failed with."""
+    return next((found for found in (error, error.__cause__) if isinstance(found, OutOfResources)), None)
+
+
+def _teach(exchange: Exchange, attempt: Attempt, now: float) -> None:
+    """Let an adaptive limit know of a head that has not come: it takes at least as long."""
+    if attempt.upstream.limit is not None and exchange.sent_at is not None:
+        attempt.upstream.limit.observe(now - exchange.sent_at, now)

@@ -1,0 +1,138 @@
+"""Routes: which upstream a request goes to, what it costs, and the path it has there.
+
+Pure; paths are compared percent-decoded and by whole segments, and travel as they were sent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
+from api_gateway.http1.methods import PROXIED_METHODS, REFUSED_METHODS
+from api_gateway.http1.request_paths import is_below, matching_path
+from api_gateway.proxy.fallback import Fallback
+
+
+@dataclass(frozen=True, slots=True)
+class CostRule:
+    """What matching requests cost in tokens instead of the route's own cost; None matches any.
+
+    `candidate_cost` is a cost that is tried beside it, see `ShadowLimits`.
+    """
+
+    methods: frozenset[str] | None
+    path: str | None
+    cost: float
+    candidate_cost: float | None = None
+
+    def __str__(self) -> str:
+        methods = "any method" if self.methods is None else " ".join(sorted(self.methods))
+        return f"{methods} {'anywhere' if self.path is None else self.path}"
+
+    def matches(self, method: str, path: str) -> bool:
+        """Tell whether the rule speaks of this request."""
+        return (self.methods is None or method in self.methods) and (self.path is None or is_below(path, self.path))
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way through the gateway. `host`, `methods` None match any; the first rule of `costs` that matches counts.
+
+    `timeout` is the seconds a request has in all, None for those of its upstream. `min_body_rate` is the bytes a
+    second its body must have, None for those of the server. `fallback` answers for the upstream.
+    """
+
+    name: str
+    path: str
+    upstream: str
+    strip_prefix: str = ""
+    methods: frozenset[str] | None = None
+    host: str | None = None
+    cost: float = 1.0
+    costs: tuple[CostRule, ...] = ()
+    candidate_cost: float | None = None
+    timeout: float | None = None
+    min_body_rate: float | None = None
+    fallback: Fallback | None = None
+
+    def cost_of(self, method: str, path: str) -> float:
+        """Return what a request costs, in tokens."""
+        rule = self._rule_of(method, path)
+        return self.cost if rule is None else rule.cost
+
+    def rule_for(self, method: str, path: str) -> CostRule | None:
+        """Return the rule that says what a request costs, or None if that is the route itself."""
+        return self._rule_of(method, matching_path(path))
+
+    def _rule_of(self, method: str, path: str) -> CostRule | None:
+        return next((rule for rule in self.costs if rule.matches(method, path)), None)
+
+    def candidate_cost_of(self, method: str, path: str) -> float | None:
+        """Return the cost that is tried beside the one a request has, or None if there is none."""
+        rule = self.rule_for(method, path)
+        return self.candidate_cost if rule is None else rule.candidate_cost
+
+    @property
+    def has_candidate(self) -> bool:
+        """True if some of its requests have a cost that is tried."""
+        return self.candidate_cost is not None or any(rule.candidate_cost is not None for rule in self.costs)
+
+
+class RouteTable:
+    """Finds the route of a request: the longest prefix, and among equals the one for the host before one for any.
+
+    `path` is percent-decoded. Dot segments and repeated slashes are resolved for matching only, so that a spelling
+    cannot reach a cheaper cost rule; what travels is the path as it was sent.
+    """
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes: dict[str, list[Route]] = {}
+        for route in sorted(routes, key=lambda route: route.host is None):
+            self._routes.setdefault(route.path, []).append(route)
+        # No more segments than the deepest route has are ever looked at, however many a path holds.
+        self._depth = max((path.count("/") for path in self._routes), default=0)
+
+    def __repr__(self) -> str:
+        return f"<RouteTable {sorted(self._routes)}>"
+
+    def find(self, host: str, method: str, path: str) -> tuple[Route, float]:
+        """Return the route of a request and what it costs, in tokens.
+
+        Raises NoRoute, or MethodNotAllowed naming what is allowed.
+        """
+        if "//" in path or "/." in path:
+            path = matching_path(path)
+        prefix = path
+        if path.count("/") > self._depth:
+            prefix = "/".join(path.split("/", self._depth + 1)[: self._depth + 1])
+        while prefix:
+            allowed: set[str] = set()
+            for route in self._routes.get(prefix, ()):
+                if route.host is None or route.host == host:
+                    if route.methods is None or method in route.methods:
+                        return route, route.cost_of(method, path) if route.costs else route.cost
+                    allowed |= route.methods
+            if allowed:
+                names = ", ".join(sorted(allowed))
+                raise MethodNotAllowed(f"{path} takes {names}, not {method}.", headers={"allow": names})
+            prefix = prefix.rpartition("/")[0]
+        raise NoRoute(f"No route matches {path}.")
+
+
+def refuse_method(method: str) -> None:
+    """Raise MethodNotAllowed if no upstream is ever asked with this method."""
+    if method in REFUSED_METHODS:
+        raise MethodNotAllowed(f"{method} is not proxied.", headers={"allow": PROXIED_METHODS})
+
+
+def upstream_target(route: Route, target: bytes) -> bytes:
+    """Return the request target for the upstream: path and query byte for byte, less the route's prefix.
+
+    Raises BadRequest.
+    """
+    prefix = route.strip_prefix.encode()
+    if not prefix:
+        return target
+    if not target.startswith(prefix) or target[len(prefix) : len(prefix) + 1] not in (b"", b"/", b"?"):
+        raise BadRequest(f"The path is spelt so that its prefix {route.strip_prefix} cannot be taken off.")
+    rest = target[len(prefix) :]
+    return rest if rest.startswith(b"/") else b"/" + rest

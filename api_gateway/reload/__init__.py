@@ -1,0 +1,1 @@
+"""Reloading the configuration: reading, comparing, handing over, outcome. Builds nothing that lives."""

@@ -1,0 +1,117 @@
+"""The differences between two configurations, and the settings among them that only a restart can change."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, SecretStr
+
+from api_gateway.config import GatewayConfig
+from api_gateway.reload.outcome import ChangedSetting
+
+# Held by what a process opens once, at its start: sockets, the embedded store, the connections to a store.
+NEEDS_RESTART = (
+    "server.host",
+    "server.port",
+    "server.workers",
+    "server.socket_mode",
+    "server.worker_timeout",
+    "admin.listen",
+    "admin.socket_mode",
+    "state_dir",
+    "store.url",
+    "store.decision_timeout",
+    "store.timeout",
+    "store.prefix",
+    "store.clients",
+    "store.max_cached_clients",
+)
+_KEYS = ("name", "url")  # by which the items of a list are told apart
+_HIDDEN = "(secret)"
+_ABSENT = object()
+
+
+def changes_between(old: GatewayConfig, new: GatewayConfig) -> list[ChangedSetting]:
+    """Return what differs, in the order of the sections."""
+    return list(_compare("", old, new))
+
+
+def with_restart_settings_of(running: GatewayConfig, read: GatewayConfig) -> tuple[GatewayConfig, list[str]]:
+    """Return `read` with the settings that need a restart as they are `running`, and which of them differ."""
+    differing = []
+    for path in NEEDS_RESTART:
+        section, _, name = path.rpartition(".")
+        was = _value(running, path)
+        if _value(read, path) == was:
+            continue
+        differing.append(path)
+        if section:
+            changed = getattr(read, section).model_copy(update={name: was})
+            read = read.model_copy(update={section: changed})
+        else:
+            read = read.model_copy(update={name: was})
+    return read, differing
+
+
+def _value(config: GatewayConfig, path: str) -> Any:
+    found: Any = config
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _compare(path: str, old: Any, new: Any) -> Iterator[ChangedSetting]:
+    if old is new or old == new:
+        return
+    if type(old) is type(new) and isinstance(old, BaseModel):
+        for name in type(old).model_fields:
+            yield from _compare(_join(path, name), getattr(old, name), getattr(new, name))
+        return
+    ours, theirs = _items(old), _items(new)
+    if ours is not None and theirs is not None:
+        for name in dict.fromkeys((*ours, *theirs)):
+            yield from _compare(_join(path, name), ours.get(name, _ABSENT), theirs.get(name, _ABSENT))
+        if list(ours.values()) == list(theirs.values()):
+            return
+        if ours.keys() == theirs.keys() and list(ours) != list(theirs):
+            yield ChangedSetting(path, list(ours), list(theirs))
+        return
+    is_secret = isinstance(old, SecretStr) or isinstance(new, SecretStr)
+    yield ChangedSetting(path, None if is_secret else _shown(old), None if is_secret else _shown(new), is_secret)
+
+
+def _items(value: Any) -> Mapping[str, Any] | None:
+    """Return the items of a section by name, or of a list whose items have names of their own; else None."""
+    if isinstance(value, Mapping):
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, BaseModel) for item in value):
+        return None
+    for key in _KEYS:
+        names = [getattr(item, key, None) for item in value]
+        if None not in names and len(set(names)) == len(names):
+            return dict(zip(map(str, names), value, strict=True))
+    return None
+
+
+def _join(path: str, name: str) -> str:
+    if not path:
+        return name
+    return f"{path}.{name}" if name.replace("_", "").isalnum() else f"{path}[{name}]"
+
+
+def _shown(value: Any) -> Any:
+    """Return a value as JSON can hold it, without secrets; of a section what differs from its defaults."""
+    if value is _ABSENT or value is None:
+        return None
+    if isinstance(value, BaseModel):
+        return {
+            name: _shown(getattr(value, name))
+            for name, field in type(value).model_fields.items()
+            if getattr(value, name) != field.get_default(call_default_factory=True)
+        }
+    if isinstance(value, Mapping):
+        return {str(name): _shown(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_shown(inner) for inner in value]
+    if isinstance(value, SecretStr):
+        return _HIDDEN
+    return value if isinstance(value, bool | int | float | str) else str(value)

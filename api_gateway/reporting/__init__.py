@@ -1,0 +1,1 @@
+"""Snapshots of a worker, their merging across workers, Prometheus text and response schemas. Changes nothing."""

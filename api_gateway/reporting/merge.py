@@ -1,0 +1,164 @@
+"""What the reports of several workers come to: counts summed, and of states the worst. Values only."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from api_gateway.models import LimiterState
+from api_gateway.reporting.snapshot import (
+    BreakerSnapshot,
+    HostNameSnapshot,
+    OutlierSnapshot,
+    Status,
+    TargetSnapshot,
+    UpstreamSnapshot,
+    WorkerSnapshot,
+    last_moves,
+)
+from api_gateway.resilience.breaker_history import TransitionRecord
+from api_gateway.resilience.breaker_policy import Mode, State
+from api_gateway.resilience.concurrency_limit import ConcurrencyState
+from api_gateway.resilience.fair_shares import merge_states
+
+_BADNESS = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+_GRAVITY: dict[Status, int] = {"pass": 0, "warn": 1, "fail": 2}
+_SEVERITY = {Mode.AUTO: 0, Mode.OBSERVE: 1, Mode.FORCED_CLOSED: 2, Mode.FORCED_OPEN: 3}
+_EXACT = frozenset({"memory", "store"})
+_EVER = float("inf")
+
+
+def merge(reports: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
+    """Return what the reports come to: counts summed, and of states the worst."""
+    merged = WorkerSnapshot.blank()
+    for report in reports:
+        merged.recorder.absorb(report.recorder)
+        merged.buckets += report.buckets
+        merged.bucket_limit = max(merged.bucket_limit, report.bucket_limit)
+        merged.overflowed += report.overflowed
+        merged.lag = max(merged.lag, report.lag)
+        merged.tasks += report.tasks
+    merged.limiter = _merge_limiters(reports)
+    merged.client_trouble = next((it.client_trouble for it in reports if it.client_trouble and not it.is_over), None)
+    merged.resources = merge_states(state for report in reports for state in report.resources)
+    merged.is_over = all(report.is_over for report in reports)
+    names = dict.fromkeys(name for report in reports for name in report.upstreams)
+    for name in names:
+        found = [report for report in reports if name in report.upstreams]
+        present = [report for report in found if not report.is_over]
+        if present or merged.is_over:
+            merged.upstreams[name] = _merge_upstream(name, found, present or found)
+            merged.histories[name] = _merge_histories(name, reports)
+    return merged
+
+
+def _merge_limiters(reports: Sequence[WorkerSnapshot]) -> LimiterState:
+    states = [report.limiter for report in reports]
+    present = [report.limiter for report in reports if not report.is_over] or states
+    return LimiterState(
+        decision_source=min((state.decision_source for state in present), key=_EXACT.__contains__, default="memory"),
+        gateway_processes=max((state.gateway_processes for state in present), default=1),
+        calls=sum(state.calls for state in states),
+        operations=sum(state.operations for state in states),
+        failures=sum(state.failures for state in states),
+        last_error=next((state.last_error for state in present if state.last_error), None),
+        evicted_keys=max((state.evicted_keys for state in present), default=0),  # all ask the same store
+        warning=next((state.warning for state in present if state.warning), None),
+    )
+
+
+def _merge_histories(name: str, reports: Sequence[WorkerSnapshot]) -> list[TransitionRecord]:
+    """Return the moves of all, by time, each saying whose it is; of those that have ended the last ones."""
+    moves = [
+        record if record.worker else replace(record, worker=report.worker)
+        for report in reports
+        for record in report.histories.get(name, ())
+    ]
+    return last_moves(moves, len(reports))
+
+
+def _merge_upstream(name: str, found: Sequence[WorkerSnapshot], present: Sequence[WorkerSnapshot]) -> UpstreamSnapshot:
+    upstreams = [report.upstreams[name] for report in present]
+    breaker = replace(
+        _worst([upstream.breaker for upstream in upstreams]),
+        opened_total=sum(report.upstreams[name].breaker.opened_total for report in found),
+        rejected_total=sum(report.upstreams[name].breaker.rejected_total for report in found),
+        slow_total=sum(report.upstreams[name].breaker.slow_total for report in found),
+        would_open_total=sum(report.upstreams[name].breaker.would_open_total for report in found),
+        would_reject_total=sum(report.upstreams[name].breaker.would_reject_total for report in found),
+        workers={report.worker: report.upstreams[name].breaker.state for report in present},
+    )
+    status = max((upstream.status for upstream in upstreams), key=_GRAVITY.__getitem__)
+    keys = dict.fromkeys(target.key for upstream in upstreams for target in upstream.targets)
+    everywhere = [report.upstreams[name] for report in found]
+    targets = (_merge_target(key, upstreams, everywhere) for key in keys)
+    spoken = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
+    names = {(one.host, one.port): one for one in spoken}  # the last to be said is one with an error, if any
+    return UpstreamSnapshot(status, breaker, tuple(targets), tuple(names.values()), _merge_concurrency(upstreams))
+
+
+def _merge_concurrency(upstreams: Sequence[UpstreamSnapshot]) -> ConcurrencyState:
+    """Return what workers may have under way together: each has a limit of its own."""
+    found = [upstream.concurrency for upstream in upstreams]
+    limits = [concurrency.limit for concurrency in found if concurrency.limit is not None]
+    return ConcurrencyState(sum(limits) if limits else None, sum(concurrency.in_flight for concurrency in found))
+
+
+def _worst(breakers: Sequence[BreakerSnapshot]) -> BreakerSnapshot:
+    """Return the worst of the states, with what the others add to it; the totals are left to the caller."""
+    worst = max(breakers, key=lambda breaker: (_BADNESS[breaker.state], -breaker.since))
+    probes = [breaker.next_probe_at for breaker in breakers if breaker.next_probe_at is not None]
+    latest = max(breakers, key=lambda breaker: -_EVER if breaker.opened_at is None else breaker.opened_at)
+    return replace(
+        worst,
+        consecutive_failures=max(breaker.consecutive_failures for breaker in breakers),
+        window_calls=sum(breaker.window_calls for breaker in breakers),
+        window_failures=sum(breaker.window_failures for breaker in breakers),
+        window_slow=sum(breaker.window_slow for breaker in breakers),
+        mode=max((breaker.mode for breaker in breakers), key=_SEVERITY.__getitem__),
+        ramp_share=min((breaker.ramp_share for breaker in breakers if breaker.ramp_share is not None), default=None),
+        probes_in_flight=sum(breaker.probes_in_flight for breaker in breakers),
+        one_principal=any(breaker.one_principal for breaker in breakers),
+        next_probe_at=min(probes, default=None),
+        opened_at=latest.opened_at,
+        opened_cause=latest.opened_cause,
+    )
+
+
+def _merge_target(
+    key: str, upstreams: Iterable[UpstreamSnapshot], everywhere: Iterable[UpstreamSnapshot]
+) -> TargetSnapshot:
+    """Return the worst that is said of a target. What was counted `everywhere` counts, also by who has ended."""
+    targets = [target for upstream in upstreams for target in upstream.targets if target.key == key]
+    telling = min(targets, key=lambda target: (target.is_healthy, target.checks.at is None))
+    passive = [target.passive for target in targets if target.passive is not None]
+    return replace(
+        telling,
+        in_flight=sum(target.in_flight for target in targets),
+        share=min(target.share for target in targets),
+        passive=_merge_passive(
+            passive,
+            sum(
+                target.passive.ejections_total
+                for upstream in everywhere
+                for target in upstream.targets
+                if target.key == key and target.passive is not None
+            ),
+        ),
+    )
+
+
+def _merge_passive(passive: Sequence[OutlierSnapshot], ejections_total: int) -> OutlierSnapshot | None:
+    if not passive:
+        return None
+    worst = max(passive, key=lambda one: (one.is_ejected, _BADNESS[one.state], one.consecutive_failures))
+    probes = [one.next_probe_at for one in passive if one.next_probe_at is not None]
+    return replace(
+        worst,
+        withheld=max(one.withheld for one in passive),
+        one_principal=any(one.one_principal for one in passive),
+        next_probe_at=min(probes, default=None),
+        ejections_total=ejections_total,
+    )
+
+
+def _is_in_error(name: HostNameSnapshot) -> bool:
+    return name.error is not None

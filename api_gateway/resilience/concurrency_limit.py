@@ -1,0 +1,142 @@
+"""How much may be under way at once, and who is refused first when it is too much.
+
+Nobody waits here: a request is admitted, or refused at once with a time to come back at. Synchronous and without
+clock; the random source is handed in.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+from api_gateway.errors import LoadShed
+from api_gateway.resilience.adaptive_limit import AdaptivePolicy, GradientController
+from api_gateway.resilience.fair_shares import Shares
+from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses, retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class ConcurrencyState:
+    """What may be under way at an upstream, None if that is not limited, and what is."""
+
+    limit: float | None = None
+    in_flight: int = 0
+
+
+class ConcurrencyLimit:
+    """The requests that this process may have under way at one upstream.
+
+    `bounds` are the places of each band, `shares` of the limit rounded up. Of those a holder may have as many as are
+    free, see `fair_shares`. The limit is fixed, or a gradient finds it.
+    """
+
+    __slots__ = ("_bands", "_gradient", "_met", "_most_bands", "_peak", "_places", "_source", "bounds", "limit")
+
+    def __init__(
+        self,
+        limit: float | GradientController,
+        priorities: PriorityClasses = SINGLE_PRIORITY,
+        *,
+        source: random.Random,
+    ) -> None:
+        self._bands = priorities
+        self._most_bands = len(priorities)  # that a request under way may have been given its band among
+        self._gradient = limit if isinstance(limit, GradientController) else None
+        self._source = source
+        self._places = Shares(0)
+        self._peak = 0
+        self._met = len(priorities)  # the lowest band that met its bound since the gradient's window began
+        self._set(limit.allowed if isinstance(limit, GradientController) else limit)
+
+    def __repr__(self) -> str:
+        return f"<ConcurrencyLimit [{self.in_flight} of {self.limit:g}]>"
+
+    @property
+    def is_adaptive(self) -> bool:
+        """True if it follows the upstream's latency."""
+        return self._gradient is not None
+
+    def change(self, limit: float | AdaptivePolicy, priorities: PriorityClasses, now: float) -> None:
+        """Take another limit, or other terms of an adaptive one, which goes on from where it stands."""
+        self._bands = priorities
+        self._most_bands = max(self._most_bands, len(priorities))
+        self._met = len(priorities)
+        gradient = self._gradient
+        if not isinstance(limit, AdaptivePolicy):
+            self._gradient = None
+            self._set(limit)
+            return
+        if gradient is None:
+            self._gradient = gradient = GradientController(limit, now, self.limit)
+        else:
+            gradient.change_policy(limit)
+        self._set(gradient.allowed)
+
+    def _set(self, limit: float) -> None:
+        self.limit = limit
+        self._bound([math.ceil(limit * share) for share in self._bands.shares])
+
+    def _bound(self, bounds: list[int]) -> None:
+        """Set the places of each band; a request whose band is no more has those of the highest."""
+        self.bounds = (*bounds, *bounds[-1:] * (self._most_bands - len(bounds)))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests under way."""
+        return self._places.in_use
+
+    def admits(self, priority: int, holder: str | None = None) -> bool:
+        """Tell whether a request of that band may go now."""
+        if not self.is_full_for(priority, holder):
+            return True
+        self._met = min(self._met, priority)
+        return False
+
+    def is_full_for(self, priority: int, holder: str | None = None) -> bool:
+        """Tell whether `admits` would refuse; nothing is learnt from the question."""
+        places = self._places
+        return places.held(holder) >= self.bounds[priority] - places.in_use
+
+    def take(self, priority: int, holder: str | None = None) -> None:
+        """Count one more under way, which `admits` has allowed."""
+        self._places.take(holder)
+        taken = self._places.in_use
+        if taken > self._peak:
+            self._peak = taken
+            if taken >= self.bounds[priority] and priority < self._met:
+                self._met = priority
+
+    def give_back(self, holder: str | None = None) -> None:
+        """Count one less."""
+        self._places.give_back(holder)
+
+    def observe(self, seconds: float, now: float) -> None:
+        """Learn from the time one request took to the head of its answer."""
+        gradient = self._gradient
+        if gradient is not None and gradient.add(seconds, now):
+            priorities, met = len(self._bands), self._met
+            gradient.close_window(now, is_met=met < priorities, is_calm=2 * self._peak <= self.bounds[0])
+            self._met, self._peak = priorities, self.in_flight
+            self._set(gradient.allowed)
+            if gradient.is_looking and met < priorities - 1:  # a look costs the lower bands, if they are many enough
+                self._bound([*self.bounds[: priorities - 1], math.ceil(gradient.unqueued)])
+
+    def refusal(self, upstream: str, priority: int, holder: str | None = None) -> LoadShed:
+        """Return the error that tells a request of that band that it came at a bad time."""
+        bound = self.bounds[priority]
+        tier = self._bands.name(priority)
+        whose = f"requests of tier {tier} are admitted" if tier else "requests are admitted"
+        share = ""
+        if self.in_flight < bound:
+            share = f"; {self._places.held(holder)} of them are yours, and nobody may have more than are still free"
+        return LoadShed(
+            f"Upstream '{upstream}' is overloaded: of {self.limit:.4g} requests that may be under way"
+            f" {self.in_flight} are, and {whose} below {bound}{share}.",
+            retry_after=retry_after(self._source),
+            extra={
+                "upstream": upstream,
+                "tier": tier,
+                "concurrency_limit": round(self.limit, 1),
+                "tier_concurrency_limit": bound,
+                "in_flight": self.in_flight,
+            },
+        )

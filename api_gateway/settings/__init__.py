@@ -1,0 +1,1 @@
+"""The sections of the configuration, their rules, and the messages about mistakes. Builds nothing that lives."""

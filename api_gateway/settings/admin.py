@@ -1,0 +1,48 @@
+"""The sections of the operator endpoints: tokens, roles and the listener for operators."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, SecretStr, model_validator
+
+from api_gateway.settings.secret import Secret, SecretFile
+from api_gateway.settings.setting_types import FileMode, Identifier, Listen, Section
+
+MIN_TOKEN_LENGTH = 8
+
+
+def _long_enough(token: SecretStr) -> SecretStr:
+    if len(token.get_secret_value()) < MIN_TOKEN_LENGTH:
+        raise ValueError(f"must have at least {MIN_TOKEN_LENGTH} characters")
+    return token
+
+
+OperatorToken = Annotated[Secret, AfterValidator(_long_enough)]
+
+
+class TokenSection(Section):
+    """A named token; it may read (views, metrics) or operate (change tiers, modes and the rest, too)."""
+
+    role: Literal["read", "operate"] = "read"
+    token: OperatorToken | None = None
+    token_file: SecretFile = None
+
+    @model_validator(mode="after")
+    def _has_token(self) -> "TokenSection":
+        if self.token is None:
+            raise ValueError("needs a token or a token_file")
+        return self
+
+
+class AdminSection(Section):
+    """Who may use the operator endpoints; without any token they answer this machine only."""
+
+    token: OperatorToken | None = Field(default=None, description="A token named 'admin' of the role operate.")
+    token_file: SecretFile = None
+    tokens: dict[Identifier, TokenSection] = Field(
+        default={}, description="Further tokens by name. Several may hold at once, so that one can be replaced."
+    )
+    local: bool = Field(default=True, description="Whether programs of this machine need no token; see the docs.")
+    listen: Listen | None = Field(
+        default=None, description="host:port or unix:/path: a listener for the operator endpoints alone."
+    )
+    socket_mode: FileMode = Field(default=0o600, description="Permissions of the file of that Unix socket.")

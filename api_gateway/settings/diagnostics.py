@@ -1,0 +1,347 @@
+"""Puts configuration mistakes in words: where the value was set, its place, what is wrong with it, the value.
+
+Knows YAML files, the environment and pydantic's errors, but no section of the configuration in particular.
+"""
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from api_gateway.settings.secret import SUFFIX, Unusable, holds_secret, may_hold_password, secret_names, shown_path
+
+Place = tuple[str, ...]
+
+DELIMITER = "__"  # between the levels of a setting, in the name of a variable
+
+# The URL of a target, or a wrong attempt at one, in which nothing can be taken for a password.
+_PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
+_LONGEST_SHOWN = 200
+_QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")
+_YAML_TOKEN = re.compile(r".|\\.|<[a-z ]+>")  # what YAML's messages quote of its own, and a single character
+NO_PATTERNS: Mapping[str, str] = {}
+_HOLDS_ITSELF = "holds itself"
+_TEXT = "tag:yaml.org,2002:str"
+_KEY_TAGS = (_TEXT, "tag:yaml.org,2002:merge")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `problems` holds one line for each mistake."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class YamlFile:
+    """A parsed file: its values, and the line of each by its place in lower case."""
+
+    path: Path | None
+    values: dict[str, Any]
+    lines: Mapping[Place, int]
+    problems: tuple[str, ...] = ()  # what YAML allows and we do not
+
+
+NO_FILE = YamlFile(None, {}, {})
+
+
+class _TextKeys(yaml.SafeLoader):
+    """Takes every key as the text that it is in the file; one that YAML reads as something else is a problem."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - theirs
+        """See `yaml.SafeLoader`."""
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag not in _KEY_TAGS:
+                key.tag = _TEXT
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Read a file of sections. Raises ConfigError if it is no such file.
+
+    A key given twice is one of the file's `problems`: YAML lets the second win.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.load(text, Loader=_TextKeys)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError as error:  # it holds all of the file, and its text a byte of it
+        raise ConfigError([f"{path}: cannot be read: not utf-8 at byte {error.start}"]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise ConfigError([f"{path}{_not_yaml(error)}"]) from None
+    if values is None:
+        return YamlFile(path, {}, {})
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path}: must hold sections, got {type(values).__name__}"])
+    lines: dict[Place, int] = {}
+    faults = [f"{path}:{line}: {spelt(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
+    if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
+        raise ConfigError(faults)
+    by_lower_case = {tuple(map(str.lower, place)): line for place, line in lines.items()}
+    return YamlFile(path, values, by_lower_case, tuple(faults))
+
+
+def _not_yaml(error: Exception) -> str:
+    """Return line and problem, without the text of the file that the error quotes: it may be a secret."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+    problem = _QUOTED.sub(lambda quoted: quoted[0] if _YAML_TOKEN.fullmatch(quoted[2]) else "'...'", problem)
+    hint = "; indent with spaces instead of tabs" if "'\\t'" in problem else ""
+    return f"{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}{hint}"
+
+
+def _index_lines(
+    node: yaml.Node | None, place: Place, lines: dict[Place, int], above: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[Place, int, str]]:
+    """Fill `lines`, and yield place, line and fault of every key or value that YAML allows and we do not."""
+    if any(node is outer for outer in above) and node is not None:
+        yield place, node.start_mark.line + 1, _HOLDS_ITSELF
+        return
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*place, str(key.value) if isinstance(key, yaml.ScalarNode) else "?")
+            line = key.start_mark.line + 1
+            if inner in lines:
+                yield inner, line, "given twice"
+            elif key.tag not in _KEY_TAGS:
+                yield inner, line, "is no text; put the key in quotes"
+            lines[inner] = line
+            yield from _index_lines(value, inner, lines, (*above, node))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            inner = (*place, str(index))
+            lines[inner] = value.start_mark.line + 1
+            yield from _index_lines(value, inner, lines, (*above, node))
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where values came from: `overrides` of the command line, `variables` (by upper-case name), and the file.
+
+    Only those variables that are settings are sources.
+    """
+
+    overrides: Mapping[str, Any]
+    prefix: str
+    variables: Mapping[str, str]
+    file: YamlFile
+
+    @property
+    def names(self) -> list[str]:
+        """What the sources are called that have any values in force: the command line, variables, the file."""
+        variables = sorted(name for name in self.variables if not self._is_overridden(name))
+        return [
+            *(["command line"] if self.overrides else []),
+            *(f"environment {name}" for name in variables),
+            *([str(self.file.path)] if self.file.path is not None else []),
+        ]
+
+    def _is_overridden(self, variable: str) -> bool:
+        """Tell whether the command line says what the variable does."""
+        value = _value_at(self.overrides, place_of_variable(variable, self.prefix))
+        return value is not None and not isinstance(value, Mapping)
+
+    def given(self, place: Place) -> Any:
+        """Return the value that one of the sources has for exactly this place, or None."""
+        found = [_value_at(self.overrides, place)]
+        for length in range(len(place), 0, -1):
+            text = self.variables.get(self.prefix + DELIMITER.join(place[:length]).upper())
+            found.append(text if length == len(place) else _value_at(_parsed(text), place[length:]))
+        found.append(_value_at(self.file.values, place))
+        return next((value for value in found if value is not None), None)
+
+    def origin(self, place: Place) -> str:
+        """Return where the value at `place` was set, with a colon behind, or nothing when it cannot be told."""
+        if _value_at(self.overrides, place) is not None:
+            return "command line: "
+        prefixes = [place[:length] for length in range(len(place), 0, -1)]
+        for some in prefixes:
+            name = self.prefix + DELIMITER.join(some).upper()
+            if name in self.variables and _may_hold(self.variables[name], place[len(some) :]):
+                return f"environment {name}: "
+        for some in prefixes:
+            line = self.file.lines.get(tuple(map(str.lower, some)))
+            if line is not None:
+                return f"{self.file.path}:{line}: "
+        return ""
+
+
+def place_of_variable(name: str, prefix: str) -> Place:
+    """Return the place of the setting that a variable, by its upper-case name, is for."""
+    return tuple(name.removeprefix(prefix).lower().split(DELIMITER))
+
+
+def _may_hold(text: str | None, place: Place) -> bool:
+    try:
+        return not place or _value_at(json.loads(text or ""), place) is not None
+    except ValueError:
+        return True
+
+
+def _parsed(text: str | None) -> Any:
+    try:
+        return json.loads(text or "")
+    except ValueError:
+        return None
+
+
+def _value_at(value: Any, place: Place) -> Any:
+    """Return what is at `place` inside `value`, or None."""
+    for part in place:
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def place_of(detail: ErrorDetails) -> Place:
+    """Return the place that one of pydantic's errors is about; a name is told by its value."""
+    return tuple(str(part) for part in detail["loc"] if part != "[key]")
+
+
+def explain(
+    detail: ErrorDetails, model: type[BaseModel], sources: Sources, patterns: Mapping[str, str] = NO_PATTERNS
+) -> str:
+    """Return a line for one of pydantic's errors about `model`. Secrets are not shown.
+
+    `patterns` says in words what a text must be like to match a regular expression.
+    """
+    place, kind = place_of(detail), detail["type"]
+    shown = "" if isinstance(detail["input"], Unusable) else shown_value(detail["input"], type_at(model, place))
+    message = _message(detail, patterns) + (_example(type_at(model, place)) if kind == "model_type" else "")
+    if kind == "extra_forbidden":
+        known = _keys_at(model, place[:-1])
+        hint, shown = nearest(place[-1], known), ""
+        message = "unknown key" + (hint or "; known are " + ", ".join(known))
+        section = unwrapped(type_at(model, place[:-1]))
+        if "@" in place[-1] or (not hint and secret_names(section)):  # as in store: {redis://...}
+            place, message = place[:-1], f"has an {message}"
+    elif kind == "model_type" and _is_named_secret(model, place):
+        place, shown, message = place[:-1], "", f"under each name, {message}"  # the name may be the secret
+    elif kind == "missing":
+        message, shown = "is missing", ""
+    elif detail["input"] is None:
+        message, shown = f"has no value; {message}, or leave it out", ""
+    twin = (*place[:-1], "".join(place[-1:]) + SUFFIX)
+    path = sources.given(twin)
+    if path is not None:  # the secret was read from a file
+        names_file = ", got " in message or (isinstance(detail["input"], Unusable) and detail["input"].names_file)
+        place, shown = twin, "" if names_file else f", read from {shown_path(path)}"
+    return f"{sources.origin(place)}{spelt(place) or 'the configuration'}: {message}{shown}"
+
+
+def _example(annotation: Any) -> str:
+    """Return what a section looks like: the settings that it must have, or the first that it may have."""
+    fields = unwrapped(annotation).model_fields
+    keys = [name for name, field in fields.items() if field.is_required()] or list(fields)[:1]
+    return f", such as {{{', '.join(f'{key}: ...' for key in keys)}}}"
+
+
+_MESSAGES = {
+    "model_type": "must be a section of keys and values",
+    "dict_type": "must be a section of keys and values",
+    "list_type": "must be a list",
+    "string_type": "must be text; put it in quotes",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "path_type": "must be a path",
+}
+
+
+def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
+    """Return what is wrong in our words, without names of classes."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "string_type" and isinstance(detail["input"], bool):
+        return "must be text; put it in quotes, as YAML reads on, off, yes and no as true and false"
+    if kind == "string_pattern_mismatch" and context.get("pattern") in patterns:
+        return patterns[context["pattern"]]
+    message = _MESSAGES.get(kind) or detail["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^(Input|String|List|Value|Dictionary|Tuple|Set) should ", "must ", message)
+    message = re.sub(r" after validation, not \d+$", "", message)
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _is_named_secret(model: type[BaseModel], place: Place) -> bool:
+    """Tell whether a name should stand in front of a section with a secret at this place."""
+    names = type_at(model, place[:-1])
+    return get_origin(unwrapped(names)) is dict and holds_secret(names)
+
+
+def without_passwords(message: str) -> str:
+    """Return a message without the quoted values that may hold a password."""
+    return re.sub(r"'[^']*@[^']*'", "a value that is not shown because it may hold a password", message)
+
+
+def shown_value(value: Any, annotation: Any) -> str:
+    """Return what a message says of a wrong value of this type: the value, unless it is or may hold a secret."""
+    if holds_secret(annotation):
+        return ""
+    text = repr(value)
+    if len(text) > _LONGEST_SHOWN:
+        text = f"{text[:_LONGEST_SHOWN]}..."
+    if "@" in text or (may_hold_password(annotation) and not _PLAIN_URL.fullmatch(text)):
+        return ", got a value that is not shown because it may hold a password"
+    return f", got {text}"
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """Return a suggestion when one of `known` is close to `word`, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def spelt(place: Place) -> str:
+    """Return a place as people write it, such as `routes[0].path`."""
+    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place).removeprefix(".")
+
+
+def type_at(model: Any, place: Place) -> Any:
+    """Return the type, with its metadata, of the setting at `place` below `model`, or None if there is none."""
+    for part in place:
+        annotation = unwrapped(model)
+        if is_section(annotation):
+            field = annotation.model_fields.get(part)
+            model = None if field is None else Annotated[(field.annotation, *field.metadata, None)]
+        else:
+            arguments = get_args(annotation)
+            model = arguments[-1] if get_origin(annotation) in (dict, list) else None
+    return model
+
+
+def _keys_at(model: Any, place: Place) -> list[str]:
+    """Return the keys known to the section at `place` below `model`."""
+    section = unwrapped(type_at(model, place))
+    return list(section.model_fields) if is_section(section) else []
+
+
+def unwrapped(annotation: Any) -> Any:
+    """Take off Annotated and Optional."""
+    if get_origin(annotation) is Annotated:
+        return unwrapped(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return unwrapped(next(arg for arg in get_args(annotation) if arg is not type(None)))
+    return annotation
+
+
+def is_section(model: Any) -> bool:
+    """Tell whether a type is a section."""
+    return isinstance(model, type) and issubclass(model, BaseModel)

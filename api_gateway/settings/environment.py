@@ -1,0 +1,149 @@
+"""Settings in environment variables: `GATEWAY_SERVER__PORT`, where `__` stands between levels, and JSON for sections.
+
+A message names the variable and never quotes its text.
+"""
+
+import io
+import json
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, get_origin
+
+from dotenv import dotenv_values
+from dotenv.parser import parse_stream
+from pydantic import BaseModel
+
+from api_gateway.settings.diagnostics import (
+    DELIMITER,
+    Place,
+    is_section,
+    nearest,
+    place_of_variable,
+    spelt,
+    type_at,
+    unwrapped,
+)
+
+
+def read_env_file(path: str) -> dict[str, str | None]:
+    """Return the variables in a file of NAME=value lines, none if there is no such file.
+
+    Lines that are no such statement are skipped, see `broken_lines`; the library's own warnings name no file.
+    """
+    library = logging.getLogger("dotenv.main")
+    before, library.disabled = library.disabled, True
+    try:
+        return dotenv_values(path)
+    finally:
+        library.disabled = before
+
+
+def broken_lines(path: str, prefix: str) -> list[str]:
+    """Return a message for each line of the file that seems to be a setting and cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    broken = [binding.original for binding in parse_stream(io.StringIO(text)) if binding.error]
+    lines = [one.line + one.string.count("\n", 0, one.string.find(prefix)) for one in broken if prefix in one.string]
+    return [f"{path}:{line}: cannot be read; write NAME=value, with both quotes or none" for line in lines]
+
+
+def read_environment(
+    variables: Mapping[str, str | None], prefix: str, model: type[BaseModel]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of `model` in variables (by upper-case name), nested, and a line for each mistake."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name in sorted(variables):  # so a section as a whole comes before its settings
+        text = variables[name]
+        if text is None or not is_setting(name, prefix, model):
+            continue
+        place = place_of_variable(name, prefix)
+        problem = _set(values, place, text, model)
+        if problem:
+            problems.append(f"environment {name}: {spelt(place)}: {problem}")
+    return values, problems
+
+
+def is_setting(name: str, prefix: str, model: type[BaseModel]) -> bool:
+    """Tell whether a variable, by its upper-case name, is for a setting of `model`, perhaps a misspelt one inside."""
+    return name.startswith(prefix) and place_of_variable(name, prefix)[0] in model.model_fields
+
+
+def ignored_variables(
+    names: Collection[str], prefix: str, model: type[BaseModel], besides: Collection[str]
+) -> list[str]:
+    """Return a message for each variable that looks like one of ours and is none, with the nearest that is.
+
+    `besides` are those of ours that are no settings.
+    """
+    sections = {f"{prefix}{name}".upper(): unwrapped(type_at(model, (name,))) for name in model.model_fields}
+    inner = [
+        f"{name}{DELIMITER}{key}".upper()
+        for name, section in sections.items()
+        if is_section(section)
+        for key in section.model_fields
+    ]
+    return [
+        f"{name} is not a setting and is ignored{_nearest(name, prefix, [*sections, *inner, *besides])}"
+        for name in sorted(names)
+        if name.startswith(prefix) and name not in besides and not is_setting(name, prefix, model)
+    ]
+
+
+def _nearest(name: str, prefix: str, known: Collection[str]) -> str:
+    """Return a suggestion, for preference one that has the same words, or the word at its end."""
+    plain = name.replace(DELIMITER, "_")
+    same = [one for one in known if one.replace(DELIMITER, "_") == plain]
+    at_end = [one for one in known if one.endswith(f"{DELIMITER}{name.removeprefix(prefix)}")]
+    return nearest(name, same or at_end or known)
+
+
+def _set(values: dict[str, Any], place: Place, text: str, model: type[BaseModel]) -> str | None:
+    """Put a value at its place; return what is wrong with it, if anything is."""
+    value: Any = text
+    kind = unwrapped(type_at(model, place))
+    if _is_nested(kind):
+        try:
+            value = json.loads(text, object_pairs_hook=_unique)
+        except ValueError as error:
+            example = "[...]" if get_origin(kind) is list else '{"key": ...}'
+            return f"must be JSON, such as {example}: {_reason(error)}"
+    parent = values
+    for length, part in enumerate(place[:-1], 1):
+        if get_origin(unwrapped(type_at(model, place[:length]))) is list:
+            whole = spelt(place[:length])
+            return f"{whole} is a list, which one variable sets as a whole, as JSON"
+        inner = parent.setdefault(part, {})
+        if not isinstance(inner, dict):
+            return f"another variable sets {spelt(place[:length])} to what is no section"
+        parent = inner
+    if isinstance(value, dict) and isinstance(parent.get(place[-1]), dict):
+        value = {**parent[place[-1]], **value}
+    parent[place[-1]] = value
+    return None
+
+
+def _is_nested(kind: Any) -> bool:
+    return get_origin(kind) in (list, dict) or (isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+class _GivenTwice(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is given twice: the second would silently win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _GivenTwice
+    return found
+
+
+def _reason(error: ValueError) -> str:
+    """Return what the parser says, without the text that some of its messages quote."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.partition(':')[0].lower()} at character {error.pos + 1}"
+    return "a key is given twice" if isinstance(error, _GivenTwice) else "it cannot be read"

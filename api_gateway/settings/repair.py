@@ -1,0 +1,110 @@
+"""Takes wrong values out of a configuration, so that the rules between settings can be applied to the rest of it.
+
+A wrong value gives way to the default of its setting, or to a placeholder where there is none. What the rules say of
+such a setting means nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from api_gateway.settings.diagnostics import Place, is_section, place_of, type_at, unwrapped
+
+_ROUNDS = 12  # a section that is made up brings mistakes of its own, one level after the other
+_PLACEHOLDERS = (1, "placeholder", "/api/placeholder-{}", "http://placeholder.invalid")
+
+
+def repaired(
+    values: Mapping[str, Any], model: type[BaseModel], errors: Sequence[ErrorDetails], check: Callable[[Any], Any]
+) -> tuple[list[ErrorDetails], list[Place]]:
+    """Return the errors about the whole that `check` raises for `values` without its wrong parts, and their places."""
+    values = _copied(values)
+    wrong: list[Place] = []
+    for _ in range(_ROUNDS):
+        places = [(place_of(detail), detail) for detail in errors]
+        of_parts = [(place, detail) for place, detail in places if place]
+        if not of_parts:
+            return [detail for place, detail in places if not place], wrong
+        for place, detail in reversed(of_parts):
+            is_unwanted = detail["loc"][-1] == "[key]" or detail["type"] == "extra_forbidden"
+            _take_out(values, model, place, wrong, is_unwanted=is_unwanted)
+        try:
+            check(values)
+        except ValidationError as error:
+            errors = error.errors()
+        else:
+            return [], wrong
+    return [], wrong
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _copied(inner) for name, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _parent(values: Any, place: Place) -> Any:
+    for part in place[:-1]:
+        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        elif isinstance(values, dict):
+            values = values.get(part)
+        else:
+            return None
+    return values
+
+
+def _take_out(values: Any, model: type[BaseModel], place: Place, wrong: list[Place], *, is_unwanted: bool) -> None:
+    """Replace a wrong part; remove it if it must not be there or is wrong again; then replace what is around it."""
+    times = wrong.count(place)
+    wrong.append(place)
+    if times == 0 and not is_unwanted:
+        _replace(values, model, place, len(wrong))
+    elif times <= 1 and isinstance(_parent(values, place), dict):
+        _remove(values, place)
+    elif len(place) > 1:
+        _take_out(values, model, place[:-1], wrong, is_unwanted=False)
+
+
+def _remove(values: Any, place: Place) -> None:
+    parent = _parent(values, place)
+    if isinstance(parent, dict):
+        parent.pop(place[-1], None)
+        parent.pop(f"{place[-1]}_file", None)  # a secret may have come from there
+
+
+def _replace(values: Any, model: type[BaseModel], place: Place, number: int) -> None:
+    """Put a default or a placeholder in the place of a wrong value."""
+    annotation, parent = type_at(model, place), _parent(values, place)
+    section = unwrapped(type_at(model, place[:-1]))
+    if is_section(section):
+        field = section.model_fields.get(place[-1])
+        if field is None or not field.is_required():
+            _remove(values, place)
+        elif isinstance(parent, dict):
+            parent[place[-1]] = _placeholder(annotation, number)
+    elif not is_section(unwrapped(annotation)):  # an entry of a list of values: the list as a whole
+        _replace(values, model, place[:-1], number)
+    elif isinstance(parent, dict):
+        parent[place[-1]] = {}
+    elif isinstance(parent, list) and int(place[-1]) < len(parent):
+        parent[int(place[-1])] = {}
+
+
+def _placeholder(annotation: Any, number: int) -> Any:
+    """Return a value of this type, as good as there is one."""
+    kind = unwrapped(annotation)
+    if get_origin(kind) is list:
+        return [_placeholder(get_args(kind)[0], number)]
+    if is_section(kind) or get_origin(kind) is dict:
+        return {}
+    for one in _PLACEHOLDERS:
+        value = one.format(number) if isinstance(one, str) else one
+        try:
+            TypeAdapter(annotation).validate_python(value)
+        except ValidationError:
+            continue
+        return value
+    return None

@@ -1,0 +1,68 @@
+"""The sections of routes: which requests match, what they cost, and their fallbacks."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from api_gateway.http1.headers import BODILESS
+from api_gateway.settings.setting_types import (
+    Cost,
+    HeaderName,
+    HeaderValue,
+    Identifier,
+    Methods,
+    Seconds,
+    Section,
+    WholePath,
+)
+
+
+class CostSection(Section):
+    """What some of a route's requests cost instead of the route's own cost."""
+
+    methods: Methods | None = None
+    path: WholePath | None = None
+    cost: float = Field(ge=0, le=1_000_000_000)
+    candidate_cost: Cost | None = None
+
+
+class FallbackSection(Section):
+    """What answers if the upstream cannot: another upstream, or `status` with `headers` and `body`."""
+
+    status: int | None = Field(default=None, ge=200, le=599)
+    headers: dict[HeaderName, HeaderValue] = Field(default={})
+    body: str = ""
+    upstream: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "FallbackSection":
+        if (self.status is None) is (self.upstream is None):
+            raise ValueError("must have either a status or an upstream")
+        if self.upstream is not None and (self.headers or self.body):
+            raise ValueError("headers and body belong to a status; what an upstream answers has its own")
+        if self.body and self.status in BODILESS:
+            raise ValueError(f"an answer with status {self.status} has no body")
+        return self
+
+
+def _host(host: str) -> str:
+    return host.lower().removesuffix(".")
+
+
+class RouteSection(Section):
+    """Which requests go to which upstream, at what cost."""
+
+    name: Identifier
+    path: WholePath
+    upstream: str
+    strip_prefix: WholePath | None = None
+    methods: Methods | None = None
+    host: Annotated[str, AfterValidator(_host)] | None = None
+    cost: float = Field(default=1, ge=0, le=1_000_000_000)
+    candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
+    costs: list[CostSection] = Field(default=[])
+    timeout: Seconds | None = Field(default=None, description="For all of a request, instead of the upstream's total.")
+    min_body_rate: float | None = Field(
+        default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
+    )
+    fallback: FallbackSection | None = None

@@ -1,0 +1,273 @@
+"""Rules between settings: references to what does not exist, contradictions, and what could never take effect."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pydantic import SecretStr
+
+from api_gateway.http1.methods import REFUSED_METHODS
+from api_gateway.http1.request_paths import is_below
+from api_gateway.settings.admin import AdminSection
+from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
+from api_gateway.settings.diagnostics import Place, nearest, spelt
+from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
+from api_gateway.settings.routes import RouteSection
+from api_gateway.settings.store import StoreSection
+from api_gateway.settings.upstreams import UpstreamSection
+
+LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
+MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong at a place, or worth a warning. It holds only if the settings at `because` are right."""
+
+    place: Place
+    message: str
+    shown: str = ""
+    because: tuple[Place, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.shown or spelt(self.place)}: {self.message}"
+
+    def concerns(self, wrong: Place) -> bool:
+        """Tell whether it may only follow from a mistake at another place."""
+        if self.place[: len(wrong)] == wrong or wrong[: len(self.place)] == self.place:
+            return True
+        return any(other[: len(wrong)] == wrong for other in self.because)
+
+
+class Whole(Protocol):
+    """The sections that the rules look at."""
+
+    @property
+    def admin(self) -> AdminSection: ...  # noqa: D102 - see `GatewayConfig`
+    @property
+    def store(self) -> StoreSection: ...  # noqa: D102 - see `GatewayConfig`
+    @property
+    def address_limit(self) -> AddressLimitSection: ...  # noqa: D102
+    @property
+    def tiers(self) -> Mapping[str, TierSection]: ...  # noqa: D102
+    @property
+    def default_tier(self) -> str: ...  # noqa: D102
+    @property
+    def clients(self) -> Mapping[str, ClientSection]: ...  # noqa: D102
+    @property
+    def upstreams(self) -> Mapping[str, UpstreamSection]: ...  # noqa: D102
+    @property
+    def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
+
+
+def contradictions(config: Whole) -> Iterator[Finding]:
+    """Yield every mistake that one setting alone does not show."""
+    yield from _store_findings(config)
+    yield from _token_findings(config)
+    yield from _tier_findings(config)
+    for name, upstream in config.upstreams.items():
+        place = ("upstreams", name)
+        yield from _concurrency_findings(place, upstream)
+        yield from _breaker_findings(place, upstream)
+        if upstream.hash_on != "client" and upstream.balance != "hash":
+            message = f"needs balance: hash, got {upstream.hash_on!r} with {upstream.balance!r}"
+            yield Finding((*place, "hash_on"), message, because=((*place, "balance"),))
+    yield from _route_findings(config)
+
+
+def doubts(config: Whole) -> Iterator[Finding]:
+    """Yield what is allowed and is probably not meant."""
+    for name, upstream in config.upstreams.items():
+        place = ("upstreams", name)
+        is_tls = any(target.url.startswith("https:") for target in upstream.targets)
+        if upstream.http2 and not is_tls:
+            yield Finding((*place, "http2"), "has no effect without an https target")
+        if not is_tls and any((upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file)):
+            yield Finding((*place, "tls"), "has no effect without an https target")
+        used = {route.upstream for route in config.routes}
+        used |= {route.fallback.upstream or "" for route in config.routes if route.fallback}
+        if name not in used:
+            yield Finding(place, "no route uses this upstream")
+    for index, route in enumerate(config.routes):
+        for number, other in unused_cost_rules(route.costs):
+            rule: Place = ("routes", str(index), "costs", str(number))
+            message = f"never counts: costs[{other}] before it covers all of its requests"
+            yield _of_route(route, rule, message)
+
+
+def _store_findings(config: Whole) -> Iterator[Finding]:
+    if config.store.clients == "store" and not config.store.is_shared:
+        message = "memory:// outlives no restart, so clients go into a file: sqlite or auto, got 'store'"
+        yield Finding(("store", "clients"), message, because=(("store", "url"), ("store", "url_file")))
+    if not config.store.is_shared:
+        return
+    terms: dict[Place, TierSection | AddressLimitSection] = {
+        **{("tiers", name): tier for name, tier in config.tiers.items()},
+        ("address_limit",): config.address_limit,
+    }
+    for place, term in terms.items():
+        if term.rate and term.capacity / term.rate > LONGEST_BUDGET:
+            yield Finding(
+                place,
+                f"takes {term.capacity / term.rate:g} s to fill, and in a shared store a bucket may take"
+                f" {LONGEST_BUDGET} at most",
+            )
+
+
+def _token_findings(config: Whole) -> Iterator[Finding]:
+    tokens: list[tuple[Place, SecretStr | None]] = [(("admin", "token"), config.admin.token)]
+    tokens += [(("admin", "tokens", name, "token"), section.token) for name, section in config.admin.tokens.items()]
+    places: dict[str, Place] = {}
+    for place, token in tokens:
+        if token is not None:
+            first = places.setdefault(token.get_secret_value(), place)
+            if first != place:
+                yield Finding(place, f"is the same token as {spelt(first)}", because=(first,))
+
+
+def _tier_findings(config: Whole) -> Iterator[Finding]:
+    known = ", ".join(config.tiers)
+    if config.default_tier not in config.tiers:
+        message = f"no such tier, got {config.default_tier!r}; the tiers are {known}"
+        yield Finding(("default_tier",), message, because=(("tiers",), ("tiers", config.default_tier)))
+    for place, terms in _all_terms(config):
+        seconds = terms.capacity / terms.rate if terms.rate else 0.0
+        if seconds > MAX_FILL:
+            yield Finding(place, f"the bucket must fill within {MAX_FILL:g} s (ten years), got {seconds:g}")
+    for client_id, client in config.clients.items():
+        if client.tier not in config.tiers:
+            message = f"no such tier, got {client.tier!r}; the tiers are {known}"
+            because: tuple[Place, ...] = (("tiers",), ("tiers", client.tier))
+            yield Finding(("clients", client_id, "tier"), message, because=because)
+    unranked = [name for name, tier in config.tiers.items() if tier.priority is None]
+    if unranked and len(unranked) < len(config.tiers):
+        message = "every tier needs one as soon as one has, got None"
+        yield Finding(("tiers", unranked[0], "priority"), message, because=(("tiers",),))
+
+
+def _all_terms(config: Whole) -> Iterator[tuple[Place, TierSection | CandidateSection | AddressLimitSection]]:
+    yield ("address_limit",), config.address_limit
+    for name, tier in config.tiers.items():
+        yield ("tiers", name), tier
+        if tier.candidate is not None:
+            yield ("tiers", name, "candidate"), tier.candidate
+
+
+def _concurrency_findings(upstream_place: Place, upstream: UpstreamSection) -> Iterator[Finding]:
+    section, place = upstream.concurrency, (*upstream_place, "concurrency")
+    if section is None:
+        return
+    if (section.limit is None) == (section.adaptive is None):
+        got = "both" if section.limit is not None else "neither"
+        yield Finding(place, f"needs either limit or adaptive, got {got}")
+    adaptive = section.adaptive
+    if adaptive is not None and adaptive.min_limit > adaptive.max_limit:
+        message = f"must be at most max_limit, {adaptive.max_limit}, got {adaptive.min_limit}"
+        yield Finding((*place, "adaptive", "min_limit"), message, because=((*place, "adaptive", "max_limit"),))
+
+
+def _breaker_findings(upstream_place: Place, upstream: UpstreamSection) -> Iterator[Finding]:
+    breaker, place = upstream.circuit_breaker, (*upstream_place, "circuit_breaker")
+
+    def finding(key: str, message: str, *other: str) -> Finding:
+        return Finding((*place, key), message, because=tuple((*place, one) for one in other))
+
+    if breaker.max_recovery_timeout < breaker.recovery_timeout:
+        yield finding(
+            "max_recovery_timeout",
+            f"must be at least recovery_timeout ({breaker.recovery_timeout:g}), got {breaker.max_recovery_timeout:g}",
+            "recovery_timeout",
+        )
+    if breaker.slow_call_rate is not None and breaker.slow_call_duration is None:
+        message = f"needs slow_call_duration, got {breaker.slow_call_rate:g} alone"
+        yield finding("slow_call_rate", message, "slow_call_duration")
+    if breaker.slow_call_duration is not None and breaker.slow_call_rate is None:
+        message = f"needs slow_call_rate, got {breaker.slow_call_duration:g} alone"
+        yield finding("slow_call_duration", message, "slow_call_rate")
+    if breaker.window_calls is not None and breaker.window_calls < breaker.minimum_calls:
+        yield finding(
+            "window_calls",
+            f"must be at least minimum_calls ({breaker.minimum_calls}), or no rate is ever reached, got"
+            f" {breaker.window_calls}",
+            "minimum_calls",
+        )
+
+
+def _of_route(route: RouteSection, place: Place, message: str, because: tuple[Place, ...] = ()) -> Finding:
+    """Return a finding that shows the name of the route behind its number."""
+    _, number, *rest = place
+    return Finding(place, message, f"routes[{number}] ({route.name}).{spelt(tuple(rest))}", because)
+
+
+def _route_findings(config: Whole) -> Iterator[Finding]:
+    names: dict[str, int] = {}
+    for index, route in enumerate(config.routes):
+        place = ("routes", str(index))
+        for key, message, because in (
+            *_reference_findings(config, route),
+            *_match_findings(route),
+            *_cost_findings(config, route),
+        ):
+            yield _of_route(route, (*place, *key), message, because)
+        if route.name in names:
+            message = f"already the name of routes[{names[route.name]}]"
+            yield _of_route(route, (*place, "name"), message, (("routes", str(names[route.name]), "name"),))
+        names.setdefault(route.name, index)
+    for index, other, message in never_reached(config.routes):
+        keys = ("path", "host", "methods")
+        matched = tuple(("routes", str(number), key) for number in (index, other) for key in keys)
+        yield _of_route(config.routes[index], ("routes", str(index), "path"), message, matched)
+
+
+_Wrong = tuple[Place, str, tuple[Place, ...]]
+
+
+def _reference_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
+    if route.upstream not in config.upstreams:
+        hint = nearest(route.upstream, config.upstreams)
+        yield ("upstream",), f"no such upstream, got {route.upstream!r}{hint}", (("upstreams",),)
+    other = None if route.fallback is None else route.fallback.upstream
+    if other is not None and other not in config.upstreams:
+        hint = nearest(other, config.upstreams)
+        yield ("fallback", "upstream"), f"no such upstream, got {other!r}{hint}", (("upstreams",),)
+    elif other is not None and other == route.upstream:
+        message = f"must be another upstream than the route's own, got {other!r}"
+        yield ("fallback", "upstream"), message, ()
+
+
+def _match_findings(route: RouteSection) -> Iterator[_Wrong]:
+    problem = path_problem(route.path)
+    if problem is None and not is_below(route.path, API):
+        problem = f"must be {API} or begin with {API}/"
+    if problem is not None:
+        yield ("path",), f"{problem}, got {route.path!r}", ()
+    if route.host is not None and (problem := host_problem(route.host)) is not None:
+        yield ("host",), f"{problem}, got {route.host!r}", ()
+    if route.strip_prefix and not f"{route.path}/".startswith(f"{route.strip_prefix.rstrip('/')}/"):
+        message = f"must be a prefix of the path {route.path!r}, got {route.strip_prefix!r}"
+        yield ("strip_prefix",), message, ()
+    for number, method in enumerate(route.methods or ()):
+        if method in REFUSED_METHODS:
+            yield ("methods", str(number)), f"is never proxied, so it never matches, got {method!r}", ()
+
+
+def _cost_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
+    largest = max((terms.capacity for place, terms in _all_terms(config) if place[0] == "tiers"), default=0)
+    capacities = tuple(("tiers", name, "capacity") for name in config.tiers)
+    costs: list[tuple[Place, float | None]] = [(("cost",), route.cost), (("candidate_cost",), route.candidate_cost)]
+    for number, rule in enumerate(route.costs):
+        place: Place = ("costs", str(number))
+        costs += [((*place, "cost"), rule.cost), ((*place, "candidate_cost"), rule.candidate_cost)]
+        if rule.path is not None:
+            problem = path_problem(rule.path)
+            if problem is None and not is_below(rule.path, route.path) and not is_below(route.path, rule.path):
+                problem = f"never matches: it must be below the route's path {route.path!r}"
+            if problem is not None:
+                yield (*place, "path"), f"{problem}, got {rule.path!r}", ()
+        if route.methods and rule.methods and not set(route.methods) & set(rule.methods):
+            message = f"never match: the route takes {', '.join(route.methods)} only, got {', '.join(rule.methods)}"
+            yield (*place, "methods"), message, ()
+    for setting, cost in costs:
+        if cost is not None and cost > largest:
+            message = f"above the capacity of every tier (at most {largest}), got {cost:g}"
+            yield setting, message, (("tiers",), *capacities)

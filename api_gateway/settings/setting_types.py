@@ -1,0 +1,146 @@
+"""The types of single settings: what each accepts, and the message if it does not."""
+
+import re
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from api_gateway.http1.headers import UNIX
+from api_gateway.settings.bind_address import checked_host, checked_listen, file_mode
+from api_gateway.settings.secret import MAY_HOLD_PASSWORD, read_secret_files
+from api_gateway.settings.store_url import MAX_PORT
+
+TOO_MANY_REQUESTS = 429
+_AUTHORITY = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[\w.-]+))(:(?P<port>.*))?")
+_FRAMING = frozenset(
+    {"connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+    | {"x-request-id", "x-gateway-fallback"}
+)
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+METHOD = r"^[A-Za-z][A-Za-z-]*$"
+_HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
+_HEADER_VALUE = r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$"
+PREFIX = r"^[A-Za-z0-9_.:-]{1,64}$"
+OWN_HEADER = r"^[A-Za-z0-9-]{1,64}$"
+HASH_ON = r"^(client|header:[A-Za-z0-9-]{1,64})$"
+CLIENT_ID = r"^[\x21-\x7e]{1,128}$"
+# What a text must be like to match each of them.
+PATTERNS = {
+    _NAME: "must be 1 to 64 letters, digits, '_', '.' and '-', and begin with a letter or a digit",
+    METHOD: "must be a method such as GET",
+    _HEADER_NAME: "must be the name of a header field, as in X-Source",
+    _HEADER_VALUE: "must be visible ASCII characters, with spaces only between them",
+    PREFIX: "must be 1 to 64 letters, digits, '_', '.', ':' and '-'",
+    OWN_HEADER: "must be the name of a header field, 1 to 64 letters, digits and '-'",
+    HASH_ON: "must be client, or header: with the name of a header field, as in header:X-Tenant",
+    CLIENT_ID: "must be a client's identifier of 1 to 128 visible ASCII characters",
+}
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, an unknown key is a mistake, and secrets may be read from files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, given: Any) -> Any:
+        return read_secret_files(cls, given)
+
+
+Cost = Annotated[float, Field(ge=0, le=1_000_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Identifier = Annotated[str, Field(pattern=_NAME)]
+TierName = Annotated[str, BeforeValidator(lambda name: name.upper() if isinstance(name, str) else name), Identifier]
+Methods = Annotated[
+    list[Annotated[str, AfterValidator(str.upper), Field(pattern=METHOD)]],
+    Field(min_length=1),
+]
+
+
+def _network(value: Any) -> Any:
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    try:
+        network = ip_network(value if isinstance(value, str) else "", strict=False)  # a number would be an address
+    except ValueError:
+        raise ValueError("must be an address or a network such as 10.0.0.0/8") from None
+    if str(network.network_address) != str(ip_address(value.partition("/")[0])):
+        raise ValueError(f"has bits set behind its prefix: write {network}, or the address alone")
+    return network
+
+
+def _trusted_proxy(value: Any) -> Any:
+    return value if value == UNIX else _network(value)
+
+
+def _whole_path(path: str) -> str:
+    if not path.startswith("/") or "?" in path or "#" in path:
+        raise ValueError("must start with '/' and hold neither '?' nor '#'")
+    return path.rstrip("/") or "/"
+
+
+def _origin_url(url: str) -> str:
+    """Check the URL of a target. A message quotes nothing of it: any part may be a piece of a password."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.lower() not in ("http", "https") or rest[:1] in ("", "/", ":"):
+        raise ValueError("must be http://host[:port] or https://host[:port]")
+    if "@" in rest:
+        raise ValueError("must hold no user name and no password")
+    origin, slash, path = rest.partition("/")
+    if path or "?" in rest or "#" in rest:
+        raise ValueError("must hold only scheme, host and port; a route's path and strip_prefix shape the path")
+    found = _AUTHORITY.fullmatch(origin)
+    if found is None or not _is_ipv6(found["ipv6"]):
+        raise ValueError("must hold a host name or an address, an IPv6 address in brackets, and a port if any")
+    port = found["port"]
+    if port is not None and not (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT):
+        raise ValueError(f"port must be 1 to {MAX_PORT}")
+    return url.removesuffix(slash)
+
+
+def _is_ipv6(address: str | None) -> bool:
+    try:
+        return address is None or bool(IPv6Address(address))
+    except ValueError:
+        return False
+
+
+def _status_range(given: Any) -> Any:
+    """Spell a number, or a range of two, as `200-399`."""
+    spelt = "" if isinstance(given, bool | float) else str(given)
+    low, dash, high = spelt.partition("-")
+    high = high if dash else low
+    if not (low.isdecimal() and high.isdecimal()):
+        raise ValueError("must be a status such as 204, or a range such as 200-399")
+    if not 100 <= int(low) <= int(high) <= 599:  # noqa: PLR2004 - the statuses there are
+        raise ValueError("must lie within 100 to 599, the lower one first")
+    return f"{int(low)}-{int(high)}"
+
+
+StatusRange = Annotated[str, BeforeValidator(_status_range)]
+
+
+def _retried_status(status: int) -> int:
+    if status != TOO_MANY_REQUESTS and not 500 <= status <= 599:  # noqa: PLR2004 - the class of server errors
+        raise ValueError("must be 429 or 500 to 599")
+    return status
+
+
+def _own_header(name: str) -> str:
+    if name.lower() in _FRAMING or name.lower().startswith(("x-ratelimit-", "ratelimit")):
+        raise ValueError("is written by the gateway itself")
+    return name
+
+
+RetriedStatus = Annotated[int, AfterValidator(_retried_status)]
+HeaderName = Annotated[str, Field(pattern=_HEADER_NAME), AfterValidator(_own_header)]
+HeaderValue = Annotated[str, Field(pattern=_HEADER_VALUE, max_length=4096)]
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
+WholePath = Annotated[str, AfterValidator(_whole_path)]
+OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
+TrustedProxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], BeforeValidator(_trusted_proxy)]
+FileMode = Annotated[int, BeforeValidator(file_mode)]
+Host = Annotated[str, AfterValidator(checked_host)]
+Listen = Annotated[str, AfterValidator(checked_listen)]

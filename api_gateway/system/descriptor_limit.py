@@ -1,0 +1,32 @@
+"""The limit of descriptors that this process may have open, raised at start."""
+
+import logging
+import sys
+
+logger = logging.getLogger(__name__)
+
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
+MOST_DESCRIPTORS = 1_048_576  # the kernel's default for what one process may have
+
+
+def raise_descriptor_limit(most: int = MOST_DESCRIPTORS) -> int:
+    """Raise the soft limit of open files to the hard one, or to `most` if that is less; return what it is then.
+
+    Child processes inherit it.
+    """
+    if resource is None:
+        return sys.maxsize
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError) as error:
+        logger.debug("the limit of open files stays at %d: %s", soft, error)
+        return soft
+    logger.debug("the limit of open files is raised from %d to %d", soft, wanted)
+    return wanted

@@ -1,0 +1,143 @@
+"""Active health checks: one task a target asks its health path and judges by consecutive results.
+
+Writes a target's health and nothing else. How a target is asked is handed in as a function.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from api_gateway.transport.local_resources import OutOfResources
+from api_gateway.upstreams.target import Target
+
+logger = logging.getLogger(__name__)
+
+Ask = Callable[[str, float], Awaitable[int]]  # (url, timeout in seconds) -> HTTP status; raises on any failure
+
+_JITTER = 0.1  # share of the interval by which checks spread out
+SUCCESSFUL = (range(200, 400),)
+
+
+@dataclass(frozen=True, slots=True)
+class HealthPolicy:
+    """Where and how often to ask, and how many equal results in a row change the verdict; durations in seconds.
+
+    A status within one of `statuses` is a good result.
+    """
+
+    path: str
+    interval: float = 5.0
+    timeout: float = 2.0
+    healthy_threshold: int = 2
+    unhealthy_threshold: int = 3
+    statuses: tuple[range, ...] = SUCCESSFUL
+
+
+class HealthThreshold:
+    """Turns single results into a verdict: it changes after enough contrary ones in a row."""
+
+    def __init__(self, policy: HealthPolicy, target: Target) -> None:
+        self._policy = policy
+        self._target = target
+        self._contrary = 0
+
+    def __repr__(self) -> str:
+        verdict = "healthy" if self._target.is_healthy else "unhealthy"
+        return f"<HealthThreshold [{verdict}, {self._contrary} contrary in a row]>"
+
+    def observe(self, *, is_good: bool, finding: str, now: float) -> bool:
+        """Take in one result; `finding` says it in words. Returns whether the verdict changed."""
+        self._target.checks.note(now, is_good=is_good, finding=finding)
+        if is_good == self._target.is_healthy:
+            self._contrary = 0
+            return False
+        self._contrary += 1
+        needed = self._policy.healthy_threshold if is_good else self._policy.unhealthy_threshold
+        if self._contrary < needed:
+            return False
+        self._target.is_healthy = is_good
+        self._contrary = 0
+        return True
+
+
+async def check(judge: HealthThreshold, policy: HealthPolicy, url: str, ask: Ask, clock: Callable[[], float]) -> bool:
+    """Ask once and let `judge` take in the result. Returns whether the verdict changed.
+
+    A check that this process lacks a descriptor or a port for says nothing about the target and is not counted.
+    """
+    is_good = False
+    try:
+        async with asyncio.timeout(policy.timeout):
+            status = await ask(url + policy.path, policy.timeout)
+    except TimeoutError:
+        finding = f"no answer within {policy.timeout:g} s"
+    except OutOfResources as error:
+        logger.debug("health check of %s not made: %s", url, error)
+        return False
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding; cancellation is no Exception
+        finding = str(error) or type(error).__name__
+    else:
+        is_good, finding = any(status in good for good in policy.statuses), f"status {status}"
+    return judge.observe(is_good=is_good, finding=finding, now=clock())
+
+
+class HealthChecker:
+    """Checks every target of one upstream, each by itself so that a slow one delays no other.
+
+    `asker` returns how a target is asked. The first check of each comes at a random moment of the first interval, so
+    that many targets, workers and gateways that start together do not ask together.
+    """
+
+    def __init__(
+        self,
+        policy: HealthPolicy,
+        asker: Callable[[Target], Ask],
+        on_change: Callable[[Target], None],
+        *,
+        clock: Callable[[], float],
+        source: random.Random,
+    ) -> None:
+        self._policy = policy
+        self._asker = asker
+        self._on_change = on_change
+        self._clock = clock
+        self._source = source
+        self._tasks: dict[Target, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._targets: Sequence[Target] = ()
+
+    def __repr__(self) -> str:
+        return f"<HealthChecker [{len(self._tasks)} targets]>"
+
+    async def run(self) -> None:
+        """Check whom `follow` names, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            self.follow(self._targets)
+            await group.create_task(_for_ever())
+
+    def follow(self, targets: Sequence[Target]) -> None:
+        """Check these targets from now on, and no others."""
+        self._targets = targets
+        if self._group is None:
+            return
+        for target in [target for target in self._tasks if target not in targets]:
+            self._tasks.pop(target).cancel()
+        for target in targets:
+            if target not in self._tasks:
+                self._tasks[target] = self._group.create_task(self._watch(target))
+
+    async def _watch(self, target: Target) -> None:
+        policy, source = self._policy, self._source
+        judge, ask, url = HealthThreshold(policy, target), self._asker(target), target.named or target.url
+        await asyncio.sleep(policy.interval * source.random())
+        while True:
+            if await check(judge, policy, url, ask, self._clock):
+                self._on_change(target)
+            await asyncio.sleep(policy.interval * source.uniform(1 - _JITTER, 1 + _JITTER))
+
+
+async def _for_ever() -> None:
+    await asyncio.get_running_loop().create_future()

@@ -1,0 +1,176 @@
+"""Keeps the targets of one upstream up to date: checks their health, and follows the names they come from.
+
+Tells the log what is new, each thing once.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from functools import partial
+
+from api_gateway.models import Clock
+from api_gateway.transport.http1_transport import UpstreamTransport, probe
+from api_gateway.transport.shielded import ShieldedTransport
+from api_gateway.upstreams.dns import HostName, Resolution, Resolve, keep_resolving
+from api_gateway.upstreams.health_checks import Ask, HealthChecker, HealthPolicy
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream_client import UpstreamClient
+
+logger = logging.getLogger(__name__)
+
+
+class UpstreamMonitor:
+    """The checks and the names of one upstream. `policy` None means no checks; without `names` nothing is resolved."""
+
+    def __init__(
+        self,
+        service: UpstreamClient,
+        *,
+        policy: HealthPolicy | None = None,
+        transport: UpstreamTransport | ShieldedTransport | None = None,
+        names: Sequence[HostName] = (),
+        interval: float = 0.0,
+        resolve: Resolve,
+        clock: Clock,
+        source: random.Random,
+    ) -> None:
+        """`interval` is how often names are resolved, in seconds.
+
+        Checks go through `transport`, where they wait for no connection that live requests hold, and which `close`
+        closes; by default through the service's.
+        """
+        self.names = names
+        self.policy = policy
+        self._service = service
+        self._own = transport
+        self._interval = interval
+        self._group: asyncio.TaskGroup | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._resolving: asyncio.Task[None] | None = None
+        self._resolve = resolve
+        self._clock = clock
+        self._source = source
+        self._last_errors: dict[HostName, str | None] = {}
+        self._watch: HealthChecker | None = None
+        self._set_watch(policy)
+
+    def __repr__(self) -> str:
+        return f"<UpstreamMonitor of {self._service.upstream.name!r} [{self._watch!r}, {list(self.names)!r}]>"
+
+    async def run(self) -> None:
+        """Do it until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            self._begin_watching()
+            self._begin_resolving()
+            await group.create_task(_for_ever())
+
+    def _begin_watching(self) -> None:
+        """Start the health checks, in place of those before."""
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._group is not None and self._watch is not None:
+            self._watching = self._group.create_task(self._watch.run())
+
+    def _begin_resolving(self) -> None:
+        """Start to follow the names, in place of those before."""
+        if self._resolving is not None:
+            self._resolving.cancel()
+        if self._group is not None:
+            resolving = keep_resolving(
+                self.names, self._interval, self._resolve, self._on_answer, clock=self._clock, source=self._source
+            )
+            self._resolving = self._group.create_task(resolving)
+
+    def change(
+        self,
+        service: UpstreamClient,
+        policy: HealthPolicy | None,
+        transport: UpstreamTransport | ShieldedTransport | None,
+        names: Sequence[HostName],
+        interval: float,
+    ) -> None:
+        """Go by other terms from now on, for the targets that the upstream has by now.
+
+        Checks that stay as they were go on with what they have found; without checks every target is healthy.
+        """
+        is_resolved_alike = (interval, list(names)) == (self._interval, list(self.names))
+        is_watched_alike = policy == self.policy and transport is self._own
+        self._service, self.names, self._interval, self._own = service, names, interval, transport
+        if is_watched_alike:
+            self._follow()
+        else:
+            self._set_watch(policy)
+            self._begin_watching()
+        if not is_resolved_alike:
+            self._begin_resolving()
+
+    def _set_watch(self, policy: HealthPolicy | None) -> None:
+        self.policy = policy
+        targets = self._service.upstream.targets
+        if policy is None:
+            self._watch = None
+            for target in targets:
+                target.forget_checks()
+            return
+        self._watch = HealthChecker(policy, self._asker, self._on_verdict, clock=self._clock, source=self._source)
+        self._watch.follow(targets)
+
+    def _follow(self) -> None:
+        if self._watch is not None:
+            self._watch.follow(self._service.upstream.targets)
+
+    async def close(self) -> None:
+        """Close the connections of the checks."""
+        if self._own is not None:
+            await self._own.aclose()
+
+    @property
+    def transport(self) -> UpstreamTransport | ShieldedTransport | None:
+        """Through which checks go, None if that is the service's."""
+        return self._own
+
+    def _asker(self, target: Target) -> Ask:
+        if self._own is None:
+            return partial(probe, self._service.transport, address=target.address)
+        return partial(probe, self._own, address=target.address, keeps_connection=False)  # names come and go
+
+    def _on_verdict(self, target: Target) -> None:
+        """Take in that health checks have changed their mind about a target."""
+        upstream = self._service.upstream
+        if target.is_healthy:
+            upstream.outliers.start_slow_start(target, self._clock())
+        verdict = "healthy again" if target.is_healthy else "unhealthy"
+        logger.warning("upstream %s: target %s is %s: %s", upstream.name, target.url, verdict, target.checks.finding)
+
+    def _on_answer(self, answer: Resolution) -> None:
+        """Send requests and checks where an answer says."""
+        self._log(answer)
+        self._last_errors[answer.name] = answer.name.error
+        if not answer.is_change:
+            self._service.sweep()
+            return
+        targets = [target for name in self.names for target in name.targets]
+        self._service.set_targets(targets, self._clock())
+        if self._watch is not None:
+            self._watch.follow(targets)
+
+    def _log(self, answer: Resolution) -> None:
+        """Tell what is new in an answer: other addresses, another error, or that there is none any more."""
+        upstream, name = self._service.upstream.name, answer.name
+        known = ", ".join(name.addresses) or "the name itself"
+        if name.error is not None:
+            if name.error != self._last_errors.get(name):
+                logger.warning(
+                    "upstream %s: %s cannot be resolved, %s is kept: %s", upstream, name.host, known, name.error
+                )
+        elif answer.is_change:
+            changes = [*(f"+{address}" for address in answer.came), *(f"-{address}" for address in answer.went)]
+            logger.info("upstream %s: %s is %s (%s)", upstream, name.host, known, " ".join(changes))
+        elif answer.is_recovered:
+            logger.info("upstream %s: %s is resolved again: %s", upstream, name.host, known)
+
+
+async def _for_ever() -> None:
+    await asyncio.get_running_loop().create_future()

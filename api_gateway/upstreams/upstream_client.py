@@ -1,0 +1,138 @@
+"""An upstream with what is needed to send to it: its transport, its time limits and its retries."""
+
+import random
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import httpx
+
+from api_gateway.http1.headers import Fields
+from api_gateway.models import Exchange
+from api_gateway.resilience.fair_shares import ResourceState
+from api_gateway.resilience.retry import RetryDecider, RetryPolicy
+from api_gateway.transport.connection import UpstreamConnection
+from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.request import Origin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds; `total` None is no limit."""
+
+    connect: float
+    response: float
+    idle: float
+    total: float | None
+    tunnel: float = 3600.0  # without a byte in either direction, once protocols were switched
+
+
+class UpstreamClient:
+    """An upstream with what is needed to send to it. `retry` is one try and no other by default.
+
+    `hash_header` (lower case) is the header whose value is the key that a target is chosen by, instead of the client.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        transport: httpx.AsyncBaseTransport,
+        timeouts: Timeouts,
+        *,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
+        source: random.Random | None = None,
+        hash_header: bytes | None = None,
+    ) -> None:
+        self.upstream = upstream
+        self.origins = {target: _origin(target) for target in upstream.targets}
+        self._gone: set[Target] = set()
+        self._connect(transport)
+        retries = RetryDecider(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
+        self._configure(timeouts, retries, hash_header)
+
+    def _connect(self, transport: httpx.AsyncBaseTransport) -> None:
+        self.transport = transport
+        self.is_native = isinstance(transport, UpstreamTransport)
+        self._take_idle: dict[Target, Callable[[str | None], UpstreamConnection | None]] = {}
+
+    def _configure(self, timeouts: Timeouts, retries: RetryDecider, hash_header: bytes | None) -> None:
+        retry = retries.policy
+        self.total_timeout = timeouts.total
+        self.retries = retries
+        self.retried_statuses = retry.statuses if retry.attempts > 1 and retry.budget > 0 else frozenset()
+        self.hash_header = hash_header
+        self.supports_fast_path = self.is_native and timeouts.total is None and hash_header is None
+        self.tunnel_timeout = timeouts.tunnel
+        self.limits = {
+            "connect": timeouts.connect,
+            "pool": timeouts.connect,
+            "read": timeouts.response,
+            "write": timeouts.idle,
+            "idle": timeouts.idle,
+        }
+
+    def __repr__(self) -> str:
+        return f"<UpstreamClient {self.upstream!r}>"
+
+    def succeeded_by(
+        self, timeouts: Timeouts, retry: RetryPolicy, hash_header: bytes | None, transport: httpx.AsyncBaseTransport
+    ) -> "UpstreamClient":
+        """Return the same upstream under other terms. Requests that go by this one's go on; what lives is shared."""
+        other = copy(self)
+        if transport is not self.transport:
+            other._connect(transport)  # noqa: SLF001 - of the same class
+        other._configure(timeouts, self.retries.succeeded_by(retry), hash_header)  # noqa: SLF001 - as above
+        return other
+
+    def hash_key(self, fields: Fields, exchange: Exchange) -> str:
+        """Return the key that a target is chosen by: what the header says, or the client if it says nothing."""
+        values = None if self.hash_header is None else fields.get(self.hash_header)
+        return exchange.client_key if values is None else values[0].decode("latin-1")
+
+    def set_targets(self, targets: Sequence[Target], now: float) -> None:
+        """Send to `targets` from now on. Requests that run on others go on; no connection is kept to those."""
+        before = self.upstream.targets
+        for target in targets:
+            if target not in self.origins:
+                self.origins[target] = _origin(target)
+                if isinstance(self.transport, UpstreamTransport):
+                    self.transport.pool(self.origins[target]).revive()
+        self.upstream.set_targets(targets, now)
+        self._gone.update(target for target in before if target not in targets)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Let go of targets that are gone, as far as nothing runs on them any more."""
+        live = {self.origins[target].key for target in self.upstream.targets}
+        for target in list(self._gone):
+            origin = self.origins[target]
+            is_free = True
+            if isinstance(self.transport, UpstreamTransport) and origin.key not in live:
+                is_free = self.transport.retire(origin)
+            if is_free and target.in_flight == 0:
+                self._gone.discard(target)
+                self._take_idle.pop(target, None)
+                del self.origins[target]
+
+    def resources(self) -> list[ResourceState]:
+        """Return how far the connections to the targets are in use, once there have been any."""
+        if not isinstance(self.transport, UpstreamTransport):
+            return []
+        name, (requests, tunnels) = self.upstream.name, self.transport.resources()
+        if not requests:
+            return []
+        return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
+
+    def idle_connection(self, target: Target, holder: str | None) -> UpstreamConnection | None:
+        """Take a connection of our own transport to `target`, if one is free and the holder may have it."""
+        take = self._take_idle.get(target)
+        if take is None:
+            assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - no other takes passages
+            take = self._take_idle[target] = self.transport.pool(self.origins[target]).take_idle
+        return take(holder)
+
+
+def _origin(target: Target) -> Origin:
+    return Origin.of(httpx.URL(target.named or target.url), target.address)
