@@ -5,12 +5,12 @@ All it imports at first is what provides for signals: the gateway itself takes s
 
 import importlib
 
-from api_gateway.system.held_signals import end_quietly, hold
+from api_gateway.system.held_signals import block_signals, end_quietly
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    hold()
+    block_signals()
     end_quietly()
     code: int = importlib.import_module("api_gateway.cli").main()
     return code

@@ -15,16 +15,16 @@ from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_history import FailedCall, Transition, TransitionRecord
 from api_gateway.resilience.breaker_policy import TRANSITIONS, BreakerPolicy, Event, Mode, State
 from api_gateway.resilience.call_windows import Counts, CountWindow, TimeWindow, Window
-from api_gateway.resilience.principals import Callers
+from api_gateway.resilience.principals import RecentPrincipals
 from api_gateway.resilience.ramp_up import RampUp
 from api_gateway.resilience.rate_meter import RateMeter
 
 KEPT_RECORDS = 50
 KEPT_FAILURES = 10
-PATIENCE = 1.0  # seconds without a safe request, after which an unsafe one may be the probe
-HEAD_START = 5.0  # seconds for which a principal whose probe has not succeeded leaves the next one to others
-KNOWN_AFTER = 3.0  # seconds of being closed, from which on the rate of calls is taken for the usual one
-NEVER = float("inf")
+IDEMPOTENT_PROBE_WAIT = 1.0  # seconds without a safe request, after which an unsafe one may be the probe
+PROBE_HEAD_START = 5.0  # seconds for which a principal whose probe has not succeeded leaves the next one to others
+RATE_KNOWN_AFTER = 3.0  # seconds of being closed, from which on the rate of calls is taken for the usual one
+NO_SLOW_CALLS = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class CircuitBreaker:
         self.mode_until: float | None = None
         self.since = now
         self.is_transparent = True  # without being asked twice: the hot path looks at nothing else
-        self.slow_after = NEVER if policy.slow_call_duration is None else policy.slow_call_duration
+        self.slow_after = NO_SLOW_CALLS if policy.slow_call_duration is None else policy.slow_call_duration
         self.consecutive_failures = 0
         self.probes_in_flight = 0
         self.opened_total = self.rejected_total = self.slow_total = 0
@@ -57,10 +57,10 @@ class CircuitBreaker:
         self.last_opened: Transition | None = None
         self.records: deque[TransitionRecord] = deque(maxlen=KEPT_RECORDS)
         self.ramp: RampUp | None = None
-        self._source = source
+        self._random = source
         self._window: Window = _window(policy)
-        self._callers = Callers()  # of every call that has ended
-        self._failing = Callers()  # of those that failed or were slow, since the last move
+        self._principals = RecentPrincipals()  # of every call that has ended
+        self._failing_principals = RecentPrincipals()  # of those that failed or were slow, since the last move
         self._streak_by: str | None = None  # whose the first of the consecutive failures was
         self._is_streak_shared = False  # they were several principals', or no principal can have caused one of them
         self._meter = RateMeter()
@@ -68,9 +68,11 @@ class CircuitBreaker:
         self._generation = 0
         self._closed_ticket = Ticket(0, is_probe=False)  # one for all: every call of a generation is alike
         self._probe_successes = 0
-        self._last_probe_at = self._last_safe_at = now
-        self._asking = Callers()  # of requests that came while it was not CLOSED
-        self._unlucky: str | None = None  # whose the last probe was, unless it succeeded or nobody can have caused it
+        self._last_probe_at = self._last_idempotent_at = now
+        self._admission_seekers = RecentPrincipals()  # of requests that came while it was not CLOSED
+        self._failed_prober: str | None = (
+            None  # whose the last probe was, unless it succeeded or nobody can have caused it
+        )
         self._vacant_since = now  # when the place for the next probe came free
         self._moves = 0
         self._rate = 0.0  # usual calls a second; 0 while it is not known
@@ -98,14 +100,14 @@ class CircuitBreaker:
             return self._closed_ticket
         self.advance(now)
         ticket = self._admit_by_mode(now, is_safe=is_safe, principal=principal)
-        self._asking.note(principal, now)
+        self._admission_seekers.note(principal, now)
         if is_safe:
-            self._last_safe_at = now
+            self._last_idempotent_at = now
         return ticket
 
     def note_idempotent(self, now: float) -> None:
         """Note that a request came which may be repeated, though it was not asked to be admitted here."""
-        self._last_safe_at = now
+        self._last_idempotent_at = now
 
     def would_admit(self, now: float, *, is_safe: bool = True) -> bool:
         """Tell whether `admit` would give a ticket now; nothing moves by that."""
@@ -152,7 +154,7 @@ class CircuitBreaker:
             self.probes_in_flight = 0
         self.probes_in_flight += 1
         self._last_probe_at = now
-        self._unlucky = principal
+        self._failed_prober = principal
         return Ticket(self._generation, is_probe=self.mode is Mode.AUTO)
 
     def _passes(self, now: float, *, is_safe: bool, principal: str | None = None) -> bool:
@@ -160,21 +162,21 @@ class CircuitBreaker:
         state = self.state_at(now)
         if state is State.CLOSED:
             return self.ramp is None or self.ramp.is_over(now) or self.ramp.wait(now) == 0
-        if state is State.OPEN or (not is_safe and now - self._last_safe_at < PATIENCE):
+        if state is State.OPEN or (not is_safe and now - self._last_idempotent_at < IDEMPOTENT_PROBE_WAIT):
             return False
         is_free = self.probes_in_flight < self.policy.half_open_max_calls or self.state is not state
         if not is_free and now - self._last_probe_at < self.policy.recovery_timeout:
             return False
-        return principal is None or principal != self._unlucky or not self._leaves_probe(principal, now)
+        return principal is None or principal != self._failed_prober or not self._yields_probe(principal, now)
 
-    def _leaves_probe(self, principal: str, now: float) -> bool:
+    def _yields_probe(self, principal: str, now: float) -> bool:
         """Tell whether this principal leaves the next probe to others, who have asked since it was OPEN."""
         if self.probes_in_flight >= self.policy.half_open_max_calls:  # the last one was lost
             vacant_since = self._last_probe_at + self.policy.recovery_timeout
         else:
             vacant_since = self._due if self.state is State.OPEN else self._vacant_since
         opened_at = self.last_opened.at if self.last_opened else now
-        return now - vacant_since < HEAD_START and self._asking.include_other_since(principal, opened_at)
+        return now - vacant_since < PROBE_HEAD_START and self._admission_seekers.has_other_since(principal, opened_at)
 
     # Results
 
@@ -197,11 +199,11 @@ class CircuitBreaker:
         None for a failure that no client can have caused. Failures of one principal alone do not open the breaker
         while others have used it within `policy.window`.
         """
-        callers = self._callers
+        principals = self._principals
         if principal is not None:
-            if principal != callers.last:  # `Callers.note`, without the call: this is on the fast path
-                callers.other_at, callers.last = callers.last_at, principal
-            callers.last_at = now
+            if principal != principals.last:  # `RecentPrincipals.note`, without the call: this is on the fast path
+                principals.other_at, principals.last = principals.last_at, principal
+            principals.last_at = now
         if ticket.generation != self._generation or outcome is Outcome.IGNORED:
             if ticket.generation == self._generation and self.state is State.HALF_OPEN:
                 self.probes_in_flight -= 1
@@ -216,10 +218,10 @@ class CircuitBreaker:
             self.slow_total += is_slow
             self._failures.append(FailedCall(now, detail or _slowness(duration), duration, route, request_id))
         if self.state is State.HALF_OPEN:
-            self._unlucky = None if outcome is Outcome.SUCCESS and not is_slow else principal
+            self._failed_prober = None if outcome is Outcome.SUCCESS and not is_slow else principal
             return self._settle_probe(outcome, now, detail, duration if is_slow else None)
-        self._note_failing(principal, now, is_failure=outcome is Outcome.FAILURE)
-        return self._count_trouble(outcome, now, detail, is_slow=is_slow)
+        self._note_failing_principal(principal, now, is_failure=outcome is Outcome.FAILURE)
+        return self._count_bad_call(outcome, now, detail, is_slow=is_slow)
 
     def advance(self, now: float) -> Transition | None:
         """Make the moves that time alone causes: to HALF_OPEN once its time is over, out of a mode or a ramp.
@@ -261,7 +263,7 @@ class CircuitBreaker:
         before, self.policy = self.policy, policy
         if policy == before:
             return
-        self.slow_after = NEVER if policy.slow_call_duration is None else policy.slow_call_duration
+        self.slow_after = NO_SLOW_CALLS if policy.slow_call_duration is None else policy.slow_call_duration
         if (policy.window, policy.window_calls) != (before.window, before.window_calls):
             self._window = _window(policy)
         self.advance(now)
@@ -319,9 +321,9 @@ class CircuitBreaker:
 
     # Counting
 
-    def _note_failing(self, principal: str | None, now: float, *, is_failure: bool) -> None:
+    def _note_failing_principal(self, principal: str | None, now: float, *, is_failure: bool) -> None:
         """Note whose call failed or was slow."""
-        self._failing.note(principal, now)
+        self._failing_principals.note(principal, now)
         if not is_failure:
             return
         if self.consecutive_failures == 0:
@@ -336,7 +338,7 @@ class CircuitBreaker:
         """
         return self.state is State.CLOSED and self._exceeded(now) is not None and self._threshold_reached(now) is None
 
-    def _count_trouble(self, outcome: Outcome, now: float, detail: str, *, is_slow: bool) -> Transition | None:
+    def _count_bad_call(self, outcome: Outcome, now: float, detail: str, *, is_slow: bool) -> Transition | None:
         is_failure = outcome is Outcome.FAILURE
         self._window.record(now, is_failure=is_failure, is_slow=is_slow)
         self.consecutive_failures = self.consecutive_failures + 1 if is_failure else 0
@@ -348,11 +350,11 @@ class CircuitBreaker:
     def _threshold_reached(self, now: float) -> str | None:
         """Return which threshold is reached by calls of several principals, or by one that is alone here."""
         since = now - self.policy.window
-        is_alone = not self._callers.are_several_since(since)
+        is_alone = not self._principals.has_several_since(since)
         return self._exceeded(
             now,
             by_streak=is_alone or self._is_streak_shared,
-            by_share=is_alone or self._failing.are_several_since(since),
+            by_share=is_alone or self._failing_principals.has_several_since(since),
         )
 
     def _exceeded(self, now: float, *, by_streak: bool = True, by_share: bool = True) -> str | None:
@@ -395,7 +397,7 @@ class CircuitBreaker:
         self._begin_generation()
         self.consecutive_failures = self._probe_successes = 0
         self._window.clear()
-        self._failing = Callers()
+        self._failing_principals = RecentPrincipals()
         if self.state is State.CLOSED:
             self._begin_ramp(now)
         self._refresh_flag()
@@ -408,9 +410,9 @@ class CircuitBreaker:
             self._note_rate(now)
         self.ramp = None
         self._open_time = self._next_open_time(transition)
-        spread = self.policy.jitter * self._source.random() if self._source is not None else 0.0
+        spread = self.policy.jitter * self._random.random() if self._random is not None else 0.0
         self._due = now + self._open_time * (1 + spread)
-        self._last_safe_at = now
+        self._last_idempotent_at = now
         self.last_opened = transition
         if self.mode is Mode.OBSERVE:
             self.would_open_total += 1
@@ -428,7 +430,7 @@ class CircuitBreaker:
     def _note_rate(self, now: float) -> None:
         """Note the usual rate, to come back to it. A ramp, or having been closed for a moment only, tells none."""
         is_whole = self.ramp is None or self.ramp.is_over(now)
-        if is_whole and now - self.since >= KNOWN_AFTER:
+        if is_whole and now - self.since >= RATE_KNOWN_AFTER:
             self._rate = self._meter.rate(now)
 
     def _begin_ramp(self, now: float) -> None:

@@ -19,7 +19,7 @@ from api_gateway.process.start_check import file_obstacles, obstacles, passing_d
 from api_gateway.process.supervisor import Supervisor
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import Finding, doubts
-from api_gateway.system.held_signals import hold
+from api_gateway.system.held_signals import block_signals
 from api_gateway.system.output import redirected
 from api_gateway.system.state_folder import former_state
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gateway, or only check its configuration. Returns the exit code: 0, or 3 when it cannot start."""
     if threading.current_thread() is threading.main_thread():
-        hold()
+        block_signals()
     with redirected():
         return _run(_parsed(arguments))
 

@@ -18,7 +18,14 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, ClientSection, IdentitySection, TierSection
-from api_gateway.settings.diagnostics import NO_FILE, ConfigError, Sources, explain, read_yaml, without_passwords
+from api_gateway.settings.diagnostics import (
+    NO_FILE,
+    ConfigError,
+    Sources,
+    describe_errors,
+    read_yaml,
+    without_passwords,
+)
 from api_gateway.settings.environment import (
     broken_lines,
     ignored_variables,
@@ -199,7 +206,7 @@ def read_config(
     merged = _merged([_with_upper_tiers(dict(one)) for one in (file.values, environment, sources.overrides)])
     found = [*file.problems, *problems, *_emptiness(merged, sources)]
     config, errors = _validated(sources.overrides, read)
-    found += [explain(detail, GatewayConfig, sources, PATTERNS) for detail in errors if detail["loc"]]
+    found += [describe_errors(detail, GatewayConfig, sources, PATTERNS) for detail in errors if detail["loc"]]
     if any(detail["loc"] for detail in errors):
         errors, wrong = repaired(merged, GatewayConfig, errors, lambda values: _made(values, _Read(file.path)))
     else:

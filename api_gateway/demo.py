@@ -17,7 +17,7 @@ import uvicorn
 Response = tuple[int, Any]
 Handler = Callable[[str, str, Mapping[str, str], bytes], Awaitable[Response]]
 
-NAMES = ("users", "orders", "slow", "flaky")
+DEMO_NAMES = ("users", "orders", "slow", "flaky")
 MAX_DELAY = 30.0
 _START_TIMEOUT = 10.0
 
@@ -105,7 +105,7 @@ class DemoUpstreams:
             "slow": _slow,
             "flaky": _flaky(),
         }
-        self._sockets = {name: _free_socket() for name in NAMES}
+        self._sockets = {name: _free_socket() for name in DEMO_NAMES}
         self.urls = {name: f"http://127.0.0.1:{sock.getsockname()[1]}" for name, sock in self._sockets.items()}
         self._servers = {
             name: uvicorn.Server(
@@ -120,7 +120,7 @@ class DemoUpstreams:
                     timeout_graceful_shutdown=1,
                 )
             )
-            for name in NAMES
+            for name in DEMO_NAMES
         }
         self._thread = threading.Thread(target=self._run, name="demo-upstreams", daemon=True)
 

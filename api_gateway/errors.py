@@ -31,7 +31,7 @@ REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-re
 
 # Exit codes
 STARTUP_FAILED = 3  # uvicorn's own for it
-CUT_OFF = 4  # not everything was answered in the time to drain
+DRAIN_INCOMPLETE = 4  # not everything was answered in the time to drain
 BLOCKED = 5  # the event loop did not turn any more
 
 

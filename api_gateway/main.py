@@ -24,7 +24,7 @@ from api_gateway.admin.gate import OperatorGate
 from api_gateway.admin.health_cache import HealthCache
 from api_gateway.admin.locality import Locality
 from api_gateway.admin.operator_limits import OperatorLimits
-from api_gateway.assembly.access import NOBODY, operator_access
+from api_gateway.assembly.access import NO_ACCESS, operator_access
 from api_gateway.assembly.gateway import Assembly, Gateway
 from api_gateway.assembly.installation import Installation
 from api_gateway.config import GatewayConfig, load_config
@@ -33,7 +33,7 @@ from api_gateway.http1.asgi import FastPathProvider, Message, Receive, Scope, Se
 from api_gateway.http1.request_paths import below_root
 from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
-from api_gateway.resilience.fair_shares import Shares
+from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.upstreams.dns import Resolve, look_up
@@ -62,7 +62,7 @@ class GatewayApp(FastAPI):
         self._own_routes = len(self.routes)
         self.gate = OperatorGate(
             super().__call__,
-            access=NOBODY,
+            access=NO_ACCESS,
             endpoints=endpoints,
             has_admin_listener=has_admin_listener,
             readiness=self._readiness,
@@ -114,13 +114,13 @@ class GatewayApp(FastAPI):
         return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
-        console: AdminContext | None = getattr(self.state, "console", None)
-        phase = Lifecycle.STARTING if console is None else console.lifecycle
+        context: AdminContext | None = getattr(self.state, "console", None)
+        phase = Lifecycle.STARTING if context is None else context.lifecycle
         return phase is Lifecycle.SERVING, phase.value
 
     def _health(self) -> HealthCache | None:
-        console: AdminContext | None = getattr(self.state, "console", None)
-        return None if console is None else console.health
+        context: AdminContext | None = getattr(self.state, "console", None)
+        return None if context is None else context.health
 
 
 def create_app(
@@ -129,11 +129,11 @@ def create_app(
     server_headers: frozenset[bytes] = frozenset(),
     refused: Counter[str] | None = None,
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
-    crew: Aggregator | None = None,
+    aggregator: Aggregator | None = None,
     resolve: Resolve = look_up,
     read: Callable[[], GatewayConfig] | None = None,
     on_change: Callable[[GatewayConfig], None] | None = None,
-    connections: Shares | None = None,
+    connections: FairShares | None = None,
     locality: Locality | None = None,
     clocks: Clocks = SYSTEM_CLOCKS,
 ) -> GatewayApp:
@@ -174,7 +174,7 @@ def create_app(
                 read=read,
                 on_change=on_change,
             )
-            await installation.start(settings, _console, crew or SingleProcess())
+            await installation.start(settings, _console, aggregator or SingleProcess())
             app.state.console.lifecycle = Lifecycle.SERVING
             yield
             app.state.console.lifecycle = Lifecycle.DRAINING
@@ -216,13 +216,13 @@ def _build_routes(app: FastAPI) -> None:
         pass
 
 
-def _console(gateway: Gateway, explainer: Explainer, crew: Aggregator) -> AdminContext:
+def _console(gateway: Gateway, explainer: Explainer, aggregator: Aggregator) -> AdminContext:
     return AdminContext(
         version=__version__,
         limiter=gateway.limiter,
         clients=gateway.clients,
-        aggregator=crew,
+        aggregator=aggregator,
         clocks=gateway.clocks,
         explainer=explainer,
-        overrides=gateway.modes,
+        overrides=gateway.overrides,
     )

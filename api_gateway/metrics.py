@@ -219,7 +219,7 @@ class Recorder:
         if exchange.sent_at is not None and exchange.status != SWITCHED:
             running.time(exchange.finished - exchange.started)
 
-    def observe_try(self, upstream: str, outcome: str, seconds: float | None, now: float) -> None:
+    def observe_attempt(self, upstream: str, outcome: str, seconds: float | None, now: float) -> None:
         """Count one try on an upstream; `outcome` is a class of status or a reason, `seconds` the time to the head."""
         self.outcomes[upstream][outcome] += 1
         if seconds is not None:

@@ -254,7 +254,9 @@ class RoutingMiddleware:
     def __init__(self, app: ASGIApp, *, router: Router) -> None:
         self.app = app
         self._routes = router.routes
-        self._totals = {name: service.total_timeout for name, service in router.services.items()}
+        self._totals = {
+            name: upstream_client.total_timeout for name, upstream_client in router.upstream_clients.items()
+        }
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Write `route` and `cost`; raises NoRoute, MethodNotAllowed, and BadRequest for an unusable deadline."""

@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 from api_gateway.models import Charge, Decision, DecisionSource, LimiterState, Quota
 
-NEVER = -1
+NEVER_NS = -1
 OVERFLOW_SLOTS = 65_536
 Noted = TypeVar("Noted")
 _SWEEP = 8  # retired entries freed per decision: more than one decision can add, so it always catches up
@@ -80,7 +80,7 @@ def take(tat_ns: int, burst_ns: int, increment_ns: int, now_ns: int) -> tuple[in
     """Charge a bucket: return its new TAT and 0, or the TAT it keeps and the exact wait in nanoseconds.
 
     At `now_ns + wait` the same charge passes; one nanosecond earlier it does not. A charge above the whole budget
-    never passes: its wait is `NEVER`. A bucket owes at most a second budget beyond being empty (what was settled
+    never passes: its wait is `NEVER_NS`. A bucket owes at most a second budget beyond being empty (what was settled
     later). A TAT beyond that has no other cause than a clock that stepped back, or a corrupted store, and is brought
     back to "empty now"; that repair is what the caller must store.
     """
@@ -91,7 +91,7 @@ def take(tat_ns: int, burst_ns: int, increment_ns: int, now_ns: int) -> tuple[in
     wait_ns = charged - (now_ns + burst_ns)
     if wait_ns <= 0:
         return charged, 0
-    return base, wait_ns if increment_ns <= burst_ns else NEVER
+    return base, wait_ns if increment_ns <= burst_ns else NEVER_NS
 
 
 def take_each(tats_ns: Iterable[int], charges: Iterable[Charge], now_ns: int) -> list[tuple[int, int]]:
@@ -472,7 +472,7 @@ def joint_decision(
     """Return what the TAT and wait of every bucket come to: the first one's decision, or the longest refusal."""
     refusals = [index for index, (_, wait_ns) in enumerate(taken) if wait_ns]
     if refusals:
-        binding = max(refusals, key=lambda index: (taken[index][1] == NEVER, taken[index][1]))
+        binding = max(refusals, key=lambda index: (taken[index][1] == NEVER_NS, taken[index][1]))
         return decision_of(charges[binding], *taken[binding], now_ns, source)
     others_ns = tuple(max(tat_ns - now_ns, 0) for tat_ns, _ in taken[1:])
     return decision_of(charges[0], *taken[0], now_ns, source, others_ns)

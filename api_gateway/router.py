@@ -32,12 +32,12 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.models import Clock, Exchange, HeaderList
-from api_gateway.proxy.client_disconnect import LEFT, DisconnectWatch, LeavingWatch
+from api_gateway.proxy.client_disconnect import CLIENT_LEFT, DisconnectWatch, LeavingWatch
 from api_gateway.proxy.deadline import Deadline
 from api_gateway.proxy.fallback_runner import FallbackRunner
 from api_gateway.proxy.faults import ClientShare, fault_of_deadline
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
-from api_gateway.proxy.request_body import RequestBody, SentBody, body_too_large
+from api_gateway.proxy.request_body import SentBody, StreamedBody, body_too_large
 from api_gateway.proxy.route_table import Route, RouteTable, refuse_method, upstream_target
 from api_gateway.proxy.sse import event_stream, is_event_stream
 from api_gateway.proxy.upstream_request import UpstreamRequest, spelt_target
@@ -47,7 +47,7 @@ from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 from api_gateway.resilience.retry import FailedAttempt, RetryDenied, is_repeatable, retry_after_of
-from api_gateway.transport.dispatch import HttpxBody, fields_in, let_go, parts_of, reply_to
+from api_gateway.transport.dispatch import HttpxBody, close_response, fields_in, parts_of, send_request
 from api_gateway.transport.error_mapping import translate
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
 from api_gateway.transport.response import UpstreamResponse
@@ -86,13 +86,13 @@ class Router:
     def __init__(
         self,
         routes: RouteTable,
-        services: Mapping[str, UpstreamClient],
+        upstream_clients: Mapping[str, UpstreamClient],
         *,
         clock: Clock,
         max_body_bytes: int,
         protected: frozenset[bytes] = frozenset(),
         omit: frozenset[bytes] = frozenset(),
-        observe_try: Callable[[str, str, float | None, float], None],
+        observe_attempt: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
         on_target_move: Callable[[str, Target, Transition], None] = _ignore,
         on_cost: Callable[[Exchange, Sequence[bytes]], None] | None = None,
@@ -110,18 +110,18 @@ class Router:
         loop is late.
         """
         self.routes = routes
-        self.services = dict(services)
+        self.upstream_clients = dict(upstream_clients)
         self._clock = clock
         self.max_body_bytes = max_body_bytes
         self.protected = protected
         self._omit = omit
         self._omit_with_length = omit | {b"content-length"}
         self.outcomes = OutcomeReporter(
-            clock=clock, observe_try=observe_try, on_transition=on_transition, on_target_move=on_target_move
+            clock=clock, observe_attempt=observe_attempt, on_transition=on_transition, on_target_move=on_target_move
         )
         self.on_cost = on_cost or _ignore
         self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
-        self._stand_in = FallbackRunner(self.services, self._tries, on_fallback or _ignore, clock)
+        self._fallback_runner = FallbackRunner(self.upstream_clients, self._attempts, on_fallback or _ignore, clock)
         self.priorities = priorities
         self._lag = lag or EventLoopShedder(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
 
@@ -137,21 +137,21 @@ class Router:
     ) -> Awaitable[None]:
         """Send the request to the route's upstream and its answer to the client. Raises GatewayError."""
         refuse_method(exchange.method)
-        service = self.services[route.upstream]
+        upstream_client = self.upstream_clients[route.upstream]
         exchange.upstream = route.upstream
-        link: ServerExtension | None = scope.get(SERVER_EXTENSION)
-        target = upstream_target(route, spelt_target(scope) if link is None else link.target)
-        request = UpstreamRequest(scope, link, target, is_trusted, self.protected)
+        extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
+        target = upstream_target(route, spelt_target(scope) if extension is None else extension.target)
+        request = UpstreamRequest(scope, extension, target, is_trusted, self.protected)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
             return self._answer_options(exchange, send)
-        if link is not None and route.min_body_rate is not None:
-            link.require_body_rate(route.min_body_rate)
-        request.body = self._body(exchange, service, request, receive)
-        service.retries.budget.deposit(exchange.started)
-        tries = self._tries(exchange, service, request, receive, send)
+        if extension is not None and route.min_body_rate is not None:
+            extension.require_body_rate(route.min_body_rate)
+        request.body = self._body(exchange, upstream_client, request, receive)
+        upstream_client.retries.budget.deposit(exchange.started)
+        tries = self._attempts(exchange, upstream_client, request, receive, send)
         if route.fallback is None:
             return tries
-        return self._stand_in.respond(exchange, route.fallback, request, receive, send, tries)
+        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, tries)
 
     def continue_exchange(
         self,
@@ -170,34 +170,46 @@ class Router:
 
         `answer` is None if the request has not been sent yet; `kept` is the body of one that has, if there is one.
         """
-        service = self.services[route.upstream]
-        link: ServerExtension = scope[SERVER_EXTENSION]
-        if link.is_disconnected:
+        upstream_client = self.upstream_clients[route.upstream]
+        extension: ServerExtension = scope[SERVER_EXTENSION]
+        if extension.is_disconnected:
             if answer is not None:
                 answer.close()
             attempt.release(self._clock())
-            raise ClientDisconnected(LEFT)
-        request = UpstreamRequest(scope, link, upstream_target(route, link.target), is_trusted, self.protected)
+            raise ClientDisconnected(CLIENT_LEFT)
+        request = UpstreamRequest(
+            scope, extension, upstream_target(route, extension.target), is_trusted, self.protected
+        )
         if answer is None:
-            request.body = self._body(exchange, service, request, receive)
+            request.body = self._body(exchange, upstream_client, request, receive)
         else:
             answer.listener = request
             request.body = NO_BODY if request.framing is None else SentBody(kept)
-        tries = self._attempt_targets(exchange, service, request, send, attempt, answer)
+        tries = self._attempt_targets(exchange, upstream_client, request, send, attempt, answer)
         if route.fallback is None:
             return tries
-        return self._stand_in.respond(exchange, route.fallback, request, receive, send, tries)
+        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, tries)
 
-    def _tries(
-        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, receive: Receive, send: Send
+    def _attempts(
+        self,
+        exchange: Exchange,
+        upstream_client: UpstreamClient,
+        request: UpstreamRequest,
+        receive: Receive,
+        send: Send,
     ) -> Awaitable[None]:
         """Return the tries on one upstream, bounded in time if the request is."""
         if request.link is not None and request.deadline is None:
-            return self._attempt_targets(exchange, service, request, send)
-        return self._guard(exchange, service, request, receive, send)
+            return self._attempt_targets(exchange, upstream_client, request, send)
+        return self._guard(exchange, upstream_client, request, receive, send)
 
     async def _guard(
-        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, receive: Receive, send: Send
+        self,
+        exchange: Exchange,
+        upstream_client: UpstreamClient,
+        request: UpstreamRequest,
+        receive: Receive,
+        send: Send,
     ) -> None:
         """Bound the tries in time, and watch for the client's leaving where the server does not tell."""
         deadline = request.deadline
@@ -207,21 +219,21 @@ class Router:
         with nullcontext() if request.link is not None else DisconnectWatch(receive, request.body):
             try:
                 async with asyncio.timeout(left) as request.timer:
-                    await self._attempt_targets(exchange, service, request, send)
+                    await self._attempt_targets(exchange, upstream_client, request, send)
             except TimeoutError as error:
                 assert deadline is not None  # noqa: S101 - nothing else runs out
                 raise _overdue(exchange, deadline) from error
 
     def _body(
-        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, receive: Receive
-    ) -> RequestBody | NoBody:
+        self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, receive: Receive
+    ) -> StreamedBody | NoBody:
         if request.framing is None:
             return NO_BODY
         if request.framing == b"length" and int(request.fields[b"content-length"][0]) > self.max_body_bytes:
             raise body_too_large(self.max_body_bytes)
         may_repeat = is_repeatable(exchange.method, request.fields)
-        keep = service.retries.policy.max_body_bytes if may_repeat else 0
-        return RequestBody(receive, self.max_body_bytes, exchange, keep)
+        keep = upstream_client.retries.policy.max_body_bytes if may_repeat else 0
+        return StreamedBody(receive, self.max_body_bytes, exchange, keep)
 
     async def _answer_options(self, exchange: Exchange, send: Send) -> None:
         """Answer for the upstream, as a request that may go no further asks (RFC 9110 section 7.6.2)."""
@@ -233,7 +245,7 @@ class Router:
     async def _attempt_targets(
         self,
         exchange: Exchange,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         request: UpstreamRequest,
         send: Send,
         attempt: Attempt | None = None,
@@ -248,30 +260,34 @@ class Router:
         watch: AbstractContextManager[None] = nullcontext() if request.link is None else LeavingWatch(request.link)
         with watch:
             if attempt is None:
-                attempt = self._acquire(exchange, service, request, tried)
-            again = await self._attempt(exchange, service, attempt, request, send, tried, answer)
+                attempt = self._acquire(exchange, upstream_client, request, tried)
+            again = await self._attempt(exchange, upstream_client, attempt, request, send, tried, answer)
             try:
                 while again is not None:
-                    again = await self._attempt_again(exchange, service, again, request, send, tried)
+                    again = await self._attempt_again(exchange, upstream_client, again, request, send, tried)
             finally:
                 again = None  # its error refers to this frame
 
     def _acquire(
-        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
+        self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
     ) -> Attempt:
         """Return the next target's lease; another try asks as the lowest band, to give way to whoever is shed."""
-        key = exchange.client_key if service.hash_header is None else service.hash_key(request.fields, exchange)
+        key = (
+            exchange.client_key
+            if upstream_client.hash_header is None
+            else upstream_client.hash_key(request.fields, exchange)
+        )
         is_safe = is_repeatable(exchange.method, request.fields)
         priority = 0 if tried or exchange.client is None else self.priorities.of(exchange.client.quota.name)
         principal = holder_of(exchange.client, exchange.peer)
-        return service.upstream.acquire(
+        return upstream_client.upstream.acquire(
             self._clock(), key, tried, priority=priority, is_safe=is_safe, principal=principal
         )
 
     async def _attempt_again(
         self,
         exchange: Exchange,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         again: _PendingRetry,
         request: UpstreamRequest,
         send: Send,
@@ -281,39 +297,39 @@ class Router:
         attempt = None
         try:
             await asyncio.sleep(again.pause)
-            attempt = self._next_attempt(exchange, service, request, tried)
+            attempt = self._next_attempt(exchange, upstream_client, request, tried)
             if attempt is None:
-                self._on_denial(service.upstream.name, RetryDenied.UNAVAILABLE)
+                self._on_denial(upstream_client.upstream.name, RetryDenied.UNAVAILABLE)
                 if again.response is None:
                     raise again.failure()
                 await self._relay(exchange, again.attempt, request, again.response, send)
                 return None
         finally:
             if again.response is not None and attempt is None:
-                await let_go(again.response)
+                await close_response(again.response)
         exchange.retried += (again.cause,)
-        self._on_retry(service.upstream.name, again.cause)
-        return await self._attempt(exchange, service, attempt, request, send, tried, given_up=again.response)
+        self._on_retry(upstream_client.upstream.name, again.cause)
+        return await self._attempt(exchange, upstream_client, attempt, request, send, tried, given_up=again.response)
 
     def _next_attempt(
-        self, exchange: Exchange, service: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
+        self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
     ) -> Attempt | None:
         """Return a lease for another try, if there is one to be had: no retry is a probe."""
-        if self._is_recovering(service):
+        if self._is_recovering(upstream_client):
             return None
         try:
-            return self._acquire(exchange, service, request, tried)
+            return self._acquire(exchange, upstream_client, request, tried)
         except Unavailable:
             return None
 
-    def _is_recovering(self, service: UpstreamClient) -> bool:
+    def _is_recovering(self, upstream_client: UpstreamClient) -> bool:
         """Tell whether it, or this gateway itself, has enough to do with what comes for the first time."""
-        return self._lag.is_over or service.upstream.is_recovering(self._clock())
+        return self._lag.is_over or upstream_client.upstream.is_recovering(self._clock())
 
     async def _attempt(
         self,
         exchange: Exchange,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         attempt: Attempt,
         request: UpstreamRequest,
         send: Send,
@@ -329,21 +345,25 @@ class Router:
         exchange.attempts += 1
         try:
             if given_up is not None:
-                await let_go(given_up)
+                await close_response(given_up)
             try:
-                response = await self._send(exchange, service, attempt, request, answer)
+                response = await self._send(exchange, upstream_client, attempt, request, answer)
             except UpstreamFailed as error:
-                pause = self._retry_delay(exchange, service, attempt, request, tried, is_sent=not error.is_retry_safe)
+                pause = self._retry_delay(
+                    exchange, upstream_client, attempt, request, tried, is_sent=not error.is_retry_safe
+                )
                 if pause is None:
                     raise
                 exchange.has_reached |= not error.is_retry_safe
                 return _PendingRetry(error.reason.value, pause, attempt, error=error)
-            if response.status_code in service.retried_statuses:
-                pause = self._retry_delay(exchange, service, attempt, request, tried, is_sent=True, answer=response)
+            if response.status_code in upstream_client.retried_statuses:
+                pause = self._retry_delay(
+                    exchange, upstream_client, attempt, request, tried, is_sent=True, answer=response
+                )
                 if pause is not None:
                     exchange.has_reached = True
                     return _PendingRetry(str(response.status_code), pause, attempt, response=response)
-            await self._deliver(exchange, service, attempt, request, response, send)
+            await self._deliver(exchange, upstream_client, attempt, request, response, send)
             return None
         finally:
             attempt.release(self._clock())
@@ -351,7 +371,7 @@ class Router:
     def _retry_delay(
         self,
         exchange: Exchange,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         attempt: Attempt,
         request: UpstreamRequest,
         tried: Sequence[Target],
@@ -369,12 +389,12 @@ class Router:
             is_sent=is_sent,
             is_repeatable=is_repeatable(exchange.method, request.fields),
             is_kept=request.body.is_kept and (answer is None or request.body.is_finished),
-            is_recovering=attempt.ticket.is_probe or self._is_recovering(service),
+            is_recovering=attempt.ticket.is_probe or self._is_recovering(upstream_client),
             is_elsewhere=attempt.upstream.has_other(tried, now),
             retry_after=None if answer is None else retry_after_of(fields_in(answer)),
             left=None if request.deadline is None else request.deadline.remaining(now),
         )
-        verdict = service.retries.decide(failed, now)
+        verdict = upstream_client.retries.decide(failed, now)
         if isinstance(verdict, RetryDenied):
             self._on_denial(attempt.upstream.name, verdict)
             return None
@@ -383,19 +403,19 @@ class Router:
     async def _send(
         self,
         exchange: Exchange,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         attempt: Attempt,
         request: UpstreamRequest,
         answer: UpstreamResponse | None,
     ) -> httpx.Response:
         """Send the request to one target and return the answer's head; settles the try if that fails."""
         now = self._clock()
-        outgoing = request.render(exchange, service, attempt.target, now)
+        outgoing = request.render(exchange, upstream_client, attempt.target, now)
         if answer is None:
             exchange.target = attempt.target.url
             exchange.sent_at, exchange.head_at = now, None
         try:
-            response = await reply_to(service.transport, outgoing, answer)
+            response = await send_request(upstream_client.transport, outgoing, answer)
         except httpx.TransportError as error:
             raise self._failure(exchange, attempt, request, outgoing, answer, error) from error
         except asyncio.CancelledError:
@@ -440,7 +460,7 @@ class Router:
     async def _deliver(
         self,
         exchange: Exchange,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         attempt: Attempt,
         request: UpstreamRequest,
         response: httpx.Response,
@@ -456,13 +476,13 @@ class Router:
             settle_probe = loop.call_later(soon, self.outcomes.settle_success, attempt)
         try:
             if response.status_code == SWITCHING_PROTOCOLS:
-                await self._tunnel(exchange, service, attempt, request, response)
+                await self._tunnel(exchange, upstream_client, attempt, request, response)
             else:
                 await self._relay(exchange, attempt, request, response, send)
         finally:
             if settle_probe is not None:
                 settle_probe.cancel()
-            await let_go(response)
+            await close_response(response)
 
     async def _relay(
         self, exchange: Exchange, attempt: Attempt, request: UpstreamRequest, response: httpx.Response, send: Send
@@ -520,14 +540,14 @@ class Router:
     async def _tunnel(
         self,
         exchange: Exchange,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         attempt: Attempt,
         request: UpstreamRequest,
         response: httpx.Response,
     ) -> None:
         """Join client and upstream after a 101, until one of them ends it or neither says a word for too long."""
-        link = request.link
-        assert link is not None  # noqa: S101 - nobody else asks for an upgrade
+        extension = request.link
+        assert extension is not None  # noqa: S101 - nobody else asks for an upgrade
         _set_apart(exchange, attempt, response.extensions["switched"])
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         if request.timer is not None:  # it was the handshake's
@@ -535,15 +555,15 @@ class Router:
         self.outcomes.settle_success(attempt)
         headers, fields, _ = parts_of(response)
         headers = self._for_client(exchange, headers, fields, self._omit)
-        headers += [(b"connection", b"Upgrade"), (b"upgrade", link.upgrade)]
+        headers += [(b"connection", b"Upgrade"), (b"upgrade", extension.upgrade)]
         try:
             upstream, from_upstream = response.extensions["switched"].detach()
         except httpx.TransportError as error:
             raise translate(error, attempt.upstream.name) from error
-        client, from_client = link.switch(response.extensions["reason_phrase"], headers)
-        tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, service.tunnel_timeout)
-        link.on_stopping = tunnel.go_away
-        if link.is_stopping:
+        client, from_client = extension.switch_protocols(response.extensions["reason_phrase"], headers)
+        tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, upstream_client.tunnel_timeout)
+        extension.on_shutdown = tunnel.go_away
+        if extension.is_stopping:
             tunnel.go_away()
         try:
             await tunnel.run(from_client, from_upstream)
@@ -559,10 +579,10 @@ def _set_apart(exchange: Exchange, attempt: Attempt, answer: UpstreamResponse | 
         except httpx.PoolTimeout as error:
             exchange.has_reached = True  # so it is charged for: it has been answered, only not to the client
             raise translate(error, attempt.upstream.name) from error
-        attempt.give_place_back()
+        attempt.release_slot()
 
 
-def _share(body: RequestBody | NoBody, reader_waited: float) -> ClientShare:
+def _share(body: StreamedBody | NoBody, reader_waited: float) -> ClientShare:
     """Return what the client has to do with the end of an attempt."""
     return ClientShare(body.is_finished, body.is_awaited, body.waited + reader_waited)
 

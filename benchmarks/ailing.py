@@ -65,23 +65,23 @@ class Connection(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(self, service: Service) -> None:
-        self._service = service
+        self._upstream_client = service
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the way back."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP
         self.transport = transport
-        self._service.connections.add(self)
+        self._upstream_client.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
         """Be forgotten."""
-        self._service.connections.discard(self)
+        self._upstream_client.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
         """Answer every request that is there."""
         *heads, self._buffer = (self._buffer + data).split(b"\r\n\r\n")
-        service = self._service
+        service = self._upstream_client
         for head in heads:
             path = head.split(b" ", 2)[1]
             is_counted = path.startswith(b"/api/")

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from api_gateway.clients.sqlite_store import FILE_NAME, SqliteClients
+from api_gateway.clients.sqlite_store import CLIENTS_FILE, SqliteClients
 from benchmarks.flood import Flooded, client_id
 from benchmarks.load import CLIENT, Answer, Client, Failed, OpenLoop, await_ready, percentile
 from benchmarks.processes import cpu_seconds, free_port, pinned, reset_peak, resident_bytes, running, store_command
@@ -55,7 +55,7 @@ class Caller(Client):
         super().__init__(port)
 
     def check(self, answer: Answer) -> None:
-        """See `Client`."""
+        """See `StoreClient`."""
         if answer.status in REFUSALS:
             self._refused[answer.status] += 1
         else:
@@ -143,7 +143,7 @@ def register(state: Path, count: int) -> None:
         await clients.close()
 
     asyncio.run(create())
-    with closing(sqlite3.connect(state / FILE_NAME)) as connection, connection:
+    with closing(sqlite3.connect(state / CLIENTS_FILE)) as connection, connection:
         connection.executemany(
             "INSERT INTO clients VALUES (?, 'ENTERPRISE', NULL, NULL, ?, 0)",
             ((f"registered-{number}", number) for number in range(1, count + 1)),

@@ -32,9 +32,9 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
         "buckets to be freed": sum(len(part) for table in tables for part in table.retired),
         "refunds": sum(map(len, refunds)),
         "store keys": keys,
-        "client copy": len(clients._copy),
-        "look-ups": len(clients._look_ups._asked) + len(clients._look_ups._late),
-        "heads": lane._known.cache_info().currsize,
+        "client copy": len(clients._cache),
+        "look-ups": len(clients._lookups._asked) + len(clients._look_ups._late),
+        "heads": lane._profiles.cache_info().currsize,
         "sketches": len(gateway.recorder.requests_by_client) + len(gateway.recorder.limited_by_client),
         "series": series_of(gateway.recorder),
     }

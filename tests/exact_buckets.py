@@ -9,7 +9,7 @@ from fractions import Fraction
 from itertools import accumulate
 
 from api_gateway.models import Charge, Decision, DecisionSource, Quota
-from api_gateway.rate_limiter import NEVER
+from api_gateway.rate_limiter import NEVER_NS
 
 
 class ExactBuckets:
@@ -68,7 +68,7 @@ class ExactBuckets:
             said.append(self._said(charge, self.level(charge.key, charge.quota, now_ns), now_ns))
         refusals = [one for one in said if not one.allowed]
         if refusals:
-            impossible = [one for one in refusals if one.wait_ns == NEVER]
+            impossible = [one for one in refusals if one.wait_ns == NEVER_NS]
             return impossible[0] if impossible else max(refusals, key=lambda one: one.wait_ns)
         for charge in charges:
             if charge.increment_ns:
@@ -88,7 +88,7 @@ class ExactBuckets:
             quota,
             allowed,
             math.floor(max(left, Fraction(0))),
-            NEVER if cost > quota.capacity else int(wait_ns),
+            NEVER_NS if cost > quota.capacity else int(wait_ns),
             int(reset_ns),
             now_ns,
             source=self.source,

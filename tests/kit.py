@@ -103,7 +103,7 @@ class RunningGateway:
     def console(self) -> Any:
         """The live parts."""
         gateway = self.server._app.state.gateway
-        upstreams = {name: service.upstream for name, service in gateway.services.items()}
+        upstreams = {name: service.upstream for name, service in gateway.upstream_clients.items()}
         return SimpleNamespace(
             recorder=gateway.recorder, upstreams=upstreams, clients=gateway.clients, limiter=gateway.limiter
         )

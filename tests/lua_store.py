@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from lupa import lua51
 
-from api_gateway.limits.redis_limiter import SCRIPT, RedisLimiter
+from api_gateway.limits.redis_limiter import TOKEN_BUCKET_SCRIPT, RedisLimiter
 from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp, _call
 from api_gateway.models import Charge, Decision, Quota
 from api_gateway.storage.redis_session import StoreSession
@@ -34,7 +34,7 @@ end
 def _lua() -> tuple[Any, Any]:
     """Return a runtime and, compiled once, the script."""
     runtime = lua51.LuaRuntime(unpack_returned_tuples=True)
-    return runtime, runtime.eval(_PREPARE)(SCRIPT.text)
+    return runtime, runtime.eval(_PREPARE)(TOKEN_BUCKET_SCRIPT.text)
 
 
 class LuaStore:

@@ -12,7 +12,7 @@ from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import CircuitOpen, NoHealthyUpstream
 from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_policy import BreakerPolicy, State
-from api_gateway.upstreams.load_balancing import Pick, least_requests, rendezvous_hash, round_robin
+from api_gateway.upstreams.load_balancing import Picker, least_requests, rendezvous_hash, round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, Upstream
 
@@ -24,7 +24,7 @@ def targets(**weights: int) -> list[Target]:
     return [Target(name, weight) for name, weight in weights.items()]
 
 
-def upstream_of(pool: Sequence[Target], pick: Pick = round_robin, *, failure_threshold: int = 1) -> Upstream:
+def upstream_of(pool: Sequence[Target], pick: Picker = round_robin, *, failure_threshold: int = 1) -> Upstream:
     policy = BreakerPolicy(failure_threshold=failure_threshold, recovery_timeout=30)
     return Upstream("users", pool, CircuitBreaker(policy, NOW), pick)
 
@@ -146,7 +146,7 @@ def test_more_weight_draws_keys_and_repels_none() -> None:
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
 @pytest.mark.parametrize("healthy", ["a", "bd", "acd"])
-def test_an_unhealthy_target_is_never_chosen(pick: Pick, healthy: str) -> None:
+def test_an_unhealthy_target_is_never_chosen(pick: Picker, healthy: str) -> None:
     pool = targets(a=1, b=2, c=3, d=4)
     for target in pool:
         target.is_healthy = target.url in healthy
@@ -155,7 +155,7 @@ def test_an_unhealthy_target_is_never_chosen(pick: Pick, healthy: str) -> None:
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
-def test_a_retry_prefers_what_was_not_tried(pick: Pick) -> None:
+def test_a_retry_prefers_what_was_not_tried(pick: Picker) -> None:
     upstream = upstream_of(targets(a=1, b=1, c=1), pick)
     for key in KEYS[:50]:
         tried: list[Target] = []

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from api_gateway.admin.breaker_overrides import (
-    FILE_NAME,
-    INTERVAL,
+    OVERRIDES_FILE,
+    OVERRIDES_POLL_INTERVAL,
     BreakerOverrides,
     FileUnusable,
     Override,
@@ -227,7 +227,7 @@ async def test_each_change_is_logged_with_who_and_why(file: OverrideFile, caplog
 
 async def test_it_looks_several_times_a_second(file: OverrideFile) -> None:
     worker = Worker(file, FakeClock(WALL))
-    assert INTERVAL < 0.5
+    assert OVERRIDES_POLL_INTERVAL < 0.5
     following = asyncio.create_task(worker.try_handle.follow_file())
     try:
         file.change("users", HELD, WALL)
@@ -237,5 +237,5 @@ async def test_it_looks_several_times_a_second(file: OverrideFile) -> None:
 
 
 def test_the_file_lies_in_the_state_directory(tmp_path: Path) -> None:
-    assert OverrideFile(tmp_path).path == tmp_path / FILE_NAME
-    assert FILE_NAME in repr(OverrideFile(tmp_path))
+    assert OverrideFile(tmp_path).path == tmp_path / OVERRIDES_FILE
+    assert OVERRIDES_FILE in repr(OverrideFile(tmp_path))

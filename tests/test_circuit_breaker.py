@@ -438,7 +438,7 @@ def test_jitter_only_adds_and_what_is_told_is_the_real_time() -> None:
 
 def test_an_unsafe_request_is_no_probe_while_safe_ones_come() -> None:
     breaker, now = probing()
-    breaker._last_safe_at = now
+    breaker._last_idempotent_at = now
     assert breaker.admit(now + 0.5, is_safe=False) is None
     assert not breaker.would_admit(now + 0.5, is_safe=False)
     assert admitted(breaker, now + 0.6).is_probe

@@ -178,10 +178,10 @@ async def test_a_client_cannot_name_itself_into_the_bucket_of_an_address() -> No
 
 async def test_asking_for_a_client_remembers_nothing() -> None:
     async with following(HeldStore()) as registry:
-        before = repr(registry), repr(registry._copy)
+        before = repr(registry), repr(registry._cache)
         for number in range(1000):
             registry.try_get(f"stranger-{number}")
-        assert (repr(registry), repr(registry._copy)) == before
+        assert (repr(registry), repr(registry._cache)) == before
 
 
 def test_a_default_tier_that_does_not_exist_is_a_defect_told_at_once() -> None:
@@ -480,7 +480,7 @@ async def test_what_does_not_fit_is_looked_up_once_and_remembered() -> None:
         assert view(await registry.look_up("stranger")) == ("FREE", "default")
         assert view(registry.try_get("stranger")) == ("FREE", "default")
         assert store.questions == [["client-24"], ["stranger"]]
-        assert len(registry._copy) == 20
+        assert len(registry._cache) == 20
 
 
 async def test_a_configured_client_may_be_registered_for_another_tier_in_the_store() -> None:
@@ -520,7 +520,7 @@ async def test_invented_names_do_not_push_out_those_that_exist() -> None:
             await registry.look_up(f"stranger-{number}")
         known = sum(registry.try_get(f"client-{number}") is not None for number in range(101))
         assert known >= 89
-        assert len(registry._copy) == 100
+        assert len(registry._cache) == 100
 
 
 async def test_many_who_ask_for_one_client_ask_once_and_many_clients_are_one_question() -> None:
@@ -760,5 +760,5 @@ async def test_the_ends_of_replaced_grants_are_forgotten() -> None:
     async with following(HeldStore(), wall_clock=FakeClock(1000), limit=10) as registry:
         for number in range(200):
             await registry.grant("acme", "PREMIUM", 5000 + number)
-        assert len(registry._endings) <= 22
+        assert len(registry._expiries) <= 22
         assert tier_of(registry, "acme") == ("PREMIUM", "granted")

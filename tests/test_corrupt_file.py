@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from api_gateway.clients.records import Change, Grant
-from api_gateway.clients.sqlite_store import FILE_NAME, SqliteClients
+from api_gateway.clients.sqlite_store import CLIENTS_FILE, SqliteClients
 from tests.kit import RunningGateway, ask, eventually, in_front_of
 from tests.processes import process
 
@@ -30,7 +30,7 @@ async def fill(folder: Path) -> None:
         change = Change(tier="PREMIUM") if number % 2 else Change(grant=Grant("BASIC", 2e9))
         await store.write(f"client-{number}", change)
     await store.close()
-    checkpoint(folder / FILE_NAME)
+    checkpoint(folder / CLIENTS_FILE)
 
 
 def checkpoint(file: Path) -> None:
@@ -84,7 +84,7 @@ async def test_at_the_start_it_is_one_line_and_exit_code_3(tmp_path: Path, corru
         assert running.url
         running.popen.terminate()
         running.popen.wait(60)
-    (file,) = (tmp_path / "state").rglob(FILE_NAME)
+    (file,) = (tmp_path / "state").rglob(CLIENTS_FILE)
     await fill(file.parent)
     corrupt(file)
     with process("-m", "api_gateway", "--port", "0", "--config", str(config), cwd=tmp_path) as running:
@@ -100,9 +100,9 @@ async def test_a_file_that_is_not_corrupt_is_not_called_so(tmp_path: Path) -> No
     store = SqliteClients(tmp_path / "state")
     await store.load(50)
     await store.close()
-    with pytest.raises(OSError, match=FILE_NAME) as closed:
+    with pytest.raises(OSError, match=CLIENTS_FILE) as closed:
         await store.write("acme", Change(tier="FREE"))
-    (tmp_path / "folder" / FILE_NAME).mkdir(parents=True)
+    (tmp_path / "folder" / CLIENTS_FILE).mkdir(parents=True)
     store = SqliteClients(tmp_path / "folder")
     with pytest.raises(OSError, match="folder") as unusable:
         await store.load(50)
@@ -114,7 +114,7 @@ def test_while_it_runs_it_is_one_line_and_tiers_stay(gateway: StartGateway, capl
     running = gateway(in_front_of("http://127.0.0.1:9"))
     change = {"method": "POST", "headers": {"Content-Type": "application/json"}, "body": b'{"tier": "FREE"}'}
     assert ask(f"{running.url}/clients/known/tier", **change).status == 200  # type: ignore[arg-type]  # see `ask`
-    (file,) = Path(running.config.state_dir).rglob(FILE_NAME)
+    (file,) = Path(running.config.state_dir).rglob(CLIENTS_FILE)
     with sqlite3.connect(file) as connection:
         for number in range(3000):
             row = (f"client-{number}", "FREE", number + 10)
@@ -138,7 +138,7 @@ def test_while_it_runs_it_is_one_line_and_tiers_stay(gateway: StartGateway, capl
 
 async def test_whatever_bytes_are_damaged_it_is_an_os_error_or_reads_well(tmp_path: Path) -> None:
     await fill(tmp_path / "good")
-    good = (tmp_path / "good" / FILE_NAME).read_bytes()
+    good = (tmp_path / "good" / CLIENTS_FILE).read_bytes()
     source, messages = random.Random(7), list[str]()
     for number in range(60):
         damaged = bytearray(good)
@@ -146,7 +146,7 @@ async def test_whatever_bytes_are_damaged_it_is_an_os_error_or_reads_well(tmp_pa
             damaged[source.randrange(100, len(damaged))] = source.randrange(256)
         folder = tmp_path / str(number)
         folder.mkdir()
-        (folder / FILE_NAME).write_bytes(damaged)
+        (folder / CLIENTS_FILE).write_bytes(damaged)
         store = SqliteClients(folder)
         try:
             await store.load(50)

@@ -71,7 +71,7 @@ async def test_a_worker_says_that_it_is_ready_reports_when_asked_and_at_the_end(
 
 
 async def test_a_worker_reports_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_channel, "REPORT_INTERVAL", 0.01)
+    monkeypatch.setattr(worker_channel, "SNAPSHOT_INTERVAL", 0.01)
     peer = Peer()
     await peer.open()
     peer.member.announce_ready()
@@ -98,7 +98,7 @@ async def test_what_is_gathered_is_what_the_supervisor_answers() -> None:
 async def test_silence_is_made_up_for_by_the_last_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(worker_channel, "PATIENCE", 0.05)
+    monkeypatch.setattr(worker_channel, "GATHER_TIMEOUT", 0.05)
     peer = Peer()
     await peer.open()
     with caplog.at_level(logging.WARNING):

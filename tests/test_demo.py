@@ -3,7 +3,7 @@
 import pytest
 
 from api_gateway.config import GatewayConfig
-from api_gateway.demo import NAMES, DemoUpstreams, banner
+from api_gateway.demo import DEMO_NAMES, DemoUpstreams, banner
 from tests.kit import ask
 
 
@@ -15,7 +15,7 @@ async def demo() -> DemoUpstreams:
 async def test_each_service_answers_its_health_check_and_stops(demo: DemoUpstreams) -> None:
     await demo.start()
     try:
-        assert [ask(f"{demo.urls[name]}/health").json() for name in NAMES] == [{"status": "ok"}] * 4
+        assert [ask(f"{demo.urls[name]}/health").json() for name in DEMO_NAMES] == [{"status": "ok"}] * 4
         assert ask(f"{demo.urls['users']}/users/9").status == 404
         assert ask(f"{demo.urls['slow']}/slow?seconds=never").status == 400
         posted = ask(f"{demo.urls['orders']}/orders", method="POST", body=b'{"item": "tape"}')
@@ -42,12 +42,12 @@ async def test_flaky_fails_by_its_switch_and_recovers(demo: DemoUpstreams) -> No
 
 async def test_its_sections_are_a_valid_configuration(demo: DemoUpstreams) -> None:
     config = GatewayConfig.model_validate(demo.sections())
-    assert [route.path for route in config.routes] == [f"/api/{name}" for name in NAMES]
+    assert [route.path for route in config.routes] == [f"/api/{name}" for name in DEMO_NAMES]
     assert not config.is_demo
     demo.close()
 
 
 async def test_the_banner_names_every_service_and_three_lines_to_paste() -> None:
     text = banner("127.0.0.1:1234", "http://localhost:1234")
-    assert all(f"http://localhost:1234/api/{name}" in text for name in NAMES)
+    assert all(f"http://localhost:1234/api/{name}" in text for name in DEMO_NAMES)
     assert sum(line.startswith(("  curl", "  for")) for line in text.splitlines()) == 3

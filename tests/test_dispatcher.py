@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.limits.redis_limiter import SCRIPT
+from api_gateway.limits.redis_limiter import TOKEN_BUCKET_SCRIPT
 from api_gateway.limits.script_batcher import CONNECTIONS, MAX_BATCH, ScriptBatcher, ScriptOp
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.storage.redis_session import Script, ScriptCall, StoreSession
@@ -75,12 +75,12 @@ async def dispatching(url: str, *, script: Script = ECHO, deadline: float = CALM
         deadline=deadline,
         clock=time.monotonic,
         source=random.Random(1),
-        on_trouble=lambda: troubles.append(None),
+        on_error=lambda: troubles.append(None),
     )
     await dispatcher.start()
     try:
         yield dispatcher
-        assert all(not lane.done() for lane in dispatcher._lanes), "a lane has died"
+        assert all(not lane.done() for lane in dispatcher._connection_tasks), "a lane has died"
         assert len(troubles) == dispatcher.failures
     finally:
         await dispatcher.close()
@@ -240,7 +240,7 @@ async def test_closing_fails_what_waits(store: StoreServer) -> None:
         assert all(question.is_failed and (question.took or 9) < 1 for question in asked)
         await closing
         store.resume()
-        dispatcher._lanes = []
+        dispatcher._connection_tasks = []
         dispatcher.deadline = 0.01
         late = ask(dispatcher, 1)
         await answered(late)
@@ -411,7 +411,7 @@ async def test_an_error_nobody_thought_of_ends_no_lane(
 ) -> None:
     async with dispatching(store.url) as dispatcher:
         await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
-        real = dispatcher._carry
+        real = dispatcher._send_batch
         calls = []
 
         async def failing(carrier: Any) -> None:
@@ -420,7 +420,7 @@ async def test_an_error_nobody_thought_of_ends_no_lane(
                 raise LookupError("nobody thought of it")
             await real(carrier)
 
-        monkeypatch.setattr(dispatcher, "_carry", failing)
+        monkeypatch.setattr(dispatcher, "_send_batch", failing)
         asked = ask(dispatcher, 2)
         await soon(lambda: len(calls) > CONNECTIONS, "lanes go on")
         await answered(asked)
@@ -431,8 +431,8 @@ async def test_an_error_nobody_thought_of_ends_no_lane(
 
 
 async def test_the_script_of_the_limiter_is_known_to_every_server(store: StoreServer) -> None:
-    async with dispatching(store.url, script=SCRIPT) as dispatcher:
-        assert store.admin.script_exists(SCRIPT.sha) == [True]
+    async with dispatching(store.url, script=TOKEN_BUCKET_SCRIPT) as dispatcher:
+        assert store.admin.script_exists(TOKEN_BUCKET_SCRIPT.sha) == [True]
         assert dispatcher.is_usable
 
 

@@ -96,7 +96,7 @@ async def test_a_server_that_does_not_start_is_reported_with_its_words(tmp_path:
 async def test_a_server_that_does_not_answer_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded_server, "START_TIMEOUT", 0.3)
+    monkeypatch.setattr(embedded_server, "STORE_START_TIMEOUT", 0.3)
     store = EmbeddedStore(program(tmp_path, "server", "exec sleep 60"))
     with pytest.raises(NoServer, match=r"did not answer within 0\.3 s"):
         await store.start()

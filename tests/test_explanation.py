@@ -98,7 +98,7 @@ class Stage:
             {one.name: UpstreamClient(one, self.transport, timeouts) for one in self.upstreams},
             clock=lambda: self.now,
             max_body_bytes=1000,
-            observe_try=self.recorder.observe_try,
+            observe_attempt=self.recorder.observe_attempt,
             on_transition=lambda *_: None,
             on_cost=settlement.on_cost,
             on_fallback=settlement.on_fallback,

@@ -892,7 +892,7 @@ def test_an_upstream_that_was_held_back_for_a_moment_goes_on(
     client: RawClient, up: RawUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when more than is held for a slow reader arrives at once; TLS can deliver that."""
-    monkeypatch.setattr("api_gateway.transport.connection.HIGH_WATER", 10)
+    monkeypatch.setattr("api_gateway.transport.connection.RESPONSE_HIGH_WATER", 10)
     up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n" + b"x" * 20, b"x" * 20, b"x" * 20)
     assert client.get().body == b"x" * 60
 
@@ -914,7 +914,7 @@ def test_what_leaves_the_straight_way_as_its_client_leaves_holds_nothing(
     with RawClient(running.port) as client:
         client.request()
         eventually(lambda: len(up.requests) == 1, "it is with the upstream")
-        (protocol,) = (one for one in running.server.server_state.connections if getattr(one, "_passage", None))
+        (protocol,) = (one for one in running.server.server_state.connections if getattr(one, "_fast_exchange", None))
         protocol.loop.call_soon_threadsafe(time.sleep, 0.2)
         time.sleep(0.05)
         gate.set()

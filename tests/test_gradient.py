@@ -13,7 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api_gateway.resilience.adaptive_limit import ENOUGH, LOOK_EVERY, WINDOW, AdaptivePolicy, GradientController
+from api_gateway.resilience.adaptive_limit import (
+    BASELINE_INTERVAL,
+    MIN_SAMPLES,
+    WINDOW,
+    AdaptivePolicy,
+    GradientController,
+)
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 
@@ -47,7 +53,7 @@ class Queue:
     def __init__(
         self, limit: ConcurrencyLimit, places: int, service: float, *, spread: Callable[[random.Random], float]
     ) -> None:
-        self.limit, self.places, self.service, self.spread = limit, places, service, spread
+        self.limit, self.places, self.upstream_client, self.spread = limit, places, service, spread
         self.now = NOW
         self._source = random.Random(1)
         self._events: list[tuple[float, int, int, float | None]] = []
@@ -82,7 +88,7 @@ class Queue:
 
     def _arrive(self, band: int) -> None:
         if self.limit.admits(band):
-            self.limit.take(band)
+            self.limit.acquire(band)
             self._waiting.append((band, self.now))
             self._begin()
 
@@ -90,11 +96,11 @@ class Queue:
         if self._waiting and self._busy < self.places:
             self._busy += 1
             band, since = self._waiting.popleft()
-            self._push(self.service * self.spread(self._source), band, since)
+            self._push(self.upstream_client * self.spread(self._source), band, since)
 
     def _finish(self, since: float) -> None:
         self._busy -= 1
-        self.limit.give_back()
+        self.limit.release()
         self.limit.observe(self.now - since, self.now)
         self._begin()
 
@@ -156,7 +162,7 @@ def test_a_queue_that_is_there_from_the_start_is_not_taken_for_the_latency_of_th
     server.run(5, 600)
     assert server.limit.in_flight == 400
     server.limit = adaptive(SINGLE_PRIORITY)
-    server.limit._places.in_use = 400
+    server.limit._slots.in_use = 400
     server.run(60, 600)
     assert sum(latencies := server.run(20, 600).latencies) / len(latencies) < 0.05 * 1.7
 
@@ -167,12 +173,12 @@ def test_a_queue_that_is_there_from_the_start_is_not_taken_for_the_latency_of_th
 def test_a_slower_upstream_is_found_out_within_two_looks_and_a_faster_one_at_once() -> None:
     server = Queue(adaptive(), 10, 0.05, spread=constant)
     server.run(20, *mix(200))
-    server.service = 0.15
-    server.run(2 * LOOK_EVERY, *mix(200))
+    server.upstream_client = 0.15
+    server.run(2 * BASELINE_INTERVAL, *mix(200))
     slow = server.run(20, *mix(200))
     assert slow.rate > 0.9 * 10 / 0.15
     assert sum(slow.latencies) / len(slow.latencies) < 0.15 * 1.8
-    server.service = 0.05
+    server.upstream_client = 0.05
     server.run(5, *mix(200))
     assert server.run(20, *mix(200)).rate > 0.93 * 200
 
@@ -187,10 +193,10 @@ def test_more_places_are_used_within_seconds() -> None:
 
 def test_a_look_lowers_the_limit_for_tenths_of_a_second_in_half_a_minute() -> None:
     server = Queue(adaptive(), 10, 0.05, spread=constant)
-    server.run(LOOK_EVERY + 10, *mix(200))
-    span = server.run(LOOK_EVERY - 10.5, *mix(200))
+    server.run(BASELINE_INTERVAL + 10, *mix(200))
+    span = server.run(BASELINE_INTERVAL - 10.5, *mix(200))
     low = 0.0
-    while server.now < NOW + 3 * LOOK_EVERY - 0.5:
+    while server.now < NOW + 3 * BASELINE_INTERVAL - 0.5:
         if server.run(0.02, *mix(200)).least < span.least:
             low += 0.02
     assert 0.2 < low < 1.5
@@ -212,7 +218,7 @@ def test_the_limit_keeps_between_floor_and_ceiling(
     gradient, now = GradientController(AdaptivePolicy(floor, floor + width, tolerance), NOW), NOW
     for seconds, pause, is_met, is_calm in steps:
         now += pause
-        for _ in range(ENOUGH + 1):
+        for _ in range(MIN_SAMPLES + 1):
             now += seconds / 10
             if gradient.add(seconds, now):
                 gradient.close_window(now, is_met=is_met, is_calm=is_calm)
@@ -226,11 +232,11 @@ def test_a_limit_that_nobody_meets_stays_as_it_is(latencies: list[float]) -> Non
     limit, now = adaptive(), NOW
     before = limit.limit
     for seconds in latencies:
-        for _ in range(ENOUGH + 1):
-            limit.take(FREE)
+        for _ in range(MIN_SAMPLES + 1):
+            limit.acquire(FREE)
             now += max(WINDOW, seconds)
             limit.observe(seconds, now)
-            limit.give_back()
+            limit.release()
     assert limit.limit == before
 
 
@@ -245,7 +251,7 @@ def windows(limit: ConcurrencyLimit, count: int, seconds: float, now: float) -> 
 
 def test_it_grows_while_the_latency_keeps_and_shrinks_with_a_worse_one() -> None:
     limit = adaptive(SINGLE_PRIORITY)
-    limit._places.in_use = 1000
+    limit._slots.in_use = 1000
     *_, grown = windows(limit, 200, 0.01, NOW)
     assert grown > 55
     *_, worse = windows(limit, 200, 0.2, NOW + 200 * 0.05)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from api_gateway.http1.headers import (
     FORWARDING,
+    GATEWAY_HEADERS,
     HOP_BY_HOP,
-    OURS,
     PROTECTED,
     address_key,
     ambiguity,
@@ -27,7 +27,7 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.models import HeaderList
 
-TOUCHED = HOP_BY_HOP | FORWARDING | OURS | PROTECTED | {b"expect", b"x-request-id", b"date", b"server"}
+TOUCHED = HOP_BY_HOP | FORWARDING | GATEWAY_HEADERS | PROTECTED | {b"expect", b"x-request-id", b"date", b"server"}
 TOKEN = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-.!#$&'*+^`|~", min_size=1, max_size=12)
 UNTOUCHED = st.lists(
     st.tuples(TOKEN.map(str.encode).filter(lambda name: name.lower() not in TOUCHED), st.binary(max_size=20)),
@@ -169,7 +169,7 @@ def test_other_names_may_hold_underscores() -> None:
 # Towards the client
 
 
-@pytest.mark.parametrize("name", sorted(HOP_BY_HOP | OURS | {b"date"}))
+@pytest.mark.parametrize("name", sorted(HOP_BY_HOP | GATEWAY_HEADERS | {b"date"}))
 def test_an_answer_is_freed_of_what_is_not_for_the_client(name: bytes) -> None:
     assert clients_view([(name.title(), b"1"), (b"X", b"2")], [], frozenset({b"date"})) == [
         (b"X", b"2"),

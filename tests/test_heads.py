@@ -16,7 +16,7 @@ from api_gateway.http1.fast_parser import (
     reason_phrase,
     remove_lines,
 )
-from api_gateway.http1.headers import COST, HOP_BY_HOP, OURS, fields_of, inspected_headers, stripped_headers
+from api_gateway.http1.headers import COST, GATEWAY_HEADERS, HOP_BY_HOP, fields_of, inspected_headers, stripped_headers
 
 REQUEST = b"POST /api/x?y=%20 HTTP/1.1\r\nHost: a\r\nAccept: b\r\nX-Client-ID: me\r\nContent-Length: 2\r\n\r\nok"
 ANSWER = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nConnection: keep-alive\r\nETag: x\r\n\r\nok"
@@ -285,7 +285,7 @@ def test_a_plain_answer_means_to_the_parser_what_it_means_here(status: bytes, li
     parser.feed_data(head[:size])
     assert (parser.get_status_code(), parsed.reason) == (code, reason_phrase(head))
     assert parsed.pairs == pairs_of(head[:size])
-    kept = [pair for pair in parsed.pairs if pair[0].lower() not in HOP_BY_HOP | OURS]
+    kept = [pair for pair in parsed.pairs if pair[0].lower() not in HOP_BY_HOP | GATEWAY_HEADERS]
     assert pairs_of(passed) == kept
     assert has_date == any(name.lower() == b"date" for name, _ in kept)
     assert [value for name, value in parsed.pairs if name.lower() == COST] == ([] if cost is None else [cost])

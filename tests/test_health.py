@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from api_gateway.upstreams.health_checks import Ask, HealthChecker, HealthPolicy, HealthThreshold, check
+from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, HealthThreshold, SendProbe, check
 from api_gateway.upstreams.target import Target
 from tests.kit import FakeClock, soon
 
@@ -23,14 +23,14 @@ def judged(*, is_healthy: bool = True, policy: HealthPolicy = POLICY) -> tuple[H
     return HealthThreshold(policy, target), target
 
 
-def answering(status: int) -> Ask:
+def answering(status: int) -> SendProbe:
     async def ask(_url: str, _timeout: float) -> int:
         return status
 
     return ask
 
 
-def failing(error: BaseException) -> Ask:
+def failing(error: BaseException) -> SendProbe:
     async def ask(_url: str, _timeout: float) -> int:
         raise error
 
@@ -131,7 +131,7 @@ async def test_the_policy_says_which_statuses_are_good(status: int, is_good: boo
         (failing(TimeoutError("of its own")), False, "no answer within 5 s"),
     ],
 )
-async def test_a_check_finds(ask: Ask, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
+async def test_a_check_finds(ask: SendProbe, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
     judge, target = judged(
         is_healthy=not is_good, policy=HealthPolicy("/", healthy_threshold=1, unhealthy_threshold=1)
     )
@@ -172,7 +172,7 @@ async def test_cancelling_a_check_passes_through_and_finds_nothing() -> None:
 
 @asynccontextmanager
 async def watching(
-    targets: Sequence[Target], ask: Ask, on_change: Callable[[Target], None] = lambda _: None
+    targets: Sequence[Target], ask: SendProbe, on_change: Callable[[Target], None] = lambda _: None
 ) -> AsyncIterator[HealthChecker]:
     """Watch for the length of a block, which may take 5 s; the end is a cancellation that passes through."""
     watch = HealthChecker(POLICY, lambda _: ask, on_change, clock=CLOCK, source=random.Random(1))
@@ -187,7 +187,7 @@ async def watching(
             await task
 
 
-def scripted(statuses: Sequence[int]) -> tuple[Ask, asyncio.Event]:
+def scripted(statuses: Sequence[int]) -> tuple[SendProbe, asyncio.Event]:
     """Return an ask that answers these in turn and then no more, and what tells that they are used up."""
     left = list(statuses)
     done = asyncio.Event()

@@ -39,8 +39,8 @@ def made(clock: FakeClock) -> tuple[HealthCache, Rendering]:
 
 async def test_an_operator_sees_all_and_a_stranger_the_word(made: tuple[HealthCache, Rendering]) -> None:
     cache, rendering = made
-    assert await cache.full() == b'{"status":"pass","version":"1"}'
-    assert await cache.word() == b'{"status":"pass"}'
+    assert await cache.detailed() == b'{"status":"pass","version":"1"}'
+    assert await cache.status_only() == b'{"status":"pass"}'
     assert rendering.count == 1
 
 
@@ -50,12 +50,12 @@ async def test_an_operator_sees_all_and_a_stranger_the_word(made: tuple[HealthCa
 async def test_a_body_is_reused_in_proportion_to_its_cost(clock: FakeClock, cost: float, kept: float) -> None:
     rendering = Rendering(clock, cost)
     cache = HealthCache(rendering, clock)
-    await cache.full()
+    await cache.detailed()
     clock.advance(kept * 0.99)
-    await cache.full()
+    await cache.detailed()
     assert rendering.count == 1
     clock.advance(kept * 0.02)
-    await cache.full()
+    await cache.detailed()
     assert rendering.count == 2
 
 
@@ -63,27 +63,27 @@ async def test_a_stranger_gets_what_is_less_than_a_second_old(
     made: tuple[HealthCache, Rendering], clock: FakeClock
 ) -> None:
     cache, rendering = made
-    await cache.word()
+    await cache.status_only()
     clock.advance(0.49)
-    await cache.word()
+    await cache.status_only()
     assert rendering.count == 1
     clock.advance(0.6)
-    await cache.word()
+    await cache.status_only()
     assert rendering.count == 2
 
 
 async def test_while_many_ask_nobody_waits_for_the_word(made: tuple[HealthCache, Rendering], clock: FakeClock) -> None:
     cache, rendering = made
-    await cache.word()
+    await cache.status_only()
     clock.advance(0.6)
     rendering.may_end.clear()
-    assert await cache.word() == await cache.word() == b'{"status":"pass"}'
+    assert await cache.status_only() == await cache.status_only() == b'{"status":"pass"}'
     await asyncio.sleep(0)
     rendering.may_end.set()
     await asyncio.sleep(0)
     assert rendering.count == 2
     clock.advance(0.45)
-    await cache.word()
+    await cache.status_only()
     assert rendering.count == 2
 
 
@@ -91,17 +91,17 @@ async def test_a_failure_that_nobody_waits_for_is_found_by_who_asks_later(
     made: tuple[HealthCache, Rendering], clock: FakeClock
 ) -> None:
     cache, rendering = made
-    await cache.word()
+    await cache.status_only()
     clock.advance(0.6)
     rendering.fails = True
-    assert await cache.word() == b'{"status":"pass"}'
+    assert await cache.status_only() == b'{"status":"pass"}'
     await asyncio.sleep(0)
     clock.advance(0.5)
     with pytest.raises(OSError, match="no report"):
-        await cache.word()
+        await cache.status_only()
 
 
-@pytest.mark.parametrize("ask", [HealthCache.full, HealthCache.word])
+@pytest.mark.parametrize("ask", [HealthCache.detailed, HealthCache.status_only])
 async def test_all_who_ask_together_share_one_rendering(
     made: tuple[HealthCache, Rendering], ask: Callable[[HealthCache], "asyncio.Future[bytes]"]
 ) -> None:
@@ -118,26 +118,26 @@ async def test_all_who_ask_together_share_one_rendering(
 
 async def test_after_a_change_nobody_sees_what_was_rendered_before(made: tuple[HealthCache, Rendering]) -> None:
     cache, rendering = made
-    await cache.full()
+    await cache.detailed()
     cache.expire()
-    assert b'"2"' in await cache.full()
+    assert b'"2"' in await cache.detailed()
     rendering.may_end.clear()
     cache.expire()
-    before = asyncio.ensure_future(cache.full())
+    before = asyncio.ensure_future(cache.detailed())
     await asyncio.sleep(0)
     cache.expire()  # while it is rendered
-    after = asyncio.ensure_future(cache.full())
+    after = asyncio.ensure_future(cache.detailed())
     await asyncio.sleep(0)
     rendering.may_end.set()
     assert b'"3"' in await before
     assert b'"4"' in await after
-    assert b'"4"' in await cache.full()
+    assert b'"4"' in await cache.detailed()
 
 
 async def test_a_failure_is_reported_to_all_who_wait_and_not_kept(made: tuple[HealthCache, Rendering]) -> None:
     cache, rendering = made
     rendering.fails = True
-    found = await asyncio.gather(cache.full(), cache.word(), return_exceptions=True)
+    found = await asyncio.gather(cache.detailed(), cache.status_only(), return_exceptions=True)
     assert [type(one) for one in found] == [OSError, OSError]
     rendering.fails = False
-    assert b'"pass"' in await cache.word()
+    assert b'"pass"' in await cache.status_only()

@@ -50,7 +50,7 @@ from api_gateway.limits.refusal import refusal
 from api_gateway.limits.script_batcher import CONNECTIONS, ScriptBatcher
 from api_gateway.limits.script_ops import ChargeOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
-from api_gateway.rate_limiter import NEVER, MemoryLimiter
+from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter
 from api_gateway.settings.rules import LONGEST_BUDGET, MAX_FILL
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
@@ -500,7 +500,7 @@ def sent_retry_after(asked: Charge, decision: Decision) -> int | None:
 def test_a_cost_above_capacity_is_never_admitted_nor_charged_and_has_no_wait(make: Make, cost: float) -> None:
     backend, asked = make([FREE]), charge(FREE, cost)
     decision = backend.decide([asked], START)
-    assert (decision.allowed, decision.wait_ns, decision.retry_after) == (False, NEVER, None)
+    assert (decision.allowed, decision.wait_ns, decision.retry_after) == (False, NEVER_NS, None)
     assert sent_retry_after(asked, decision) is None
     assert backend.kept() == {}
 
@@ -674,7 +674,7 @@ def test_the_table_of_throttled_and_redis_cell(make: Make) -> None:
     quota = Quota.per_second("q", 1, 5)
     backend = make([quota])
     table = [  # at ms, cost -> allowed, remaining, reset ms, wait ms
-        (0, 6, False, 5, 0, NEVER),
+        (0, 6, False, 5, 0, NEVER_NS),
         (0, 1, True, 4, 1000, 0),
         (0, 1, True, 3, 2000, 0),
         (0, 1, True, 2, 3000, 0),
@@ -689,11 +689,11 @@ def test_the_table_of_throttled_and_redis_cell(make: Make) -> None:
         (9500, 0, True, 4, 1000, 0),
         (9500, 2, True, 2, 3000, 0),
         (9500, 5, False, 2, 3000, 3000),
-        (15000, 6, False, 5, 0, NEVER),
+        (15000, 6, False, 5, 0, NEVER_NS),
     ]
     for row, (at, cost, allowed, remaining, reset, wait) in enumerate(table):
         found = backend.decide([charge(quota, cost)], START + at * MILLISECOND)
-        wait_ns = wait if wait == NEVER else wait * MILLISECOND
+        wait_ns = wait if wait == NEVER_NS else wait * MILLISECOND
         expected = Decision("a", quota, allowed, remaining, wait_ns, reset * MILLISECOND, source=backend.source)
         assert found == expected, f"row {row}"
 
@@ -869,8 +869,8 @@ class Remembering(RuleBasedStateMachine):
         (binding,) = (one for one in asked if one.key == decision.key)
         wait_ns = self.fleet.owed(binding) + binding.increment_ns - binding.quota.burst_ns
         assert wait_ns > 0
-        assert (decision.wait_ns == NEVER) == (binding.increment_ns > binding.quota.burst_ns)
-        if decision.wait_ns != NEVER and self.known.get((number, binding.key)) == self.charged[binding.key]:
+        assert (decision.wait_ns == NEVER_NS) == (binding.increment_ns > binding.quota.burst_ns)
+        if decision.wait_ns != NEVER_NS and self.known.get((number, binding.key)) == self.charged[binding.key]:
             most_ns = wait_ns + 2 * LONGEST_LAG_NS + binding.quota.burst_ns // 250 + MICROSECOND
             assert wait_ns <= decision.wait_ns <= most_ns
 

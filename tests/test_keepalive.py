@@ -37,7 +37,7 @@ def pool(gateway: RunningGateway) -> str:
     step: Any = gateway.server._app._switch.data_plane
     while hasattr(step, "app"):
         step = step.app
-    return repr(step._router.services["up"].transport)
+    return repr(step._router.upstream_clients["up"].transport)
 
 
 def reason(answer: RawAnswer) -> tuple[int, str]:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
-from api_gateway.eventloop.lag_sampler import EVERY, LagSampler
+from api_gateway.eventloop.lag_sampler import SAMPLE_INTERVAL, LagSampler
 
 
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-@pytest.mark.parametrize("busy", [EVERY / 2, EVERY, EVERY * 2])
+@pytest.mark.parametrize("busy", [SAMPLE_INTERVAL / 2, SAMPLE_INTERVAL, SAMPLE_INTERVAL * 2])
 def test_a_busy_loop_is_told_by_how_much_and_a_calm_one_that_it_is_calm(
     make_loop: Callable[[], asyncio.AbstractEventLoop], busy: float
 ) -> None:
@@ -22,13 +22,13 @@ def test_a_busy_loop_is_told_by_how_much_and_a_calm_one_that_it_is_calm(
     assert repr(sampler) == "<LagSampler [off]>"
     sampler.start()
     assert repr(sampler) == "<LagSampler [on]>"
-    loop.run_until_complete(asyncio.sleep(EVERY * 5))
+    loop.run_until_complete(asyncio.sleep(SAMPLE_INTERVAL * 5))
     calm = sorted(lags)
     lags.clear()
     here, there = socket.socketpair()
     there.send(b"never read")
     loop.add_reader(here, time.sleep, busy)
-    loop.run_until_complete(asyncio.sleep(6 * (EVERY + busy)))
+    loop.run_until_complete(asyncio.sleep(6 * (SAMPLE_INTERVAL + busy)))
     loop.remove_reader(here)
     sampler.stop()
     here.close()
@@ -45,16 +45,16 @@ def test_what_holds_up_timers_only_is_told_too(make_loop: Callable[[], asyncio.A
     loop, lags = make_loop(), list[float]()
 
     def stall() -> None:
-        time.sleep(EVERY * 2.5)
+        time.sleep(SAMPLE_INTERVAL * 2.5)
         loop.call_later(0.001, stall)
 
     sampler = LagSampler(loop, lags.append)
     sampler.start()
     loop.call_soon(stall)
-    loop.run_until_complete(asyncio.sleep(EVERY * 15))
+    loop.run_until_complete(asyncio.sleep(SAMPLE_INTERVAL * 15))
     sampler.stop()
     loop.close()
-    assert sorted(lags)[len(lags) // 2] > EVERY
+    assert sorted(lags)[len(lags) // 2] > SAMPLE_INTERVAL
 
 
 def test_once_stopped_it_says_nothing_more() -> None:
@@ -63,6 +63,6 @@ def test_once_stopped_it_says_nothing_more() -> None:
     sampler.start()
     sampler.stop()
     sampler.stop()
-    loop.run_until_complete(asyncio.sleep(EVERY * 2))
+    loop.run_until_complete(asyncio.sleep(SAMPLE_INTERVAL * 2))
     loop.close()
     assert lags == []

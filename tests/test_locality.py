@@ -170,8 +170,8 @@ async def test_look_ups_take_a_share_of_a_processor(monkeypatch: pytest.MonkeyPa
     locality = LocalProcesses(Peers(), clock=clock)
     for _ in range(20):
         assert await locality.is_local(scope(Link()))
-    assert local_operator.BURST + 0.4 + clock.now * local_operator.SHARE >= 20 * 0.4
-    assert sum(waited) == pytest.approx((20 * 0.4 - local_operator.BURST - 0.4) / local_operator.SHARE)
+    assert local_operator.CPU_BURST + 0.4 + clock.now * local_operator.CPU_SHARE >= 20 * 0.4
+    assert sum(waited) == pytest.approx((20 * 0.4 - local_operator.CPU_BURST - 0.4) / local_operator.CPU_SHARE)
 
 
 async def test_the_reason_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:

@@ -228,7 +228,7 @@ def test_overall_is_all_routes_together() -> None:
 def test_a_window_forgets_what_is_older_and_holds_what_is_five_seconds_younger(at: float, age: float) -> None:
     recorder = recorder_of()
     recorder.observe(ended(at))
-    recorder.observe_try("people", "2xx", 0.01, at)
+    recorder.observe_attempt("people", "2xx", 0.01, at)
     now = at + age
     latency, rates = (
         completed(latency_view(recorder, now)),
@@ -348,8 +348,8 @@ def test_rates_are_shares_of_all_requests() -> None:
 
 def test_a_try_counts_its_outcome_and_its_time_if_there_was_an_answer() -> None:
     recorder = recorder_of()
-    recorder.observe_try("people", "2xx", 0.2, START)
-    recorder.observe_try("people", "upstream_timeout", None, START)
+    recorder.observe_attempt("people", "2xx", 0.2, START)
+    recorder.observe_attempt("people", "upstream_timeout", None, START)
     view = completed(
         metrics_view(recorder, START, {}, buckets=0, bucket_limit=1, overflowed=0, limiter=LimiterState())
     )
@@ -466,9 +466,9 @@ def busy() -> PrometheusExposition:
     recorder = recorder_of()
     for seconds in (0.002, 0.004, 0.02, 0.3, 0.3, 20.0):
         recorder.observe(ended(seconds=seconds))
-        recorder.observe_try("people", "2xx", seconds / 2, START)
+        recorder.observe_attempt("people", "2xx", seconds / 2, START)
     recorder.observe(ended(status=429, source="gateway", reason="rate_limited", allowed=False, seconds=None))
-    recorder.observe_try("people", "upstream_reset", None, START)
+    recorder.observe_attempt("people", "upstream_reset", None, START)
     recorder.in_flight = 2
     return exposition_of(recorder)
 
@@ -566,7 +566,7 @@ def test_every_series_known_from_the_configuration_exists_at_zero_from_the_start
 def test_an_outcome_that_nobody_foresaw_is_counted_all_the_same(outcome: str) -> None:
     """An upstream may send any three digits as its status."""
     recorder = recorder_of()
-    recorder.observe_try("people", outcome, 0.1, START)
+    recorder.observe_attempt("people", outcome, 0.1, START)
     found = samples(exposition_of(recorder))
     tries = [value for name, value in found.items() if name.startswith("gateway_upstream_requests_total")]
     assert sum(tries) == 1
@@ -635,6 +635,6 @@ def test_counters_never_fall(busy: PrometheusExposition) -> None:
 def test_odd_names_are_escaped() -> None:
     upstream = Upstream('a"\\\n', [], CircuitBreaker(BreakerPolicy(), START), round_robin)
     recorder = Recorder([], [upstream.name], {}, [50], START)
-    recorder.observe_try(upstream.name, "2xx", 0.1, START)
+    recorder.observe_attempt(upstream.name, "2xx", 0.1, START)
     found = samples(exposition_of(recorder, upstream))
     assert found[f"gateway_circuit_breaker_opened_total{{upstream={upstream.name}}}"] == 0

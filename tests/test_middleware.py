@@ -472,7 +472,7 @@ class SilentRouter(Router):
             {},
             clock=lambda: 100.0,
             max_body_bytes=0,
-            observe_try=lambda *_: None,
+            observe_attempt=lambda *_: None,
             on_transition=lambda *_: None,
         )
         self.forwarded: list[tuple[Any, ...]] = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from api_gateway.admin.operator_limits import FAILURES, LOG_LINES, MAX_ADDRESSES, OPERATORS, OperatorLimits
+from api_gateway.admin.operator_limits import FAILURES, LOG_LINES, MAX_TRACKED_ADDRESSES, OPERATORS, OperatorLimits
 from api_gateway.admin.operators import LOCAL, Operator, Role
 from api_gateway.errors import RateLimited
 
@@ -76,9 +76,9 @@ def test_many_addresses_take_bounded_memory_and_nothing_from_operators(now: Nano
     def fail(number: int) -> None:
         return limits.charge_failure(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
 
-    for number in range(3 * MAX_ADDRESSES):
+    for number in range(3 * MAX_TRACKED_ADDRESSES):
         fail(number)
-    assert len(limits._failures) <= MAX_ADDRESSES
+    assert len(limits._failures) <= MAX_TRACKED_ADDRESSES
     for _ in range(OPERATORS.capacity):
         limits.charge_operator(ALICE)
 

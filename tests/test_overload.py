@@ -90,12 +90,12 @@ def test_no_flood_of_lower_bands_takes_the_last_places_of_the_highest(places: in
     limit = limit_of(places)
     for band in flood:
         if limit.admits(band):
-            limit.take(band)
+            limit.acquire(band)
     kept = places - limit.in_flight
     assert kept >= int(places * (1 - TIERS.shares[PREMIUM]))
     for _ in range(kept):
         assert limit.admits(ENTERPRISE)
-        limit.take(ENTERPRISE)
+        limit.acquire(ENTERPRISE)
     assert not limit.admits(ENTERPRISE)
 
 
@@ -233,7 +233,7 @@ def test_its_refusal_says_that_it_is_the_gateway() -> None:
 
 def test_reprs_tell_the_state() -> None:
     limit = limit_of(7)
-    limit.take(FREE)
+    limit.acquire(FREE)
     assert repr(limit) == "<ConcurrencyLimit [1 of 7]>"
     assert not limit.is_adaptive
     assert repr(lagging(0.5)) == "<EventLoopShedder [0.500 of 0.25 s]>"

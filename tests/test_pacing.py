@@ -72,7 +72,7 @@ def large_report(*, is_used: bool) -> WorkerSnapshot:
     if is_used:
         for name, route in zip(names, list(recorder.routes), strict=False):
             for number in range(1, 20):
-                recorder.observe_try(name, "2xx", number / 100, NOW)
+                recorder.observe_attempt(name, "2xx", number / 100, NOW)
                 recorder.routes[route].at(NOW).time(number / 100)
     upstreams = {
         name: UpstreamSnapshot.of(
@@ -122,7 +122,7 @@ def test_a_scrape_of_many_unused_routes_is_small() -> None:
         PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain")
     )
     assert len(text) < 1_000_000
-    report.recorder.observe_try("upstream-0007", "2xx", 0.1, NOW)
+    report.recorder.observe_attempt("upstream-0007", "2xx", 0.1, NOW)
     text, _ = completed(
         PrometheusExposition(report.recorder, report.upstreams, LimiterState(), 0, "1").render("text/plain")
     )
@@ -142,7 +142,7 @@ def test_a_worker_reports_what_has_changed_and_what_is_gone() -> None:
     known, upstreams = report.upstreams, dict(report.upstreams)
     del upstreams["upstream-0001"]
     report.upstreams = upstreams | {"upstream-0002": replace(upstreams["upstream-0002"], status="fail")}
-    report.recorder.observe_try("upstream-0005", "2xx", 0.1, NOW + 100)
+    report.recorder.observe_attempt("upstream-0005", "2xx", 0.1, NOW + 100)
     changed = completed(report.describing(int(NOW / 5) + 1, known))
     assert (list(changed["upstreams"]), changed["gone"]) == (["upstream-0002"], ["upstream-0001"])
     assert list(changed["recorder"]["upstreams"]) == ["upstream-0005"]

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.circuit_breaker import HEAD_START, CircuitBreaker, Ticket
+from api_gateway.circuit_breaker import PROBE_HEAD_START, CircuitBreaker, Ticket
 from api_gateway.models import Client, Outcome, Quota
 from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.resilience.fair_shares import holder_of
-from api_gateway.resilience.principals import Callers
+from api_gateway.resilience.principals import RecentPrincipals
 from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, ask, eventually, in_front_of, reply
 
 NOW = 1000.0
@@ -64,14 +64,14 @@ calls = st.lists(
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 3.0]), st.sampled_from("abc")), max_size=30))
 def test_callers_know_exactly_when_another_than_the_last_one_called(found: list[tuple[float, str]]) -> None:
-    callers, now, log = Callers(), NOW, list[tuple[str, float]]()
+    callers, now, log = RecentPrincipals(), NOW, list[tuple[str, float]]()
     for pause, principal in found:
         now += pause
         callers.note(principal, now)
         log.append((principal, now))
         others = [at for other, at in log if other != principal]
         for moment in (now - 5, now - 1, now):
-            assert callers.are_several_since(moment) == any(at >= moment for at in others)
+            assert callers.has_several_since(moment) == any(at >= moment for at in others)
 
 
 @given(calls)
@@ -231,8 +231,8 @@ def test_who_had_a_probe_that_failed_leaves_the_next_one_to_others_for_a_moment(
     due = failed_by(breaker, ticket, "a")
     assert breaker.admit(due - 20, principal="b") is None
     assert breaker.admit(due, principal="a") is None
-    assert breaker.admit(due + HEAD_START - 0.1, principal="a") is None
-    assert breaker.admit(due + HEAD_START, principal="a") is not None
+    assert breaker.admit(due + PROBE_HEAD_START - 0.1, principal="a") is None
+    assert breaker.admit(due + PROBE_HEAD_START, principal="a") is not None
 
 
 def test_who_had_a_probe_that_failed_is_not_before_another_one_that_has_asked() -> None:

@@ -15,12 +15,12 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, bounded_protocol
+from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
 from api_gateway.errors import causes
 from api_gateway.proxy.client_disconnect import DisconnectWatch
 from api_gateway.transport.connection import StaleConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
-from api_gateway.transport.local_resources import lack_behind
+from api_gateway.transport.local_resources import exhaustion_behind
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import NO_BODY
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
@@ -82,7 +82,7 @@ def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> Downstrea
     """Return a protocol on that transport, whose application refuses everything at once, or is `app`."""
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
-    kind = bounded_protocol(ConnectionLimits(), Counter())
+    kind = limited_protocol(ConnectionLimits(), Counter())
     protocol = kind(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.connection_made(transport)
     return protocol
@@ -248,7 +248,7 @@ def test_a_circular_chain_of_errors_has_an_end() -> None:
     first, second = OSError("first"), OSError("second")
     first.__cause__, second.__cause__ = second, first
     assert list(causes(first)) == [first, second]
-    assert lack_behind(first) is None
+    assert exhaustion_behind(first) is None
 
 
 @pytest.mark.timeout(10)
@@ -257,10 +257,10 @@ def test_a_circular_chain_of_groups_has_an_end() -> None:
     group, around = ExceptionGroup("group", [inner, OSError("other")]), OSError("around")
     around.__cause__ = group
     assert list(causes(around)) == [around, group, inner]
-    assert lack_behind(around) is inner
+    assert exhaustion_behind(around) is inner
     inner.errno, inner.__cause__ = errno.ECONNREFUSED, around
     assert list(causes(around)) == [around, group, inner]
-    assert lack_behind(around) is None
+    assert exhaustion_behind(around) is None
 
 
 def test_what_was_being_handled_led_to_an_error_only_if_that_is_asked_for() -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from api_gateway.downstream.connection import MAX_LINGERED, ConnectionLimits, bounded_protocol
+from api_gateway.downstream.connection import MAX_LINGERED, ConnectionLimits, limited_protocol
 from tests.kit import (
     PATIENCE,
     RawAnswer,
@@ -520,4 +520,4 @@ def test_an_absolute_target_is_taken_apart(
 
 def test_the_bounds_are_those_asked_for() -> None:
     bounds = ConnectionLimits(header_bytes=10, header_timeout=0.5)
-    assert bounded_protocol(bounds, Counter()).bounds is bounds
+    assert limited_protocol(bounds, Counter()).limits is bounds

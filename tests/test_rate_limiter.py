@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
-from api_gateway.rate_limiter import NEVER, OVERFLOW_SLOTS, MemoryLimiter, rescale, take
+from api_gateway.rate_limiter import NEVER_NS, OVERFLOW_SLOTS, MemoryLimiter, rescale, take
 from tests.exact_buckets import ExactBuckets, assert_conforms
 
 SECOND = NANOSECONDS
@@ -167,7 +167,7 @@ async def test_acquiring_is_deciding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wait_ns", "retry_after"), [(0, None), (NEVER, None), (1, 1e-9), (SECOND, 1.0), (2_140_000_000, 2.14)]
+    ("wait_ns", "retry_after"), [(0, None), (NEVER_NS, None), (1, 1e-9), (SECOND, 1.0), (2_140_000_000, 2.14)]
 )
 def test_retry_after_is_the_wait_in_seconds(wait_ns: int, retry_after: float | None) -> None:
     assert Decision("a", FREE, wait_ns == 0, 0, wait_ns, 0).retry_after == retry_after
@@ -316,8 +316,8 @@ def test_what_one_bucket_refuses_is_charged_to_none(order: tuple[str, str]) -> N
     [
         ([charge(FREE, 2, "client"), charge(SLOW, 2, "peer")], "peer", 4 * SECOND),
         ([charge(FREE, 5, "client"), charge(SLOW, 1, "peer")], "client", 5 * SECOND),
-        ([charge(FREE, 11, "client"), charge(SLOW, 30, "peer")], "client", NEVER),
-        ([charge(FREE, 10, "client"), charge(SLOW, 31, "peer")], "peer", NEVER),
+        ([charge(FREE, 11, "client"), charge(SLOW, 30, "peer")], "client", NEVER_NS),
+        ([charge(FREE, 10, "client"), charge(SLOW, 31, "peer")], "peer", NEVER_NS),
         ([charge(FREE, 0, "client"), charge(SLOW, 1, "peer")], "peer", 2 * SECOND),
     ],
 )
@@ -561,7 +561,7 @@ def test_a_later_charge_delays_by_exactly_its_time_and_never_beyond_a_second_bud
     asked = charge(quota, cost * quota.capacity)
     next_one = limiter.decide([asked], START)
     exact_ns = owed_ns + asked.increment_ns - quota.burst_ns
-    assert next_one.wait_ns == (NEVER if asked.increment_ns > quota.burst_ns else max(exact_ns, 0))
+    assert next_one.wait_ns == (NEVER_NS if asked.increment_ns > quota.burst_ns else max(exact_ns, 0))
 
 
 def test_a_debt_is_remembered_until_it_is_paid() -> None:

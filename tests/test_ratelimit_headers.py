@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api_gateway.fastpath.fast_path import FastPath
-from api_gateway.limits.ratelimit_headers import NAMES, RateLimitHeaders
+from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.rules import MAX_FILL
@@ -176,7 +176,7 @@ def test_an_answer_of_ours_for_an_upstream_tells_them_too(get: Get, way: str) ->
 def test_what_was_never_decided_on_tells_nothing(get: Get, way: str, path: str, status: int) -> None:
     answer = get(way, path)
     assert answer.status == status
-    assert not [name for name, _ in answer.headers if name.lower() in NAMES]
+    assert not [name for name, _ in answer.headers if name.lower() in HEADER_NAMES]
 
 
 # The fields by themselves
@@ -198,13 +198,17 @@ def test_the_fields_are_structured_and_their_integers_are_short_enough(quota: Qu
     left = max(quota.burst_ns - reset_ns, 0) // quota.emission_ns
     decision = Decision("k", quota, wait == 0, left, wait, reset_ns)
     headers = dict(RateLimitHeaders().headers(decision))
-    assert headers.keys() == NAMES
+    assert headers.keys() == HEADER_NAMES
     ((policy, terms),) = items([headers[b"ratelimit-policy"]])
     ((name, told),) = items([headers[b"ratelimit"]])
     assert policy == name == quota.name.lower()
     assert http_sf.ser([(policy, terms)]).encode() == headers[b"ratelimit-policy"]
     assert http_sf.ser([(name, told)]).encode() == headers[b"ratelimit"]
-    for value in (*terms.values(), *told.values(), *(int(headers[one]) for one in NAMES if one.startswith(b"x-"))):
+    for value in (
+        *terms.values(),
+        *told.values(),
+        *(int(headers[one]) for one in HEADER_NAMES if one.startswith(b"x-")),
+    ):
         assert 0 <= value < LARGEST
     assert terms["q"] == quota.capacity
     assert terms["w"] >= 1

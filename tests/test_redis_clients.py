@@ -107,7 +107,7 @@ async def test_all_who_write_at_one_time_end_up_with_the_last_writer(store_serve
         await asyncio.gather(*changes)
         async with opened(store_server) as store:
             snapshot = await store.load(10)
-        assert snapshot.mark.version == 300
+        assert snapshot.cursor.version == 300
         final = {record.id: (record.tier, "registered") for record in snapshot.records}
         assert len(final) == 4
         await soon(
@@ -165,7 +165,7 @@ async def test_changes_and_removals_are_bounded(store_server: StoreServer, monke
     monkeypatch.setattr("api_gateway.clients.redis_store.KEPT_CHANGES", 5)
     async with opened(store_server) as store:
         start = (await store.write("first", Change(tier="BASIC"))).after.version
-        mark = (await store.load(1)).mark
+        mark = (await store.load(1)).cursor
         await store.write("gone", Change(tier=None))
         await store.write("over", Change(grant=Grant("BASIC", 1)))
         for _ in range(3):
@@ -256,7 +256,7 @@ async def test_a_store_that_comes_back_empty_is_noticed(
 ) -> None:
     async with joined(store_server) as registry:
         await registry.set_tier("acme", "PREMIUM")
-        await soon(lambda: bool(registry._mark.epoch), "it has read the change")
+        await soon(lambda: bool(registry._cursor.epoch), "it has read the change")
         store_server.restart_empty()
         await soon(lambda: tier_of(registry, "acme") == ("FREE", "default"), "it reads all anew", within=5)
         await registry.set_tier("acme", "BASIC")
@@ -269,7 +269,7 @@ async def test_a_store_that_was_flushed_is_noticed_even_if_its_versions_have_cau
 ) -> None:
     async with joined(store_server) as registry, opened(store_server) as store:
         await registry.set_tier("acme", "PREMIUM")
-        await soon(lambda: registry._mark.version == 1, "it has read the change")
+        await soon(lambda: registry._cursor.version == 1, "it has read the change")
         store_server.command("FLUSHALL")
         for _ in range(3):
             await store.write("initech", Change(tier="BASIC"))

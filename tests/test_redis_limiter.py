@@ -12,7 +12,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from api_gateway.errors import StoreUnavailable
-from api_gateway.limits.redis_limiter import BEAT, MEMORY_OF_PROCESSES, RedisLimiter
+from api_gateway.limits.redis_limiter import HEARTBEAT_INTERVAL, MEMORY_OF_PROCESSES, RedisLimiter
 from api_gateway.models import NANOSECONDS, Decision, Quota
 from api_gateway.storage.redis_session import MAX_QUIET
 from tests.kit import FakeClock, soon
@@ -538,10 +538,10 @@ async def test_keys_tell_nothing_and_steer_nothing(store: StoreServer) -> None:
 
 
 async def test_gateways_count_each_other(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.limits.redis_limiter.BEAT", 0.05)
+    monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.05)
     async with gateways(store.url, SLOW, count=3) as limiters:
         await soon(lambda: all(limiter.share.processes == 3 for limiter in limiters), "all know of all")
-    assert BEAT == 2.0
+    assert HEARTBEAT_INTERVAL == 2.0
 
 
 async def test_the_most_there_were_within_an_hour_count(clock: FakeClock) -> None:
@@ -562,7 +562,7 @@ async def test_the_most_there_were_within_an_hour_count(clock: FakeClock) -> Non
 
 
 async def test_a_heart_that_cannot_beat_beats_again(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.limits.redis_limiter.BEAT", 0.02)
+    monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.02)
     store.kill()
     async with gateways(store.url, SLOW) as (limiter,):
         store.start()

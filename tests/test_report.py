@@ -63,7 +63,7 @@ def exchange(kind: str, seconds: float, at: float) -> Exchange:
 def count(one: Recorder, kind: str, seconds: float, at: float) -> None:
     one.observe(exchange(kind, seconds, at))
     if KINDS[kind]["source"] == "upstream":
-        one.observe_try("people", f"{KINDS[kind]['status'] // 100}xx", seconds, at)
+        one.observe_attempt("people", f"{KINDS[kind]['status'] // 100}xx", seconds, at)
 
 
 def shown(report: WorkerSnapshot, now: float) -> tuple[Any, ...]:
@@ -302,7 +302,7 @@ def limited_report(worker: str, places: float, taken: int, shed: int, lag: float
     """A worker with so many places, as another process gets to know it."""
     live, found = upstream(), recorder()
     live.limit = ConcurrencyLimit(places, source=random.Random(1))
-    live.limit._places.in_use = taken
+    live.limit._slots.in_use = taken
     found.shed["people"]["FREE"] += shed
     found.shed["_gateway"]["FREE"] += 1
     other = WorkerSnapshot.blank(worker)

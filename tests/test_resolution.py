@@ -303,7 +303,7 @@ def test_a_request_that_runs_on_an_address_that_is_gone_runs_to_its_end(
     assert arrived.wait(10)
     zone.addresses = ("127.0.0.3",)
     eventually(lambda: urls(running) == [f"http://127.0.0.3:{places.port}"], "the change is noticed")
-    service = running.server._app.state.gateway.services["up"]
+    service = running.server._app.state.gateway.upstream_clients["up"]
     assert len(service._gone) == 1
     may_answer.set()
     asking.join(10)

@@ -393,7 +393,7 @@ def narrow(gate: Gate, *, server: dict[str, Any] | None = None, **pool: int) -> 
 
 def shares(running: RunningGateway) -> tuple[int, int]:
     """Return the connections in use for requests, and for tunnels."""
-    found = running.server._app.state.gateway.services["up"].resources()
+    found = running.server._app.state.gateway.upstream_clients["up"].resources()
     return (found[0].in_use, found[1].in_use) if found else (0, 0)
 
 
@@ -468,7 +468,7 @@ def test_who_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gat
         for one in many:
             one.request(target="/api/many")
         other.request(target="/api/other")
-        pool = next(iter(running.server._app.state.gateway.services["up"].transport._pools.values()))
+        pool = next(iter(running.server._app.state.gateway.upstream_clients["up"].transport._pools.values()))
         eventually(lambda: sum(map(len, pool._waiters.values())) == 7, "they wait")
         gate.go_on.set()
         assert other.answer().status == 200
@@ -596,7 +596,7 @@ def test_a_drain_gives_everything_back(gateway: StartGateway, gate: Gate) -> Non
             if path != "/api/held":
                 assert one.read_until(b"\r\n\r\n") is not None
         eventually(lambda: shares(running) == (1, 2), "they are under way")
-        services = running.server._app.state.gateway.services
+        services = running.server._app.state.gateway.upstream_clients
         running.stop()
     assert [found.in_use for found in services["up"].resources()] == [0, 0]
     assert running.server.connections.in_use == 0

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from api_gateway.resilience.retry import (
-    NEVER,
+    NO_RETRY,
     FailedAttempt,
     RetryBudget,
     RetryDecider,
@@ -46,7 +46,7 @@ def retries(policy: RetryPolicy = POLICY) -> RetryDecider:
         (replace(SAFE, retry_after=0.0), None),
         (replace(SAFE, retry_after=1.0), None),
         (replace(SAFE, retry_after=1.001), RetryDenied.RETRY_AFTER),
-        (replace(SAFE, retry_after=NEVER, is_elsewhere=True), RetryDenied.RETRY_AFTER),
+        (replace(SAFE, retry_after=NO_RETRY, is_elsewhere=True), RetryDenied.RETRY_AFTER),
         (replace(SAFE, left=0.25), None),
         (replace(SAFE, left=0.0), RetryDenied.DEADLINE),
         (replace(SAFE, left=0.0, is_elsewhere=True), RetryDenied.DEADLINE),
@@ -173,11 +173,11 @@ LATER = b"Wed, 21 Oct 2015 07:28:30 GMT"
         ((b"soon",), (), None),
         ((b"-1",), (), None),
         ((b"1.5",), (), None),
-        ((b"1", b"2"), (), NEVER),
+        ((b"1", b"2"), (), NO_RETRY),
         ((LATER,), (DATE,), 30.0),
         ((DATE,), (LATER,), 0.0),
-        ((LATER,), (), NEVER),
-        ((LATER,), (b"now",), NEVER),
+        ((LATER,), (), NO_RETRY),
+        ((LATER,), (b"now",), NO_RETRY),
     ],
 )
 def test_retry_after_is_read_as_seconds_or_as_a_date_beside_the_answers_own(

@@ -16,7 +16,7 @@ from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.upstreams.load_balancing import (
     LOAD_BOUND,
-    Pick,
+    Picker,
     least_requests,
     rendezvous_hash,
     round_robin,
@@ -33,7 +33,7 @@ NEVER = BreakerPolicy(failure_threshold=10_000, minimum_calls=10_000)
 
 def upstream_of(
     count: int = 3,
-    pick: Pick = round_robin,
+    pick: Picker = round_robin,
     *,
     max_ejected_ratio: float = 0.5,
     slow_start: float = 0.0,
@@ -81,7 +81,7 @@ def ejected(upstream: Upstream, now: float = NOW) -> str:
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(1)), rendezvous_hash])
-def test_a_target_whose_breaker_opens_gets_no_request(pick: Pick) -> None:
+def test_a_target_whose_breaker_opens_gets_no_request(pick: Picker) -> None:
     upstream = upstream_of(3, pick)
     fail(upstream, upstream.targets[0])
     assert ejected(upstream) == "a"
@@ -341,7 +341,7 @@ def test_slow_answers_eject_a_target_too_but_not_the_last() -> None:
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(2)), rendezvous_hash])
-def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Pick) -> None:
+def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Picker) -> None:
     source = random.Random(1)
     upstream = upstream_of(2, pick, slow_start=10, draw=lambda _target, _key: source.random())
     target = upstream.targets[0]
@@ -480,7 +480,7 @@ class Balancing(RuleBasedStateMachine):
     )
     def begin(self, weights: list[int], pick: str, max_ejected_ratio: float) -> None:
         source = random.Random(1)
-        picks: dict[str, Pick] = {
+        picks: dict[str, Picker] = {
             "round_robin": round_robin,
             "least_requests": least_requests(source),
             "hash": rendezvous_hash,

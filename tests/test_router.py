@@ -17,7 +17,7 @@ from api_gateway.http1.asgi import DEADLINE, FIELDS, Message
 from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.models import Exchange
 from api_gateway.proxy.deadline import deadline_of
-from api_gateway.proxy.request_body import RequestBody
+from api_gateway.proxy.request_body import StreamedBody
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable, upstream_target
 from api_gateway.resilience.breaker_policy import BreakerPolicy
 from api_gateway.resilience.retry import RetryPolicy
@@ -300,14 +300,14 @@ def piece(body: bytes, *, more: bool) -> Message:
 async def test_a_body_comes_piece_by_piece_and_is_counted() -> None:
     record = exchange("POST")
     messages = (piece(b"ab", more=True), piece(b"", more=True), piece(b"c", more=True), piece(b"", more=False))
-    body = RequestBody(receiving(*messages), 3, record)
+    body = StreamedBody(receiving(*messages), 3, record)
     assert not body.is_started
     assert [found async for found in body] == [b"ab", b"c"]
     assert (body.is_started, body.is_finished, record.bytes_in) == (True, True, 3)
 
 
 async def test_a_body_that_exceeds_its_limit_is_refused_with_the_piece_that_does() -> None:
-    body = RequestBody(receiving(piece(b"abc", more=True), piece(b"d", more=False)), 3, exchange("POST"))
+    body = StreamedBody(receiving(piece(b"abc", more=True), piece(b"d", more=False)), 3, exchange("POST"))
     pieces = aiter(body)
     assert await anext(pieces) == b"abc"
     with pytest.raises(BodyTooLarge):
@@ -315,7 +315,7 @@ async def test_a_body_that_exceeds_its_limit_is_refused_with_the_piece_that_does
 
 
 async def test_a_client_that_leaves_breaks_its_body_off() -> None:
-    body = RequestBody(receiving(piece(b"abc", more=True), {"type": "http.disconnect"}), 9, exchange("POST"))
+    body = StreamedBody(receiving(piece(b"abc", more=True), {"type": "http.disconnect"}), 9, exchange("POST"))
     pieces = aiter(body)
     assert await anext(pieces) == b"abc"
     with pytest.raises(ClientDisconnected):
@@ -325,7 +325,7 @@ async def test_a_client_that_leaves_breaks_its_body_off() -> None:
 
 async def test_a_body_is_given_again_from_its_start_while_it_is_kept_whole() -> None:
     messages = (piece(b"ab", more=True), piece(b"c", more=True), piece(b"d", more=False))
-    body = RequestBody(receiving(*messages), 9, exchange("PUT"), keep=3)
+    body = StreamedBody(receiving(*messages), 9, exchange("PUT"), keep=3)
     first = aiter(body)
     assert [await anext(first), await anext(first)] == [b"ab", b"c"]
     assert body.is_kept
@@ -388,7 +388,7 @@ def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: An
         {"up": service},
         clock=time.monotonic,
         max_body_bytes=100,
-        observe_try=lambda *_: None,
+        observe_attempt=lambda *_: None,
         on_transition=lambda *_: None,
     )
     scope = {

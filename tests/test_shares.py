@@ -9,8 +9,8 @@ from api_gateway.models import Client, Quota
 from api_gateway.resilience.fair_shares import (
     MAX_CONNECTIONS,
     MIN_CONNECTIONS,
+    FairShares,
     ResourceState,
-    Shares,
     default_connections,
     holder_of,
     merge_states,
@@ -19,11 +19,11 @@ from api_gateway.resilience.fair_shares import (
 QUOTA = Quota.per_second("FREE", 1, 10)
 
 
-def fill(shares: Shares, holder: str | None) -> int:
+def fill(shares: FairShares, holder: str | None) -> int:
     """Take as much as the holder may have; return how much that was."""
     taken = 0
     while shares.admits(holder):
-        shares.take(holder)
+        shares.acquire(holder)
         taken += 1
     return taken
 
@@ -31,7 +31,7 @@ def fill(shares: Shares, holder: str | None) -> int:
 @settings(deadline=None)
 @given(st.integers(1, 10_000))
 def test_one_alone_gets_half_and_the_next_half_of_the_rest(total: int) -> None:
-    shares = Shares(total)
+    shares = FairShares(total)
     assert fill(shares, "one") == (total + 1) // 2
     rest = total - shares.in_use
     assert fill(shares, "other") == (rest + 1) // 2
@@ -41,12 +41,12 @@ def test_one_alone_gets_half_and_the_next_half_of_the_rest(total: int) -> None:
 @given(st.integers(1, 200), st.integers(1, 12))
 def test_holders_that_take_turns_end_up_with_equal_shares(total: int, count: int) -> None:
     """With n of them that is 1/(n + 1) of the total each, and as much is left for a newcomer."""
-    shares = Shares(total)
+    shares = FairShares(total)
     names = [str(number) for number in range(count)]
     while any(shares.admits(name) for name in names):
         for name in names:
             if shares.admits(name):
-                shares.take(name)
+                shares.acquire(name)
     held = [shares.held(name) for name in names]
     assert max(held) - min(held) <= 1
     assert max(held) <= -(-total // (min(count, total) + 1)) or count >= total
@@ -56,7 +56,7 @@ def test_holders_that_take_turns_end_up_with_equal_shares(total: int, count: int
 @settings(deadline=None)
 @given(st.integers(1, 500))
 def test_places_of_nobody_count_against_the_total_alone(total: int) -> None:
-    shares = Shares(total)
+    shares = FairShares(total)
     assert fill(shares, None) == total
     assert not shares.admits("somebody")
 
@@ -68,7 +68,7 @@ class Holders(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shares = Shares(9)
+        self.shares = FairShares(9)
         self.model: list[str | None] = []
 
     @rule(target=places, holder=st.sampled_from(["a", "b", "c", "d", None]))
@@ -77,12 +77,12 @@ class Holders(RuleBasedStateMachine):
         may = free > 0 if holder is None else self.model.count(holder) < free
         assert self.shares.admits(holder) is may
         if not may:
-            assert not self.shares.try_take(holder)
+            assert not self.shares.try_acquire(holder)
             return "refused"
         if len(self.model) % 2:
-            self.shares.take(holder)
+            self.shares.acquire(holder)
         else:
-            assert self.shares.try_take(holder)
+            assert self.shares.try_acquire(holder)
         self.model.append(holder)
         return holder
 
@@ -90,7 +90,7 @@ class Holders(RuleBasedStateMachine):
     @rule(place=consumes(places))
     def give_back(self, place: str | None) -> None:
         if place != "refused":
-            self.shares.give_back(place)
+            self.shares.release(place)
             self.model.remove(place)
 
     @invariant()
@@ -137,7 +137,7 @@ def test_the_default_leaves_each_connection_one_to_an_upstream(descriptors: int,
 
 
 def test_a_refusal_says_what_was_exceeded() -> None:
-    shares = Shares(4)
+    shares = FairShares(4)
     fill(shares, "one")
     assert shares.refusal("one", "connections") == (
         "of 4 connections 2 are in use, 2 of them by you, and nobody may hold more than are still free"
@@ -147,14 +147,14 @@ def test_a_refusal_says_what_was_exceeded() -> None:
 
 
 def test_the_workers_states_add_up_and_a_resource_that_is_nearly_exhausted_is_a_warning() -> None:
-    one, other = Shares(10), Shares(10)
+    one, other = FairShares(10), FairShares(10)
     fill(one, None)
     for _ in range(5):
-        other.take(None)
+        other.acquire(None)
     other.refused = 3
     first, second = ResourceState.of("connections", [one]), ResourceState.of("connections", [other])
     assert (first.status, second.status) == ("warn", "pass")
-    tunnels = ResourceState.of("tunnels", [Shares(2), Shares(3)], "up")
+    tunnels = ResourceState.of("tunnels", [FairShares(2), FairShares(3)], "up")
     assert merge_states([first, tunnels, second]) == [ResourceState("connections", None, 20, 15, 3), tunnels]
     assert ResourceState("connections", None, 20, 16, 3).status == "warn"
     assert ResourceState("connections", None, 0, 0, 3).status == "pass"

@@ -18,7 +18,7 @@ import pytest
 import api_gateway
 from api_gateway.clients.records import NO_CURSOR, Change, ClientRecord, Cursor, Grant
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.clients.sqlite_store import EPOCH, FILE_NAME, SCHEMA_VERSION, SqliteClients
+from api_gateway.clients.sqlite_store import CLIENTS_FILE, EPOCH, SCHEMA_VERSION, SqliteClients
 from api_gateway.errors import StoreUnavailable
 from tests.kit import soon
 from tests.test_clients import TIERS, following, tier_of
@@ -41,7 +41,7 @@ def rows(state_dir: Path) -> dict[str, str]:
 
 def alter(state_dir: Path, statement: str) -> list[Any]:
     """Do something to the file behind the gateway's back."""
-    with closing(sqlite3.connect(state_dir / FILE_NAME)) as connection, connection:
+    with closing(sqlite3.connect(state_dir / CLIENTS_FILE)) as connection, connection:
         return connection.execute(statement).fetchall()
 
 
@@ -158,7 +158,7 @@ async def test_writers_at_one_time_end_up_with_the_last_writer(tmp_path: Path) -
 
 
 async def test_two_processes_may_open_an_old_file_at_one_time(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_bytes(SCHEMA_1_FILE)
+    (tmp_path / CLIENTS_FILE).write_bytes(SCHEMA_1_FILE)
     stores = [SqliteClients(tmp_path) for _ in range(4)]
     snapshots = await asyncio.gather(*(store.load(10) for store in stores))
     assert {len(snapshot.records) for snapshot in snapshots} == {3}
@@ -171,7 +171,7 @@ async def test_two_processes_may_open_an_old_file_at_one_time(tmp_path: Path) ->
 
 async def test_changes_are_told_in_their_order_with_the_newest_of_each_client(tmp_path: Path) -> None:
     store = SqliteClients(tmp_path)
-    mark = (await store.load(10)).mark
+    mark = (await store.load(10)).cursor
     assert mark == Cursor(EPOCH, 0)
     await store.write("a", Change(tier="BASIC"))
     await store.write("b", Change(tier="BASIC"))
@@ -183,8 +183,8 @@ async def test_changes_are_told_in_their_order_with_the_newest_of_each_client(tm
         ("b", "BASIC", 2),
         ("a", None, 3),
     ]
-    assert changes.mark == Cursor(EPOCH, 3)
-    again = await store.changes(changes.mark)
+    assert changes.cursor == Cursor(EPOCH, 3)
+    again = await store.changes(changes.cursor)
     assert again is not None
     assert list(again.records) == []
     assert await store.changes(NO_CURSOR) is None
@@ -197,7 +197,7 @@ async def test_removals_are_kept_for_a_bounded_number_of_changes(
 ) -> None:
     monkeypatch.setattr("api_gateway.clients.sqlite_store.KEPT_CHANGES", 5)
     store = SqliteClients(tmp_path)
-    start = (await store.load(10)).mark
+    start = (await store.load(10)).cursor
     await store.write("gone", Change(tier=None))
     await store.write("over", Change(grant=Grant("BASIC", 1)))
     await store.write("lasting", Change(grant=Grant("BASIC", time.time() + 600)))
@@ -246,7 +246,7 @@ async def test_a_grant_is_cleared_once_and_not_before_its_end(tmp_path: Path) ->
 
 
 async def test_a_file_of_schema_1_is_taken_over_with_all_it_holds(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_bytes(SCHEMA_1_FILE)
+    (tmp_path / CLIENTS_FILE).write_bytes(SCHEMA_1_FILE)
     before = alter(tmp_path, "SELECT id, tier, changed_at FROM clients ORDER BY changed_at")
     assert alter(tmp_path, "PRAGMA user_version") == [(1,)]
     async with following(SqliteClients(tmp_path)) as registry:
@@ -264,7 +264,7 @@ async def test_a_file_of_schema_1_is_taken_over_with_all_it_holds(tmp_path: Path
 
 
 async def test_a_takeover_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_bytes(SCHEMA_1_FILE)
+    (tmp_path / CLIENTS_FILE).write_bytes(SCHEMA_1_FILE)
     alter(tmp_path, "CREATE TABLE former (id TEXT)")  # in the way
     store = SqliteClients(tmp_path)
     with pytest.raises(OSError, match="former"):
@@ -304,10 +304,10 @@ async def test_a_change_that_cannot_be_written_is_not_made(
     async with following(SqliteClients(tmp_path)) as registry:
         await registry.set_tier("acme", "BASIC")
         await breakage(registry, tmp_path)
-        with pytest.raises(StoreUnavailable, match=FILE_NAME) as caught:
+        with pytest.raises(StoreUnavailable, match=CLIENTS_FILE) as caught:
             await registry.set_tier("acme", "PREMIUM")
         assert caught.value.retry_after == 5
-        with pytest.raises(StoreUnavailable, match=FILE_NAME):
+        with pytest.raises(StoreUnavailable, match=CLIENTS_FILE):
             await registry.delete("acme")
         assert tier_of(registry, "acme") == ("BASIC", "registered")
 
@@ -335,7 +335,7 @@ async def test_a_file_that_is_no_database_is_refused_and_let_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection left open would be told of as a ResourceWarning by newer interpreters."""
-    (tmp_path / FILE_NAME).write_bytes(b"this is not a database, whatever its name says" * 100)
+    (tmp_path / CLIENTS_FILE).write_bytes(b"this is not a database, whatever its name says" * 100)
     opened: list[sqlite3.Connection] = []
     connect = sqlite3.connect
 
@@ -380,7 +380,7 @@ async def test_the_file_has_a_write_ahead_log_and_waits_for_the_disk(tmp_path: P
 
 async def test_a_store_can_be_closed_twice_and_tells_its_state(tmp_path: Path) -> None:
     store = SqliteClients(tmp_path)
-    assert str(tmp_path / FILE_NAME) in repr(store)
+    assert str(tmp_path / CLIENTS_FILE) in repr(store)
     await store.load(1)
     await store.close()
     await store.close()

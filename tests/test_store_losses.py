@@ -118,7 +118,7 @@ def test_a_store_that_evicts_is_a_warning_in_the_log_at_health_and_in_the_metric
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("api_gateway.limits.redis_limiter.BEAT", 0.05)
+    monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.05)
     running = gateway(in_front_of(upstream().url) | {"store": {"url": store.url, "decision_timeout": 0.5}})
 
     def health() -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_a_store_that_refuses_writes_is_a_warning_in_the_log_and_at_health(
     word: str,
 ) -> None:
     """Without a request, and although it answers: reads go on."""
-    monkeypatch.setattr("api_gateway.limits.redis_limiter.BEAT", 0.05)
+    monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.05)
     running = gateway(in_front_of(upstream().url) | {"store": {"url": store.url, "decision_timeout": 0.5}})
 
     def health() -> dict[str, Any]:
@@ -182,7 +182,7 @@ def test_a_store_that_refuses_writes_is_a_warning_in_the_log_and_at_health(
 async def test_a_policy_that_forgives_least_is_no_warning(
     store: StoreServer, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api_gateway.limits.redis_limiter.BEAT", 0.02)
+    monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.02)
     store.admin.config_set("maxmemory", 10**9)
     store.admin.config_set("maxmemory-policy", policy)
     async with gateways(store.url, SLOW) as (limiter,):

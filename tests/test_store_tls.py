@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 
 from api_gateway import GatewayConfig, create_app
 from api_gateway.errors import StartupError
-from api_gateway.limits.redis_limiter import SCRIPT
+from api_gateway.limits.redis_limiter import TOKEN_BUCKET_SCRIPT
 from api_gateway.models import Quota
 from api_gateway.storage.redis_session import StoreSession
 from tests.kit import RawClient, RawUpstream, RunningGateway, ask, eventually, in_front_of, soon
@@ -111,7 +111,7 @@ async def test_a_server_that_is_not_trusted_or_does_not_trust_is_no_store_and_th
 ) -> None:
     session = StoreSession(url_of(serve(name, asks=asks), certificates, **files), timeout=1)
     with pytest.raises(RedisError) as refused:
-        await session.carrier(SCRIPT)
+        await session.script_connection(TOKEN_BUCKET_SCRIPT)
     assert [words for words in telling if words not in str(refused.value)] == []
     await session.close()
 

@@ -40,16 +40,16 @@ class Puppet:
     """A worker that reports what it is told to, when it is told to."""
 
     def __init__(self, number: int) -> None:
-        self.report = WorkerSnapshot(str(number), Recorder(["users"], [], ["FREE"], (50,), 0.0))
+        self.snapshot = WorkerSnapshot(str(number), Recorder(["users"], [], ["FREE"], (50,), 0.0))
         self.count = 0
         self.asked: list[asyncio.Future[None]] = []
 
-    def ask(self, _number: int) -> asyncio.Future[None]:
+    def request_snapshot(self, _number: int) -> asyncio.Future[None]:
         self.asked.append(asyncio.get_running_loop().create_future())
         return self.asked[-1]
 
     def answer(self) -> None:
-        self.report.recorder.allowed["FREE"] = self.count
+        self.snapshot.recorder.allowed["FREE"] = self.count
         for asked in self.asked:
             if not asked.done():
                 asked.set_result(None)
@@ -143,7 +143,7 @@ async def test_who_does_not_answer_is_shown_as_he_was(monkeypatch: pytest.Monkey
 async def test_who_ends_leaves_his_counts_and_nothing_else() -> None:
     one, other = Puppet(1), Puppet(2)
     ledger = ledger_of(one, other)
-    one.count, one.report.recorder.in_flight, one.report.buckets = 4, 2, 10
+    one.count, one.snapshot.recorder.in_flight, one.snapshot.buckets = 4, 2, 10
     one.answer()
     ledger.retire(cast("WorkerHandle", one))
     gathering = asyncio.create_task(ledger.gather())
@@ -172,7 +172,7 @@ class Leaver:
 
     def __init__(self, seconds: float, cut_off: int = 0) -> None:
         self.cut_off = cut_off
-        self.report = WorkerSnapshot("1", Recorder(["up"], [], ["FREE"], (50,), 0.0))
+        self.snapshot = WorkerSnapshot("1", Recorder(["up"], [], ["FREE"], (50,), 0.0))
         self.drains_within = 0.0
         self._seconds = seconds
         self._killed = asyncio.Event()
@@ -185,10 +185,10 @@ class Leaver:
             return 0
         return -signal.SIGKILL
 
-    def relieve(self) -> None:
+    def replace(self) -> None:
         """Nothing more is needed."""
 
-    terminate = relieve
+    terminate = replace
 
     def kill(self) -> None:
         self._killed.set()
@@ -261,7 +261,7 @@ async def test_a_worker_has_the_time_to_drain_that_it_was_hired_with(monkeypatch
     boss = supervisor_of(Leaver(0.05), monkeypatch=monkeypatch, drain_timeout=30)
     worker = await boss._spawn(WorkerSlot(1, Sockets([])))
     boss._config = drains_in(0.01)
-    await boss._relieve(worker)
+    await boss._drain_replaced(worker)
     assert worker.cut_off == boss._cut_off == 0
 
 
@@ -274,7 +274,7 @@ async def test_a_worker_that_is_killed_has_cut_off_what_it_served(
     boss = supervisor_of(leaver, monkeypatch=monkeypatch, drain_timeout=30)
     worker = await boss._spawn(WorkerSlot(1, Sockets([])))
     worker.kill()
-    await boss._relieve(worker)
+    await boss._drain_replaced(worker)
     assert boss._cut_off == int(is_ready)
 
 
@@ -282,7 +282,7 @@ async def test_what_relieved_workers_have_cut_off_is_added_to_what_the_last_ones
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     boss = supervisor_of(Leaver(0, 2), Leaver(0, 3), monkeypatch=monkeypatch, drain_timeout=30)
-    await boss._relieve(await boss._spawn(WorkerSlot(1, Sockets([]))))
+    await boss._drain_replaced(await boss._spawn(WorkerSlot(1, Sockets([]))))
     await boss._spawn(WorkerSlot(1, Sockets([])))
     await boss._stop_all()
     assert boss._cut_off == 5

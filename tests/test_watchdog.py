@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from api_gateway.errors import BLOCKED, CUT_OFF
+from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
 from api_gateway.process.watchdog import Watchdog
 from tests.kit import RawClient, RawUpstream, ask, eventually
 from tests.processes import WAYS, Running, children, config_file, is_alive, process
@@ -164,7 +164,7 @@ def test_a_stop_signal_ends_a_process_that_hangs(start: Start, how: int, *, befo
             running.signal(signal.SIGTERM)
             if not before:
                 running.signal(how)
-            assert running.popen.wait(DRAIN + MARGIN + SLACK) == CUT_OFF
+            assert running.popen.wait(DRAIN + MARGIN + SLACK) == DRAIN_INCOMPLETE
         assert "has not ended 4 s after the stop signal" in running.errors
         assert "sitecustomize.py" in running.errors
 
@@ -176,7 +176,7 @@ def test_a_stop_signal_ends_a_gateway_whose_worker_hangs(start: Start) -> None:
         for pid in workers_of(running):
             os.kill(pid, OUTSIDE)
         running.signal(signal.SIGTERM)
-        assert running.popen.wait(DRAIN + MARGIN + SLACK) == CUT_OFF
+        assert running.popen.wait(DRAIN + MARGIN + SLACK) == DRAIN_INCOMPLETE
 
 
 def test_a_stop_signal_ends_a_supervisor_that_hangs(start: Start) -> None:
@@ -185,7 +185,7 @@ def test_a_stop_signal_ends_a_supervisor_that_hangs(start: Start) -> None:
         workers = workers_of(running)
         running.signal(OUTSIDE)
         running.signal(signal.SIGTERM)
-        assert running.popen.wait(DRAIN + MARGIN + SLACK) == CUT_OFF
+        assert running.popen.wait(DRAIN + MARGIN + SLACK) == DRAIN_INCOMPLETE
         eventually(lambda: not any(map(is_alive, workers)), "its workers end, too", within=DRAIN + MARGIN + SLACK)
 
 
@@ -230,12 +230,12 @@ def test_a_loop_that_gets_no_processor_is_not_blocked(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What blocks the loop may hold the log's lock."""
     ended: list[int] = []
-    watchdog = Watchdog(10, 0.0, blocked=BLOCKED, overdue=CUT_OFF, end=ended.append)
+    watchdog = Watchdog(10, 0.0, blocked=BLOCKED, overdue=DRAIN_INCOMPLETE, end=ended.append)
     monkeypatch.setattr("api_gateway.process.watchdog.REPORT_WITHIN", 0.1)
     monkeypatch.setattr(watchdog, "_report", lambda *_: time.sleep(3))
     watchdog.expect_end()
     watchdog._look()
-    assert ended == [CUT_OFF]
+    assert ended == [DRAIN_INCOMPLETE]
 
 
 def test_a_gateway_that_stops_while_idle_ends_at_once_and_with_zero(start: Start) -> None:

@@ -449,7 +449,7 @@ def test_a_tunnel_holds_no_connection_of_the_pool_but_one_of_its_own(plain: Runn
 
 def tunnels(running: RunningGateway) -> int:
     """Return how many there are."""
-    services = running.server._app.state.gateway.services.values()
+    services = running.server._app.state.gateway.upstream_clients.values()
     resources = [resource for service in services for resource in service.resources()]
     return sum(resource.in_use for resource in resources if resource.resource == "tunnels")
 

@@ -24,8 +24,8 @@ from api_gateway.system.state_folder import make_private, open_private
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "circuit_breakers.json"
-INTERVAL = 0.25  # seconds between two looks at the file
+OVERRIDES_FILE = "circuit_breakers.json"
+OVERRIDES_POLL_INTERVAL = 0.25  # seconds between two looks at the file
 _KEYS = ("mode", "since", "until", "comment", "set_by")
 
 
@@ -55,7 +55,7 @@ class OverrideFile:
     """The file in `state_dir`. All methods block."""
 
     def __init__(self, state_dir: Path) -> None:
-        self.path = state_dir / FILE_NAME
+        self.path = state_dir / OVERRIDES_FILE
 
     def __repr__(self) -> str:
         return f"<OverrideFile [{self.path}]>"
@@ -157,7 +157,7 @@ class BreakerOverrides:
     async def follow_file(self) -> None:
         """Follow the file until cancelled."""
         while True:
-            await asyncio.sleep(INTERVAL)
+            await asyncio.sleep(OVERRIDES_POLL_INTERVAL)
             await self.look()
 
     async def look(self) -> None:

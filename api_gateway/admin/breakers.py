@@ -32,18 +32,18 @@ router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
 
 
 @router.get("/circuit-breakers", summary="Every circuit breaker", response_model=BreakersView)
-async def circuit_breakers(console: Guarded) -> Response:
+async def circuit_breakers(context: Guarded) -> Response:
     """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
-    await console.overrides.look()
-    report = await console.aggregator.gather()
-    now = console.clocks.now()
-    trouble = {} if console.overrides.trouble is None else {"modes_error": console.overrides.trouble}
+    await context.overrides.look()
+    snapshot = await context.aggregator.gather()
+    now = context.clocks.now()
+    trouble = {} if context.overrides.trouble is None else {"modes_error": context.overrides.trouble}
     breakers = each(
-        report.upstreams.items(),
-        lambda name, upstream: _breaker_view(upstream.breaker, console.overrides.override(name), now),
+        snapshot.upstreams.items(),
+        lambda name, upstream: _breaker_view(upstream.breaker, context.overrides.override(name), now),
     )
     targets = each(
-        report.upstreams.items(),
+        snapshot.upstreams.items(),
         lambda _, upstream: {target.key: verdict_view(target, now) for target in upstream.targets},
     )
     return rendered(BreakersView(circuit_breakers=await paced(breakers), targets=await paced(targets), **trouble))
@@ -58,23 +58,23 @@ async def circuit_breakers(console: Guarded) -> Response:
         **STORE_REFUSAL,
     },
 )
-async def set_mode(name: str, change: ModeChange, request: Request, console: Guarded) -> ModeChanged:
+async def set_mode(name: str, change: ModeChange, request: Request, context: Guarded) -> ModeChanged:
     """Force a breaker open or closed, only observe it, or leave it to itself again (`auto`).
 
     The mode holds for `duration_seconds`, or until it is changed, also over a restart. It is on disk before the
     response is sent; every worker of this gateway follows within a second. In `observe` calls are counted and
     transitions are made and shown, but nothing is refused.
     """
-    _check_breaker(console, name)
+    _check_breaker(context, name)
     if change.mode == "auto" and change.duration_seconds is not None:
         raise InvalidValue(
             f"body.duration_seconds: auto ends what was set before and lasts, got {change.duration_seconds:g}."
         )
-    override, wall = None, console.clocks.wall()
+    override, wall = None, context.clocks.wall()
     if change.mode != "auto":
         until = None if change.duration_seconds is None else wall + change.duration_seconds
         override = Override(Mode(change.mode), wall, until, change.comment, who(request))
-    before = await console.overrides.set(name, override)
+    before = await context.overrides.set(name, override)
     return ModeChanged(name=name, previous=_mode_view(before), current=_mode_view(override))
 
 
@@ -83,20 +83,20 @@ async def set_mode(name: str, change: ModeChange, request: Request, console: Gua
     summary="A circuit breaker's last moves",
     responses={404: {"description": "There is no circuit breaker of that name.", **PROBLEM}},
 )
-async def history(name: str, console: Guarded) -> HistoryView:
+async def history(name: str, context: Guarded) -> HistoryView:
     """Answer the last 50 moves of each worker's breaker, the newest first, with what led to each.
 
     Among them are as many of the breakers of its targets, by `target_url`.
     """
-    _check_breaker(console, name)
-    report = await console.aggregator.gather(with_histories=True)
-    now = console.clocks.now()
-    moves = [_move_view(record, now) for record in reversed(report.histories.get(name, []))]
+    _check_breaker(context, name)
+    snapshot = await context.aggregator.gather(with_histories=True)
+    now = context.clocks.now()
+    moves = [_move_view(record, now) for record in reversed(snapshot.histories.get(name, []))]
     return HistoryView(name=name, history=moves)
 
 
-def _check_breaker(console: AdminContext, name: str) -> None:
-    known = console.overrides.names
+def _check_breaker(context: AdminContext, name: str) -> None:
+    known = context.overrides.names
     if name not in known:
         hint = nearest(name, known) or f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}."
         raise NoRoute(f"There is no circuit breaker '{name}'{hint}")

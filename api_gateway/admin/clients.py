@@ -37,7 +37,7 @@ router = APIRouter(tags=["clients"], responses=CLIENT_REFUSALS, dependencies=[TO
 
 @overview_router.get("/clients", summary="The heaviest clients")
 async def heaviest_clients(
-    console: Guarded,
+    context: Guarded,
     sort: Annotated[Literal["limited", "requests"], Query()] = "limited",
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> HeavyClients:
@@ -45,9 +45,9 @@ async def heaviest_clients(
 
     Every client with more than a thousandth of all of them is among those counted.
     """
-    recorder = (await console.aggregator.gather()).recorder
+    recorder = (await context.aggregator.gather()).recorder
     chosen = recorder.limited_by_client if sort == "limited" else recorder.requests_by_client
-    clients = [_heavy(console.clients, recorder, found.key) for found in chosen.heaviest(limit)]
+    clients = [_heavy(context.clients, recorder, found.key) for found in chosen.heaviest(limit)]
     return HeavyClients(sort=sort, clients=clients)
 
 
@@ -56,30 +56,30 @@ async def heaviest_clients(
     summary="Set a client's tier",
     responses=TIER_REFUSALS,
 )
-async def set_tier(client_id: ClientId, change: TierChange, console: Guarded) -> TierChanged:
+async def set_tier(client_id: ClientId, change: TierChange, context: Guarded) -> TierChanged:
     """Register the client for a tier. Effective for its next request, and stored when this answers.
 
     Gateways that share the store follow within a second. The bucket keeps its filled fraction: an upgrade brings
     relief at once, and changing back and forth gains nothing.
     """
-    tier = _tier(console, change.tier)
-    return await _move(console, *await console.clients.set_tier(client_id, tier))
+    tier = _tier(context, change.tier)
+    return await _move(context, *await context.clients.set_tier(client_id, tier))
 
 
 @router.post("/clients/{client_id}/grants", summary="Give a client a tier for a while", responses=TIER_REFUSALS)
-async def grant(client_id: ClientId, request: GrantRequest, console: Guarded) -> GrantChanged:
+async def grant(client_id: ClientId, request: GrantRequest, context: Guarded) -> GrantChanged:
     """Give the client a tier until a moment, over whatever it has otherwise and in place of an earlier grant.
 
     It ends by itself on every gateway, by the clock of each one's machine: where clocks differ, so do the moments.
     """
-    tier, until = _tier(console, request.tier), _until(request, console.clocks.wall())
-    return await _regrant(console, until, *await console.clients.grant(client_id, tier, until))
+    tier, until = _tier(context, request.tier), _until(request, context.clocks.wall())
+    return await _regrant(context, until, *await context.clients.grant(client_id, tier, until))
 
 
 @router.delete("/clients/{client_id}/grants", summary="End a client's grant early", responses=STORE_REFUSAL)
-async def revoke(client_id: ClientId, console: Guarded) -> GrantChanged:
+async def revoke(client_id: ClientId, context: Guarded) -> GrantChanged:
     """Return the client to what it has without its grant. One that has none stays as it is."""
-    return await _regrant(console, None, *await console.clients.revoke(client_id))
+    return await _regrant(context, None, *await context.clients.revoke(client_id))
 
 
 @router.post(
@@ -87,12 +87,12 @@ async def revoke(client_id: ClientId, console: Guarded) -> GrantChanged:
     summary="Fill a client's bucket",
     responses={503: {"description": "The store of the buckets could not be used.", **PROBLEM}},
 )
-async def reset(client_id: ClientId, console: Guarded) -> BucketReset:
+async def reset(client_id: ClientId, context: Guarded) -> BucketReset:
     """Fill the client's bucket, whatever it owes."""
-    found = (await console.clients.inspect(client_id)).client
-    held = await _bucket(console, found)
-    await console.limiter.refill(found.key)
-    holds = await _bucket(console, found)
+    found = (await context.clients.inspect(client_id)).client
+    held = await _bucket(context, found)
+    await context.limiter.refill(found.key)
+    holds = await _bucket(context, found)
     return BucketReset(
         client_id=client_id,
         tier=_tier_view(found.quota),
@@ -102,20 +102,20 @@ async def reset(client_id: ClientId, console: Guarded) -> BucketReset:
 
 
 @router.delete("/clients/{client_id}", summary="Return a client to the default tier", responses=STORE_REFUSAL)
-async def forget(client_id: ClientId, console: Guarded) -> TierChanged:
+async def forget(client_id: ClientId, context: Guarded) -> TierChanged:
     """Remove the client's registration and its grant.
 
     It falls back to what the configuration says of it, else the default tier.
     """
-    return await _move(console, *await console.clients.delete(client_id))
+    return await _move(context, *await context.clients.delete(client_id))
 
 
 @router.get("/clients/{client_id}", summary="A client's tier and bucket")
-async def client(client_id: ClientId, console: Guarded) -> ClientView:
+async def client(client_id: ClientId, context: Guarded) -> ClientView:
     """Answer the client's tier and the tokens it has now. Any well-formed id has a bucket, so none is unknown."""
-    inspection = await console.clients.inspect(client_id)
+    inspection = await context.clients.inspect(client_id)
     found, given = inspection.client, inspection.grant
-    bucket = await _bucket(console, found)
+    bucket = await _bucket(context, found)
     return ClientView(
         client_id=client_id,
         tier=_tier_view(found.quota),
@@ -131,10 +131,10 @@ async def client(client_id: ClientId, console: Guarded) -> ClientView:
     )
 
 
-def _tier(console: AdminContext, name: str) -> str:
+def _tier(context: AdminContext, name: str) -> str:
     tier = name.upper()
-    if tier not in console.clients.tiers:
-        names = list(console.clients.tiers)
+    if tier not in context.clients.tiers:
+        names = list(context.clients.tiers)
         raise InvalidValue(
             f"There is no tier '{name}'; the tiers are {', '.join(names)}.", extra={"tier": name, "tiers": names}
         )
@@ -160,8 +160,8 @@ def _until(request: GrantRequest, now: float) -> float:
     return until
 
 
-async def _regrant(console: AdminContext, until: float | None, before: Client, after: Client) -> GrantChanged:
-    changed = await _move(console, before, after)
+async def _regrant(context: AdminContext, until: float | None, before: Client, after: Client) -> GrantChanged:
+    changed = await _move(context, before, after)
     return GrantChanged(**changed.model_dump(), until=None if until is None else wall_time(until))
 
 
@@ -179,11 +179,11 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
     )
 
 
-async def _move(console: AdminContext, before: Client, after: Client) -> TierChanged:
+async def _move(context: AdminContext, before: Client, after: Client) -> TierChanged:
     """Take the bucket over to the new tier and report it."""
-    held = await _bucket(console, before)
-    await console.limiter.move(before.key, before.quota, after.quota, console.clocks.monotonic_ns())
-    holds = await _bucket(console, after)
+    held = await _bucket(context, before)
+    await context.limiter.move(before.key, before.quota, after.quota, context.clocks.monotonic_ns())
+    holds = await _bucket(context, after)
     return TierChanged(
         client_id=after.id,
         previous=_tier_view(before.quota),
@@ -194,9 +194,9 @@ async def _move(console: AdminContext, before: Client, after: Client) -> TierCha
     )
 
 
-async def _bucket(console: AdminContext, client: Client) -> Decision:
+async def _bucket(context: AdminContext, client: Client) -> Decision:
     """Return the client's bucket as it is."""
-    (decision,) = await console.limiter.inspect([Charge(client.key, client.quota, 0)], console.clocks.monotonic_ns())
+    (decision,) = await context.limiter.inspect([Charge(client.key, client.quota, 0)], context.clocks.monotonic_ns())
     return decision
 
 

@@ -19,11 +19,11 @@ router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
         503: {"description": "The gateway drains, or its workers are being restarted.", **PROBLEM},
     },
 )
-async def reload(request: Request, console: Guarded) -> Reloaded:
+async def reload(request: Request, context: Guarded) -> Reloaded:
     """Read the configuration anew and put it into force in every worker, or change nothing.
 
     Requests, streams and connections go on; buckets, breakers and counts stay. The response names what has changed,
     and what of it needs a restart.
     """
-    outcome = await console.aggregator.reload(f"POST /reload by {who(request)}")
+    outcome = await context.aggregator.reload(f"POST /reload by {who(request)}")
     return reload_view(outcome)

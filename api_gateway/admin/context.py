@@ -51,8 +51,8 @@ class AdminContext:
 
 
 def _context(request: Request) -> AdminContext:
-    console: AdminContext = request.app.state.console
-    return console
+    context: AdminContext = request.app.state.console
+    return context
 
 
 def _operator(request: Request) -> Operator:

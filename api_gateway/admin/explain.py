@@ -17,9 +17,9 @@ router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
         422: {"description": "The path is not proxied, or the body is not a question.", **PROBLEM},
     },
 )
-async def explain(question: ExplainRequest, console: Guarded) -> Explanation:
+async def explain(question: ExplainRequest, context: Guarded) -> Explanation:
     """Answer who the client is, what the request costs, what every bucket says, and what would come of it.
 
     Nothing is charged, sent or moved by asking.
     """
-    return await console.explainer.explain(question)
+    return await context.explainer.explain(question)

@@ -29,14 +29,14 @@ from api_gateway.middleware import IdentityMiddleware, RateLimitMiddleware, is_p
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, TierView
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
 from api_gateway.proxy.route_table import Route, refuse_method, upstream_target
-from api_gateway.rate_limiter import NEVER, RateLimiter
+from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.router import Router
 
-LIKELY = 0.5  # share of requests refused at random from which a refusal is what is foretold
+LIKELY_SHED_SHARE = 0.5  # share of requests refused at random from which a refusal is what is foretold
 
 _WHY = {
     "granted": "named by {header}; it has its tier for a while, by POST /clients/{{id}}/grants",
@@ -62,7 +62,7 @@ class _Bucket:
     @property
     def wait_ns(self) -> float:
         """Nanoseconds until the charge passes, without end if it never does."""
-        return float("inf") if self.decision.wait_ns == NEVER else self.decision.wait_ns
+        return float("inf") if self.decision.wait_ns == NEVER_NS else self.decision.wait_ns
 
     @property
     def more(self) -> float:
@@ -110,7 +110,7 @@ class Explainer:
         priority = self._router.priorities.of(client.quota.name)
         holder = holder_of(client, exchange.peer)
         route, error = self._route(exchange, question)
-        if error is None and self._lag.share(priority) >= LIKELY:
+        if error is None and self._lag.share(priority) >= LIKELY_SHED_SHARE:
             error = self._lag.refusal(priority)
         buckets = await self._inspect(self._limit.charges(client, exchange.peer, exchange.cost))
         binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
@@ -163,7 +163,7 @@ class Explainer:
             upstream_target(route, target)
         except GatewayError as error:
             return error
-        upstream = self._router.services[route.upstream].upstream
+        upstream = self._router.upstream_clients[route.upstream].upstream
         return upstream.refusal(self._clock(), priority, holder=holder, is_safe=method in IDEMPOTENT)
 
     def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
@@ -173,7 +173,7 @@ class Explainer:
             return None
         is_used = error is not None and applies(fallback, error, is_repeatable=True, is_kept=True)
         if is_used and error is not None and fallback.upstream is not None:
-            other = self._router.services[fallback.upstream].upstream.refusal(self._clock())
+            other = self._router.upstream_clients[fallback.upstream].upstream.refusal(self._clock())
             if other is not None:
                 add_failure(error, other)
             is_used = other is None
@@ -211,7 +211,7 @@ class Explainer:
         )
 
     def _upstream_view(self, route: Route, priority: int, holder: str | None) -> UpstreamExplained:
-        upstream, now = self._router.services[route.upstream].upstream, self._clock()
+        upstream, now = self._router.upstream_clients[route.upstream].upstream, self._clock()
         state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
         return UpstreamExplained(
             name=upstream.name,
@@ -257,7 +257,7 @@ def _fallback_view(fallback: Fallback, *, is_used: bool) -> FallbackExplained:
 def _concurrency_view(limit: ConcurrencyLimit, priority: int, holder: str | None) -> ConcurrencyExplained:
     return ConcurrencyExplained(
         limit=round(limit.limit, 1),
-        tier_limit=limit.bounds[priority],
+        tier_limit=limit.class_limits[priority],
         in_flight=limit.in_flight,
         allowed=not limit.is_full_for(priority, holder),
     )
@@ -273,6 +273,6 @@ def _bucket_view(bucket: _Bucket) -> BucketExplained:
         capacity=quota.capacity,
         cost=round(charge.increment_ns / quota.emission_ns, 6),
         allowed=decision.allowed,
-        retry_after_seconds=None if decision.wait_ns == NEVER else decision.wait_ns / NANOSECONDS,
+        retry_after_seconds=None if decision.wait_ns == NEVER_NS else decision.wait_ns / NANOSECONDS,
         reset_after_seconds=round(bucket.owed_ns / NANOSECONDS, 3),
     )

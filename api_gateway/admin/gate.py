@@ -241,12 +241,12 @@ class OperatorGate:
         operator = None if is_foreign(fields) else await self._identify(scope, fields)
         if operator is not None:
             self._limits.charge_operator(operator)
-            await _respond(send, 200, body=await health.full(), kind=_JSON)
+            await _respond(send, 200, body=await health.detailed(), kind=_JSON)
             return
         if bearer_token(fields) is not None:
             self._stranger(scope, fields)
         self._limits.charge_view(self._address(scope, fields))
-        await _respond(send, 200, body=await health.word(), kind=_JSON)
+        await _respond(send, 200, body=await health.status_only(), kind=_JSON)
 
 
 async def _respond(

@@ -22,10 +22,10 @@ async def healthz() -> str:
     summary="Readiness",
     responses={503: {"description": "Starting or draining.", "content": {"text/plain": {}}}},
 )
-async def readyz(console: Open) -> Response:
+async def readyz(context: Open) -> Response:
     """Answer 200 while serving. Upstreams that are down do not make the gateway unready."""
-    is_serving = console.lifecycle is Lifecycle.SERVING
-    return PlainTextResponse(f"{console.lifecycle}\n", status_code=200 if is_serving else 503)
+    is_serving = context.lifecycle is Lifecycle.SERVING
+    return PlainTextResponse(f"{context.lifecycle}\n", status_code=200 if is_serving else 503)
 
 
 @router.get(
@@ -34,6 +34,6 @@ async def readyz(console: Open) -> Response:
     response_model=HealthView,
     responses={429: {"description": "Asked too often.", **PROBLEM}},
 )
-async def health(console: Open) -> Response:
+async def health(context: Open) -> Response:
     """Answer 200 while the gateway itself serves; to anybody but an operator, the status word only."""
-    return Response(await console.health.word(), media_type="application/json")
+    return Response(await context.health.status_only(), media_type="application/json")

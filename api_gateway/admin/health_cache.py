@@ -20,8 +20,8 @@ REUSE = 10  # times the seconds that rendering took
 class HealthBodies:
     """What `/health` says to an operator and to a stranger, as JSON, and until when it may be said."""
 
-    full: bytes
-    word: bytes
+    detailed: bytes
+    status_only: bytes
     made_at: float
     fresh_until: float
 
@@ -41,7 +41,7 @@ class HealthCache:
     def __repr__(self) -> str:
         return f"<HealthCache [{'rendering' if self._rendering else 'idle'}]>"
 
-    async def word(self) -> bytes:
+    async def status_only(self) -> bytes:
         """Return the body for a stranger. While many ask it is renewed in time, and nobody waits."""
         bodies = self._bodies
         age = self._clock() - bodies.made_at
@@ -49,12 +49,12 @@ class HealthCache:
             bodies = await self._renewed()
         elif age >= MAX_AGE / 2:
             self._start()
-        return bodies.word
+        return bodies.status_only
 
-    async def full(self) -> bytes:
+    async def detailed(self) -> bytes:
         """Return the body for an operator."""
         is_fresh = self._clock() < self._bodies.fresh_until
-        return (self._bodies if is_fresh else await self._renewed()).full
+        return (self._bodies if is_fresh else await self._renewed()).detailed
 
     def expire(self) -> None:
         """Let no later request see what was rendered, or is being rendered: an operator has changed something."""

@@ -16,11 +16,11 @@ from api_gateway.system.clocks import Clocks
 
 async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> HealthView:
     """Return the health of the gateway and its upstreams, as operators see it."""
-    report = await aggregator.gather()
+    snapshot = await aggregator.gather()
     now = clocks.now()
     views = each(
-        report.upstreams.items(),
-        lambda name, upstream: upstream_view(upstream, now, concurrency_view(report.recorder, name, upstream)),
+        snapshot.upstreams.items(),
+        lambda name, upstream: upstream_view(upstream, now, concurrency_view(snapshot.recorder, name, upstream)),
     )
     upstreams = await paced(views)
     words = {view.status for view in upstreams.values()}
@@ -28,25 +28,25 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
     if words == {"fail"}:
         status = "fail"
     elif (
-        not report.limiter.is_whole
-        or report.client_trouble is not None
-        or report.configuration.problems
-        or any(resource.status == "warn" for resource in report.resources)
+        not snapshot.limiter.is_whole
+        or snapshot.client_trouble is not None
+        or snapshot.configuration.problems
+        or any(resource.status == "warn" for resource in snapshot.resources)
     ):
         status = "warn"
-    uptime = round(clocks.monotonic() - report.recorder.started, 3)
+    uptime = round(clocks.monotonic() - snapshot.recorder.started, 3)
     return HealthView(
         status=status,
         version=version,
         uptime_seconds=uptime,
         upstreams=upstreams,
-        store=StoreView(**asdict(report.limiter)),
+        store=StoreView(**asdict(snapshot.limiter)),
         client_store=ClientStoreView(
-            status="pass" if report.client_trouble is None else "warn", error=report.client_trouble
+            status="pass" if snapshot.client_trouble is None else "warn", error=snapshot.client_trouble
         ),
-        configuration=configuration_view(report.configuration),
-        event_loop=LagView(lag_seconds=round(report.lag, 6), shed=report.recorder.shed[GATEWAY].total()),
-        resources=[_resource_view(resource) for resource in report.resources],
+        configuration=configuration_view(snapshot.configuration),
+        event_loop=LagView(lag_seconds=round(snapshot.lag, 6), shed=snapshot.recorder.shed[GATEWAY].total()),
+        resources=[_resource_view(resource) for resource in snapshot.resources],
     )
 
 

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING = 32  # look-ups; further requests are not local
 MAX_WAIT = 3.0  # seconds that a request waits for its look-up to begin
-SHARE = 0.1  # of one processor, in the long run
-BURST = 1.0  # seconds of processor time that look-ups may take at once
+CPU_SHARE = 0.1  # of one processor, in the long run
+CPU_BURST = 1.0  # seconds of processor time that look-ups may take at once
 _QUIET = 60.0  # seconds between two log lines
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7))
 
@@ -42,28 +42,28 @@ class LocalProcesses:
         self._peers = peers
         self._trusted = tuple(trusted_proxies)
         self._clock = clock
-        self._verdicts: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        self._results: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
         self._lock = asyncio.Lock()
         self._waiting = 0
-        self._allowance, self._since = BURST, clock()  # seconds of processor time
+        self._allowance, self._since = CPU_BURST, clock()  # seconds of processor time
         self._silent_until = 0.0
 
     def __repr__(self) -> str:
-        return f"<LocalProcesses [{len(self._verdicts)} verdicts, {self._waiting} waiting]>"
+        return f"<LocalProcesses [{len(self._results)} verdicts, {self._waiting} waiting]>"
 
     async def is_local(self, scope: Mapping[str, Any]) -> bool:
         """See `Locality`."""
         if not is_direct(fields_of(scope["headers"])) or not self._may_be_local(scope):
             return False
-        link = scope.get(SERVER_EXTENSION)
-        if link is None:  # another server than our own: nothing identifies the connection
+        extension = scope.get(SERVER_EXTENSION)
+        if extension is None:  # another server than our own: nothing identifies the connection
             return await self._look_up(scope, None) is True
-        connection = link.connection
-        verdict = self._verdicts.get(connection)
+        connection = extension.connection
+        verdict = self._results.get(connection)
         if verdict is None and not connection.transport.is_closing():
             verdict = await self._look_up(scope, connection.transport)
             if verdict is not None:
-                self._verdicts[connection] = verdict
+                self._results[connection] = verdict
         return verdict is True
 
     def _may_be_local(self, scope: Mapping[str, Any]) -> bool:
@@ -82,7 +82,7 @@ class LocalProcesses:
     async def _look_up(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> bool | None:
         """Examine the peer; None without a result, if too many look-ups wait already."""
         try:
-            examine = self._question(scope, transport)
+            examine = self._query(scope, transport)
         except (NotEstablished, OSError) as error:
             self._log(str(error))
             return False
@@ -99,7 +99,7 @@ class LocalProcesses:
             self._log(reason)
         return reason is None
 
-    def _question(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> Callable[[], None]:
+    def _query(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> Callable[[], None]:
         """Return the look-up to be made. The socket is identified here, where it cannot be closed meanwhile."""
         if scope["client"] == UNIX_PEER:
             assert transport is not None  # noqa: S101 - only our own server has an admin listener
@@ -125,10 +125,10 @@ class LocalProcesses:
     async def _pace(self) -> None:
         """Wait until processor time is left for a look-up."""
         now = self._clock()
-        self._allowance = min(BURST, self._allowance + (now - self._since) * SHARE)
+        self._allowance = min(CPU_BURST, self._allowance + (now - self._since) * CPU_SHARE)
         self._since = now
         if self._allowance < 0:
-            await asyncio.sleep(-self._allowance / SHARE)
+            await asyncio.sleep(-self._allowance / CPU_SHARE)
 
     def _log(self, reason: str) -> None:
         now = self._clock()

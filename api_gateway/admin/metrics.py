@@ -30,42 +30,42 @@ class MetricsFormat(StrEnum):
 )
 async def metrics(
     request: Request,
-    console: Guarded,
+    context: Guarded,
     format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the public name
 ) -> Any:
     """Answer JSON, or exposition text where `?format=prometheus` or `Accept` asks for it."""
-    report = await console.aggregator.gather()
+    snapshot = await context.aggregator.gather()
     accept = request.headers.get("accept", "")
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
     if format is MetricsFormat.PROMETHEUS or (format is None and asks_text):
         exposition = PrometheusExposition(
-            report.recorder,
-            report.upstreams,
-            report.limiter,
-            report.buckets,
-            console.version,
-            report.lag,
-            report.tasks,
-            report.resources,
-            report.configuration,
+            snapshot.recorder,
+            snapshot.upstreams,
+            snapshot.limiter,
+            snapshot.buckets,
+            context.version,
+            snapshot.lag,
+            snapshot.tasks,
+            snapshot.resources,
+            snapshot.configuration,
         )
         body, content_type = await paced(exposition.render(accept))
         return Response(body, headers={"content-type": content_type})
     view = metrics_view(
-        report.recorder,
-        console.clocks.monotonic(),
-        report.upstreams,
-        buckets=report.buckets,
-        bucket_limit=report.bucket_limit,
-        overflowed=report.overflowed,
-        limiter=report.limiter,
-        lag=report.lag,
+        snapshot.recorder,
+        context.clocks.monotonic(),
+        snapshot.upstreams,
+        buckets=snapshot.buckets,
+        bucket_limit=snapshot.bucket_limit,
+        overflowed=snapshot.overflowed,
+        limiter=snapshot.limiter,
+        lag=snapshot.lag,
     )
     return rendered(await paced(view))
 
 
 @router.get("/metrics/latency", summary="Latency percentiles", response_model=LatencyView)
-async def latency(console: Guarded) -> Response:
+async def latency(context: Guarded) -> Response:
     """Answer the percentiles over the last minute, the last five minutes and since the start."""
-    report = await console.aggregator.gather()
-    return rendered(await paced(latency_view(report.recorder, console.clocks.monotonic())))
+    snapshot = await context.aggregator.gather()
+    return rendered(await paced(latency_view(snapshot.recorder, context.clocks.monotonic())))

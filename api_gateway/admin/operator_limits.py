@@ -16,7 +16,7 @@ FAILURES = Quota.per_second("failed attempts", 1, 50)
 OPEN_VIEWS = Quota.per_second("open views", 20, 100)
 OPERATORS = Quota.per_second("operator", 100, 500)
 LOG_LINES = Quota.per_second("log lines", 0.1, 5)
-MAX_ADDRESSES = 16_384  # counted at once; further ones share buckets
+MAX_TRACKED_ADDRESSES = 16_384  # counted at once; further ones share buckets
 
 
 class OperatorLimits:
@@ -24,8 +24,8 @@ class OperatorLimits:
 
     def __init__(self, clock_ns: Callable[[], int]) -> None:
         self._clock_ns = clock_ns
-        self._failures = MemoryLimiter([FAILURES], bucket_limit=MAX_ADDRESSES)
-        self._open_views = MemoryLimiter([OPEN_VIEWS], bucket_limit=MAX_ADDRESSES)
+        self._failures = MemoryLimiter([FAILURES], bucket_limit=MAX_TRACKED_ADDRESSES)
+        self._open_views = MemoryLimiter([OPEN_VIEWS], bucket_limit=MAX_TRACKED_ADDRESSES)
         self._operators = MemoryLimiter([OPERATORS])
         self._log_lines = MemoryLimiter([LOG_LINES])
         self._unlogged = 0

@@ -2,21 +2,21 @@
 
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import Draining, InternalError, InvalidValue
-from api_gateway.reload.outcome import Outcome, ReloadState, Result
+from api_gateway.reload.outcome import ReloadOutcome, ReloadResult, ReloadState
 from api_gateway.reporting.reload_schema import ConfigurationView, Reloaded, SettingChanged
 
 AGAIN_AFTER = 5  # seconds
 
 
-def reload_view(outcome: Outcome) -> Reloaded:
+def reload_view(outcome: ReloadOutcome) -> Reloaded:
     """Return what a reload did. Raises InvalidValue, Draining or InternalError if it changed nothing."""
     problems = list(outcome.problems)
     detail = f"The configuration was not reloaded: {'; '.join(problems).rstrip('.')}."
-    if outcome.result is Result.INVALID:
+    if outcome.result is ReloadResult.INVALID:
         raise InvalidValue(detail, extra={"errors": problems})
-    if outcome.result is Result.UNAVAILABLE:
+    if outcome.result is ReloadResult.UNAVAILABLE:
         raise Draining(detail, retry_after=AGAIN_AFTER)
-    if outcome.result is Result.FAILED:
+    if outcome.result is ReloadResult.FAILED:
         raise InternalError(detail, extra={"errors": problems})
     return Reloaded(
         result="reloaded" if outcome.changes else "unchanged",

@@ -12,8 +12,8 @@ from api_gateway.config import GatewayConfig
 from api_gateway.settings.admin import AdminSection
 from api_gateway.system.peer_process import PeerProcesses
 
-GENERATED = Operator("operator-token", Role.OPERATE)
-NOBODY = Access(Tokens(), NothingIsLocal())
+GENERATED_TOKEN_OPERATOR = Operator("operator-token", Role.OPERATE)
+NO_ACCESS = Access(Tokens(), NothingIsLocal())
 
 
 def operator_access(config: GatewayConfig, locality: Locality | None = None) -> Access:
@@ -26,7 +26,7 @@ def operator_access(config: GatewayConfig, locality: Locality | None = None) -> 
     if configured or not config.admin.local:
         locality = NothingIsLocal()
     return Access(
-        Tokens([*configured, *([(GENERATED, generated.encode())] if generated is not None else [])]),
+        Tokens([*configured, *([(GENERATED_TOKEN_OPERATOR, generated.encode())] if generated is not None else [])]),
         locality or _local_programs(config),
         config.server.trusted_proxies,
     )

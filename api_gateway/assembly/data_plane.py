@@ -44,9 +44,9 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    relief = LoadSheddingMiddleware(limit, lag=gateway.lag, priorities=gateway.priorities)
+    load_shedding = LoadSheddingMiddleware(limit, lag=gateway.lag, priorities=gateway.priorities)
     identify = IdentityMiddleware(
-        RoutingMiddleware(relief, router=router),
+        RoutingMiddleware(load_shedding, router=router),
         clients=gateway.clients,
         header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
@@ -84,12 +84,12 @@ def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozen
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     return Router(
         gateway.table,
-        gateway.services,
+        gateway.upstream_clients,
         clock=clocks.monotonic,
         max_body_bytes=config.server.max_body_bytes,
         protected=frozenset({config.identity.header.lower().encode()}),
         omit=server_headers,
-        observe_try=recorder.observe_try,
+        observe_attempt=recorder.observe_attempt,
         on_transition=_log_transition,
         on_target_move=_log_target_move,
         on_cost=settlement.on_cost,

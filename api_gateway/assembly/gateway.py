@@ -67,7 +67,7 @@ class Gateway:
     limiter: Limiter
     clients: ClientRegistry
     recorder: Recorder
-    modes: BreakerOverrides
+    overrides: BreakerOverrides
     lag: EventLoopShedder
     clocks: Clocks
 
@@ -82,9 +82,9 @@ class Gateway:
         return self.quotas.candidates
 
     @property
-    def services(self) -> dict[str, UpstreamClient]:
+    def upstream_clients(self) -> dict[str, UpstreamClient]:
         """How to send to each upstream."""
-        return {name: live.service for name, live in self.upstreams.items()}
+        return {name: live.upstream_client for name, live in self.upstreams.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +118,10 @@ class Assembly:
         self._demo: DemoUpstreams | None = None
         self._retired: dict[str, LiveUpstream] = {}  # by name, the one retired last at the end
         self._closing: set[ShieldedTransport] = set()
-        self._upkeep_tasks: dict[str, asyncio.Task[None]] = {}
+        self._monitor_tasks: dict[str, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
-        return f"<Assembly [{len(self._upkeep_tasks)} upstreams, {len(self._retired)} retired]>"
+        return f"<Assembly [{len(self._monitor_tasks)} upstreams, {len(self._retired)} retired]>"
 
     @asynccontextmanager
     async def live(self, config: GatewayConfig) -> AsyncIterator[Gateway]:
@@ -141,11 +141,11 @@ class Assembly:
             if isinstance(gateway.limiter, RedisLimiter):
                 stack.push_async_callback(gateway.limiter.close)
                 await gateway.limiter.start()
-            await gateway.modes.look()
-            modes = asyncio.create_task(gateway.modes.follow_file(), name="modes of circuit breakers")
+            await gateway.overrides.look()
+            modes = asyncio.create_task(gateway.overrides.follow_file(), name="modes of circuit breakers")
             stack.push_async_callback(_cancelled, modes)
             stack.push_async_callback(self._close_upstreams)
-            self._begin_upkeep(gateway.upstreams)
+            self._start_monitor(gateway.upstreams)
             closing = asyncio.create_task(self._keep_closing(), name="retired transports")
             stack.push_async_callback(_cancelled, closing)
             stack.enter_context(trimmed())
@@ -186,8 +186,8 @@ class Assembly:
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
         before.lag.change(config.server.max_event_loop_lag, plan.priorities)
-        before.modes.follow({name: live.service.upstream.breaker for name, live in upstreams.items()})
-        self._begin_upkeep(upstreams)
+        before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
+        self._start_monitor(upstreams)
         self.gateway = replace(
             before,
             config=config,
@@ -225,9 +225,9 @@ class Assembly:
                 self._rejections,
                 *process_output().losses,
             ),
-            modes=BreakerOverrides(
+            overrides=BreakerOverrides(
                 OverrideFile(own_folder(config.state_dir)),
-                {name: live.service.upstream.breaker for name, live in upstreams.items()},
+                {name: live.upstream_client.upstream.breaker for name, live in upstreams.items()},
                 clock=clocks.monotonic,
                 wall_clock=clocks.wall,
             ),
@@ -254,7 +254,7 @@ class Assembly:
 
     def _retire(self, name: str, live: LiveUpstream) -> None:
         """End the checks of an upstream and keep no idle connection to it; it is remembered, for it may come back."""
-        self._upkeep_tasks.pop(name).cancel()
+        self._monitor_tasks.pop(name).cancel()
         self._retire_transports(live.transports)
         self._retired[name] = replace(live, is_retired=True)
         while len(self._retired) > MAX_RETIRED:
@@ -275,13 +275,13 @@ class Assembly:
                 self._closing.discard(transport)
                 await transport.aclose()
 
-    def _begin_upkeep(self, upstreams: Mapping[str, LiveUpstream]) -> None:
+    def _start_monitor(self, upstreams: Mapping[str, LiveUpstream]) -> None:
         for name, live in upstreams.items():
-            if name not in self._upkeep_tasks:
-                self._upkeep_tasks[name] = asyncio.create_task(live.upkeep.run(), name=f"upkeep of {name}")
+            if name not in self._monitor_tasks:
+                self._monitor_tasks[name] = asyncio.create_task(live.monitor.run(), name=f"upkeep of {name}")
 
     async def _close_upstreams(self) -> None:
-        await cancel_and_wait(*self._upkeep_tasks.values())
+        await cancel_and_wait(*self._monitor_tasks.values())
         live = [*self.gateway.upstreams.values(), *self._retired.values()]
         for transport in {*self._closing, *(transport for one in live for transport in one.transports)}:
             await transport.aclose()

@@ -13,12 +13,12 @@ from api_gateway.assembly.gateway import Assembly, Gateway, Plan
 from api_gateway.config import GatewayConfig
 from api_gateway.eventloop.pacing import Steps, each
 from api_gateway.middleware import DataPlaneSlot
-from api_gateway.reload.outcome import Outcome
+from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reload.reloader import Reloader, refused
 from api_gateway.reload.serialization import take_over
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, moves_of
 from api_gateway.reporting.worker_channel import Aggregator
-from api_gateway.resilience.fair_shares import ResourceState, Shares
+from api_gateway.resilience.fair_shares import FairShares, ResourceState
 
 
 class Application(Protocol):
@@ -42,7 +42,7 @@ class Installation:
         *,
         server_headers: frozenset[bytes],
         access: Callable[[GatewayConfig], Access],
-        connections: Shares | None,
+        connections: FairShares | None,
         read: Callable[[], GatewayConfig] | None,
         on_change: Callable[[GatewayConfig], None] | None,
     ) -> None:
@@ -66,7 +66,9 @@ class Installation:
     def __repr__(self) -> str:
         return f"<Installation of {self._assembly!r} [{'none' if self._plan is None else 'prepared'}]>"
 
-    async def start(self, settings: GatewayConfig, console: Callable[..., AdminContext], crew: Aggregator) -> None:
+    async def start(
+        self, settings: GatewayConfig, context: Callable[..., AdminContext], aggregator: Aggregator
+    ) -> None:
         """Put the first configuration into force; `console` makes what the operator endpoints look at."""
         gateway = self._assembly.gateway
         self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
@@ -74,8 +76,8 @@ class Installation:
         self._switch.set(data_plane, lane)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
-        self._app.state.console = console(gateway, explainer, crew)
-        crew.register(self.snapshot, self)
+        self._app.state.console = context(gateway, explainer, aggregator)
+        aggregator.register(self.snapshot, self)
 
     async def prepare(self, values: dict[str, Any]) -> None:
         """See `worker_channel.Configured`."""
@@ -101,7 +103,7 @@ class Installation:
         if self._on_change is not None:
             self._on_change(settings)
 
-    async def reload(self, origin: str) -> Outcome:
+    async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration of an application that serves alone."""
         assert self._reloader is not None  # noqa: S101 - nothing serves before the start
         phase = self._app.state.console.lifecycle
@@ -115,22 +117,23 @@ class Installation:
 
     def snapshot(self) -> Steps[WorkerSnapshot]:
         """Return how this process stands."""
-        report = yield from report_of(self._assembly.gateway)
+        snapshot = yield from report_of(self._assembly.gateway)
         if self._connections is not None:
-            report.resources.insert(0, ResourceState.of("connections", [self._connections]))
+            snapshot.resources.insert(0, ResourceState.of("connections", [self._connections]))
         if self._reloader is not None:
-            report.configuration = self._reloader.state
-        return report
+            snapshot.configuration = self._reloader.state
+        return snapshot
 
 
 def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
     """Return how a gateway stands."""
     now = gateway.clocks.monotonic()
     upstreams = yield from each(
-        gateway.upstreams.items(), lambda _, live: UpstreamSnapshot.of(live.service.upstream, now, live.upkeep.names)
+        gateway.upstreams.items(),
+        lambda _, live: UpstreamSnapshot.of(live.upstream_client.upstream, now, live.monitor.names),
     )
-    histories = yield from each(gateway.upstreams.items(), lambda _, live: moves_of(live.service.upstream))
-    resources = yield from each(gateway.upstreams.items(), lambda _, live: live.service.resources())
+    histories = yield from each(gateway.upstreams.items(), lambda _, live: moves_of(live.upstream_client.upstream))
+    resources = yield from each(gateway.upstreams.items(), lambda _, live: live.upstream_client.resources())
     return WorkerSnapshot(
         worker="",
         recorder=gateway.recorder,

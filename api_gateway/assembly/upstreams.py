@@ -26,7 +26,7 @@ from api_gateway.transport.http1_transport import UpstreamTransport, tls_context
 from api_gateway.transport.shielded import ShieldedTransport, http2_transport
 from api_gateway.upstreams.dns import HostName, Resolve
 from api_gateway.upstreams.health_checks import HealthPolicy
-from api_gateway.upstreams.load_balancing import Pick, least_requests, rendezvous_hash, round_robin, share_of_key
+from api_gateway.upstreams.load_balancing import Picker, least_requests, rendezvous_hash, round_robin, share_of_key
 from api_gateway.upstreams.monitor import UpstreamMonitor
 from api_gateway.upstreams.outlier_detection import Draw, OutlierDetector, OutlierPolicy
 from api_gateway.upstreams.target import Target
@@ -51,15 +51,15 @@ class LiveUpstream:
     section: UpstreamSection
     tls: Tls
     names: tuple[HostName, ...]
-    service: UpstreamClient
-    upkeep: UpstreamMonitor
+    upstream_client: UpstreamClient
+    monitor: UpstreamMonitor
     is_retired: bool = False
 
     @property
     def transports(self) -> tuple[httpx.AsyncBaseTransport, ...]:
         """Those for requests and, if there are others, for health checks."""
-        checking = self.upkeep.transport
-        return (self.service.transport,) if checking is None else (self.service.transport, checking)
+        checking = self.monitor.transport
+        return (self.upstream_client.transport,) if checking is None else (self.upstream_client.transport, checking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def plan_upstream(
     if is_new:
         transport = _transport(name, section, tls)
     checking = None
-    if section.health_check is not None and (is_new or live is None or live.upkeep.transport is None):
+    if section.health_check is not None and (is_new or live is None or live.monitor.transport is None):
         checking = _transport(name, section, tls)
     return UpstreamPlan(name, section, tls, transport, checking)
 
@@ -109,7 +109,7 @@ def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, prioritie
         rotation=OutlierDetector(_rotation_policy(section), draw=_draw(section), make_breaker=_make_breaker(section)),
         limit=_limit(section, None, priorities, now),
     )
-    service = UpstreamClient(
+    upstream_client = UpstreamClient(
         upstream,
         plan.transport,
         Timeouts(**section.timeouts.model_dump()),
@@ -117,7 +117,11 @@ def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, prioritie
         hash_header=_hash_header(section),
     )
     return LiveUpstream(
-        section, plan.tls, names, service, _upkeep(section, service, names, resolve, plan.checking, clock)
+        section,
+        plan.tls,
+        names,
+        upstream_client,
+        _upkeep(section, upstream_client, names, resolve, plan.checking, clock),
     )
 
 
@@ -128,7 +132,7 @@ def change_upstream(
 
     A target that is new beside others starts slowly.
     """
-    section, upstream, now = plan.section, live.service.upstream, clock()
+    section, upstream, now = plan.section, live.upstream_client.upstream, clock()
     upstream.breaker.change_policy(_breaker_policy(section), now)
     upstream.rebalance(_pick(section))
     upstream.outliers.change(
@@ -140,35 +144,35 @@ def change_upstream(
         now,
     )
     upstream.limit = _limit(section, upstream.limit, priorities, now)
-    transport = live.service.transport if plan.transport is None else plan.transport
-    service = live.service.succeeded_by(
+    transport = live.upstream_client.transport if plan.transport is None else plan.transport
+    upstream_client = live.upstream_client.succeeded_by(
         Timeouts(**section.timeouts.model_dump()), _retry_policy(section.retry), _hash_header(section), transport
     )
     if plan.transport is None:
         _change_transport(transport, plan)
     names = _names(section, live)
-    _retarget(service, [target for name in names for target in name.targets], now)
-    checking = plan.checking or (None if section.health_check is None else live.upkeep.transport)
+    _retarget(upstream_client, [target for name in names for target in name.targets], now)
+    checking = plan.checking or (None if section.health_check is None else live.monitor.transport)
     if plan.checking is None and checking is not None:
         _change_transport(checking, plan)
     if live.is_retired:
-        upkeep = _upkeep(section, service, names, resolve, checking, clock)
+        monitor = _upkeep(section, upstream_client, names, resolve, checking, clock)
     else:
-        upkeep = live.upkeep
-        upkeep.change(service, _health_policy(section), checking, *_resolved(section, names))
-    return LiveUpstream(section, plan.tls, names, service, upkeep)
+        monitor = live.monitor
+        monitor.change(upstream_client, _health_policy(section), checking, *_resolved(section, names))
+    return LiveUpstream(section, plan.tls, names, upstream_client, monitor)
 
 
 def rerank(live: LiveUpstream, priorities: PriorityClasses, now: float) -> None:
     """Shed by other bands from now on."""
-    limit = live.service.upstream.limit
-    live.service.upstream.limit = _limit(live.section, limit, priorities, now)
+    limit = live.upstream_client.upstream.limit
+    live.upstream_client.upstream.limit = _limit(live.section, limit, priorities, now)
 
 
-def _retarget(service: UpstreamClient, targets: list[Target], now: float) -> None:
-    upstream = service.upstream
+def _retarget(upstream_client: UpstreamClient, targets: list[Target], now: float) -> None:
+    upstream = upstream_client.upstream
     before = upstream.targets
-    service.set_targets(targets, now)
+    upstream_client.set_targets(targets, now)
     if any(target in before for target in targets):
         for target in targets:
             if target not in before:
@@ -201,8 +205,8 @@ def _change_transport(transport: httpx.AsyncBaseTransport, plan: UpstreamPlan) -
         transport.revive()
 
 
-def _pick(section: UpstreamSection) -> Pick:
-    picks: dict[str, Pick] = {
+def _pick(section: UpstreamSection) -> Picker:
+    picks: dict[str, Picker] = {
         "round_robin": round_robin,
         "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
         "hash": rendezvous_hash,
@@ -244,7 +248,7 @@ def _resolved(section: UpstreamSection, names: tuple[HostName, ...]) -> tuple[tu
 
 def _upkeep(
     section: UpstreamSection,
-    service: UpstreamClient,
+    upstream_client: UpstreamClient,
     names: tuple[HostName, ...],
     resolve: Resolve,
     checking: Transport | None,
@@ -252,7 +256,7 @@ def _upkeep(
 ) -> UpstreamMonitor:
     followed, interval = _resolved(section, names)
     return UpstreamMonitor(
-        service,
+        upstream_client,
         policy=_health_policy(section),
         transport=checking,
         names=followed,

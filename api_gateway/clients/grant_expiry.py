@@ -43,7 +43,7 @@ class ExpiryQueue:
     def expect(self, record: ClientRecord, is_current: Callable[[Expiry], bool]) -> None:
         """Hold the ending of a record that has a grant."""
         if len(self._heap) >= self._limit:
-            self._heap = [ending for ending in self._heap if is_current(ending)]
+            self._heap = [expiry for expiry in self._heap if is_current(expiry)]
             heapq.heapify(self._heap)
             self._limit = max(self._limit, 2 * len(self._heap))
         heapq.heappush(self._heap, _ending(record))

@@ -73,7 +73,7 @@ class ClientSnapshot:
     """
 
     records: Sequence[ClientRecord]
-    mark: Cursor
+    cursor: Cursor
     is_complete: bool
     ids: BloomFilter | None = None
 
@@ -83,7 +83,7 @@ class Changes:
     """The newest record of every client changed since, oldest change first, and how far that goes."""
 
     records: Sequence[ClientRecord]
-    mark: Cursor
+    cursor: Cursor
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from api_gateway.storage.redis_session import REFUSALS, StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
-POLL_INTERVAL = 0.5  # seconds between two questions for newer versions
+REDIS_POLL_INTERVAL = 0.5  # seconds between two questions for newer versions
 _WRITERS = 4  # changes under way at once; each takes a connection
 _PAGE = 1_000  # records read at once
 
@@ -141,7 +141,7 @@ class RedisClients:
                 self._news.clear()
                 await on_news()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_INTERVAL):
+                    async with asyncio.timeout(REDIS_POLL_INTERVAL):
                         await self._news.wait()
         finally:
             await cancel_and_wait(subscription)

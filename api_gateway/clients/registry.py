@@ -110,13 +110,13 @@ class ClientRegistry:
         self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._on_change = on_change
         self._store = store
-        self._mark = NO_CURSOR
-        self._copy = self._loading = ClientCache(limit, self._resolve)
-        self._copy.is_complete = True  # until there is something to look up
-        self._known = self._copy.clients
-        self._endings = ExpiryQueue(limit)
+        self._cursor = NO_CURSOR
+        self._cache = self._loading = ClientCache(limit, self._resolve)
+        self._cache.is_complete = True  # until there is something to look up
+        self._known = self._cache.clients
+        self._expiries = ExpiryQueue(limit)
         self._timer: asyncio.TimerHandle | None = None
-        self._look_ups = LookupBatcher(
+        self._lookups = LookupBatcher(
             store.look_up, self._note, self.by_id, self.count_version, limit=limit + BATCH, deadline=deadline
         )
         self._writing: Counter[str] = Counter()  # changes under way, by client
@@ -125,7 +125,7 @@ class ClientRegistry:
 
     def __repr__(self) -> str:
         trouble = f", {self.trouble}" if self.trouble else ""
-        part = "" if self._copy.is_complete else " of those"
+        part = "" if self._cache.is_complete else " of those"
         return f"<ClientRegistry [{len(self._known)}{part} registered, {len(self._configured)} configured{trouble}]>"
 
     # The store
@@ -164,7 +164,7 @@ class ClientRegistry:
         if self._timer is not None:
             self._timer.cancel()
         await cancel_and_wait(*self._tasks)
-        await self._look_ups.close()
+        await self._lookups.close()
         await self._store.close()
 
     def _lose_touch(self, error: OSError) -> None:
@@ -190,25 +190,25 @@ class ClientRegistry:
                 if count % _TAKEN_AT_ONCE == 0:
                     await asyncio.sleep(0)
         except BaseException:
-            self._loading = self._copy
+            self._loading = self._cache
             raise
         self._take_over(fresh, snapshot, different | (self._known.keys() - fresh.clients.keys()))
 
     def _take_over(self, fresh: ClientCache, snapshot: ClientSnapshot, different: set[str]) -> None:
         known = self._known
-        if self._mark.epoch and self._mark.epoch != snapshot.mark.epoch:
+        if self._cursor.epoch and self._cursor.epoch != snapshot.cursor.epoch:
             logger.warning("the client store has begun anew, with %d clients; %d were known", len(fresh), len(known))
         if not fresh.is_complete:
             logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if self.trouble is not None:
             logger.warning("the client store can be used again")
-        self._copy, self._mark, self.trouble = fresh, snapshot.mark, None
+        self._cache, self._cursor, self.trouble = fresh, snapshot.cursor, None
         self._known = fresh.clients
-        self._look_ups.retry_now()
+        self._lookups.retry_now()
         self.version += 1
         for client_id in different:
             self._tell(known.get(client_id) or self._fallback(client_id), self.by_id(client_id))
-        self._endings.replace(fresh.records())
+        self._expiries.replace(fresh.records())
         self._warn_of_unknown_tiers(snapshot)
         self._set_timer()
 
@@ -218,21 +218,21 @@ class ClientRegistry:
                 logger.warning("client %r is registered for tier %r, which is not configured", record.id, record.tier)
 
     async def _catch_up(self) -> None:
-        changes = await self._store.changes(self._mark)
+        changes = await self._store.changes(self._cursor)
         if changes is None:
             await self._reload()
             return
         for record in changes.records:
             if record.id in self._writing:
                 self._heard.setdefault(record.id, []).append(record)
-            elif self._copy.is_complete or self._copy.knows(record.id) or self._look_ups.is_asked(record.id):
+            elif self._cache.is_complete or self._cache.knows(record.id) or self._lookups.is_asked(record.id):
                 self._apply(record)
             else:
-                self._copy.note_id(record.id)
-                self._look_ups.retry_now(record.id)
+                self._cache.note_id(record.id)
+                self._lookups.retry_now(record.id)
                 self.version += 1  # somebody may still go by what was once known of it
-        self._mark = changes.mark
-        self._copy.forget_empty(changes.mark.version)
+        self._cursor = changes.cursor
+        self._cache.forget_empty(changes.cursor.version)
 
     def count_version(self) -> None:
         """Have everybody who has looked a client up look again."""
@@ -247,7 +247,7 @@ class ClientRegistry:
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
         self._configured = self._as_configured(configured)
-        for copy in {id(copy): copy for copy in (self._copy, self._loading)}.values():
+        for copy in {id(copy): copy for copy in (self._cache, self._loading)}.values():
             copy.refresh_all()
         self.version += 1
         lost = [name for name in before.registered if name not in self._known]
@@ -273,22 +273,22 @@ class ClientRegistry:
 
     def try_get(self, client_id: str) -> Client | None:
         """Return the client that calls itself `client_id`, or None if it takes a `look_up`."""
-        copy = self._copy
+        copy = self._cache
         if copy.is_complete or copy.knows(client_id) or copy.surely_absent(client_id):
             return self.by_id(client_id)
-        if self.trouble is not None or self._look_ups.is_late(client_id):
+        if self.trouble is not None or self._lookups.is_late(client_id):
             return self.by_id(client_id)
         return None
 
     async def look_up(self, client_id: str) -> Client:
         """Ask the store of a client. What it does not tell in time counts as not registered, for a second."""
-        return await self._look_ups.look_up(client_id)
+        return await self._lookups.look_up(client_id)
 
     def _note(self, client_id: str, record: ClientRecord | None, was_late: bool) -> None:  # noqa: FBT001 - told so
         """Take over what a look-up has told. Who has gone by the default meanwhile is to look again."""
         if record is None:
-            self._copy.put_negative(client_id)
-        elif was_late or self._copy.get(client_id) is not None:
+            self._cache.put_negative(client_id)
+        elif was_late or self._cache.get(client_id) is not None:
             self._apply(record)
         else:
             self._put(record)
@@ -324,7 +324,7 @@ class ClientRegistry:
         try:
             (record,) = await self._store.look_up([client_id])
         except OSError:
-            record, is_confirmed = self._copy.get(client_id), False
+            record, is_confirmed = self._cache.get(client_id), False
         if record is None:
             record = ClientRecord(client_id)
         elif is_confirmed:
@@ -366,7 +366,7 @@ class ClientRegistry:
         if written.before.version:
             self._apply(written.before)
         before = self.by_id(client_id)
-        self._put(written.after, is_new_epoch=written.epoch != self._mark.epoch)
+        self._put(written.after, is_new_epoch=written.epoch != self._cursor.epoch)
         self.version += 1
         return before, self.by_id(client_id)
 
@@ -377,15 +377,15 @@ class ClientRegistry:
             self._tell(before, self.by_id(record.id))
 
     def _put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:
-        if self._loading is not self._copy:
+        if self._loading is not self._cache:
             self._loading.put(record)
-        was_complete = self._copy.is_complete
-        if not self._copy.put(record, is_new_epoch=is_new_epoch):
+        was_complete = self._cache.is_complete
+        if not self._cache.put(record, is_new_epoch=is_new_epoch):
             return False
-        if was_complete and not self._copy.is_complete:
+        if was_complete and not self._cache.is_complete:
             logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if record.grant is not None:
-            self._endings.expect(record, self._is_current)
+            self._expiries.expect(record, self._is_current)
             self._set_timer()
         return True
 
@@ -396,23 +396,23 @@ class ClientRegistry:
 
     # Grants
 
-    def _is_current(self, ending: Expiry) -> bool:
-        record = self._copy.get(ending.client_id)
-        return record is not None and record.version == ending.version
+    def _is_current(self, expiry: Expiry) -> bool:
+        record = self._cache.get(expiry.client_id)
+        return record is not None and record.version == expiry.version
 
     def end_grants(self) -> None:
         """End every grant whose time is over."""
-        for ending in self._endings.due(self._wall_clock()):
-            record = self._copy.get(ending.client_id)
+        for expiry in self._expiries.due(self._wall_clock()):
+            record = self._cache.get(expiry.client_id)
             if record is None:
                 self.version += 1  # somebody may still go by what was once known of it
-            elif record.version == ending.version:
+            elif record.version == expiry.version:
                 self._end_grant(record)
         self._set_timer()
 
     def _end_grant(self, record: ClientRecord) -> None:
         before = self.by_id(record.id)
-        self._copy.refresh(record)
+        self._cache.refresh(record)
         self._tell(before, self.by_id(record.id))
         task = asyncio.create_task(self._clear(record), name="clearing of an ended grant")
         self._tasks.add(task)
@@ -422,7 +422,7 @@ class ClientRegistry:
         """Take an ended grant out of the store, unless another process does. Nothing waits for it to be done."""
         written = None
         await asyncio.sleep(self._random.uniform(0, _CLEAR_WITHIN))
-        while written is None and self._copy.get(record.id) == record:
+        while written is None and self._cache.get(record.id) == record:
             with suppress(OSError):
                 written = await self._store.end_grant(record.id, record.version)
             if written is None:
@@ -434,8 +434,8 @@ class ClientRegistry:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._endings.next_at is not None:
-            nap = min(max(self._endings.next_at - self._wall_clock(), 0), _LONGEST_NAP)
+        if self._expiries.next_at is not None:
+            nap = min(max(self._expiries.next_at - self._wall_clock(), 0), _LONGEST_NAP)
             self._timer = asyncio.get_running_loop().call_later(nap, self.end_grants)
 
     # What a record comes to

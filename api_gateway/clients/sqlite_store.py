@@ -30,8 +30,8 @@ from api_gateway.system.state_folder import create_private, make_private
 T = TypeVar("T")
 
 SCHEMA_VERSION = 2
-FILE_NAME = "clients.sqlite3"
-POLL_INTERVAL = 0.25  # seconds between two looks for changes of other processes
+CLIENTS_FILE = "clients.sqlite3"
+SQLITE_POLL_INTERVAL = 0.25  # seconds between two looks for changes of other processes
 EPOCH = "file"  # a file has one life: whoever replaces it starts the gateway anew
 
 _TABLE = (
@@ -59,11 +59,11 @@ _KINDS = (str, str | None, str | None, float | None, int, float)  # of their val
 class SqliteClients:
     """The table of clients in one SQLite file (WAL, full sync), used from a thread of its own. See `ClientStore`."""
 
-    name = FILE_NAME
+    name = CLIENTS_FILE
     is_remote = False
 
     def __init__(self, state_dir: Path) -> None:
-        self.path = state_dir / FILE_NAME
+        self.path = state_dir / CLIENTS_FILE
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="client-store")
         self._connection: sqlite3.Connection | None = None
 
@@ -100,7 +100,7 @@ class SqliteClients:
             if current != seen:
                 seen = current
                 await on_news()
-            await asyncio.sleep(POLL_INTERVAL)
+            await asyncio.sleep(SQLITE_POLL_INTERVAL)
 
     async def close(self) -> None:
         """Close the file."""

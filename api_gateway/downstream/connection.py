@@ -28,7 +28,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 
-from api_gateway.downstream.request_cycle import HIGH_WATER, RequestResponseCycle
+from api_gateway.downstream.request_cycle import REQUEST_HIGH_WATER, RequestResponseCycle
 from api_gateway.errors import (
     BadRequest,
     GatewayError,
@@ -44,7 +44,7 @@ from api_gateway.http1.asgi import SERVER_EXTENSION, UNIX_PEER, FastPathProvider
 from api_gateway.http1.headers import fields_of, framing, http_date
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList
-from api_gateway.resilience.fair_shares import MAX_CONNECTIONS, Shares
+from api_gateway.resilience.fair_shares import MAX_CONNECTIONS, FairShares
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ MAX_PIPELINED = 16  # requests of one connection that may wait for the answers b
 HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once: a bound on the requests one read can hold
 MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connection whose answer came early
 MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
-LINGER = 2.0  # seconds it may do so
+LINGER_TIMEOUT = 2.0  # seconds it may do so
 MAX_SURPLUS = 64  # connections beyond the limits that are kept until they have been refused with a response
 SURPLUS_TIMEOUT = 2.0  # seconds such a connection has for its first head
 PROBES = (b"/healthz", b"/readyz")  # served on such a connection too
@@ -87,13 +87,13 @@ def _nobody(_address: str) -> None:
 
 
 class DownstreamConnection(HttpToolsProtocol):
-    """One connection of a client. `bounds` and what the connections share is set by `bounded_protocol`."""
+    """One connection of a client. `limits` and what the connections share are set by `limited_protocol`."""
 
-    bounds: ConnectionLimits = ConnectionLimits()  # of the class: those of new connections, which keep them
+    limits: ConnectionLimits = ConnectionLimits()  # of the class: those of new connections, which keep them
     peers: ClassVar[Counter[str]] = Counter()
     refused: ClassVar[Counter[str]] = Counter()
-    shares: ClassVar[Shares] = Shares(MAX_CONNECTIONS)
-    surplus: ClassVar[Shares] = Shares(MAX_SURPLUS)
+    shares: ClassVar[FairShares] = FairShares(MAX_CONNECTIONS)
+    surplus: ClassVar[FairShares] = FairShares(MAX_SURPLUS)
     share_holder: ClassVar[Callable[[str], str | None]] = staticmethod(_nobody)
 
     # The connection
@@ -101,7 +101,7 @@ class DownstreamConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Start of a connection: its first head is awaited from now on."""
         self.transport = transport
-        self.bounds = type(self).bounds
+        self.limits = type(self).limits
         self.connections.add(self)
         self.client = _peer(transport)
         self.scheme = "https" if is_ssl(transport) else "http"
@@ -130,13 +130,13 @@ class DownstreamConnection(HttpToolsProtocol):
         self._is_draining = False  # the server stops: no connection goes on behind an answer
         self._unsent = 0  # bytes the client had not acknowledged at the last check
         self._alarm = DeadlineTimer(self.loop, self._on_alarm)
-        self._alarm.set(SURPLUS_TIMEOUT if self._surplus else self.bounds.header_timeout)
+        self._alarm.set(SURPLUS_TIMEOUT if self._surplus else self.limits.header_timeout)
         self._body_bytes = 0  # received of bodies since the time for them was last set
         self._paused_at = 0.0  # when reading was last paused
-        self.lines: Any = None  # the lane's memory of the last request here
-        self._lane: FastPathProvider | None = getattr(self.app, "fast_path", None)
-        self._passage: InFlight | None = None  # the request that has taken the lane
-        self._is_at_rest = self._lane is not None and not self._surplus  # nothing has begun: the lane is open
+        self.last_headers: Any = None  # the lane's memory of the last request here
+        self._fast_path: FastPathProvider | None = getattr(self.app, "fast_path", None)
+        self._fast_exchange: InFlight | None = None  # the request that has taken the lane
+        self._is_at_rest = self._fast_path is not None and not self._surplus  # nothing has begun: the lane is open
 
     def _take_place(self) -> str:
         """Take a place among the connections; return why there is none for this one, or nothing if there is.
@@ -144,7 +144,7 @@ class DownstreamConnection(HttpToolsProtocol):
         A connection without a place is kept until it has been refused with a response; beyond MAX_SURPLUS of those, of
         which each address has its share too, connections are closed at once.
         """
-        limit, holder = self.bounds.connections_per_peer, type(self).share_holder(self._peer)
+        limit, holder = self.limits.connections_per_peer, type(self).share_holder(self._peer)
         self._holder, self._place = holder, self.shares
         why = ""
         if self._peer and 0 < limit < self.peers[self._peer]:
@@ -157,20 +157,20 @@ class DownstreamConnection(HttpToolsProtocol):
             if not self.surplus.admits(holder):
                 self._holder = None  # it is gone before it could hold anything
                 self.transport.abort()
-        self._place.take(self._holder)
+        self._place.acquire(self._holder)
         return why
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """End of the connection."""
         self.connections.discard(self)
-        self._place.give_back(self._holder)
+        self._place.release(self._holder)
         self.peers[self._peer] -= 1
         if not self.peers[self._peer]:
             del self.peers[self._peer]
         self._is_over = True
         self._is_at_rest = False
         self._alarm.stop()
-        exchange, self._passage = self._passage, None
+        exchange, self._fast_exchange = self._fast_exchange, None
         self.resume_writing()
         self._drop_waiting()
         self._wake_worker()
@@ -186,8 +186,8 @@ class DownstreamConnection(HttpToolsProtocol):
         if self._held and not (last is not None and last.upgrade):  # it is served, and may say `Connection: close`
             self._is_last = True
             return True
-        if self._passage is not None:
-            return not self._passage.keep_alive
+        if self._fast_exchange is not None:
+            return not self._fast_exchange.keep_alive
         return (
             last is not None
             and not last.is_answered
@@ -216,8 +216,8 @@ class DownstreamConnection(HttpToolsProtocol):
         last = self._waiting[-1] if self._waiting else self._serving
         if self._held:  # the last of these will be it, once they are parsed
             return
-        if self._passage is not None:
-            self._passage.keep_alive = self._passage.keep_alive and self._passage.is_head_sent
+        if self._fast_exchange is not None:
+            self._fast_exchange.keep_alive = self._fast_exchange.keep_alive and self._fast_exchange.is_head_sent
         elif last is not None and not last.is_answered:
             last.keep_alive = last.keep_alive and last.is_started
         elif not self._is_ending:
@@ -228,14 +228,14 @@ class DownstreamConnection(HttpToolsProtocol):
         self._is_at_rest = False
         if not (self._has_begun or self._unparsed or self._reading is not None):
             self._is_timed = False  # a head that begins by then has its own time
-            self._alarm.set(self.bounds.drain_linger)
+            self._alarm.set(self.limits.drain_linger)
 
     # Reading
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, within the bounds, unless it is a request that can take the lane."""
         if self._is_at_rest:
-            if self._lane.current.try_handle(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
+            if self._fast_path.current.try_handle(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
                 return
             self._is_at_rest = False
         if self._is_ending:
@@ -254,7 +254,7 @@ class DownstreamConnection(HttpToolsProtocol):
         """Keep what may not be parsed yet."""
         self._is_holding = True
         self._held += data
-        if len(self._held) > HIGH_WATER:
+        if len(self._held) > REQUEST_HIGH_WATER:
             self.pause_reading()
 
     def _parse(self, data: bytes) -> None:
@@ -322,11 +322,11 @@ class DownstreamConnection(HttpToolsProtocol):
 
     def _await_rest(self) -> None:
         """Bound what has begun and is not complete, in size and in time."""
-        if self._unparsed > self.bounds.header_bytes:
+        if self._unparsed > self.limits.header_bytes:
             self._refuse_size()
         elif self._has_begun and not self._is_timed:
             self._is_timed = True
-            self._alarm.set(self.bounds.header_timeout)
+            self._alarm.set(self.limits.header_timeout)
 
     def on_message_begin(self) -> None:
         """A request starts."""
@@ -352,7 +352,7 @@ class DownstreamConnection(HttpToolsProtocol):
         if self._reading is not None:
             trailers = self._reading.trailers
             trailers.append((name, value))
-            if len(trailers) > self.bounds.header_lines or _size(trailers) > self.bounds.header_bytes:
+            if len(trailers) > self.limits.header_lines or _size(trailers) > self.limits.header_bytes:
                 self._refuse_size()
 
     def on_headers_complete(self) -> None:
@@ -361,13 +361,13 @@ class DownstreamConnection(HttpToolsProtocol):
         self._has_begun = self._is_timed = False
         if self._is_ending:  # what was sent behind a refused request is not a request
             return
-        bounds = self.bounds
+        limits = self.limits
         if self.parser.should_upgrade() and not self._is_handshake():
             return  # the parser stops here; `_on_upgrade` has it parsed again as what it is
-        if len(self.spelled) > bounds.header_lines:
-            self.refuse(HeadersTooLarge(f"The request has more than {bounds.header_lines} header lines."))
+        if len(self.spelled) > limits.header_lines:
+            self.refuse(HeadersTooLarge(f"The request has more than {limits.header_lines} header lines."))
             return
-        if size + self._piece > bounds.header_bytes and len(self.url) + _size(self.spelled) > bounds.header_bytes:
+        if size + self._piece > limits.header_bytes and len(self.url) + _size(self.spelled) > limits.header_bytes:
             self._refuse_size()
             return
         if self._surplus and self.url not in PROBES:
@@ -545,14 +545,14 @@ class DownstreamConnection(HttpToolsProtocol):
 
     def begin_exchange(self, exchange: InFlight) -> None:
         """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
-        self._passage = exchange
+        self._fast_exchange = exchange
         self._is_at_rest = self._is_timed = False
         self._is_holding = True
         self._alarm.clear()
 
     def end_exchange(self, *, keep_alive: bool) -> None:
         """Go on behind a complete answer, or end the connection."""
-        self._passage = None
+        self._fast_exchange = None
         self.server_state.total_requests += 1
         if self._is_over:
             return
@@ -578,7 +578,7 @@ class DownstreamConnection(HttpToolsProtocol):
     @property
     def is_busy(self) -> bool:
         """True while a request is served here, a tunnel is open, or the client has not read its answer."""
-        return self._passage is not None or self._is_working or self.transport.get_write_buffer_size() > 0
+        return self._fast_exchange is not None or self._is_working or self.transport.get_write_buffer_size() > 0
 
     @property
     def _is_working(self) -> bool:
@@ -589,7 +589,7 @@ class DownstreamConnection(HttpToolsProtocol):
         if self._is_working:
             return
         self.transport.abort()
-        exchange, self._passage = self._passage, None
+        exchange, self._fast_exchange = self._fast_exchange, None
         if exchange is not None:
             exchange.on_forced_close()
 
@@ -597,7 +597,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
     ) -> None:
         """Have `app` serve the request, whether it has embarked or not."""
-        self._passage = None
+        self._fast_exchange = None
         self._is_at_rest = self._is_timed = False
         self.spelled = headers
         self.expects_continue = False
@@ -624,7 +624,7 @@ class DownstreamConnection(HttpToolsProtocol):
         elif self._is_draining:
             self._drain_idle()
         else:
-            self._is_at_rest = self._lane is not None and not self.is_write_paused
+            self._is_at_rest = self._fast_path is not None and not self.is_write_paused
 
     # Serving
 
@@ -649,7 +649,7 @@ class DownstreamConnection(HttpToolsProtocol):
                 raise
             finally:
                 del cycle.scope[SERVER_EXTENSION]  # they refer to each other, and would wait for the garbage collector
-                cycle.on_stopping = None  # as do what it calls and this
+                cycle.on_shutdown = None  # as do what it calls and this
                 cycle.app = None  # as it does where it goes on with what began on the straight way
             if not cycle.is_answered and not cycle.is_disconnected:
                 self._on_unfinished(cycle)
@@ -708,7 +708,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self.is_write_paused = True
         self._writable = self.loop.create_future()
         if not self._is_ending:
-            self._alarm.set(self.bounds.idle_timeout)
+            self._alarm.set(self.limits.idle_timeout)
 
     def resume_writing(self) -> None:
         """Asked by the event loop: the client has caught up."""
@@ -718,8 +718,8 @@ class DownstreamConnection(HttpToolsProtocol):
             if not self._is_ending:
                 self._alarm.set(self._current_timeout())
         self._writable = None
-        if self._passage is not None:
-            self._passage.on_writable()
+        if self._fast_exchange is not None:
+            self._fast_exchange.on_writable()
 
     async def wait_until_writable(self) -> None:
         """Wait for the client to read on, or to leave."""
@@ -731,10 +731,14 @@ class DownstreamConnection(HttpToolsProtocol):
     def _current_timeout(self) -> float | None:
         """Return the seconds that what is awaited now may take."""
         if self._reading is not None or self.is_write_paused:
-            return self.bounds.idle_timeout
-        if self._passage is not None or self._waiting or (self._serving is not None and not self._serving.is_answered):
+            return self.limits.idle_timeout
+        if (
+            self._fast_exchange is not None
+            or self._waiting
+            or (self._serving is not None and not self._serving.is_answered)
+        ):
             return None  # the upstream's time, which others keep
-        return self.bounds.header_timeout if self._is_timed else self.bounds.keep_alive_timeout
+        return self.limits.header_timeout if self._is_timed else self.limits.keep_alive_timeout
 
     def _await_body(self, reading: RequestResponseCycle) -> None:
         """Give the client its time for the rest of a body.
@@ -742,18 +746,18 @@ class DownstreamConnection(HttpToolsProtocol):
         Each piece is worth as long as it takes at the least rate. The next is due before that is used up, and within
         `idle_timeout` at most; nor does more than that add up, so that what was sent fast excuses no slow rest.
         """
-        bounds = self.bounds
+        limits = self.limits
         received, self._body_bytes = self._body_bytes, 0
-        rate = bounds.body_rate if reading.body_rate is None else reading.body_rate
+        rate = limits.body_rate if reading.body_rate is None else reading.body_rate
         if not rate or reading.awaits_continue:  # the client has not been asked for its body yet
             reading.body_due = None
-            self._alarm.set(bounds.idle_timeout)
+            self._alarm.set(limits.idle_timeout)
             return
         now = self.loop.time()
-        credit = now + bounds.body_grace if reading.body_due is None else reading.body_credit
-        most = max(bounds.idle_timeout, bounds.body_grace)
+        credit = now + limits.body_grace if reading.body_due is None else reading.body_credit
+        most = max(limits.idle_timeout, limits.body_grace)
         reading.body_credit = credit = min(credit + received / rate, now + most)
-        reading.body_due = due = min(credit, now + bounds.idle_timeout)
+        reading.body_due = due = min(credit, now + limits.idle_timeout)
         self._alarm.set(due - now)
 
     def _excuse_pause(self) -> None:
@@ -779,7 +783,7 @@ class DownstreamConnection(HttpToolsProtocol):
         elif self._serving is not None and not self._serving.is_answered:
             self._check_sender(self._serving)
         elif self._has_begun or self._unparsed:
-            self.refuse(RequestTimeout(f"The request's head did not arrive within {self.bounds.header_timeout:g} s."))
+            self.refuse(RequestTimeout(f"The request's head did not arrive within {self.limits.header_timeout:g} s."))
         else:
             self._close()
 
@@ -790,25 +794,25 @@ class DownstreamConnection(HttpToolsProtocol):
             self.transport.abort()
             return
         self._unsent = unsent
-        self._alarm.set(self.bounds.idle_timeout)
+        self._alarm.set(self.limits.idle_timeout)
 
     def _check_sender(self, serving: RequestResponseCycle) -> None:
         if self._reading is not serving:  # it is complete, and a head behind it may take as long as its answer
-            self._alarm.set(self.bounds.header_timeout)
+            self._alarm.set(self.limits.header_timeout)
         elif self._is_read_paused or serving.awaits_continue:  # it is not the client that is waited for
-            self._alarm.set(self.bounds.idle_timeout)
+            self._alarm.set(self.limits.idle_timeout)
         elif serving.body_due is not None and serving.body_due > self.loop.time():  # it was put off meanwhile
             self._alarm.set(serving.body_due - self.loop.time())
         elif serving.is_started:
             self.transport.abort()
         elif serving.body_due is None or serving.body_due < serving.body_credit:
-            self.refuse(RequestTimeout(f"Nothing of the body came for {self.bounds.idle_timeout:g} s."))
+            self.refuse(RequestTimeout(f"Nothing of the body came for {self.limits.idle_timeout:g} s."))
         else:
-            rate = self.bounds.body_rate if serving.body_rate is None else serving.body_rate
+            rate = self.limits.body_rate if serving.body_rate is None else serving.body_rate
             self.refuse(RequestTimeout(f"The body came more slowly than {rate:g} bytes a second."))
 
     def _refuse_size(self) -> None:
-        self.refuse(HeadersTooLarge(f"The request's head is larger than {self.bounds.header_bytes} bytes."))
+        self.refuse(HeadersTooLarge(f"The request's head is larger than {self.limits.header_bytes} bytes."))
 
     def refuse(self, error: GatewayError) -> None:
         """Answer by ourselves, without the application, and end the connection.
@@ -855,7 +859,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self.transport.write_eof()
         self._is_holding = False
         self.resume_reading()
-        self._alarm.set(LINGER)
+        self._alarm.set(LINGER_TIMEOUT)
 
     def _close(self) -> None:
         """Close once everything is sent, which may not take for ever."""
@@ -863,7 +867,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._is_at_rest = False
         self._drop_waiting()
         self.transport.close()
-        self._alarm.set(self.bounds.idle_timeout)
+        self._alarm.set(self.limits.idle_timeout)
 
     def _drop_waiting(self) -> None:
         """Serve nothing more; what has begun on the lane is left to the worker, who finds that the client is gone."""
@@ -890,10 +894,10 @@ def _size(headers: HeaderList) -> int:
     return sum(len(name) + len(value) + 4 for name, value in headers)
 
 
-def bounded_protocol(
-    bounds: ConnectionLimits,
+def limited_protocol(
+    limits: ConnectionLimits,
     refused: Counter[str],
-    shares: Shares | None = None,
+    shares: FairShares | None = None,
     share_holder: Callable[[str], str | None] = _nobody,
 ) -> type[DownstreamConnection]:
     """Return the protocol class for one server, for uvicorn's `Config(http=...)`; it counts its refusals.
@@ -901,11 +905,11 @@ def bounded_protocol(
     `shares` are of the connections, `share_holder` says whose share one from an address takes.
     """
     shared: dict[str, Any] = {
-        "bounds": bounds,
+        "limits": limits,
         "peers": Counter(),
         "refused": refused,
-        "shares": shares or Shares(MAX_CONNECTIONS),
-        "surplus": Shares(MAX_SURPLUS),
+        "shares": shares or FairShares(MAX_CONNECTIONS),
+        "surplus": FairShares(MAX_SURPLUS),
         "share_holder": staticmethod(share_holder),
     }
-    return type("BoundedProtocol", (DownstreamConnection,), shared)
+    return type("LimitedDownstreamConnection", (DownstreamConnection,), shared)

@@ -14,7 +14,7 @@ from api_gateway.http1.headers import BODILESS, Fields, fields_of, http_date
 from api_gateway.http1.serializer import _COLON, _status_line, refuse_hidden_lines, render_response_head
 from api_gateway.models import HeaderList
 
-HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client is made to wait
+REQUEST_HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client is made to wait
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -59,8 +59,8 @@ class RequestResponseCycle:
     # What every cycle begins as stands here, and not in each of them: one is made for every request.
     upgrade = b""
     app: Any = None  # what serves it, if not the connection's application
-    on_leaving: Callable[[], object] | None = None
-    on_stopping: Callable[[], object] | None = None
+    on_disconnect: Callable[[], object] | None = None
+    on_shutdown: Callable[[], object] | None = None
     is_stopping = False
     keep_alive = True
     is_http10 = False
@@ -102,7 +102,7 @@ class RequestResponseCycle:
         self._body.append(piece)
         self._buffered += len(piece)
         self._wake()
-        return self._buffered > HIGH_WATER
+        return self._buffered > REQUEST_HIGH_WATER
 
     def end_body(self) -> None:
         """The request is complete."""
@@ -115,14 +115,14 @@ class RequestResponseCycle:
             return
         self.is_disconnected = True
         self._wake()
-        if self.on_leaving is not None and not self.is_answered:
-            self.on_leaving()
+        if self.on_disconnect is not None and not self.is_answered:
+            self.on_disconnect()
 
     def stop(self) -> None:
         """The server stops: what has no end of its own shall end soon."""
         self.is_stopping = True
-        if self.on_stopping is not None:
-            self.on_stopping()
+        if self.on_shutdown is not None:
+            self.on_shutdown()
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -237,7 +237,7 @@ class RequestResponseCycle:
 
     def _finish(self) -> None:
         self.is_answered = True
-        self.on_leaving = None
+        self.on_disconnect = None
         self._wake()
         self.connection.on_answered(self)
 
@@ -258,15 +258,15 @@ class RequestResponseCycle:
         if not self.is_body_complete:
             self.connection.on_body_rate(self)
 
-    def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
+    def send_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ServerExtension`. A client of HTTP/1.0 knows no interim answers."""
         self.awaits_continue = self.awaits_continue and status != HTTPStatus.CONTINUE
         if not self.is_http10 and not self.is_started and not self.is_disconnected:
             self.connection.transport.write(render_response_head(status, reason, headers))
 
-    def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
+    def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
         """See `ServerExtension`. From here on this cycle sends nothing; its end closes the connection."""
         self.is_started = self.is_answered = True
         self.keep_alive = False
-        self.on_leaving = None
+        self.on_disconnect = None
         return self.connection.hand_over(render_response_head(101, reason, headers))

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-EVERY = 0.1  # seconds
+SAMPLE_INTERVAL = 0.1  # seconds
 HOPS = 2  # callbacks it takes to wait for what the sockets bring meanwhile: the first comes before that
 
 
@@ -30,7 +30,7 @@ class LagSampler:
     def start(self) -> None:
         """Begin."""
         self._began = time.monotonic()
-        self._handle = self._loop.call_later(EVERY, self._on_timer)
+        self._handle = self._loop.call_later(SAMPLE_INTERVAL, self._on_timer)
 
     def stop(self) -> None:
         """End."""
@@ -40,7 +40,7 @@ class LagSampler:
 
     def _on_timer(self) -> None:
         now = time.monotonic()
-        self._late = now - self._began - EVERY
+        self._late = now - self._began - SAMPLE_INTERVAL
         self._began, self._hops = now, HOPS
         self._handle = self._loop.call_soon(self._on_hop)
 

@@ -14,10 +14,10 @@ V = TypeVar("V")
 
 Steps = Generator[None, None, T]
 
-STRETCH = 0.003  # seconds of computing between two turns of the loop
+MAX_STRETCH = 0.003  # seconds of computing between two turns of the loop
 
 
-async def paced(steps: Steps[T], stretch: float = STRETCH) -> T:
+async def paced(steps: Steps[T], stretch: float = MAX_STRETCH) -> T:
     """Return the result; lets the event loop turn after every `stretch` seconds."""
     until = time.perf_counter() + stretch
     try:

@@ -38,7 +38,7 @@ from api_gateway.http1.serializer import render_response_head
 from api_gateway.limits.refusal import refusal
 from api_gateway.middleware import ExchangeMiddleware, IdentityMiddleware, RateLimitMiddleware, is_proxied
 from api_gateway.models import NANOSECONDS, Clock, Decision, Exchange, HeaderList, Outcome
-from api_gateway.proxy.client_disconnect import LEFT
+from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.faults import ClientShare
 from api_gateway.proxy.problem_response import problem_response
@@ -52,10 +52,10 @@ from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
-MAX_NOTED = 32  # headers of a request that mean something here
-MAX_KNOWN_BYTES = 4_096  # of header lines whose meaning is remembered
-MAX_KNOWN = 1_024  # meanings remembered
-_MAY_BE_RETRIED = 429  # the least status that an upstream's retries can name
+MAX_INSPECTED = 32  # headers of a request that mean something here
+MAX_PROFILED_BYTES = 4_096  # of header lines whose meaning is remembered
+MAX_PROFILES = 1_024  # meanings remembered
+_MIN_RETRIED_STATUS = 429  # the least status that an upstream's retries can name
 _MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
 
 
@@ -79,9 +79,9 @@ class Downstream(Protocol):
     transport: asyncio.Transport
     client: tuple[str, int] | None
     scheme: str
-    bounds: HeaderLimits
+    limits: HeaderLimits
     is_write_paused: bool
-    lines: RewrittenHeaders | None  # of the last request that was plain
+    last_headers: RewrittenHeaders | None  # of the last request that was plain
 
     def begin_exchange(self, exchange: "FastExchange") -> None:
         """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
@@ -125,66 +125,63 @@ class FastPath:
         self._identify = identify
         self._clients = identify.clients
         self._clock_ns = clock_ns
-        self._noted = InspectedHeaders(inspected_headers(router.protected))
-        self._known = lru_cache(maxsize=MAX_KNOWN)(self._profile_by_client)
-        self._nameless = lru_cache(maxsize=MAX_KNOWN)(self._build_profile)
+        self._inspected = InspectedHeaders(inspected_headers(router.protected))
+        self._profiles = lru_cache(maxsize=MAX_PROFILES)(self._profile_by_client)
+        self._anonymous_profiles = lru_cache(maxsize=MAX_PROFILES)(self._build_profile)
         # Unless the client's name lies in a header that says something else, too.
-        self._names_apart = identify.header not in inspected_headers(frozenset())
+        self._has_own_id_header = identify.header not in inspected_headers(frozenset())
 
     def try_handle(self, client: Downstream, received: bytes) -> bool:
         """Take the request that was received on its way, or change nothing and return False."""
         parts = parse_request_head(received)
         if parts is None:
             return False
-        method, raw_path, query, came, body = parts
-        lines = client.lines
-        if lines is None or lines.came != came:
-            lines = self._profile(client, came)
-            client.lines = lines if len(came) <= MAX_KNOWN_BYTES else None
-        if lines is None or len(body) != lines.profile.length:
+        method, raw_path, query, received_headers, body = parts
+        headers = client.last_headers
+        if headers is None or headers.received != received_headers:
+            headers = self._profile(client, received_headers)
+            client.last_headers = headers if len(received_headers) <= MAX_PROFILED_BYTES else None
+        if headers is None or len(body) != headers.profile.length:
             return False
-        if len(received) - len(body) > client.bounds.header_bytes:
+        if len(received) - len(body) > client.limits.header_bytes:
             return False
-        return self._admit(client, lines, method, raw_path, query, body)
+        return self._admit(client, headers, method, raw_path, query, body)
 
     def _admit(  # noqa: C901, PLR0911 - every way out is a decision
-        self, client: Downstream, lines: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
+        self, client: Downstream, headers: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
         """Take a plain request on its way if it can be decided on now, or change nothing and return False."""
-        profile = lines.profile
+        profile = headers.profile
         path = raw_path.decode("ascii")
         if "%" in path:
             path = unquote(path)
         if not is_proxied(path):
             return False
         router = self.router
-        asked = raw_path + query if query else raw_path
+        raw_target = raw_path + query if query else raw_path
         try:
             route, cost = router.routes.find(profile.host, method, path)
-            target = upstream_target(route, asked)
+            target = upstream_target(route, raw_target)
         except GatewayError:
             return False
-        service = router.services[route.upstream]
+        upstream_client = router.upstream_clients[route.upstream]
         limit = self.limit
         if profile.version != self._clients.version or profile.cost != cost:
             if profile.owner is not self:  # a reload counts the version up, so no other is noticed here
-                return self._admit_again(client, lines, method, raw_path, query, body)
+                return self._admit_again(client, headers, method, raw_path, query, body)
             self._refresh_charges(profile, cost)
-        upstream = service.upstream
+        upstream = upstream_client.upstream
         is_plain = (
-            service.supports_fast_path and route.timeout is None and (route.fallback is None or upstream.limit is None)
+            upstream_client.supports_fast_path
+            and route.timeout is None
+            and (route.fallback is None or upstream.limit is None)
         )
         if profile.client is None or not is_plain or not upstream.accepts_all():
             return False
         now_ns = self._clock_ns()
+        started = now_ns / NANOSECONDS
         exchange = Exchange(
-            profile.request_id or new_request_id(),
-            method,
-            path,
-            profile.peer,
-            now_ns / NANOSECONDS,
-            profile.client,
-            route.name,
+            profile.request_id or new_request_id(), method, path, profile.peer, started, profile.client, route.name
         )
         exchange.cost, exchange.charges = cost, profile.charges
         lag = self._lag
@@ -195,15 +192,17 @@ class FastPath:
         decision = limit.decide(profile.charges, now_ns)
         self.record.begin(exchange)
         if decision is None:
-            FastExchange(self, client, lines, exchange, route, asked).await_decision(service, target, body, now_ns)
+            FastExchange(self, client, headers, exchange, route, raw_target).await_decision(
+                upstream_client, target, body, now_ns
+            )
             return True
         self.note(exchange, decision)
         if not decision.allowed:
             self._refuse(client, exchange, refusal(exchange, decision), keep_alive=profile.keep_alive)
             return True
         try:
-            FastExchange(self, client, lines, exchange, route, asked).send_upstream(
-                service, target, body, exchange.started
+            FastExchange(self, client, headers, exchange, route, raw_target).send_upstream(
+                upstream_client, target, body, exchange.started
             )
         except Unavailable as error:
             self._refuse(client, exchange, error, keep_alive=profile.keep_alive)
@@ -213,11 +212,11 @@ class FastPath:
         self, client: Downstream, old: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
         """Take a request whose header lines were last seen under an earlier configuration."""
-        lines = self._profile(client, old.came)
-        client.lines = lines if len(old.came) <= MAX_KNOWN_BYTES else None
-        if lines is None or len(body) != lines.profile.length:
+        headers = self._profile(client, old.received)
+        client.last_headers = headers if len(old.received) <= MAX_PROFILED_BYTES else None
+        if headers is None or len(body) != headers.profile.length:
             return False
-        return self._admit(client, lines, method, raw_path, query, body)
+        return self._admit(client, headers, method, raw_path, query, body)
 
     def _refuse(self, client: Downstream, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
         """Answer a request that has not embarked."""
@@ -254,18 +253,24 @@ class FastPath:
         else:
             profile.version = -1
 
-    def _profile(self, client: Downstream, came: bytes) -> RewrittenHeaders | None:
+    def _profile(self, client: Downstream, received_headers: bytes) -> RewrittenHeaders | None:
         """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""
-        found = self._noted.find(came)
-        if found is None or len(found) > MAX_NOTED or came.count(b"\n") - 1 > client.bounds.header_lines:
+        found = self._inspected.find(received_headers)
+        if (
+            found is None
+            or len(found) > MAX_INSPECTED
+            or received_headers.count(b"\n") - 1 > client.limits.header_lines
+        ):
             return None
         peer = client.client[0] if client.client else "unknown"
-        understand = self._known if len(came) <= MAX_KNOWN_BYTES else self._build_profile
-        profile = understand(peer, client.scheme, tuple(found))
+        build = self._profiles if len(received_headers) <= MAX_PROFILED_BYTES else self._build_profile
+        profile = build(peer, client.scheme, tuple(found))
         return (
             None
             if profile is None
-            else RewrittenHeaders(came, profile, remove_lines(came, profile.dropped) + profile.added)
+            else RewrittenHeaders(
+                received_headers, profile, remove_lines(received_headers, profile.dropped) + profile.added
+            )
         )
 
     def _profile_by_client(
@@ -274,13 +279,13 @@ class FastPath:
         """Understand the client's name by itself: who invents names invents no more than those, as a rule."""
         header = self._identify.header
         names = [pair for pair in found if pair[0].lower() == header]
-        if len(names) != 1 or not self._names_apart:
+        if len(names) != 1 or not self._has_own_id_header:
             return self._build_profile(peer, scheme, found)
-        nameless = self._nameless(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
-        if nameless is None:
+        anonymous = self._anonymous_profiles(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
+        if anonymous is None:
             return None
         try:
-            return nameless.for_client(self._identify.name(fields_of(names)))
+            return anonymous.for_client(self._identify.name(fields_of(names)))
         except GatewayError:
             return None
 
@@ -332,10 +337,10 @@ class FastExchange(UpstreamResponse):
         self,
         fast_path: FastPath,
         client: Downstream,
-        lines: RewrittenHeaders,
+        headers: RewrittenHeaders,
         exchange: Exchange,
         route: Route,
-        asked: bytes,
+        raw_target: bytes,
     ) -> None:
         """`asked` is the request target as the client sent it."""
         self.connection = self.error = self.attempt = None
@@ -346,10 +351,10 @@ class FastExchange(UpstreamResponse):
         self.exchange = exchange
         self._fast_path = fast_path
         self._client = client
-        self._lines = lines
-        self.keep_alive = lines.profile.keep_alive
+        self._headers = headers
+        self.keep_alive = headers.profile.keep_alive
         self._route = route
-        self._asked = asked
+        self._raw_target = raw_target
 
     @property
     def is_head_sent(self) -> bool:
@@ -358,22 +363,22 @@ class FastExchange(UpstreamResponse):
 
     # Towards the upstream
 
-    def await_decision(self, service: UpstreamClient, target: bytes, body: bytes, now_ns: int) -> None:
+    def await_decision(self, upstream_client: UpstreamClient, target: bytes, body: bytes, now_ns: int) -> None:
         """Wait for the decision of the buckets' store, then go on."""
         self._client.begin_exchange(self)
         limit = self._fast_path.limit
-        limit.ask(self._lines.profile.charges, now_ns, partial(self._on_decision, service, target, body))
+        limit.ask(self._headers.profile.charges, now_ns, partial(self._on_decision, upstream_client, target, body))
 
-    def _on_decision(self, service: UpstreamClient, target: bytes, body: bytes, decision: Decision) -> None:
+    def _on_decision(self, upstream_client: UpstreamClient, target: bytes, body: bytes, decision: Decision) -> None:
         if self.has_fallen_back:  # the client, meanwhile
             return
         fast_path, exchange = self._fast_path, self.exchange
         fast_path.note(exchange, decision)
         if not decision.allowed:
             self._refuse(refusal(exchange, decision))
-        elif service.upstream.accepts_all():
+        elif upstream_client.upstream.accepts_all():
             try:
-                self.send_upstream(service, target, body, fast_path.clock())
+                self.send_upstream(upstream_client, target, body, fast_path.clock())
             except Unavailable as error:
                 self._refuse(error)
         else:
@@ -385,12 +390,12 @@ class FastExchange(UpstreamResponse):
         self._client.end_exchange(keep_alive=self.keep_alive)
         fast_path.record.end(exchange, fast_path.clock())
 
-    def send_upstream(self, service: UpstreamClient, target: bytes, body: bytes, now: float) -> None:
+    def send_upstream(self, upstream_client: UpstreamClient, target: bytes, body: bytes, now: float) -> None:
         """Send the request, if there is a connection free for it. Raises Unavailable if it may not go."""
-        exchange, profile = self.exchange, self._lines.profile
+        exchange, profile = self.exchange, self._headers.profile
         exchange.upstream = self._route.upstream
-        service.retries.budget.deposit(exchange.started)
-        checkout = service.upstream.acquire
+        upstream_client.retries.budget.deposit(exchange.started)
+        checkout = upstream_client.upstream.acquire
         is_safe = exchange.method in IDEMPOTENT
         self.attempt = attempt = checkout(
             now, profile.charges[0].key, priority=profile.priority, is_safe=is_safe, principal=profile.principal
@@ -398,20 +403,20 @@ class FastExchange(UpstreamResponse):
         probe = (
             attempt.target_ticket is not None and attempt.target_ticket.is_probe
         )  # its long answer settles early there
-        connection = None if probe else service.idle_connection(attempt.target, profile.principal)
+        connection = None if probe else upstream_client.idle_connection(attempt.target, profile.principal)
         if connection is None:  # the ordinary way waits for one
             self._fall_back(body, is_sent=False)
             return
-        origin = service.origins[attempt.target]
+        origin = upstream_client.origins[attempt.target]
         exchange.target, exchange.sent_at, exchange.bytes_in = attempt.target.url, now, len(body)
-        self.connection, self.timeouts = connection, service.limits
-        if body and len(body) <= service.retries.policy.max_body_bytes:
+        self.connection, self.timeouts = connection, upstream_client.limits
+        if body and len(body) <= upstream_client.retries.policy.max_body_bytes:
             self.kept = body
         self._client.begin_exchange(self)
         connection.start(
             self,
             b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
-            % (exchange.method.encode(), target, origin.netloc, self._lines.sent, exchange.id.encode(), body),
+            % (exchange.method.encode(), target, origin.netloc, self._headers.sent, exchange.id.encode(), body),
         )
 
     # From the upstream
@@ -428,7 +433,7 @@ class FastExchange(UpstreamResponse):
             self._on_error()
             return
         client, exchange = self._client, self.exchange
-        if self.status >= _MAY_BE_RETRIED and not exchange.status and self._may_be_retried():
+        if self.status >= _MIN_RETRIED_STATUS and not exchange.status and self._may_be_retried():
             self._fall_back(b"", is_sent=True)
             return
         now = self._fast_path.clock()
@@ -452,7 +457,7 @@ class FastExchange(UpstreamResponse):
 
     def _may_be_retried(self) -> bool:
         """Tell whether an answer with this status is for the ordinary way, which may ask once more."""
-        return self.status in self._fast_path.router.services[self._route.upstream].retried_statuses
+        return self.status in self._fast_path.router.upstream_clients[self._route.upstream].retried_statuses
 
     def _head(self, now: float) -> bytes:
         """Return the answer's head as the client shall see it, and count it."""
@@ -462,14 +467,14 @@ class FastExchange(UpstreamResponse):
         fast_path.router.outcomes.on_head(exchange, self.attempt, self.status, now)
         if self.cost is not None:
             fast_path.router.on_cost(exchange, (self.cost,))
-        lines = fast_path.limit.lines(exchange.decision)
+        headers = fast_path.limit.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"
         return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
             self.passed,
             _VIA,
             exchange.id.encode(),
-            lines,
+            headers,
             date,
             close,
         )
@@ -497,7 +502,7 @@ class FastExchange(UpstreamResponse):
 
     def on_client_left(self) -> None:
         """Abort the exchange: its client has left."""
-        note_failure(self.exchange, ClientDisconnected(LEFT))
+        note_failure(self.exchange, ClientDisconnected(CLIENT_LEFT))
         self._abort()
 
     def on_forced_close(self) -> None:
@@ -530,7 +535,7 @@ class FastExchange(UpstreamResponse):
         exchange.response_headers = response_headers(exchange, self._fast_path.limit.headers(exchange.decision))
         app = partial(self._serve, self if is_sent else None)
         self._client.run_asgi(
-            app, exchange.method, self._asked, pairs_of(self._lines.came), body, keep_alive=self.keep_alive
+            app, exchange.method, self._raw_target, pairs_of(self._headers.received), body, keep_alive=self.keep_alive
         )
 
     def _serve(self, answer: UpstreamResponse | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
@@ -541,7 +546,7 @@ class FastExchange(UpstreamResponse):
             partial(router.forward, exchange, route)
             if self.attempt is None
             else partial(router.continue_exchange, exchange, route, self.attempt, answer, kept=self.kept),
-            is_trusted=self._lines.profile.is_trusted,
+            is_trusted=self._headers.profile.is_trusted,
         )
         return self._fast_path.record.conclude(self.exchange, go_on, scope, receive, send)
 

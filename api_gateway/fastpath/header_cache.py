@@ -72,6 +72,6 @@ class HeaderProfile:
 class RewrittenHeaders(NamedTuple):
     """The header lines of a request as they came, what they come to, and as they go upstream."""
 
-    came: bytes
+    received: bytes
     profile: HeaderProfile
     sent: bytes

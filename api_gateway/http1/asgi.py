@@ -73,8 +73,8 @@ class ServerExtension(Protocol):
     upgrade: bytes
     task: "asyncio.Task[None]"  # which serves the request
     is_disconnected: bool
-    on_leaving: Callable[[], object] | None  # called when the client leaves before the answer is complete
-    on_stopping: Callable[[], object] | None  # called when the server begins to stop, not if it already does
+    on_disconnect: Callable[[], object] | None  # called when the client leaves before the answer is complete
+    on_shutdown: Callable[[], object] | None  # called when the server begins to stop, not if it already does
     connection: Any  # which the request came on; has a `transport`, and can be referred to weakly
     is_stopping: bool  # the server stops: what has no end of its own shall end soon
 
@@ -86,10 +86,10 @@ class ServerExtension(Protocol):
         """Have the client send its body at that many bytes a second, not at what the server asks for; 0: at any."""
         ...
 
-    def inform(self, status: int, reason: bytes, headers: HeaderList) -> None:
+    def send_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Send an interim answer (1xx) ahead of the final one."""
         ...
 
-    def switch(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
+    def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
         """Answer 101 and hand over the connection, with what the client has already sent in the new protocol."""
         ...

@@ -8,7 +8,7 @@ accepts, and means the same. Pure functions on bytes.
 
 import re
 
-from api_gateway.http1.headers import BODILESS, COST, HOP_BY_HOP, OURS, REQUEST_TIMEOUT, Fields
+from api_gateway.http1.headers import BODILESS, COST, GATEWAY_HEADERS, HOP_BY_HOP, REQUEST_TIMEOUT, Fields
 from api_gateway.models import HeaderList
 
 # Possessive quantifiers (`*+`): a head is matched or not in one pass, however it is made. A group that `(?(n)(?!)|…)`
@@ -23,7 +23,7 @@ _REQUEST_LINE = re.compile(
     rb" HTTP/1\.1(?=\r\n)"
 )
 # Names of an answer that are not simply passed on; their first letters are spelt out, as most lines fail on those.
-_NOTED = HOP_BY_HOP | OURS | {b"content-length", b"date"}
+_NOTED = HOP_BY_HOP | GATEWAY_HEADERS | {b"content-length", b"date"}
 _IS_NOTED = rb"[%b](?i:%b):" % (
     b"".join(sorted({letter for name in _NOTED for letter in (name[:1], name[:1].upper())})),
     b"|".join(sorted({name[1:] for name in _NOTED})),

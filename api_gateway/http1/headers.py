@@ -52,7 +52,7 @@ REQUEST_TIMEOUT = b"x-request-timeout"  # the seconds a client gives a request; 
 # The gateway's word on these is the one that counts, so an upstream's is left out and not merged.
 COST = b"x-gateway-cost"  # by which an upstream tells us what its answer has cost; nobody else may
 FALLBACK = b"x-gateway-fallback"  # by which we tell who answered in the place of the route's upstream
-OURS = frozenset(
+GATEWAY_HEADERS = frozenset(
     {b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id", COST, FALLBACK}
 )
 
@@ -64,7 +64,7 @@ _NEVER_TRAILING = (
     HOP_BY_HOP
     | PROTECTED
     | FORWARDING
-    | OURS
+    | GATEWAY_HEADERS
     | {b"authorization", b"cache-control", b"cookie", b"expect", b"max-forwards", b"range", b"set-cookie"}
     | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
 )
@@ -213,7 +213,7 @@ def rewrite_request(
 
 @lru_cache(maxsize=8)
 def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
-    return HOP_BY_HOP | OURS | omit
+    return HOP_BY_HOP | GATEWAY_HEADERS | omit
 
 
 def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:

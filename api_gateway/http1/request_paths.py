@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 
-class Target(NamedTuple):
+class RequestTarget(NamedTuple):
     """A path below the application's root: its segments, decoded one by one."""
 
     root: str
@@ -22,10 +22,10 @@ class Target(NamedTuple):
         return self.root + "/" + "/".join(map(escaped, self.segments))
 
 
-def target_of(scope: Mapping[str, Any]) -> Target:
+def target_of(scope: Mapping[str, Any]) -> RequestTarget:
     """Return the path of an ASGI scope below the application's root."""
     root = scope.get("root_path", "")
-    return Target(root, tuple(map(unquote, _below(root, path_as_sent(scope)).split("/"))))
+    return RequestTarget(root, tuple(map(unquote, _below(root, path_as_sent(scope)).split("/"))))
 
 
 def below_root(scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -12,14 +12,14 @@ from contextlib import suppress
 from functools import partial
 
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp, give_up
+from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp, fail_op
 from api_gateway.models import Clock
 from api_gateway.storage.redis_session import Script, StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
-ASK_AGAIN = 10.0  # seconds between two looks at which servers there are
-PACE = 1.0  # seconds before one after trouble; it takes 5 ms of the event loop's time
+DISCOVERY_INTERVAL = 10.0  # seconds between two looks at which servers there are
+DISCOVERY_DELAY = 1.0  # seconds before one after trouble; it takes 5 ms of the event loop's time
 
 
 class ClusterScriptBatcher:
@@ -33,16 +33,16 @@ class ClusterScriptBatcher:
         deadline: float,
         clock: Clock,
         source: random.Random,
-        on_trouble: Callable[[], None],
+        on_error: Callable[[], None],
     ) -> None:
         """Take what a `ScriptBatcher` does. `on_trouble` is called when something breaks that was well before."""
         self._session = session
         self._make = partial(ScriptBatcher, session, script, deadline=deadline, clock=clock, source=source)
-        self._on_trouble = on_trouble
+        self._on_error = on_error
         self._nodes: dict[str, ScriptBatcher] = {}
-        self._past = [0, 0, 0]  # what those have counted that are gone: see `_count`
-        self._look = asyncio.Event()
-        self._keeper: asyncio.Task[None] | None = None
+        self._retired_counts = [0, 0, 0]  # what those have counted that are gone: see `_count`
+        self._discovery_due = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
         self._error: str | None = None
 
     def __repr__(self) -> str:
@@ -67,17 +67,17 @@ class ClusterScriptBatcher:
     @property
     def batches(self) -> int:
         """Calls that were answered in time."""
-        return self._past[0] + sum(node.batches for node in self._nodes.values())
+        return self._retired_counts[0] + sum(node.batches for node in self._nodes.values())
 
     @property
     def questions(self) -> int:
         """Questions in them."""
-        return self._past[1] + sum(node.questions for node in self._nodes.values())
+        return self._retired_counts[1] + sum(node.questions for node in self._nodes.values())
 
     @property
     def failures(self) -> int:
         """Calls that were not, and attempts to connect."""
-        return self._past[2] + sum(node.failures for node in self._nodes.values())
+        return self._retired_counts[2] + sum(node.failures for node in self._nodes.values())
 
     @property
     def last_error(self) -> str | None:
@@ -87,54 +87,58 @@ class ClusterScriptBatcher:
 
     async def start(self) -> None:
         """Connect to all nodes, and go on following them until `close`. Returns once they have answered, or failed."""
-        await self._follow()
-        self._keeper = asyncio.create_task(self._keep(), name="cluster nodes")
+        await self._discover()
+        self._task = asyncio.create_task(self._run(), name="cluster nodes")
 
     async def close(self) -> None:
         """Disconnect. What still waits is answered with a failure."""
-        if self._keeper is not None:
-            await cancel_and_wait(self._keeper)
+        if self._task is not None:
+            await cancel_and_wait(self._task)
         await asyncio.gather(*[node.close() for node in self._nodes.values()])
 
-    def submit(self, question: ScriptOp) -> None:
+    def submit(self, op: ScriptOp) -> None:
         """Have a question answered, or failed, within the deadline; at once if its node cannot be used."""
-        node = self._nodes.get(self._session.node_of(question.key))
+        node = self._nodes.get(self._session.node_of(op.key))
         if node is None:
-            self._look.set()
+            self._discovery_due.set()
         if node is not None and node.is_usable:
-            node.submit(question)
+            node.submit(op)
         else:
-            asyncio.get_running_loop().call_soon(give_up, question)
+            asyncio.get_running_loop().call_soon(fail_op, op)
 
-    async def _keep(self) -> None:
+    async def _run(self) -> None:
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(ASK_AGAIN):
-                    await self._look.wait()
-            await asyncio.sleep(PACE)
-            self._look.clear()
-            await self._follow()
+                async with asyncio.timeout(DISCOVERY_INTERVAL):
+                    await self._discovery_due.wait()
+            await asyncio.sleep(DISCOVERY_DELAY)
+            self._discovery_due.clear()
+            await self._discover()
 
-    async def _follow(self) -> None:
+    async def _discover(self) -> None:
         """Have a dispatcher for every node there is."""
         try:
             names = await self._session.nodes()
         except StoreError as error:
-            self._past[2] += 1
+            self._retired_counts[2] += 1
             self._error = str(error) or type(error).__name__
-            self._look.set()
+            self._discovery_due.set()
             logger.debug("the nodes of the cluster are not known", exc_info=True)
             return
         gone = [self._nodes.pop(name) for name in set(self._nodes) - names]
-        new = {name: self._make(on_trouble=partial(self._note, name), node=name) for name in names - set(self._nodes)}
+        new = {name: self._make(on_error=partial(self._note, name), node=name) for name in names - set(self._nodes)}
         self._nodes |= new
         await asyncio.gather(*[node.start() for node in new.values()], *[node.close() for node in gone])
         for node in gone:
-            self._past = [self._past[0] + node.batches, self._past[1] + node.questions, self._past[2] + node.failures]
+            self._retired_counts = [
+                self._retired_counts[0] + node.batches,
+                self._retired_counts[1] + node.questions,
+                self._retired_counts[2] + node.failures,
+            ]
 
     def _note(self, name: str) -> None:
         """See to it that another server is found, if one has taken over; attempts to connect are no news."""
-        self._look.set()
+        self._discovery_due.set()
         node = self._nodes.get(name)
         if node is not None and node.connections:
-            self._on_trouble()
+            self._on_error()

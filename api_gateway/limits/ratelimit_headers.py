@@ -7,7 +7,7 @@ import math
 
 from api_gateway.models import NANOSECONDS, Decision, HeaderList, Quota
 
-NAMES = frozenset(
+HEADER_NAMES = frozenset(
     {b"ratelimit-policy", b"ratelimit", b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"}
 )
 _UP = NANOSECONDS - 1  # added before whole seconds are taken, so that they are rounded up

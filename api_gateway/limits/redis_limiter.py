@@ -38,15 +38,15 @@ logger = logging.getLogger(__name__)
 
 Policy = Literal["local_share", "deny", "allow"]
 
-SCRIPT = Script(files("api_gateway.limits").joinpath("token_bucket.lua").read_text())
-BEAT = 2.0  # seconds between heartbeats
-DEAD_AFTER = 3 * BEAT
+TOKEN_BUCKET_SCRIPT = Script(files("api_gateway.limits").joinpath("token_bucket.lua").read_text())
+HEARTBEAT_INTERVAL = 2.0  # seconds between heartbeats
+DEAD_AFTER = 3 * HEARTBEAT_INTERVAL
 MESSAGE_NS = NANOSECONDS // 10  # a refund is heard of within this time
 REFUNDS_KEPT_NS = 600 * NANOSECONDS  # longer than a request lasts between its charge and its settlement, as a rule
 MEMORY_OF_PROCESSES = 3600.0  # seconds for which a process that has gone is still counted
 
 # Counts who has been heard of lately. KEYS[1] the processes by the time of their last beat; ARGV: name, seconds.
-HEARTBEAT = """
+HEARTBEAT_SCRIPT = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 redis.call('ZADD', KEYS[1], string.format('%.3f', now), ARGV[1])
@@ -83,7 +83,7 @@ class RedisLimiter:
         self.overflowed = 0
         asker = ClusterScriptBatcher if session.is_divided else ScriptBatcher
         self.dispatcher: ScriptBatcher | ClusterScriptBatcher = asker(
-            session, SCRIPT, deadline=deadline, clock=clock, source=source, on_trouble=self._on_trouble
+            session, TOKEN_BUCKET_SCRIPT, deadline=deadline, clock=clock, source=source, on_error=self._on_trouble
         )
         self.share = FallbackLimiter(quotas, bucket_limit=bucket_limit)
         self.share.processes = processes
@@ -351,7 +351,7 @@ class RedisLimiter:
         while True:
             try:
                 alive = await self._session.client.eval(
-                    HEARTBEAT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
+                    HEARTBEAT_SCRIPT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
                 )
             except REFUSALS as refusal:  # it is full (OOM), a replica (READONLY), or cannot save (MISCONF)
                 self._note_write_refusal(f"the store refuses writes: {refusal}")
@@ -362,7 +362,7 @@ class RedisLimiter:
                 self.note_processes(int(alive), self._clock())
             await self._look_for_evictions()  # also of a store so full that it refuses the heartbeat
             check_cancelled()
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(HEARTBEAT_INTERVAL)
 
     def _note_write_refusal(self, refusal: str | None) -> None:
         """Note that the store refuses writes, or takes them again, and log each once."""

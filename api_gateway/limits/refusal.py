@@ -3,7 +3,7 @@
 from api_gateway.errors import CostExceedsCapacity, GatewayError, RateLimited, StoreUnavailable
 from api_gateway.http1.headers import address_key
 from api_gateway.models import Decision, Exchange
-from api_gateway.rate_limiter import NEVER
+from api_gateway.rate_limiter import NEVER_NS
 
 
 def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
@@ -26,7 +26,7 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
         "refill_per_second": quota.rate,
         "remaining": decision.remaining,
     }
-    if decision.wait_ns == NEVER:
+    if decision.wait_ns == NEVER_NS:
         return CostExceedsCapacity(
             f"The request costs {exchange.cost:g} tokens; the bucket of {who} holds {quota.capacity} at most.",
             extra=extra,

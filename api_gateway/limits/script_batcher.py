@@ -28,9 +28,9 @@ CONNECTIONS = 2  # batches under way at once: one is answered while the next is 
 MAX_BATCH = 128  # questions; a script call keeps the store from everything else
 CONNECT_TIMEOUT = 1.0  # seconds; requests do not wait for it
 MAX_SILENCE = 1.0  # seconds without a word from the store
-FIRST_PAUSE, LAST_PAUSE = 0.05, 1.0  # seconds between attempts to connect
+MIN_RECONNECT_DELAY, MAX_RECONNECT_DELAY = 0.05, 1.0  # seconds between attempts to connect
 
-POLICY = BreakerPolicy(
+STORE_BREAKER_POLICY = BreakerPolicy(
     failure_threshold=3, failure_rate=0.5, minimum_calls=20, window=10, recovery_timeout=1, half_open_max_calls=1
 )
 
@@ -72,7 +72,7 @@ class ScriptBatcher:
         deadline: float,
         clock: Clock,
         source: random.Random,
-        on_trouble: Callable[[], None],
+        on_error: Callable[[], None],
         node: str = "",
     ) -> None:
         """`deadline` is in seconds, from leaving the question to its answer. Any failure calls `on_trouble`.
@@ -85,16 +85,16 @@ class ScriptBatcher:
         self._script = script
         self._clock = clock
         self._source = source
-        self._on_trouble = on_trouble
+        self._on_error = on_error
         self._waiting: deque[ScriptOp] = deque()
         self._open: deque[ScriptOp] = deque()  # waiting or sent, in order
         self._idle: deque[asyncio.Future[None]] = deque()
         self._alarm: asyncio.TimerHandle | None = None
         self._is_waking = False
-        self._lanes: list[asyncio.Task[None]] = []
+        self._connection_tasks: list[asyncio.Task[None]] = []
         self._connected = asyncio.Event()
         self.connections = 0
-        self.breaker = CircuitBreaker(POLICY, clock())
+        self.breaker = CircuitBreaker(STORE_BREAKER_POLICY, clock())
         self.batches = self.questions = self.failures = 0
         self.last_error: str | None = None
 
@@ -114,7 +114,9 @@ class ScriptBatcher:
     async def start(self) -> None:
         """Connect, and go on connecting until `close`. Returns once the store has answered, or failed to do so."""
         self._loop = asyncio.get_running_loop()
-        self._lanes = [asyncio.create_task(self._run_lane(), name=f"store lane {n}") for n in range(CONNECTIONS)]
+        self._connection_tasks = [
+            asyncio.create_task(self._run_connection(), name=f"store lane {n}") for n in range(CONNECTIONS)
+        ]
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await self._connected.wait()
@@ -123,22 +125,22 @@ class ScriptBatcher:
 
     async def close(self) -> None:
         """Disconnect. What still waits is answered with a failure."""
-        await cancel_and_wait(*self._lanes)
+        await cancel_and_wait(*self._connection_tasks)
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
         self._fail_waiting()
 
-    def submit(self, question: ScriptOp) -> None:
+    def submit(self, op: ScriptOp) -> None:
         """Have a question answered, or failed, within the deadline."""
-        question.expires = self._loop.time() + self.deadline
-        self._waiting.append(question)
-        self._open.append(question)
+        op.expires = self._loop.time() + self.deadline
+        self._waiting.append(op)
+        self._open.append(op)
         if self._alarm is None:
-            self._alarm = self._loop.call_at(question.expires, self._expire)
-        self._rouse()
+            self._alarm = self._loop.call_at(op.expires, self._expire)
+        self._schedule_wake()
 
-    def _rouse(self) -> None:
+    def _schedule_wake(self) -> None:
         if self._idle and not self._is_waking:
             self._is_waking = True
             self._loop.call_soon(self._wake)
@@ -146,68 +148,68 @@ class ScriptBatcher:
     def _wake(self) -> None:
         """Set idle lanes to work, at the end of the turn in which the questions came."""
         self._is_waking = False
-        fast_paths = math.ceil(len(self._waiting) / MAX_BATCH)
-        while fast_paths and self._idle:
+        needed = math.ceil(len(self._waiting) / MAX_BATCH)
+        while needed and self._idle:
             idle = self._idle.popleft()
             if not idle.done():  # or else its lane has just ended its rest by itself, and tries its connection out
                 idle.set_result(None)
-                fast_paths -= 1
+                needed -= 1
 
     def _expire(self) -> None:
         """Fail what is as old as it may get."""
         self._alarm = None
         now = self._loop.time()
         while self._open and (self._open[0].is_over or self._open[0].expires <= now):
-            give_up(self._open.popleft())
+            fail_op(self._open.popleft())
         if self._open:
             self._alarm = self._loop.call_at(self._open[0].expires, self._expire)
 
     def _fail_waiting(self) -> None:
         waiting, self._waiting = self._waiting, deque()
-        for question in waiting:
-            give_up(question)
+        for op in waiting:
+            fail_op(op)
 
     # Lanes
 
-    async def _run_lane(self) -> None:
+    async def _run_connection(self) -> None:
         """Keep one connection, and carry batches over it."""
-        pause = FIRST_PAUSE
+        pause = MIN_RECONNECT_DELAY
         while True:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT):
-                    carrier = await self._session.carrier(self._script, self._node)
+                    connection = await self._session.script_connection(self._script, self._node)
             except StoreError as error:
                 self._count(self.breaker.admit(self._clock()), Outcome.FAILURE, error)
                 await asyncio.sleep(pause * self._source.uniform(0.5, 1.5))
-                pause = min(2 * pause, LAST_PAUSE)
+                pause = min(2 * pause, MAX_RECONNECT_DELAY)
                 continue
             try:
-                await self._serve(carrier)
+                await self._serve(connection)
             except StoreError:
-                pause = FIRST_PAUSE  # it has been counted where it happened
+                pause = MIN_RECONNECT_DELAY  # it has been counted where it happened
             except Exception:  # a defect of ours; the lane begins anew, or questions would wait for it for ever
                 logger.exception("a connection to the store is given up")
                 await asyncio.sleep(pause)
             finally:
-                carrier.abort()
+                connection.abort()
 
-    async def _serve(self, carrier: ScriptConnection) -> None:
+    async def _serve(self, connection: ScriptConnection) -> None:
         """Carry batches, once the store has answered in time; returns by raising."""
-        await self._try_out(carrier)
+        await self._probe(connection)
         self.connections += 1
         self._connected.set()
         try:
             while True:
                 if self.breaker.state is not State.CLOSED:
-                    await self._try_out(carrier)
+                    await self._probe(connection)
                 while self._waiting:
-                    await self._carry(carrier)
+                    await self._send_batch(connection)
                 if not await self._is_woken():
-                    await self._try_out(carrier)  # a connection that broke while idle shall not cost a request
+                    await self._probe(connection)  # a connection that broke while idle shall not cost a request
         finally:
             self.connections -= 1
             if self._waiting:  # it was woken for them
-                self._rouse()
+                self._schedule_wake()
 
     async def _is_woken(self) -> bool:
         """Wait for questions, but not for ever; tell whether there are any."""
@@ -223,7 +225,7 @@ class ScriptBatcher:
                 self._idle.remove(idle)
         return True
 
-    async def _try_out(self, carrier: ScriptConnection) -> None:
+    async def _probe(self, connection: ScriptConnection) -> None:
         """Have the store answer to nothing in time: the breaker's probe, so that no request has to be it."""
         while True:
             ticket = self.breaker.admit(self._clock())
@@ -232,45 +234,45 @@ class ScriptBatcher:
             await asyncio.sleep(max(self.breaker.retry_after(self._clock()), self.deadline))
         try:
             async with asyncio.timeout(self.deadline):
-                await carrier.run([ScriptCall()])
+                await connection.run([ScriptCall()])
         except StoreError as error:
             self._count(ticket, Outcome.FAILURE, error)
             raise
         self._count(ticket, Outcome.SUCCESS, None)
 
-    async def _carry(self, carrier: ScriptConnection) -> None:
+    async def _send_batch(self, connection: ScriptConnection) -> None:
         """Send a batch and hand out the replies."""
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
-        groups = _groups(carrier, [question for question in batch if not question.is_over])
+        groups = _groups(connection, [op for op in batch if not op.is_over])
         if not groups:
             return
         ticket = self.breaker.admit(self._clock())
         replies = None
         try:
             async with asyncio.timeout_at(batch[-1].expires):
-                replies = await carrier.run([_call(group) for group in groups])
+                replies = await connection.run([_call(group) for group in groups])
         except StoreError as error:
             self._count(ticket, Outcome.FAILURE, error)
             raise
         finally:
             if replies is None:
-                for question in batch:
-                    give_up(question)
+                for op in batch:
+                    fail_op(op)
         self._count(ticket, Outcome.SUCCESS, None)
         self.batches += 1
         self.questions += len(batch)
         for group, reply in zip(groups, replies, strict=True):
             values = iter(reply)
             clock_us = next(values)
-            for question in group:
-                _read(question, clock_us, values)
+            for op in group:
+                _read(op, clock_us, values)
 
     def _count(self, ticket: Ticket | None, outcome: Outcome, error: BaseException | None) -> None:
         detail = "" if error is None else str(error) or type(error).__name__
         if error is not None:
             self.failures += 1
             self.last_error = detail
-            self._on_trouble()
+            self._on_error()
         if ticket is None:
             return
         moved = self.breaker.settle(ticket, outcome, self._clock(), detail)
@@ -286,39 +288,39 @@ class ScriptBatcher:
                 self._fail_waiting()
 
 
-def _groups(carrier: ScriptConnection, questions: list[ScriptOp]) -> list[list[ScriptOp]]:
+def _groups(connection: ScriptConnection, ops: list[ScriptOp]) -> list[list[ScriptOp]]:
     """Put together what one call of the script can answer."""
-    if not carrier.is_divided:
-        return [questions] if questions else []
+    if not connection.is_divided:
+        return [ops] if ops else []
     groups: dict[int, list[ScriptOp]] = {}
-    for question in questions:
-        groups.setdefault(carrier.slot(question.key), []).append(question)
+    for op in ops:
+        groups.setdefault(connection.slot(op.key), []).append(op)
     return list(groups.values())
 
 
-def _call(questions: list[ScriptOp]) -> ScriptCall:
+def _call(ops: list[ScriptOp]) -> ScriptCall:
     call = ScriptCall()
-    for question in questions:
-        question.write(call)
-        question.is_sent = True
+    for op in ops:
+        op.write(call)
+        op.is_sent = True
     return call
 
 
-def _read(question: ScriptOp, clock_us: int, values: Iterator[int]) -> None:
+def _read(op: ScriptOp, clock_us: int, values: Iterator[int]) -> None:
     try:
-        question.read(clock_us, values)
+        op.read(clock_us, values)
     except Exception:  # a defect of whoever asked; the others have their answers coming
         logger.exception("an answer of the store could not be acted on")
     finally:
-        question.is_over = True
+        op.is_over = True
 
 
-def give_up(question: ScriptOp) -> None:
+def fail_op(op: ScriptOp) -> None:
     """Fail a question, unless it is over."""
-    if question.is_over:
+    if op.is_over:
         return
-    question.is_over = True
+    op.is_over = True
     try:
-        question.fail()
+        op.fail()
     except Exception:  # as above
         logger.exception("a question to the store could not be given up")

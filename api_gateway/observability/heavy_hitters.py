@@ -89,9 +89,9 @@ class HeavyHitters:
     @classmethod
     def from_state(cls, state: HeavyHittersState) -> "HeavyHitters":
         """Build the sketch whose `state` this is."""
-        sketch = cls(state["size"])
-        sketch._counters = {key: [count, error] for key, count, error in state["counters"]}
-        return sketch
+        other = cls(state["size"])
+        other._counters = {key: [count, error] for key, count, error in state["counters"]}
+        return other
 
     def merge(self, state: HeavyHittersState) -> None:
         """Take in what another sketch of the same size has counted.

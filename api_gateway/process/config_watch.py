@@ -19,7 +19,7 @@ from api_gateway.settings.secret import noting_files
 
 logger = logging.getLogger(__name__)
 
-INTERVAL = 1.0  # seconds between two looks
+CONFIG_POLL_INTERVAL = 1.0  # seconds between two looks
 _PIECE = 1_048_576  # bytes
 
 Contents = Mapping[Path, bytes | None]
@@ -72,7 +72,7 @@ class ConfigWatch:
     """Calls `reload` when the contents of a source's files have changed."""
 
     def __init__(
-        self, source: ConfigSource, reload: Callable[[], Awaitable[object]], interval: float = INTERVAL
+        self, source: ConfigSource, reload: Callable[[], Awaitable[object]], interval: float = CONFIG_POLL_INTERVAL
     ) -> None:
         self._source = source
         self._reload = reload

@@ -21,21 +21,21 @@ from api_gateway.admin.context import Lifecycle
 from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
 from api_gateway.config import GatewayConfig
-from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, bounded_protocol
-from api_gateway.errors import BLOCKED, CUT_OFF
+from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
+from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
 from api_gateway.http1.headers import Network, address_key, is_within
 from api_gateway.main import create_app
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.watchdog import Watchdog
-from api_gateway.reload.outcome import Outcome
+from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
-from api_gateway.resilience.fair_shares import Shares, default_connections
+from api_gateway.resilience.fair_shares import FairShares, default_connections
 from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from api_gateway.system.descriptor_limit import raise_descriptor_limit
-from api_gateway.system.held_signals import delivered
+from api_gateway.system.held_signals import unblocked_signals
 from api_gateway.system.output import LineHandler, process_output
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ _UNSAID = (
 )
 ADMIN_CONNECTIONS = 256  # to the listener for operators
 _STEP = 0.1  # seconds between two looks at whether it shall end at once
-STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain
+PROCESS_STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain
 DRAIN_LINGER = 2.0  # seconds; see `protocol.DownstreamConnection.shutdown`
 
 
@@ -62,7 +62,7 @@ class GatewayServer(uvicorn.Server):
     def __init__(
         self,
         config: GatewayConfig,
-        crew: Aggregator | None = None,
+        aggregator: Aggregator | None = None,
         read: Callable[[], GatewayConfig] | None = None,
         *,
         locality: Locality | None = None,
@@ -76,9 +76,9 @@ class GatewayServer(uvicorn.Server):
         self._sockets = Sockets([])
         refused: Counter[str] = Counter()
         section = config.server
-        self.connections = Shares(section.max_connections or default_connections(raise_descriptor_limit()))
-        self._crew = crew or SingleProcess()
-        self._reloads: set[asyncio.Task[Outcome]] = set()
+        self.connections = FairShares(section.max_connections or default_connections(raise_descriptor_limit()))
+        self._crew = aggregator or SingleProcess()
+        self._reloads: set[asyncio.Task[ReloadOutcome]] = set()
         self._watch: ConfigWatch | None = None
         if is_watched and isinstance(read, ConfigSource):
             self._watch = ConfigWatch(read, partial(self._crew.reload, "--watch"))
@@ -87,7 +87,7 @@ class GatewayServer(uvicorn.Server):
         self._app = create_app(
             config,
             refused=refused,
-            crew=self._crew,
+            aggregator=self._crew,
             connections=self.connections,
             read=read,
             on_change=self._on_configuration,
@@ -97,7 +97,7 @@ class GatewayServer(uvicorn.Server):
         self._watchdog = watchdog_of(section)
         super().__init__(_uvicorn_config(self._app, section, refused, self.connections))
         admin = AdminListener(self._app)
-        self._admin_config = _uvicorn_config(admin, section, refused, Shares(ADMIN_CONNECTIONS))
+        self._admin_config = _uvicorn_config(admin, section, refused, FairShares(ADMIN_CONNECTIONS))
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve on these sockets, or else on what the configuration says. Raises StartupError."""
@@ -142,7 +142,7 @@ class GatewayServer(uvicorn.Server):
         self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
         for listener in (self.config, self._admin_config):
             protocol: Any = listener.http
-            protocol.bounds = _bounds(section)
+            protocol.limits = _bounds(section)
             protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
         self._watchdog.allow(stop_within(section))
@@ -167,7 +167,7 @@ class GatewayServer(uvicorn.Server):
     @property
     def exit_code(self) -> int:
         """What the process shall end with, once it has served."""
-        return CUT_OFF if self.cut_off else 0
+        return DRAIN_INCOMPLETE if self.cut_off else 0
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop: go on for a while as if nothing was, then drain."""
@@ -206,9 +206,9 @@ class GatewayServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second interrupt ends without waiting."""
-        console = getattr(self._app.state, "console", None)
-        if console is not None:  # the signal may come before start-up is done
-            console.lifecycle = Lifecycle.DRAINING
+        context = getattr(self._app.state, "console", None)
+        if context is not None:  # the signal may come before start-up is done
+            context.lifecycle = Lifecycle.DRAINING
         self._watchdog.expect_end()
         super().handle_exit(sig, frame)
 
@@ -220,7 +220,7 @@ class GatewayServer(uvicorn.Server):
             return
         before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
         try:
-            with delivered(), self._watchdog.on_duty():
+            with unblocked_signals(), self._watchdog.on_duty():
                 yield
         finally:
             for number, previous in before.items():
@@ -248,21 +248,21 @@ def _on_unused(number: int, _frame: FrameType | None) -> None:
     logger.warning("%s is ignored: there is one process, and no workers to restart", signal.Signals(number).name)
 
 
-def stop_within(section: ServerSection, margin: float = STOP_MARGIN) -> float:
+def stop_within(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> float:
     """Return the seconds within which a process must have ended after a stop signal."""
     return section.drain_delay + section.drain_timeout + margin
 
 
-def watchdog_of(section: ServerSection, margin: float = STOP_MARGIN) -> Watchdog:
+def watchdog_of(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> Watchdog:
     """Return what ends a process of the gateway that hangs."""
-    return Watchdog(section.worker_timeout, stop_within(section, margin), blocked=BLOCKED, overdue=CUT_OFF)
+    return Watchdog(section.worker_timeout, stop_within(section, margin), blocked=BLOCKED, overdue=DRAIN_INCOMPLETE)
 
 
-def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: Shares) -> uvicorn.Config:
+def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: FairShares) -> uvicorn.Config:
     """Return the settings of one listener, whose connections are shared by themselves."""
     return uvicorn.Config(
         app,
-        http=bounded_protocol(_bounds(section), refused, shares, _holder_of_connection(section.trusted_proxies)),
+        http=limited_protocol(_bounds(section), refused, shares, _holder_of_connection(section.trusted_proxies)),
         log_config=None,
         access_log=False,
         proxy_headers=False,

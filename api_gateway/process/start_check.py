@@ -16,7 +16,7 @@ from pathlib import Path
 
 from api_gateway.config import GatewayConfig
 from api_gateway.settings.bind_address import BindAddress
-from api_gateway.settings.diagnostics import Place
+from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.rules import Finding
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.embedded_server import NoServer, find_server
@@ -29,7 +29,7 @@ _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_fil
 def file_obstacles(config: GatewayConfig) -> Iterator[Finding]:
     """Yield the files and packages that a start needs and could not use."""
     for name, upstream in config.upstreams.items():
-        place: Place = ("upstreams", name)
+        place: KeyPath = ("upstreams", name)
         if upstream.http2 and importlib.util.find_spec("h2") is None:
             yield Finding((*place, "http2"), "needs the package h2: pip install 'httpx[http2]', got True")
         if any(target.url.startswith("https:") for target in upstream.targets):
@@ -127,11 +127,11 @@ def _address_findings(config: GatewayConfig) -> Iterator[tuple[Finding, bool]]:
     address = BindAddress.of(server.host, server.port, server.socket_mode)
     yield from _bind_findings(("server", "host"), ("server", "port"), address)
     if admin.listen is not None:
-        place: Place = ("admin", "listen")
+        place: KeyPath = ("admin", "listen")
         yield from _bind_findings(place, place, BindAddress.parse(admin.listen, admin.socket_mode))
 
 
-def _bind_findings(host_place: Place, port_place: Place, address: BindAddress) -> Iterator[tuple[Finding, bool]]:
+def _bind_findings(host_place: KeyPath, port_place: KeyPath, address: BindAddress) -> Iterator[tuple[Finding, bool]]:
     if address.path:
         for message in _socket_path_problems(Path(address.path)):
             yield Finding(host_place, f"{message}, got 'unix:{address.path}'"), False
@@ -184,7 +184,7 @@ def _socket_path_problems(path: Path) -> Iterator[str]:
 
 
 def _state_obstacles(state_dir: Path) -> Iterator[Finding]:
-    place: Place = ("state_dir",)
+    place: KeyPath = ("state_dir",)
     existing = own = own_folder(state_dir)
     while not existing.exists() and not existing.is_symlink() and existing != existing.parent:
         existing = existing.parent

@@ -8,13 +8,13 @@ from api_gateway.admin.operator_token import token_file
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import banner
 from api_gateway.process.listeners import Sockets
-from api_gateway.settings.bind_address import UNIX, authority
+from api_gateway.settings.bind_address import UNIX_PREFIX, authority
 
 _REACHED_AS_LOCALHOST = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ReachableAddress:
     """Where a set of sockets listens: `bound` as it is, `url` to reach it, with `curl` as the command for it."""
 
     bound: str
@@ -22,12 +22,12 @@ class Place:
     curl: str = "curl"
 
     @classmethod
-    def of(cls, sockets: Sequence[socket.socket]) -> "Place":
+    def of(cls, sockets: Sequence[socket.socket]) -> "ReachableAddress":
         """Return the place of sockets that are one listener: several addresses, or one path."""
         first = sockets[0]
         if first.family == socket.AF_UNIX:
             path = first.getsockname()
-            return cls(f"{UNIX}{path}", "http://localhost", f"curl --unix-socket {path}")
+            return cls(f"{UNIX_PREFIX}{path}", "http://localhost", f"curl --unix-socket {path}")
         names = [sock.getsockname()[:2] for sock in sockets]
         host, port = names[0]
         reached = "localhost" if host in _REACHED_AS_LOCALHOST else host
@@ -39,8 +39,8 @@ class Place:
 
 def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
     """Return what a person needs to know when the gateway listens on these sockets."""
-    place = Place.of(sockets.public)
-    operators = Place.of(sockets.admin) if sockets.admin else place
+    place = ReachableAddress.of(sockets.public)
+    operators = ReachableAddress.of(sockets.admin) if sockets.admin else place
     routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
     lines = [f"Listening on {place}", *routes]
     if config.is_demo:

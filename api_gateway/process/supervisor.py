@@ -16,24 +16,24 @@ from typing import Any
 
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
-from api_gateway.errors import CUT_OFF, StartupError
+from api_gateway.errors import DRAIN_INCOMPLETE, StartupError
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets, leave_group
 from api_gateway.process.server import set_log_level, stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
-from api_gateway.process.worker_handle import START_TIMEOUT, Objection, WorkerHandle, spawn
-from api_gateway.reload.outcome import Outcome, ReloadState
+from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
+from api_gateway.reload.outcome import ReloadOutcome, ReloadState
 from api_gateway.reload.reloader import ApplyError, Reloader, refused
 from api_gateway.reload.serialization import hand_over
 from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
-from api_gateway.system.held_signals import delivered
+from api_gateway.system.held_signals import unblocked_signals
 
 logger = logging.getLogger(__name__)
 
 DRAIN_MARGIN = 3.5  # seconds a worker may take beyond its time to drain: its own watchdog ends it sooner
-STOP_MARGIN = 4.5  # seconds the supervisor may take beyond that time
+SUPERVISOR_STOP_MARGIN = 4.5  # seconds the supervisor may take beyond that time
 REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say where it hangs and end by itself
 ANSWER_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
@@ -63,9 +63,9 @@ class CounterLedger:
     """What the workers count. `gone` is the sum of those that have ended."""
 
     workers: list[WorkerHandle] = field(default_factory=list)
-    gone: WorkerSnapshot = field(default_factory=lambda: merge([]))
+    retired: WorkerSnapshot = field(default_factory=lambda: merge([]))
     configuration: Callable[[], ReloadState] = ReloadState
-    _asked: int = 0
+    _requested: int = 0
     _running: "asyncio.Task[dict[str, Any]] | None" = None
     _next: "asyncio.Task[dict[str, Any]] | None" = None
 
@@ -82,18 +82,18 @@ class CounterLedger:
     def retire(self, worker: WorkerHandle) -> None:
         """Keep what a worker that has ended had counted, and forget the rest."""
         self.workers.remove(worker)
-        worker.report.end()
-        self.gone = merge([self.gone, worker.report])
+        worker.snapshot.end()
+        self.retired = merge([self.retired, worker.snapshot])
 
     async def _round(self, before: "asyncio.Task[dict[str, Any]] | None") -> dict[str, Any]:
         if before is not None:
             await asyncio.wait({before})
         self._running, self._next = self._next, None
-        self._asked += 1
-        answers = [worker.ask(self._asked) for worker in self.workers]
+        self._requested += 1
+        answers = [worker.request_snapshot(self._requested) for worker in self.workers]
         if answers:
             await asyncio.wait(answers, timeout=ANSWER_TIMEOUT)
-        merged = merge([self.gone, *(worker.report for worker in self.workers)])
+        merged = merge([self.retired, *(worker.snapshot for worker in self.workers)])
         merged.configuration = self.configuration()
         return merged.state()
 
@@ -112,10 +112,10 @@ class Supervisor:
         self._config = config  # which workers are started with
         self._reloader = Reloader(config, read, self._apply, wall_clock=time.time)
         self._ledger = CounterLedger(configuration=lambda: self._reloader.state)
-        self._watchdog = watchdog_of(config.server, STOP_MARGIN)
-        self._hiring = asyncio.Lock()  # nobody is started while a configuration is brought to those who are there
+        self._watchdog = watchdog_of(config.server, SUPERVISOR_STOP_MARGIN)
+        self._spawn_lock = asyncio.Lock()  # nobody is started while a configuration is brought to those who are there
         self._is_rolling = False
-        self._posts: list[WorkerSlot] = []
+        self._slots: list[WorkerSlot] = []
         self._stack = AsyncExitStack()
         self._store: EmbeddedStore | None = None
         self._demo: DemoUpstreams | None = None
@@ -134,11 +134,11 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._wanted.put_nowait, self._reload_by_signal)
         loop.add_signal_handler(signal.SIGUSR2, self._wanted.put_nowait, self._roll)
         loop.add_signal_handler(signal.SIGUSR1, logger.warning, "SIGUSR1 is ignored")
-        with delivered(), self._watchdog.on_duty():
+        with unblocked_signals(), self._watchdog.on_duty():
             self._watchdog.watch()
             async with self._stack:
                 await self._until_stopped(self._live())
-        return CUT_OFF if self._cut_off else 0
+        return DRAIN_INCOMPLETE if self._cut_off else 0
 
     async def _until_stopped(self, life: Coroutine[Any, Any, None]) -> None:
         living = asyncio.create_task(life, name="supervision")
@@ -163,13 +163,13 @@ class Supervisor:
         await self._start_shared(self._config)
         listeners = Listeners.of(self._config, server.workers)
         self._stack.callback(listeners.close)
-        self._posts = [WorkerSlot(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
+        self._slots = [WorkerSlot(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
         self._stack.push_async_callback(self._stop_all)
         await self._start_all()
         print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - for the person there
         async with asyncio.TaskGroup() as group:
-            for post in self._posts:
-                group.create_task(self._respawn(post), name=f"post {post.number}")
+            for slot in self._slots:
+                group.create_task(self._respawn(slot), name=f"post {slot.number}")
             group.create_task(self._serve_signals(), name="signals")
             if self._watch is not None:
                 group.create_task(self._watch.run(), name="watch")
@@ -190,20 +190,20 @@ class Supervisor:
 
     async def _start_all(self) -> None:
         """Start a worker at every post: the first alone, so that what none can do is said once."""
-        first, *others = self._posts
+        first, *others = self._slots
         await self._start(first)
-        await asyncio.gather(*(self._start(post) for post in others))
+        await asyncio.gather(*(self._start(slot) for slot in others))
 
-    async def _start(self, post: WorkerSlot) -> None:
-        async with self._hiring:
-            post.worker = await self._spawn(post)
-        if not await post.worker.is_ready(START_TIMEOUT):
-            raise StartupError(f"worker {post.number} did not start")
+    async def _start(self, slot: WorkerSlot) -> None:
+        async with self._spawn_lock:
+            slot.worker = await self._spawn(slot)
+        if not await slot.worker.is_ready(WORKER_START_TIMEOUT):
+            raise StartupError(f"worker {slot.number} did not start")
 
     async def _stop_all(self) -> None:
         """Stop all workers; whoever takes too long is ended."""
-        for post in self._posts:
-            for sock in post.sockets:
+        for slot in self._slots:
+            for sock in slot.sockets:
                 sock.close()  # the workers close theirs once they drain: from then on connections are refused
         workers = list(self._ledger.workers)
         for worker in workers:
@@ -221,16 +221,16 @@ class Supervisor:
             values["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
         return values
 
-    async def _spawn(self, post: WorkerSlot) -> WorkerHandle:
+    async def _spawn(self, slot: WorkerSlot) -> WorkerHandle:
         """Start a worker. Raises StartupError if this machine cannot start another process now."""
         config = self._handed_over(self._config)
         inherited = [] if self._store is None else [self._store.lifeline]
         server = self._config.server
         try:
             worker = await spawn(
-                post.number,
+                slot.number,
                 config,
-                post.sockets,
+                slot.sockets,
                 inherited,
                 self._ledger.gather,
                 self.reload,
@@ -238,15 +238,15 @@ class Supervisor:
             )
         except Exception as error:  # no descriptor, process, thread or memory: asyncio raises more than OSError
             raise StartupError(
-                f"worker {post.number} could not be started: {str(error) or type(error).__name__}"
+                f"worker {slot.number} could not be started: {str(error) or type(error).__name__}"
             ) from error
         worker.drains_within = _drains_within(self._config)
         self._ledger.workers.append(worker)
         return worker
 
-    async def _relieve(self, worker: WorkerHandle) -> None:
+    async def _drain_replaced(self, worker: WorkerHandle) -> None:
         """Stop one worker whose place another has taken, and wait for its end."""
-        worker.relieve()
+        worker.replace()
         await self._await_exit(worker)
 
     async def _await_exit(self, worker: WorkerHandle) -> None:
@@ -264,36 +264,36 @@ class Supervisor:
         if worker in self._ledger.workers:
             self._ledger.retire(worker)
 
-    async def _respawn(self, post: WorkerSlot) -> None:
+    async def _respawn(self, slot: WorkerSlot) -> None:
         """Put another worker in the place of one that has ended by itself."""
         while True:
-            worker = post.worker
+            worker = slot.worker
             assert worker is not None  # noqa: S101 - started before
             code = await worker.wait()
-            if worker is not post.worker:  # it was relieved
+            if worker is not slot.worker:  # it was relieved
                 continue
             self._ledger.retire(worker)
             lived = time.monotonic() - worker.started
-            post.failures = post.failures + 1 if worker.has_served_for < SETTLED else 0
-            delay = delay_after(post.failures)
+            slot.failures = slot.failures + 1 if worker.has_served_for < SETTLED else 0
+            delay = delay_after(slot.failures)
             how = f"code {code}" if code >= 0 else f"signal {-code}"
             logger.error("%s exited (%s) after %.1f s, restarting in %g s", worker, how, lived, delay)
             if delay >= LEAVE_AFTER:
-                leave_group(post.sockets)
+                leave_group(slot.sockets)
             await asyncio.sleep(delay)
-            await self._fill(post, worker)
+            await self._fill(slot, worker)
 
-    async def _fill(self, post: WorkerSlot, gone: WorkerHandle) -> None:
+    async def _fill(self, slot: WorkerSlot, gone: WorkerHandle) -> None:
         """Start a worker in the place of one that has ended, however often that fails: the others go on serving."""
         while True:
-            async with self._hiring:
-                if post.worker is not gone:  # a rolling restart has started one
+            async with self._spawn_lock:
+                if slot.worker is not gone:  # a rolling restart has started one
                     return
                 try:
-                    post.worker = await self._spawn(post)
+                    slot.worker = await self._spawn(slot)
                 except StartupError as error:
-                    post.failures += 1
-                    delay = delay_after(post.failures)
+                    slot.failures += 1
+                    delay = delay_after(slot.failures)
                     logger.error("%s; trying again in %g s", error, delay)  # noqa: TRY400 - one line
                 else:
                     return
@@ -310,7 +310,7 @@ class Supervisor:
     async def _reload_by_signal(self) -> None:
         await self._reloader.reload("SIGHUP")
 
-    async def reload(self, origin: str) -> Outcome:
+    async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration in all workers, or in none. It is refused where a worker that asks has to leave."""
         if self._is_rolling:
             return self._reloader.note(refused("the workers are being restarted one by one"), origin)
@@ -324,9 +324,9 @@ class Supervisor:
         Raises StartupError and ApplyError. A worker that does not commit is ended: the one that replaces it starts
         with `config`.
         """
-        async with self._hiring:
+        async with self._spawn_lock:
             workers = list(self._ledger.workers)
-            await asyncio.gather(*(worker.is_ready(START_TIMEOUT) for worker in workers))
+            await asyncio.gather(*(worker.is_ready(WORKER_START_TIMEOUT) for worker in workers))
             await self._start_shared(config)
             workers = [worker for worker in workers if worker.is_serving]
             values = self._handed_over(config)
@@ -339,7 +339,7 @@ class Supervisor:
                 worker.kill()
             for worker in workers:
                 worker.drains_within = _drains_within(config)
-        self._watchdog.allow(stop_within(config.server, STOP_MARGIN))
+        self._watchdog.allow(stop_within(config.server, SUPERVISOR_STOP_MARGIN))
         set_log_level(config.log.level)
 
     async def _roll(self) -> None:
@@ -347,28 +347,28 @@ class Supervisor:
         self._is_rolling = True  # from here on no reload begins
         try:
             await self._reloader.idle()
-            for post in self._posts:
-                if not await self._replace(post):
-                    logger.error("not restarted: a new worker %d did not start; the old ones go on", post.number)
+            for slot in self._slots:
+                if not await self._replace(slot):
+                    logger.error("not restarted: a new worker %d did not start; the old ones go on", slot.number)
                     return
         finally:
             self._is_rolling = False
-        logger.info("rolling restart complete: %d workers restarted", len(self._posts))
+        logger.info("rolling restart complete: %d workers restarted", len(self._slots))
 
-    async def _replace(self, post: WorkerSlot) -> bool:
+    async def _replace(self, slot: WorkerSlot) -> bool:
         """Start a new worker beside the old one, then relieve that; tell whether the new one serves."""
         try:
-            new = await self._spawn(post)
+            new = await self._spawn(slot)
         except StartupError as error:
             logger.error("%s", error)  # noqa: TRY400 - one line
             return False
-        if not await new.is_ready(START_TIMEOUT):
-            await self._relieve(new)
+        if not await new.is_ready(WORKER_START_TIMEOUT):
+            await self._drain_replaced(new)
             return False
-        old, post.worker, post.failures = post.worker, new, 0
+        old, slot.worker, slot.failures = slot.worker, new, 0
         if old is not None and old in self._ledger.workers:
-            old.report.is_over = True  # what it says of breakers and targets is not asked for any more
-            await self._relieve(old)
+            old.snapshot.is_over = True  # what it says of breakers and targets is not asked for any more
+            await self._drain_replaced(old)
         return True
 
 

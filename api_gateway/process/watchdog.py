@@ -32,7 +32,7 @@ from api_gateway.system.output import process_output
 
 logger = logging.getLogger(__name__)
 
-LOOKS = 10  # at least, that must find the loop blocked before the process is ended
+MIN_BLOCKED_CHECKS = 10  # at least, that must find the loop blocked before the process is ended
 LONGEST_PAUSE = 0.5  # seconds between two looks
 REPORT_WITHIN = 1.0  # seconds for the log to take the report: what blocks the loop may block the log, too
 NATIVE_MARGIN = 2.0  # seconds of CPU time that native code may take beyond the time the loop has
@@ -63,7 +63,7 @@ class Watchdog:
         self._blocked, self._overdue = blocked, overdue
         self._stop_signals = frozenset(int(number) for number in stop_signals)
         self._end = end
-        self._pause = min(LONGEST_PAUSE, patience / LOOKS)
+        self._pause = min(LONGEST_PAUSE, patience / MIN_BLOCKED_CHECKS)
         self._looks_to_block = math.ceil(patience / self._pause)
         self._loop: asyncio.AbstractEventLoop | None = None  # while it is watched
         self._main = threading.main_thread().ident or 0
@@ -154,9 +154,9 @@ class Watchdog:
     def _give_up(self, code: int, why: str) -> None:
         """Say why, and where the loop's thread is, then end the process: in time also if the log cannot take it."""
         try:
-            report = threading.Thread(target=self._report, args=(code, why), daemon=True)
-            report.start()
-            report.join(REPORT_WITHIN)
+            snapshot = threading.Thread(target=self._report, args=(code, why), daemon=True)
+            snapshot.start()
+            snapshot.join(REPORT_WITHIN)
         finally:
             self._end(code)
 

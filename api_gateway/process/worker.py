@@ -38,29 +38,29 @@ class WorkerServer(GatewayServer):
     """The server, which tells its supervisor when it serves, how it stands, and how it stood in the end."""
 
     def __init__(self, config: GatewayConfig, channel: socket.socket) -> None:
-        self._member = SupervisorChannel(channel, self._on_orphaned)
-        super().__init__(config, self._member)
+        self._supervisor = SupervisorChannel(channel, self._on_orphaned)
+        super().__init__(config, self._supervisor)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, in touch with the supervisor from the first."""
-        await self._member.connect()
+        await self._supervisor.connect()
         await super().startup(sockets)
 
     def announce(self) -> None:
         """Tell the supervisor, and not the person at the terminal."""
-        self._member.announce_ready()
+        self._supervisor.announce_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, and report what was counted in all."""
         await super().shutdown(sockets)
-        await self._member.close(self.cut_off)
+        await self._supervisor.close(self.cut_off)
 
     def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
         for_the_supervisor = {signal.SIGHUP, signal.SIGUSR2}
         own = {number: do for number, do in super()._handlers().items() if number not in for_the_supervisor}
-        return {**own, REPLACED_SIGNAL: self._on_relieved}
+        return {**own, REPLACED_SIGNAL: self._on_replaced}
 
-    def _on_relieved(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_replaced(self, _number: int, _frame: FrameType | None) -> None:
         """Drain at once: another worker serves at this place already, and the gateway is as ready as it was."""
         self._delay = 0
         self._watchdog.expect_end()

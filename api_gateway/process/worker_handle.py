@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from api_gateway.process.listeners import Sockets
 from api_gateway.process.worker_config import ENTRY, WorkerConfig
-from api_gateway.reload.outcome import Outcome
+from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.reporting.snapshot_parts import split
 from api_gateway.reporting.worker_channel import MAX_MESSAGE, REPLACED_SIGNAL, encode
@@ -23,10 +23,10 @@ from api_gateway.reporting.worker_channel import MAX_MESSAGE, REPLACED_SIGNAL, e
 logger = logging.getLogger(__name__)
 
 Gather = Callable[[], Awaitable[dict[str, Any]]]
-Reload = Callable[[str], Awaitable[Outcome]]  # given where the wish came from
+Reload = Callable[[str], Awaitable[ReloadOutcome]]  # given where the wish came from
 
-START_TIMEOUT = 30.0  # seconds until a worker must serve
-LOOKS = 10  # that must find a worker silent before it is taken to hang
+WORKER_START_TIMEOUT = 30.0  # seconds until a worker must serve
+MAX_SILENT_CHECKS = 10  # that must find a worker silent before it is taken to hang
 MAX_SKEW = 60.0  # seconds that a message may have been on its way before the clocks are taken to be different
 
 
@@ -52,7 +52,7 @@ class WorkerHandle:
         """Kill it when, after its start, it has given no sign of life for `patience` seconds."""
         self.started = time.monotonic()
         self._served_since = math.inf
-        self.report = WorkerSnapshot.blank(str(number))
+        self.snapshot = WorkerSnapshot.blank(str(number))
         self.cut_off = 0  # requests that it could not end in its time to drain
         self.drains_within = math.inf  # seconds it has to end, once it is told to
         self._number = number
@@ -61,11 +61,11 @@ class WorkerHandle:
         self._gather = gather
         self._reload = reload
         self._ready = asyncio.get_running_loop().create_future()
-        self._asked: dict[int, asyncio.Future[None]] = {}
+        self._pending: dict[int, asyncio.Future[None]] = {}
         self._configuring: asyncio.Future[Objection | None] | None = None  # its answer to a phase of a reload
         self._configurations = 0
-        self._answers: set[asyncio.Task[None]] = set()
-        self._is_heard = False  # since the last look
+        self._replies: set[asyncio.Task[None]] = set()
+        self._has_reported = False  # since the last look
         self._listening = asyncio.create_task(self._listen(), name=f"worker {number}")
         watching = asyncio.create_task(self._watch(patience), name=f"watch over worker {number}")
         self._listening.add_done_callback(lambda _: watching.cancel())
@@ -98,7 +98,7 @@ class WorkerHandle:
         """Ask it to drain and end."""
         self._signal(signal.SIGTERM)
 
-    def relieve(self) -> None:
+    def replace(self) -> None:
         """Tell it that another one has taken its place; it drains and ends."""
         self._signal(REPLACED_SIGNAL)
 
@@ -106,13 +106,13 @@ class WorkerHandle:
         """End it."""
         self._signal(signal.SIGKILL)
 
-    def ask(self, number: int) -> asyncio.Future[None]:
+    def request_snapshot(self, number: int) -> asyncio.Future[None]:
         """Ask for a report; the future is done when `report` is newer than this, or will not get any newer."""
         answer = asyncio.get_running_loop().create_future()
         if self._listening.done() or not self._ready.done():
             answer.set_result(None)
         else:
-            self._asked[number] = answer
+            self._pending[number] = answer
             self._writer.write(encode("report", id=number))
         return answer
 
@@ -143,29 +143,29 @@ class WorkerHandle:
         try:
             with suppress(OSError):
                 while (line := await self._reader.readline()).endswith(b"\n"):
-                    self._take(json.loads(line))
+                    self._receive(json.loads(line))
         finally:
             self._writer.close()
             if not self._ready.done():
                 self._ready.set_result(False)
-            self._answered(None)
+            self._resolve(None)
 
     async def _watch(self, patience: float) -> None:
         """Kill it when it hangs. Looks are counted and not seconds: a supervisor that was stopped blames nobody.
 
         Before it serves it has nothing to say, so its time for that is added.
         """
-        await asyncio.wait({self._ready}, timeout=START_TIMEOUT)
+        await asyncio.wait({self._ready}, timeout=WORKER_START_TIMEOUT)
         silent = 0
-        while silent < LOOKS:
-            await asyncio.sleep(patience / LOOKS)
-            silent = 0 if self._is_heard else silent + 1
-            self._is_heard = False
+        while silent < MAX_SILENT_CHECKS:
+            await asyncio.sleep(patience / MAX_SILENT_CHECKS)
+            silent = 0 if self._has_reported else silent + 1
+            self._has_reported = False
         logger.error("%r has given no sign of life for %g s and is ended", self, patience)
         self.kill()
 
-    def _take(self, message: dict[str, Any]) -> None:
-        self._is_heard = True
+    def _receive(self, message: dict[str, Any]) -> None:
+        self._has_reported = True
         if message["kind"] == "ready":
             self._on_ready(message["clock"])
             return
@@ -175,16 +175,16 @@ class WorkerHandle:
                 self._configuring.set_result(None if objection is None else Objection(*objection))
             return
         if message["kind"] == "reload":
-            self._answer_later(self._answer_reload(message["id"], message["origin"]))
+            self._reply_later(self._reply_to_reload(message["id"], message["origin"]))
             return
-        self.report.update(message["report"])
+        self.snapshot.update(message["report"])
         if message["kind"] == "left":
             self.cut_off = message["cut_off"]
-            self._answered(None)
+            self._resolve(None)
         elif message["kind"] == "gather":
-            self._answer_later(self._answer(message["id"], message["with_histories"]))
+            self._reply_later(self._reply_to_gather(message["id"], message["with_histories"]))
         else:
-            self._answered(message["answers"])
+            self._resolve(message["answers"])
 
     def _on_ready(self, clock: float) -> None:
         """Believe that it serves, if its times mean here what they mean there."""
@@ -195,30 +195,30 @@ class WorkerHandle:
             self._ready.set_result(is_shared)
             self._served_since = time.monotonic()
 
-    def _answer_later(self, answering: Coroutine[Any, Any, None]) -> None:
+    def _reply_later(self, answering: Coroutine[Any, Any, None]) -> None:
         answer = asyncio.create_task(answering, name="answer")
-        self._answers.add(answer)
-        answer.add_done_callback(self._answers.discard)
+        self._replies.add(answer)
+        answer.add_done_callback(self._replies.discard)
 
-    async def _answer_reload(self, number: int, origin: str) -> None:
+    async def _reply_to_reload(self, number: int, origin: str) -> None:
         outcome = await self._reload(origin)
         if not self._writer.is_closing():
             self._writer.write(encode("reloaded", id=number, outcome=outcome.state()))
 
-    async def _answer(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - as the message says
-        report = await self._gather()
+    async def _reply_to_gather(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - as the message says
+        snapshot = await self._gather()
         if not with_histories:
-            report = {**report, "histories": {}}
-        parts = list(split(report))
+            snapshot = {**snapshot, "histories": {}}
+        parts = list(split(snapshot))
         for count, part in enumerate(parts, 1):
             if self._writer.is_closing():
                 return
             self._writer.write(encode("gathered", id=number, report=part, is_last=count == len(parts)))
 
-    def _answered(self, number: int | None) -> None:
+    def _resolve(self, number: int | None) -> None:
         """Wake who has asked for this report or an earlier one; None wakes all."""
-        for asked in [asked for asked in self._asked if number is None or asked <= number]:
-            answer = self._asked.pop(asked)
+        for asked in [asked for asked in self._pending if number is None or asked <= number]:
+            answer = self._pending.pop(asked)
             if not answer.done():
                 answer.set_result(None)
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from api_gateway.errors import GatewayError
-from api_gateway.limits.ratelimit_headers import NAMES, RateLimitHeaders
+from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.metrics import NO_ROUTE, Recorder
 from api_gateway.models import Charge, Decision, Exchange
 from api_gateway.proxy.fallback import STATIC
@@ -75,7 +75,7 @@ class CostSettlement:
         if exchange.trial is not None and exchange.trial[1].allowed:
             self._change(*exchange.trial, cost)
         if exchange.response_headers:
-            others = [pair for pair in exchange.response_headers if pair[0] not in NAMES]
+            others = [pair for pair in exchange.response_headers if pair[0] not in HEADER_NAMES]
             exchange.response_headers = others + self._fields.headers(decision)
 
     def _change(self, charges: Sequence[Charge], decision: Decision, cost: float) -> Decision:

@@ -12,7 +12,7 @@ from api_gateway.proxy.upstream_request import UpstreamRequest
 from api_gateway.resilience.retry import is_repeatable
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
-Ask = Callable[[Exchange, UpstreamClient, UpstreamRequest, Receive, Send], Awaitable[None]]
+AskUpstream = Callable[[Exchange, UpstreamClient, UpstreamRequest, Receive, Send], Awaitable[None]]
 
 
 class FallbackRunner:
@@ -20,13 +20,13 @@ class FallbackRunner:
 
     def __init__(
         self,
-        services: Mapping[str, UpstreamClient],
-        ask: Ask,
+        upstream_clients: Mapping[str, UpstreamClient],
+        ask: AskUpstream,
         on_fallback: Callable[[Exchange, GatewayError], None],
         clock: Clock,
     ) -> None:
         """`ask` tries an upstream; `on_fallback` hears of a fallback that takes over after an error."""
-        self._services = services
+        self._upstream_clients = upstream_clients
         self._ask = ask
         self._on_fallback = on_fallback
         self._clock = clock
@@ -90,10 +90,10 @@ class FallbackRunner:
         """Have another upstream answer; if that fails too before it has begun, it was the `first` failure."""
         failed, target = exchange.upstream, exchange.target
         exchange.upstream = upstream
-        service = self._services[upstream]
-        service.retries.budget.deposit(exchange.started)
+        upstream_client = self._upstream_clients[upstream]
+        upstream_client.retries.budget.deposit(exchange.started)
         try:
-            await self._ask(exchange, service, request, receive, send)
+            await self._ask(exchange, upstream_client, request, receive, send)
         except (Unavailable, UpstreamFailed) as error:
             if exchange.status:
                 raise

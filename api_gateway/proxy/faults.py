@@ -23,7 +23,7 @@ class ClientShare(NamedTuple):
 
 NO_SHARE = ClientShare()
 # What a fault says about the upstream. The principal of a TARGET's fault is nobody: see `CircuitBreaker.settle`.
-OUTCOMES = {
+OUTCOME_OF_FAULT = {
     Fault.CLIENT: Outcome.IGNORED,
     Fault.UPSTREAM: Outcome.FAILURE,
     Fault.TARGET: Outcome.FAILURE,

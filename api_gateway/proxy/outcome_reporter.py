@@ -6,10 +6,10 @@ import httpx
 
 from api_gateway.errors import Fault, GatewayError, Overloaded, UpstreamTimeout
 from api_gateway.models import Clock, Exchange, Outcome
-from api_gateway.proxy.faults import NO_SHARE, OUTCOMES, ClientShare, fault_of, fault_of_status
+from api_gateway.proxy.faults import NO_SHARE, OUTCOME_OF_FAULT, ClientShare, fault_of, fault_of_status
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.transport.error_mapping import translate
-from api_gateway.transport.local_resources import LackLog, OutOfResources
+from api_gateway.transport.local_resources import ExhaustionLog, LocalResourcesExhausted
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt, SlowResponse
 
@@ -23,16 +23,16 @@ class OutcomeReporter:
         self,
         *,
         clock: Clock,
-        observe_try: Callable[[str, str, float | None, float], None],
+        observe_attempt: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
         on_target_move: Callable[[str, Target, Transition], None],
     ) -> None:
         """`observe_try` counts each try once, `on_transition` and `on_target_move` hear of the breakers' moves."""
         self._clock = clock
-        self._observe_try = observe_try
+        self._observe_attempt = observe_attempt
         self._on_transition = on_transition
         self._on_target_move = on_target_move
-        self._lack_log = LackLog()
+        self._exhaustion_log = ExhaustionLog()
 
     def on_head(
         self, exchange: Exchange, attempt: Attempt, status: int, now: float, client: ClientShare = NO_SHARE
@@ -41,7 +41,7 @@ class OutcomeReporter:
         assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
         exchange.head_at = now
         took = now - exchange.sent_at
-        self._observe_try(attempt.upstream.name, _CLASSES[status // 100], took, now)
+        self._observe_attempt(attempt.upstream.name, _CLASSES[status // 100], took, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
             self._settle_failure(exchange, attempt, fault_of_status(status, client), now, f"status {status}", now)
             return
@@ -58,12 +58,12 @@ class OutcomeReporter:
         """Settle a try that got no answer, and return what it failed with in our words."""
         upstream, now = attempt.upstream.name, self._clock()
         failure = translate(error, upstream)
-        self._observe_try(upstream, failure.reason, None, now)
+        self._observe_attempt(upstream, failure.reason, None, now)
         fault = fault_of(failure, client)
         if isinstance(failure, UpstreamTimeout) and fault is Fault.UPSTREAM:
             _teach(exchange, attempt, now)
-        if isinstance(failure, Overloaded) and (lack := _lack(error)) is not None:
-            self._lack_log.note(upstream, lack, now)
+        if isinstance(failure, Overloaded) and (exhaustion := _lack(error)) is not None:
+            self._exhaustion_log.note(upstream, exhaustion, now)
         self._settle_failure(exchange, attempt, fault, now, failure.reason, now)
         return failure
 
@@ -84,7 +84,7 @@ class OutcomeReporter:
             return
         now, reason = self._clock(), UpstreamTimeout.reason.value
         if exchange.head_at is None:
-            self._observe_try(attempt.upstream.name, reason, None, now)
+            self._observe_attempt(attempt.upstream.name, reason, None, now)
             _teach(exchange, attempt, now)
         self._settle_failure(exchange, attempt, fault, now, f"{reason} (deadline)", now)
 
@@ -104,7 +104,7 @@ class OutcomeReporter:
         if fault is Fault.TARGET:
             attempt.principal = None  # no client can have caused it
         move = attempt.settle(
-            OUTCOMES[fault], now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
+            OUTCOME_OF_FAULT[fault], now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
         )
         self._report(attempt, move)
 
@@ -115,9 +115,9 @@ class OutcomeReporter:
             self._on_target_move(attempt.upstream.name, attempt.target, attempt.target_move)
 
 
-def _lack(error: BaseException) -> OutOfResources | None:
+def _lack(error: BaseException) -> LocalResourcesExhausted | None:
     """Return the error that says what this process lacks, if that is what it failed with."""
-    return next((found for found in (error, error.__cause__) if isinstance(found, OutOfResources)), None)
+    return next((found for found in (error, error.__cause__) if isinstance(found, LocalResourcesExhausted)), None)
 
 
 def _teach(exchange: Exchange, attempt: Attempt, now: float) -> None:

@@ -11,7 +11,7 @@ from api_gateway.models import Exchange
 from api_gateway.transport.request import NoBody
 
 
-class RequestBody(httpx.AsyncByteStream):
+class StreamedBody(httpx.AsyncByteStream):
     """The client's body, piece by piece as it arrives; raises BodyTooLarge and ClientDisconnected.
 
     The first `keep` bytes are kept, so that it can be sent from its start again; one that has more of them cannot.

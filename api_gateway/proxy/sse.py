@@ -16,12 +16,12 @@ _LONGEST = 4
 class EventStream:
     """Ends `answer` once the server stops and no event is half sent."""
 
-    def __init__(self, link: ServerExtension, answer: UpstreamResponse) -> None:
-        self._link = link
+    def __init__(self, extension: ServerExtension, answer: UpstreamResponse) -> None:
+        self._extension = extension
         self._answer = answer
         self._tail = _EDGES[0]  # before the first event is between two as well
-        link.on_stopping = self._on_stopping
-        if link.is_stopping:
+        extension.on_shutdown = self._on_stopping
+        if extension.is_stopping:
             self._on_stopping()
 
     def __repr__(self) -> str:
@@ -30,7 +30,7 @@ class EventStream:
     def on_piece(self, piece: bytes) -> bool:
         """Note what is passed on; tell whether the stream shall end behind it."""
         self._tail = (self._tail + piece)[-_LONGEST:]
-        return self._link.is_stopping and self._tail.endswith(_EDGES)
+        return self._extension.is_stopping and self._tail.endswith(_EDGES)
 
     def _on_stopping(self) -> None:
         if self._tail.endswith(_EDGES) and not self._answer.pieces:
@@ -43,11 +43,11 @@ def is_event_stream(fields: Fields) -> bool:
     return types is not None and types[0].lower().startswith(_TYPE) and b"content-length" not in fields
 
 
-def event_stream(link: ServerExtension | None, fields: Fields, answer: object) -> EventStream | None:
+def event_stream(extension: ServerExtension | None, fields: Fields, answer: object) -> EventStream | None:
     """Return what ends the answer of these headers politely.
 
     None if it has an end of its own, or a content coding: of that only its decoder sees where an event ends.
     """
-    if link is None or b"content-encoding" in fields or not is_event_stream(fields):
+    if extension is None or b"content-encoding" in fields or not is_event_stream(fields):
         return None
-    return EventStream(link, answer) if isinstance(answer, UpstreamResponse) else None
+    return EventStream(extension, answer) if isinstance(answer, UpstreamResponse) else None

@@ -18,7 +18,7 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.deadline import Deadline
-from api_gateway.proxy.request_body import RequestBody
+from api_gateway.proxy.request_body import StreamedBody
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
 from api_gateway.upstreams.target import Target
@@ -50,7 +50,7 @@ class UpstreamRequest:
     def __init__(
         self,
         scope: Scope,
-        link: ServerExtension | None,
+        extension: ServerExtension | None,
         target: bytes,
         is_trusted: bool,  # noqa: FBT001 - one of these is made for every request
         protected: frozenset[bytes],
@@ -58,16 +58,16 @@ class UpstreamRequest:
         self._scope = scope
         self._is_trusted = is_trusted
         self._protected = protected
-        self.link = link
+        self.link = extension
         self.target = target
         self.fields: Fields = scope[FIELDS]
         self.framing = framing(self.fields)
-        self.body: RequestBody | NoBody = NO_BODY
+        self.body: StreamedBody | NoBody = NO_BODY
         self.deadline: Deadline | None = scope.get(DEADLINE)
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
-        self.headers: HeaderList = scope["headers"] if link is None else link.headers
+        self.headers: HeaderList = scope["headers"] if extension is None else extension.headers
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
-        self.upgrade = link is not None and link.upgrade == b"websocket" and self.framing is None
+        self.upgrade = extension is not None and extension.upgrade == b"websocket" and self.framing is None
 
     def ends_here(self) -> bool:
         """Tell whether `Max-Forwards` forbids another hop; take one off otherwise."""
@@ -101,25 +101,25 @@ class UpstreamRequest:
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Pass on an interim answer (RFC 9110 section 15.2)."""
         if self.link is not None:
-            self.link.inform(status, reason, forwardable_interim(headers))
+            self.link.send_interim(status, reason, forwardable_interim(headers))
 
     def trailers(self) -> HeaderList:
         """Return the trailers that came behind the body."""
         return [] if self.link is None else forwardable_trailers(self.link.trailers, self._protected)
 
-    def _limits(self, service: UpstreamClient, now: float) -> Mapping[str, float]:
+    def _limits(self, upstream_client: UpstreamClient, now: float) -> Mapping[str, float]:
         """Return the time limits of a try: connecting takes half of what is left at most, so that another can follow.
 
         Of a client's own deadline that would make every host look as slow as the client is impatient.
         """
         if self.deadline is None or not self.deadline.is_upstream_fault:
-            return service.limits
+            return upstream_client.limits
         half = self.deadline.remaining(now) / 2
-        return {**service.limits, "connect": min(service.limits["connect"], half)}
+        return {**upstream_client.limits, "connect": min(upstream_client.limits["connect"], half)}
 
-    def render(self, exchange: Exchange, service: UpstreamClient, target: Target, now: float) -> httpx.Request:
+    def render(self, exchange: Exchange, upstream_client: UpstreamClient, target: Target, now: float) -> httpx.Request:
         """Return the request for one target, with what is left of its time."""
-        origin = service.origins[target]
+        origin = upstream_client.origins[target]
         scope = self._scope
         headers = rewrite_request(
             self.headers,
@@ -141,11 +141,11 @@ class UpstreamRequest:
             headers.append((REQUEST_TIMEOUT, self.deadline.header_value(now)))
         extensions: dict[str, Any] = {
             "target": self.target,
-            "timeout": self._limits(service, now),
+            "timeout": self._limits(upstream_client, now),
             "hooks": self,
             "holder": holder_of(exchange.client, exchange.peer),
         }
-        if not service.is_native:
+        if not upstream_client.is_native:
             return origin.plain_request(exchange.method, headers, self.target, stream=self.body, extensions=extensions)
         if self.upgrade and self.link is not None:
             headers += [(b"connection", b"Upgrade"), (b"upgrade", self.link.upgrade)]

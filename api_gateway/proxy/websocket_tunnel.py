@@ -11,7 +11,7 @@ from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.eventloop.receive_buffer import READ_SIZE, receive_buffer
 from api_gateway.proxy.websocket_frames import GOING_AWAY, FrameBoundary
 
-LINGER = 1.0  # seconds of silence that one direction may fall into after the other has ended
+HALF_CLOSE_TIMEOUT = 1.0  # seconds of silence that one direction may fall into after the other has ended
 
 
 class Tunnel:
@@ -122,7 +122,7 @@ class _Side(asyncio.BufferedProtocol):
             other.transport.close()
         elif not other.is_lost and not other.transport.is_closing():
             other.transport.write_eof()
-        self._tunnel.idle_timeout = min(self._tunnel.idle_timeout, LINGER)
+        self._tunnel.idle_timeout = min(self._tunnel.idle_timeout, HALF_CLOSE_TIMEOUT)
         self._tunnel.alarm.set(self._tunnel.idle_timeout)
         return True
 

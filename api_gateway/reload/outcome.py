@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 
-class Result(StrEnum):
+class ReloadResult(StrEnum):
     """How a reload ends."""
 
     SUCCESS = "success"
@@ -28,10 +28,10 @@ class ChangedSetting(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReloadOutcome:
     """What one reload came to. `needs_restart` names changed settings that stay as they were."""
 
-    result: Result
+    result: ReloadResult
     changes: tuple[ChangedSetting, ...] = ()
     needs_restart: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -46,10 +46,10 @@ class Outcome:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Outcome":
+    def from_state(cls, state: Mapping[str, Any]) -> "ReloadOutcome":
         """Build the outcome whose `state` this is."""
         changes = tuple(ChangedSetting(*change) for change in state["changes"])
-        return cls(Result(state["result"]), changes, tuple(state["needs_restart"]), tuple(state["problems"]))
+        return cls(ReloadResult(state["result"]), changes, tuple(state["needs_restart"]), tuple(state["problems"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +61,19 @@ class ReloadState:
 
     loaded_at: float = 0.0
     problems: tuple[str, ...] = ()
-    counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, Result), 0))
+    counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(map(str, ReloadResult), 0))
 
     @property
     def is_successful(self) -> bool:
         """True unless the last reload failed."""
         return not self.problems
 
-    def after(self, outcome: Outcome, now: float) -> "ReloadState":
+    def after(self, outcome: ReloadOutcome, now: float) -> "ReloadState":
         """Return the state after one more reload."""
         counts = {**self.counts, outcome.result.value: self.counts[outcome.result.value] + 1}
-        if outcome.result is Result.SUCCESS:
+        if outcome.result is ReloadResult.SUCCESS:
             return ReloadState(now, (), counts)
-        problems = self.problems if outcome.result is Result.UNAVAILABLE else outcome.problems
+        problems = self.problems if outcome.result is ReloadResult.UNAVAILABLE else outcome.problems
         return ReloadState(self.loaded_at, problems, counts)
 
     @classmethod

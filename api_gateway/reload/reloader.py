@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.reload.changes import changes_between, with_restart_settings_of
-from api_gateway.reload.outcome import Outcome, ReloadState, Result
+from api_gateway.reload.outcome import ReloadOutcome, ReloadResult, ReloadState
 from api_gateway.settings.diagnostics import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Reloader:
     def __repr__(self) -> str:
         return f"<Reloader [{'in force' if self.state.is_successful else 'the last reload failed'}]>"
 
-    async def reload(self, origin: str) -> Outcome:
+    async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration. `origin` says in the log where the wish came from."""
         async with self._lock:
             outcome = await self._reload()
@@ -59,10 +59,10 @@ class Reloader:
         async with self._lock:
             return
 
-    def note(self, outcome: Outcome, origin: str) -> Outcome:
+    def note(self, outcome: ReloadOutcome, origin: str) -> ReloadOutcome:
         """Count an outcome and log it."""
         self.state = self.state.after(outcome, self._wall_clock())
-        if outcome.result is not Result.SUCCESS:
+        if outcome.result is not ReloadResult.SUCCESS:
             for problem in outcome.problems:
                 logger.error("configuration not reloaded (%s): %s", origin, problem)
             return outcome
@@ -75,28 +75,30 @@ class Reloader:
         logger.info("configuration reloaded (%s): %d settings changed", origin, count)
         return outcome
 
-    async def _reload(self) -> Outcome:
+    async def _reload(self) -> ReloadOutcome:
         if self._read is None:
-            return Outcome(Result.FAILED, problems=("the program that runs the gateway gave it its configuration",))
+            return ReloadOutcome(
+                ReloadResult.FAILED, problems=("the program that runs the gateway gave it its configuration",)
+            )
         try:
             read = await asyncio.to_thread(self._read)
         except ConfigError as error:
-            return Outcome(Result.INVALID, problems=tuple(error.problems))
+            return ReloadOutcome(ReloadResult.INVALID, problems=tuple(error.problems))
         config, needs_restart = with_restart_settings_of(self.config, read)
         changes = tuple(changes_between(self.config, read))
         try:
             await self._apply(config)
         except StartupError as error:
-            return Outcome(Result.INVALID, problems=(str(error),))
+            return ReloadOutcome(ReloadResult.INVALID, problems=(str(error),))
         except ApplyError as error:
-            return Outcome(Result.FAILED, problems=(str(error),))
+            return ReloadOutcome(ReloadResult.FAILED, problems=(str(error),))
         except Exception as error:
             logger.exception("configuration")
-            return Outcome(Result.FAILED, problems=(f"the gateway failed: {type(error).__name__}",))
+            return ReloadOutcome(ReloadResult.FAILED, problems=(f"the gateway failed: {type(error).__name__}",))
         self.config = config
-        return Outcome(Result.SUCCESS, changes, tuple(needs_restart))
+        return ReloadOutcome(ReloadResult.SUCCESS, changes, tuple(needs_restart))
 
 
-def refused(problem: str) -> Outcome:
+def refused(problem: str) -> ReloadOutcome:
     """Return the outcome of a reload that comes at a bad time."""
-    return Outcome(Result.UNAVAILABLE, problems=(problem,))
+    return ReloadOutcome(ReloadResult.UNAVAILABLE, problems=(problem,))

@@ -26,33 +26,33 @@ _EXACT = frozenset({"memory", "store"})
 _EVER = float("inf")
 
 
-def merge(reports: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
+def merge(snapshots: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
     """Return what the reports come to: counts summed, and of states the worst."""
     merged = WorkerSnapshot.blank()
-    for report in reports:
-        merged.recorder.absorb(report.recorder)
-        merged.buckets += report.buckets
-        merged.bucket_limit = max(merged.bucket_limit, report.bucket_limit)
-        merged.overflowed += report.overflowed
-        merged.lag = max(merged.lag, report.lag)
-        merged.tasks += report.tasks
-    merged.limiter = _merge_limiters(reports)
-    merged.client_trouble = next((it.client_trouble for it in reports if it.client_trouble and not it.is_over), None)
-    merged.resources = merge_states(state for report in reports for state in report.resources)
-    merged.is_over = all(report.is_over for report in reports)
-    names = dict.fromkeys(name for report in reports for name in report.upstreams)
+    for snapshot in snapshots:
+        merged.recorder.absorb(snapshot.recorder)
+        merged.buckets += snapshot.buckets
+        merged.bucket_limit = max(merged.bucket_limit, snapshot.bucket_limit)
+        merged.overflowed += snapshot.overflowed
+        merged.lag = max(merged.lag, snapshot.lag)
+        merged.tasks += snapshot.tasks
+    merged.limiter = _merge_limiters(snapshots)
+    merged.client_trouble = next((it.client_trouble for it in snapshots if it.client_trouble and not it.is_over), None)
+    merged.resources = merge_states(state for snapshot in snapshots for state in snapshot.resources)
+    merged.is_over = all(snapshot.is_over for snapshot in snapshots)
+    names = dict.fromkeys(name for snapshot in snapshots for name in snapshot.upstreams)
     for name in names:
-        found = [report for report in reports if name in report.upstreams]
-        present = [report for report in found if not report.is_over]
+        found = [snapshot for snapshot in snapshots if name in snapshot.upstreams]
+        present = [snapshot for snapshot in found if not snapshot.is_over]
         if present or merged.is_over:
             merged.upstreams[name] = _merge_upstream(name, found, present or found)
-            merged.histories[name] = _merge_histories(name, reports)
+            merged.histories[name] = _merge_histories(name, snapshots)
     return merged
 
 
-def _merge_limiters(reports: Sequence[WorkerSnapshot]) -> LimiterState:
-    states = [report.limiter for report in reports]
-    present = [report.limiter for report in reports if not report.is_over] or states
+def _merge_limiters(snapshots: Sequence[WorkerSnapshot]) -> LimiterState:
+    states = [snapshot.limiter for snapshot in snapshots]
+    present = [snapshot.limiter for snapshot in snapshots if not snapshot.is_over] or states
     return LimiterState(
         decision_source=min((state.decision_source for state in present), key=_EXACT.__contains__, default="memory"),
         gateway_processes=max((state.gateway_processes for state in present), default=1),
@@ -65,30 +65,30 @@ def _merge_limiters(reports: Sequence[WorkerSnapshot]) -> LimiterState:
     )
 
 
-def _merge_histories(name: str, reports: Sequence[WorkerSnapshot]) -> list[TransitionRecord]:
+def _merge_histories(name: str, snapshots: Sequence[WorkerSnapshot]) -> list[TransitionRecord]:
     """Return the moves of all, by time, each saying whose it is; of those that have ended the last ones."""
     moves = [
-        record if record.worker else replace(record, worker=report.worker)
-        for report in reports
-        for record in report.histories.get(name, ())
+        record if record.worker else replace(record, worker=snapshot.worker)
+        for snapshot in snapshots
+        for record in snapshot.histories.get(name, ())
     ]
-    return last_moves(moves, len(reports))
+    return last_moves(moves, len(snapshots))
 
 
 def _merge_upstream(name: str, found: Sequence[WorkerSnapshot], present: Sequence[WorkerSnapshot]) -> UpstreamSnapshot:
-    upstreams = [report.upstreams[name] for report in present]
+    upstreams = [snapshot.upstreams[name] for snapshot in present]
     breaker = replace(
         _worst([upstream.breaker for upstream in upstreams]),
-        opened_total=sum(report.upstreams[name].breaker.opened_total for report in found),
-        rejected_total=sum(report.upstreams[name].breaker.rejected_total for report in found),
-        slow_total=sum(report.upstreams[name].breaker.slow_total for report in found),
-        would_open_total=sum(report.upstreams[name].breaker.would_open_total for report in found),
-        would_reject_total=sum(report.upstreams[name].breaker.would_reject_total for report in found),
-        workers={report.worker: report.upstreams[name].breaker.state for report in present},
+        opened_total=sum(snapshot.upstreams[name].breaker.opened_total for snapshot in found),
+        rejected_total=sum(snapshot.upstreams[name].breaker.rejected_total for snapshot in found),
+        slow_total=sum(snapshot.upstreams[name].breaker.slow_total for snapshot in found),
+        would_open_total=sum(snapshot.upstreams[name].breaker.would_open_total for snapshot in found),
+        would_reject_total=sum(snapshot.upstreams[name].breaker.would_reject_total for snapshot in found),
+        workers={snapshot.worker: snapshot.upstreams[name].breaker.state for snapshot in present},
     )
     status = max((upstream.status for upstream in upstreams), key=_GRAVITY.__getitem__)
     keys = dict.fromkeys(target.key for upstream in upstreams for target in upstream.targets)
-    everywhere = [report.upstreams[name] for report in found]
+    everywhere = [snapshot.upstreams[name] for snapshot in found]
     targets = (_merge_target(key, upstreams, everywhere) for key in keys)
     spoken = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
     names = {(one.host, one.port): one for one in spoken}  # the last to be said is one with an error, if any

@@ -9,16 +9,16 @@ import math
 from dataclasses import dataclass
 
 WINDOW = 0.1  # seconds of a window at least; twice the undisturbed latency where that is more
-ENOUGH = 20  # samples without which a window goes on
-MOST = 1_000  # samples after which a window knows enough
-START = 50.0  # the limit before anything is known, within min_limit and max_limit
+MIN_SAMPLES = 20  # samples without which a window goes on
+MAX_SAMPLES = 1_000  # samples after which a window knows enough
+INITIAL_LIMIT = 50.0  # the limit before anything is known, within min_limit and max_limit
 SMOOTHING = 0.2  # of the way to what a window says
 LARGEST_STEP = 0.5  # what a window may leave of a limit, before smoothing
 TRIMMED = 0.05  # of the samples: the slowest, which may have other causes than a queue
-LOOK_EVERY = 30.0  # seconds between two looks at the undisturbed latency
-LOOK_AGAIN = 1.0  # seconds until the next one, after one that was not low enough; and until the first
-LOOK_SAMPLES = 60  # that end a look, or
-LOOK_MOST = 1.0  # seconds, if that is sooner
+BASELINE_INTERVAL = 30.0  # seconds between two looks at the undisturbed latency
+BASELINE_RETRY_INTERVAL = 1.0  # seconds until the next one, after one that was not low enough; and until the first
+BASELINE_SAMPLES = 60  # that end a look, or
+MAX_BASELINE_TIME = 1.0  # seconds, if that is sooner
 MARGIN = 0.5  # of what should leave no queue is under way during such a look
 
 
@@ -38,32 +38,32 @@ class GradientController:
     what it was at the best of times. Below the tolerance the limit grows by its square root, which is room for a
     queue; above it shrinks in proportion, by half at most; both smoothed. Only a limit that was met in a window moves:
     one that nobody needs says nothing of the upstream, and stays. The baseline follows better times, and worse ones
-    when little is under way; and every `LOOK_EVERY` seconds of need the limit is lowered to what should leave no
-    queue, until enough has been seen of the latency without one. These looks come at multiples of that time on the
+    when little is under way; and every `BASELINE_INTERVAL` seconds of need the limit is lowered to what should leave
+    no queue, until enough has been seen of the latency without one. These looks come at multiples of that time on the
     clock, so that the processes of one machine take them together. A look that finds the latency lowered as much as
     the limit has found a queue still: then the limit is lowered for good, and the next look comes soon.
     """
 
     __slots__ = (
+        "_baseline_at",
         "_before",
         "_begun",
         "_counted_from",
-        "_look_at",
         "_samples",
         "baseline",
-        "is_looking",
+        "is_measuring_baseline",
         "latency",
         "limit",
         "policy",
     )
 
-    def __init__(self, policy: AdaptivePolicy, now: float, start: float = START) -> None:
+    def __init__(self, policy: AdaptivePolicy, now: float, start: float = INITIAL_LIMIT) -> None:
         self.policy = policy
         self.limit = self._within(start)
         self.baseline: float | None = None  # seconds
         self.latency: float | None = None  # seconds, smoothed
-        self.is_looking = False
-        self._look_at = now + LOOK_AGAIN
+        self.is_measuring_baseline = False
+        self._baseline_at = now + BASELINE_RETRY_INTERVAL
         self._before = 0.0  # seconds, the latency before a look
         self._samples: list[float] = []
         self._begun = self._counted_from = now
@@ -79,7 +79,7 @@ class GradientController:
     @property
     def allowed(self) -> float:
         """The limit as it is now: lowered while it looks for the undisturbed latency."""
-        if not self.is_looking:
+        if not self.is_measuring_baseline:
             return self.limit
         return max(self.policy.min_limit, self.limit * MARGIN / self.policy.tolerance)
 
@@ -95,11 +95,13 @@ class GradientController:
         samples = self._samples
         samples.append(seconds)
         count = len(samples)
-        if count < ENOUGH:
+        if count < MIN_SAMPLES:
             return False
-        if self.is_looking:
-            return count >= LOOK_SAMPLES or now - self._counted_from >= LOOK_MOST
-        return now - self._begun >= WINDOW and (now - self._begun >= 2 * (self.baseline or 0.0) or count >= MOST)
+        if self.is_measuring_baseline:
+            return count >= BASELINE_SAMPLES or now - self._counted_from >= MAX_BASELINE_TIME
+        return now - self._begun >= WINDOW and (
+            now - self._begun >= 2 * (self.baseline or 0.0) or count >= MAX_SAMPLES
+        )
 
     def close_window(self, now: float, *, is_met: bool, is_calm: bool) -> None:
         """Draw the conclusions of a full window: `is_met` if the limit was, `is_calm` if little was under way."""
@@ -108,34 +110,36 @@ class GradientController:
         self._begun = now
         if self.latency is None or self.baseline is None:
             self.latency = self.baseline = seen
-        if self.is_looking:
-            self._end_look(seen, now)
+        if self.is_measuring_baseline:
+            self._end_baseline(seen, now)
             return
         self.latency += SMOOTHING * (seen - self.latency)
         if self.latency < self.baseline or is_calm:
             self.baseline = self.latency
         if is_met:
             self._move(self.latency, self.baseline * self.policy.tolerance)
-            self._look_if_due(seen, now)
+            self._measure_baseline_if_due(seen, now)
 
     def _move(self, latency: float, held: float) -> None:
         limit = self.limit
         aim = limit + math.sqrt(limit) if latency <= held else limit * max(LARGEST_STEP, held / latency)
         self.limit = self._within(limit + SMOOTHING * (aim - limit))
 
-    def _look_if_due(self, latency: float, now: float) -> None:
-        if now >= self._look_at:
-            self.is_looking, self._before = True, latency
+    def _measure_baseline_if_due(self, latency: float, now: float) -> None:
+        if now >= self._baseline_at:
+            self.is_measuring_baseline, self._before = True, latency
             self._begun = self._counted_from = now + 2 * latency  # by then most of what waits now has been served
 
-    def _end_look(self, seen: float, now: float) -> None:
+    def _end_baseline(self, seen: float, now: float) -> None:
         tolerance, lowered = self.policy.tolerance, self.allowed / self.limit
         is_queue_left = seen < self._before * (lowered + 1 / tolerance) / 2
         if is_queue_left:
             self.limit = self._within(self.limit * lowered * tolerance)
-        self._look_at = now + LOOK_AGAIN if is_queue_left else (now // LOOK_EVERY + 1) * LOOK_EVERY
+        self._baseline_at = (
+            now + BASELINE_RETRY_INTERVAL if is_queue_left else (now // BASELINE_INTERVAL + 1) * BASELINE_INTERVAL
+        )
         self.latency = self.baseline = seen
-        self.is_looking = False
+        self.is_measuring_baseline = False
 
     def _within(self, limit: float) -> float:
         return min(max(limit, self.policy.min_limit), self.policy.max_limit)

@@ -94,10 +94,10 @@ class CountWindow:
 
     def record(self, now: float, *, is_failure: bool, is_slow: bool = False) -> None:  # noqa: ARG002 - a window of time asks for it
         """See `Window`."""
-        oldest, mark = self._marks[self._next], is_failure | is_slow << 1
+        oldest, cursor = self._marks[self._next], is_failure | is_slow << 1
         self._failures += is_failure - (oldest & 1)
         self._slow += is_slow - (oldest >> 1)
-        self._marks[self._next] = mark
+        self._marks[self._next] = cursor
         self._next = (self._next + 1) % self._size
         self._calls = min(self._calls + 1, self._size)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from api_gateway.errors import LoadShed
 from api_gateway.resilience.adaptive_limit import AdaptivePolicy, GradientController
-from api_gateway.resilience.fair_shares import Shares
+from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses, retry_after
 
 
@@ -29,7 +29,17 @@ class ConcurrencyLimit:
     free, see `fair_shares`. The limit is fixed, or a gradient finds it.
     """
 
-    __slots__ = ("_bands", "_gradient", "_met", "_most_bands", "_peak", "_places", "_source", "bounds", "limit")
+    __slots__ = (
+        "_gradient",
+        "_lowest_refused",
+        "_max_priorities",
+        "_peak",
+        "_priorities",
+        "_random",
+        "_slots",
+        "class_limits",
+        "limit",
+    )
 
     def __init__(
         self,
@@ -38,13 +48,13 @@ class ConcurrencyLimit:
         *,
         source: random.Random,
     ) -> None:
-        self._bands = priorities
-        self._most_bands = len(priorities)  # that a request under way may have been given its band among
+        self._priorities = priorities
+        self._max_priorities = len(priorities)  # that a request under way may have been given its band among
         self._gradient = limit if isinstance(limit, GradientController) else None
-        self._source = source
-        self._places = Shares(0)
+        self._random = source
+        self._slots = FairShares(0)
         self._peak = 0
-        self._met = len(priorities)  # the lowest band that met its bound since the gradient's window began
+        self._lowest_refused = len(priorities)  # the lowest band that met its bound since the gradient's window began
         self._set(limit.allowed if isinstance(limit, GradientController) else limit)
 
     def __repr__(self) -> str:
@@ -57,9 +67,9 @@ class ConcurrencyLimit:
 
     def change(self, limit: float | AdaptivePolicy, priorities: PriorityClasses, now: float) -> None:
         """Take another limit, or other terms of an adaptive one, which goes on from where it stands."""
-        self._bands = priorities
-        self._most_bands = max(self._most_bands, len(priorities))
-        self._met = len(priorities)
+        self._priorities = priorities
+        self._max_priorities = max(self._max_priorities, len(priorities))
+        self._lowest_refused = len(priorities)
         gradient = self._gradient
         if not isinstance(limit, AdaptivePolicy):
             self._gradient = None
@@ -73,65 +83,69 @@ class ConcurrencyLimit:
 
     def _set(self, limit: float) -> None:
         self.limit = limit
-        self._bound([math.ceil(limit * share) for share in self._bands.shares])
+        self._set_class_limits([math.ceil(limit * share) for share in self._priorities.shares])
 
-    def _bound(self, bounds: list[int]) -> None:
+    def _set_class_limits(self, limits: list[int]) -> None:
         """Set the places of each band; a request whose band is no more has those of the highest."""
-        self.bounds = (*bounds, *bounds[-1:] * (self._most_bands - len(bounds)))
+        self.class_limits = (*limits, *limits[-1:] * (self._max_priorities - len(limits)))
 
     @property
     def in_flight(self) -> int:
         """Requests under way."""
-        return self._places.in_use
+        return self._slots.in_use
 
     def admits(self, priority: int, holder: str | None = None) -> bool:
         """Tell whether a request of that band may go now."""
         if not self.is_full_for(priority, holder):
             return True
-        self._met = min(self._met, priority)
+        self._lowest_refused = min(self._lowest_refused, priority)
         return False
 
     def is_full_for(self, priority: int, holder: str | None = None) -> bool:
         """Tell whether `admits` would refuse; nothing is learnt from the question."""
-        places = self._places
-        return places.held(holder) >= self.bounds[priority] - places.in_use
+        places = self._slots
+        return places.held(holder) >= self.class_limits[priority] - places.in_use
 
-    def take(self, priority: int, holder: str | None = None) -> None:
+    def acquire(self, priority: int, holder: str | None = None) -> None:
         """Count one more under way, which `admits` has allowed."""
-        self._places.take(holder)
-        taken = self._places.in_use
+        self._slots.acquire(holder)
+        taken = self._slots.in_use
         if taken > self._peak:
             self._peak = taken
-            if taken >= self.bounds[priority] and priority < self._met:
-                self._met = priority
+            if taken >= self.class_limits[priority] and priority < self._lowest_refused:
+                self._lowest_refused = priority
 
-    def give_back(self, holder: str | None = None) -> None:
+    def release(self, holder: str | None = None) -> None:
         """Count one less."""
-        self._places.give_back(holder)
+        self._slots.release(holder)
 
     def observe(self, seconds: float, now: float) -> None:
         """Learn from the time one request took to the head of its answer."""
         gradient = self._gradient
         if gradient is not None and gradient.add(seconds, now):
-            priorities, met = len(self._bands), self._met
-            gradient.close_window(now, is_met=met < priorities, is_calm=2 * self._peak <= self.bounds[0])
-            self._met, self._peak = priorities, self.in_flight
+            priorities, lowest_refused = len(self._priorities), self._lowest_refused
+            gradient.close_window(
+                now, is_met=lowest_refused < priorities, is_calm=2 * self._peak <= self.class_limits[0]
+            )
+            self._lowest_refused, self._peak = priorities, self.in_flight
             self._set(gradient.allowed)
-            if gradient.is_looking and met < priorities - 1:  # a look costs the lower bands, if they are many enough
-                self._bound([*self.bounds[: priorities - 1], math.ceil(gradient.unqueued)])
+            if (
+                gradient.is_measuring_baseline and lowest_refused < priorities - 1
+            ):  # a look costs the lower bands, if they are many enough
+                self._set_class_limits([*self.class_limits[: priorities - 1], math.ceil(gradient.unqueued)])
 
     def refusal(self, upstream: str, priority: int, holder: str | None = None) -> LoadShed:
         """Return the error that tells a request of that band that it came at a bad time."""
-        bound = self.bounds[priority]
-        tier = self._bands.name(priority)
+        bound = self.class_limits[priority]
+        tier = self._priorities.name(priority)
         whose = f"requests of tier {tier} are admitted" if tier else "requests are admitted"
         share = ""
         if self.in_flight < bound:
-            share = f"; {self._places.held(holder)} of them are yours, and nobody may have more than are still free"
+            share = f"; {self._slots.held(holder)} of them are yours, and nobody may have more than are still free"
         return LoadShed(
             f"Upstream '{upstream}' is overloaded: of {self.limit:.4g} requests that may be under way"
             f" {self.in_flight} are, and {whose} below {bound}{share}.",
-            retry_after=retry_after(self._source),
+            retry_after=retry_after(self._random),
             extra={
                 "upstream": upstream,
                 "tier": tier,

@@ -26,49 +26,49 @@ class EventLoopShedder:
         self, most: float | None, priorities: PriorityClasses = SINGLE_PRIORITY, *, source: random.Random
     ) -> None:
         """`most` is seconds; None sheds nobody."""
-        self.most = math.inf if most is None else most
+        self.max_lag = math.inf if most is None else most
         self.lag = 0.0
         self.is_over = False
-        self._bands = priorities
-        self._source = source
+        self._priorities = priorities
+        self._random = source
         self._lags: deque[float] = deque(maxlen=LAGS)
 
     def __repr__(self) -> str:
-        return f"<EventLoopShedder [{self.lag:.3f} of {self.most:g} s]>"
+        return f"<EventLoopShedder [{self.lag:.3f} of {self.max_lag:g} s]>"
 
     def change(self, most: float | None, priorities: PriorityClasses) -> None:
         """Take another limit or other bands; the samples stay."""
-        self.most = math.inf if most is None else most
-        self._bands = priorities
-        self.is_over = self.lag > self.most
+        self.max_lag = math.inf if most is None else most
+        self._priorities = priorities
+        self.is_over = self.lag > self.max_lag
 
     def observe(self, seconds: float) -> None:
         """Take in a sample: the worse of a timer's delay and a turn of the event loop."""
         self._lags.append(seconds)
         self.lag = median(self._lags) if len(self._lags) == LAGS else 0.0
-        self.is_over = self.lag > self.most
+        self.is_over = self.lag > self.max_lag
 
     def share(self, priority: int) -> float:
         """Return which share of a band's requests is refused now, 0 to 1."""
         if not self.is_over:
             return 0.0
-        share = (self.lag / self.most - 1) / PRIORITY_WIDTH - priority
-        return max(0.0, min(HIGHEST_SHED if priority == len(self._bands) - 1 else 1.0, share))
+        share = (self.lag / self.max_lag - 1) / PRIORITY_WIDTH - priority
+        return max(0.0, min(HIGHEST_SHED if priority == len(self._priorities) - 1 else 1.0, share))
 
     def sheds(self, priority: int) -> bool:
         """Decide on one request."""
-        return self._source.random() < self.share(priority)
+        return self._random.random() < self.share(priority)
 
     def refusal(self, priority: int) -> LoadShed:
         """Return the error that tells a request of that band that it came at a bad time."""
-        tier, share = self._bands.name(priority), self.share(priority)
+        tier, share = self._priorities.name(priority), self.share(priority)
         whose = f" of tier {tier}" if tier else ""
         return LoadShed(
-            f"{_GATEWAY.format(lag=self.lag, most=self.most)} {share:.0%} of the requests{whose} are refused now.",
-            retry_after=retry_after(self._source),
+            f"{_GATEWAY.format(lag=self.lag, most=self.max_lag)} {share:.0%} of the requests{whose} are refused now.",
+            retry_after=retry_after(self._random),
             extra={
                 "tier": tier,
                 "event_loop_lag_seconds": round(self.lag, 3),
-                "max_event_loop_lag_seconds": self.most,
+                "max_event_loop_lag_seconds": self.max_lag,
             },
         )

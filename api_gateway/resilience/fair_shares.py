@@ -17,7 +17,7 @@ NEARLY_EXHAUSTED = 0.8  # share of the places in use from which a resource is re
 _RESERVED = 256  # descriptors for listeners, files, the store and idle connections to upstreams
 
 
-class Shares:
+class FairShares:
     """How many places of one resource are in use, and by whom.
 
     Every `take` needs one `give_back` with the same holder; the table has no entry for a holder without a place, so it
@@ -34,7 +34,7 @@ class Shares:
         self._held: dict[str, int] = {}
 
     def __repr__(self) -> str:
-        return f"<Shares [{self.in_use} of {self.total}, {len(self._held)} holders]>"
+        return f"<FairShares [{self.in_use} of {self.total}, {len(self._held)} holders]>"
 
     def held(self, holder: str | None) -> int:
         """Return how many places the holder has."""
@@ -45,13 +45,13 @@ class Shares:
         free = self.total - self.in_use
         return free > 0 if holder is None else self._held.get(holder, 0) < free
 
-    def take(self, holder: str | None) -> None:
+    def acquire(self, holder: str | None) -> None:
         """Count one more place, which `admits` has allowed."""
         self.in_use += 1
         if holder is not None:
             self._held[holder] = self._held.get(holder, 0) + 1
 
-    def try_take(self, holder: str | None) -> bool:
+    def try_acquire(self, holder: str | None) -> bool:
         """Take one more place if `admits` allows it, in one step; tell whether it did."""
         free = self.total - self.in_use
         if holder is None:
@@ -65,7 +65,7 @@ class Shares:
         self.in_use += 1
         return True
 
-    def give_back(self, holder: str | None) -> None:
+    def release(self, holder: str | None) -> None:
         """Count one place less."""
         self.in_use -= 1
         if holder is not None:
@@ -77,10 +77,10 @@ class Shares:
 
     def refusal(self, holder: str | None, what: str) -> str:
         """Return why the holder got no place; `what` names the places, such as "connections"."""
-        return refusal(self.held(holder), self.in_use, self.total, what)
+        return share_refusal(self.held(holder), self.in_use, self.total, what)
 
 
-def refusal(held: int, in_use: int, total: int, what: str) -> str:
+def share_refusal(held: int, in_use: int, total: int, what: str) -> str:
     """Return why somebody who has `held` places got no other one."""
     if held == 0 or in_use >= total:
         return f"all {total} {what} are in use"
@@ -100,7 +100,7 @@ class ResourceState:
     refused: int
 
     @classmethod
-    def of(cls, resource: str, shares: Iterable[Shares], upstream: str | None = None) -> "ResourceState":
+    def of(cls, resource: str, shares: Iterable[FairShares], upstream: str | None = None) -> "ResourceState":
         """Look at the parts of one resource, such as an upstream's targets."""
         parts = list(shares)
         return cls(

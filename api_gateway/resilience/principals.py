@@ -9,7 +9,7 @@ NEVER = float("-inf")
 
 
 @dataclass(slots=True)
-class Callers:
+class RecentPrincipals:
     """Whether calls came from several principals: it knows the last one, and when any other last called.
 
     That is exact for any number of principals, in constant memory: before the last one's calls came some other's.
@@ -29,10 +29,10 @@ class Callers:
             self.last = principal
         self.last_at = now
 
-    def are_several_since(self, moment: float) -> bool:
+    def has_several_since(self, moment: float) -> bool:
         """Tell whether others than the last principal have called at that moment or later."""
         return self.other_at >= moment
 
-    def include_other_since(self, principal: str, moment: float) -> bool:
+    def has_other_since(self, principal: str, moment: float) -> bool:
         """Tell whether anybody else than `principal` has called at that moment or later."""
         return self.other_at >= moment or (self.last != principal and self.last_at >= moment)

@@ -19,7 +19,7 @@ class PriorityClasses:
     def __init__(self, ranks: Mapping[str, float]) -> None:
         """`ranks` are by tier; the highest is shed last."""
         order = sorted(set(ranks.values()))
-        self._bands = {tier: bisect_left(order, rank) for tier, rank in ranks.items()}
+        self._by_tier = {tier: bisect_left(order, rank) for tier, rank in ranks.items()}
         count = max(1, len(order))
         rise = (1 - LOWEST_SHARE) / (count - 1) if count > 1 else 0.0
         self.shares = tuple(1 - rise * (count - 1 - priority) for priority in range(count))
@@ -32,11 +32,11 @@ class PriorityClasses:
 
     def of(self, tier: str) -> int:
         """Return the band of a tier; of one that is not known, the lowest."""
-        return self._bands.get(tier, 0)
+        return self._by_tier.get(tier, 0)
 
     def name(self, priority: int) -> str:
         """Return the tiers of a band."""
-        return " or ".join(tier for tier, its in self._bands.items() if its == priority)
+        return " or ".join(tier for tier, its in self._by_tier.items() if its == priority)
 
 
 SINGLE_PRIORITY = PriorityClasses({})

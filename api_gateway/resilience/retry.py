@@ -14,7 +14,7 @@ from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.resilience.rate_meter import RateMeter
 
-NEVER = float("inf")
+NO_RETRY = float("inf")
 _SECONDS = re.compile(rb"[0-9]{1,9}")
 _MAX_DOUBLINGS = 30
 
@@ -199,17 +199,17 @@ def is_repeatable(method: str, fields: Fields) -> bool:
 def retry_after_of(fields: Fields) -> float | None:
     """Return what an answer's `Retry-After` asks for, in seconds (RFC 9110 section 10.2.3); None without a usable one.
 
-    A date is taken relative to the answer's own `Date`, which the same clock wrote; without one it is `NEVER`.
+    A date is taken relative to the answer's own `Date`, which the same clock wrote; without one it is `NO_RETRY`.
     """
     given = fields.get(b"retry-after", ())
     if len(given) != 1:
-        return NEVER if given else None
+        return NO_RETRY if given else None
     if _SECONDS.fullmatch(given[0]) is not None:
         return float(given[0])
     asked, written = (_seconds_of(values) for values in (given, fields.get(b"date", ())))
     if asked is None:
         return None
-    return NEVER if written is None else max(0.0, asked - written)
+    return NO_RETRY if written is None else max(0.0, asked - written)
 
 
 def _seconds_of(dates: Iterable[bytes]) -> float | None:

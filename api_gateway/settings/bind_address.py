@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-UNIX = "unix:"
+UNIX_PREFIX = "unix:"
 MAX_PATH = 107  # bytes of a Unix socket's path (unix(7))
 MAX_PORT = 65_535
 EVERY_PERMISSION = 0o777
@@ -21,9 +21,9 @@ class BindAddress:
     @classmethod
     def of(cls, host: str, port: int, mode: int) -> "BindAddress":
         """Return the address of a host that may also be `unix:/path`. Raises ValueError."""
-        if not host.startswith(UNIX):
+        if not host.startswith(UNIX_PREFIX):
             return cls(host.removeprefix("[").removesuffix("]"), port)
-        path = host.removeprefix(UNIX)
+        path = host.removeprefix(UNIX_PREFIX)
         if not path.startswith("/") or len(path.encode()) > MAX_PATH:
             raise ValueError(f"must be unix: and an absolute path of at most {MAX_PATH} bytes")
         return cls(path=path, mode=mode)
@@ -31,7 +31,7 @@ class BindAddress:
     @classmethod
     def parse(cls, text: str, mode: int) -> "BindAddress":
         """Return the address that `host:port` or `unix:/path` names. Raises ValueError."""
-        if text.startswith(UNIX):
+        if text.startswith(UNIX_PREFIX):
             return cls.of(text, 0, mode)
         host, _, port = text.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()) or int(port) > MAX_PORT:
@@ -41,7 +41,7 @@ class BindAddress:
         return cls.of(host, int(port), mode)
 
     def __str__(self) -> str:
-        return f"{UNIX}{self.path}" if self.path else authority(self.host, self.port)
+        return f"{UNIX_PREFIX}{self.path}" if self.path else authority(self.host, self.port)
 
 
 def authority(host: str, port: int) -> str:

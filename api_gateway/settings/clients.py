@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from api_gateway.settings.setting_types import OWN_HEADER, Network, Section, TierName
+from api_gateway.settings.setting_types import OWN_HEADER, NetworkSetting, Section, TierName
 
 
 class IdentitySection(Section):
@@ -20,7 +20,7 @@ class AddressLimitSection(Section):
 
     rate: float = Field(default=100, ge=0, le=1_000_000)
     capacity: int = Field(default=1000, ge=1, le=1_000_000_000)
-    exempt: list[Network] = Field(default=[IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")])
+    exempt: list[NetworkSetting] = Field(default=[IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")])
 
 
 class CandidateSection(Section):

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from api_gateway.settings.secret import SUFFIX, Unusable, holds_secret, may_hold_password, secret_names, shown_path
 
-Place = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 DELIMITER = "__"  # between the levels of a setting, in the name of a variable
 
@@ -47,7 +47,7 @@ class YamlFile:
 
     path: Path | None
     values: dict[str, Any]
-    lines: Mapping[Place, int]
+    lines: Mapping[KeyPath, int]
     problems: tuple[str, ...] = ()  # what YAML allows and we do not
 
 
@@ -84,7 +84,7 @@ def read_yaml(path: Path) -> YamlFile:
         return YamlFile(path, {}, {})
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: must hold sections, got {type(values).__name__}"])
-    lines: dict[Place, int] = {}
+    lines: dict[KeyPath, int] = {}
     faults = [f"{path}:{line}: {spelt(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
     if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
         raise ConfigError(faults)
@@ -94,16 +94,16 @@ def read_yaml(path: Path) -> YamlFile:
 
 def _not_yaml(error: Exception) -> str:
     """Return line and problem, without the text of the file that the error quotes: it may be a secret."""
-    mark = getattr(error, "problem_mark", None)
+    cursor = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
     problem = _QUOTED.sub(lambda quoted: quoted[0] if _YAML_TOKEN.fullmatch(quoted[2]) else "'...'", problem)
     hint = "; indent with spaces instead of tabs" if "'\\t'" in problem else ""
-    return f"{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}{hint}"
+    return f"{f':{cursor.line + 1}' if cursor else ''}: not YAML: {problem}{hint}"
 
 
 def _index_lines(
-    node: yaml.Node | None, place: Place, lines: dict[Place, int], above: tuple[yaml.Node, ...] = ()
-) -> Iterator[tuple[Place, int, str]]:
+    node: yaml.Node | None, place: KeyPath, lines: dict[KeyPath, int], above: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[KeyPath, int, str]]:
     """Fill `lines`, and yield place, line and fault of every key or value that YAML allows and we do not."""
     if any(node is outer for outer in above) and node is not None:
         yield place, node.start_mark.line + 1, _HOLDS_ITSELF
@@ -152,7 +152,7 @@ class Sources:
         value = _value_at(self.overrides, place_of_variable(variable, self.prefix))
         return value is not None and not isinstance(value, Mapping)
 
-    def given(self, place: Place) -> Any:
+    def given(self, place: KeyPath) -> Any:
         """Return the value that one of the sources has for exactly this place, or None."""
         found = [_value_at(self.overrides, place)]
         for length in range(len(place), 0, -1):
@@ -161,7 +161,7 @@ class Sources:
         found.append(_value_at(self.file.values, place))
         return next((value for value in found if value is not None), None)
 
-    def origin(self, place: Place) -> str:
+    def origin(self, place: KeyPath) -> str:
         """Return where the value at `place` was set, with a colon behind, or nothing when it cannot be told."""
         if _value_at(self.overrides, place) is not None:
             return "command line: "
@@ -177,12 +177,12 @@ class Sources:
         return ""
 
 
-def place_of_variable(name: str, prefix: str) -> Place:
+def place_of_variable(name: str, prefix: str) -> KeyPath:
     """Return the place of the setting that a variable, by its upper-case name, is for."""
     return tuple(name.removeprefix(prefix).lower().split(DELIMITER))
 
 
-def _may_hold(text: str | None, place: Place) -> bool:
+def _may_hold(text: str | None, place: KeyPath) -> bool:
     try:
         return not place or _value_at(json.loads(text or ""), place) is not None
     except ValueError:
@@ -196,7 +196,7 @@ def _parsed(text: str | None) -> Any:
         return None
 
 
-def _value_at(value: Any, place: Place) -> Any:
+def _value_at(value: Any, place: KeyPath) -> Any:
     """Return what is at `place` inside `value`, or None."""
     for part in place:
         if isinstance(value, Mapping) and part in value:
@@ -208,12 +208,12 @@ def _value_at(value: Any, place: Place) -> Any:
     return value
 
 
-def place_of(detail: ErrorDetails) -> Place:
+def place_of(detail: ErrorDetails) -> KeyPath:
     """Return the place that one of pydantic's errors is about; a name is told by its value."""
     return tuple(str(part) for part in detail["loc"] if part != "[key]")
 
 
-def explain(
+def describe_errors(
     detail: ErrorDetails, model: type[BaseModel], sources: Sources, patterns: Mapping[str, str] = NO_PATTERNS
 ) -> str:
     """Return a line for one of pydantic's errors about `model`. Secrets are not shown.
@@ -280,7 +280,7 @@ def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
     return f"{message[0].lower()}{message[1:]}"
 
 
-def _is_named_secret(model: type[BaseModel], place: Place) -> bool:
+def _is_named_secret(model: type[BaseModel], place: KeyPath) -> bool:
     """Tell whether a name should stand in front of a section with a secret at this place."""
     names = type_at(model, place[:-1])
     return get_origin(unwrapped(names)) is dict and holds_secret(names)
@@ -309,12 +309,12 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def spelt(place: Place) -> str:
+def spelt(place: KeyPath) -> str:
     """Return a place as people write it, such as `routes[0].path`."""
     return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place).removeprefix(".")
 
 
-def type_at(model: Any, place: Place) -> Any:
+def type_at(model: Any, place: KeyPath) -> Any:
     """Return the type, with its metadata, of the setting at `place` below `model`, or None if there is none."""
     for part in place:
         annotation = unwrapped(model)
@@ -327,7 +327,7 @@ def type_at(model: Any, place: Place) -> Any:
     return model
 
 
-def _keys_at(model: Any, place: Place) -> list[str]:
+def _keys_at(model: Any, place: KeyPath) -> list[str]:
     """Return the keys known to the section at `place` below `model`."""
     section = unwrapped(type_at(model, place))
     return list(section.model_fields) if is_section(section) else []

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from api_gateway.settings.diagnostics import (
     DELIMITER,
-    Place,
+    KeyPath,
     is_section,
     nearest,
     place_of_variable,
@@ -101,7 +101,7 @@ def _nearest(name: str, prefix: str, known: Collection[str]) -> str:
     return nearest(name, same or at_end or known)
 
 
-def _set(values: dict[str, Any], place: Place, text: str, model: type[BaseModel]) -> str | None:
+def _set(values: dict[str, Any], place: KeyPath, text: str, model: type[BaseModel]) -> str | None:
     """Put a value at its place; return what is wrong with it, if anything is."""
     value: Any = text
     kind = unwrapped(type_at(model, place))

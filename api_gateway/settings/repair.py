@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from api_gateway.settings.diagnostics import Place, is_section, place_of, type_at, unwrapped
+from api_gateway.settings.diagnostics import KeyPath, is_section, place_of, type_at, unwrapped
 
 _ROUNDS = 12  # a section that is made up brings mistakes of its own, one level after the other
 _PLACEHOLDERS = (1, "placeholder", "/api/placeholder-{}", "http://placeholder.invalid")
@@ -18,10 +18,10 @@ _PLACEHOLDERS = (1, "placeholder", "/api/placeholder-{}", "http://placeholder.in
 
 def repaired(
     values: Mapping[str, Any], model: type[BaseModel], errors: Sequence[ErrorDetails], check: Callable[[Any], Any]
-) -> tuple[list[ErrorDetails], list[Place]]:
+) -> tuple[list[ErrorDetails], list[KeyPath]]:
     """Return the errors about the whole that `check` raises for `values` without its wrong parts, and their places."""
     values = _copied(values)
-    wrong: list[Place] = []
+    wrong: list[KeyPath] = []
     for _ in range(_ROUNDS):
         places = [(place_of(detail), detail) for detail in errors]
         of_parts = [(place, detail) for place, detail in places if place]
@@ -45,7 +45,7 @@ def _copied(value: Any) -> Any:
     return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _parent(values: Any, place: Place) -> Any:
+def _parent(values: Any, place: KeyPath) -> Any:
     for part in place[:-1]:
         if isinstance(values, list) and part.isdigit() and int(part) < len(values):
             values = values[int(part)]
@@ -56,7 +56,7 @@ def _parent(values: Any, place: Place) -> Any:
     return values
 
 
-def _take_out(values: Any, model: type[BaseModel], place: Place, wrong: list[Place], *, is_unwanted: bool) -> None:
+def _take_out(values: Any, model: type[BaseModel], place: KeyPath, wrong: list[KeyPath], *, is_unwanted: bool) -> None:
     """Replace a wrong part; remove it if it must not be there or is wrong again; then replace what is around it."""
     times = wrong.count(place)
     wrong.append(place)
@@ -68,14 +68,14 @@ def _take_out(values: Any, model: type[BaseModel], place: Place, wrong: list[Pla
         _take_out(values, model, place[:-1], wrong, is_unwanted=False)
 
 
-def _remove(values: Any, place: Place) -> None:
+def _remove(values: Any, place: KeyPath) -> None:
     parent = _parent(values, place)
     if isinstance(parent, dict):
         parent.pop(place[-1], None)
         parent.pop(f"{place[-1]}_file", None)  # a secret may have come from there
 
 
-def _replace(values: Any, model: type[BaseModel], place: Place, number: int) -> None:
+def _replace(values: Any, model: type[BaseModel], place: KeyPath, number: int) -> None:
     """Put a default or a placeholder in the place of a wrong value."""
     annotation, parent = type_at(model, place), _parent(values, place)
     section = unwrapped(type_at(model, place[:-1]))

@@ -10,7 +10,7 @@ from api_gateway.http1.methods import REFUSED_METHODS
 from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
-from api_gateway.settings.diagnostics import Place, nearest, spelt
+from api_gateway.settings.diagnostics import KeyPath, nearest, spelt
 from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.store import StoreSection
@@ -24,15 +24,15 @@ MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its ti
 class Finding:
     """What is wrong at a place, or worth a warning. It holds only if the settings at `because` are right."""
 
-    place: Place
+    place: KeyPath
     message: str
     shown: str = ""
-    because: tuple[Place, ...] = ()
+    because: tuple[KeyPath, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.shown or spelt(self.place)}: {self.message}"
 
-    def concerns(self, wrong: Place) -> bool:
+    def concerns(self, wrong: KeyPath) -> bool:
         """Tell whether it may only follow from a mistake at another place."""
         if self.place[: len(wrong)] == wrong or wrong[: len(self.place)] == self.place:
             return True
@@ -90,7 +90,7 @@ def doubts(config: Whole) -> Iterator[Finding]:
             yield Finding(place, "no route uses this upstream")
     for index, route in enumerate(config.routes):
         for number, other in unused_cost_rules(route.costs):
-            rule: Place = ("routes", str(index), "costs", str(number))
+            rule: KeyPath = ("routes", str(index), "costs", str(number))
             message = f"never counts: costs[{other}] before it covers all of its requests"
             yield _of_route(route, rule, message)
 
@@ -101,7 +101,7 @@ def _store_findings(config: Whole) -> Iterator[Finding]:
         yield Finding(("store", "clients"), message, because=(("store", "url"), ("store", "url_file")))
     if not config.store.is_shared:
         return
-    terms: dict[Place, TierSection | AddressLimitSection] = {
+    terms: dict[KeyPath, TierSection | AddressLimitSection] = {
         **{("tiers", name): tier for name, tier in config.tiers.items()},
         ("address_limit",): config.address_limit,
     }
@@ -115,9 +115,9 @@ def _store_findings(config: Whole) -> Iterator[Finding]:
 
 
 def _token_findings(config: Whole) -> Iterator[Finding]:
-    tokens: list[tuple[Place, SecretStr | None]] = [(("admin", "token"), config.admin.token)]
+    tokens: list[tuple[KeyPath, SecretStr | None]] = [(("admin", "token"), config.admin.token)]
     tokens += [(("admin", "tokens", name, "token"), section.token) for name, section in config.admin.tokens.items()]
-    places: dict[str, Place] = {}
+    places: dict[str, KeyPath] = {}
     for place, token in tokens:
         if token is not None:
             first = places.setdefault(token.get_secret_value(), place)
@@ -137,7 +137,7 @@ def _tier_findings(config: Whole) -> Iterator[Finding]:
     for client_id, client in config.clients.items():
         if client.tier not in config.tiers:
             message = f"no such tier, got {client.tier!r}; the tiers are {known}"
-            because: tuple[Place, ...] = (("tiers",), ("tiers", client.tier))
+            because: tuple[KeyPath, ...] = (("tiers",), ("tiers", client.tier))
             yield Finding(("clients", client_id, "tier"), message, because=because)
     unranked = [name for name, tier in config.tiers.items() if tier.priority is None]
     if unranked and len(unranked) < len(config.tiers):
@@ -145,7 +145,7 @@ def _tier_findings(config: Whole) -> Iterator[Finding]:
         yield Finding(("tiers", unranked[0], "priority"), message, because=(("tiers",),))
 
 
-def _all_terms(config: Whole) -> Iterator[tuple[Place, TierSection | CandidateSection | AddressLimitSection]]:
+def _all_terms(config: Whole) -> Iterator[tuple[KeyPath, TierSection | CandidateSection | AddressLimitSection]]:
     yield ("address_limit",), config.address_limit
     for name, tier in config.tiers.items():
         yield ("tiers", name), tier
@@ -153,7 +153,7 @@ def _all_terms(config: Whole) -> Iterator[tuple[Place, TierSection | CandidateSe
             yield ("tiers", name, "candidate"), tier.candidate
 
 
-def _concurrency_findings(upstream_place: Place, upstream: UpstreamSection) -> Iterator[Finding]:
+def _concurrency_findings(upstream_place: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:
     section, place = upstream.concurrency, (*upstream_place, "concurrency")
     if section is None:
         return
@@ -166,7 +166,7 @@ def _concurrency_findings(upstream_place: Place, upstream: UpstreamSection) -> I
         yield Finding((*place, "adaptive", "min_limit"), message, because=((*place, "adaptive", "max_limit"),))
 
 
-def _breaker_findings(upstream_place: Place, upstream: UpstreamSection) -> Iterator[Finding]:
+def _breaker_findings(upstream_place: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:
     breaker, place = upstream.circuit_breaker, (*upstream_place, "circuit_breaker")
 
     def finding(key: str, message: str, *other: str) -> Finding:
@@ -193,7 +193,7 @@ def _breaker_findings(upstream_place: Place, upstream: UpstreamSection) -> Itera
         )
 
 
-def _of_route(route: RouteSection, place: Place, message: str, because: tuple[Place, ...] = ()) -> Finding:
+def _of_route(route: RouteSection, place: KeyPath, message: str, because: tuple[KeyPath, ...] = ()) -> Finding:
     """Return a finding that shows the name of the route behind its number."""
     _, number, *rest = place
     return Finding(place, message, f"routes[{number}] ({route.name}).{spelt(tuple(rest))}", because)
@@ -219,7 +219,7 @@ def _route_findings(config: Whole) -> Iterator[Finding]:
         yield _of_route(config.routes[index], ("routes", str(index), "path"), message, matched)
 
 
-_Wrong = tuple[Place, str, tuple[Place, ...]]
+_Wrong = tuple[KeyPath, str, tuple[KeyPath, ...]]
 
 
 def _reference_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
@@ -254,9 +254,9 @@ def _match_findings(route: RouteSection) -> Iterator[_Wrong]:
 def _cost_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
     largest = max((terms.capacity for place, terms in _all_terms(config) if place[0] == "tiers"), default=0)
     capacities = tuple(("tiers", name, "capacity") for name in config.tiers)
-    costs: list[tuple[Place, float | None]] = [(("cost",), route.cost), (("candidate_cost",), route.candidate_cost)]
+    costs: list[tuple[KeyPath, float | None]] = [(("cost",), route.cost), (("candidate_cost",), route.candidate_cost)]
     for number, rule in enumerate(route.costs):
-        place: Place = ("costs", str(number))
+        place: KeyPath = ("costs", str(number))
         costs += [((*place, "cost"), rule.cost), ((*place, "candidate_cost"), rule.candidate_cost)]
         if rule.path is not None:
             problem = path_problem(rule.path)

@@ -137,7 +137,7 @@ def _own_header(name: str) -> str:
 RetriedStatus = Annotated[int, AfterValidator(_retried_status)]
 HeaderName = Annotated[str, Field(pattern=_HEADER_NAME), AfterValidator(_own_header)]
 HeaderValue = Annotated[str, Field(pattern=_HEADER_VALUE, max_length=4096)]
-Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
+NetworkSetting = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]
 TrustedProxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], BeforeValidator(_trusted_proxy)]

@@ -21,8 +21,8 @@ from api_gateway.storage import server_guardian
 logger = logging.getLogger(__name__)
 
 SERVERS = ("valkey-server", "redis-server")  # looked for on the PATH, in this order
-START_TIMEOUT = 10.0  # seconds until it must answer
-STOP_TIMEOUT = 5.0
+STORE_START_TIMEOUT = 10.0  # seconds until it must answer
+STORE_STOP_TIMEOUT = 5.0
 RESTART_DELAY = 0.5  # seconds between two starts
 _LONGEST_PATH = 100  # bytes; a unix socket's path ends at 104 or 108
 _OPTIONS = ("--port", "0", "--unixsocketperm", "700", "--save", "", "--appendonly", "no")
@@ -113,7 +113,7 @@ class EmbeddedStore:
             os.close(its_output)
             self._log = asyncio.create_task(self._forward(output), name="log of the embedded store")
         try:
-            async with asyncio.timeout(START_TIMEOUT):
+            async with asyncio.timeout(STORE_START_TIMEOUT):
                 while not await self._answers():
                     if process.returncode is not None:
                         await self._log
@@ -121,7 +121,7 @@ class EmbeddedStore:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             await self._end(process)
-            raise NoServer(f"{self._server} did not answer within {START_TIMEOUT:g} s") from None
+            raise NoServer(f"{self._server} did not answer within {STORE_START_TIMEOUT:g} s") from None
 
     async def _answers(self) -> bool:
         try:
@@ -158,7 +158,7 @@ class EmbeddedStore:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with suppress(TimeoutError):
-                async with asyncio.timeout(STOP_TIMEOUT):
+                async with asyncio.timeout(STORE_STOP_TIMEOUT):
                     await process.wait()
                     await self._log  # its end is that of the server, which writes to the same pipe
                     return

@@ -40,7 +40,7 @@ from api_gateway.settings.store_url import StoreUrl
 
 logger = logging.getLogger(__name__)
 
-Client = Redis | RedisCluster
+StoreClient = Redis | RedisCluster
 StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all that a command can fail with
 MOVED = (MovedError, AskError, TryAgainError)  # the keys lie elsewhere, or are on their way
 REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
@@ -98,7 +98,7 @@ class StoreSession:
     def __repr__(self) -> str:
         return f"<StoreSession [{type(self.client).__name__}]>"
 
-    async def carrier(self, script: Script, node: str = "") -> "ScriptConnection":
+    async def script_connection(self, script: Script, node: str = "") -> "ScriptConnection":
         """Connect and make the script known; `node` is one of `nodes`, where there are several.
 
         Raises one of `StoreError`, which names the setting that may be wrong.
@@ -281,7 +281,7 @@ def _packed(verb: str, script: str, call: ScriptCall) -> bytes:
     return packed
 
 
-def connect(url: str, *, timeout: float) -> Client:
+def connect(url: str, *, timeout: float) -> StoreClient:
     """Return a client of the store that connects when it is used, for commands that may take `timeout` seconds.
 
     It never repeats a command by itself and raises one of `StoreError`. Replies are bytes. Raises ValueError.
@@ -313,7 +313,7 @@ def connect(url: str, *, timeout: float) -> Client:
     return Redis(host=host, port=port, **options)
 
 
-async def disconnect(client: Client) -> None:
+async def disconnect(client: StoreClient) -> None:
     """Close a client, and with it the sentinels it has asked."""
     await client.aclose()
     if isinstance(client, RedisCluster):  # which after a failure takes itself for closed, whatever it has open

@@ -9,10 +9,10 @@ try:
     import resource
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
-MOST_DESCRIPTORS = 1_048_576  # the kernel's default for what one process may have
+MAX_DESCRIPTORS = 1_048_576  # the kernel's default for what one process may have
 
 
-def raise_descriptor_limit(most: int = MOST_DESCRIPTORS) -> int:
+def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
     """Raise the soft limit of open files to the hard one, or to `most` if that is less; return what it is then.
 
     Child processes inherit it.

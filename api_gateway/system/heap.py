@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-EVERY = 5.0  # seconds between two looks
-WORTH = 8 * 1024 * 1024  # bytes free at two looks in a row, above which the heap is trimmed
+TRIM_INTERVAL = 5.0  # seconds between two looks
+MIN_FREE_BYTES = 8 * 1024 * 1024  # bytes free at two looks in a row, above which the heap is trimmed
 
 
 class _MallInfo2(ctypes.Structure):
@@ -50,7 +50,7 @@ class Heap:
         self._trim(0)
 
 
-def keep_trimmed(stopped: threading.Event, every: float = EVERY, worth: int = WORTH) -> None:
+def keep_trimmed(stopped: threading.Event, every: float = TRIM_INTERVAL, worth: int = MIN_FREE_BYTES) -> None:
     """Trim the heap whenever at least `worth` bytes were free at two looks in a row, `every` seconds apart.
 
     Blocks until `stopped` is set.

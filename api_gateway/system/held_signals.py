@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-HELD = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+BLOCKED_SIGNALS = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 
 
-def hold() -> None:
+def block_signals() -> None:
     """Hold them from now on. To be called in the main thread, before any other thread starts."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
 
 
 @contextmanager
-def delivered() -> Iterator[None]:
+def unblocked_signals() -> Iterator[None]:
     """Deliver them in this block, whose signal handlers are installed, and restore what was there before."""
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Standard output and standard error, written by threads of their own: no reader and no disk blocks the event loop.
 
-A line is queued in memory and written within `GATHER` seconds. When the queue is full, or writing fails, lines are
-dropped and counted; a warning says how many, at most once a minute. A blocked reader cannot keep the process from
+A line is queued in memory and written within `BATCH_DELAY` seconds. When the queue is full, or writing fails, lines
+are dropped and counted; a warning says how many, at most once a minute. A blocked reader cannot keep the process from
 ending: `flush` waits for a bounded time.
 """
 
@@ -21,11 +21,14 @@ from functools import cache
 
 logger = logging.getLogger(__name__)
 
-GATHER = 0.05  # seconds a line waits for others to be written together with it
+BATCH_DELAY = 0.05  # seconds a line waits for others to be written together with it
 MAX_BYTES = 8 * 1024 * 1024  # in one queue
 MAX_ENTRIES = 50_000  # in one queue
-REPORT_DELAY, REPORT_INTERVAL = 1.0, 60.0  # seconds from the first lost line to a warning, and between two warnings
-EXIT_PATIENCE = 2.0  # seconds for what is queued to be written before the process ends
+LOSS_REPORT_DELAY, LOSS_REPORT_INTERVAL = (
+    1.0,
+    60.0,
+)  # seconds from the first lost line to a warning, and between two warnings
+EXIT_FLUSH_TIMEOUT = 2.0  # seconds for what is queued to be written before the process ends
 _ATOMIC = 4096  # bytes (PIPE_BUF on Linux) that a pipe takes without mixing them with what other processes write
 _BATCH = 256 * 1024  # bytes of one write to anything else
 _NAMES = {"stdout": "standard output", "stderr": "standard error"}
@@ -90,7 +93,7 @@ class LineWriter:
     def _run(self) -> None:
         while True:
             self._has_entries.wait()
-            self._is_urgent.wait(GATHER)
+            self._is_urgent.wait(BATCH_DELAY)
             with self._lock:
                 self._has_entries.clear()
                 entries, self._entries = self._entries, []
@@ -141,7 +144,7 @@ class LineWriter:
 class Output:
     """Both streams of this process, and what was lost of them, by stream."""
 
-    def __init__(self, delay: float = REPORT_DELAY, interval: float = REPORT_INTERVAL) -> None:
+    def __init__(self, delay: float = LOSS_REPORT_DELAY, interval: float = LOSS_REPORT_INTERVAL) -> None:
         self.dropped: Counter[str] = Counter(dict.fromkeys(_NAMES, 0))  # lines
         self.errors: Counter[str] = Counter(dict.fromkeys(_NAMES, 0))  # failed writes
         self._delay, self._interval = delay, interval
@@ -162,7 +165,7 @@ class Output:
         """The live counts of dropped lines and failed writes."""
         return self.dropped, self.errors
 
-    def flush(self, seconds: float = EXIT_PATIENCE) -> bool:
+    def flush(self, seconds: float = EXIT_FLUSH_TIMEOUT) -> bool:
         """Wait until both streams are written, for `seconds` at most; return whether they are."""
         until = time.monotonic() + seconds
         is_written = self.out.flush(seconds)
@@ -254,7 +257,7 @@ class LineHandler(logging.Handler):
 
     def flush(self) -> None:
         """Wait until what was logged is written, for a bounded time. Blocks; `emit` does not call it."""
-        self._writer.flush(EXIT_PATIENCE)
+        self._writer.flush(EXIT_FLUSH_TIMEOUT)
 
 
 @cache

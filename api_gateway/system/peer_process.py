@@ -89,8 +89,8 @@ class PeerProcesses:
 
     def _holders(self, inode: int) -> list[int]:
         """Return every process that holds the socket, of those that may be seen."""
-        link = f"socket:[{inode}]"
-        found = [pid for pid in self._processes() if any(link == target for _, target in self._descriptors(pid))]
+        extension = f"socket:[{inode}]"
+        found = [pid for pid in self._processes() if any(extension == target for _, target in self._descriptors(pid))]
         if not found:
             raise NotEstablished("no process that may be seen holds the peer's socket")
         return found

@@ -87,8 +87,8 @@ class SocketTable:
 
     def is_listening(self, port: int) -> bool:
         """Tell whether somebody listens on this port, at any address."""
-        mark = b":%04X " % port
-        rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, mark))
+        cursor = b":%04X " % port
+        rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, cursor))
         return any(row.state == LISTEN and row.local.port == port for row in rows)
 
     def unix_socket(self, inode: int) -> UnixRow | None:
@@ -115,17 +115,17 @@ class SocketTable:
         return any(row.is_listening and row.name == name for row in rows)
 
 
-def _rows_with(text: bytes, mark: bytes) -> Iterator[Row]:
+def _rows_with(text: bytes, cursor: bytes) -> Iterator[Row]:
     """Return the rows whose line holds the mark."""
-    return (row for line in _lines_with(text, mark) if (row := _row(line)) is not None)
+    return (row for line in _lines_with(text, cursor) if (row := _row(line)) is not None)
 
 
-def _lines_with(text: bytes, mark: bytes) -> Iterator[bytes]:
-    at = text.find(mark)
+def _lines_with(text: bytes, cursor: bytes) -> Iterator[bytes]:
+    at = text.find(cursor)
     while at >= 0:
         start, end = text.rfind(NEWLINE, 0, at) + 1, text.find(NEWLINE, at)
         yield text[start : end if end >= 0 else len(text)]
-        at = text.find(mark, max(end, at + 1)) if end >= 0 else -1
+        at = text.find(cursor, max(end, at + 1)) if end >= 0 else -1
 
 
 def _unix_row(fields: list[bytes]) -> UnixRow:

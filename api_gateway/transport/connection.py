@@ -21,7 +21,9 @@ from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import LeanRequest, length_of, render_request_head
 from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, SWITCHING, ResponseListener, UpstreamResponse
 
-HIGH_WATER = 32 * 1024  # bytes of a response held for a slow client before reading from the upstream is paused
+RESPONSE_HIGH_WATER = (
+    32 * 1024
+)  # bytes of a response held for a slow client before reading from the upstream is paused
 MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
 _SURPLUS = "more came than was announced"
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
@@ -250,7 +252,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             answer.on_progress()
             return
         answer.on_progress()
-        if answer.buffered > HIGH_WATER:  # nothing is held of a response that is relayed
+        if answer.buffered > RESPONSE_HIGH_WATER:  # nothing is held of a response that is relayed
             self.pause_reading()
 
     def _parse(self, answer: UpstreamResponse, data: bytes) -> None:
@@ -492,5 +494,5 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self.alarm.clear()
 
 
-def _render_trailers(hooks: ResponseListener) -> bytes:
-    return b"".join([b"%b: %b\r\n" % pair for pair in hooks.trailers()])
+def _render_trailers(listener: ResponseListener) -> bytes:
+    return b"".join([b"%b: %b\r\n" % pair for pair in listener.trailers()])

@@ -35,7 +35,7 @@ class HttpxBody:
             self._read_at = self._clock()
 
 
-async def reply_to(
+async def send_request(
     transport: httpx.AsyncBaseTransport, request: httpx.Request, answer: UpstreamResponse | None
 ) -> httpx.Response:
     """Send the request, unless it has an answer under way already, and return the response."""
@@ -58,7 +58,7 @@ def parts_of(response: httpx.Response) -> tuple[HeaderList, Fields, UpstreamResp
     return headers, fields_of(headers), HttpxBody(response.stream)  # type: ignore[arg-type]  # an async one
 
 
-async def let_go(response: httpx.Response) -> None:
+async def close_response(response: httpx.Response) -> None:
     """Close an answer: what has not fully arrived takes its connection with it."""
     if isinstance(response, LeanResponse):
         response.stream.close()

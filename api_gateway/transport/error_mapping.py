@@ -12,12 +12,12 @@ from api_gateway.errors import (
     UpstreamReset,
     UpstreamTimeout,
 )
-from api_gateway.transport.local_resources import OutOfResources
+from api_gateway.transport.local_resources import LocalResourcesExhausted
 from api_gateway.transport.pool import OverShare
 
 # httpx's failures in our words, most specific first. What the client is told names no address.
 _TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
-    (OutOfResources, Overloaded, "this gateway has no descriptor or port left for a connection to it"),
+    (LocalResourcesExhausted, Overloaded, "this gateway has no descriptor or port left for a connection to it"),
     (httpx.PoolTimeout, Overloaded, "no connection to it came free in time"),
     (httpx.ConnectTimeout, UpstreamConnectTimeout, "it did not accept a connection in time"),
     (httpx.TimeoutException, UpstreamTimeout, "it was silent for too long"),
@@ -30,7 +30,7 @@ _TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
 
 def translate(error: Exception, upstream: str) -> GatewayError:
     """Translate one of httpx's errors. A second sending that found no connection is the gateway's own error."""
-    if isinstance(error.__cause__, OutOfResources | httpx.PoolTimeout):
+    if isinstance(error.__cause__, LocalResourcesExhausted | httpx.PoolTimeout):
         error = error.__cause__
     if isinstance(error, httpx.LocalProtocolError):
         return BadRequest(f"The request cannot be sent on: {error}.")

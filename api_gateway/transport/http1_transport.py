@@ -6,7 +6,7 @@ without awaiting. Bytes travel as they are: no header is added, no body decoded,
 
 Failures are httpx's own: ConnectError and ConnectTimeout (nothing was sent), PoolTimeout (no connection came free),
 ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (what came was not HTTP); and
-OutOfResources, a ConnectError for which this process is the cause.
+LocalResourcesExhausted, a ConnectError for which this process is the cause.
 
 `request.extensions` may hold `target` (the raw request target, bytes), `timeout`, a dict of seconds: `connect`,
 `pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent), `hooks`, and `holder`,
@@ -22,9 +22,9 @@ from typing import Any
 import httpx
 
 from api_gateway.http1.methods import IDEMPOTENT
-from api_gateway.resilience.fair_shares import Shares
+from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.transport.connection import StaleConnection, UpstreamConnection
-from api_gateway.transport.local_resources import OutOfResources, is_own_lack
+from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import NO_BODY, LeanRequest, Origin
 from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, LeanResponse, UpstreamResponse
@@ -97,7 +97,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         """Return the connections to `origin`."""
         return self._pools.get(origin.key) or self._make_pool(origin)
 
-    def resources(self) -> tuple[list[Shares], list[Shares]]:
+    def resources(self) -> tuple[list[FairShares], list[FairShares]]:
         """Return the shares of the connections in use, and of the tunnels, of each target that has been used."""
         return [pool.shares for pool in self._pools.values()], [pool.tunnels for pool in self._pools.values()]
 
@@ -162,7 +162,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             connect,
             limit=self._max_connections,
             idle_timeout=self._idle_timeout,
-            tunnels=Shares(self._max_tunnels),
+            tunnels=FairShares(self._max_tunnels),
         )
         if self._is_retired:
             pool.retire()
@@ -189,7 +189,11 @@ async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | 
         if isinstance(error, TimeoutError):
             raise httpx.ConnectTimeout(f"no connection to {place} within {seconds} s") from error
         if isinstance(error, OSError):
-            kind = OutOfResources if is_own_lack(error, origin.address, origin.port) else httpx.ConnectError
+            kind = (
+                LocalResourcesExhausted
+                if is_local_exhaustion(error, origin.address, origin.port)
+                else httpx.ConnectError
+            )
             raise kind(f"no connection to {place}: {error.strerror or error}") from error
         raise
     if connection.is_closed:

@@ -14,38 +14,38 @@ import httpx
 
 from api_gateway.errors import causes
 
-REPORT_INTERVAL = 60.0  # seconds between two log lines
-_LACK = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+EXHAUSTION_LOG_INTERVAL = 60.0  # seconds between two log lines
+_EXHAUSTION = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 logger = logging.getLogger(__name__)
 
 
-class OutOfResources(httpx.ConnectError):
+class LocalResourcesExhausted(httpx.ConnectError):
     """No connection could be opened because this process or machine lacks a descriptor, a port or socket memory."""
 
 
-def lack_behind(error: BaseException | None) -> OSError | None:
+def exhaustion_behind(error: BaseException | None) -> OSError | None:
     """Return the error of the operating system that names a lack of our own, if one is behind `error`."""
     for cause in causes(error, with_context=False):
         if isinstance(cause, socket.gaierror):
             if not _has_descriptor():  # the resolver could not open its files, and says that the name is unknown
                 return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        elif isinstance(cause, OSError) and cause.errno in _LACK:
+        elif isinstance(cause, OSError) and cause.errno in _EXHAUSTION:
             return cause
     return None
 
 
-def is_own_lack(error: BaseException, address: str, port: int) -> bool:
+def is_local_exhaustion(error: BaseException, address: str, port: int) -> bool:
     """Tell whether connecting to `address` failed for a lack of our own.
 
     EADDRNOTAVAIL says that no port is free, but also that this machine has no address to reach `address` from, such
     as `::1` without IPv6. A datagram socket, which needs no free stream port, tells the two apart.
     """
-    lack = lack_behind(error)
-    if lack is None or lack.errno != errno.EADDRNOTAVAIL:
-        return lack is not None
+    exhaustion = exhaustion_behind(error)
+    if exhaustion is None or exhaustion.errno != errno.EADDRNOTAVAIL:
+        return exhaustion is not None
     try:
         version = ip_address(address.partition("%")[0]).version
     except ValueError:
@@ -62,15 +62,15 @@ def _has_descriptor() -> bool:
     return False
 
 
-class LackLog:
-    """Logs that connections could not be opened for a lack of our own, at most once in `REPORT_INTERVAL`."""
+class ExhaustionLog:
+    """Logs that connections could not be opened for a lack of our own, at most once in `EXHAUSTION_LOG_INTERVAL`."""
 
     def __init__(self) -> None:
         self._due = float("-inf")
         self._unreported = 0
 
     def __repr__(self) -> str:
-        return f"<LackLog [{self._unreported} unreported]>"
+        return f"<ExhaustionLog [{self._unreported} unreported]>"
 
     def note(self, upstream: str, error: Exception, now: float) -> None:
         """Count one request that was refused for it, and log it if the last line is old enough."""
@@ -80,4 +80,4 @@ class LackLog:
         logger.error(
             "upstream %s: %s; requests refused for this since the last report: %d", upstream, error, self._unreported
         )
-        self._due, self._unreported = now + REPORT_INTERVAL, 0
+        self._due, self._unreported = now + EXHAUSTION_LOG_INTERVAL, 0

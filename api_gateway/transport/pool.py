@@ -3,8 +3,8 @@
 Last in first out lets the surplus of a quiet hour expire. Taking and giving back cost O(1) and do not wait; a closed
 connection leaves the pool the moment it closes.
 
-Of the connections in use each holder may have as many as are free, see `Shares`; who has more under way waits, in a
-queue of its own. The connection of a tunnel or an event stream is counted apart, by a bound and shares of its own.
+Of the connections in use each holder may have as many as are free, see `FairShares`; who has more under way waits, in
+a queue of its own. The connection of a tunnel or an event stream is counted apart, by a bound and shares of its own.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 import httpx
 
-from api_gateway.resilience.fair_shares import Shares
+from api_gateway.resilience.fair_shares import FairShares
 
 
 class OverShare(httpx.PoolTimeout):
@@ -57,14 +57,14 @@ class Pool(Generic[C]):
         *,
         limit: int,
         idle_timeout: float,
-        shares: Shares | None = None,
-        tunnels: Shares | None = None,
+        shares: FairShares | None = None,
+        tunnels: FairShares | None = None,
     ) -> None:
         self._connect = connect
         self._limit = limit
         self._idle_timeout = idle_timeout
-        self.shares = shares or Shares(limit)
-        self.tunnels = tunnels or Shares(limit)
+        self.shares = shares or FairShares(limit)
+        self.tunnels = tunnels or FairShares(limit)
         self._slots = 0  # connections open, being opened, or promised to a waiter
         self._open: set[C] = set()
         self._idle: dict[C, None] = {}  # the longest idle first
@@ -81,7 +81,7 @@ class Pool(Generic[C]):
 
     def take_idle(self, holder: str | None = None) -> C | None:
         """Return the connection that was used last, or None if every one is busy or the holder has its share."""
-        if not self._idle or not self.shares.try_take(holder):
+        if not self._idle or not self.shares.try_acquire(holder):
             return None
         connection, _ = self._idle.popitem()
         connection.holder = holder
@@ -110,7 +110,7 @@ class Pool(Generic[C]):
             if self.shares.admits(holder):
                 if self._slots < self._limit:
                     self._slots += 1
-                    self.shares.take(holder)
+                    self.shares.acquire(holder)
                     on_connect()
                     return await self._fill_slot(connect, holder)
                 if self._idle:  # the longest idle one is closed for it; taken out here, so that the loop ends anyway
@@ -133,7 +133,7 @@ class Pool(Generic[C]):
         if self._apart and connection in self._apart:
             connection.close()
             return
-        self.shares.give_back(connection.holder)
+        self.shares.release(connection.holder)
         if self._waiters:
             holder, waiter = self._next_waiter()
             if waiter is not None:
@@ -152,7 +152,7 @@ class Pool(Generic[C]):
         """Forget a closed connection, and let the next in the queue open one in its place."""
         if connection in self._apart:
             self._apart.remove(connection)
-            self.tunnels.give_back(connection.holder)
+            self.tunnels.release(connection.holder)
             return
         if connection not in self._open:  # it failed while it was made: its slot is still its maker's
             return
@@ -160,7 +160,7 @@ class Pool(Generic[C]):
         if connection in self._idle:
             del self._idle[connection]
         else:
-            self.shares.give_back(connection.holder)
+            self.shares.release(connection.holder)
         self._free_slot()
 
     def set_apart(self, connection: C) -> None:
@@ -171,8 +171,8 @@ class Pool(Generic[C]):
             return
         self._open.remove(connection)
         self._apart.add(connection)
-        self.tunnels.take(holder)
-        self.shares.give_back(holder)
+        self.tunnels.acquire(holder)
+        self.shares.release(holder)
         self._free_slot()
 
     def admit_tunnel(self, holder: str | None) -> None:
@@ -227,7 +227,7 @@ class Pool(Generic[C]):
         try:
             connection = await self._connect(seconds)
         except BaseException:
-            self.shares.give_back(holder)
+            self.shares.release(holder)
             self._free_slot()
             raise
         connection.holder = holder
@@ -286,13 +286,13 @@ class Pool(Generic[C]):
         waiter = queue.popleft()
         if queue:
             self._waiters[holder] = queue
-        self.shares.take(holder)
+        self.shares.acquire(holder)
         return holder, waiter
 
     def _hand_on(self, handed: C | None, holder: str | None) -> None:
         """Pass on what a waiter was handed but can no longer use."""
         if handed is None:
-            self.shares.give_back(holder)
+            self.shares.release(holder)
             self._free_slot()
         elif not handed.is_closed:
             self.give(handed)

@@ -14,7 +14,7 @@ from api_gateway.models import HeaderList
 
 SWITCHING = 101
 
-Timeouts = Mapping[str, float | None]
+TimeoutExtension = Mapping[str, float | None]
 
 
 class ResponseListener(Protocol):
@@ -49,7 +49,7 @@ class NoListener:
 
 
 NO_LISTENER = NoListener()
-NO_LIMITS: Timeouts = {}
+NO_LIMITS: TimeoutExtension = {}
 
 
 class ResponseSource(Protocol):
@@ -106,12 +106,12 @@ class UpstreamResponse(httpx.AsyncByteStream):
     _waiter: "asyncio.Future[None] | None" = None
 
     def __init__(
-        self, connection: ResponseSource | None, method: str, timeouts: Timeouts, hooks: ResponseListener
+        self, connection: ResponseSource | None, method: str, timeouts: TimeoutExtension, listener: ResponseListener
     ) -> None:
         self.connection = connection
         self.is_to_head = method == "HEAD"
         self.timeouts = timeouts
-        self.listener = hooks
+        self.listener = listener
         self.pieces: list[bytes] = []
 
     def __repr__(self) -> str:

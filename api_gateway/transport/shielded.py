@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from api_gateway.transport.local_resources import OutOfResources, is_own_lack
+from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
 
 
 class ShieldedTransport(httpx.AsyncBaseTransport):
@@ -52,8 +52,8 @@ class ShieldedTransport(httpx.AsyncBaseTransport):
                 self._leave(self._close_when_there(task))
             raise
         except httpx.ConnectError as error:
-            if is_own_lack(error, request.url.host, request.url.port or 0):
-                raise OutOfResources(str(error)) from error
+            if is_local_exhaustion(error, request.url.host, request.url.port or 0):
+                raise LocalResourcesExhausted(str(error)) from error
             raise
         stream: Any = response.stream
         extensions = response.extensions

@@ -9,12 +9,12 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from api_gateway.transport.local_resources import OutOfResources
+from api_gateway.transport.local_resources import LocalResourcesExhausted
 from api_gateway.upstreams.target import Target
 
 logger = logging.getLogger(__name__)
 
-Ask = Callable[[str, float], Awaitable[int]]  # (url, timeout in seconds) -> HTTP status; raises on any failure
+SendProbe = Callable[[str, float], Awaitable[int]]  # (url, timeout in seconds) -> HTTP status; raises on any failure
 
 _JITTER = 0.1  # share of the interval by which checks spread out
 SUCCESSFUL = (range(200, 400),)
@@ -62,7 +62,9 @@ class HealthThreshold:
         return True
 
 
-async def check(judge: HealthThreshold, policy: HealthPolicy, url: str, ask: Ask, clock: Callable[[], float]) -> bool:
+async def check(
+    judge: HealthThreshold, policy: HealthPolicy, url: str, ask: SendProbe, clock: Callable[[], float]
+) -> bool:
     """Ask once and let `judge` take in the result. Returns whether the verdict changed.
 
     A check that this process lacks a descriptor or a port for says nothing about the target and is not counted.
@@ -73,7 +75,7 @@ async def check(judge: HealthThreshold, policy: HealthPolicy, url: str, ask: Ask
             status = await ask(url + policy.path, policy.timeout)
     except TimeoutError:
         finding = f"no answer within {policy.timeout:g} s"
-    except OutOfResources as error:
+    except LocalResourcesExhausted as error:
         logger.debug("health check of %s not made: %s", url, error)
         return False
     except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding; cancellation is no Exception
@@ -93,7 +95,7 @@ class HealthChecker:
     def __init__(
         self,
         policy: HealthPolicy,
-        asker: Callable[[Target], Ask],
+        asker: Callable[[Target], SendProbe],
         on_change: Callable[[Target], None],
         *,
         clock: Callable[[], float],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from api_gateway.upstreams.target import Target
 
-Pick = Callable[[Sequence[Target], str], Target]
+Picker = Callable[[Sequence[Target], str], Target]
 
 LOAD_BOUND = 1.25  # times its fair share of requests in flight, that a target may have before a key passes it by
 
@@ -29,20 +29,20 @@ def round_robin(targets: Sequence[Target], _key: str) -> Target:
     return chosen
 
 
-def least_requests(source: random.Random) -> Pick:
+def least_requests(source: random.Random) -> Picker:
     """Return a pick of the less loaded of two random targets, by requests in flight per weight.
 
     Two choices get within a constant of the best (Mitzenmacher 2001) and, unlike the exact minimum, do not send every
     gateway to the same target at once.
     """
 
-    def pick(targets: Sequence[Target], _key: str) -> Target:
+    def picker(targets: Sequence[Target], _key: str) -> Target:
         if len(targets) == 1:
             return targets[0]
         one, other = source.sample(targets, 2)
         return one if one.in_flight * other.weight <= other.in_flight * one.weight else other
 
-    return pick
+    return picker
 
 
 def rendezvous_hash(targets: Sequence[Target], key: str) -> Target:

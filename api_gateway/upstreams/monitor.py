@@ -13,7 +13,7 @@ from api_gateway.models import Clock
 from api_gateway.transport.http1_transport import UpstreamTransport, probe
 from api_gateway.transport.shielded import ShieldedTransport
 from api_gateway.upstreams.dns import HostName, Resolution, Resolve, keep_resolving
-from api_gateway.upstreams.health_checks import Ask, HealthChecker, HealthPolicy
+from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, SendProbe
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
@@ -25,7 +25,7 @@ class UpstreamMonitor:
 
     def __init__(
         self,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         *,
         policy: HealthPolicy | None = None,
         transport: UpstreamTransport | ShieldedTransport | None = None,
@@ -42,7 +42,7 @@ class UpstreamMonitor:
         """
         self.names = names
         self.policy = policy
-        self._service = service
+        self._upstream_client = upstream_client
         self._own = transport
         self._interval = interval
         self._group: asyncio.TaskGroup | None = None
@@ -56,7 +56,7 @@ class UpstreamMonitor:
         self._set_watch(policy)
 
     def __repr__(self) -> str:
-        return f"<UpstreamMonitor of {self._service.upstream.name!r} [{self._watch!r}, {list(self.names)!r}]>"
+        return f"<UpstreamMonitor of {self._upstream_client.upstream.name!r} [{self._watch!r}, {list(self.names)!r}]>"
 
     async def run(self) -> None:
         """Do it until cancelled."""
@@ -85,7 +85,7 @@ class UpstreamMonitor:
 
     def change(
         self,
-        service: UpstreamClient,
+        upstream_client: UpstreamClient,
         policy: HealthPolicy | None,
         transport: UpstreamTransport | ShieldedTransport | None,
         names: Sequence[HostName],
@@ -97,7 +97,7 @@ class UpstreamMonitor:
         """
         is_resolved_alike = (interval, list(names)) == (self._interval, list(self.names))
         is_watched_alike = policy == self.policy and transport is self._own
-        self._service, self.names, self._interval, self._own = service, names, interval, transport
+        self._upstream_client, self.names, self._interval, self._own = upstream_client, names, interval, transport
         if is_watched_alike:
             self._follow()
         else:
@@ -108,7 +108,7 @@ class UpstreamMonitor:
 
     def _set_watch(self, policy: HealthPolicy | None) -> None:
         self.policy = policy
-        targets = self._service.upstream.targets
+        targets = self._upstream_client.upstream.targets
         if policy is None:
             self._watch = None
             for target in targets:
@@ -119,7 +119,7 @@ class UpstreamMonitor:
 
     def _follow(self) -> None:
         if self._watch is not None:
-            self._watch.follow(self._service.upstream.targets)
+            self._watch.follow(self._upstream_client.upstream.targets)
 
     async def close(self) -> None:
         """Close the connections of the checks."""
@@ -131,14 +131,14 @@ class UpstreamMonitor:
         """Through which checks go, None if that is the service's."""
         return self._own
 
-    def _asker(self, target: Target) -> Ask:
+    def _asker(self, target: Target) -> SendProbe:
         if self._own is None:
-            return partial(probe, self._service.transport, address=target.address)
+            return partial(probe, self._upstream_client.transport, address=target.address)
         return partial(probe, self._own, address=target.address, keeps_connection=False)  # names come and go
 
     def _on_verdict(self, target: Target) -> None:
         """Take in that health checks have changed their mind about a target."""
-        upstream = self._service.upstream
+        upstream = self._upstream_client.upstream
         if target.is_healthy:
             upstream.outliers.start_slow_start(target, self._clock())
         verdict = "healthy again" if target.is_healthy else "unhealthy"
@@ -149,16 +149,16 @@ class UpstreamMonitor:
         self._log(answer)
         self._last_errors[answer.name] = answer.name.error
         if not answer.is_change:
-            self._service.sweep()
+            self._upstream_client.sweep()
             return
         targets = [target for name in self.names for target in name.targets]
-        self._service.set_targets(targets, self._clock())
+        self._upstream_client.set_targets(targets, self._clock())
         if self._watch is not None:
             self._watch.follow(targets)
 
     def _log(self, answer: Resolution) -> None:
         """Tell what is new in an answer: other addresses, another error, or that there is none any more."""
-        upstream, name = self._service.upstream.name, answer.name
+        upstream, name = self._upstream_client.upstream.name, answer.name
         known = ", ".join(name.addresses) or "the name itself"
         if name.error is not None:
             if name.error != self._last_errors.get(name):

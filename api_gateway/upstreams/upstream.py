@@ -13,7 +13,7 @@ from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.resilience.breaker_policy import Mode, State
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit, ConcurrencyState
-from api_gateway.upstreams.load_balancing import Pick
+from api_gateway.upstreams.load_balancing import Picker
 from api_gateway.upstreams.outlier_detection import OutlierDetector, is_serving
 from api_gateway.upstreams.target import Target
 
@@ -133,13 +133,13 @@ class Attempt:
             self.upstream.breaker.settle(self.ticket, outcome, now, principal=self.principal)
         self.target.in_flight -= 1
         if self._limit is not None:
-            self.give_place_back()
+            self.release_slot()
 
-    def give_place_back(self) -> None:
+    def release_slot(self) -> None:
         """Give back the place below the upstream's limit, once: what has no end of its own does not keep it."""
         limit, self._limit = self._limit, None
         if limit is not None:
-            limit.give_back(self._holder)
+            limit.release(self._holder)
 
     @property
     def is_probe(self) -> bool:
@@ -155,7 +155,7 @@ class Upstream:
         name: str,
         targets: Sequence[Target],
         breaker: CircuitBreaker,
-        pick: Pick,
+        picker: Picker,
         *,
         rotation: OutlierDetector | None = None,
         limit: ConcurrencyLimit | None = None,
@@ -164,16 +164,16 @@ class Upstream:
         self.limit = limit
         self.breaker = breaker
         self.outliers = rotation or OutlierDetector()
-        self._pick = pick
+        self._picker = picker
         self.set_targets(targets, breaker.since)
 
     def __repr__(self) -> str:
         healthy = sum(target.is_healthy for target in self.targets)
         return f"<Upstream {self.name!r} [{healthy} of {len(self.targets)} healthy, {self.breaker.state}]>"
 
-    def rebalance(self, pick: Pick) -> None:
+    def rebalance(self, picker: Picker) -> None:
         """Choose among targets in another way."""
-        self._pick = pick
+        self._picker = picker
 
     def set_targets(self, targets: Sequence[Target], now: float) -> None:
         """Offer `targets` from now on. Leases on others run on to their end."""
@@ -232,10 +232,10 @@ class Upstream:
             offered = self.outliers.eligible(candidates, tried, now, key, is_safe=is_safe)
         elif tried:
             offered = [target for target in candidates if target not in tried] or candidates
-        target = self._pick(offered, key) if len(offered) > 1 else offered[0]
+        target = self._picker(offered, key) if len(offered) > 1 else offered[0]
         own = target.breaker
         if limit is not None:
-            limit.take(priority, principal)
+            limit.acquire(priority, principal)
         own_ticket = None if own is None else own.admit(now, is_safe=is_safe)
         return Attempt(self, target, ticket, own_ticket, principal)
 
