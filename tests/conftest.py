@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import loop_watch
 from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, running_gateway
@@ -23,6 +24,11 @@ def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes `-n auto` means: the tests wait more than they compute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_PROCESSES, PROCESSES_PER_CORE * cores)
+
+
+# Hypothesis measures time: on a busy machine a slow example is no finding.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

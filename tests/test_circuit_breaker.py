@@ -897,4 +897,4 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
-TestWalk.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
+TestWalk.settings = settings(max_examples=150, stateful_step_count=40)

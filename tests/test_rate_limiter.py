@@ -36,8 +36,8 @@ quotas: Drawn[Quota] = st.builds(
 costs: Drawn[float] = st.sampled_from((0, 0.1, 0.5, 1, 1, 1, 2.5)) | st.integers(0, 1200)
 TOLD_WAIT = None  # instead of a gap: as long as the last refusal said
 gaps: Drawn[int | None] = st.sampled_from((TOLD_WAIT, 0, 1)) | st.integers(0, 2 * SECOND) | st.integers(0, 30 * SECOND)
-thorough = settings(deadline=None, max_examples=150)
-quick = settings(deadline=None, max_examples=50)
+thorough = settings(max_examples=150)
+quick = settings(max_examples=50)
 
 
 class Unforgetting:

@@ -57,7 +57,7 @@ class FailedAttempt:
 
     `attempts` were made so far, this one included. `is_sent`: some of the request may have reached the upstream.
     `is_repeatable`: its method is idempotent, or it carries a key by which the upstream knows it again. `is_kept`: its
-    body, if it has one, can be sent from its start. `is_troubled`: the breaker is not closed, or this was its probe.
+    body, if it has one, can be sent from its start. `is_recovering`: the breaker is not closed, or this was its probe.
     `is_elsewhere`: there is a target that has not been tried. `retry_after` is what the answer asked for, `left` what
     the deadline leaves; None where there is none.
     """

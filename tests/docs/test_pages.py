@@ -1,0 +1,147 @@
+"""The documents: their links resolve, and the settings, metrics, commands, files and names that they mention exist."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from api_gateway.config import GatewayConfig
+from api_gateway.metrics import Recorder
+from api_gateway.models import LimiterState
+from api_gateway.reporting.prometheus import PrometheusExposition
+from api_gateway.reporting.upstream_schema import HealthView
+
+ROOT = Path(__file__).parents[2]
+NAMES = [
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")),
+]
+MAINTAINERS = [
+    name
+    for name in NAMES
+    if name in ("CONTRIBUTING.md", "docs/architecture.md", "docs/releasing.md") or "/decisions/" in name
+]
+FENCE = re.compile(r"^ *```.*?^ *```", flags=re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"\.?[\w.-]+(/[\w.-]+)+/?|[\w.-]+\.(py|md|lock|yaml)")
+SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)(?:: .+)?")
+NAME = re.compile(r"(_?[A-Z]+[a-z]+[A-Z]\w+|_[A-Z]{3,}|[A-Z]+_[A-Z_]+)(\.\w+)?(\(.*\))?|[A-Z][a-z]+\.[a-z_]+")
+# Folders that the tests move into; nothing is left out here once they have.
+NOT_YET = () if (ROOT / "tests" / "unit").exists() else ("unit", "wire", "store", "process", "docs")
+OURS = ("api_gateway/", "benchmarks/", "docs/", "examples/", "tests/", ".ci/")
+FOREIGN = {"AsyncClient", "AsyncBaseTransport", "AsyncHTTPTransport"}  # names of httpx
+
+
+def prose(name: str) -> str:
+    """Return a page without its code blocks."""
+    return FENCE.sub("", (ROOT / name).read_text())
+
+
+def code(name: str) -> list[str]:
+    """Return what the prose of a page has in backticks."""
+    return re.findall(r"`([^`\n]+)`", prose(name))
+
+
+def anchors(name: str) -> set[str]:
+    """Return the anchors that a renderer gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(name), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_relative_link_resolves(name: str) -> None:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(name)):
+        path, _, fragment = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if re.match(r"[a-z]+:", link):
+            continue
+        if not target.exists() or (fragment and fragment not in anchors(str(target.resolve().relative_to(ROOT)))):
+            broken.append(link)
+    assert not broken
+
+
+def test_the_index_lists_every_page() -> None:
+    linked = re.findall(r"\]\(([^)#]+)", prose("docs/README.md"))
+    listed = {str((ROOT / "docs" / link).resolve().relative_to(ROOT)) for link in linked}
+    assert set(NAMES) - {"docs/README.md"} <= listed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_metric_it_names_exists(name: str) -> None:
+    exposition = PrometheusExposition(Recorder([], [], [], [50], 0.0), {}, LimiterState(), 0, "0")
+    known = {f"{family.name}{'_total' * (family.type == 'counter')}" for family in exposition.collect()}
+    named = {found[0] for text in code(name) if (found := re.match(r"gateway_[a-z_]+", text))}
+    assert named <= known | {"gateway_", "gateway_build_info"}
+
+
+@cache
+def known_settings() -> set[str]:
+    """Return the paths of all settings, and of all fields of `/health`, which pages write in the same way."""
+    return {*settings(GatewayConfig), *settings(HealthView), "admin.tokens.NAME.token_file"}
+
+
+def settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the paths of the settings in a section, whole and as pages write them: without `upstreams.NAME.`."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for section in sections_in(field.annotation):
+            yield from settings(section, f"{prefix}{name}.")
+            yield from settings(section, f"{name}.")
+
+
+def sections_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """Yield the sections that an annotation holds, such as that in `dict[str, UpstreamSection]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from sections_in(argument)
+
+
+def is_file(text: str) -> bool:
+    """Tell whether a text is the path of a file or folder, from the root, the package or the tests."""
+    return any((folder / text).exists() for folder in (ROOT, ROOT / "api_gateway", ROOT / "tests"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_it_names_exists(name: str) -> None:
+    known = known_settings()
+    sections = {path.partition(".")[0] for path in known if "." in path}
+    named = {found[1] for text in code(name) if (found := SETTING.fullmatch(text)) and not is_file(text)}
+    assert {path for path in named if path.partition(".")[0] in sections} <= known
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_make_target_it_names_exists(name: str) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {text.split()[1] for text in code(name) if text.startswith("make ")} <= targets
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_it_names_exists(name: str) -> None:
+    """On pages for maintainers, whatever looks like a path; elsewhere, paths in the folders of the repository."""
+    paths = [text for part in code(name) for text in part.split() if FILE.fullmatch(text)]
+    checked = [path for path in paths if name in MAINTAINERS or path.startswith(OURS)]
+    assert not [path for path in checked if not is_file(path) and path.removeprefix("tests/") not in NOT_YET]
+
+
+@cache
+def defined() -> set[str]:
+    """Return the names of all classes, functions, variables and constants of the package."""
+    known: set[str] = set()
+    for path in (ROOT / "api_gateway").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                known.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                known.add(node.id)
+    return known
+
+
+@pytest.mark.parametrize("name", MAINTAINERS)
+def test_every_class_function_and_constant_it_names_exists(name: str) -> None:
+    named = [re.sub(r"\(.*\)$", "", text) for text in code(name) if NAME.fullmatch(text)]
+    assert not [text for text in named if not set(text.removeprefix("httpx.").split(".")) <= defined() | FOREIGN]

@@ -1,0 +1,1 @@
+"""Whole processes: command line, signals, workers, files, memory."""

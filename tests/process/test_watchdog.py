@@ -1,0 +1,246 @@
+"""A process whose event loop hangs is ended, and says where it hung; one that was only stopped for a while is not.
+
+A signal handler blocks the loop, as it runs in the loop's thread; `sitecustomize` puts it into every process. It gives
+the report more time than it has otherwise, as a busy machine may take long to write it.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+import pytest
+
+from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
+from api_gateway.process.watchdog import Watchdog
+from tests.kit import RawClient, RawUpstream, ask, eventually
+from tests.processes import WAYS, Running, children, config_file, is_alive, process
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc"),
+    pytest.mark.timeout(240),
+]
+
+PATIENCE = 2.0
+DRAIN = 1.0
+MARGIN = 5.0  # what a process that hangs may take beyond its time to drain
+SLACK = 20.0  # for a busy machine, where a test does not ask for punctuality
+HOOK = """
+import ctypes, signal, sys
+
+def wait_for_the_report():
+    sys.modules["api_gateway.process.watchdog"].REPORT_WITHIN = 20
+
+def spin_visibly(*_):
+    wait_for_the_report()
+    while True:
+        pass
+
+def wait_outside_of_the_interpreter(*_):
+    wait_for_the_report()
+    mutex = ctypes.create_string_buffer(256)
+    libc = ctypes.CDLL(None)
+    for _ in range(2):
+        libc.pthread_mutex_lock(mutex)
+
+def spin_in_native_code(*_):
+    sum(range(10**15))
+
+for number, hang in (
+    (signal.SIGURG, spin_visibly),
+    (signal.SIGWINCH, wait_outside_of_the_interpreter),
+    (signal.SIGIO, spin_in_native_code),
+):
+    signal.signal(number, hang)
+"""
+VISIBLY, OUTSIDE, NATIVELY = signal.SIGURG, signal.SIGWINCH, signal.SIGIO
+
+Process = AbstractContextManager[Running]
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path, upstream: Callable[..., RawUpstream]) -> Start:
+    """Return what starts a gateway in which a signal blocks the loop."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(HOOK)
+    up = upstream()
+
+    def run(*, workers: int = 1, patience: float = PATIENCE, drain: float = DRAIN) -> Process:
+        settings = f"server: {{workers: {workers}, worker_timeout: {patience}, drain_timeout: {drain}}}\n"
+        path = config_file(tmp_path, up.url, settings)
+        root = str(Path(__file__).parents[2])
+        return process(
+            *WAYS["run_gateway.py"], "--config", path, cwd=tmp_path, PYTHONPATH=os.pathsep.join((str(hook), root))
+        )
+
+    return run
+
+
+def workers_of(running: Running) -> list[int]:
+    return [pid for pid, words in children(running.popen.pid).items() if words and "gateway worker" in words[-1]]
+
+
+def port_of(running: Running) -> int:
+    """Return its port, once it listens: a busy machine takes its time."""
+    eventually(lambda: "Listening on" in running.output, "it listens", within=4 * SLACK)
+    return running.port
+
+
+def serves(port: int) -> bool:
+    with suppress(OSError, AssertionError), RawClient(port) as client:
+        client.sock.settimeout(2)
+        return client.get("/api/up").status == 200
+    return False
+
+
+@pytest.mark.parametrize("how", [VISIBLY, OUTSIDE])
+def test_a_process_whose_loop_is_blocked_says_where_and_ends(start: Start, how: int) -> None:
+    with start() as running:
+        assert serves(port_of(running))
+        running.signal(how)
+        assert running.popen.wait(PATIENCE + SLACK) == BLOCKED
+        assert "the event loop has been blocked for 2 s" in running.errors
+        assert "sitecustomize.py" in running.errors
+
+
+def test_native_code_that_holds_the_interpreter_is_ended_by_its_cpu_time(start: Start) -> None:
+    with start() as running:
+        assert serves(port_of(running))
+        running.signal(NATIVELY)
+        assert running.popen.wait(PATIENCE + 2 * SLACK) == -signal.SIGPROF
+        assert "spin_in_native_code" in running.errors
+
+
+def test_a_worker_whose_loop_is_blocked_is_replaced(start: Start) -> None:
+    """It waits and does not compute: that counts in full on a busy machine, too, where the supervisor ends others."""
+    with start(workers=2) as running:
+        port = port_of(running)
+        before = workers_of(running)
+        os.kill(before[0], OUTSIDE)
+        eventually(lambda: not is_alive(before[0]), "it ends", within=PATIENCE + SLACK)
+        eventually(lambda: len(set(workers_of(running)) - {before[0]}) == 2, "another follows", within=SLACK)
+        eventually(lambda: serves(port), "the gateway serves", within=SLACK)
+        assert "the event loop has been blocked for 2 s" in running.errors
+        eventually(lambda: f"exited (code {BLOCKED})" in running.errors, "the supervisor says so")
+        running.signal(signal.SIGTERM)
+        assert running.popen.wait(SLACK) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_was_stopped_for_longer_goes_on_when_continued(start: Start, workers: int) -> None:
+    with start(workers=workers) as running:
+        port = port_of(running)
+        everyone = [running.popen.pid, *workers_of(running)]
+        for _ in range(2):
+            for pid in everyone:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(2 * PATIENCE)
+            for pid in everyone:
+                os.kill(pid, signal.SIGCONT)
+            eventually(lambda: serves(port), "it serves again", within=SLACK)
+        assert [running.popen.pid, *workers_of(running)] == everyone
+        assert "blocked" not in running.errors
+        running.signal(signal.SIGTERM)
+        assert running.popen.wait(SLACK) == 0
+
+
+@pytest.mark.parametrize(("how", "before"), [(VISIBLY, True), (OUTSIDE, True), (VISIBLY, False)])
+def test_a_stop_signal_ends_a_process_that_hangs(start: Start, how: int, *, before: bool) -> None:
+    """In its time to drain and a few seconds, with an exit code that says that not everything was answered."""
+    with start(patience=60) as running:
+        assert serves(port_of(running))
+        with socket.create_connection(("127.0.0.1", port_of(running))) as held:
+            held.sendall(b"GET /api/up HTTP/1.1\r\nHost: x\r\nX-Never-")  # keeps the drain from ending at once
+            if before:
+                running.signal(how)
+                eventually(lambda: not serves(port_of(running)), "it hangs")
+            running.signal(signal.SIGTERM)
+            if not before:
+                running.signal(how)
+            assert running.popen.wait(DRAIN + MARGIN + SLACK) == DRAIN_INCOMPLETE
+        assert "has not ended 4 s after the stop signal" in running.errors
+        assert "sitecustomize.py" in running.errors
+
+
+def test_a_stop_signal_ends_a_gateway_whose_worker_hangs(start: Start) -> None:
+    with start(workers=2, patience=60) as running:
+        port = port_of(running)
+        assert serves(port)
+        for pid in workers_of(running):
+            os.kill(pid, OUTSIDE)
+        running.signal(signal.SIGTERM)
+        assert running.popen.wait(DRAIN + MARGIN + SLACK) == DRAIN_INCOMPLETE
+
+
+def test_a_stop_signal_ends_a_supervisor_that_hangs(start: Start) -> None:
+    with start(workers=2, patience=60) as running:
+        assert serves(port_of(running))
+        workers = workers_of(running)
+        running.signal(OUTSIDE)
+        running.signal(signal.SIGTERM)
+        assert running.popen.wait(DRAIN + MARGIN + SLACK) == DRAIN_INCOMPLETE
+        eventually(lambda: not any(map(is_alive, workers)), "its workers end, too", within=DRAIN + MARGIN + SLACK)
+
+
+STARVED = """
+import asyncio, os, sys, threading
+from api_gateway.process.watchdog import Watchdog
+
+async def main():
+    dog = Watchdog(0.5, 1000, blocked=5, overdue=4)
+    with dog.on_duty():
+        dog.watch()
+        print("watching", flush=True)
+        processor = {int(sys.argv[1])}
+        os.sched_setaffinity(threading.get_native_id(), processor)
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        while True:
+            await asyncio.sleep(0.01)
+
+asyncio.run(main())
+"""
+GREEDY = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel keeps no times of waiting")
+def test_a_loop_that_gets_no_processor_is_not_blocked(tmp_path: Path) -> None:
+    """Its thread has the lowest priority there is, on a processor that four other processes want all of."""
+    processor = str(min(os.sched_getaffinity(0)))
+    greedy: list[subprocess.Popen[bytes]] = []
+    with process("-c", STARVED, processor, cwd=tmp_path) as running:
+        try:
+            eventually(lambda: "watching" in running.output, "it watches", within=SLACK)
+            greedy += (subprocess.Popen([sys.executable, "-c", GREEDY, processor]) for _ in range(4))
+            with pytest.raises(subprocess.TimeoutExpired):
+                running.popen.wait(6)
+        finally:
+            for one in greedy:
+                one.kill()
+                one.wait()
+    assert "blocked" not in running.errors
+
+
+def test_a_report_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What blocks the loop may hold the log's lock."""
+    ended: list[int] = []
+    watchdog = Watchdog(10, 0.0, blocked=BLOCKED, overdue=DRAIN_INCOMPLETE, end=ended.append)
+    monkeypatch.setattr("api_gateway.process.watchdog.REPORT_WITHIN", 0.1)
+    monkeypatch.setattr(watchdog, "_report", lambda *_: time.sleep(3))
+    watchdog.expect_end()
+    watchdog._look()
+    assert ended == [DRAIN_INCOMPLETE]
+
+
+def test_a_gateway_that_stops_while_idle_ends_at_once_and_with_zero(start: Start) -> None:
+    with start(drain=30) as running:
+        assert ask(f"http://127.0.0.1:{port_of(running)}/healthz").status == 200
+        running.signal(signal.SIGTERM)
+        assert running.popen.wait(SLACK) == 0
+        assert "blocked" not in running.errors

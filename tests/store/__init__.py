@@ -1,0 +1,1 @@
+"""What is kept elsewhere: Redis and Valkey servers, SQLite files."""

@@ -1,0 +1,1 @@
+"""Logic without sockets and processes: values in, decisions out; clocks are arguments."""

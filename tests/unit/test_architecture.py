@@ -1,0 +1,279 @@
+"""The shape of the package: what each package may import, which libraries it knows, and the picture in the docs.
+
+A package imports itself and lower layers, never sideways, never up; a module at the top of `api_gateway` counts as a
+package of its own. `python -m tests.unit.test_architecture` draws the picture in docs/architecture.md again.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "api_gateway"
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- layers: begin -->\n", "<!-- layers: end -->"
+
+# Lowest first; `api_gateway` is what the package itself offers (`api_gateway/__init__.py`).
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("_version", "demo", "errors", "eventloop", "models"),
+    ("http1", "observability", "rate_limiter", "system"),
+    ("resilience", "settings"),
+    ("circuit_breaker", "config", "downstream", "metrics", "storage", "transport"),
+    ("clients", "limits", "reload", "upstreams"),
+    ("proxy", "reporting"),
+    ("router",),
+    ("middleware",),
+    ("fastpath",),
+    ("admin",),
+    ("assembly",),
+    ("main",),
+    ("api_gateway", "process"),
+    ("cli",),
+    ("__main__",),
+)
+LIBRARIES = {
+    "fastapi": {"admin", "main"},
+    "hiredis": {"storage"},
+    "httptools": {"downstream", "transport"},
+    "httpx": {"assembly", "main", "proxy", "router", "transport", "upstreams"},
+    "prometheus_client": {"reporting"},
+    "pydantic": {"admin", "config", "models", "reload", "reporting", "settings"},
+    "pydantic_settings": {"config"},
+    "redis": {"storage"},
+    "sqlite3": {"clients"},
+    "starlette": {"admin", "assembly"},
+    "uvicorn": {"demo", "downstream", "process"},
+    "yaml": {"settings"},
+}
+# The decision layers: packages and modules that get the time as an argument. They read no clock and do not wait.
+NO_CLOCK = (
+    "admin.cross_site",
+    "admin.locality",
+    "admin.operator_limits",
+    "admin.operators",
+    "circuit_breaker",
+    "clients.bloom_filter",
+    "clients.cache",
+    "clients.grant_expiry",
+    "clients.identity",
+    "clients.records",
+    "errors",
+    "http1.fast_parser",
+    "http1.headers",
+    "http1.methods",
+    "http1.request_paths",
+    "http1.serializer",
+    "limits.deny_cache",
+    "limits.fallback_limiter",
+    "limits.ratelimit_headers",
+    "limits.refusal",
+    "metrics",
+    "models",
+    "observability.heavy_hitters",
+    "observability.latency_series",
+    "proxy.deadline",
+    "proxy.failure_record",
+    "proxy.fallback",
+    "proxy.faults",
+    "proxy.route_table",
+    "proxy.shadow_limits",
+    "proxy.websocket_frames",
+    "rate_limiter",
+    "reload.changes",
+    "reload.outcome",
+    "reporting.merge",
+    "resilience",
+    "settings",
+    "upstreams.load_balancing",
+    "upstreams.outlier_detection",
+    "upstreams.target",
+    "upstreams.upstream",
+)
+MAX_LINES = 400  # of a module, unless its docstring has a sentence that begins with the words below
+REASON = "Long because "
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a module below `api_gateway`; the package itself has its own name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or PACKAGE.name
+
+
+MODULES = {module_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+LENGTHS = {module_name(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def package_of(module: str) -> str:
+    """Return the package that a module belongs to."""
+    return module.partition(".")[0]
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Return every module imported, wherever the import stands, with imported names as if they were modules."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "imports are absolute"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(tree: ast.Module) -> Iterator[str]:
+    """Yield the modules of the package that are imported, as dotted names below `api_gateway`."""
+    for name in imports(tree):
+        below = name.removeprefix(f"{PACKAGE.name}.")
+        while below != name and below:
+            if below in MODULES:
+                yield below
+                break
+            below = below.rpartition(".")[0]
+        if name.startswith(f"{PACKAGE.name}.") and not below:
+            yield PACKAGE.name  # a public name of the package itself
+
+
+def packages_imported_by(package: str) -> set[str]:
+    """Return the other packages that the modules of a package import."""
+    trees = [tree for name, tree in MODULES.items() if package_of(name) == package]
+    return {package_of(other) for tree in trees for other in own_imports(tree)} - {package}
+
+
+def test_every_package_has_one_layer() -> None:
+    names = [name for layer in LAYERS for name in layer]
+    assert len(names) == len(set(names))
+    assert set(names) == set(map(package_of, MODULES))
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_package_imports_itself_and_lower_layers(name: str) -> None:
+    package = package_of(name)
+    wrong = {other for other in own_imports(MODULES[name]) if package_of(other) != package}
+    wrong = {other for other in wrong if RANK[package_of(other)] >= RANK[package]}
+    assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_modules_have_no_cycles() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a cycle: {' -> '.join((*path[path.index(module) :], module))}"
+        if module not in done:
+            for other in set(own_imports(MODULES[module])) - {module}:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_stand_at_the_top(name: str) -> None:
+    hidden = [
+        node.lineno
+        for function in ast.walk(MODULES[name])
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert not hidden, f"{name} imports inside functions, at lines {hidden}"
+
+
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
+def test_a_library_is_known_to_its_packages_only(library: str) -> None:
+    users = {
+        package_of(name)
+        for name, tree in MODULES.items()
+        if library in {found.partition(".")[0] for found in imports(tree)}
+    }
+    assert users == LIBRARIES[library], f"{library} is imported by {sorted(users)}"
+
+
+@pytest.mark.parametrize("part", NO_CLOCK)
+def test_what_decides_reads_no_clock_and_does_not_wait(part: str) -> None:
+    modules = {name: tree for name, tree in MODULES.items() if name == part or package_of(name) == part}
+    assert modules, f"there is no {part}"
+    for name, tree in modules.items():
+        assert not imports(tree) & {"time", "asyncio"}, f"{name} imports a clock"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_handler_swallows_everything(name: str) -> None:
+    broad = [
+        node.lineno
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
+        and all(isinstance(statement, ast.Pass) for statement in node.body)
+    ]
+    assert not broad, f"{name} swallows exceptions at lines {broad}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_functions_stay_short(name: str) -> None:
+    long = {
+        node.name: length
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno - len((ast.get_docstring(node) or "").split("\n"))) > 60
+    }
+    assert not long, f"{name} has long functions: {long}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_says_what_it_is_for_and_why_it_is_long(name: str) -> None:
+    text = ast.get_docstring(MODULES[name]) or ""
+    assert text.splitlines()[:1] != [], f"{name} has no docstring"
+    assert LENGTHS[name] <= MAX_LINES or REASON in text, f"{name} has {LENGTHS[name]} lines, and no sentence says why"
+
+
+def test_a_package_holds_nothing_but_its_purpose() -> None:
+    for path in PACKAGE.glob("*/__init__.py"):
+        assert len(ast.parse(path.read_text()).body) == 1, f"{path.parent.name}/__init__.py holds code"
+        assert len(path.read_text().splitlines()) <= 4
+
+
+def picture() -> str:
+    """Return the layers as a picture, highest first, and a row for each package."""
+    layers = [
+        [f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py" for name in layer if name not in HIDDEN]
+        for layer in LAYERS
+    ]
+    rows = ["   ".join(layer) for layer in reversed(layers) if layer]
+    width = max(map(len, rows))
+    line = f"+-{'-' * width}-+"
+    box = "\n".join(f"{line}\n| {row:^{width}} |" for row in rows)
+    return f"```text\n{box}\n{line}\n```\n\n| package | what it is for | imports |\n|---|---|---|\n{''.join(_rows())}"
+
+
+HIDDEN = ("api_gateway", "_version", "__main__")  # from the picture, where they would say nothing
+
+
+def _rows() -> Iterable[str]:
+    for layer in reversed(LAYERS):
+        for name in layer:
+            if (PACKAGE / name).is_dir():
+                purpose = " ".join((ast.get_docstring(MODULES[name]) or "").split())
+                lower = sorted(packages_imported_by(name) - set(HIDDEN), key=lambda one: (RANK[one], one))
+                yield f"| `{name}/` | {purpose} | {', '.join(lower)} |\n"
+
+
+def page_with(drawn: str) -> str:
+    """Return the page with the picture between its markers."""
+    before, begin, rest = PAGE.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin, f"{PAGE} has lost its markers"
+    assert end, f"{PAGE} has lost its markers"
+    return before + BEGIN + drawn + END + after
+
+
+def test_the_picture_in_the_docs_is_this_one() -> None:
+    assert PAGE.read_text() == page_with(picture()), "run `python -m tests.unit.test_architecture`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with(picture()))

@@ -1,0 +1,156 @@
+"""Shares of a bounded resource: one holder alone gets half at most, and everything taken is given back."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from api_gateway.models import Client, Quota
+from api_gateway.resilience.fair_shares import (
+    MAX_CONNECTIONS,
+    MIN_CONNECTIONS,
+    FairShares,
+    ResourceState,
+    default_connections,
+    holder_of,
+    merge_states,
+)
+
+QUOTA = Quota.per_second("FREE", 1, 10)
+
+
+def fill(shares: FairShares, holder: str | None) -> int:
+    """Take as much as the holder may have; return how much that was."""
+    taken = 0
+    while shares.admits(holder):
+        shares.acquire(holder)
+        taken += 1
+    return taken
+
+
+@given(st.integers(1, 10_000))
+def test_one_alone_gets_half_and_the_next_half_of_the_rest(total: int) -> None:
+    shares = FairShares(total)
+    assert fill(shares, "one") == (total + 1) // 2
+    rest = total - shares.in_use
+    assert fill(shares, "other") == (rest + 1) // 2
+
+
+@given(st.integers(1, 200), st.integers(1, 12))
+def test_holders_that_take_turns_end_up_with_equal_shares(total: int, count: int) -> None:
+    """With n of them that is 1/(n + 1) of the total each, and as much is left for a newcomer."""
+    shares = FairShares(total)
+    names = [str(number) for number in range(count)]
+    while any(shares.admits(name) for name in names):
+        for name in names:
+            if shares.admits(name):
+                shares.acquire(name)
+    held = [shares.held(name) for name in names]
+    assert max(held) - min(held) <= 1
+    assert max(held) <= -(-total // (min(count, total) + 1)) or count >= total
+    assert shares.admits("newcomer") is (shares.in_use < total)
+
+
+@given(st.integers(1, 500))
+def test_places_of_nobody_count_against_the_total_alone(total: int) -> None:
+    shares = FairShares(total)
+    assert fill(shares, None) == total
+    assert not shares.admits("somebody")
+
+
+class Holders(RuleBasedStateMachine):
+    """Any sequence of taking and giving back, beside a plain list of who holds what."""
+
+    places = Bundle("places")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares = FairShares(9)
+        self.model: list[str | None] = []
+
+    @rule(target=places, holder=st.sampled_from(["a", "b", "c", "d", None]))
+    def take(self, holder: str | None) -> object:
+        free = 9 - len(self.model)
+        may = free > 0 if holder is None else self.model.count(holder) < free
+        assert self.shares.admits(holder) is may
+        if not may:
+            assert not self.shares.try_acquire(holder)
+            return "refused"
+        if len(self.model) % 2:
+            self.shares.acquire(holder)
+        else:
+            assert self.shares.try_acquire(holder)
+        self.model.append(holder)
+        return holder
+
+    @precondition(lambda self: self.model)
+    @rule(place=consumes(places))
+    def give_back(self, place: str | None) -> None:
+        if place != "refused":
+            self.shares.release(place)
+            self.model.remove(place)
+
+    @invariant()
+    def the_table_is_exact_and_bounded(self) -> None:
+        assert self.shares.in_use == len(self.model) <= 9
+        holders = {holder for holder in self.model if holder is not None}
+        assert self.shares._held == {holder: self.model.count(holder) for holder in holders}
+
+
+TestHolders = Holders.TestCase
+
+
+@pytest.mark.parametrize(
+    ("client", "address", "holder"),
+    [
+        (Client("acme", "client:acme", QUOTA, "configured"), "10.0.0.1", "client:acme"),
+        (Client("acme", "client:acme", QUOTA, "registered"), "10.0.0.1", "client:acme"),
+        (Client("acme", "client:acme", QUOTA, "granted"), "10.0.0.1", "client:acme"),
+        (Client("invented", "client:invented", QUOTA, "default"), "10.0.0.1", "10.0.0.1"),
+        (None, "10.0.0.1", "10.0.0.1"),
+        (None, "::ffff:10.0.0.1", "10.0.0.1"),
+        (None, "2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
+        (None, "2001:db8:1:2:ffff::", "2001:db8:1:2::/64"),
+        (None, "2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        (None, "unix", None),
+        (None, "unknown", None),
+        (Client("acme", "client:acme", QUOTA, "configured"), "unix", "client:acme"),
+    ],
+)
+def test_a_registered_client_has_a_share_of_its_own_and_all_others_their_addresses(
+    client: Client | None, address: str, holder: str | None
+) -> None:
+    """An invented id gets nobody another share, nor does another address of the same /64."""
+    assert holder_of(client, address) == holder
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "connections"),
+    [(0, MIN_CONNECTIONS), (1024, 384), (20_256, 10_000), (1_048_576, MAX_CONNECTIONS)],
+)
+def test_the_default_leaves_each_connection_one_to_an_upstream(descriptors: int, connections: int) -> None:
+    assert default_connections(descriptors) == connections
+
+
+def test_a_refusal_says_what_was_exceeded() -> None:
+    shares = FairShares(4)
+    fill(shares, "one")
+    assert shares.refusal("one", "connections") == (
+        "of 4 connections 2 are in use, 2 of them by you, and nobody may hold more than are still free"
+    )
+    fill(shares, None)
+    assert shares.refusal("one", "connections") == "all 4 connections are in use"
+
+
+def test_the_workers_states_add_up_and_a_resource_that_is_nearly_exhausted_is_a_warning() -> None:
+    one, other = FairShares(10), FairShares(10)
+    fill(one, None)
+    for _ in range(5):
+        other.acquire(None)
+    other.refused = 3
+    first, second = ResourceState.of("connections", [one]), ResourceState.of("connections", [other])
+    assert (first.status, second.status) == ("warn", "pass")
+    tunnels = ResourceState.of("tunnels", [FairShares(2), FairShares(3)], "up")
+    assert merge_states([first, tunnels, second]) == [ResourceState("connections", None, 20, 15, 3), tunnels]
+    assert ResourceState("connections", None, 20, 16, 3).status == "warn"
+    assert ResourceState("connections", None, 0, 0, 3).status == "pass"

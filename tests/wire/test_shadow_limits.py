@@ -1,0 +1,237 @@
+"""Candidates: tried beside the limits in force on the same requests, counted, and felt by nobody."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api_gateway.config import GatewayConfig, load_config
+from api_gateway.metrics import Recorder
+from api_gateway.models import NANOSECONDS, Charge, Client, Decision, Exchange, Quota
+from api_gateway.proxy.route_table import CostRule, Route
+from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.settings.diagnostics import ConfigError
+from tests.kit import RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
+
+StartGateway = Callable[[dict[str, Any]], RunningGateway]
+StartUpstream = Callable[..., RawUpstream]
+
+ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
+WAYS = {"straight": (), "ordinary": (ODD,)}
+both_ways = pytest.mark.parametrize("way", WAYS)
+
+FREE = Quota.per_second("FREE", 1, 10)
+TIGHTER = Quota.per_second("FREE candidate", 1, 4)
+PAID = Quota.per_second("PAID", 10, 100)
+ROUTE = Route("r", "/api/x", "up", costs=(CostRule(frozenset({"POST"}), "/api/x/export", 5, 8),))
+
+
+class Trying:
+    """A shadow and the limit it stands beside, on one clock."""
+
+    def __init__(self, routes: tuple[Route, ...] = (), candidates: dict[str, Quota] | None = None) -> None:
+        self.now_ns = 1_000 * NANOSECONDS
+        self.limiter = MemoryLimiter([FREE, TIGHTER, PAID])
+        self.recorder = Recorder(["r"], ["up"], ["FREE", "PAID"], [50], 0.0)
+        self.shadow = ShadowLimits(
+            limiter=self.limiter,
+            clock_ns=lambda: self.now_ns,
+            recorder=self.recorder,
+            candidates=candidates or {},
+            routes=routes,
+        )
+
+    def request(
+        self, quota: Quota = FREE, cost: float = 1, method: str = "GET", path: str = "/api/x", client: str = "c"
+    ) -> Exchange:
+        exchange = Exchange("id", method, path, "192.0.2.7", 0.0, Client(client, f"client:{client}", quota, "default"))
+        exchange.route, exchange.cost = "r", cost
+        exchange.decision = self.limiter.decide([Charge(f"client:{client}", quota, quota.cost_ns(cost))], self.now_ns)
+        self.shadow.observe(exchange)
+        return exchange
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        return self.recorder.would_limit.total(), self.recorder.would_allow.total()
+
+
+def test_a_tighter_tier_counts_whom_it_would_limit() -> None:
+    trying = Trying(candidates={"FREE": TIGHTER})
+    for _ in range(10):
+        trying.request()
+    assert trying.counted == (6, 0)
+    assert trying.recorder.would_limit == {"FREE": 6, "PAID": 0}
+    trying.request()  # both refuse: nothing would change
+    assert trying.counted == (6, 0)
+
+
+def test_a_roomier_tier_counts_whom_it_would_allow() -> None:
+    trying = Trying(candidates={"FREE": Quota.per_second("FREE candidate", 1, 12)})
+    for _ in range(15):
+        trying.request()
+    assert trying.counted == (0, 2)
+
+
+def test_a_tier_without_a_candidate_is_not_looked_at() -> None:
+    trying = Trying(candidates={"FREE": TIGHTER})
+    before = len(trying.limiter)
+    assert trying.request(PAID).trial is None
+    assert len(trying.limiter) == before + 1  # the enforced bucket
+
+
+@pytest.mark.parametrize("path", ["/api/x/export", "/api/x/export/7", "/api/x//./export"])
+def test_a_candidate_cost_counts_what_the_bucket_would_no_longer_hold(path: str) -> None:
+    """Everything else a client asks for is charged to the candidate's bucket as well, which it shares."""
+    trying = Trying((ROUTE,))
+    for _ in range(3):
+        trying.request()
+    assert trying.request(cost=5, method="POST", path=path).decision.allowed  # type: ignore[union-attr]  # as above
+    assert trying.counted == (1, 0)  # 3 + 8 of 10
+    assert trying.request(cost=5, method="GET", path=path).trial is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "cost"),
+    [("GET", "/api/x/export", None), ("POST", "/api/x/export", 8.0), ("POST", "/api/x", None)],
+)
+def test_a_candidate_cost_is_its_rules(method: str, path: str, cost: float | None) -> None:
+    assert ROUTE.candidate_cost_of(method, path) == cost
+    assert ROUTE.has_candidate
+    assert not Route("r", "/api/x", "up", costs=(CostRule(None, None, 5),)).has_candidate
+    assert Route("r", "/api/x", "up", candidate_cost=0).candidate_cost_of("GET", "/api/x") == 0
+
+
+def test_a_candidate_cost_above_the_capacity_would_limit() -> None:
+    trying = Trying((Route("r", "/api/x", "up", candidate_cost=11),))
+    trying.request()
+    assert trying.counted == (1, 0)
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 3 * NANOSECONDS), st.sampled_from((0, 0.5, 1, 3, 12))), max_size=40),
+    rate=st.sampled_from((0.5, 1, 2)),
+    capacity=st.integers(1, 20),
+)
+def test_it_counts_exactly_what_the_candidate_would_have_decided_otherwise(
+    steps: list[tuple[int, float]], rate: float, capacity: int
+) -> None:
+    """Against a limiter with the candidate in force; and the one in force decides as without a candidate."""
+    candidate = Quota.per_second("FREE candidate", rate, capacity)
+    trying, alone, other = Trying(candidates={"FREE": candidate}), MemoryLimiter([FREE]), MemoryLimiter([candidate])
+    would_limit = would_allow = 0
+    for gap_ns, cost in steps:
+        trying.now_ns += gap_ns
+        exchange = trying.request(cost=cost)
+        assert exchange.decision == alone.decide([Charge("client:c", FREE, FREE.cost_ns(cost))], trying.now_ns)
+        tried = other.decide([Charge("k", candidate, candidate.cost_ns(cost))], trying.now_ns)
+        assert exchange.decision is not None
+        would_limit += exchange.decision.allowed and not tried.allowed
+        would_allow += tried.allowed and not exchange.decision.allowed
+    assert trying.counted == (would_limit, would_allow)
+
+
+def test_a_store_that_must_be_asked_counts_when_it_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    trying = Trying(candidates={"FREE": TIGHTER})
+    waiting: list[Callable[[Decision], None]] = []
+    decide = trying.limiter.decide
+
+    def only_enforced(charges: Any, now_ns: int) -> Decision | None:
+        return None if charges[0].key.startswith("candidate:") else decide(charges, now_ns)
+
+    monkeypatch.setattr(trying.limiter, "decide", only_enforced)
+    monkeypatch.setattr(trying.limiter, "decide_async", lambda _charges, _now_ns, answer: waiting.append(answer))
+    exchange = trying.request()
+    assert (exchange.trial, trying.counted) == (None, (0, 0))
+    waiting[0](Decision("candidate:client:c", TIGHTER, allowed=False, remaining=0, wait_ns=1, reset_ns=1))
+    assert trying.counted == (1, 0)
+
+
+# Seen from outside
+
+
+@both_ways
+def test_nothing_is_refused_or_told_by_a_candidate_and_the_metrics_count(
+    gateway: StartGateway, upstream: StartUpstream, way: str
+) -> None:
+    up = upstream()
+    tier = {"rate": 0.01, "capacity": 10, "candidate": {"rate": 0.01, "capacity": 4}}
+    running = gateway(in_front_of(up.url) | {"tiers": {"FREE": tier}})
+    assert ask(f"{running.url}/api/warm", headers={"X-Client-ID": "warm"}).status == 200
+    with RawClient(running.port) as client:
+        answers = [client.get("/api/x", ("X-Client-ID: c", *WAYS[way])) for _ in range(12)]
+    assert [answer.status for answer in answers] == [200] * 10 + [429] * 2
+    assert not [line for answer in answers for line in answer.head.split(b"\r\n") if b"candidate" in line]
+    figures = ask(f"{running.url}/metrics").json()["rate_limiter"]
+    assert figures["would_limit"]["FREE"] == 6
+    assert figures["would_allow"]["FREE"] == 0
+    text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
+    assert 'gateway_rate_limit_would_limit_total{tier="FREE"} 6.0' in text
+    assert 'gateway_rate_limit_would_allow_total{tier="FREE"} 0.0' in text
+
+
+@both_ways
+def test_what_is_settled_is_settled_for_the_candidate_too(
+    gateway: StartGateway, upstream: StartUpstream, way: str
+) -> None:
+    """Refunds would otherwise drain the candidate during an outage, and tell of limits nobody would have met."""
+    up = upstream()
+    tier = {"rate": 0.01, "capacity": 10, "candidate": {"rate": 0.01, "capacity": 4}}
+    running = gateway(in_front_of(up.url) | {"tiers": {"FREE": tier}})
+    assert ask(f"{running.url}/api/warm", headers={"X-Client-ID": "warm"}).status == 200
+    up.behave = reply(headers=((b"X-Gateway-Cost", b"0"),))
+    with RawClient(running.port) as client:
+        for _ in range(12):
+            assert client.get("/api/x", ("X-Client-ID: c", *WAYS[way])).status == 200
+    assert ask(f"{running.url}/metrics").json()["rate_limiter"]["would_limit"]["FREE"] == 0
+
+
+# Configuration
+
+
+def test_candidates_are_configured_beside_what_they_would_change() -> None:
+    config = GatewayConfig.model_validate(
+        {
+            "tiers": {"free": {"candidate": {"rate": 2, "capacity": 20}}},
+            "upstreams": {"up": {"targets": [{"url": "http://127.0.0.1:9"}]}},
+            "routes": [
+                {"name": "r", "path": "/api", "upstream": "up", "candidate_cost": 2, "costs": [
+                    {"methods": ["POST"], "cost": 5, "candidate_cost": 8}
+                ]}
+            ],
+        }
+    )  # fmt: skip
+    assert config.tiers["FREE"].candidate is not None
+    assert (config.tiers["FREE"].rate, config.tiers["FREE"].candidate.capacity) == (1, 20)
+    assert (config.routes[0].candidate_cost, config.routes[0].costs[0].candidate_cost) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("tiers: {FREE: {candidate: {rate: 0, capacity: 1}}}", "tiers.FREE.candidate.rate"),
+        ("tiers: {FREE: {candidate: {rate: 0.000001, capacity: 1000}}}", "tiers.FREE.candidate: the bucket must fill"),
+        ("tiers: {FREE: {rate: 0.000001, capacity: 1000}}", "tiers.FREE: the bucket must fill within"),
+        ("address_limit: {rate: 0.000001, capacity: 1000}", "address_limit: the bucket must fill within"),
+    ],
+)
+def test_what_no_bucket_can_be_is_refused_by_name(tmp_path: Path, yaml: str, words: str) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(yaml)
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    assert words in str(raised.value)
+
+
+def test_a_candidate_cost_no_tier_can_pay_is_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(
+        'upstreams: {up: {targets: [{url: "http://127.0.0.1:9"}]}}\n'
+        "routes: [{name: r, path: /api, upstream: up, candidate_cost: 1001}]\n"
+    )
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    assert "candidate_cost: above the capacity of every tier" in str(raised.value)
