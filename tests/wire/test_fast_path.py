@@ -59,7 +59,7 @@ def shared_gateway(shared_upstream: RawUpstream, tmp_path_factory: pytest.TempPa
         shared_upstream.url,
         timeouts={"response": 0.5, "idle": 0.5},
         circuit_breaker={"minimum_calls": 1000},
-        retry={"budget": 1, "floor": 100},
+        retry={"budget": 1, "min_retries_per_second": 100},
     )
     sections["routes"].append({"name": "cut", "path": "/api/cut", "upstream": "up", "strip_prefix": "/api/cut"})
     with running_gateway(sections, tmp_path_factory.mktemp("state")) as running:
