@@ -128,7 +128,7 @@ def sections(shared: RawUpstream, spare: RawUpstream) -> dict[str, Any]:
     calm = {"failure_threshold": 100_000, "minimum_calls": 100_000}
 
     def section(url: str, breaker: dict[str, Any] = calm, **options: Any) -> dict[str, Any]:
-        retry = {"attempts": 2, "budget": 1, "floor": 1000, "backoff": {"base": 0.001}}
+        retry = {"attempts": 2, "budget": 1, "min_retries_per_second": 1000, "backoff": {"base": 0.001}}
         timeouts = {"response": 0.3}
         return {"targets": [{"url": url}], "circuit_breaker": breaker, "retry": retry, "timeouts": timeouts, **options}
 

@@ -36,7 +36,7 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
         shared.url,
         timeouts={"response": 0.5, "idle": 0.5},
         circuit_breaker={"minimum_calls": 1000},
-        retry={"budget": 1, "floor": 100},
+        retry={"budget": 1, "min_retries_per_second": 100},
     )
     sections["routes"].append({"name": "cut", "path": "/api/cut", "upstream": "up", "strip_prefix": "/api/cut"})
     return sections

@@ -46,7 +46,7 @@ def sections(shared: RawUpstream, pair: RawUpstream) -> dict[str, Any]:
         return {
             "targets": [{"url": url} for url in urls or (shared.url,)],
             "balance": "round_robin",
-            "retry": {"attempts": attempts, "budget": budget, "floor": 0, "max_body_bytes": KEPT},
+            "retry": {"attempts": attempts, "budget": budget, "min_retries_per_second": 0, "max_body_bytes": KEPT},
             "circuit_breaker": NEVER_OPENS | breaker,
             "timeouts": {"connect": 1, "response": 0.3, "idle": 0.3},
         }
@@ -61,7 +61,7 @@ def sections(shared: RawUpstream, pair: RawUpstream) -> dict[str, Any]:
         "opening": section(5, 1, failure_threshold=2),
         "half": section(2, 1, refused, shared.url),
         "floored": section(10, 0.01)
-        | {"retry": {"attempts": 10, "budget": 0.01, "floor": 20, "backoff": {"base": 0}}},
+        | {"retry": {"attempts": 10, "budget": 0.01, "min_retries_per_second": 20, "backoff": {"base": 0}}},
         "choosy": section(2, 1) | {"retry": {"attempts": 2, "budget": 1, "statuses": [429, 500]}},
         "pausing": section(2, 1) | {"retry": {"attempts": 2, "budget": 1, "backoff": {"base": 1, "cap": 1}}},
         "pair": section(2, 1, shared.url, pair.url)

@@ -258,7 +258,7 @@ def test_a_refusal_takes_nobody_beyond_the_limit_of_tokens(
 def test_what_a_shared_store_has_decided_is_given_back_too(
     stage: Stage, gateway: StartGateway, store: StoreServer, way: tuple[str, ...]
 ) -> None:
-    running = warm(gateway(sections_for(stage) | {"store": {"url": store.url, "deadline": 1}}), stage)
+    running = warm(gateway(sections_for(stage) | {"store": {"url": store.url, "decision_timeout": 1}}), stage)
     with ExitStack() as stack:
         hold(stack, running, 3, way)
         assert get(running, "FREE", way).status == 503
@@ -313,7 +313,7 @@ def test_an_adaptive_limit_learns_from_answers_on_both_ways_and_not_from_errors(
     stage: Stage, gateway: StartGateway, way: tuple[str, ...]
 ) -> None:
     sections = sections_for(stage, circuit_breaker={"failure_threshold": 1000, "failure_rate": 1})
-    sections["upstreams"]["up"]["concurrency"] = {"adaptive": {"floor": 5, "ceiling": 60}}
+    sections["upstreams"]["up"]["concurrency"] = {"adaptive": {"min_limit": 5, "max_limit": 60}}
     running = warm(gateway(sections), stage)
     limit = running.console.upstreams["up"].limit
     assert limit.is_adaptive
@@ -402,7 +402,7 @@ def test_the_lag_is_told(late: Callable[[float], RunningGateway]) -> None:
 
 
 def test_a_loop_that_is_really_late_is_noticed(stage: Stage, gateway: StartGateway) -> None:
-    running = warm(gateway(sections_for(stage) | {"server": {"max_lag": 0.08}}), stage)
+    running = warm(gateway(sections_for(stage) | {"server": {"max_event_loop_lag": 0.08}}), stage)
     is_calm = threading.Event()
     lag = running.server._app.state.gateway.lag
 
