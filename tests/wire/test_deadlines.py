@@ -149,7 +149,7 @@ def failures(running: RunningGateway, name: str) -> int:
         ("timed", (), "the timeout of route 'timed'", True),
         ("timed", ("X-Request-Timeout: 9",), "the timeout of route 'timed'", True),
         ("both", (), "the timeout of route 'both'", True),
-        ("both", ("X-Request-Timeout: 0.1",), "0.1 s, the X-Request-Timeout", False),
+        ("both", ("X-Request-Timeout: 0.1",), "0.1 s, the client's X-Request-Timeout", False),
         ("total", (), "timeouts.total of upstream 'total'", True),
     ],
 )
