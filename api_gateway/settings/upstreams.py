@@ -1,4 +1,4 @@
-"""The sections of the configuration: their settings, types, limits and defaults."""
+"""The sections of upstreams: targets, timeouts, pools, health checks, circuit breakers, retries and limits."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -54,13 +54,13 @@ async def test_gateways_decide_and_hear_of_each_other_through_tls(serve: Serve, 
     """Decisions, and a refill that is published."""
     server = serve()
     async with gateways(url_of(server, certificates, ca_file="here.pem"), SLOW, count=2) as limiters:
-        await soon(lambda: all(limiter._hears_refunds for limiter in limiters), "they listen")
+        await soon(lambda: all(limiter.cache.is_trusted for limiter in limiters), "they listen")
         decisions = [await asking(limiters[n % 2], charge(SLOW)) for n in range(12)]
         assert [decision.allowed for decision in decisions] == [True] * 10 + [False] * 2
         assert {decision.source for decision in decisions[:11]} == {"store"}
         assert (await asking(limiters[1], charge(SLOW))).source == "deny_cache"
         await limiters[0].refill("client")
-        await soon(lambda: limiters[1]._told_tat(charge(SLOW), time.monotonic_ns()) == 0, "it is heard of")
+        await soon(lambda: limiters[1].cache.tat(charge(SLOW), time.monotonic_ns()) == 0, "it is heard of")
         assert (await asking(limiters[1], charge(SLOW))).allowed
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from api_gateway.eventloop.lag_sampler import LagSampler
-from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.resilience.event_loop_limit import LAGS
 from tests.kit import (
     RawAnswer,
@@ -282,23 +281,14 @@ def test_a_refused_connection_goes_on(running: RunningGateway, stage: Stage, way
         assert client.get("/api/x", ("X-Client-ID: free", *way)).status == 200
 
 
-def test_refusals_stay_on_the_straight_way(
-    running: RunningGateway, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals_stay_on_the_straight_way(running: RunningGateway, stage: Stage, fast_path_spy: list[bool]) -> None:
     """They would cost more than serving otherwise, just when there is too much to do."""
-    boarded: list[bool] = []
-    board = FastPath.try_handle
-
-    def noting(self: FastPath, client: Any, received: bytes) -> bool:
-        boarded.append(board(self, client, received))
-        return boarded[-1]
-
     with ExitStack() as stack:
         hold(stack, running, 3)
-        monkeypatch.setattr(FastPath, "try_handle", noting)
+        fast_path_spy.clear()
         assert get(running, "FREE").status == 503
         assert get(running, "FREE", WAYS["ordinary"]).status == 503
-        assert boarded == [True, False]
+        assert fast_path_spy == [True, False]
         stage.go_on.set()
 
 
