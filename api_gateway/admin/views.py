@@ -89,7 +89,7 @@ def _why_kept(passive: OutlierSnapshot) -> str | None:
     if passive.withheld:
         return (
             f"Its last failures in a row ({passive.withheld}) did not count towards ejection: no other target is in"
-            " rotation, or max_ejected of the targets are out already."
+            " rotation, or max_ejected_ratio of the targets are out already."
         )
     if passive.one_principal:
         return "Its failures are those of one client, and others use it, too."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 WINDOW = 0.1  # seconds: the least length of a window, or twice the baseline if that is longer
 MIN_SAMPLES = 20  # samples that a window needs
 MAX_SAMPLES = 1_000  # samples that end a window before twice the baseline
-INITIAL_LIMIT = 50.0  # the initial limit, within floor and ceiling
+INITIAL_LIMIT = 50.0  # the initial limit, within min_limit and max_limit
 SMOOTHING = 0.2  # weight of the last window in the moving averages
 LARGEST_STEP = 0.5  # the smallest factor by which a window reduces the limit, before smoothing
 TRIMMED = 0.05  # share of the slowest samples that is dropped, as they may have other causes than a queue
@@ -26,8 +26,8 @@ MARGIN = 0.5  # share of the limit without a queue that is allowed during a meas
 class AdaptivePolicy:
     """The range of the limit, and the latency to maintain as a multiple of the baseline."""
 
-    floor: int = 10
-    ceiling: int = 1000
+    min_limit: int = 10
+    max_limit: int = 1000
     tolerance: float = 1.4
 
 
@@ -85,12 +85,12 @@ class GradientController:
         """The limit in force: lowered during a baseline measurement."""
         if not self.is_measuring_baseline:
             return self.limit
-        return max(self.policy.floor, self.limit * MARGIN / self.policy.tolerance)
+        return max(self.policy.min_limit, self.limit * MARGIN / self.policy.tolerance)
 
     @property
     def unqueued(self) -> float:
         """The number of requests in flight that should leave no queue if the limit is right."""
-        return max(self.policy.floor, self.limit / self.policy.tolerance)
+        return max(self.policy.min_limit, self.limit / self.policy.tolerance)
 
     def add(self, seconds: float, now: float) -> bool:
         """Add a latency in seconds; return whether the window is full. No sample counts while a queue drains."""
@@ -146,7 +146,7 @@ class GradientController:
         self.is_measuring_baseline = False
 
     def _within(self, limit: float) -> float:
-        return min(max(limit, self.policy.floor), self.policy.ceiling)
+        return min(max(limit, self.policy.min_limit), self.policy.max_limit)
 
 
 def _trimmed_mean(samples: list[float]) -> float:

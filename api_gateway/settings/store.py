@@ -24,18 +24,20 @@ class StoreSection(Section):
     url: Annotated[Secret, AfterValidator(_store_url)] = SecretStr(MEMORY)
     url_file: SecretFile = None
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
-    deadline: Seconds = Field(default=0.02, description="The longest time that a request waits for the store.")
+    decision_timeout: Seconds = Field(default=0.02, description="The longest time that a request waits for the store.")
     timeout: Seconds = Field(default=1, description="For all other operations of the store.")
-    processes: int = Field(
-        default=1, ge=1, description="The minimum number of gateways on all machines; sets each one's local share."
+    min_gateway_processes: int = Field(
+        default=1,
+        ge=1,
+        description="The minimum number of gateway processes on all machines; sets each one's local share.",
     )
     prefix: str = Field(default="gateway", pattern=PREFIX, description="The beginning of every key.")
-    bucket_limit: int = Field(default=1_000_000, ge=1)
+    max_buckets: int = Field(default=1_000_000, ge=1)
     clients: Literal["auto", "sqlite", "store"] = Field(
         default="auto",
         description="Where registered clients are kept: in state_dir, or in the store. auto: in a shared store.",
     )
-    client_limit: int = Field(
+    max_cached_clients: int = Field(
         default=100_000, ge=1, description="Registered clients kept in memory; others are looked up."
     )
 

@@ -53,8 +53,8 @@ class HealthCheckSection(Section):
     path: WholePath = "/health"
     interval: Seconds = 5
     timeout: Seconds = 2
-    healthy_after: int = Field(default=2, ge=1)
-    unhealthy_after: int = Field(default=3, ge=1)
+    healthy_threshold: int = Field(default=2, ge=1)
+    unhealthy_threshold: int = Field(default=3, ge=1)
     statuses: list[StatusRange] = Field(default=["200-399"], min_length=1)
 
 
@@ -82,7 +82,7 @@ class CircuitBreakerSection(Section):
     per_target: bool = Field(
         default=True, description="Outlier detection: a breaker for each target beside the upstream's."
     )
-    max_ejected: float = Field(
+    max_ejected_ratio: float = Field(
         default=0.5, ge=0, le=1, description="The largest share of ejected targets, rounded down."
     )
 
@@ -108,7 +108,9 @@ class RetrySection(Section):
 
     attempts: int = Field(default=2, ge=1, le=10)
     budget: float = Field(default=0.2, ge=0, le=1)
-    floor: float = Field(default=1, ge=0, le=1000, description="Retries per second in addition to the share.")
+    min_retries_per_second: float = Field(
+        default=1, ge=0, le=1000, description="Retries that are permitted in addition to the budget."
+    )
     backoff: BackoffSection = BackoffSection()
     max_retry_after: float = Field(
         default=1, ge=0, le=60, description="Seconds. If the upstream's Retry-After is longer, there is no retry."
@@ -122,8 +124,8 @@ class RetrySection(Section):
 class AdaptiveSection(Section):
     """An adaptive limit: it keeps the latency near `tolerance` times the latency without a queue."""
 
-    floor: int = Field(default=10, ge=1, le=1_000_000)
-    ceiling: int = Field(default=1000, ge=1, le=1_000_000)
+    min_limit: int = Field(default=10, ge=1, le=1_000_000)
+    max_limit: int = Field(default=1000, ge=1, le=1_000_000)
     tolerance: float = Field(default=1.4, ge=1.1, le=10)
 
 
@@ -138,15 +140,15 @@ class TlsSection(Section):
     """PEM files for https targets: the trusted authorities instead of the system's, and the client certificate."""
 
     ca_file: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
 
 class UpstreamSection(Section):
     """An upstream. `http2` uses HTTP/2 with https targets that offer it, and requires the package h2."""
 
     targets: list[TargetSection] = Field(min_length=1)
-    resolve: float | None = Field(
+    dns_refresh_interval: float | None = Field(
         default=None, ge=1, le=86_400, description="Seconds between resolutions of the targets' names."
     )
     balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"

@@ -21,7 +21,7 @@ Draw = Callable[[Target, str], float]  # a number from 0 to 1, random or derived
 class OutlierPolicy:
     """The largest share of ejected targets of an upstream, and the duration of slow start in seconds."""
 
-    max_ejected: float = 0.5
+    max_ejected_ratio: float = 0.5
     slow_start: float = 10.0
 
 
@@ -171,7 +171,7 @@ class OutlierDetector:
 
     def _most(self, targets: Sequence[Target]) -> int:
         """Return how many targets may be ejected at once: never all."""
-        return min(int(self.policy.max_ejected * len(targets) + 1e-9), len(targets) - 1)
+        return min(int(self.policy.max_ejected_ratio * len(targets) + 1e-9), len(targets) - 1)
 
     def admits(self, target: Target, now: float, *, is_safe: bool = True) -> bool:
         """Return whether the breaker of a healthy target would admit a request now."""

@@ -76,7 +76,10 @@ class Site:
 def site(folder: Path, sections: dict[str, Any], *options: str) -> Iterator[Site]:
     """Run a gateway; it ends without an error."""
     one = Site(folder, sections)
-    with process("-m", "api_gateway", "--port", "0", "--config", str(one.file), *options, cwd=folder) as running:
+    arguments = ["-m", "api_gateway", "--port", "0", "--config", str(one.file), *options]
+    with process(
+        *arguments, cwd=folder, GATEWAY_STORE__DECISION_TIMEOUT="5"
+    ) as running:  # a busy machine's store is patient
         one.running = running
         eventually(lambda: "Listening on" in running.output or running.popen.poll() is not None, "it listens", LONG)
         yield one
@@ -184,7 +187,7 @@ def variants(url: str) -> Iterator[dict[str, Any]]:
             "pool": {"max_connections": 100 + number},
             "balance": ["round_robin", "least_requests"][number % 2],
             "circuit_breaker": {"failure_threshold": 5 + number, "window": 10 + number},
-            "concurrency": [None, {"limit": 300}, {"adaptive": {"floor": 200}}][number % 3],
+            "concurrency": [None, {"limit": 300}, {"adaptive": {"min_limit": 200}}][number % 3],
             "health_check": [None, {"path": "/api/up", "interval": 1}][number % 2],
         }
 
