@@ -72,8 +72,7 @@ class CounterLedger:
     async def gather(self) -> dict[str, Any]:
         """Return the merged snapshot of all workers, collected after this call.
 
-        A call during a round of collection waits for the next round, because that round may have missed events before
-        the call; all waiting calls share the next round.
+        A call during a round of collection waits for the next one, which all waiting calls share.
         """
         if self._next is None:
             self._next = asyncio.create_task(self._round(self._running), name="gathering")
@@ -99,11 +98,7 @@ class CounterLedger:
 
 
 class Supervisor:
-    """Runs a gateway with several workers.
-
-    States: starting (until all workers serve), serving, rolling (`_is_rolling`: a rolling restart; reloads are
-    refused), stopping (`_stopping` is set, from any state).
-    """
+    """Runs a gateway with several workers. States: starting, serving, rolling (restart), stopping (from any)."""
 
     def __init__(self, config: GatewayConfig, read: Callable[[], GatewayConfig], *, is_watched: bool = False) -> None:
         """`read` reads the configuration again; it raises ConfigError.
@@ -330,8 +325,7 @@ class Supervisor:
     async def _apply(self, config: GatewayConfig) -> None:
         """Apply a configuration to all workers in two phases: all prepare, then all commit; or none does.
 
-        A worker that fails to commit is killed; its replacement starts with `config`. Raises StartupError and
-        ApplyError.
+        A worker that fails to commit is replaced, with `config`. Raises StartupError and ApplyError.
         """
         async with self._spawn_lock:
             workers = list(self._ledger.workers)

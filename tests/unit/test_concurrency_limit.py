@@ -155,7 +155,7 @@ def test_a_refusal_is_foretold_and_asking_takes_nothing() -> None:
     upstream.acquire(NOW, "")
     told = upstream.refusal(NOW, FREE)
     assert isinstance(told, LoadShed)
-    assert "1 are" in told.detail
+    assert ": 1 of at most 2 requests" in told.detail
     assert upstream.refusal(NOW, ENTERPRISE) is None
     assert upstream.concurrency.in_flight == 1
 
