@@ -92,6 +92,9 @@ class DataPlaneSlot:
         self.data_plane: ASGIApp = _not_started
         self.current: FastPathHandler = _Closed()
 
+    def __repr__(self) -> str:
+        return f"<DataPlaneSlot [{'not started' if self.data_plane is _not_started else 'started'}]>"
+
     def set(self, data_plane: ASGIApp, fast_path: FastPathHandler) -> None:
         """Set the paths for new requests."""
         self.data_plane, self.current = data_plane, fast_path
