@@ -160,7 +160,7 @@ class ExchangeMiddleware:
             self.note_cut_off(exchange)
             raise
         except Exception as error:
-            logger.exception("request %s: %s %s", exchange.id, exchange.method, exchange.path)
+            logger.exception("request %s (%s %s) failed", exchange.id, exchange.method, exchange.path)
             await self._refuse(exchange, InternalError(f"The gateway failed: {type(error).__name__}."), send)
         finally:
             self.end(exchange, self._clock())
