@@ -216,7 +216,7 @@ def test_ports_that_another_connection_has_by_now_are_noticed() -> None:
             with pytest.raises(NotEstablished, match="TCP listener"):
                 peers.examine(EstablishedConnection(ours, theirs, os.fstat(accepted.fileno()).st_ino))
             client.close()
-            with pytest.raises(NotEstablished, match="is over"):
+            with pytest.raises(NotEstablished, match="has ended"):
                 peers.examine(EstablishedConnection(ours, theirs))
 
 
