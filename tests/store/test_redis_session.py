@@ -103,7 +103,7 @@ async def test_sentinels_say_which_server_is_the_master(binary: str) -> None:
         ("redis://host?timeout=1", "unknown parameter after '?'; known are db"),
         ("redis://host?ca_file=x", "unknown parameter after '?'; known are db"),
         ("rediss://host?ca_file=", "ca_file="),
-        ("rediss://host?key=key.pem", "without the certificate"),
+        ("rediss://host?key_file=key.pem", "without the cert_file"),
         ("unix://host/path", "absolute path"),
     ],
 )
