@@ -96,7 +96,8 @@ class DownstreamConnection(HttpToolsProtocol):
     - ending (`_is_ending`): nothing more is served; input is discarded. A tunnel (`_is_detached`) is ending too.
     - fast exchange (`_fast_exchange`): a request is on the fast path; further input is held (`_is_buffering`).
     - serving (`_current_cycle` without a complete response, or `_waiting`): the worker task runs the application.
-    - receiving (`_has_begun`, `_unparsed` or `_receiving_cycle`): a head or a body is incomplete; may overlap with serving.
+    - receiving (`_has_begun`, `_unparsed` or `_receiving_cycle`): a head or a body is incomplete; may overlap with
+      serving.
     - idle: no request is in progress. The fast path may take the next one if `_is_idle`, which a drain, a paused
       write and a surplus connection exclude.
 
@@ -481,7 +482,7 @@ class DownstreamConnection(HttpToolsProtocol):
             raise ValueError("it is neither a path nor an absolute URL without user information")
         url = httptools.parse_url(target)
         if not url.host:
-            raise ValueError("it names no host")
+            raise ValueError("it contains no host")
         host = b"[%b]" % url.host if b":" in url.host else url.host
         authority = host if url.port is None else b"%b:%d" % (host, url.port)
         self.raw_headers[:] = [
@@ -687,9 +688,9 @@ class DownstreamConnection(HttpToolsProtocol):
                 self.transport.abort()
                 raise
             finally:
-                del cycle.scope[SERVER_EXTENSION]  # these three break reference cycles, which only the
-                cycle.on_shutdown = None  # garbage collector would free
-                cycle.app = None
+                # These references form cycles, which only the garbage collector would free.
+                del cycle.scope[SERVER_EXTENSION]
+                cycle.on_shutdown = cycle.app = None
             if not cycle.is_response_complete and not cycle.is_disconnected:
                 self._on_unfinished(cycle)
         self._current_cycle = self._receiving_cycle = None  # breaks reference cycles

@@ -33,6 +33,7 @@ MAINTAINERS = [
     if name in ("CONTRIBUTING.md", "docs/architecture.md", "docs/releasing.md") or "/decisions/" in name
 ]
 FENCE = re.compile(r"^ *```.*?^ *```", flags=re.DOTALL | re.MULTILINE)
+RENAMED = re.compile(r"^### Names\n.*?(?=^##)", re.DOTALL | re.MULTILINE)  # names that no longer exist
 FILE = re.compile(r"\.?[\w.-]+(/[\w.-]+)+/?|[\w.-]+\.(py|md|lock|yaml)")
 SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)(?:: .+)?")
 NAME = re.compile(r"(_?[A-Z]+[a-z]+[A-Z]\w+|_[A-Z]{3,}|[A-Z]+_[A-Z_]+)(\.\w+)?(\(.*\))?|[A-Z][a-z]+\.[a-z_]+")
@@ -42,7 +43,7 @@ FOREIGN = {"AsyncClient", "AsyncBaseTransport", "AsyncHTTPTransport"}  # names o
 
 def prose(name: str) -> str:
     """Return a page without its code blocks."""
-    return FENCE.sub("", (ROOT / name).read_text())
+    return RENAMED.sub("", FENCE.sub("", (ROOT / name).read_text()))
 
 
 def code(name: str) -> list[str]:
