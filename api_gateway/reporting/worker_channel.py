@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -25,7 +25,6 @@ from api_gateway.reporting.snapshot_parts import joined
 logger = logging.getLogger(__name__)
 
 TakeSnapshot = Callable[[], Steps[WorkerSnapshot]]
-Reload = Callable[[str], Awaitable[ReloadOutcome]]
 
 REPLACED_SIGNAL = signal.SIGUSR1  # tells a worker that another one has taken its place
 
