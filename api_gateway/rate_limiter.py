@@ -51,8 +51,8 @@ class RateLimiter(Protocol):
         """
         ...
 
-    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
-        """Have the store decide what `decide` could not, and call `answer` with the decision, once."""
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
+        """Have the store decide what `decide` could not, and call `on_decision` with the decision, once."""
         ...
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
@@ -200,7 +200,7 @@ class TatTable(Generic[Noted]):
             self.retired.pop()
 
 
-class EarlierBuckets:
+class PreviousBuckets:
     """The buckets that were kept when quotas changed, each brought to its present quota when it is next used.
 
     Each gets the TAT that leaves the share of it filled that was filled at the moment of the change, as if all had
@@ -217,7 +217,7 @@ class EarlierBuckets:
         self._at_ns = at_ns
 
     def __repr__(self) -> str:
-        return f"<EarlierBuckets [{len(self)}]>"
+        return f"<PreviousBuckets [{len(self)}]>"
 
     def __len__(self) -> int:
         return sum(map(len, self.tables))
@@ -244,7 +244,7 @@ class MemoryLimiter:
         """Hold buckets of any of `quotas`. A quota with a longer budget may only come in by `change_quota`."""
         self._table: TatTable[int] = TatTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
         self._overflow: dict[int, int] = {}
-        self._earlier: list[EarlierBuckets] = []  # the oldest first
+        self._earlier: list[PreviousBuckets] = []  # the oldest first
         self._refunds = Refunds()
         self.overflowed = 0
 
@@ -293,9 +293,9 @@ class MemoryLimiter:
             self._store(charge.key, after_ns)
         return decision_of(charge, after_ns, wait_ns, now_ns)
 
-    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
         """See `RateLimiter`; nothing asks, because `decide` always decides."""
-        answer(self.decide(charges, now_ns))
+        on_decision(self.decide(charges, now_ns))
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """See `RateLimiter`."""
@@ -342,7 +342,7 @@ class MemoryLimiter:
             self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # it may owe more than the budget
             self._store(key, tat_ns)
 
-    def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
+    def change_quotas(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
         """Hold buckets of `quotas` from now on; each that is held keeps its filled share.
 
         `quota_of` returns the quota of a bucket until now, given its key and its quota from now on. Takes no longer
@@ -352,7 +352,7 @@ class MemoryLimiter:
         self._advance(now_ns)
         table.period_ns = max(table.period_ns, *(quota.burst_ns for quota in quotas))
         until_ns = now_ns + 2 * table.period_ns
-        self._earlier.append(EarlierBuckets((table.current, table.previous), quota_of, now_ns, until_ns))
+        self._earlier.append(PreviousBuckets((table.current, table.previous), quota_of, now_ns, until_ns))
         table.current, table.previous = {}, {}
 
     def _decide_all(self, charges: Sequence[Charge], now_ns: int) -> Decision:

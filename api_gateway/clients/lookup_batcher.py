@@ -11,8 +11,8 @@ from api_gateway.models import Client
 
 logger = logging.getLogger(__name__)
 
-BATCH = 500  # clients looked up at once
-RETRY_AFTER = 1.0  # seconds until what was late or failed is tried again
+LOOKUP_BATCH = 500  # clients looked up at once
+LATE_RETRY_DELAY = 1.0  # seconds until what was late or failed is tried again
 
 
 class LookupBatcher:
@@ -20,31 +20,31 @@ class LookupBatcher:
 
     def __init__(
         self,
-        ask: Callable[[Sequence[str]], Awaitable[Sequence[ClientRecord | None]]],
-        note: Callable[[str, ClientRecord | None, bool], None],
-        named: Callable[[str], Client],
-        look_again: Callable[[], None],
+        fetch: Callable[[Sequence[str]], Awaitable[Sequence[ClientRecord | None]]],
+        on_result: Callable[[str, ClientRecord | None, bool], None],
+        by_id: Callable[[str], Client],
+        on_retry_due: Callable[[], None],
         *,
         limit: int,
         deadline: float,
     ) -> None:
-        """`ask` raises OSError. `note` is told each answer, and whether it came too late for somebody.
+        """`fetch` raises OSError. `on_result` is told each answer, and whether it came too late for somebody.
 
-        `look_again` is called when those that were late may be asked for again. At most `limit` clients are asked for
-        at one time; further ones count as late.
+        `on_retry_due` is called when those that were late may be asked for again. At most `limit` clients are asked
+        for at one time; further ones count as late.
         """
-        self._ask, self._note, self._named, self._look_again = ask, note, named, look_again
+        self._fetch, self._on_result, self._by_id, self._on_retry_due = fetch, on_result, by_id, on_retry_due
         self._limit, self._deadline = limit, deadline
-        self._asked: dict[str, asyncio.Future[Client]] = {}
-        self._asking: asyncio.Task[None] | None = None
+        self._pending: dict[str, asyncio.Future[Client]] = {}
+        self._task: asyncio.Task[None] | None = None
         self._late: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"<LookupBatcher [{len(self._asked)} under way, {len(self._late)} late]>"
+        return f"<LookupBatcher [{len(self._pending)} under way, {len(self._late)} late]>"
 
-    def is_asked(self, client_id: str) -> bool:
+    def is_pending(self, client_id: str) -> bool:
         """Tell whether a question for a client is under way."""
-        return client_id in self._asked
+        return client_id in self._pending
 
     def is_late(self, client_id: str) -> bool:
         """Tell whether an answer was late, so that nobody shall wait for it at present."""
@@ -59,55 +59,55 @@ class LookupBatcher:
 
     async def look_up(self, client_id: str) -> Client:
         """Return a client as the store has it, or after the deadline as far as is known here."""
-        answer = self._asked.get(client_id)
-        if answer is None:
-            if len(self._asked) >= self._limit:
-                return self._named(client_id)
-            answer = self._asked[client_id] = asyncio.get_running_loop().create_future()
-            if self._asking is None:
-                self._asking = asyncio.create_task(self._ask_all(), name="client look-ups")
-        await asyncio.wait([answer], timeout=self._deadline)
-        if answer.done():
-            return answer.result()
-        self._hold_back(client_id)
-        return self._named(client_id)
+        result = self._pending.get(client_id)
+        if result is None:
+            if len(self._pending) >= self._limit:
+                return self._by_id(client_id)
+            result = self._pending[client_id] = asyncio.get_running_loop().create_future()
+            if self._task is None:
+                self._task = asyncio.create_task(self._look_up_all(), name="client look-ups")
+        await asyncio.wait([result], timeout=self._deadline)
+        if result.done():
+            return result.result()
+        self._mark_late(client_id)
+        return self._by_id(client_id)
 
     async def close(self) -> None:
         """End the question under way."""
-        if self._asking is not None:
-            await cancel_and_wait(self._asking)
+        if self._task is not None:
+            await cancel_and_wait(self._task)
 
-    async def _ask_all(self) -> None:
+    async def _look_up_all(self) -> None:
         try:
-            while self._asked:
-                await self._ask_some(list(islice(self._asked, BATCH)))
+            while self._pending:
+                await self._look_up_batch(list(islice(self._pending, LOOKUP_BATCH)))
         finally:
-            self._asking = None
+            self._task = None
 
-    async def _ask_some(self, client_ids: Sequence[str]) -> None:
+    async def _look_up_batch(self, client_ids: Sequence[str]) -> None:
         try:
-            records = await self._ask(client_ids)
+            records = await self._fetch(client_ids)
         except OSError as error:
             if not self._late:
                 logger.warning("clients could not be looked up, %d for a start: %s", len(client_ids), error)
             for client_id in client_ids:
-                self._hold_back(client_id)
+                self._mark_late(client_id)
         else:
             for client_id, record in zip(client_ids, records, strict=True):
                 was_late = client_id in self._late
                 self._late.discard(client_id)
-                self._note(client_id, record, was_late)
-                self._asked[client_id].set_result(self._named(client_id))  # before it is forgotten for another
+                self._on_result(client_id, record, was_late)
+                self._pending[client_id].set_result(self._by_id(client_id))  # before it is forgotten for another
         for client_id in client_ids:
-            answer = self._asked.pop(client_id)
-            if not answer.done():
-                answer.set_result(self._named(client_id))
+            result = self._pending.pop(client_id)
+            if not result.done():
+                result.set_result(self._by_id(client_id))
 
-    def _hold_back(self, client_id: str) -> None:
+    def _mark_late(self, client_id: str) -> None:
         if not self._late:
-            asyncio.get_running_loop().call_later(RETRY_AFTER, self._retry)
+            asyncio.get_running_loop().call_later(LATE_RETRY_DELAY, self._retry)
         self._late.add(client_id)
 
     def _retry(self) -> None:
         self._late.clear()
-        self._look_again()
+        self._on_retry_due()

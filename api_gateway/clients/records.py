@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from api_gateway.clients.bloom_filter import BloomFilter
 
-KEPT_CHANGES = 10_000  # whoever is further behind than this reads everything anew
+MAX_KEPT_CHANGES = 10_000  # whoever is further behind than this reads everything anew
 
 
 class Unchanged(Enum):

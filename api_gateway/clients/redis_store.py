@@ -17,7 +17,7 @@ from typing import Any
 
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
-    KEPT_CHANGES,
+    MAX_KEPT_CHANGES,
     UNCHANGED,
     Change,
     Changes,
@@ -29,7 +29,7 @@ from api_gateway.clients.records import (
     WriteResult,
 )
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.storage.redis_session import REFUSALS, StoreError, StoreSession
+from api_gateway.storage.redis_session import WRITE_REFUSALS, StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ return answer
 """
 
 
-class RedisClients:
+class RedisClientStore:
     """Client records in hashes of a shared server. See `ClientStore`."""
 
     name = "the shared store"
@@ -83,7 +83,7 @@ class RedisClients:
         self._is_listening = False
 
     def __repr__(self) -> str:
-        return f"<RedisClients [{'listening' if self._is_listening else 'not listening'}]>"
+        return f"<RedisClientStore [{'listening' if self._is_listening else 'not listening'}]>"
 
     async def load(self, limit: int) -> ClientSnapshot:
         """See `ClientStore`. What changes while it reads is newer than the mark, and so read again.
@@ -119,10 +119,10 @@ class RedisClients:
     async def changes(self, since: Cursor) -> Changes | None:
         """See `ClientStore`."""
         keys = self._meta, self._records, self._changes
-        answer = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, KEPT_CHANGES))
-        if answer is None:
+        reply = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, MAX_KEPT_CHANGES))
+        if reply is None:
             return None
-        epoch, version, *pairs = answer
+        epoch, version, *pairs = reply
         found = _records(zip(pairs[::2], pairs[1::2], strict=True))
         return Changes(found, Cursor(epoch.decode(), int(version)))
 
@@ -166,18 +166,25 @@ class RedisClients:
         await self._ask(self._client.hget(self._meta, "epoch"))  # what fails here has certainly changed nothing
         outcome = f"{self._outcomes}{secrets.token_hex(12)}"
         keys = self._meta, self._records, self._changes, outcome
-        arguments = client_id, secrets.token_hex(8), KEPT_CHANGES, self._channel, *_arguments(change), ended_version
+        arguments = (
+            client_id,
+            secrets.token_hex(8),
+            MAX_KEPT_CHANGES,
+            self._channel,
+            *_arguments(change),
+            ended_version,
+        )
         try:
-            answer = await self._client.eval(_WRITE, len(keys), *keys, *arguments)
-        except REFUSALS as error:
+            reply = await self._client.eval(_WRITE, len(keys), *keys, *arguments)
+        except WRITE_REFUSALS as error:
             raise OSError(f"the server refuses the change: {error}") from error
         except StoreError as error:
-            answer = await self._settle(client_id, outcome, error)
-        if answer[0] == b"kept":
+            reply = await self._settle(client_id, outcome, error)
+        if reply[0] == b"kept":
             return None
-        if answer[0] == b"void":
+        if reply[0] == b"void":
             raise OSError("the server did not answer in time; the change was called off")
-        _, before, after, epoch = answer
+        _, before, after, epoch = reply
         key = client_id.encode()
         empty = ClientRecord(client_id)
         return WriteResult(_record(key, before) or empty, _record(key, after) or empty, epoch.decode())
@@ -189,9 +196,9 @@ class RedisClients:
         except StoreError as error:
             raise OutcomeUnknown(f"the store failed ({cause}), and then did not tell what became of it") from error
 
-    async def _ask(self, answer: Awaitable[Any]) -> Any:
+    async def _ask(self, reply: Awaitable[Any]) -> Any:
         try:
-            return await answer
+            return await reply
         except StoreError as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
-    KEPT_CHANGES,
+    MAX_KEPT_CHANGES,
     UNCHANGED,
     Change,
     Changes,
@@ -56,7 +56,7 @@ _COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at"
 _KINDS = (str, str | None, str | None, float | None, int, float)  # of their values
 
 
-class SqliteClients:
+class SqliteClientStore:
     """The table of clients in one SQLite file (WAL, full sync), used from a thread of its own. See `ClientStore`."""
 
     name = CLIENTS_FILE
@@ -68,7 +68,7 @@ class SqliteClients:
         self._connection: sqlite3.Connection | None = None
 
     def __repr__(self) -> str:
-        return f"<SqliteClients [{self.path}]>"
+        return f"<SqliteClientStore [{self.path}]>"
 
     async def load(self, limit: int) -> ClientSnapshot:
         """See `ClientStore`; creates the file, or brings it to the current schema."""
@@ -206,7 +206,7 @@ class SqliteClients:
             )
             connection.execute(
                 "DELETE FROM clients WHERE version <= ? AND tier IS NULL AND coalesce(grant_until, 0) <= ?",
-                (after.version - KEPT_CHANGES, now),
+                (after.version - MAX_KEPT_CHANGES, now),
             )
         return WriteResult(before, after, EPOCH)
 
@@ -214,7 +214,7 @@ class SqliteClients:
         connection = self._open_connection
         with _transaction(connection, "BEGIN"):
             version = _latest(connection)
-            if since.version < version - KEPT_CHANGES or since.version > version or since.epoch != EPOCH:
+            if since.version < version - MAX_KEPT_CHANGES or since.version > version or since.epoch != EPOCH:
                 return None
             rows = connection.execute(
                 f"SELECT {_COLUMNS} FROM clients WHERE version > ? ORDER BY version",  # noqa: S608 - our own names

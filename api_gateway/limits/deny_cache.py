@@ -6,7 +6,7 @@ from typing import NamedTuple
 from api_gateway.models import Charge
 from api_gateway.rate_limiter import TatTable
 
-SKEW = 1000  # two clocks differ in speed by less than a thousandth
+CLOCK_SKEW_DIVISOR = 1000  # two clocks differ in speed by less than a thousandth
 TICK_NS = 1000  # of the store's clock
 
 
@@ -14,16 +14,16 @@ class CachedDebt(NamedTuple):
     """What a bucket owed in the store at some time between asking and hearing, by this process's clock."""
 
     asked_ns: int
-    heard_ns: int
+    received_ns: int
     debt_ns: int
 
     def earliest_ns(self, now_ns: int) -> int:
         """Return the TAT if the store was as early, and its clock as fast, as may be."""
-        return self.asked_ns + self.debt_ns - (now_ns - self.asked_ns) // SKEW
+        return self.asked_ns + self.debt_ns - (now_ns - self.asked_ns) // CLOCK_SKEW_DIVISOR
 
     def latest_ns(self, now_ns: int) -> int:
         """Return the TAT if the store was as late, and its clock as slow, as may be."""
-        return self.heard_ns + self.debt_ns + (now_ns - self.asked_ns) // SKEW + TICK_NS
+        return self.received_ns + self.debt_ns + (now_ns - self.asked_ns) // CLOCK_SKEW_DIVISOR + TICK_NS
 
 
 class DenyCache:

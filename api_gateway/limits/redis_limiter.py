@@ -31,7 +31,7 @@ from api_gateway.rate_limiter import (
     settled,
     take_each,
 )
-from api_gateway.storage.redis_session import REFUSALS, Evictions, Script, StoreError, StoreSession
+from api_gateway.storage.redis_session import WRITE_REFUSALS, Evictions, Script, StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ HEARTBEAT_INTERVAL = 2.0  # seconds between heartbeats
 DEAD_AFTER = 3 * HEARTBEAT_INTERVAL
 MESSAGE_NS = NANOSECONDS // 10  # a refund is heard of within this time
 REFUNDS_KEPT_NS = 600 * NANOSECONDS  # longer than a request lasts between its charge and its settlement, as a rule
-MEMORY_OF_PROCESSES = 3600.0  # seconds for which a process that has gone is still counted
+PROCESS_COUNT_MEMORY = 3600.0  # seconds for which a process that has gone is still counted
 
 # Counts who has been heard of lately. KEYS[1] the processes by the time of their last beat; ARGV: name, seconds.
 HEARTBEAT_SCRIPT = """
@@ -80,15 +80,15 @@ class RedisLimiter:
         self.policy: Policy = policy
         self.bucket_limit = bucket_limit
         self.overflowed = 0
-        asker = ClusterScriptBatcher if session.is_divided else ScriptBatcher
-        self.dispatcher: ScriptBatcher | ClusterScriptBatcher = asker(
-            session, TOKEN_BUCKET_SCRIPT, deadline=deadline, clock=clock, source=source, on_error=self._on_trouble
+        probe_sender = ClusterScriptBatcher if session.is_divided else ScriptBatcher
+        self.batcher: ScriptBatcher | ClusterScriptBatcher = probe_sender(
+            session, TOKEN_BUCKET_SCRIPT, deadline=deadline, clock=clock, source=source, on_error=self._on_store_error
         )
-        self.share = FallbackLimiter(quotas, bucket_limit=bucket_limit)
-        self.share.processes = processes
+        self.fallback = FallbackLimiter(quotas, bucket_limit=bucket_limit)
+        self.fallback.processes = processes
         self._session = session
         self._configured_processes = processes
-        self._seen: dict[int, float] = {}  # numbers of processes, and when each was last seen
+        self._process_counts: dict[int, float] = {}  # numbers of processes, and when each was last seen
         self._evictions = Evictions(0, None)
         self._warning: str | None = None
         self._write_refusal: str | None = None  # of writes, while the store refuses them
@@ -98,11 +98,11 @@ class RedisLimiter:
         self._clock = clock
         self.clock_ns = clock_ns
         self.cache = DenyCache(bucket_limit, clock_ns)
-        self._given_back = Refunds()  # by the store's clock, which is ahead of ours by
+        self._recent_refunds = Refunds()  # by the store's clock, which is ahead of ours by
         self.offset_ns = 0
         self._refunds_turn_ns = 0
         self._listener: asyncio.Task[None] | None = None
-        self._heart: asyncio.Task[None] | None = None
+        self._heartbeat_task: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self.store_key = lru_cache(maxsize=65_536)(self._hashed)
 
@@ -111,81 +111,81 @@ class RedisLimiter:
 
     def __len__(self) -> int:
         """Return how many buckets are remembered in this process."""
-        return len(self.cache) + len(self.share)
+        return len(self.cache) + len(self.fallback)
 
     @property
     def mode(self) -> DecisionSource:
         """What decisions (on a cluster: some of them) rest on: the store, or the policy for when it cannot be used."""
-        return "store" if self.dispatcher.is_whole and self._write_refusal is None else self.policy
+        return "store" if self.batcher.is_whole and self._write_refusal is None else self.policy
 
     def state(self) -> LimiterState:
         """See `RateLimiter`."""
-        dispatcher = self.dispatcher
+        batcher = self.batcher
         return LimiterState(
             decision_source=self.mode,
-            gateway_processes=self.share.processes,
-            calls=dispatcher.batches,
-            operations=dispatcher.questions,
-            failures=dispatcher.failures,
-            last_error=dispatcher.last_error,
+            gateway_processes=self.fallback.processes,
+            calls=batcher.calls,
+            operations=batcher.operations,
+            failures=batcher.failures,
+            last_error=batcher.last_error,
             evicted_keys=self._evictions.keys,
             warning=self._write_refusal or self._warning,
         )
 
     async def start(self) -> None:
         """Connect to the store. Returns once it has answered, or has had its time to."""
-        await self.dispatcher.start()
+        await self.batcher.start()
         self._listener = self._listen()
-        self._heart = asyncio.create_task(self._beat(), name="store heartbeat")
+        self._heartbeat_task = asyncio.create_task(self._send_heartbeats(), name="store heartbeat")
 
     async def close(self) -> None:
         """Disconnect."""
-        tasks = [task for task in (self._listener, self._heart, *self._retiring) if task is not None]
-        self._listener = self._heart = None
+        tasks = [task for task in (self._listener, self._heartbeat_task, *self._retiring) if task is not None]
+        self._listener = self._heartbeat_task = None
         await cancel_and_wait(*tasks)
-        await self.dispatcher.close()
+        await self.batcher.close()
         await self._session.close()
 
     # Decisions
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
         """See `RateLimiter`."""
-        if not self.dispatcher.is_usable:
-            return self.without_store(charges, now_ns)
+        if not self.batcher.is_usable:
+            return self.decide_without_store(charges, now_ns)
         if self.cache.is_trusted:
             for charge in charges:
                 if self.cache.tat(charge, now_ns) + charge.increment_ns > now_ns + charge.quota.burst_ns:
                     return self._refusal(charges, now_ns)
         return None
 
-    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
         """See `RateLimiter`."""
         if len(charges) > 1 and self._session.is_divided:
-            MultiNodeCharge(self, charges, now_ns, answer).submit()
+            MultiNodeCharge(self, charges, now_ns, on_decision).submit()
         else:
-            self.dispatcher.submit(ChargeOp(self, charges, now_ns, answer))
+            self.batcher.submit(ChargeOp(self, charges, now_ns, on_decision))
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """See `RateLimiter`."""
         return list(await asyncio.gather(*[self._inspect(charge, now_ns) for charge in charges]))
 
     async def _inspect(self, charge: Charge, now_ns: int) -> Decision:
-        if not self.dispatcher.is_usable:
-            return self.share.inspect(charge, self.cache.last_tat(charge), now_ns)
+        if not self.batcher.is_usable:
+            return self.fallback.inspect(charge, self.cache.last_tat(charge), now_ns)
         seen: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self.dispatcher.submit(PeekOp(self, charge, now_ns, seen))
+        self.batcher.submit(PeekOp(self, charge, now_ns, seen))
         return await seen
 
     def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
         """See `RateLimiter`. The store is told, and not waited for; what is returned is as of the decision."""
         if decision.source != "store":
-            return self.share.settle(charges, decision, now_ns)
+            return self.fallback.settle(charges, decision, now_ns)
         at_ns = decision.at_ns
         debts_ns = []
         for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
             tat_ns = at_ns + debt_ns
-            charged_ns = tat_ns - self._given_back.since(charge.key, at_ns)
-            self.dispatcher.submit(SettleOp(self, charge, charged_ns))
+            charged_ns = tat_ns - self._recent_refunds.since(charge.key, at_ns)
+            self.batcher.submit(SettleOp(self, charge, charged_ns))
             debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, charged_ns, at_ns) - at_ns)
             if charge.increment_ns < 0:
                 self._note_refund(charge.key, -charge.increment_ns)
@@ -195,52 +195,54 @@ class RedisLimiter:
         """See `RateLimiter`. Raises StoreUnavailable; the bucket may or may not be full then."""
         try:
             await self._session.client.delete(self.store_key(key))
-            await self._tell_others(key)
+            await self._publish_invalidation(key)
         except StoreError as error:
             raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
         self._note_refund(key, 0)
-        self.share.reset(key)
+        self.fallback.reset(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """See `RateLimiter`. In the store a bucket carries its budget, and moves when it is next used."""
         self.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:  # others have to forget what the store said of it under the old one
             with suppress(*StoreError):
-                await self._tell_others(key)
+                await self._publish_invalidation(key)
 
-    async def _tell_others(self, key: str) -> None:
+    async def _publish_invalidation(self, key: str) -> None:
         """Have everybody forget what the store said of a bucket."""
         await self._session.client.publish(self.refunds, refund_message(key, 0))
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Take what this process knows of a bucket from one quota to another."""
-        self.share.change_quota(key, old, new, now_ns)
+        self.fallback.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:
             self._note_refund(key, 0)
 
-    def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
+    def change_quotas(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
         """Hold buckets of other quotas. In the store a bucket carries its budget, and is converted when it is used."""
-        self.share.requote(quotas, quota_of, now_ns)
+        self.fallback.change_quotas(quotas, quota_of, now_ns)
         self.cache.renew(is_trusted=self.cache.is_trusted)  # what the store said was about other budgets
 
-    def change_terms(self, policy: Policy, processes: int, bucket_limit: int) -> None:
+    def reconfigure(self, policy: Policy, processes: int, bucket_limit: int) -> None:
         """Take another policy for when the store is unavailable, and other bounds."""
         self.policy = policy
         self._configured_processes = processes
-        self.share.processes = max(processes, *self._seen) if self._seen else processes
+        self.fallback.processes = max(processes, *self._process_counts) if self._process_counts else processes
         self.bucket_limit = self.cache.limit = bucket_limit
-        self.share.limit_buckets(bucket_limit)
+        self.fallback.limit_buckets(bucket_limit)
 
-    def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
+    def decide_without_store(
+        self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False
+    ) -> Decision:
         """Decide by the policy for when the store cannot be used, though it `may_be_charged` there."""
         if self.policy == "local_share":
             known = [self.cache.last_tat(charge) for charge in charges]
-            return self.share.decide(charges, known, now_ns, may_be_charged=may_be_charged)
+            return self.fallback.decide(charges, known, now_ns, may_be_charged=may_be_charged)
         first = charges[0]
         if self.policy == "deny":
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
         if not may_be_charged:
-            self.share.record_unsynced(charges, now_ns)
+            self.fallback.record_unsynced(charges, now_ns)
         others_ns = tuple(charge.increment_ns for charge in charges[1:])
         return decision_of(first, now_ns + first.increment_ns, 0, now_ns, "allow", others_ns)
 
@@ -272,17 +274,17 @@ class RedisLimiter:
         now_ns = self.cache.drop(key)
         if given_ns:
             if self._refunds_turn_ns <= now_ns:
-                self._given_back.turn()
+                self._recent_refunds.turn()
                 self._refunds_turn_ns = now_ns + REFUNDS_KEPT_NS
-            self._given_back.note(key, now_ns + self.offset_ns + MESSAGE_NS, given_ns)
+            self._recent_refunds.note(key, now_ns + self.offset_ns + MESSAGE_NS, given_ns)
 
-    def _on_listening(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
+    def _on_subscription(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
         """Trust cached readings only while refunds are heard of."""
         self.cache.renew(is_trusted=is_listening)
 
-    def _on_trouble(self) -> None:
+    def _on_store_error(self) -> None:
         """Listen anew: what broke one connection may have silenced the other."""
-        self._on_listening(False)
+        self._on_subscription(False)
         if self._listener is not None:
             retiring = asyncio.create_task(cancel_and_wait(self._listener), name="end of store refunds")
             self._retiring.add(retiring)
@@ -290,7 +292,7 @@ class RedisLimiter:
             self._listener = self._listen()
 
     def _listen(self) -> asyncio.Task[None]:
-        listening = self._session.listen(self.refunds, self._on_refund, self._on_listening)
+        listening = self._session.listen(self.refunds, self._on_refund, self._on_subscription)
         return asyncio.create_task(listening, name="store refunds")
 
     # Keys
@@ -301,21 +303,21 @@ class RedisLimiter:
 
     # How many there are
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         """Tell that this process lives, and learn how many do."""
         while True:
             try:
                 alive = await self._session.client.eval(
                     HEARTBEAT_SCRIPT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
                 )
-            except REFUSALS as refusal:  # it is full (OOM), a replica (READONLY), or cannot save (MISCONF)
+            except WRITE_REFUSALS as refusal:  # it is full (OOM), a replica (READONLY), or cannot save (MISCONF)
                 self._note_write_refusal(f"the store refuses writes: {refusal}")
             except StoreError:
                 logger.debug("no heartbeat", exc_info=True)
             else:
                 self._note_write_refusal(None)
                 self.note_processes(int(alive), self._clock())
-            await self._look_for_evictions()  # also of a store so full that it refuses the heartbeat
+            await self._check_evictions()  # also of a store so full that it refuses the heartbeat
             check_cancelled()
             await asyncio.sleep(HEARTBEAT_INTERVAL)
 
@@ -327,7 +329,7 @@ class RedisLimiter:
         elif refusal is None and before is not None:
             logger.warning("the store takes writes again")
 
-    async def _look_for_evictions(self) -> None:
+    async def _check_evictions(self) -> None:
         """Learn whether the store forgets buckets, and say so once. Who may not ask (by an ACL) does without."""
         try:
             self._evictions = await self._session.evictions()
@@ -340,9 +342,11 @@ class RedisLimiter:
 
     def note_processes(self, alive: int, now: float) -> None:
         """Count gateways: the most that were alive at once within the last hour, and no fewer than configured."""
-        self._seen[alive] = now
-        self._seen = {number: at for number, at in self._seen.items() if now - at <= MEMORY_OF_PROCESSES}
-        self.share.processes = max(self._configured_processes, *self._seen)
+        self._process_counts[alive] = now
+        self._process_counts = {
+            number: at for number, at in self._process_counts.items() if now - at <= PROCESS_COUNT_MEMORY
+        }
+        self.fallback.processes = max(self._configured_processes, *self._process_counts)
 
 
 def _warning(policy: str | None) -> str | None:

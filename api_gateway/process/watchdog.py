@@ -33,8 +33,8 @@ from api_gateway.system.output import process_output
 logger = logging.getLogger(__name__)
 
 MIN_BLOCKED_CHECKS = 10  # the least number of checks that must find the loop blocked
-LONGEST_PAUSE = 0.5  # seconds between checks
-REPORT_WITHIN = 1.0  # seconds to write the report: what blocks the loop may block the log too
+MAX_CHECK_INTERVAL = 0.5  # seconds between checks
+REPORT_TIMEOUT = 1.0  # seconds to write the report: what blocks the loop may block the log too
 NATIVE_MARGIN = 2.0  # seconds of CPU time that native code may take beyond the loop's time
 
 
@@ -47,7 +47,7 @@ class Watchdog:
 
     def __init__(
         self,
-        patience: float,
+        timeout: float,
         stop_within: float,
         *,
         blocked: int,
@@ -55,31 +55,31 @@ class Watchdog:
         stop_signals: Collection[int] = (signal.SIGTERM, signal.SIGINT),
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        """End the process with exit code `blocked` if its loop does not run for `patience` seconds.
+        """End the process with exit code `blocked` if its loop does not run for `timeout` seconds.
 
         End it with exit code `overdue` if it has not ended `stop_within` seconds after a stop signal.
         """
-        self._patience = patience
+        self._timeout = timeout
         self._stop_within = stop_within
         self._blocked, self._overdue = blocked, overdue
         self._stop_signals = frozenset(int(number) for number in stop_signals)
         self._end = end
-        self._pause = min(LONGEST_PAUSE, patience / MIN_BLOCKED_CHECKS)
-        self._looks_to_block = math.ceil(patience / self._pause)
+        self._pause = min(MAX_CHECK_INTERVAL, timeout / MIN_BLOCKED_CHECKS)
+        self._checks_until_blocked = math.ceil(timeout / self._pause)
         self._loop: asyncio.AbstractEventLoop | None = None  # while it is watched
         self._main = threading.main_thread().ident or 0
         self._silent = 0.0  # checks since the loop last ran, less the time that it waited for a processor
         self._ran = 0.0  # seconds of CPU time of the loop's thread
-        self._is_heard = True
-        self._looks_left = math.inf  # until the process must have ended
+        self._has_turned = True
+        self._checks_left = math.inf  # until the process must have ended
         self._has_timer = False
 
     def __repr__(self) -> str:
         state = "idle" if self._loop is None else f"{self._silent:g} checks without a reply of the loop"
-        return f"<Watchdog [{state}, {self._looks_left} checks left]>"
+        return f"<Watchdog [{state}, {self._checks_left} checks left]>"
 
     @contextlib.contextmanager
-    def on_duty(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Check the loop within this block, and read signals. To be used in the main thread, within the loop.
 
         After a stop signal the thread waits for the end of the process, also after this block.
@@ -88,8 +88,8 @@ class Watchdog:
         os.set_blocking(inlet, False)
         os.set_blocking(outlet, False)
         before = signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
-        self._set_timer_up()
-        thread = threading.Thread(target=self._look_on, args=(inlet, before), name="watchdog", daemon=True)
+        self._arm_timer()
+        thread = threading.Thread(target=self._run, args=(inlet, before), name="watchdog", daemon=True)
         thread.start()
         try:
             yield
@@ -99,32 +99,32 @@ class Watchdog:
 
     def watch(self) -> None:
         """Watch the running event loop from now on."""
-        self._silent, self._is_heard = 0, True
+        self._silent, self._has_turned = 0, True
         self._loop = asyncio.get_running_loop()
 
     def expect_end(self) -> None:
         """Require the process to end within `stop_within` seconds. Idempotent: the first call counts."""
-        self._looks_left = min(self._looks_left, math.ceil(self._stop_within / self._pause))
+        self._checks_left = min(self._checks_left, math.ceil(self._stop_within / self._pause))
 
-    def allow(self, stop_within: float) -> None:
+    def set_stop_timeout(self, stop_within: float) -> None:
         """Set another time for the process to end, from the next stop signal on."""
         self._stop_within = stop_within
 
     # In the thread
 
-    def _look_on(self, inlet: int, before: int) -> None:
+    def _run(self, inlet: int, before: int) -> None:
         poll = select.poll()
         poll.register(inlet, select.POLLIN)
         due = time.monotonic() + self._pause
         while True:
             left = due - time.monotonic()
             if left > 0 and poll.poll(max(1, math.ceil(left * 1000))):
-                self._pass_on(inlet, before)
+                self._forward_signals(inlet, before)
                 continue
             due = time.monotonic() + self._pause
-            self._look()
+            self._check()
 
-    def _pass_on(self, inlet: int, before: int) -> None:
+    def _forward_signals(self, inlet: int, before: int) -> None:
         """Note stop signals, and forward all signals to the loop's descriptor."""
         with contextlib.suppress(OSError):
             numbers = os.read(inlet, 4096)
@@ -133,31 +133,33 @@ class Watchdog:
             if before >= 0:
                 os.write(before, numbers)
 
-    def _look(self) -> None:
-        self._put_timer_off()
-        self._looks_left -= 1
+    def _check(self) -> None:
+        self._disarm_timer()
+        self._checks_left -= 1
         loop = self._loop
         ran_before, (self._ran, is_runnable) = self._ran, scheduling_of(threading.main_thread())
-        if loop is not None and not self._is_heard:
+        if loop is not None and not self._has_turned:
             self._silent += min(1.0, (self._ran - ran_before) / self._pause) if is_runnable else 1
         elif loop is not None:
-            self._silent, self._is_heard = 0, False
+            self._silent, self._has_turned = 0, False
             with contextlib.suppress(RuntimeError):  # it is closed
-                loop.call_soon_threadsafe(self._hear)
-        if self._looks_left <= 0:
-            self._give_up(self._overdue, f"the process has not ended {self._stop_within:g} s after the stop signal")
-        elif loop is not None and self._silent >= self._looks_to_block:
-            self._give_up(self._blocked, f"the event loop has been blocked for {self._patience:g} s")
+                loop.call_soon_threadsafe(self._on_loop_turn)
+        if self._checks_left <= 0:
+            self._end_process(
+                self._overdue, f"the process has not ended {self._stop_within:g} s after the stop signal"
+            )
+        elif loop is not None and self._silent >= self._checks_until_blocked:
+            self._end_process(self._blocked, f"the event loop has been blocked for {self._timeout:g} s")
 
-    def _hear(self) -> None:
-        self._is_heard = True
+    def _on_loop_turn(self) -> None:
+        self._has_turned = True
 
-    def _give_up(self, code: int, why: str) -> None:
+    def _end_process(self, code: int, why: str) -> None:
         """Log the reason and the stack of the loop's thread, then end the process, even if logging blocks."""
         try:
             snapshot = threading.Thread(target=self._report, args=(code, why), daemon=True)
             snapshot.start()
-            snapshot.join(REPORT_WITHIN)
+            snapshot.join(REPORT_TIMEOUT)
         finally:
             self._end(code)
 
@@ -165,22 +167,22 @@ class Watchdog:
         frame = sys._current_frames().get(self._main)  # noqa: SLF001 - documented, and there is no public alternative
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (ended)\n"
         logger.critical("%s; exiting with code %d. Stack of the main thread:\n%s", why, code, stack.rstrip())
-        process_output().flush(REPORT_WITHIN)
+        process_output().flush(REPORT_TIMEOUT)
 
     # The timer
 
-    def _set_timer_up(self) -> None:
+    def _arm_timer(self) -> None:
         """Have the stack written before SIGPROF ends the process, unless another handler uses that signal."""
         if signal.getsignal(signal.SIGPROF) is not signal.SIG_DFL:
             return
         with contextlib.suppress(AttributeError, OSError, ValueError):  # there is no standard error
             faulthandler.register(signal.SIGPROF, file=sys.stderr, all_threads=True, chain=True)
         self._has_timer = True
-        self._put_timer_off()
+        self._disarm_timer()
 
-    def _put_timer_off(self) -> None:
+    def _disarm_timer(self) -> None:
         if self._has_timer:
-            signal.setitimer(signal.ITIMER_PROF, self._patience + NATIVE_MARGIN)
+            signal.setitimer(signal.ITIMER_PROF, self._timeout + NATIVE_MARGIN)
 
 
 def scheduling_of(thread: threading.Thread) -> tuple[float, bool]:

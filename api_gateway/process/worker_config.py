@@ -18,7 +18,7 @@ ENTRY = (
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """`config` is the result of `hand_over`; `channel`, `listeners` and `admin_listeners` are file descriptors."""
+    """`config` is the result of `serialized`; `channel`, `listeners` and `admin_listeners` are file descriptors."""
 
     number: int
     config: dict[str, Any]

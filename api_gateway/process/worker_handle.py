@@ -51,9 +51,9 @@ class WorkerHandle:
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         gather: Gather,
         reload: Reload,
-        patience: float,
+        silence_timeout: float,
     ) -> None:
-        """Kill the worker if, after its start, it sends no message for `patience` seconds."""
+        """Kill the worker if, after its start, it sends no message for `silence_timeout` seconds."""
         self.started = time.monotonic()
         self._served_since = math.inf
         self.snapshot = WorkerSnapshot.blank(str(number))
@@ -71,7 +71,7 @@ class WorkerHandle:
         self._replies: set[asyncio.Task[None]] = set()
         self._has_reported = False  # since the last check
         self._listening = asyncio.create_task(self._listen(), name=f"worker {number}")
-        watching = asyncio.create_task(self._watch(patience), name=f"watch over worker {number}")
+        watching = asyncio.create_task(self._watch(silence_timeout), name=f"watch over worker {number}")
         self._listening.add_done_callback(lambda _: watching.cancel())
 
     def __repr__(self) -> str:
@@ -88,7 +88,7 @@ class WorkerHandle:
         return self._ready.done() and bool(self._ready.result())
 
     @property
-    def has_served_for(self) -> float:
+    def seconds_served(self) -> float:
         """The seconds since the worker became ready, without the time of its start; 0 if it never did."""
         return max(0.0, time.monotonic() - self._served_since)
 
@@ -112,13 +112,13 @@ class WorkerHandle:
 
     def request_snapshot(self, number: int) -> asyncio.Future[None]:
         """Request a snapshot; the future is done when `snapshot` has been updated since, or the worker has ended."""
-        answer = asyncio.get_running_loop().create_future()
+        reply = asyncio.get_running_loop().create_future()
         if self._listening.done() or not self._ready.done():
-            answer.set_result(None)
+            reply.set_result(None)
         else:
-            self._pending[number] = answer
+            self._pending[number] = reply
             self._writer.write(encode("report", id=number))
-        return answer
+        return reply
 
     @property
     def is_serving(self) -> bool:
@@ -128,14 +128,14 @@ class WorkerHandle:
     async def configure(self, phase: str, within: float, **fields: Any) -> Objection | None:
         """Run a phase of a reload (`prepare` or `commit`) in the worker; return its objection, or None."""
         self._configurations = number = self._configurations + 1
-        answer: asyncio.Future[Objection | None] = asyncio.get_running_loop().create_future()
-        self._configuring = answer
+        reply: asyncio.Future[Objection | None] = asyncio.get_running_loop().create_future()
+        self._configuring = reply
         if not self._listening.done():
             self._writer.write(encode(phase, id=number, **fields))
-        waited: set[asyncio.Future[Any]] = {answer, self._listening}
+        waited: set[asyncio.Future[Any]] = {reply, self._listening}
         await asyncio.wait(waited, timeout=within, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
+        if reply.done():
+            return reply.result()
         return Objection("it has exited" if self._listening.done() else f"no reply within {within:g} s")
 
     def _signal(self, number: int) -> None:
@@ -154,7 +154,7 @@ class WorkerHandle:
                 self._ready.set_result(False)
             self._resolve(None)
 
-    async def _watch(self, patience: float) -> None:
+    async def _watch(self, silence_timeout: float) -> None:
         """Kill the worker if it sends no message in MAX_SILENT_CHECKS checks.
 
         Checks are counted and not seconds, so that no worker is killed because the supervisor was stopped (SIGSTOP).
@@ -163,10 +163,10 @@ class WorkerHandle:
         await asyncio.wait({self._ready}, timeout=WORKER_START_TIMEOUT)
         silent = 0
         while silent < MAX_SILENT_CHECKS:
-            await asyncio.sleep(patience / MAX_SILENT_CHECKS)
+            await asyncio.sleep(silence_timeout / MAX_SILENT_CHECKS)
             silent = 0 if self._has_reported else silent + 1
             self._has_reported = False
-        logger.error("%r has not reported for %g s and is killed", self, patience)
+        logger.error("%r has not reported for %g s and is killed", self, silence_timeout)
         self.kill()
 
     def _receive(self, message: dict[str, Any]) -> None:
@@ -203,9 +203,9 @@ class WorkerHandle:
             self._served_since = time.monotonic()
 
     def _reply_later(self, answering: Coroutine[Any, Any, None]) -> None:
-        answer = asyncio.create_task(answering, name="answer")
-        self._replies.add(answer)
-        answer.add_done_callback(self._replies.discard)
+        reply = asyncio.create_task(answering, name="answer")
+        self._replies.add(reply)
+        reply.add_done_callback(self._replies.discard)
 
     async def _reply_to_reload(self, number: int, origin: str) -> None:
         outcome = await self._reload(origin)
@@ -225,9 +225,9 @@ class WorkerHandle:
     def _resolve(self, number: int | None) -> None:
         """Complete the requests for this snapshot and earlier ones; None completes all."""
         for asked in [asked for asked in self._pending if number is None or asked <= number]:
-            answer = self._pending.pop(asked)
-            if not answer.done():
-                answer.set_result(None)
+            reply = self._pending.pop(asked)
+            if not reply.done():
+                reply.set_result(None)
 
 
 async def spawn(
@@ -237,13 +237,13 @@ async def spawn(
     inherited: Sequence[int],
     gather: Gather,
     reload: Reload,
-    patience: float,
+    silence_timeout: float,
 ) -> WorkerHandle:
     """Start a worker, by exec and not by fork: it runs the present code and shares no state of this process's loop.
 
     It inherits `sockets` and the descriptors `inherited`. `gather` is called when it requests the merged snapshot,
     `reload` when it requests a reload. Once it serves, or after WORKER_START_TIMEOUT, it is killed if it sends no
-    message for `patience` seconds.
+    message for `silence_timeout` seconds.
     """
     ours, theirs = socket.socketpair()
     try:
@@ -267,7 +267,7 @@ async def spawn(
         raise
     worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin)
     theirs.close()  # the worker has inherited it
-    worker = WorkerHandle(number, process, streams, gather, reload, patience)
+    worker = WorkerHandle(number, process, streams, gather, reload, silence_timeout)
     assert process.stdin is not None  # noqa: S101 - piped above
     process.stdin.write(worker_config.encode())
     process.stdin.close()

@@ -6,7 +6,7 @@ from api_gateway.config import DEFAULT_TIERS, GatewayConfig, from_values
 from api_gateway.settings.secret import revealed
 
 
-def hand_over(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]:
+def serialized(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration in JSON's types, with `sections` replacing its own. It shows the secrets."""
     values: dict[str, Any] = revealed(config.model_dump(), config.model_dump(mode="json"))
     values["tiers"] |= {
@@ -15,6 +15,6 @@ def hand_over(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]
     return values | sections
 
 
-def take_over(values: dict[str, Any]) -> GatewayConfig:
-    """Return the configuration from the result of `hand_over`."""
+def deserialized(values: dict[str, Any]) -> GatewayConfig:
+    """Return the configuration from the result of `serialized`."""
     return from_values(values)

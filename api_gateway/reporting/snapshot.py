@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
+from api_gateway.circuit_breaker import MAX_RECORDS, CircuitBreaker
 from api_gateway.eventloop.pacing import Steps, completed, each
 from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
@@ -239,7 +239,7 @@ class WorkerSnapshot:
     bucket_limit: int = 0
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
-    client_trouble: str | None = None  # why the client store cannot be used, while it cannot
+    client_store_error: str | None = None  # why the client store cannot be used, while it cannot
     histories: dict[str, list[TransitionRecord]] = field(default_factory=dict)  # by upstream, the oldest move first
     is_over: bool = False
     lag: float = 0.0  # seconds by which the event loop runs late
@@ -279,7 +279,7 @@ class WorkerSnapshot:
             "bucket_limit": self.bucket_limit,
             "overflowed": self.overflowed,
             "limiter": asdict(self.limiter),
-            "client_trouble": self.client_trouble,
+            "client_trouble": self.client_store_error,
             "histories": {name: records for name, records in histories.items() if records},
             "lag": self.lag,
             "tasks": self.tasks,
@@ -300,7 +300,7 @@ class WorkerSnapshot:
         self.buckets, self.bucket_limit = state["buckets"], state["bucket_limit"]
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
-        self.client_trouble = state["client_trouble"]
+        self.client_store_error = state["client_trouble"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
         self.configuration = ReloadState.from_state(state["configuration"])
@@ -311,8 +311,8 @@ class WorkerSnapshot:
     def _note(self, name: str, records: list[TransitionRecord]) -> None:
         """Append the moves that have not been told before."""
         known = self.histories.setdefault(name, [])
-        told = {_identity(record) for record in known}
-        known += [record for record in records if _identity(record) not in told]
+        cached = {_identity(record) for record in known}
+        known += [record for record in records if _identity(record) not in cached]
         self.histories[name] = last_moves(known, len({record.worker for record in known}))
 
     def end(self) -> None:
@@ -336,7 +336,7 @@ def moves_of(upstream: Upstream) -> list[TransitionRecord]:
         if target.breaker is not None
         for record in target.breaker.records
     )
-    latest = heapq.nlargest(KEPT_RECORDS, theirs, key=lambda told: told[0].at)
+    latest = heapq.nlargest(MAX_RECORDS, theirs, key=lambda cached: cached[0].at)
     moves = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
     return sorted(moves, key=_moment)
 
@@ -344,10 +344,10 @@ def moves_of(upstream: Upstream) -> list[TransitionRecord]:
 def last_moves(moves: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
     """Return the last of the moves, the oldest first.
 
-    For each worker those are KEPT_RECORDS of the upstream's breaker and as many of all its targets': one that moves
+    For each worker those are MAX_RECORDS of the upstream's breaker and as many of all its targets': one that moves
     often hides no move of the upstream's, and targets that come and go take no more room.
     """
-    most = KEPT_RECORDS * max(1, workers)
+    most = MAX_RECORDS * max(1, workers)
     by_time = sorted(moves, key=_moment)
     own = [move for move in by_time if move.target_url is None]
     theirs = [move for move in by_time if move.target_url is not None]

@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -25,7 +25,6 @@ from api_gateway.reporting.snapshot_parts import joined
 logger = logging.getLogger(__name__)
 
 TakeSnapshot = Callable[[], Steps[WorkerSnapshot]]
-Reload = Callable[[str], Awaitable[ReloadOutcome]]
 
 REPLACED_SIGNAL = signal.SIGUSR1  # tells a worker that another one has taken its place
 
@@ -142,11 +141,11 @@ class SupervisorChannel:
         answer, and by this worker's own report only if there was none.
         """
         self._number = number = self._number + 1
-        answer = self._pending[number] = asyncio.get_running_loop().create_future()
+        reply = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
             await self._send_snapshot("gather", id=number, with_histories=with_histories)
             async with asyncio.timeout(GATHER_TIMEOUT):
-                self._last = await answer
+                self._last = await reply
         except TimeoutError:
             logger.warning("the supervisor has not answered within %g s; what is shown may be old", GATHER_TIMEOUT)
         finally:
@@ -161,10 +160,10 @@ class SupervisorChannel:
     async def reload(self, origin: str) -> ReloadOutcome:
         """See `Aggregator`; the supervisor reads the configuration and has every worker take it."""
         self._number = number = self._number + 1
-        answer = self._pending[number] = asyncio.get_running_loop().create_future()
+        reply = self._pending[number] = asyncio.get_running_loop().create_future()
         self._send("reload", id=number, origin=origin)
         try:
-            return ReloadOutcome.from_state(await answer)
+            return ReloadOutcome.from_state(await reply)
         finally:
             del self._pending[number]
 
@@ -173,7 +172,7 @@ class SupervisorChannel:
             while (line := await reader.readline()).endswith(b"\n"):
                 message = json.loads(line)
                 if message["kind"] == "report":
-                    await self._report(answers=message["id"])
+                    await self._report(replies=message["id"])
                 elif message["kind"] == "prepare":
                     self._preparing = asyncio.create_task(self._prepare(message), name="configuration")
                 elif message["kind"] == "commit":
@@ -192,10 +191,10 @@ class SupervisorChannel:
         if message["is_last"]:
             self._resolve(message["id"], joined(self._parts.pop(message["id"])))
 
-    def _resolve(self, number: int, answer: dict[str, Any]) -> None:
+    def _resolve(self, number: int, reply: dict[str, Any]) -> None:
         asked = self._pending.get(number)
         if asked is not None and not asked.done():
-            asked.set_result(answer)
+            asked.set_result(reply)
 
     async def _prepare(self, message: dict[str, Any]) -> None:
         """Do the first phase of a reload, and say whether anything is in its way."""
@@ -226,9 +225,9 @@ class SupervisorChannel:
             await asyncio.sleep(SNAPSHOT_INTERVAL)
             await self._report()
 
-    async def _report(self, answers: int = 0) -> None:
+    async def _report(self, replies: int = 0) -> None:
         if self._writer.transport.get_write_buffer_size() < MAX_UNSENT:
-            await self._send_snapshot("report", answers=answers)
+            await self._send_snapshot("report", answers=replies)
 
     async def _send_snapshot(self, kind: str, **fields: Any) -> None:
         """Send a message with what has changed since the last time."""

@@ -5,13 +5,13 @@ Synchronous; `now` (monotonic seconds) is an argument.
 
 from dataclasses import dataclass, field
 
-FLOOR = 10.0  # calls per second that are always admitted, so that small services are not affected
+MIN_RATE = 10.0  # calls per second that are always admitted, so that small services are not affected
 _WHOLE = 1 - 1e-9  # one call, less the rounding error of a sum
 
 
 @dataclass(slots=True)
 class RampUp:
-    """Admits calls at a rate that grows linearly from 0 to `rate` per second in `length` seconds, at least FLOOR.
+    """Admits calls at a rate that grows linearly from 0 to `rate` per second in `length` seconds, at least MIN_RATE.
 
     A token bucket with this growing rate and the capacity of one second: in any period at most `between` calls are
     admitted, plus those of one second.
@@ -20,7 +20,7 @@ class RampUp:
     rate: float
     length: float
     began: float
-    _tokens: float = FLOOR
+    _tokens: float = MIN_RATE
     _at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -31,12 +31,12 @@ class RampUp:
         return now - self.began >= self.length
 
     def share(self, now: float) -> float:
-        """Return the share of `rate` that is admitted now, 0 to 1, without regard to FLOOR."""
+        """Return the share of `rate` that is admitted now, 0 to 1, without regard to MIN_RATE."""
         return min(1.0, max(0.0, (now - self.began) / self.length))
 
     def limit(self, now: float) -> float:
         """Return the admitted calls per second now."""
-        return max(FLOOR, self.rate * self.share(now))
+        return max(MIN_RATE, self.rate * self.share(now))
 
     def take(self, now: float) -> None:
         """Take a token for an admitted call; a call is admitted if `wait` is 0."""
@@ -56,7 +56,7 @@ class RampUp:
 
     def _until(self, seconds: float) -> float:
         slope = self.rate / self.length
-        crossing = FLOOR / slope if slope else seconds  # from here on the rate is above the floor
+        crossing = MIN_RATE / slope if slope else seconds  # from here on the rate is above the floor
         if seconds <= crossing:
-            return FLOOR * seconds
-        return FLOOR * crossing + slope / 2 * (seconds * seconds - crossing * crossing)
+            return MIN_RATE * seconds
+        return MIN_RATE * crossing + slope / 2 * (seconds * seconds - crossing * crossing)

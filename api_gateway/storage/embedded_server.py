@@ -130,9 +130,9 @@ class EmbeddedStore:
             return False
         with suppress(OSError):
             writer.write(b"PING\r\n")
-            answer = await reader.readline()
+            reply = await reader.readline()
             writer.close()
-            return answer == b"+PONG\r\n"
+            return reply == b"+PONG\r\n"
         return False
 
     async def _keep(self) -> None:

@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 StoreClient = Redis | RedisCluster
 StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all that a command can fail with
 MOVED = (MovedError, AskError, TryAgainError)  # the keys lie elsewhere, or are on their way
-REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
+WRITE_REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
 
-OTHER_NAME = (62, 64)  # what OpenSSL says of a certificate that is for another host name, or another address
-RELISTEN_AFTER = 0.2  # seconds
+OTHER_HOST_NAME = (62, 64)  # what OpenSSL says of a certificate that is for another host name, or another address
+RESUBSCRIBE_DELAY = 0.2  # seconds
 MAX_QUIET = 0.5  # seconds for which a subscription may hear nothing; it is asked then, and has as long to answer
 
 
@@ -178,7 +178,7 @@ class StoreSession:
             finally:
                 on_state(False)
                 await pubsub.aclose()  # type: ignore[no-untyped-call]  # theirs
-            await asyncio.sleep(RELISTEN_AFTER)
+            await asyncio.sleep(RESUBSCRIBE_DELAY)
 
     async def evictions(self) -> Evictions:
         """Ask what the store throws out. Raises one of `StoreError`."""
@@ -348,7 +348,7 @@ def _hint(error: BaseException, place: StoreUrl) -> str | None:
     is_tls = "ssl" in place.options
     for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            if cause.verify_code in OTHER_NAME:
+            if cause.verify_code in OTHER_HOST_NAME:
                 return "The host in store.url must be one that the server's certificate is for."
             return "The authority of the server's certificate must be the system's, or ?ca_file= in store.url."
         is_broken_off = isinstance(cause, ConnectionResetError) or "closed by server" in str(cause)
