@@ -270,7 +270,7 @@ def test_a_mode_that_makes_no_sense_is_refused_by_place_and_value(
     ("name", "words"),
     [
         ("upp", "There is no circuit breaker 'upp'; did you mean 'up'?"),
-        ("zzz", "There is no circuit breaker 'zzz'; there is up."),
+        ("zzz", "There is no circuit breaker 'zzz'; existing: up."),
     ],
 )
 def test_a_breaker_that_is_not_there_is_answered_with_the_nearest_name(
