@@ -1,8 +1,7 @@
-"""What is counted: recorders fed once per exchange, percentiles with a bound, and the JSON snapshot.
+"""What is counted: a recorder that is fed once per exchange, and its state for other processes.
 
 Plain integers on one event loop, no locks. Label values come from the configuration or from closed lists, so nothing
-here grows with clients or paths. Latency goes into logarithmic buckets (DDSketch, Masson et al. 2019): with
-gamma = 1.01/0.99 every bucket's middle is within 1 % of every value in it, hence so is any percentile read from it.
+here grows with clients or paths.
 """
 
 from collections import Counter
@@ -13,7 +12,7 @@ from api_gateway.errors import Reason
 from api_gateway.eventloop.pacing import Steps, completed, each
 from api_gateway.models import Exchange
 from api_gateway.observability.heavy_hitters import HeavyHitters
-from api_gateway.observability.latency_series import SWITCHED, WindowedSeries
+from api_gateway.observability.latency_series import WindowedSeries
 
 Label = TypeVar("Label")
 
@@ -33,7 +32,6 @@ _COUNTERS = (
 
 # And those kept by several.
 _TABLES = ("requests", "retries", "retries_denied", "fallbacks")
-
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "_other"
@@ -66,6 +64,8 @@ RETRY_CAUSES = (
     Reason.UPSTREAM_PROTOCOL_ERROR.value,
     Reason.UPSTREAM_TIMEOUT.value,
 )
+
+SWITCHED = 101  # a tunnel lasts as long as its two ends like, which is no latency
 
 
 class Recorder:

@@ -22,13 +22,13 @@ from benchmarks.peers import GATEWAY, Launch
 RESILIENCE: Mapping[str, Any] = {
     "balance": "round_robin",
     "timeouts": {"connect": 1, "response": 1, "idle": 5},
-    "health_check": {"path": "/health", "interval": 1, "timeout": 1, "healthy_after": 2, "unhealthy_after": 2},
+    "health_check": {"path": "/health", "interval": 1, "timeout": 1, "healthy_threshold": 2, "unhealthy_threshold": 2},
     "circuit_breaker": {
         "failure_threshold": 5,
         "recovery_timeout": 2,
         "max_recovery_timeout": 2,  # as the others, who do not leave it out for longer each time
         "per_target": True,
-        "max_ejected": 0.5,
+        "max_ejected_ratio": 0.5,
     },
     "slow_start": 2,
     "retry": {"attempts": 3, "budget": 0.2, "statuses": [502, 503, 504]},

@@ -105,7 +105,7 @@ def configuration(row: Row, folder: Path, port: int, behind: int, store: int) ->
     """Write the configuration of a gateway, and return its path."""
     section: dict[str, object] = {"url": f"redis://127.0.0.1:{store}"} if row.has_store else {}
     if row.client_limit is not None:
-        section["client_limit"] = row.client_limit
+        section["max_cached_clients"] = row.client_limit
         register(folder / "state", 2 * row.client_limit)
     file = folder / "gateway.yaml"
     file.write_text(

@@ -326,7 +326,7 @@ def configuration(port: int, store: int, upstream: int, state: Path) -> str:
     return json.dumps(
         {
             "server": {"port": port},
-            "store": {"url": f"redis://127.0.0.1:{store}", "processes": GATEWAYS},
+            "store": {"url": f"redis://127.0.0.1:{store}", "min_gateway_processes": GATEWAYS},
             "state_dir": str(state),
             "log": {"access": False},
             "address_limit": {"rate": 0},

@@ -22,7 +22,7 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
     keys = 0
     if isinstance(gateway.limiter, RedisLimiter):
         keys = limiter.store_key.cache_info().currsize
-        tables = [*limiter._told.values(), *limiter._told_before.values(), limiter.share._admitted]
+        tables = [*limiter.cache._current.values(), *limiter.cache._earlier.values(), limiter.share._admitted]
         tables.append(limiter.share._limiter._table)
         refunds = [limiter._given_back, limiter.share._limiter._refunds]
     else:

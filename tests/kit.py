@@ -374,6 +374,13 @@ class RawAnswer:
         return RawRequest(self.head).all(name)
 
 
+def reason(answer: RawAnswer) -> tuple[int, str]:
+    """Return status and reason of a response that the gateway generated, which has come whole."""
+    assert answer.is_complete
+    assert answer.all("content-type") == [b"application/problem+json"]
+    return answer.status, json.loads(answer.body)["reason"]
+
+
 class RawClient(Wire):
     """A client that sends bytes and reads answers."""
 

@@ -15,6 +15,7 @@ import asyncio
 import inspect
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -188,3 +189,15 @@ def install(report: Report) -> LoopWatch:
     uvicorn.Server.main_loop = watched_main_loop  # type: ignore[method-assign]
     uvicorn.Server.serve = watched_serve  # type: ignore[method-assign]
     return watch
+
+
+def watch_for(folder: str | None) -> None:
+    """Watch the loops of this process, if there is a folder to put a file for each report into."""
+    if folder is None or not Path(folder).is_dir():
+        return
+
+    def report(text: str) -> None:
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".txt", delete=False) as file:
+            file.write(text)
+
+    install(report)

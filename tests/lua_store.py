@@ -189,7 +189,7 @@ class LuaLimiter(RedisLimiter):
         self.wire = Wire(store)
         self.dispatcher = self.wire
         self._on_listening(remembers)
-        self._trusted_from_ns = -1
+        self.cache._valid_from_ns = -1
 
     def decided(self, charges: Sequence[Charge], now_ns: int) -> Decision:
         """Decide as a gateway does: at once, or when the store has answered."""

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.forked import Fork
 from tests.kit import Answer, ask, eventually
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ WATCHED = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'watched'}", "LOOP_WATCH_REP
 class Running:
     """A process of ours, and the files its output goes to."""
 
-    popen: "subprocess.Popen[bytes]"
+    popen: "subprocess.Popen[bytes] | Fork"
     stdout: Path
     stderr: Path
 
@@ -91,18 +92,45 @@ class Running:
 
 @contextmanager
 def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
-    """Run Python with these arguments; stop it by its own process id at the end."""
-    variables = {**WATCHED, "PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
-    variables |= {"XDG_STATE_HOME": str(cwd / "xdg-state"), **environment}
-    stdout, stderr = cwd / "stdout.txt", cwd / "stderr.txt"
+    """Run Python with these arguments; stop it by its own process id at the end.
+
+    `-m api_gateway` becomes a fork of a process that has imported it, unless it is to look elsewhere for modules.
+    """
+    if arguments[:2] == ("-m", "api_gateway") and "PYTHONPATH" not in environment:
+        stdout, stderr = _outputs(cwd)
+        variables = _variables(cwd, environment)
+        yield from _running(Fork(arguments[2:], cwd=cwd, env=variables, stdout=stdout, stderr=stderr), cwd)
+    else:
+        with fresh_process(*arguments, cwd=cwd, **environment) as running:
+            yield running
+
+
+@contextmanager
+def fresh_process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
+    """Run Python with these arguments from its very start; stop it by its own process id at the end."""
+    stdout, stderr = _outputs(cwd)
+    variables = _variables(cwd, environment)
     with stdout.open("wb") as out, stderr.open("wb") as err:
         popen = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=variables, stdout=out, stderr=err)
+    yield from _running(popen, cwd)
+
+
+def _running(popen: "subprocess.Popen[bytes] | Fork", cwd: Path) -> Iterator[Running]:
     try:
-        yield Running(popen, stdout, stderr)
+        yield Running(popen, *_outputs(cwd))
     finally:
         if popen.poll() is None:
             popen.kill()
         popen.wait()
+
+
+def _outputs(cwd: Path) -> tuple[Path, Path]:
+    return cwd / "stdout.txt", cwd / "stderr.txt"
+
+
+def _variables(cwd: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    basic = {"PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1", "XDG_STATE_HOME": str(cwd / "xdg-state")}
+    return {**WATCHED, **basic, **environment}
 
 
 def config_file(folder: Path, upstream: str, extra: str = "") -> str:

@@ -210,7 +210,7 @@ def test_an_unhealthy_target_gets_no_traffic_until_it_is_well(gateway: StartGate
         return reply(b"sick one", status=b"500 Sick" if is_check and is_sick else b"200 OK")(wire, request)
 
     one, other = upstream(behave), upstream(reply(b"well one"))
-    check = {"path": "/health", "interval": 0.05, "timeout": 1, "healthy_after": 2, "unhealthy_after": 2}
+    check = {"path": "/health", "interval": 0.05, "timeout": 1, "healthy_threshold": 2, "unhealthy_threshold": 2}
     running = gateway(in_front_of(one.url, other.url, health_check=check, slow_start=0))
     is_sick = True
     eventually(lambda: get(running, "/health").json()["status"] == "warn", "the sick target is noticed")
@@ -233,7 +233,7 @@ def test_a_pool_that_slow_answers_hold_makes_no_target_unhealthy(
         return reply()(wire, request)
 
     up = upstream(behave)
-    check = {"path": "/health", "interval": 0.05, "timeout": 0.2, "unhealthy_after": 1}
+    check = {"path": "/health", "interval": 0.05, "timeout": 0.2, "unhealthy_threshold": 1}
     sections = in_front_of(up.url, health_check=check, pool={"max_connections": 2})
     running = gateway(sections | {"clients": {"one": {"tier": "FREE"}, "other": {"tier": "FREE"}}})
 
@@ -254,7 +254,7 @@ def test_a_pool_that_slow_answers_hold_makes_no_target_unhealthy(
 
 def test_without_a_healthy_target_the_answer_is_503(gateway: StartGateway, upstream: StartUpstream) -> None:
     up = upstream(reply(status=b"500 Sick"))
-    check = {"interval": 0.05, "unhealthy_after": 1}
+    check = {"interval": 0.05, "unhealthy_threshold": 1}
     running = gateway(in_front_of(up.url, health_check=check))
     eventually(lambda: get(running, "/health").json()["status"] == "fail", "the only target is noticed")
     answer = get(running, "/api/x", "c")

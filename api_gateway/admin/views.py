@@ -89,7 +89,7 @@ def _why_kept(passive: OutlierSnapshot) -> str | None:
     if passive.withheld:
         return (
             f"Its last consecutive failures ({passive.withheld}) did not count towards ejection: no other target is in"
-            " rotation, or max_ejected of the targets are ejected already."
+            " rotation, or max_ejected_ratio of the targets are ejected already."
         )
     if passive.one_principal:
         return "All its failures are those of one client, and other clients use it, too."

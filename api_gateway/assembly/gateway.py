@@ -185,7 +185,7 @@ class Assembly:
         before.recorder.extend(
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
-        before.lag.change(config.server.max_lag, plan.priorities)
+        before.lag.change(config.server.max_event_loop_lag, plan.priorities)
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
         self.gateway = replace(
@@ -231,7 +231,7 @@ class Assembly:
                 clock=clocks.monotonic,
                 wall_clock=clocks.wall,
             ),
-            lag=EventLoopShedder(config.server.max_lag, plan.priorities, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
+            lag=EventLoopShedder(config.server.max_event_loop_lag, plan.priorities, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
             clocks=clocks,
         )
 

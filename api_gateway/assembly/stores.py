@@ -99,8 +99,8 @@ def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks:
         config.default_tier,
         configured_clients(config),
         client_store(config),
-        limit=config.store.client_limit,
-        deadline=config.store.deadline,
+        limit=config.store.max_cached_clients,
+        deadline=config.store.decision_timeout,
         wall_clock=clocks.wall,
         on_change=partial(follow, limiter, clocks.monotonic_ns),
     )
@@ -123,9 +123,11 @@ def requote(
     clients.count_version()
     store = after.store
     if isinstance(limiter, RedisLimiter):
-        limiter.change_terms(store.on_failure, max(store.processes, after.server.workers), store.bucket_limit)
+        limiter.change_terms(
+            store.on_failure, max(store.min_gateway_processes, after.server.workers), store.max_buckets
+        )
     else:
-        limiter.bucket_limit = store.bucket_limit
+        limiter.bucket_limit = store.max_buckets
     old, new = quotas
     terms = (before.default_tier, before.clients), (after.default_tier, after.clients)
     if old == new and terms[0] == terms[1]:
@@ -138,14 +140,14 @@ def limiter_of(config: GatewayConfig, quotas: list[Quota], clocks: Clocks) -> Li
     """Build the limiter; raises StartupError if the store cannot be used."""
     store = config.store
     if not store.is_shared:
-        return MemoryLimiter(quotas, bucket_limit=store.bucket_limit)
+        return MemoryLimiter(quotas, bucket_limit=store.max_buckets)
     return RedisLimiter(
         _session(config),
         quotas,
         policy=store.on_failure,
-        deadline=store.deadline,
-        processes=max(store.processes, config.server.workers),
-        bucket_limit=store.bucket_limit,
+        deadline=store.decision_timeout,
+        processes=max(store.min_gateway_processes, config.server.workers),
+        bucket_limit=store.max_buckets,
         prefix=store.prefix,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,

@@ -183,7 +183,9 @@ def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[HostName, ...]
     """Return the names of the configured targets: those there are, where they stay."""
     known: Mapping[str, list[HostName]] = defaultdict(list)
     for name in live.names:
-        if section.resolve is not None or not name.addresses:  # what was resolved is no target of its own any more
+        if (
+            section.dns_refresh_interval is not None or not name.addresses
+        ):  # what was resolved is no target of its own any more
             known[name.url].append(name)
     found = []
     for target in section.targets:
@@ -221,7 +223,7 @@ def _retry_policy(section: RetrySection) -> RetryPolicy:
     return RetryPolicy(
         attempts=section.attempts,
         budget=section.budget,
-        floor=section.floor,
+        floor=section.min_retries_per_second,
         base=section.backoff.base,
         cap=section.backoff.cap,
         max_retry_after=section.max_retry_after,
@@ -241,7 +243,7 @@ def _health_policy(section: UpstreamSection) -> HealthPolicy | None:
 
 def _resolved(section: UpstreamSection, names: tuple[HostName, ...]) -> tuple[tuple[HostName, ...], float]:
     """Return the names to be resolved, and how often."""
-    return (names, section.resolve) if section.resolve is not None else ((), 0.0)
+    return (names, section.dns_refresh_interval) if section.dns_refresh_interval is not None else ((), 0.0)
 
 
 def _upkeep(
@@ -266,7 +268,7 @@ def _upkeep(
 
 
 def _breaker_policy(section: UpstreamSection, **changes: float) -> BreakerPolicy:
-    settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected"})
+    settings = section.circuit_breaker.model_dump(exclude={"per_target", "max_ejected_ratio"})
     return BreakerPolicy(**settings | changes)
 
 
@@ -275,7 +277,7 @@ def _breaker(section: UpstreamSection, now: float, **changes: float) -> CircuitB
 
 
 def _rotation_policy(section: UpstreamSection) -> OutlierPolicy:
-    return OutlierPolicy(section.circuit_breaker.max_ejected, section.slow_start)
+    return OutlierPolicy(section.circuit_breaker.max_ejected_ratio, section.slow_start)
 
 
 def _make_breaker(section: UpstreamSection) -> "partial[CircuitBreaker] | None":
@@ -315,7 +317,7 @@ def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:
     """Return the TLS settings: those of `live` if neither the files nor what they hold have changed."""
     if not any(target.url.startswith("https:") for target in section.targets):
         return Tls()
-    files = (section.tls.ca_file, section.tls.certificate, section.tls.key)
+    files = (section.tls.ca_file, section.tls.cert_file, section.tls.key_file)
     try:
         digest = hashlib.blake2b(
             b"\0".join(str(path).encode() + (path.read_bytes() if path is not None else b"") for path in files)

@@ -199,7 +199,7 @@ class ClientRegistry:
         if self._cursor.epoch and self._cursor.epoch != snapshot.cursor.epoch:
             logger.warning("the client store has begun anew, with %d clients; %d were known", len(fresh), len(known))
         if not fresh.is_complete:
-            logger.warning("more than store.client_limit (%d) clients: the others are looked up", self._limit)
+            logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if self.trouble is not None:
             logger.warning("the client store can be used again")
         self._cache, self._cursor, self.trouble = fresh, snapshot.cursor, None
@@ -383,7 +383,7 @@ class ClientRegistry:
         if not self._cache.put(record, is_new_epoch=is_new_epoch):
             return False
         if was_complete and not self._cache.is_complete:
-            logger.warning("more than store.client_limit (%d) clients: the others are looked up", self._limit)
+            logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if record.grant is not None:
             self._expiries.expect(record, self._is_current)
             self._set_timer()

@@ -1,4 +1,4 @@
-"""What a proxy needs of its server and ASGI has no word for; our own server puts it into the scope."""
+"""The ASGI of this gateway: its types, the keys of the scope, and what a proxy needs of a server beyond ASGI."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -11,14 +11,11 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
-DEADLINE = "gateway.deadline"  # and its deadline, if it has one
-
-
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-
-SERVER_EXTENSION = "gateway.link"  # its key in the scope
+FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
+DEADLINE = "gateway.deadline"  # and its deadline, if it has one
+SERVER_EXTENSION = "gateway.link"  # the key of what our own server offers beyond ASGI
 UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket
 ADMIN = "gateway.admin"  # the scope's key of a request that came through the listener for operators
 

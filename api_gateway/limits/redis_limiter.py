@@ -18,14 +18,13 @@ from typing import Literal
 from api_gateway.errors import StoreUnavailable
 from api_gateway.eventloop.tasks import cancel_and_wait, check_cancelled
 from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
-from api_gateway.limits.deny_cache import CachedDebt
+from api_gateway.limits.deny_cache import DenyCache
 from api_gateway.limits.fallback_limiter import FallbackLimiter
 from api_gateway.limits.script_batcher import ScriptBatcher
 from api_gateway.limits.script_ops import ChargeOp, MultiNodeCharge, PeekOp, SettleOp, refund_message
 from api_gateway.models import NANOSECONDS, Charge, Clock, Decision, DecisionSource, LimiterState, Quota
 from api_gateway.rate_limiter import (
     Refunds,
-    TatTable,
     decision_after,
     decision_of,
     joint_decision,
@@ -98,14 +97,10 @@ class RedisLimiter:
         self.refunds = f"{prefix}:refunds"  # the channel on which they are told
         self._clock = clock
         self.clock_ns = clock_ns
-        # What the store said of buckets, by the length of their budget: after a change of tier it says nothing.
-        self._told: dict[int, TatTable[CachedDebt]] = {}
-        self._told_before: dict[int, TatTable[CachedDebt]] = {}  # and refunds may have been missed since
-        self._hears_refunds = False
+        self.cache = DenyCache(bucket_limit, clock_ns)
         self._given_back = Refunds()  # by the store's clock, which is ahead of ours by
         self.offset_ns = 0
         self._refunds_turn_ns = 0
-        self._trusted_from_ns = 0  # what was asked no later may be told wrongly
         self._listener: asyncio.Task[None] | None = None
         self._heart: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
@@ -116,7 +111,7 @@ class RedisLimiter:
 
     def __len__(self) -> int:
         """Return how many buckets are remembered in this process."""
-        return sum(map(len, [*self._told.values(), *self._told_before.values()])) + len(self.share)
+        return len(self.cache) + len(self.share)
 
     @property
     def mode(self) -> DecisionSource:
@@ -157,9 +152,9 @@ class RedisLimiter:
         """See `RateLimiter`."""
         if not self.dispatcher.is_usable:
             return self.without_store(charges, now_ns)
-        if self._hears_refunds:
+        if self.cache.is_trusted:
             for charge in charges:
-                if self._told_tat(charge, now_ns) + charge.increment_ns > now_ns + charge.quota.burst_ns:
+                if self.cache.tat(charge, now_ns) + charge.increment_ns > now_ns + charge.quota.burst_ns:
                     return self._refusal(charges, now_ns)
         return None
 
@@ -176,7 +171,7 @@ class RedisLimiter:
 
     async def _inspect(self, charge: Charge, now_ns: int) -> Decision:
         if not self.dispatcher.is_usable:
-            return self.share.inspect(charge, self.last_told(charge), now_ns)
+            return self.share.inspect(charge, self.cache.last_tat(charge), now_ns)
         seen: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
         self.dispatcher.submit(PeekOp(self, charge, now_ns, seen))
         return await seen
@@ -226,20 +221,20 @@ class RedisLimiter:
     def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
         """Hold buckets of other quotas. In the store a bucket carries its budget, and is converted when it is used."""
         self.share.requote(quotas, quota_of, now_ns)
-        self._on_listening(self._hears_refunds)  # what the store said was about other budgets
+        self.cache.renew(is_trusted=self.cache.is_trusted)  # what the store said was about other budgets
 
     def change_terms(self, policy: Policy, processes: int, bucket_limit: int) -> None:
         """Take another policy for when the store is unavailable, and other bounds."""
         self.policy = policy
         self._configured_processes = processes
         self.share.processes = max(processes, *self._seen) if self._seen else processes
-        self.bucket_limit = bucket_limit
+        self.bucket_limit = self.cache.limit = bucket_limit
         self.share.limit_buckets(bucket_limit)
 
     def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
         """Decide by the policy for when the store cannot be used, though it `may_be_charged` there."""
         if self.policy == "local_share":
-            known = [self.last_told(charge) for charge in charges]
+            known = [self.cache.last_tat(charge) for charge in charges]
             return self.share.decide(charges, known, now_ns, may_be_charged=may_be_charged)
         first = charges[0]
         if self.policy == "deny":
@@ -249,52 +244,18 @@ class RedisLimiter:
         others_ns = tuple(charge.increment_ns for charge in charges[1:])
         return decision_of(first, now_ns + first.increment_ns, 0, now_ns, "allow", others_ns)
 
-    # What the store said before
-
-    def last_told(self, charge: Charge) -> int:
-        """Return the TAT of a bucket by what the store last said of it, for want of anything better."""
-        before = self._told_before.get(charge.quota.burst_ns)
-        told = self._told_of(charge), before.get(charge.key) if before is not None else None
-        return max((one.asked_ns + one.debt_ns for one in told if one is not None), default=0)
-
-    def _told_of(self, charge: Charge) -> CachedDebt | None:
-        table = self._told.get(charge.quota.burst_ns)
-        return table.get(charge.key) if table is not None else None
-
-    def _told_tat(self, charge: Charge, now_ns: int) -> int:
-        """Return the TAT of a bucket by what the store said of it: never later than the true one."""
-        told = self._told_of(charge)
-        return told.earliest_ns(now_ns) if told is not None else 0
-
-    def remember(self, charge: Charge, debt_ns: int, asked_ns: int) -> None:
-        """Keep what a bucket owed when the store was asked; it was asked at `asked_ns` or later."""
-        if asked_ns <= self._trusted_from_ns:
-            return
-        table = self._told.get(charge.quota.burst_ns)
-        if table is None:
-            table = TatTable(2 * charge.quota.burst_ns, self.bucket_limit)
-            self._told[charge.quota.burst_ns] = table
-        table.advance(asked_ns)
-        told = CachedDebt(asked_ns, self.clock_ns(), debt_ns)
-        if charge.key in table.current:
-            table.current[charge.key] = told
-        else:
-            table.put(charge.key, told)
+    # Refusals without asking, and refunds
 
     def _refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
-        """Refuse by what the store said before; None if it would not refuse after all."""
-        taken = take_each([self._told_tat(charge, now_ns) for charge in charges], charges, now_ns)
+        """Refuse by the cached readings of the store; None if they would not refuse after all."""
+        taken = take_each([self.cache.tat(charge, now_ns) for charge in charges], charges, now_ns)
         decision = joint_decision(charges, taken, now_ns, "deny_cache")
         if decision.allowed:
             return None
-        told = self._told_of(next(charge for charge in charges if charge.key == decision.key))
-        if told is not None and decision.wait_ns > 0:  # who is told to wait must get through afterwards
-            decision.wait_ns += told.latest_ns(now_ns) - told.earliest_ns(now_ns)
+        cached = self.cache.get(next(charge for charge in charges if charge.key == decision.key))
+        if cached is not None and decision.wait_ns > 0:  # a client that waits as long as it was told must get through
+            decision.wait_ns += cached.latest_ns(now_ns) - cached.earliest_ns(now_ns)
         return decision
-
-    def _forget_told(self, key: str) -> None:
-        for table in self._told.values():
-            table.drop(key)
 
     def _on_refund(self, message: str) -> None:
         """Hear of a refund; see `refund_message`."""
@@ -308,22 +269,16 @@ class RedisLimiter:
         What was charged before lies so much nearer: see `Refunds`. On the store's clock that was now, or later by as
         much as the message took; who is charged meanwhile is given back less.
         """
-        self._forget_told(key)
-        self._trusted_from_ns = self.clock_ns()
+        now_ns = self.cache.drop(key)
         if given_ns:
-            if self._refunds_turn_ns <= self._trusted_from_ns:
+            if self._refunds_turn_ns <= now_ns:
                 self._given_back.turn()
-                self._refunds_turn_ns = self._trusted_from_ns + REFUNDS_KEPT_NS
-            self._given_back.note(key, self._trusted_from_ns + self.offset_ns + MESSAGE_NS, given_ns)
+                self._refunds_turn_ns = now_ns + REFUNDS_KEPT_NS
+            self._given_back.note(key, now_ns + self.offset_ns + MESSAGE_NS, given_ns)
 
     def _on_listening(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
-        """Trust what was said only as long as refunds are heard of."""
-        self._hears_refunds = is_listening
-        self._trusted_from_ns = self.clock_ns()
-        for burst_ns, table in self._told.items():
-            if len(table):
-                self._told_before[burst_ns] = table
-        self._told = {}
+        """Trust cached readings only while refunds are heard of."""
+        self.cache.renew(is_trusted=is_listening)
 
     def _on_trouble(self) -> None:
         """Listen anew: what broke one connection may have silenced the other."""

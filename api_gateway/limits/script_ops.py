@@ -6,6 +6,7 @@ from functools import partial
 from typing import Protocol
 
 from api_gateway.limits.cluster_batcher import ClusterScriptBatcher
+from api_gateway.limits.deny_cache import DenyCache
 from api_gateway.limits.fallback_limiter import FallbackLimiter
 from api_gateway.limits.script_batcher import ScriptBatcher, ScriptOp
 from api_gateway.models import Charge, Decision
@@ -22,6 +23,7 @@ class LimiterPort(Protocol):
     """What an operation asks of the limiter that submits it."""
 
     share: FallbackLimiter
+    cache: DenyCache
     dispatcher: ScriptBatcher | ClusterScriptBatcher
     refunds: str
     offset_ns: int
@@ -34,14 +36,6 @@ class LimiterPort(Protocol):
 
     def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
         """Decide by the policy for when the store cannot be used."""
-        ...
-
-    def last_told(self, charge: Charge) -> int:
-        """Return the TAT of a bucket by what the store last said of it."""
-        ...
-
-    def remember(self, charge: Charge, debt_ns: int, asked_ns: int) -> None:
-        """Keep what a bucket owed when the store was asked."""
         ...
 
     def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
@@ -88,7 +82,7 @@ class ChargeOp(ScriptOp):
         if len(charges) == 1:
             charge = charges[0]
             after_ns, wait_ns = take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns)
-            limiter.remember(charge, after_ns - now_ns, asked_ns)
+            limiter.cache.put(charge, after_ns - now_ns, asked_ns)
             if not self.is_over:
                 self._answer(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
             return
@@ -96,7 +90,7 @@ class ChargeOp(ScriptOp):
         decision = joint_decision(charges, taken, now_ns, "store")
         for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
             given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # by another bucket's refusal
-            limiter.remember(charge, tat_ns - now_ns - given_back_ns, asked_ns)
+            limiter.cache.put(charge, tat_ns - now_ns - given_back_ns, asked_ns)
         if not self.is_over:
             self._answer(decision)
 
@@ -173,7 +167,7 @@ class PeekOp(ScriptOp):
         """See `ScriptOp`."""
         if not self._seen.done():
             limiter, charge = self._limiter, self._charge
-            self._seen.set_result(limiter.share.inspect(charge, limiter.last_told(charge), self._asked_ns))
+            self._seen.set_result(limiter.share.inspect(charge, limiter.cache.last_tat(charge), self._asked_ns))
 
 
 class SettleOp(ScriptOp):

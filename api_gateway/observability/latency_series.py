@@ -18,7 +18,6 @@ _FLOOR = 1e-6  # seconds; lower values count as this
 SLICE = 5.0  # seconds by which the sliding windows move
 WINDOWS = {"last_60s": 60.0, "last_5m": 300.0}
 _SLICES = int(max(WINDOWS.values()) / SLICE)
-SWITCHED = 101  # status of a tunnel, whose duration is not a latency
 
 
 def bucket_of(seconds: float) -> int:

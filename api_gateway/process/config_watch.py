@@ -120,6 +120,6 @@ def _tls_files(config: GatewayConfig) -> set[Path]:
     return {
         path
         for section in sections
-        for path in (section.ca_file, section.certificate, section.key)
+        for path in (section.ca_file, section.cert_file, section.key_file)
         if path is not None
     }

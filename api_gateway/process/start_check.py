@@ -23,7 +23,7 @@ from api_gateway.storage.embedded_server import NoServer, find_server
 from api_gateway.system.state_folder import LOCK, own_folder
 
 _PRIVILEGED = 1024
-_STORE_FILES = {"ca_file": "ssl_ca_certs", "certificate": "ssl_certfile", "key": "ssl_keyfile"}
+_STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
 
 
 def file_obstacles(config: GatewayConfig) -> Iterator[Finding]:
@@ -34,7 +34,7 @@ def file_obstacles(config: GatewayConfig) -> Iterator[Finding]:
             yield Finding((*place, "http2"), "needs the package h2: pip install 'httpx[http2]', got True")
         if any(target.url.startswith("https:") for target in upstream.targets):
             tls = upstream.tls
-            files = {"ca_file": tls.ca_file, "certificate": tls.certificate, "key": tls.key}
+            files = {"ca_file": tls.ca_file, "cert_file": tls.cert_file, "key_file": tls.key_file}
             given = {key: path for key, path in files.items() if path is not None}
             for key, message in _pem_problems(given):
                 yield Finding((*place, "tls", key), message)
@@ -83,11 +83,11 @@ def _pem_problems(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
             unreadable = True
             yield key, f"cannot be read: {(error.strerror or str(error)).lower()}, got '{path}'"
         else:
-            if key == "key" and b"ENCRYPTED" in text:
+            if key == "key_file" and b"ENCRYPTED" in text:
                 unreadable = True
                 yield key, f"is encrypted; a start cannot ask for its passphrase, got '{path}'"
-    if "key" in files and "certificate" not in files:
-        yield "key", f"needs the certificate that it belongs to, got '{files['key']}' alone"
+    if "key_file" in files and "cert_file" not in files:
+        yield "key_file", f"needs the cert_file that it belongs to, got '{files['key_file']}' alone"
     if not unreadable:
         yield from _pem_contents(files)
 
@@ -98,17 +98,20 @@ def _pem_contents(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
             ssl.create_default_context(cafile=files["ca_file"])
         except ssl.SSLError as error:
             yield "ca_file", f"holds no PEM certificate ({_reason(error)}), got '{files['ca_file']}'"
-    if "certificate" not in files:
+    if "cert_file" not in files:
         return
-    certificate, key = files["certificate"], files.get("key")
+    certificate, key = files["cert_file"], files.get("key_file")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            yield ("key" if key else "certificate"), f"does not belong to '{certificate}', got '{key or certificate}'"
+            yield (
+                ("key_file" if key else "cert_file"),
+                f"does not belong to '{certificate}', got '{key or certificate}'",
+            )
             return
         where = f"'{certificate}'" if key is None else f"'{certificate}' with the key '{key}'"
-        yield "certificate", f"cannot be used as PEM ({_reason(error)}), got {where}"
+        yield "cert_file", f"cannot be used as PEM ({_reason(error)}), got {where}"
 
 
 def _reason(error: ssl.SSLError) -> str:

@@ -22,6 +22,7 @@ class ClientShare(NamedTuple):
 
 
 NO_SHARE = ClientShare()
+
 # What a fault says about the upstream. The principal of a TARGET's fault is nobody: see `CircuitBreaker.settle`.
 OUTCOME_OF_FAULT = {
     Fault.CLIENT: Outcome.IGNORED,

@@ -19,11 +19,11 @@ NEEDS_RESTART = (
     "admin.socket_mode",
     "state_dir",
     "store.url",
-    "store.deadline",
+    "store.decision_timeout",
     "store.timeout",
     "store.prefix",
     "store.clients",
-    "store.client_limit",
+    "store.max_cached_clients",
 )
 _KEYS = ("name", "url")  # by which the items of a list are told apart
 _HIDDEN = "(secret)"

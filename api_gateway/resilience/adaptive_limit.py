@@ -11,7 +11,7 @@ from dataclasses import dataclass
 WINDOW = 0.1  # seconds of a window at least; twice the undisturbed latency where that is more
 MIN_SAMPLES = 20  # samples without which a window goes on
 MAX_SAMPLES = 1_000  # samples after which a window knows enough
-INITIAL_LIMIT = 50.0  # the limit before anything is known, within floor and ceiling
+INITIAL_LIMIT = 50.0  # the limit before anything is known, within min_limit and max_limit
 SMOOTHING = 0.2  # of the way to what a window says
 LARGEST_STEP = 0.5  # what a window may leave of a limit, before smoothing
 TRIMMED = 0.05  # of the samples: the slowest, which may have other causes than a queue
@@ -26,8 +26,8 @@ MARGIN = 0.5  # of what should leave no queue is under way during such a look
 class AdaptivePolicy:
     """The range of the limit, and the latency that is held, as a multiple of the undisturbed one."""
 
-    floor: int = 10
-    ceiling: int = 1000
+    min_limit: int = 10
+    max_limit: int = 1000
     tolerance: float = 1.4
 
 
@@ -81,12 +81,12 @@ class GradientController:
         """The limit as it is now: lowered while it looks for the undisturbed latency."""
         if not self.is_measuring_baseline:
             return self.limit
-        return max(self.policy.floor, self.limit * MARGIN / self.policy.tolerance)
+        return max(self.policy.min_limit, self.limit * MARGIN / self.policy.tolerance)
 
     @property
     def unqueued(self) -> float:
         """What should leave no queue, if the limit is right."""
-        return max(self.policy.floor, self.limit / self.policy.tolerance)
+        return max(self.policy.min_limit, self.limit / self.policy.tolerance)
 
     def add(self, seconds: float, now: float) -> bool:
         """Take in one latency; tell whether a window is full. While the queue of before a look drains, none counts."""
@@ -142,7 +142,7 @@ class GradientController:
         self.is_measuring_baseline = False
 
     def _within(self, limit: float) -> float:
-        return min(max(limit, self.policy.floor), self.policy.ceiling)
+        return min(max(limit, self.policy.min_limit), self.policy.max_limit)
 
 
 def _trimmed_mean(samples: list[float]) -> float:

@@ -1,7 +1,7 @@
-"""How much may be under way at once, and who is refused first when it is too much.
+"""How many requests may be in flight at an upstream at once: a fixed limit, or one that follows its latency.
 
-Nobody waits here: a request is admitted, or refused at once with a time to come back at. Synchronous and without
-clock; the random source is handed in.
+A request is admitted, or refused at once with a time to come back at; none waits. Synchronous and without clock; the
+random source is an argument.
 """
 
 import math

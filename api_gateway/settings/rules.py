@@ -82,7 +82,7 @@ def doubts(config: Whole) -> Iterator[Finding]:
         is_tls = any(target.url.startswith("https:") for target in upstream.targets)
         if upstream.http2 and not is_tls:
             yield Finding((*place, "http2"), "has no effect without an https target")
-        if not is_tls and any((upstream.tls.ca_file, upstream.tls.certificate, upstream.tls.key)):
+        if not is_tls and any((upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file)):
             yield Finding((*place, "tls"), "has no effect without an https target")
         used = {route.upstream for route in config.routes}
         used |= {route.fallback.upstream or "" for route in config.routes if route.fallback}
@@ -161,9 +161,9 @@ def _concurrency_findings(upstream_place: KeyPath, upstream: UpstreamSection) ->
         got = "both" if section.limit is not None else "neither"
         yield Finding(place, f"needs either limit or adaptive, got {got}")
     adaptive = section.adaptive
-    if adaptive is not None and adaptive.floor > adaptive.ceiling:
-        message = f"must be at most the ceiling {adaptive.ceiling}, got {adaptive.floor}"
-        yield Finding((*place, "adaptive", "floor"), message, because=((*place, "adaptive", "ceiling"),))
+    if adaptive is not None and adaptive.min_limit > adaptive.max_limit:
+        message = f"must be at most max_limit, {adaptive.max_limit}, got {adaptive.min_limit}"
+        yield Finding((*place, "adaptive", "min_limit"), message, because=((*place, "adaptive", "max_limit"),))
 
 
 def _breaker_findings(upstream_place: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:

@@ -49,7 +49,7 @@ class ServerSection(Section):
         le=86_400,
         description="How long the event loop may be blocked before the process is ended; a worker is replaced.",
     )
-    max_lag: Seconds | None = Field(
+    max_event_loop_lag: Seconds | None = Field(
         default=0.25, description="How late the event loop may run before requests are shed by tier. None: never."
     )
     trusted_proxies: list[TrustedProxy] = Field(default=[], description="Networks, and `unix` for Unix sockets.")

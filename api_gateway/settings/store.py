@@ -24,16 +24,18 @@ class StoreSection(Section):
     url: Annotated[Secret, AfterValidator(_store_url)] = SecretStr(MEMORY)
     url_file: SecretFile = None
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
-    deadline: Seconds = Field(default=0.02, description="How long a request waits for the store.")
+    decision_timeout: Seconds = Field(default=0.02, description="How long a request waits for the store.")
     timeout: Seconds = Field(default=1, description="For everything else that is asked of the store.")
-    processes: int = Field(default=1, ge=1, description="How many gateways there are at least, on all machines.")
+    min_gateway_processes: int = Field(
+        default=1, ge=1, description="How many gateway processes there are at least, on all machines."
+    )
     prefix: str = Field(default="gateway", pattern=PREFIX, description="Begins every key.")
-    bucket_limit: int = Field(default=1_000_000, ge=1)
+    max_buckets: int = Field(default=1_000_000, ge=1)
     clients: Literal["auto", "sqlite", "store"] = Field(
         default="auto",
         description="Where registered clients are kept: a file in state_dir, or the store. auto: in a shared store.",
     )
-    client_limit: int = Field(default=100_000, ge=1, description="Registered clients held in memory.")
+    max_cached_clients: int = Field(default=100_000, ge=1, description="Registered clients held in memory.")
 
     @property
     def keeps_clients(self) -> bool:

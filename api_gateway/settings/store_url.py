@@ -16,7 +16,7 @@ Kind = Literal["single", "sentinel", "cluster"]
 _KINDS: dict[str, Kind] = {"": "single", "sentinel": "sentinel", "cluster": "cluster"}
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _PORTS: dict[Kind, int] = {"single": 6379, "cluster": 6379, "sentinel": 26379}
-_TLS_FILES = {"ca_file": "ssl_ca_certs", "certificate": "ssl_certfile", "key": "ssl_keyfile"}
+_TLS_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
 MAX_PORT = 65_535
 _HOST = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[A-Za-z0-9._-]+))(:(?P<port>.*))?", re.DOTALL)
 _LOOSE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -30,7 +30,7 @@ class StoreUrl:
     `redis://[user:password@]host[:port][/db]`, `rediss://` for TLS, `unix:///path[?db=0]`; with `+sentinel` the hosts
     are sentinels and the path names the master (`/master[/db]`), with `+cluster` they are any nodes of the cluster.
     Several hosts are parted by commas. For TLS, `?ca_file=` names the authorities to trust instead of the system's,
-    and `&certificate=` with its `&key=` what is shown to a server that asks for one: PEM files.
+    and `&cert_file=` with its `&key_file=` what is shown to a server that asks for one: PEM files.
     """
 
     kind: Kind
@@ -45,7 +45,7 @@ class StoreUrl:
         parts = _split(url)
         options = _options(parts.query, is_tls=parts.scheme.startswith("rediss")) | _credentials(parts.netloc)
         if "ssl_keyfile" in options and "ssl_certfile" not in options:
-            raise ValueError("names a key without the certificate that it belongs to")
+            raise ValueError("names a key_file without the cert_file that it belongs to")
         if parts.scheme == "unix":
             if not parts.path or parts.netloc.rpartition("@")[2]:
                 raise ValueError("must name a socket by its whole path, as in unix:///run/store.sock")

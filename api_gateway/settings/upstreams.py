@@ -1,4 +1,4 @@
-"""The sections of the configuration: their settings, types, limits and defaults."""
+"""The sections of upstreams: targets, timeouts, pools, health checks, circuit breakers, retries and limits."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,8 +53,8 @@ class HealthCheckSection(Section):
     path: WholePath = "/health"
     interval: Seconds = 5
     timeout: Seconds = 2
-    healthy_after: int = Field(default=2, ge=1)
-    unhealthy_after: int = Field(default=3, ge=1)
+    healthy_threshold: int = Field(default=2, ge=1)
+    unhealthy_threshold: int = Field(default=3, ge=1)
     statuses: list[StatusRange] = Field(default=["200-399"], min_length=1)
 
 
@@ -78,7 +78,7 @@ class CircuitBreakerSection(Section):
     half_open_max_calls: int = Field(default=1, ge=1)
     ramp: float = Field(default=10, ge=0, le=3600, description="Seconds until all traffic is back; 0 is at once.")
     per_target: bool = Field(default=True, description="A breaker of each target beside the upstream's own.")
-    max_ejected: float = Field(default=0.5, ge=0, le=1, description="Share of the targets, rounded down.")
+    max_ejected_ratio: float = Field(default=0.5, ge=0, le=1, description="Share of the targets, rounded down.")
 
     @model_validator(mode="before")
     @classmethod
@@ -102,7 +102,9 @@ class RetrySection(Section):
 
     attempts: int = Field(default=2, ge=1, le=10)
     budget: float = Field(default=0.2, ge=0, le=1)
-    floor: float = Field(default=1, ge=0, le=1000, description="Retries a second beside the share.")
+    min_retries_per_second: float = Field(
+        default=1, ge=0, le=1000, description="Retries that are allowed in addition to the budget."
+    )
     backoff: BackoffSection = BackoffSection()
     max_retry_after: float = Field(
         default=1, ge=0, le=60, description="An upstream that asks for a longer wait is not asked again."
@@ -114,8 +116,8 @@ class RetrySection(Section):
 class AdaptiveSection(Section):
     """A limit found from the upstream's latency, which is held near `tolerance` times what it is without a queue."""
 
-    floor: int = Field(default=10, ge=1, le=1_000_000)
-    ceiling: int = Field(default=1000, ge=1, le=1_000_000)
+    min_limit: int = Field(default=10, ge=1, le=1_000_000)
+    max_limit: int = Field(default=1000, ge=1, le=1_000_000)
     tolerance: float = Field(default=1.4, ge=1.1, le=10)
 
 
@@ -130,15 +132,15 @@ class TlsSection(Section):
     """PEM files for https targets: whom to trust instead of the system's store, and what to show of ourselves."""
 
     ca_file: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
 
 class UpstreamSection(Section):
     """A service behind the gateway. `http2` speaks HTTP/2 to https targets that offer it (needs the package h2)."""
 
     targets: list[TargetSection] = Field(min_length=1)
-    resolve: float | None = Field(
+    dns_refresh_interval: float | None = Field(
         default=None, ge=1, le=86_400, description="Seconds after which the names of targets are resolved anew."
     )
     balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"

@@ -355,7 +355,7 @@ def _hint(error: BaseException, place: StoreUrl) -> str | None:
         if is_broken_off and not is_tls and place.path is None:
             return "If the server expects TLS, store.url must begin with rediss."
         if (is_broken_off or "CERTIFICATE_REQUIRED" in str(cause)) and is_tls and "ssl_certfile" not in place.options:
-            return "If the server asks for a certificate, it is ?certificate= and &key= in store.url."
+            return "If the server asks for a certificate, it is ?cert_file= and &key_file= in store.url."
     return None
 
 

@@ -9,6 +9,7 @@ try:
     import resource
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
+
 MAX_DESCRIPTORS = 1_048_576  # the kernel's default for what one process may have
 
 

@@ -1,4 +1,4 @@
-"""Errors of a transport translated into the gateway's own, who is at fault for them, and how the record notes them."""
+"""Errors of a transport, translated into the gateway's own."""
 
 import httpx
 

@@ -1,6 +1,6 @@
-"""The process's own descriptors and ports: raise their limit at start, and recognise errors caused by a lack of them.
+"""Errors caused by a lack of descriptors, ports or memory in this process or machine.
 
-Such an error says nothing about the upstream a connection was meant for.
+Such an error says nothing about the upstream that a connection was meant for.
 """
 
 import errno

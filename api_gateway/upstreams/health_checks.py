@@ -30,8 +30,8 @@ class HealthPolicy:
     path: str
     interval: float = 5.0
     timeout: float = 2.0
-    healthy_after: int = 2
-    unhealthy_after: int = 3
+    healthy_threshold: int = 2
+    unhealthy_threshold: int = 3
     statuses: tuple[range, ...] = SUCCESSFUL
 
 
@@ -54,7 +54,7 @@ class HealthThreshold:
             self._contrary = 0
             return False
         self._contrary += 1
-        needed = self._policy.healthy_after if is_good else self._policy.unhealthy_after
+        needed = self._policy.healthy_threshold if is_good else self._policy.unhealthy_threshold
         if self._contrary < needed:
             return False
         self._target.is_healthy = is_good

@@ -21,7 +21,7 @@ Draw = Callable[[Target, str], float]  # a number from 0 to 1, by chance or by k
 class OutlierPolicy:
     """How much of an upstream may be ejected, as a share of its targets, and how long a return takes in seconds."""
 
-    max_ejected: float = 0.5
+    max_ejected_ratio: float = 0.5
     slow_start: float = 10.0
 
 
@@ -165,7 +165,7 @@ class OutlierDetector:
 
     def _most(self, targets: Sequence[Target]) -> int:
         """Return how many of them may be out at once: never all."""
-        return min(int(self.policy.max_ejected * len(targets) + 1e-9), len(targets) - 1)
+        return min(int(self.policy.max_ejected_ratio * len(targets) + 1e-9), len(targets) - 1)
 
     def admits(self, target: Target, now: float, *, is_safe: bool = True) -> bool:
         """Tell whether a healthy target may have a request now, as far as its own breaker goes."""

@@ -1,6 +1,8 @@
 """What is installed is what is declared: requirements, version, licence, typing marker, examples."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -52,6 +54,19 @@ def test_the_licence_is_mit_and_there() -> None:
 def test_the_package_is_typed_and_has_a_version() -> None:
     assert (ROOT / "api_gateway" / "py.typed").exists()
     assert re.fullmatch(r"\d+\.\d+\.\d+", api_gateway.__version__)
+
+
+def test_the_public_names_are_loaded_when_they_are_first_used() -> None:
+    """Importing one module does not import the framework, and every public name is there all the same."""
+    program = (
+        "import sys, api_gateway.system.held_signals\n"
+        "assert not {'fastapi', 'pydantic', 'httpx'} & set(sys.modules)\n"
+        "from api_gateway import *\n"
+        "assert callable(create_app) and callable(load_config) and GatewayConfig().routes is not None\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = api_gateway.missing
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)

@@ -36,7 +36,7 @@ def configuration(ports: list[int], state_dir: Path) -> str:
     breaker = {"failure_threshold": 1_000_000, "minimum_calls": 1_000_000, "per_target": False}
     up = {"circuit_breaker": breaker, "timeouts": {"connect": 2, "response": 3, "idle": 3, "tunnel": 3}}
     pool = {"pool": {"max_connections": 64, "idle_timeout": 2}}
-    retry = {"attempts": 3, "budget": 1, "floor": 1000, "backoff": {"base": 0.001, "cap": 0.002}}
+    retry = {"attempts": 3, "budget": 1, "min_retries_per_second": 1000, "backoff": {"base": 0.001, "cap": 0.002}}
     return json.dumps(
         {
             "server": {
@@ -46,7 +46,7 @@ def configuration(ports: list[int], state_dir: Path) -> str:
                 "keep_alive_timeout": 3,
                 "drain_timeout": 2,
                 "max_header_bytes": 16_384,
-                "max_lag": None,
+                "max_event_loop_lag": None,
                 "worker_timeout": 10,
             },
             "state_dir": str(state_dir),

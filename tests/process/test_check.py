@@ -249,13 +249,13 @@ store:
 upstreams:
   a:
     targets: [{{url: "https://a"}}]
-    tls: {{ca_file: missing.pem, certificate: {one}.pem, key: missing.key}}
+    tls: {{ca_file: missing.pem, cert_file: {one}.pem, key_file: missing.key}}
   b:
     targets: [{{url: "https://b"}}]
-    tls: {{ca_file: empty.pem, certificate: {one}.pem, key: {other}.key}}
+    tls: {{ca_file: empty.pem, cert_file: {one}.pem, key_file: {other}.key}}
   c:
     targets: [{{url: "https://c"}}]
-    tls: {{key: {one}.key}}
+    tls: {{key_file: {one}.key}}
 """,
     )
     assert code == 3
@@ -264,10 +264,10 @@ upstreams:
         f":2: state_dir: '{tmp_path}/file' is no folder, got ",
         ":4: store.url: ca_file: cannot be read: no such file or directory, got 'missing.pem'",
         ":9: upstreams.a.tls.ca_file: cannot be read: no such file or directory, got 'missing.pem'",
-        ":9: upstreams.a.tls.key: cannot be read: no such file or directory, got 'missing.key'",
+        ":9: upstreams.a.tls.key_file: cannot be read: no such file or directory, got 'missing.key'",
         ":12: upstreams.b.tls.ca_file: holds no PEM certificate",
-        f":12: upstreams.b.tls.key: does not belong to '{one}.pem', got '{other}.key'",
-        ":15: upstreams.c.tls.key: needs the certificate that it belongs to",
+        f":12: upstreams.b.tls.key_file: does not belong to '{one}.pem', got '{other}.key'",
+        ":15: upstreams.c.tls.key_file: needs the cert_file that it belongs to",
     ):
         assert sum(line.startswith(start) for line in errors) == 1, (start, errors)
 

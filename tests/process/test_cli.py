@@ -10,12 +10,12 @@ import pytest
 
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, reply
 from tests.kit import RawRequest as Request
-from tests.processes import ROOT, WAYS, config_file, process
+from tests.processes import ROOT, WAYS, config_file, fresh_process, process
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_it_starts_without_configuration_and_stops_with_exit_code_0(way: list[str], tmp_path: Path) -> None:
-    with process(*way, cwd=tmp_path) as running:
+    with fresh_process(*way, cwd=tmp_path) as running:
         assert ask(f"{running.url}/api/users", headers={"X-Client-ID": "c"}).status == 200
         assert running.terminate() == 0
     assert running.errors == ""

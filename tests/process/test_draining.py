@@ -445,7 +445,7 @@ def test_what_the_drain_cuts_off_is_logged_as_such(
 ) -> None:
     up = upstream()
     config = config_file(tmp_path, up.url, "server: {drain_timeout: 1}\n")
-    with process(*WAYS["run_gateway.py"], "--config", config, cwd=tmp_path) as running:
+    with process(*WAYS["python -m"], "--config", config, cwd=tmp_path) as running:
         with RawClient(running.port) as client:
             if not is_first:  # then the next request finds a connection to the upstream and takes the fast path
                 assert client.get("/api/up/before").status == 200

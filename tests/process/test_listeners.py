@@ -89,9 +89,14 @@ def test_a_unix_socket_serves_and_is_removed_at_the_end(tmp_path: Path, workers:
             idle.connect(str(path))
             for _ in range(3):
                 assert get("/api/up/x", unix=path) == (200, b"ok"), "clients without an address are not one peer"
-        eventually(lambda: running.output.count('"peer"') + running.errors.count('"peer"') == 3, "it is logged")
-        logged = [json.loads(line) for line in (running.output + running.errors).splitlines() if '"peer"' in line]
-        assert {entry["peer"] for entry in logged} == {"unix"}
+        eventually(
+            lambda: running.output.count('"client_address"') + running.errors.count('"client_address"') == 3,
+            "it is logged",
+        )
+        logged = [
+            json.loads(line) for line in (running.output + running.errors).splitlines() if '"client_address"' in line
+        ]
+        assert {entry["client_address"] for entry in logged} == {"unix"}
         assert running.terminate() == 0
         assert not path.exists()
     assert upstream.requests[0].all("x-forwarded-for") == [b"unix"]
@@ -117,7 +122,7 @@ def test_a_proxy_on_a_unix_socket_can_be_trusted(tmp_path: Path) -> None:
                 b"GET /api/up HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 192.0.2.7\r\nConnection: close\r\n\r\n"
             )
             assert client.recv(64).split(b" ")[1] == b"200"
-            peer = '"peer":"192.0.2.7"' if trusted else '"peer":"unix"'
+            peer = '"client_address":"192.0.2.7"' if trusted else '"client_address":"unix"'
             eventually(partial(is_logged, running, peer), "the request is logged")
         assert upstream.requests[-1].all("x-forwarded-for") == [sent]
     upstream.close()

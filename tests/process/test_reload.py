@@ -184,7 +184,7 @@ def variants(url: str) -> Iterator[dict[str, Any]]:
             "pool": {"max_connections": 100 + number},
             "balance": ["round_robin", "least_requests"][number % 2],
             "circuit_breaker": {"failure_threshold": 5 + number, "window": 10 + number},
-            "concurrency": [None, {"limit": 300}, {"adaptive": {"floor": 200}}][number % 3],
+            "concurrency": [None, {"limit": 300}, {"adaptive": {"min_limit": 200}}][number % 3],
             "health_check": [None, {"path": "/api/up", "interval": 1}][number % 2],
         }
 

@@ -80,9 +80,7 @@ def crew(
 ) -> Iterator[Crew]:
     """Run a gateway of several workers; it and all it has started are gone at the end."""
     path = config_file(folder, upstream, GENEROUS + extra)
-    with process(
-        *WAYS["run_gateway.py"], "--config", path, "--workers", str(workers), cwd=folder, **environment
-    ) as one:
+    with process(*WAYS["python -m"], "--config", path, "--workers", str(workers), cwd=folder, **environment) as one:
         running = Crew(one.popen, one.stdout, one.stderr)
         assert running.port
         yield running

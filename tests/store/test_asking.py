@@ -23,7 +23,7 @@ def up(upstream: Callable[..., RawUpstream]) -> RawUpstream:
 def started(
     gateway: GatewayStarter, up: RawUpstream, store: StoreServer, *, on_failure: str = "allow", **sections: Any
 ) -> RunningGateway:
-    options = {"url": store.url, "deadline": WAIT, "on_failure": on_failure}
+    options = {"url": store.url, "decision_timeout": WAIT, "on_failure": on_failure}
     running = gateway(in_front_of(up.url) | {"store": options} | sections)
     with RawClient(running.port) as client:  # a connection to the upstream, and a decision of the store
         eventually(lambda: b"200" in client.get("/api/x", HOT).head, "the store decides")
@@ -124,7 +124,7 @@ def test_an_upstream_whose_breaker_opens_meanwhile_gets_nothing(
 ) -> None:
     origin = upstream(reply(status=b"500 Oh"))
     breaker = {"failure_threshold": 1, "recovery_timeout": 60}
-    options = {"url": store.url, "deadline": WAIT, "on_failure": "allow"}
+    options = {"url": store.url, "decision_timeout": WAIT, "on_failure": "allow"}
     running = gateway(in_front_of(origin.url, circuit_breaker=breaker) | {"store": options})
     with paused(store), RawClient(running.port) as one, RawClient(running.port) as other:
         one.request(headers=HOT)

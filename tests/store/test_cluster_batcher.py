@@ -69,7 +69,7 @@ def place(limiter: RedisLimiter, key: str) -> int:
 
 async def decided(limiter: RedisLimiter) -> list[tuple[int, Decision, float]]:
     """Ask for one token of every bucket at once; return where it lies, the decision, and how long it took."""
-    limiter._hears_refunds = False  # so that the store is asked each time
+    limiter.cache.is_trusted = False  # so that the store is asked each time
     begun = time.monotonic()
 
     async def one(key: str) -> tuple[int, Decision, float]:
@@ -103,7 +103,7 @@ async def test_a_slot_that_moves_is_followed_and_the_store_decides_throughout(cl
             for node in (cluster[new], cluster[old]):
                 assert node.command("CLUSTER", "SETSLOT", slot, "NODE", id_of(cluster[new])) == b"+OK\r\n"
             for remaining in (99, 98):
-                limiter._hears_refunds = False  # so that the store is asked
+                limiter.cache.is_trusted = False  # so that the store is asked
                 decision = await asking(limiter, charge(SLOW, key=key))
                 assert (decision.source, decision.remaining) == ("store", remaining)
         assert limiter.dispatcher.failures == 0

@@ -131,7 +131,7 @@ def test_while_it_runs_it_is_one_line_and_tiers_stay(gateway: StartGateway, capl
     refused = ask(f"{running.url}/clients/other/tier", **change)  # type: ignore[arg-type]  # see `ask`
     assert (refused.status, refused.json()["reason"]) == (503, "store_unavailable")
     assert ask(f"{running.url}/clients/known").json()["tier_source"] == "registered"
-    shown = ask(f"{running.url}/health").json()["clients"]
+    shown = ask(f"{running.url}/health").json()["client_store"]
     assert (shown["status"], "malformed" in shown["error"], "backup" in shown["error"]) == ("warn", True, True)
     assert [(len(one.getMessage().splitlines()), one.exc_info) for one in errors()] == [(1, None)]
 

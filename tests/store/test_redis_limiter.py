@@ -31,7 +31,7 @@ async def decided(limiter: RedisLimiter, cost: float = 1, quota: Quota = SLOW, k
 
 async def serving(limiters: list[RedisLimiter]) -> None:
     await soon(
-        lambda: all(one.dispatcher.connections == 2 and one._hears_refunds for one in limiters), "all are connected"
+        lambda: all(one.dispatcher.connections == 2 and one.cache.is_trusted for one in limiters), "all are connected"
     )
 
 
@@ -62,7 +62,7 @@ async def test_together_they_admit_what_one_bucket_holds(store: StoreServer) -> 
 async def test_a_batch_decides_as_one_after_the_other_would(store: StoreServer) -> None:
     async with gateways(store.url, SLOW, count=2) as limiters:
         for limiter in limiters:
-            limiter._hears_refunds = False  # so that the store is asked each time
+            limiter.cache.is_trusted = False  # so that the store is asked each time
         answers = await asyncio.gather(*[decided(limiters[number % 2], 3) for number in range(6)])
         assert [answer.source for answer in answers] == ["store"] * 6
         assert sum(answer.allowed for answer in answers) == 3
@@ -331,7 +331,7 @@ async def test_a_refund_in_an_outage_of_the_listener_is_not_missed(store: StoreS
         await decided(limiters[0], 10)
         assert await told(limiters[1])
         store.admin.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-        await soon(lambda: not limiters[1]._hears_refunds, "it is noticed")
+        await soon(lambda: not limiters[1].cache.is_trusted, "it is noticed")
         assert (await decided(limiters[1], 10)).source == "store"
         await limiters[0].refill("client")
         assert (await decided(limiters[1], 10)).allowed
@@ -348,7 +348,7 @@ async def test_a_subscription_that_dies_without_a_sign_is_found_out(store: Store
         async with Lateness() as lateness:
             assert proxy.lose_subscriptions() == 1
             await other.refill("client")
-            found_out = await soon(lambda: not deafened._hears_refunds, "it is found out")
+            found_out = await soon(lambda: not deafened.cache.is_trusted, "it is found out")
         assert found_out - lateness.total < 2 * MAX_QUIET + EPSILON
         assert (await decided(deafened, 10)).allowed
         await serving([deafened])
@@ -375,7 +375,7 @@ async def test_what_is_not_a_key_on_the_channel_deafens_nobody(store: StoreServe
         store.admin.publish(limiter.refunds, b"\xff\xfe")
         store.admin.publish(limiter.refunds, b"")
         await asyncio.sleep(0.1)
-        assert limiter._hears_refunds
+        assert limiter.cache.is_trusted
         assert await told(limiter)
 
 

@@ -19,7 +19,7 @@ async def spends_ten(url: str) -> None:
     """Two gateways on a store together admit what one bucket holds, by the store's own word."""
     async with gateways(url, SLOW, count=2) as limiters:
         for limiter in limiters:
-            limiter._hears_refunds = False  # so that the store is asked each time
+            limiter.cache.is_trusted = False  # so that the store is asked each time
         decisions = await asyncio.gather(*[asking(limiters[n % 2], charge(SLOW)) for n in range(14)])
         assert await limiters[0]._session.evictions() == (0, None)
     assert {decision.source for decision in decisions} == {"store"}
@@ -64,7 +64,7 @@ async def test_a_cluster(cluster: int) -> None:
 
 async def test_on_a_cluster_buckets_in_several_slots_are_charged_all_or_none_in_the_end(cluster: int) -> None:
     async with gateways(f"redis+cluster://127.0.0.1:{cluster}", SLOW) as (limiter,):
-        limiter._hears_refunds = False
+        limiter.cache.is_trusted = False
         assert (await asking(limiter, charge(SLOW, 8, "client"))).allowed
         joint = charge(SLOW, 4, "peer"), charge(SLOW, 4, "client")
         refused = await asking(limiter, *joint)

@@ -12,7 +12,7 @@ GatewayStarter = Callable[[dict[str, Any]], RunningGateway]
 
 
 def sections(upstream: RawUpstream, server: StoreServer, **store: Any) -> dict[str, Any]:
-    return in_front_of(upstream.url) | {"store": {"url": server.url, "deadline": 0.5, **store}}
+    return in_front_of(upstream.url) | {"store": {"url": server.url, "decision_timeout": 0.5, **store}}
 
 
 def change(gateway: RunningGateway, client_id: str, what: str, **body: Any) -> Any:
@@ -49,7 +49,7 @@ def test_more_clients_than_fit_are_looked_up_on_the_straight_way_too(
     upstream: Callable[..., RawUpstream], gateway: GatewayStarter, store_server: StoreServer
 ) -> None:
     """The first request of a client that is not remembered is limited by its own tier already."""
-    running = gateway(sections(upstream(), store_server, client_limit=10, deadline=PATIENCE))
+    running = gateway(sections(upstream(), store_server, max_cached_clients=10, decision_timeout=PATIENCE))
     for number in range(25):
         change(running, f"client-{number}", "tier", tier="PREMIUM")
     with RawClient(running.port) as client:
@@ -70,7 +70,7 @@ def test_while_the_store_is_away_changes_are_refused_in_words_and_a_view_says_wh
     assert "was not made" in refused["detail"]
     assert limit(running, "acme") == 50
     health = ask(f"{running.url}/health").json()
-    assert (health["status"], health["clients"]["status"]) == ("warn", "warn")
-    assert health["clients"]["error"]
+    assert (health["status"], health["client_store"]["status"]) == ("warn", "warn")
+    assert health["client_store"]["error"]
     store_server.start()
     eventually(lambda: ask(f"{running.url}/clients/acme").json()["tier_source"] == "default", "it has begun anew")

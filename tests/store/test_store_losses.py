@@ -119,7 +119,7 @@ def test_a_store_that_evicts_is_a_warning_in_the_log_at_health_and_in_the_metric
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.05)
-    running = gateway(in_front_of(upstream().url) | {"store": {"url": store.url, "deadline": 0.5}})
+    running = gateway(in_front_of(upstream().url) | {"store": {"url": store.url, "decision_timeout": 0.5}})
 
     def health() -> dict[str, Any]:
         answer: dict[str, Any] = ask(f"{running.url}/health").json()
@@ -160,7 +160,7 @@ def test_a_store_that_refuses_writes_is_a_warning_in_the_log_and_at_health(
 ) -> None:
     """Without a request, and although it answers: reads go on."""
     monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.05)
-    running = gateway(in_front_of(upstream().url) | {"store": {"url": store.url, "deadline": 0.5}})
+    running = gateway(in_front_of(upstream().url) | {"store": {"url": store.url, "decision_timeout": 0.5}})
 
     def health() -> dict[str, Any]:
         answer: dict[str, Any] = ask(f"{running.url}/health").json()

@@ -54,19 +54,19 @@ async def test_gateways_decide_and_hear_of_each_other_through_tls(serve: Serve, 
     """Decisions, and a refill that is published."""
     server = serve()
     async with gateways(url_of(server, certificates, ca_file="here.pem"), SLOW, count=2) as limiters:
-        await soon(lambda: all(limiter._hears_refunds for limiter in limiters), "they listen")
+        await soon(lambda: all(limiter.cache.is_trusted for limiter in limiters), "they listen")
         decisions = [await asking(limiters[n % 2], charge(SLOW)) for n in range(12)]
         assert [decision.allowed for decision in decisions] == [True] * 10 + [False] * 2
         assert {decision.source for decision in decisions[:11]} == {"store"}
         assert (await asking(limiters[1], charge(SLOW))).source == "deny_cache"
         await limiters[0].refill("client")
-        await soon(lambda: limiters[1]._told_tat(charge(SLOW), time.monotonic_ns()) == 0, "it is heard of")
+        await soon(lambda: limiters[1].cache.tat(charge(SLOW), time.monotonic_ns()) == 0, "it is heard of")
         assert (await asking(limiters[1], charge(SLOW))).allowed
 
 
 async def test_a_certificate_is_shown_to_a_server_that_asks_for_one(serve: Serve, certificates: Path) -> None:
     server = serve(asks=True)
-    url = url_of(server, certificates, ca_file="here.pem", certificate="here.pem", key="here.key")
+    url = url_of(server, certificates, ca_file="here.pem", cert_file="here.pem", key_file="here.key")
     async with gateways(url, SLOW) as (limiter,):
         assert (await asking(limiter, charge(SLOW))).source == "store"
 
@@ -76,7 +76,7 @@ def test_the_client_store_writes_and_is_told_through_tls(
 ) -> None:
     server = serve()
     url = url_of(server, certificates, ca_file="here.pem")
-    sections = in_front_of(upstream().url) | {"store": {"url": url, "deadline": 0.5}}
+    sections = in_front_of(upstream().url) | {"store": {"url": url, "decision_timeout": 0.5}}
     one, other = gateway(sections), gateway(sections)
     eventually(lambda: len(server.connections("pubsub")) == 4, "limiters and clients of both are listening")
     json = {"Content-Type": "application/json"}
@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[str, bool, dict[str, str], list[str]]] = {
     ),
     "the system's": ("here", False, {}, ["self-signed certificate", "?ca_file=", "store.url"]),
     "another host": ("other", False, {"ca_file": "other.pem"}, ["not valid for '127.0.0.1'", "host in store.url"]),
-    "no certificate": ("here", True, {"ca_file": "here.pem"}, ["?certificate=", "store.url"]),
+    "no certificate": ("here", True, {"ca_file": "here.pem"}, ["?cert_file=", "store.url"]),
 }
 
 
@@ -134,8 +134,8 @@ def test_without_tls_to_a_port_that_expects_it_the_policy_decides_and_health_say
 UNUSABLE: dict[str, tuple[dict[str, str], list[str]]] = {
     "missing": ({"ca_file": "nowhere.pem"}, ["No such file", "nowhere.pem"]),
     "no certificate in it": ({"ca_file": "here.key"}, ["here.key", "no certificate"]),
-    "without its key": ({"ca_file": "here.pem", "certificate": "here.pem"}, ["here.pem with its key"]),
-    "another's key": ({"certificate": "here.pem", "key": "other.key"}, ["here.pem with its key", "mismatch"]),
+    "without its key": ({"ca_file": "here.pem", "cert_file": "here.pem"}, ["here.pem with its key"]),
+    "another's key": ({"cert_file": "here.pem", "key_file": "other.key"}, ["here.pem with its key", "mismatch"]),
 }
 
 

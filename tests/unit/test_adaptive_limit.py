@@ -158,7 +158,7 @@ def test_one_band_alone_keeps_the_upstream_busy_too(spread: Callable[[random.Ran
 
 
 def test_a_queue_that_is_there_from_the_start_is_not_taken_for_the_latency_of_the_upstream() -> None:
-    server = Queue(adaptive(SINGLE_PRIORITY, ceiling=400, floor=400), 10, 0.05, spread=constant)
+    server = Queue(adaptive(SINGLE_PRIORITY, max_limit=400, min_limit=400), 10, 0.05, spread=constant)
     server.run(5, 600)
     assert server.limit.in_flight == 400
     server.limit = adaptive(SINGLE_PRIORITY)

@@ -498,7 +498,7 @@ async def test_one_too_many_turns_a_complete_copy_into_a_partial_one(caplog: pyt
             await registry.set_tier(f"client-{number}", "BASIC")
         assert registry.try_get("client-0") is None
         assert view(await registry.look_up("client-0")) == ("BASIC", "registered")
-    assert sum("client_limit" in record.getMessage() for record in caplog.records) == 1
+    assert sum("max_cached_clients" in record.getMessage() for record in caplog.records) == 1
 
 
 async def test_those_used_last_stay() -> None:

@@ -18,7 +18,7 @@ from api_gateway.settings.diagnostics import ConfigError
 WHOLE = """
 server:    {host: 0.0.0.0, port: 8001, workers: 4, max_body_bytes: 1048576, max_header_bytes: 32768,
             header_timeout: 11, keep_alive_timeout: 76, drain_timeout: 31, trusted_proxies: [10.0.0.0/8, "::1"]}
-store:     {url: "memory://", on_failure: deny, deadline: 0.03}
+store:     {url: "memory://", on_failure: deny, decision_timeout: 0.03}
 state_dir: state
 admin:     {token: a-long-enough-token}
 identity:  {mode: header, header: X-Key}
@@ -32,7 +32,7 @@ upstreams:
     balance: least_requests
     timeouts: {connect: 3, response: 29, idle: 59, total: 120}
     pool: {max_connections: 511, idle_timeout: 61}
-    health_check: {path: /alive, interval: 6, timeout: 3, healthy_after: 4, unhealthy_after: 7}
+    health_check: {path: /alive, interval: 6, timeout: 3, healthy_threshold: 4, unhealthy_threshold: 7}
     circuit_breaker: {failure_threshold: 6, failure_rate: 0.6, minimum_calls: 21, window: 33, recovery_timeout: 34,
                       half_open_max_calls: 2, slow_call_duration: 1.5, slow_call_rate: 0.7, window_calls: 99,
                       max_recovery_timeout: 350, jitter: 0.2, ramp: 11}
@@ -121,7 +121,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "drain_delay": 0,
         "drain_timeout": 30,
         "worker_timeout": 30,
-        "max_lag": 0.25,
+        "max_event_loop_lag": 0.25,
         "trusted_proxies": [],
     }
     assert config.store.url.get_secret_value() == "memory://"
@@ -136,7 +136,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "total": None,
         "tunnel": 3600,
     }
-    assert config.upstreams["users"].tls.model_dump() == {"ca_file": None, "certificate": None, "key": None}
+    assert config.upstreams["users"].tls.model_dump() == {"ca_file": None, "cert_file": None, "key_file": None}
     assert not config.upstreams["users"].http2
     assert config.upstreams["users"].pool.model_dump() == {
         "max_connections": 512,
@@ -158,14 +158,19 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "half_open_max_calls": 1,
         "ramp": 10,
         "per_target": True,
-        "max_ejected": 0.5,
+        "max_ejected_ratio": 0.5,
     }
     users = config.upstreams["users"]
-    assert (users.resolve, users.balance, users.hash_on, users.slow_start) == (None, "round_robin", "client", 10)
+    assert (users.dns_refresh_interval, users.balance, users.hash_on, users.slow_start) == (
+        None,
+        "round_robin",
+        "client",
+        10,
+    )
     assert config.upstreams["users"].retry.model_dump() == {
         "attempts": 2,
         "budget": 0.2,
-        "floor": 1,
+        "min_retries_per_second": 1,
         "backoff": {"base": 0.025, "cap": 0.25},
         "max_retry_after": 1,
         "statuses": [502, 503, 504],
@@ -206,7 +211,7 @@ def test_a_long_recovery_needs_no_longer_maximum_to_be_given() -> None:
 def test_an_adaptive_limit_has_defaults_once_it_is_asked_for() -> None:
     section = load_config(None, limited({"adaptive": {}})).upstreams["users"].concurrency
     assert section is not None
-    assert section.model_dump() == {"limit": None, "adaptive": {"floor": 10, "ceiling": 1000, "tolerance": 1.4}}
+    assert section.model_dump() == {"limit": None, "adaptive": {"min_limit": 10, "max_limit": 1000, "tolerance": 1.4}}
 
 
 def test_a_health_check_has_defaults_once_it_is_asked_for() -> None:
@@ -217,8 +222,8 @@ def test_a_health_check_has_defaults_once_it_is_asked_for() -> None:
         "path": "/health",
         "interval": 5,
         "timeout": 2,
-        "healthy_after": 2,
-        "unhealthy_after": 3,
+        "healthy_threshold": 2,
+        "unhealthy_threshold": 3,
         "statuses": ["200-399"],
     }
 
@@ -543,10 +548,10 @@ def test_an_unknown_key_like_no_other_names_them_all() -> None:
         ({"server": {"header_timeout": 0}}, "server.header_timeout", "0"),
         ({"server": {"trusted_proxies": ["10.0.0.0/33"]}}, "server.trusted_proxies[0]", "'10.0.0.0/33'"),
         ({"server": {"trusted_proxies": [1.5]}}, "server.trusted_proxies[0]", "1.5"),
-        ({"server": {"max_lag": 0}}, "server.max_lag", "0"),
+        ({"server": {"max_event_loop_lag": 0}}, "server.max_event_loop_lag", "0"),
         ({"tiers": {"FREE": {"priority": -1}}}, "tiers.FREE.priority", "-1"),
         (limited({"limit": 0}), "upstreams.users.concurrency.limit", "0"),
-        (limited({"adaptive": {"floor": 0}}), "upstreams.users.concurrency.adaptive.floor", "0"),
+        (limited({"adaptive": {"min_limit": 0}}), "upstreams.users.concurrency.adaptive.min_limit", "0"),
         (limited({"adaptive": {"tolerance": 1}}), "upstreams.users.concurrency.adaptive.tolerance", "1"),
         ({"identity": {"mode": "jwt"}}, "identity.mode", "'jwt'"),
         ({"identity": {"header": "X Client"}}, "identity.header", "'X Client'"),
@@ -556,8 +561,8 @@ def test_an_unknown_key_like_no_other_names_them_all() -> None:
         ({"clients": {"a b": {"tier": "FREE"}}}, "clients.a b", "'a b'"),
         ({"upstreams": {"users": {"targets": []}}}, "upstreams.users.targets", "[]"),
         (
-            {"upstreams": {"users": {**ONE_UPSTREAM["users"], "resolve": 0.5}}},
-            "upstreams.users.resolve",
+            {"upstreams": {"users": {**ONE_UPSTREAM["users"], "dns_refresh_interval": 0.5}}},
+            "upstreams.users.dns_refresh_interval",
             "0.5",
         ),
         (
@@ -566,8 +571,8 @@ def test_an_unknown_key_like_no_other_names_them_all() -> None:
             "-1",
         ),
         (
-            {"upstreams": {"users": {**ONE_UPSTREAM["users"], "circuit_breaker": {"max_ejected": 1.1}}}},
-            "upstreams.users.circuit_breaker.max_ejected",
+            {"upstreams": {"users": {**ONE_UPSTREAM["users"], "circuit_breaker": {"max_ejected_ratio": 1.1}}}},
+            "upstreams.users.circuit_breaker.max_ejected_ratio",
             "1.1",
         ),
         ({"metrics": {"percentiles": [50, 100]}}, "metrics.percentiles[1]", "100"),
@@ -624,8 +629,8 @@ def test_a_target_is_scheme_host_and_port_only(url: str) -> None:
         (limited({}), ["upstreams.users.concurrency", "limit or adaptive", "got neither"]),
         (limited({"limit": 1, "adaptive": {}}), ["upstreams.users.concurrency", "limit or adaptive", "got both"]),
         (
-            limited({"adaptive": {"floor": 20, "ceiling": 19}}),
-            ["upstreams.users.concurrency.adaptive.floor", "the ceiling 19", "got 20"],
+            limited({"adaptive": {"min_limit": 20, "max_limit": 19}}),
+            ["upstreams.users.concurrency.adaptive.min_limit", "max_limit, 19", "got 20"],
         ),
         ({"store": {"url": "postgres://127.0.0.1"}}, ["store.url: must be memory://", "redis://"]),
         ({"store": {"url": "redis:127.0.0.1"}}, ["store.url: must be memory://"]),

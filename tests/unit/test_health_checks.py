@@ -12,7 +12,7 @@ from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, Hea
 from api_gateway.upstreams.target import Target
 from tests.kit import FakeClock, soon
 
-POLICY = HealthPolicy("/health", interval=0.001, timeout=5, healthy_after=2, unhealthy_after=3)
+POLICY = HealthPolicy("/health", interval=0.001, timeout=5, healthy_threshold=2, unhealthy_threshold=3)
 URL = "http://10.0.0.1:9001"
 NOW = 1000.0
 CLOCK = FakeClock(NOW)
@@ -74,7 +74,7 @@ def test_the_verdict_changes_after_enough_contrary_results_in_a_row(
 
 
 def test_one_result_is_enough_where_the_policy_says_so() -> None:
-    judge, target = judged(policy=HealthPolicy("/health", healthy_after=1, unhealthy_after=1))
+    judge, target = judged(policy=HealthPolicy("/health", healthy_threshold=1, unhealthy_threshold=1))
     for is_good in (False, True, False):
         assert judge.observe(is_good=is_good, finding="", now=NOW)
         assert target.is_healthy == is_good
@@ -132,7 +132,9 @@ async def test_the_policy_says_which_statuses_are_good(status: int, is_good: boo
     ],
 )
 async def test_a_check_finds(ask: SendProbe, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
-    judge, target = judged(is_healthy=not is_good, policy=HealthPolicy("/", healthy_after=1, unhealthy_after=1))
+    judge, target = judged(
+        is_healthy=not is_good, policy=HealthPolicy("/", healthy_threshold=1, unhealthy_threshold=1)
+    )
     assert await check(judge, POLICY, URL, ask, CLOCK)
     assert (target.is_healthy, target.checks.finding) == (is_good, finding)
 

@@ -35,14 +35,14 @@ def upstream_of(
     count: int = 3,
     pick: Picker = round_robin,
     *,
-    max_ejected: float = 0.5,
+    max_ejected_ratio: float = 0.5,
     slow_start: float = 0.0,
     policy: BreakerPolicy = POLICY,
     **options: Any,
 ) -> Upstream:
     """Return an upstream whose own breaker never opens, so that only its targets' do."""
     rotation = OutlierDetector(
-        OutlierPolicy(max_ejected, slow_start), make_breaker=lambda now: CircuitBreaker(policy, now), **options
+        OutlierPolicy(max_ejected_ratio, slow_start), make_breaker=lambda now: CircuitBreaker(policy, now), **options
     )
     targets = [Target("abcdefgh"[number]) for number in range(count)]
     return Upstream("users", targets, CircuitBreaker(NEVER, NOW), pick, rotation=rotation)
@@ -203,11 +203,13 @@ def test_without_breakers_nothing_is_ejected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "max_ejected", "most"),
+    ("count", "max_ejected_ratio", "most"),
     [(1, 1, 0), (2, 0.5, 1), (2, 0.49, 0), (2, 1, 1), (3, 0.5, 1), (4, 0.5, 2), (5, 0.5, 2), (5, 1, 4), (5, 0, 0)],
 )
-def test_no_more_are_ejected_than_the_share_and_never_the_last(count: int, max_ejected: float, most: int) -> None:
-    upstream = upstream_of(count, max_ejected=max_ejected)
+def test_no_more_are_ejected_than_the_share_and_never_the_last(
+    count: int, max_ejected_ratio: float, most: int
+) -> None:
+    upstream = upstream_of(count, max_ejected_ratio=max_ejected_ratio)
     leases = [lease_on(upstream, target) for _ in range(10) for target in upstream.targets]
     for lease in leases:
         lease.release(NOW, Outcome.FAILURE)
@@ -457,7 +459,7 @@ def test_of_fewer_targets_no_more_than_their_share_stays_ejected() -> None:
 
 def test_the_only_target_that_is_left_is_not_ejected() -> None:
     """Found by the machine below."""
-    upstream = upstream_of(2, max_ejected=1)
+    upstream = upstream_of(2, max_ejected_ratio=1)
     first, _ = upstream.targets
     fail(upstream, first)
     upstream.set_targets([first], NOW)
@@ -474,9 +476,9 @@ class Balancing(RuleBasedStateMachine):
     @initialize(
         weights=st.lists(st.integers(1, 3), min_size=1, max_size=6),
         pick=st.sampled_from(["round_robin", "least_requests", "hash"]),
-        max_ejected=st.sampled_from([0.0, 0.34, 0.5, 1.0]),
+        max_ejected_ratio=st.sampled_from([0.0, 0.34, 0.5, 1.0]),
     )
-    def begin(self, weights: list[int], pick: str, max_ejected: float) -> None:
+    def begin(self, weights: list[int], pick: str, max_ejected_ratio: float) -> None:
         source = random.Random(1)
         picks: dict[str, Picker] = {
             "round_robin": round_robin,
@@ -485,7 +487,7 @@ class Balancing(RuleBasedStateMachine):
         }
         self.now, self.is_hash, self.names = NOW, pick == "hash", len(weights)
         self.leases: list[Attempt] = []
-        self.policy = OutlierPolicy(max_ejected, slow_start=10)
+        self.policy = OutlierPolicy(max_ejected_ratio, slow_start=10)
         rotation = OutlierDetector(
             self.policy,
             draw=lambda _target, _key: source.random(),
@@ -560,7 +562,7 @@ class Balancing(RuleBasedStateMachine):
     def no_more_are_out_than_may_be(self) -> None:
         if hasattr(self, "upstream"):
             out = [one for one in self.upstream.targets if one.breaker and one.breaker.state is not State.CLOSED]
-            assert len(out) <= self.policy.max_ejected * len(self.upstream.targets)
+            assert len(out) <= self.policy.max_ejected_ratio * len(self.upstream.targets)
             assert len(out) < len(self.upstream.targets)
 
     @invariant()

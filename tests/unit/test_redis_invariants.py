@@ -818,7 +818,7 @@ class Fleet:
         told, self.store.told = self.store.told, []
         for _, message in told:
             for limiter in self.limiters:
-                if limiter._hears_refunds:
+                if limiter.cache.is_trusted:
                     limiter._on_refund(message)
 
     def owed(self, asked: Charge) -> int:
@@ -944,7 +944,7 @@ class Remembering(RuleBasedStateMachine):
     @rule(number=numbers, is_deaf=st.booleans())
     def listen_anew(self, number: int, is_deaf: bool) -> None:  # noqa: FBT001 - drawn
         for limiter in self.fleet.limiters:
-            if not limiter._hears_refunds:
+            if not limiter.cache.is_trusted:
                 limiter._on_listening(True)
         self.fleet.limiters[number]._on_listening(not is_deaf)
 
@@ -1378,7 +1378,7 @@ async def test_a_store_that_forgets_its_scripts_decides_as_ever(
         for is_flushed, cost in steps:
             if is_flushed:
                 store.admin.script_flush()
-            limiter._hears_refunds = False  # so that the store is asked each time
+            limiter.cache.is_trusted = False  # so that the store is asked each time
             decision = await asking(limiter, charge(quota, cost))
             assert decision == exact.decide([charge(quota, cost)], decision.at_ns)
         assert limiter.dispatcher.failures == 0

@@ -423,7 +423,7 @@ def test_a_lack_of_our_own_is_503_overloaded_costs_nothing_and_counts_against_no
     method: str,
 ) -> None:
     up = upstream()
-    check = {"path": "/health", "interval": 0.05, "timeout": 0.5, "unhealthy_after": 1}
+    check = {"path": "/health", "interval": 0.05, "timeout": 0.5, "unhealthy_threshold": 1}
     slowly = {"tiers": {"FREE": {"rate": 0.001, "capacity": 10}}}
     running = gateway(sections(up.url, health_check=check) | slowly)
     target = running.console.upstreams["up"].targets[0]
@@ -492,7 +492,7 @@ def serves(url: str) -> bool:
 def test_the_limit_of_open_files_is_raised_and_its_end_is_503(upstream: StartUpstream, tmp_path: Path) -> None:
     """With a hard limit of 200: what is held open by clients leaves nothing for the upstream."""
     up = upstream()
-    check = {"path": "/health", "interval": 0.1, "timeout": 1, "unhealthy_after": 1}
+    check = {"path": "/health", "interval": 0.1, "timeout": 1, "unhealthy_threshold": 1}
     config = sections(up.url, health_check=check) | {
         "state_dir": str(tmp_path / "state"),
         "server": {"max_connections": 1000},  # more than there are descriptors for

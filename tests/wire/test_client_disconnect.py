@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,6 @@ from tests.kit import (
     eventually,
     in_front_of,
     reply,
-    running_gateway,
 )
 
 SOON = 1.0
@@ -44,30 +44,14 @@ class Watching:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream) -> dict[str, Any]:
     """A breaker that opens at the first failure, and a pool that two leaked slots would exhaust."""
-    sections = in_front_of(
+    return in_front_of(
         shared.url,
         circuit_breaker={"failure_threshold": 1},
         pool={"max_connections": 2 * POOL - 1},
         timeouts={"connect": 0.5, "response": 30, "idle": 30},
     )
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def up(shared: RawUpstream) -> RawUpstream:
-    shared.behave, shared.reads_body = reply(), True
-    shared.requests.clear()
-    return shared
 
 
 class Ledger:
@@ -119,30 +103,30 @@ def assert_no_slot_is_leaked(gateway: RunningGateway, up: RawUpstream) -> None:
 
 
 @pytest.mark.parametrize("leave", LEAVING)
-def test_leaving_while_the_upstream_is_slow_lets_it_go(plain: RunningGateway, up: RawUpstream, leave: Leave) -> None:
-    ledger = Ledger(plain)
+def test_leaving_while_the_upstream_is_slow_lets_it_go(running: RunningGateway, up: RawUpstream, leave: Leave) -> None:
+    ledger = Ledger(running)
     for count in range(1, POOL + 2):
         up.behave = slow = Watching()
-        with RawClient(plain.port) as client:
+        with RawClient(running.port) as client:
             client.request()
             assert slow.reached.wait(SOON)
             leave(client)
         assert slow.left.wait(SOON)
         ledger.comes_to_show(count)
-    assert_blameless(plain)
-    assert_no_slot_is_leaked(plain, up)
+    assert_blameless(running)
+    assert_no_slot_is_leaked(running, up)
 
 
-def test_leaving_after_a_while_lets_the_upstream_go(plain: RunningGateway, up: RawUpstream) -> None:
+def test_leaving_after_a_while_lets_the_upstream_go(running: RunningGateway, up: RawUpstream) -> None:
     """Also once the gateway watches for it, which it does not do for the first few hundredths of a second."""
     up.behave = slow = Watching()
-    with RawClient(plain.port) as client:
+    with RawClient(running.port) as client:
         client.request()
         assert slow.reached.wait(SOON)
         time.sleep(0.2)
         assert not slow.left.is_set()
     assert slow.left.wait(SOON)
-    assert_blameless(plain)
+    assert_blameless(running)
 
 
 @pytest.mark.parametrize("leave", LEAVING)
@@ -150,22 +134,22 @@ def test_leaving_after_a_while_lets_the_upstream_go(plain: RunningGateway, up: R
     "beginning", [b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", b"HTTP/1.1 200 OK\r\n\r\nhalf"]
 )
 def test_leaving_within_the_answer_lets_the_upstream_go(
-    plain: RunningGateway, up: RawUpstream, leave: Leave, beginning: bytes
+    running: RunningGateway, up: RawUpstream, leave: Leave, beginning: bytes
 ) -> None:
-    ledger = Ledger(plain)
+    ledger = Ledger(running)
     for count in range(1, POOL + 2):
         up.behave = stream = Watching(beginning)
-        with RawClient(plain.port) as client:
+        with RawClient(running.port) as client:
             client.request()
             assert client.read_until(b"half") is not None
             leave(client)
         assert stream.left.wait(SOON)
         ledger.comes_to_show(count)
-    assert_blameless(plain)
-    assert_no_slot_is_leaked(plain, up)
+    assert_blameless(running)
+    assert_no_slot_is_leaked(running, up)
 
 
-def test_leaving_a_stream_that_keeps_flowing_lets_the_upstream_go(plain: RunningGateway, up: RawUpstream) -> None:
+def test_leaving_a_stream_that_keeps_flowing_lets_the_upstream_go(running: RunningGateway, up: RawUpstream) -> None:
     """The gateway does not go on reading for nobody."""
     left = threading.Event()
 
@@ -179,57 +163,59 @@ def test_leaving_a_stream_that_keeps_flowing_lets_the_upstream_go(plain: Running
         return False
 
     up.behave = behave
-    ledger = Ledger(plain)
-    with RawClient(plain.port) as client:
+    ledger = Ledger(running)
+    with RawClient(running.port) as client:
         client.request()
         client.read_exactly(1_000_000)
     assert left.wait(SOON)
     ledger.comes_to_show(1)
-    assert_blameless(plain)
+    assert_blameless(running)
 
 
 @pytest.mark.parametrize("leave", LEAVING)
 @pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
 def test_leaving_within_an_upload_lets_the_upstream_go(
-    plain: RunningGateway, up: RawUpstream, leave: Leave, framing: str
+    running: RunningGateway, up: RawUpstream, leave: Leave, framing: str
 ) -> None:
     """The upstream sees the request broken off, never a shorter one."""
     up.reads_body = False
-    ledger = Ledger(plain)
+    ledger = Ledger(running)
     for count in range(1, POOL + 2):
         up.behave = reading = Watching()
-        with RawClient(plain.port) as client:
+        with RawClient(running.port) as client:
             client.request("POST", "/api/x", (framing,), b"4\r\nhalf\r\n")
             assert reading.reached.wait(SOON)
             leave(client)
         assert reading.left.wait(SOON)
         ledger.comes_to_show(count)
     assert not any(b"0\r\n\r\n" in wire.buffer for wire in up.wires)
-    assert_blameless(plain)
-    assert_no_slot_is_leaked(plain, up)
+    assert_blameless(running)
+    assert_no_slot_is_leaked(running, up)
 
 
-def test_leaving_while_waiting_for_a_connection_leaves_the_queue(plain: RunningGateway, up: RawUpstream) -> None:
+def test_leaving_while_waiting_for_a_connection_leaves_the_queue(running: RunningGateway, up: RawUpstream) -> None:
     """What nobody waits for any more is not sent."""
     up.behave = slow = Watching()
-    ledger = Ledger(plain)
+    ledger = Ledger(running)
     with ExitStack() as stack:
-        holders = [stack.enter_context(RawClient(plain.port)) for _ in range(POOL)]
+        holders = [stack.enter_context(RawClient(running.port)) for _ in range(POOL)]
         for holder in holders:
             holder.request()
         eventually(lambda: len(up.requests) == POOL, "the pool is full", within=SOON)
-        with RawClient(plain.port) as waiting:
+        with RawClient(running.port) as waiting:
             waiting.request("GET", "/api/never")
             time.sleep(0.1)
         ledger.comes_to_show(1)
     assert slow.left.wait(SOON)
     ledger.comes_to_show(1 + POOL)
     assert not any(b"never" in request.line for request in up.requests)
-    assert_blameless(plain)
-    assert_no_slot_is_leaked(plain, up)
+    assert_blameless(running)
+    assert_no_slot_is_leaked(running, up)
 
 
-def test_an_answer_that_took_long_is_not_taken_for_a_client_that_left(plain: RunningGateway, up: RawUpstream) -> None:
+def test_an_answer_that_took_long_is_not_taken_for_a_client_that_left(
+    running: RunningGateway, up: RawUpstream
+) -> None:
     """The end of an exchange looks like a disconnect to whoever waits for one."""
 
     def behave(wire: Wire, request: RawRequest) -> None:
@@ -237,8 +223,8 @@ def test_an_answer_that_took_long_is_not_taken_for_a_client_that_left(plain: Run
         reply()(wire, request)
 
     up.behave = behave
-    ledger = Ledger(plain)
-    with RawClient(plain.port) as client:
+    ledger = Ledger(running)
+    with RawClient(running.port) as client:
         assert [client.get().status for _ in range(3)] == [200] * 3
-    assert_blameless(plain)
+    assert_blameless(running)
     assert ledger.shows(0)

@@ -63,7 +63,7 @@ def test_a_breaker_recovers_by_the_monotonic_clock(gateway: RunningGateway, up: 
 
 
 def test_a_grant_ends_by_the_time_of_day(gateway: RunningGateway, time: FakeClocks) -> None:
-    body = json.dumps({"tier": "BASIC", "for": HOUR}).encode()
+    body = json.dumps({"tier": "BASIC", "duration_seconds": HOUR}).encode()
     headers = {"Content-Type": "application/json"}
     granted = ask(f"{gateway.url}/clients/guest/grants", method="POST", headers=headers, body=body).json()
     assert datetime.fromisoformat(granted["until"]) == datetime.fromtimestamp(time.clocks.wall() + HOUR, UTC)

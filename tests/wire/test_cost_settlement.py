@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.models import Exchange
 from api_gateway.proxy.cost_settlement import cost_of
 from tests.kit import (
@@ -29,20 +28,6 @@ ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
 WAYS = {"straight": (), "ordinary": (ODD,)}
 both_ways = pytest.mark.parametrize("way", WAYS)
 SLOWLY = {"FREE": {"rate": 0.01, "capacity": 10}}
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the straight way said to each request offered to it."""
-    seen: list[bool] = []
-    board = FastPath.try_handle
-
-    def noting(self: FastPath, client: Any, received: bytes) -> bool:
-        seen.append(board(self, client, received))
-        return seen[-1]
-
-    monkeypatch.setattr(FastPath, "try_handle", noting)
-    return seen
 
 
 def costs(value: bytes, *more: bytes, body: bytes = b"ok") -> Callable[[Wire, RawRequest], bool | None]:
@@ -85,7 +70,7 @@ def settled(running: RunningGateway) -> dict[str, int]:
     ("told", "remaining"), [(b"0", 10), (b"0.5", 9), (b"1", 9), (b"3", 7), (b"10", 0), (b"0004.000", 6)]
 )
 def test_what_an_answer_has_cost_is_what_is_charged(
-    gateway: StartGateway, upstream: StartUpstream, taken: list[bool], way: str, told: bytes, remaining: int
+    gateway: StartGateway, upstream: StartUpstream, fast_path_spy: list[bool], way: str, told: bytes, remaining: int
 ) -> None:
     """And the fields of that very answer show it, before anybody can act on what they would have said."""
     up = upstream()
@@ -93,7 +78,7 @@ def test_what_an_answer_has_cost_is_what_is_charged(
     up.behave = costs(told)
     done = finished(running)
     answer = get(running, way)
-    assert taken[-1] == (way == "straight")
+    assert fast_path_spy[-1] == (way == "straight")
     assert (answer.status, answer.body, answer.is_complete) == (200, b"ok", True)
     assert answer.all("x-gateway-cost") == []
     assert answer.all("x-ratelimit-remaining") == [b"%d" % remaining]

@@ -5,7 +5,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +26,6 @@ from tests.kit import (
     eventually,
     in_front_of,
     reply,
-    running_gateway,
 )
 from tests.wire.test_websocket import ASKING, accepting, echo
 
@@ -92,14 +90,7 @@ def test_what_goes_on_is_never_more_than_what_is_left_nor_nothing(seconds: float
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def running(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream) -> dict[str, Any]:
     """One upstream for each kind of deadline, so that each has its own breaker."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -116,7 +107,7 @@ def running(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> It
         "refused": section(refused, retry={"attempts": 5, "budget": 1, "backoff": {"base": 10, "cap": 10}}),
     }
     timeouts = {"timed": SHORT, "both": SHORT, "crowded": SHORT}
-    sections = {
+    return {
         "upstreams": upstreams,
         "routes": [
             {"name": name, "path": f"/api/{name}", "upstream": name, "timeout": timeouts.get(name)}
@@ -125,15 +116,6 @@ def running(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> It
         + [{"name": "held", "path": "/api/held", "upstream": "crowded"}],  # which has no deadline
         "tiers": {"FREE": {"rate": 0.001, "capacity": 100_000}},
     }
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def up(shared: RawUpstream) -> RawUpstream:
-    shared.behave = reply()
-    shared.requests.clear()
-    return shared
 
 
 def is_silent(wire: Wire, _request: RawRequest) -> bool:

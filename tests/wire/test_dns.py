@@ -235,7 +235,7 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Zone:
 
 
 def sections(places: Places, **upstream: Any) -> dict[str, Any]:
-    return in_front_of(f"http://users.test:{places.port}", resolve=1, **upstream)
+    return in_front_of(f"http://users.test:{places.port}", dns_refresh_interval=1, **upstream)
 
 
 @pytest.fixture
@@ -347,7 +347,7 @@ def test_a_failed_resolution_keeps_what_is_known_and_says_so(
 
 
 def test_a_resolved_target_is_checked_at_its_address_by_its_name(places: Places, zone: Zone, tmp_path: Path) -> None:
-    checks = {"interval": 0.05, "unhealthy_after": 1}
+    checks = {"interval": 0.05, "unhealthy_threshold": 1}
     places.of["127.0.0.2"].behave = reply(b"no", b"503 Unavailable")
     with running_gateway(sections(places, health_check=checks), tmp_path) as running:
         eventually(

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,6 @@ from tests.kit import (
     eventually,
     in_front_of,
     reply,
-    running_gateway,
 )
 
 LIMIT = 2048
@@ -29,14 +29,6 @@ HEADER_TIMEOUT = 0.4
 HOST = b"Host: gateway.test\r\n"
 GET = b"GET /api/%b HTTP/1.1\r\n" + HOST + b"\r\n"
 MIB = 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def up() -> Iterator[RawUpstream]:
-    """Run an upstream that answers everything."""
-    upstream = RawUpstream()
-    yield upstream
-    upstream.close()
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +40,13 @@ def aside() -> Iterator[RawUpstream]:
 
 
 @pytest.fixture(scope="module")
-def running(up: RawUpstream, aside: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream, aside: RawUpstream) -> dict[str, Any]:
     """Run a gateway with narrow bounds."""
     server = {"header_timeout": HEADER_TIMEOUT, "max_header_bytes": LIMIT}
-    sections = in_front_of(up.url) | {"server": server}
+    sections = in_front_of(shared.url) | {"server": server}
     sections["upstreams"]["aside"] = {"targets": [{"url": aside.url}]}
     sections["routes"].append({"name": "aside", "path": "/api/aside", "upstream": "aside"})
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def client(running: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
-    """Connect to it."""
-    up.behave = reply()
-    up.requests.clear()
-    with RawClient(running.port) as client:
-        yield client
+    return sections
 
 
 def is_problem(answer: RawAnswer, status: int, reason: bytes) -> bool:

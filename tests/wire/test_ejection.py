@@ -92,7 +92,7 @@ def test_what_fails_is_ejected_and_the_view_says_why(
 def test_the_last_in_rotation_stays_and_the_view_says_so(gateway: StartGateway, upstream: StartUpstream) -> None:
     """When all fail, it is the upstream's own breaker that opens."""
     first, last = upstream(reply(b"no", b"500 Oops")), upstream(reply(b"good"))
-    running = gateway(sections(first.url, last.url, circuit_breaker={**BREAKER, "max_ejected": 1.0}))
+    running = gateway(sections(first.url, last.url, circuit_breaker={**BREAKER, "max_ejected_ratio": 1.0}))
     assert statuses(running, 4).count(200) == 2
     last.behave = reply(b"no", b"500 Oops")
     assert statuses(running, 3) == [500, 500, 503]
@@ -163,7 +163,7 @@ def test_a_target_that_is_well_again_starts_slowly(gateway: StartGateway, upstre
         return reply(b"sick", b"500 Sick" if is_check and is_sick else b"200 OK")(wire, request)
 
     sick, well = upstream(behave), upstream(reply(b"well"))
-    check = {"interval": 0.02, "healthy_after": 1, "unhealthy_after": 1}
+    check = {"interval": 0.02, "healthy_threshold": 1, "unhealthy_threshold": 1}
     running = gateway(sections(sick.url, well.url, health_check=check, slow_start=3600))
     eventually(lambda: view(running, sick.url)["healthy"] is False, "it is noticed")
     is_sick = False

@@ -35,7 +35,6 @@ from tests.kit import (
     ask,
     eventually,
     reply,
-    running_gateway,
 )
 
 ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
@@ -113,13 +112,6 @@ def test_a_mistake_is_named(fallback: dict[str, Any], words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def spare() -> Iterator[RawUpstream]:
     server = RawUpstream(reply(b"spare", headers=((b"X-Gateway-Fallback", b"forged"), (b"X-From", b"spare"))))
     yield server
@@ -130,15 +122,13 @@ INSTEAD = {"status": 203, "headers": {"Content-Type": "application/json", "X-Why
 
 
 @pytest.fixture(scope="module")
-def running(
-    shared: RawUpstream, spare: RawUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream, spare: RawUpstream) -> dict[str, Any]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
     calm = {"failure_threshold": 100_000, "minimum_calls": 100_000}
 
     def section(url: str, breaker: dict[str, Any] = calm, **options: Any) -> dict[str, Any]:
-        retry = {"attempts": 2, "budget": 1, "floor": 1000, "backoff": {"base": 0.001}}
+        retry = {"attempts": 2, "budget": 1, "min_retries_per_second": 1000, "backoff": {"base": 0.001}}
         timeouts = {"response": 0.3}
         return {"targets": [{"url": url}], "circuit_breaker": breaker, "retry": retry, "timeouts": timeouts, **options}
 
@@ -163,7 +153,7 @@ def running(
         ("plain", "refused", {"status": 200, "body": "sorry"}, None),
         ("none", "main", None, None),
     ]
-    sections = {
+    return {
         "upstreams": upstreams,
         "routes": [
             {"name": name, "path": f"/api/{name}", "upstream": upstream, "fallback": fallback, "timeout": timeout}
@@ -171,8 +161,6 @@ def running(
         ],
         "tiers": {"FREE": {"rate": 0.001, "capacity": 100_000}},
     }
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
 
 
 @pytest.fixture

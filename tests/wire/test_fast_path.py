@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.models import Exchange
 from tests.kit import (
     PATIENCE,
@@ -22,7 +21,6 @@ from tests.kit import (
     eventually,
     in_front_of,
     reply,
-    running_gateway,
 )
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
@@ -32,62 +30,34 @@ ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the straight way l
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-@pytest.fixture(autouse=True)
-def boarded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the straight way said to each request offered to it: taken, or not."""
-    seen: list[bool] = []
-    board = FastPath.try_handle
-
-    def noting(self: FastPath, client: Any, received: bytes) -> bool:
-        seen.append(board(self, client, received))
-        return seen[-1]
-
-    monkeypatch.setattr(FastPath, "try_handle", noting)
-    return seen
-
-
 @pytest.fixture(scope="module")
-def shared_upstream() -> Iterator[RawUpstream]:
-    up = RawUpstream()
-    yield up
-    up.close()
-
-
-@pytest.fixture(scope="module")
-def shared_gateway(shared_upstream: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream) -> dict[str, Any]:
     sections = in_front_of(
-        shared_upstream.url,
+        shared.url,
         timeouts={"response": 0.5, "idle": 0.5},
         circuit_breaker={"minimum_calls": 1000},
-        retry={"budget": 1, "floor": 100},
+        retry={"budget": 1, "min_retries_per_second": 100},
     )
     sections["routes"].append({"name": "cut", "path": "/api/cut", "upstream": "up", "strip_prefix": "/api/cut"})
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as running:
-        yield running
+    return sections
 
 
 @pytest.fixture
-def up(shared_upstream: RawUpstream) -> Iterator[RawUpstream]:
+def up(shared: RawUpstream) -> Iterator[RawUpstream]:
     """An upstream that answers `ok` unless it is told otherwise."""
-    shared_upstream.behave = reply()
-    yield shared_upstream
-    shared_upstream.behave = reply()
-    shared_upstream.requests.clear()
+    shared.behave = reply()
+    yield shared
+    shared.behave = reply()
+    shared.requests.clear()
 
 
 @pytest.fixture
-def running(shared_gateway: RunningGateway, up: RawUpstream) -> Iterator[RunningGateway]:
+def running(running: RunningGateway, up: RawUpstream) -> Iterator[RunningGateway]:
     """A gateway with a connection to its upstream, so that the straight way is open."""
-    record = lane(shared_gateway).record
+    record = lane(running).record
     observers = record._observers
-    yield warm(shared_gateway, up)
+    yield warm(running, up)
     record._observers = observers
-
-
-@pytest.fixture
-def client(running: RunningGateway) -> Iterator[RawClient]:
-    with RawClient(running.port) as raw:
-        yield raw
 
 
 def warm(running: RunningGateway, up: RawUpstream) -> RunningGateway:
@@ -168,7 +138,7 @@ REQUESTS: dict[str, tuple[str, str, tuple[str, ...], bytes]] = {
 def test_upstream_client_and_record_cannot_tell_it_from_the_ordinary_way(
     running: RunningGateway,
     up: RawUpstream,
-    boarded: list[bool],
+    fast_path_spy: list[bool],
     method: str,
     target: str,
     headers: tuple[str, ...],
@@ -177,7 +147,7 @@ def test_upstream_client_and_record_cannot_tell_it_from_the_ordinary_way(
 ) -> None:
     up.behave = reply(b"ok", headers=((b"ETag", b"x"), (b"Keep-Alive", b"timeout=5"), (b"X-Empty-Not", b"\xe4")))
     done = finished(running)
-    boarded.clear()
+    fast_path_spy.clear()
     seen = []
     for extra in ((), (ODD,)):
         with RawClient(running.port) as client:
@@ -185,7 +155,7 @@ def test_upstream_client_and_record_cannot_tell_it_from_the_ordinary_way(
             answer = client.answer(method)
             seen.append((normal(answer.head), answer.body, answer.is_complete))
             assert client.is_closed(within=0.1) == ("Connection: close" in headers)
-    assert boarded == [True, False]
+    assert fast_path_spy == [True, False]
     assert seen[0] == seen[1]
     straight, ordinary = up.requests
     assert normal(straight.head) == normal(ordinary.head)
@@ -213,17 +183,17 @@ ANSWERS = {
 
 @pytest.mark.parametrize(("answer", "body"), ANSWERS.values(), ids=ANSWERS)
 def test_an_answer_is_the_same_on_both_ways(
-    running: RunningGateway, up: RawUpstream, boarded: list[bool], answer: bytes, body: bytes
+    running: RunningGateway, up: RawUpstream, fast_path_spy: list[bool], answer: bytes, body: bytes
 ) -> None:
     up.behave = says(answer)
-    boarded.clear()
+    fast_path_spy.clear()
     seen = []
     for extra in ((), (ODD,)):
         with RawClient(running.port) as client:
             got = client.get("/api/x", extra)
             seen.append((normal(got.head), got.body))
             assert got.is_complete
-    assert boarded == [True, False]
+    assert fast_path_spy == [True, False]
     assert seen[0] == seen[1]
     assert seen[0][1] == body
 
@@ -249,10 +219,10 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("behave", UNUSUAL.values(), ids=UNUSUAL)
 def test_an_answer_that_is_not_plain_is_served_all_the_same(
-    running: RunningGateway, client: RawClient, up: RawUpstream, boarded: list[bool], behave: Any
+    running: RunningGateway, client: RawClient, up: RawUpstream, fast_path_spy: list[bool], behave: Any
 ) -> None:
     up.behave = behave
-    boarded.clear()
+    fast_path_spy.clear()
     done = finished(running)
     before = running.console.recorder.outcomes["up"]["2xx"]
     for _ in range(2):
@@ -261,7 +231,7 @@ def test_an_answer_that_is_not_plain_is_served_all_the_same(
             assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 103 Early\r\nLink: a\r\nvia: 1.1 api-gateway\r\n\r\n"
         answer = client.answer()
         assert (answer.status, answer.body, answer.is_complete) == (200, b"ok", True)
-    assert boarded == [True, True]
+    assert fast_path_spy == [True, True]
     eventually(lambda: is_calm(running, up), "nothing is held")
     assert [(one.status, one.attempts, one.bytes_out) for one in done] == [(200, 1, 2)] * 2
     assert len(up.requests) == 2
@@ -335,7 +305,7 @@ AGAIN: dict[str, tuple[str, tuple[str, ...], bytes, tuple[Try, ...], tuple[int, 
 def test_what_is_tried_again_is_so_on_both_ways(
     running: RunningGateway,
     up: RawUpstream,
-    boarded: list[bool],
+    fast_path_spy: list[bool],
     method: str,
     headers: tuple[str, ...],
     body: bytes,
@@ -352,7 +322,7 @@ def test_what_is_tried_again_is_so_on_both_ways(
 
     up.behave = behave
     done = finished(running)
-    boarded.clear()
+    fast_path_spy.clear()
     status, content, count, causes = expected
     for extra in ((), (ODD,)):
         left[:] = tries
@@ -364,7 +334,7 @@ def test_what_is_tried_again_is_so_on_both_ways(
         assert content in answer.body
         assert answer.all("x-from") == ([b"upstream"] if content == b"no" and b"X-From" in (tries[-1] or b"") else [])
         assert [request.body for request in up.requests] == [body] * count
-    assert boarded == [True, False]
+    assert fast_path_spy == [True, False]
     eventually(lambda: len(done) == 2 and is_calm(running, up), "nothing is held")
     assert [(one.attempts, one.retried) for one in done] == [(count, causes)] * 2
 
@@ -412,12 +382,12 @@ def test_half_an_answer_never_looks_complete(
 
 
 def test_who_is_out_of_tokens_is_refused_as_the_ordinary_way_does(
-    gateway: StartGateway, up: RawUpstream, boarded: list[bool]
+    gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
     sections = in_front_of(up.url) | {"tiers": {"FREE": {"rate": 0.01, "capacity": 3}}}
     running = warm(gateway(sections), up)
     done = finished(running)
-    boarded.clear()
+    fast_path_spy.clear()
     with RawClient(running.port) as client:
         answers = [client.get(headers=("X-Client-ID: a",)) for _ in range(5)]
         odd = client.get(headers=("X-Client-ID: a", ODD))
@@ -427,7 +397,7 @@ def test_who_is_out_of_tokens_is_refused_as_the_ordinary_way_does(
         assert client.is_closed()
     assert [answer.status for answer in answers] == [200, 200, 200, 429, 429]
     assert [answer.all("x-ratelimit-remaining") for answer in answers[:3]] == [[b"2"], [b"1"], [b"0"]]
-    assert boarded == [True] * 5 + [False, True, True]
+    assert fast_path_spy == [True] * 5 + [False, True, True]
     assert len(up.requests) == 3
     assert same(answers[4].head, odd.head)
     assert json.loads(answers[4].body).keys() == json.loads(odd.body).keys()
@@ -454,36 +424,38 @@ def test_a_tier_counts_from_the_next_request_on_the_same_connection(running: Run
 
 
 def test_a_client_to_be_looked_up_is_for_the_ordinary_way(
-    running: RunningGateway, boarded: list[bool], monkeypatch: pytest.MonkeyPatch
+    running: RunningGateway, fast_path_spy: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clients = running.console.clients
     with RawClient(running.port) as client:
         assert client.get(headers=("X-Client-ID: b",)).status == 200
-        boarded.clear()
+        fast_path_spy.clear()
         with monkeypatch.context() as patched:
             patched.setattr(clients, "try_get", lambda client_id: None)
             clients.version += 1
             answers = [client.get(headers=("X-Client-ID: b",)) for _ in range(2)]
         answers.append(client.get(headers=("X-Client-ID: b",)))
     assert [answer.status for answer in answers] == [200, 200, 200]
-    assert boarded == [False, False, True]
+    assert fast_path_spy == [False, False, True]
 
 
-def test_an_open_breaker_is_for_the_ordinary_way(gateway: StartGateway, up: RawUpstream, boarded: list[bool]) -> None:
+def test_an_open_breaker_is_for_the_ordinary_way(
+    gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
+) -> None:
     breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0}
     running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
     up.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
-        boarded.clear()
+        fast_path_spy.clear()
         assert [client.get().status for _ in range(2)] == [500, 503]
         time.sleep(0.25)
         up.behave = reply()
         assert [client.get().status for _ in range(2)] == [200, 200]
-    assert boarded == [True, False, False, True]
+    assert fast_path_spy == [True, False, False, True]
 
 
 def test_a_breaker_that_lets_traffic_back_step_by_step_is_for_the_ordinary_way(
-    gateway: StartGateway, up: RawUpstream, boarded: list[bool]
+    gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
     breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0.5}
     running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
@@ -492,10 +464,10 @@ def test_a_breaker_that_lets_traffic_back_step_by_step_is_for_the_ordinary_way(
         assert client.get().status == 500
         up.behave = reply()
         eventually(lambda: client.get().status == 200, "it recovers")
-        boarded.clear()
+        fast_path_spy.clear()
         assert client.get().status == 200
-        eventually(lambda: client.get().status == 200 and boarded[-1], "all traffic is back")
-    assert boarded[0] is False
+        eventually(lambda: client.get().status == 200 and fast_path_spy[-1], "all traffic is back")
+    assert fast_path_spy[0] is False
 
 
 @pytest.mark.parametrize("header", [(), (ODD,)], ids=["straight", "ordinary"])
@@ -583,15 +555,19 @@ def with_a_bad_target(
 
 @BOTH_WAYS
 def test_an_ejected_target_gets_nothing_on_either_way(
-    gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, boarded: list[bool], headers: tuple[str, ...]
+    gateway: StartGateway,
+    up: RawUpstream,
+    upstream: StartUpstream,
+    fast_path_spy: list[bool],
+    headers: tuple[str, ...],
 ) -> None:
     bad = upstream()
     running = with_a_bad_target(gateway, up, bad, headers)
-    boarded.clear()
+    fast_path_spy.clear()
     with RawClient(running.port) as client:
         assert [client.get(headers=headers).status for _ in range(6)] == [200] * 6
     assert (len(up.requests), len(bad.requests)) == (6, 0)
-    assert boarded == [not headers] * 6, "it keeps no request from the straight way"
+    assert fast_path_spy == [not headers] * 6, "it keeps no request from the straight way"
     assert is_calm(running, up)
 
 
@@ -660,7 +636,7 @@ def test_a_probe_whose_answer_takes_long_settles_before_its_end_on_either_way(
 
 
 def test_a_header_to_choose_by_is_for_the_ordinary_way(
-    gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, boarded: list[bool]
+    gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, fast_path_spy: list[bool]
 ) -> None:
     other = upstream()
     sections = in_front_of(up.url, other.url, balance="hash", hash_on="header:X-Tenant")
@@ -681,7 +657,7 @@ def test_a_header_to_choose_by_is_for_the_ordinary_way(
         for name in map(str, range(20)):
             assert client.get(headers=(f"X-Client-ID: {name}",)).status == 200
         assert all(one.requests for one in both), "without the header it goes by client"
-    assert not any(boarded)
+    assert not any(fast_path_spy)
 
 
 def test_bounds_hold(gateway: StartGateway, up: RawUpstream) -> None:
@@ -711,11 +687,11 @@ def test_what_one_client_sent_is_not_taken_for_anothers(running: RunningGateway,
 
 
 def test_a_name_is_told_apart_from_the_headers_beside_it(
-    running: RunningGateway, up: RawUpstream, boarded: list[bool]
+    running: RunningGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
     """What the others come to is worked out once for all names, and a name that is none is refused as ever."""
     done = finished(running)
-    boarded.clear()
+    fast_path_spy.clear()
     names = ("new-1", "new-2", "n\xefw", "new-3", "", "new-1")
     with RawClient(running.port) as client:
         answers = [
@@ -723,7 +699,7 @@ def test_a_name_is_told_apart_from_the_headers_beside_it(
         ]
         twice = client.get(headers=("X-Request-ID: mine", "X-Client-ID: new-1", "x-client-id: new-2"))
     assert [answer.status for answer in (*answers, twice)] == [200, 200, 400, 200, 400, 200, 400]
-    assert boarded == [True, True, False, True, False, True, False]
+    assert fast_path_spy == [True, True, False, True, False, True, False]
     eventually(lambda: len(done) == 7, "all end")
     named = [exchange.client.id for exchange in done if exchange.client is not None]
     assert named == ["new-1", "new-2", "new-3", "new-1"]
@@ -734,14 +710,14 @@ def test_a_name_is_told_apart_from_the_headers_beside_it(
 
 
 def test_a_name_may_lie_in_a_header_that_says_something_else_too(
-    gateway: StartGateway, up: RawUpstream, boarded: list[bool]
+    gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
     running = warm(gateway(in_front_of(up.url) | {"identity": {"header": "X-Request-ID"}}), up)
     done = finished(running)
-    boarded.clear()
+    fast_path_spy.clear()
     with RawClient(running.port) as client:
         answers = [client.get(headers=(f"X-Request-ID: {name}",)) for name in "ab"]
-    assert boarded == [True, True]
+    assert fast_path_spy == [True, True]
     assert [answer.all("x-request-id") for answer in answers] == [[b"a"], [b"b"]]
     eventually(lambda: len(done) == 2, "both end")
     assert [exchange.client and exchange.client.id for exchange in done] == ["a", "b"]
@@ -873,16 +849,18 @@ def test_a_server_that_stops_lets_it_end_and_closes(gateway: StartGateway, up: R
         assert client.is_closed()
 
 
-def test_somebodys_middleware_sees_every_request(gateway: StartGateway, up: RawUpstream, boarded: list[bool]) -> None:
+def test_somebodys_middleware_sees_every_request(
+    gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
+) -> None:
     """So the straight way is closed where there is one."""
     running = warm(gateway(in_front_of(up.url)), up)
     app: Any = running.server._app
     app.user_middleware.append("somebody's")
     assert lane(running) is None
-    boarded.clear()
+    fast_path_spy.clear()
     with RawClient(running.port) as client:
         assert client.get().status == 200
-    assert boarded == []
+    assert fast_path_spy == []
 
 
 # What once went wrong

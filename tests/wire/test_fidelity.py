@@ -1,13 +1,12 @@
 """What is kept of a message on its way through the gateway, and what is not: trailers, names, targets, lengths."""
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.kit import (
-    RawAnswer,
     RawClient,
     RawRequest,
     RawUpstream,
@@ -15,8 +14,8 @@ from tests.kit import (
     Wire,
     eventually,
     in_front_of,
+    reason,
     reply,
-    running_gateway,
 )
 
 SOON = 3.0
@@ -24,34 +23,8 @@ CHUNKED = "Transfer-Encoding: chunked"
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    sections = in_front_of(shared.url) | {"server": {"drain_timeout": 1}}
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def up(shared: RawUpstream) -> RawUpstream:
-    shared.behave, shared.reads_body = reply(), True
-    shared.requests.clear()
-    return shared
-
-
-@pytest.fixture
-def client(plain: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
-    with RawClient(plain.port) as found:
-        yield found
-
-
-def reason(answer: RawAnswer) -> tuple[int, str]:
-    return answer.status, json.loads(answer.body)["reason"]
+def sections(shared: RawUpstream) -> dict[str, Any]:
+    return in_front_of(shared.url) | {"server": {"drain_timeout": 1}}
 
 
 def says(answer: bytes) -> Callable[[Wire, RawRequest], None]:
@@ -158,9 +131,9 @@ def test_trailers_of_an_answer_reach_who_asked_for_them(
     ],
 )
 def test_an_answer_that_can_have_no_trailers_is_none_the_worse(
-    plain: RunningGateway, client: RawClient, up: RawUpstream, line: bytes
+    running: RunningGateway, client: RawClient, up: RawUpstream, line: bytes
 ) -> None:
-    before = plain.console.recorder.rejections["internal_error"]
+    before = running.console.recorder.rejections["internal_error"]
     answer = ANSWER_WITH_TRAILERS
     if b"HEAD" in line or b"304" in line:
         answer = answer[: answer.index(b"\r\n\r\n") + 4].replace(b"200 OK", b"304 No" if b"304" in line else b"200 OK")
@@ -168,8 +141,8 @@ def test_an_answer_that_can_have_no_trailers_is_none_the_worse(
     client.send(line + b"\r\nHost: a\r\nTE: trailers\r\n\r\n")
     got = client.answer("HEAD" if b"HEAD" in line else "GET")
     assert (got.status, got.body) in ((200, b""), (200, b"ok"), (304, b""))
-    eventually(lambda: plain.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
-    assert plain.console.recorder.rejections["internal_error"] == before
+    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    assert running.console.recorder.rejections["internal_error"] == before
 
 
 # Heads on their way

@@ -1,31 +1,23 @@
 """What the fuzzer has found, each in its smallest form, and its neighbours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of, running_gateway
+from tests.kit import RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of
 
 FINAL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.close()
-
-
-@pytest.fixture(scope="module")
-def running(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream) -> dict[str, Any]:
     """Run a gateway with a route over the fast path and one over the general path."""
     breaker = {"failure_threshold": 1000, "minimum_calls": 1000, "per_target": False}
-    sections: dict[str, Any] = in_front_of(up.url, circuit_breaker=breaker, retry={"attempts": 1})
+    sections: dict[str, Any] = in_front_of(shared.url, circuit_breaker=breaker, retry={"attempts": 1})
     sections["routes"].append({"name": "timed", "path": "/api/timed", "upstream": "up", "timeout": 20})
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
+    return sections
 
 
 def sending(data: bytes) -> Callable[[Wire, RawRequest], None]:

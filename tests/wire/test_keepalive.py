@@ -1,10 +1,9 @@
 """Connections that serve more than one request: kept, closed, used again and mistrusted, on both sides."""
 
-import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,8 +20,8 @@ from tests.kit import (
     Wire,
     eventually,
     in_front_of,
+    reason,
     reply,
-    running_gateway,
 )
 
 SOON = 2.0
@@ -38,10 +37,6 @@ def pool(gateway: RunningGateway) -> str:
     while hasattr(step, "app"):
         step = step.app
     return repr(step._router.upstream_clients["up"].transport)
-
-
-def reason(answer: RawAnswer) -> tuple[int, str]:
-    return answer.status, json.loads(answer.body)["reason"]
 
 
 def post(client: RawClient, body: bytes = b"body", *headers: str) -> RawAnswer:
@@ -81,30 +76,8 @@ class Gates:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    sections = in_front_of(shared.url) | {"server": {"keep_alive_timeout": KEPT, "drain_timeout": 1}}
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def up(shared: RawUpstream) -> RawUpstream:
-    shared.behave, shared.reads_body = reply(), True
-    shared.requests.clear()
-    return shared
-
-
-@pytest.fixture
-def client(plain: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
-    with RawClient(plain.port) as found:
-        yield found
+def sections(shared: RawUpstream) -> dict[str, Any]:
+    return in_front_of(shared.url) | {"server": {"keep_alive_timeout": KEPT, "drain_timeout": 1}}
 
 
 def test_many_requests_are_served_on_one_connection(client: RawClient, up: RawUpstream) -> None:
@@ -192,7 +165,7 @@ def test_a_pipeline_that_ends_as_it_said_is_answered_whole(client: RawClient, up
     ids=["without having said so", "within its body"],
 )
 def test_a_client_that_ends_its_side_otherwise_has_left(
-    plain: RunningGateway, client: RawClient, up: RawUpstream, request_bytes: bytes
+    running: RunningGateway, client: RawClient, up: RawUpstream, request_bytes: bytes
 ) -> None:
     left = threading.Event()
 
@@ -203,14 +176,14 @@ def test_a_client_that_ends_its_side_otherwise_has_left(
         return False
 
     up.behave, up.reads_body = watch, False
-    counted = plain.console.recorder.rejections["client_disconnected"]
+    counted = running.console.recorder.rejections["client_disconnected"]
     client.send(request_bytes)
     eventually(lambda: len(up.requests) == 1, "the request is with the upstream")
     client.sock.shutdown(socket.SHUT_WR)
     assert left.wait(SOON)
     assert client.is_closed(within=SOON)
     eventually(
-        lambda: plain.console.recorder.rejections["client_disconnected"] == counted + 1, "it is counted", within=SOON
+        lambda: running.console.recorder.rejections["client_disconnected"] == counted + 1, "it is counted", within=SOON
     )
 
 

@@ -3,17 +3,15 @@
 The bounds on a head's size and time are in `test_protocol`.
 """
 
-import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 
 from tests.kit import (
-    RawAnswer,
     RawClient,
     RawRequest,
     RawUpstream,
@@ -22,8 +20,8 @@ from tests.kit import (
     ask,
     eventually,
     in_front_of,
+    reason,
     reply,
-    running_gateway,
 )
 
 SOON = 3.0
@@ -40,37 +38,9 @@ StartGateway = Callable[[dict[str, Any]], RunningGateway]
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream) -> dict[str, Any]:
     server = {"max_header_lines": LINES, "idle_timeout": IDLE, "max_body_bytes": MAX_BODY, "drain_timeout": 1}
-    sections = in_front_of(shared.url, timeouts={"response": RESPONSE}) | {"server": server}
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def up(shared: RawUpstream) -> RawUpstream:
-    shared.behave, shared.reads_body = reply(), True
-    shared.requests.clear()
-    return shared
-
-
-@pytest.fixture
-def client(plain: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
-    with RawClient(plain.port) as found:
-        yield found
-
-
-def reason(answer: RawAnswer) -> tuple[int, str]:
-    assert answer.is_complete
-    assert answer.all("content-type") == [b"application/problem+json"]
-    return answer.status, json.loads(answer.body)["reason"]
+    return in_front_of(shared.url, timeouts={"response": RESPONSE}) | {"server": server}
 
 
 def rejections(gateway: RunningGateway, name: str) -> int:
@@ -94,14 +64,14 @@ def test_a_head_of_as_many_lines_as_allowed_is_served(client: RawClient, up: Raw
     assert len(up.requests[0].all("x-many")) == LINES - 1
 
 
-def test_a_head_of_more_lines_is_refused(plain: RunningGateway, client: RawClient, up: RawUpstream) -> None:
+def test_a_head_of_more_lines_is_refused(running: RunningGateway, client: RawClient, up: RawUpstream) -> None:
     """However short they are; what follows is not served."""
-    before = rejections(plain, "headers_too_large")
+    before = rejections(running, "headers_too_large")
     client.request(headers=("X-Many: 1",) * LINES, body=b"GET /api/hidden HTTP/1.1\r\nHost: a\r\n\r\n")
     assert reason(client.answer()) == (431, "headers_too_large")
     assert client.is_closed()
     assert up.requests == []
-    assert rejections(plain, "headers_too_large") == before + 1
+    assert rejections(running, "headers_too_large") == before + 1
 
 
 def test_trailers_are_as_bounded_as_a_head(client: RawClient, up: RawUpstream) -> None:
@@ -153,15 +123,17 @@ def rejections_of(gateway: RunningGateway, name: str) -> int:
     ("framing", "beginning"),
     [("Content-Length: 9", b""), ("Content-Length: 9", b"half"), (CHUNKED, b""), (CHUNKED, b"4\r\nhalf\r\n")],
 )
-def test_a_body_that_stalls_is_a_408(plain: RunningGateway, client: RawClient, framing: str, beginning: bytes) -> None:
-    before = rejections(plain, "request_timeout")
+def test_a_body_that_stalls_is_a_408(
+    running: RunningGateway, client: RawClient, framing: str, beginning: bytes
+) -> None:
+    before = rejections(running, "request_timeout")
     begun = time.monotonic()
     client.request("POST", "/api/x", (framing,), beginning)
     assert reason(client.answer()) == (408, "request_timeout")
     assert IDLE / 2 < time.monotonic() - begun < SOON
     assert client.is_closed()
-    assert rejections(plain, "request_timeout") == before + 1
-    eventually(lambda: plain.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    assert rejections(running, "request_timeout") == before + 1
+    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 def test_a_body_that_keeps_coming_may_take_its_time(client: RawClient, up: RawUpstream) -> None:
@@ -221,13 +193,13 @@ def downloads(up: RawUpstream, size: int) -> list[bool]:
 
 
 def test_a_client_that_stops_reading_its_answer_is_cut(
-    plain: RunningGateway, client: RawClient, up: RawUpstream
+    running: RunningGateway, client: RawClient, up: RawUpstream
 ) -> None:
     done = downloads(up, 64 * MIB)
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
     client.request()
     eventually(lambda: done == [False], "the upstream is let go", within=SOON)
-    eventually(lambda: plain.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
     while client.fill():
         client.buffer = b""
 
@@ -315,7 +287,7 @@ def test_a_client_that_has_its_early_answer_cannot_keep_the_connection(
 # Refusals reach who is still sending
 
 
-def test_who_is_refused_while_sending_reads_why(plain: RunningGateway, up: RawUpstream) -> None:
+def test_who_is_refused_while_sending_reads_why(running: RunningGateway, up: RawUpstream) -> None:
     """Each of these sends on for a while, and reads only then."""
     heads = {
         431: b"GET /api/x HTTP/1.1\r\nHost: a\r\n" + b"X-Many: 1\r\n" * LINES + b"\r\n",
@@ -323,7 +295,7 @@ def test_who_is_refused_while_sending_reads_why(plain: RunningGateway, up: RawUp
         413: b"POST /api/x HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\n\r\n",
     }
     for status, head in heads.items():
-        with RawClient(plain.port) as client:
+        with RawClient(running.port) as client:
             client.send(head)
             for _ in range(32):
                 client.send(PIECE)

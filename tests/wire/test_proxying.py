@@ -69,12 +69,6 @@ def sections(servers: dict[str, RawUpstream]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    with running_gateway(sections, tmp_path_factory.mktemp("plain")) as gateway:
-        yield gateway
-
-
-@pytest.fixture(scope="module")
 def trusting(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
     """A gateway that takes this machine for a proxy of its own."""
     trusted = sections | {"server": {"trusted_proxies": ["127.0.0.1/32"]}}
@@ -89,12 +83,6 @@ def up(servers: dict[str, RawUpstream]) -> RawUpstream:
     server.behave, server.reads_body = reply(), True
     server.requests.clear()
     return server
-
-
-@pytest.fixture
-def client(plain: RunningGateway) -> Iterator[RawClient]:
-    with RawClient(plain.port) as found:
-        yield found
 
 
 def ask(client: RawClient, method: str, target: str = "/api/x", *headers: str, body: bytes = b"") -> RawAnswer:
@@ -666,9 +654,9 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
     ],
 )
 def test_an_ambiguous_request_is_refused_and_never_forwarded(
-    plain: RunningGateway, up: RawUpstream, request_bytes: bytes
+    running: RunningGateway, up: RawUpstream, request_bytes: bytes
 ) -> None:
-    with RawClient(plain.port) as client, RawClient(plain.port) as later:
+    with RawClient(running.port) as client, RawClient(running.port) as later:
         client.send(request_bytes)
         answer = client.answer()
         assert (answer.status, problem_of(answer)["reason"]) == (400, "bad_request")
@@ -691,10 +679,10 @@ def test_an_ambiguous_request_is_refused_and_never_forwarded(
 )
 @pytest.mark.parametrize("pause", [0.0, 0.05])
 def test_a_body_with_bad_chunks_never_arrives_whole(
-    plain: RunningGateway, up: RawUpstream, body: bytes, pause: float
+    running: RunningGateway, up: RawUpstream, body: bytes, pause: float
 ) -> None:
     """The head may be on its way when the body turns out to be bad; the upstream then sees the request broken off."""
-    with RawClient(plain.port) as client, RawClient(plain.port) as later:
+    with RawClient(running.port) as client, RawClient(running.port) as later:
         client.send(b"POST /api/bad HTTP/1.1\r\n" + HOST + CHUNKED + b"\r\n")
         time.sleep(pause)
         client.send(body)

@@ -1,7 +1,7 @@
 """What answers tell of the limits, read back by the parser of the RFC's editor (http-sf), on both ways through us."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.limits.ratelimit_headers import HEADER_NAMES, RateLimitHeaders
 from api_gateway.models import NANOSECONDS, Charge, Decision, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.rules import MAX_FILL
-from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply, running_gateway
+from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
 
 ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
 WAYS = {"straight": (), "ordinary": (ODD,)}
@@ -44,15 +43,8 @@ def limits(answer: RawAnswer) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[RawUpstream]:
-    upstream = RawUpstream()
-    yield upstream
-    upstream.close()
-
-
-@pytest.fixture(scope="module")
-def running(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    sections = in_front_of(up.url) | {
+def sections(shared: RawUpstream) -> dict[str, Any]:
+    sections = in_front_of(shared.url) | {
         "tiers": {
             "FREE": {"rate": 0.01, "capacity": 3},
             "a.b-c_d.": {"rate": 2.5, "capacity": 7},
@@ -68,23 +60,14 @@ def running(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         {"name": "dead", "path": "/api/dead", "upstream": "dead"},
         {"name": "only", "path": "/api/only", "upstream": "up", "methods": ["PUT"]},
     ]
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
+    return sections
 
 
 @pytest.fixture
 def get(
-    running: RunningGateway, up: RawUpstream, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    running: RunningGateway, up: RawUpstream, request: pytest.FixtureRequest, fast_path_spy: list[bool]
 ) -> Callable[..., RawAnswer]:
     """Ask on one of the two ways, with a client of one's own unless it is named."""
-    taken: list[bool] = []
-    board = FastPath.try_handle
-
-    def noting(self: FastPath, client: Any, received: bytes) -> bool:
-        taken.append(board(self, client, received))
-        return taken[-1]
-
-    monkeypatch.setattr(FastPath, "try_handle", noting)
     up.behave = reply()
     assert ask(f"{running.url}/api/warm", headers={"X-Client-ID": "roomy"}).status == 200
     own = f"{request.node.name}"[:100].replace(" ", "-")
@@ -92,7 +75,10 @@ def get(
     def get(way: str, path: str = "/api/x", client: str = own) -> RawAnswer:
         with RawClient(running.port) as raw:
             answer = raw.get(path, (f"X-Client-ID: {client}", *WAYS[way]))
-        assert taken[-1] == (way == "straight") or answer.status in (405, 503)  # no others leave it before they begin
+        assert fast_path_spy[-1] == (way == "straight") or answer.status in (
+            405,
+            503,
+        )  # no others leave it before they begin
         return answer
 
     return get

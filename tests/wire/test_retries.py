@@ -20,20 +20,12 @@ from tests.kit import (
     Wire,
     eventually,
     reply,
-    running_gateway,
 )
 from tests.kit import ask as exposition
 
 NEVER_OPENS = {"failure_threshold": 100_000, "minimum_calls": 100_000}
 RESERVE = int(RetryBudget.RESERVE)
 KEPT = 10_000  # bytes of a body
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +37,7 @@ def pair() -> Iterator[RawUpstream]:
 
 
 @pytest.fixture(scope="module")
-def plain(
-    shared: RawUpstream, pair: RawUpstream, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream, pair: RawUpstream) -> dict[str, Any]:
     """One upstream for each policy, all of them the same server, reached below a path of their name."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         refused = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -56,7 +46,7 @@ def plain(
         return {
             "targets": [{"url": url} for url in urls or (shared.url,)],
             "balance": "round_robin",
-            "retry": {"attempts": attempts, "budget": budget, "floor": 0, "max_body_bytes": KEPT},
+            "retry": {"attempts": attempts, "budget": budget, "min_retries_per_second": 0, "max_body_bytes": KEPT},
             "circuit_breaker": NEVER_OPENS | breaker,
             "timeouts": {"connect": 1, "response": 0.3, "idle": 0.3},
         }
@@ -71,7 +61,7 @@ def plain(
         "opening": section(5, 1, failure_threshold=2),
         "half": section(2, 1, refused, shared.url),
         "floored": section(10, 0.01)
-        | {"retry": {"attempts": 10, "budget": 0.01, "floor": 20, "backoff": {"base": 0}}},
+        | {"retry": {"attempts": 10, "budget": 0.01, "min_retries_per_second": 20, "backoff": {"base": 0}}},
         "choosy": section(2, 1) | {"retry": {"attempts": 2, "budget": 1, "statuses": [429, 500]}},
         "pausing": section(2, 1) | {"retry": {"attempts": 2, "budget": 1, "backoff": {"base": 1, "cap": 1}}},
         "pair": section(2, 1, shared.url, pair.url)
@@ -80,20 +70,11 @@ def plain(
         "scarce": section(3, 1) | {"pool": {"max_connections": 1}, "timeouts": {"connect": 0.2}},
         "refused": section(2, 1, refused),
     }
-    sections = {
+    return {
         "upstreams": upstreams,
         "routes": [{"name": name, "path": f"/api/{name}", "upstream": name} for name in upstreams],
         "tiers": {"FREE": {"rate": 1000, "capacity": 100_000}},
     }
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
-
-
-@pytest.fixture
-def up(shared: RawUpstream) -> RawUpstream:
-    shared.behave = reply()
-    shared.requests.clear()
-    return shared
 
 
 def dies(wire: Wire, _request: RawRequest) -> bool:
@@ -156,30 +137,30 @@ def tries(gateway: RunningGateway, upstream: str) -> Callable[[], dict[str, int]
 
 @pytest.mark.parametrize(("method", "body"), [("GET", b""), ("POST", b""), ("POST", b"data"), ("PATCH", b"data")])
 def test_a_target_that_refuses_is_passed_over(
-    plain: RunningGateway, up: RawUpstream, method: str, body: bytes
+    running: RunningGateway, up: RawUpstream, method: str, body: bytes
 ) -> None:
     """Nothing was sent, so any request may be; whichever target has its turn, every client is served, once."""
-    made = tries(plain, "half")
+    made = tries(running, "half")
     for _ in range(4):
-        assert ask(plain, method, "/api/half", body).status == 200
+        assert ask(running, method, "/api/half", body).status == 200
     assert [request.body for request in up.requests] == [body] * 4
     assert made()["2xx"] == 4
     assert 1 <= made()["upstream_connect_error"] <= 4
 
 
-def test_every_try_is_counted_where_all_are_refused(plain: RunningGateway) -> None:
-    made = tries(plain, "refused")
-    assert ask(plain, "POST", "/api/refused", b"data").status == 502
+def test_every_try_is_counted_where_all_are_refused(running: RunningGateway) -> None:
+    made = tries(running, "refused")
+    assert ask(running, "POST", "/api/refused", b"data").status == 502
     assert made() == {"upstream_connect_error": 2}
 
 
 @pytest.mark.parametrize("failing", FAILURES)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE"])
 def test_an_idempotent_request_that_fails_before_the_head_is_repeated(
-    plain: RunningGateway, up: RawUpstream, method: str, failing: Behaviour
+    running: RunningGateway, up: RawUpstream, method: str, failing: Behaviour
 ) -> None:
     up.behave = first(failing)
-    assert ask(plain, method, "/api/twice").status == 200
+    assert ask(running, method, "/api/twice").status == 200
     assert len(up.requests) == 2
     assert up.requests[0].head == up.requests[1].head
 
@@ -187,10 +168,10 @@ def test_an_idempotent_request_that_fails_before_the_head_is_repeated(
 @pytest.mark.parametrize("failing", FAILURES)
 @pytest.mark.parametrize(("method", "body"), [("POST", b""), ("POST", b"data"), ("PATCH", b"data")])
 def test_a_request_that_may_have_had_its_effect_is_not_repeated(
-    plain: RunningGateway, up: RawUpstream, method: str, body: bytes, failing: Behaviour
+    running: RunningGateway, up: RawUpstream, method: str, body: bytes, failing: Behaviour
 ) -> None:
     up.behave = first(failing)
-    assert ask(plain, method, "/api/twice", body).status in (502, 504)
+    assert ask(running, method, "/api/twice", body).status in (502, 504)
     assert len(up.requests) == 1
 
 
@@ -198,12 +179,12 @@ def test_a_request_that_may_have_had_its_effect_is_not_repeated(
 @pytest.mark.parametrize(("size", "is_kept"), [(4, True), (KEPT, True), (KEPT + 1, False), (50 * KEPT, False)])
 @pytest.mark.parametrize("failing", [dies, is_garbled, is_silent, unavailable])
 def test_a_body_is_sent_again_if_it_was_kept_whole(
-    plain: RunningGateway, up: RawUpstream, framing: str, size: int, failing: Behaviour, *, is_kept: bool
+    running: RunningGateway, up: RawUpstream, framing: str, size: int, failing: Behaviour, *, is_kept: bool
 ) -> None:
     """What is larger is streamed and gone, so even PUT cannot be repeated then."""
     up.behave = first(failing)
     body = bytes(number % 251 for number in range(size))
-    with RawClient(plain.port) as client:
+    with RawClient(running.port) as client:
         if framing == "length":
             client.request("PUT", "/api/twice", (f"Content-Length: {size}",), body)
         else:
@@ -215,7 +196,7 @@ def test_a_body_is_sent_again_if_it_was_kept_whole(
     assert (status == 200) is is_kept
 
 
-def test_a_body_that_is_still_coming_is_sent_again_from_its_start(plain: RunningGateway, up: RawUpstream) -> None:
+def test_a_body_that_is_still_coming_is_sent_again_from_its_start(running: RunningGateway, up: RawUpstream) -> None:
     """An upstream may fail before it has read all of it; the rest goes on to the next."""
     up.reads_body = False
     bodies: list[bytes] = []
@@ -229,7 +210,7 @@ def test_a_body_that_is_still_coming_is_sent_again_from_its_start(plain: Running
 
     up.behave = behave
     try:
-        with RawClient(plain.port) as client:
+        with RawClient(running.port) as client:
             client.request("PUT", "/api/twice", ("Content-Length: 8",), b"half")
             eventually(lambda: len(up.requests) == 2, "it is tried again")
             client.send(b"half")
@@ -246,85 +227,85 @@ def test_a_body_that_is_still_coming_is_sent_again_from_its_start(plain: Running
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
     ],
 )
-def test_nothing_is_repeated_after_the_head(plain: RunningGateway, up: RawUpstream, beginning: bytes) -> None:
+def test_nothing_is_repeated_after_the_head(running: RunningGateway, up: RawUpstream, beginning: bytes) -> None:
     def breaks_off(wire: Wire, _request: RawRequest) -> bool:
         wire.send(beginning)
         return False
 
     up.behave = first(breaks_off)
-    answer = ask(plain, "GET", "/api/twice")
+    answer = ask(running, "GET", "/api/twice")
     assert (answer.status, answer.is_complete) == (200, False)
     assert len(up.requests) == 1
 
 
 @pytest.mark.parametrize("status", [b"500 Internal Server Error", b"404 Not Found", b"429 Too Many Requests"])
-def test_an_answer_is_an_answer(plain: RunningGateway, up: RawUpstream, status: bytes) -> None:
+def test_an_answer_is_an_answer(running: RunningGateway, up: RawUpstream, status: bytes) -> None:
     """Whatever its status says, it is the upstream's word and goes to the client, unless it is one of `statuses`."""
     up.behave = reply(b"no", status)
-    answer = ask(plain, "GET", "/api/twice")
+    answer = ask(running, "GET", "/api/twice")
     assert (answer.status, answer.body) == (int(status[:3]), b"no")
     assert len(up.requests) == 1
 
 
 @pytest.mark.parametrize(("name", "attempts"), [("once", 1), ("twice", 2), ("thrice", 3)])
 def test_a_request_is_tried_no_more_often_than_configured(
-    plain: RunningGateway, up: RawUpstream, name: str, attempts: int
+    running: RunningGateway, up: RawUpstream, name: str, attempts: int
 ) -> None:
     """The answer tells of the last failure."""
-    made = tries(plain, name)
+    made = tries(running, name)
     up.behave = dies
-    answer = ask(plain, "GET", f"/api/{name}")
+    answer = ask(running, "GET", f"/api/{name}")
     assert answer.status == 502
     assert b'"upstream_reset"' in answer.body
     assert len(up.requests) == attempts
     assert made() == {"upstream_reset": attempts}
 
 
-def test_without_a_budget_nothing_is_repeated(plain: RunningGateway, up: RawUpstream) -> None:
+def test_without_a_budget_nothing_is_repeated(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = dies
-    assert ask(plain, "GET", "/api/unfunded").status == 502
+    assert ask(running, "GET", "/api/unfunded").status == 502
     assert len(up.requests) == 1
 
 
-def test_retries_end_with_their_budget(plain: RunningGateway, up: RawUpstream) -> None:
+def test_retries_end_with_their_budget(running: RunningGateway, up: RawUpstream) -> None:
     """During an outage the load on the upstream grows by the reserve and the share, not by the attempts."""
     up.behave = dies
     for _ in range(15):
-        assert ask(plain, "GET", "/api/funded").status == 502
+        assert ask(running, "GET", "/api/funded").status == 502
     assert len(up.requests) == 15 + RESERVE
 
 
-def test_every_try_tells_the_breaker_its_own_outcome(plain: RunningGateway, up: RawUpstream) -> None:
+def test_every_try_tells_the_breaker_its_own_outcome(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = first(dies)
-    assert ask(plain, "GET", "/api/settling").status == 200
-    breaker = plain.console.upstreams["settling"].breaker
+    assert ask(running, "GET", "/api/settling").status == 200
+    breaker = running.console.upstreams["settling"].breaker
     assert breaker.window_counts(time.monotonic())[:2] == (2, 1)
     assert breaker.consecutive_failures == 0
 
 
-def test_a_breaker_that_opens_between_tries_ends_them(plain: RunningGateway, up: RawUpstream) -> None:
+def test_a_breaker_that_opens_between_tries_ends_them(running: RunningGateway, up: RawUpstream) -> None:
     """The client is told what failed, not that the breaker is now open; the next client is told that."""
     up.behave = dies
-    answer = ask(plain, "GET", "/api/opening")
+    answer = ask(running, "GET", "/api/opening")
     assert (answer.status, len(up.requests)) == (502, 2)
-    assert plain.console.upstreams["opening"].breaker.state == "OPEN"
-    assert ask(plain, "GET", "/api/opening").status == 503
+    assert running.console.upstreams["opening"].breaker.state == "OPEN"
+    assert ask(running, "GET", "/api/opening").status == 503
     assert len(up.requests) == 2
 
 
-def test_no_target_stays_held(plain: RunningGateway, up: RawUpstream) -> None:
+def test_no_target_stays_held(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = first(dies, times=2)
     for _ in range(3):
-        ask(plain, "GET", "/api/thrice")
-    assert [target.in_flight for target in plain.console.upstreams["thrice"].targets] == [0]
+        ask(running, "GET", "/api/thrice")
+    assert [target.in_flight for target in running.console.upstreams["thrice"].targets] == [0]
 
 
-def test_an_answer_that_comes_before_the_whole_body_is_passed_on(plain: RunningGateway, up: RawUpstream) -> None:
+def test_an_answer_that_comes_before_the_whole_body_is_passed_on(running: RunningGateway, up: RawUpstream) -> None:
     """The rest of the body still goes to who gave it, and would be lost to another try."""
     up.reads_body = False
     up.behave = unavailable
     try:
-        with RawClient(plain.port) as client:
+        with RawClient(running.port) as client:
             client.request("PUT", "/api/twice", ("Content-Length: 8",), b"half")
             assert client.answer().status == 503
     finally:
@@ -337,38 +318,38 @@ def test_an_answer_that_comes_before_the_whole_body_is_passed_on(plain: RunningG
 
 @pytest.mark.parametrize("status", [b"502 Bad Gateway", b"503 Service Unavailable", b"504 Gateway Timeout"])
 def test_an_answer_with_one_of_these_statuses_is_asked_for_again(
-    plain: RunningGateway, up: RawUpstream, status: bytes
+    running: RunningGateway, up: RawUpstream, status: bytes
 ) -> None:
     up.behave = first(reply(b"no", status))
-    answer = ask(plain, "GET", "/api/twice")
+    answer = ask(running, "GET", "/api/twice")
     assert (answer.status, answer.body) == (200, b"ok")
     assert len(up.requests) == 2
 
 
-def test_the_statuses_are_configured(plain: RunningGateway, up: RawUpstream) -> None:
+def test_the_statuses_are_configured(running: RunningGateway, up: RawUpstream) -> None:
     for status, tries in ((b"429 Slow down", 2), (b"500 Oops", 2), (b"503 Not now", 1)):
         up.requests.clear()
         up.behave = reply(b"no", status)
-        assert ask(plain, "GET", "/api/choosy").status == int(status[:3])
+        assert ask(running, "GET", "/api/choosy").status == int(status[:3])
         assert len(up.requests) == tries
 
 
 @pytest.mark.parametrize("name", ["once", "unfunded", "twice"])
-def test_the_last_answer_is_passed_on_as_it_came(plain: RunningGateway, up: RawUpstream, name: str) -> None:
+def test_the_last_answer_is_passed_on_as_it_came(running: RunningGateway, up: RawUpstream, name: str) -> None:
     """When no try is left, or none is paid for; the gateway puts no words of its own in its place."""
     up.behave = unavailable
-    answer = ask(plain, "GET", f"/api/{name}")
+    answer = ask(running, "GET", f"/api/{name}")
     assert (answer.status, answer.body, answer.all("x-from")) == (503, b"not now", [b"upstream"])
     assert len(up.requests) == (2 if name == "twice" else 1)
 
 
 @pytest.mark.parametrize("method", ["POST", "PATCH"])
-def test_a_key_makes_a_request_repeatable(plain: RunningGateway, up: RawUpstream, method: str) -> None:
+def test_a_key_makes_a_request_repeatable(running: RunningGateway, up: RawUpstream, method: str) -> None:
     """By it the upstream knows the request again, so it must be there both times."""
     for failing in (dies, unavailable):
         up.requests.clear()
         up.behave = first(failing)
-        assert ask(plain, method, "/api/twice", b"data", "Idempotency-Key: 7f3a").status == 200
+        assert ask(running, method, "/api/twice", b"data", "Idempotency-Key: 7f3a").status == 200
         assert [request.all("idempotency-key") for request in up.requests] == [[b"7f3a"]] * 2
 
 
@@ -377,11 +358,11 @@ def test_a_key_makes_a_request_repeatable(plain: RunningGateway, up: RawUpstream
 
 @pytest.mark.parametrize(("asked", "tries"), [(b"0", 2), (b"1", 2), (b"2", 1), (b"Thu, 01 Jan 2099 00:00:00 GMT", 1)])
 def test_what_the_upstream_asks_for_is_waited_for_or_it_is_not_asked_again(
-    plain: RunningGateway, up: RawUpstream, asked: bytes, tries: int
+    running: RunningGateway, up: RawUpstream, asked: bytes, tries: int
 ) -> None:
     up.behave = first(reply(b"no", b"503 Not now", ((b"Retry-After", asked),)))
     began = time.monotonic()
-    answer = ask(plain, "GET", "/api/twice")
+    answer = ask(running, "GET", "/api/twice")
     took = time.monotonic() - began
     assert len(up.requests) == tries
     assert answer.status == (200 if tries == 2 else 503)
@@ -390,13 +371,13 @@ def test_what_the_upstream_asks_for_is_waited_for_or_it_is_not_asked_again(
 
 
 def test_another_target_is_tried_at_once_and_the_same_one_after_a_pause(
-    plain: RunningGateway, up: RawUpstream, pair: RawUpstream
+    running: RunningGateway, up: RawUpstream, pair: RawUpstream
 ) -> None:
     up.behave = dies
     times = []
     for _ in range(4):
         began = time.monotonic()
-        assert ask(plain, "GET", "/api/pair").body == b"other"
+        assert ask(running, "GET", "/api/pair").body == b"other"
         times.append(time.monotonic() - began)
     assert max(times) < 1
     assert len(up.requests) >= 1
@@ -404,7 +385,7 @@ def test_another_target_is_tried_at_once_and_the_same_one_after_a_pause(
     pauses = []
     for _ in range(3):
         began = time.monotonic()
-        assert ask(plain, "GET", "/api/pausing").status in (200, 502)
+        assert ask(running, "GET", "/api/pausing").status in (200, 502)
         pauses.append(time.monotonic() - began)
     assert max(pauses) > 0.02
 
@@ -413,33 +394,33 @@ def test_another_target_is_tried_at_once_and_the_same_one_after_a_pause(
 
 
 def test_a_probe_is_not_repeated_nor_anything_while_the_upstream_is_being_probed(
-    plain: RunningGateway, up: RawUpstream
+    running: RunningGateway, up: RawUpstream
 ) -> None:
-    breaker = plain.console.upstreams["probing"].breaker
+    breaker = running.console.upstreams["probing"].breaker
     up.behave = unavailable
-    assert ask(plain, "GET", "/api/probing").status == 503
+    assert ask(running, "GET", "/api/probing").status == 503
     assert breaker.state == "OPEN"
     up.requests.clear()
     time.sleep(0.15)
-    answer = ask(plain, "GET", "/api/probing")
+    answer = ask(running, "GET", "/api/probing")
     assert (answer.status, answer.body) == (503, b"not now")
     assert len(up.requests) == 1
-    assert plain.console.recorder.retries_denied["probing", "circuit_breaker"] >= 2
+    assert running.console.recorder.retries_denied["probing", "circuit_breaker"] >= 2
 
 
-def test_a_request_that_found_no_connection_is_not_repeated(plain: RunningGateway, up: RawUpstream) -> None:
+def test_a_request_that_found_no_connection_is_not_repeated(running: RunningGateway, up: RawUpstream) -> None:
     """What sheds load is not asked again; the client is told to wait."""
-    made, gate = tries(plain, "scarce"), threading.Event()
+    made, gate = tries(running, "scarce"), threading.Event()
 
     def behave(wire: Wire, request: RawRequest) -> None:
         gate.wait(PATIENCE)
         reply()(wire, request)
 
     up.behave = behave
-    with RawClient(plain.port) as holder:
+    with RawClient(running.port) as holder:
         holder.request("POST", "/api/scarce", ("Content-Length: 0",))
         eventually(lambda: len(up.requests) == 1, "the one connection is taken")
-        answer = ask(plain, "GET", "/api/scarce")
+        answer = ask(running, "GET", "/api/scarce")
         gate.set()
         assert holder.answer().status == 200
     assert (answer.status, b'"overloaded"' in answer.body) == (503, True)
@@ -449,38 +430,38 @@ def test_a_request_that_found_no_connection_is_not_repeated(plain: RunningGatewa
 # How many
 
 
-def test_the_floor_lets_a_quiet_service_retry(plain: RunningGateway, up: RawUpstream) -> None:
+def test_the_floor_lets_a_quiet_service_retry(running: RunningGateway, up: RawUpstream) -> None:
     """And no more than it says, whatever comes: share, floor and reserve are all there is."""
     up.behave = dies
     began = time.monotonic()
     for _ in range(15):
-        assert ask(plain, "GET", "/api/floored").status == 502
+        assert ask(running, "GET", "/api/floored").status == 502
     time.sleep(0.2)
     for _ in range(5):
-        ask(plain, "GET", "/api/floored")
+        ask(running, "GET", "/api/floored")
     seconds = time.monotonic() - began
     retries = len(up.requests) - 20
     assert RESERVE + 3 <= retries <= RESERVE + 0.01 * 20 + 20 * seconds
 
 
-def test_retries_are_counted_by_cause_and_those_denied_by_why(plain: RunningGateway, up: RawUpstream) -> None:
-    recorder = plain.console.recorder
+def test_retries_are_counted_by_cause_and_those_denied_by_why(running: RunningGateway, up: RawUpstream) -> None:
+    recorder = running.console.recorder
     before = dict(recorder.retries), dict(recorder.retries_denied)
     up.behave = first(dies)
-    assert ask(plain, "GET", "/api/thrice").status == 200
+    assert ask(running, "GET", "/api/thrice").status == 200
     up.behave = first(unavailable)
-    assert ask(plain, "GET", "/api/thrice").status == 200
+    assert ask(running, "GET", "/api/thrice").status == 200
     up.behave = first(dies)
-    assert ask(plain, "POST", "/api/thrice").status == 502
+    assert ask(running, "POST", "/api/thrice").status == 502
     up.behave = dies
-    assert ask(plain, "GET", "/api/unfunded").status == 502
+    assert ask(running, "GET", "/api/unfunded").status == 502
 
     def since(counts: dict[tuple[str, str], int], then: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
         return {key: count - then.get(key, 0) for key, count in counts.items() if count != then.get(key, 0)}
 
     assert since(recorder.retries, before[0]) == {("thrice", "upstream_reset"): 1, ("thrice", "503"): 1}
     assert since(recorder.retries_denied, before[1]) == {("thrice", "method"): 1, ("unfunded", "budget"): 1}
-    text = exposition(f"{plain.url}/metrics?format=prometheus").body.decode()
+    text = exposition(f"{running.url}/metrics?format=prometheus").body.decode()
     assert 'gateway_upstream_retries_total{reason="503",upstream="thrice"}' in text
     assert 'gateway_upstream_retries_denied_total{reason="budget",upstream="unfunded"}' in text
     assert 'gateway_upstream_retries_denied_total{reason="retry_after",upstream="once"} 0.0' in text

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from api_gateway.eventloop.lag_sampler import LagSampler
-from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.resilience.event_loop_limit import LAGS
 from tests.kit import (
     RawAnswer,
@@ -259,7 +258,7 @@ def test_a_refusal_takes_nobody_beyond_the_limit_of_tokens(
 def test_what_a_shared_store_has_decided_is_given_back_too(
     stage: Stage, gateway: StartGateway, store: StoreServer, way: tuple[str, ...]
 ) -> None:
-    running = warm(gateway(sections_for(stage) | {"store": {"url": store.url, "deadline": 1}}), stage)
+    running = warm(gateway(sections_for(stage) | {"store": {"url": store.url, "decision_timeout": 1}}), stage)
     with ExitStack() as stack:
         hold(stack, running, 3, way)
         assert get(running, "FREE", way).status == 503
@@ -282,23 +281,14 @@ def test_a_refused_connection_goes_on(running: RunningGateway, stage: Stage, way
         assert client.get("/api/x", ("X-Client-ID: free", *way)).status == 200
 
 
-def test_refusals_stay_on_the_straight_way(
-    running: RunningGateway, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals_stay_on_the_straight_way(running: RunningGateway, stage: Stage, fast_path_spy: list[bool]) -> None:
     """They would cost more than serving otherwise, just when there is too much to do."""
-    boarded: list[bool] = []
-    board = FastPath.try_handle
-
-    def noting(self: FastPath, client: Any, received: bytes) -> bool:
-        boarded.append(board(self, client, received))
-        return boarded[-1]
-
     with ExitStack() as stack:
         hold(stack, running, 3)
-        monkeypatch.setattr(FastPath, "try_handle", noting)
+        fast_path_spy.clear()
         assert get(running, "FREE").status == 503
         assert get(running, "FREE", WAYS["ordinary"]).status == 503
-        assert boarded == [True, False]
+        assert fast_path_spy == [True, False]
         stage.go_on.set()
 
 
@@ -323,7 +313,7 @@ def test_an_adaptive_limit_learns_from_answers_on_both_ways_and_not_from_errors(
     stage: Stage, gateway: StartGateway, way: tuple[str, ...]
 ) -> None:
     sections = sections_for(stage, circuit_breaker={"failure_threshold": 1000, "failure_rate": 1})
-    sections["upstreams"]["up"]["concurrency"] = {"adaptive": {"floor": 5, "ceiling": 60}}
+    sections["upstreams"]["up"]["concurrency"] = {"adaptive": {"min_limit": 5, "max_limit": 60}}
     running = warm(gateway(sections), stage)
     limit = running.console.upstreams["up"].limit
     assert limit.is_adaptive
@@ -412,7 +402,7 @@ def test_the_lag_is_told(late: Callable[[float], RunningGateway]) -> None:
 
 
 def test_a_loop_that_is_really_late_is_noticed(stage: Stage, gateway: StartGateway) -> None:
-    running = warm(gateway(sections_for(stage) | {"server": {"max_lag": 0.08}}), stage)
+    running = warm(gateway(sections_for(stage) | {"server": {"max_event_loop_lag": 0.08}}), stage)
     is_calm = threading.Event()
     lag = running.server._app.state.gateway.lag
 

@@ -3,11 +3,11 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from tests.kit import PATIENCE, RawClient, RawRequest, RawUpstream, RunningGateway, Wire, in_front_of, running_gateway
+from tests.kit import PATIENCE, RawClient, RawRequest, RawUpstream, Wire
 
 MIB = 1024 * 1024
 SIZE = 64 * MIB
@@ -17,30 +17,11 @@ PIECE = bytes(64 * 1024)
 UNDER_WAY = 16 * MIB
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream(reads_body=False)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    with running_gateway(in_front_of(shared.url), tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
-
-
 @pytest.fixture
-def up(shared: RawUpstream) -> RawUpstream:
-    """The shared upstream; it reads no body by itself."""
-    shared.requests.clear()
-    return shared
-
-
-@pytest.fixture
-def client(plain: RunningGateway) -> Iterator[RawClient]:
-    with RawClient(plain.port) as found:
-        yield found
+def up(up: RawUpstream) -> RawUpstream:
+    """An upstream that reads no body by itself."""
+    up.reads_body = False
+    return up
 
 
 def small_buffers(sock: socket.socket) -> None:

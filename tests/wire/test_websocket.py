@@ -1,11 +1,10 @@
 """WebSockets through the gateway: the handshake as HTTP, what follows byte for byte, nothing left over at the end."""
 
-import json
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,8 +22,8 @@ from tests.kit import (
     Wire,
     eventually,
     in_front_of,
+    reason,
     reply,
-    running_gateway,
 )
 
 SOON = 2.0
@@ -126,14 +125,7 @@ def closed_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[RawUpstream]:
-    server = RawUpstream()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+def sections(shared: RawUpstream) -> dict[str, Any]:
     """A gateway with further upstreams for what tunnels may not exceed: time, connections, tokens, failures."""
     sections = in_front_of(shared.url, retry={"attempts": 1}, circuit_breaker={"failure_threshold": 1000})
     target = [{"url": shared.url}]
@@ -149,8 +141,7 @@ def plain(shared: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iter
     sections["tiers"]["ONCE"] = {"rate": 0.001, "capacity": 1}
     sections["clients"] = {"poor": {"tier": "ONCE"}}
     sections["server"] = {"drain_timeout": 1}
-    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
-        yield gateway
+    return sections
 
 
 @pytest.fixture
@@ -158,12 +149,6 @@ def up(shared: RawUpstream) -> RawUpstream:
     shared.behave = accepting(echo)
     shared.requests.clear()
     return shared
-
-
-@pytest.fixture
-def client(plain: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
-    with RawClient(plain.port) as found:
-        yield found
 
 
 def ask(client: RawClient, target: str = "/api/x", *headers: str, behind: bytes = b"") -> None:
@@ -179,10 +164,6 @@ def opened(client: RawClient, target: str = "/api/x", *headers: str, behind: byt
     answer = RawAnswer(head, b"", is_complete=True)
     assert answer.status == 101
     return answer
-
-
-def reason(answer: RawAnswer) -> tuple[int, str]:
-    return answer.status, json.loads(answer.body)["reason"]
 
 
 # The handshake
@@ -336,24 +317,24 @@ def test_an_upstream_that_does_not_read_makes_the_client_wait(client: RawClient,
 
 @pytest.mark.parametrize("leave", [RawClient.close, RawClient.reset])
 def test_a_client_that_vanishes_lets_the_upstream_go(
-    plain: RunningGateway, client: RawClient, up: RawUpstream, leave: Callable[[RawClient], None]
+    running: RunningGateway, client: RawClient, up: RawUpstream, leave: Callable[[RawClient], None]
 ) -> None:
     tunnel = Ending()
     up.behave = accepting(tunnel)
     opened(client)
     leave(client)
     assert tunnel.ended.wait(SOON)
-    eventually(lambda: plain.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 @pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
 def test_an_upstream_that_vanishes_lets_the_client_go(
-    plain: RunningGateway, client: RawClient, up: RawUpstream, leave: Callable[[Wire], None]
+    running: RunningGateway, client: RawClient, up: RawUpstream, leave: Callable[[Wire], None]
 ) -> None:
     up.behave = accepting(leave)
     opened(client)
     assert client.is_closed(within=SOON)
-    eventually(lambda: plain.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 def test_a_client_that_vanishes_before_the_answer_lets_the_upstream_go(client: RawClient, up: RawUpstream) -> None:
@@ -410,8 +391,8 @@ def test_a_word_in_either_direction_keeps_a_tunnel_open(client: RawClient, up: R
     assert client.read_exactly(4) == b"...."
 
 
-def test_a_tunnel_is_counted_as_a_request_once_it_has_ended(plain: RunningGateway, client: RawClient) -> None:
-    recorder, target = plain.console.recorder, plain.console.upstreams["up"].targets[0]
+def test_a_tunnel_is_counted_as_a_request_once_it_has_ended(running: RunningGateway, client: RawClient) -> None:
+    recorder, target = running.console.recorder, running.console.upstreams["up"].targets[0]
 
     def count() -> int:
         return sum(count for key, count in recorder.requests.items() if key[1:4] == ("GET", 101, "upstream"))
@@ -425,10 +406,10 @@ def test_a_tunnel_is_counted_as_a_request_once_it_has_ended(plain: RunningGatewa
     assert (target.in_flight, count()) == (0, before + 1)
 
 
-def test_a_tunnel_holds_no_connection_of_the_pool_but_one_of_its_own(plain: RunningGateway, up: RawUpstream) -> None:
+def test_a_tunnel_holds_no_connection_of_the_pool_but_one_of_its_own(running: RunningGateway, up: RawUpstream) -> None:
     """The pool has one connection, and there may be one tunnel beside it."""
     for _ in range(3):
-        with RawClient(plain.port) as client, RawClient(plain.port) as other:
+        with RawClient(running.port) as client, RawClient(running.port) as other:
             up.behave = accepting(echo)
             opened(client, "/api/narrow")
             other.request("GET", "/api/narrow", ASKING)
@@ -439,12 +420,12 @@ def test_a_tunnel_holds_no_connection_of_the_pool_but_one_of_its_own(plain: Runn
             up.behave = accepting(echo)
 
             def is_opened() -> bool:
-                with RawClient(plain.port) as third:
+                with RawClient(running.port) as third:
                     third.request("GET", "/api/narrow", ASKING)
                     return bool((third.read_until(b"\r\n\r\n") or b"").startswith(b"HTTP/1.1 101"))
 
             eventually(is_opened, "the place is free", within=SOON)
-        eventually(lambda: tunnels(plain) == 0, "every place is given back", within=SOON)
+        eventually(lambda: tunnels(running) == 0, "every place is given back", within=SOON)
 
 
 def tunnels(running: RunningGateway) -> int:
@@ -475,8 +456,8 @@ def test_a_refusal_is_an_ordinary_answer(client: RawClient, up: RawUpstream, sta
     assert client.read_exactly(3) == b"now"
 
 
-def test_the_rate_limit_holds_for_the_handshake(plain: RunningGateway, client: RawClient, up: RawUpstream) -> None:
-    with RawClient(plain.port) as first:
+def test_the_rate_limit_holds_for_the_handshake(running: RunningGateway, client: RawClient, up: RawUpstream) -> None:
+    with RawClient(running.port) as first:
         assert opened(first, "/api/x", "X-Client-ID: poor").all("x-ratelimit-remaining") == [b"0"]
     ask(client, "/api/x", "X-Client-ID: poor")
     assert reason(client.answer()) == (429, "rate_limited")

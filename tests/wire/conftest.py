@@ -1,0 +1,63 @@
+"""Fixtures of the tests on real sockets: one upstream and one gateway for each module, a fresh client for each test.
+
+A module that needs more than the default defines `sections` (the gateway's configuration), or a fixture on top of
+`shared` (the upstream, which lives as long as the module) and `up` (the same, as if it were new).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from api_gateway.fastpath.fast_path import FastPath
+from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RawUpstream]:
+    """An upstream that answers `ok`."""
+    server = RawUpstream()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def sections(shared: RawUpstream) -> dict[str, Any]:
+    """The configuration of `running`."""
+    return in_front_of(shared.url)
+
+
+@pytest.fixture(scope="module")
+def running(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    """A gateway with the configuration of the module."""
+    with running_gateway(sections, tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def up(shared: RawUpstream) -> RawUpstream:
+    """The upstream of the module as if it were new."""
+    shared.behave, shared.reads_body = reply(), True
+    shared.requests.clear()
+    return shared
+
+
+@pytest.fixture
+def client(running: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
+    """A client that is connected to the gateway; the upstream is as if it were new."""
+    with RawClient(running.port) as found:
+        yield found
+
+
+@pytest.fixture
+def fast_path_spy(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each request that the fast path was offered, whether it took it."""
+    seen: list[bool] = []
+    try_handle = FastPath.try_handle
+
+    def noting(self: FastPath, downstream: Any, received: bytes) -> bool:
+        seen.append(try_handle(self, downstream, received))
+        return seen[-1]
+
+    monkeypatch.setattr(FastPath, "try_handle", noting)
+    return seen
