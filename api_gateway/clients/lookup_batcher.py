@@ -1,4 +1,4 @@
-"""Looks clients up that are not remembered: one question for all that are wanted at one time, and a deadline each."""
+"""Look-ups of clients in the store: concurrent ones share one query, and each request waits up to a deadline."""
 
 import asyncio
 import logging
@@ -11,12 +11,16 @@ from api_gateway.models import Client
 
 logger = logging.getLogger(__name__)
 
-BATCH = 500  # clients looked up at once
-RETRY_AFTER = 1.0  # seconds until what was late or failed is tried again
+BATCH = 500  # clients in one query
+RETRY_AFTER = 1.0  # seconds after which clients whose look-up was late or failed are looked up again
 
 
 class LookupBatcher:
-    """Questions under way, and the clients that nobody waits for at present because their answer is late."""
+    """Look-ups in progress, and the clients whose look-up was late.
+
+    A client is unknown here, in a query (`is_asked`), or late (`is_late`: its look-up exceeded the deadline or failed,
+    so requests do not wait for it until `RETRY_AFTER` has passed); it may be late and in a query.
+    """
 
     def __init__(
         self,
@@ -28,10 +32,11 @@ class LookupBatcher:
         limit: int,
         deadline: float,
     ) -> None:
-        """`ask` raises OSError. `note` is told each answer, and whether it came too late for somebody.
+        """`ask` queries the store and may raise OSError. `deadline` is seconds.
 
-        `look_again` is called when those that were late may be asked for again. At most `limit` clients are asked for
-        at one time; further ones count as late.
+        `note` is called with each result and whether it was late for a request. `named` returns a client as far as it
+        is known without the store. `look_again` is called when late clients may be looked up again. At most `limit`
+        clients are looked up at a time; for further ones the result of `named` is returned.
         """
         self._ask, self._note, self._named, self._look_again = ask, note, named, look_again
         self._limit, self._deadline = limit, deadline
@@ -40,40 +45,40 @@ class LookupBatcher:
         self._late: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"<LookupBatcher [{len(self._asked)} under way, {len(self._late)} late]>"
+        return f"<LookupBatcher [{len(self._asked)} in progress, {len(self._late)} late]>"
 
     def is_asked(self, client_id: str) -> bool:
-        """Tell whether a question for a client is under way."""
+        """Return whether a look-up of a client is in progress."""
         return client_id in self._asked
 
     def is_late(self, client_id: str) -> bool:
-        """Tell whether an answer was late, so that nobody shall wait for it at present."""
+        """Return whether requests should not wait for a look-up of a client now."""
         return client_id in self._late
 
     def retry_now(self, client_id: str | None = None) -> None:
-        """Let a client that was late be asked for again; without a name all of them."""
+        """Permit look-ups of a client that was late, or of all (None)."""
         if client_id is None:
             self._late.clear()
         else:
             self._late.discard(client_id)
 
     async def look_up(self, client_id: str) -> Client:
-        """Return a client as the store has it, or after the deadline as far as is known here."""
-        answer = self._asked.get(client_id)
-        if answer is None:
+        """Return a client as in the store or, after the deadline, as far as it is known without the store."""
+        pending = self._asked.get(client_id)
+        if pending is None:
             if len(self._asked) >= self._limit:
                 return self._named(client_id)
-            answer = self._asked[client_id] = asyncio.get_running_loop().create_future()
+            pending = self._asked[client_id] = asyncio.get_running_loop().create_future()
             if self._asking is None:
                 self._asking = asyncio.create_task(self._ask_all(), name="client look-ups")
-        await asyncio.wait([answer], timeout=self._deadline)
-        if answer.done():
-            return answer.result()
+        await asyncio.wait([pending], timeout=self._deadline)
+        if pending.done():
+            return pending.result()
         self._hold_back(client_id)
         return self._named(client_id)
 
     async def close(self) -> None:
-        """End the question under way."""
+        """Cancel the query in progress."""
         if self._asking is not None:
             await cancel_and_wait(self._asking)
 
@@ -97,11 +102,11 @@ class LookupBatcher:
                 was_late = client_id in self._late
                 self._late.discard(client_id)
                 self._note(client_id, record, was_late)
-                self._asked[client_id].set_result(self._named(client_id))  # before it is forgotten for another
+                self._asked[client_id].set_result(self._named(client_id))  # the next `_note` may evict this record
         for client_id in client_ids:
-            answer = self._asked.pop(client_id)
-            if not answer.done():
-                answer.set_result(self._named(client_id))
+            pending = self._asked.pop(client_id)
+            if not pending.done():
+                pending.set_result(self._named(client_id))
 
     def _hold_back(self, client_id: str) -> None:
         if not self._late:

@@ -63,7 +63,7 @@ class Aggregator(Protocol):
         ...
 
     async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
-        """Return the merged snapshot of all workers, with the histories of breakers if asked for, as they are large."""
+        """Return the merged snapshot of all workers; with the histories of breakers, which are large, on request."""
         ...
 
 
