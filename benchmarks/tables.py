@@ -24,7 +24,7 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
         keys = limiter.store_key.cache_info().currsize
         tables = [*limiter.cache._current.values(), *limiter.cache._earlier.values(), limiter.share._admitted]
         tables.append(limiter.share._limiter._table)
-        refunds = [limiter._given_back, limiter.share._limiter._refunds]
+        refunds = [limiter._recent_refunds, limiter.share._limiter._refunds]
     else:
         tables, refunds = [limiter._table], [limiter._refunds]
     return {
