@@ -1,8 +1,9 @@
-"""The pure-ASGI steps of a proxied request, outermost first: split, record, identify, match, relief, limit, proxy.
+"""The ASGI middleware of a proxied request, outermost first.
 
-Each step holds only configuration. What belongs to one request lies in its `Exchange`, which `ExchangeMiddleware`
-puts into the scope, and in which every later step writes its own fields and talks to nobody else. A step that need not
-wait is a plain function that returns the next step's awaitable: a coroutine costs more than the step itself.
+Order: data plane split, exchange, identity, routing, load shedding, rate limit, proxy. Each step contains only
+configuration. The state of a request is its `Exchange`, which `ExchangeMiddleware` puts into the scope and in which
+each later step sets its own fields. A step that does not wait is a plain function that returns the next step's
+awaitable, because a coroutine costs more than the step itself.
 """
 
 import asyncio
@@ -56,14 +57,14 @@ IS_TRUSTED = "gateway.is_trusted"
 
 
 def is_proxied(path: str) -> bool:
-    """Tell whether a path is the data plane's: `/api` and all below it."""
+    """Tell whether a path belongs to the data plane: `/api` and everything below it."""
     return path.startswith(API_PREFIX) and path[4:5] in ("", "/")
 
 
 class DataPlaneSplit:
-    """Takes `/api` and all below it to the data plane, past the framework's routing; everything else goes on to `app`.
+    """Passes `/api` and everything below it to the data plane, and all other paths to `app`.
 
-    `data_plane` is None until the gateway has started.
+    The data plane does not pass through the framework's routing.
     """
 
     def __init__(self, app: ASGIApp, *, switch: "DataPlaneSlot") -> None:
@@ -71,19 +72,20 @@ class DataPlaneSplit:
         self._switch = switch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Choose the way of one request."""
+        """Dispatch one request by its path; close a WebSocket below `/api` that a server has parsed itself."""
         if not is_proxied(scope.get("path", "")):
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             await self._switch.data_plane(scope, receive, send)
-        else:  # a WebSocket; not proxied yet, and refused rather than accepted and dropped
+        else:  # an ASGI WebSocket, of a server without `ServerExtension`
             await send({"type": "websocket.close", "code": 1013, "reason": "WebSockets are not proxied."})
 
 
 class DataPlaneSlot:
-    """Holds the data plane in force: the ASGI path, and the fast path that connections keep as their lane.
+    """Holds the current data plane: the ASGI path (`data_plane`) and the fast path (`current`).
 
-    Start-up sets both, and a reload sets them anew: connections keep the switch, and never what is behind it.
+    Before start-up, requests get 503. Start-up sets both, and a reload replaces them; connections refer to this slot
+    only.
     """
 
     def __init__(self) -> None:
@@ -91,15 +93,15 @@ class DataPlaneSlot:
         self.current: FastPathHandler = _Closed()
 
     def set(self, data_plane: ASGIApp, fast_path: FastPathHandler) -> None:
-        """Have new requests take these."""
+        """Set the paths for new requests."""
         self.data_plane, self.current = data_plane, fast_path
 
 
 class _Closed:
-    """The lane before the start."""
+    """The fast path before start-up: it takes no requests."""
 
     def try_handle(self, _client: Any, _received: bytes) -> bool:
-        """Leave every request to the ASGI path."""
+        """Return False."""
         return False
 
 
@@ -108,7 +110,7 @@ async def _not_started(scope: Scope, _receive: Receive, send: Send) -> None:
 
 
 class ExchangeMiddleware:
-    """Begins the exchange, turns errors into answers, and hands the finished record to the observers."""
+    """Creates the exchange, converts errors to problem details, and passes the ended exchange to the observers."""
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class ExchangeMiddleware:
         observers: Sequence[Observer],
         on_failure: Callable[[Exchange, GatewayError], None] | None = None,
     ) -> None:
-        """`on_failure` hears of an error before the client does, which is told then what the buckets hold."""
+        """`on_failure` is called before an error is sent, so that a refund shows in the rate limit fields."""
         self.app = app
         self._clock = clock
         self._recorder = recorder
@@ -127,26 +129,26 @@ class ExchangeMiddleware:
         self._on_failure = on_failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request to its end."""
+        """Serve one request."""
         fields = scope[FIELDS] = fields_of(scope["headers"])
         peer = scope["client"][0] if scope.get("client") else "unknown"
         identity = given_request_id(fields) or new_request_id()
         exchange = self.begin(Exchange(identity, scope["method"], scope["path"], peer, self._clock()))
         exchange.response_headers.append((b"x-request-id", exchange.id.encode()))
         scope[EXCHANGE] = exchange
-        await self.conclude(exchange, self._unflawed, scope, receive, send)
+        await self.conclude(exchange, self._validated, scope, receive, send)
 
-    def _unflawed(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        _refuse_flaws(scope)
+    def _validated(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        _refuse_ambiguity(scope)
         return self.app(scope, receive, send)
 
     def begin(self, exchange: Exchange) -> Exchange:
-        """Count an exchange as running, until `end`."""
+        """Count an exchange as in flight until `end`, and return it."""
         self._recorder.in_flight += 1
         return exchange
 
     async def conclude(self, exchange: Exchange, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Have `app` answer an exchange that has begun, answer in its place if it fails, and end the exchange."""
+        """Serve an exchange by `app`, respond with problem details if that fails, and end the exchange."""
         try:
             await app(scope, receive, send)
         except GatewayError as error:
@@ -161,7 +163,7 @@ class ExchangeMiddleware:
             self.end(exchange, self._clock())
 
     async def _refuse(self, exchange: Exchange, error: GatewayError, send: Send) -> None:
-        has_begun = exchange.status != 0  # then leaving it unfinished makes the server close the connection
+        has_begun = exchange.status != 0  # the server closes the connection after an incomplete response
         self.note_failure(exchange, error)
         if has_begun or isinstance(error, ClientDisconnected):
             return
@@ -171,19 +173,19 @@ class ExchangeMiddleware:
         )
 
     def note_failure(self, exchange: Exchange, error: GatewayError) -> None:
-        """Settle what a failed exchange was charged, and write into the record why it failed."""
+        """Settle the charge of a failed exchange, and record why it failed."""
         if self._on_failure is not None:
             self._on_failure(exchange, error)
         note_failure(exchange, error)
 
     @staticmethod
     def note_cut_off(exchange: Exchange) -> None:
-        """Write into the record that the server ended the exchange: its time to drain was over. No refund."""
+        """Record that the exchange was aborted at the end of the drain. The charge is not refunded."""
         note_failure(exchange, Draining("The gateway stopped before the response was complete."))
         exchange.status = exchange.status or ClientDisconnected.status
 
     def end(self, exchange: Exchange, now: float) -> None:
-        """Hand the finished exchange to the observers."""
+        """Pass the ended exchange to the observers. `now` is monotonic seconds."""
         self._recorder.in_flight -= 1
         exchange.finished = now
         for observe in self._observers:
@@ -193,14 +195,14 @@ class ExchangeMiddleware:
                 logger.exception("request %s could not be recorded", exchange.id)
 
 
-def _refuse_flaws(scope: Scope) -> None:
-    fault = ambiguity(scope[FIELDS], scope["http_version"])
-    if fault is not None:
-        raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
+def _refuse_ambiguity(scope: Scope) -> None:
+    cause = ambiguity(scope[FIELDS], scope["http_version"])
+    if cause is not None:
+        raise BadRequest(f"The request is ambiguous: {cause}.", headers={"connection": "close"})
 
 
 class IdentityMiddleware:
-    """Finds out who is asking: the named client, or else the peer's address."""
+    """Determines the client of a request: the registered client with the given id, or else the address."""
 
     def __init__(
         self, app: ASGIApp, *, clients: ClientRegistry, header: str, trusted_proxies: Collection[Any]
@@ -212,7 +214,7 @@ class IdentityMiddleware:
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Write `client` and, behind a trusted proxy, the real `peer`."""
+        """Set the exchange's `client` and, behind a trusted proxy, its `peer`. Raises ClientIdInvalid."""
         exchange: Exchange = scope[EXCHANGE]
         exchange.peer, scope[IS_TRUSTED], name = self.caller(exchange.peer, scope[FIELDS])
         exchange.client = self.client(name, exchange.peer)
@@ -225,7 +227,7 @@ class IdentityMiddleware:
         await self.app(scope, receive, send)
 
     def caller(self, peer: str, fields: Fields) -> tuple[str, bool, str | None]:
-        """Return the client's own address, whether `peer` is a trusted proxy, and the name the client gave.
+        """Return the client's address, whether `peer` is a trusted proxy, and the client id in the request or None.
 
         Raises ClientIdInvalid.
         """
@@ -235,21 +237,21 @@ class IdentityMiddleware:
         return peer, is_trusted, self.name(fields)
 
     def name(self, fields: Fields) -> str | None:
-        """Return the name the client gave, if it gave one. Raises ClientIdInvalid."""
+        """Return the client id in the request, or None. Raises ClientIdInvalid."""
         return client_id(fields, self.header)
 
     def client(self, name: str | None, address: str) -> Client | None:
-        """Return the client as it is registered now, or None if the store is to be asked."""
+        """Return the client with an id, or of an address if `name` is None; None if the store must be asked."""
         return self.clients.by_address(address_key(address)) if name is None else self.clients.try_get(name)
 
     async def ask(self, name: str | None, address: str) -> Client:
-        """Return the client as it is registered now, asking the store if need be."""
+        """Return the client as `client` does, and ask the store if necessary."""
         known = self.client(name, address)
         return await self.clients.look_up(name or "") if known is None else known
 
 
 class RoutingMiddleware:
-    """Finds the route, and with it the cost and the deadline."""
+    """Determines route, cost and deadline of a request."""
 
     def __init__(self, app: ASGIApp, *, router: Router) -> None:
         self.app = app
@@ -259,7 +261,7 @@ class RoutingMiddleware:
         }
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Write `route` and `cost`; raises NoRoute, MethodNotAllowed, and BadRequest for an unusable deadline."""
+        """Set route, cost and deadline. Raises NoRoute, MethodNotAllowed, and BadRequest for an invalid timeout."""
         exchange: Exchange = scope[EXCHANGE]
         route, exchange.cost = self._routes.find(host_name(scope[FIELDS]), exchange.method, exchange.path)
         exchange.route = route.name
@@ -269,7 +271,7 @@ class RoutingMiddleware:
 
 
 class LoadSheddingMiddleware:
-    """Refuses a share of the requests while the event loop runs late, the lowest tiers' first."""
+    """Refuses a share of the requests while the event loop is overloaded, lowest priority first."""
 
     def __init__(self, app: ASGIApp, *, lag: EventLoopShedder, priorities: PriorityClasses) -> None:
         self.app = app
@@ -277,7 +279,7 @@ class LoadSheddingMiddleware:
         self._bands = priorities
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Go on, or raise Shed."""
+        """Call the next step, or raise LoadShed."""
         if self._lag.is_over:
             priority = self._bands.of(scope[EXCHANGE].client.quota.name)
             if self._lag.sheds(priority):
@@ -286,7 +288,7 @@ class LoadSheddingMiddleware:
 
 
 class RateLimitMiddleware:
-    """Charges the client's bucket, and its address's too if nobody vouches for the client. Both or neither."""
+    """Charges the client's bucket, and the address's bucket if the client is not registered: both or neither."""
 
     def __init__(
         self,
@@ -298,9 +300,9 @@ class RateLimitMiddleware:
         exempt: Collection[Any],
         shadow: ShadowLimits | None = None,
     ) -> None:
-        """`address_quota` None leaves addresses uncounted; those in `exempt` networks are.
+        """`address_quota` None disables the address limit; addresses in `exempt` networks have none.
 
-        `shadow` tries other limits beside these.
+        `shadow` evaluates candidate limits.
         """
         self.app = app
         self.decide = limiter.decide
@@ -313,9 +315,9 @@ class RateLimitMiddleware:
         self.lines, self.headers = self.fields.lines, self.fields.headers
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Write `decision` and its headers; raises RateLimited and CostExceedsCapacity."""
+        """Set the decision and its response fields. Raises RateLimited and CostExceedsCapacity."""
         exchange: Exchange = scope[EXCHANGE]
-        assert exchange.client is not None  # noqa: S101 - Identify came before
+        assert exchange.client is not None  # noqa: S101 - set by IdentityMiddleware
         charges = exchange.charges = self.charges(exchange.client, exchange.peer, exchange.cost)
         now_ns = self._clock_ns()
         decision = self.decide(charges, now_ns)
@@ -325,10 +327,10 @@ class RateLimitMiddleware:
         return self.app(scope, receive, send)
 
     async def _wait(self, charges: list[Charge], now_ns: int, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ask the store of the buckets. Only the answer is waited for here: who leaves breaks nobody's connection."""
-        answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self.ask(charges, now_ns, partial(_resolve, answer))
-        self._apply(scope[EXCHANGE], await answer)
+        """Await the store's decision; cancelling this does not cancel the command on the shared connection."""
+        decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        self.ask(charges, now_ns, partial(_resolve, decision))
+        self._apply(scope[EXCHANGE], await decision)
         await self.app(scope, receive, send)
 
     def _apply(self, exchange: Exchange, decision: Decision) -> None:
@@ -340,11 +342,11 @@ class RateLimitMiddleware:
             raise refusal(exchange, decision)
 
     def limits_address_of(self, client: Client, peer: str) -> bool:
-        """Tell whether a request of `client` from the address `peer` is charged to that address, too."""
+        """Tell whether a request of `client` from the address `peer` is also charged to that address."""
         return self._address_quota is not None and not client.is_registered and not self._is_exempt(peer)
 
     def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
-        """Return what a request of `client` from the address `peer` draws on; all or none is to be charged."""
+        """Return the charges of a request of `client` from the address `peer`; all or none must be charged."""
         charges = [Charge(client.key, client.quota, client.quota.cost_ns(cost))]
         quota = self._address_quota
         if quota is not None and self.limits_address_of(client, peer):
@@ -352,13 +354,13 @@ class RateLimitMiddleware:
         return charges
 
 
-def _resolve(answer: asyncio.Future[Decision], decision: Decision) -> None:
-    if not answer.done():  # the request may have been cancelled meanwhile
-        answer.set_result(decision)
+def _resolve(future: asyncio.Future[Decision], decision: Decision) -> None:
+    if not future.done():  # done if the request was cancelled meanwhile
+        future.set_result(decision)
 
 
 class ProxyApp:
-    """The innermost step: hands the exchange to the router."""
+    """The innermost step: passes the exchange to the router."""
 
     def __init__(self, *, router: Router) -> None:
         self._router = router

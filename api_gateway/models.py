@@ -155,7 +155,7 @@ class Outcome(Enum):
 class Exchange:
     """The record of one exchange; access log and metrics are derived from it alone.
 
-    Times are monotonic seconds. Fields are set in the order of the phases: client, route, decision, attempts, response.
+    Times are monotonic seconds. Fields are set phase by phase: client, route, decision, attempts, response.
     `status` is that of the response, 499 if the client disconnected before it; `source` is the origin of the response.
     `response_headers` are the gateway's own fields, for any response. `charges` are those of `decision`; `trial` has
     charges and decision of the candidate limits. `has_begun`: a connection to an upstream was opened or attempted;

@@ -1,9 +1,9 @@
-"""Routes and forwarding: match a request to its route, try the upstream, stream both ways, settle the try.
+"""Forwards a request to its upstream: acquires a target, sends the request, retries, relays the response.
 
-The only loop is the retry, and it ends with the answer's first byte. Which target, whether the breaker admits and
-what a result means to it is decided in `upstreams.upstream` and `circuit_breaker`; how bytes travel, in the transport.
+A request may be retried until the first byte of a response is sent to the client. `upstreams.upstream` and
+`circuit_breaker` decide on targets, admission and outcomes; the transport sends and receives bytes.
 
-Long because it is one state machine: the attempts of a request, from the first to the delivered response.
+The module is long because it is one state machine: the attempts of a request, up to the delivered response.
 """
 
 import asyncio
@@ -56,12 +56,15 @@ from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
 SWITCHING_PROTOCOLS = 101
-PROBE_SETTLES_AFTER = 5.0  # seconds after which a probe whose answer still streams counts as a success, at most
+PROBE_SETTLES_AFTER = 5.0  # maximum seconds after which a probe whose response still streams counts as a success
 
 
 @dataclass(slots=True)
 class _PendingRetry:
-    """A try that failed and is to be repeated after `pause` seconds, with what it ended with if that cannot be."""
+    """A failed attempt that is to be retried after `pause` seconds.
+
+    `error` or `response` is its result, which is final if no retry is possible after the pause.
+    """
 
     cause: str
     pause: float
@@ -70,18 +73,18 @@ class _PendingRetry:
     response: httpx.Response | None = None
 
     def failure(self) -> UpstreamFailed:
-        """Return what to raise in the end, and forget it: it refers to the frame that raises it."""
+        """Return the error for raising, and drop the reference: a raised error refers to the raising frame."""
         error, self.error = self.error, None
-        assert error is not None  # noqa: S101 - a try ends with an error or a response
+        assert error is not None  # noqa: S101 - an attempt ends with an error or a response
         return error
 
 
 def _ignore(*_: object) -> None:
-    """Leave it at that."""
+    """Do nothing; the default of callbacks."""
 
 
 class Router:
-    """Forwards exchanges to upstreams."""
+    """Forwards exchanges to upstreams. Contains only configuration; the state is in the arguments."""
 
     def __init__(
         self,
@@ -102,12 +105,13 @@ class Router:
         priorities: PriorityClasses = SINGLE_PRIORITY,
         lag: EventLoopShedder | None = None,
     ) -> None:
-        """`protected` request headers cannot be named away by `Connection`; `omit` answer headers are left out.
+        """Set limits and callbacks.
 
-        `on_cost` hears of an answer that tells its cost, before its head is sent. `on_retry` hears of every repeated
-        try, by upstream and cause, `on_denial` of every failed one that is not, and why; `on_fallback` of a fallback
-        that takes over after an error, before it answers. `bands` say who is shed first, `lag` whether the event
-        loop is late.
+        `protected` request fields are kept even if `Connection` names them; `omit` response fields are removed. Names
+        are in lower case. `on_cost` is called with the values of X-Gateway-Cost before a response's head is sent,
+        `on_retry` with upstream and cause of each retry, `on_denial` with upstream and reason of each retry that was
+        denied, `on_fallback` with the error before a fallback responds. `observe_attempt`, `on_transition` and
+        `on_target_move`: see `OutcomeReporter`.
         """
         self.routes = routes
         self.upstream_clients = dict(upstream_clients)
@@ -135,7 +139,7 @@ class Router:
         *,
         is_trusted: bool,
     ) -> Awaitable[None]:
-        """Send the request to the route's upstream and its answer to the client. Raises GatewayError."""
+        """Forward the request to the route's upstream, and the response to the client. Raises GatewayError."""
         refuse_method(exchange.method)
         upstream_client = self.upstream_clients[route.upstream]
         exchange.upstream = route.upstream
@@ -143,22 +147,22 @@ class Router:
         target = upstream_target(route, spelt_target(scope) if extension is None else extension.target)
         request = UpstreamRequest(scope, extension, target, is_trusted, self.protected)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
-            return self._answer_options(exchange, send)
+            return self._respond_to_options(exchange, send)
         if extension is not None and route.min_body_rate is not None:
             extension.require_body_rate(route.min_body_rate)
         request.body = self._body(exchange, upstream_client, request, receive)
         upstream_client.retries.budget.deposit(exchange.started)
-        tries = self._attempts(exchange, upstream_client, request, receive, send)
+        attempts = self._attempts(exchange, upstream_client, request, receive, send)
         if route.fallback is None:
-            return tries
-        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, tries)
+            return attempts
+        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
 
     def continue_exchange(
         self,
         exchange: Exchange,
         route: Route,
         attempt: Attempt,
-        answer: UpstreamResponse | None,
+        started: UpstreamResponse | None,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -166,29 +170,30 @@ class Router:
         is_trusted: bool,
         kept: bytes | None = None,
     ) -> Awaitable[None]:
-        """Go on with an exchange whose first try has begun, as `forward` does.
+        """Continue an exchange whose first attempt the fast path has begun. Raises GatewayError.
 
-        `answer` is None if the request has not been sent yet; `kept` is the body of one that has, if there is one.
+        `started` is the response to the request, None if it has not been sent; `kept` is the body that was sent, None
+        if it cannot be sent again.
         """
         upstream_client = self.upstream_clients[route.upstream]
         extension: ServerExtension = scope[SERVER_EXTENSION]
         if extension.is_disconnected:
-            if answer is not None:
-                answer.close()
+            if started is not None:
+                started.close()
             attempt.release(self._clock())
             raise ClientDisconnected(CLIENT_LEFT)
         request = UpstreamRequest(
             scope, extension, upstream_target(route, extension.target), is_trusted, self.protected
         )
-        if answer is None:
+        if started is None:
             request.body = self._body(exchange, upstream_client, request, receive)
         else:
-            answer.listener = request
+            started.listener = request
             request.body = NO_BODY if request.framing is None else SentBody(kept)
-        tries = self._attempt_targets(exchange, upstream_client, request, send, attempt, answer)
+        attempts = self._attempt_targets(exchange, upstream_client, request, send, attempt, started)
         if route.fallback is None:
-            return tries
-        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, tries)
+            return attempts
+        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
 
     def _attempts(
         self,
@@ -198,7 +203,7 @@ class Router:
         receive: Receive,
         send: Send,
     ) -> Awaitable[None]:
-        """Return the tries on one upstream, bounded in time if the request is."""
+        """Return the attempts on one upstream, limited by the deadline of the request."""
         if request.link is not None and request.deadline is None:
             return self._attempt_targets(exchange, upstream_client, request, send)
         return self._guard(exchange, upstream_client, request, receive, send)
@@ -211,17 +216,17 @@ class Router:
         receive: Receive,
         send: Send,
     ) -> None:
-        """Bound the tries in time, and watch for the client's leaving where the server does not tell."""
+        """Apply the deadline to the attempts, and detect a disconnect if the server does not report it."""
         deadline = request.deadline
         left = None if deadline is None else deadline.remaining(self._clock())
-        if deadline is not None and left == 0:  # it went before anything could be sent
+        if deadline is not None and left == 0:  # passed before anything was sent
             raise _overdue(exchange, deadline)
         with nullcontext() if request.link is not None else DisconnectWatch(receive, request.body):
             try:
                 async with asyncio.timeout(left) as request.timer:
                     await self._attempt_targets(exchange, upstream_client, request, send)
             except TimeoutError as error:
-                assert deadline is not None  # noqa: S101 - nothing else runs out
+                assert deadline is not None  # noqa: S101 - only the deadline raises TimeoutError here
                 raise _overdue(exchange, deadline) from error
 
     def _body(
@@ -235,8 +240,8 @@ class Router:
         keep = upstream_client.retries.policy.max_body_bytes if may_repeat else 0
         return StreamedBody(receive, self.max_body_bytes, exchange, keep)
 
-    async def _answer_options(self, exchange: Exchange, send: Send) -> None:
-        """Answer for the upstream, as a request that may go no further asks (RFC 9110 section 7.6.2)."""
+    async def _respond_to_options(self, exchange: Exchange, send: Send) -> None:
+        """Respond to OPTIONS with `Max-Forwards: 0` as the final recipient (RFC 9110 section 7.6.2)."""
         exchange.status = 204
         headers = [(b"allow", PROXIED_METHODS.encode()), *exchange.response_headers]
         await send({"type": "http.response.start", "status": 204, "headers": headers})
@@ -249,29 +254,32 @@ class Router:
         request: UpstreamRequest,
         send: Send,
         attempt: Attempt | None = None,
-        answer: UpstreamResponse | None = None,
+        started: UpstreamResponse | None = None,
     ) -> None:
-        """Try one target, and another while that is safe, worth it and nothing has been answered yet.
+        """Make an attempt, and retries as long as `_retry_delay` allows them.
 
-        `lease` and `answer` are those of a first try that has begun. A client that leaves meanwhile ends it: our own
-        server then cancels this task.
+        `attempt` and `started` belong to a first attempt that has begun. Raises ClientDisconnected if the client
+        disconnects: the gateway's own server then cancels this task.
         """
         tried: list[Target] = []
         watch: AbstractContextManager[None] = nullcontext() if request.link is None else LeavingWatch(request.link)
         with watch:
             if attempt is None:
                 attempt = self._acquire(exchange, upstream_client, request, tried)
-            again = await self._attempt(exchange, upstream_client, attempt, request, send, tried, answer)
+            again = await self._attempt(exchange, upstream_client, attempt, request, send, tried, started)
             try:
                 while again is not None:
                     again = await self._attempt_again(exchange, upstream_client, again, request, send, tried)
             finally:
-                again = None  # its error refers to this frame
+                again = None  # breaks the reference cycle of its error and this frame
 
     def _acquire(
         self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
     ) -> Attempt:
-        """Return the next target's lease; another try asks as the lowest band, to give way to whoever is shed."""
+        """Acquire the next target. A retry has the lowest priority, so that it is shed before any first attempt.
+
+        Raises Unavailable.
+        """
         key = (
             exchange.client_key
             if upstream_client.hash_header is None
@@ -293,7 +301,7 @@ class Router:
         send: Send,
         tried: list[Target],
     ) -> _PendingRetry | None:
-        """Make another try after the pause. What the last one ended with stands if there is no target by then."""
+        """Retry after the pause; if no target is available by then, the result of the last attempt is final."""
         attempt = None
         try:
             await asyncio.sleep(again.pause)
@@ -314,7 +322,7 @@ class Router:
     def _next_attempt(
         self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
     ) -> Attempt | None:
-        """Return a lease for another try, if there is one to be had: no retry is a probe."""
+        """Acquire a target for a retry; None if there is none, or while the upstream recovers: no retry is a probe."""
         if self._is_recovering(upstream_client):
             return None
         try:
@@ -323,7 +331,7 @@ class Router:
             return None
 
     def _is_recovering(self, upstream_client: UpstreamClient) -> bool:
-        """Tell whether it, or this gateway itself, has enough to do with what comes for the first time."""
+        """Tell whether the event loop is overloaded or the upstream's breaker recovers, so that retries are denied."""
         return self._lag.is_over or upstream_client.upstream.is_recovering(self._clock())
 
     async def _attempt(
@@ -334,12 +342,13 @@ class Router:
         request: UpstreamRequest,
         send: Send,
         tried: list[Target],
-        answer: UpstreamResponse | None = None,
+        started: UpstreamResponse | None = None,
         given_up: httpx.Response | None = None,
     ) -> _PendingRetry | None:
-        """Send the request to one target and its answer on, unless it has failed so that another try is worth it.
+        """Send the request to one target and relay the response, or return a retry if the attempt failed.
 
-        `given_up` is the answer of the try before, which nobody will read.
+        `given_up` is the response of the previous attempt, which is closed unread. Raises GatewayError if the attempt
+        failed and is not retried.
         """
         tried.append(attempt.target)
         exchange.attempts += 1
@@ -347,7 +356,7 @@ class Router:
             if given_up is not None:
                 await close_response(given_up)
             try:
-                response = await self._send(exchange, upstream_client, attempt, request, answer)
+                response = await self._send(exchange, upstream_client, attempt, request, started)
             except UpstreamFailed as error:
                 pause = self._retry_delay(
                     exchange, upstream_client, attempt, request, tried, is_sent=not error.is_retry_safe
@@ -358,7 +367,7 @@ class Router:
                 return _PendingRetry(error.reason.value, pause, attempt, error=error)
             if response.status_code in upstream_client.retried_statuses:
                 pause = self._retry_delay(
-                    exchange, upstream_client, attempt, request, tried, is_sent=True, answer=response
+                    exchange, upstream_client, attempt, request, tried, is_sent=True, response=response
                 )
                 if pause is not None:
                     exchange.has_reached = True
@@ -377,21 +386,22 @@ class Router:
         tried: Sequence[Target],
         *,
         is_sent: bool,
-        answer: httpx.Response | None = None,
+        response: httpx.Response | None = None,
     ) -> float | None:
-        """Return the seconds until another try, taken off the budget, or None if there is to be none.
+        """Return the seconds before a retry, which is withdrawn from the budget, or None if it is denied.
 
-        While there is an `answer`, the rest of a body still goes where it came from, and could be lost to another try.
+        After a `response`, the request's body must have been read completely: while its rest is still sent to the
+        first target, a retry could lose it.
         """
         now = self._clock()
         failed = FailedAttempt(
             attempts=len(tried),
             is_sent=is_sent,
             is_repeatable=is_repeatable(exchange.method, request.fields),
-            is_kept=request.body.is_kept and (answer is None or request.body.is_finished),
+            is_kept=request.body.is_kept and (response is None or request.body.is_finished),
             is_recovering=attempt.ticket.is_probe or self._is_recovering(upstream_client),
             is_elsewhere=attempt.upstream.has_other(tried, now),
-            retry_after=None if answer is None else retry_after_of(fields_in(answer)),
+            retry_after=None if response is None else retry_after_of(fields_in(response)),
             left=None if request.deadline is None else request.deadline.remaining(now),
         )
         verdict = upstream_client.retries.decide(failed, now)
@@ -406,20 +416,20 @@ class Router:
         upstream_client: UpstreamClient,
         attempt: Attempt,
         request: UpstreamRequest,
-        answer: UpstreamResponse | None,
+        started: UpstreamResponse | None,
     ) -> httpx.Response:
-        """Send the request to one target and return the answer's head; settles the try if that fails."""
+        """Send the request to one target and return the response with its head; settle the attempt if that fails."""
         now = self._clock()
         outgoing = request.render(exchange, upstream_client, attempt.target, now)
-        if answer is None:
+        if started is None:
             exchange.target = attempt.target.url
             exchange.sent_at, exchange.head_at = now, None
         try:
-            response = await send_request(upstream_client.transport, outgoing, answer)
+            response = await send_request(upstream_client.transport, outgoing, started)
         except httpx.TransportError as error:
-            raise self._failure(exchange, attempt, request, outgoing, answer, error) from error
+            raise self._failure(exchange, attempt, request, outgoing, started, error) from error
         except asyncio.CancelledError:
-            if _note_progress(exchange, outgoing, answer, is_sent=True) and request.is_overdue:
+            if _note_progress(exchange, outgoing, started, is_sent=True) and request.is_overdue:
                 self._settle_overdue(exchange, attempt, request.deadline, _note_share(exchange, request))
             raise
         self.outcomes.on_head(exchange, attempt, response.status_code, self._clock(), _note_share(exchange, request))
@@ -431,16 +441,16 @@ class Router:
         attempt: Attempt,
         request: UpstreamRequest,
         outgoing: httpx.Request,
-        answer: UpstreamResponse | None,
+        started: UpstreamResponse | None,
         error: httpx.TransportError,
     ) -> GatewayError:
-        """Settle an attempt that got no response; return its error.
+        """Settle an attempt without a response; return its error.
 
-        A variable of whoever raises that would refer to the error, and the error to the variable: only the garbage
-        collector could free them.
+        This is a function of its own so that no variable of the raising frame refers to the error, which refers to
+        the frame: only the garbage collector would free that cycle.
         """
         failure = self.outcomes.on_failure(exchange, attempt, error, _note_share(exchange, request))
-        _note_progress(exchange, outgoing, answer, is_sent=not failure.is_retry_safe)
+        _note_progress(exchange, outgoing, started, is_sent=not failure.is_retry_safe)
         return failure
 
     def _settle_overdue(
@@ -451,9 +461,9 @@ class Router:
         client: ClientShare,
         reader_waited: float = 0.0,
     ) -> None:
-        """Settle a try that the deadline ends."""
+        """Settle an attempt that the deadline has ended."""
         assert deadline is not None  # noqa: S101 - it has just passed
-        assert exchange.sent_at is not None  # noqa: S101 - a try has begun
+        assert exchange.sent_at is not None  # noqa: S101 - the request has been sent
         spent = self._clock() - exchange.sent_at - reader_waited
         self.outcomes.on_overdue(exchange, attempt, fault_of_deadline(deadline, spent, client))
 
@@ -466,14 +476,13 @@ class Router:
         response: httpx.Response,
         send: Send,
     ) -> None:
-        """Send an answer on, whatever it is."""
+        """Relay a response or run a tunnel, then close the response."""
         settle_probe = None
-        if attempt.is_probe:  # a long stream must not keep a breaker from closing
+        if attempt.is_probe:  # a long response must not prevent the breaker from closing
             loop = asyncio.get_running_loop()
-            soon = min(
-                PROBE_SETTLES_AFTER, attempt.upstream.breaker.policy.recovery_timeout / 2
-            )  # or it counts as lost
-            settle_probe = loop.call_later(soon, self.outcomes.settle_success, attempt)
+            # A probe that is not settled within the recovery timeout counts as lost.
+            seconds = min(PROBE_SETTLES_AFTER, attempt.upstream.breaker.policy.recovery_timeout / 2)
+            settle_probe = loop.call_later(seconds, self.outcomes.settle_success, attempt)
         try:
             if response.status_code == SWITCHING_PROTOCOLS:
                 await self._tunnel(exchange, upstream_client, attempt, request, response)
@@ -487,7 +496,7 @@ class Router:
     async def _relay(
         self, exchange: Exchange, attempt: Attempt, request: UpstreamRequest, response: httpx.Response, send: Send
     ) -> None:
-        """Send the answer on, piece by piece; its end settles the try as a success, its breaking off as a failure."""
+        """Forward the response piece by piece; its end settles the attempt as a success, an error as a failure."""
         headers, fields, stream = parts_of(response)
         if is_event_stream(fields):
             _set_apart(exchange, attempt, stream)
@@ -532,7 +541,7 @@ class Router:
     def _for_client(
         self, exchange: Exchange, headers: HeaderList, fields: Fields, omit: frozenset[bytes]
     ) -> HeaderList:
-        """Return the headers of an answer as the client shall see them, its cost settled."""
+        """Settle the cost that the response reports, and return its header fields for the client."""
         if COST in fields:
             self.on_cost(exchange, fields[COST])
         return rewrite_response(headers, fields, exchange.response_headers, omit)
@@ -545,12 +554,12 @@ class Router:
         request: UpstreamRequest,
         response: httpx.Response,
     ) -> None:
-        """Join client and upstream after a 101, until one of them ends it or neither says a word for too long."""
+        """Send the 101 to the client and run the tunnel to its end."""
         extension = request.link
-        assert extension is not None  # noqa: S101 - nobody else asks for an upgrade
+        assert extension is not None  # noqa: S101 - an upgrade is requested only if there is an extension
         _set_apart(exchange, attempt, response.extensions["switched"])
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
-        if request.timer is not None:  # it was the handshake's
+        if request.timer is not None:  # the deadline applies to the handshake only
             request.timer.reschedule(None)
         self.outcomes.settle_success(attempt)
         headers, fields, _ = parts_of(response)
@@ -571,24 +580,24 @@ class Router:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
 
-def _set_apart(exchange: Exchange, attempt: Attempt, answer: UpstreamResponse | HttpxBody) -> None:
-    """Count what has no end of its own apart from requests. Raises Overloaded if there is no place for it."""
-    if isinstance(answer, UpstreamResponse):
+def _set_apart(exchange: Exchange, attempt: Attempt, stream: UpstreamResponse | HttpxBody) -> None:
+    """Count a tunnel or event stream apart from requests. Raises Overloaded if the holder's share is used up."""
+    if isinstance(stream, UpstreamResponse):
         try:
-            answer.set_apart()
+            stream.set_apart()
         except httpx.PoolTimeout as error:
-            exchange.has_reached = True  # so it is charged for: it has been answered, only not to the client
+            exchange.has_reached = True  # the charge is kept, because the upstream has served the request
             raise translate(error, attempt.upstream.name) from error
         attempt.release_slot()
 
 
 def _share(body: StreamedBody | NoBody, reader_waited: float) -> ClientShare:
-    """Return what the client has to do with the end of an attempt."""
+    """Return the client's part in the end of an attempt."""
     return ClientShare(body.is_finished, body.is_awaited, body.waited + reader_waited)
 
 
 def _note_share(exchange: Exchange, request: UpstreamRequest) -> ClientShare:
-    """Return the same before the head, and take the time in which the client was awaited off the upstream's."""
+    """Return the client's part before the head; move `sent_at` by the time for which the client was awaited."""
     share = _share(request.body, 0.0)
     if share.waited and exchange.sent_at is not None:
         exchange.sent_at += share.waited
@@ -596,14 +605,14 @@ def _note_share(exchange: Exchange, request: UpstreamRequest) -> ClientShare:
 
 
 def _note_progress(
-    exchange: Exchange, outgoing: httpx.Request, answer: UpstreamResponse | None, *, is_sent: bool
+    exchange: Exchange, outgoing: httpx.Request, started: UpstreamResponse | None, *, is_sent: bool
 ) -> bool:
-    """Note how far an attempt came that has no answer; return whether some of the request was sent.
+    """Record how far an attempt without a response got; return whether a part of the request was sent.
 
-    `answer` is that of a request which had been sent before. Where the transport does not say, `is_sent` holds.
+    It was if `started` is given. `is_sent` is the assumption for transports that do not report it.
     """
     if isinstance(outgoing, LeanRequest):
-        is_sent = answer is not None or outgoing.is_sent
+        is_sent = started is not None or outgoing.is_sent
         exchange.has_begun |= is_sent or outgoing.has_begun
     else:
         exchange.has_begun = True
@@ -612,9 +621,10 @@ def _note_progress(
 
 
 def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
-    """Return what a request ends with whose deadline has passed.
+    """Return the error of a request whose deadline has passed.
 
-    It was free if nothing has been sent; under a deadline that the client has set, only if no connection was begun.
+    Its class determines the refund: the charge is refunded if nothing was sent; with a client's own deadline, only if
+    no connection was begun.
     """
     has_cost = exchange.has_reached or (exchange.has_begun and not deadline.is_upstream_fault)
     kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout

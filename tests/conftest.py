@@ -27,8 +27,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 # Hypothesis measures time: on a busy machine a slow example is no finding.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("whole"), max_examples=20)  # make unit
+settings.load_profile("whole")
 
 
 @pytest.fixture(autouse=True)

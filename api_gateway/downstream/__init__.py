@@ -1,1 +1,1 @@
-"""The client's side: connections, pipelining, draining and the ASGI adapter. Knows no routes or upstreams."""
+"""Downstream connections: parsing, pipelining, draining and the ASGI adapter. Independent of routes and upstreams."""

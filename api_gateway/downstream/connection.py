@@ -1,14 +1,15 @@
-"""The server side of HTTP/1.1: uvicorn's httptools protocol with a request cycle of our own.
+"""The server protocol for HTTP/1.1: uvicorn's httptools protocol with the gateway's own request cycle.
 
-What is different from uvicorn's, and why (`request_cycle` has the rest):
+Differences from uvicorn's protocol (see also `request_cycle`):
 
-- One task serves a connection, request after request; uvicorn starts one for each request.
-- Heads are bounded in size, in number of lines and in time, bodies in the time they may stall, and connections in
-  number for each address. Refusals are problem details, and reach the client even while it is still sending.
-- What a proxy needs and ASGI has no word for is offered in the scope, as `http1.asgi.Link`.
-- Trailers never become headers, and nothing behind a refused request is served.
+- One task serves all requests of a connection in order; uvicorn starts one task for each request.
+- Heads are limited in size, number of lines and time, bodies in their minimum rate, and connections in number for each
+  address. Refusals are problem details, which reach the client even while it is still sending.
+- The scope contains an `http1.asgi.ServerExtension` with the features that a proxy needs and ASGI does not define.
+- Trailers are kept apart from header fields, and requests that follow a refused request are discarded.
 
-Long because it is one state machine: all states of a connection share its buffer, timer and order of requests.
+The module is long because it is one state machine: all states of a connection share its buffer, timer and request
+order.
 """
 
 import asyncio
@@ -48,16 +49,16 @@ from api_gateway.resilience.fair_shares import MAX_CONNECTIONS, FairShares
 
 logger = logging.getLogger(__name__)
 
-MAX_PIPELINED = 16  # requests of one connection that may wait for the answers before them
-HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once: a bound on the requests one read can hold
-MAX_DISCARDED = 1_048_576  # bytes of a body read for nothing, to keep a connection whose answer came early
-MAX_LINGERED = 8_388_608  # bytes a refused client may go on sending, so that it reads why instead of a reset
-LINGER_TIMEOUT = 2.0  # seconds it may do so
-MAX_SURPLUS = 64  # connections beyond the limits that are kept until they have been refused with a response
-SURPLUS_TIMEOUT = 2.0  # seconds such a connection has for its first head
-PROBES = (b"/healthz", b"/readyz")  # served on such a connection too
+MAX_PIPELINED = 16  # pipelined requests that may be queued on one connection
+HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once; limits the number of requests parsed from one read
+MAX_DISCARDED = 1_048_576  # bytes of a body discarded after an early response before the connection is closed
+MAX_LINGERED = 8_388_608  # bytes discarded after a refusal: closing at once would reset it before the client reads it
+LINGER_TIMEOUT = 2.0  # seconds for which input is discarded after a refusal
+MAX_SURPLUS = 64  # connections beyond the limits that are kept open until they have been refused with a response
+SURPLUS_TIMEOUT = 2.0  # seconds within which the first head on a surplus connection must arrive
+PROBES = (b"/healthz", b"/readyz")  # request targets that are served on surplus connections too
 WEBSOCKET = b"websocket"
-_MAPPED = "::ffff:"  # begins an IPv4 address mapped into IPv6
+_MAPPED = "::ffff:"  # prefix of an IPv4-mapped IPv6 address
 _ABSOLUTE_FORM = re.compile(rb"[^:/?]+://[^/?@]*([/?].*)?", re.DOTALL)
 _VERSION = {"version": "3.0", "spec_version": "2.4"}
 _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
@@ -65,10 +66,11 @@ _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What a client may ask of a connection: bytes, lines and seconds. `connections_per_peer` 0 is no limit.
+    """Limits of one downstream connection, in bytes, lines and seconds.
 
-    `body_rate` is the bytes a second that a body must have while it is awaited, 0 for none, `body_grace` the seconds
-    it may be behind at its start.
+    `connections_per_peer` 0 means unlimited. `body_rate` is the minimum rate of a request body in bytes per second, 0
+    for none; `body_grace` is the time in seconds by which a body may be behind that rate. `drain_linger` is the time
+    for which an idle connection accepts one more request during a drain.
     """
 
     header_bytes: int = 65_536
@@ -83,13 +85,25 @@ class ConnectionLimits:
 
 
 def _nobody(_address: str) -> None:
-    """Count no connection against anybody."""
+    """Return no holder, so that only the total number of connections is limited."""
 
 
 class DownstreamConnection(HttpToolsProtocol):
-    """One connection of a client. `limits` and what the connections share are set by `limited_protocol`."""
+    """One downstream connection. `limited_protocol` sets `limits` and the counters that all connections share.
 
-    limits: ConnectionLimits = ConnectionLimits()  # of the class: those of new connections, which keep them
+    States, in the order in which they are tested:
+
+    - ending (`_is_ending`): nothing more is served; input is discarded. A tunnel (`_is_handed_over`) is ending too.
+    - fast exchange (`_fast_exchange`): a request is on the fast path; further input is held (`_is_holding`).
+    - serving (`_serving` without a complete response, or `_waiting`): the worker task runs the application.
+    - receiving (`_has_begun`, `_unparsed` or `_reading`): a head or a body is incomplete; may overlap with serving.
+    - idle: no request is in progress. The fast path may take the next one if `_is_at_rest`, which a drain, a paused
+      write and a surplus connection exclude.
+
+    `_is_draining` is combined with any state: the next response closes the connection.
+    """
+
+    limits: ConnectionLimits = ConnectionLimits()  # of the class: the limits of new connections, which keep them
     peers: ClassVar[Counter[str]] = Counter()
     refused: ClassVar[Counter[str]] = Counter()
     shares: ClassVar[FairShares] = FairShares(MAX_CONNECTIONS)
@@ -99,7 +113,7 @@ class DownstreamConnection(HttpToolsProtocol):
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Start of a connection: its first head is awaited from now on."""
+        """Initialise the connection and start the timeout of its first head."""
         self.transport = transport
         self.limits = type(self).limits
         self.connections.add(self)
@@ -112,37 +126,50 @@ class DownstreamConnection(HttpToolsProtocol):
         self.peers[self._peer] += 1
         self._surplus = self._take_place()
         self._reading: RequestResponseCycle | None = None  # the request whose body is not complete
-        self._serving: RequestResponseCycle | None = None  # the request whose answer is due, or was the last one sent
+        self._serving: RequestResponseCycle | None = None  # the request being served, or the last one that was
         self._waiting: deque[RequestResponseCycle] = deque()
         self._worker: asyncio.Task[None] | None = None
-        self._rest: asyncio.Future[None] | None = None  # what the worker waits for when there is nothing to serve
+        self._rest: asyncio.Future[None] | None = None  # awaited by the worker while no request is queued
         self._writable: asyncio.Future[None] | None = None
-        self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
+        self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._discarded = 0
-        self._held = bytearray()  # what came behind a handshake or too many requests, until those are answered
-        self._releasing: asyncio.Handle | None = None  # of what is held, once it is due
+        self._held = bytearray()  # input that may not be parsed before a preceding request has its response
+        self._releasing: asyncio.Handle | None = None  # the scheduled parsing of the held input
         self._is_holding = self._is_handed_over = False
         self._piece = 0  # bytes that are being parsed
         self._has_begun = False  # a head has begun and is not complete
-        self._is_timed = True  # the alarm runs for this head; the first one's since the connection was made
+        self._is_timed = True  # the timeout of this head runs; for the first head, since the connection was made
         self._is_over = self._is_ending = self._is_read_paused = False
-        self._is_last = False  # what is held back is the last that will be served
-        self._is_draining = False  # the server stops: no connection goes on behind an answer
-        self._unsent = 0  # bytes the client had not acknowledged at the last check
+        self._is_last = False  # the client has sent EOF: the held input is served, then the connection is closed
+        self._is_draining = False  # the server stops: the connection is closed after the next response
+        self._unsent = 0  # bytes that the client had not acknowledged at the last check
         self._alarm = DeadlineTimer(self.loop, self._on_alarm)
         self._alarm.set(SURPLUS_TIMEOUT if self._surplus else self.limits.header_timeout)
-        self._body_bytes = 0  # received of bodies since the time for them was last set
+        self._body_bytes = 0  # body bytes received since the deadline of the body was last set
         self._paused_at = 0.0  # when reading was last paused
-        self.last_headers: Any = None  # the lane's memory of the last request here
+        self.last_headers: Any = None  # the header set of the previous request, cached by the fast path
         self._fast_path: FastPathProvider | None = getattr(self.app, "fast_path", None)
-        self._fast_exchange: InFlight | None = None  # the request that has taken the lane
-        self._is_at_rest = self._fast_path is not None and not self._surplus  # nothing has begun: the lane is open
+        self._fast_exchange: InFlight | None = None  # the request in flight on the fast path
+        self._is_at_rest = self._fast_path is not None and not self._surplus  # the fast path may take the next read
+
+    def __repr__(self) -> str:
+        if self.client is None:
+            return "<DownstreamConnection [not connected]>"
+        if self._is_ending or self._is_over:
+            state = "ending"
+        elif self._fast_exchange is not None:
+            state = "fast exchange"
+        elif self._waiting or (self._serving is not None and not self._serving.is_answered):
+            state = f"serving, {len(self._waiting)} queued"
+        else:
+            state = "receiving" if self._has_begun or self._unparsed or self._reading is not None else "idle"
+        return f"<DownstreamConnection {self.client[0]} [{state}{', draining' if self._is_draining else ''}]>"
 
     def _take_place(self) -> str:
-        """Take a place among the connections; return why there is none for this one, or nothing if there is.
+        """Count this connection against the limits; return the reason for its refusal, empty if it is admitted.
 
-        A connection without a place is kept until it has been refused with a response; beyond MAX_SURPLUS of those, of
-        which each address has its share too, connections are closed at once.
+        A refused connection is kept until it has received a response. At most MAX_SURPLUS such connections are kept,
+        divided into fair shares; further ones are aborted at once.
         """
         limit, holder = self.limits.connections_per_peer, type(self).share_holder(self._peer)
         self._holder, self._place = holder, self.shares
@@ -150,18 +177,18 @@ class DownstreamConnection(HttpToolsProtocol):
         if self._peer and 0 < limit < self.peers[self._peer]:
             why = f"Your address has more than {limit} connections."
         elif not self.shares.admits(holder):
-            why = f"The gateway has no connection for you: {self.shares.refusal(holder, 'connections')}."
+            why = f"The gateway accepts no more connections: {self.shares.refusal(holder, 'connections')}."
             self.shares.refused += 1
         if why:
             self._place = self.surplus
             if not self.surplus.admits(holder):
-                self._holder = None  # it is gone before it could hold anything
+                self._holder = None  # an aborted connection counts against the total only
                 self.transport.abort()
         self._place.acquire(self._holder)
         return why
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        """End of the connection."""
+        """Release the connection's resources and abort its exchanges."""
         self.connections.discard(self)
         self._place.release(self._holder)
         self.peers[self._peer] -= 1
@@ -176,14 +203,14 @@ class DownstreamConnection(HttpToolsProtocol):
         self._wake_worker()
         if self._serving is not None:
             self._serving.disconnect()
-        self.parser = None  # type: ignore[assignment]  # as uvicorn does: it refers to us
+        self.parser = None  # type: ignore[assignment]  # as in uvicorn: breaks the reference cycle
         if exchange is not None:
             exchange.on_client_left()
 
-    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never says to go on
-        """Tell whether to go on: a client that said it would send no more may still be reading (RFC 9112, 9.6)."""
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's returns None
+        """Return whether to keep the connection: a half-closed client may still read (RFC 9112 section 9.6)."""
         last = self._waiting[-1] if self._waiting else self._serving
-        if self._held and not (last is not None and last.upgrade):  # it is served, and may say `Connection: close`
+        if self._held and not (last is not None and last.upgrade):  # it may contain a request with `Connection: close`
             self._is_last = True
             return True
         if self._fast_exchange is not None:
@@ -197,10 +224,10 @@ class DownstreamConnection(HttpToolsProtocol):
         )
 
     def shutdown(self) -> None:
-        """End the connection at the server's wish, without losing a request that is on its way here.
+        """Close the connection gracefully, without losing a request that the client is sending.
 
-        An answer whose head is still to be sent says `Connection: close`. A connection between two requests stays for
-        `drain_linger` seconds, so that a client that is just sending gets its answer, and that answer says it then.
+        A response whose head has not been sent gets `Connection: close`. An idle connection stays open for
+        `drain_linger` seconds, so that a request that was already sent gets a response with `Connection: close`.
         """
         if self._is_draining:
             return
@@ -212,9 +239,9 @@ class DownstreamConnection(HttpToolsProtocol):
         self._announce_close()
 
     def _announce_close(self) -> None:
-        """Have the last answer that is due say that the connection ends, unless its head has been sent already."""
+        """Add `Connection: close` to the last pending response, unless its head has been sent."""
         last = self._waiting[-1] if self._waiting else self._serving
-        if self._held:  # the last of these will be it, once they are parsed
+        if self._held:  # repeated once the held requests have been parsed
             return
         if self._fast_exchange is not None:
             self._fast_exchange.keep_alive = self._fast_exchange.keep_alive and self._fast_exchange.is_head_sent
@@ -224,18 +251,18 @@ class DownstreamConnection(HttpToolsProtocol):
             self._drain_idle()
 
     def _drain_idle(self) -> None:
-        """Wait a moment for one more request, which goes the ordinary way."""
+        """Wait `drain_linger` seconds for one more request, which is served on the ASGI path."""
         self._is_at_rest = False
         if not (self._has_begun or self._unparsed or self._reading is not None):
-            self._is_timed = False  # a head that begins by then has its own time
+            self._is_timed = False  # a head that begins meanwhile starts its own timeout
             self._alarm.set(self.limits.drain_linger)
 
     # Reading
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, within the bounds, unless it is a request that can take the lane."""
+        """Process input: on the fast path if it is a plain request, else by the parser within the limits."""
         if self._is_at_rest:
-            if self._fast_path.current.try_handle(self, data):  # type: ignore[union-attr]  # without a lane it is never at rest
+            if self._fast_path.current.try_handle(self, data):  # type: ignore[union-attr]  # implied by `_is_at_rest`
                 return
             self._is_at_rest = False
         if self._is_ending:
@@ -251,14 +278,14 @@ class DownstreamConnection(HttpToolsProtocol):
                 self._announce_close()
 
     def _buffer(self, data: bytes | memoryview) -> None:
-        """Keep what may not be parsed yet."""
+        """Hold input that may not be parsed yet; pause reading above REQUEST_HIGH_WATER."""
         self._is_holding = True
         self._held += data
         if len(self._held) > REQUEST_HIGH_WATER:
             self.pause_reading()
 
     def _parse(self, data: bytes) -> None:
-        """Parse piece by piece, as long as there are not too many requests waiting."""
+        """Parse `data` piece by piece; hold the rest once MAX_PIPELINED requests are queued."""
         view = memoryview(data)
         while view and not self._is_ending:
             if self._is_holding or len(self._waiting) > MAX_PIPELINED:
@@ -275,10 +302,9 @@ class DownstreamConnection(HttpToolsProtocol):
             self._await_rest()
 
     def _feed(self, piece: memoryview) -> int:
-        """Parse one piece; return how many bytes of it were consumed.
+        """Parse one piece; return the number of bytes consumed.
 
-        That is none only if the connection is ending, or holds what comes: so whoever parses piece by piece gets to an
-        end, whatever the callbacks do.
+        It is 0 only if the connection is ending or holds its input, so the loop in `_parse` always terminates.
         """
         size = self._piece = len(piece)
         self._unparsed += size
@@ -294,12 +320,12 @@ class DownstreamConnection(HttpToolsProtocol):
         return size
 
     def _replay_soon(self) -> None:
-        """Parse what is held back, once the callbacks that run now are done."""
+        """Schedule parsing of the held input after the current callback."""
         if self._releasing is None:
             self._releasing = self.loop.call_soon(self._replay_buffered)
 
     def _replay_buffered(self) -> None:
-        """Parse what was held back."""
+        """Parse the held input and resume reading."""
         self._releasing = None
         data, self._held = bytes(self._held), bytearray()
         self._is_holding = False
@@ -310,18 +336,18 @@ class DownstreamConnection(HttpToolsProtocol):
             self.resume_reading()
 
     def _on_error(self, error: httptools.HttpParserError) -> None:
-        """Refuse what is not HTTP; a defect of our own shows itself here too, and is not the client's."""
+        """Refuse malformed HTTP with 400; an exception in a parser callback is the gateway's fault: 500."""
         if self._is_ending:
             return
         cause = error.__context__
         if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, httptools.HttpParserError):
-            logger.error("a request could not be read", exc_info=cause)
-            self.refuse(InternalError("The gateway failed to read the request."))
+            logger.error("failed to parse a request", exc_info=cause)
+            self.refuse(InternalError("The gateway failed to parse the request."))
         else:
             self.refuse(BadRequest(f"The request is not well-formed HTTP/1.1: {str(cause or error).rstrip('.')}."))
 
     def _await_rest(self) -> None:
-        """Bound what has begun and is not complete, in size and in time."""
+        """Apply the limits of size and time to an incomplete head."""
         if self._unparsed > self.limits.header_bytes:
             self._refuse_size()
         elif self._has_begun and not self._is_timed:
@@ -329,21 +355,21 @@ class DownstreamConnection(HttpToolsProtocol):
             self._alarm.set(self.limits.header_timeout)
 
     def on_message_begin(self) -> None:
-        """A request starts."""
+        """Start a request (parser callback)."""
         self.url = b""
         self.spelled = []
         self.expects_continue = False
         self._has_begun = True
 
     def on_url(self, url: bytes) -> None:
-        """Take the request target, or a part of it."""
+        """Append a part of the request target (parser callback)."""
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one header, or one trailer."""
+        """Store one header field or trailer field (parser callback)."""
         if self._has_begun:
             self.spelled.append((name, value.rstrip(b" \t")))
-            if len(name) == 6 and name.lower() == b"expect":  # noqa: PLR2004 - no other name need be looked at
+            if len(name) == 6 and name.lower() == b"expect":  # noqa: PLR2004 - the length test saves calls of `lower`
                 self.expects_continue = value.lower() == b"100-continue"
         else:
             self._on_trailer(name, value.rstrip(b" \t"))
@@ -356,14 +382,14 @@ class DownstreamConnection(HttpToolsProtocol):
                 self._refuse_size()
 
     def on_headers_complete(self) -> None:
-        """The head is there: serve the request, or let it wait for its turn."""
+        """Check the head against the limits and enqueue the request (parser callback)."""
         size, self._unparsed = self._unparsed, 0
         self._has_begun = self._is_timed = False
-        if self._is_ending:  # what was sent behind a refused request is not a request
+        if self._is_ending:  # input after a refused request is discarded
             return
         limits = self.limits
         if self.parser.should_upgrade() and not self._is_handshake():
-            return  # the parser stops here; `_on_upgrade` has it parsed again as what it is
+            return  # the parser stops here; `_on_upgrade` parses the request again without the upgrade
         if len(self.spelled) > limits.header_lines:
             self.refuse(HeadersTooLarge(f"The request has more than {limits.header_lines} header lines."))
             return
@@ -383,7 +409,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._enqueue(cycle)
 
     def _enqueue(self, cycle: RequestResponseCycle) -> None:
-        """Have the worker serve a request, as soon as it has served those before."""
+        """Queue a request for the worker task, which is started if necessary."""
         self._waiting.append(cycle)
         if self._worker is None or self._worker.done():
             self._worker = self.loop.create_task(self._work())
@@ -393,12 +419,12 @@ class DownstreamConnection(HttpToolsProtocol):
             self._wake_worker()
 
     def _parsed_cycle(self) -> RequestResponseCycle:
-        """Return the request whose head has just come; raises ValueError if its target is none."""
+        """Return the cycle of the request whose head is complete; raises ValueError for an invalid target."""
         parser = self.parser
         method, version = parser.get_method().decode("ascii"), parser.get_http_version()
         target = self.url
         if b"#" in target:
-            raise ValueError("it holds a fragment")
+            raise ValueError("it contains a fragment")
         if not target.startswith(b"/"):
             target = self._origin_form(target)
         cycle = self._cycle(method, target, version)
@@ -412,7 +438,7 @@ class DownstreamConnection(HttpToolsProtocol):
 
     @cached_property
     def _template(self) -> dict[str, Any]:
-        """What the scopes of all requests of this connection have in common."""
+        """The part of the ASGI scope that all requests of this connection have in common."""
         return {
             "type": "http",
             "asgi": _VERSION,
@@ -424,7 +450,7 @@ class DownstreamConnection(HttpToolsProtocol):
         }
 
     def _cycle(self, method: str, target: bytes, version: str) -> RequestResponseCycle:
-        """Return a request; its headers are those spelled last."""
+        """Return a new request cycle with the header fields in `spelled`."""
         raw_path, _, query = target.partition(b"?")
         path = raw_path.decode("ascii")
         headers = [(name.lower(), value) for name, value in self.spelled]
@@ -442,23 +468,26 @@ class DownstreamConnection(HttpToolsProtocol):
         return cycle
 
     def _origin_form(self, target: bytes) -> bytes:
-        """Return path and query of an absolute-form target, whose authority wins over Host (RFC 9112, 3.2.2)."""
+        """Return path and query of an absolute-form target; its authority replaces Host (RFC 9112 section 3.2.2).
+
+        Raises ValueError if the target is neither in absolute form nor `*`.
+        """
         if target == b"*":
             return target
-        spelt = _ABSOLUTE_FORM.fullmatch(target)
-        if spelt is None:
-            raise ValueError("it is neither a path nor an absolute URL without a user")
+        absolute = _ABSOLUTE_FORM.fullmatch(target)
+        if absolute is None:
+            raise ValueError("it is neither a path nor an absolute URL without user information")
         url = httptools.parse_url(target)
         if not url.host:
             raise ValueError("it names no host")
         host = b"[%b]" % url.host if b":" in url.host else url.host
         authority = host if url.port is None else b"%b:%d" % (host, url.port)
         self.spelled[:] = [(name, authority if name.lower() == b"host" else value) for name, value in self.spelled]
-        rest = spelt[1] or b""
+        rest = absolute[1] or b""
         return rest if rest.startswith(b"/") else b"/" + rest
 
     def on_body(self, body: bytes) -> None:
-        """Take one piece of body; none belongs to a request that was refused."""
+        """Pass a body piece to the request; discard it if the response is complete (parser callback)."""
         self._unparsed = 0
         cycle = self._reading
         if cycle is None or self._is_ending:
@@ -473,7 +502,7 @@ class DownstreamConnection(HttpToolsProtocol):
             self._linger()
 
     def on_message_complete(self) -> None:
-        """End of a request; the next head may follow at once."""
+        """End the request; the next head may follow in the same piece (parser callback)."""
         self._unparsed = 0
         cycle, self._reading = self._reading, None
         if cycle is None or self._is_ending:
@@ -485,7 +514,7 @@ class DownstreamConnection(HttpToolsProtocol):
             self._alarm.set(self._current_timeout())
 
     def _is_handshake(self) -> bool:
-        """Tell whether the head that has just come asks for a WebSocket (RFC 6455 section 4.1)."""
+        """Tell whether the head is a WebSocket handshake (RFC 6455 section 4.1)."""
         fields = fields_of(self.spelled)
         return (
             self.parser.get_method() == b"GET"
@@ -495,10 +524,10 @@ class DownstreamConnection(HttpToolsProtocol):
         )
 
     def _on_upgrade(self) -> None:
-        """Hold what comes behind a handshake until that is answered. Any other upgrade is none to us.
+        """Hold the input after a WebSocket handshake until its response; ignore other upgrades.
 
-        The parser stops at the head of every request that asks for an upgrade, and takes its body for the other
-        protocol. So a request whose wish we do not know is parsed again without it.
+        The parser stops after the head of every upgrade request and treats the body as data of the other protocol. So
+        a request for any other upgrade is parsed again without its `Upgrade` field (RFC 9110 section 7.8).
         """
         if self._is_ending:
             return
@@ -511,13 +540,13 @@ class DownstreamConnection(HttpToolsProtocol):
         head = b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"\r\n"])
         self._renew_parser()
         if method == b"CONNECT":
-            self.refuse(BadRequest("CONNECT is not served here."))
+            self.refuse(BadRequest("The method CONNECT is not supported."))
             return
         self._unparsed += len(head)
         try:
             self.parser.feed_data(head)
         except httptools.HttpParserUpgrade:
-            self.refuse(BadRequest("The request asks for an upgrade that is not understood."))
+            self.refuse(BadRequest("The requested protocol upgrade is not supported."))
         except httptools.HttpParserError as error:
             self._on_error(error)
 
@@ -526,14 +555,14 @@ class DownstreamConnection(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def pause_reading(self) -> None:
-        """Make the client wait."""
+        """Stop reading from the client, so that TCP applies back-pressure."""
         if not self._is_read_paused and not self.transport.is_closing():
             self._is_read_paused = True
             self._paused_at = self.loop.time()
             self.transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Let the client go on, once what it has sent already is on its way."""
+        """Read from the client again, unless input is held."""
         if self._is_holding or self.transport.is_closing():
             return
         if self._is_read_paused:
@@ -541,17 +570,17 @@ class DownstreamConnection(HttpToolsProtocol):
             self._excuse_pause()
             self.transport.resume_reading()
 
-    # The lane, as `fast_path.Downstream` has it
+    # The fast path: implements `fast_path.Downstream`
 
     def begin_exchange(self, exchange: InFlight) -> None:
-        """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
+        """Hold further input until the exchange ends, and report events of the connection to it."""
         self._fast_exchange = exchange
         self._is_at_rest = self._is_timed = False
         self._is_holding = True
         self._alarm.clear()
 
     def end_exchange(self, *, keep_alive: bool) -> None:
-        """Go on behind a complete answer, or end the connection."""
+        """Process the next request after a complete response, or close the connection."""
         self._fast_exchange = None
         self.server_state.total_requests += 1
         if self._is_over:
@@ -565,9 +594,9 @@ class DownstreamConnection(HttpToolsProtocol):
             self._is_holding = False
             self._become_idle()
 
-    def write_response(self, answer: bytes, *, keep_alive: bool) -> None:
-        """Send a whole answer to a request that has not embarked."""
-        self.transport.write(answer)
+    def write_response(self, response: bytes, *, keep_alive: bool) -> None:
+        """Send a complete response to a request for which `begin_exchange` was not called."""
+        self.transport.write(response)
         self.server_state.total_requests += 1
         self._is_timed = False
         if keep_alive:
@@ -577,7 +606,7 @@ class DownstreamConnection(HttpToolsProtocol):
 
     @property
     def is_busy(self) -> bool:
-        """True while a request is served here, a tunnel is open, or the client has not read its answer."""
+        """True while a request is served, a tunnel is open, or a response is not completely written."""
         return self._fast_exchange is not None or self._is_working or self.transport.get_write_buffer_size() > 0
 
     @property
@@ -585,7 +614,7 @@ class DownstreamConnection(HttpToolsProtocol):
         return self._worker is not None and self._rest is None and not self._worker.done()
 
     def cut_off(self) -> None:
-        """End what no task serves, with the connection: the time to drain is over. Tasks the server cancels."""
+        """Abort the connection at the end of the drain, unless a task serves it: the server cancels tasks itself."""
         if self._is_working:
             return
         self.transport.abort()
@@ -596,7 +625,7 @@ class DownstreamConnection(HttpToolsProtocol):
     def run_asgi(
         self, app: Any, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
     ) -> None:
-        """Have `app` serve the request, whether it has embarked or not."""
+        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it."""
         self._fast_exchange = None
         self._is_at_rest = self._is_timed = False
         self.spelled = headers
@@ -615,7 +644,7 @@ class DownstreamConnection(HttpToolsProtocol):
             self._is_holding = False
 
     def _become_idle(self) -> None:
-        """Wait for the next request, if nothing of it has come yet."""
+        """Set the timeout for the next request; open the fast path if nothing of it has arrived."""
         self._alarm.set(self._current_timeout())
         if self._is_holding or self._waiting or self._has_begun or self._unparsed or self._reading is not None:
             return
@@ -629,7 +658,7 @@ class DownstreamConnection(HttpToolsProtocol):
     # Serving
 
     async def _work(self) -> None:
-        """Serve the requests of this connection, one after the other, until it is over."""
+        """Serve the queued requests in order until the connection is lost."""
         app: Any = self.app
         while self._waiting or not self._is_over:
             if not self._waiting:
@@ -644,30 +673,30 @@ class DownstreamConnection(HttpToolsProtocol):
                 await (cycle.app or app)(cycle.scope, cycle.receive, cycle.send)
             except Exception:
                 logger.exception("the application failed")
-            except BaseException:  # cancelled by the server: its time to drain was over
+            except BaseException:  # cancelled by the server at the end of the drain
                 self.transport.abort()
                 raise
             finally:
-                del cycle.scope[SERVER_EXTENSION]  # they refer to each other, and would wait for the garbage collector
-                cycle.on_shutdown = None  # as do what it calls and this
-                cycle.app = None  # as it does where it goes on with what began on the straight way
+                del cycle.scope[SERVER_EXTENSION]  # these three break reference cycles, which only the
+                cycle.on_shutdown = None  # garbage collector would free
+                cycle.app = None
             if not cycle.is_answered and not cycle.is_disconnected:
                 self._on_unfinished(cycle)
-        self._serving = self._reading = None  # they refer to us
+        self._serving = self._reading = None  # breaks reference cycles
 
     def _on_unfinished(self, cycle: RequestResponseCycle) -> None:
-        """Break off what the application has not finished, so that it cannot pass for complete."""
+        """Terminate an incomplete response so that the client detects that it is incomplete."""
         if not cycle.is_started:
-            self._send_error(InternalError("The gateway failed to answer."))
-        elif cycle.is_http10:  # only a reset tells that it was not the end
+            self._send_error(InternalError("The gateway failed to generate a response."))
+        elif cycle.is_http10:  # a regular close would be the end of the body, so the connection is reset
             self.transport.abort()
         else:
             self._close()
 
     @property
     def worker(self) -> "asyncio.Task[None]":
-        """The task that serves this connection, from its first request on."""
-        assert self._worker is not None  # noqa: S101 - see above
+        """The task that serves this connection; it exists from the first request on."""
+        assert self._worker is not None  # noqa: S101 - started by `_enqueue`
         return self._worker
 
     def _wake_worker(self) -> None:
@@ -675,7 +704,7 @@ class DownstreamConnection(HttpToolsProtocol):
             self._rest.set_result(None)
 
     def on_answered(self, cycle: RequestResponseCycle) -> None:
-        """Go on to the next request, or close if there shall be none."""
+        """Process the next request after a complete response, or close the connection."""
         self.server_state.total_requests += 1
         if not cycle.keep_alive:
             self._drop_waiting()
@@ -684,7 +713,7 @@ class DownstreamConnection(HttpToolsProtocol):
             else:
                 self._linger()
             return
-        if cycle.upgrade:  # it was refused, and so an ordinary request
+        if cycle.upgrade:  # the handshake was refused, and the connection remains HTTP
             self._renew_parser()
         if self._is_holding and (cycle.upgrade or len(self._waiting) < MAX_PIPELINED // 2):
             if not any(waiting.upgrade for waiting in self._waiting):
@@ -695,7 +724,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._become_idle()
 
     def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
-        """Send the answer to a handshake and let go of the connection; see `ServerExtension.switch`."""
+        """Send the 101 response and give up the connection; see `ServerExtension.switch_protocols`."""
         self._alarm.stop()
         self._is_ending = self._is_handed_over = True
         self._is_holding = False
@@ -704,14 +733,14 @@ class DownstreamConnection(HttpToolsProtocol):
         return self.transport, bytes(self._held)
 
     def pause_writing(self) -> None:
-        """Asked by the event loop: the client reads more slowly than we send."""
+        """Start the idle timeout: the client reads more slowly than the gateway writes (asyncio callback)."""
         self.is_write_paused = True
         self._writable = self.loop.create_future()
         if not self._is_ending:
             self._alarm.set(self.limits.idle_timeout)
 
     def resume_writing(self) -> None:
-        """Asked by the event loop: the client has caught up."""
+        """Resume sending: the write buffer is below its low-water mark (asyncio callback)."""
         self.is_write_paused = False
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
@@ -722,14 +751,14 @@ class DownstreamConnection(HttpToolsProtocol):
             self._fast_exchange.on_writable()
 
     async def wait_until_writable(self) -> None:
-        """Wait for the client to read on, or to leave."""
+        """Wait until the client reads on or disconnects."""
         while self._writable is not None:
-            await asyncio.wait({self._writable})  # a future that is awaited itself is cancelled with its task, for all
+            await asyncio.wait({self._writable})  # awaiting the shared future itself would cancel it with this task
 
-    # Time, refusals, the end
+    # Timeouts, refusals, closing
 
     def _current_timeout(self) -> float | None:
-        """Return the seconds that what is awaited now may take."""
+        """Return the timeout of the current state in seconds; None while an upstream's timeouts apply."""
         if self._reading is not None or self.is_write_paused:
             return self.limits.idle_timeout
         if (
@@ -737,19 +766,20 @@ class DownstreamConnection(HttpToolsProtocol):
             or self._waiting
             or (self._serving is not None and not self._serving.is_answered)
         ):
-            return None  # the upstream's time, which others keep
+            return None
         return self.limits.header_timeout if self._is_timed else self.limits.keep_alive_timeout
 
     def _await_body(self, reading: RequestResponseCycle) -> None:
-        """Give the client its time for the rest of a body.
+        """Set the deadline of the next body piece.
 
-        Each piece is worth as long as it takes at the least rate. The next is due before that is used up, and within
-        `idle_timeout` at most; nor does more than that add up, so that what was sent fast excuses no slow rest.
+        Each received byte adds 1/rate seconds of credit. The next piece is due before the credit is used up, and
+        within `idle_timeout` at most. Credit is limited to the greater of `idle_timeout` and `body_grace`, so that a
+        fast beginning does not excuse a slow rest.
         """
         limits = self.limits
         received, self._body_bytes = self._body_bytes, 0
         rate = limits.body_rate if reading.body_rate is None else reading.body_rate
-        if not rate or reading.awaits_continue:  # the client has not been asked for its body yet
+        if not rate or reading.awaits_continue:  # no minimum rate, or the client still awaits 100 (Continue)
             reading.body_due = None
             self._alarm.set(limits.idle_timeout)
             return
@@ -761,7 +791,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._alarm.set(due - now)
 
     def _excuse_pause(self) -> None:
-        """Put off what is due of a body by as long as we have not read."""
+        """Extend the deadline of the body by the time for which reading was paused."""
         reading = self._reading
         if reading is not None and reading.body_due is not None:
             now = self.loop.time()
@@ -771,13 +801,13 @@ class DownstreamConnection(HttpToolsProtocol):
             self._alarm.set(reading.body_due - now)
 
     def on_body_rate(self, cycle: RequestResponseCycle) -> None:
-        """Apply the rate that this request's body must have from now on."""
+        """Apply a changed minimum rate to the body of this request."""
         if cycle is self._reading and not self._is_ending:
             cycle.body_due = None
             self._await_body(cycle)
 
     def _on_alarm(self) -> None:
-        """Act on what has not come: the rest of a head or of a body, the next request, or the client's reading on."""
+        """Handle an expired timeout: of a head, a body, the next request, or a client that does not read."""
         if self._is_ending or self.is_write_paused or self.transport.is_closing():
             self._check_reader()
         elif self._serving is not None and not self._serving.is_answered:
@@ -788,7 +818,10 @@ class DownstreamConnection(HttpToolsProtocol):
             self._close()
 
     def _check_reader(self) -> None:
-        """Give a client that reads slowly more time, and one that does not read, or has read it all, none."""
+        """Extend the timeout if the client has acknowledged bytes since the last check; abort otherwise.
+
+        A connection without unwritten bytes is aborted too: it is only waiting to be closed.
+        """
         unsent = unacknowledged(self.transport)
         if unsent == self._unsent or not self.transport.get_write_buffer_size():
             self.transport.abort()
@@ -797,31 +830,31 @@ class DownstreamConnection(HttpToolsProtocol):
         self._alarm.set(self.limits.idle_timeout)
 
     def _check_sender(self, serving: RequestResponseCycle) -> None:
-        if self._reading is not serving:  # it is complete, and a head behind it may take as long as its answer
+        if self._reading is not serving:  # the body is complete; a pipelined head may wait for the response
             self._alarm.set(self.limits.header_timeout)
-        elif self._is_read_paused or serving.awaits_continue:  # it is not the client that is waited for
+        elif self._is_read_paused or serving.awaits_continue:  # the client does not cause the delay
             self._alarm.set(self.limits.idle_timeout)
-        elif serving.body_due is not None and serving.body_due > self.loop.time():  # it was put off meanwhile
+        elif serving.body_due is not None and serving.body_due > self.loop.time():  # the deadline was extended
             self._alarm.set(serving.body_due - self.loop.time())
         elif serving.is_started:
             self.transport.abort()
         elif serving.body_due is None or serving.body_due < serving.body_credit:
-            self.refuse(RequestTimeout(f"Nothing of the body came for {self.limits.idle_timeout:g} s."))
+            self.refuse(RequestTimeout(f"No part of the body arrived within {self.limits.idle_timeout:g} s."))
         else:
             rate = self.limits.body_rate if serving.body_rate is None else serving.body_rate
-            self.refuse(RequestTimeout(f"The body came more slowly than {rate:g} bytes a second."))
+            self.refuse(RequestTimeout(f"The body arrived more slowly than {rate:g} bytes per second."))
 
     def _refuse_size(self) -> None:
         self.refuse(HeadersTooLarge(f"The request's head is larger than {self.limits.header_bytes} bytes."))
 
     def refuse(self, error: GatewayError) -> None:
-        """Answer by ourselves, without the application, and end the connection.
+        """Send problem details without the application and end the connection.
 
-        Where a word of ours would get into, or pass for, an answer that is due, it ends without one.
+        Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request.
         """
         if self._is_ending:
             return
-        if self.transport.is_closing():  # nobody reads a refusal, and nothing more is parsed
+        if self.transport.is_closing():  # the client cannot receive a refusal
             self._close()
             return
         due = self._serving
@@ -849,7 +882,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        """Send no more but go on reading for a moment: closing now would reset what the client has yet to read."""
+        """Half-close and discard input for LINGER_TIMEOUT, so that no reset destroys the response (RFC 9112 9.6)."""
         self._is_ending = True
         self._discarded = 0
         self._drop_waiting()
@@ -862,7 +895,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._alarm.set(LINGER_TIMEOUT)
 
     def _close(self) -> None:
-        """Close once everything is sent, which may not take for ever."""
+        """Close after the write buffer is flushed; abort if the client makes no progress within `idle_timeout`."""
         self._is_ending = True
         self._is_at_rest = False
         self._drop_waiting()
@@ -870,7 +903,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._alarm.set(self.limits.idle_timeout)
 
     def _drop_waiting(self) -> None:
-        """Serve nothing more; what has begun on the lane is left to the worker, who finds that the client is gone."""
+        """Drop the queued requests, except those from the fast path: the worker must end their exchanges."""
         if self._waiting:
             for cycle in self._waiting:
                 cycle.disconnect()
@@ -878,19 +911,19 @@ class DownstreamConnection(HttpToolsProtocol):
 
 
 def _peer(transport: asyncio.Transport) -> tuple[str, int] | None:
-    """Return the client's address, UNIX_PEER for one on a Unix socket; None if the connection is over already."""
+    """Return address and port of the client, UNIX_PEER on a Unix socket, or None if the connection is already lost."""
     if transport.get_extra_info("socket").family == socket.AF_UNIX:
         return UNIX_PEER
     return _plain(get_remote_addr(transport))
 
 
 def _plain(end: tuple[str, Any] | None) -> tuple[str, Any] | None:
-    """Return an address; that of IPv4 instead of one that a socket for both kinds maps into IPv6."""
+    """Return the address with an IPv4-mapped IPv6 address, as from a dual-stack socket, converted to IPv4."""
     return (end[0].removeprefix(_MAPPED), end[1]) if end is not None else None
 
 
 def _size(headers: HeaderList) -> int:
-    """Return the bytes these headers take up on the wire."""
+    """Return the size of header fields on the wire, in bytes."""
     return sum(len(name) + len(value) + 4 for name, value in headers)
 
 
@@ -900,9 +933,10 @@ def limited_protocol(
     shares: FairShares | None = None,
     share_holder: Callable[[str], str | None] = _nobody,
 ) -> type[DownstreamConnection]:
-    """Return the protocol class for one server, for uvicorn's `Config(http=...)`; it counts its refusals.
+    """Return the protocol class of one server, for uvicorn's `Config(http=...)`.
 
-    `shares` are of the connections, `share_holder` says whose share one from an address takes.
+    `refused` counts refusals by reason. `shares` limits the connections; `share_holder` maps a client address to the
+    holder whose share a connection uses, or None.
     """
     shared: dict[str, Any] = {
         "limits": limits,

@@ -1,7 +1,7 @@
-"""One request and its answer on the server side: ASGI's `receive` and `send`, and the `ServerExtension` beside them.
+"""One request and its response on a downstream connection: ASGI's `receive` and `send`, and the `ServerExtension`.
 
-What goes out is framed here: by the announced length, in chunks, or by the end of the connection for a client of
-HTTP/1.0. Names keep their spelling; a `Date` is added where none comes (RFC 9110 section 6.6.1).
+Responses are framed here: by `Content-Length`, in chunks, or by the end of the connection for HTTP/1.0. Field names
+keep their case; a `Date` is added where it is absent (RFC 9110 section 6.6.1).
 """
 
 import asyncio
@@ -14,12 +14,12 @@ from api_gateway.http1.headers import BODILESS, Fields, fields_of, http_date
 from api_gateway.http1.serializer import _COLON, _status_line, refuse_hidden_lines, render_response_head
 from api_gateway.models import HeaderList
 
-REQUEST_HIGH_WATER = 65_536  # bytes of a body held for a slow reader before the client is made to wait
+REQUEST_HIGH_WATER = 65_536  # bytes of a body buffered for a slow reader before reading from the client is paused
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class DownstreamPort(Protocol):
-    """What a cycle asks of its connection."""
+    """The connection as a cycle uses it."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
@@ -29,45 +29,50 @@ class DownstreamPort(Protocol):
 
     @property
     def worker(self) -> "asyncio.Task[None]":
-        """The task that serves the connection, from its first request on."""
+        """The task that serves the connection; it exists from the first request on."""
         ...
 
     def resume_reading(self) -> None:
-        """Let the client go on."""
+        """Read from the client again after a pause."""
         ...
 
     async def wait_until_writable(self) -> None:
-        """Wait for the client to read on, or to leave."""
+        """Wait until the client reads on or disconnects."""
         ...
 
     def on_answered(self, cycle: "RequestResponseCycle") -> None:
-        """Go on to the next request, or close if there shall be none."""
+        """Process the next request after a complete response, or close the connection."""
         ...
 
     def on_body_rate(self, cycle: "RequestResponseCycle") -> None:
-        """Apply the rate that this request's body must have from now on."""
+        """Apply a changed minimum rate to the body of this request."""
         ...
 
     def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
-        """Send the answer to a handshake and let go of the connection; see `ServerExtension.switch`."""
+        """Send the 101 response and give up the connection; see `ServerExtension.switch_protocols`."""
         ...
 
 
 class RequestResponseCycle:
-    """One request and its answer: ASGI's `receive` and `send`, and the `ServerExtension` beside them."""
+    """One request and its response: ASGI's `receive` and `send`, and the `ServerExtension`.
 
-    # What every cycle begins as stands here, and not in each of them: one is made for every request.
+    States of the response: waiting, started (`is_started`), complete (`is_started` and `is_answered`). States of the
+    request: receiving, complete (`is_body_complete`). `is_disconnected` may be combined with any state; nothing is
+    sent from then on.
+    """
+
+    # Initial values are class attributes, which makes it cheaper to create a cycle for each request.
     upgrade = b""
-    app: Any = None  # what serves it, if not the connection's application
+    app: Any = None  # the application that serves the request, if not the connection's
     on_disconnect: Callable[[], object] | None = None
     on_shutdown: Callable[[], object] | None = None
     is_stopping = False
     keep_alive = True
     is_http10 = False
     is_body_complete = False
-    body_rate: float | None = None  # bytes a second of the body, if not the connection's; 0 is no limit
-    body_due: float | None = None  # when the next piece of the body is due, kept by the connection
-    body_credit = 0.0  # until when the body is fast enough, if no more of it comes; kept by the connection
+    body_rate: float | None = None  # minimum bytes per second, if not the connection's limit; 0 for none
+    body_due: float | None = None  # loop time at which the next body piece is due; set by the connection
+    body_credit = 0.0  # loop time until which the minimum rate is met without more input; set by the connection
     is_disconnected = False
     is_started = False
     is_answered = False
@@ -75,7 +80,7 @@ class RequestResponseCycle:
     _is_body_taken = False
     _waiter: "asyncio.Future[None] | None" = None
     _has_body = True
-    _head = b""  # kept for the first piece of the body
+    _head = b""  # to be sent together with the first body piece
     _is_chunked = False
     _left: int | None = None  # bytes of the announced length still to be sent
     _trailers_follow = False
@@ -94,23 +99,23 @@ class RequestResponseCycle:
         state = "answered" if self.is_answered else "started" if self.is_started else "waiting"
         return f"<RequestResponseCycle {self.scope['method']} {self.target!r} [{state}]>"
 
-    # From the connection
+    # Called by the connection
 
     def feed(self, piece: bytes) -> bool:
-        """Take one piece of the body; tell whether there is enough of it for now."""
-        self.awaits_continue = self._owes_continue = False  # it did not wait to be asked
+        """Buffer one body piece; return True above REQUEST_HIGH_WATER, when reading shall be paused."""
+        self.awaits_continue = self._owes_continue = False  # the client sends without waiting for 100 (Continue)
         self._body.append(piece)
         self._buffered += len(piece)
         self._wake()
         return self._buffered > REQUEST_HIGH_WATER
 
     def end_body(self) -> None:
-        """The request is complete."""
+        """Mark the request as complete."""
         self.is_body_complete = True
         self._wake()
 
     def disconnect(self) -> None:
-        """The client is gone."""
+        """Mark the client as disconnected; call `on_disconnect` unless the response is complete. Idempotent."""
         if self.is_disconnected:
             return
         self.is_disconnected = True
@@ -119,7 +124,7 @@ class RequestResponseCycle:
             self.on_disconnect()
 
     def stop(self) -> None:
-        """The server stops: what has no end of its own shall end soon."""
+        """Mark the server as stopping and call `on_shutdown`, which ends streams and tunnels."""
         self.is_stopping = True
         if self.on_shutdown is not None:
             self.on_shutdown()
@@ -132,7 +137,7 @@ class RequestResponseCycle:
     # ASGI
 
     async def receive(self) -> dict[str, Any]:
-        """Return the next piece of the body, or that the client has left, or that the answer is complete."""
+        """Return the next body piece, or `http.disconnect` once the client is gone or the response is complete."""
         if self._owes_continue and not self.is_started and not self.is_disconnected:
             self.awaits_continue = self._owes_continue = False
             self.connection.transport.write(_CONTINUE)
@@ -152,7 +157,10 @@ class RequestResponseCycle:
         return {"type": "http.disconnect"}
 
     async def send(self, message: dict[str, Any]) -> None:
-        """Send a part of the answer, waiting while the client reads too slowly. Nothing is sent to who has left."""
+        """Send a part of the response after waiting for the client to read; no effect once it has disconnected.
+
+        Raises RuntimeError for a message that is out of order, or a body that does not match its Content-Length.
+        """
         if self.connection.is_write_paused and not self.is_disconnected:
             await self.connection.wait_until_writable()
         if self.is_disconnected:
@@ -167,24 +175,24 @@ class RequestResponseCycle:
         elif kind == "http.response.trailers" and self._trailers_follow:
             self._send_trailers(message["headers"])
         else:
-            raise RuntimeError(f"{kind} is not known here")
+            raise RuntimeError(f"{kind} is not supported")
 
     def _start(self, message: dict[str, Any]) -> None:
-        """Write the head, or keep it for the body that follows.
+        """Write the head, or keep it for the first body piece.
 
-        Beyond ASGI a message may hold `reason`, the phrase an upstream chose; `upstream_fields`, the headers
-        of an upstream by name, which `headers` were made of; and `is_body_ready`, the promise that the body's first
-        piece is sent next without waiting: both then go out together.
+        A message may contain extensions of ASGI: `reason`, the reason phrase of the upstream; `upstream_fields`, the
+        upstream's header fields by name, from which `headers` were made; and `is_body_ready`, which guarantees that
+        the first body piece follows at once, so that both are written together.
         """
         status: int = message["status"]
         headers: HeaderList = message.get("headers", ())
         self.is_started = True
         lines = [_status_line(status, message.get("reason")), *map(_COLON, headers)]
         fields: Fields | None = message.get("upstream_fields")
-        fields_given = fields is not None  # then `headers` hold no `DownstreamPort` any more
+        fields_given = fields is not None  # then `headers` contain no `Connection`
         if fields is None:
             fields = fields_of(headers)
-            refuse_hidden_lines(lines)  # a parser has seen an upstream's
+            refuse_hidden_lines(lines)  # an upstream's lines have been validated by a parser
             if b"close" in fields.get(b"connection", [b""])[0].lower():
                 self.keep_alive = False
         if b"date" not in fields:
@@ -199,7 +207,7 @@ class RequestResponseCycle:
             self._is_chunked = True
             self._trailers_follow = message.get("trailers", False)
             lines.append(b"transfer-encoding: chunked")
-        if not self.keep_alive or self.awaits_continue:  # whether the body still comes, nobody can tell
+        if not self.keep_alive or self.awaits_continue:  # after a final response the body may be sent or not
             self.keep_alive = False
             if fields_given or b"connection" not in fields:
                 lines.append(b"connection: close")
@@ -219,7 +227,7 @@ class RequestResponseCycle:
         elif self._left is not None:
             self._left -= len(body)
             if self._left < 0:
-                raise RuntimeError("the answer is longer than its Content-Length")
+                raise RuntimeError("the response is longer than its Content-Length")
         if self._head:
             body = self._head + body
             self._head = b""
@@ -227,7 +235,7 @@ class RequestResponseCycle:
             self.connection.transport.write(body)
         if is_last and not self._trailers_follow:
             if self._left:
-                raise RuntimeError("the answer is shorter than its Content-Length")
+                raise RuntimeError("the response is shorter than its Content-Length")
             self._finish()
 
     def _send_trailers(self, trailers: HeaderList) -> None:
@@ -241,7 +249,7 @@ class RequestResponseCycle:
         self._wake()
         self.connection.on_answered(self)
 
-    # The link
+    # ServerExtension
 
     @property
     def task(self) -> "asyncio.Task[None]":
@@ -249,7 +257,7 @@ class RequestResponseCycle:
         return self.connection.worker
 
     def defer_continue(self) -> None:
-        """See `ServerExtension`; what the upstream says then goes through `inform`."""
+        """See `ServerExtension`; the upstream's 100 (Continue) is sent by `send_interim`."""
         self._owes_continue = False
 
     def require_body_rate(self, rate: float) -> None:
@@ -259,13 +267,13 @@ class RequestResponseCycle:
             self.connection.on_body_rate(self)
 
     def send_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        """See `ServerExtension`. A client of HTTP/1.0 knows no interim answers."""
+        """See `ServerExtension`. HTTP/1.0 has no interim responses (RFC 9110 section 15.2)."""
         self.awaits_continue = self.awaits_continue and status != HTTPStatus.CONTINUE
         if not self.is_http10 and not self.is_started and not self.is_disconnected:
             self.connection.transport.write(render_response_head(status, reason, headers))
 
     def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
-        """See `ServerExtension`. From here on this cycle sends nothing; its end closes the connection."""
+        """See `ServerExtension`. The cycle sends nothing more; the connection is closed when the tunnel ends."""
         self.is_started = self.is_answered = True
         self.keep_alive = False
         self.on_disconnect = None

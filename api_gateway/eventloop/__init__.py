@@ -1,1 +1,1 @@
-"""Timers, tasks, lag and pacing on the asyncio event loop. Knows nothing of HTTP or of the gateway."""
+"""Timers, tasks, lag and pacing on the asyncio event loop. Independent of HTTP and of the gateway."""

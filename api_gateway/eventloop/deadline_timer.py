@@ -1,7 +1,7 @@
-"""One deadline that moves a lot and rarely passes, as those of connections do.
+"""A timer for a deadline that is often postponed and rarely reached, such as a connection's timeout.
 
-Arming and cancelling a timer of the event loop for every request costs more than the rest of keeping time. A
-`DeadlineTimer` leaves its timer standing while the deadline moves on, and asks for the rest when it rings too early.
+Scheduling and cancelling an event loop timer for each request is expensive. A `DeadlineTimer` keeps its event loop
+timer while the deadline is postponed, and schedules another one for the remaining time when that timer fires early.
 """
 
 import asyncio
@@ -10,26 +10,29 @@ from collections.abc import Callable
 
 
 def _nothing() -> None:
-    """Stand in for what a stopped alarm called, whose owner it would otherwise keep."""
+    """Replace the callback of a stopped timer, which would otherwise keep the callback's owner alive."""
 
 
 class DeadlineTimer:
-    """Calls `ring` once the deadline has passed. Setting it to a later one, the usual case, costs an assignment."""
+    """Calls `ring` once the deadline has passed. Postponing the deadline, the usual case, costs one assignment.
+
+    States: off (`deadline` is infinite), due, stopped (off for ever). `deadline` is on the event loop's clock.
+    """
 
     __slots__ = ("_due", "_handle", "_loop", "_ring", "deadline")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
-        self.deadline = math.inf  # on the clock of the loop; infinity is never
+        self.deadline = math.inf
         self._loop = loop
         self._ring = ring
-        self._due = math.inf  # when the standing timer rings
+        self._due = math.inf  # when the event loop timer fires; never later than the deadline
         self._handle: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         return f"<DeadlineTimer [{'off' if self.deadline == math.inf else f'due at {self.deadline:.3f}'}]>"
 
     def set(self, seconds: float | None) -> None:
-        """Ring in `seconds`; None is never."""
+        """Set the deadline to `seconds` from now; None turns the timer off."""
         if seconds is None:
             self.deadline = math.inf
             return
@@ -38,11 +41,11 @@ class DeadlineTimer:
             self._arm(deadline)
 
     def clear(self) -> None:
-        """Do not ring. The timer stays, for whoever sets a deadline next."""
+        """Turn the timer off, but keep the event loop timer for the next deadline."""
         self.deadline = math.inf
 
     def stop(self) -> None:
-        """Never ring again, and let go of everything."""
+        """Turn the timer off for ever, and release the callback and the event loop timer."""
         self._ring = _nothing
         self.deadline = self._due = math.inf
         if self._handle is not None:

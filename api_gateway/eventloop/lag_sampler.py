@@ -1,7 +1,7 @@
-"""How late the event loop runs: how late a timer rings, or how long what is ready then waits for its turn.
+"""Measures the lag of the event loop: how late a timer fires, or how long a ready callback waits after that.
 
-The timer alone would tell too little: one that rings every tenth of a second is on time in a loop whose every turn
-takes just that.
+The timer alone is not sufficient: a timer with an interval of 0.1 s is on time in a loop whose every iteration takes
+0.1 s.
 """
 
 import asyncio
@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 
 SAMPLE_INTERVAL = 0.1  # seconds
-HOPS = 2  # callbacks it takes to wait for what the sockets bring meanwhile: the first comes before that
+HOPS = 2  # callbacks in a row: the first runs before pending socket events are processed, the second after
 
 
 class LagSampler:
-    """Tells `observe`, ten times a second, by how many seconds the loop is late."""
+    """Calls `observe` with the lag of the event loop in seconds, every SAMPLE_INTERVAL while it is started."""
 
     __slots__ = ("_began", "_handle", "_hops", "_late", "_loop", "_observe")
 
@@ -28,12 +28,12 @@ class LagSampler:
         return f"<LagSampler [{'off' if self._handle is None else 'on'}]>"
 
     def start(self) -> None:
-        """Begin."""
+        """Start sampling."""
         self._began = time.monotonic()
         self._handle = self._loop.call_later(SAMPLE_INTERVAL, self._on_timer)
 
     def stop(self) -> None:
-        """End."""
+        """Stop sampling; `start` may be called again."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None

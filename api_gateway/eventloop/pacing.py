@@ -1,6 +1,6 @@
-"""Long computations in steps, between which the event loop serves others.
+"""Long computations in steps, between which the event loop runs other callbacks.
 
-A computation is a generator: it yields wherever it may pause, and returns its result.
+A computation is a generator that yields where it may pause, and returns its result.
 """
 
 import asyncio
@@ -14,11 +14,11 @@ V = TypeVar("V")
 
 Steps = Generator[None, None, T]
 
-MAX_STRETCH = 0.003  # seconds of computing between two turns of the loop
+MAX_STRETCH = 0.003  # seconds of computation between two iterations of the event loop
 
 
 async def paced(steps: Steps[T], stretch: float = MAX_STRETCH) -> T:
-    """Return the result; lets the event loop turn after every `stretch` seconds."""
+    """Run a computation and return its result, yielding to the event loop after every `stretch` seconds."""
     until = time.perf_counter() + stretch
     try:
         while True:
@@ -32,7 +32,7 @@ async def paced(steps: Steps[T], stretch: float = MAX_STRETCH) -> T:
 
 
 def completed(steps: Steps[T]) -> T:
-    """Return the result, without a pause."""
+    """Run a computation without pauses and return its result."""
     try:
         while True:
             next(steps)
@@ -42,9 +42,9 @@ def completed(steps: Steps[T]) -> T:
 
 
 def each(items: Iterable[tuple[K, V]], make: Callable[[K, V], T]) -> Steps[dict[K, T]]:
-    """Return what `make` makes of each key and value, with a pause between any two.
+    """Return `make(key, value)` for each key, with a possible pause after each.
 
-    What `items` yields is copied first, so that it may change meanwhile.
+    `items` is copied first, so that the underlying mapping may change during pauses.
     """
     made = {}
     for key, value in list(items):

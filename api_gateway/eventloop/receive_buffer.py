@@ -1,14 +1,14 @@
-"""The buffer that the connections of an event loop read into: it bounds what one read can bring.
+"""The receive buffer that all connections of an event loop share; it limits the size of one read.
 
-Event loops read up to 256 KiB at once; with `asyncio.BufferedProtocol` a protocol says where to and how much. One
-buffer serves all connections of a loop, as each takes its bytes before the next one's turn.
+Without it, asyncio reads up to 256 KiB at once; an `asyncio.BufferedProtocol` provides the buffer itself. One buffer
+is enough for all connections of a loop, because each connection copies its bytes before the loop reads again.
 """
 
 import asyncio
 from weakref import WeakKeyDictionary
 
 READ_SIZE = 64 * 1024  # bytes read at once
-RELAY_SIZE = 192 * 1024  # the same where what is read is written at once: fewer system calls for large bodies
+RELAY_SIZE = 192 * 1024  # bytes read at once if they are written immediately: fewer system calls for large bodies
 
 _buffers: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 

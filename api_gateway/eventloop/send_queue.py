@@ -1,8 +1,8 @@
-"""How much of what was sent a peer has still to take: the measure of whether a slow reader makes progress.
+"""The number of sent bytes that a peer has not acknowledged, which shows whether a slow reader makes progress.
 
-The buffer of an asyncio transport alone does not tell. The kernel reports a socket as writable again only once a third
-of its own send buffer is free, which may be more than a megabyte: a steady reader moves nothing in the transport's
-buffer until then.
+The write buffer of an asyncio transport does not show it: the kernel reports a socket as writable only once a third of
+its send buffer is free, which may be more than 1 MB. Until then, the transport's buffer does not shrink even if the
+peer reads steadily.
 """
 
 import asyncio
@@ -14,9 +14,9 @@ _COUNT = struct.Struct("i")
 
 
 def unacknowledged(transport: asyncio.WriteTransport) -> int:
-    """Return the bytes in the transport's buffer and in the kernel's send queue.
+    """Return the number of bytes in the transport's write buffer and in the kernel's send queue.
 
-    Where the kernel cannot be asked (not Linux, no socket), the transport's buffer alone is counted.
+    If the kernel does not report its queue (not Linux, no socket), only the transport's buffer is counted.
     """
     buffered = transport.get_write_buffer_size()
     sock = transport.get_extra_info("socket")

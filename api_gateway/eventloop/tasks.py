@@ -1,17 +1,17 @@
-"""Ends tasks of ours, for certain.
+"""Reliable cancellation of tasks.
 
-A single cancellation may be lost in what a task waits for: `asyncio.wait_for` before Python 3.12 swallows one that
-comes together with the result, and the Redis client sends its commands so.
+One call of `cancel` may have no effect: `asyncio.wait_for` before Python 3.12 suppresses a cancellation that coincides
+with the result, and the Redis client uses it to send commands.
 """
 
 import asyncio
 from typing import Any
 
-_AGAIN_AFTER = 0.25  # seconds, enough for a task to tidy up
+_AGAIN_AFTER = 0.25  # seconds after which `cancel` is repeated, enough for a task to clean up
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and wait for their end, also when cancelled itself meanwhile."""
+    """Cancel tasks and wait until they have ended, even if the caller is cancelled meanwhile."""
     interruption = None
     running = {task for task in tasks if not task.done()}
     while running:
@@ -27,7 +27,7 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
 
 
 def check_cancelled() -> None:
-    """Raise CancelledError if this task was cancelled, and the cancellation was lost."""
+    """Raise CancelledError if the current task was cancelled but the cancellation was suppressed."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

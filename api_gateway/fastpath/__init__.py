@@ -1,4 +1,4 @@
 """Plain requests, served in callbacks of the event loop without an ASGI call or a task.
 
-Decides as the ASGI path does.
+The fast path makes the same decisions as the ASGI path.
 """

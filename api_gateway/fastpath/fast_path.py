@@ -1,13 +1,12 @@
-"""The straight way of a plain request: decided, sent on and answered in the event loop's own callbacks.
+"""The fast path: plain requests are decided, forwarded and answered in callbacks of the event loop.
 
-Most requests need nothing to be waited for but the upstream's answer. They take the same decisions here as in
-`middleware` and `router`, from the same objects, but without a scope, a coroutine or a task. Nothing is refused here
-but who is out of tokens, and what there is no place for. A request that is out of the ordinary, or would be refused
-for another reason, is left alone before anything has been done for it, and goes the ordinary way from its start. One
-that turns out so later (another answer than a plain one, a connection that broke, no connection free) goes on in the
-ordinary way from where it is.
+Most requests wait for nothing but the upstream's response. The fast path uses the same objects as `middleware` and
+`router`, and so makes the same decisions, but without an ASGI scope, a coroutine or a task. It refuses only requests
+that are rate-limited or for which there is no capacity. A request that is not plain, or would be refused for another
+reason, is left to the ASGI path before any state has changed. If a request needs the ASGI path later (a response that
+is not plain, a broken connection, no idle connection, a retry), the ASGI path continues its exchange.
 
-Long because it is one state machine: a plain request, from its bytes to the end of its response.
+The module is long because it is one state machine: a plain request, from its bytes to the end of its response.
 """
 
 import asyncio
@@ -52,58 +51,58 @@ from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
-MAX_INSPECTED = 32  # headers of a request that mean something here
-MAX_PROFILED_BYTES = 4_096  # of header lines whose meaning is remembered
-MAX_PROFILES = 1_024  # meanings remembered
-_MIN_RETRIED_STATUS = 429  # the least status that an upstream's retries can name
-_MAX_JOINED = 65_536  # bytes of a body that are copied behind the head, to go out with it in one piece
+MAX_INSPECTED = 32  # inspected header fields of a request; one with more takes the ASGI path
+MAX_PROFILED_BYTES = 4_096  # size of the largest header section that is cached
+MAX_PROFILES = 1_024  # entries of each profile cache
+_MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
+_MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
 
 
 class HeaderLimits(Protocol):
-    """What a head may have."""
+    """Limits of a request head."""
 
     @property
     def header_bytes(self) -> int:
-        """Bytes, line breaks included."""
+        """Maximum size of the head in bytes, line breaks included."""
         ...
 
     @property
     def header_lines(self) -> int:
-        """Lines."""
+        """Maximum number of header lines."""
         ...
 
 
 class Downstream(Protocol):
-    """What is asked of a client's connection."""
+    """A downstream connection as the fast path uses it."""
 
     transport: asyncio.Transport
     client: tuple[str, int] | None
     scheme: str
     limits: HeaderLimits
     is_write_paused: bool
-    last_headers: RewrittenHeaders | None  # of the last request that was plain
+    last_headers: RewrittenHeaders | None  # of the previous plain request
 
     def begin_exchange(self, exchange: "FastExchange") -> None:
-        """Hold back what else comes until the passage is over, and tell it of what happens here meanwhile."""
+        """Hold further input until the exchange ends, and report events of the connection to it."""
         ...
 
     def end_exchange(self, *, keep_alive: bool) -> None:
-        """Go on behind a complete answer, or end the connection."""
+        """Process the next request after a complete response, or close the connection."""
         ...
 
-    def write_response(self, answer: bytes, *, keep_alive: bool) -> None:
-        """Send a whole answer to a request that has not embarked."""
+    def write_response(self, response: bytes, *, keep_alive: bool) -> None:
+        """Send a complete response to a request for which `begin_exchange` was not called."""
         ...
 
     def run_asgi(
         self, app: ASGIApp, method: str, target: bytes, headers: HeaderList, body: bytes, *, keep_alive: bool
     ) -> None:
-        """Have `app` serve the request, whether it has embarked or not."""
+        """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it."""
         ...
 
 
 class FastPath:
-    """Takes plain requests on their way."""
+    """Decides on plain requests; see the module. Its only state are caches of header profiles."""
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class FastPath:
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
-        """Decide with the same steps as the ordinary way; both clocks are the same one."""
+        """Use the middleware of the ASGI path. `clock` (seconds) and `clock_ns` read the same monotonic clock."""
         self.record = record
         self.limit = limit
         self.router = router
@@ -128,11 +127,14 @@ class FastPath:
         self._inspected = InspectedHeaders(inspected_headers(router.protected))
         self._profiles = lru_cache(maxsize=MAX_PROFILES)(self._profile_by_client)
         self._anonymous_profiles = lru_cache(maxsize=MAX_PROFILES)(self._build_profile)
-        # Unless the client's name lies in a header that says something else, too.
+        # False if the client id is in a header field that has another meaning too.
         self._has_own_id_header = identify.header not in inspected_headers(frozenset())
 
     def try_handle(self, client: Downstream, received: bytes) -> bool:
-        """Take the request that was received on its way, or change nothing and return False."""
+        """Start or refuse the received request and return True, or change nothing and return False.
+
+        `received` is everything that one read returned: one complete request, or False is returned.
+        """
         parts = parse_request_head(received)
         if parts is None:
             return False
@@ -147,10 +149,10 @@ class FastPath:
             return False
         return self._admit(client, headers, method, raw_path, query, body)
 
-    def _admit(  # noqa: C901, PLR0911 - every way out is a decision
+    def _admit(  # noqa: C901, PLR0911 - each return is one decision
         self, client: Downstream, headers: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
-        """Take a plain request on its way if it can be decided on now, or change nothing and return False."""
+        """Start or refuse a plain request, or change nothing and return False."""
         profile = headers.profile
         path = raw_path.decode("ascii")
         if "%" in path:
@@ -167,7 +169,7 @@ class FastPath:
         upstream_client = router.upstream_clients[route.upstream]
         limit = self.limit
         if profile.version != self._clients.version or profile.cost != cost:
-            if profile.owner is not self:  # a reload counts the version up, so no other is noticed here
+            if profile.owner is not self:  # built before a reload, which increments the version
                 return self._admit_again(client, headers, method, raw_path, query, body)
             self._refresh_charges(profile, cost)
         upstream = upstream_client.upstream
@@ -211,7 +213,7 @@ class FastPath:
     def _admit_again(
         self, client: Downstream, old: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
     ) -> bool:
-        """Take a request whose header lines were last seen under an earlier configuration."""
+        """Build a new profile for header lines that were cached under an earlier configuration, then admit."""
         headers = self._profile(client, old.received)
         client.last_headers = headers if len(old.received) <= MAX_PROFILED_BYTES else None
         if headers is None or len(body) != headers.profile.length:
@@ -219,18 +221,18 @@ class FastPath:
         return self._admit(client, headers, method, raw_path, query, body)
 
     def _refuse(self, client: Downstream, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
-        """Answer a request that has not embarked."""
+        """Refuse a request for which `begin_exchange` was not called."""
         client.write_response(self.refusal(exchange, error, keep_alive=keep_alive), keep_alive=keep_alive)
         self.record.end(exchange, self.clock())
 
     def note(self, exchange: Exchange, decision: Decision) -> None:
-        """Write down what has been decided, and try other limits beside it."""
+        """Record the decision and evaluate the candidate limits."""
         exchange.decision = decision
         if self.limit.shadow is not None:
             self.limit.shadow.observe(exchange)
 
     def refusal(self, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> bytes:
-        """Return the answer that tells of `error`: a client that floods is told so at the least cost."""
+        """Return a complete problem-details response for `error`, and record the failure."""
         self.record.note_failure(exchange, error)
         exchange.status = error.status
         headers, body = problem_response(error, instance=exchange.path, request_id=exchange.id)
@@ -243,7 +245,7 @@ class FastPath:
         return render_response_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body)
 
     def _refresh_charges(self, profile: HeaderProfile, cost: float) -> None:
-        """Work out what a request of that cost draws on, as clients are registered now, unless that takes asking."""
+        """Set client, charges and priority of a profile from the registry; client None if the store must be asked."""
         profile.client = client = self._identify.client(profile.name, profile.peer)
         if client is not None:
             profile.version, profile.cost = self._clients.version, cost
@@ -254,7 +256,7 @@ class FastPath:
             profile.version = -1
 
     def _profile(self, client: Downstream, received_headers: bytes) -> RewrittenHeaders | None:
-        """Return what header lines come to on that connection, or None if that is for the ordinary way to say."""
+        """Return the analysed and rewritten header lines, or None if the request is not plain."""
         found = self._inspected.find(received_headers)
         if (
             found is None
@@ -276,7 +278,10 @@ class FastPath:
     def _profile_by_client(
         self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]
     ) -> HeaderProfile | None:
-        """Understand the client's name by itself: who invents names invents no more than those, as a rule."""
+        """Return the profile, with the client id analysed separately from the other header fields.
+
+        Header sets that differ only in the client id share one analysis, which an invented id does not repeat.
+        """
         header = self._identify.header
         names = [pair for pair in found if pair[0].lower() == header]
         if len(names) != 1 or not self._has_own_id_header:
@@ -310,7 +315,7 @@ class FastPath:
         )
 
     def _added_lines(self, peer: str, scheme: str, fields: Fields, *, is_trusted: bool) -> bytes:
-        """Return the lines that go upstream behind the client's own, but for the request's id."""
+        """Return the header lines that are added to the request upstream, without `Host` and `X-Request-ID`."""
         pairs = rewrite_request(
             [],
             fields,
@@ -326,12 +331,17 @@ class FastPath:
 
 
 class FastExchange(UpstreamResponse):
-    """One request on the straight way, and the answer to it."""
+    """One request on the fast path, and the response to it.
 
-    has_fallen_back: bool  # the straight way, for the ordinary one
-    is_relayed = True  # until then
-    attempt: Attempt | None  # from `depart` on
-    kept: bytes | None = None  # the body, from `depart` on, if it may be sent again
+    States: deciding (`await_decision`, no attempt), sent (`send_upstream`, an attempt and a connection), responding
+    (`exchange.status` is set), ended. In each state but the last, the exchange may fall back: the ASGI path continues
+    it, and this object then only receives the response.
+    """
+
+    has_fallen_back: bool  # the ASGI path has taken over, or the exchange was aborted
+    is_relayed = True  # until it falls back
+    attempt: Attempt | None  # set by `send_upstream`
+    kept: bytes | None = None  # the body, set by `send_upstream` if a retry may send it again
 
     def __init__(
         self,
@@ -342,7 +352,7 @@ class FastExchange(UpstreamResponse):
         route: Route,
         raw_target: bytes,
     ) -> None:
-        """`asked` is the request target as the client sent it."""
+        """`raw_target` is the request target as the client sent it."""
         self.connection = self.error = self.attempt = None
         self.is_to_head = exchange.method == "HEAD"
         self.listener = NO_LISTENER
@@ -358,19 +368,19 @@ class FastExchange(UpstreamResponse):
 
     @property
     def is_head_sent(self) -> bool:
-        """Tell whether it is too late to say that the connection will be closed."""
+        """True once the head of the response has been sent, and with it the `Connection` field."""
         return self.exchange.status != 0
 
     # Towards the upstream
 
     def await_decision(self, upstream_client: UpstreamClient, target: bytes, body: bytes, now_ns: int) -> None:
-        """Wait for the decision of the buckets' store, then go on."""
+        """Ask the store for the decision, and continue when it arrives."""
         self._client.begin_exchange(self)
         limit = self._fast_path.limit
         limit.ask(self._headers.profile.charges, now_ns, partial(self._on_decision, upstream_client, target, body))
 
     def _on_decision(self, upstream_client: UpstreamClient, target: bytes, body: bytes, decision: Decision) -> None:
-        if self.has_fallen_back:  # the client, meanwhile
+        if self.has_fallen_back:  # aborted: the client has disconnected meanwhile
             return
         fast_path, exchange = self._fast_path, self.exchange
         fast_path.note(exchange, decision)
@@ -391,7 +401,7 @@ class FastExchange(UpstreamResponse):
         fast_path.record.end(exchange, fast_path.clock())
 
     def send_upstream(self, upstream_client: UpstreamClient, target: bytes, body: bytes, now: float) -> None:
-        """Send the request, if there is a connection free for it. Raises Unavailable if it may not go."""
+        """Send the request on an idle connection; fall back if there is none. Raises Unavailable if refused."""
         exchange, profile = self.exchange, self._headers.profile
         exchange.upstream = self._route.upstream
         upstream_client.retries.budget.deposit(exchange.started)
@@ -400,11 +410,10 @@ class FastExchange(UpstreamResponse):
         self.attempt = attempt = checkout(
             now, profile.charges[0].key, priority=profile.priority, is_safe=is_safe, principal=profile.principal
         )
-        probe = (
-            attempt.target_ticket is not None and attempt.target_ticket.is_probe
-        )  # its long answer settles early there
-        connection = None if probe else upstream_client.idle_connection(attempt.target, profile.principal)
-        if connection is None:  # the ordinary way waits for one
+        # The ASGI path settles a probe before the end of a long response.
+        is_probe = attempt.target_ticket is not None and attempt.target_ticket.is_probe
+        connection = None if is_probe else upstream_client.idle_connection(attempt.target, profile.principal)
+        if connection is None:  # the ASGI path opens or awaits one
             self._fall_back(body, is_sent=False)
             return
         origin = upstream_client.origins[attempt.target]
@@ -422,13 +431,13 @@ class FastExchange(UpstreamResponse):
     # From the upstream
 
     def on_complex_head(self) -> None:
-        """Leave an answer that is not plain to the ordinary way."""
+        """Fall back for a response whose head is not plain."""
         if not self.has_fallen_back:
             self.listener = _Interim(self._client)
             self._fall_back(b"", is_sent=True)
 
     def on_progress(self) -> None:
-        """Send on what has come."""
+        """Forward what has arrived of the response."""
         if self.has_fallen_back or self.error is not None:
             self._on_error()
             return
@@ -452,18 +461,18 @@ class FastExchange(UpstreamResponse):
             connection.pause_reading()
             connection.alarm.clear()
         else:
-            connection.resume_reading()  # it is paused when much comes at once
+            connection.resume_reading()  # a large read pauses it
             connection.set_alarm("idle")
 
     def _may_be_retried(self) -> bool:
-        """Tell whether an answer with this status is for the ordinary way, which may ask once more."""
+        """Tell whether the retry policy names the status, so that the ASGI path must decide on a retry."""
         return self.status in self._fast_path.router.upstream_clients[self._route.upstream].retried_statuses
 
     def _head(self, now: float) -> bytes:
-        """Return the answer's head as the client shall see it, and count it."""
+        """Return the head of the response to the client, and record status, outcome and cost."""
         fast_path, exchange = self._fast_path, self.exchange
         exchange.status, exchange.source, exchange.attempts = self.status, "upstream", 1
-        assert self.attempt is not None and exchange.decision is not None  # noqa: S101, PT018 - or nothing would be sent
+        assert self.attempt is not None and exchange.decision is not None  # noqa: S101, PT018 - set before sending
         fast_path.router.outcomes.on_head(exchange, self.attempt, self.status, now)
         if self.cost is not None:
             fast_path.router.on_cost(exchange, (self.cost,))
@@ -480,38 +489,38 @@ class FastExchange(UpstreamResponse):
         )
 
     def _on_error(self) -> None:
-        """Leave it to the ordinary way, unless half an answer has been sent: that is ended so that it shows."""
+        """Fall back; or close the connection if the response has begun, so that the client detects the error."""
         if self.has_fallen_back:
             super().on_progress()
         elif self.exchange.status and self.error is not None:
-            assert self.attempt is not None  # noqa: S101 - what has been answered has been sent
+            assert self.attempt is not None  # noqa: S101 - set before sending
             client = ClientShare(waited=self.reader_waited)
             failure = self._fast_path.router.outcomes.on_broken_body(self.exchange, self.attempt, self.error, client)
             note_failure(self.exchange, failure)
-            self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)  # it is settled
+            self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)  # the attempt is settled already
         else:
             self._fall_back(b"", is_sent=True)
 
     # From the client
 
     def on_writable(self) -> None:
-        """Read on: the client has caught up."""
+        """Read from the upstream again: the client has read enough."""
         if self.connection is not None:
             self.connection.resume_reading()
             self.connection.set_alarm("idle" if self.exchange.status else "read")
 
     def on_client_left(self) -> None:
-        """Abort the exchange: its client has left."""
+        """Abort the exchange: its client has disconnected."""
         note_failure(self.exchange, ClientDisconnected(CLIENT_LEFT))
         self._abort()
 
     def on_forced_close(self) -> None:
-        """Abort the exchange: the server's time to drain is over."""
+        """Abort the exchange: the drain timeout has passed."""
         self._fast_path.record.note_cut_off(self.exchange)
         self._abort()
 
     def _abort(self) -> None:
-        """End the exchange with the outcome IGNORED, and its connection with it."""
+        """Close the upstream connection and end the exchange with the outcome IGNORED."""
         self.has_fallen_back = True
         self.exchange.attempts = 1
         self.close()
@@ -521,43 +530,43 @@ class FastExchange(UpstreamResponse):
 
     def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
         if self.attempt is not None:
-            if self.attempt.slow is not None:  # that may open the breaker
+            if self.attempt.slow is not None:  # a slow call may open the breaker
                 self._fast_path.router.outcomes.settle(self.attempt, outcome, now)
             self.attempt.release(now, outcome)
         self._client.end_exchange(keep_alive=keep_alive)
         self._fast_path.record.end(self.exchange, now)
 
     def _fall_back(self, body: bytes, *, is_sent: bool) -> None:
-        """Go on in the ordinary way, with a request that is on its way already or one whose `body` is to be sent."""
+        """Continue on the ASGI path, with a request that is already sent or one whose `body` is still to be sent."""
         self.has_fallen_back, self.is_relayed = True, False
         exchange = self.exchange
-        assert exchange.decision is not None  # noqa: S101 - without one there is no passage
+        assert exchange.decision is not None  # noqa: S101 - set before the exchange starts or falls back
         exchange.response_headers = response_headers(exchange, self._fast_path.limit.headers(exchange.decision))
         app = partial(self._serve, self if is_sent else None)
         self._client.run_asgi(
             app, exchange.method, self._raw_target, pairs_of(self._headers.received), body, keep_alive=self.keep_alive
         )
 
-    def _serve(self, answer: UpstreamResponse | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Serve the request in the ordinary way, from where it is."""
+    def _serve(self, response: UpstreamResponse | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Continue the exchange; this is the ASGI application given to `run_asgi`."""
         scope[FIELDS] = fields_of(scope["headers"])
         router, exchange, route = self._fast_path.router, self.exchange, self._route
         go_on = partial(
             partial(router.forward, exchange, route)
             if self.attempt is None
-            else partial(router.continue_exchange, exchange, route, self.attempt, answer, kept=self.kept),
+            else partial(router.continue_exchange, exchange, route, self.attempt, response, kept=self.kept),
             is_trusted=self._headers.profile.is_trusted,
         )
         return self._fast_path.record.conclude(self.exchange, go_on, scope, receive, send)
 
 
 def response_headers(exchange: Exchange, limits: HeaderList) -> HeaderList:
-    """Return the headers that go on every answer to a request that has been decided on."""
+    """Return the header fields of every response to a request that has a decision: request id and `limits`."""
     return [(b"x-request-id", exchange.id.encode()), *limits]
 
 
 class _Interim(NoListener):
-    """Passes interim answers on, until the ordinary way has taken over."""
+    """Forwards interim responses until the ASGI path has set its own listener."""
 
     def __init__(self, client: Downstream) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""The meaning of header sets that requests repeat, worked out once for each."""
+"""Cached analysis of header sets that requests repeat."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,10 @@ from api_gateway.models import Charge, Client, HeaderList
 
 
 class HeaderProfile:
-    """What the noted headers of requests from one address come to; it is worked out once for all that have the same.
+    """Cached analysis of the inspected header fields of requests from one address.
 
-    `dropped` are those that do not go upstream, `added` the lines that go there behind the client's own.
+    `dropped` are the fields that are not forwarded, `added` the lines that are appended for the upstream. `client`,
+    `charges`, `principal` and `priority` are valid for the registry version `version` and for `cost`; -1 means none.
     """
 
     __slots__ = (
@@ -41,26 +42,26 @@ class HeaderProfile:
         dropped: HeaderList,
         added: bytes,
     ) -> None:
-        self.owner = owner  # by whose configuration it was worked out
+        self.owner = owner  # the fast path whose configuration was used
         self.length, self.keep_alive = framing
         self.host = host
         self.peer, self.is_trusted, self.name = caller
         self.request_id = request_id
         self.dropped = dropped
         self.added = added
-        self.version = -1  # of the registry, when it was asked for
+        self.version = -1  # of the client registry at the last lookup
         self.client: Client | None = None
         self.cost = -1.0
-        self.charges: list[Charge] = []  # for that client and cost
-        self.principal: str | None = None  # who that client is to circuit breakers and shares
-        self.priority = 0  # of that client
+        self.charges: list[Charge] = []  # for `client` and `cost`
+        self.principal: str | None = None  # of `client`, for circuit breakers and fair shares
+        self.priority = 0  # of `client`
 
     def __repr__(self) -> str:
         return f"<HeaderProfile of {self.name or self.peer!r}>"
 
     def for_client(self, name: str | None) -> "HeaderProfile":
-        """Return what the same headers come to with a client's name beside them."""
-        other = HeaderProfile.__new__(HeaderProfile)  # the arguments of `__init__` would be taken apart a second time
+        """Return a copy for the client id `name` (None for an address), without a client looked up."""
+        other = HeaderProfile.__new__(HeaderProfile)  # cheaper than `__init__`
         other.owner, other.length, other.keep_alive = self.owner, self.length, self.keep_alive
         other.host, other.peer, other.is_trusted, other.name = self.host, self.peer, self.is_trusted, name
         other.request_id, other.dropped, other.added = self.request_id, self.dropped, self.added
@@ -70,7 +71,7 @@ class HeaderProfile:
 
 
 class RewrittenHeaders(NamedTuple):
-    """The header lines of a request as they came, what they come to, and as they go upstream."""
+    """The header lines of a request as received, their profile, and the lines as sent upstream."""
 
     received: bytes
     profile: HeaderProfile

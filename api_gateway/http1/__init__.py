@@ -1,1 +1,1 @@
-"""The grammar of HTTP/1.1 and the rules on header fields: bytes in, values out. Opens no sockets."""
+"""HTTP/1.1 syntax and header field rules, without input or output."""

@@ -1,4 +1,4 @@
-"""The ASGI of this gateway: its types, the keys of the scope, and what a proxy needs of a server beyond ASGI."""
+"""ASGI types, scope keys, and the server extension for features that a proxy needs and ASGI does not define."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -13,80 +13,85 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-FIELDS = "gateway.fields"  # the key of the scope under which the request's headers lie by name
-DEADLINE = "gateway.deadline"  # and its deadline, if it has one
-SERVER_EXTENSION = "gateway.link"  # the key of what our own server offers beyond ASGI
+# Keys of the scope.
+FIELDS = "gateway.fields"  # the request's header fields by name
+DEADLINE = "gateway.deadline"  # the request's deadline, or None
+SERVER_EXTENSION = "gateway.link"  # the request's `ServerExtension`
+ADMIN = "gateway.admin"  # present if the request arrived through the operators' listener
+
 UNIX_PEER = (UNIX, 0)  # the address of every client on a Unix socket
-ADMIN = "gateway.admin"  # the scope's key of a request that came through the listener for operators
 
 
 class InFlight(Protocol):
-    """A request that has taken the lane."""
+    """A request in flight on the fast path, as its connection uses it."""
 
-    keep_alive: bool  # whether the connection may serve another one after it
+    keep_alive: bool  # whether the connection stays open after the response
 
     @property
     def is_head_sent(self) -> bool:
-        """Tell whether it is too late to say that the connection will be closed."""
+        """True once the head of the response has been sent, and with it the `Connection` field."""
         ...
 
     def on_writable(self) -> None:
-        """Hear that the client has read on after it was too slow."""
+        """Continue sending: the write buffer is below its low-water mark."""
         ...
 
     def on_client_left(self) -> None:
-        """Hear that the connection is lost."""
+        """Abort the exchange: the connection is lost."""
         ...
 
     def on_forced_close(self) -> None:
-        """Hear that the server stops without waiting any longer."""
+        """Abort the exchange: the drain timeout has passed."""
         ...
 
 
 class FastPathHandler(Protocol):
-    """A faster way than ASGI for requests that need nothing of it; an application may offer one as `lane`."""
+    """The fast path of an application, for requests that do not need ASGI."""
 
     def try_handle(self, client: Any, received: bytes) -> bool:
-        """Take a request as it was received, or change nothing and return False. `client` is its connection."""
+        """Serve the received request and return True, or change nothing and return False.
+
+        `client` is the connection, see `fastpath.fast_path.Downstream`.
+        """
         ...
 
 
 class FastPathProvider(Protocol):
-    """Where a connection finds the lane in force: a reload sets another one."""
+    """Holds the current fast path, which a reload replaces; an application offers it as `fast_path`."""
 
     current: FastPathHandler
 
 
 class ServerExtension(Protocol):
-    """The server's side of one request, beside ASGI's `receive` and `send`.
+    """Features of the server for one request, in addition to ASGI's `receive` and `send`.
 
-    `target` and `headers` are the request's as it was spelt, `trailers` those that came after its body. `upgrade` is
-    the protocol it asks to switch to (lower case), or nothing.
+    `target` and `headers` are the request target and the header fields as received, `trailers` the trailer fields
+    after its body. `upgrade` is the requested protocol in lower case, or empty.
     """
 
     target: bytes
     headers: HeaderList
     trailers: HeaderList
     upgrade: bytes
-    task: "asyncio.Task[None]"  # which serves the request
+    task: "asyncio.Task[None]"  # serves the request
     is_disconnected: bool
-    on_disconnect: Callable[[], object] | None  # called when the client leaves before the answer is complete
-    on_shutdown: Callable[[], object] | None  # called when the server begins to stop, not if it already does
-    connection: Any  # which the request came on; has a `transport`, and can be referred to weakly
-    is_stopping: bool  # the server stops: what has no end of its own shall end soon
+    on_disconnect: Callable[[], object] | None  # called when the client disconnects before the response is complete
+    on_shutdown: Callable[[], object] | None  # called when the server begins to stop, not if it is stopping already
+    connection: Any  # the request's connection; has a `transport` and supports weak references
+    is_stopping: bool  # the server stops: streams and tunnels shall end soon
 
     def defer_continue(self) -> None:
-        """Leave it to the upstream to ask for the body a client has announced with `Expect: 100-continue`."""
+        """Do not send 100 (Continue) for `Expect: 100-continue`: the upstream decides."""
         ...
 
     def require_body_rate(self, rate: float) -> None:
-        """Have the client send its body at that many bytes a second, not at what the server asks for; 0: at any."""
+        """Set the minimum rate of the request body in bytes per second, instead of the server's; 0 for none."""
         ...
 
     def send_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        """Send an interim answer (1xx) ahead of the final one."""
+        """Send an interim response (1xx) before the final response."""
         ...
 
     def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
-        """Answer 101 and hand over the connection, with what the client has already sent in the new protocol."""
+        """Send 101 and return the transport, with the bytes that the client has already sent in the new protocol."""
         ...

@@ -1,9 +1,9 @@
-"""Plain heads: those that leave no question, taken apart by a strict grammar instead of a parser.
+"""Plain heads, parsed by regular expressions instead of the general parser.
 
-Most heads arrive in one piece, in exactly the form of RFC 9112, and ask for nothing unusual. They are matched whole,
-in one step of C. Whatever the grammar does not know (a space too many, an unknown method, a coding, an upgrade, a
-length that is no number) is not refused here but left to the parser: what is plain is a strict subset of what that
-accepts, and means the same. Pure functions on bytes.
+Most heads arrive in one piece, exactly in the form of RFC 9112, and use no unusual feature. One match of a regular
+expression parses such a head. A head that does not match (additional white space, an unknown method, a transfer
+coding, an upgrade, an invalid length) is not refused here but left to the general parser: plain heads are a strict
+subset of what that parser accepts, with the same meaning. Pure functions on bytes.
 """
 
 import re
@@ -11,8 +11,8 @@ import re
 from api_gateway.http1.headers import BODILESS, COST, GATEWAY_HEADERS, HOP_BY_HOP, REQUEST_TIMEOUT, Fields
 from api_gateway.models import HeaderList
 
-# Possessive quantifiers (`*+`): a head is matched or not in one pass, however it is made. A group that `(?(n)(?!)|…)`
-# guards can match once only, so no line that counts comes twice.
+# Possessive quantifiers (`*+`) prevent backtracking: matching takes linear time for any input. A group guarded by
+# `(?(n)(?!)|…)` matches at most once, so a head with a repeated framing field is not plain.
 _NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _VALUE = rb"(?! )[\x20-\x7e\x80-\xff]++(?<! )"
 _LINES = re.compile(rb"(?:\r\n" + _NAME + rb": " + _VALUE + rb")++\r\n")
@@ -22,7 +22,7 @@ _REQUEST_LINE = re.compile(
     rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[\x21\x22\x24-\x3e\x40-\x7e]*+)((?:\?[\x21\x22\x24-\x7e]*+)?+)"
     rb" HTTP/1\.1(?=\r\n)"
 )
-# Names of an answer that are not simply passed on; their first letters are spelt out, as most lines fail on those.
+# Response fields that are not forwarded unchanged. First letters are listed apart, as most lines fail on those.
 _NOTED = HOP_BY_HOP | GATEWAY_HEADERS | {b"content-length", b"date"}
 _IS_NOTED = rb"[%b](?i:%b):" % (
     b"".join(sorted({letter for name in _NOTED for letter in (name[:1], name[:1].upper())})),
@@ -57,7 +57,10 @@ _NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]
 
 
 class InspectedHeaders:
-    """Finds, among the header lines of requests, those whose names (`noted`, lower case) mean something here."""
+    """Finds the header lines of requests whose names (`noted`, lower case) the gateway inspects.
+
+    A hyphen in a name also matches an underscore, because CGI variables do not distinguish the two.
+    """
 
     def __init__(self, noted: frozenset[bytes]) -> None:
         by_letter: dict[bytes, list[bytes]] = {}
@@ -67,14 +70,14 @@ class InspectedHeaders:
         self._noted = re.compile(rb"\r\n(%b): ([^\r]++)" % b"|".join(names))
 
     def find(self, lines: bytes) -> HeaderList | None:
-        """Return the inspected headers among `lines` (see `parse_request_head`), or None if one is not plain."""
+        """Return the inspected fields among `lines` (see `parse_request_head`), or None if a line is not plain."""
         return None if _LINES.fullmatch(lines) is None else self._noted.findall(lines)
 
 
 def framing_of(fields: Fields) -> tuple[int, bool] | None:
-    """Return the length of a request's body and whether the connection stays; None if that takes a parser.
+    """Return the length of a request's body in bytes and whether the connection is kept alive, or None if not plain.
 
-    `fields` are the noted headers by name.
+    `fields` are the inspected fields by name.
     """
     if not _UNUSUAL_IN_REQUESTS.isdisjoint(fields):
         return None
@@ -86,16 +89,16 @@ def framing_of(fields: Fields) -> tuple[int, bool] | None:
 
 
 def remove_lines(lines: bytes, headers: HeaderList) -> bytes:
-    """Return header lines without one for each of `headers`."""
+    """Return header lines without the first line that equals each of `headers`."""
     for pair in headers:
         lines = lines.replace(b"\r\n%b: %b\r\n" % pair, b"\r\n", 1)
     return lines
 
 
 def parse_request_head(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes] | None:
-    """Return method, path, query (with its question mark), header lines and what came behind, of a plain request.
+    """Return method, path, query (with question mark), header lines and the bytes after the head; None if not plain.
 
-    The header lines are not looked at yet: they are one piece, from the line break before to the one behind.
+    The header lines are not checked here; they are one string from the line break before to the line break after them.
     """
     line = _REQUEST_LINE.match(received)
     if line is None:
@@ -111,10 +114,10 @@ def parse_request_head(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes
 def parse_response_head(
     received: bytes, *, is_to_head: bool
 ) -> tuple[int, bytes, int, int, bool, bool, bytes | None] | None:
-    """Return status, head, size of the head, length of the body, whether it keeps alive and has a date, and its cost.
+    """Return status, head, head size, body length, keep-alive, presence of `Date`, and cost of a plain response.
 
-    None unless it is a plain final answer whose body has a known length. The head is returned as it came up to its
-    last line's end, but for the lines that go no further.
+    None unless it is a final response whose body has a known length. Sizes are in bytes. The returned head lacks the
+    final line breaks and the lines that are not forwarded.
     """
     match = _ANSWER.match(received)
     if match is None:
@@ -128,7 +131,7 @@ def parse_response_head(
     if cost is not None:
         head, cost = head.replace(cost, b"", 1), cost[len(COST) + 4 :]
     if is_to_head or status in BODILESS:
-        if status == 204 and length is not None:  # noqa: PLR2004 - it may not announce one (RFC 9110 section 8.6)
+        if status == 204 and length is not None:  # noqa: PLR2004 - Content-Length is forbidden (RFC 9110 section 8.6)
             return None
         length = 0
     elif length is None:
@@ -137,10 +140,10 @@ def parse_response_head(
 
 
 def pairs_of(head: bytes) -> HeaderList:
-    """Return the header lines of a plain head as pairs."""
+    """Return the header lines of a plain head as pairs of name and value."""
     return _PAIR.findall(head)
 
 
 def reason_phrase(head: bytes) -> bytes:
-    """Return the reason phrase of a plain answer's head."""
+    """Return the reason phrase of a plain response head."""
     return head[13 : head.index(b"\r")]

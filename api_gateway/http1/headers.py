@@ -1,7 +1,7 @@
-"""Pure functions on header byte pairs: what a proxy must take out, and what it must put in. Never a dict.
+"""Rules on header fields: which ones a proxy removes and adds. Pure functions on lists of byte pairs.
 
-Names are compared in lower case and kept as they came. Sources: RFC 9110 section 7.6, RFC 9112, RFC 7239 (the
-`X-Forwarded-*` names are the older convention that services actually read).
+Names are compared in lower case and forwarded unchanged. Sources: RFC 9110 section 7.6, RFC 9112, RFC 7239 (the
+`X-Forwarded-*` fields are the older convention, which most services read).
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Literal
 
 from api_gateway.models import HeaderList
 
-BODILESS = frozenset({204, 304})  # statuses of answers that have no body, whatever they announce
+BODILESS = frozenset({204, 304})  # statuses whose responses never have a body (RFC 9112 section 6.3)
 
 
 UNIX: Literal["unix"] = "unix"  # the address of every peer on a Unix socket
@@ -22,7 +22,7 @@ Fields = Mapping[bytes, Sequence[bytes]]  # the values of each name (lower case)
 
 VIA_NAME = b"api-gateway"
 
-# RFC 9110 section 7.6.1, with the names it retired but that still travel.
+# RFC 9110 section 7.6.1, with obsolete names that are still in use.
 HOP_BY_HOP = frozenset(
     {
         b"connection",
@@ -36,7 +36,7 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-# A client may not have these removed by naming them in `Connection`: the gateway or the framing depends on them.
+# Fields that are kept even if `Connection` names them, because the gateway or the framing depends on them.
 PROTECTED = frozenset({b"host", b"content-length", b"expect", b"via"})
 FORWARDING = frozenset(
     {
@@ -48,17 +48,17 @@ FORWARDING = frozenset(
         b"x-real-ip",
     }
 )
-REQUEST_TIMEOUT = b"x-request-timeout"  # the seconds a client gives a request; what is left of them goes on
-# The gateway's word on these is the one that counts, so an upstream's is left out and not merged.
-COST = b"x-gateway-cost"  # by which an upstream tells us what its answer has cost; nobody else may
-FALLBACK = b"x-gateway-fallback"  # by which we tell who answered in the place of the route's upstream
+REQUEST_TIMEOUT = b"x-request-timeout"  # seconds for a request; the remaining time is forwarded
+COST = b"x-gateway-cost"  # of a response: its actual cost in tokens, from the upstream to the gateway only
+FALLBACK = b"x-gateway-fallback"  # of a response: the name of the fallback that generated it
+# The gateway sets these fields of a response; an upstream's are removed.
 GATEWAY_HEADERS = frozenset(
     {b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset", b"x-request-id", COST, FALLBACK}
 )
 
-# `Host` becomes the target's. The coding is checked to be `chunked` before, and is how the body goes on.
+# `Host` is replaced by the target's. A transfer coding is forwarded: `ambiguity` ensures that it is `chunked`.
 _NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id", COST, REQUEST_TIMEOUT}
-# What must not come behind a body: it would have been acted on already, or would frame what has been framed
+# Not allowed in trailers: framing, routing, authentication, and fields that are evaluated before the body
 # (RFC 9110 section 6.5.1).
 _NEVER_TRAILING = (
     HOP_BY_HOP
@@ -68,10 +68,10 @@ _NEVER_TRAILING = (
     | {b"authorization", b"cache-control", b"cookie", b"expect", b"max-forwards", b"range", b"set-cookie"}
     | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
 )
-_PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # what `Connection` mostly says, and names nothing
+_PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # values of `Connection` that name no header field
 _VIA = (b"via", b"1.1 " + VIA_NAME)
 _AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-# A node of RFC 7239 with an address that is not bare: quoted, in brackets, or with a port (which may be hidden).
+# A node of RFC 7239 section 6 with an address: optionally quoted, in brackets, or with a port (possibly obfuscated).
 _NODE = re.compile(
     r"""(?P<quote>"?)(?:\[(?P<six>[0-9A-Fa-f:.]+(?:%[\w.~-]+)?)\]|(?P<four>[0-9.]+))(?::(?:[0-9]{1,5}|_[\w.-]+))?(?P=quote)""",
     re.ASCII,
@@ -80,7 +80,7 @@ _VISIBLE = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 def fields_of(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]]:
-    """Return the values of every name, white space around them taken off, so that each is found at once."""
+    """Return the values of each name in lower case, in order and without surrounding white space."""
     found: dict[bytes, list[bytes]] = {}
     for key, value in headers:
         name = key.lower()
@@ -92,7 +92,7 @@ def fields_of(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, list[bytes]
 
 
 def host_name(fields: Fields) -> str:
-    """Return the host a request names, in lower case, without port and trailing dot; empty unless it names one."""
+    """Return the request's host in lower case, without port and trailing dot; empty unless there is one `Host`."""
     hosts = fields.get(b"host", ())
     return _host_name(hosts[0]) if len(hosts) == 1 else ""
 
@@ -116,26 +116,26 @@ def is_visible_ascii(value: bytes) -> bool:
 
 
 def ambiguity(fields: Fields, version: str) -> str | None:
-    """Return what makes a request ambiguous to some server, in words, or None. Such a request is not forwarded.
+    """Return why servers may interpret a request differently, in words, or None if it is unambiguous.
 
-    A request names exactly one host (RFC 9112 section 3.2; HTTP/1.0 may name none). Its only transfer coding is
-    `chunked`: any other makes its end a matter of opinion (RFC 9112 section 6.1).
+    A request has exactly one `Host` (RFC 9112 section 3.2; optional in HTTP/1.0). Its only transfer coding is
+    `chunked`: with any other, servers may disagree about the end of the body (RFC 9112 section 6.1).
     """
     hosts = fields.get(b"host", ())
     if len(hosts) != 1 and (hosts or version != "1.0"):
-        return f"it names {len(hosts)} hosts"
+        return f"it has {len(hosts)} Host fields"
     if hosts and not _is_authority(hosts[0]):
-        return "its Host is not a host and a port"
+        return "its Host is not a valid host with an optional port"
     codings = fields.get(b"transfer-encoding")
     if codings and version == "1.0":
-        return "HTTP/1.0 has no Transfer-Encoding"
+        return "Transfer-Encoding is not defined for HTTP/1.0"
     if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
         return "its Transfer-Encoding is not chunked"
     return None
 
 
 def connection_options(connection: Iterable[bytes]) -> set[bytes]:
-    """Return the names that `Connection` declares to be for this hop only (RFC 9110 section 7.6.1)."""
+    """Return the field names in `Connection`, in lower case, without protected ones (RFC 9110 section 7.6.1)."""
     named = (value.split(b",") for value in connection)
     return {option.strip(b" \t").lower() for options in named for option in options} - PROTECTED
 
@@ -150,20 +150,23 @@ def framing(fields: Fields) -> bytes | None:
 
 @lru_cache(maxsize=64)
 def stripped_headers(protected: frozenset[bytes], is_trusted: bool) -> frozenset[bytes]:  # noqa: FBT001 - keywords are slow to cache
-    """Return the names that go no further, with the spellings that CGI would take for what we vouch for."""
+    """Return the names of request fields that are not forwarded.
+
+    They include spellings with underscores of protected and forwarding names, which CGI does not distinguish.
+    """
     forgeable = FORWARDING | protected
     aliases = {alias for name in forgeable for alias in _spellings(name)} - forgeable
     return _NOT_FORWARDED | aliases | (frozenset({b"x-forwarded-for"}) if is_trusted else FORWARDING)
 
 
 def inspected_headers(protected: frozenset[bytes]) -> frozenset[bytes]:
-    """Return the names that the gateway looks at, or does not forward; any other header simply goes on."""
-    looked_at = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding"}
-    return stripped_headers(protected, False) | protected | looked_at
+    """Return the names that the gateway reads or does not forward; other fields are forwarded unread."""
+    read = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding"}
+    return stripped_headers(protected, False) | protected | read
 
 
 def _spellings(name: bytes) -> set[bytes]:
-    """Return `name` with every choice of hyphens and underscores."""
+    """Return `name` with each combination of hyphens and underscores."""
     first, *rest = name.split(b"-")
     found = {first}
     for part in rest:
@@ -188,11 +191,11 @@ def rewrite_request(
     is_trusted: bool,
     protected: frozenset[bytes] = frozenset(),
 ) -> HeaderList:
-    """Return the request's headers as the upstream shall see them; `fields` are the same ones by name.
+    """Return the request's header fields for the upstream; `fields` are the same ones by name.
 
-    `peer` is the address that connected to us. If `is_trusted`, what it says in `X-Forwarded-*` is extended,
-    otherwise replaced. `protected` names (lower case) survive being named by `Connection`. A spelling of a protected
-    or forwarding name with underscores is left out: servers that read headers as CGI variables take it for the name.
+    `peer` is the address of the connection. If it `is_trusted`, its `X-Forwarded-*` fields are extended, otherwise
+    replaced. `protected` names (lower case) are kept even if `Connection` lists them. Spellings of protected and
+    forwarding names with underscores are removed, because CGI variables do not distinguish them from hyphens.
     """
     dropped = stripped_headers(protected, is_trusted)
     if b"connection" in fields:
@@ -217,10 +220,10 @@ def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
 
 
 def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
-    """Return the upstream's headers as the client shall see them, followed by the gateway's `own`.
+    """Return the upstream's header fields for the client, followed by the gateway's `own`.
 
-    `fields` are the same headers by name. `omit` names (lower case) are left out beside the hop-by-hop ones: what the
-    server in front writes by itself.
+    `fields` are the same fields by name. `omit` names (lower case) are removed in addition to hop-by-hop fields: those
+    that the downstream server adds itself.
     """
     dropped = _not_for_clients(omit)
     connection = fields.get(b"connection")
@@ -233,12 +236,12 @@ def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit:
 
 
 def forwardable_interim(headers: HeaderList) -> HeaderList:
-    """Return the headers of an interim answer (1xx) that may go on."""
+    """Return the header fields of an interim response (1xx) that are forwarded."""
     return rewrite_response(headers, fields_of(headers), [], frozenset())
 
 
 def forwardable_trailers(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:
-    """Return the trailers that may go on: none that says how a message is framed, routed, trusted or cached."""
+    """Return the trailer fields that are forwarded: none for framing, routing, authentication or caching."""
     dropped = _NEVER_TRAILING | stripped_headers(protected, False) | protected
     return [pair for pair in trailers if pair[0].lower() not in dropped]
 
@@ -251,10 +254,10 @@ def http_date(second: int) -> bytes:
 
 @lru_cache(maxsize=4096)
 def address_key(address: str) -> str:
-    """Return what one peer is counted as: an IPv4 address, or the /64 of an IPv6 one.
+    """Return the key under which an address is counted: an IPv4 address, or the /64 network of an IPv6 address.
 
-    A /64 is the smallest block a site is given, so one host commands all of it. An IPv4 address mapped into IPv6 is
-    that IPv4 address. What is no address (a unix socket's peer) is returned as it is.
+    A /64 is the smallest network that a site gets, so one host can use all of its addresses. An IPv4-mapped IPv6
+    address is converted to IPv4. A string that is no address, such as `unix`, is returned unchanged.
     """
     try:
         parsed = ip_address(address.partition("%")[0])
@@ -268,7 +271,7 @@ def address_key(address: str) -> str:
 
 
 def is_within(address: str, networks: Collection[Network]) -> bool:
-    """Tell whether `address` lies in one of `networks`; what is no address lies in none, but `unix`."""
+    """Tell whether `address` is in one of `networks`; the only string that is no address and may be is `unix`."""
     try:
         parsed = ip_address(address.partition("%")[0])
     except ValueError:
@@ -280,10 +283,10 @@ def is_within(address: str, networks: Collection[Network]) -> bool:
 
 @lru_cache(maxsize=4096)
 def hop_address(hop: bytes) -> str | None:
-    """Return the address that a hop of `X-Forwarded-For` names, or None if it names none.
+    """Return the address in an element of `X-Forwarded-For`, or None if it contains none.
 
-    That is without quotes, brackets, port and zone: the zone is that of another machine. A port may stand behind an
-    IPv4 address, and behind an IPv6 address in brackets (RFC 7239 section 6).
+    Quotes, brackets, port and zone are removed; a zone has a meaning on another machine only. A port may follow an
+    IPv4 address, or an IPv6 address in brackets (RFC 7239 section 6).
     """
     text = hop.decode("latin-1")
     found = _NODE.fullmatch(text)
@@ -296,12 +299,11 @@ def hop_address(hop: bytes) -> str | None:
 
 
 def client_address(peer: str, fields: Fields, trusted: Collection[Network]) -> str:
-    """Return the address of the client itself.
+    """Return the client's address: `peer`, or if that is a trusted proxy, the address that trusted proxies report.
 
-    That is `peer`, unless `peer` is a trusted proxy: then the last hop of `X-Forwarded-For` that is not a trusted
-    proxy. Reading from the right is what makes it unforgeable: everything left of that hop is the client's own text.
-    A hop that names no address (`unknown` and `_hidden` of RFC 7239 section 6, anything else, or nothing) ends the
-    search at the proxy that wrote it: what stands to its left has not been vouched for.
+    `X-Forwarded-For` is read from the right up to the first hop that is not a trusted proxy, because a client can
+    forge everything to the left of it. A hop without an address (`unknown` and `_hidden` of RFC 7239 section 6, or any
+    other text) ends the search at the proxy that added it.
     """
     if not trusted or not is_within(peer, trusted):
         return peer

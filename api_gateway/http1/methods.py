@@ -1,4 +1,4 @@
-"""The methods of HTTP as a proxy divides them: forwarded, refused, idempotent."""
+"""HTTP methods: forwarded, refused, idempotent (RFC 9110 section 9)."""
 
 PROXIED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 REFUSED_METHODS = frozenset({"TRACE", "CONNECT"})  # RFC 9110 section 9.3.8: TRACE would echo credentials

@@ -1,7 +1,7 @@
-"""The path of a request by its segments, so that an encoded slash stays part of its segment. Pure functions.
+"""The path of a request by segments, so that an encoded slash remains part of its segment. Pure functions.
 
 A framework matches the decoded path, in which `/clients/team%2Fgrants` (the client `team/grants`) and
-`/clients/team/grants` (a resource of the client `team`) are the same.
+`/clients/team/grants` (a resource of the client `team`) are equal.
 """
 
 import posixpath
@@ -11,14 +11,14 @@ from urllib.parse import quote, unquote
 
 
 class RequestTarget(NamedTuple):
-    """A path below the application's root: its segments, decoded one by one."""
+    """A path below the application's root, as segments decoded one by one."""
 
     root: str
     segments: tuple[str, ...]
 
     @property
     def path(self) -> str:
-        """The path as a framework shall match it: a slash within a segment is encoded."""
+        """The path for matching by a framework; slashes within segments are encoded."""
         return self.root + "/" + "/".join(map(escaped, self.segments))
 
 
@@ -29,7 +29,7 @@ def target_of(scope: Mapping[str, Any]) -> RequestTarget:
 
 
 def below_root(scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Return a scope whose path begins below the application's root; the same one if its path does already."""
+    """Return a scope whose path is relative to the application's root; `scope` itself if it already is."""
     root, path = scope.get("root_path", ""), scope.get("path", "")
     if not root or not path.startswith(f"{root}/"):
         return scope
@@ -44,18 +44,18 @@ def first_segment(scope: Mapping[str, Any]) -> str:
 
 
 def path_as_sent(scope: Mapping[str, Any]) -> str:
-    """Return the path as spelt on the wire, unless the server does not state that, or something changed the path."""
+    """Return the path as sent, or the re-encoded path if the server gives no `raw_path` that corresponds to it."""
     raw = (scope.get("raw_path") or b"").decode("latin-1")
     return raw if unquote(raw) == scope["path"] else quote(scope["path"])
 
 
 def escaped(segment: str) -> str:
-    """Return a segment with only those characters encoded that would be taken for structure; see `unescaped`."""
+    """Return a segment with `%` and `/` percent-encoded; the inverse of `unescaped`."""
     return segment.replace("%", "%25").replace("/", "%2F")
 
 
 def unescaped(segment: str) -> str:
-    """Return the segment that was `escaped`."""
+    """Return a segment with `%2F` and `%25` decoded; the inverse of `escaped`."""
     return segment.replace("%2F", "/").replace("%25", "%")
 
 
@@ -66,7 +66,7 @@ def _below(root: str, path: str) -> str:
 
 
 def is_below(path: str, prefix: str) -> bool:
-    """Tell whether `path` is `prefix` or lies below it, by whole segments."""
+    """Tell whether `path` equals `prefix` or is below it, by whole segments."""
     return prefix in (path, "/") or path.startswith(f"{prefix}/")
 
 

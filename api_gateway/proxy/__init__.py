@@ -1,1 +1,1 @@
-"""One proxied request: route, deadline, body, attempts, fallback, WebSocket, SSE, costs. Knows no operators."""
+"""One proxied request: route, deadline, body, attempts, fallback, WebSocket, event streams and costs."""

@@ -1,4 +1,4 @@
-"""Notices that the client has left while its request is served, and ends the request then."""
+"""Detects that the client has disconnected while its request is served, and aborts the request."""
 
 import asyncio
 
@@ -7,37 +7,38 @@ from api_gateway.http1.asgi import Receive, ServerExtension
 from api_gateway.proxy.request_body import StreamedBody
 from api_gateway.transport.request import NoBody
 
-CLIENT_LEFT = "The client left before its answer was complete."
-DISCONNECT_CHECK_DELAY = 0.05  # seconds an upstream may take before we also watch for the client's leaving
+CLIENT_LEFT = "The client disconnected before the response was complete."
+DISCONNECT_CHECK_DELAY = 0.05  # seconds before a `DisconnectWatch` starts to call `receive`, and between its calls
 
 
 class LeavingWatch:
-    """Turns the cancellation by which our own server tells that the client has left into ClientDisconnected.
+    """Context manager that cancels the block when the client disconnects, and raises ClientDisconnected instead.
 
-    Used as `with`. Raises it at once if the client has left before.
+    For the gateway's own server, which reports a disconnect through `ServerExtension.on_disconnect`. Raises
+    ClientDisconnected on entry if the client has already disconnected.
     """
 
     def __init__(self, extension: ServerExtension) -> None:
         self._extension = extension
 
     def __enter__(self) -> None:
-        """Ask to be told."""
+        """Register the cancellation of the task."""
         if self._extension.is_disconnected:
             raise ClientDisconnected(CLIENT_LEFT)
         self._extension.on_disconnect = self._extension.task.cancel
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Stop being told."""
+        """Remove the registration, and replace the cancellation by ClientDisconnected."""
         self._extension.on_disconnect = None
         if kind is asyncio.CancelledError and self._extension.is_disconnected and self._extension.task.uncancel() == 0:
             raise ClientDisconnected(CLIENT_LEFT) from error
 
 
 class DisconnectWatch:
-    """Ends the current task once the client has left, before a server that does not tell so by itself.
+    """Context manager that cancels the block when the client disconnects, and raises ClientDisconnected instead.
 
-    It asks after `DISCONNECT_CHECK_DELAY` only: most answers are faster. Used as `with`; what the task was doing is
-    cancelled, and leaves the block as ClientDisconnected.
+    For servers that report a disconnect only through `receive`, which is called after `DISCONNECT_CHECK_DELAY`: most
+    responses are faster.
     """
 
     def __init__(self, receive: Receive, body: StreamedBody | NoBody) -> None:
@@ -47,7 +48,7 @@ class DisconnectWatch:
         self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
-        """Start the clock."""
+        """Start the delay."""
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine that runs is in a task
@@ -55,7 +56,7 @@ class DisconnectWatch:
         self._timer = loop.call_later(DISCONNECT_CHECK_DELAY, self._start, loop)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Stop looking; turn our own cancellation into ClientDisconnected."""
+        """Stop watching, and replace the cancellation by ClientDisconnected."""
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
@@ -67,11 +68,11 @@ class DisconnectWatch:
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._body.is_finished:
             self._watcher = loop.create_task(self._watch())
-        else:  # the body's own reading notices a client that leaves
+        else:  # meanwhile, reading the body detects a disconnect
             self._timer = loop.call_later(DISCONNECT_CHECK_DELAY, self._start, loop)
 
     async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":  # noqa: ASYNC110 - the server tells, when asked
-            await asyncio.sleep(DISCONNECT_CHECK_DELAY)  # it, or a middleware, may repeat that the body is complete
+        while (await self._receive())["type"] != "http.disconnect":  # noqa: ASYNC110 - ASGI has no event to wait for
+            await asyncio.sleep(DISCONNECT_CHECK_DELAY)  # a server or middleware may return `http.request` repeatedly
         self._has_left = True
         self._task.cancel()

@@ -1,6 +1,6 @@
-"""Costs after the decision: what an upstream says its answer has cost, and what was charged for nothing.
+"""Cost settlement: corrects the charge of a request to the cost that its upstream reports, or refunds it.
 
-Both come before the answer's head goes out, so that its fields show the buckets as they are then.
+Settlement takes place before the response's head is sent, so that its rate limit fields show the corrected buckets.
 """
 
 import logging
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class CostSettlement:
-    """Charges or gives back what a request has cost beyond, or below, what it was charged at first.
+    """Charges or refunds the difference between the charged and the actual cost of a request.
 
-    Nobody is refused by it: who comes to owe waits longer with the next request. What is tried beside the limit
-    (`exchange.trial`) is settled alike, so that it stays comparable.
+    Settlement never refuses a request: a bucket may go into debt, which delays the client's next request. The
+    candidate's buckets (`exchange.trial`) are settled in the same manner, so that the results remain comparable.
     """
 
     def __init__(self, *, limiter: RateLimiter, clock_ns: Callable[[], int], recorder: Recorder) -> None:
@@ -35,7 +35,10 @@ class CostSettlement:
         self._warned: set[str | None] = set()
 
     def on_cost(self, exchange: Exchange, given: Sequence[bytes]) -> None:
-        """Settle on what the upstream told in `X-Gateway-Cost`: one decimal, 0 to 1e9. Anything else is ignored."""
+        """Settle to the value of `X-Gateway-Cost`: one decimal from 0 to 1e9 tokens.
+
+        Any other value is ignored, counted, and logged once for each upstream.
+        """
         cost = cost_of(given)
         if cost is None:
             self._recorder.settlements["unreadable"] += 1
@@ -51,15 +54,15 @@ class CostSettlement:
             self._settle(exchange, cost)
 
     def on_failure(self, exchange: Exchange, error: GatewayError) -> None:
-        """Give back everything, if the answer is ours and nothing of the request has reached an upstream."""
+        """Refund the whole charge if nothing of the request was sent to an upstream and no response has begun."""
         if error.is_retry_safe and not exchange.status and not exchange.has_reached:
             self._settle(exchange, 0)
 
     def on_fallback(self, exchange: Exchange, error: GatewayError) -> None:
-        """Count a fallback that takes over after `error`. A static one is charged for as an error would be.
+        """Count a fallback that replaces the response after `error`, and refund a static one like the error itself.
 
-        So it costs nothing, unless the request has reached an upstream: if that was free too, the limits would
-        protect an upstream no longer just while it fails. What another upstream answers is charged for.
+        A static fallback is free only if nothing of the request was sent to an upstream: otherwise the limits would
+        not protect an upstream while it fails. A response of another upstream is charged.
         """
         self._recorder.fallbacks[exchange.route or NO_ROUTE, exchange.fallback or STATIC, error.reason.value] += 1
         if exchange.fallback == STATIC:
@@ -79,7 +82,7 @@ class CostSettlement:
             exchange.response_headers = others + self._fields.headers(decision)
 
     def _change(self, charges: Sequence[Charge], decision: Decision, cost: float) -> Decision:
-        """Bring buckets from what they were charged to `cost`."""
+        """Correct the buckets from their charges to `cost`; return the decision with the new remaining tokens."""
         changes = [
             Charge(charge.key, charge.quota, charge.quota.cost_ns(cost) - charge.increment_ns) for charge in charges
         ]
@@ -87,7 +90,7 @@ class CostSettlement:
 
 
 def cost_of(given: Sequence[bytes]) -> float | None:
-    """Return the cost that an upstream has told, in tokens, or None if it cannot be read."""
+    """Return the cost in the values of `X-Gateway-Cost`, in tokens, or None if they are invalid."""
     if len(given) != 1 or _DECIMAL.fullmatch(given[0]) is None:
         return None
     cost = float(given[0])

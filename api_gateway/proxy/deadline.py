@@ -1,7 +1,7 @@
-"""The deadline of a request: which one holds, what it says when it has passed, and what is passed on of it.
+"""The deadline of a request: where it comes from, its error message, and the value forwarded to the upstream.
 
-Pure. One deadline covers all that happens for a request: the limiter's store, a connection, every try, the pauses
-between them, and the whole answer.
+Pure. One deadline covers the whole exchange: the limiter's store, connecting, all attempts, the pauses between them,
+and the complete response.
 """
 
 import re
@@ -13,14 +13,14 @@ from api_gateway.http1.headers import REQUEST_TIMEOUT, Fields
 from api_gateway.proxy.route_table import Route
 
 _DECIMAL = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
-_SHOWN = 40  # bytes of a value that are quoted
+_SHOWN = 40  # bytes of an invalid value that are quoted
 
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """`at` is monotonic seconds, `seconds` how long that was from the request's arrival, `source` who set it.
+    """A deadline: `at` in monotonic seconds, `seconds` from the request's arrival, `source` of the timeout.
 
-    `is_passed_on`: the client or the route has one, so the upstream is told what is left.
+    `is_passed_on`: the client or the route has set a timeout, so the remaining time is forwarded to the upstream.
     """
 
     at: float
@@ -31,32 +31,32 @@ class Deadline:
 
     @property
     def is_upstream_fault(self) -> bool:
-        """True if its passing is a failure of the upstream. A client may be as impatient as it likes."""
+        """True if missing the deadline may count as a failure of the upstream; False for a client's own timeout."""
         return self.source != "client"
 
     def remaining(self, now: float) -> float:
-        """Return the seconds that are left, 0 at least."""
+        """Return the remaining seconds, at least 0."""
         return max(0.0, self.at - now)
 
     def header_value(self, now: float) -> bytes:
-        """Return what is left as `X-Request-Timeout` says it: rounded down to the millisecond, but never 0."""
+        """Return the value of `X-Request-Timeout`: remaining seconds, rounded down to 1 ms, at least 0.001."""
         return b"%.3f" % (max(1, int(self.remaining(now) * 1000)) / 1000)
 
     def message(self) -> str:
-        """Return what is told when it has passed."""
-        what = {
-            "client": "the X-Request-Timeout the client has set",
+        """Return the `detail` of the error after the deadline has passed."""
+        origin = {
+            "client": "the client's X-Request-Timeout",
             "route": f"the timeout of route '{self.name}'",
             "upstream": f"timeouts.total of upstream '{self.name}'",
         }
-        return f"No complete answer within {self.seconds:g} s, {what[self.source]}."
+        return f"No complete response within {self.seconds:g} s, {origin[self.source]}."
 
 
 def deadline_of(route: Route, total: float | None, fields: Fields, started: float) -> Deadline | None:
-    """Return the deadline of a request that arrived at `started`, or None if it has none.
+    """Return the deadline of a request that arrived at `started`, or None if no timeout applies.
 
-    The route's own timeout takes the place of the upstream's `total`; what the client asks for counts if it is less.
-    Raises BadRequest.
+    A timeout of the route replaces the upstream's `total`. A shorter timeout of the client replaces both. Raises
+    BadRequest if the client's timeout is invalid.
     """
     asked = _asked(fields) if REQUEST_TIMEOUT in fields else None
     seconds = total if route.timeout is None else route.timeout
@@ -71,7 +71,7 @@ def deadline_of(route: Route, total: float | None, fields: Fields, started: floa
 
 
 def _asked(fields: Fields) -> float:
-    """Return the seconds a client asks for."""
+    """Return the value of `X-Request-Timeout` in seconds. Raises BadRequest."""
     given = fields[REQUEST_TIMEOUT]
     if len(given) == 1 and _DECIMAL.fullmatch(given[0]) is not None and float(given[0]) > 0:
         return float(given[0])

@@ -1,11 +1,11 @@
-"""How the record of an exchange notes an error that ended it, or a fallback's reason."""
+"""Records in an exchange the error that ended it, or the error for which a fallback responded."""
 
 from api_gateway.errors import ClientDisconnected, GatewayError, LoadShed
 from api_gateway.models import Exchange
 
 
 def note_failure(exchange: Exchange, error: GatewayError) -> None:
-    """Write into the record why an exchange failed; of one whose client has left also that this was its end."""
+    """Record reason and detail of a failure; for a client's disconnect also the status of the exchange."""
     exchange.reason = error.reason.value
     note_shed(exchange, error)
     cause = str(error.__cause__ or "")
@@ -15,6 +15,6 @@ def note_failure(exchange: Exchange, error: GatewayError) -> None:
 
 
 def note_shed(exchange: Exchange, error: GatewayError) -> None:
-    """Write down who had no room for it, once each: its upstream of the moment, or None for the gateway itself."""
+    """Record once which upstream shed the request; None stands for the gateway itself."""
     if isinstance(error, LoadShed) and exchange.upstream not in exchange.shed_by:
         exchange.shed_by += (exchange.upstream,)

@@ -1,4 +1,4 @@
-"""Fallbacks: what answers in the place of a route's upstream, and for which failures it does. Pure."""
+"""Fallbacks: the replacement response of a route, and the failures for which it is used. Pure."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,16 @@ from api_gateway.errors import GatewayError, Reason
 from api_gateway.http1.headers import BODILESS
 from api_gateway.models import HeaderList
 
-STATIC = "static"  # the word for an answer that no upstream gave
+STATIC = "static"  # the name of a static fallback in `X-Gateway-Fallback`, log and metrics
 
-# What refused a request before anything was sent, and what a try can fail with so that another service may help.
+# Refusals before anything is sent, and failures of an attempt, for which a fallback may respond.
 _REFUSED = frozenset({Reason.NO_HEALTHY_UPSTREAM, Reason.CIRCUIT_OPEN, Reason.OVERLOADED})
 _FAILED = frozenset({Reason.UPSTREAM_CONNECT_ERROR, Reason.UPSTREAM_RESET, Reason.UPSTREAM_TIMEOUT})
 
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """Another upstream if `upstream` names one, else an answer of our own. A fallback has none itself."""
+    """A fallback: another upstream if `upstream` is set, else a static response. Fallbacks are not chained."""
 
     upstream: str | None = None
     status: int = 200
@@ -24,11 +24,11 @@ class Fallback:
 
     @property
     def name(self) -> str:
-        """What `X-Gateway-Fallback`, log and metrics call it."""
+        """The name in `X-Gateway-Fallback`, log and metrics: the upstream's, or `static`."""
         return self.upstream or STATIC
 
     def fields(self) -> HeaderList:
-        """Return the headers of the static answer, with its length."""
+        """Return the header fields of the static response, with Content-Type and Content-Length."""
         headers = [*self.headers]
         if self.body and not any(name.lower() == b"content-type" for name, _ in headers):
             headers.append((b"content-type", b"text/plain; charset=utf-8"))
@@ -38,15 +38,15 @@ class Fallback:
 
 
 def add_failure(first: GatewayError, second: GatewayError) -> None:
-    """Have `first`, which a fallback was to make good, say that this has failed with `second`."""
-    first.detail += f" Its fallback cannot answer either: {second.detail}"
+    """Append to the detail of `first` that its fallback failed with `second`."""
+    first.detail += f" The fallback failed too: {second.detail}"
 
 
 def applies(fallback: Fallback, error: GatewayError, *, is_repeatable: bool, is_kept: bool) -> bool:
-    """Tell whether `fallback` answers a request that ended with `error` before any byte was sent to the client.
+    """Tell whether `fallback` responds to a request that failed with `error` before any response byte was sent.
 
-    It does for one that was refused, or failed unsent. One that was sent must be repeatable, whoever answers: a
-    client that may have had its effect is told so. Another upstream needs the body, too.
+    It responds if the request was refused, failed before it was sent, or is repeatable. Otherwise the request may have
+    taken effect, and the client must receive the error. Another upstream also needs the body to be kept.
     """
     if fallback.upstream is not None and not is_kept:
         return False

@@ -1,4 +1,4 @@
-"""Acts on a route's fallback: waits for the tries on its upstream, and answers in its place where those fail."""
+"""Runs the fallback of a route after the attempts on its upstream have failed."""
 
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -16,7 +16,7 @@ AskUpstream = Callable[[Exchange, UpstreamClient, UpstreamRequest, Receive, Send
 
 
 class FallbackRunner:
-    """Answers for upstreams that cannot."""
+    """Responds for upstreams that failed. Stateless."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class FallbackRunner:
         on_fallback: Callable[[Exchange, GatewayError], None],
         clock: Clock,
     ) -> None:
-        """`ask` tries an upstream; `on_fallback` hears of a fallback that takes over after an error."""
+        """`ask` makes the attempts on an upstream; `on_fallback` is called before a fallback responds."""
         self._upstream_clients = upstream_clients
         self._ask = ask
         self._on_fallback = on_fallback
@@ -38,11 +38,11 @@ class FallbackRunner:
         request: UpstreamRequest,
         receive: Receive,
         send: Send,
-        tries: Awaitable[None],
+        attempts: Awaitable[None],
     ) -> None:
-        """Have the fallback answer where the tries have come to nothing, nothing has been sent, and it may."""
+        """Await the attempts; if they fail before the response has begun, respond by the fallback if it applies."""
         try:
-            await tries
+            await attempts
         except (Unavailable, UpstreamFailed) as error:
             if exchange.status or not self._may_respond(exchange, fallback, request, error):
                 raise
@@ -87,7 +87,7 @@ class FallbackRunner:
         receive: Receive,
         send: Send,
     ) -> None:
-        """Have another upstream answer; if that fails too before it has begun, it was the `first` failure."""
+        """Respond by another upstream; raise `first` if that fails too before the response has begun."""
         failed, target = exchange.upstream, exchange.target
         exchange.upstream = upstream
         upstream_client = self._upstream_clients[upstream]
@@ -105,4 +105,4 @@ class FallbackRunner:
             try:
                 raise first from first.__cause__
             finally:
-                del first  # it refers to this frame
+                del first  # breaks the reference cycle with this frame

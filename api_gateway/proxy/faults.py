@@ -1,4 +1,4 @@
-"""Who is at fault for an attempt that failed: client, upstream, target, gateway or nobody. Pure."""
+"""The fault of a failed attempt: client, upstream, target, gateway or nobody. Pure."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from api_gateway.errors import Fault, GatewayError, UpstreamTimeout
 from api_gateway.models import Outcome
 from api_gateway.proxy.deadline import Deadline
 
-CLIENT_PAUSE = 1.0  # seconds for which a client keeps an upstream waiting, after which the upstream may have given up
+CLIENT_PAUSE = 1.0  # seconds of waiting for a client, after which an upstream may have closed the connection for that
 
 
 class ClientShare(NamedTuple):
-    """What the client had to do with the end of an attempt.
+    """The client's part in the end of an attempt.
 
-    `has_sent_all`: the gateway has the whole request. `is_awaited`: the next piece of its body was being waited for.
-    `waited` is how many seconds the client kept the upstream waiting, by sending or by reading slowly.
+    `has_sent_all`: the gateway has the whole request. `is_awaited`: the gateway was waiting for a piece of the body.
+    `waited`: seconds for which the upstream waited because the client sent or read slowly.
     """
 
     has_sent_all: bool = True
@@ -22,8 +22,7 @@ class ClientShare(NamedTuple):
 
 
 NO_SHARE = ClientShare()
-
-# What a fault says about the upstream. The principal of a TARGET's fault is nobody: see `CircuitBreaker.settle`.
+# A TARGET fault is attributed to no principal, see `CircuitBreaker.settle`.
 OUTCOME_OF_FAULT = {
     Fault.CLIENT: Outcome.IGNORED,
     Fault.UPSTREAM: Outcome.FAILURE,
@@ -34,13 +33,13 @@ OUTCOME_OF_FAULT = {
 
 
 def fault_of(error: GatewayError, client: ClientShare = NO_SHARE) -> Fault:
-    """Return who is at fault for a failed attempt: nobody instead of the upstream where it may be the client.
+    """Return the fault of a failed attempt: nobody instead of the upstream if the client may have caused it.
 
     | error | client | fault |
     |---|---|---|
-    | its own, the gateway's, or the target's (connecting) | any | as the error's class says |
-    | the connection broke | had not sent all of the request, or had kept the upstream waiting | nobody |
-    | the upstream was silent | was the one waited for | nobody |
+    | class with the fault client, gateway or target (connecting) | any | as the error's class says |
+    | the connection broke | had not sent the whole request, or `waited` >= CLIENT_PAUSE | nobody |
+    | the upstream timed out | was being waited for | nobody |
     | any other | any | upstream |
     """
     if error.fault is not Fault.UPSTREAM:
@@ -53,16 +52,17 @@ def fault_of(error: GatewayError, client: ClientShare = NO_SHARE) -> Fault:
 
 
 def fault_of_status(status: int, client: ClientShare = NO_SHARE) -> Fault:
-    """Return who is at fault for a status: for a server error the upstream, unless it came before all was sent."""
+    """Return the fault of an error status: the upstream for 5xx if the request was sent completely, else nobody."""
     if status < 500:  # noqa: PLR2004 - the class of server errors
         return Fault.CLIENT
     return Fault.UPSTREAM if client.has_sent_all else Fault.NOBODY
 
 
 def fault_of_deadline(deadline: Deadline, spent: float, client: ClientShare) -> Fault:
-    """Return who is at fault when a deadline ends an attempt on which the upstream has spent so many seconds.
+    """Return the fault if a deadline ends an attempt on which the upstream has spent `spent` seconds.
 
-    The client for a deadline of its own; else the upstream, if it had the whole request and at least half of the time.
+    It is the client for the client's own deadline; the upstream if it had the whole request and at least half of the
+    time; else nobody.
     """
     if not deadline.is_upstream_fault:
         return Fault.CLIENT

@@ -1,4 +1,4 @@
-"""What a try came to, told to everybody it concerns: the breakers, an adaptive limit, the metrics and the log."""
+"""Reports the outcomes of attempts to the circuit breakers, the adaptive limit, the metrics and the log."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ _CLASSES = tuple(f"{number}xx" for number in range(6))
 
 
 class OutcomeReporter:
-    """Settles tries. A settled one is settled: what is told of it later moves nothing."""
+    """Settles attempts. Settling is idempotent: only the first outcome of an attempt counts."""
 
     def __init__(
         self,
@@ -27,7 +27,11 @@ class OutcomeReporter:
         on_transition: Callable[[str, Transition], None],
         on_target_move: Callable[[str, Target, Transition], None],
     ) -> None:
-        """`observe_try` counts each try once, `on_transition` and `on_target_move` hear of the breakers' moves."""
+        """Set the observers.
+
+        `observe_attempt` is called once for each attempt with upstream, result, latency in seconds (None without a
+        response) and time; `on_transition` and `on_target_move` at transitions of an upstream's or a target's breaker.
+        """
         self._clock = clock
         self._observe_attempt = observe_attempt
         self._on_transition = on_transition
@@ -37,15 +41,15 @@ class OutcomeReporter:
     def on_head(
         self, exchange: Exchange, attempt: Attempt, status: int, now: float, client: ClientShare = NO_SHARE
     ) -> None:
-        """Count the answer's head; a status that is an error settles the try already."""
-        assert exchange.sent_at is not None  # noqa: S101 - what has been answered has been sent
+        """Record the head of a response; an error status settles the attempt at once."""
+        assert exchange.sent_at is not None  # noqa: S101 - a response implies a request
         exchange.head_at = now
         took = now - exchange.sent_at
         self._observe_attempt(attempt.upstream.name, _CLASSES[status // 100], took, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
             self._settle_failure(exchange, attempt, fault_of_status(status, client), now, f"status {status}", now)
             return
-        if attempt.upstream.limit is not None:  # an error's latency tells nothing: it may come at once
+        if attempt.upstream.limit is not None:  # server errors are excluded: they may be immediate
             attempt.upstream.limit.observe(took, now)
         if status >= 400:  # noqa: PLR2004 - the class of client errors
             self.settle(attempt, Outcome.IGNORED, now)
@@ -55,7 +59,7 @@ class OutcomeReporter:
     def on_failure(
         self, exchange: Exchange, attempt: Attempt, error: httpx.TransportError, client: ClientShare = NO_SHARE
     ) -> GatewayError:
-        """Settle a try that got no answer, and return what it failed with in our words."""
+        """Settle an attempt without a response; return the translated error."""
         upstream, now = attempt.upstream.name, self._clock()
         failure = translate(error, upstream)
         self._observe_attempt(upstream, failure.reason, None, now)
@@ -70,7 +74,7 @@ class OutcomeReporter:
     def on_broken_body(
         self, exchange: Exchange, attempt: Attempt, error: Exception, client: ClientShare = NO_SHARE
     ) -> GatewayError:
-        """Settle a try whose answer broke off, and return what it failed with in our words."""
+        """Settle an attempt whose response is incomplete; return the translated error."""
         failure = translate(error, attempt.upstream.name)
         failure.__cause__ = error
         head_at = exchange.head_at or exchange.started
@@ -79,7 +83,7 @@ class OutcomeReporter:
         return failure
 
     def on_overdue(self, exchange: Exchange, attempt: Attempt, fault: Fault) -> None:
-        """Settle a try that the deadline has ended."""
+        """Settle an attempt that the deadline has ended as a failure, if the upstream is at fault."""
         if fault is not Fault.UPSTREAM:
             return
         now, reason = self._clock(), UpstreamTimeout.reason.value
@@ -89,20 +93,20 @@ class OutcomeReporter:
         self._settle_failure(exchange, attempt, fault, now, f"{reason} (deadline)", now)
 
     def settle_success(self, attempt: Attempt) -> None:
-        """Settle a try as good."""
+        """Settle an attempt as a success."""
         self.settle(attempt, Outcome.SUCCESS, self._clock())
 
     def settle(self, attempt: Attempt, outcome: Outcome, now: float, detail: str = "") -> None:
-        """Tell the breakers how a try ended, and the log if that moved one."""
+        """Settle an attempt and report the transitions that its outcome causes. `now` is monotonic seconds."""
         self._report(attempt, attempt.settle(outcome, now, detail))
 
     def _settle_failure(
         self, exchange: Exchange, attempt: Attempt, fault: Fault, now: float, detail: str, until: float
     ) -> None:
-        """Tell the breakers of a failure, and for their records what failed; it took `until` its head, or its end."""
+        """Settle a failed attempt by its fault; its duration ends at `until`: at the head, or at the failure."""
         took = until - (exchange.sent_at or until)
         if fault is Fault.TARGET:
-            attempt.principal = None  # no client can have caused it
+            attempt.principal = None  # a failure to connect is independent of the client
         move = attempt.settle(
             OUTCOME_OF_FAULT[fault], now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
         )
@@ -116,11 +120,11 @@ class OutcomeReporter:
 
 
 def _lack(error: BaseException) -> LocalResourcesExhausted | None:
-    """Return the error that says what this process lacks, if that is what it failed with."""
+    """Return the LocalResourcesExhausted error that is, or caused, `error`; None if there is none."""
     return next((found for found in (error, error.__cause__) if isinstance(found, LocalResourcesExhausted)), None)
 
 
 def _teach(exchange: Exchange, attempt: Attempt, now: float) -> None:
-    """Let an adaptive limit know of a head that has not come: it takes at least as long."""
+    """Report the time spent without a response to the adaptive limit, as a lower bound of the latency."""
     if attempt.upstream.limit is not None and exchange.sent_at is not None:
         attempt.upstream.limit.observe(now - exchange.sent_at, now)

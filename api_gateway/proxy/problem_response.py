@@ -1,4 +1,4 @@
-"""Problem details (RFC 9457) as headers and body, and as ASGI messages."""
+"""Problem details (RFC 9457) as header fields and body, and as ASGI messages."""
 
 import json
 
@@ -8,7 +8,7 @@ from api_gateway.models import HeaderList
 
 
 def problem_response(error: GatewayError, *, instance: str, request_id: str | None) -> tuple[HeaderList, bytes]:
-    """Return headers and body of the answer that tells of `error` (RFC 9457)."""
+    """Return header fields and body of the problem details for `error` (RFC 9457)."""
     body = json.dumps(problem(error, instance=instance, request_id=request_id), ensure_ascii=False).encode()
     headers = [
         (b"content-type", b"application/problem+json"),
@@ -22,7 +22,7 @@ def problem_response(error: GatewayError, *, instance: str, request_id: str | No
 async def send_problem(
     error: GatewayError, send: Send, *, instance: str, request_id: str | None, headers: HeaderList
 ) -> int:
-    """Send `error` as problem details (RFC 9457) and return the bytes of its body."""
+    """Send `error` as problem details (RFC 9457); return the size of the body in bytes."""
     own, body = problem_response(error, instance=instance, request_id=request_id)
     await send({"type": "http.response.start", "status": error.status, "headers": own + headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

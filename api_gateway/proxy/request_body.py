@@ -1,4 +1,4 @@
-"""The body of a request as it arrives: counted, forwarded piece by piece, and kept for another attempt."""
+"""The body of a request: counted, forwarded piece by piece, and kept for another attempt."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,9 +12,11 @@ from api_gateway.transport.request import NoBody
 
 
 class StreamedBody(httpx.AsyncByteStream):
-    """The client's body, piece by piece as it arrives; raises BodyTooLarge and ClientDisconnected.
+    """The client's body, piece by piece as it arrives. Iteration raises BodyTooLarge and ClientDisconnected.
 
-    The first `keep` bytes are kept, so that it can be sent from its start again; one that has more of them cannot.
+    A body of up to `keep` bytes is kept, so that it can be iterated again from its start; a longer body cannot.
+
+    States: unread, started (`is_started`), finished (`is_started` and `is_finished`).
     """
 
     def __init__(self, receive: Receive, limit: int, exchange: Exchange, keep: int = 0) -> None:
@@ -25,30 +27,34 @@ class StreamedBody(httpx.AsyncByteStream):
         self._kept: list[bytes] = []
         self.is_started = False
         self.is_finished = False
-        self._waited = 0.0  # seconds, for pieces that have come
-        self._awaited_since: float | None = None  # the next piece
+        self._waited = 0.0  # seconds, for the pieces that have arrived
+        self._awaited_since: float | None = None  # loop time since which the next piece has been awaited
+
+    def __repr__(self) -> str:
+        state = "finished" if self.is_finished else "started" if self.is_started else "unread"
+        return f"<StreamedBody [{state}, {self._exchange.bytes_in} bytes]>"
 
     @property
     def is_awaited(self) -> bool:
-        """True while the next piece is waited for; also after that was ended by the failure of an attempt."""
+        """True while the next piece is awaited; it remains True if the attempt failed in that state."""
         return self._awaited_since is not None
 
     @property
     def waited(self) -> float:
-        """Seconds for which the attempt has waited for the client to send."""
+        """Seconds for which the current attempt has waited for the client to send."""
         if self._awaited_since is None:
             return self._waited
         return self._waited + asyncio.get_running_loop().time() - self._awaited_since
 
     @property
     def is_kept(self) -> bool:
-        """True while it can be sent from its start."""
+        """True while the body can be iterated from its start."""
         return not self.is_started or self._exchange.bytes_in <= self._keep
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield what was kept, then what the client sends."""
+        """Yield the kept pieces, then those that the client sends. Raises RuntimeError if the body is not kept."""
         if not self.is_kept:
-            raise RuntimeError("a body that was not kept cannot be sent again")
+            raise RuntimeError("the body cannot be sent again: it was not kept")
         self.is_started = True
         self._waited, self._awaited_since = 0.0, None
         for piece in tuple(self._kept):
@@ -59,7 +65,7 @@ class StreamedBody(httpx.AsyncByteStream):
             message = await self._receive()
             self._waited, self._awaited_since = self._waited + clock() - since, None
             if message["type"] == "http.disconnect":
-                raise ClientDisconnected("The client left while sending.")
+                raise ClientDisconnected("The client disconnected before the request was complete.")
             piece = message.get("body", b"")
             self._exchange.bytes_in += len(piece)
             if self._exchange.bytes_in > self._limit:
@@ -77,7 +83,7 @@ class StreamedBody(httpx.AsyncByteStream):
 
 
 class SentBody(NoBody):
-    """The body of a request that has been sent whole already; `kept` is None if it cannot be once more."""
+    """The body of a request that has already been sent completely; `kept` is None if it cannot be sent again."""
 
     is_started = True
 
@@ -86,11 +92,11 @@ class SentBody(NoBody):
         self.is_kept = kept is not None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield it again."""
+        """Yield the kept body."""
         if self._kept:
             yield self._kept
 
 
 def body_too_large(limit: int) -> BodyTooLarge:
-    """Return the refusal of a body; the connection is closed, as the rest of it may still come."""
+    """Return the error for a body above `limit` bytes; it closes the connection, because the rest is not read."""
     return BodyTooLarge(f"The body is larger than {limit} bytes.", headers={"connection": "close"})

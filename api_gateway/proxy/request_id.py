@@ -1,4 +1,4 @@
-"""The id of a request: the one it came with if that can be used, else a new one."""
+"""Request ids: the value of `X-Request-ID` if it is valid, else a new id."""
 
 import itertools
 import random
@@ -11,11 +11,11 @@ _id_numbers = itertools.count(random.Random().getrandbits(24))  # noqa: S311 - a
 
 
 def given_request_id(fields: Fields) -> str | None:
-    """Return the request id that came with the request, if it can be used."""
+    """Return the value of `X-Request-ID` if there is one and it is valid (1 to 128 visible ASCII characters)."""
     given: Sequence[bytes] = fields.get(b"x-request-id", ())
     return given[0].decode("ascii") if len(given) == 1 and is_visible_ascii(given[0]) else None
 
 
 def new_request_id() -> str:
-    """Return an id that no other request has: a random number for this process, and one that counts up."""
+    """Return a unique id of 32 or more hexadecimal digits: a random prefix of this process, and a counter."""
     return f"{_ID_PREFIX}{next(_id_numbers):08x}"

@@ -1,6 +1,6 @@
-"""Routes: which upstream a request goes to, what it costs, and the path it has there.
+"""Routes: the upstream, cost and upstream path of a request.
 
-Pure; paths are compared percent-decoded and by whole segments, and travel as they were sent.
+Pure. Paths are compared percent-decoded and by whole segments, and forwarded as they were sent.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from api_gateway.proxy.fallback import Fallback
 
 @dataclass(frozen=True, slots=True)
 class CostRule:
-    """What matching requests cost in tokens instead of the route's own cost; None matches any.
+    """The cost in tokens of matching requests, instead of the route's cost; None matches any.
 
-    `candidate_cost` is a cost that is tried beside it, see `ShadowLimits`.
+    `candidate_cost` is a cost that is evaluated but not charged, see `ShadowLimits`.
     """
 
     methods: frozenset[str] | None
@@ -29,16 +29,16 @@ class CostRule:
         return f"{methods} {'anywhere' if self.path is None else self.path}"
 
     def matches(self, method: str, path: str) -> bool:
-        """Tell whether the rule speaks of this request."""
+        """Tell whether the rule applies to a request; `path` is decoded and normalised."""
         return (self.methods is None or method in self.methods) and (self.path is None or is_below(path, self.path))
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One way through the gateway. `host`, `methods` None match any; the first rule of `costs` that matches counts.
+    """A route. `host` and `methods` None match any; the first matching rule of `costs` replaces `cost` (tokens).
 
-    `timeout` is the seconds a request has in all, None for those of its upstream. `min_body_rate` is the bytes a
-    second its body must have, None for those of the server. `fallback` answers for the upstream.
+    `timeout` is the timeout of the whole exchange in seconds, None for the upstream's. `min_body_rate` is the minimum
+    rate of a request body in bytes per second, None for the server's.
     """
 
     name: str
@@ -55,49 +55,49 @@ class Route:
     fallback: Fallback | None = None
 
     def cost_of(self, method: str, path: str) -> float:
-        """Return what a request costs, in tokens."""
+        """Return the cost of a request in tokens; `path` is decoded and normalised."""
         rule = self._rule_of(method, path)
         return self.cost if rule is None else rule.cost
 
     def rule_for(self, method: str, path: str) -> CostRule | None:
-        """Return the rule that says what a request costs, or None if that is the route itself."""
+        """Return the rule that sets the cost of a request, or None if the route's cost applies."""
         return self._rule_of(method, matching_path(path))
 
     def _rule_of(self, method: str, path: str) -> CostRule | None:
         return next((rule for rule in self.costs if rule.matches(method, path)), None)
 
     def candidate_cost_of(self, method: str, path: str) -> float | None:
-        """Return the cost that is tried beside the one a request has, or None if there is none."""
+        """Return the candidate cost of a request in tokens, or None if there is none."""
         rule = self.rule_for(method, path)
         return self.candidate_cost if rule is None else rule.candidate_cost
 
     @property
     def has_candidate(self) -> bool:
-        """True if some of its requests have a cost that is tried."""
+        """True if the route or one of its rules has a candidate cost."""
         return self.candidate_cost is not None or any(rule.candidate_cost is not None for rule in self.costs)
 
 
 class RouteTable:
-    """Finds the route of a request: the longest prefix, and among equals the one for the host before one for any.
+    """Finds the route of a request: the longest path prefix; for equal prefixes, a route with a host first.
 
-    `path` is percent-decoded. Dot segments and repeated slashes are resolved for matching only, so that a spelling
-    cannot reach a cheaper cost rule; what travels is the path as it was sent.
+    Dot segments and repeated slashes are resolved for matching only, so that a different spelling of a path cannot
+    select a cheaper cost rule. The path is forwarded as it was sent.
     """
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._routes: dict[str, list[Route]] = {}
         for route in sorted(routes, key=lambda route: route.host is None):
             self._routes.setdefault(route.path, []).append(route)
-        # No more segments than the deepest route has are ever looked at, however many a path holds.
+        # Longer paths are cut to the depth of the deepest route, so the time of a lookup is limited.
         self._depth = max((path.count("/") for path in self._routes), default=0)
 
     def __repr__(self) -> str:
         return f"<RouteTable {sorted(self._routes)}>"
 
     def find(self, host: str, method: str, path: str) -> tuple[Route, float]:
-        """Return the route of a request and what it costs, in tokens.
+        """Return the route of a request and its cost in tokens; `path` is percent-decoded.
 
-        Raises NoRoute, or MethodNotAllowed naming what is allowed.
+        Raises NoRoute, or MethodNotAllowed with the allowed methods.
         """
         if "//" in path or "/." in path:
             path = matching_path(path)
@@ -113,26 +113,26 @@ class RouteTable:
                     allowed |= route.methods
             if allowed:
                 names = ", ".join(sorted(allowed))
-                raise MethodNotAllowed(f"{path} takes {names}, not {method}.", headers={"allow": names})
+                raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
             prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
 
 
 def refuse_method(method: str) -> None:
-    """Raise MethodNotAllowed if no upstream is ever asked with this method."""
+    """Raise MethodNotAllowed if the gateway does not forward this method."""
     if method in REFUSED_METHODS:
         raise MethodNotAllowed(f"{method} is not proxied.", headers={"allow": PROXIED_METHODS})
 
 
 def upstream_target(route: Route, target: bytes) -> bytes:
-    """Return the request target for the upstream: path and query byte for byte, less the route's prefix.
+    """Return the request target for the upstream: path and query unchanged, without the route's prefix.
 
-    Raises BadRequest.
+    Raises BadRequest if the target does not begin with exactly the bytes of the prefix.
     """
     prefix = route.strip_prefix.encode()
     if not prefix:
         return target
     if not target.startswith(prefix) or target[len(prefix) : len(prefix) + 1] not in (b"", b"/", b"?"):
-        raise BadRequest(f"The path is spelt so that its prefix {route.strip_prefix} cannot be taken off.")
+        raise BadRequest(f"The prefix {route.strip_prefix} cannot be removed: the path spells it differently.")
     rest = target[len(prefix) :]
     return rest if rest.startswith(b"/") else b"/" + rest

@@ -1,4 +1,4 @@
-"""Limits that are tried beside those in force: they decide on the same requests and only count what they would do."""
+"""Candidate limits: evaluated on the same requests as the limits in force; their decisions are only counted."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -10,10 +10,10 @@ from api_gateway.rate_limiter import RateLimiter
 
 
 class ShadowLimits:
-    """Charges candidates of tiers and costs to buckets of their own, `candidate:` before the key.
+    """Charges candidate quotas and costs to separate buckets, whose keys have the prefix `candidate:`.
 
-    Where only tiers have candidates, only their clients are looked at. Where a cost has one, every request is: what
-    another cost does to a client shows in everything its bucket is asked for. Buckets of addresses stay out of it.
+    If only tiers have candidates, only requests of those tiers are evaluated. If a cost has a candidate, all requests
+    are evaluated, because the cost of one request affects the client's later ones. Address limits are not evaluated.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class ShadowLimits:
         candidates: Mapping[str, Quota],
         routes: Iterable[Route],
     ) -> None:
-        """`candidates` are the quotas to try, by the name of the tier they would change."""
+        """`candidates` are the candidate quotas by name of the tier."""
         self._limiter = limiter
         self._clock_ns = clock_ns
         self._recorder = recorder
@@ -37,13 +37,13 @@ class ShadowLimits:
 
     @property
     def is_empty(self) -> bool:
-        """True if there is nothing to try."""
+        """True if there are no candidates."""
         return not self._candidates and not self._routes
 
     def observe(self, exchange: Exchange) -> None:
-        """Try an exchange that has just been decided on."""
+        """Evaluate the candidates for an exchange that has a decision."""
         client = exchange.client
-        assert client is not None  # noqa: S101 - a decision is about somebody
+        assert client is not None  # noqa: S101 - a decision implies a client
         charges = self.charges(client, exchange.route, exchange.method, exchange.path, exchange.cost)
         if not charges:
             return
@@ -55,7 +55,7 @@ class ShadowLimits:
             self._count(exchange, charges, trial)
 
     def charges(self, client: Client, route: str | None, method: str, path: str, cost: float) -> list[Charge]:
-        """Return what a request would draw on that costs `cost` as things are; nothing if nothing of it is tried."""
+        """Return the candidate charges of a request whose cost in force is `cost`; empty without a candidate."""
         quota = self._candidates.get(client.quota.name)
         if quota is None and not self._routes:
             return []
@@ -70,7 +70,7 @@ class ShadowLimits:
         exchange.trial = charges, trial
         client, decision = exchange.client, exchange.decision
         assert client is not None  # noqa: S101 - as in `observe`
-        assert decision is not None  # noqa: S101 - it came first
+        assert decision is not None  # noqa: S101 - as in `observe`
         if decision.allowed and not trial.allowed:
             self._recorder.would_limit[client.quota.name] += 1
         elif trial.allowed and not decision.allowed:

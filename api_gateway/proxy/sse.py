@@ -1,7 +1,7 @@
-"""Answers without an end of their own: a stream of server-sent events is ended between two of them.
+"""Event streams: a stream of server-sent events is ended between two events when the server stops.
 
-Its reader comes back by itself, on another connection, and says which event it had last (the HTML standard, section
-9.2). So a gateway that stops need not cut it off.
+The client reconnects by itself and sends the id of the last event it received (HTML standard, section 9.2), so no
+event is lost.
 """
 
 from api_gateway.http1.asgi import ServerExtension
@@ -14,12 +14,15 @@ _LONGEST = 4
 
 
 class EventStream:
-    """Ends `answer` once the server stops and no event is half sent."""
+    """Ends `response` once the server stops and no event is partially sent.
 
-    def __init__(self, extension: ServerExtension, answer: UpstreamResponse) -> None:
+    The last bytes sent determine the state: between events, or within an event.
+    """
+
+    def __init__(self, extension: ServerExtension, response: UpstreamResponse) -> None:
         self._extension = extension
-        self._answer = answer
-        self._tail = _EDGES[0]  # before the first event is between two as well
+        self._response = response
+        self._tail = _EDGES[0]  # the start of the stream counts as between events
         extension.on_shutdown = self._on_stopping
         if extension.is_stopping:
             self._on_stopping()
@@ -28,26 +31,26 @@ class EventStream:
         return f"<EventStream [{'between events' if self._tail.endswith(_EDGES) else 'within an event'}]>"
 
     def on_piece(self, piece: bytes) -> bool:
-        """Note what is passed on; tell whether the stream shall end behind it."""
+        """Follow a forwarded piece; return whether the stream shall end after it."""
         self._tail = (self._tail + piece)[-_LONGEST:]
         return self._extension.is_stopping and self._tail.endswith(_EDGES)
 
     def _on_stopping(self) -> None:
-        if self._tail.endswith(_EDGES) and not self._answer.pieces:
-            self._answer.end_early()
+        if self._tail.endswith(_EDGES) and not self._response.pieces:
+            self._response.end_early()
 
 
 def is_event_stream(fields: Fields) -> bool:
-    """Tell whether an answer with these headers is a stream of events without an end of its own."""
+    """Tell whether a response with these header fields is an event stream: `text/event-stream` without a length."""
     types = fields.get(b"content-type")
     return types is not None and types[0].lower().startswith(_TYPE) and b"content-length" not in fields
 
 
-def event_stream(extension: ServerExtension | None, fields: Fields, answer: object) -> EventStream | None:
-    """Return what ends the answer of these headers politely.
+def event_stream(extension: ServerExtension | None, fields: Fields, response: object) -> EventStream | None:
+    """Return the `EventStream` of a response with these header fields.
 
-    None if it has an end of its own, or a content coding: of that only its decoder sees where an event ends.
+    None if it is not an event stream, or has a content coding, which hides the boundaries of events.
     """
     if extension is None or b"content-encoding" in fields or not is_event_stream(fields):
         return None
-    return EventStream(extension, answer) if isinstance(answer, UpstreamResponse) else None
+    return EventStream(extension, response) if isinstance(response, UpstreamResponse) else None

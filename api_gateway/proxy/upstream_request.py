@@ -1,4 +1,4 @@
-"""A request on its way upstream: its body as it arrives, the client's leaving meanwhile, and how it is rendered."""
+"""The request to the upstream: header fields, body, deadline and interim responses, the same for each attempt."""
 
 import asyncio
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
 _NO_LENGTH = frozenset({204})
-_MAX_HOP_DIGITS = 9  # of Max-Forwards; one that says more says nothing
+_MAX_HOP_DIGITS = 9  # of Max-Forwards; a longer value is ignored
 
 
 class UpstreamRequest:
-    """What is sent upstream, the same for every try but for the target; also the hooks of the transport."""
+    """The request to the upstream, which `render` adapts to the target of an attempt; also a `ResponseListener`."""
 
     __slots__ = (
         "_is_trusted",
@@ -52,7 +52,7 @@ class UpstreamRequest:
         scope: Scope,
         extension: ServerExtension | None,
         target: bytes,
-        is_trusted: bool,  # noqa: FBT001 - one of these is made for every request
+        is_trusted: bool,  # noqa: FBT001 - positional arguments are faster, and this runs for each request
         protected: frozenset[bytes],
     ) -> None:
         self._scope = scope
@@ -70,7 +70,7 @@ class UpstreamRequest:
         self.upgrade = extension is not None and extension.upgrade == b"websocket" and self.framing is None
 
     def ends_here(self) -> bool:
-        """Tell whether `Max-Forwards` forbids another hop; take one off otherwise."""
+        """Tell whether `Max-Forwards` is 0; decrement it otherwise (RFC 9110 section 7.6.2). Invalid values pass."""
         hops = self.fields[b"max-forwards"][0]
         if not hops.isdigit() or len(hops) > _MAX_HOP_DIGITS:
             return False
@@ -80,12 +80,12 @@ class UpstreamRequest:
 
     @property
     def is_overdue(self) -> bool:
-        """True while its task is being cancelled because its deadline has passed."""
+        """True once the deadline has passed and the task is being cancelled for that."""
         return self.timer is not None and self.timer.expired()
 
     @property
     def takes_trailers(self) -> bool:
-        """True if the client said that it reads trailers (RFC 9110 section 6.5.1), and gets an answer with chunks."""
+        """True if the client accepts trailers (RFC 9110 section 6.5.1), and its response can be chunked."""
         return (
             self.link is not None
             and self._scope["method"] != "HEAD"
@@ -95,22 +95,22 @@ class UpstreamRequest:
 
     @property
     def lengthless(self) -> frozenset[int]:
-        """The statuses whose answers may announce no length: 204, and before another server than ours 304 too."""
+        """Statuses whose responses get no Content-Length: 204; with servers other than the gateway's own also 304."""
         return _NO_LENGTH if self.link is not None else BODILESS
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        """Pass on an interim answer (RFC 9110 section 15.2)."""
+        """Forward an interim response (RFC 9110 section 15.2)."""
         if self.link is not None:
             self.link.send_interim(status, reason, forwardable_interim(headers))
 
     def trailers(self) -> HeaderList:
-        """Return the trailers that came behind the body."""
+        """Return the request's trailer fields that are forwarded."""
         return [] if self.link is None else forwardable_trailers(self.link.trailers, self._protected)
 
     def _limits(self, upstream_client: UpstreamClient, now: float) -> Mapping[str, float]:
-        """Return the time limits of a try: connecting takes half of what is left at most, so that another can follow.
+        """Return the timeouts of an attempt; connecting may take half of the remaining time, which allows a retry.
 
-        Of a client's own deadline that would make every host look as slow as the client is impatient.
+        A client's own deadline does not shorten it: a short one would make each target appear unreachable.
         """
         if self.deadline is None or not self.deadline.is_upstream_fault:
             return upstream_client.limits
@@ -118,7 +118,7 @@ class UpstreamRequest:
         return {**upstream_client.limits, "connect": min(upstream_client.limits["connect"], half)}
 
     def render(self, exchange: Exchange, upstream_client: UpstreamClient, target: Target, now: float) -> httpx.Request:
-        """Return the request for one target, with what is left of its time."""
+        """Return the request for one target, with its timeouts and the remaining time at `now`."""
         origin = upstream_client.origins[target]
         scope = self._scope
         headers = rewrite_request(
@@ -133,7 +133,7 @@ class UpstreamRequest:
             protected=self._protected,
         )
         if b"expect" in self.fields:
-            if self.link is None:  # its server asks for the body by itself
+            if self.link is None:  # the server sends 100 (Continue) itself
                 headers = [pair for pair in headers if pair[0].lower() != b"expect"]
             elif self.expects_continue:
                 self.link.defer_continue()
@@ -153,7 +153,7 @@ class UpstreamRequest:
 
 
 def spelt_target(scope: Scope) -> bytes:
-    """Return path and query as another server than ours tells them."""
+    """Return path and query from the ASGI scope, for servers other than the gateway's own."""
     query: bytes = scope["query_string"]
     path: bytes = scope["raw_path"]
     return path + b"?" + query if query else path

@@ -1,6 +1,6 @@
-"""Where one direction of a WebSocket connection stands (RFC 6455 section 5.2): within a frame, or between two.
+"""Follows frame boundaries in one direction of a WebSocket connection (RFC 6455 section 5.2).
 
-Only between two may a frame of ours be put in. Payloads are skipped, never looked at.
+The gateway may insert a frame only between two frames. Payloads are skipped without being read.
 """
 
 GOING_AWAY = b"\x88\x02\x03\xe9"  # a close frame with status 1001, unmasked as servers send it
@@ -8,7 +8,7 @@ GOING_AWAY = b"\x88\x02\x03\xe9"  # a close frame with status 1001, unmasked as 
 _CLOSE = 8
 _SHORT, _MASK_BIT, _MASK_SIZE = 2, 0x80, 4
 _LENGTH_BYTES = {126: 2, 127: 8}
-# How long a frame is by the second byte of its head; 0 where further bytes hold the length.
+# The size of a frame by the second byte of its header; 0 if further bytes contain the length.
 _SIZES = [
     0 if byte & 0x7F in _LENGTH_BYTES else _SHORT + (byte & 0x7F) + (_MASK_SIZE if byte & _MASK_BIT else 0)
     for byte in range(256)
@@ -16,28 +16,31 @@ _SIZES = [
 
 
 class FrameBoundary:
-    """Follows a stream of frames by their heads."""
+    """Follows a stream of frames by their headers.
+
+    States: between frames; in a header (`_head`); in a payload (`_left`). `has_closed` once a close frame has begun.
+    """
 
     __slots__ = ("_head", "_left", "has_closed")
 
     def __init__(self) -> None:
-        self._head = b""  # of a frame whose length is not known yet
-        self._left = 0  # bytes of the frame still to come
-        self.has_closed = False  # a close frame has come: nothing may follow it
+        self._head = b""  # the header of a frame whose length is not known yet
+        self._left = 0  # bytes of the frame that have not arrived
+        self.has_closed = False  # a close frame has begun, so no frame may follow it
 
     def __repr__(self) -> str:
-        return f"<FrameBoundary [{'between frames' if self.is_between else f'{self._left} bytes to come'}]>"
+        return f"<FrameBoundary [{'between frames' if self.is_between else f'{self._left} bytes left'}]>"
 
     @property
     def is_between(self) -> bool:
-        """True if the next byte begins a frame."""
+        """True if the next byte is the first byte of a frame."""
         return not self._left and not self._head
 
     def feed(self, data: bytes) -> None:
-        """Follow what has been sent."""
+        """Process bytes that have been sent."""
         data = self._head + data
         edge, last = self._left, len(data) - _SHORT
-        while edge <= last:  # once for each frame, of which a peer may send very many: so nothing is called
+        while edge <= last:  # no function call per frame, because a peer may send very many small frames
             size = _SIZES[data[edge + 1]] or _long_size(data, edge)
             if not size:
                 break
@@ -48,7 +51,7 @@ class FrameBoundary:
         self._left = max(0, edge - len(data))
 
     def rest(self, data: bytes) -> int | None:
-        """Return how much of `data` belongs to the frame that has begun, or None if all does and more is to come."""
+        """Return the number of bytes of `data` that complete the current frame, or None if it remains incomplete."""
         at = 0
         while self._head and at < len(data):
             self.feed(data[at : at + 1])
@@ -59,7 +62,7 @@ class FrameBoundary:
 
 
 def _long_size(data: bytes, edge: int) -> int:
-    """Return how long the frame at `edge` is, whose length has bytes of its own; 0 while they are not complete."""
+    """Return the size of the frame at `edge`, which has an extended length; 0 if that is incomplete."""
     second = data[edge + 1]
     start = edge + _SHORT
     end = start + _LENGTH_BYTES[second & 0x7F]

@@ -1,8 +1,8 @@
-"""Two connections joined after a switch of protocols (WebSocket): what one side sends the other gets, byte for byte.
+"""Tunnels between a client and an upstream after a switch of protocols (WebSocket).
 
-What the frames hold is nobody's business here, so text, binary, ping, pong, close codes and extensions all pass. A
-slow reader makes the other side wait, and the end of one direction is passed on while the other may still flow. Only
-a gateway that stops puts in a frame of its own, between two of the upstream's.
+Bytes are forwarded unchanged, so all frame types, close codes and extensions pass. Back-pressure applies in both
+directions, and one direction may end before the other. The gateway inserts a frame of its own only when it stops: a
+close frame between two frames of the upstream.
 """
 
 import asyncio
@@ -11,13 +11,15 @@ from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.eventloop.receive_buffer import READ_SIZE, receive_buffer
 from api_gateway.proxy.websocket_frames import GOING_AWAY, FrameBoundary
 
-HALF_CLOSE_TIMEOUT = 1.0  # seconds of silence that one direction may fall into after the other has ended
+HALF_CLOSE_TIMEOUT = 1.0  # idle timeout in seconds after one direction has ended
 
 
 class Tunnel:
-    """Joins `client` and `upstream` until both are gone, or until nothing has passed for `idle_timeout` seconds.
+    """Forwards bytes between `client` and `upstream` until both are closed or idle for `idle_timeout` seconds.
 
-    Each transport's protocol is replaced; the one before hears of the connection's loss, and of nothing else.
+    The protocol of each transport is replaced; the previous protocol only receives `connection_lost`.
+
+    States: open, half-closed (one side has ended), ended (both connections are lost).
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Tunnel:
         return f"<Tunnel [{self.bytes_in} bytes in, {self.bytes_out} bytes out]>"
 
     async def run(self, from_client: bytes, from_upstream: bytes) -> None:
-        """Pass on what has already come, then everything else, to the end."""
+        """Forward the bytes received before, then all others until the tunnel ends. Aborts it when cancelled."""
         self.alarm.set(self.idle_timeout)
         for end, already in ((self._client, from_client), (self._upstream, from_upstream)):
             end.attach()
@@ -53,33 +55,33 @@ class Tunnel:
             self.alarm.stop()
             self.abort()
             self.bytes_in, self.bytes_out = self._client.received, self._upstream.received
-            self._client.let_go()
-            self._upstream.let_go()
+            self._client.release()
+            self._upstream.release()
 
     def abort(self) -> None:
-        """End it now, both ways."""
+        """Abort both connections."""
         self._client.transport.abort()
         self._upstream.transport.abort()
 
     def go_away(self) -> None:
-        """Ask the client to close the connection and come back on another one."""
+        """Send the client a close frame with status 1001 (going away), so that it reconnects."""
         if not self._ended.done():
             self._upstream.go_away()
 
     def on_lost(self) -> None:
-        """One side is gone; so is the tunnel once the other is."""
+        """End the tunnel once both connections are lost."""
         if self._client.is_lost and self._upstream.is_lost and not self._ended.done():
             self._ended.set_result(None)
 
 
 class _Side(asyncio.BufferedProtocol):
-    """One side: passes on what it hears."""
+    """One side of a tunnel: forwards the bytes that it receives to the other side."""
 
     def __init__(self, tunnel: Tunnel, transport: asyncio.Transport, buffer: memoryview) -> None:
         self.other: _Side = self
         self.transport = transport
         self.is_lost = False
-        self.has_ended = False  # it will send no more
+        self.has_ended = False  # EOF received
         self.received = 0
         self._tunnel = tunnel
         self._before = transport.get_protocol()
@@ -89,7 +91,7 @@ class _Side(asyncio.BufferedProtocol):
         return f"<_Side [{'lost' if self.is_lost else 'open'}, {self.received} bytes received]>"
 
     def attach(self) -> None:
-        """Replace the transport's protocol. Reading is paused meanwhile: how to read is decided where it begins."""
+        """Replace the transport's protocol, with reading paused: asyncio selects the read method when it resumes."""
         if not self.transport.is_closing():
             self.transport.pause_reading()
         self.transport.set_protocol(self)
@@ -99,22 +101,22 @@ class _Side(asyncio.BufferedProtocol):
             self.transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
-        """Return where the event loop writes what it reads."""
+        """Return the buffer for the next read."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take what was read."""
+        """Process the bytes in the buffer."""
         self.data_received(bytes(self._buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
-        """Pass it on."""
+        """Forward the bytes to the other side."""
         self.received += len(data)
         self._tunnel.alarm.set(self._tunnel.idle_timeout)
         if not self.other.is_lost:
             self.other.transport.write(data)
 
     def eof_received(self) -> bool:
-        """Pass on that no more will come from here; once neither side will send, both are closed."""
+        """Forward EOF to the other side; close both once both have ended."""
         self.has_ended = True
         other = self.other
         if other.has_ended or not other.transport.can_write_eof():
@@ -127,17 +129,17 @@ class _Side(asyncio.BufferedProtocol):
         return True
 
     def pause_writing(self) -> None:
-        """Make the other side wait."""
+        """Pause reading from the other side."""
         if not self.other.is_lost and not self.other.transport.is_closing():
             self.other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """Let the other side go on."""
+        """Resume reading from the other side."""
         if not self.other.is_lost and not self.other.transport.is_closing():
             self.other.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the other side too, after it has been sent everything if this one ended in peace."""
+        """Close the other side: after its buffer is flushed, or at once if this side had an error."""
         if self.is_lost:
             return
         self.is_lost = True
@@ -151,15 +153,19 @@ class _Side(asyncio.BufferedProtocol):
                 self.other.transport.abort()
         self._tunnel.on_lost()
 
-    def let_go(self) -> None:
-        """Refer to the other side no more. Of a transport that is not lost yet the protocol before hears the end."""
+    def release(self) -> None:
+        """Drop references to the tunnel, and restore the previous protocol of a transport that is not yet lost."""
         if not self.is_lost and self._before is not None:
             self.transport.set_protocol(self._before)
         del self.other, self._tunnel
 
 
 class _UpstreamSide(_Side):
-    """The upstream's side, which can be interrupted between two frames."""
+    """The upstream's side, which follows frames so that a close frame can be inserted between two of them.
+
+    States: forwarding; leaving (`_is_leaving`: the current frame is completed); left (`_has_left`: the close frame is
+    sent, and further bytes of the upstream are discarded).
+    """
 
     def __init__(self, tunnel: Tunnel, transport: asyncio.Transport, buffer: memoryview) -> None:
         super().__init__(tunnel, transport, buffer)
@@ -167,7 +173,7 @@ class _UpstreamSide(_Side):
         self._is_leaving = self._has_left = False
 
     def data_received(self, data: bytes) -> None:
-        """Pass it on, and follow the frames; behind a close frame of ours comes nothing more."""
+        """Forward the bytes and follow the frames; discard everything after the inserted close frame."""
         if self._is_leaving and not self._has_left and (rest := self._edges.rest(data)) is not None:
             super().data_received(data[:rest])
             self._leave()
@@ -179,7 +185,7 @@ class _UpstreamSide(_Side):
             super().data_received(data)
 
     def go_away(self) -> None:
-        """Send the client a close frame as soon as the frame that has begun is over."""
+        """Send the client a close frame once the current frame is complete."""
         if not self._is_leaving and not self._edges.has_closed:
             self._is_leaving = True
             if self._edges.is_between:

@@ -1,1 +1,1 @@
-"""The upstream's side: pool, connection, request, response and the httpx adapter. Decides no retries."""
+"""Upstream connections: pool, connection, request, response and the httpx adapter. Independent of retry policy."""

@@ -1,8 +1,9 @@
-"""One connection to an upstream: an asyncio protocol that sends a request and takes its answer, one at a time.
+"""One connection to an upstream: an asyncio protocol that sends one request at a time and receives its response.
 
-A plain head is taken apart by `fast_parser`, a body whose length it told is counted; everything else is for httptools.
+`fast_parser` parses plain heads, whose bodies are delimited by their length; httptools parses everything else.
 
-Long because it is one state machine: request and response share the connection's buffer, parser and timer.
+The module is long because it is one state machine: request and response share the connection's buffer, parser and
+timer.
 """
 
 import asyncio
@@ -21,28 +22,30 @@ from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import LeanRequest, length_of, render_request_head
 from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, SWITCHING, ResponseListener, UpstreamResponse
 
-RESPONSE_HIGH_WATER = (
-    32 * 1024
-)  # bytes of a response held for a slow client before reading from the upstream is paused
-MAX_HEAD_BYTES = 64 * 1024  # of an answer's head with the interim ones before it, and of its trailers
-_SURPLUS = "more came than was announced"
+RESPONSE_HIGH_WATER = 32 * 1024  # bytes buffered for a slow client before reading from the upstream is paused
+MAX_HEAD_BYTES = 64 * 1024  # of a response head together with preceding interim responses, and of trailers
+_SURPLUS = "more bytes than announced"
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
-_KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser knows that these have no content, whatever they announce
+_KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser ignores framing fields of these statuses
 
 
 class StaleConnection(httpx.ReadError):
-    """A reused connection died before any byte of an answer: the race every keep-alive client can lose."""
+    """A reused connection was closed before any byte of the response: the usual keep-alive race."""
 
     def __init__(self) -> None:
-        super().__init__("closed before any answer, on a connection kept alive")
+        super().__init__("a reused connection was closed before the response")
 
 
 class UpstreamConnection(asyncio.BufferedProtocol):
     """One connection, one request at a time.
 
-    A slow client costs at most 256 KiB: its transport keeps 64 KiB. To that comes one read of RELAY_SIZE where it is
-    relayed; else HIGH_WATER and one read of READ_SIZE are held here, and as much is being written.
+    States: connecting (no transport), idle (`_answer` is None), busy (`_answer` is set), closed (`is_closed`). While
+    busy, the request body may still be sent (`_upload`) and reading may be paused.
+
+    A slow client occupies at most 256 KiB: its transport buffers 64 KiB. In addition, a relayed response occupies one
+    read of RELAY_SIZE; any other response RESPONSE_HIGH_WATER and one read of READ_SIZE here, and the same amount
+    while it is written.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -55,20 +58,20 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self.is_reused = False
         self.holder: str | None = None
         self.alarm = DeadlineTimer(loop, self._on_alarm)
-        self._patience = 0.0  # what the alarm was set to
+        self._patience = 0.0  # seconds to which the alarm was last set
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
-        self._parser: Any = None  # while there is a connection: it refers to us
+        self._parser: Any = None  # only while connected, because it refers to this object
         self._answer: UpstreamResponse | None = None
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
         self._paused_at = self._resumed_at = 0.0
-        self._stall: asyncio.TimerHandle | None = None  # how long the upstream may take to read on
+        self._stall: asyncio.TimerHandle | None = None  # limits how long the upstream may stop reading
         self._writable: asyncio.Future[None] | None = None
-        self._headers: HeaderList = []  # of the head or the trailers that are being read
+        self._headers: HeaderList = []  # of the head or the trailers being parsed
         self._reason = b""
-        self._received = 0  # bytes of this answer so far
-        self._unparsed = 0  # bytes since the last complete head or piece of body: what only the parser holds
-        self._left = 0  # bytes still to come of a body whose length a plain head told
+        self._received = 0  # bytes of this response so far
+        self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
+        self._left = 0  # bytes of the body that have not arrived, after a plain head
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else "idle" if self._answer is None else "busy"
@@ -77,7 +80,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     # Sending
 
     def send(self, request: LeanRequest) -> UpstreamResponse:
-        """Send the request; its answer is still to come. Raises LocalProtocolError if it cannot be sent."""
+        """Send the request; return its response, which is still empty. Raises LocalProtocolError."""
         extensions = request.extensions
         answer = UpstreamResponse(
             self, request.method, extensions.get("timeout", NO_LIMITS), extensions.get("hooks", NO_LISTENER)
@@ -101,7 +104,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         return answer
 
     def start(self, answer: UpstreamResponse, request: bytes) -> None:
-        """Send a whole request, rendered, whose answer is made already."""
+        """Send a complete request as bytes, and receive into `answer`."""
         self._answer = answer
         self._received = self._left = 0
         self._transport.write(request)
@@ -109,7 +112,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._patience = seconds or 0.0
         self.alarm.set(seconds)
 
-    async def _send_body(self, answer: UpstreamResponse, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many ends
+    async def _send_body(self, answer: UpstreamResponse, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many exits
         is_chunked = framing == b"chunked"
         left = 0 if is_chunked else length
         try:
@@ -122,7 +125,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                     self.alarm.clear()
                 left -= 0 if is_chunked else len(piece)
                 if left < 0:
-                    raise httpx.LocalProtocolError("the body is longer than its Content-Length")  # noqa: TRY301 - as any other way a body fails
+                    raise httpx.LocalProtocolError("the body is longer than its Content-Length")  # noqa: TRY301 - handled like any failure of a body
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
                 if self._writable is not None:
                     await self._wait_until_writable(answer)
@@ -130,7 +133,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                 raise httpx.LocalProtocolError("the body is shorter than its Content-Length")  # noqa: TRY301 - as above
             if is_chunked and not self.is_closed:
                 self._transport.write(b"0\r\n%b\r\n" % _render_trailers(answer.listener))
-        except Exception as error:  # noqa: BLE001 - whatever ends the body ends the answer, and its reader gets it
+        except Exception as error:  # noqa: BLE001 - any failure of the body fails the response
             answer.fail(error)
             self.close()
             return
@@ -139,22 +142,22 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self.set_alarm("read")
 
     async def _wait_until_writable(self, answer: UpstreamResponse) -> None:
-        """Wait for the upstream to read on, no longer than it may be idle; the answer's own clock runs apart."""
+        """Wait until the upstream reads on, at most for its idle timeout; the timeout of the response is separate."""
         seconds = answer.timeouts.get("idle", answer.timeouts.get("read"))
         if seconds is not None:
             self._stall = self.loop.call_later(seconds, self._check_stall, seconds, unacknowledged(self._transport))
         try:
             while self._writable is not None:
-                await asyncio.wait({self._writable})  # see `protocol.DownstreamConnection.wait_until_writable`
+                await asyncio.wait({self._writable})  # see `DownstreamConnection.wait_until_writable`
         finally:
             if self._stall is not None:
                 self._stall.cancel()
                 self._stall = None
 
     def _check_stall(self, seconds: float, before: int) -> None:
-        """Give up on an upstream that has read nothing, unless its answer has not been read either in that time.
+        """Fail the response if the upstream has read nothing for `seconds`, unless reading from it was paused.
 
-        `before` are the bytes that were unacknowledged at the last check.
+        `before` is the number of unacknowledged bytes at the last check.
         """
         unsent = unacknowledged(self._transport)
         since = self.loop.time() if self._is_reading_paused or unsent < before else self._resumed_at
@@ -165,7 +168,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._time_out(seconds)
 
     def set_alarm(self, name: str) -> None:
-        """Give the upstream its time to answer: `read` for the head, `idle` between pieces of the body."""
+        """Start a timeout of the response by name: `read` for the head, `idle` between body pieces."""
         if self._answer is not None:
             timeouts = self._answer.timeouts
             seconds = timeouts.get(name, timeouts.get("read"))
@@ -173,11 +176,11 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self.alarm.set(seconds)
 
     def pause_writing(self) -> None:
-        """Asked by the event loop: the upstream reads more slowly than the client sends."""
+        """Pause sending: the upstream reads more slowly than the client sends (asyncio callback)."""
         self._writable = self.loop.create_future()
 
     def resume_writing(self) -> None:
-        """Asked by the event loop: the upstream has caught up."""
+        """Resume sending: the write buffer is below its low-water mark (asyncio callback)."""
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
         self._writable = None
@@ -185,17 +188,17 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     # Receiving: callbacks of the event loop, then of the parser
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start of the connection."""
+        """Initialise transport and parser (asyncio callback)."""
         self._transport = transport
         self._parser = httptools.HttpResponseParser(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
-        """Return where the event loop writes what it reads."""
+        """Return the buffer for the next read: RELAY_SIZE bytes for a relayed response, else READ_SIZE."""
         answer = self._answer
         return self._relay_buffer if answer is not None and answer.is_relayed else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Parse what came. Bytes that belong to no request mean the connection cannot be trusted any more."""
+        """Process input; close the connection if there is no request to which it can belong."""
         data = bytes(self._relay_buffer[:nbytes])
         answer = self._answer
         if answer is None:
@@ -210,13 +213,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._parse(answer, data)
 
     def _take_plain(self, answer: UpstreamResponse, data: bytes) -> bool:
-        """Take the beginning of an answer if its head is a plain one; otherwise it is the parser's."""
+        """Process the beginning of a response with a plain head; return False to leave it to the parser."""
         parts = parse_response_head(data, is_to_head=answer.is_to_head)
         if parts is None:
             return False
         status, passed, size, length, keeps_alive, has_date, cost = parts
         came = len(data) - size
-        if came > length or size > MAX_HEAD_BYTES:  # what is wrong with it is for the parser to find
+        if came > length or size > MAX_HEAD_BYTES:  # the parser raises the error
             return False
         self._received = size + came
         answer.status, answer.passed, answer.has_date, answer.keeps_alive = status, passed, has_date, keeps_alive
@@ -236,7 +239,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         return True
 
     def _take_counted(self, answer: UpstreamResponse, data: bytes) -> None:
-        """Take more of a body whose length is known."""
+        """Process more of a body whose length a plain head has announced."""
         if len(data) > self._left:
             self._fail(answer, _SURPLUS)
             return
@@ -246,17 +249,17 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._on_progress(answer)
 
     def _on_progress(self, answer: UpstreamResponse) -> None:
-        """Act on how far the answer has come, and let its reader know."""
+        """Notify the reader, and release or pause the connection according to the state of the response."""
         if answer.is_complete:
             self._finish(answer)
             answer.on_progress()
             return
         answer.on_progress()
-        if answer.buffered > RESPONSE_HIGH_WATER:  # nothing is held of a response that is relayed
+        if answer.buffered > RESPONSE_HIGH_WATER:  # never for a relayed response, which is not buffered
             self.pause_reading()
 
     def _parse(self, answer: UpstreamResponse, data: bytes) -> None:
-        """Have the parser take what came."""
+        """Process input by the parser."""
         size = len(data)
         if not self._received:
             self._unparsed = 0
@@ -281,13 +284,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._on_progress(answer)
 
     def _is_too_long(self, headers: HeaderList) -> bool:
-        """Tell whether a head, or trailers, should have been refused had they not come in one piece."""
+        """Tell whether a complete head or trailer section is larger than MAX_HEAD_BYTES."""
         if self._received <= MAX_HEAD_BYTES:
             return False
         return sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES
 
     def on_message_begin(self) -> None:
-        """A message starts; if the answer is already complete, it is one nobody asked for."""
+        """Start a message; it is unexpected if the response is already complete (parser callback)."""
         answer = self._answer
         if answer is None:
             self.close()
@@ -295,15 +298,15 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._fail(answer, _SURPLUS)
 
     def on_status(self, phrase: bytes) -> None:
-        """Reason phrase, or a part of it."""
+        """Append a part of the reason phrase (parser callback)."""
         self._reason += phrase
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header, or one trailer."""
+        """Store one header field or trailer field (parser callback)."""
         self._headers.append((name, value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
-        """The head is there, unless it is that of an interim answer (1xx)."""
+        """Process the head of a final or interim response (parser callback)."""
         self._unparsed = 0
         headers, self._headers = self._headers, []
         reason, self._reason = self._reason, b""
@@ -320,7 +323,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         fields = fields_of(headers)
         codings = fields.get(b"transfer-encoding")
         if codings is not None and (len(codings) > 1 or codings[0].lower() != b"chunked"):
-            self._fail(answer, "a transfer coding nobody asked for")  # the header that names it would end here
+            self._fail(answer, "an unsupported transfer coding")  # its hop-by-hop field would not reach the client
             return
         answer.status, answer.reason = status, reason
         answer.headers, answer.fields = headers, fields
@@ -328,7 +331,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         answer.keeps_alive = self._parser.should_keep_alive()
         self.alarm.clear()
         if answer.is_to_head:
-            # The parser would wait for the body that these headers describe.
+            # The parser would wait for the body that these fields describe.
             answer.is_complete = True
             self._parser = httptools.HttpResponseParser(self)
         elif status not in BODILESS:
@@ -342,19 +345,19 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             answer.is_head_complete = True
             self.alarm.clear()
         elif status == SWITCHING:
-            self._fail(answer, "switched protocols without being asked")
+            self._fail(answer, "an unexpected switch of protocols")
         elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
             if status not in _KNOWN_INTERIM and framing(fields_of(headers)) is not None:
-                self._fail(answer, "an interim response with content")  # it would be taken for the final response's
+                self._fail(answer, "an interim response with content")  # the parser would treat it as the final one
                 return
             if status == _CONTINUE and answer.listener.expects_continue and self._upload is not None:
-                self.alarm.clear()  # now it is the client who is waited for
+                self.alarm.clear()  # the client sends its body now, so the upstream has no timeout
             answer.listener.on_interim(status, reason, headers)
         else:
             self._fail(answer, f"status {status}")
 
     def on_body(self, piece: bytes) -> None:
-        """One piece of body; one that comes after the end belongs to nobody."""
+        """Append a body piece; close the connection if no response expects it (parser callback)."""
         self._unparsed = 0
         answer = self._answer
         if answer is None or answer.is_complete:
@@ -363,7 +366,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             answer.append(piece)
 
     def on_message_complete(self) -> None:
-        """The end of the answer, unless it was an interim one."""
+        """Complete the response, unless the message is an interim response (parser callback)."""
         answer = self._answer
         if answer is None or answer.error is not None:
             return
@@ -375,13 +378,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                 answer.trailers, self._headers = self._headers, []
 
     def eof_received(self) -> bool:
-        """The upstream will send no more: it is closed from this side too, and at once if nobody uses it."""
+        """Close the connection: at once if it is idle, else by asyncio (asyncio callback)."""
         if self._answer is None:
             self.close()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone; an answer delimited by it is complete now, any other is broken."""
+        """Complete a response that is delimited by the end of the connection; fail any other (asyncio callback)."""
         was_open = not self.is_closed
         self.is_closed = True
         self.alarm.stop()
@@ -396,7 +399,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             elif self.is_reused and self._received == 0:
                 answer.fail(StaleConnection())
             else:
-                answer.fail(httpx.ReadError("closed before the answer was complete"))
+                answer.fail(httpx.ReadError("closed before the response was complete"))
             self._detach(answer)
         if was_open and self.pool is not None:
             self.pool.discard(self)
@@ -404,14 +407,14 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     # Ending
 
     def pause_reading(self) -> None:
-        """Make the upstream wait for the reader."""
+        """Stop reading from the upstream, so that TCP applies back-pressure."""
         if not self._is_reading_paused and not self.is_closed:
             self._is_reading_paused = True
             self._paused_at = self.loop.time()
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read on after the reader has caught up."""
+        """Read from the upstream again, and add the pause to `reader_waited`."""
         if self._is_reading_paused and not self.is_closed:
             self._is_reading_paused = False
             self._resumed_at = self.loop.time()
@@ -420,12 +423,12 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def set_apart(self) -> None:
-        """Stop counting among the pool's connections: what it carries has no end of its own. Raises OverShare."""
+        """Count this connection as a tunnel instead of a pooled connection. Raises OverShare."""
         if self.pool is not None:
             self.pool.set_apart(self)
 
     def hand_over(self) -> asyncio.Transport:
-        """Give the transport away after a 101, with reading paused; the owner then reports its loss to us."""
+        """Return the transport after a 101, with reading paused; the new owner must call `connection_lost`."""
         transport: asyncio.Transport = self._transport
         self.alarm.stop()
         return transport
@@ -433,7 +436,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     def _fail(self, answer: UpstreamResponse, cause: str) -> None:
         if answer.is_complete and answer.is_counted:
             answer.is_complete, cause = False, _SURPLUS
-        if answer.is_complete:  # by itself; only what came behind is wrong
+        if answer.is_complete:  # only the bytes after the response are invalid
             answer.on_progress()
         else:
             answer.fail(httpx.RemoteProtocolError(cause))
@@ -443,19 +446,19 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._time_out(self._patience)
 
     def _time_out(self, seconds: float) -> None:
-        """Give up on an upstream that was silent for too long."""
+        """Fail the response with ReadTimeout and close the connection."""
         if self._answer is not None:
-            self._answer.fail(httpx.ReadTimeout(f"silent for {seconds:g} s"))
+            self._answer.fail(httpx.ReadTimeout(f"no data for {seconds:g} s"))
             self.close()
 
     def abandon(self, answer: UpstreamResponse) -> None:
-        """Drop the answer; unless it has fully arrived, the connection goes with it."""
+        """Discard the response and close the connection, unless the response is complete."""
         if self._answer is answer:
             self._detach(answer)
             self.close()
 
     def close(self) -> None:
-        """Close now."""
+        """Abort the connection, fail its response, and remove it from the pool. Idempotent."""
         self._stop_upload()
         if not self.is_closed:
             self.is_closed = True
@@ -468,15 +471,15 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                 self.pool.discard(self)
 
     def _stop_upload(self) -> None:
-        """Read no more of the request's body: another try may need what is left of it."""
+        """Stop reading the request's body: another attempt may need the rest of it."""
         if self._upload is not None:
             self._upload.cancel()
             self._upload = None
 
     def _finish(self, answer: UpstreamResponse) -> None:
-        """Give the connection back, or close it if it cannot serve again.
+        """Return the connection to the pool, or close it if it cannot be reused.
 
-        It cannot if the upstream said so, or answered without waiting for the whole body: what is left has no reader.
+        It cannot if the upstream does not keep it alive, or has responded before it received the complete request.
         """
         self._answer = answer.connection = None
         self.alarm.clear()

@@ -1,4 +1,4 @@
-"""The reply of a transport, whichever it is: asked for, taken apart and let go of in one way."""
+"""One interface to the responses of all transports: the gateway's own and httpx's."""
 
 import asyncio
 from collections.abc import AsyncIterable
@@ -13,7 +13,7 @@ from api_gateway.transport.response import LeanResponse, UpstreamResponse
 
 
 class HttpxBody:
-    """The body of an answer that another transport gave, read as our own are."""
+    """The body of another transport's response, with the interface of `UpstreamResponse`."""
 
     is_ready = False
     trailers: HeaderList = []  # noqa: RUF012 - there are none
@@ -22,10 +22,10 @@ class HttpxBody:
         self._pieces = aiter(stream)
         self._clock = asyncio.get_running_loop().time
         self._read_at = self._clock()
-        self.reader_waited = 0.0  # seconds between two readings, in which nothing was read from the upstream
+        self.reader_waited = 0.0  # seconds between calls of `read`, in which nothing was read from the upstream
 
     async def read(self) -> tuple[bytes, bool]:
-        """Return the next piece and whether more may follow."""
+        """Return the next piece and whether more may follow. Raises httpx.TransportError."""
         self.reader_waited += self._clock() - self._read_at
         try:
             return await anext(self._pieces), True
@@ -36,30 +36,33 @@ class HttpxBody:
 
 
 async def send_request(
-    transport: httpx.AsyncBaseTransport, request: httpx.Request, answer: UpstreamResponse | None
+    transport: httpx.AsyncBaseTransport, request: httpx.Request, started: UpstreamResponse | None
 ) -> httpx.Response:
-    """Send the request, unless it has an answer under way already, and return the response."""
-    if answer is not None and isinstance(transport, UpstreamTransport) and isinstance(request, LeanRequest):
-        return await transport.response_to(request, answer)
+    """Return the response to the request, which is sent unless `started` is the response to it.
+
+    Raises httpx.TransportError.
+    """
+    if started is not None and isinstance(transport, UpstreamTransport) and isinstance(request, LeanRequest):
+        return await transport.response_to(request, started)
     return await transport.handle_async_request(request)
 
 
 def fields_in(response: httpx.Response) -> Fields:
-    """Return the headers of an answer by name."""
+    """Return the header fields of a response by name."""
     return response.stream.fields if isinstance(response, LeanResponse) else fields_of(response.headers.raw)
 
 
 def parts_of(response: httpx.Response) -> tuple[HeaderList, Fields, UpstreamResponse | HttpxBody]:
-    """Return the headers of an answer, the same by name, and its body."""
+    """Return the header fields of a response as a list and by name, and its body."""
     if isinstance(response, LeanResponse):
-        answer = response.stream
-        return answer.headers, answer.fields, answer
+        stream = response.stream
+        return stream.headers, stream.fields, stream
     headers = response.headers.raw
     return headers, fields_of(headers), HttpxBody(response.stream)  # type: ignore[arg-type]  # an async one
 
 
 async def close_response(response: httpx.Response) -> None:
-    """Close an answer: what has not fully arrived takes its connection with it."""
+    """Close a response, and its connection if the response is incomplete."""
     if isinstance(response, LeanResponse):
         response.stream.close()
     else:

@@ -1,4 +1,4 @@
-"""Errors of a transport, translated into the gateway's own."""
+"""Translates httpx's errors into the gateway's own."""
 
 import httpx
 
@@ -15,25 +15,28 @@ from api_gateway.errors import (
 from api_gateway.transport.local_resources import LocalResourcesExhausted
 from api_gateway.transport.pool import OverShare
 
-# httpx's failures in our words, most specific first. What the client is told names no address.
+# From httpx's error to the gateway's and its detail, most specific first. Details contain no addresses.
 _TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
-    (LocalResourcesExhausted, Overloaded, "this gateway has no descriptor or port left for a connection to it"),
-    (httpx.PoolTimeout, Overloaded, "no connection to it came free in time"),
-    (httpx.ConnectTimeout, UpstreamConnectTimeout, "it did not accept a connection in time"),
-    (httpx.TimeoutException, UpstreamTimeout, "it was silent for too long"),
-    (httpx.ConnectError, UpstreamConnectError, "no connection to it could be made"),
-    (httpx.UnsupportedProtocol, UpstreamConnectError, "no connection to it could be made"),
-    (httpx.ProtocolError, UpstreamProtocolError, "its answer was not valid HTTP"),
-    (httpx.TransportError, UpstreamReset, "its connection broke before the answer was complete"),
+    (LocalResourcesExhausted, Overloaded, "the gateway has no descriptor or port for another connection"),
+    (httpx.PoolTimeout, Overloaded, "no connection became available in time"),
+    (httpx.ConnectTimeout, UpstreamConnectTimeout, "no connection was established in time"),
+    (httpx.TimeoutException, UpstreamTimeout, "it sent no data in time"),
+    (httpx.ConnectError, UpstreamConnectError, "no connection could be established"),
+    (httpx.UnsupportedProtocol, UpstreamConnectError, "no connection could be established"),
+    (httpx.ProtocolError, UpstreamProtocolError, "its response was not valid HTTP"),
+    (httpx.TransportError, UpstreamReset, "the connection was lost before the response was complete"),
 )
 
 
 def translate(error: Exception, upstream: str) -> GatewayError:
-    """Translate one of httpx's errors. A second sending that found no connection is the gateway's own error."""
+    """Return the gateway's error for one of httpx's transport errors.
+
+    If a request on a stale connection could not be sent again for lack of a connection, the lack determines the error.
+    """
     if isinstance(error.__cause__, LocalResourcesExhausted | httpx.PoolTimeout):
         error = error.__cause__
     if isinstance(error, httpx.LocalProtocolError):
-        return BadRequest(f"The request cannot be sent on: {error}.")
+        return BadRequest(f"The request cannot be forwarded: {error}.")
     if isinstance(error, OverShare):
         return Overloaded(f"Upstream '{upstream}': {error}.", retry_after=1.0, extra={"upstream": upstream})
     kind, words = next((ours, words) for theirs, ours, words in _TRANSLATION if isinstance(error, theirs))

@@ -1,17 +1,18 @@
-"""HTTP/1.1 to the upstreams: an `httpx.AsyncBaseTransport` on asyncio and httptools, with a pool of its own.
+"""HTTP/1.1 to the upstreams: an `httpx.AsyncBaseTransport` on asyncio and httptools, with its own pool.
 
-Why not httpx's: its pool loses a slot when a request is cancelled inside it (encode/httpcore#1093), and a gateway's
-requests are cancelled whenever a client hangs up. Here a request that is cancelled closes its connection, at once and
-without awaiting. Bytes travel as they are: no header is added, no body decoded, nothing held whole.
+httpx's transport is not used because its pool loses a slot when a request is cancelled inside it
+(encode/httpcore#1093), and a gateway cancels requests whenever a client disconnects. Here a cancelled request closes
+its connection at once, without awaiting. Bytes are forwarded unchanged: no header field is added, no body is decoded
+or buffered completely.
 
-Failures are httpx's own: ConnectError and ConnectTimeout (nothing was sent), PoolTimeout (no connection came free),
-ReadError (the connection broke), ReadTimeout (silence), RemoteProtocolError (what came was not HTTP); and
-LocalResourcesExhausted, a ConnectError for which this process is the cause.
+Errors are httpx's: ConnectError and ConnectTimeout (nothing was sent), PoolTimeout (no connection became available),
+ReadError (the connection was lost), ReadTimeout (no data in time), RemoteProtocolError (not valid HTTP); and
+LocalResourcesExhausted, a ConnectError that this process causes.
 
-`request.extensions` may hold `target` (the raw request target, bytes), `timeout`, a dict of seconds: `connect`,
-`pool`, `read` (for the answer's head), `idle` (between pieces of a body; `read` if absent), `hooks`, and `holder`,
-whose share of the connections it takes. A response's `extensions` hold `reason_phrase`, and `switched` after a 101:
-the answer, whose connection can be taken over.
+Keys of `request.extensions`, all optional: `target`, the raw request target in bytes; `timeout`, a dict of seconds
+with `connect`, `pool`, `read` (for the response's head) and `idle` (between body pieces; `read` if absent); `hooks`, a
+`ResponseListener`; `holder`, the holder of the connection for fair shares. Keys of a response's `extensions`:
+`reason_phrase`; `switched`, after a 101, the `UpstreamResponse` whose connection can be detached.
 """
 
 import asyncio
@@ -35,8 +36,10 @@ _REPEATABLE = IDEMPOTENT | {"TRACE"}
 class UpstreamTransport(httpx.AsyncBaseTransport):
     """The transport of one upstream, with a pool for each of its targets.
 
-    `max_connections` bounds each pool, `max_tunnels` the tunnels and event streams beside it, `idle_timeout` (seconds)
-    is how long an unused connection is kept. `tls` is used for https targets.
+    `max_connections` limits each pool, `max_tunnels` the tunnels and event streams of each target, `idle_timeout` the
+    seconds for which an idle connection is kept. `tls` is used for https targets.
+
+    States: open, or retired (`retire_all`: no idle connection is kept); `revive` returns to open.
     """
 
     def __init__(
@@ -58,51 +61,50 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         return f"<UpstreamTransport {self._pools!r}>"
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send `request` and return its response with the body still to come; close it to let go.
+        """Send `request` and return its response once the head is received; the caller must close it.
 
-        If a reused connection dies before any byte of the answer, the request goes out once more on a new one,
-        provided that its method is idempotent and it has no body (RFC 9110 section 9.2.2).
+        If a reused connection is closed before any byte of the response, the request is sent once more on a new
+        connection, provided that its method is idempotent and it has no body (RFC 9110 section 9.2.2).
         """
         outgoing = request if isinstance(request, LeanRequest) else LeanRequest.of(request)
         pool = self.pool(outgoing.origin)
         extensions = outgoing.extensions
-        if extensions.get("hooks", NO_LISTENER).upgrade:  # it is not worth a handshake
+        if extensions.get("hooks", NO_LISTENER).upgrade:  # refuse a tunnel above the limit before the handshake
             pool.admit_tunnel(extensions.get("holder"))
         connection = pool.take_idle(extensions.get("holder")) or await self._wait(pool, outgoing)
         return await self.response_to(outgoing, connection.send(outgoing))
 
-    async def response_to(self, request: LeanRequest, answer: UpstreamResponse) -> httpx.Response:
-        """Wait for the head of an answer whose request is on its way; see `handle_async_request`."""
+    async def response_to(self, request: LeanRequest, response: UpstreamResponse) -> httpx.Response:
+        """Wait for the head of the response to a request that was sent; see `handle_async_request`."""
         is_repeated = False
         while True:
             try:
-                await answer.wait_head()
+                await response.wait_head()
             except StaleConnection:
                 if is_repeated or request.method not in _REPEATABLE or request.framing is not None:
                     raise
                 try:
                     connection = await self._wait(self.pool(request.origin), request, is_fresh=True)
                 except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-                    raise httpx.ReadError(
-                        f"{StaleConnection()}; once more: {error}"
-                    ) from error  # it has been sent before
-                answer, is_repeated = connection.send(request), True
+                    # Not a ConnectError: the request was sent before, so a retry may not be safe.
+                    raise httpx.ReadError(f"{StaleConnection()}; second attempt: {error}") from error
+                response, is_repeated = connection.send(request), True
             except BaseException:
-                answer.close()
+                response.close()
                 raise
             else:
-                return LeanResponse(answer)
+                return LeanResponse(response)
 
     def pool(self, origin: Origin) -> Pool[UpstreamConnection]:
-        """Return the connections to `origin`."""
+        """Return the pool of `origin`, which is created if necessary."""
         return self._pools.get(origin.key) or self._make_pool(origin)
 
     def resources(self) -> tuple[list[FairShares], list[FairShares]]:
-        """Return the shares of the connections in use, and of the tunnels, of each target that has been used."""
+        """Return the shares of connections, and those of tunnels, one each for each pool."""
         return [pool.shares for pool in self._pools.values()], [pool.tunnels for pool in self._pools.values()]
 
     def retire(self, origin: Origin) -> bool:
-        """Keep no idle connection to `origin`, and forget it once none is left. Returns whether that is so."""
+        """Close idle connections to `origin` and keep none; return True if its pool was empty and is removed."""
         pool = self._pools.get(origin.key)
         if pool is not None:
             pool.retire()
@@ -112,7 +114,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         return True
 
     def change(self, max_connections: int, max_tunnels: int, idle_timeout: float, tls: ssl.SSLContext | None) -> None:
-        """Take other limits; new connections use `tls`, and if that is another one, idle connections are closed."""
+        """Apply other limits and, for new connections, `tls`; if that changes, idle https connections are closed."""
         self._max_connections, self._max_tunnels, self._idle_timeout = max_connections, max_tunnels, idle_timeout
         is_other, self._tls = tls is not self._tls, tls
         for key, pool in self._pools.items():
@@ -121,13 +123,13 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
                 pool.close_idle()
 
     def retire_all(self) -> None:
-        """Keep no idle connection at all: requests that still come here open their own."""
+        """Close all idle connections and keep none; further requests open connections of their own."""
         self._is_retired = True
         for pool in self._pools.values():
             pool.retire()
 
     def revive(self) -> None:
-        """Take back `retire_all`."""
+        """Undo `retire_all`."""
         self._is_retired = False
         for pool in self._pools.values():
             pool.revive()
@@ -148,7 +150,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         )
 
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Close all connections."""
         for pool in self._pools.values():
             pool.close()
 
@@ -171,7 +173,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
 
 async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | None) -> UpstreamConnection:
-    """Open a connection within that time."""
+    """Open a connection within `seconds`. Raises ConnectTimeout, ConnectError or LocalResourcesExhausted."""
     loop = asyncio.get_running_loop()
     connection = UpstreamConnection(loop)
     place = f"{origin.address}:{origin.port}"
@@ -197,17 +199,17 @@ async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | 
             raise kind(f"no connection to {place}: {error.strerror or error}") from error
         raise
     if connection.is_closed:
-        raise httpx.ConnectError(f"{place} closed the connection at once")
+        raise httpx.ConnectError(f"{place} closed the connection immediately")
     return connection
 
 
 def tls_context(
     ca_file: Path | None = None, certificate: Path | None = None, key: Path | None = None
 ) -> ssl.SSLContext:
-    """Return a context that verifies upstreams against the system's certificate store, or `ca_file` instead.
+    """Return a context that verifies upstreams by the system's certificate store, or by `ca_file` if it is given.
 
-    `certificate` (with its `key`, if that is another file) is shown to upstreams that ask for one. Files are PEM;
-    raises OSError (also ssl.SSLError) if they cannot be used.
+    `certificate` (with `key`, if that is a separate file) is the client certificate for upstreams that request one.
+    Files are PEM. Raises OSError (ssl.SSLError is a subclass) if a file cannot be used.
     """
     context = ssl.create_default_context(cafile=ca_file)
     if certificate is not None:
@@ -223,10 +225,10 @@ async def probe(
     address: str | None = None,
     keeps_connection: bool = True,
 ) -> int:
-    """GET `url` for a health check and return the status; raises httpx.TransportError, also after `seconds`.
+    """Send a GET for a health check and return the status. Raises httpx.TransportError, also on a timeout.
 
-    `address` is where to connect instead of what the host of `url` stands for. Unless it `keeps_connection`, our own
-    transport is left without one, and without a pool for that place.
+    `seconds` limits each of connecting, waiting for a connection, and waiting for data. `address` replaces the address
+    of the host in `url`. Unless `keeps_connection`, the pool of an `UpstreamTransport` for that address is retired.
     """
     target = httpx.URL(url)
     origin = Origin.of(target, address)

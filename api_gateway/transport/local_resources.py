@@ -1,6 +1,6 @@
-"""Errors caused by a lack of descriptors, ports or memory in this process or machine.
+"""Recognises connect errors that are caused by exhausted resources of this process or machine.
 
-Such an error says nothing about the upstream that a connection was meant for.
+Such an error does not indicate a failure of the upstream.
 """
 
 import errno
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class LocalResourcesExhausted(httpx.ConnectError):
-    """No connection could be opened because this process or machine lacks a descriptor, a port or socket memory."""
+    """No connection could be opened because this process or machine has no descriptor, port or socket memory left."""
 
 
 def exhaustion_behind(error: BaseException | None) -> OSError | None:
-    """Return the error of the operating system that names a lack of our own, if one is behind `error`."""
+    """Return the operating system's error for an exhausted local resource, if `error` is or was caused by one."""
     for cause in causes(error, with_context=False):
         if isinstance(cause, socket.gaierror):
-            if not _has_descriptor():  # the resolver could not open its files, and says that the name is unknown
+            if not _has_descriptor():  # without a descriptor, the resolver reports the name as unknown
                 return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         elif isinstance(cause, OSError) and cause.errno in _EXHAUSTION:
             return cause
@@ -38,10 +38,10 @@ def exhaustion_behind(error: BaseException | None) -> OSError | None:
 
 
 def is_local_exhaustion(error: BaseException, address: str, port: int) -> bool:
-    """Tell whether connecting to `address` failed for a lack of our own.
+    """Tell whether connecting to `address` failed because a local resource is exhausted.
 
-    EADDRNOTAVAIL says that no port is free, but also that this machine has no address to reach `address` from, such
-    as `::1` without IPv6. A datagram socket, which needs no free stream port, tells the two apart.
+    EADDRNOTAVAIL means that no port is free, or that this machine has no source address for `address`, such as `::1`
+    without IPv6. A datagram socket, which needs no stream port, distinguishes the two.
     """
     exhaustion = exhaustion_behind(error)
     if exhaustion is None or exhaustion.errno != errno.EADDRNOTAVAIL:
@@ -49,7 +49,7 @@ def is_local_exhaustion(error: BaseException, address: str, port: int) -> bool:
     try:
         version = ip_address(address.partition("%")[0]).version
     except ValueError:
-        return True  # a name: each of its addresses failed alike
+        return True  # a host name
     with suppress(OSError), socket.socket(_FAMILIES[version], socket.SOCK_DGRAM) as probe:
         return probe.connect_ex((address, port)) == 0
     return False
@@ -63,7 +63,7 @@ def _has_descriptor() -> bool:
 
 
 class ExhaustionLog:
-    """Logs that connections could not be opened for a lack of our own, at most once in `EXHAUSTION_LOG_INTERVAL`."""
+    """Logs exhaustion of local resources, at most once in `EXHAUSTION_LOG_INTERVAL`; counts errors in between."""
 
     def __init__(self) -> None:
         self._due = float("-inf")
@@ -73,11 +73,14 @@ class ExhaustionLog:
         return f"<ExhaustionLog [{self._unreported} unreported]>"
 
     def note(self, upstream: str, error: Exception, now: float) -> None:
-        """Count one request that was refused for it, and log it if the last line is old enough."""
+        """Count one refused request, and log if the interval since the last log line has passed."""
         self._unreported += 1
         if now < self._due:
             return
         logger.error(
-            "upstream %s: %s; requests refused for this since the last report: %d", upstream, error, self._unreported
+            "upstream %s: %s; requests refused for this reason since the last report: %d",
+            upstream,
+            error,
+            self._unreported,
         )
         self._due, self._unreported = now + EXHAUSTION_LOG_INTERVAL, 0

@@ -1,10 +1,10 @@
-"""The connections to one origin: a bounded pool, last in first out, with a fair queue for whoever finds none free.
+"""A connection pool for one origin: limited, last in first out, with a fair queue for requests that have to wait.
 
-Last in first out lets the surplus of a quiet hour expire. Taking and giving back cost O(1) and do not wait; a closed
-connection leaves the pool the moment it closes.
+Last in first out lets connections that are no longer needed expire. Acquiring and releasing an idle connection take
+constant time and do not wait; a closed connection leaves the pool at once.
 
-Of the connections in use each holder may have as many as are free, see `FairShares`; who has more under way waits, in
-a queue of its own. The connection of a tunnel or an event stream is counted apart, by a bound and shares of its own.
+Connections in use are divided into fair shares, see `FairShares`: requests of a holder that has used up its share wait
+in the holder's own queue. Connections of tunnels and event streams have a separate limit and separate shares.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from api_gateway.resilience.fair_shares import FairShares
 
 
 class OverShare(httpx.PoolTimeout):
-    """No place came free in time for a holder that has others; the message says how many."""
+    """No connection became available in time for a holder that uses others; the message says how many."""
 
 
 class Pooled(Protocol):
-    """What the pool knows of a connection. `holder` is who uses it, None for nobody in particular."""
+    """A connection as the pool uses it. `holder` is counted for it; None counts against the total only."""
 
     loop: asyncio.AbstractEventLoop
     is_closed: bool
@@ -32,7 +32,7 @@ class Pooled(Protocol):
     holder: str | None
 
     def close(self) -> None:
-        """Close now, and tell the pool by `discard`."""
+        """Close the connection and call the pool's `discard`."""
         ...
 
 
@@ -40,15 +40,18 @@ C = TypeVar("C", bound=Pooled)
 
 
 def _nothing() -> None:
-    """Do nothing: nobody asks."""
+    """Do nothing; the default of `on_connect`."""
 
 
 class Pool(Generic[C]):
-    """At most `limit` connections. Waiters are handed either a connection or the right to open one (None).
+    """A pool of at most `limit` connections. A waiter receives a connection, or a slot to open one (None).
 
-    `connect(seconds)` opens a connection, or raises; `idle_timeout` (seconds) is how long an unused one is kept.
-    `shares` are of the connections in use, `tunnels` of those that carry tunnels and event streams beside the pool;
-    both count what is refused.
+    `connect(seconds)` opens a connection or raises; `idle_timeout` is the time in seconds for which an idle connection
+    is kept. `shares` divides the connections in use, `tunnels` those of tunnels and event streams; both count
+    refusals.
+
+    A connection is idle (`_idle`), in use, or apart (`_apart`: a tunnel or event stream, which has no slot). The pool
+    is open, retired (keeps no idle connection; `revive` returns to open), or closed.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Pool(Generic[C]):
         self._open: set[C] = set()
         self._idle: dict[C, None] = {}  # the longest idle first
         self._apart: set[C] = set()  # carry tunnels and event streams, and have no slot
-        self._waiters: dict[str | None, deque[asyncio.Future[C | None]]] = {}  # by holder; whose turn it is, first
+        self._waiters: dict[str | None, deque[asyncio.Future[C | None]]] = {}  # by holder, in the order of turns
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._is_retired = False
@@ -80,7 +83,7 @@ class Pool(Generic[C]):
         return f"<Pool [{busy} busy, {len(self._idle)} idle, {waiting} waiting]>"
 
     def take_idle(self, holder: str | None = None) -> C | None:
-        """Return the connection that was used last, or None if every one is busy or the holder has its share."""
+        """Return the most recently used idle connection, or None if there is none or the holder's share is used up."""
         if not self._idle or not self.shares.try_acquire(holder):
             return None
         connection, _ = self._idle.popitem()
@@ -97,10 +100,10 @@ class Pool(Generic[C]):
         is_fresh: bool = False,
         on_connect: Callable[[], None] = _nothing,
     ) -> C:
-        """Return a connection for one request; an unused one if `is_fresh`. Times in seconds, None for no limit.
+        """Return a connection for one request; a new one if `is_fresh`.
 
-        `on_connect` is called before one is opened. Raises ConnectError, ConnectTimeout, and PoolTimeout when none
-        came free in time.
+        `connect` and `wait` limit opening and waiting, in seconds; None means unlimited. `on_connect` is called before
+        a connection is opened. Raises ConnectError, ConnectTimeout, and PoolTimeout if none becomes available in time.
         """
         while True:
             if self._is_closed:
@@ -113,7 +116,7 @@ class Pool(Generic[C]):
                     self.shares.acquire(holder)
                     on_connect()
                     return await self._fill_slot(connect, holder)
-                if self._idle:  # the longest idle one is closed for it; taken out here, so that the loop ends anyway
+                if self._idle:  # replace the longest idle one; it is removed here too, so that the loop terminates
                     idle = next(iter(self._idle))
                     idle.close()
                     self._idle.pop(idle, None)
@@ -129,7 +132,7 @@ class Pool(Generic[C]):
                 return handed
 
     def give(self, connection: C) -> None:
-        """Take back a connection that can serve again."""
+        """Return a reusable connection to the pool: to the next waiter, or else to the idle ones."""
         if self._apart and connection in self._apart:
             connection.close()
             return
@@ -149,12 +152,12 @@ class Pool(Generic[C]):
             self._sweep_timer = connection.loop.call_later(self._idle_timeout, self._sweep, connection.loop)
 
     def discard(self, connection: C) -> None:
-        """Forget a closed connection, and let the next in the queue open one in its place."""
+        """Remove a closed connection, and give its slot to the next waiter."""
         if connection in self._apart:
             self._apart.remove(connection)
             self.tunnels.release(connection.holder)
             return
-        if connection not in self._open:  # it failed while it was made: its slot is still its maker's
+        if connection not in self._open:  # it failed while connecting: `_fill_slot` frees the slot
             return
         self._open.remove(connection)
         if connection in self._idle:
@@ -164,10 +167,10 @@ class Pool(Generic[C]):
         self._free_slot()
 
     def set_apart(self, connection: C) -> None:
-        """Count a connection among the tunnels, and let another take its slot. Raises OverShare, changing nothing."""
+        """Count a connection as a tunnel and free its slot. Raises OverShare, and then changes nothing."""
         holder = connection.holder
         self.admit_tunnel(holder)
-        if connection not in self._open:  # it is closed
+        if connection not in self._open:  # closed already
             return
         self._open.remove(connection)
         self._apart.add(connection)
@@ -176,13 +179,13 @@ class Pool(Generic[C]):
         self._free_slot()
 
     def admit_tunnel(self, holder: str | None) -> None:
-        """Raise OverShare if the holder may not have another tunnel."""
+        """Raise OverShare if the holder's share of tunnels is used up."""
         if not self.tunnels.admits(holder):
             self.tunnels.refused += 1
             raise OverShare(self.tunnels.refusal(holder, "WebSockets and event streams"))
 
     def change(self, limit: int, max_tunnels: int, idle_timeout: float) -> None:
-        """Take other limits. Connections above a lower one stay until they are closed."""
+        """Apply other limits. Connections above a lower limit are kept until they close."""
         self._limit, self._idle_timeout = limit, idle_timeout
         self.shares.total, self.tunnels.total = limit, max_tunnels
         while self._slots < limit:
@@ -193,12 +196,12 @@ class Pool(Generic[C]):
             waiter.set_result(None)
 
     def close_idle(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close all idle connections."""
         for connection in list(self._idle):
             connection.close()
 
     def retire(self) -> None:
-        """Keep no idle connection any more: those in use are closed when they are given back."""
+        """Close idle connections and keep none: connections in use are closed when they are returned."""
         self._is_retired = True
         self.close_idle()
 
@@ -208,11 +211,11 @@ class Pool(Generic[C]):
 
     @property
     def is_empty(self) -> bool:
-        """Tell whether there is neither a connection nor anybody who waits for one."""
+        """True if there are no connections, open or being opened."""
         return self._slots == 0 and not self._apart
 
     def close(self) -> None:
-        """Close every connection, and turn away who waits for one."""
+        """Close all connections, and raise ConnectError in all waiters."""
         self._is_closed = True
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
@@ -223,7 +226,7 @@ class Pool(Generic[C]):
             connection.close()
 
     async def _fill_slot(self, seconds: float | None, holder: str | None) -> C:
-        """Open a connection in a slot that is already the holder's."""
+        """Open a connection in a slot that is already counted for the holder."""
         try:
             connection = await self._connect(seconds)
         except BaseException:
@@ -237,13 +240,13 @@ class Pool(Generic[C]):
         return connection
 
     async def _replace(self, used: C, seconds: float | None, holder: str | None) -> C:
-        """Close a connection and open another in its slot, which is the holder's."""
+        """Close a connection and open another one in its slot, which is counted for the holder."""
         self._open.remove(used)
         used.close()
         return await self._fill_slot(seconds, holder)
 
     async def _queue(self, seconds: float | None, holder: str | None) -> C | None:
-        """Wait for a connection or for a slot (None); either is then the holder's."""
+        """Wait for a connection or a slot (None), which is then counted for the holder. Raises PoolTimeout."""
         waiter: asyncio.Future[C | None] = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(holder, deque()).append(waiter)
         try:
@@ -259,7 +262,7 @@ class Pool(Generic[C]):
             raise
 
     def _forget(self, waiter: "asyncio.Future[C | None]", holder: str | None) -> None:
-        """Take a waiter out of its queue, near whose head it is: all wait for as long."""
+        """Remove a waiter from its queue; it is near the head, because all waiters have the same timeout."""
         queue = self._waiters.get(holder)
         if queue is not None:
             with suppress(ValueError):
@@ -271,12 +274,15 @@ class Pool(Generic[C]):
         self.shares.refused += 1
         if self.shares.held(holder):
             return OverShare(self.shares.refusal(holder, "connections to it"))
-        return httpx.PoolTimeout(f"no connection came free within {seconds} s")
+        return httpx.PoolTimeout(f"no connection became available within {seconds} s")
 
     def _next_waiter(self) -> "tuple[str | None, asyncio.Future[C | None] | None]":
-        """Return who is next and may have one more connection, which is counted; holders take turns."""
+        """Remove and return the next waiter whose holder is admitted, and count a connection for it.
+
+        Holders take turns. Returns (None, None) if there is no such waiter.
+        """
         for holder, queue in self._waiters.items():
-            while queue and queue[0].done():  # it was cancelled just now
+            while queue and queue[0].done():  # cancelled, but not yet removed
                 queue.popleft()
             if queue and self.shares.admits(holder):
                 break
@@ -290,7 +296,7 @@ class Pool(Generic[C]):
         return holder, waiter
 
     def _hand_on(self, handed: C | None, holder: str | None) -> None:
-        """Pass on what a waiter was handed but can no longer use."""
+        """Release a connection or slot that a cancelled waiter has received."""
         if handed is None:
             self.shares.release(holder)
             self._free_slot()
@@ -298,7 +304,7 @@ class Pool(Generic[C]):
             self.give(handed)
 
     def _free_slot(self) -> None:
-        """Let the next in the queue open a connection, or nobody."""
+        """Give a slot to the next waiter, or return it."""
         _, waiter = self._next_waiter() if self._waiters else (None, None)
         if waiter is None:
             self._slots -= 1
@@ -306,7 +312,7 @@ class Pool(Generic[C]):
             waiter.set_result(None)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Close what has been idle for too long."""
+        """Close connections that have been idle for `idle_timeout`, and schedule the next sweep."""
         self._sweep_timer = None
         for connection in list(self._idle):
             due = connection.idle_since + self._idle_timeout

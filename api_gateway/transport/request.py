@@ -1,4 +1,4 @@
-"""What is sent to an upstream: where to, the request as httpx has it, and its head as it goes over the wire."""
+"""Requests to upstreams: the origin, the request as an httpx object, and the serialised head."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -12,9 +12,10 @@ from api_gateway.models import HeaderList
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Scheme, host and port of a target, worked out once. `netloc` is what belongs into `Host`.
+    """Scheme, host and port of a target, computed once. `netloc` is the value of `Host`.
 
-    `host` is whom the certificate must name, `address` where to connect: the same, unless the name was resolved.
+    `host` is the name in the certificate, `address` the address to connect to: equal unless the name was resolved.
+    `key` identifies the pool.
     """
 
     url: httpx.URL
@@ -27,13 +28,13 @@ class Origin:
 
     @classmethod
     def of(cls, url: httpx.URL, address: str | None = None) -> "Origin":
-        """Take `url` apart."""
+        """Return the origin of `url`; `address` replaces its host for connecting."""
         port = url.port or (443 if url.scheme == "https" else 80)
         place = address or url.host
         return cls(url, url.scheme, url.host, port, url.netloc, place, (url.scheme, url.host, port, place))
 
     def plain_request(self, method: str, headers: HeaderList, target: bytes, **options: Any) -> httpx.Request:
-        """Return a request as any transport takes it: where to connect is in its URL, whom to expect beside it."""
+        """Return a request for any httpx transport, with the address in its URL and the host in `sni_hostname`."""
         url = self.url.copy_with(raw_path=target)
         if self.address != self.host:
             url = url.copy_with(host=self.address)
@@ -42,15 +43,15 @@ class Origin:
 
 
 class LeanRequest(httpx.Request):
-    """A request whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them.
+    """A request whose header fields remain byte pairs; `headers` converts them to httpx's mapping on first use.
 
-    `framing` is b"chunked", b"length", or None for a request without a body. `has_begun`: a connection was opened for
-    it, or the attempt to. `is_sent`: some of it is on its way.
+    `framing` is b"chunked", b"length", or None for a request without a body. `has_begun`: connecting was started for
+    it. `is_sent`: a part of it was written to a connection.
     """
 
     has_begun = is_sent = False
 
-    def __init__(  # it sets all that a request has, and leaves out what httpx would work out for people
+    def __init__(  # does not call httpx's constructor, which computes fields that are not needed here
         self,
         method: str,
         origin: Origin,
@@ -69,7 +70,7 @@ class LeanRequest(httpx.Request):
 
     @classmethod
     def of(cls, request: httpx.Request) -> "LeanRequest":
-        """Return any request of httpx as one of these."""
+        """Convert a request of httpx."""
         pairs = request.headers.raw
         stream: Any = request.stream
         extensions = dict(request.extensions)
@@ -77,18 +78,18 @@ class LeanRequest(httpx.Request):
 
     @cached_property
     def headers(self) -> httpx.Headers:  # type: ignore[override]  # httpx has an attribute here
-        """The headers as httpx has them."""
+        """The header fields as httpx's mapping."""
         return httpx.Headers(self.pairs)
 
 
 class NoBody(httpx.AsyncByteStream):
-    """The body of a request that has none."""
+    """The body of a request without content, with the interface of `StreamedBody`."""
 
     is_started = False
     is_finished = True
-    is_awaited = False  # by the gateway, from the client
-    waited = 0.0  # seconds, for the client
-    is_kept = True  # it can be sent from its start, whether it has been before or not
+    is_awaited = False
+    waited = 0.0
+    is_kept = True
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield nothing."""
@@ -111,16 +112,19 @@ def _framing(headers: HeaderList) -> bytes | None:
 
 
 def length_of(headers: HeaderList) -> int:
-    """Return the length these headers announce; 0 if none."""
+    """Return the value of Content-Length in bytes; 0 if it is absent."""
     return next((int(value) for name, value in headers if name.lower() == b"content-length"), 0)
 
 
 def render_request_head(request: LeanRequest) -> bytes:
-    """Return request line and headers as they go out; raises LocalProtocolError if they hide a line of their own."""
+    """Return the serialised request line and header section.
+
+    Raises LocalProtocolError if a field contains a line break (request splitting).
+    """
     target = request.extensions.get("target") or request.url.raw_path
     lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]
     lines += map(b": ".join, request.pairs)
     head = b"\r\n".join(lines)
     if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
-        raise httpx.LocalProtocolError("a header holds a line break")
+        raise httpx.LocalProtocolError("a header field contains a line break")
     return head + b"\r\n\r\n"

@@ -1,4 +1,4 @@
-"""The answer of an upstream while it arrives: head, pieces of body, its end or its failure; and as httpx has it."""
+"""The response of an upstream while it arrives, and its form as an httpx object."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -18,25 +18,26 @@ TimeoutExtension = Mapping[str, float | None]
 
 
 class ResponseListener(Protocol):
-    """What a proxy wants to hear of, or to say, in the course of one request.
+    """Callbacks and options of one request.
 
-    `expects_continue`: the request says so, and its body may wait for an interim answer. `upgrade`: a 101 is welcome.
+    `expects_continue`: the request has `Expect: 100-continue`, so its body may wait for an interim response.
+    `upgrade`: the request asks for a switch of protocols, so a 101 is expected.
     """
 
     expects_continue: bool
     upgrade: bool
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
-        """Hear of every 1xx answer but 101."""
+        """Process an interim response other than 101."""
         ...
 
     def trailers(self) -> HeaderList:
-        """Return what shall come behind a chunked body, once that has been sent."""
+        """Return the trailers to send after a chunked body; called once the body has been sent."""
         ...
 
 
 class NoListener:
-    """The hooks of who wants to hear and say nothing."""
+    """A `ResponseListener` that ignores interim responses and sends no trailers."""
 
     expects_continue = upgrade = False
 
@@ -53,56 +54,60 @@ NO_LIMITS: TimeoutExtension = {}
 
 
 class ResponseSource(Protocol):
-    """What an answer asks of the connection it comes from."""
+    """The connection of a response, as the response uses it."""
 
     loop: asyncio.AbstractEventLoop
     alarm: DeadlineTimer
 
     def set_alarm(self, name: str) -> None:
-        """Give the upstream its time: `read` for the head, `idle` between pieces of the body."""
+        """Start a timeout by name: `read` for the head, `idle` between body pieces."""
         ...
 
     def pause_reading(self) -> None:
-        """Make the upstream wait for the reader."""
+        """Stop reading from the upstream."""
         ...
 
     def resume_reading(self) -> None:
-        """Read on after the reader has caught up."""
+        """Read from the upstream again."""
         ...
 
     def hand_over(self) -> asyncio.Transport:
-        """Give the transport away after a 101."""
+        """Return the transport after a 101."""
         ...
 
     def set_apart(self) -> None:
-        """Stop counting among the pool's connections. Raises OverShare."""
+        """Count this connection as a tunnel instead of a pooled connection. Raises OverShare."""
         ...
 
     def abandon(self, answer: "UpstreamResponse") -> None:
-        """Drop the answer; unless it has fully arrived, the connection goes with it."""
+        """Discard the response and close the connection, unless the response is complete."""
         ...
 
 
 class UpstreamResponse(httpx.AsyncByteStream):
-    """The answer to one request while it arrives: head, then pieces of body, then its end or its failure."""
+    """The response to one request while it arrives.
 
-    # What every answer begins as stands here, and not in each of them: one is made for every request.
+    States: awaited, head received (`is_head_complete`), then complete (`is_complete`) or failed (`error`); it may also
+    fail before the head. In the last two states nothing more arrives, but buffered pieces can still be read.
+    """
+
+    # Initial values are class attributes, which makes it cheaper to create a response for each request.
     status = 0
-    head = b""  # as it came, if it was a plain one; what the parser took apart has none
-    passed = b""  # the lines of a plain head that go further, the status line before them
-    has_date = False  # of a plain head
-    cost: bytes | None = None  # that a plain head tells of
-    trailers: HeaderList = []  # noqa: RUF012 - replaced by those that come, never changed
-    leftover = b""  # what came behind a 101
+    head = b""  # a plain head as received; empty if the parser has parsed it
+    passed = b""  # status line and forwarded lines of a plain head
+    has_date = False  # only for a plain head
+    cost: bytes | None = None  # the value of X-Gateway-Cost in a plain head
+    trailers: HeaderList = []  # noqa: RUF012 - replaced, never modified
+    leftover = b""  # bytes received after a 101
     is_head_complete = False
     is_complete = False
-    is_until_close = False
-    is_counted = False  # by its Content-Length, as far as the parser has it
+    is_until_close = False  # delimited by the end of the connection
+    is_counted = False  # delimited by Content-Length, and parsed by httptools
     keeps_alive = False
     error: Exception | None = None
-    buffered = 0
-    is_relayed = False  # what arrives is written to the client at once, and not held here
-    reader_waited = 0.0  # seconds for which the upstream was made to wait for the reader
+    buffered = 0  # bytes in `pieces`
+    is_relayed = False  # pieces are written to the client at once instead of being buffered
+    reader_waited = 0.0  # seconds for which reading from the upstream was paused for a slow reader
     _waiter: "asyncio.Future[None] | None" = None
 
     def __init__(
@@ -120,30 +125,30 @@ class UpstreamResponse(httpx.AsyncByteStream):
 
     @cached_property
     def reason(self) -> bytes:
-        """The phrase behind the status."""
+        """The reason phrase."""
         return reason_phrase(self.head)
 
     @cached_property
     def headers(self) -> HeaderList:
-        """The headers as they came; white space around values taken off."""
+        """The header fields as received, without white space around values."""
         return pairs_of(self.head)
 
     @cached_property
     def fields(self) -> Fields:
-        """The same by name."""
+        """The header fields by name."""
         return fields_of(self.headers)
 
     def on_complex_head(self) -> None:
-        """Hear that the head is not a plain one, before the parser takes it apart."""
+        """Prepare for a head that is not plain; called before the parser parses it. Does nothing here."""
 
     def on_progress(self) -> None:
-        """Let whoever waits for this answer look again."""
+        """Wake the reader after the state of the response has changed."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
     async def wait_head(self) -> None:
-        """Wait until the head is there; raises what the answer has failed with by then, be it behind the head."""
+        """Wait until the head is received. Raises the error of a response that has failed by then."""
         while self.error is None and not self.is_head_complete:
             self._waiter = self._open_connection().loop.create_future()
             await self._waiter
@@ -151,37 +156,37 @@ class UpstreamResponse(httpx.AsyncByteStream):
             raise self._consume_error(self.error)
 
     def append(self, piece: bytes) -> None:
-        """Hold one piece of body for the reader, who is not woken yet."""
+        """Buffer one body piece, without waking the reader."""
         self.pieces.append(piece)
         self.buffered += len(piece)
 
     def fail(self, error: Exception) -> None:
-        """End the answer with `error`, which the reader gets after what has arrived."""
+        """Fail the response, unless it has ended; the reader raises `error` after the buffered pieces."""
         if not self.is_complete and self.error is None:
             self.error = error
             self.on_progress()
 
     def _consume_error(self, error: Exception) -> Exception:
-        """Return what the answer has failed with, to be raised. Another takes its place here.
+        """Return the error for raising, and keep a copy of its message instead.
 
-        Once raised, it refers to frames that refer to this answer: only the garbage collector could free them.
+        A raised error refers to frames that refer to this response, a cycle for the garbage collector.
         """
         self.error = httpx.ReadError(str(error))
         return error
 
     def end_early(self) -> None:
-        """Take what has come for all there is. What may still come is let go, with its connection."""
+        """Mark the response as complete with the pieces received so far, and close its connection."""
         self.close()
         self.is_complete = True
         self.on_progress()
 
     @property
     def is_ready(self) -> bool:
-        """True if `read` would not wait."""
+        """True if `read` returns without waiting."""
         return self.is_complete or bool(self.pieces)
 
     def take(self) -> bytes:
-        """Return what has arrived of the body since the last time."""
+        """Remove and return the buffered part of the body."""
         pieces = self.pieces
         self.buffered = 0
         if len(pieces) == 1:
@@ -190,7 +195,10 @@ class UpstreamResponse(httpx.AsyncByteStream):
         return b"".join(pieces)
 
     async def read(self) -> tuple[bytes, bool]:
-        """Return what has arrived of the body and whether more may follow; raises what the answer failed with."""
+        """Return the buffered part of the body, waiting for it if necessary, and whether more may follow.
+
+        Raises the error of a failed response once its buffered pieces have been read.
+        """
         while not self.pieces and not self.is_complete:
             if self.error is not None:
                 raise self._consume_error(self.error)
@@ -201,7 +209,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
         return body, not self.is_complete
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield the body as it arrives; what arrived together is yielded together."""
+        """Yield the body in the pieces that `read` returns."""
         more = True
         while more:
             body, more = await self.read()
@@ -209,8 +217,8 @@ class UpstreamResponse(httpx.AsyncByteStream):
                 yield body
 
     def _open_connection(self) -> ResponseSource:
-        if self.connection is None:  # it is gone, and with it all that could still come
-            raise httpx.ReadError("closed before the answer was complete")
+        if self.connection is None:
+            raise httpx.ReadError("closed before the response was complete")
         return self.connection
 
     async def _wait_for_piece(self) -> None:
@@ -224,28 +232,28 @@ class UpstreamResponse(httpx.AsyncByteStream):
             connection.alarm.clear()
 
     def set_apart(self) -> None:
-        """Have the connection not counted among the pool's: the answer has no end of its own. Raises OverShare."""
+        """Count the connection as a tunnel, because the response has no defined end. Raises OverShare."""
         if self.connection is not None:
             self.connection.set_apart()
 
     def detach(self) -> tuple[asyncio.Transport, bytes]:
-        """Return the connection after a 101, with what has already come in the new protocol."""
+        """Return the transport after a 101, with the bytes already received. Raises ReadError."""
         if self.connection is None or self.status != SWITCHING:
             raise httpx.ReadError("closed before the protocol was switched")
         return self.connection.hand_over(), self.leftover
 
     async def aclose(self) -> None:
-        """Let go of the answer; see `close`."""
+        """See `close`."""
         self.close()
 
     def close(self) -> None:
-        """Let go of the answer. If it has not fully arrived, its connection is closed."""
+        """Discard the response, and close its connection if it is incomplete. Idempotent."""
         if self.connection is not None:
             self.connection.abandon(self)
 
 
 class LeanResponse(httpx.Response):
-    """A response whose headers stay byte pairs until somebody asks for the mapping that httpx makes of them."""
+    """A response whose header fields remain byte pairs; `headers` converts them to httpx's mapping on first use."""
 
     is_closed = False
     is_stream_consumed = False
@@ -256,7 +264,7 @@ class LeanResponse(httpx.Response):
 
     stream: UpstreamResponse
 
-    def __init__(self, answer: UpstreamResponse) -> None:  # see `LeanRequest`
+    def __init__(self, answer: UpstreamResponse) -> None:  # does not call httpx's constructor, see `LeanRequest`
         self.status_code = answer.status
         self.pairs = answer.headers
         self.stream = answer
@@ -267,5 +275,5 @@ class LeanResponse(httpx.Response):
 
     @cached_property
     def headers(self) -> httpx.Headers:  # type: ignore[override]  # httpx has an attribute here
-        """The headers as httpx has them."""
+        """The header fields as httpx's mapping."""
         return httpx.Headers(self.pairs)

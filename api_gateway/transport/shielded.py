@@ -1,8 +1,8 @@
-"""Any other `httpx.AsyncBaseTransport` in the place of ours, httpx's own for HTTP/2 above all.
+"""Protects other `httpx.AsyncBaseTransport`s, such as httpx's for HTTP/2, from cancellation.
 
-Transports built on httpcore lose a connection's slot when a request is cancelled inside them (encode/httpcore#1093),
-and a gateway's requests are cancelled whenever a client hangs up. So here nothing inside them ever is: each step runs
-in a task of its own that is left to finish, and what it yields for nobody is closed.
+Transports based on httpcore lose a connection's slot when a request is cancelled inside them (encode/httpcore#1093),
+and a gateway cancels requests whenever a client disconnects. So each step runs in a separate task that is never
+cancelled; a response that arrives after a cancellation is closed.
 """
 
 import asyncio
@@ -17,31 +17,31 @@ from api_gateway.transport.local_resources import LocalResourcesExhausted, is_lo
 
 
 class ShieldedTransport(httpx.AsyncBaseTransport):
-    """Keeps cancellation out of `inner`."""
+    """Wraps the transport `inner` so that cancellation does not reach it."""
 
     def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
         self._inner = inner
         self._running = 0  # requests whose response is not closed
-        self._left: set[asyncio.Task[Any]] = set()  # tasks that finish for nobody
+        self._left: set[asyncio.Task[Any]] = set()  # tasks that finish in the background
 
     def __repr__(self) -> str:
-        return f"<ShieldedTransport {self._inner!r} [{len(self._left)} left to finish]>"
+        return f"<ShieldedTransport {self._inner!r} [{self._running} running, {len(self._left)} in the background]>"
 
     def is_of(self, transports: Iterable[httpx.AsyncBaseTransport]) -> bool:
-        """Tell whether it guards one of these."""
+        """Tell whether `inner` is one of these transports."""
         return any(transport is self._inner for transport in transports)
 
     @property
     def is_idle(self) -> bool:
-        """True if no response is under way."""
+        """True if no request is in flight and no task runs in the background."""
         return not self._running and not self._left
 
     def on_closed(self) -> None:
-        """Count a response less."""
+        """Count a closed response."""
         self._running -= 1
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send `request`; if that is cancelled, the response is closed once it is there."""
+        """Send `request`; if this is cancelled, the response is closed when it arrives."""
         task = asyncio.ensure_future(self._inner.handle_async_request(request))
         self._running += 1
         try:
@@ -62,13 +62,13 @@ class ShieldedTransport(httpx.AsyncBaseTransport):
         )
 
     async def aclose(self) -> None:
-        """Wait for what was left to finish, and close `inner`."""
+        """Wait up to 1 s for tasks in the background, and close `inner`."""
         if self._left:
             await asyncio.wait(self._left, timeout=1)
         await self._inner.aclose()
 
     async def finish(self, step: Coroutine[Any, Any, Any]) -> None:
-        """Run a step to its end whoever cancels."""
+        """Run `step` to its end, even if the caller is cancelled."""
         await asyncio.shield(self._leave(step))
 
     def _leave(self, step: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
@@ -80,13 +80,13 @@ class ShieldedTransport(httpx.AsyncBaseTransport):
     async def _close_when_there(self, task: "asyncio.Future[httpx.Response]") -> None:
         try:
             response = await task
-        except Exception:  # noqa: BLE001 - whatever it failed with, there is nothing to close and nobody to tell
+        except Exception:  # noqa: BLE001 - a failed request has no response to close, and no caller any more
             return
         await response.aclose()
 
 
 class _Body(httpx.AsyncByteStream):
-    """A body whose reading may be cancelled without the transport below noticing."""
+    """A response body whose reading can be cancelled without cancelling the inner transport."""
 
     def __init__(self, guard: ShieldedTransport, stream: httpx.AsyncByteStream) -> None:
         self._guard = guard
@@ -107,7 +107,7 @@ class _Body(httpx.AsyncByteStream):
             yield piece
 
     async def aclose(self) -> None:
-        """Let go of the body, once the piece that is being read has come."""
+        """Close the body after the piece that is being read has arrived."""
         if not self._is_closed:
             self._is_closed = True
             self._guard.on_closed()
@@ -117,19 +117,19 @@ class _Body(httpx.AsyncByteStream):
         if self._next is not None:
             await asyncio.wait([self._next])
             if not self._next.cancelled():
-                self._next.exception()  # seen
+                self._next.exception()  # marks the exception as retrieved
         await self._stream.aclose()
 
 
 def http2_transport(max_connections: int, idle_timeout: float, tls: ssl.SSLContext | None) -> ShieldedTransport:
-    """Return httpx's transport speaking HTTP/2 where the upstream does. Raises ImportError without the package h2.
+    """Return httpx's transport, which uses HTTP/2 if the upstream supports it. `idle_timeout` is in seconds.
 
-    `idle_timeout` is in seconds.
+    Raises ImportError if the package h2 is not installed.
     """
     limits = httpx.Limits(
         max_connections=max_connections, max_keepalive_connections=max_connections, keepalive_expiry=idle_timeout
     )
-    if importlib.util.find_spec("h2") is None:  # httpx itself looks for it no sooner than it connects
+    if importlib.util.find_spec("h2") is None:  # httpx checks this only when it connects
         raise ImportError("the package h2 is not installed")
     verify = tls if tls is not None else True
     return ShieldedTransport(httpx.AsyncHTTPTransport(http2=True, limits=limits, verify=verify))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from api_gateway.config import GatewayConfig
@@ -32,6 +33,9 @@ MAINTAINERS = [
     if name in ("CONTRIBUTING.md", "docs/architecture.md", "docs/releasing.md") or "/decisions/" in name
 ]
 FENCE = re.compile(r"^ *```.*?^ *```", flags=re.DOTALL | re.MULTILINE)
+RENAMED = re.compile(
+    r"^### Names\n.*?(?=^##)", re.DOTALL | re.MULTILINE
+)  # names that no longer exist
 FILE = re.compile(r"\.?[\w.-]+(/[\w.-]+)+/?|[\w.-]+\.(py|md|lock|yaml)")
 SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)(?:: .+)?")
 NAME = re.compile(r"(_?[A-Z]+[a-z]+[A-Z]\w+|_[A-Z]{3,}|[A-Z]+_[A-Z_]+)(\.\w+)?(\(.*\))?|[A-Z][a-z]+\.[a-z_]+")
@@ -41,7 +45,7 @@ FOREIGN = {"AsyncClient", "AsyncBaseTransport", "AsyncHTTPTransport"}  # names o
 
 def prose(name: str) -> str:
     """Return a page without its code blocks."""
-    return FENCE.sub("", (ROOT / name).read_text())
+    return RENAMED.sub("", FENCE.sub("", (ROOT / name).read_text()))
 
 
 def code(name: str) -> list[str]:
@@ -149,6 +153,34 @@ def defined() -> set[str]:
 def test_every_class_function_and_constant_it_names_exists(name: str) -> None:
     named = [re.sub(r"\(.*\)$", "", text) for text in code(name) if NAME.fullmatch(text)]
     assert not [text for text in named if not set(text.removeprefix("httpx.").split(".")) <= defined() | FOREIGN]
+
+
+FOREIGN_WORDS = {"http_host", "proxy_set_header", "max_requests", "load_test"}  # of nginx and Envoy; a file
+
+
+@cache
+def words() -> set[str]:
+    """Return the names that users see, and all words of the package's source."""
+    texts = [(ROOT / "tests" / "unit" / "surface.txt").read_text()]
+    texts += [path.read_text() for path in (ROOT / "api_gateway").rglob("*.py")]
+    return {word.lower() for text in texts for word in re.findall(r"\w+", text)}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
+def test_every_name_with_underscores_exists(name: str) -> None:
+    """Settings, fields, labels and values, as they are now: the changelog alone names former ones."""
+    named = {word for text in code(name) for word in re.findall(r"(?<![\w./-])[a-z]+(?:_[a-z0-9]+)+(?![\w/-])", text)}
+    assert named <= words() | FOREIGN_WORDS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_configuration_it_shows_is_valid(name: str, tmp_path: Path) -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL):
+        for secret in re.findall(r"/run/secrets/([\w-]+)", block):
+            (tmp_path / secret).write_text(f"{secret}-token\n")
+        sections = yaml.safe_load(block.replace("/run/secrets", str(tmp_path)))
+        if "scrape_configs" not in sections:  # that of Prometheus
+            GatewayConfig.model_validate(sections)
 
 
 def shown(name: str) -> dict[str, Any]:

@@ -76,7 +76,10 @@ class Site:
 def site(folder: Path, sections: dict[str, Any], *options: str) -> Iterator[Site]:
     """Run a gateway; it ends without an error."""
     one = Site(folder, sections)
-    with process("-m", "api_gateway", "--port", "0", "--config", str(one.file), *options, cwd=folder) as running:
+    arguments = ["-m", "api_gateway", "--port", "0", "--config", str(one.file), *options]
+    with process(
+        *arguments, cwd=folder, GATEWAY_STORE__DECISION_TIMEOUT="5"
+    ) as running:  # a busy machine's store is patient
         one.running = running
         eventually(lambda: "Listening on" in running.output or running.popen.poll() is not None, "it listens", LONG)
         yield one

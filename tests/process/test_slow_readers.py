@@ -21,7 +21,7 @@ HELD = 256 * KIB  # what the gateway keeps of a response for a client that does 
 OBJECTS = 64 * KIB  # for two connections, a request and its response beside that
 BODY = 24 * 1024 * KIB  # more than the kernel's buffers of two connections take
 PIECE = bytes(64 * KIB)
-FILLING = 3  # seconds to fill what can be filled
+SETTLED = 0.5  # seconds in which nothing more is sent when all that can be filled is
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
@@ -72,12 +72,15 @@ def resident(running: Running) -> int:
     return int(found[1]) * KIB
 
 
-def peak(running: Running, seconds: float) -> int:
-    """Return the most bytes of memory the process holds within that time."""
-    end, most = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
+def peak(running: Running, endless: EndlessUpstream, enough: int = 0) -> int:
+    """Return the most bytes of memory the process holds until more than `enough` was sent and no more is taken."""
+    most, sent, since, end = 0, endless.sent, time.monotonic(), time.monotonic() + 60
+    while endless.sent <= enough or time.monotonic() - since < SETTLED:
+        assert time.monotonic() < end, "there is more than may be held"
+        if endless.sent != sent:
+            sent, since = endless.sent, time.monotonic()
         most = max(most, resident(running))
-        time.sleep(0.05)
+        time.sleep(0.02)
     return most
 
 
@@ -100,15 +103,13 @@ def test_a_client_that_does_not_read_costs_256_kib_at_most_and_they_are_returned
     with ExitStack() as stack:  # what the first requests allocate once is not theirs
         for client in range(4):
             unread_request(stack, port, path, client)
-        peak(gateway, seconds=1)
+        peak(gateway, endless)
     before, sent = resident(gateway), endless.sent
     with ExitStack() as stack:
         for client in range(CLIENTS):
             unread_request(stack, port, path, client)
-        most = peak(gateway, seconds=FILLING)
-        enough = sent + CLIENTS * 2 * HELD // len(PIECE)
-        eventually(lambda: endless.sent > enough, "there is more than may be held", within=30)
-        assert (max(most, resident(gateway)) - before) / CLIENTS < HELD + OBJECTS
+        most = peak(gateway, endless, enough=sent + CLIENTS * 2 * HELD // len(PIECE))
+        assert (most - before) / CLIENTS < HELD + OBJECTS
     allowed = (
         before + heap.MIN_FREE_BYTES + CLIENTS * 20 * KIB
     )  # what is not worth trimming, and their buckets and counters

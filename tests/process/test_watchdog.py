@@ -29,7 +29,7 @@ pytestmark = [
 PATIENCE = 2.0
 DRAIN = 1.0
 MARGIN = 5.0  # what a process that hangs may take beyond its time to drain
-SLACK = 20.0  # for a busy machine, where a test does not ask for punctuality
+SLACK = 60.0  # for a busy machine, where a test does not ask for punctuality
 HOOK = """
 import ctypes, signal, sys
 
@@ -89,7 +89,9 @@ def workers_of(running: Running) -> list[int]:
 
 def port_of(running: Running) -> int:
     """Return its port, once it listens: a busy machine takes its time."""
-    eventually(lambda: "Listening on" in running.output, "it listens", within=4 * SLACK)
+    eventually(
+        lambda: "Listening on" in running.output or running.popen.poll() is not None, "it listens", within=SLACK
+    )
     return running.port
 
 
@@ -114,7 +116,7 @@ def test_native_code_that_holds_the_interpreter_is_ended_by_its_cpu_time(start: 
     with start() as running:
         assert serves(port_of(running))
         running.signal(NATIVELY)
-        assert running.popen.wait(PATIENCE + 2 * SLACK) == -signal.SIGPROF
+        assert running.popen.wait(PATIENCE + SLACK) == -signal.SIGPROF
         assert "spin_in_native_code" in running.errors
 
 
@@ -141,7 +143,7 @@ def test_a_process_that_was_stopped_for_longer_goes_on_when_continued(start: Sta
         for _ in range(2):
             for pid in everyone:
                 os.kill(pid, signal.SIGSTOP)
-            time.sleep(2 * PATIENCE)
+            time.sleep(1.5 * PATIENCE)
             for pid in everyone:
                 os.kill(pid, signal.SIGCONT)
             eventually(lambda: serves(port), "it serves again", within=SLACK)
@@ -219,7 +221,7 @@ def test_a_loop_that_gets_no_processor_is_not_blocked(tmp_path: Path) -> None:
             eventually(lambda: "watching" in running.output, "it watches", within=SLACK)
             greedy += (subprocess.Popen([sys.executable, "-c", GREEDY, processor]) for _ in range(4))
             with pytest.raises(subprocess.TimeoutExpired):
-                running.popen.wait(6)
+                running.popen.wait(3)  # six times what a loop may be blocked for
         finally:
             for one in greedy:
                 one.kill()

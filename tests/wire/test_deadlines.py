@@ -145,11 +145,11 @@ def failures(running: RunningGateway, name: str) -> int:
 @pytest.mark.parametrize(
     ("name", "headers", "words", "is_blamed"),
     [
-        ("free", (f"X-Request-Timeout: {SHORT}",), "the X-Request-Timeout the client has set", False),
+        ("free", (f"X-Request-Timeout: {SHORT}",), "the client's X-Request-Timeout", False),
         ("timed", (), "the timeout of route 'timed'", True),
         ("timed", ("X-Request-Timeout: 9",), "the timeout of route 'timed'", True),
         ("both", (), "the timeout of route 'both'", True),
-        ("both", ("X-Request-Timeout: 0.1",), "0.1 s, the X-Request-Timeout", False),
+        ("both", ("X-Request-Timeout: 0.1",), "0.1 s, the client's X-Request-Timeout", False),
         ("total", (), "timeouts.total of upstream 'total'", True),
     ],
 )

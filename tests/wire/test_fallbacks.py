@@ -325,7 +325,7 @@ def test_a_fallback_that_fails_leaves_the_first_failure(
     answer = get(running, "/api/main-refused")
     problem = json.loads(answer.body)
     assert (answer.status, problem["reason"], answer.all("x-gateway-fallback")) == (504, "upstream_timeout", [])
-    assert "Its fallback cannot answer either: Upstream 'refused'" in problem["detail"]
+    assert "The fallback failed too: Upstream 'refused'" in problem["detail"]
     eventually(lambda: len(done) == 1, "it is recorded")
     assert (done[0].fallback, done[0].upstream, done[0].reason) == (None, "main", "upstream_timeout")
 

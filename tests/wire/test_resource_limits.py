@@ -249,7 +249,7 @@ def too_slow(answer: RawAnswer) -> None:
     assert answer.all("connection") == [b"close"]
     body = json.loads(answer.body)
     assert body["reason"] == "request_timeout"
-    assert "The body came more slowly than 1000 bytes a second" in body["detail"]
+    assert "The body arrived more slowly than 1000 bytes per second" in body["detail"]
 
 
 def under_way(running: RunningGateway) -> int:

@@ -457,7 +457,7 @@ async def test_a_request_does_not_count_as_unsent_because_its_second_try_is_refu
 
     up = upstream(behave)
     await fetch(transport, request_to(up))
-    with pytest.raises(httpx.ReadError, match="once more: no connection"):
+    with pytest.raises(httpx.ReadError, match="second attempt: no connection"):
         await fetch(transport, request_to(up, "/dies"))
 
 
@@ -483,7 +483,7 @@ async def test_a_request_does_not_count_as_unsent_because_its_second_try_finds_n
         slow = asyncio.create_task(fetch(transport, request_to(up, "/slow")))
         await settles(transport, "1 busy, 0 idle, 1 waiting")
         gate.set()
-        with pytest.raises(httpx.ReadError, match="once more: no connection"):
+        with pytest.raises(httpx.ReadError, match="second attempt: no connection"):
             await dying
         over.set()
         assert await slow == b"ok"
@@ -768,7 +768,7 @@ async def test_an_answer_longer_than_announced_fails(
     answer = b"HTTP/1.1 200 OK\r\n" + head + b"\r\nok" + surplus
     at = answer.index(b"ok") + cut if cut else len(answer)
     up = upstream(first_then(raw(answer[:at], answer[at:]), reply(b"next")))
-    with pytest.raises(httpx.RemoteProtocolError, match="more came than was announced"):
+    with pytest.raises(httpx.RemoteProtocolError, match="more bytes than announced"):
         await fetch(transport, request_to(up))
     await settles(transport, "0 busy, 0 idle, 0 waiting")
     assert await fetch(transport, request_to(up)) == b"next"
