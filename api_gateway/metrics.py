@@ -204,8 +204,8 @@ class Recorder:
         running.count(exchange)
         if exchange.reason is not None and exchange.fallback is None:
             self.rejections[exchange.reason] += 1
-        for whose in exchange.shed_by:
-            self.shed[whose or GATEWAY][tier] += 1
+        for upstream in exchange.shed_by:
+            self.shed[upstream or GATEWAY][tier] += 1
         if client is not None:
             self.requests_by_client.add(client.key)
         if exchange.decision is not None:

@@ -23,7 +23,7 @@ async def healthz() -> str:
     responses={503: {"description": "Starting or draining.", "content": {"text/plain": {}}}},
 )
 async def readyz(context: Open) -> Response:
-    """Return 200 while the gateway accepts requests, whatever the health of the upstreams; else 503."""
+    """Return 200 while the gateway accepts requests, regardless of the health of upstreams; else 503."""
     is_serving = context.lifecycle is Lifecycle.SERVING
     return PlainTextResponse(f"{context.lifecycle}\n", status_code=200 if is_serving else 503)
 

@@ -139,8 +139,8 @@ class LocalProcesses:
 
 def credentials(transport: asyncio.Transport) -> tuple[int, int]:
     """Return process id and user id of the peer of a Unix socket at its connect. Raises OSError, NotEstablished."""
-    with socket.socket(fileno=os.dup(_descriptor(transport))) as ours:
-        packed = ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    with socket.socket(fileno=os.dup(_descriptor(transport))) as duplicate:
+        packed = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(packed)
     if pid <= 0:
         raise NotEstablished("the peer is in another PID namespace")

@@ -11,7 +11,7 @@ PROBLEM: dict[str, Any] = {"model": Problem, "content": {"application/problem+js
 REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"description": "The bearer token is missing or not valid.", **PROBLEM},
     403: {
-        "description": "No operator was identified, the role is read only, or a page of another origin asked.",
+        "description": "No operator was identified, the token's role is read, or another origin made the request.",
         **PROBLEM,
     },
     413: {"description": "The body is larger than 64 KiB.", **PROBLEM},

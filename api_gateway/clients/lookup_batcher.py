@@ -94,7 +94,7 @@ class LookupBatcher:
             records = await self._ask(client_ids)
         except OSError as error:
             if not self._late:
-                logger.warning("clients could not be looked up, %d for a start: %s", len(client_ids), error)
+                logger.warning("look-up of %d clients failed: %s", len(client_ids), error)
             for client_id in client_ids:
                 self._hold_back(client_id)
         else:

@@ -54,14 +54,14 @@ local epoch, version, since = found[1] or '', tonumber(found[2] or 0), tonumber(
 if epoch ~= ARGV[1] or since > version or since < version - ARGV[3] then
   return false
 end
-local answer = {epoch, version}
+local reply = {epoch, version}
 if since < version then
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. since, '+inf')) do
-    answer[#answer + 1] = id
-    answer[#answer + 1] = redis.call('HGET', KEYS[2], id) or ''
+    reply[#reply + 1] = id
+    reply[#reply + 1] = redis.call('HGET', KEYS[2], id) or ''
   end
 end
-return answer
+return reply
 """
 
 

@@ -49,6 +49,10 @@ class ScriptOp(ABC):
         self.expires = 0.0
         self.is_sent = self.is_over = False
 
+    def __repr__(self) -> str:
+        state = "over" if self.is_over else "sent" if self.is_sent else "waiting"
+        return f"<{type(self).__name__} [{state}]>"
+
     @abstractmethod
     def write(self, call: ScriptCall) -> None:
         """Append keys and arguments to a call."""

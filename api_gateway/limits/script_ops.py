@@ -116,6 +116,9 @@ class MultiNodeCharge:
         self._answer = answer
         self._decisions: list[Decision | None] = [None] * len(charges)
 
+    def __repr__(self) -> str:
+        return f"<MultiNodeCharge [{self._decisions.count(None)} of {len(self._charges)} decisions pending]>"
+
     def submit(self) -> None:
         """Submit one operation for each bucket."""
         for index, charge in enumerate(self._charges):

@@ -53,6 +53,9 @@ class Tally:
         self.total_seconds = 0.0
         self.buckets: dict[int, int] = {}
 
+    def __repr__(self) -> str:
+        return f"<Tally [{self.requests} requests]>"
+
     def add(self, other: "Tally") -> None:
         """Add the counts of another span."""
         self.requests += other.requests
@@ -108,6 +111,9 @@ class WindowedSeries:
         self._newest = -1  # number of the newest slice
         self._running = self._past
         self._from = self._until = 0.0  # monotonic seconds between which the current slice is `_running`
+
+    def __repr__(self) -> str:
+        return f"<WindowedSeries [{len(self._numbers)} slices, newest {self._newest}]>"
 
     def at(self, now: float) -> Tally:
         """Return the tally of the slice that contains `now`, to be counted in."""

@@ -209,18 +209,18 @@ class UpstreamSnapshot:
         """Return the snapshot of an upstream; `names` are those that its targets were resolved from."""
         breaker = BreakerSnapshot.of(upstream.breaker, now)
         targets = tuple(TargetSnapshot.of(upstream, target, now) for target in upstream.targets)
-        asked = tuple(
+        resolved = tuple(
             HostNameSnapshot(name.host, name.port, name.addresses, name.asked_at, name.error)
             for name in names
             if not name.is_address
         )
-        is_whole = all(target.is_in_rotation for target in targets) and not any(name.error for name in asked)
+        is_whole = all(target.is_in_rotation for target in targets) and not any(name.error for name in resolved)
         status: Status = "pass"
         if not any(target.is_healthy for target in targets) or upstream.breaker.refuses(now):
             status = "fail"
         elif not is_whole or breaker.state is not State.CLOSED:
             status = "warn"
-        return cls(status, breaker, targets, asked, upstream.concurrency)
+        return cls(status, breaker, targets, resolved, upstream.concurrency)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "UpstreamSnapshot":
@@ -353,7 +353,7 @@ def last_moves(moves: Iterable[TransitionRecord], workers: int) -> list[Transiti
     """Return the last of the given transitions, oldest first.
 
     For each worker, `KEPT_RECORDS` of the upstream's breaker are kept, and as many of all its targets together: the
-    targets' transitions do not displace the upstream's, and the number is limited while targets come and go.
+    targets' transitions do not displace the upstream's, and the number stays limited while targets change.
     """
     most = KEPT_RECORDS * max(1, workers)
     by_time = sorted(moves, key=_moment)

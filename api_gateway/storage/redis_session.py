@@ -212,6 +212,9 @@ class ScriptConnection:
         self._cluster = cluster
         self.is_divided = cluster is not None
 
+    def __repr__(self) -> str:
+        return f"<ScriptConnection [{'connected' if self._connection.is_connected else 'closed'}]>"
+
     def slot(self, key: str) -> int:
         """Return the cluster slot of a key."""
         return key_slot(key.encode())

@@ -33,9 +33,7 @@ MAINTAINERS = [
     if name in ("CONTRIBUTING.md", "docs/architecture.md", "docs/releasing.md") or "/decisions/" in name
 ]
 FENCE = re.compile(r"^ *```.*?^ *```", flags=re.DOTALL | re.MULTILINE)
-RENAMED = re.compile(
-    r"^### Names\n.*?(?=^##)", re.DOTALL | re.MULTILINE
-)  # names that no longer exist
+RENAMED = re.compile(r"^### Names\n.*?(?=^##)", re.DOTALL | re.MULTILINE)  # names that no longer exist
 FILE = re.compile(r"\.?[\w.-]+(/[\w.-]+)+/?|[\w.-]+\.(py|md|lock|yaml)")
 SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)(?:: .+)?")
 NAME = re.compile(r"(_?[A-Z]+[a-z]+[A-Z]\w+|_[A-Z]{3,}|[A-Z]+_[A-Z_]+)(\.\w+)?(\(.*\))?|[A-Z][a-z]+\.[a-z_]+")

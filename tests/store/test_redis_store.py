@@ -308,8 +308,8 @@ async def test_a_write_that_the_store_does_not_answer_is_of_unknown_outcome(
         await store.write("acme", Change(tier="BASIC"))
         ask = store._ask
 
-        async def ask_and_hang(answer: Any) -> Any:
-            found = await ask(answer)
+        async def ask_and_hang(reply: Any) -> Any:
+            found = await ask(reply)
             paused()
             return found
 
