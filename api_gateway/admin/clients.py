@@ -145,17 +145,17 @@ def _until(request: GrantRequest, now: float) -> float:
     """Return when a grant ends. Both times are seconds since the epoch. Raises InvalidValue."""
     if request.until is not None and request.duration_seconds is not None:
         raise InvalidValue(
-            "body: a grant has either until or duration_seconds, got"
+            "body: must have either until or duration_seconds, got"
             f" until: '{request.until.isoformat()}' and duration_seconds: {request.duration_seconds:g}."
         )
     if request.duration_seconds is not None:
         return now + request.duration_seconds
     if request.until is None:
-        raise InvalidValue("body: a grant needs until or duration_seconds, got neither.")
+        raise InvalidValue("body: must have until or duration_seconds, got neither.")
     until = request.until.timestamp()
     if until <= now:
         raise InvalidValue(
-            f"body.until: must lie in the future, got '{request.until.isoformat()}'; it is {wall_time(now)} now."
+            f"body.until: must be in the future, got '{request.until.isoformat()}'; the time is {wall_time(now)}."
         )
     return until
 

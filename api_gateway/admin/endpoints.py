@@ -99,12 +99,12 @@ def _translated(raised: Exception) -> GatewayError:
     if isinstance(raised, RequestValidationError):
         return InvalidValue(f"{'; '.join(_mistake(item) for item in raised.errors())}.")
     if isinstance(raised, HTTPException):
-        if raised.status_code == 404:  # noqa: PLR2004 - no endpoint of that name
+        if raised.status_code == 404:  # noqa: PLR2004 - no endpoint has the path
             return NoRoute("No endpoint has this path. Paths of proxied requests begin with /api/.")
         if raised.status_code == 405:  # noqa: PLR2004 - the endpoint exists, but not for this method
             return MethodNotAllowed("The endpoint does not support this method.")
         return BadRequest(str(raised.detail))
-    return InternalError(f"The gateway failed: {type(raised).__name__}.")
+    return InternalError(f"Internal error: {type(raised).__name__}.")
 
 
 def _mistake(item: Mapping[str, Any]) -> str:

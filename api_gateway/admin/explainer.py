@@ -91,7 +91,7 @@ class Explainer:
         self._router = router
         self._limit = limit
         self._limiter = limiter
-        self._lag = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - guards nothing
+        self._lag = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - not used for security
         self._header = header
         self._clock = clock
         self._clock_ns = clock_ns

@@ -31,7 +31,7 @@ class MetricsFormat(StrEnum):
 async def metrics(
     request: Request,
     context: Guarded,
-    format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the public name
+    format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the name of the query parameter
 ) -> Any:
     """Return JSON, or the Prometheus text format if `?format=prometheus` or `Accept` requests it."""
     snapshot = await context.aggregator.gather()
