@@ -92,6 +92,9 @@ class DataPlaneSlot:
         self.data_plane: ASGIApp = _not_started
         self.current: FastPathHandler = _Closed()
 
+    def __repr__(self) -> str:
+        return f"<DataPlaneSlot [{'not started' if self.data_plane is _not_started else 'started'}]>"
+
     def set(self, data_plane: ASGIApp, fast_path: FastPathHandler) -> None:
         """Set the paths for new requests."""
         self.data_plane, self.current = data_plane, fast_path
@@ -157,7 +160,7 @@ class ExchangeMiddleware:
             self.note_cut_off(exchange)
             raise
         except Exception as error:
-            logger.exception("request %s: %s %s", exchange.id, exchange.method, exchange.path)
+            logger.exception("request %s (%s %s) failed", exchange.id, exchange.method, exchange.path)
             await self._refuse(exchange, InternalError(f"The gateway failed: {type(error).__name__}."), send)
         finally:
             self.end(exchange, self._clock())

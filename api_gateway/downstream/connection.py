@@ -479,7 +479,7 @@ class DownstreamConnection(HttpToolsProtocol):
             raise ValueError("it is neither a path nor an absolute URL without user information")
         url = httptools.parse_url(target)
         if not url.host:
-            raise ValueError("it names no host")
+            raise ValueError("it contains no host")
         host = b"[%b]" % url.host if b":" in url.host else url.host
         authority = host if url.port is None else b"%b:%d" % (host, url.port)
         self.spelled[:] = [(name, authority if name.lower() == b"host" else value) for name, value in self.spelled]
@@ -677,9 +677,9 @@ class DownstreamConnection(HttpToolsProtocol):
                 self.transport.abort()
                 raise
             finally:
-                del cycle.scope[SERVER_EXTENSION]  # these three break reference cycles, which only the
-                cycle.on_shutdown = None  # garbage collector would free
-                cycle.app = None
+                # These references form cycles, which only the garbage collector would free.
+                del cycle.scope[SERVER_EXTENSION]
+                cycle.on_shutdown = cycle.app = None
             if not cycle.is_answered and not cycle.is_disconnected:
                 self._on_unfinished(cycle)
         self._serving = self._reading = None  # breaks reference cycles

@@ -130,6 +130,9 @@ class FastPath:
         # False if the client id is in a header field that has another meaning too.
         self._has_own_id_header = identify.header not in inspected_headers(frozenset())
 
+    def __repr__(self) -> str:
+        return f"<FastPath [{self._profiles.cache_info().currsize} profiles cached]>"
+
     def try_handle(self, client: Downstream, received: bytes) -> bool:
         """Start or refuse the received request and return True, or change nothing and return False.
 
@@ -365,6 +368,13 @@ class FastExchange(UpstreamResponse):
         self.keep_alive = headers.profile.keep_alive
         self._route = route
         self._raw_target = raw_target
+
+    def __repr__(self) -> str:
+        if self.has_fallen_back:
+            state = "fallen back or aborted"
+        else:
+            state = "responding" if self.exchange.status else "deciding" if self.connection is None else "sent"
+        return f"<FastExchange {self.exchange.method} {self.exchange.path} [{state}]>"
 
     @property
     def is_head_sent(self) -> bool:

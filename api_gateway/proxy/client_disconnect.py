@@ -38,7 +38,7 @@ class DisconnectWatch:
     """Context manager that cancels the block when the client disconnects, and raises ClientDisconnected instead.
 
     For servers that report a disconnect only through `receive`, which is called after `DISCONNECT_CHECK_DELAY`: most
-    responses are faster.
+    responses are faster. States: delayed, watching, disconnected.
     """
 
     def __init__(self, receive: Receive, body: StreamedBody | NoBody) -> None:
@@ -46,6 +46,10 @@ class DisconnectWatch:
         self._body = body
         self._has_left = False
         self._watcher: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        state = "disconnected" if self._has_left else "delayed" if self._watcher is None else "watching"
+        return f"<DisconnectWatch [{state}]>"
 
     def __enter__(self) -> None:
         """Start the delay."""

@@ -34,6 +34,9 @@ class CostSettlement:
         self._fields = RateLimitHeaders()
         self._warned: set[str | None] = set()
 
+    def __repr__(self) -> str:
+        return f"<CostSettlement [{len(self._warned)} upstreams warned of]>"
+
     def on_cost(self, exchange: Exchange, given: Sequence[bytes]) -> None:
         """Settle to the value of `X-Gateway-Cost`: one decimal from 0 to 1e9 tokens.
 

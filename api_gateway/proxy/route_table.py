@@ -121,7 +121,7 @@ class RouteTable:
 def refuse_method(method: str) -> None:
     """Raise MethodNotAllowed if the gateway does not forward this method."""
     if method in REFUSED_METHODS:
-        raise MethodNotAllowed(f"{method} is not proxied.", headers={"allow": PROXIED_METHODS})
+        raise MethodNotAllowed(f"The method {method} is not forwarded.", headers={"allow": PROXIED_METHODS})
 
 
 def upstream_target(route: Route, target: bytes) -> bytes:

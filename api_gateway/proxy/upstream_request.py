@@ -69,6 +69,9 @@ class UpstreamRequest:
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
         self.upgrade = extension is not None and extension.upgrade == b"websocket" and self.framing is None
 
+    def __repr__(self) -> str:
+        return f"<UpstreamRequest {self._scope['method']} {self.target!r} [{self.body!r}]>"
+
     def ends_here(self) -> bool:
         """Tell whether `Max-Forwards` is 0; decrement it otherwise (RFC 9110 section 7.6.2). Invalid values pass."""
         hops = self.fields[b"max-forwards"][0]

@@ -88,7 +88,8 @@ class _Side(asyncio.BufferedProtocol):
         self._buffer = buffer
 
     def __repr__(self) -> str:
-        return f"<_Side [{'lost' if self.is_lost else 'open'}, {self.received} bytes received]>"
+        state = "lost" if self.is_lost else "ended" if self.has_ended else "open"
+        return f"<{type(self).__name__} [{state}, {self.received} bytes received]>"
 
     def attach(self) -> None:
         """Replace the transport's protocol, with reading paused: asyncio selects the read method when it resumes."""

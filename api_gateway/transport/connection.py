@@ -346,7 +346,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self.alarm.clear()
         elif status == SWITCHING:
             self._fail(answer, "an unexpected switch of protocols")
-        elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim answers
+        elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim responses
             if status not in _KNOWN_INTERIM and framing(fields_of(headers)) is not None:
                 self._fail(answer, "an interim response with content")  # the parser would treat it as the final one
                 return

@@ -24,6 +24,9 @@ class HttpxBody:
         self._read_at = self._clock()
         self.reader_waited = 0.0  # seconds between calls of `read`, in which nothing was read from the upstream
 
+    def __repr__(self) -> str:
+        return f"<HttpxBody [reader waited {self.reader_waited:.3f} s]>"
+
     async def read(self) -> tuple[bytes, bool]:
         """Return the next piece and whether more may follow. Raises httpx.TransportError."""
         self.reader_waited += self._clock() - self._read_at

@@ -121,7 +121,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else self.error or "arriving"
-        return f"<UpstreamResponse {self.status or 'awaited'} [{state}]>"
+        return f"<{type(self).__name__} {self.status or 'awaited'} [{state}]>"
 
     @cached_property
     def reason(self) -> bytes:

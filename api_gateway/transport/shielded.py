@@ -95,6 +95,9 @@ class _Body(httpx.AsyncByteStream):
         self._next: asyncio.Future[bytes] | None = None
         self._is_closed = False
 
+    def __repr__(self) -> str:
+        return f"<_Body [{'closed' if self._is_closed else 'open'}]>"
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the body piece by piece."""
         while True:

@@ -50,6 +50,8 @@ def left(running: RunningGateway, client: str = "c") -> float:
 
 
 def finished(running: RunningGateway) -> list[Exchange]:
+    """Return a list of the exchanges that are recorded from now on; what was asked before is recorded by then."""
+    eventually(lambda: ask(f"{running.url}/metrics").json()["requests"]["in_flight"] == 0, "what was asked is over")
     done: list[Exchange] = []
     app: Any = running.server._app
     record = app.fast_path.current.record
