@@ -28,8 +28,8 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
     }
     if decision.wait_ns == NEVER_NS:
         return CostExceedsCapacity(
-            f"{holder} has a bucket of {quota.capacity} tokens; this request costs {exchange.cost:g} and can never be"
-            " allowed.",
+            f"{holder} has a bucket of {quota.capacity} tokens; this request costs {exchange.cost:g} tokens"
+            " and can never be allowed.",
             extra=extra,
         )
     wait = decision.retry_after or 0.0
