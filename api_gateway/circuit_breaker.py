@@ -19,8 +19,8 @@ from api_gateway.resilience.principals import RecentPrincipals
 from api_gateway.resilience.ramp_up import RampUp
 from api_gateway.resilience.rate_meter import RateMeter
 
-KEPT_RECORDS = 50
-KEPT_FAILURES = 10
+MAX_RECORDS = 50
+MAX_RECORDED_FAILURES = 10
 IDEMPOTENT_PROBE_WAIT = 1.0  # seconds without a safe request, after which an unsafe one may be the probe
 PROBE_HEAD_START = 5.0  # seconds for which a principal whose probe has not succeeded leaves the next one to others
 RATE_KNOWN_AFTER = 3.0  # seconds of being closed, from which on the rate of calls is taken for the usual one
@@ -55,7 +55,7 @@ class CircuitBreaker:
         self.opened_total = self.rejected_total = self.slow_total = 0
         self.would_open_total = self.would_reject_total = 0  # in mode observe
         self.last_opened: Transition | None = None
-        self.records: deque[TransitionRecord] = deque(maxlen=KEPT_RECORDS)
+        self.records: deque[TransitionRecord] = deque(maxlen=MAX_RECORDS)
         self.ramp: RampUp | None = None
         self._random = source
         self._window: Window = _window(policy)
@@ -64,7 +64,7 @@ class CircuitBreaker:
         self._streak_by: str | None = None  # whose the first of the consecutive failures was
         self._is_streak_shared = False  # they were several principals', or no principal can have caused one of them
         self._meter = RateMeter()
-        self._failures: deque[FailedCall] = deque(maxlen=KEPT_FAILURES)
+        self._failures: deque[FailedCall] = deque(maxlen=MAX_RECORDED_FAILURES)
         self._generation = 0
         self._closed_ticket = Ticket(0, is_probe=False)  # one for all: every call of a generation is alike
         self._probe_successes = 0

@@ -15,10 +15,10 @@ from api_gateway.config import ENV_PREFIX, GatewayConfig, Loaded
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.process.config_watch import ConfigSource
 from api_gateway.process.server import GatewayServer, configure_logging
-from api_gateway.process.start_check import file_obstacles, obstacles, passing_doubts
+from api_gateway.process.start_check import file_errors, startup_errors, startup_warnings
 from api_gateway.process.supervisor import Supervisor
 from api_gateway.settings.diagnostics import ConfigError
-from api_gateway.settings.rules import Finding, doubts
+from api_gateway.settings.rules import Finding, find_warnings
 from api_gateway.system.held_signals import block_signals
 from api_gateway.system.output import redirected
 from api_gateway.system.state_folder import former_state
@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.check:
         return _check(loaded)
     config = loaded.config
-    if _report(loaded, file_obstacles(config)):
+    if _report(loaded, file_errors(config)):
         return STARTUP_FAILED
     configure_logging(config.log.level)
     hint = former_state(config.state_dir, os.environ)
@@ -62,8 +62,8 @@ def _run(options: argparse.Namespace) -> int:
 def _check(loaded: Loaded) -> int:
     """Say what a start would use, and what would be in its way; return the exit code."""
     config = loaded.config
-    is_failed = _report(loaded, obstacles(config))
-    _report(loaded, [*doubts(config), *passing_doubts(config)], "warning: ")
+    is_failed = _report(loaded, startup_errors(config))
+    _report(loaded, [*find_warnings(config), *startup_warnings(config)], "warning: ")
     print(f"Read: {', '.join(loaded.sources.names) or 'nothing, all settings have their defaults'}.", file=sys.stderr)
     print(f"State is kept in {config.state_dir}.", file=sys.stderr)
     if is_failed:
@@ -74,7 +74,7 @@ def _check(loaded: Loaded) -> int:
 
 def _report(loaded: Loaded, findings: Iterable[Finding], kind: str = "") -> bool:
     """Print a line for each finding; return whether there is any."""
-    lines = [f"{kind}{loaded.sources.origin(finding.place)}{finding}" for finding in findings]
+    lines = [f"{kind}{loaded.sources.origin(finding.path)}{finding}" for finding in findings]
     for line in lines:
         print(line, file=sys.stderr)
     return bool(lines)

@@ -33,9 +33,9 @@ from api_gateway.settings.environment import (
     read_env_file,
     read_environment,
 )
-from api_gateway.settings.repair import repaired
+from api_gateway.settings.repair import errors_of_repaired
 from api_gateway.settings.routes import RouteSection
-from api_gateway.settings.rules import Finding, contradictions
+from api_gateway.settings.rules import Finding, find_errors
 from api_gateway.settings.secret import Unusable
 from api_gateway.settings.server import LogSection, MetricsSection, ServerSection
 from api_gateway.settings.setting_types import CLIENT_ID, PATTERNS, Identifier, TierName
@@ -151,7 +151,7 @@ class GatewayConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> "GatewayConfig":
-        findings = list(contradictions(self))
+        findings = list(find_errors(self))
         if findings:
             lines = "\n".join(str(finding) for finding in findings)
             raise PydanticCustomError(_CONTRADICTION, "{lines}", {"lines": lines, "findings": findings})
@@ -208,12 +208,14 @@ def read_config(
     config, errors = _validated(sources.overrides, read)
     found += [describe_errors(detail, GatewayConfig, sources, PATTERNS) for detail in errors if detail["loc"]]
     if any(detail["loc"] for detail in errors):
-        errors, wrong = repaired(merged, GatewayConfig, errors, lambda values: _made(values, _Read(file.path)))
+        errors, wrong = errors_of_repaired(
+            merged, GatewayConfig, errors, lambda values: _made(values, _Read(file.path))
+        )
     else:
         wrong = []
     for finding in _findings(errors):
         if not any(finding.concerns(place) for place in wrong):
-            found.append(f"{sources.origin(finding.place)}{without_passwords(str(finding))}")
+            found.append(f"{sources.origin(finding.path)}{without_passwords(str(finding))}")
     if config is None or found:
         raise ConfigError(found)
     return Loaded(config, sources)

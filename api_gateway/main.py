@@ -36,7 +36,7 @@ from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
-from api_gateway.upstreams.dns import Resolve, look_up
+from api_gateway.upstreams.dns import Resolve, resolve_host
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def create_app(
     refused: Counter[str] | None = None,
     transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     aggregator: Aggregator | None = None,
-    resolve: Resolve = look_up,
+    resolve: Resolve = resolve_host,
     read: Callable[[], GatewayConfig] | None = None,
     on_change: Callable[[GatewayConfig], None] | None = None,
     connections: FairShares | None = None,

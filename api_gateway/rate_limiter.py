@@ -51,8 +51,8 @@ class RateLimiter(Protocol):
         """
         ...
 
-    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
-        """Have the store decide after `decide` has returned None, and call `answer` once with the decision."""
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
+        """Have the store decide after `decide` has returned None, and call `on_decision` once with the decision."""
         ...
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
@@ -200,7 +200,7 @@ class TatTable(Generic[Noted]):
             self.retired.pop()
 
 
-class EarlierBuckets:
+class PreviousBuckets:
     """The buckets from before a change of quotas, each of which is converted at its next use.
 
     A bucket keeps the filled fraction that it had at the time of the change, as if all had been converted then.
@@ -219,7 +219,7 @@ class EarlierBuckets:
         self._at_ns = at_ns
 
     def __repr__(self) -> str:
-        return f"<EarlierBuckets [{len(self)}]>"
+        return f"<PreviousBuckets [{len(self)}]>"
 
     def __len__(self) -> int:
         return sum(map(len, self.tables))
@@ -246,7 +246,7 @@ class MemoryLimiter:
         """Create the table for buckets of `quotas`. Only `change_quota` may add quotas with a longer budget."""
         self._table: TatTable[int] = TatTable(max((quota.burst_ns for quota in quotas), default=1), bucket_limit)
         self._overflow: dict[int, int] = {}
-        self._earlier: list[EarlierBuckets] = []  # oldest first
+        self._earlier: list[PreviousBuckets] = []  # oldest first
         self._refunds = Refunds()
         self.overflowed = 0
 
@@ -295,9 +295,9 @@ class MemoryLimiter:
             self._store(charge.key, after_ns)
         return decision_of(charge, after_ns, wait_ns, now_ns)
 
-    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
         """Decide at once. Not used, because `decide` never returns None."""
-        answer(self.decide(charges, now_ns))
+        on_decision(self.decide(charges, now_ns))
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """Return each bucket's decision on its charge, without charging it."""
@@ -344,7 +344,7 @@ class MemoryLimiter:
             self._table.period_ns = max(self._table.period_ns, tat_ns - now_ns)  # a debt may exceed the budget
             self._store(key, tat_ns)
 
-    def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
+    def change_quotas(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
         """Apply a change of quotas; every bucket keeps its filled fraction.
 
         `quota_of` returns the previous quota of a bucket from its key and its new quota. The duration does not depend
@@ -354,7 +354,7 @@ class MemoryLimiter:
         self._advance(now_ns)
         table.period_ns = max(table.period_ns, *(quota.burst_ns for quota in quotas))
         until_ns = now_ns + 2 * table.period_ns
-        self._earlier.append(EarlierBuckets((table.current, table.previous), quota_of, now_ns, until_ns))
+        self._earlier.append(PreviousBuckets((table.current, table.previous), quota_of, now_ns, until_ns))
         table.current, table.previous = {}, {}
 
     def _decide_all(self, charges: Sequence[Charge], now_ns: int) -> Decision:

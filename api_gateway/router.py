@@ -32,15 +32,15 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.models import Clock, Exchange, HeaderList
-from api_gateway.proxy.client_disconnect import CLIENT_LEFT, DisconnectWatch, LeavingWatch
+from api_gateway.proxy.client_disconnect import CLIENT_LEFT, DisconnectListener, DisconnectPoller
 from api_gateway.proxy.deadline import Deadline
 from api_gateway.proxy.fallback_runner import FallbackRunner
-from api_gateway.proxy.faults import ClientShare, fault_of_deadline
+from api_gateway.proxy.faults import ClientProgress, fault_of_deadline
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.request_body import SentBody, StreamedBody, body_too_large
 from api_gateway.proxy.route_table import Route, RouteTable, refuse_method, upstream_target
 from api_gateway.proxy.sse import event_stream, is_event_stream
-from api_gateway.proxy.upstream_request import UpstreamRequest, spelt_target
+from api_gateway.proxy.upstream_request import UpstreamRequest, raw_target
 from api_gateway.proxy.websocket_tunnel import Tunnel
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
@@ -127,7 +127,7 @@ class Router:
         self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
         self._fallback_runner = FallbackRunner(self.upstream_clients, self._attempts, on_fallback or _ignore, clock)
         self.priorities = priorities
-        self._lag = lag or EventLoopShedder(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
+        self._event_loop_shedder = lag or EventLoopShedder(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
 
     def forward(
         self,
@@ -144,9 +144,9 @@ class Router:
         upstream_client = self.upstream_clients[route.upstream]
         exchange.upstream = route.upstream
         extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
-        target = upstream_target(route, spelt_target(scope) if extension is None else extension.target)
+        target = upstream_target(route, raw_target(scope) if extension is None else extension.target)
         request = UpstreamRequest(scope, extension, target, is_trusted, self.protected)
-        if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.ends_here():
+        if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.must_not_forward():
             return self._respond_to_options(exchange, send)
         if extension is not None and route.min_body_rate is not None:
             extension.require_body_rate(route.min_body_rate)
@@ -204,7 +204,7 @@ class Router:
         send: Send,
     ) -> Awaitable[None]:
         """Return the attempts on one upstream, limited by the deadline of the request."""
-        if request.link is not None and request.deadline is None:
+        if request.extension is not None and request.deadline is None:
             return self._attempt_targets(exchange, upstream_client, request, send)
         return self._guard(exchange, upstream_client, request, receive, send)
 
@@ -220,14 +220,14 @@ class Router:
         deadline = request.deadline
         left = None if deadline is None else deadline.remaining(self._clock())
         if deadline is not None and left == 0:  # passed before anything was sent
-            raise _overdue(exchange, deadline)
-        with nullcontext() if request.link is not None else DisconnectWatch(receive, request.body):
+            raise _deadline_error(exchange, deadline)
+        with nullcontext() if request.extension is not None else DisconnectPoller(receive, request.body):
             try:
                 async with asyncio.timeout(left) as request.timer:
                     await self._attempt_targets(exchange, upstream_client, request, send)
             except TimeoutError as error:
                 assert deadline is not None  # noqa: S101 - only the deadline raises TimeoutError here
-                raise _overdue(exchange, deadline) from error
+                raise _deadline_error(exchange, deadline) from error
 
     def _body(
         self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, receive: Receive
@@ -262,7 +262,9 @@ class Router:
         disconnects: the gateway's own server then cancels this task.
         """
         tried: list[Target] = []
-        watch: AbstractContextManager[None] = nullcontext() if request.link is None else LeavingWatch(request.link)
+        watch: AbstractContextManager[None] = (
+            nullcontext() if request.extension is None else DisconnectListener(request.extension)
+        )
         with watch:
             if attempt is None:
                 attempt = self._acquire(exchange, upstream_client, request, tried)
@@ -332,7 +334,7 @@ class Router:
 
     def _is_recovering(self, upstream_client: UpstreamClient) -> bool:
         """Tell whether the event loop is overloaded or the upstream's breaker recovers, so that retries are denied."""
-        return self._lag.is_over or upstream_client.upstream.is_recovering(self._clock())
+        return self._event_loop_shedder.is_over or upstream_client.upstream.is_recovering(self._clock())
 
     async def _attempt(
         self,
@@ -358,20 +360,20 @@ class Router:
             try:
                 response = await self._send(exchange, upstream_client, attempt, request, started)
             except UpstreamFailed as error:
-                pause = self._retry_delay(
+                delay = self._retry_delay(
                     exchange, upstream_client, attempt, request, tried, is_sent=not error.is_retry_safe
                 )
-                if pause is None:
+                if delay is None:
                     raise
                 exchange.has_reached |= not error.is_retry_safe
-                return _PendingRetry(error.reason.value, pause, attempt, error=error)
+                return _PendingRetry(error.reason.value, delay, attempt, error=error)
             if response.status_code in upstream_client.retried_statuses:
-                pause = self._retry_delay(
+                delay = self._retry_delay(
                     exchange, upstream_client, attempt, request, tried, is_sent=True, response=response
                 )
-                if pause is not None:
+                if delay is not None:
                     exchange.has_reached = True
-                    return _PendingRetry(str(response.status_code), pause, attempt, response=response)
+                    return _PendingRetry(str(response.status_code), delay, attempt, response=response)
             await self._deliver(exchange, upstream_client, attempt, request, response, send)
             return None
         finally:
@@ -430,9 +432,11 @@ class Router:
             raise self._failure(exchange, attempt, request, outgoing, started, error) from error
         except asyncio.CancelledError:
             if _note_progress(exchange, outgoing, started, is_sent=True) and request.is_overdue:
-                self._settle_overdue(exchange, attempt, request.deadline, _note_share(exchange, request))
+                self._settle_overdue(exchange, attempt, request.deadline, _note_client_progress(exchange, request))
             raise
-        self.outcomes.on_head(exchange, attempt, response.status_code, self._clock(), _note_share(exchange, request))
+        self.outcomes.on_head(
+            exchange, attempt, response.status_code, self._clock(), _note_client_progress(exchange, request)
+        )
         return response
 
     def _failure(
@@ -449,7 +453,7 @@ class Router:
         This is a function of its own so that no variable of the raising frame refers to the error, which refers to
         the frame: only the garbage collector would free that cycle.
         """
-        failure = self.outcomes.on_failure(exchange, attempt, error, _note_share(exchange, request))
+        failure = self.outcomes.on_failure(exchange, attempt, error, _note_client_progress(exchange, request))
         _note_progress(exchange, outgoing, started, is_sent=not failure.is_retry_safe)
         return failure
 
@@ -458,7 +462,7 @@ class Router:
         exchange: Exchange,
         attempt: Attempt,
         deadline: Deadline | None,
-        client: ClientShare,
+        client: ClientProgress,
         reader_waited: float = 0.0,
     ) -> None:
         """Settle an attempt that the deadline has ended."""
@@ -499,11 +503,11 @@ class Router:
         """Forward the response piece by piece; its end settles the attempt as a success, an error as a failure."""
         headers, fields, stream = parts_of(response)
         if is_event_stream(fields):
-            _set_apart(exchange, attempt, stream)
+            _count_as_tunnel(exchange, attempt, stream)
         exchange.status, exchange.source = response.status_code, "upstream"
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
         may_have_trailers = b"transfer-encoding" in fields and response.status_code not in BODILESS
-        passes_trailers = may_have_trailers and b"te" in request.fields and request.takes_trailers
+        passes_trailers = may_have_trailers and b"te" in request.fields and request.accepts_trailers
         await send(
             {
                 "type": "http.response.start",
@@ -515,17 +519,17 @@ class Router:
                 "is_body_ready": stream.is_ready,
             }
         )
-        events = event_stream(request.link, fields, stream)
+        events = event_stream(request.extension, fields, stream)
         more = True
         while more:
             try:
                 piece, more = await stream.read()
             except httpx.TransportError as error:
-                client = _share(request.body, stream.reader_waited)
+                client = _client_progress(request.body, stream.reader_waited)
                 raise self.outcomes.on_broken_body(exchange, attempt, error, client) from error
             except asyncio.CancelledError:
                 if request.is_overdue:
-                    client = _share(request.body, stream.reader_waited)
+                    client = _client_progress(request.body, stream.reader_waited)
                     self._settle_overdue(exchange, attempt, request.deadline, client, stream.reader_waited)
                 raise
             if events is not None and events.on_piece(piece):
@@ -555,9 +559,9 @@ class Router:
         response: httpx.Response,
     ) -> None:
         """Send the 101 to the client and run the tunnel to its end."""
-        extension = request.link
+        extension = request.extension
         assert extension is not None  # noqa: S101 - an upgrade is requested only if there is an extension
-        _set_apart(exchange, attempt, response.extensions["switched"])
+        _count_as_tunnel(exchange, attempt, response.extensions["switched"])
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         if request.timer is not None:  # the deadline applies to the handshake only
             request.timer.reschedule(None)
@@ -571,34 +575,34 @@ class Router:
             raise translate(error, attempt.upstream.name) from error
         client, from_client = extension.switch_protocols(response.extensions["reason_phrase"], headers)
         tunnel = Tunnel(asyncio.get_running_loop(), client, upstream, upstream_client.tunnel_timeout)
-        extension.on_shutdown = tunnel.go_away
+        extension.on_shutdown = tunnel.request_close
         if extension.is_stopping:
-            tunnel.go_away()
+            tunnel.request_close()
         try:
             await tunnel.run(from_client, from_upstream)
         finally:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
 
-def _set_apart(exchange: Exchange, attempt: Attempt, stream: UpstreamResponse | HttpxBody) -> None:
+def _count_as_tunnel(exchange: Exchange, attempt: Attempt, stream: UpstreamResponse | HttpxBody) -> None:
     """Count a tunnel or event stream apart from requests. Raises Overloaded if the holder's share is used up."""
     if isinstance(stream, UpstreamResponse):
         try:
-            stream.set_apart()
+            stream.move_to_tunnels()
         except httpx.PoolTimeout as error:
             exchange.has_reached = True  # the charge is kept, because the upstream has served the request
             raise translate(error, attempt.upstream.name) from error
         attempt.release_slot()
 
 
-def _share(body: StreamedBody | NoBody, reader_waited: float) -> ClientShare:
+def _client_progress(body: StreamedBody | NoBody, reader_waited: float) -> ClientProgress:
     """Return the client's part in the end of an attempt."""
-    return ClientShare(body.is_finished, body.is_awaited, body.waited + reader_waited)
+    return ClientProgress(body.is_finished, body.is_awaited, body.waited + reader_waited)
 
 
-def _note_share(exchange: Exchange, request: UpstreamRequest) -> ClientShare:
+def _note_client_progress(exchange: Exchange, request: UpstreamRequest) -> ClientProgress:
     """Return the client's part before the head; move `sent_at` by the time for which the client was awaited."""
-    share = _share(request.body, 0.0)
+    share = _client_progress(request.body, 0.0)
     if share.waited and exchange.sent_at is not None:
         exchange.sent_at += share.waited
     return share
@@ -620,7 +624,7 @@ def _note_progress(
     return is_sent
 
 
-def _overdue(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
+def _deadline_error(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
     """Return the error of a request whose deadline has passed.
 
     Its class determines the refund: the charge is refunded if nothing was sent; with a client's own deadline, only if

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from api_gateway.clients.sqlite_store import CLIENTS_FILE, SqliteClients
+from api_gateway.clients.sqlite_store import CLIENTS_FILE, SqliteClientStore
 from benchmarks.flood import Flooded, client_id
 from benchmarks.load import CLIENT, Answer, Client, Failed, OpenLoop, await_ready, percentile
 from benchmarks.processes import cpu_seconds, free_port, pinned, reset_peak, resident_bytes, running, store_command
@@ -138,7 +138,7 @@ def register(state: Path, count: int) -> None:
     state.mkdir()
 
     async def create() -> None:
-        clients = SqliteClients(state)
+        clients = SqliteClientStore(state)
         await clients.load(limit=0)
         await clients.close()
 

@@ -22,9 +22,9 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
     keys = 0
     if isinstance(gateway.limiter, RedisLimiter):
         keys = limiter.store_key.cache_info().currsize
-        tables = [*limiter.cache._current.values(), *limiter.cache._earlier.values(), limiter.share._admitted]
-        tables.append(limiter.share._limiter._table)
-        refunds = [limiter._recent_refunds, limiter.share._limiter._refunds]
+        tables = [*limiter.cache._current.values(), *limiter.cache._earlier.values(), limiter.fallback._admitted]
+        tables.append(limiter.fallback._limiter._table)
+        refunds = [limiter._recent_refunds, limiter.fallback._limiter._refunds]
     else:
         tables, refunds = [limiter._table], [limiter._refunds]
     return {
@@ -33,7 +33,7 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
         "refunds": sum(map(len, refunds)),
         "store keys": keys,
         "client copy": len(clients._cache),
-        "look-ups": len(clients._lookups._asked) + len(clients._look_ups._late),
+        "look-ups": len(clients._lookups._pending) + len(clients._look_ups._late),
         "heads": lane._profiles.cache_info().currsize,
         "sketches": len(gateway.recorder.requests_by_client) + len(gateway.recorder.limited_by_client),
         "series": series_of(gateway.recorder),

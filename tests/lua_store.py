@@ -100,7 +100,7 @@ class Wire(ScriptBatcher):
         self.deadline = DEADLINE
         self.waiting: list[ScriptOp] = []
         self.under_way: deque[tuple[list[ScriptOp], list[int]]] = deque()  # executed, and not answered yet
-        self.batches = self.questions = self.failures = 0
+        self.calls = self.operations = self.failures = 0
         self.last_error = None
 
     def __repr__(self) -> str:
@@ -187,8 +187,8 @@ class LuaLimiter(RedisLimiter):
             source=random.Random(1),
         )
         self.wire = Wire(store)
-        self.dispatcher = self.wire
-        self._on_listening(remembers)
+        self.batcher = self.wire
+        self._on_subscription(remembers)
         self.cache._valid_from_ns = -1
 
     def decided(self, charges: Sequence[Charge], now_ns: int) -> Decision:

@@ -29,7 +29,7 @@ OVERRIDES_POLL_INTERVAL = 0.25  # seconds between two checks of the file
 _KEYS = ("mode", "since", "until", "comment", "set_by")
 
 
-class FileUnusable(Exception):
+class InvalidOverrideFile(Exception):
     """The file has invalid content; the message names the file, the place and the value."""
 
 
@@ -69,27 +69,27 @@ class OverrideFile:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def read(self) -> Overrides:
-        """Return the overrides by breaker; none if there is no file. Raises FileUnusable and OSError."""
+        """Return the overrides by breaker; none if there is no file. Raises InvalidOverrideFile and OSError."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}
         except UnicodeDecodeError as error:
-            raise FileUnusable(f"{self.path}: not UTF-8: {error.reason} at byte {error.start}") from error
+            raise InvalidOverrideFile(f"{self.path}: not UTF-8: {error.reason} at byte {error.start}") from error
         try:
             content = json.loads(text)
         except ValueError as error:
             place = f"{error.lineno}:{error.colno}: " if isinstance(error, json.JSONDecodeError) else ""
-            raise FileUnusable(f"{self.path}:{place}not JSON: {getattr(error, 'msg', error)}") from error
+            raise InvalidOverrideFile(f"{self.path}:{place}not JSON: {getattr(error, 'msg', error)}") from error
         try:
             return _parsed(content)
-        except FileUnusable as error:
-            raise FileUnusable(f"{self.path}: {error}") from None
+        except InvalidOverrideFile as error:
+            raise InvalidOverrideFile(f"{self.path}: {error}") from None
 
     def change(self, name: str, override: Override | None, wall: float) -> tuple[Override | None, Overrides]:
         """Set the override of one breaker, or remove it (None), and drop expired ones.
 
-        Returns the previous override and all that are now in force. Raises FileUnusable and OSError.
+        Returns the previous override and all that are now in force. Raises InvalidOverrideFile and OSError.
         """
         make_private(self.path.parent)
         with self._locked():
@@ -120,7 +120,7 @@ class OverrideFile:
 class BreakerOverrides:
     """Applies the modes in the file to the breakers of this process, and changes the file.
 
-    `trouble` is why the file cannot be used; None while it can. Then the last valid overrides stay in force.
+    `error` is why the file cannot be used, None if it can; while it cannot, the last valid overrides stay in force.
     """
 
     def __init__(
@@ -131,24 +131,24 @@ class BreakerOverrides:
         clock: Clock,
         wall_clock: Callable[[], float],
     ) -> None:
-        self.trouble: str | None = None
+        self.error: str | None = None
         self._file = file
         self._breakers = breakers
         self._clock = clock
         self._wall_clock = wall_clock
         self._seen: object = ()
         self._overrides: Overrides = {}
-        self._modes = dict.fromkeys(breakers, Mode.AUTO)
+        self._overrides_in_force = dict.fromkeys(breakers, Mode.AUTO)
         self._lock = asyncio.Lock()  # a change must not be overwritten by content that was read before it
 
     def __repr__(self) -> str:
-        state = "in use" if self.trouble is None else "file unusable"
+        state = "in use" if self.error is None else "file unusable"
         return f"<BreakerOverrides [{len(self._overrides)} overrides, {state}]>"
 
     def follow(self, breakers: Mapping[str, CircuitBreaker]) -> None:
         """Replace the breakers, after a reload, and apply the modes to the new ones."""
         self._breakers = dict(breakers)
-        self._modes = {name: self._modes.get(name, Mode.AUTO) for name in breakers}
+        self._overrides_in_force = {name: self._overrides_in_force.get(name, Mode.AUTO) for name in breakers}
         self._apply()
 
     @property
@@ -165,16 +165,16 @@ class BreakerOverrides:
         """Apply changes of the file every `OVERRIDES_POLL_INTERVAL` seconds, until cancelled."""
         while True:
             await asyncio.sleep(OVERRIDES_POLL_INTERVAL)
-            await self.look()
+            await self.refresh()
 
-    async def look(self) -> None:
-        """Read the file if it has changed, and apply the modes. An error is logged once and kept in `trouble`."""
+    async def refresh(self) -> None:
+        """Read the file if it has changed, and apply the modes. An error is logged once and kept in `error`."""
         async with self._lock:
             try:
                 await self._read()
-            except (FileUnusable, OSError) as error:
-                if str(error) != self.trouble:
-                    self.trouble = str(error)
+            except (InvalidOverrideFile, OSError) as error:
+                if str(error) != self.error:
+                    self.error = str(error)
                     logger.error("circuit breaker modes unchanged: %s", error)  # noqa: TRY400 - the message is enough
                 if isinstance(error, OSError):
                     self._seen = ()
@@ -190,7 +190,7 @@ class BreakerOverrides:
                 before, self._overrides = await asyncio.to_thread(
                     self._file.change, name, override, self._wall_clock()
                 )
-            except (FileUnusable, OSError) as error:
+            except (InvalidOverrideFile, OSError) as error:
                 raise StoreUnavailable(f"The mode was not changed: {error}.", retry_after=1) from error
             self._apply()
         return before
@@ -200,7 +200,7 @@ class BreakerOverrides:
         if seen != self._seen:
             self._seen = seen  # before reading, so that invalid content is reported once
             self._overrides = await asyncio.to_thread(self._file.read)
-            self.trouble = None
+            self.error = None
             for name in sorted(set(self._overrides) - set(self._breakers)):
                 logger.warning("%s: circuit_breakers.%s: there is no such upstream", self._file.path, name)
 
@@ -210,14 +210,20 @@ class BreakerOverrides:
             found = self.override(name)
             mode = Mode.AUTO if found is None else found.mode
             until = None if found is None or found.until is None else now + found.until - wall
-            if mode is not self._modes[name]:
-                logger.warning("circuit breaker %s: mode %s -> %s%s", name, self._modes[name], mode, _words(found))
-            self._modes[name] = mode
+            if mode is not self._overrides_in_force[name]:
+                logger.warning(
+                    "circuit breaker %s: mode %s -> %s%s",
+                    name,
+                    self._overrides_in_force[name],
+                    mode,
+                    _description(found),
+                )
+            self._overrides_in_force[name] = mode
             breaker.set_mode(mode, now, until)
             breaker.advance(now)
 
 
-def _words(override: Override | None) -> str:
+def _description(override: Override | None) -> str:
     if override is None:
         return ""
     return f", set by {override.set_by}" + (f": {override.comment}" if override.comment else "")
@@ -235,34 +241,36 @@ def _written(override: Override) -> dict[str, Any]:
 
 
 def _parsed(content: Any) -> Overrides:
-    """Return the overrides in a parsed file. Raises FileUnusable, which names the place."""
+    """Return the overrides in a parsed file. Raises InvalidOverrideFile, which names the place."""
     breakers = content.get("circuit_breakers") if isinstance(content, dict) else None
     if not isinstance(breakers, dict):
-        raise FileUnusable("must have an object circuit_breakers")
+        raise InvalidOverrideFile("must have an object circuit_breakers")
     return {name: _parsed_override(f"circuit_breakers.{name}", given) for name, given in breakers.items()}
 
 
 def _parsed_override(place: str, given: Any) -> Override:
     if not isinstance(given, dict) or set(given) != set(_KEYS):
-        raise FileUnusable(f"{place}: must have {', '.join(_KEYS)}, got {given!r}")
+        raise InvalidOverrideFile(f"{place}: must have {', '.join(_KEYS)}, got {given!r}")
     for key in _KEYS:
         if not isinstance(given[key], str) and not (key == "until" and given[key] is None):
-            raise FileUnusable(f"{place}.{key}: must be text, got {given[key]!r}")
+            raise InvalidOverrideFile(f"{place}.{key}: must be text, got {given[key]!r}")
     modes = [mode.value for mode in Mode if mode is not Mode.AUTO]
     if given["mode"] not in modes:
-        raise FileUnusable(f"{place}.mode: must be one of {', '.join(modes)}, got {given['mode']!r}")
-    until = None if given["until"] is None else _moment(f"{place}.until", given["until"])
-    since = _moment(f"{place}.since", given["since"])
+        raise InvalidOverrideFile(f"{place}.mode: must be one of {', '.join(modes)}, got {given['mode']!r}")
+    until = None if given["until"] is None else _timestamp(f"{place}.until", given["until"])
+    since = _timestamp(f"{place}.since", given["since"])
     return Override(Mode(given["mode"]), since, until, given["comment"], given["set_by"])
 
 
-def _moment(place: str, text: str) -> float:
+def _timestamp(place: str, text: str) -> float:
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
         found = None
     if found is None or found.tzinfo is None:
-        raise FileUnusable(f"{place}: must be a time with a UTC offset, such as 2026-12-01T00:00:00Z, got {text!r}")
+        raise InvalidOverrideFile(
+            f"{place}: must be a time with a UTC offset, such as 2026-12-01T00:00:00Z, got {text!r}"
+        )
     return found.timestamp()
 
 

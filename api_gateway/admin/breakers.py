@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from api_gateway.admin.breaker_overrides import Override
 from api_gateway.admin.context import AdminContext, Guarded, who
-from api_gateway.admin.openapi import PROBLEM, REFUSALS, STORE_REFUSAL, TOKEN, rendered
+from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TOKEN, rendered
 from api_gateway.admin.views import utc, verdict_view, wall_time
 from api_gateway.errors import InvalidValue, NoRoute
 from api_gateway.eventloop.pacing import each, paced
@@ -28,16 +28,16 @@ from api_gateway.resilience.breaker_policy import Mode, State
 from api_gateway.settings.diagnostics import nearest
 from api_gateway.system.clocks import Moment
 
-router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
+router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
 
 @router.get("/circuit-breakers", summary="All circuit breakers", response_model=BreakersView)
 async def circuit_breakers(context: Guarded) -> Response:
     """Return each breaker's state and its start, mode, counts, thresholds, next probe and last opening."""
-    await context.overrides.look()
+    await context.overrides.refresh()
     snapshot = await context.aggregator.gather()
     now = context.clocks.now()
-    trouble = {} if context.overrides.trouble is None else {"modes_error": context.overrides.trouble}
+    error = {} if context.overrides.error is None else {"modes_error": context.overrides.error}
     breakers = each(
         snapshot.upstreams.items(),
         lambda name, upstream: _breaker_view(upstream.breaker, context.overrides.override(name), now),
@@ -46,7 +46,7 @@ async def circuit_breakers(context: Guarded) -> Response:
         snapshot.upstreams.items(),
         lambda _, upstream: {target.key: verdict_view(target, now) for target in upstream.targets},
     )
-    return rendered(BreakersView(circuit_breakers=await paced(breakers), targets=await paced(targets), **trouble))
+    return rendered(BreakersView(circuit_breakers=await paced(breakers), targets=await paced(targets), **error))
 
 
 @router.post(

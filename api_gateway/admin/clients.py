@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from api_gateway.admin.context import AdminContext, ClientId, Guarded
-from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSALS, STORE_REFUSAL, TIER_REFUSALS, TOKEN
+from api_gateway.admin.openapi import CLIENT_REFUSALS, PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TIER_REFUSALS, TOKEN
 from api_gateway.admin.views import wall_time
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import InvalidValue
@@ -29,7 +29,7 @@ from api_gateway.models import (
     TierView,
 )
 
-overview_router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
+overview_router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
 
 router = APIRouter(tags=["clients"], responses=CLIENT_REFUSALS, dependencies=[TOKEN])
@@ -121,7 +121,7 @@ async def client(client_id: ClientId, context: Guarded) -> ClientView:
         tier=_tier_view(found.quota),
         tier_source="default" if found.source == "address" else found.source,
         grant=given
-        and GrantView(tier=given.tier, until=wall_time(given.until), tier_after=inspection.otherwise.quota.name),
+        and GrantView(tier=given.tier, until=wall_time(given.until), tier_after=inspection.without_grant.quota.name),
         confirmed=inspection.is_confirmed,
         bucket=BucketView(
             tokens=_tokens(found.quota, bucket.reset_ns),

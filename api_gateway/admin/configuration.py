@@ -3,11 +3,11 @@
 from fastapi import APIRouter, Request
 
 from api_gateway.admin.context import Guarded, who
-from api_gateway.admin.openapi import PROBLEM, REFUSALS, TOKEN
+from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 from api_gateway.admin.reload_views import reload_view
 from api_gateway.reporting.reload_schema import Reloaded
 
-router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
+router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
 
 @router.post(

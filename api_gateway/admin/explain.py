@@ -4,9 +4,9 @@ from fastapi import APIRouter
 
 from api_gateway.admin.context import Guarded
 from api_gateway.admin.explain_schema import ExplainRequest, Explanation
-from api_gateway.admin.openapi import PROBLEM, REFUSALS, TOKEN
+from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, TOKEN
 
-router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
+router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
 
 @router.post(
@@ -17,9 +17,9 @@ router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
         422: {"description": "The path is not proxied, or the body is invalid.", **PROBLEM},
     },
 )
-async def explain(question: ExplainRequest, context: Guarded) -> Explanation:
+async def explain(request: ExplainRequest, context: Guarded) -> Explanation:
     """Return client, route, cost and buckets of a described request, and the decision it would get.
 
     Nothing is charged, sent or changed.
     """
-    return await context.explainer.explain(question)
+    return await context.explainer.explain(request)

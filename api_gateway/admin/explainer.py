@@ -91,7 +91,7 @@ class Explainer:
         self._router = router
         self._limit = limit
         self._limiter = limiter
-        self._lag = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - not used for security
+        self._event_loop_shedder = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - not used for security
         self._header = header
         self._clock = clock
         self._clock_ns = clock_ns
@@ -99,25 +99,25 @@ class Explainer:
     def __repr__(self) -> str:
         return f"<Explainer of {self._router.routes!r}>"
 
-    async def explain(self, question: ExplainRequest) -> Explanation:
+    async def explain(self, request: ExplainRequest) -> Explanation:
         """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
-        target = question.path.encode("ascii")
-        path = unquote(question.path.partition("?")[0])
+        target = request.path.encode("ascii")
+        path = unquote(request.path.partition("?")[0])
         if not is_proxied(path):
             raise InvalidValue(f"path: must be /api or begin with /api/, got {path!r}.")
-        exchange = Exchange("explain", question.method, path, question.address, self._clock())
-        exchange.client = client = await self._client(exchange, question)
+        exchange = Exchange("explain", request.method, path, request.address, self._clock())
+        exchange.client = client = await self._client(exchange, request)
         priority = self._router.priorities.of(client.quota.name)
         holder = holder_of(client, exchange.peer)
-        route, error = self._route(exchange, question)
-        if error is None and self._lag.share(priority) >= LIKELY_SHED_SHARE:
-            error = self._lag.refusal(priority)
+        route, error = self._route(exchange, request)
+        if error is None and self._event_loop_shedder.share(priority) >= LIKELY_SHED_SHARE:
+            error = self._event_loop_shedder.refusal(priority)
         buckets = await self._inspect(self._limit.charges(client, exchange.peer, exchange.cost))
         binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
         if error is None and not binding.decision.allowed:
             error = refusal(exchange, binding.decision)
         if error is None and route is not None:
-            error = self._refused(route, question.method, target, priority, holder)
+            error = self._refused(route, request.method, target, priority, holder)
         fallback = self._fallback(route, error)
         return Explanation(
             result=_verdict(error, fallback),
@@ -129,20 +129,21 @@ class Explainer:
             upstream=None if route is None else self._upstream_view(route, priority, holder),
             fallback=fallback,
             event_loop=LagExplained(
-                lag_seconds=round(self._lag.lag, 6), shed_ratio=round(self._lag.share(priority), 3)
+                lag_seconds=round(self._event_loop_shedder.lag, 6),
+                shed_ratio=round(self._event_loop_shedder.share(priority), 3),
             ),
             decision_source=binding.decision.source,
         )
 
-    async def _client(self, exchange: Exchange, question: ExplainRequest) -> Client:
+    async def _client(self, exchange: Exchange, request: ExplainRequest) -> Client:
         headers = []
-        if question.client_id is not None:
-            headers.append((self._header.encode(), question.client_id.encode()))
+        if request.client_id is not None:
+            headers.append((self._header.encode(), request.client_id.encode()))
         exchange.peer, _, name = self._identify.caller(exchange.peer, fields_of(headers))
         return await self._identify.ask(name, exchange.peer)
 
-    def _route(self, exchange: Exchange, question: ExplainRequest) -> tuple[Route | None, GatewayError | None]:
-        host = host_name({b"host": [question.host.encode()]})
+    def _route(self, exchange: Exchange, request: ExplainRequest) -> tuple[Route | None, GatewayError | None]:
+        host = host_name({b"host": [request.host.encode()]})
         try:
             route, exchange.cost = self._router.routes.find(host, exchange.method, exchange.path)
         except GatewayError as error:

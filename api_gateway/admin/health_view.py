@@ -33,7 +33,7 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
         status = "fail"
     elif (
         not snapshot.limiter.is_whole
-        or snapshot.client_trouble is not None
+        or snapshot.client_store_error is not None
         or snapshot.configuration.problems
         or any(resource.status == "warn" for resource in snapshot.resources)
     ):
@@ -46,7 +46,7 @@ async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> H
         upstreams=upstreams,
         store=StoreView(**asdict(snapshot.limiter)),
         client_store=ClientStoreView(
-            status="pass" if snapshot.client_trouble is None else "warn", error=snapshot.client_trouble
+            status="pass" if snapshot.client_store_error is None else "warn", error=snapshot.client_store_error
         ),
         configuration=configuration_view(snapshot.configuration),
         event_loop=LagView(lag_seconds=round(snapshot.lag, 6), shed=snapshot.recorder.shed[GATEWAY].total()),

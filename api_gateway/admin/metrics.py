@@ -6,13 +6,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from api_gateway.admin.context import Guarded
-from api_gateway.admin.openapi import REFUSALS, TOKEN, rendered
+from api_gateway.admin.openapi import REFUSAL_RESPONSES, TOKEN, rendered
 from api_gateway.eventloop.pacing import paced
 from api_gateway.reporting.metrics_schema import LatencyView, MetricsView
 from api_gateway.reporting.metrics_view import latency_view, metrics_view
 from api_gateway.reporting.prometheus import PrometheusExposition
 
-router = APIRouter(tags=["operator"], responses=REFUSALS, dependencies=[TOKEN])
+router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
 
 class MetricsFormat(StrEnum):

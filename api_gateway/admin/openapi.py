@@ -8,7 +8,7 @@ from fastapi.security import HTTPBearer
 from api_gateway.models import Body, Problem
 
 PROBLEM: dict[str, Any] = {"model": Problem, "content": {"application/problem+json": {}}}
-REFUSALS: dict[int | str, dict[str, Any]] = {
+REFUSAL_RESPONSES: dict[int | str, dict[str, Any]] = {
     401: {"description": "The bearer token is missing or not valid.", **PROBLEM},
     403: {
         "description": "No operator was identified, the token's role is read, or another origin made the request.",
@@ -19,7 +19,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 CLIENT_REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The client id is not 1 to 128 visible ASCII characters.", **PROBLEM},
-    **REFUSALS,
+    **REFUSAL_RESPONSES,
 }
 STORE_REFUSAL: dict[int | str, dict[str, Any]] = {
     503: {

@@ -141,7 +141,7 @@ class Assembly:
             if isinstance(gateway.limiter, RedisLimiter):
                 stack.push_async_callback(gateway.limiter.close)
                 await gateway.limiter.start()
-            await gateway.overrides.look()
+            await gateway.overrides.refresh()
             modes = asyncio.create_task(gateway.overrides.follow_file(), name="modes of circuit breakers")
             stack.push_async_callback(_cancelled, modes)
             stack.push_async_callback(self._close_upstreams)
@@ -178,7 +178,7 @@ class Assembly:
         before, config = self.gateway, plan.config
         now_ns = self._clocks.monotonic_ns()
         requote(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas), now_ns)
-        upstreams = {name: self._taken_over(name, one, plan.priorities) for name, one in plan.upstreams.items()}
+        upstreams = {name: self._adopt_upstream(name, one, plan.priorities) for name, one in plan.upstreams.items()}
         for name, live in before.upstreams.items():
             if name not in upstreams:
                 self._retire(name, live)
@@ -237,7 +237,7 @@ class Assembly:
 
     # Upstreams
 
-    def _taken_over(self, name: str, plan: UpstreamPlan | None, bands: PriorityClasses) -> LiveUpstream:
+    def _adopt_upstream(self, name: str, plan: UpstreamPlan | None, bands: PriorityClasses) -> LiveUpstream:
         """Return the upstream of that name under its plan: one that lives, one that is back, or a new one."""
         clock = self._clocks.monotonic
         live = self.gateway.upstreams.get(name) or self._retired.pop(name, None)

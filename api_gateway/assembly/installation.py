@@ -14,8 +14,8 @@ from api_gateway.config import GatewayConfig
 from api_gateway.eventloop.pacing import Steps, each
 from api_gateway.middleware import DataPlaneSlot
 from api_gateway.reload.outcome import ReloadOutcome
-from api_gateway.reload.reloader import Reloader, refused
-from api_gateway.reload.serialization import take_over
+from api_gateway.reload.reloader import Reloader, refused_reload
+from api_gateway.reload.serialization import deserialized
 from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, moves_of
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.resilience.fair_shares import FairShares, ResourceState
@@ -81,7 +81,7 @@ class Installation:
 
     async def prepare(self, values: dict[str, Any]) -> None:
         """See `worker_channel.Configured`."""
-        await self._prepare(await asyncio.to_thread(take_over, values))
+        await self._prepare(await asyncio.to_thread(deserialized, values))
 
     async def _prepare(self, config: GatewayConfig) -> None:
         self._plan = None
@@ -108,7 +108,7 @@ class Installation:
         assert self._reloader is not None  # noqa: S101 - nothing serves before the start
         phase = self._app.state.console.lifecycle
         if phase is not Lifecycle.SERVING:
-            return self._reloader.note(refused(f"the gateway is {phase}"), origin)
+            return self._reloader.record(refused_reload(f"the gateway is {phase}"), origin)
         return await self._reloader.reload(origin)
 
     async def _apply(self, config: GatewayConfig) -> None:
@@ -142,7 +142,7 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         bucket_limit=gateway.limiter.bucket_limit,
         overflowed=gateway.limiter.overflowed,
         limiter=gateway.limiter.state(),
-        client_trouble=gateway.clients.trouble,
+        client_store_error=gateway.clients.store_error,
         histories=histories,
         lag=gateway.lag.lag,
         tasks=len(asyncio.all_tasks()),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from api_gateway.clients.records import ClientStore
-from api_gateway.clients.redis_store import RedisClients
-from api_gateway.clients.registry import ClientRegistry, EarlierClients
-from api_gateway.clients.sqlite_store import SqliteClients
+from api_gateway.clients.redis_store import RedisClientStore
+from api_gateway.clients.registry import ClientRegistry, PreviousClients
+from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
 from api_gateway.limits.redis_limiter import RedisLimiter
@@ -75,11 +75,11 @@ class Quotas:
 
 
 @dataclass(frozen=True, slots=True)
-class EarlierQuotas:
+class PreviousQuotas:
     """Which quota each bucket had before a change."""
 
     quotas: Quotas
-    clients: EarlierClients
+    clients: PreviousClients
 
     def of(self, key: str, present: Quota) -> Quota:
         """Return the quota that a bucket had; `present` is the one it has now."""
@@ -102,7 +102,7 @@ def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks:
         limit=config.store.max_cached_clients,
         deadline=config.store.decision_timeout,
         wall_clock=clocks.wall,
-        on_change=partial(follow, limiter, clocks.monotonic_ns),
+        on_change=partial(move_buckets, limiter, clocks.monotonic_ns),
     )
 
 
@@ -120,10 +120,10 @@ def requote(
 ) -> None:
     """Bring buckets and clients to another configuration. Both pairs hold what was before, and what is after."""
     before, after = configs
-    clients.count_version()
+    clients.bump_version()
     store = after.store
     if isinstance(limiter, RedisLimiter):
-        limiter.change_terms(
+        limiter.reconfigure(
             store.on_failure, max(store.min_gateway_processes, after.server.workers), store.max_buckets
         )
     else:
@@ -132,8 +132,8 @@ def requote(
     terms = (before.default_tier, before.clients), (after.default_tier, after.clients)
     if old == new and terms[0] == terms[1]:
         return
-    earlier = clients.retier(new.tiers, after.default_tier, configured_clients(after))
-    limiter.requote(new.all, EarlierQuotas(old, earlier).of, now_ns)
+    earlier = clients.change_tiers(new.tiers, after.default_tier, configured_clients(after))
+    limiter.change_quotas(new.all, PreviousQuotas(old, earlier).of, now_ns)
 
 
 def limiter_of(config: GatewayConfig, quotas: list[Quota], clocks: Clocks) -> Limiter:
@@ -162,8 +162,8 @@ def client_store(config: GatewayConfig) -> ClientStore:
     """
     store = config.store
     if not store.keeps_clients:
-        return SqliteClients(own_folder(config.state_dir))
-    return RedisClients(_session(config), prefix=store.prefix)
+        return SqliteClientStore(own_folder(config.state_dir))
+    return RedisClientStore(_session(config), prefix=store.prefix)
 
 
 def _session(config: GatewayConfig) -> StoreSession:
@@ -173,6 +173,6 @@ def _session(config: GatewayConfig) -> StoreSession:
         raise StartupError(f"store.url: the files cannot be used: {error}") from error
 
 
-def follow(limiter: Limiter, clock_ns: Callable[[], int], before: Client, after: Client) -> None:
+def move_buckets(limiter: Limiter, clock_ns: Callable[[], int], before: Client, after: Client) -> None:
     """Take a bucket over to a tier that was changed elsewhere, or has ended. In a shared store it moves by itself."""
     limiter.change_quota(before.key, before.quota, after.quota, clock_ns())

@@ -191,7 +191,7 @@ def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[HostName, ...]
     for target in section.targets:
         if known[target.url]:
             name = known[target.url].pop(0)
-            name.reweigh(target.weight)
+            name.set_weight(target.weight)
         else:
             name = HostName(target.url, target.weight)
         found.append(name)

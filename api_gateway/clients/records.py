@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from api_gateway.clients.bloom_filter import BloomFilter
 
-KEPT_CHANGES = 10_000  # changes that can be read by `changes`; a reader further behind loads all records
+MAX_KEPT_CHANGES = 10_000  # changes that can be read by `changes`; a reader further behind loads all records
 
 
 class Unchanged(Enum):

@@ -17,7 +17,7 @@ from typing import Any
 
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
-    KEPT_CHANGES,
+    MAX_KEPT_CHANGES,
     UNCHANGED,
     Change,
     Changes,
@@ -29,7 +29,7 @@ from api_gateway.clients.records import (
     WriteResult,
 )
 from api_gateway.eventloop.tasks import cancel_and_wait
-from api_gateway.storage.redis_session import REFUSALS, StoreError, StoreSession
+from api_gateway.storage.redis_session import WRITE_REFUSALS, StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ return reply
 """
 
 
-class RedisClients:
+class RedisClientStore:
     """Client records in a hash on a shared server. Implements `ClientStore`."""
 
     name = "the shared store"
@@ -83,7 +83,7 @@ class RedisClients:
         self._is_listening = False
 
     def __repr__(self) -> str:
-        return f"<RedisClients [{'subscribed' if self._is_listening else 'not subscribed'}]>"
+        return f"<RedisClientStore [{'subscribed' if self._is_listening else 'not subscribed'}]>"
 
     async def load(self, limit: int) -> ClientSnapshot:
         """Read at most `limit` records, and the ids of all, a page at a time.
@@ -119,7 +119,7 @@ class RedisClients:
     async def changes(self, since: Cursor) -> Changes | None:
         """Return the changes since a cursor; None if the epoch or the kept changes do not include it."""
         keys = self._meta, self._records, self._changes
-        reply = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, KEPT_CHANGES))
+        reply = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, MAX_KEPT_CHANGES))
         if reply is None:
             return None
         epoch, version, *pairs = reply
@@ -166,10 +166,17 @@ class RedisClients:
         await self._ask(self._client.hget(self._meta, "epoch"))  # a failure here has certainly changed nothing
         outcome = f"{self._outcomes}{secrets.token_hex(12)}"
         keys = self._meta, self._records, self._changes, outcome
-        arguments = client_id, secrets.token_hex(8), KEPT_CHANGES, self._channel, *_arguments(change), ended_version
+        arguments = (
+            client_id,
+            secrets.token_hex(8),
+            MAX_KEPT_CHANGES,
+            self._channel,
+            *_arguments(change),
+            ended_version,
+        )
         try:
             reply = await self._client.eval(_WRITE, len(keys), *keys, *arguments)
-        except REFUSALS as error:
+        except WRITE_REFUSALS as error:
             raise OSError(f"the server refused the change: {error}") from error
         except StoreError as error:
             reply = await self._settle(client_id, outcome, error)

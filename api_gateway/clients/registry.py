@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from api_gateway.clients.cache import ClientCache
 from api_gateway.clients.grant_expiry import Expiry, ExpiryQueue
-from api_gateway.clients.lookup_batcher import BATCH, LookupBatcher
+from api_gateway.clients.lookup_batcher import LOOKUP_BATCH, LookupBatcher
 from api_gateway.clients.records import (
     NO_CURSOR,
     Change,
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LIMIT = 100_000
 _CLIENT, _ADDRESS = "client:", "address:"  # prefixes of bucket keys
-_RECORDS_PER_STEP = 500  # records processed before the event loop runs other tasks
-_CLEAR_AGAIN_AFTER = 1.0  # seconds between two attempts to remove an expired grant
-_RECONNECT_AFTER = (0.1, 2.0)  # seconds: the first delay, doubled after each failure, and the longest
-_MAX_TIMER = 30.0  # seconds; the wall clock may be changed, so timers are at most this long
-_CLEAR_WITHIN = 0.2  # seconds over which processes spread the removal of an expired grant
+_RELOAD_BATCH = 500  # records processed before the event loop runs other tasks
+_CLEAR_RETRY_DELAY = 1.0  # seconds between two attempts to remove an expired grant
+_RECONNECT_DELAYS = (0.1, 2.0)  # seconds: the first delay, doubled after each failure, and the longest
+_MAX_TIMER_DELAY = 30.0  # seconds; the wall clock may be changed, so timers are at most this long
+_CLEAR_SPREAD = 0.2  # seconds over which processes spread the removal of an expired grant
 
 
 class ClientStatus(NamedTuple):
@@ -49,11 +49,11 @@ class ClientStatus(NamedTuple):
 
     client: Client
     grant: Grant | None
-    otherwise: Client
+    without_grant: Client
     is_confirmed: bool
 
 
-class EarlierClients(NamedTuple):
+class PreviousClients(NamedTuple):
     """Tiers and clients before a change of tiers or configured clients."""
 
     tiers: Mapping[str, Quota]
@@ -80,8 +80,8 @@ class ClientRegistry:
     Precedence of tiers: granted, registered by the API, configured, default. Each process ends a grant by its own
     clock; one process then removes it from the store, once it has expired by the store's clock.
 
-    States: the store is in use, or unavailable (`trouble` is set, the last known tiers apply, and `follow` reconnects
-    and loads all records). While records are loaded, changes are applied to the old and the new copy.
+    States: the store is in use, or unavailable (`store_error` is set, the last known tiers apply, and `follow`
+    reconnects and loads all records). While records are loaded, changes are applied to the old and the new copy.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ClientRegistry:
         self.default = self.tiers[default_tier]
         self._configured = self._as_configured(configured)
         self.version = 0  # increased by every change; a client that was resolved before must be resolved again
-        self.trouble: str | None = None  # why the store is unavailable
+        self.store_error: str | None = None  # why the store is unavailable
         self._limit = limit
         self._wall_clock = wall_clock
         self._random = random_source or random.Random()  # noqa: S311 - not used for security
@@ -120,16 +120,21 @@ class ClientRegistry:
         self._expiries = ExpiryQueue(limit)
         self._timer: asyncio.TimerHandle | None = None
         self._lookups = LookupBatcher(
-            store.look_up, self._note, self.by_id, self.count_version, limit=limit + BATCH, deadline=deadline
+            store.look_up,
+            self._on_lookup,
+            self.by_id,
+            self.bump_version,
+            limit=limit + LOOKUP_BATCH,
+            deadline=deadline,
         )
         self._writing: Counter[str] = Counter()  # changes in progress, by client
-        self._heard: dict[str, list[ClientRecord]] = {}  # records that arrived for these clients during the change
+        self._deferred: dict[str, list[ClientRecord]] = {}  # records that arrived for these clients during the change
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        trouble = f", {self.trouble}" if self.trouble else ""
+        error = f", {self.store_error}" if self.store_error else ""
         part = "" if self._cache.is_complete else " of those"
-        return f"<ClientRegistry [{len(self._known)}{part} registered, {len(self._configured)} configured{trouble}]>"
+        return f"<ClientRegistry [{len(self._known)}{part} registered, {len(self._configured)} configured{error}]>"
 
     # The store
 
@@ -140,25 +145,25 @@ class ClientRegistry:
         except OSError as error:
             if not self._store.is_remote:
                 raise
-            self._lose_touch(error)
+            self._note_store_error(error)
 
     async def follow(self) -> None:
         """Apply changes by other processes until cancelled. After an outage of the store all records are loaded."""
         clock = asyncio.get_running_loop().time
-        pause, longest = _RECONNECT_AFTER
+        pause, longest = _RECONNECT_DELAYS
         while True:
             began = clock()
             try:
-                if self.trouble is not None:
+                if self.store_error is not None:
                     await self._reload()
-                await self._store.watch(self._catch_up)
+                await self._store.watch(self._apply_changes)
             except OSError as error:
-                self._lose_touch(error)
+                self._note_store_error(error)
             except Exception as error:  # after a defect, changes must still be read
                 logger.exception("following the client store failed")
-                self.trouble = repr(error)
+                self.store_error = repr(error)
             if clock() - began > longest:
-                pause = _RECONNECT_AFTER[0]
+                pause = _RECONNECT_DELAYS[0]
             await asyncio.sleep(pause * self._random.uniform(0.5, 1))
             pause = min(2 * pause, longest)
 
@@ -170,47 +175,47 @@ class ClientRegistry:
         await self._lookups.close()
         await self._store.close()
 
-    def _lose_touch(self, error: OSError) -> None:
-        if self.trouble is None:
+    def _note_store_error(self, error: OSError) -> None:
+        if self.store_error is None:
             logger.error(
                 "client store unavailable, tiers unchanged (%d registered clients known): %s",
                 len(self._known),
                 error,
             )
-        self.trouble = str(error)
+        self.store_error = str(error)
 
     async def _reload(self) -> None:
         """Replace the records held by those of the store. Changes meanwhile are applied to both copies."""
         fresh = self._loading = ClientCache(self._limit, self._resolve)
-        different = set()
+        changed_ids = set()
         try:
             snapshot = await self._store.load(self._limit)
             fresh.start(snapshot)
             for count, record in enumerate(snapshot.records):
                 fresh.put(record)
                 if fresh.clients.get(record.id) != self._known.get(record.id):
-                    different.add(record.id)
-                if count % _RECORDS_PER_STEP == 0:
+                    changed_ids.add(record.id)
+                if count % _RELOAD_BATCH == 0:
                     await asyncio.sleep(0)
         except BaseException:
             self._loading = self._cache
             raise
-        self._take_over(fresh, snapshot, different | (self._known.keys() - fresh.clients.keys()))
+        self._adopt_snapshot(fresh, snapshot, changed_ids | (self._known.keys() - fresh.clients.keys()))
 
-    def _take_over(self, fresh: ClientCache, snapshot: ClientSnapshot, different: set[str]) -> None:
+    def _adopt_snapshot(self, fresh: ClientCache, snapshot: ClientSnapshot, changed_ids: set[str]) -> None:
         known = self._known
         if self._cursor.epoch and self._cursor.epoch != snapshot.cursor.epoch:
             logger.warning("client store has lost its content: %d clients, %d known before", len(fresh), len(known))
         if not fresh.is_complete:
             logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
-        if self.trouble is not None:
+        if self.store_error is not None:
             logger.warning("client store available again")
-        self._cache, self._cursor, self.trouble = fresh, snapshot.cursor, None
+        self._cache, self._cursor, self.store_error = fresh, snapshot.cursor, None
         self._known = fresh.clients
         self._lookups.retry_now()
         self.version += 1
-        for client_id in different:
-            self._tell(known.get(client_id) or self._fallback(client_id), self.by_id(client_id))
+        for client_id in changed_ids:
+            self._notify(known.get(client_id) or self._fallback(client_id), self.by_id(client_id))
         self._expiries.replace(fresh.records())
         self._warn_of_unknown_tiers(snapshot)
         self._set_timer()
@@ -220,15 +225,15 @@ class ClientRegistry:
             if record.tier is not None and record.tier not in self.tiers:
                 logger.warning("client %r: registered tier %r is not configured", record.id, record.tier)
 
-    async def _catch_up(self) -> None:
+    async def _apply_changes(self) -> None:
         changes = await self._store.changes(self._cursor)
         if changes is None:
             await self._reload()
             return
         for record in changes.records:
             if record.id in self._writing:
-                self._heard.setdefault(record.id, []).append(record)
-            elif self._cache.is_complete or self._cache.knows(record.id) or self._lookups.is_asked(record.id):
+                self._deferred.setdefault(record.id, []).append(record)
+            elif self._cache.is_complete or self._cache.knows(record.id) or self._lookups.is_pending(record.id):
                 self._apply(record)
             else:
                 self._cache.note_id(record.id)
@@ -237,21 +242,23 @@ class ClientRegistry:
         self._cursor = changes.cursor
         self._cache.forget_empty(changes.cursor.version)
 
-    def count_version(self) -> None:
+    def bump_version(self) -> None:
         """Invalidate all clients that were resolved before."""
         self.version += 1
 
-    def retier(self, tiers: Mapping[str, Quota], default_tier: str, configured: Mapping[str, str]) -> "EarlierClients":
+    def change_tiers(
+        self, tiers: Mapping[str, Quota], default_tier: str, configured: Mapping[str, str]
+    ) -> "PreviousClients":
         """Apply other tiers and configured clients; return the previous ones.
 
         A client that is registered for a removed tier counts as not registered until the tier exists again.
         """
-        before = EarlierClients(self.tiers, self.default, dict(self._known), self._configured)
+        before = PreviousClients(self.tiers, self.default, dict(self._known), self._configured)
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
         self._configured = self._as_configured(configured)
-        for copy in {id(copy): copy for copy in (self._cache, self._loading)}.values():
-            copy.refresh_all()
+        for cache in {id(cache): cache for cache in (self._cache, self._loading)}.values():
+            cache.refresh_all()
         self.version += 1
         lost = [name for name in before.registered if name not in self._known]
         if lost:
@@ -276,10 +283,10 @@ class ClientRegistry:
 
     def try_get(self, client_id: str) -> Client | None:
         """Return the client with this id, or None if `look_up` is necessary."""
-        copy = self._cache
-        if copy.is_complete or copy.knows(client_id) or copy.surely_absent(client_id):
+        cache = self._cache
+        if cache.is_complete or cache.knows(client_id) or cache.surely_absent(client_id):
             return self.by_id(client_id)
-        if self.trouble is not None or self._lookups.is_late(client_id):
+        if self.store_error is not None or self._lookups.is_late(client_id):
             return self.by_id(client_id)
         return None
 
@@ -287,7 +294,7 @@ class ClientRegistry:
         """Look a client up in the store. After the deadline it is resolved without the store, for one second."""
         return await self._lookups.look_up(client_id)
 
-    def _note(self, client_id: str, record: ClientRecord | None, was_late: bool) -> None:  # noqa: FBT001 - a callback
+    def _on_lookup(self, client_id: str, record: ClientRecord | None, was_late: bool) -> None:  # noqa: FBT001 - a callback
         """Store the result of a look-up. After a late one, requests may have used the default tier: it is a change."""
         if record is None:
             self._cache.put_negative(client_id)
@@ -341,12 +348,12 @@ class ClientRegistry:
         """Make a change. Records of the client that arrive meanwhile are applied after it: one may be this change."""
         self._writing[client_id] += 1
         try:
-            return self._adopt(await self._store_change(client_id, change))
+            return self._apply_own_write(await self._store_change(client_id, change))
         finally:
             self._writing[client_id] -= 1
             if not self._writing[client_id]:
                 del self._writing[client_id]
-                for record in self._heard.pop(client_id, ()):
+                for record in self._deferred.pop(client_id, ()):
                     self._apply(record)
 
     async def _store_change(self, client_id: str, change: Change) -> WriteResult:
@@ -363,7 +370,7 @@ class ClientRegistry:
                 f"The change could not be written to {self._store.name} and was not made.", retry_after=5
             ) from error
 
-    def _adopt(self, written: WriteResult) -> tuple[Client, Client]:
+    def _apply_own_write(self, written: WriteResult) -> tuple[Client, Client]:
         """Apply a change of this process, after an earlier change by another that it was based on."""
         client_id = written.after.id
         if written.before.version:
@@ -377,7 +384,7 @@ class ClientRegistry:
         """Apply a change of another process or a looked-up record, and report the client if it differs."""
         before = self.by_id(record.id)
         if self._put(record):
-            self._tell(before, self.by_id(record.id))
+            self._notify(before, self.by_id(record.id))
 
     def _put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:
         if self._loading is not self._cache:
@@ -392,7 +399,7 @@ class ClientRegistry:
             self._set_timer()
         return True
 
-    def _tell(self, before: Client, after: Client) -> None:
+    def _notify(self, before: Client, after: Client) -> None:
         if before != after:
             self.version += 1
             self._on_change(before, after)
@@ -416,20 +423,20 @@ class ClientRegistry:
     def _end_grant(self, record: ClientRecord) -> None:
         before = self.by_id(record.id)
         self._cache.refresh(record)
-        self._tell(before, self.by_id(record.id))
-        task = asyncio.create_task(self._clear(record), name="clearing of an ended grant")
+        self._notify(before, self.by_id(record.id))
+        task = asyncio.create_task(self._clear_ended_grant(record), name="clearing of an ended grant")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _clear(self, record: ClientRecord) -> None:
+    async def _clear_ended_grant(self, record: ClientRecord) -> None:
         """Remove an expired grant from the store, unless another process does. Runs in the background."""
         written = None
-        await asyncio.sleep(self._random.uniform(0, _CLEAR_WITHIN))
+        await asyncio.sleep(self._random.uniform(0, _CLEAR_SPREAD))
         while written is None and self._cache.get(record.id) == record:
             with suppress(OSError):
                 written = await self._store.end_grant(record.id, record.version)
             if written is None:
-                await asyncio.sleep(_CLEAR_AGAIN_AFTER)
+                await asyncio.sleep(_CLEAR_RETRY_DELAY)
         if written is not None:
             self._apply(written.after)
 
@@ -438,7 +445,7 @@ class ClientRegistry:
             self._timer.cancel()
             self._timer = None
         if self._expiries.next_at is not None:
-            delay = min(max(self._expiries.next_at - self._wall_clock(), 0), _MAX_TIMER)
+            delay = min(max(self._expiries.next_at - self._wall_clock(), 0), _MAX_TIMER_DELAY)
             self._timer = asyncio.get_running_loop().call_later(delay, self.end_grants)
 
     # Resolution of records

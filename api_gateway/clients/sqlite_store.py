@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
-    KEPT_CHANGES,
+    MAX_KEPT_CHANGES,
     UNCHANGED,
     Change,
     Changes,
@@ -56,7 +56,7 @@ _COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at"
 _KINDS = (str, str | None, str | None, float | None, int, float)  # types of the columns
 
 
-class SqliteClients:
+class SqliteClientStore:
     """Client records in one SQLite file (WAL, full sync), accessed in a single thread. Implements `ClientStore`.
 
     States: closed, and open from the first `load` until `close`; the other methods raise OSError unless it is open.
@@ -71,7 +71,7 @@ class SqliteClients:
         self._connection: sqlite3.Connection | None = None
 
     def __repr__(self) -> str:
-        return f"<SqliteClients [{self.path}]>"
+        return f"<SqliteClientStore [{self.path}]>"
 
     async def load(self, limit: int) -> ClientSnapshot:
         """Open the file, creating it or migrating its schema, and read at most `limit` records."""
@@ -209,7 +209,7 @@ class SqliteClients:
             )
             connection.execute(
                 "DELETE FROM clients WHERE version <= ? AND tier IS NULL AND coalesce(grant_until, 0) <= ?",
-                (after.version - KEPT_CHANGES, now),
+                (after.version - MAX_KEPT_CHANGES, now),
             )
         return WriteResult(before, after, EPOCH)
 
@@ -217,7 +217,7 @@ class SqliteClients:
         connection = self._open_connection
         with _transaction(connection, "BEGIN"):
             version = _latest(connection)
-            if since.version < version - KEPT_CHANGES or since.version > version or since.epoch != EPOCH:
+            if since.version < version - MAX_KEPT_CHANGES or since.version > version or since.epoch != EPOCH:
                 return None
             rows = connection.execute(
                 f"SELECT {_COLUMNS} FROM clients WHERE version > ? ORDER BY version",  # noqa: S608 - constant names

@@ -93,11 +93,12 @@ class DownstreamConnection(HttpToolsProtocol):
 
     States, in the order in which they are tested:
 
-    - ending (`_is_ending`): nothing more is served; input is discarded. A tunnel (`_is_handed_over`) is ending too.
-    - fast exchange (`_fast_exchange`): a request is on the fast path; further input is held (`_is_holding`).
-    - serving (`_serving` without a complete response, or `_waiting`): the worker task runs the application.
-    - receiving (`_has_begun`, `_unparsed` or `_reading`): a head or a body is incomplete; may overlap with serving.
-    - idle: no request is in progress. The fast path may take the next one if `_is_at_rest`, which a drain, a paused
+    - ending (`_is_ending`): nothing more is served; input is discarded. A tunnel (`_is_detached`) is ending too.
+    - fast exchange (`_fast_exchange`): a request is on the fast path; further input is held (`_is_buffering`).
+    - serving (`_current_cycle` without a complete response, or `_waiting`): the worker task runs the application.
+    - receiving (`_has_begun`, `_unparsed` or `_receiving_cycle`): a head or a body is incomplete; may overlap with
+      serving.
+    - idle: no request is in progress. The fast path may take the next one if `_is_idle`, which a drain, a paused
       write and a surplus connection exclude.
 
     `_is_draining` is combined with any state: the next response closes the connection.
@@ -119,60 +120,60 @@ class DownstreamConnection(HttpToolsProtocol):
         self.connections.add(self)
         self.client = _peer(transport)
         self.scheme = "https" if is_ssl(transport) else "http"
-        self.spelled: HeaderList = []
+        self.raw_headers: HeaderList = []
         self.expects_continue = False
         self.is_write_paused = False
         self._peer = self.client[0] if self.client and self.client is not UNIX_PEER else ""
         self.peers[self._peer] += 1
-        self._surplus = self._take_place()
-        self._reading: RequestResponseCycle | None = None  # the request whose body is not complete
-        self._serving: RequestResponseCycle | None = None  # the request being served, or the last one that was
+        self._surplus = self._acquire_slot()
+        self._receiving_cycle: RequestResponseCycle | None = None  # the request whose body is not complete
+        self._current_cycle: RequestResponseCycle | None = None  # the request being served, or the last one that was
         self._waiting: deque[RequestResponseCycle] = deque()
         self._worker: asyncio.Task[None] | None = None
-        self._rest: asyncio.Future[None] | None = None  # awaited by the worker while no request is queued
+        self._idle_waiter: asyncio.Future[None] | None = None  # awaited by the worker while no request is queued
         self._writable: asyncio.Future[None] | None = None
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._discarded = 0
-        self._held = bytearray()  # input that may not be parsed before a preceding request has its response
-        self._releasing: asyncio.Handle | None = None  # the scheduled parsing of the held input
-        self._is_holding = self._is_handed_over = False
+        self._buffered = bytearray()  # input that may not be parsed before a preceding request has its response
+        self._replay_handle: asyncio.Handle | None = None  # the scheduled parsing of the held input
+        self._is_buffering = self._is_detached = False
         self._piece = 0  # bytes that are being parsed
         self._has_begun = False  # a head has begun and is not complete
         self._is_timed = True  # the timeout of this head runs; for the first head, since the connection was made
-        self._is_over = self._is_ending = self._is_read_paused = False
+        self._is_closed = self._is_ending = self._is_read_paused = False
         self._is_last = False  # the client has sent EOF: the held input is served, then the connection is closed
         self._is_draining = False  # the server stops: the connection is closed after the next response
         self._unsent = 0  # bytes that the client had not acknowledged at the last check
-        self._alarm = DeadlineTimer(self.loop, self._on_alarm)
-        self._alarm.set(SURPLUS_TIMEOUT if self._surplus else self.limits.header_timeout)
+        self._timer = DeadlineTimer(self.loop, self._on_timeout)
+        self._timer.set(SURPLUS_TIMEOUT if self._surplus else self.limits.header_timeout)
         self._body_bytes = 0  # body bytes received since the deadline of the body was last set
         self._paused_at = 0.0  # when reading was last paused
         self.last_headers: Any = None  # the header set of the previous request, cached by the fast path
         self._fast_path: FastPathProvider | None = getattr(self.app, "fast_path", None)
         self._fast_exchange: InFlight | None = None  # the request in flight on the fast path
-        self._is_at_rest = self._fast_path is not None and not self._surplus  # the fast path may take the next read
+        self._is_idle = self._fast_path is not None and not self._surplus  # the fast path may take the next read
 
     def __repr__(self) -> str:
         if self.client is None:
             return "<DownstreamConnection [not connected]>"
-        if self._is_ending or self._is_over:
+        if self._is_ending or self._is_closed:
             state = "ending"
         elif self._fast_exchange is not None:
             state = "fast exchange"
-        elif self._waiting or (self._serving is not None and not self._serving.is_answered):
+        elif self._waiting or (self._current_cycle is not None and not self._current_cycle.is_response_complete):
             state = f"serving, {len(self._waiting)} queued"
         else:
-            state = "receiving" if self._has_begun or self._unparsed or self._reading is not None else "idle"
+            state = "receiving" if self._has_begun or self._unparsed or self._receiving_cycle is not None else "idle"
         return f"<DownstreamConnection {self.client[0]} [{state}{', draining' if self._is_draining else ''}]>"
 
-    def _take_place(self) -> str:
+    def _acquire_slot(self) -> str:
         """Count this connection against the limits; return the reason for its refusal, empty if it is admitted.
 
         A refused connection is kept until it has received a response. At most MAX_SURPLUS such connections are kept,
         divided into fair shares; further ones are aborted at once.
         """
         limit, holder = self.limits.connections_per_peer, type(self).share_holder(self._peer)
-        self._holder, self._place = holder, self.shares
+        self._holder, self._slots = holder, self.shares
         why = ""
         if self._peer and 0 < limit < self.peers[self._peer]:
             why = f"Your address has more than {limit} connections."
@@ -180,44 +181,46 @@ class DownstreamConnection(HttpToolsProtocol):
             why = f"The gateway accepts no more connections: {self.shares.refusal(holder, 'connections')}."
             self.shares.refused += 1
         if why:
-            self._place = self.surplus
+            self._slots = self.surplus
             if not self.surplus.admits(holder):
                 self._holder = None  # an aborted connection counts against the total only
                 self.transport.abort()
-        self._place.acquire(self._holder)
+        self._slots.acquire(self._holder)
         return why
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """Release the connection's resources and abort its exchanges."""
         self.connections.discard(self)
-        self._place.release(self._holder)
+        self._slots.release(self._holder)
         self.peers[self._peer] -= 1
         if not self.peers[self._peer]:
             del self.peers[self._peer]
-        self._is_over = True
-        self._is_at_rest = False
-        self._alarm.stop()
+        self._is_closed = True
+        self._is_idle = False
+        self._timer.stop()
         exchange, self._fast_exchange = self._fast_exchange, None
         self.resume_writing()
         self._drop_waiting()
         self._wake_worker()
-        if self._serving is not None:
-            self._serving.disconnect()
+        if self._current_cycle is not None:
+            self._current_cycle.disconnect()
         self.parser = None  # type: ignore[assignment]  # as in uvicorn: breaks the reference cycle
         if exchange is not None:
             exchange.on_client_left()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's returns None
         """Return whether to keep the connection: a half-closed client may still read (RFC 9112 section 9.6)."""
-        last = self._waiting[-1] if self._waiting else self._serving
-        if self._held and not (last is not None and last.upgrade):  # it may contain a request with `Connection: close`
+        last = self._waiting[-1] if self._waiting else self._current_cycle
+        if self._buffered and not (
+            last is not None and last.upgrade
+        ):  # it may contain a request with `Connection: close`
             self._is_last = True
             return True
         if self._fast_exchange is not None:
             return not self._fast_exchange.keep_alive
         return (
             last is not None
-            and not last.is_answered
+            and not last.is_response_complete
             and last.is_body_complete
             and not last.keep_alive
             and not self._is_ending
@@ -232,45 +235,45 @@ class DownstreamConnection(HttpToolsProtocol):
         if self._is_draining:
             return
         self._is_draining = True
-        if self._serving is not None:
-            self._serving.stop()
-        if self._is_handed_over:
+        if self._current_cycle is not None:
+            self._current_cycle.stop()
+        if self._is_detached:
             return
         self._announce_close()
 
     def _announce_close(self) -> None:
         """Add `Connection: close` to the last pending response, unless its head has been sent."""
-        last = self._waiting[-1] if self._waiting else self._serving
-        if self._held:  # repeated once the held requests have been parsed
+        last = self._waiting[-1] if self._waiting else self._current_cycle
+        if self._buffered:  # repeated once the held requests have been parsed
             return
         if self._fast_exchange is not None:
             self._fast_exchange.keep_alive = self._fast_exchange.keep_alive and self._fast_exchange.is_head_sent
-        elif last is not None and not last.is_answered:
+        elif last is not None and not last.is_response_complete:
             last.keep_alive = last.keep_alive and last.is_started
         elif not self._is_ending:
             self._drain_idle()
 
     def _drain_idle(self) -> None:
         """Wait `drain_linger` seconds for one more request, which is served on the ASGI path."""
-        self._is_at_rest = False
-        if not (self._has_begun or self._unparsed or self._reading is not None):
+        self._is_idle = False
+        if not (self._has_begun or self._unparsed or self._receiving_cycle is not None):
             self._is_timed = False  # a head that begins meanwhile starts its own timeout
-            self._alarm.set(self.limits.drain_linger)
+            self._timer.set(self.limits.drain_linger)
 
     # Reading
 
     def data_received(self, data: bytes) -> None:
         """Process input: on the fast path if it is a plain request, else by the parser within the limits."""
-        if self._is_at_rest:
-            if self._fast_path.current.try_handle(self, data):  # type: ignore[union-attr]  # implied by `_is_at_rest`
+        if self._is_idle:
+            if self._fast_path.current.try_handle(self, data):  # type: ignore[union-attr]  # implied by `_is_idle`
                 return
-            self._is_at_rest = False
+            self._is_idle = False
         if self._is_ending:
             self._discarded += len(data)
             if self._discarded > MAX_LINGERED:
                 self.transport.abort()
             return
-        if self._is_holding:
+        if self._is_buffering:
             self._buffer(data)
         else:
             self._parse(data)
@@ -279,27 +282,27 @@ class DownstreamConnection(HttpToolsProtocol):
 
     def _buffer(self, data: bytes | memoryview) -> None:
         """Hold input that may not be parsed yet; pause reading above REQUEST_HIGH_WATER."""
-        self._is_holding = True
-        self._held += data
-        if len(self._held) > REQUEST_HIGH_WATER:
+        self._is_buffering = True
+        self._buffered += data
+        if len(self._buffered) > REQUEST_HIGH_WATER:
             self.pause_reading()
 
     def _parse(self, data: bytes) -> None:
         """Parse `data` piece by piece; hold the rest once MAX_PIPELINED requests are queued."""
         view = memoryview(data)
         while view and not self._is_ending:
-            if self._is_holding or len(self._waiting) > MAX_PIPELINED:
-                if not self._is_holding:
+            if self._is_buffering or len(self._waiting) > MAX_PIPELINED:
+                if not self._is_buffering:
                     self.pause_reading()
                 self._buffer(view)
                 return
-            view = view[self._feed(view[: HEAD_PIECE if self._reading is None else BODY_PIECE]) :]
+            view = view[self._feed(view[: HEAD_PIECE if self._receiving_cycle is None else BODY_PIECE]) :]
         if self._is_ending:
             return
-        if self._reading is not None:
-            self._await_body(self._reading)
+        if self._receiving_cycle is not None:
+            self._await_body(self._receiving_cycle)
         if self._unparsed or self._has_begun:
-            self._await_rest()
+            self._await_complete_head()
 
     def _feed(self, piece: memoryview) -> int:
         """Parse one piece; return the number of bytes consumed.
@@ -313,7 +316,7 @@ class DownstreamConnection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             size = upgrade.args[0]
             self._on_upgrade()
-            if size == 0 and not self._is_holding:
+            if size == 0 and not self._is_buffering:
                 self._close()
         except httptools.HttpParserError as error:
             self._on_error(error)
@@ -321,15 +324,15 @@ class DownstreamConnection(HttpToolsProtocol):
 
     def _replay_soon(self) -> None:
         """Schedule parsing of the held input after the current callback."""
-        if self._releasing is None:
-            self._releasing = self.loop.call_soon(self._replay_buffered)
+        if self._replay_handle is None:
+            self._replay_handle = self.loop.call_soon(self._replay_buffered)
 
     def _replay_buffered(self) -> None:
         """Parse the held input and resume reading."""
-        self._releasing = None
-        data, self._held = bytes(self._held), bytearray()
-        self._is_holding = False
-        if not self._is_over:
+        self._replay_handle = None
+        data, self._buffered = bytes(self._buffered), bytearray()
+        self._is_buffering = False
+        if not self._is_closed:
             self._parse(data)
             if self._is_draining:
                 self._announce_close()
@@ -346,18 +349,18 @@ class DownstreamConnection(HttpToolsProtocol):
         else:
             self.refuse(BadRequest(f"The request is not well-formed HTTP/1.1: {str(cause or error).rstrip('.')}."))
 
-    def _await_rest(self) -> None:
+    def _await_complete_head(self) -> None:
         """Apply the limits of size and time to an incomplete head."""
         if self._unparsed > self.limits.header_bytes:
             self._refuse_size()
         elif self._has_begun and not self._is_timed:
             self._is_timed = True
-            self._alarm.set(self.limits.header_timeout)
+            self._timer.set(self.limits.header_timeout)
 
     def on_message_begin(self) -> None:
         """Start a request (parser callback)."""
         self.url = b""
-        self.spelled = []
+        self.raw_headers = []
         self.expects_continue = False
         self._has_begun = True
 
@@ -368,15 +371,15 @@ class DownstreamConnection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Store one header field or trailer field (parser callback)."""
         if self._has_begun:
-            self.spelled.append((name, value.rstrip(b" \t")))
+            self.raw_headers.append((name, value.rstrip(b" \t")))
             if len(name) == 6 and name.lower() == b"expect":  # noqa: PLR2004 - the length test saves calls of `lower`
                 self.expects_continue = value.lower() == b"100-continue"
         else:
             self._on_trailer(name, value.rstrip(b" \t"))
 
     def _on_trailer(self, name: bytes, value: bytes) -> None:
-        if self._reading is not None:
-            trailers = self._reading.trailers
+        if self._receiving_cycle is not None:
+            trailers = self._receiving_cycle.trailers
             trailers.append((name, value))
             if len(trailers) > self.limits.header_lines or _size(trailers) > self.limits.header_bytes:
                 self._refuse_size()
@@ -390,10 +393,10 @@ class DownstreamConnection(HttpToolsProtocol):
         limits = self.limits
         if self.parser.should_upgrade() and not self._is_handshake():
             return  # the parser stops here; `_on_upgrade` parses the request again without the upgrade
-        if len(self.spelled) > limits.header_lines:
+        if len(self.raw_headers) > limits.header_lines:
             self.refuse(HeadersTooLarge(f"The request has more than {limits.header_lines} header lines."))
             return
-        if size + self._piece > limits.header_bytes and len(self.url) + _size(self.spelled) > limits.header_bytes:
+        if size + self._piece > limits.header_bytes and len(self.url) + _size(self.raw_headers) > limits.header_bytes:
             self._refuse_size()
             return
         if self._surplus and self.url not in PROBES:
@@ -404,7 +407,7 @@ class DownstreamConnection(HttpToolsProtocol):
         except ValueError as error:
             self.refuse(BadRequest(f"The request target is not valid: {error}."))
             return
-        self._reading = cycle
+        self._receiving_cycle = cycle
         self._body_bytes = 0
         self._enqueue(cycle)
 
@@ -412,10 +415,10 @@ class DownstreamConnection(HttpToolsProtocol):
         """Queue a request for the worker task, which is started if necessary."""
         self._waiting.append(cycle)
         if self._worker is None or self._worker.done():
-            self._worker = self.loop.create_task(self._work())
+            self._worker = self.loop.create_task(self._serve_requests())
             self.tasks.add(self._worker)
             self._worker.add_done_callback(self.tasks.discard)
-        elif self._rest is not None:
+        elif self._idle_waiter is not None:
             self._wake_worker()
 
     def _parsed_cycle(self) -> RequestResponseCycle:
@@ -450,10 +453,10 @@ class DownstreamConnection(HttpToolsProtocol):
         }
 
     def _cycle(self, method: str, target: bytes, version: str) -> RequestResponseCycle:
-        """Return a new request cycle with the header fields in `spelled`."""
+        """Return a new request cycle with the header fields in `raw_headers`."""
         raw_path, _, query = target.partition(b"?")
         path = raw_path.decode("ascii")
-        headers = [(name.lower(), value) for name, value in self.spelled]
+        headers = [(name.lower(), value) for name, value in self.raw_headers]
         scope: dict[str, Any] = {
             **self._template,
             "http_version": version,
@@ -482,18 +485,20 @@ class DownstreamConnection(HttpToolsProtocol):
             raise ValueError("it contains no host")
         host = b"[%b]" % url.host if b":" in url.host else url.host
         authority = host if url.port is None else b"%b:%d" % (host, url.port)
-        self.spelled[:] = [(name, authority if name.lower() == b"host" else value) for name, value in self.spelled]
+        self.raw_headers[:] = [
+            (name, authority if name.lower() == b"host" else value) for name, value in self.raw_headers
+        ]
         rest = absolute[1] or b""
         return rest if rest.startswith(b"/") else b"/" + rest
 
     def on_body(self, body: bytes) -> None:
         """Pass a body piece to the request; discard it if the response is complete (parser callback)."""
         self._unparsed = 0
-        cycle = self._reading
+        cycle = self._receiving_cycle
         if cycle is None or self._is_ending:
             return
         self._body_bytes += len(body)
-        if not cycle.is_answered:
+        if not cycle.is_response_complete:
             if cycle.feed(body):
                 self.pause_reading()
             return
@@ -504,18 +509,18 @@ class DownstreamConnection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End the request; the next head may follow in the same piece (parser callback)."""
         self._unparsed = 0
-        cycle, self._reading = self._reading, None
+        cycle, self._receiving_cycle = self._receiving_cycle, None
         if cycle is None or self._is_ending:
             return
         cycle.end_body()
-        if cycle.is_answered:
+        if cycle.is_response_complete:
             self._become_idle()
         else:
-            self._alarm.set(self._current_timeout())
+            self._timer.set(self._current_timeout())
 
     def _is_handshake(self) -> bool:
         """Tell whether the head is a WebSocket handshake (RFC 6455 section 4.1)."""
-        fields = fields_of(self.spelled)
+        fields = fields_of(self.raw_headers)
         return (
             self.parser.get_method() == b"GET"
             and self.parser.get_http_version() == "1.1"
@@ -531,12 +536,12 @@ class DownstreamConnection(HttpToolsProtocol):
         """
         if self._is_ending:
             return
-        last = self._waiting[-1] if self._waiting else self._serving
-        if last is not None and last.upgrade and not last.is_answered and self._reading is None:
-            self._is_holding = True
+        last = self._waiting[-1] if self._waiting else self._current_cycle
+        if last is not None and last.upgrade and not last.is_response_complete and self._receiving_cycle is None:
+            self._is_buffering = True
             return
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        lines = [b"%b: %b" % pair for pair in self.spelled if pair[0].lower() != b"upgrade"]
+        lines = [b"%b: %b" % pair for pair in self.raw_headers if pair[0].lower() != b"upgrade"]
         head = b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"\r\n"])
         self._renew_parser()
         if method == b"CONNECT":
@@ -563,11 +568,11 @@ class DownstreamConnection(HttpToolsProtocol):
 
     def resume_reading(self) -> None:
         """Read from the client again, unless input is held."""
-        if self._is_holding or self.transport.is_closing():
+        if self._is_buffering or self.transport.is_closing():
             return
         if self._is_read_paused:
             self._is_read_paused = False
-            self._excuse_pause()
+            self._extend_body_due()
             self.transport.resume_reading()
 
     # The fast path: implements `fast_path.Downstream`
@@ -575,23 +580,23 @@ class DownstreamConnection(HttpToolsProtocol):
     def begin_exchange(self, exchange: InFlight) -> None:
         """Hold further input until the exchange ends, and report events of the connection to it."""
         self._fast_exchange = exchange
-        self._is_at_rest = self._is_timed = False
-        self._is_holding = True
-        self._alarm.clear()
+        self._is_idle = self._is_timed = False
+        self._is_buffering = True
+        self._timer.clear()
 
     def end_exchange(self, *, keep_alive: bool) -> None:
         """Process the next request after a complete response, or close the connection."""
         self._fast_exchange = None
         self.server_state.total_requests += 1
-        if self._is_over:
+        if self._is_closed:
             return
         if not keep_alive:
             self._close()
-        elif self._held:
+        elif self._buffered:
             self._replay_soon()
-            self._alarm.set(self._current_timeout())
+            self._timer.set(self._current_timeout())
         else:
-            self._is_holding = False
+            self._is_buffering = False
             self._become_idle()
 
     def write_response(self, response: bytes, *, keep_alive: bool) -> None:
@@ -611,9 +616,9 @@ class DownstreamConnection(HttpToolsProtocol):
 
     @property
     def _is_working(self) -> bool:
-        return self._worker is not None and self._rest is None and not self._worker.done()
+        return self._worker is not None and self._idle_waiter is None and not self._worker.done()
 
-    def cut_off(self) -> None:
+    def abort(self) -> None:
         """Abort the connection at the end of the drain, unless a task serves it: the server cancels tasks itself."""
         if self._is_working:
             return
@@ -627,8 +632,8 @@ class DownstreamConnection(HttpToolsProtocol):
     ) -> None:
         """Serve the request by `app` on the ASGI path, whether or not `begin_exchange` was called for it."""
         self._fast_exchange = None
-        self._is_at_rest = self._is_timed = False
-        self.spelled = headers
+        self._is_idle = self._is_timed = False
+        self.raw_headers = headers
         self.expects_continue = False
         cycle = self._cycle(method, target, "1.1")
         cycle.app = app
@@ -637,36 +642,42 @@ class DownstreamConnection(HttpToolsProtocol):
             cycle.feed(body)
         cycle.end_body()
         self._enqueue(cycle)
-        self._alarm.set(self._current_timeout())
-        if self._held:
+        self._timer.set(self._current_timeout())
+        if self._buffered:
             self._replay_soon()
         else:
-            self._is_holding = False
+            self._is_buffering = False
 
     def _become_idle(self) -> None:
         """Set the timeout for the next request; open the fast path if nothing of it has arrived."""
-        self._alarm.set(self._current_timeout())
-        if self._is_holding or self._waiting or self._has_begun or self._unparsed or self._reading is not None:
+        self._timer.set(self._current_timeout())
+        if (
+            self._is_buffering
+            or self._waiting
+            or self._has_begun
+            or self._unparsed
+            or self._receiving_cycle is not None
+        ):
             return
         if self._is_last:
             self._close()
         elif self._is_draining:
             self._drain_idle()
         else:
-            self._is_at_rest = self._fast_path is not None and not self.is_write_paused
+            self._is_idle = self._fast_path is not None and not self.is_write_paused
 
     # Serving
 
-    async def _work(self) -> None:
+    async def _serve_requests(self) -> None:
         """Serve the queued requests in order until the connection is lost."""
         app: Any = self.app
-        while self._waiting or not self._is_over:
+        while self._waiting or not self._is_closed:
             if not self._waiting:
-                self._rest = self.loop.create_future()
-                await self._rest
-                self._rest = None
+                self._idle_waiter = self.loop.create_future()
+                await self._idle_waiter
+                self._idle_waiter = None
                 continue
-            cycle = self._serving = self._waiting.popleft()
+            cycle = self._current_cycle = self._waiting.popleft()
             if self._is_draining:
                 cycle.stop()
             try:
@@ -680,9 +691,9 @@ class DownstreamConnection(HttpToolsProtocol):
                 # These references form cycles, which only the garbage collector would free.
                 del cycle.scope[SERVER_EXTENSION]
                 cycle.on_shutdown = cycle.app = None
-            if not cycle.is_answered and not cycle.is_disconnected:
+            if not cycle.is_response_complete and not cycle.is_disconnected:
                 self._on_unfinished(cycle)
-        self._serving = self._reading = None  # breaks reference cycles
+        self._current_cycle = self._receiving_cycle = None  # breaks reference cycles
 
     def _on_unfinished(self, cycle: RequestResponseCycle) -> None:
         """Terminate an incomplete response so that the client detects that it is incomplete."""
@@ -700,10 +711,10 @@ class DownstreamConnection(HttpToolsProtocol):
         return self._worker
 
     def _wake_worker(self) -> None:
-        if self._rest is not None and not self._rest.done():
-            self._rest.set_result(None)
+        if self._idle_waiter is not None and not self._idle_waiter.done():
+            self._idle_waiter.set_result(None)
 
-    def on_answered(self, cycle: RequestResponseCycle) -> None:
+    def on_cycle_complete(self, cycle: RequestResponseCycle) -> None:
         """Process the next request after a complete response, or close the connection."""
         self.server_state.total_requests += 1
         if not cycle.keep_alive:
@@ -715,7 +726,7 @@ class DownstreamConnection(HttpToolsProtocol):
             return
         if cycle.upgrade:  # the handshake was refused, and the connection remains HTTP
             self._renew_parser()
-        if self._is_holding and (cycle.upgrade or len(self._waiting) < MAX_PIPELINED // 2):
+        if self._is_buffering and (cycle.upgrade or len(self._waiting) < MAX_PIPELINED // 2):
             if not any(waiting.upgrade for waiting in self._waiting):
                 self._replay_soon()
         elif self._is_read_paused:
@@ -723,21 +734,21 @@ class DownstreamConnection(HttpToolsProtocol):
         self._discarded = 0
         self._become_idle()
 
-    def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
+    def detach_transport(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
         """Send the 101 response and give up the connection; see `ServerExtension.switch_protocols`."""
-        self._alarm.stop()
-        self._is_ending = self._is_handed_over = True
-        self._is_holding = False
+        self._timer.stop()
+        self._is_ending = self._is_detached = True
+        self._is_buffering = False
         self.transport.write(head)
         self.resume_reading()
-        return self.transport, bytes(self._held)
+        return self.transport, bytes(self._buffered)
 
     def pause_writing(self) -> None:
         """Start the idle timeout: the client reads more slowly than the gateway writes (asyncio callback)."""
         self.is_write_paused = True
         self._writable = self.loop.create_future()
         if not self._is_ending:
-            self._alarm.set(self.limits.idle_timeout)
+            self._timer.set(self.limits.idle_timeout)
 
     def resume_writing(self) -> None:
         """Resume sending: the write buffer is below its low-water mark (asyncio callback)."""
@@ -745,7 +756,7 @@ class DownstreamConnection(HttpToolsProtocol):
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
             if not self._is_ending:
-                self._alarm.set(self._current_timeout())
+                self._timer.set(self._current_timeout())
         self._writable = None
         if self._fast_exchange is not None:
             self._fast_exchange.on_writable()
@@ -759,17 +770,17 @@ class DownstreamConnection(HttpToolsProtocol):
 
     def _current_timeout(self) -> float | None:
         """Return the timeout of the current state in seconds; None while an upstream's timeouts apply."""
-        if self._reading is not None or self.is_write_paused:
+        if self._receiving_cycle is not None or self.is_write_paused:
             return self.limits.idle_timeout
         if (
             self._fast_exchange is not None
             or self._waiting
-            or (self._serving is not None and not self._serving.is_answered)
+            or (self._current_cycle is not None and not self._current_cycle.is_response_complete)
         ):
             return None
         return self.limits.header_timeout if self._is_timed else self.limits.keep_alive_timeout
 
-    def _await_body(self, reading: RequestResponseCycle) -> None:
+    def _await_body(self, cycle: RequestResponseCycle) -> None:
         """Set the deadline of the next body piece.
 
         Each received byte adds 1/rate seconds of credit. The next piece is due before the credit is used up, and
@@ -778,40 +789,40 @@ class DownstreamConnection(HttpToolsProtocol):
         """
         limits = self.limits
         received, self._body_bytes = self._body_bytes, 0
-        rate = limits.body_rate if reading.body_rate is None else reading.body_rate
-        if not rate or reading.awaits_continue:  # no minimum rate, or the client still awaits 100 (Continue)
-            reading.body_due = None
-            self._alarm.set(limits.idle_timeout)
+        rate = limits.body_rate if cycle.body_rate is None else cycle.body_rate
+        if not rate or cycle.awaits_continue:  # no minimum rate, or the client still awaits 100 (Continue)
+            cycle.body_due = None
+            self._timer.set(limits.idle_timeout)
             return
         now = self.loop.time()
-        credit = now + limits.body_grace if reading.body_due is None else reading.body_credit
+        credit = now + limits.body_grace if cycle.body_due is None else cycle.body_credit
         most = max(limits.idle_timeout, limits.body_grace)
-        reading.body_credit = credit = min(credit + received / rate, now + most)
-        reading.body_due = due = min(credit, now + limits.idle_timeout)
-        self._alarm.set(due - now)
+        cycle.body_credit = credit = min(credit + received / rate, now + most)
+        cycle.body_due = due = min(credit, now + limits.idle_timeout)
+        self._timer.set(due - now)
 
-    def _excuse_pause(self) -> None:
+    def _extend_body_due(self) -> None:
         """Extend the deadline of the body by the time for which reading was paused."""
-        reading = self._reading
-        if reading is not None and reading.body_due is not None:
+        cycle = self._receiving_cycle
+        if cycle is not None and cycle.body_due is not None:
             now = self.loop.time()
             pause = now - self._paused_at
-            reading.body_credit += pause
-            reading.body_due += pause
-            self._alarm.set(reading.body_due - now)
+            cycle.body_credit += pause
+            cycle.body_due += pause
+            self._timer.set(cycle.body_due - now)
 
     def on_body_rate(self, cycle: RequestResponseCycle) -> None:
         """Apply a changed minimum rate to the body of this request."""
-        if cycle is self._reading and not self._is_ending:
+        if cycle is self._receiving_cycle and not self._is_ending:
             cycle.body_due = None
             self._await_body(cycle)
 
-    def _on_alarm(self) -> None:
+    def _on_timeout(self) -> None:
         """Handle an expired timeout: of a head, a body, the next request, or a client that does not read."""
         if self._is_ending or self.is_write_paused or self.transport.is_closing():
             self._check_reader()
-        elif self._serving is not None and not self._serving.is_answered:
-            self._check_sender(self._serving)
+        elif self._current_cycle is not None and not self._current_cycle.is_response_complete:
+            self._check_sender(self._current_cycle)
         elif self._has_begun or self._unparsed:
             self.refuse(RequestTimeout(f"The request's head did not arrive within {self.limits.header_timeout:g} s."))
         else:
@@ -827,21 +838,21 @@ class DownstreamConnection(HttpToolsProtocol):
             self.transport.abort()
             return
         self._unsent = unsent
-        self._alarm.set(self.limits.idle_timeout)
+        self._timer.set(self.limits.idle_timeout)
 
-    def _check_sender(self, serving: RequestResponseCycle) -> None:
-        if self._reading is not serving:  # the body is complete; a pipelined head may wait for the response
-            self._alarm.set(self.limits.header_timeout)
-        elif self._is_read_paused or serving.awaits_continue:  # the client does not cause the delay
-            self._alarm.set(self.limits.idle_timeout)
-        elif serving.body_due is not None and serving.body_due > self.loop.time():  # the deadline was extended
-            self._alarm.set(serving.body_due - self.loop.time())
-        elif serving.is_started:
+    def _check_sender(self, cycle: RequestResponseCycle) -> None:
+        if self._receiving_cycle is not cycle:  # the body is complete; a pipelined head may wait for the response
+            self._timer.set(self.limits.header_timeout)
+        elif self._is_read_paused or cycle.awaits_continue:  # the client does not cause the delay
+            self._timer.set(self.limits.idle_timeout)
+        elif cycle.body_due is not None and cycle.body_due > self.loop.time():  # the deadline was extended
+            self._timer.set(cycle.body_due - self.loop.time())
+        elif cycle.is_started:
             self.transport.abort()
-        elif serving.body_due is None or serving.body_due < serving.body_credit:
+        elif cycle.body_due is None or cycle.body_due < cycle.body_credit:
             self.refuse(RequestTimeout(f"No part of the body arrived within {self.limits.idle_timeout:g} s."))
         else:
-            rate = self.limits.body_rate if serving.body_rate is None else serving.body_rate
+            rate = self.limits.body_rate if cycle.body_rate is None else cycle.body_rate
             self.refuse(RequestTimeout(f"The body arrived more slowly than {rate:g} bytes per second."))
 
     def _refuse_size(self) -> None:
@@ -857,11 +868,11 @@ class DownstreamConnection(HttpToolsProtocol):
         if self.transport.is_closing():  # the client cannot receive a refusal
             self._close()
             return
-        due = self._serving
-        if due is None or due.is_answered:
+        due = self._current_cycle
+        if due is None or due.is_response_complete:
             due = self._waiting[0] if self._waiting else None
         self.refused[error.reason] += 1
-        if due is not None and (due is not self._reading or due.is_started):
+        if due is not None and (due is not self._receiving_cycle or due.is_started):
             self._close()
         else:
             self._send_error(error)
@@ -890,17 +901,17 @@ class DownstreamConnection(HttpToolsProtocol):
             self._close()
             return
         self.transport.write_eof()
-        self._is_holding = False
+        self._is_buffering = False
         self.resume_reading()
-        self._alarm.set(LINGER_TIMEOUT)
+        self._timer.set(LINGER_TIMEOUT)
 
     def _close(self) -> None:
         """Close after the write buffer is flushed; abort if the client makes no progress within `idle_timeout`."""
         self._is_ending = True
-        self._is_at_rest = False
+        self._is_idle = False
         self._drop_waiting()
         self.transport.close()
-        self._alarm.set(self.limits.idle_timeout)
+        self._timer.set(self.limits.idle_timeout)
 
     def _drop_waiting(self) -> None:
         """Drop the queued requests, except those from the fast path: the worker must end their exchanges."""

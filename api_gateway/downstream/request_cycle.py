@@ -23,7 +23,7 @@ class DownstreamPort(Protocol):
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
-    spelled: HeaderList
+    raw_headers: HeaderList
     expects_continue: bool
     is_write_paused: bool
 
@@ -40,7 +40,7 @@ class DownstreamPort(Protocol):
         """Wait until the client reads on or disconnects."""
         ...
 
-    def on_answered(self, cycle: "RequestResponseCycle") -> None:
+    def on_cycle_complete(self, cycle: "RequestResponseCycle") -> None:
         """Process the next request after a complete response, or close the connection."""
         ...
 
@@ -48,7 +48,7 @@ class DownstreamPort(Protocol):
         """Apply a changed minimum rate to the body of this request."""
         ...
 
-    def hand_over(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
+    def detach_transport(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
         """Send the 101 response and give up the connection; see `ServerExtension.switch_protocols`."""
         ...
 
@@ -56,9 +56,9 @@ class DownstreamPort(Protocol):
 class RequestResponseCycle:
     """One request and its response: ASGI's `receive` and `send`, and the `ServerExtension`.
 
-    States of the response: waiting, started (`is_started`), complete (`is_started` and `is_answered`). States of the
-    request: receiving, complete (`is_body_complete`). `is_disconnected` may be combined with any state; nothing is
-    sent from then on.
+    States of the response: waiting, started (`is_started`), complete (`is_started` and `is_response_complete`). States
+    of the request: receiving, complete (`is_body_complete`). `is_disconnected` may be combined with any state; nothing
+    is sent from then on.
     """
 
     # Initial values are class attributes, which makes it cheaper to create a cycle for each request.
@@ -75,20 +75,20 @@ class RequestResponseCycle:
     body_credit = 0.0  # loop time until which the minimum rate is met without more input; set by the connection
     is_disconnected = False
     is_started = False
-    is_answered = False
+    is_response_complete = False
     _buffered = 0
     _is_body_taken = False
     _waiter: "asyncio.Future[None] | None" = None
     _has_body = True
     _head = b""  # to be sent together with the first body piece
     _is_chunked = False
-    _left: int | None = None  # bytes of the announced length still to be sent
+    _remaining: int | None = None  # bytes of the announced length still to be sent
     _trailers_follow = False
 
     def __init__(self, connection: "DownstreamPort", scope: dict[str, Any], target: bytes) -> None:
         self.scope = scope
         self.target = target
-        self.headers: HeaderList = connection.spelled
+        self.headers: HeaderList = connection.raw_headers
         self.trailers: HeaderList = []
         self.awaits_continue = self._owes_continue = connection.expects_continue
         self.connection = connection
@@ -96,7 +96,7 @@ class RequestResponseCycle:
         self._is_head = scope["method"] == "HEAD"
 
     def __repr__(self) -> str:
-        state = "answered" if self.is_answered else "started" if self.is_started else "waiting"
+        state = "answered" if self.is_response_complete else "started" if self.is_started else "waiting"
         return f"<RequestResponseCycle {self.scope['method']} {self.target!r} [{state}]>"
 
     # Called by the connection
@@ -120,7 +120,7 @@ class RequestResponseCycle:
             return
         self.is_disconnected = True
         self._wake()
-        if self.on_disconnect is not None and not self.is_answered:
+        if self.on_disconnect is not None and not self.is_response_complete:
             self.on_disconnect()
 
     def stop(self) -> None:
@@ -141,7 +141,7 @@ class RequestResponseCycle:
         if self._owes_continue and not self.is_started and not self.is_disconnected:
             self.awaits_continue = self._owes_continue = False
             self.connection.transport.write(_CONTINUE)
-        while not self.is_disconnected and not self.is_answered:
+        while not self.is_disconnected and not self.is_response_complete:
             if self._body or (self.is_body_complete and not self._is_body_taken):
                 body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
                 self._body, self._buffered = [], 0
@@ -166,7 +166,7 @@ class RequestResponseCycle:
         if self.is_disconnected:
             return
         kind = message["type"]
-        if self.is_answered or (kind == "http.response.start") is self.is_started:
+        if self.is_response_complete or (kind == "http.response.start") is self.is_started:
             raise RuntimeError(f"{kind} is out of order")
         if kind == "http.response.body":
             self._send_body(message.get("body", b""), is_last=not message.get("more_body", False))
@@ -200,7 +200,7 @@ class RequestResponseCycle:
         if self._is_head or status in BODILESS:
             self._has_body = False
         elif b"transfer-encoding" not in fields and b"content-length" in fields:
-            self._left = int(fields[b"content-length"][0])
+            self._remaining = int(fields[b"content-length"][0])
         elif self.is_http10:
             self.keep_alive = False
         else:
@@ -224,9 +224,9 @@ class RequestResponseCycle:
         elif self._is_chunked:
             end = b"0\r\n\r\n" if is_last and not self._trailers_follow else b""
             body = b"%x\r\n%b\r\n%b" % (len(body), body, end) if body else end
-        elif self._left is not None:
-            self._left -= len(body)
-            if self._left < 0:
+        elif self._remaining is not None:
+            self._remaining -= len(body)
+            if self._remaining < 0:
                 raise RuntimeError("the response is longer than its Content-Length")
         if self._head:
             body = self._head + body
@@ -234,7 +234,7 @@ class RequestResponseCycle:
         if body:
             self.connection.transport.write(body)
         if is_last and not self._trailers_follow:
-            if self._left:
+            if self._remaining:
                 raise RuntimeError("the response is shorter than its Content-Length")
             self._finish()
 
@@ -244,10 +244,10 @@ class RequestResponseCycle:
         self._finish()
 
     def _finish(self) -> None:
-        self.is_answered = True
+        self.is_response_complete = True
         self.on_disconnect = None
         self._wake()
-        self.connection.on_answered(self)
+        self.connection.on_cycle_complete(self)
 
     # ServerExtension
 
@@ -274,7 +274,7 @@ class RequestResponseCycle:
 
     def switch_protocols(self, reason: bytes, headers: HeaderList) -> tuple[asyncio.Transport, bytes]:
         """See `ServerExtension`. The cycle sends nothing more; the connection is closed when the tunnel ends."""
-        self.is_started = self.is_answered = True
+        self.is_started = self.is_response_complete = True
         self.keep_alive = False
         self.on_disconnect = None
-        return self.connection.hand_over(render_response_head(101, reason, headers))
+        return self.connection.detach_transport(render_response_head(101, reason, headers))

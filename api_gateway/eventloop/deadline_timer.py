@@ -14,17 +14,17 @@ def _nothing() -> None:
 
 
 class DeadlineTimer:
-    """Calls `ring` once the deadline has passed. Postponing the deadline, the usual case, costs one assignment.
+    """Calls `on_expiry` once the deadline has passed. Postponing the deadline, the usual case, costs one assignment.
 
     States: off (`deadline` is infinite), due, stopped (off for ever). `deadline` is on the event loop's clock.
     """
 
-    __slots__ = ("_due", "_handle", "_loop", "_ring", "deadline")
+    __slots__ = ("_due", "_handle", "_loop", "_on_expiry", "deadline")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, ring: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_expiry: Callable[[], None]) -> None:
         self.deadline = math.inf
         self._loop = loop
-        self._ring = ring
+        self._on_expiry = on_expiry
         self._due = math.inf  # when the event loop timer fires; never later than the deadline
         self._handle: asyncio.TimerHandle | None = None
 
@@ -46,7 +46,7 @@ class DeadlineTimer:
 
     def stop(self) -> None:
         """Turn the timer off for ever, and release the callback and the event loop timer."""
-        self._ring = _nothing
+        self._on_expiry = _nothing
         self.deadline = self._due = math.inf
         if self._handle is not None:
             self._handle.cancel()
@@ -62,6 +62,6 @@ class DeadlineTimer:
         self._handle, self._due = None, math.inf
         if self._loop.time() >= self.deadline:
             self.deadline = math.inf
-            self._ring()
+            self._on_expiry()
         elif self.deadline != math.inf:
             self._arm(self.deadline)

@@ -39,7 +39,7 @@ from api_gateway.middleware import ExchangeMiddleware, IdentityMiddleware, RateL
 from api_gateway.models import NANOSECONDS, Clock, Decision, Exchange, HeaderList, Outcome
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.faults import ClientShare
+from api_gateway.proxy.faults import ClientProgress
 from api_gateway.proxy.problem_response import problem_response
 from api_gateway.proxy.request_id import given_request_id, new_request_id
 from api_gateway.proxy.route_table import Route, upstream_target
@@ -119,7 +119,7 @@ class FastPath:
         self.record = record
         self.limit = limit
         self.router = router
-        self._lag = lag
+        self._event_loop_shedder = lag
         self.clock = clock
         self._identify = identify
         self._clients = identify.clients
@@ -189,7 +189,7 @@ class FastPath:
             profile.request_id or new_request_id(), method, path, profile.peer, started, profile.client, route.name
         )
         exchange.cost, exchange.charges = cost, profile.charges
-        lag = self._lag
+        lag = self._event_loop_shedder
         if lag.is_over and lag.sheds(profile.priority):
             self.record.begin(exchange)
             self._refuse(client, exchange, lag.refusal(profile.priority), keep_alive=profile.keep_alive)
@@ -452,7 +452,7 @@ class FastExchange(UpstreamResponse):
             self._on_error()
             return
         client, exchange = self._client, self.exchange
-        if self.status >= _MIN_RETRIED_STATUS and not exchange.status and self._may_be_retried():
+        if self.status >= _MIN_RETRIED_STATUS and not exchange.status and self._is_retried_status():
             self._fall_back(b"", is_sent=True)
             return
         now = self._fast_path.clock()
@@ -469,12 +469,12 @@ class FastExchange(UpstreamResponse):
             self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
         elif client.is_write_paused:
             connection.pause_reading()
-            connection.alarm.clear()
+            connection.timer.clear()
         else:
             connection.resume_reading()  # a large read pauses it
-            connection.set_alarm("idle")
+            connection.set_timer("idle")
 
-    def _may_be_retried(self) -> bool:
+    def _is_retried_status(self) -> bool:
         """Tell whether the retry policy names the status, so that the ASGI path must decide on a retry."""
         return self.status in self._fast_path.router.upstream_clients[self._route.upstream].retried_statuses
 
@@ -504,7 +504,7 @@ class FastExchange(UpstreamResponse):
             super().on_progress()
         elif self.exchange.status and self.error is not None:
             assert self.attempt is not None  # noqa: S101 - set before sending
-            client = ClientShare(waited=self.reader_waited)
+            client = ClientProgress(waited=self.reader_waited)
             failure = self._fast_path.router.outcomes.on_broken_body(self.exchange, self.attempt, self.error, client)
             note_failure(self.exchange, failure)
             self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)  # the attempt is settled already
@@ -517,7 +517,7 @@ class FastExchange(UpstreamResponse):
         """Read from the upstream again: the client has read enough."""
         if self.connection is not None:
             self.connection.resume_reading()
-            self.connection.set_alarm("idle" if self.exchange.status else "read")
+            self.connection.set_timer("idle" if self.exchange.status else "read")
 
     def on_client_left(self) -> None:
         """Abort the exchange: its client has disconnected."""

@@ -23,14 +23,14 @@ _REQUEST_LINE = re.compile(
     rb" HTTP/1\.1(?=\r\n)"
 )
 # Response fields that are not forwarded unchanged. First letters are listed apart, as most lines fail on those.
-_NOTED = HOP_BY_HOP | GATEWAY_HEADERS | {b"content-length", b"date"}
-_IS_NOTED = rb"[%b](?i:%b):" % (
-    b"".join(sorted({letter for name in _NOTED for letter in (name[:1], name[:1].upper())})),
-    b"|".join(sorted({name[1:] for name in _NOTED})),
+_INSPECTED = HOP_BY_HOP | GATEWAY_HEADERS | {b"content-length", b"date"}
+_IS_INSPECTED = rb"[%b](?i:%b):" % (
+    b"".join(sorted({letter for name in _INSPECTED for letter in (name[:1], name[:1].upper())})),
+    b"|".join(sorted({name[1:] for name in _INSPECTED})),
 )
-_ANSWER = re.compile(
+_STATUS_LINE = re.compile(
     rb"HTTP/1\.1 ([2-5][0-9][0-9]) [\x20-\x7e\x80-\xff]*+"
-    rb"(?:\r\n(?!" + _IS_NOTED + rb")" + _NAME + rb": " + _VALUE +
+    rb"(?:\r\n(?!" + _IS_INSPECTED + rb")" + _NAME + rb": " + _VALUE +
     rb"|(?(2)(?!)|\r\n(?i:content-length): ([0-9]{1,15}))"
     rb"|(?(3)(?!)|(\r\n(?i:date): " + _VALUE + rb"))"
     rb"|(?(4)(?!)|(\r\n(?i:connection: (?:keep-alive|(close)))))"
@@ -41,7 +41,7 @@ _ANSWER = re.compile(
 )  # fmt: skip
 
 _METHODS = {name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")}
-_UNUSUAL_IN_REQUESTS = frozenset(
+_COMPLEX_IN_REQUESTS = frozenset(
     {
         b"transfer-encoding",
         b"upgrade",
@@ -57,21 +57,21 @@ _NO_LENGTH, _KEEP_ALIVE = [b"0"], [b"keep-alive"]
 
 
 class InspectedHeaders:
-    """Finds the header lines of requests whose names (`noted`, lower case) the gateway inspects.
+    """Finds the header lines of requests whose names (`inspected`, lower case) the gateway inspects.
 
     A hyphen in a name also matches an underscore, because CGI variables do not distinguish the two.
     """
 
-    def __init__(self, noted: frozenset[bytes]) -> None:
+    def __init__(self, inspected: frozenset[bytes]) -> None:
         by_letter: dict[bytes, list[bytes]] = {}
-        for name in sorted({name.replace(b"_", b"-") for name in noted}):
+        for name in sorted({name.replace(b"_", b"-") for name in inspected}):
             by_letter.setdefault(re.escape(name[:1]), []).append(re.escape(name[1:]).replace(rb"\-", b"[-_]"))
         names = (b"[%b%b](?i:%b)" % (first, first.upper(), b"|".join(rest)) for first, rest in by_letter.items())
-        self._noted = re.compile(rb"\r\n(%b): ([^\r]++)" % b"|".join(names))
+        self._pattern = re.compile(rb"\r\n(%b): ([^\r]++)" % b"|".join(names))
 
     def find(self, lines: bytes) -> HeaderList | None:
         """Return the inspected fields among `lines` (see `parse_request_head`), or None if a line is not plain."""
-        return None if _LINES.fullmatch(lines) is None else self._noted.findall(lines)
+        return None if _LINES.fullmatch(lines) is None else self._pattern.findall(lines)
 
 
 def framing_of(fields: Fields) -> tuple[int, bool] | None:
@@ -79,7 +79,7 @@ def framing_of(fields: Fields) -> tuple[int, bool] | None:
 
     `fields` are the inspected fields by name.
     """
-    if not _UNUSUAL_IN_REQUESTS.isdisjoint(fields):
+    if not _COMPLEX_IN_REQUESTS.isdisjoint(fields):
         return None
     lengths, connection = fields.get(b"content-length", _NO_LENGTH), fields.get(b"connection", _KEEP_ALIVE)
     if len(lengths) > 1 or len(connection) > 1 or _LENGTH.fullmatch(lengths[0]) is None:
@@ -119,7 +119,7 @@ def parse_response_head(
     None unless it is a final response whose body has a known length. Sizes are in bytes. The returned head lacks the
     final line breaks and the lines that are not forwarded.
     """
-    match = _ANSWER.match(received)
+    match = _STATUS_LINE.match(received)
     if match is None:
         return None
     digits, length, date, connection, close, keep_alive, request_id, cost = match.groups()

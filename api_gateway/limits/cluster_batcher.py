@@ -65,14 +65,14 @@ class ClusterScriptBatcher:
         return sum(node.connections for node in self._nodes.values())
 
     @property
-    def batches(self) -> int:
+    def calls(self) -> int:
         """Number of calls with a response in time."""
-        return self._retired_counts[0] + sum(node.batches for node in self._nodes.values())
+        return self._retired_counts[0] + sum(node.calls for node in self._nodes.values())
 
     @property
-    def questions(self) -> int:
+    def operations(self) -> int:
         """Number of operations in these calls."""
-        return self._retired_counts[1] + sum(node.questions for node in self._nodes.values())
+        return self._retired_counts[1] + sum(node.operations for node in self._nodes.values())
 
     @property
     def failures(self) -> int:
@@ -131,8 +131,8 @@ class ClusterScriptBatcher:
         await asyncio.gather(*[node.start() for node in new.values()], *[node.close() for node in gone])
         for node in gone:
             self._retired_counts = [
-                self._retired_counts[0] + node.batches,
-                self._retired_counts[1] + node.questions,
+                self._retired_counts[0] + node.calls,
+                self._retired_counts[1] + node.operations,
                 self._retired_counts[2] + node.failures,
             ]
 

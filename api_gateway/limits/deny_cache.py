@@ -6,7 +6,7 @@ from typing import NamedTuple
 from api_gateway.models import Charge
 from api_gateway.rate_limiter import TatTable
 
-SKEW = 1000  # the speeds of two clocks differ by less than 1/SKEW
+CLOCK_SKEW_DIVISOR = 1000  # the speeds of two clocks differ by less than 1/CLOCK_SKEW_DIVISOR
 TICK_NS = 1000  # resolution of the store's clock
 
 
@@ -14,16 +14,16 @@ class CachedDebt(NamedTuple):
     """A bucket's debt at some time between the query and the response, on this process's clock."""
 
     asked_ns: int
-    heard_ns: int
+    received_ns: int
     debt_ns: int
 
     def earliest_ns(self, now_ns: int) -> int:
         """Return the earliest possible TAT: the store read the bucket at once, and its clock is fast."""
-        return self.asked_ns + self.debt_ns - (now_ns - self.asked_ns) // SKEW
+        return self.asked_ns + self.debt_ns - (now_ns - self.asked_ns) // CLOCK_SKEW_DIVISOR
 
     def latest_ns(self, now_ns: int) -> int:
         """Return the latest possible TAT: the store read the bucket last, and its clock is slow."""
-        return self.heard_ns + self.debt_ns + (now_ns - self.asked_ns) // SKEW + TICK_NS
+        return self.received_ns + self.debt_ns + (now_ns - self.asked_ns) // CLOCK_SKEW_DIVISOR + TICK_NS
 
 
 class DenyCache:

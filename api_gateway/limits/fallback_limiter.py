@@ -91,10 +91,10 @@ class FallbackLimiter:
         """Convert a bucket to another quota; see `MemoryLimiter.change_quota`."""
         self._limiter.change_quota(key, old, new, now_ns)
 
-    def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
+    def change_quotas(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
         """Convert all buckets to other quotas; see `MemoryLimiter.requote`."""
         quotas = list(quotas)
-        self._limiter.requote(quotas, quota_of, now_ns)
+        self._limiter.change_quotas(quotas, quota_of, now_ns)
         self._admitted.period_ns = max(self._admitted.period_ns, *(quota.burst_ns for quota in quotas))
 
     def limit_buckets(self, bucket_limit: int) -> None:

@@ -31,7 +31,7 @@ from api_gateway.rate_limiter import (
     settled,
     take_each,
 )
-from api_gateway.storage.redis_session import REFUSALS, Evictions, Script, StoreError, StoreSession
+from api_gateway.storage.redis_session import WRITE_REFUSALS, Evictions, Script, StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ HEARTBEAT_INTERVAL = 2.0  # seconds between heartbeats
 DEAD_AFTER = 3 * HEARTBEAT_INTERVAL
 MESSAGE_NS = NANOSECONDS // 10  # time within which notifications of refunds arrive
 REFUNDS_KEPT_NS = 600 * NANOSECONDS  # usually longer than the time between a charge and its settlement
-MEMORY_OF_PROCESSES = 3600.0  # seconds for which a process that has ended is still counted
+PROCESS_COUNT_MEMORY = 3600.0  # seconds for which a process that has ended is still counted
 
 # Counts processes with a recent heartbeat. KEYS[1]: processes by time of the last heartbeat; ARGV: name, seconds.
 HEARTBEAT_SCRIPT = """
@@ -85,14 +85,14 @@ class RedisLimiter:
         self.bucket_limit = bucket_limit
         self.overflowed = 0
         batcher = ClusterScriptBatcher if session.is_divided else ScriptBatcher
-        self.dispatcher: ScriptBatcher | ClusterScriptBatcher = batcher(
-            session, TOKEN_BUCKET_SCRIPT, deadline=deadline, clock=clock, source=source, on_error=self._on_trouble
+        self.batcher: ScriptBatcher | ClusterScriptBatcher = batcher(
+            session, TOKEN_BUCKET_SCRIPT, deadline=deadline, clock=clock, source=source, on_error=self._on_store_error
         )
-        self.share = FallbackLimiter(quotas, bucket_limit=bucket_limit)
-        self.share.processes = processes
+        self.fallback = FallbackLimiter(quotas, bucket_limit=bucket_limit)
+        self.fallback.processes = processes
         self._session = session
         self._configured_processes = processes
-        self._seen: dict[int, float] = {}  # number of live processes to the last time it was observed
+        self._process_counts: dict[int, float] = {}  # number of live processes to the last time it was observed
         self._evictions = Evictions(0, None)
         self._warning: str | None = None
         self._write_refusal: str | None = None  # while the store refuses writes
@@ -106,7 +106,7 @@ class RedisLimiter:
         self.offset_ns = 0  # of the store's clock, which is ahead of this process's by this time
         self._refunds_turn_ns = 0
         self._listener: asyncio.Task[None] | None = None
-        self._heart: asyncio.Task[None] | None = None
+        self._heartbeat_task: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self.store_key = lru_cache(maxsize=65_536)(self._hashed)
 
@@ -115,81 +115,81 @@ class RedisLimiter:
 
     def __len__(self) -> int:
         """Return the number of entries in this process."""
-        return len(self.cache) + len(self.share)
+        return len(self.cache) + len(self.fallback)
 
     @property
     def mode(self) -> DecisionSource:
         """Source of decisions: `store`, or the policy for outages (on a cluster, of some buckets only)."""
-        return "store" if self.dispatcher.is_whole and self._write_refusal is None else self.policy
+        return "store" if self.batcher.is_whole and self._write_refusal is None else self.policy
 
     def state(self) -> LimiterState:
         """Return the source of decisions, and the figures of the store."""
-        dispatcher = self.dispatcher
+        batcher = self.batcher
         return LimiterState(
             decision_source=self.mode,
-            gateway_processes=self.share.processes,
-            calls=dispatcher.batches,
-            operations=dispatcher.questions,
-            failures=dispatcher.failures,
-            last_error=dispatcher.last_error,
+            gateway_processes=self.fallback.processes,
+            calls=batcher.calls,
+            operations=batcher.operations,
+            failures=batcher.failures,
+            last_error=batcher.last_error,
             evicted_keys=self._evictions.keys,
             warning=self._write_refusal or self._warning,
         )
 
     async def start(self) -> None:
         """Connect to the store. Returns when it has responded, or after `CONNECT_TIMEOUT`."""
-        await self.dispatcher.start()
+        await self.batcher.start()
         self._listener = self._listen()
-        self._heart = asyncio.create_task(self._beat(), name="store heartbeat")
+        self._heartbeat_task = asyncio.create_task(self._send_heartbeats(), name="store heartbeat")
 
     async def close(self) -> None:
         """Disconnect from the store; pending operations fail."""
-        tasks = [task for task in (self._listener, self._heart, *self._retiring) if task is not None]
-        self._listener = self._heart = None
+        tasks = [task for task in (self._listener, self._heartbeat_task, *self._retiring) if task is not None]
+        self._listener = self._heartbeat_task = None
         await cancel_and_wait(*tasks)
-        await self.dispatcher.close()
+        await self.batcher.close()
         await self._session.close()
 
     # Decisions
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
         """Refuse from the cache, or decide by the policy while the store is unavailable; None to ask the store."""
-        if not self.dispatcher.is_usable:
-            return self.without_store(charges, now_ns)
+        if not self.batcher.is_usable:
+            return self.decide_without_store(charges, now_ns)
         if self.cache.is_trusted:
             for charge in charges:
                 if self.cache.tat(charge, now_ns) + charge.increment_ns > now_ns + charge.quota.burst_ns:
                     return self._refusal(charges, now_ns)
         return None
 
-    def decide_async(self, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]) -> None:
-        """Have the store decide; `answer` is called within the deadline, if necessary with the policy's decision."""
+    def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
+        """Have the store decide; `on_decision` is called within the deadline, if necessary with the policy's decision."""
         if len(charges) > 1 and self._session.is_divided:
-            MultiNodeCharge(self, charges, now_ns, answer).submit()
+            MultiNodeCharge(self, charges, now_ns, on_decision).submit()
         else:
-            self.dispatcher.submit(ChargeOp(self, charges, now_ns, answer))
+            self.batcher.submit(ChargeOp(self, charges, now_ns, on_decision))
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         """Return the store's decision on each charge, without charging; while it is unavailable, the local share's."""
         return list(await asyncio.gather(*[self._inspect(charge, now_ns) for charge in charges]))
 
     async def _inspect(self, charge: Charge, now_ns: int) -> Decision:
-        if not self.dispatcher.is_usable:
-            return self.share.inspect(charge, self.cache.last_tat(charge), now_ns)
+        if not self.batcher.is_usable:
+            return self.fallback.inspect(charge, self.cache.last_tat(charge), now_ns)
         seen: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self.dispatcher.submit(PeekOp(self, charge, now_ns, seen))
+        self.batcher.submit(PeekOp(self, charge, now_ns, seen))
         return await seen
 
     def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
         """Send the settlement to the store without waiting for it; the result is as of the time of the decision."""
         if decision.source != "store":
-            return self.share.settle(charges, decision, now_ns)
+            return self.fallback.settle(charges, decision, now_ns)
         at_ns = decision.at_ns
         debts_ns = []
         for charge, debt_ns in zip(charges, (decision.reset_ns, *decision.others_ns), strict=True):
             tat_ns = at_ns + debt_ns
             charged_ns = tat_ns - self._recent_refunds.since(charge.key, at_ns)
-            self.dispatcher.submit(SettleOp(self, charge, charged_ns))
+            self.batcher.submit(SettleOp(self, charge, charged_ns))
             debts_ns.append(settled(tat_ns, charge.quota.burst_ns, charge.increment_ns, charged_ns, at_ns) - at_ns)
             if charge.increment_ns < 0:
                 self._note_refund(charge.key, -charge.increment_ns)
@@ -199,52 +199,54 @@ class RedisLimiter:
         """Fill a bucket. Raises StoreUnavailable, after which the bucket may or may not be full."""
         try:
             await self._session.client.delete(self.store_key(key))
-            await self._notify_others(key)
+            await self._publish_invalidation(key)
         except StoreError as error:
             raise StoreUnavailable("The store did not confirm that the bucket was refilled.", retry_after=1) from error
         self._note_refund(key, 0)
-        self.share.reset(key)
+        self.fallback.reset(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Convert a bucket. The store keeps the budget with a bucket, and converts it at its next use."""
         self.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:  # readings under the old quota are invalid in all processes
             with suppress(*StoreError):
-                await self._notify_others(key)
+                await self._publish_invalidation(key)
 
-    async def _notify_others(self, key: str) -> None:
+    async def _publish_invalidation(self, key: str) -> None:
         """Make all processes drop their readings of a bucket."""
         await self._session.client.publish(self.refunds, refund_message(key, 0))
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
         """Convert this process's entries for a bucket to another quota."""
-        self.share.change_quota(key, old, new, now_ns)
+        self.fallback.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:
             self._note_refund(key, 0)
 
-    def requote(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
+    def change_quotas(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
         """Apply other quotas. The store keeps the budget with a bucket, and converts it at its next use."""
-        self.share.requote(quotas, quota_of, now_ns)
+        self.fallback.change_quotas(quotas, quota_of, now_ns)
         self.cache.renew(is_trusted=self.cache.is_trusted)  # readings under other budgets are invalid
 
-    def change_terms(self, policy: Policy, processes: int, bucket_limit: int) -> None:
+    def reconfigure(self, policy: Policy, processes: int, bucket_limit: int) -> None:
         """Apply another policy for outages, minimum number of processes and limit of buckets, after a reload."""
         self.policy = policy
         self._configured_processes = processes
-        self.share.processes = max(processes, *self._seen) if self._seen else processes
+        self.fallback.processes = max(processes, *self._process_counts) if self._process_counts else processes
         self.bucket_limit = self.cache.limit = bucket_limit
-        self.share.limit_buckets(bucket_limit)
+        self.fallback.limit_buckets(bucket_limit)
 
-    def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
+    def decide_without_store(
+        self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False
+    ) -> Decision:
         """Decide by the policy for outages; the request `may_be_charged` in the store if its response was lost."""
         if self.policy == "local_share":
             known = [self.cache.last_tat(charge) for charge in charges]
-            return self.share.decide(charges, known, now_ns, may_be_charged=may_be_charged)
+            return self.fallback.decide(charges, known, now_ns, may_be_charged=may_be_charged)
         first = charges[0]
         if self.policy == "deny":
             return Decision(first.key, first.quota, False, 0, NANOSECONDS, 0, now_ns, (), "deny")
         if not may_be_charged:
-            self.share.record_unsynced(charges, now_ns)
+            self.fallback.record_unsynced(charges, now_ns)
         others_ns = tuple(charge.increment_ns for charge in charges[1:])
         return decision_of(first, now_ns + first.increment_ns, 0, now_ns, "allow", others_ns)
 
@@ -280,13 +282,13 @@ class RedisLimiter:
                 self._refunds_turn_ns = now_ns + REFUNDS_KEPT_NS
             self._recent_refunds.note(key, now_ns + self.offset_ns + MESSAGE_NS, given_ns)
 
-    def _on_listening(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
+    def _on_subscription(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
         """Trust cached readings only while notifications of refunds are received."""
         self.cache.renew(is_trusted=is_listening)
 
-    def _on_trouble(self) -> None:
+    def _on_store_error(self) -> None:
         """Subscribe again after an error on another connection: the subscription may have failed without a sign."""
-        self._on_listening(False)
+        self._on_subscription(False)
         if self._listener is not None:
             retiring = asyncio.create_task(cancel_and_wait(self._listener), name="end of store refunds")
             self._retiring.add(retiring)
@@ -294,7 +296,7 @@ class RedisLimiter:
             self._listener = self._listen()
 
     def _listen(self) -> asyncio.Task[None]:
-        listening = self._session.listen(self.refunds, self._on_refund, self._on_listening)
+        listening = self._session.listen(self.refunds, self._on_refund, self._on_subscription)
         return asyncio.create_task(listening, name="store refunds")
 
     # Keys
@@ -305,14 +307,14 @@ class RedisLimiter:
 
     # Number of processes, and state of the store
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         """Send heartbeats, and read the number of live processes and the evictions, until cancelled."""
         while True:
             try:
                 alive = await self._session.client.eval(
                     HEARTBEAT_SCRIPT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
                 )
-            except REFUSALS as refusal:  # the store is full (OOM), a replica (READONLY), or cannot save (MISCONF)
+            except WRITE_REFUSALS as refusal:  # full (OOM), a replica (READONLY), or unable to save (MISCONF)
                 self._note_write_refusal(f"the store refuses writes: {refusal}")
             except StoreError:
                 logger.debug("heartbeat failed", exc_info=True)
@@ -344,9 +346,11 @@ class RedisLimiter:
 
     def note_processes(self, alive: int, now: float) -> None:
         """Update the number of processes: the most that were alive at once within an hour, at least as configured."""
-        self._seen[alive] = now
-        self._seen = {number: at for number, at in self._seen.items() if now - at <= MEMORY_OF_PROCESSES}
-        self.share.processes = max(self._configured_processes, *self._seen)
+        self._process_counts[alive] = now
+        self._process_counts = {
+            number: at for number, at in self._process_counts.items() if now - at <= PROCESS_COUNT_MEMORY
+        }
+        self.fallback.processes = max(self._configured_processes, *self._process_counts)
 
 
 def _warning(policy: str | None) -> str | None:

@@ -98,13 +98,13 @@ class ScriptBatcher:
         self._waiting: deque[ScriptOp] = deque()
         self._open: deque[ScriptOp] = deque()  # waiting or sent, in order
         self._idle: deque[asyncio.Future[None]] = deque()
-        self._alarm: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._is_waking = False
         self._connection_tasks: list[asyncio.Task[None]] = []
         self._connected = asyncio.Event()
         self.connections = 0
         self.breaker = CircuitBreaker(STORE_BREAKER_POLICY, clock())
-        self.batches = self.questions = self.failures = 0
+        self.calls = self.operations = self.failures = 0
         self.last_error: str | None = None
 
     def __repr__(self) -> str:
@@ -135,9 +135,9 @@ class ScriptBatcher:
     async def close(self) -> None:
         """Disconnect; pending operations fail."""
         await cancel_and_wait(*self._connection_tasks)
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._fail_waiting()
 
     def submit(self, op: ScriptOp) -> None:
@@ -145,8 +145,8 @@ class ScriptBatcher:
         op.expires = self._loop.time() + self.deadline
         self._waiting.append(op)
         self._open.append(op)
-        if self._alarm is None:
-            self._alarm = self._loop.call_at(op.expires, self._expire)
+        if self._timer is None:
+            self._timer = self._loop.call_at(op.expires, self._expire)
         self._schedule_wake()
 
     def _schedule_wake(self) -> None:
@@ -166,12 +166,12 @@ class ScriptBatcher:
 
     def _expire(self) -> None:
         """Fail the operations whose deadline has passed."""
-        self._alarm = None
+        self._timer = None
         now = self._loop.time()
         while self._open and (self._open[0].is_over or self._open[0].expires <= now):
             fail_op(self._open.popleft())
         if self._open:
-            self._alarm = self._loop.call_at(self._open[0].expires, self._expire)
+            self._timer = self._loop.call_at(self._open[0].expires, self._expire)
 
     def _fail_waiting(self) -> None:
         waiting, self._waiting = self._waiting, deque()
@@ -268,8 +268,8 @@ class ScriptBatcher:
                 for op in batch:
                     fail_op(op)
         self._count(ticket, Outcome.SUCCESS, None)
-        self.batches += 1
-        self.questions += len(batch)
+        self.calls += 1
+        self.operations += len(batch)
         for group, reply in zip(groups, replies, strict=True):
             values = iter(reply)
             clock_us = next(values)

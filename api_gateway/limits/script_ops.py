@@ -22,9 +22,9 @@ def refund_message(key: str, given_ns: int) -> str:
 class LimiterPort(Protocol):
     """The parts of the limiter that its operations use."""
 
-    share: FallbackLimiter
+    fallback: FallbackLimiter
     cache: DenyCache
-    dispatcher: ScriptBatcher | ClusterScriptBatcher
+    batcher: ScriptBatcher | ClusterScriptBatcher
     refunds: str
     offset_ns: int
     clock_ns: Callable[[], int]
@@ -34,7 +34,9 @@ class LimiterPort(Protocol):
         """Maps the key of a bucket to its key in the store."""
         ...
 
-    def without_store(self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False) -> Decision:
+    def decide_without_store(
+        self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False
+    ) -> Decision:
         """Decide by the policy for outages."""
         ...
 
@@ -46,28 +48,28 @@ class LimiterPort(Protocol):
 class ChargeOp(ScriptOp):
     """Charges all buckets of one request, or none."""
 
-    __slots__ = ("_answer", "_asked_ns", "_charges", "_limiter")
+    __slots__ = ("_asked_ns", "_charges", "_limiter", "_on_decision")
 
     def __init__(
-        self, limiter: LimiterPort, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]
+        self, limiter: LimiterPort, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]
     ) -> None:
         super().__init__(limiter.store_key(charges[0].key))
         self._limiter = limiter
         self._charges = charges
         self._asked_ns = now_ns
-        self._answer = answer
+        self._on_decision = on_decision
 
     def write(self, call: ScriptCall) -> None:
         """Append the charges, preceded by costs that were admitted during an outage."""
         limiter, arguments = self._limiter, call.arguments
-        if len(self._charges) == 1 and not limiter.share.has_unsynced:  # the common case
+        if len(self._charges) == 1 and not limiter.fallback.has_unsynced:  # the common case
             charge = self._charges[0]
             arguments += (1, call.number(self.key), charge.quota.burst_ns, charge.increment_ns)
             return
         numbers = [call.number(limiter.store_key(charge.key)) for charge in self._charges]
-        if limiter.share.has_unsynced:
+        if limiter.fallback.has_unsynced:
             for number, charge in zip(numbers, self._charges, strict=True):
-                owed_ns = limiter.share.take_unsynced(charge.key, self._asked_ns)
+                owed_ns = limiter.fallback.take_unsynced(charge.key, self._asked_ns)
                 if owed_ns:
                     arguments += ("debt", number, charge.quota.burst_ns, owed_ns)
         arguments.append(len(numbers))
@@ -84,7 +86,7 @@ class ChargeOp(ScriptOp):
             after_ns, wait_ns = take(now_ns + next(reply), charge.quota.burst_ns, charge.increment_ns, now_ns)
             limiter.cache.put(charge, after_ns - now_ns, asked_ns)
             if not self.is_over:
-                self._answer(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
+                self._on_decision(decision_of(charge, after_ns, wait_ns, now_ns, "store"))
             return
         taken = take_each([now_ns + next(reply) for _ in charges], charges, now_ns)
         decision = joint_decision(charges, taken, now_ns, "store")
@@ -92,12 +94,12 @@ class ChargeOp(ScriptOp):
             given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # not charged: another refused
             limiter.cache.put(charge, tat_ns - now_ns - given_back_ns, asked_ns)
         if not self.is_over:
-            self._answer(decision)
+            self._on_decision(decision)
 
     def fail(self) -> None:
         """Complete with a decision by the policy for outages."""
         limiter = self._limiter
-        self._answer(limiter.without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent))
+        self._on_decision(limiter.decide_without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent))
 
 
 class MultiNodeCharge:
@@ -108,12 +110,12 @@ class MultiNodeCharge:
     """
 
     def __init__(
-        self, limiter: LimiterPort, charges: Sequence[Charge], now_ns: int, answer: Callable[[Decision], None]
+        self, limiter: LimiterPort, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]
     ) -> None:
         self._limiter = limiter
         self._charges = charges
         self._now_ns = now_ns
-        self._answer = answer
+        self._callback = on_decision
         self._decisions: list[Decision | None] = [None] * len(charges)
 
     def __repr__(self) -> str:
@@ -122,8 +124,8 @@ class MultiNodeCharge:
     def submit(self) -> None:
         """Submit one operation for each bucket."""
         for index, charge in enumerate(self._charges):
-            answer = partial(self._on_decision, index)
-            self._limiter.dispatcher.submit(ChargeOp(self._limiter, [charge], self._now_ns, answer))
+            on_decision = partial(self._on_decision, index)
+            self._limiter.batcher.submit(ChargeOp(self._limiter, [charge], self._now_ns, on_decision))
 
     def _on_decision(self, index: int, decision: Decision) -> None:
         self._decisions[index] = decision
@@ -134,13 +136,13 @@ class MultiNodeCharge:
         if not refusals:
             first, *others = decisions
             first.others_ns = tuple(other.reset_ns for other in others)
-            self._answer(first)
+            self._callback(first)
             return
         for charge, known in zip(self._charges, decisions, strict=True):
             if known.allowed and charge.increment_ns:
                 back = Charge(charge.key, charge.quota, -charge.increment_ns)
                 self._limiter.settle([back], known, self._now_ns)
-        self._answer(max(refusals, key=lambda known: (known.wait_ns < 0, known.wait_ns)))
+        self._callback(max(refusals, key=lambda known: (known.wait_ns < 0, known.wait_ns)))
 
 
 class PeekOp(ScriptOp):
@@ -170,7 +172,7 @@ class PeekOp(ScriptOp):
         """Complete with the decision of the local share."""
         if not self._seen.done():
             limiter, charge = self._limiter, self._charge
-            self._seen.set_result(limiter.share.inspect(charge, limiter.cache.last_tat(charge), self._asked_ns))
+            self._seen.set_result(limiter.fallback.inspect(charge, limiter.cache.last_tat(charge), self._asked_ns))
 
 
 class SettleOp(ScriptOp):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from api_gateway.config import ENV_FILE, GatewayConfig, Loaded, config_path, read_config
-from api_gateway.process.start_check import file_obstacles
+from api_gateway.process.start_check import file_errors
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.secret import noting_files
 
@@ -41,7 +41,7 @@ class ConfigSource:
     def __call__(self) -> GatewayConfig:
         """Read the configuration for a reload. Blocks; raises ConfigError, also for files that cannot be used."""
         loaded = self.load()
-        found = [f"{loaded.sources.origin(one.place)}{one}" for one in file_obstacles(loaded.config)]
+        found = [f"{loaded.sources.origin(one.path)}{one}" for one in file_errors(loaded.config)]
         if found:
             raise ConfigError(found)
         return loaded.config

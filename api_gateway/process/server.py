@@ -41,7 +41,7 @@ from api_gateway.system.output import LineHandler, process_output
 logger = logging.getLogger(__name__)
 
 # What the server says of its own that is said here, or in the access log, in better words.
-_UNSAID = (
+_SILENCED = (
     "ASGI callable returned without completing response.",
     "Cancel %s running task(s)",
     "Application startup failed. Exiting.",
@@ -77,20 +77,20 @@ class GatewayServer(uvicorn.Server):
         refused: Counter[str] = Counter()
         section = config.server
         self.connections = FairShares(section.max_connections or default_connections(raise_descriptor_limit()))
-        self._crew = aggregator or SingleProcess()
+        self._aggregator = aggregator or SingleProcess()
         self._reloads: set[asyncio.Task[ReloadOutcome]] = set()
         self._watch: ConfigWatch | None = None
         if is_watched and isinstance(read, ConfigSource):
-            self._watch = ConfigWatch(read, partial(self._crew.reload, "--watch"))
+            self._watch = ConfigWatch(read, partial(self._aggregator.reload, "--watch"))
         self._watching: asyncio.Task[None] | None = None
         self._is_reload_due = False  # it was asked for before the start was done
         self._app = create_app(
             config,
             refused=refused,
-            aggregator=self._crew,
+            aggregator=self._aggregator,
             connections=self.connections,
             read=read,
-            on_change=self._on_configuration,
+            on_change=self._apply_configuration,
             locality=locality,
             clocks=clocks,
         )
@@ -131,21 +131,21 @@ class GatewayServer(uvicorn.Server):
 
     def begin_reload(self, origin: str) -> None:
         """Have the configuration reloaded. What becomes of it is in the log."""
-        task = asyncio.get_running_loop().create_task(self._crew.reload(origin), name="reload")
+        task = asyncio.get_running_loop().create_task(self._aggregator.reload(origin), name="reload")
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
 
-    def _on_configuration(self, config: GatewayConfig) -> None:
+    def _apply_configuration(self, config: GatewayConfig) -> None:
         """Take what a reload has put into force, as far as it is the server's. Connections keep their limits."""
         section = config.server
         self._settings, self._delay = config, section.drain_delay
         self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
         for listener in (self.config, self._admin_config):
             protocol: Any = listener.http
-            protocol.limits = _bounds(section)
+            protocol.limits = _connection_limits(section)
             protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
-        self._watchdog.allow(stop_within(section))
+        self._watchdog.set_stop_timeout(stop_within(section))
         set_log_level(config.log.level)
 
     async def _open_admin_listener(self) -> None:
@@ -191,9 +191,9 @@ class GatewayServer(uvicorn.Server):
             while (state.connections or state.tasks) and not self.force_exit:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(_STEP)
         finally:
-            self._cut_off()
+            self._abort_connections()
 
-    def _cut_off(self) -> None:
+    def _abort_connections(self) -> None:
         """End what is still running, and count it."""
         running = [
             one for one in self.server_state.connections if isinstance(one, DownstreamConnection) and one.is_busy
@@ -202,7 +202,7 @@ class GatewayServer(uvicorn.Server):
             self.cut_off = len(running)
             logger.error("%d requests were cut off: the time to drain was over", self.cut_off)
         for connection in running:
-            connection.cut_off()
+            connection.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second interrupt ends without waiting."""
@@ -220,7 +220,7 @@ class GatewayServer(uvicorn.Server):
             return
         before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
         try:
-            with unblocked_signals(), self._watchdog.on_duty():
+            with unblocked_signals(), self._watchdog.active():
                 yield
         finally:
             for number, previous in before.items():
@@ -262,7 +262,9 @@ def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], sha
     """Return the settings of one listener, whose connections are shared by themselves."""
     return uvicorn.Config(
         app,
-        http=limited_protocol(_bounds(section), refused, shares, _holder_of_connection(section.trusted_proxies)),
+        http=limited_protocol(
+            _connection_limits(section), refused, shares, _holder_of_connection(section.trusted_proxies)
+        ),
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -284,7 +286,7 @@ def _tune_garbage_collection() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def _bounds(section: ServerSection) -> ConnectionLimits:
+def _connection_limits(section: ServerSection) -> ConnectionLimits:
     return ConnectionLimits(
         header_bytes=section.max_header_bytes,
         header_lines=section.max_header_lines,
@@ -323,7 +325,7 @@ def configure_logging(level: str, who: str = "") -> None:
     # What the server says of its life is said in the welcome; its errors stay.
     logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")
     # Leaving an answer unfinished is how the gateway breaks one that the upstream broke; its own log has the reason.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith(_UNSAID))
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith(_SILENCED))
 
 
 def set_log_level(level: str) -> None:

@@ -20,13 +20,13 @@ from api_gateway.settings.diagnostics import KeyPath
 from api_gateway.settings.rules import Finding
 from api_gateway.settings.store_url import StoreUrl
 from api_gateway.storage.embedded_server import NoServer, find_server
-from api_gateway.system.state_folder import LOCK, own_folder
+from api_gateway.system.state_folder import LOCK_FILE, own_folder
 
 _PRIVILEGED = 1024
 _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
 
 
-def file_obstacles(config: GatewayConfig) -> Iterator[Finding]:
+def file_errors(config: GatewayConfig) -> Iterator[Finding]:
     """Yield the files and packages that a start needs and could not use."""
     for name, upstream in config.upstreams.items():
         place: KeyPath = ("upstreams", name)
@@ -51,20 +51,20 @@ def file_obstacles(config: GatewayConfig) -> Iterator[Finding]:
             yield Finding(("server", "workers"), f"{error}, got {config.server.workers}")
 
 
-def obstacles(config: GatewayConfig) -> Iterator[Finding]:
+def startup_errors(config: GatewayConfig) -> Iterator[Finding]:
     """Yield everything that a start would fail with."""
-    yield from file_obstacles(config)
+    yield from file_errors(config)
     yield from (finding for finding, is_passing in _address_findings(config) if not is_passing)
     if not config.store.keeps_clients:
-        yield from _state_obstacles(config.state_dir)
+        yield from _state_errors(config.state_dir)
 
 
-def passing_doubts(config: GatewayConfig) -> Iterator[Finding]:
+def startup_warnings(config: GatewayConfig) -> Iterator[Finding]:
     """Yield what a start would fail with now, and perhaps not later; and what it would go without."""
     yield from (finding for finding, is_passing in _address_findings(config) if is_passing)
     if config.store.keeps_clients:
-        yield from _state_obstacles(config.state_dir)
-    holder = _holder(own_folder(config.state_dir) / LOCK)
+        yield from _state_errors(config.state_dir)
+    holder = _holder(own_folder(config.state_dir) / LOCK_FILE)
     if holder is not None:
         message = f"another gateway uses {config.state_dir} (process {holder}); while it does, a second one is refused"
         yield Finding(("state_dir",), message)
@@ -183,7 +183,7 @@ def _socket_path_problems(path: Path) -> Iterator[str]:
 # State
 
 
-def _state_obstacles(state_dir: Path) -> Iterator[Finding]:
+def _state_errors(state_dir: Path) -> Iterator[Finding]:
     place: KeyPath = ("state_dir",)
     existing = own = own_folder(state_dir)
     while not existing.exists() and not existing.is_symlink() and existing != existing.parent:

@@ -23,8 +23,8 @@ from api_gateway.process.server import set_log_level, stop_within, watchdog_of
 from api_gateway.process.startup_message import startup_banner
 from api_gateway.process.worker_handle import WORKER_START_TIMEOUT, Objection, WorkerHandle, spawn
 from api_gateway.reload.outcome import ReloadOutcome, ReloadState
-from api_gateway.reload.reloader import ApplyError, Reloader, refused
-from api_gateway.reload.serialization import hand_over
+from api_gateway.reload.reloader import ApplyError, Reloader, refused_reload
+from api_gateway.reload.serialization import serialized
 from api_gateway.reporting.merge import merge
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.storage.embedded_server import EmbeddedStore, NoServer, find_server
@@ -35,17 +35,20 @@ logger = logging.getLogger(__name__)
 DRAIN_MARGIN = 3.5  # seconds a worker may take beyond its time to drain: its own watchdog ends it sooner
 SUPERVISOR_STOP_MARGIN = 4.5  # seconds the supervisor may take beyond that time
 REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say where it hangs and end by itself
-ANSWER_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
+GATHER_ROUND_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
 COMMIT_TIMEOUT = 5.0  # seconds for it to put that into force
-SETTLED = 5.0  # seconds of service after which a worker's end is not put down to its start
-FIRST_DELAY, LONGEST_DELAY = 0.25, 10.0  # seconds before a worker is replaced that has ended soon after its start
-LEAVE_AFTER = 1.0  # seconds of such a delay from which on new connections go to the other workers
+STABLE_AFTER = 5.0  # seconds of service after which a worker's end is not put down to its start
+MIN_RESPAWN_DELAY, MAX_RESPAWN_DELAY = (
+    0.25,
+    10.0,
+)  # seconds before a worker is replaced that has ended soon after its start
+LEAVE_GROUP_AFTER = 1.0  # seconds of such a delay from which on new connections go to the other workers
 
 
-def delay_after(failures: int) -> float:
+def respawn_delay(failures: int) -> float:
     """Return the seconds to wait before a start, after so many in a row that failed."""
-    return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(failures - 1, 20)) if failures else 0.0
+    return min(MAX_RESPAWN_DELAY, MIN_RESPAWN_DELAY * 2.0 ** min(failures - 1, 20)) if failures else 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -90,9 +93,9 @@ class CounterLedger:
             await asyncio.wait({before})
         self._running, self._next = self._next, None
         self._requested += 1
-        answers = [worker.request_snapshot(self._requested) for worker in self.workers]
-        if answers:
-            await asyncio.wait(answers, timeout=ANSWER_TIMEOUT)
+        replies = [worker.request_snapshot(self._requested) for worker in self.workers]
+        if replies:
+            await asyncio.wait(replies, timeout=GATHER_ROUND_TIMEOUT)
         merged = merge([self.retired, *(worker.snapshot for worker in self.workers)])
         merged.configuration = self.configuration()
         return merged.state()
@@ -134,7 +137,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._wanted.put_nowait, self._reload_by_signal)
         loop.add_signal_handler(signal.SIGUSR2, self._wanted.put_nowait, self._roll)
         loop.add_signal_handler(signal.SIGUSR1, logger.warning, "SIGUSR1 is ignored")
-        with unblocked_signals(), self._watchdog.on_duty():
+        with unblocked_signals(), self._watchdog.active():
             self._watchdog.watch()
             async with self._stack:
                 await self._until_stopped(self._live())
@@ -216,7 +219,7 @@ class Supervisor:
 
     def _handed_over(self, config: GatewayConfig) -> dict[str, Any]:
         """Return a configuration as workers get it."""
-        values = hand_over(config, self._demo.sections() if self._demo and config.is_demo else {})
+        values = serialized(config, self._demo.sections() if self._demo and config.is_demo else {})
         if self._store is not None:
             values["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
         return values
@@ -274,11 +277,11 @@ class Supervisor:
                 continue
             self._ledger.retire(worker)
             lived = time.monotonic() - worker.started
-            slot.failures = slot.failures + 1 if worker.has_served_for < SETTLED else 0
-            delay = delay_after(slot.failures)
+            slot.failures = slot.failures + 1 if worker.seconds_served < STABLE_AFTER else 0
+            delay = respawn_delay(slot.failures)
             how = f"code {code}" if code >= 0 else f"signal {-code}"
             logger.error("%s exited (%s) after %.1f s, restarting in %g s", worker, how, lived, delay)
-            if delay >= LEAVE_AFTER:
+            if delay >= LEAVE_GROUP_AFTER:
                 leave_group(slot.sockets)
             await asyncio.sleep(delay)
             await self._fill(slot, worker)
@@ -293,7 +296,7 @@ class Supervisor:
                     slot.worker = await self._spawn(slot)
                 except StartupError as error:
                     slot.failures += 1
-                    delay = delay_after(slot.failures)
+                    delay = respawn_delay(slot.failures)
                     logger.error("%s; trying again in %g s", error, delay)  # noqa: TRY400 - one line
                 else:
                     return
@@ -313,9 +316,9 @@ class Supervisor:
     async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration in all workers, or in none. It is refused where a worker that asks has to leave."""
         if self._is_rolling:
-            return self._reloader.note(refused("the workers are being restarted one by one"), origin)
+            return self._reloader.record(refused_reload("the workers are being restarted one by one"), origin)
         if self._stopping.is_set():
-            return self._reloader.note(refused("the gateway is draining"), origin)
+            return self._reloader.record(refused_reload("the gateway is draining"), origin)
         return await self._reloader.reload(origin)
 
     async def _apply(self, config: GatewayConfig) -> None:
@@ -339,7 +342,7 @@ class Supervisor:
                 worker.kill()
             for worker in workers:
                 worker.drains_within = _drains_within(config)
-        self._watchdog.allow(stop_within(config.server, SUPERVISOR_STOP_MARGIN))
+        self._watchdog.set_stop_timeout(stop_within(config.server, SUPERVISOR_STOP_MARGIN))
         set_log_level(config.log.level)
 
     async def _roll(self) -> None:
@@ -381,9 +384,9 @@ async def _all(
     workers: Sequence[WorkerHandle], phase: str, within: float, **fields: Any
 ) -> dict[WorkerHandle, Objection]:
     """Have all workers do a phase of a reload; return what is in the way of those that serve and have not done it."""
-    answers = await asyncio.gather(*(worker.configure(phase, within, **fields) for worker in workers))
-    found = zip(workers, answers, strict=True)
-    return {worker: answer for worker, answer in found if answer is not None and worker.is_serving}
+    replies = await asyncio.gather(*(worker.configure(phase, within, **fields) for worker in workers))
+    found = zip(workers, replies, strict=True)
+    return {worker: reply for worker, reply in found if reply is not None and worker.is_serving}
 
 
 def _error_of(objections: Mapping[WorkerHandle, Objection]) -> StartupError | ApplyError:

@@ -33,8 +33,8 @@ from api_gateway.system.output import process_output
 logger = logging.getLogger(__name__)
 
 MIN_BLOCKED_CHECKS = 10  # at least, that must find the loop blocked before the process is ended
-LONGEST_PAUSE = 0.5  # seconds between two looks
-REPORT_WITHIN = 1.0  # seconds for the log to take the report: what blocks the loop may block the log, too
+MAX_CHECK_INTERVAL = 0.5  # seconds between two looks
+REPORT_TIMEOUT = 1.0  # seconds for the log to take the report: what blocks the loop may block the log, too
 NATIVE_MARGIN = 2.0  # seconds of CPU time that native code may take beyond the time the loop has
 
 
@@ -46,7 +46,7 @@ class Watchdog:
 
     def __init__(
         self,
-        patience: float,
+        timeout: float,
         stop_within: float,
         *,
         blocked: int,
@@ -54,31 +54,31 @@ class Watchdog:
         stop_signals: Collection[int] = (signal.SIGTERM, signal.SIGINT),
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        """End the process with `blocked` when its loop has not turned for `patience` seconds.
+        """End the process with `blocked` when its loop has not turned for `timeout` seconds.
 
         And with `overdue` when it has not ended `stop_within` seconds after a stop signal.
         """
-        self._patience = patience
+        self._timeout = timeout
         self._stop_within = stop_within
         self._blocked, self._overdue = blocked, overdue
         self._stop_signals = frozenset(int(number) for number in stop_signals)
         self._end = end
-        self._pause = min(LONGEST_PAUSE, patience / MIN_BLOCKED_CHECKS)
-        self._looks_to_block = math.ceil(patience / self._pause)
+        self._pause = min(MAX_CHECK_INTERVAL, timeout / MIN_BLOCKED_CHECKS)
+        self._checks_until_blocked = math.ceil(timeout / self._pause)
         self._loop: asyncio.AbstractEventLoop | None = None  # while it is watched
         self._main = threading.main_thread().ident or 0
         self._silent = 0.0  # looks since the loop was last seen to turn, less what it waited for a processor
         self._ran = 0.0  # seconds that the loop's thread has run, ever
-        self._is_heard = True
-        self._looks_left = math.inf  # until the process must have ended
+        self._has_turned = True
+        self._checks_left = math.inf  # until the process must have ended
         self._has_timer = False
 
     def __repr__(self) -> str:
         state = "idle" if self._loop is None else f"{self._silent:g} looks without a turn of the loop"
-        return f"<Watchdog [{state}, {self._looks_left} looks to the end]>"
+        return f"<Watchdog [{state}, {self._checks_left} looks to the end]>"
 
     @contextlib.contextmanager
-    def on_duty(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Look from now on, and read the signals. To be used in the main thread, within the loop.
 
         The end that is awaited after a stop signal is that of the process, and so awaited beyond this block.
@@ -87,8 +87,8 @@ class Watchdog:
         os.set_blocking(inlet, False)
         os.set_blocking(outlet, False)
         before = signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
-        self._set_timer_up()
-        thread = threading.Thread(target=self._look_on, args=(inlet, before), name="watchdog", daemon=True)
+        self._arm_timer()
+        thread = threading.Thread(target=self._run, args=(inlet, before), name="watchdog", daemon=True)
         thread.start()
         try:
             yield
@@ -98,32 +98,32 @@ class Watchdog:
 
     def watch(self) -> None:
         """Expect the running loop to turn from now on."""
-        self._silent, self._is_heard = 0, True
+        self._silent, self._has_turned = 0, True
         self._loop = asyncio.get_running_loop()
 
     def expect_end(self) -> None:
         """Expect the process to end in time. Idempotent: the first signal counts."""
-        self._looks_left = min(self._looks_left, math.ceil(self._stop_within / self._pause))
+        self._checks_left = min(self._checks_left, math.ceil(self._stop_within / self._pause))
 
-    def allow(self, stop_within: float) -> None:
+    def set_stop_timeout(self, stop_within: float) -> None:
         """Give the process another time to end, from the next stop signal on."""
         self._stop_within = stop_within
 
     # In the thread
 
-    def _look_on(self, inlet: int, before: int) -> None:
+    def _run(self, inlet: int, before: int) -> None:
         poll = select.poll()
         poll.register(inlet, select.POLLIN)
         due = time.monotonic() + self._pause
         while True:
             left = due - time.monotonic()
             if left > 0 and poll.poll(max(1, math.ceil(left * 1000))):
-                self._pass_on(inlet, before)
+                self._forward_signals(inlet, before)
                 continue
             due = time.monotonic() + self._pause
-            self._look()
+            self._check()
 
-    def _pass_on(self, inlet: int, before: int) -> None:
+    def _forward_signals(self, inlet: int, before: int) -> None:
         """Note stop signals, and wake the loop for all."""
         with contextlib.suppress(OSError):
             numbers = os.read(inlet, 4096)
@@ -132,31 +132,33 @@ class Watchdog:
             if before >= 0:
                 os.write(before, numbers)
 
-    def _look(self) -> None:
-        self._put_timer_off()
-        self._looks_left -= 1
+    def _check(self) -> None:
+        self._disarm_timer()
+        self._checks_left -= 1
         loop = self._loop
         ran_before, (self._ran, is_runnable) = self._ran, scheduling_of(threading.main_thread())
-        if loop is not None and not self._is_heard:
+        if loop is not None and not self._has_turned:
             self._silent += min(1.0, (self._ran - ran_before) / self._pause) if is_runnable else 1
         elif loop is not None:
-            self._silent, self._is_heard = 0, False
+            self._silent, self._has_turned = 0, False
             with contextlib.suppress(RuntimeError):  # it is closed
-                loop.call_soon_threadsafe(self._hear)
-        if self._looks_left <= 0:
-            self._give_up(self._overdue, f"the process has not ended {self._stop_within:g} s after the stop signal")
-        elif loop is not None and self._silent >= self._looks_to_block:
-            self._give_up(self._blocked, f"the event loop has been blocked for {self._patience:g} s")
+                loop.call_soon_threadsafe(self._on_loop_turn)
+        if self._checks_left <= 0:
+            self._end_process(
+                self._overdue, f"the process has not ended {self._stop_within:g} s after the stop signal"
+            )
+        elif loop is not None and self._silent >= self._checks_until_blocked:
+            self._end_process(self._blocked, f"the event loop has been blocked for {self._timeout:g} s")
 
-    def _hear(self) -> None:
-        self._is_heard = True
+    def _on_loop_turn(self) -> None:
+        self._has_turned = True
 
-    def _give_up(self, code: int, why: str) -> None:
+    def _end_process(self, code: int, why: str) -> None:
         """Say why, and where the loop's thread is, then end the process: in time also if the log cannot take it."""
         try:
             snapshot = threading.Thread(target=self._report, args=(code, why), daemon=True)
             snapshot.start()
-            snapshot.join(REPORT_WITHIN)
+            snapshot.join(REPORT_TIMEOUT)
         finally:
             self._end(code)
 
@@ -164,22 +166,22 @@ class Watchdog:
         frame = sys._current_frames().get(self._main)  # noqa: SLF001 - the interpreter's documented way to see it
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (ended)\n"
         logger.critical("%s; it ends with exit code %d. The main thread is at:\n%s", why, code, stack.rstrip())
-        process_output().flush(REPORT_WITHIN)
+        process_output().flush(REPORT_TIMEOUT)
 
     # The timer
 
-    def _set_timer_up(self) -> None:
+    def _arm_timer(self) -> None:
         """Have a stack written before SIGPROF ends the process, unless somebody else uses that signal."""
         if signal.getsignal(signal.SIGPROF) is not signal.SIG_DFL:
             return
         with contextlib.suppress(AttributeError, OSError, ValueError):  # there is no standard error
             faulthandler.register(signal.SIGPROF, file=sys.stderr, all_threads=True, chain=True)
         self._has_timer = True
-        self._put_timer_off()
+        self._disarm_timer()
 
-    def _put_timer_off(self) -> None:
+    def _disarm_timer(self) -> None:
         if self._has_timer:
-            signal.setitimer(signal.ITIMER_PROF, self._patience + NATIVE_MARGIN)
+            signal.setitimer(signal.ITIMER_PROF, self._timeout + NATIVE_MARGIN)
 
 
 def scheduling_of(thread: threading.Thread) -> tuple[float, bool]:

@@ -10,7 +10,7 @@ from api_gateway.config import GatewayConfig
 from api_gateway.errors import STARTUP_FAILED
 from api_gateway.process.listeners import Sockets
 from api_gateway.process.server import GatewayServer, configure_logging
-from api_gateway.reload.serialization import take_over
+from api_gateway.reload.serialization import deserialized
 from api_gateway.reporting.worker_channel import REPLACED_SIGNAL, SupervisorChannel
 from api_gateway.system.output import redirected
 
@@ -24,7 +24,7 @@ def main(worker_config: dict[str, Any]) -> int:
 def _serve(worker_config: dict[str, Any]) -> int:
     for number in (signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor
-    config = take_over(worker_config["config"])
+    config = deserialized(worker_config["config"])
     configure_logging(config.log.level, f"worker {worker_config['number']}: ")
     server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]))
     public, admin = (

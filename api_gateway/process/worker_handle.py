@@ -47,7 +47,7 @@ class WorkerHandle:
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         gather: Gather,
         reload: Reload,
-        patience: float,
+        silence_timeout: float,
     ) -> None:
         """Kill it when, after its start, it has given no sign of life for `patience` seconds."""
         self.started = time.monotonic()
@@ -67,7 +67,7 @@ class WorkerHandle:
         self._replies: set[asyncio.Task[None]] = set()
         self._has_reported = False  # since the last look
         self._listening = asyncio.create_task(self._listen(), name=f"worker {number}")
-        watching = asyncio.create_task(self._watch(patience), name=f"watch over worker {number}")
+        watching = asyncio.create_task(self._watch(silence_timeout), name=f"watch over worker {number}")
         self._listening.add_done_callback(lambda _: watching.cancel())
 
     def __repr__(self) -> str:
@@ -84,7 +84,7 @@ class WorkerHandle:
         return self._ready.done() and bool(self._ready.result())
 
     @property
-    def has_served_for(self) -> float:
+    def seconds_served(self) -> float:
         """The seconds since it was ready; 0 if it has never been: how long its start took says nothing of it."""
         return max(0.0, time.monotonic() - self._served_since)
 
@@ -108,13 +108,13 @@ class WorkerHandle:
 
     def request_snapshot(self, number: int) -> asyncio.Future[None]:
         """Ask for a report; the future is done when `report` is newer than this, or will not get any newer."""
-        answer = asyncio.get_running_loop().create_future()
+        reply = asyncio.get_running_loop().create_future()
         if self._listening.done() or not self._ready.done():
-            answer.set_result(None)
+            reply.set_result(None)
         else:
-            self._pending[number] = answer
+            self._pending[number] = reply
             self._writer.write(encode("report", id=number))
-        return answer
+        return reply
 
     @property
     def is_serving(self) -> bool:
@@ -124,14 +124,14 @@ class WorkerHandle:
     async def configure(self, phase: str, within: float, **fields: Any) -> Objection | None:
         """Have it do a phase of a reload (`prepare` or `commit`); return what is in the way, None if nothing is."""
         self._configurations = number = self._configurations + 1
-        answer: asyncio.Future[Objection | None] = asyncio.get_running_loop().create_future()
-        self._configuring = answer
+        reply: asyncio.Future[Objection | None] = asyncio.get_running_loop().create_future()
+        self._configuring = reply
         if not self._listening.done():
             self._writer.write(encode(phase, id=number, **fields))
-        waited: set[asyncio.Future[Any]] = {answer, self._listening}
+        waited: set[asyncio.Future[Any]] = {reply, self._listening}
         await asyncio.wait(waited, timeout=within, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
+        if reply.done():
+            return reply.result()
         return Objection("it has ended" if self._listening.done() else f"it has not answered within {within:g} s")
 
     def _signal(self, number: int) -> None:
@@ -150,7 +150,7 @@ class WorkerHandle:
                 self._ready.set_result(False)
             self._resolve(None)
 
-    async def _watch(self, patience: float) -> None:
+    async def _watch(self, silence_timeout: float) -> None:
         """Kill it when it hangs. Looks are counted and not seconds: a supervisor that was stopped blames nobody.
 
         Before it serves it has nothing to say, so its time for that is added.
@@ -158,10 +158,10 @@ class WorkerHandle:
         await asyncio.wait({self._ready}, timeout=WORKER_START_TIMEOUT)
         silent = 0
         while silent < MAX_SILENT_CHECKS:
-            await asyncio.sleep(patience / MAX_SILENT_CHECKS)
+            await asyncio.sleep(silence_timeout / MAX_SILENT_CHECKS)
             silent = 0 if self._has_reported else silent + 1
             self._has_reported = False
-        logger.error("%r has given no sign of life for %g s and is ended", self, patience)
+        logger.error("%r has given no sign of life for %g s and is ended", self, silence_timeout)
         self.kill()
 
     def _receive(self, message: dict[str, Any]) -> None:
@@ -196,9 +196,9 @@ class WorkerHandle:
             self._served_since = time.monotonic()
 
     def _reply_later(self, answering: Coroutine[Any, Any, None]) -> None:
-        answer = asyncio.create_task(answering, name="answer")
-        self._replies.add(answer)
-        answer.add_done_callback(self._replies.discard)
+        reply = asyncio.create_task(answering, name="answer")
+        self._replies.add(reply)
+        reply.add_done_callback(self._replies.discard)
 
     async def _reply_to_reload(self, number: int, origin: str) -> None:
         outcome = await self._reload(origin)
@@ -218,9 +218,9 @@ class WorkerHandle:
     def _resolve(self, number: int | None) -> None:
         """Wake who has asked for this report or an earlier one; None wakes all."""
         for asked in [asked for asked in self._pending if number is None or asked <= number]:
-            answer = self._pending.pop(asked)
-            if not answer.done():
-                answer.set_result(None)
+            reply = self._pending.pop(asked)
+            if not reply.done():
+                reply.set_result(None)
 
 
 async def spawn(
@@ -230,7 +230,7 @@ async def spawn(
     inherited: Sequence[int],
     gather: Gather,
     reload: Reload,
-    patience: float,
+    silence_timeout: float,
 ) -> WorkerHandle:
     """Start a worker, by exec and not by fork: it takes the code as it is now, and nothing of this process's loop.
 
@@ -260,7 +260,7 @@ async def spawn(
         raise
     worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin)
     theirs.close()  # the worker has its own by that number
-    worker = WorkerHandle(number, process, streams, gather, reload, patience)
+    worker = WorkerHandle(number, process, streams, gather, reload, silence_timeout)
     assert process.stdin is not None  # noqa: S101 - piped above
     process.stdin.write(worker_config.encode())
     process.stdin.close()

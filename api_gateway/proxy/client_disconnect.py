@@ -8,10 +8,10 @@ from api_gateway.proxy.request_body import StreamedBody
 from api_gateway.transport.request import NoBody
 
 CLIENT_LEFT = "The client disconnected before the response was complete."
-DISCONNECT_CHECK_DELAY = 0.05  # seconds before a `DisconnectWatch` starts to call `receive`, and between its calls
+DISCONNECT_CHECK_DELAY = 0.05  # seconds before a `DisconnectPoller` starts to call `receive`, and between its calls
 
 
-class LeavingWatch:
+class DisconnectListener:
     """Context manager that cancels the block when the client disconnects, and raises ClientDisconnected instead.
 
     For the gateway's own server, which reports a disconnect through `ServerExtension.on_disconnect`. Raises
@@ -34,7 +34,7 @@ class LeavingWatch:
             raise ClientDisconnected(CLIENT_LEFT) from error
 
 
-class DisconnectWatch:
+class DisconnectPoller:
     """Context manager that cancels the block when the client disconnects, and raises ClientDisconnected instead.
 
     For servers that report a disconnect only through `receive`, which is called after `DISCONNECT_CHECK_DELAY`: most

@@ -20,14 +20,14 @@ _SHOWN = 40  # bytes of an invalid value that are quoted
 class Deadline:
     """A deadline: `at` in monotonic seconds, `seconds` from the request's arrival, `source` of the timeout.
 
-    `is_passed_on`: the client or the route has set a timeout, so the remaining time is forwarded to the upstream.
+    `is_forwarded`: the client or the route has set a timeout, so the remaining time is forwarded to the upstream.
     """
 
     at: float
     seconds: float
     source: Literal["client", "route", "upstream"]
     name: str  # of the route or the upstream
-    is_passed_on: bool
+    is_forwarded: bool
 
     @property
     def is_upstream_fault(self) -> bool:

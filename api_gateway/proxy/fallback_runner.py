@@ -21,13 +21,13 @@ class FallbackRunner:
     def __init__(
         self,
         upstream_clients: Mapping[str, UpstreamClient],
-        ask: AskUpstream,
+        ask_upstream: AskUpstream,
         on_fallback: Callable[[Exchange, GatewayError], None],
         clock: Clock,
     ) -> None:
-        """`ask` makes the attempts on an upstream; `on_fallback` is called before a fallback responds."""
+        """`ask_upstream` makes the attempts on an upstream; `on_fallback` is called before a fallback responds."""
         self._upstream_clients = upstream_clients
-        self._ask = ask
+        self._ask_upstream = ask_upstream
         self._on_fallback = on_fallback
         self._clock = clock
 
@@ -52,9 +52,9 @@ class FallbackRunner:
             exchange.has_reached |= not error.is_retry_safe
             exchange.response_headers.append((FALLBACK, fallback.name.encode()))
             if fallback.upstream is None:
-                await self._statically(exchange, fallback, send)
+                await self._respond_static(exchange, fallback, send)
             else:
-                await self._from_another(exchange, fallback.upstream, error, request, receive, send)
+                await self._respond_from_upstream(exchange, fallback.upstream, error, request, receive, send)
 
     def _may_respond(
         self, exchange: Exchange, fallback: Fallback, request: UpstreamRequest, error: GatewayError
@@ -72,13 +72,13 @@ class FallbackRunner:
             is_kept=request.body.is_kept,
         )
 
-    async def _statically(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:
+    async def _respond_static(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:
         exchange.status, exchange.bytes_out = fallback.status, len(fallback.body)
         headers = [*fallback.fields(), *exchange.response_headers]
         await send({"type": "http.response.start", "status": fallback.status, "headers": headers})
         await send({"type": "http.response.body", "body": fallback.body, "more_body": False})
 
-    async def _from_another(
+    async def _respond_from_upstream(
         self,
         exchange: Exchange,
         upstream: str,
@@ -93,7 +93,7 @@ class FallbackRunner:
         upstream_client = self._upstream_clients[upstream]
         upstream_client.retries.budget.deposit(exchange.started)
         try:
-            await self._ask(exchange, upstream_client, request, receive, send)
+            await self._ask_upstream(exchange, upstream_client, request, receive, send)
         except (Unavailable, UpstreamFailed) as error:
             if exchange.status:
                 raise

@@ -6,10 +6,12 @@ from api_gateway.errors import Fault, GatewayError, UpstreamTimeout
 from api_gateway.models import Outcome
 from api_gateway.proxy.deadline import Deadline
 
-CLIENT_PAUSE = 1.0  # seconds of waiting for a client, after which an upstream may have closed the connection for that
+MAX_CLIENT_PAUSE = (
+    1.0  # seconds of waiting for a client, after which an upstream may have closed the connection for that
+)
 
 
-class ClientShare(NamedTuple):
+class ClientProgress(NamedTuple):
     """The client's part in the end of an attempt.
 
     `has_sent_all`: the gateway has the whole request. `is_awaited`: the gateway was waiting for a piece of the body.
@@ -21,7 +23,7 @@ class ClientShare(NamedTuple):
     waited: float = 0.0
 
 
-NO_SHARE = ClientShare()
+NO_PROGRESS = ClientProgress()
 # A TARGET fault is attributed to no principal, see `CircuitBreaker.settle`.
 OUTCOME_OF_FAULT = {
     Fault.CLIENT: Outcome.IGNORED,
@@ -32,7 +34,7 @@ OUTCOME_OF_FAULT = {
 }
 
 
-def fault_of(error: GatewayError, client: ClientShare = NO_SHARE) -> Fault:
+def fault_of(error: GatewayError, client: ClientProgress = NO_PROGRESS) -> Fault:
     """Return the fault of a failed attempt: nobody instead of the upstream if the client may have caused it.
 
     | error | client | fault |
@@ -47,18 +49,18 @@ def fault_of(error: GatewayError, client: ClientShare = NO_SHARE) -> Fault:
     if isinstance(error, UpstreamTimeout):
         may_be_client = client.is_awaited
     else:
-        may_be_client = not client.has_sent_all or client.waited >= CLIENT_PAUSE
+        may_be_client = not client.has_sent_all or client.waited >= MAX_CLIENT_PAUSE
     return Fault.NOBODY if may_be_client else Fault.UPSTREAM
 
 
-def fault_of_status(status: int, client: ClientShare = NO_SHARE) -> Fault:
+def fault_of_status(status: int, client: ClientProgress = NO_PROGRESS) -> Fault:
     """Return the fault of an error status: the upstream for 5xx if the request was sent completely, else nobody."""
     if status < 500:  # noqa: PLR2004 - the class of server errors
         return Fault.CLIENT
     return Fault.UPSTREAM if client.has_sent_all else Fault.NOBODY
 
 
-def fault_of_deadline(deadline: Deadline, spent: float, client: ClientShare) -> Fault:
+def fault_of_deadline(deadline: Deadline, spent: float, client: ClientProgress) -> Fault:
     """Return the fault if a deadline ends an attempt on which the upstream has spent `spent` seconds.
 
     It is the client for the client's own deadline; the upstream if it had the whole request and at least half of the

@@ -6,7 +6,7 @@ import httpx
 
 from api_gateway.errors import Fault, GatewayError, Overloaded, UpstreamTimeout
 from api_gateway.models import Clock, Exchange, Outcome
-from api_gateway.proxy.faults import NO_SHARE, OUTCOME_OF_FAULT, ClientShare, fault_of, fault_of_status
+from api_gateway.proxy.faults import NO_PROGRESS, OUTCOME_OF_FAULT, ClientProgress, fault_of, fault_of_status
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.transport.error_mapping import translate
 from api_gateway.transport.local_resources import ExhaustionLog, LocalResourcesExhausted
@@ -39,7 +39,7 @@ class OutcomeReporter:
         self._exhaustion_log = ExhaustionLog()
 
     def on_head(
-        self, exchange: Exchange, attempt: Attempt, status: int, now: float, client: ClientShare = NO_SHARE
+        self, exchange: Exchange, attempt: Attempt, status: int, now: float, client: ClientProgress = NO_PROGRESS
     ) -> None:
         """Record the head of a response; an error status settles the attempt at once."""
         assert exchange.sent_at is not None  # noqa: S101 - a response implies a request
@@ -57,7 +57,7 @@ class OutcomeReporter:
             attempt.slow = SlowResponse(took, exchange.route or "", exchange.id)
 
     def on_failure(
-        self, exchange: Exchange, attempt: Attempt, error: httpx.TransportError, client: ClientShare = NO_SHARE
+        self, exchange: Exchange, attempt: Attempt, error: httpx.TransportError, client: ClientProgress = NO_PROGRESS
     ) -> GatewayError:
         """Settle an attempt without a response; return the translated error."""
         upstream, now = attempt.upstream.name, self._clock()
@@ -65,14 +65,14 @@ class OutcomeReporter:
         self._observe_attempt(upstream, failure.reason, None, now)
         fault = fault_of(failure, client)
         if isinstance(failure, UpstreamTimeout) and fault is Fault.UPSTREAM:
-            _teach(exchange, attempt, now)
-        if isinstance(failure, Overloaded) and (exhaustion := _lack(error)) is not None:
+            _observe_missing_head(exchange, attempt, now)
+        if isinstance(failure, Overloaded) and (exhaustion := _exhaustion(error)) is not None:
             self._exhaustion_log.note(upstream, exhaustion, now)
         self._settle_failure(exchange, attempt, fault, now, failure.reason, now)
         return failure
 
     def on_broken_body(
-        self, exchange: Exchange, attempt: Attempt, error: Exception, client: ClientShare = NO_SHARE
+        self, exchange: Exchange, attempt: Attempt, error: Exception, client: ClientProgress = NO_PROGRESS
     ) -> GatewayError:
         """Settle an attempt whose response is incomplete; return the translated error."""
         failure = translate(error, attempt.upstream.name)
@@ -89,7 +89,7 @@ class OutcomeReporter:
         now, reason = self._clock(), UpstreamTimeout.reason.value
         if exchange.head_at is None:
             self._observe_attempt(attempt.upstream.name, reason, None, now)
-            _teach(exchange, attempt, now)
+            _observe_missing_head(exchange, attempt, now)
         self._settle_failure(exchange, attempt, fault, now, f"{reason} (deadline)", now)
 
     def settle_success(self, attempt: Attempt) -> None:
@@ -119,12 +119,12 @@ class OutcomeReporter:
             self._on_target_move(attempt.upstream.name, attempt.target, attempt.target_move)
 
 
-def _lack(error: BaseException) -> LocalResourcesExhausted | None:
+def _exhaustion(error: BaseException) -> LocalResourcesExhausted | None:
     """Return the LocalResourcesExhausted error that is, or caused, `error`; None if there is none."""
     return next((found for found in (error, error.__cause__) if isinstance(found, LocalResourcesExhausted)), None)
 
 
-def _teach(exchange: Exchange, attempt: Attempt, now: float) -> None:
+def _observe_missing_head(exchange: Exchange, attempt: Attempt, now: float) -> None:
     """Report the time spent without a response to the adaptive limit, as a lower bound of the latency."""
     if attempt.upstream.limit is not None and exchange.sent_at is not None:
         attempt.upstream.limit.observe(now - exchange.sent_at, now)

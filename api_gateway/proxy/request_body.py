@@ -72,10 +72,10 @@ class StreamedBody(httpx.AsyncByteStream):
                 raise body_too_large(self._limit)
             self.is_finished = not message.get("more_body", False)
             if piece:
-                self._hold(piece)
+                self._keep_piece(piece)
                 yield piece
 
-    def _hold(self, piece: bytes) -> None:
+    def _keep_piece(self, piece: bytes) -> None:
         if self._exchange.bytes_in <= self._keep:
             self._kept.append(piece)
         else:

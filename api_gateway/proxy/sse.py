@@ -9,8 +9,8 @@ from api_gateway.http1.headers import Fields
 from api_gateway.transport.response import UpstreamResponse
 
 _TYPE = b"text/event-stream"
-_EDGES = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event ends with an empty line
-_LONGEST = 4
+_BOUNDARIES = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event ends with an empty line
+_BOUNDARY_LENGTH = 4
 
 
 class EventStream:
@@ -22,21 +22,21 @@ class EventStream:
     def __init__(self, extension: ServerExtension, response: UpstreamResponse) -> None:
         self._extension = extension
         self._response = response
-        self._tail = _EDGES[0]  # the start of the stream counts as between events
-        extension.on_shutdown = self._on_stopping
+        self._tail = _BOUNDARIES[0]  # the start of the stream counts as between events
+        extension.on_shutdown = self._on_shutdown
         if extension.is_stopping:
-            self._on_stopping()
+            self._on_shutdown()
 
     def __repr__(self) -> str:
-        return f"<EventStream [{'between events' if self._tail.endswith(_EDGES) else 'within an event'}]>"
+        return f"<EventStream [{'between events' if self._tail.endswith(_BOUNDARIES) else 'within an event'}]>"
 
     def on_piece(self, piece: bytes) -> bool:
         """Follow a forwarded piece; return whether the stream shall end after it."""
-        self._tail = (self._tail + piece)[-_LONGEST:]
-        return self._extension.is_stopping and self._tail.endswith(_EDGES)
+        self._tail = (self._tail + piece)[-_BOUNDARY_LENGTH:]
+        return self._extension.is_stopping and self._tail.endswith(_BOUNDARIES)
 
-    def _on_stopping(self) -> None:
-        if self._tail.endswith(_EDGES) and not self._response.pieces:
+    def _on_shutdown(self) -> None:
+        if self._tail.endswith(_BOUNDARIES) and not self._response.pieces:
             self._response.end_early()
 
 

@@ -38,10 +38,10 @@ class UpstreamRequest:
         "body",
         "deadline",
         "expects_continue",
+        "extension",
         "fields",
         "framing",
         "headers",
-        "link",
         "target",
         "timer",
         "upgrade",
@@ -58,7 +58,7 @@ class UpstreamRequest:
         self._scope = scope
         self._is_trusted = is_trusted
         self._protected = protected
-        self.link = extension
+        self.extension = extension
         self.target = target
         self.fields: Fields = scope[FIELDS]
         self.framing = framing(self.fields)
@@ -72,7 +72,7 @@ class UpstreamRequest:
     def __repr__(self) -> str:
         return f"<UpstreamRequest {self._scope['method']} {self.target!r} [{self.body!r}]>"
 
-    def ends_here(self) -> bool:
+    def must_not_forward(self) -> bool:
         """Tell whether `Max-Forwards` is 0; decrement it otherwise (RFC 9110 section 7.6.2). Invalid values pass."""
         hops = self.fields[b"max-forwards"][0]
         if not hops.isdigit() or len(hops) > _MAX_HOP_DIGITS:
@@ -87,10 +87,10 @@ class UpstreamRequest:
         return self.timer is not None and self.timer.expired()
 
     @property
-    def takes_trailers(self) -> bool:
+    def accepts_trailers(self) -> bool:
         """True if the client accepts trailers (RFC 9110 section 6.5.1), and its response can be chunked."""
         return (
-            self.link is not None
+            self.extension is not None
             and self._scope["method"] != "HEAD"
             and self._scope["http_version"] != "1.0"
             and any(b"trailers" in value.lower() for value in self.fields.get(b"te", ()))
@@ -99,16 +99,16 @@ class UpstreamRequest:
     @property
     def lengthless(self) -> frozenset[int]:
         """Statuses whose responses get no Content-Length: 204; with servers other than the gateway's own also 304."""
-        return _NO_LENGTH if self.link is not None else BODILESS
+        return _NO_LENGTH if self.extension is not None else BODILESS
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Forward an interim response (RFC 9110 section 15.2)."""
-        if self.link is not None:
-            self.link.send_interim(status, reason, forwardable_interim(headers))
+        if self.extension is not None:
+            self.extension.send_interim(status, reason, forwardable_interim(headers))
 
     def trailers(self) -> HeaderList:
         """Return the request's trailer fields that are forwarded."""
-        return [] if self.link is None else forwardable_trailers(self.link.trailers, self._protected)
+        return [] if self.extension is None else forwardable_trailers(self.extension.trailers, self._protected)
 
     def _limits(self, upstream_client: UpstreamClient, now: float) -> Mapping[str, float]:
         """Return the timeouts of an attempt; connecting may take half of the remaining time, which allows a retry.
@@ -136,11 +136,11 @@ class UpstreamRequest:
             protected=self._protected,
         )
         if b"expect" in self.fields:
-            if self.link is None:  # the server sends 100 (Continue) itself
+            if self.extension is None:  # the server sends 100 (Continue) itself
                 headers = [pair for pair in headers if pair[0].lower() != b"expect"]
             elif self.expects_continue:
-                self.link.defer_continue()
-        if self.deadline is not None and self.deadline.is_passed_on:
+                self.extension.defer_continue()
+        if self.deadline is not None and self.deadline.is_forwarded:
             headers.append((REQUEST_TIMEOUT, self.deadline.header_value(now)))
         extensions: dict[str, Any] = {
             "target": self.target,
@@ -150,12 +150,12 @@ class UpstreamRequest:
         }
         if not upstream_client.is_native:
             return origin.plain_request(exchange.method, headers, self.target, stream=self.body, extensions=extensions)
-        if self.upgrade and self.link is not None:
-            headers += [(b"connection", b"Upgrade"), (b"upgrade", self.link.upgrade)]
+        if self.upgrade and self.extension is not None:
+            headers += [(b"connection", b"Upgrade"), (b"upgrade", self.extension.upgrade)]
         return LeanRequest(exchange.method, origin, headers, self.body, self.framing, extensions)
 
 
-def spelt_target(scope: Scope) -> bytes:
+def raw_target(scope: Scope) -> bytes:
     """Return path and query from the ASGI scope, for servers other than the gateway's own."""
     query: bytes = scope["query_string"]
     path: bytes = scope["raw_path"]

@@ -32,7 +32,7 @@ class Tunnel:
         self.bytes_in = 0  # from the client
         self.bytes_out = 0  # to the client
         self.idle_timeout = idle_timeout
-        self.alarm = DeadlineTimer(loop, self.abort)
+        self.timer = DeadlineTimer(loop, self.abort)
         self._ended: asyncio.Future[None] = loop.create_future()
         buffer = receive_buffer(loop)[:READ_SIZE]
         self._client = _Side(self, client, buffer)
@@ -44,7 +44,7 @@ class Tunnel:
 
     async def run(self, from_client: bytes, from_upstream: bytes) -> None:
         """Forward the bytes received before, then all others until the tunnel ends. Aborts it when cancelled."""
-        self.alarm.set(self.idle_timeout)
+        self.timer.set(self.idle_timeout)
         for end, already in ((self._client, from_client), (self._upstream, from_upstream)):
             end.attach()
             if already:
@@ -52,7 +52,7 @@ class Tunnel:
         try:
             await self._ended
         finally:
-            self.alarm.stop()
+            self.timer.stop()
             self.abort()
             self.bytes_in, self.bytes_out = self._client.received, self._upstream.received
             self._client.release()
@@ -63,10 +63,10 @@ class Tunnel:
         self._client.transport.abort()
         self._upstream.transport.abort()
 
-    def go_away(self) -> None:
+    def request_close(self) -> None:
         """Send the client a close frame with status 1001 (going away), so that it reconnects."""
         if not self._ended.done():
-            self._upstream.go_away()
+            self._upstream.request_close()
 
     def on_lost(self) -> None:
         """End the tunnel once both connections are lost."""
@@ -112,7 +112,7 @@ class _Side(asyncio.BufferedProtocol):
     def data_received(self, data: bytes) -> None:
         """Forward the bytes to the other side."""
         self.received += len(data)
-        self._tunnel.alarm.set(self._tunnel.idle_timeout)
+        self._tunnel.timer.set(self._tunnel.idle_timeout)
         if not self.other.is_lost:
             self.other.transport.write(data)
 
@@ -126,7 +126,7 @@ class _Side(asyncio.BufferedProtocol):
         elif not other.is_lost and not other.transport.is_closing():
             other.transport.write_eof()
         self._tunnel.idle_timeout = min(self._tunnel.idle_timeout, HALF_CLOSE_TIMEOUT)
-        self._tunnel.alarm.set(self._tunnel.idle_timeout)
+        self._tunnel.timer.set(self._tunnel.idle_timeout)
         return True
 
     def pause_writing(self) -> None:
@@ -164,35 +164,35 @@ class _Side(asyncio.BufferedProtocol):
 class _UpstreamSide(_Side):
     """The upstream's side, which follows frames so that a close frame can be inserted between two of them.
 
-    States: forwarding; leaving (`_is_leaving`: the current frame is completed); left (`_has_left`: the close frame is
-    sent, and further bytes of the upstream are discarded).
+    States: forwarding; leaving (`_is_close_due`: the current frame is completed); left (`_is_close_sent`: the close
+    frame is sent, and further bytes of the upstream are discarded).
     """
 
     def __init__(self, tunnel: Tunnel, transport: asyncio.Transport, buffer: memoryview) -> None:
         super().__init__(tunnel, transport, buffer)
-        self._edges = FrameBoundary()
-        self._is_leaving = self._has_left = False
+        self._frame_boundary = FrameBoundary()
+        self._is_close_due = self._is_close_sent = False
 
     def data_received(self, data: bytes) -> None:
         """Forward the bytes and follow the frames; discard everything after the inserted close frame."""
-        if self._is_leaving and not self._has_left and (rest := self._edges.rest(data)) is not None:
+        if self._is_close_due and not self._is_close_sent and (rest := self._frame_boundary.rest(data)) is not None:
             super().data_received(data[:rest])
-            self._leave()
-        elif self._has_left:
+            self._send_close()
+        elif self._is_close_sent:
             self.received += len(data)
         else:
-            if not self._is_leaving:
-                self._edges.feed(data)
+            if not self._is_close_due:
+                self._frame_boundary.feed(data)
             super().data_received(data)
 
-    def go_away(self) -> None:
+    def request_close(self) -> None:
         """Send the client a close frame once the current frame is complete."""
-        if not self._is_leaving and not self._edges.has_closed:
-            self._is_leaving = True
-            if self._edges.is_between:
-                self._leave()
+        if not self._is_close_due and not self._frame_boundary.has_closed:
+            self._is_close_due = True
+            if self._frame_boundary.is_between:
+                self._send_close()
 
-    def _leave(self) -> None:
-        self._has_left = True
-        if not self._edges.has_closed and not self.other.is_lost and not self.other.transport.is_closing():
+    def _send_close(self) -> None:
+        self._is_close_sent = True
+        if not self._frame_boundary.has_closed and not self.other.is_lost and not self.other.transport.is_closing():
             self.other.transport.write(GOING_AWAY)

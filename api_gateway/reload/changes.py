@@ -35,7 +35,7 @@ def changes_between(old: GatewayConfig, new: GatewayConfig) -> list[ChangedSetti
     return list(_compare("", old, new))
 
 
-def with_restart_settings_of(running: GatewayConfig, read: GatewayConfig) -> tuple[GatewayConfig, list[str]]:
+def keep_restart_settings(running: GatewayConfig, read: GatewayConfig) -> tuple[GatewayConfig, list[str]]:
     """Return `read` with the settings that need a restart as they are `running`, and which of them differ."""
     differing = []
     for path in NEEDS_RESTART:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import StartupError
-from api_gateway.reload.changes import changes_between, with_restart_settings_of
+from api_gateway.reload.changes import changes_between, keep_restart_settings
 from api_gateway.reload.outcome import ReloadOutcome, ReloadResult, ReloadState
 from api_gateway.settings.diagnostics import ConfigError
 
@@ -52,14 +52,14 @@ class Reloader:
         """Reload the configuration. `origin` says in the log where the wish came from."""
         async with self._lock:
             outcome = await self._reload()
-            return self.note(outcome, origin)
+            return self.record(outcome, origin)
 
     async def idle(self) -> None:
         """Wait until no reload runs or waits for its turn."""
         async with self._lock:
             return
 
-    def note(self, outcome: ReloadOutcome, origin: str) -> ReloadOutcome:
+    def record(self, outcome: ReloadOutcome, origin: str) -> ReloadOutcome:
         """Count an outcome and log it."""
         self.state = self.state.after(outcome, self._wall_clock())
         if outcome.result is not ReloadResult.SUCCESS:
@@ -84,7 +84,7 @@ class Reloader:
             read = await asyncio.to_thread(self._read)
         except ConfigError as error:
             return ReloadOutcome(ReloadResult.INVALID, problems=tuple(error.problems))
-        config, needs_restart = with_restart_settings_of(self.config, read)
+        config, needs_restart = keep_restart_settings(self.config, read)
         changes = tuple(changes_between(self.config, read))
         try:
             await self._apply(config)
@@ -99,6 +99,6 @@ class Reloader:
         return ReloadOutcome(ReloadResult.SUCCESS, changes, tuple(needs_restart))
 
 
-def refused(problem: str) -> ReloadOutcome:
+def refused_reload(problem: str) -> ReloadOutcome:
     """Return the outcome of a reload that comes at a bad time."""
     return ReloadOutcome(ReloadResult.UNAVAILABLE, problems=(problem,))

@@ -40,7 +40,9 @@ def merge(snapshots: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
         merged.lag = max(merged.lag, snapshot.lag)
         merged.tasks += snapshot.tasks
     merged.limiter = _merge_limiters(snapshots)
-    merged.client_trouble = next((it.client_trouble for it in snapshots if it.client_trouble and not it.is_over), None)
+    merged.client_store_error = next(
+        (it.client_store_error for it in snapshots if it.client_store_error and not it.is_over), None
+    )
     merged.resources = merge_states(state for snapshot in snapshots for state in snapshot.resources)
     merged.is_over = all(snapshot.is_over for snapshot in snapshots)
     names = dict.fromkeys(name for snapshot in snapshots for name in snapshot.upstreams)

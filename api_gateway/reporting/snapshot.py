@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
+from api_gateway.circuit_breaker import MAX_RECORDS, CircuitBreaker
 from api_gateway.eventloop.pacing import Steps, completed, each
 from api_gateway.metrics import Recorder
 from api_gateway.models import LimiterState
@@ -246,7 +246,7 @@ class WorkerSnapshot:
     bucket_limit: int = 0
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
-    client_trouble: str | None = None  # why the client store is unavailable
+    client_store_error: str | None = None  # why the client store is unavailable
     histories: dict[str, list[TransitionRecord]] = field(default_factory=dict)  # by upstream, oldest first
     is_over: bool = False
     lag: float = 0.0  # seconds of event loop lag
@@ -287,7 +287,7 @@ class WorkerSnapshot:
             "bucket_limit": self.bucket_limit,
             "overflowed": self.overflowed,
             "limiter": asdict(self.limiter),
-            "client_trouble": self.client_trouble,
+            "client_trouble": self.client_store_error,
             "histories": {name: records for name, records in histories.items() if records},
             "lag": self.lag,
             "tasks": self.tasks,
@@ -308,7 +308,7 @@ class WorkerSnapshot:
         self.buckets, self.bucket_limit = state["buckets"], state["bucket_limit"]
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
-        self.client_trouble = state["client_trouble"]
+        self.client_store_error = state["client_trouble"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
         self.configuration = ReloadState.from_state(state["configuration"])
@@ -344,7 +344,7 @@ def moves_of(upstream: Upstream) -> list[TransitionRecord]:
         if target.breaker is not None
         for record in target.breaker.records
     )
-    latest = heapq.nlargest(KEPT_RECORDS, of_targets, key=lambda one: one[0].at)
+    latest = heapq.nlargest(MAX_RECORDS, of_targets, key=lambda one: one[0].at)
     transitions = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
     return sorted(transitions, key=_moment)
 
@@ -352,10 +352,10 @@ def moves_of(upstream: Upstream) -> list[TransitionRecord]:
 def last_moves(moves: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
     """Return the last of the given transitions, oldest first.
 
-    For each worker, `KEPT_RECORDS` of the upstream's breaker are kept, and as many of all its targets together: the
+    For each worker, `MAX_RECORDS` of the upstream's breaker are kept, and as many of all its targets together: the
     targets' transitions do not displace the upstream's, and the number stays limited while targets change.
     """
-    most = KEPT_RECORDS * max(1, workers)
+    most = MAX_RECORDS * max(1, workers)
     by_time = sorted(moves, key=_moment)
     own = [move for move in by_time if move.target_url is None]
     of_targets = [move for move in by_time if move.target_url is not None]

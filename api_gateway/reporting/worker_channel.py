@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -25,7 +25,6 @@ from api_gateway.reporting.snapshot_parts import joined
 logger = logging.getLogger(__name__)
 
 TakeSnapshot = Callable[[], Steps[WorkerSnapshot]]
-Reload = Callable[[str], Awaitable[ReloadOutcome]]
 
 REPLACED_SIGNAL = signal.SIGUSR1  # sent to a worker that another one replaces
 
@@ -177,7 +176,7 @@ class SupervisorChannel:
             while (line := await reader.readline()).endswith(b"\n"):
                 message = json.loads(line)
                 if message["kind"] == "report":
-                    await self._report(answers=message["id"])
+                    await self._report(replies=message["id"])
                 elif message["kind"] == "prepare":
                     self._preparing = asyncio.create_task(self._prepare(message), name="configuration")
                 elif message["kind"] == "commit":
@@ -230,9 +229,9 @@ class SupervisorChannel:
             await asyncio.sleep(SNAPSHOT_INTERVAL)
             await self._report()
 
-    async def _report(self, answers: int = 0) -> None:
+    async def _report(self, replies: int = 0) -> None:
         if self._writer.transport.get_write_buffer_size() < MAX_UNSENT:
-            await self._send_snapshot("report", answers=answers)
+            await self._send_snapshot("report", answers=replies)
 
     async def _send_snapshot(self, kind: str, **fields: Any) -> None:
         """Send a message with the changes since the last one."""

@@ -8,9 +8,9 @@ from statistics import median
 from api_gateway.errors import LoadShed
 from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses, retry_after
 
-LAGS = 5  # samples of the event loop's lag whose median counts: one stall, or two, shed nobody
+LAG_SAMPLES = 5  # samples of the event loop's lag whose median counts: one stall, or two, shed nobody
 PRIORITY_WIDTH = 0.5  # of the greatest lag that may be: what takes a band from the first refused to the last
-HIGHEST_SHED = 0.9  # of the highest band's requests: some always pass
+MAX_SHED_SHARE = 0.9  # of the highest band's requests: some always pass
 _GATEWAY = "The gateway itself is overloaded: its event loop runs {lag:.2f} s late, and {most:g} s is the most it may."
 
 
@@ -31,7 +31,7 @@ class EventLoopShedder:
         self.is_over = False
         self._priorities = priorities
         self._random = source
-        self._lags: deque[float] = deque(maxlen=LAGS)
+        self._lags: deque[float] = deque(maxlen=LAG_SAMPLES)
 
     def __repr__(self) -> str:
         return f"<EventLoopShedder [{self.lag:.3f} of {self.max_lag:g} s]>"
@@ -45,7 +45,7 @@ class EventLoopShedder:
     def observe(self, seconds: float) -> None:
         """Take in a sample: the worse of a timer's delay and a turn of the event loop."""
         self._lags.append(seconds)
-        self.lag = median(self._lags) if len(self._lags) == LAGS else 0.0
+        self.lag = median(self._lags) if len(self._lags) == LAG_SAMPLES else 0.0
         self.is_over = self.lag > self.max_lag
 
     def share(self, priority: int) -> float:
@@ -53,7 +53,7 @@ class EventLoopShedder:
         if not self.is_over:
             return 0.0
         share = (self.lag / self.max_lag - 1) / PRIORITY_WIDTH - priority
-        return max(0.0, min(HIGHEST_SHED if priority == len(self._priorities) - 1 else 1.0, share))
+        return max(0.0, min(MAX_SHED_SHARE if priority == len(self._priorities) - 1 else 1.0, share))
 
     def sheds(self, priority: int) -> bool:
         """Decide on one request."""

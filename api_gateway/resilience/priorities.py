@@ -4,8 +4,8 @@ import random
 from bisect import bisect_left
 from collections.abc import Mapping
 
-LOWEST_SHARE = 0.5  # of a limit that the lowest band may fill
-LONGEST_RETRY_AFTER = 3  # seconds; the shortest is 1
+MIN_CLASS_SHARE = 0.5  # of a limit that the lowest band may fill
+MAX_RETRY_AFTER = 3  # seconds; the shortest is 1
 
 
 class PriorityClasses:
@@ -21,7 +21,7 @@ class PriorityClasses:
         order = sorted(set(ranks.values()))
         self._by_tier = {tier: bisect_left(order, rank) for tier, rank in ranks.items()}
         count = max(1, len(order))
-        rise = (1 - LOWEST_SHARE) / (count - 1) if count > 1 else 0.0
+        rise = (1 - MIN_CLASS_SHARE) / (count - 1) if count > 1 else 0.0
         self.shares = tuple(1 - rise * (count - 1 - priority) for priority in range(count))
 
     def __repr__(self) -> str:
@@ -44,4 +44,4 @@ SINGLE_PRIORITY = PriorityClasses({})
 
 def retry_after(source: random.Random) -> float:
     """Return whole seconds, differing, so that those refused together do not come back together."""
-    return float(source.randint(1, LONGEST_RETRY_AFTER))
+    return float(source.randint(1, MAX_RETRY_AFTER))

@@ -5,7 +5,7 @@ Synchronous; `now` (monotonic seconds) is an argument.
 
 from dataclasses import dataclass, field
 
-FLOOR = 10.0  # calls a second that are always admitted: a person, or a small service, notices nothing
+MIN_RATE = 10.0  # calls a second that are always admitted: a person, or a small service, notices nothing
 _WHOLE = 1 - 1e-9  # of a call: a sum of parts that should make one may come out a little below
 
 
@@ -20,7 +20,7 @@ class RampUp:
     rate: float
     length: float
     began: float
-    _tokens: float = FLOOR
+    _tokens: float = MIN_RATE
     _at: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class RampUp:
 
     def limit(self, now: float) -> float:
         """Return the calls a second that are admitted now."""
-        return max(FLOOR, self.rate * self.share(now))
+        return max(MIN_RATE, self.rate * self.share(now))
 
     def take(self, now: float) -> None:
         """Count a call that is admitted, as one is for which there is nothing to `wait`."""
@@ -56,7 +56,7 @@ class RampUp:
 
     def _until(self, seconds: float) -> float:
         slope = self.rate / self.length
-        crossing = FLOOR / slope if slope else seconds  # from here on the share is more than the floor
+        crossing = MIN_RATE / slope if slope else seconds  # from here on the share is more than the floor
         if seconds <= crossing:
-            return FLOOR * seconds
-        return FLOOR * crossing + slope / 2 * (seconds * seconds - crossing * crossing)
+            return MIN_RATE * seconds
+        return MIN_RATE * crossing + slope / 2 * (seconds * seconds - crossing * crossing)

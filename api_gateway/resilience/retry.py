@@ -151,7 +151,7 @@ class RetryDecider:
 
     def decide(self, failed: FailedAttempt, now: float) -> float | RetryDenied:
         """Return the seconds to wait before another try, which is taken off the budget; or why there is none."""
-        why = _objection(failed, self.policy)
+        why = _denial(failed, self.policy)
         if why is not None:
             return why
         wait = max(self._delay(failed), failed.retry_after or 0.0)
@@ -167,16 +167,16 @@ class RetryDecider:
         """
         if failed.is_elsewhere and failed.attempts == 1:
             return 0.0
-        return self._source.uniform(0.0, longest_pause(self.policy, failed.attempts))
+        return self._source.uniform(0.0, max_delay(self.policy, failed.attempts))
 
 
-def longest_pause(policy: RetryPolicy, attempts: int) -> float:
+def max_delay(policy: RetryPolicy, attempts: int) -> float:
     """Return how long the back-off after so many attempts can be."""
     doublings = min(attempts - 1, _MAX_DOUBLINGS)
     return min(policy.cap, policy.base * float(2**doublings))
 
 
-def _objection(failed: FailedAttempt, policy: RetryPolicy) -> RetryDenied | None:
+def _denial(failed: FailedAttempt, policy: RetryPolicy) -> RetryDenied | None:
     """Return what speaks against another try whatever is left of time and budget."""
     objections = (
         (failed.attempts >= policy.attempts, RetryDenied.ATTEMPTS),

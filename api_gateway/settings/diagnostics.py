@@ -85,7 +85,7 @@ def read_yaml(path: Path) -> YamlFile:
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: must hold sections, got {type(values).__name__}"])
     lines: dict[KeyPath, int] = {}
-    faults = [f"{path}:{line}: {spelt(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
+    faults = [f"{path}:{line}: {path_text(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
     if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
         raise ConfigError(faults)
     by_lower_case = {tuple(map(str.lower, place)): line for place, line in lines.items()}
@@ -149,10 +149,10 @@ class Sources:
 
     def _is_overridden(self, variable: str) -> bool:
         """Tell whether the command line says what the variable does."""
-        value = _value_at(self.overrides, place_of_variable(variable, self.prefix))
+        value = _value_at(self.overrides, path_of_variable(variable, self.prefix))
         return value is not None and not isinstance(value, Mapping)
 
-    def given(self, place: KeyPath) -> Any:
+    def value_at(self, place: KeyPath) -> Any:
         """Return the value that one of the sources has for exactly this place, or None."""
         found = [_value_at(self.overrides, place)]
         for length in range(len(place), 0, -1):
@@ -168,7 +168,7 @@ class Sources:
         prefixes = [place[:length] for length in range(len(place), 0, -1)]
         for some in prefixes:
             name = self.prefix + DELIMITER.join(some).upper()
-            if name in self.variables and _may_hold(self.variables[name], place[len(some) :]):
+            if name in self.variables and _may_contain(self.variables[name], place[len(some) :]):
                 return f"environment {name}: "
         for some in prefixes:
             line = self.file.lines.get(tuple(map(str.lower, some)))
@@ -177,12 +177,12 @@ class Sources:
         return ""
 
 
-def place_of_variable(name: str, prefix: str) -> KeyPath:
+def path_of_variable(name: str, prefix: str) -> KeyPath:
     """Return the place of the setting that a variable, by its upper-case name, is for."""
     return tuple(name.removeprefix(prefix).lower().split(DELIMITER))
 
 
-def _may_hold(text: str | None, place: KeyPath) -> bool:
+def _may_contain(text: str | None, place: KeyPath) -> bool:
     try:
         return not place or _value_at(json.loads(text or ""), place) is not None
     except ValueError:
@@ -208,7 +208,7 @@ def _value_at(value: Any, place: KeyPath) -> Any:
     return value
 
 
-def place_of(detail: ErrorDetails) -> KeyPath:
+def path_of_error(detail: ErrorDetails) -> KeyPath:
     """Return the place that one of pydantic's errors is about; a name is told by its value."""
     return tuple(str(part) for part in detail["loc"] if part != "[key]")
 
@@ -220,7 +220,7 @@ def describe_errors(
 
     `patterns` says in words what a text must be like to match a regular expression.
     """
-    place, kind = place_of(detail), detail["type"]
+    place, kind = path_of_error(detail), detail["type"]
     shown = "" if isinstance(detail["input"], Unusable) else shown_value(detail["input"], type_at(model, place))
     message = _message(detail, patterns) + (_example(type_at(model, place)) if kind == "model_type" else "")
     if kind == "extra_forbidden":
@@ -237,11 +237,11 @@ def describe_errors(
     elif detail["input"] is None:
         message, shown = f"has no value; {message}, or leave it out", ""
     twin = (*place[:-1], "".join(place[-1:]) + SUFFIX)
-    path = sources.given(twin)
+    path = sources.value_at(twin)
     if path is not None:  # the secret was read from a file
         names_file = ", got " in message or (isinstance(detail["input"], Unusable) and detail["input"].names_file)
         place, shown = twin, "" if names_file else f", read from {shown_path(path)}"
-    return f"{sources.origin(place)}{spelt(place) or 'the configuration'}: {message}{shown}"
+    return f"{sources.origin(place)}{path_text(place) or 'the configuration'}: {message}{shown}"
 
 
 def _example(annotation: Any) -> str:
@@ -309,7 +309,7 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def spelt(place: KeyPath) -> str:
+def path_text(place: KeyPath) -> str:
     """Return a place as people write it, such as `routes[0].path`."""
     return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place).removeprefix(".")
 

@@ -19,8 +19,8 @@ from api_gateway.settings.diagnostics import (
     KeyPath,
     is_section,
     nearest,
-    place_of_variable,
-    spelt,
+    path_of_variable,
+    path_text,
     type_at,
     unwrapped,
 )
@@ -60,16 +60,16 @@ def read_environment(
         text = variables[name]
         if text is None or not is_setting(name, prefix, model):
             continue
-        place = place_of_variable(name, prefix)
+        place = path_of_variable(name, prefix)
         problem = _set(values, place, text, model)
         if problem:
-            problems.append(f"environment {name}: {spelt(place)}: {problem}")
+            problems.append(f"environment {name}: {path_text(place)}: {problem}")
     return values, problems
 
 
 def is_setting(name: str, prefix: str, model: type[BaseModel]) -> bool:
     """Tell whether a variable, by its upper-case name, is for a setting of `model`, perhaps a misspelt one inside."""
-    return name.startswith(prefix) and place_of_variable(name, prefix)[0] in model.model_fields
+    return name.startswith(prefix) and path_of_variable(name, prefix)[0] in model.model_fields
 
 
 def ignored_variables(
@@ -114,11 +114,11 @@ def _set(values: dict[str, Any], place: KeyPath, text: str, model: type[BaseMode
     parent = values
     for length, part in enumerate(place[:-1], 1):
         if get_origin(unwrapped(type_at(model, place[:length]))) is list:
-            whole = spelt(place[:length])
+            whole = path_text(place[:length])
             return f"{whole} is a list, which one variable sets as a whole, as JSON"
         inner = parent.setdefault(part, {})
         if not isinstance(inner, dict):
-            return f"another variable sets {spelt(place[:length])} to what is no section"
+            return f"another variable sets {path_text(place[:length])} to what is no section"
         parent = inner
     if isinstance(value, dict) and isinstance(parent.get(place[-1]), dict):
         value = {**parent[place[-1]], **value}

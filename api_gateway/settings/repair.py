@@ -10,26 +10,26 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from api_gateway.settings.diagnostics import KeyPath, is_section, place_of, type_at, unwrapped
+from api_gateway.settings.diagnostics import KeyPath, is_section, path_of_error, type_at, unwrapped
 
 _ROUNDS = 12  # a section that is made up brings mistakes of its own, one level after the other
 _PLACEHOLDERS = (1, "placeholder", "/api/placeholder-{}", "http://placeholder.invalid")
 
 
-def repaired(
+def errors_of_repaired(
     values: Mapping[str, Any], model: type[BaseModel], errors: Sequence[ErrorDetails], check: Callable[[Any], Any]
 ) -> tuple[list[ErrorDetails], list[KeyPath]]:
     """Return the errors about the whole that `check` raises for `values` without its wrong parts, and their places."""
     values = _copied(values)
     wrong: list[KeyPath] = []
     for _ in range(_ROUNDS):
-        places = [(place_of(detail), detail) for detail in errors]
+        places = [(path_of_error(detail), detail) for detail in errors]
         of_parts = [(place, detail) for place, detail in places if place]
         if not of_parts:
             return [detail for place, detail in places if not place], wrong
         for place, detail in reversed(of_parts):
             is_unwanted = detail["loc"][-1] == "[key]" or detail["type"] == "extra_forbidden"
-            _take_out(values, model, place, wrong, is_unwanted=is_unwanted)
+            _repair(values, model, place, wrong, is_unwanted=is_unwanted)
         try:
             check(values)
         except ValidationError as error:
@@ -56,7 +56,7 @@ def _parent(values: Any, place: KeyPath) -> Any:
     return values
 
 
-def _take_out(values: Any, model: type[BaseModel], place: KeyPath, wrong: list[KeyPath], *, is_unwanted: bool) -> None:
+def _repair(values: Any, model: type[BaseModel], place: KeyPath, wrong: list[KeyPath], *, is_unwanted: bool) -> None:
     """Replace a wrong part; remove it if it must not be there or is wrong again; then replace what is around it."""
     times = wrong.count(place)
     wrong.append(place)
@@ -65,7 +65,7 @@ def _take_out(values: Any, model: type[BaseModel], place: KeyPath, wrong: list[K
     elif times <= 1 and isinstance(_parent(values, place), dict):
         _remove(values, place)
     elif len(place) > 1:
-        _take_out(values, model, place[:-1], wrong, is_unwanted=False)
+        _repair(values, model, place[:-1], wrong, is_unwanted=False)
 
 
 def _remove(values: Any, place: KeyPath) -> None:

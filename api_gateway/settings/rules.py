@@ -10,36 +10,36 @@ from api_gateway.http1.methods import REFUSED_METHODS
 from api_gateway.http1.request_paths import is_below
 from api_gateway.settings.admin import AdminSection
 from api_gateway.settings.clients import AddressLimitSection, CandidateSection, ClientSection, TierSection
-from api_gateway.settings.diagnostics import KeyPath, nearest, spelt
+from api_gateway.settings.diagnostics import KeyPath, nearest, path_text
 from api_gateway.settings.route_rules import API, host_problem, never_reached, path_problem, unused_cost_rules
 from api_gateway.settings.routes import RouteSection
 from api_gateway.settings.store import StoreSection
 from api_gateway.settings.upstreams import UpstreamSection
 
-LONGEST_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
+MAX_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
 MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong at a place, or worth a warning. It holds only if the settings at `because` are right."""
+    """What is wrong at a place, or worth a warning. It holds only if the settings at `depends_on` are right."""
 
-    place: KeyPath
+    path: KeyPath
     message: str
-    shown: str = ""
-    because: tuple[KeyPath, ...] = ()
+    shown_value: str = ""
+    depends_on: tuple[KeyPath, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.shown or spelt(self.place)}: {self.message}"
+        return f"{self.shown_value or path_text(self.path)}: {self.message}"
 
     def concerns(self, wrong: KeyPath) -> bool:
         """Tell whether it may only follow from a mistake at another place."""
-        if self.place[: len(wrong)] == wrong or wrong[: len(self.place)] == self.place:
+        if self.path[: len(wrong)] == wrong or wrong[: len(self.path)] == self.path:
             return True
-        return any(other[: len(wrong)] == wrong for other in self.because)
+        return any(other[: len(wrong)] == wrong for other in self.depends_on)
 
 
-class Whole(Protocol):
+class ConfigSections(Protocol):
     """The sections that the rules look at."""
 
     @property
@@ -60,7 +60,7 @@ class Whole(Protocol):
     def routes(self) -> Sequence[RouteSection]: ...  # noqa: D102
 
 
-def contradictions(config: Whole) -> Iterator[Finding]:
+def find_errors(config: ConfigSections) -> Iterator[Finding]:
     """Yield every mistake that one setting alone does not show."""
     yield from _store_findings(config)
     yield from _token_findings(config)
@@ -71,11 +71,11 @@ def contradictions(config: Whole) -> Iterator[Finding]:
         yield from _breaker_findings(place, upstream)
         if upstream.hash_on != "client" and upstream.balance != "hash":
             message = f"needs balance: hash, got {upstream.hash_on!r} with {upstream.balance!r}"
-            yield Finding((*place, "hash_on"), message, because=((*place, "balance"),))
+            yield Finding((*place, "hash_on"), message, depends_on=((*place, "balance"),))
     yield from _route_findings(config)
 
 
-def doubts(config: Whole) -> Iterator[Finding]:
+def find_warnings(config: ConfigSections) -> Iterator[Finding]:
     """Yield what is allowed and is probably not meant."""
     for name, upstream in config.upstreams.items():
         place = ("upstreams", name)
@@ -95,10 +95,10 @@ def doubts(config: Whole) -> Iterator[Finding]:
             yield _of_route(route, rule, message)
 
 
-def _store_findings(config: Whole) -> Iterator[Finding]:
+def _store_findings(config: ConfigSections) -> Iterator[Finding]:
     if config.store.clients == "store" and not config.store.is_shared:
         message = "memory:// outlives no restart, so clients go into a file: sqlite or auto, got 'store'"
-        yield Finding(("store", "clients"), message, because=(("store", "url"), ("store", "url_file")))
+        yield Finding(("store", "clients"), message, depends_on=(("store", "url"), ("store", "url_file")))
     if not config.store.is_shared:
         return
     terms: dict[KeyPath, TierSection | AddressLimitSection] = {
@@ -106,15 +106,15 @@ def _store_findings(config: Whole) -> Iterator[Finding]:
         ("address_limit",): config.address_limit,
     }
     for place, term in terms.items():
-        if term.rate and term.capacity / term.rate > LONGEST_BUDGET:
+        if term.rate and term.capacity / term.rate > MAX_BUDGET:
             yield Finding(
                 place,
                 f"takes {term.capacity / term.rate:g} s to fill, and in a shared store a bucket may take"
-                f" {LONGEST_BUDGET} at most",
+                f" {MAX_BUDGET} at most",
             )
 
 
-def _token_findings(config: Whole) -> Iterator[Finding]:
+def _token_findings(config: ConfigSections) -> Iterator[Finding]:
     tokens: list[tuple[KeyPath, SecretStr | None]] = [(("admin", "token"), config.admin.token)]
     tokens += [(("admin", "tokens", name, "token"), section.token) for name, section in config.admin.tokens.items()]
     places: dict[str, KeyPath] = {}
@@ -122,14 +122,14 @@ def _token_findings(config: Whole) -> Iterator[Finding]:
         if token is not None:
             first = places.setdefault(token.get_secret_value(), place)
             if first != place:
-                yield Finding(place, f"is the same token as {spelt(first)}", because=(first,))
+                yield Finding(place, f"is the same token as {path_text(first)}", depends_on=(first,))
 
 
-def _tier_findings(config: Whole) -> Iterator[Finding]:
+def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
     known = ", ".join(config.tiers)
     if config.default_tier not in config.tiers:
         message = f"no such tier, got {config.default_tier!r}; the tiers are {known}"
-        yield Finding(("default_tier",), message, because=(("tiers",), ("tiers", config.default_tier)))
+        yield Finding(("default_tier",), message, depends_on=(("tiers",), ("tiers", config.default_tier)))
     for place, terms in _all_terms(config):
         seconds = terms.capacity / terms.rate if terms.rate else 0.0
         if seconds > MAX_FILL:
@@ -137,15 +137,17 @@ def _tier_findings(config: Whole) -> Iterator[Finding]:
     for client_id, client in config.clients.items():
         if client.tier not in config.tiers:
             message = f"no such tier, got {client.tier!r}; the tiers are {known}"
-            because: tuple[KeyPath, ...] = (("tiers",), ("tiers", client.tier))
-            yield Finding(("clients", client_id, "tier"), message, because=because)
+            depends_on: tuple[KeyPath, ...] = (("tiers",), ("tiers", client.tier))
+            yield Finding(("clients", client_id, "tier"), message, depends_on=depends_on)
     unranked = [name for name, tier in config.tiers.items() if tier.priority is None]
     if unranked and len(unranked) < len(config.tiers):
         message = "every tier needs one as soon as one has, got None"
-        yield Finding(("tiers", unranked[0], "priority"), message, because=(("tiers",),))
+        yield Finding(("tiers", unranked[0], "priority"), message, depends_on=(("tiers",),))
 
 
-def _all_terms(config: Whole) -> Iterator[tuple[KeyPath, TierSection | CandidateSection | AddressLimitSection]]:
+def _all_terms(
+    config: ConfigSections,
+) -> Iterator[tuple[KeyPath, TierSection | CandidateSection | AddressLimitSection]]:
     yield ("address_limit",), config.address_limit
     for name, tier in config.tiers.items():
         yield ("tiers", name), tier
@@ -163,14 +165,14 @@ def _concurrency_findings(upstream_place: KeyPath, upstream: UpstreamSection) ->
     adaptive = section.adaptive
     if adaptive is not None and adaptive.min_limit > adaptive.max_limit:
         message = f"must be at most max_limit, {adaptive.max_limit}, got {adaptive.min_limit}"
-        yield Finding((*place, "adaptive", "min_limit"), message, because=((*place, "adaptive", "max_limit"),))
+        yield Finding((*place, "adaptive", "min_limit"), message, depends_on=((*place, "adaptive", "max_limit"),))
 
 
 def _breaker_findings(upstream_place: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:
     breaker, place = upstream.circuit_breaker, (*upstream_place, "circuit_breaker")
 
     def finding(key: str, message: str, *other: str) -> Finding:
-        return Finding((*place, key), message, because=tuple((*place, one) for one in other))
+        return Finding((*place, key), message, depends_on=tuple((*place, one) for one in other))
 
     if breaker.max_recovery_timeout < breaker.recovery_timeout:
         yield finding(
@@ -193,22 +195,22 @@ def _breaker_findings(upstream_place: KeyPath, upstream: UpstreamSection) -> Ite
         )
 
 
-def _of_route(route: RouteSection, place: KeyPath, message: str, because: tuple[KeyPath, ...] = ()) -> Finding:
+def _of_route(route: RouteSection, place: KeyPath, message: str, depends_on: tuple[KeyPath, ...] = ()) -> Finding:
     """Return a finding that shows the name of the route behind its number."""
     _, number, *rest = place
-    return Finding(place, message, f"routes[{number}] ({route.name}).{spelt(tuple(rest))}", because)
+    return Finding(place, message, f"routes[{number}] ({route.name}).{path_text(tuple(rest))}", depends_on)
 
 
-def _route_findings(config: Whole) -> Iterator[Finding]:
+def _route_findings(config: ConfigSections) -> Iterator[Finding]:
     names: dict[str, int] = {}
     for index, route in enumerate(config.routes):
         place = ("routes", str(index))
-        for key, message, because in (
+        for key, message, depends_on in (
             *_reference_findings(config, route),
             *_match_findings(route),
             *_cost_findings(config, route),
         ):
-            yield _of_route(route, (*place, *key), message, because)
+            yield _of_route(route, (*place, *key), message, depends_on)
         if route.name in names:
             message = f"already the name of routes[{names[route.name]}]"
             yield _of_route(route, (*place, "name"), message, (("routes", str(names[route.name]), "name"),))
@@ -222,7 +224,7 @@ def _route_findings(config: Whole) -> Iterator[Finding]:
 _Wrong = tuple[KeyPath, str, tuple[KeyPath, ...]]
 
 
-def _reference_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
+def _reference_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wrong]:
     if route.upstream not in config.upstreams:
         hint = nearest(route.upstream, config.upstreams)
         yield ("upstream",), f"no such upstream, got {route.upstream!r}{hint}", (("upstreams",),)
@@ -251,7 +253,7 @@ def _match_findings(route: RouteSection) -> Iterator[_Wrong]:
             yield ("methods", str(number)), f"is never proxied, so it never matches, got {method!r}", ()
 
 
-def _cost_findings(config: Whole, route: RouteSection) -> Iterator[_Wrong]:
+def _cost_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wrong]:
     largest = max((terms.capacity for place, terms in _all_terms(config) if place[0] == "tiers"), default=0)
     capacities = tuple(("tiers", name, "capacity") for name in config.tiers)
     costs: list[tuple[KeyPath, float | None]] = [(("cost",), route.cost), (("candidate_cost",), route.candidate_cost)]

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from api_gateway.http1.headers import UNIX
-from api_gateway.settings.bind_address import checked_host, checked_listen, file_mode
+from api_gateway.settings.bind_address import MAX_PORT, checked_host, checked_listen, file_mode
 from api_gateway.settings.secret import MAY_HOLD_PASSWORD, read_secret_files
-from api_gateway.settings.store_url import MAX_PORT
 
 TOO_MANY_REQUESTS = 429
 _AUTHORITY = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[\w.-]+))(:(?P<port>.*))?")

@@ -11,13 +11,14 @@ from ipaddress import IPv6Address
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from api_gateway.settings.bind_address import MAX_PORT
+
 MEMORY = "memory://"
 Kind = Literal["single", "sentinel", "cluster"]
 _KINDS: dict[str, Kind] = {"": "single", "sentinel": "sentinel", "cluster": "cluster"}
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _PORTS: dict[Kind, int] = {"single": 6379, "cluster": 6379, "sentinel": 26379}
 _TLS_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
-MAX_PORT = 65_535
 _HOST = re.compile(r"(\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[A-Za-z0-9._-]+))(:(?P<port>.*))?", re.DOTALL)
 _LOOSE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _RESERVED = "in a user name or password, write : / ? # @ % as %3A %2F %3F %23 %40 %25"

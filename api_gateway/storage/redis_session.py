@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 StoreClient = Redis | RedisCluster
 StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all errors of a command
 MOVED = (MovedError, AskError, TryAgainError)  # the keys are on another node, or are being moved
-REFUSALS = ResponseError  # an error reply of the server: the command has changed nothing
+WRITE_REFUSALS = ResponseError  # an error reply of the server: the command has changed nothing
 
-OTHER_NAME = (62, 64)  # OpenSSL's codes for a certificate of another host name or address
-RELISTEN_AFTER = 0.2  # seconds between two subscriptions
+OTHER_HOST_NAME = (62, 64)  # OpenSSL's codes for a certificate of another host name or address
+RESUBSCRIBE_DELAY = 0.2  # seconds between two subscriptions
 MAX_QUIET = 0.5  # seconds of silence after which a subscription is pinged, and again for the response
 
 
@@ -178,7 +178,7 @@ class StoreSession:
             finally:
                 on_state(False)
                 await pubsub.aclose()  # type: ignore[no-untyped-call]  # theirs
-            await asyncio.sleep(RELISTEN_AFTER)
+            await asyncio.sleep(RESUBSCRIBE_DELAY)
 
     async def evictions(self) -> Evictions:
         """Query evictions and the eviction policy. Raises one of `StoreError`."""
@@ -352,7 +352,7 @@ def _hint(error: BaseException, place: StoreUrl) -> str | None:
     is_tls = "ssl" in place.options
     for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            if cause.verify_code in OTHER_NAME:
+            if cause.verify_code in OTHER_HOST_NAME:
                 return "The host in store.url must be one of those in the server's certificate."
             return "The server's certificate must be issued by a CA of the system, or by ?ca_file= in store.url."
         is_broken_off = isinstance(cause, ConnectionResetError) or "closed by server" in str(cause)

@@ -14,12 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self, TextIO
 
-OWN = "state"
-LOCK = "lock"
-FORMER = Path(".gateway")  # the default of state_dir in former versions, below the current folder
+OWN_FOLDER = "state"
+LOCK_FILE = "lock"
+FORMER_FOLDER = Path(".gateway")  # the default of state_dir in former versions, below the current folder
 _MOVED = ("clients.sqlite3", "clients.sqlite3-wal", "clients.sqlite3-shm", "circuit_breakers.json")
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
-_LONGEST_NAME = 60
+_MAX_NAME_LENGTH = 60
 
 
 class StateError(Exception):
@@ -54,13 +54,13 @@ def _name(config_file: Path | None) -> str:
     if config_file is None:
         return "default"
     path = os.path.abspath(config_file)  # noqa: PTH100 - `resolve` follows links
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", path).strip("-.")[-_LONGEST_NAME:].strip("-.")
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", path).strip("-.")[-_MAX_NAME_LENGTH:].strip("-.")
     return f"{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def own_folder(state_dir: Path) -> Path:
     """Return the gateway's own folder inside `state_dir`."""
-    return state_dir / OWN
+    return state_dir / OWN_FOLDER
 
 
 def open_private(path: Path) -> TextIO:
@@ -144,7 +144,7 @@ class StateFolder:
         self.path.chmod(0o700)
 
     def _take(self) -> None:
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -184,7 +184,7 @@ class StateFolder:
 
 def former_state(state_dir: Path, environment: Mapping[str, str]) -> str | None:
     """Return a hint if there is state where former versions kept it by default, and `state_dir` is today's default."""
-    former = Path.cwd() / FORMER
+    former = Path.cwd() / FORMER_FOLDER
     try:
         is_default = state_dir.parent == _base(environment)
     except StateError:
@@ -192,6 +192,6 @@ def former_state(state_dir: Path, environment: Mapping[str, str]) -> str | None:
     if not is_default or not any((former / name).exists() for name in _MOVED):
         return None
     return (
-        f"{former} is no longer used: state is kept in {state_dir}; to keep using it, set state_dir: {FORMER}"
-        f" (GATEWAY_STATE_DIR={FORMER})"
+        f"{former} is no longer used: state is kept in {state_dir}; to keep using it, set state_dir: {FORMER_FOLDER}"
+        f" (GATEWAY_STATE_DIR={FORMER_FOLDER})"
     )

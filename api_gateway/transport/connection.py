@@ -40,8 +40,8 @@ class StaleConnection(httpx.ReadError):
 class UpstreamConnection(asyncio.BufferedProtocol):
     """One connection, one request at a time.
 
-    States: connecting (no transport), idle (`_answer` is None), busy (`_answer` is set), closed (`is_closed`). While
-    busy, the request body may still be sent (`_upload`) and reading may be paused.
+    States: connecting (no transport), idle (`_response` is None), busy (`_response` is set), closed (`is_closed`).
+    While busy, the request body may still be sent (`_upload`) and reading may be paused.
 
     A slow client occupies at most 256 KiB: its transport buffers 64 KiB. In addition, a relayed response occupies one
     read of RELAY_SIZE; any other response RESPONSE_HIGH_WATER and one read of READ_SIZE here, and the same amount
@@ -57,11 +57,11 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self.is_closed = False
         self.is_reused = False
         self.holder: str | None = None
-        self.alarm = DeadlineTimer(loop, self._on_alarm)
-        self._patience = 0.0  # seconds to which the alarm was last set
+        self.timer = DeadlineTimer(loop, self._on_timeout)
+        self._timeout = 0.0  # seconds to which the alarm was last set
         self._transport: Any = None  # an asyncio.Transport, from connection_made on
         self._parser: Any = None  # only while connected, because it refers to this object
-        self._answer: UpstreamResponse | None = None
+        self._response: UpstreamResponse | None = None
         self._upload: asyncio.Task[None] | None = None
         self._is_reading_paused = False
         self._paused_at = self._resumed_at = 0.0
@@ -71,10 +71,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._reason = b""
         self._received = 0  # bytes of this response so far
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
-        self._left = 0  # bytes of the body that have not arrived, after a plain head
+        self._remaining = 0  # bytes of the body that have not arrived, after a plain head
 
     def __repr__(self) -> str:
-        state = "closed" if self.is_closed else "idle" if self._answer is None else "busy"
+        state = "closed" if self.is_closed else "idle" if self._response is None else "busy"
         return f"<UpstreamConnection [{state}]>"
 
     # Sending
@@ -82,7 +82,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     def send(self, request: LeanRequest) -> UpstreamResponse:
         """Send the request; return its response, which is still empty. Raises LocalProtocolError."""
         extensions = request.extensions
-        answer = UpstreamResponse(
+        response = UpstreamResponse(
             self, request.method, extensions.get("timeout", NO_LIMITS), extensions.get("hooks", NO_LISTENER)
         )
         try:
@@ -92,27 +92,27 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             raise
         request.is_sent = True
         if request.framing is None:
-            self.start(answer, head)
+            self.start(response, head)
         else:
-            self._answer = answer
-            self._received = self._left = 0
+            self._response = response
+            self._received = self._remaining = 0
             self._transport.write(head)
-            if answer.listener.expects_continue:
-                self.set_alarm("read")
-            body = self._send_body(answer, request.stream, request.framing, length_of(request.pairs))
+            if response.listener.expects_continue:
+                self.set_timer("read")
+            body = self._send_body(response, request.stream, request.framing, length_of(request.pairs))
             self._upload = self.loop.create_task(body)
-        return answer
+        return response
 
-    def start(self, answer: UpstreamResponse, request: bytes) -> None:
-        """Send a complete request as bytes, and receive into `answer`."""
-        self._answer = answer
-        self._received = self._left = 0
+    def start(self, response: UpstreamResponse, request: bytes) -> None:
+        """Send a complete request as bytes, and receive into `response`."""
+        self._response = response
+        self._received = self._remaining = 0
         self._transport.write(request)
-        seconds = answer.timeouts.get("read")
-        self._patience = seconds or 0.0
-        self.alarm.set(seconds)
+        seconds = response.timeouts.get("read")
+        self._timeout = seconds or 0.0
+        self.timer.set(seconds)
 
-    async def _send_body(self, answer: UpstreamResponse, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many exits
+    async def _send_body(self, response: UpstreamResponse, stream: Any, framing: bytes, length: int) -> None:  # noqa: C901 - one loop, many exits
         is_chunked = framing == b"chunked"
         left = 0 if is_chunked else length
         try:
@@ -121,29 +121,29 @@ class UpstreamConnection(asyncio.BufferedProtocol):
                     continue
                 if self.is_closed:
                     return
-                if answer.listener.expects_continue:
-                    self.alarm.clear()
+                if response.listener.expects_continue:
+                    self.timer.clear()
                 left -= 0 if is_chunked else len(piece)
                 if left < 0:
                     raise httpx.LocalProtocolError("the body is longer than its Content-Length")  # noqa: TRY301 - handled like any failure of a body
                 self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
                 if self._writable is not None:
-                    await self._wait_until_writable(answer)
+                    await self._wait_until_writable(response)
             if left:
                 raise httpx.LocalProtocolError("the body is shorter than its Content-Length")  # noqa: TRY301 - as above
             if is_chunked and not self.is_closed:
-                self._transport.write(b"0\r\n%b\r\n" % _render_trailers(answer.listener))
+                self._transport.write(b"0\r\n%b\r\n" % _render_trailers(response.listener))
         except Exception as error:  # noqa: BLE001 - any failure of the body fails the response
-            answer.fail(error)
+            response.fail(error)
             self.close()
             return
         self._upload = None
-        if not answer.is_head_complete:
-            self.set_alarm("read")
+        if not response.is_head_complete:
+            self.set_timer("read")
 
-    async def _wait_until_writable(self, answer: UpstreamResponse) -> None:
+    async def _wait_until_writable(self, response: UpstreamResponse) -> None:
         """Wait until the upstream reads on, at most for its idle timeout; the timeout of the response is separate."""
-        seconds = answer.timeouts.get("idle", answer.timeouts.get("read"))
+        seconds = response.timeouts.get("idle", response.timeouts.get("read"))
         if seconds is not None:
             self._stall = self.loop.call_later(seconds, self._check_stall, seconds, unacknowledged(self._transport))
         try:
@@ -167,13 +167,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         else:
             self._time_out(seconds)
 
-    def set_alarm(self, name: str) -> None:
+    def set_timer(self, name: str) -> None:
         """Start a timeout of the response by name: `read` for the head, `idle` between body pieces."""
-        if self._answer is not None:
-            timeouts = self._answer.timeouts
+        if self._response is not None:
+            timeouts = self._response.timeouts
             seconds = timeouts.get(name, timeouts.get("read"))
-            self._patience = seconds or 0.0
-            self.alarm.set(seconds)
+            self._timeout = seconds or 0.0
+            self.timer.set(seconds)
 
     def pause_writing(self) -> None:
         """Pause sending: the upstream reads more slowly than the client sends (asyncio callback)."""
@@ -194,27 +194,27 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
         """Return the buffer for the next read: RELAY_SIZE bytes for a relayed response, else READ_SIZE."""
-        answer = self._answer
-        return self._relay_buffer if answer is not None and answer.is_relayed else self._buffer
+        response = self._response
+        return self._relay_buffer if response is not None and response.is_relayed else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Process input; close the connection if there is no request to which it can belong."""
         data = bytes(self._relay_buffer[:nbytes])
-        answer = self._answer
-        if answer is None:
+        response = self._response
+        if response is None:
             self.close()
             return
-        if self._left:
-            self._take_counted(answer, data)
+        if self._remaining:
+            self._take_counted(response, data)
         elif self._received:
-            self._parse(answer, data)
-        elif not self._take_plain(answer, data):
-            answer.on_complex_head()
-            self._parse(answer, data)
+            self._parse(response, data)
+        elif not self._take_plain(response, data):
+            response.on_complex_head()
+            self._parse(response, data)
 
-    def _take_plain(self, answer: UpstreamResponse, data: bytes) -> bool:
+    def _take_plain(self, response: UpstreamResponse, data: bytes) -> bool:
         """Process the beginning of a response with a plain head; return False to leave it to the parser."""
-        parts = parse_response_head(data, is_to_head=answer.is_to_head)
+        parts = parse_response_head(data, is_to_head=response.is_to_head)
         if parts is None:
             return False
         status, passed, size, length, keeps_alive, has_date, cost = parts
@@ -222,43 +222,48 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if came > length or size > MAX_HEAD_BYTES:  # the parser raises the error
             return False
         self._received = size + came
-        answer.status, answer.passed, answer.has_date, answer.keeps_alive = status, passed, has_date, keeps_alive
-        answer.head = data[:size]
+        response.status, response.passed, response.has_date, response.keeps_alive = (
+            status,
+            passed,
+            has_date,
+            keeps_alive,
+        )
+        response.head = data[:size]
         if cost is not None:
-            answer.cost = cost
-        answer.is_head_complete = True
+            response.cost = cost
+        response.is_head_complete = True
         if came:
-            answer.pieces.append(data[size:])
+            response.pieces.append(data[size:])
         if came == length:
-            answer.is_complete = True
+            response.is_complete = True
         else:
-            answer.buffered = came
-            self._left = length - came
-            self.alarm.clear()
-        self._on_progress(answer)
+            response.buffered = came
+            self._remaining = length - came
+            self.timer.clear()
+        self._on_progress(response)
         return True
 
-    def _take_counted(self, answer: UpstreamResponse, data: bytes) -> None:
+    def _take_counted(self, response: UpstreamResponse, data: bytes) -> None:
         """Process more of a body whose length a plain head has announced."""
-        if len(data) > self._left:
-            self._fail(answer, _SURPLUS)
+        if len(data) > self._remaining:
+            self._fail(response, _SURPLUS)
             return
-        self._left -= len(data)
-        answer.is_complete = not self._left
-        answer.append(data)
-        self._on_progress(answer)
+        self._remaining -= len(data)
+        response.is_complete = not self._remaining
+        response.append(data)
+        self._on_progress(response)
 
-    def _on_progress(self, answer: UpstreamResponse) -> None:
+    def _on_progress(self, response: UpstreamResponse) -> None:
         """Notify the reader, and release or pause the connection according to the state of the response."""
-        if answer.is_complete:
-            self._finish(answer)
-            answer.on_progress()
+        if response.is_complete:
+            self._finish(response)
+            response.on_progress()
             return
-        answer.on_progress()
-        if answer.buffered > RESPONSE_HIGH_WATER:  # never for a relayed response, which is not buffered
+        response.on_progress()
+        if response.buffered > RESPONSE_HIGH_WATER:  # never for a relayed response, which is not buffered
             self.pause_reading()
 
-    def _parse(self, answer: UpstreamResponse, data: bytes) -> None:
+    def _parse(self, response: UpstreamResponse, data: bytes) -> None:
         """Process input by the parser."""
         size = len(data)
         if not self._received:
@@ -269,19 +274,19 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(answer, f"not HTTP: {error}")
+            self._fail(response, f"not HTTP: {error}")
             return
         except httptools.HttpParserUpgrade as upgrade:
-            answer.leftover = data[upgrade.args[0] :]
+            response.leftover = data[upgrade.args[0] :]
             self.pause_reading()
-            answer.on_progress()
+            response.on_progress()
             return
-        if answer.is_complete:
-            self._on_progress(answer)
-        elif self._unparsed > MAX_HEAD_BYTES or (not answer.is_head_complete and self._received > MAX_HEAD_BYTES):
-            self._fail(answer, _TOO_LONG)
+        if response.is_complete:
+            self._on_progress(response)
+        elif self._unparsed > MAX_HEAD_BYTES or (not response.is_head_complete and self._received > MAX_HEAD_BYTES):
+            self._fail(response, _TOO_LONG)
         else:
-            self._on_progress(answer)
+            self._on_progress(response)
 
     def _is_too_long(self, headers: HeaderList) -> bool:
         """Tell whether a complete head or trailer section is larger than MAX_HEAD_BYTES."""
@@ -291,11 +296,11 @@ class UpstreamConnection(asyncio.BufferedProtocol):
 
     def on_message_begin(self) -> None:
         """Start a message; it is unexpected if the response is already complete (parser callback)."""
-        answer = self._answer
-        if answer is None:
+        response = self._response
+        if response is None:
             self.close()
-        elif answer.is_complete:
-            self._fail(answer, _SURPLUS)
+        elif response.is_complete:
+            self._fail(response, _SURPLUS)
 
     def on_status(self, phrase: bytes) -> None:
         """Append a part of the reason phrase (parser callback)."""
@@ -310,76 +315,76 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._unparsed = 0
         headers, self._headers = self._headers, []
         reason, self._reason = self._reason, b""
-        answer = self._answer
-        if answer is None or answer.is_complete or answer.error is not None:
+        response = self._response
+        if response is None or response.is_complete or response.error is not None:
             return
         if self._is_too_long(headers):
-            self._fail(answer, _TOO_LONG)
+            self._fail(response, _TOO_LONG)
             return
         status = self._parser.get_status_code()
         if not 200 <= status <= 599:  # noqa: PLR2004 - RFC 9110 section 15
-            self._on_unusual_status(answer, status, reason, headers)
+            self._on_special_status(response, status, reason, headers)
             return
         fields = fields_of(headers)
         codings = fields.get(b"transfer-encoding")
         if codings is not None and (len(codings) > 1 or codings[0].lower() != b"chunked"):
-            self._fail(answer, "an unsupported transfer coding")  # its hop-by-hop field would not reach the client
+            self._fail(response, "an unsupported transfer coding")  # its hop-by-hop field would not reach the client
             return
-        answer.status, answer.reason = status, reason
-        answer.headers, answer.fields = headers, fields
-        answer.is_head_complete = True
-        answer.keeps_alive = self._parser.should_keep_alive()
-        self.alarm.clear()
-        if answer.is_to_head:
+        response.status, response.reason = status, reason
+        response.headers, response.fields = headers, fields
+        response.is_head_complete = True
+        response.keeps_alive = self._parser.should_keep_alive()
+        self.timer.clear()
+        if response.is_to_head:
             # The parser would wait for the body that these fields describe.
-            answer.is_complete = True
+            response.is_complete = True
             self._parser = httptools.HttpResponseParser(self)
         elif status not in BODILESS:
-            answer.is_counted = codings is None and b"content-length" in fields
-            answer.is_until_close = codings is None and not answer.is_counted
+            response.is_counted = codings is None and b"content-length" in fields
+            response.is_until_close = codings is None and not response.is_counted
 
-    def _on_unusual_status(self, answer: UpstreamResponse, status: int, reason: bytes, headers: HeaderList) -> None:
-        if status == SWITCHING and answer.listener.upgrade and self._parser.should_upgrade():
-            answer.status, answer.reason = status, reason
-            answer.headers, answer.fields = headers, fields_of(headers)
-            answer.is_head_complete = True
-            self.alarm.clear()
+    def _on_special_status(self, response: UpstreamResponse, status: int, reason: bytes, headers: HeaderList) -> None:
+        if status == SWITCHING and response.listener.upgrade and self._parser.should_upgrade():
+            response.status, response.reason = status, reason
+            response.headers, response.fields = headers, fields_of(headers)
+            response.is_head_complete = True
+            self.timer.clear()
         elif status == SWITCHING:
-            self._fail(answer, "an unexpected switch of protocols")
+            self._fail(response, "an unexpected switch of protocols")
         elif 100 <= status < 200:  # noqa: PLR2004 - the class of interim responses
             if status not in _KNOWN_INTERIM and framing(fields_of(headers)) is not None:
-                self._fail(answer, "an interim response with content")  # the parser would treat it as the final one
+                self._fail(response, "an interim response with content")  # the parser would treat it as the final one
                 return
-            if status == _CONTINUE and answer.listener.expects_continue and self._upload is not None:
-                self.alarm.clear()  # the client sends its body now, so the upstream has no timeout
-            answer.listener.on_interim(status, reason, headers)
+            if status == _CONTINUE and response.listener.expects_continue and self._upload is not None:
+                self.timer.clear()  # the client sends its body now, so the upstream has no timeout
+            response.listener.on_interim(status, reason, headers)
         else:
-            self._fail(answer, f"status {status}")
+            self._fail(response, f"status {status}")
 
     def on_body(self, piece: bytes) -> None:
         """Append a body piece; close the connection if no response expects it (parser callback)."""
         self._unparsed = 0
-        answer = self._answer
-        if answer is None or answer.is_complete:
+        response = self._response
+        if response is None or response.is_complete:
             self.close()
-        elif answer.error is None:
-            answer.append(piece)
+        elif response.error is None:
+            response.append(piece)
 
     def on_message_complete(self) -> None:
         """Complete the response, unless the message is an interim response (parser callback)."""
-        answer = self._answer
-        if answer is None or answer.error is not None:
+        response = self._response
+        if response is None or response.error is not None:
             return
         if self._is_too_long(self._headers):
-            self._fail(answer, _TOO_LONG)
-        elif answer.is_head_complete and answer.status != SWITCHING:
-            answer.is_complete = True
+            self._fail(response, _TOO_LONG)
+        elif response.is_head_complete and response.status != SWITCHING:
+            response.is_complete = True
             if self._headers:
-                answer.trailers, self._headers = self._headers, []
+                response.trailers, self._headers = self._headers, []
 
     def eof_received(self) -> bool:
         """Close the connection: at once if it is idle, else by asyncio (asyncio callback)."""
-        if self._answer is None:
+        if self._response is None:
             self.close()
         return False
 
@@ -387,20 +392,20 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         """Complete a response that is delimited by the end of the connection; fail any other (asyncio callback)."""
         was_open = not self.is_closed
         self.is_closed = True
-        self.alarm.stop()
+        self.timer.stop()
         self._stop_upload()
         self.resume_writing()
         self._parser = None
-        answer = self._answer
-        if answer is not None:
-            if exc is None and was_open and answer.is_head_complete and answer.is_until_close:
-                answer.is_complete = True
-                answer.on_progress()
+        response = self._response
+        if response is not None:
+            if exc is None and was_open and response.is_head_complete and response.is_until_close:
+                response.is_complete = True
+                response.on_progress()
             elif self.is_reused and self._received == 0:
-                answer.fail(StaleConnection())
+                response.fail(StaleConnection())
             else:
-                answer.fail(httpx.ReadError("closed before the response was complete"))
-            self._detach(answer)
+                response.fail(httpx.ReadError("closed before the response was complete"))
+            self._detach(response)
         if was_open and self.pool is not None:
             self.pool.discard(self)
 
@@ -418,43 +423,43 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if self._is_reading_paused and not self.is_closed:
             self._is_reading_paused = False
             self._resumed_at = self.loop.time()
-            if self._answer is not None:
-                self._answer.reader_waited += self._resumed_at - self._paused_at
+            if self._response is not None:
+                self._response.reader_waited += self._resumed_at - self._paused_at
             self._transport.resume_reading()
 
-    def set_apart(self) -> None:
-        """Count this connection as a tunnel instead of a pooled connection. Raises OverShare."""
+    def move_to_tunnels(self) -> None:
+        """Count this connection as a tunnel instead of a pooled connection. Raises ShareExceeded."""
         if self.pool is not None:
-            self.pool.set_apart(self)
+            self.pool.move_to_tunnels(self)
 
-    def hand_over(self) -> asyncio.Transport:
+    def detach_transport(self) -> asyncio.Transport:
         """Return the transport after a 101, with reading paused; the new owner must call `connection_lost`."""
         transport: asyncio.Transport = self._transport
-        self.alarm.stop()
+        self.timer.stop()
         return transport
 
-    def _fail(self, answer: UpstreamResponse, cause: str) -> None:
-        if answer.is_complete and answer.is_counted:
-            answer.is_complete, cause = False, _SURPLUS
-        if answer.is_complete:  # only the bytes after the response are invalid
-            answer.on_progress()
+    def _fail(self, response: UpstreamResponse, cause: str) -> None:
+        if response.is_complete and response.is_counted:
+            response.is_complete, cause = False, _SURPLUS
+        if response.is_complete:  # only the bytes after the response are invalid
+            response.on_progress()
         else:
-            answer.fail(httpx.RemoteProtocolError(cause))
+            response.fail(httpx.RemoteProtocolError(cause))
         self.close()
 
-    def _on_alarm(self) -> None:
-        self._time_out(self._patience)
+    def _on_timeout(self) -> None:
+        self._time_out(self._timeout)
 
     def _time_out(self, seconds: float) -> None:
         """Fail the response with ReadTimeout and close the connection."""
-        if self._answer is not None:
-            self._answer.fail(httpx.ReadTimeout(f"no data for {seconds:g} s"))
+        if self._response is not None:
+            self._response.fail(httpx.ReadTimeout(f"no data for {seconds:g} s"))
             self.close()
 
-    def abandon(self, answer: UpstreamResponse) -> None:
+    def abandon(self, response: UpstreamResponse) -> None:
         """Discard the response and close the connection, unless the response is complete."""
-        if self._answer is answer:
-            self._detach(answer)
+        if self._response is response:
+            self._detach(response)
             self.close()
 
     def close(self) -> None:
@@ -462,9 +467,9 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._stop_upload()
         if not self.is_closed:
             self.is_closed = True
-            self.alarm.stop()
-            if self._answer is not None:
-                self._answer.fail(httpx.ReadError("connection closed"))
+            self.timer.stop()
+            if self._response is not None:
+                self._response.fail(httpx.ReadError("connection closed"))
             if self._transport is not None:
                 self._transport.abort()
             if self.pool is not None:
@@ -476,25 +481,25 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             self._upload.cancel()
             self._upload = None
 
-    def _finish(self, answer: UpstreamResponse) -> None:
+    def _finish(self, response: UpstreamResponse) -> None:
         """Return the connection to the pool, or close it if it cannot be reused.
 
         It cannot if the upstream does not keep it alive, or has responded before it received the complete request.
         """
-        self._answer = answer.connection = None
-        self.alarm.clear()
-        if self.is_closed or not answer.keeps_alive or self._upload is not None or self._writable is not None:
+        self._response = response.connection = None
+        self.timer.clear()
+        if self.is_closed or not response.keeps_alive or self._upload is not None or self._writable is not None:
             self.close()
             return
         if self._is_reading_paused:
             self.resume_reading()
         if self.pool is not None:
-            self.pool.give(self)
+            self.pool.release(self)
 
-    def _detach(self, answer: UpstreamResponse) -> None:
-        self._answer = None
-        answer.connection = None
-        self.alarm.clear()
+    def _detach(self, response: UpstreamResponse) -> None:
+        self._response = None
+        response.connection = None
+        self.timer.clear()
 
 
 def _render_trailers(listener: ResponseListener) -> bytes:

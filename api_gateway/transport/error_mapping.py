@@ -13,7 +13,7 @@ from api_gateway.errors import (
     UpstreamTimeout,
 )
 from api_gateway.transport.local_resources import LocalResourcesExhausted
-from api_gateway.transport.pool import OverShare
+from api_gateway.transport.pool import ShareExceeded
 
 # From httpx's error to the gateway's and its detail, most specific first. Details contain no addresses.
 _TRANSLATION: tuple[tuple[type[Exception], type[GatewayError], str], ...] = (
@@ -37,7 +37,7 @@ def translate(error: Exception, upstream: str) -> GatewayError:
         error = error.__cause__
     if isinstance(error, httpx.LocalProtocolError):
         return BadRequest(f"The request cannot be forwarded: {error}.")
-    if isinstance(error, OverShare):
+    if isinstance(error, ShareExceeded):
         return Overloaded(f"Upstream '{upstream}': {error}.", retry_after=1.0, extra={"upstream": upstream})
     kind, words = next((ours, words) for theirs, ours, words in _TRANSLATION if isinstance(error, theirs))
     retry_after = 1.0 if kind is Overloaded else None

@@ -71,7 +71,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         extensions = outgoing.extensions
         if extensions.get("hooks", NO_LISTENER).upgrade:  # refuse a tunnel above the limit before the handshake
             pool.admit_tunnel(extensions.get("holder"))
-        connection = pool.take_idle(extensions.get("holder")) or await self._wait(pool, outgoing)
+        connection = pool.acquire_idle(extensions.get("holder")) or await self._wait(pool, outgoing)
         return await self.response_to(outgoing, connection.send(outgoing))
 
     async def response_to(self, request: LeanRequest, response: UpstreamResponse) -> httpx.Response:
@@ -141,7 +141,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             request.has_begun = True
 
         timeouts = request.extensions.get("timeout", NO_LIMITS)
-        return await pool.take(
+        return await pool.acquire(
             timeouts.get("connect"),
             timeouts.get("pool"),
             holder=request.extensions.get("holder"),

@@ -18,7 +18,7 @@ import httpx
 from api_gateway.resilience.fair_shares import FairShares
 
 
-class OverShare(httpx.PoolTimeout):
+class ShareExceeded(httpx.PoolTimeout):
     """No connection became available in time for a holder that uses others; the message says how many."""
 
 
@@ -50,8 +50,8 @@ class Pool(Generic[C]):
     is kept. `shares` divides the connections in use, `tunnels` those of tunnels and event streams; both count
     refusals.
 
-    A connection is idle (`_idle`), in use, or apart (`_apart`: a tunnel or event stream, which has no slot). The pool
-    is open, retired (keeps no idle connection; `revive` returns to open), or closed.
+    A connection is idle (`_idle`), in use, or apart (`_tunnels_open`: a tunnel or event stream, which has no slot).
+    The pool is open, retired (keeps no idle connection; `revive` returns to open), or closed.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Pool(Generic[C]):
         self._slots = 0  # connections open, being opened, or promised to a waiter
         self._open: set[C] = set()
         self._idle: dict[C, None] = {}  # the longest idle first
-        self._apart: set[C] = set()  # carry tunnels and event streams, and have no slot
+        self._tunnels_open: set[C] = set()  # carry tunnels and event streams, and have no slot
         self._waiters: dict[str | None, deque[asyncio.Future[C | None]]] = {}  # by holder, in the order of turns
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -82,7 +82,7 @@ class Pool(Generic[C]):
         waiting = sum(map(len, self._waiters.values()))
         return f"<Pool [{busy} busy, {len(self._idle)} idle, {waiting} waiting]>"
 
-    def take_idle(self, holder: str | None = None) -> C | None:
+    def acquire_idle(self, holder: str | None = None) -> C | None:
         """Return the most recently used idle connection, or None if there is none or the holder's share is used up."""
         if not self._idle or not self.shares.try_acquire(holder):
             return None
@@ -91,7 +91,7 @@ class Pool(Generic[C]):
         connection.is_reused = True
         return connection
 
-    async def take(
+    async def acquire(
         self,
         connect: float | None,
         wait: float | None,
@@ -108,7 +108,7 @@ class Pool(Generic[C]):
         while True:
             if self._is_closed:
                 raise httpx.ConnectError("the transport is closed")
-            if not is_fresh and (idle := self.take_idle(holder)) is not None:
+            if not is_fresh and (idle := self.acquire_idle(holder)) is not None:
                 return idle
             if self.shares.admits(holder):
                 if self._slots < self._limit:
@@ -121,19 +121,19 @@ class Pool(Generic[C]):
                     idle.close()
                     self._idle.pop(idle, None)
                     continue
-            handed = await self._queue(wait, holder)
-            if handed is None:
+            granted = await self._queue(wait, holder)
+            if granted is None:
                 on_connect()
                 return await self._fill_slot(connect, holder)
-            if not handed.is_closed:
+            if not granted.is_closed:
                 if is_fresh:
-                    return await self._replace(handed, connect, holder)
-                handed.is_reused = True
-                return handed
+                    return await self._replace(granted, connect, holder)
+                granted.is_reused = True
+                return granted
 
-    def give(self, connection: C) -> None:
+    def release(self, connection: C) -> None:
         """Return a reusable connection to the pool: to the next waiter, or else to the idle ones."""
-        if self._apart and connection in self._apart:
+        if self._tunnels_open and connection in self._tunnels_open:
             connection.close()
             return
         self.shares.release(connection.holder)
@@ -153,8 +153,8 @@ class Pool(Generic[C]):
 
     def discard(self, connection: C) -> None:
         """Remove a closed connection, and give its slot to the next waiter."""
-        if connection in self._apart:
-            self._apart.remove(connection)
+        if connection in self._tunnels_open:
+            self._tunnels_open.remove(connection)
             self.tunnels.release(connection.holder)
             return
         if connection not in self._open:  # it failed while connecting: `_fill_slot` frees the slot
@@ -166,23 +166,23 @@ class Pool(Generic[C]):
             self.shares.release(connection.holder)
         self._free_slot()
 
-    def set_apart(self, connection: C) -> None:
-        """Count a connection as a tunnel and free its slot. Raises OverShare, and then changes nothing."""
+    def move_to_tunnels(self, connection: C) -> None:
+        """Count a connection as a tunnel and free its slot. Raises ShareExceeded, and then changes nothing."""
         holder = connection.holder
         self.admit_tunnel(holder)
         if connection not in self._open:  # closed already
             return
         self._open.remove(connection)
-        self._apart.add(connection)
+        self._tunnels_open.add(connection)
         self.tunnels.acquire(holder)
         self.shares.release(holder)
         self._free_slot()
 
     def admit_tunnel(self, holder: str | None) -> None:
-        """Raise OverShare if the holder's share of tunnels is used up."""
+        """Raise ShareExceeded if the holder's share of tunnels is used up."""
         if not self.tunnels.admits(holder):
             self.tunnels.refused += 1
-            raise OverShare(self.tunnels.refusal(holder, "WebSockets and event streams"))
+            raise ShareExceeded(self.tunnels.refusal(holder, "WebSockets and event streams"))
 
     def change(self, limit: int, max_tunnels: int, idle_timeout: float) -> None:
         """Apply other limits. Connections above a lower limit are kept until they close."""
@@ -212,7 +212,7 @@ class Pool(Generic[C]):
     @property
     def is_empty(self) -> bool:
         """True if there are no connections, open or being opened."""
-        return self._slots == 0 and not self._apart
+        return self._slots == 0 and not self._tunnels_open
 
     def close(self) -> None:
         """Close all connections, and raise ConnectError in all waiters."""
@@ -222,7 +222,7 @@ class Pool(Generic[C]):
         for waiter in [waiter for queue in self._waiters.values() for waiter in queue if not waiter.done()]:
             waiter.set_exception(httpx.ConnectError("the transport is closed"))
         self._waiters.clear()
-        for connection in [*self._open, *self._apart]:
+        for connection in [*self._open, *self._tunnels_open]:
             connection.close()
 
     async def _fill_slot(self, seconds: float | None, holder: str | None) -> C:
@@ -256,9 +256,9 @@ class Pool(Generic[C]):
             if waiter.cancelled():
                 self._forget(waiter, holder)
             elif waiter.done() and waiter.exception() is None:
-                self._hand_on(waiter.result(), holder)
+                self._pass_on(waiter.result(), holder)
             if isinstance(error, TimeoutError):
-                raise self._no_place(holder, seconds) from error
+                raise self._timeout_error(holder, seconds) from error
             raise
 
     def _forget(self, waiter: "asyncio.Future[C | None]", holder: str | None) -> None:
@@ -270,10 +270,10 @@ class Pool(Generic[C]):
             if not queue:
                 del self._waiters[holder]
 
-    def _no_place(self, holder: str | None, seconds: float | None) -> httpx.PoolTimeout:
+    def _timeout_error(self, holder: str | None, seconds: float | None) -> httpx.PoolTimeout:
         self.shares.refused += 1
         if self.shares.held(holder):
-            return OverShare(self.shares.refusal(holder, "connections to it"))
+            return ShareExceeded(self.shares.refusal(holder, "connections to it"))
         return httpx.PoolTimeout(f"no connection became available within {seconds} s")
 
     def _next_waiter(self) -> "tuple[str | None, asyncio.Future[C | None] | None]":
@@ -295,13 +295,13 @@ class Pool(Generic[C]):
         self.shares.acquire(holder)
         return holder, waiter
 
-    def _hand_on(self, handed: C | None, holder: str | None) -> None:
+    def _pass_on(self, granted: C | None, holder: str | None) -> None:
         """Release a connection or slot that a cancelled waiter has received."""
-        if handed is None:
+        if granted is None:
             self.shares.release(holder)
             self._free_slot()
-        elif not handed.is_closed:
-            self.give(handed)
+        elif not granted.is_closed:
+            self.release(granted)
 
     def _free_slot(self) -> None:
         """Give a slot to the next waiter, or return it."""

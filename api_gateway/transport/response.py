@@ -57,9 +57,9 @@ class ResponseSource(Protocol):
     """The connection of a response, as the response uses it."""
 
     loop: asyncio.AbstractEventLoop
-    alarm: DeadlineTimer
+    timer: DeadlineTimer
 
-    def set_alarm(self, name: str) -> None:
+    def set_timer(self, name: str) -> None:
         """Start a timeout by name: `read` for the head, `idle` between body pieces."""
         ...
 
@@ -71,15 +71,15 @@ class ResponseSource(Protocol):
         """Read from the upstream again."""
         ...
 
-    def hand_over(self) -> asyncio.Transport:
+    def detach_transport(self) -> asyncio.Transport:
         """Return the transport after a 101."""
         ...
 
-    def set_apart(self) -> None:
-        """Count this connection as a tunnel instead of a pooled connection. Raises OverShare."""
+    def move_to_tunnels(self) -> None:
+        """Count this connection as a tunnel instead of a pooled connection. Raises ShareExceeded."""
         ...
 
-    def abandon(self, answer: "UpstreamResponse") -> None:
+    def abandon(self, response: "UpstreamResponse") -> None:
         """Discard the response and close the connection, unless the response is complete."""
         ...
 
@@ -223,24 +223,24 @@ class UpstreamResponse(httpx.AsyncByteStream):
 
     async def _wait_for_piece(self) -> None:
         connection = self._open_connection()
-        connection.set_alarm("idle")
+        connection.set_timer("idle")
         self._waiter = connection.loop.create_future()
         try:
             await self._waiter
         finally:
             self._waiter = None
-            connection.alarm.clear()
+            connection.timer.clear()
 
-    def set_apart(self) -> None:
-        """Count the connection as a tunnel, because the response has no defined end. Raises OverShare."""
+    def move_to_tunnels(self) -> None:
+        """Count the connection as a tunnel, because the response has no defined end. Raises ShareExceeded."""
         if self.connection is not None:
-            self.connection.set_apart()
+            self.connection.move_to_tunnels()
 
     def detach(self) -> tuple[asyncio.Transport, bytes]:
         """Return the transport after a 101, with the bytes already received. Raises ReadError."""
         if self.connection is None or self.status != SWITCHING:
             raise httpx.ReadError("closed before the protocol was switched")
-        return self.connection.hand_over(), self.leftover
+        return self.connection.detach_transport(), self.leftover
 
     async def aclose(self) -> None:
         """See `close`."""
@@ -264,13 +264,13 @@ class LeanResponse(httpx.Response):
 
     stream: UpstreamResponse
 
-    def __init__(self, answer: UpstreamResponse) -> None:  # does not call httpx's constructor, see `LeanRequest`
-        self.status_code = answer.status
-        self.pairs = answer.headers
-        self.stream = answer
-        self.extensions = {"reason_phrase": answer.reason, "http_version": b"HTTP/1.1"}
-        if answer.status == SWITCHING:
-            self.extensions["switched"] = answer
+    def __init__(self, response: UpstreamResponse) -> None:  # does not call httpx's constructor, see `LeanRequest`
+        self.status_code = response.status
+        self.pairs = response.headers
+        self.stream = response
+        self.extensions = {"reason_phrase": response.reason, "http_version": b"HTTP/1.1"}
+        if response.status == SWITCHING:
+            self.extensions["switched"] = response
         self.history: list[httpx.Response] = []
 
     @cached_property

@@ -24,14 +24,14 @@ class Resolution:
     """What became of asking for one name: the addresses that came and went, and why it failed if it did."""
 
     name: "HostName"
-    came: tuple[str, ...] = ()
-    went: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
     is_recovered: bool = False
 
     @property
     def is_change(self) -> bool:
         """Tell whether other addresses than before are to be used."""
-        return bool(self.came or self.went)
+        return bool(self.added or self.removed)
 
 
 class HostName:
@@ -66,13 +66,13 @@ class HostName:
         """The addresses it stands for; none until it was resolved."""
         return tuple(address for address in self._targets if address)
 
-    def reweigh(self, weight: int) -> None:
+    def set_weight(self, weight: int) -> None:
         """Give another weight to the targets it stands for."""
         self._weight = weight
         for target in self._targets.values():
             target.weight = weight
 
-    def learn(self, addresses: Sequence[str], now: float) -> Resolution:
+    def update(self, addresses: Sequence[str], now: float) -> Resolution:
         """Take in an answer. An address that is known keeps its target, with all that is known of that."""
         found = sorted(set(addresses))[:MAX_ADDRESSES]
         if not found:
@@ -82,8 +82,8 @@ class HostName:
         self.error, self.asked_at = None, now
         return Resolution(
             self,
-            came=tuple(address for address in found if address not in before),
-            went=tuple(address for address in before if address and address not in self._targets),
+            added=tuple(address for address in found if address not in before),
+            removed=tuple(address for address in before if address and address not in self._targets),
             is_recovered=was_failing,
         )
 
@@ -97,17 +97,17 @@ class HostName:
         return Target(f"{self._scheme}://{place}:{self.port}", self._weight, named=self.url, address=address)
 
 
-async def look_up(host: str, port: int) -> list[str]:
+async def resolve_host(host: str, port: int) -> list[str]:
     """Return the addresses of `host`, as the event loop's resolver finds them. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 
 
-async def keep_resolving(
+async def resolve_periodically(
     names: Sequence[HostName],
     interval: float,
     resolve: Resolve,
-    on_answer: Callable[[Resolution], None],
+    on_resolution: Callable[[Resolution], None],
     *,
     clock: Callable[[], float],
     source: random.Random,
@@ -116,31 +116,31 @@ async def keep_resolving(
     async with asyncio.TaskGroup() as group:
         for name in names:
             if not name.is_address:
-                group.create_task(_keep_asking(name, interval, resolve, on_answer, clock, source))
+                group.create_task(_resolve_name(name, interval, resolve, on_resolution, clock, source))
 
 
-async def ask(name: HostName, patience: float, resolve: Resolve, clock: Callable[[], float]) -> Resolution:
-    """Ask once, for `patience` seconds at most, and take in what comes of it."""
+async def resolve_once(name: HostName, within: float, resolve: Resolve, clock: Callable[[], float]) -> Resolution:
+    """Ask once, for `within` seconds at most, and take in what comes of it."""
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(within):
             addresses = await resolve(name.host, name.port)
     except TimeoutError:
-        return name.fail(f"no answer within {patience:g} s", clock())
+        return name.fail(f"no answer within {within:g} s", clock())
     except (OSError, UnicodeError) as error:  # the latter is how Python says that a label is too long
         return name.fail(getattr(error, "strerror", None) or str(error), clock())
-    return name.learn(addresses, clock())
+    return name.update(addresses, clock())
 
 
-async def _keep_asking(
+async def _resolve_name(
     name: HostName,
     interval: float,
     resolve: Resolve,
-    on_answer: Callable[[Resolution], None],
+    on_resolution: Callable[[Resolution], None],
     clock: Callable[[], float],
     source: random.Random,
 ) -> None:
     while True:
-        on_answer(await ask(name, interval, resolve, clock))
+        on_resolution(await resolve_once(name, interval, resolve, clock))
         await asyncio.sleep(interval * source.uniform(1 - _JITTER, 1 + _JITTER))
 
 

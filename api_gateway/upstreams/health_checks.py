@@ -88,21 +88,21 @@ async def check(
 class HealthChecker:
     """Checks every target of one upstream, each by itself so that a slow one delays no other.
 
-    `asker` returns how a target is asked. The first check of each comes at a random moment of the first interval, so
-    that many targets, workers and gateways that start together do not ask together.
+    `probe_sender` returns how a target is asked. The first check of each comes at a random moment of the first
+    interval, so that many targets, workers and gateways that start together do not ask together.
     """
 
     def __init__(
         self,
         policy: HealthPolicy,
-        asker: Callable[[Target], SendProbe],
+        probe_sender: Callable[[Target], SendProbe],
         on_change: Callable[[Target], None],
         *,
         clock: Callable[[], float],
         source: random.Random,
     ) -> None:
         self._policy = policy
-        self._asker = asker
+        self._probe_sender = probe_sender
         self._on_change = on_change
         self._clock = clock
         self._source = source
@@ -118,7 +118,7 @@ class HealthChecker:
         async with asyncio.TaskGroup() as group:
             self._group = group
             self.follow(self._targets)
-            await group.create_task(_for_ever())
+            await group.create_task(_never())
 
     def follow(self, targets: Sequence[Target]) -> None:
         """Check these targets from now on, and no others."""
@@ -129,11 +129,11 @@ class HealthChecker:
             self._tasks.pop(target).cancel()
         for target in targets:
             if target not in self._tasks:
-                self._tasks[target] = self._group.create_task(self._watch(target))
+                self._tasks[target] = self._group.create_task(self._check_periodically(target))
 
-    async def _watch(self, target: Target) -> None:
+    async def _check_periodically(self, target: Target) -> None:
         policy, source = self._policy, self._source
-        judge, ask, url = HealthThreshold(policy, target), self._asker(target), target.named or target.url
+        judge, ask, url = HealthThreshold(policy, target), self._probe_sender(target), target.named or target.url
         await asyncio.sleep(policy.interval * source.random())
         while True:
             if await check(judge, policy, url, ask, self._clock):
@@ -141,5 +141,5 @@ class HealthChecker:
             await asyncio.sleep(policy.interval * source.uniform(1 - _JITTER, 1 + _JITTER))
 
 
-async def _for_ever() -> None:
+async def _never() -> None:
     await asyncio.get_running_loop().create_future()

@@ -12,7 +12,7 @@ from functools import partial
 from api_gateway.models import Clock
 from api_gateway.transport.http1_transport import UpstreamTransport, probe
 from api_gateway.transport.shielded import ShieldedTransport
-from api_gateway.upstreams.dns import HostName, Resolution, Resolve, keep_resolving
+from api_gateway.upstreams.dns import HostName, Resolution, Resolve, resolve_periodically
 from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, SendProbe
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream_client import UpstreamClient
@@ -43,45 +43,47 @@ class UpstreamMonitor:
         self.names = names
         self.policy = policy
         self._upstream_client = upstream_client
-        self._own = transport
+        self._own_transport = transport
         self._interval = interval
         self._group: asyncio.TaskGroup | None = None
-        self._watching: asyncio.Task[None] | None = None
-        self._resolving: asyncio.Task[None] | None = None
+        self._checks_task: asyncio.Task[None] | None = None
+        self._resolution_task: asyncio.Task[None] | None = None
         self._resolve = resolve
         self._clock = clock
         self._source = source
         self._last_errors: dict[HostName, str | None] = {}
-        self._watch: HealthChecker | None = None
-        self._set_watch(policy)
+        self._checker: HealthChecker | None = None
+        self._set_checker(policy)
 
     def __repr__(self) -> str:
-        return f"<UpstreamMonitor of {self._upstream_client.upstream.name!r} [{self._watch!r}, {list(self.names)!r}]>"
+        return (
+            f"<UpstreamMonitor of {self._upstream_client.upstream.name!r} [{self._checker!r}, {list(self.names)!r}]>"
+        )
 
     async def run(self) -> None:
         """Do it until cancelled."""
         async with asyncio.TaskGroup() as group:
             self._group = group
-            self._begin_watching()
-            self._begin_resolving()
-            await group.create_task(_for_ever())
+            self._start_checks()
+            self._start_resolution()
+            await group.create_task(_never())
 
-    def _begin_watching(self) -> None:
+    def _start_checks(self) -> None:
         """Start the health checks, in place of those before."""
-        if self._watching is not None:
-            self._watching.cancel()
-        if self._group is not None and self._watch is not None:
-            self._watching = self._group.create_task(self._watch.run())
+        if self._checks_task is not None:
+            self._checks_task.cancel()
+        if self._group is not None and self._checker is not None:
+            self._checks_task = self._group.create_task(self._checker.run())
 
-    def _begin_resolving(self) -> None:
+    def _start_resolution(self) -> None:
         """Start to follow the names, in place of those before."""
-        if self._resolving is not None:
-            self._resolving.cancel()
+        if self._resolution_task is not None:
+            self._resolution_task.cancel()
         if self._group is not None:
-            resolving = keep_resolving(
-                self.names, self._interval, self._resolve, self._on_answer, clock=self._clock, source=self._source
+            resolving = resolve_periodically(
+                self.names, self._interval, self._resolve, self._on_resolution, clock=self._clock, source=self._source
             )
-            self._resolving = self._group.create_task(resolving)
+            self._resolution_task = self._group.create_task(resolving)
 
     def change(
         self,
@@ -96,47 +98,54 @@ class UpstreamMonitor:
         Checks that stay as they were go on with what they have found; without checks every target is healthy.
         """
         is_resolved_alike = (interval, list(names)) == (self._interval, list(self.names))
-        is_watched_alike = policy == self.policy and transport is self._own
-        self._upstream_client, self.names, self._interval, self._own = upstream_client, names, interval, transport
+        is_watched_alike = policy == self.policy and transport is self._own_transport
+        self._upstream_client, self.names, self._interval, self._own_transport = (
+            upstream_client,
+            names,
+            interval,
+            transport,
+        )
         if is_watched_alike:
             self._follow()
         else:
-            self._set_watch(policy)
-            self._begin_watching()
+            self._set_checker(policy)
+            self._start_checks()
         if not is_resolved_alike:
-            self._begin_resolving()
+            self._start_resolution()
 
-    def _set_watch(self, policy: HealthPolicy | None) -> None:
+    def _set_checker(self, policy: HealthPolicy | None) -> None:
         self.policy = policy
         targets = self._upstream_client.upstream.targets
         if policy is None:
-            self._watch = None
+            self._checker = None
             for target in targets:
                 target.forget_checks()
             return
-        self._watch = HealthChecker(policy, self._asker, self._on_verdict, clock=self._clock, source=self._source)
-        self._watch.follow(targets)
+        self._checker = HealthChecker(
+            policy, self._send_probe, self._on_health_change, clock=self._clock, source=self._source
+        )
+        self._checker.follow(targets)
 
     def _follow(self) -> None:
-        if self._watch is not None:
-            self._watch.follow(self._upstream_client.upstream.targets)
+        if self._checker is not None:
+            self._checker.follow(self._upstream_client.upstream.targets)
 
     async def close(self) -> None:
         """Close the connections of the checks."""
-        if self._own is not None:
-            await self._own.aclose()
+        if self._own_transport is not None:
+            await self._own_transport.aclose()
 
     @property
     def transport(self) -> UpstreamTransport | ShieldedTransport | None:
         """Through which checks go, None if that is the service's."""
-        return self._own
+        return self._own_transport
 
-    def _asker(self, target: Target) -> SendProbe:
-        if self._own is None:
+    def _send_probe(self, target: Target) -> SendProbe:
+        if self._own_transport is None:
             return partial(probe, self._upstream_client.transport, address=target.address)
-        return partial(probe, self._own, address=target.address, keeps_connection=False)  # names come and go
+        return partial(probe, self._own_transport, address=target.address, keeps_connection=False)  # names come and go
 
-    def _on_verdict(self, target: Target) -> None:
+    def _on_health_change(self, target: Target) -> None:
         """Take in that health checks have changed their mind about a target."""
         upstream = self._upstream_client.upstream
         if target.is_healthy:
@@ -144,33 +153,36 @@ class UpstreamMonitor:
         verdict = "healthy again" if target.is_healthy else "unhealthy"
         logger.warning("upstream %s: target %s is %s: %s", upstream.name, target.url, verdict, target.checks.finding)
 
-    def _on_answer(self, answer: Resolution) -> None:
+    def _on_resolution(self, resolution: Resolution) -> None:
         """Send requests and checks where an answer says."""
-        self._log(answer)
-        self._last_errors[answer.name] = answer.name.error
-        if not answer.is_change:
+        self._log(resolution)
+        self._last_errors[resolution.name] = resolution.name.error
+        if not resolution.is_change:
             self._upstream_client.sweep()
             return
         targets = [target for name in self.names for target in name.targets]
         self._upstream_client.set_targets(targets, self._clock())
-        if self._watch is not None:
-            self._watch.follow(targets)
+        if self._checker is not None:
+            self._checker.follow(targets)
 
-    def _log(self, answer: Resolution) -> None:
+    def _log(self, resolution: Resolution) -> None:
         """Tell what is new in an answer: other addresses, another error, or that there is none any more."""
-        upstream, name = self._upstream_client.upstream.name, answer.name
+        upstream, name = self._upstream_client.upstream.name, resolution.name
         known = ", ".join(name.addresses) or "the name itself"
         if name.error is not None:
             if name.error != self._last_errors.get(name):
                 logger.warning(
                     "upstream %s: %s cannot be resolved, %s is kept: %s", upstream, name.host, known, name.error
                 )
-        elif answer.is_change:
-            changes = [*(f"+{address}" for address in answer.came), *(f"-{address}" for address in answer.went)]
+        elif resolution.is_change:
+            changes = [
+                *(f"+{address}" for address in resolution.added),
+                *(f"-{address}" for address in resolution.removed),
+            ]
             logger.info("upstream %s: %s is %s (%s)", upstream, name.host, known, " ".join(changes))
-        elif answer.is_recovered:
+        elif resolution.is_recovered:
             logger.info("upstream %s: %s is resolved again: %s", upstream, name.host, known)
 
 
-async def _for_ever() -> None:
+async def _never() -> None:
     await asyncio.get_running_loop().create_future()

@@ -47,7 +47,7 @@ class UpstreamClient:
     ) -> None:
         self.upstream = upstream
         self.origins = {target: _origin(target) for target in upstream.targets}
-        self._gone: set[Target] = set()
+        self._removed: set[Target] = set()
         self._connect(transport)
         retries = RetryDecider(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
         self._configure(timeouts, retries, hash_header)
@@ -55,7 +55,7 @@ class UpstreamClient:
     def _connect(self, transport: httpx.AsyncBaseTransport) -> None:
         self.transport = transport
         self.is_native = isinstance(transport, UpstreamTransport)
-        self._take_idle: dict[Target, Callable[[str | None], UpstreamConnection | None]] = {}
+        self._acquire_idle: dict[Target, Callable[[str | None], UpstreamConnection | None]] = {}
 
     def _configure(self, timeouts: Timeouts, retries: RetryDecider, hash_header: bytes | None) -> None:
         retry = retries.policy
@@ -100,20 +100,20 @@ class UpstreamClient:
                 if isinstance(self.transport, UpstreamTransport):
                     self.transport.pool(self.origins[target]).revive()
         self.upstream.set_targets(targets, now)
-        self._gone.update(target for target in before if target not in targets)
+        self._removed.update(target for target in before if target not in targets)
         self.sweep()
 
     def sweep(self) -> None:
         """Let go of targets that are gone, as far as nothing runs on them any more."""
         live = {self.origins[target].key for target in self.upstream.targets}
-        for target in list(self._gone):
+        for target in list(self._removed):
             origin = self.origins[target]
             is_free = True
             if isinstance(self.transport, UpstreamTransport) and origin.key not in live:
                 is_free = self.transport.retire(origin)
             if is_free and target.in_flight == 0:
-                self._gone.discard(target)
-                self._take_idle.pop(target, None)
+                self._removed.discard(target)
+                self._acquire_idle.pop(target, None)
                 del self.origins[target]
 
     def resources(self) -> list[ResourceState]:
@@ -127,10 +127,10 @@ class UpstreamClient:
 
     def idle_connection(self, target: Target, holder: str | None) -> UpstreamConnection | None:
         """Take a connection of our own transport to `target`, if one is free and the holder may have it."""
-        take = self._take_idle.get(target)
+        take = self._acquire_idle.get(target)
         if take is None:
             assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - no other takes passages
-            take = self._take_idle[target] = self.transport.pool(self.origins[target]).take_idle
+            take = self._acquire_idle[target] = self.transport.pool(self.origins[target]).acquire_idle
         return take(holder)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from api_gateway.admin.breaker_overrides import OverrideFile
-from api_gateway.clients.sqlite_store import SqliteClients
+from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import load_config
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder, default_state_dir, own_folder
@@ -84,7 +84,7 @@ async def test_nobody_else_may_read_it_whatever_the_umask(tmp_path: Path) -> Non
     before = os.umask(0)
     try:
         with StateFolder(tmp_path / "a" / "b") as folder:
-            clients = SqliteClients(folder.path)
+            clients = SqliteClientStore(folder.path)
             await clients.load(10)
             OverrideFile(folder.path).change("up", None, 0)
             files = {path.name: mode(path) for path in folder.path.iterdir()}

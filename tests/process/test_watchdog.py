@@ -233,10 +233,10 @@ def test_a_report_that_cannot_be_written_does_not_keep_the_process(monkeypatch: 
     """What blocks the loop may hold the log's lock."""
     ended: list[int] = []
     watchdog = Watchdog(10, 0.0, blocked=BLOCKED, overdue=DRAIN_INCOMPLETE, end=ended.append)
-    monkeypatch.setattr("api_gateway.process.watchdog.REPORT_WITHIN", 0.1)
+    monkeypatch.setattr("api_gateway.process.watchdog.REPORT_TIMEOUT", 0.1)
     monkeypatch.setattr(watchdog, "_report", lambda *_: time.sleep(3))
     watchdog.expect_end()
-    watchdog._look()
+    watchdog._check()
     assert ended == [DRAIN_INCOMPLETE]
 
 

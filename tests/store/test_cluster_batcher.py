@@ -88,9 +88,9 @@ async def test_buckets_on_all_nodes_are_charged_by_the_store(cluster: list[Store
             assert {decision.source for _, decision, _ in seen} == {"store"}
             assert {decision.remaining for _, decision, _ in seen} == {100 - turn}
         assert all(node.admin.dbsize() > size for node, size in zip(cluster, before, strict=False))
-        assert [limiter.dispatcher.failures for limiter in limiters] == [0, 0]
+        assert [limiter.batcher.failures for limiter in limiters] == [0, 0]
         assert await limiters[0]._session.evictions() == (0, None)
-        assert all(limiter.dispatcher.connections == 6 for limiter in limiters)
+        assert all(limiter.batcher.connections == 6 for limiter in limiters)
 
 
 async def test_a_slot_that_moves_is_followed_and_the_store_decides_throughout(cluster: list[StoreServer]) -> None:
@@ -106,25 +106,25 @@ async def test_a_slot_that_moves_is_followed_and_the_store_decides_throughout(cl
                 limiter.cache.is_trusted = False  # so that the store is asked
                 decision = await asking(limiter, charge(SLOW, key=key))
                 assert (decision.source, decision.remaining) == ("store", remaining)
-        assert limiter.dispatcher.failures == 0
+        assert limiter.batcher.failures == 0
 
 
 async def test_a_node_that_hangs_takes_its_own_buckets_with_it_and_no_others(cluster: list[StoreServer]) -> None:
     """Its first three questions wait for the deadline, the next for nothing; the other nodes are asked throughout."""
     async with gateways(url_of(cluster), SLOW, deadline=DEADLINE) as (limiter,):
-        await soon(lambda: limiter.dispatcher.connections == 6, "all lanes serve")
+        await soon(lambda: limiter.batcher.connections == 6, "all lanes serve")
         cluster[2].pause()
         try:
-            while limiter.dispatcher.is_whole:
+            while limiter.batcher.is_whole:
                 assert (await without_the_last_node(limiter))[0] == {"local_share"}
             assert limiter.state().decision_source == "local_share"
-            assert limiter.dispatcher.is_usable
+            assert limiter.batcher.is_usable
             seen = [await without_the_last_node(limiter) for _ in range(10)]
             assert [sources for sources, _ in seen] == [{"local_share"}] * 10
             assert min(took for _, took in seen) < DEADLINE / 4
         finally:
             cluster[2].resume()
-        await soon(lambda: limiter.dispatcher.is_whole, "it is back")
+        await soon(lambda: limiter.batcher.is_whole, "it is back")
         assert (await without_the_last_node(limiter))[0] == {"store"}
         assert limiter.state().decision_source == "store"
 
@@ -135,12 +135,12 @@ async def test_a_node_that_dies_does_so_too_until_its_replica_takes_over(cluster
         node.admin.config_set("cluster-node-timeout", "500")
     cluster[3].admin.config_set("cluster-replica-no-failover", "no")
     async with gateways(url_of(cluster), SLOW, deadline=CALM) as (limiter,):  # servers write to the disk meanwhile
-        await soon(lambda: limiter.dispatcher.connections == 6, "all lanes serve")
+        await soon(lambda: limiter.batcher.connections == 6, "all lanes serve")
         cluster[2].kill()
         sources, took = await without_the_last_node(limiter)
         assert (sources, took < CALM / 2) == ({"local_share"}, True)
-        await soon(lambda: not limiter.dispatcher.is_whole, "both lanes know")
-        while not limiter.dispatcher.is_whole:
+        await soon(lambda: not limiter.batcher.is_whole, "both lanes know")
+        while not limiter.batcher.is_whole:
             assert (await without_the_last_node(limiter))[0] <= {"local_share", "store"}
             await asyncio.sleep(0.02)
         assert (await without_the_last_node(limiter))[0] == {"store"}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from api_gateway.clients.records import Change, Grant
-from api_gateway.clients.sqlite_store import CLIENTS_FILE, SqliteClients
+from api_gateway.clients.sqlite_store import CLIENTS_FILE, SqliteClientStore
 from tests.kit import RunningGateway, ask, eventually, in_front_of
 from tests.processes import process
 
@@ -24,7 +24,7 @@ Corrupt = Callable[[Path], None]
 
 async def fill(folder: Path) -> None:
     """Write clients into the file, and everything into its main part."""
-    store = SqliteClients(folder)
+    store = SqliteClientStore(folder)
     await store.load(10_000)
     for number in range(CLIENTS):
         change = Change(tier="PREMIUM") if number % 2 else Change(grant=Grant("BASIC", 2e9))
@@ -97,13 +97,13 @@ async def test_at_the_start_it_is_one_line_and_exit_code_3(tmp_path: Path, corru
 
 
 async def test_a_file_that_is_not_corrupt_is_not_called_so(tmp_path: Path) -> None:
-    store = SqliteClients(tmp_path / "state")
+    store = SqliteClientStore(tmp_path / "state")
     await store.load(50)
     await store.close()
     with pytest.raises(OSError, match=CLIENTS_FILE) as closed:
         await store.write("acme", Change(tier="FREE"))
     (tmp_path / "folder" / CLIENTS_FILE).mkdir(parents=True)
-    store = SqliteClients(tmp_path / "folder")
+    store = SqliteClientStore(tmp_path / "folder")
     with pytest.raises(OSError, match="folder") as unusable:
         await store.load(50)
     await store.close()
@@ -147,7 +147,7 @@ async def test_whatever_bytes_are_damaged_it_is_an_os_error_or_reads_well(tmp_pa
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / CLIENTS_FILE).write_bytes(damaged)
-        store = SqliteClients(folder)
+        store = SqliteClientStore(folder)
         try:
             await store.load(50)
             await store.look_up([f"client-{number}" for number in range(CLIENTS)])

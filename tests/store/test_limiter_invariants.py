@@ -51,7 +51,7 @@ from api_gateway.limits.script_batcher import CONNECTIONS, ScriptBatcher
 from api_gateway.limits.script_ops import ChargeOp, SettleOp
 from api_gateway.models import NANOSECONDS, Charge, Client, Decision, DecisionSource, Exchange, Quota
 from api_gateway.rate_limiter import NEVER_NS, MemoryLimiter
-from api_gateway.settings.rules import LONGEST_BUDGET, MAX_FILL
+from api_gateway.settings.rules import MAX_BUDGET, MAX_FILL
 from tests.exact_buckets import ExactBuckets, assert_conforms
 from tests.kit import PATIENCE, soon
 from tests.lua_store import DEADLINE, MICROSECOND, LuaLimiter, LuaStore
@@ -472,7 +472,7 @@ def test_who_sleeps_for_retry_after_gets_through(
     make: Make, rate: float, capacity: int, spent: float, cost: float, since_ns: int
 ) -> None:
     """By the header as it is sent, under every quota that may be configured, years long ones too."""
-    assume(capacity / rate <= (MAX_FILL if make is Memory else LONGEST_BUDGET))
+    assume(capacity / rate <= (MAX_FILL if make is Memory else MAX_BUDGET))
     quota = Quota.per_second("drawn", rate, capacity)
     backend, asked = make([quota]), charge(quota, cost * quota.capacity)
     backend.decide([charge(quota, spent * quota.capacity)], START)
@@ -945,8 +945,8 @@ class Remembering(RuleBasedStateMachine):
     def listen_anew(self, number: int, is_deaf: bool) -> None:  # noqa: FBT001 - drawn
         for limiter in self.fleet.limiters:
             if not limiter.cache.is_trusted:
-                limiter._on_listening(True)
-        self.fleet.limiters[number]._on_listening(not is_deaf)
+                limiter._on_subscription(True)
+        self.fleet.limiters[number]._on_subscription(not is_deaf)
 
 
 TestRemembering = Remembering.TestCase
@@ -1022,7 +1022,7 @@ class Together:
             limiter.decide_async(asked, self.fleet.clock_ns(number), lambda _: None)
             question = limiter.wire.waiting[-1]
             assert isinstance(question, ChargeOp)
-            question._answer = partial(self.answers.__setitem__, id(question))
+            question._on_decision = partial(self.answers.__setitem__, id(question))
 
     def execute(self, number: int) -> None:
         for question in self.fleet.limiters[number].wire.waiting:
@@ -1135,7 +1135,7 @@ class Outages:
             limiter = self.fleet.limiters[number]
             if limiter.wire.is_up != is_up:
                 limiter.wire.is_up = is_up
-                limiter._on_listening(is_up)
+                limiter._on_subscription(is_up)
         self.note()
 
     def pass_time(self, gap_ns: int) -> None:
@@ -1347,7 +1347,7 @@ async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer
         assert decision.remaining == 1000 - (number % 997 + 1)
 
     async with gateways(store.url, roomy, deadline=PATIENCE) as (limiter,):
-        await soon(lambda: limiter.dispatcher.connections == CONNECTIONS, "both lanes serve")
+        await soon(lambda: limiter.batcher.connections == CONNECTIONS, "both lanes serve")
         kept: list[asyncio.Task[None]] = []
         for turn in range(60):
             tasks = [asyncio.create_task(request(limiter, 100 * turn + number)) for number in range(40)]
@@ -1357,10 +1357,10 @@ async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer
             kept += tasks[25:]
             await asyncio.sleep(source.choice((0, 0.001, 0.003)))
         await asyncio.gather(*kept)
-        dispatcher = limiter.dispatcher
+        dispatcher = limiter.batcher
         assert isinstance(dispatcher, ScriptBatcher)
         await soon(lambda: not dispatcher._waiting, "nothing waits")
-        assert limiter.dispatcher.failures == 0
+        assert limiter.batcher.failures == 0
         assert len(store.connections()) == CONNECTIONS + 1, "the lanes, and who beats the heart"
         await request(limiter, 9999)
 
@@ -1374,14 +1374,14 @@ async def test_a_store_that_forgets_its_scripts_decides_as_ever(
     quota, exact = Quota.per_second("quota", 50, 10), ExactBuckets("store")
     store.admin.flushall()
     async with gateways(store.url, quota, deadline=PATIENCE) as (limiter,):
-        await soon(lambda: limiter.dispatcher.is_usable, "it is connected")
+        await soon(lambda: limiter.batcher.is_usable, "it is connected")
         for is_flushed, cost in steps:
             if is_flushed:
                 store.admin.script_flush()
             limiter.cache.is_trusted = False  # so that the store is asked each time
             decision = await asking(limiter, charge(quota, cost))
             assert decision == exact.decide([charge(quota, cost)], decision.at_ns)
-        assert limiter.dispatcher.failures == 0
+        assert limiter.batcher.failures == 0
 
 
 SHORT_DEADLINE = 0.06

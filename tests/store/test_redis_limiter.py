@@ -12,7 +12,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from api_gateway.errors import StoreUnavailable
-from api_gateway.limits.redis_limiter import HEARTBEAT_INTERVAL, MEMORY_OF_PROCESSES, RedisLimiter
+from api_gateway.limits.redis_limiter import HEARTBEAT_INTERVAL, PROCESS_COUNT_MEMORY, RedisLimiter
 from api_gateway.models import NANOSECONDS, Decision, Quota
 from api_gateway.storage.redis_session import MAX_QUIET
 from tests.kit import FakeClock, soon
@@ -31,7 +31,7 @@ async def decided(limiter: RedisLimiter, cost: float = 1, quota: Quota = SLOW, k
 
 async def serving(limiters: list[RedisLimiter]) -> None:
     await soon(
-        lambda: all(one.dispatcher.connections == 2 and one.cache.is_trusted for one in limiters), "all are connected"
+        lambda: all(one.batcher.connections == 2 and one.cache.is_trusted for one in limiters), "all are connected"
     )
 
 
@@ -170,7 +170,7 @@ async def test_who_is_cut_off_has_a_share_and_no_more(store: StoreServer) -> Non
             limiters = connected + cut_off
             await serving(limiters)
             proxy.is_deaf = True
-            while cut_off[0].dispatcher.is_usable:
+            while cut_off[0].batcher.is_usable:
                 await decided(cut_off[0], 0, FAST)
                 await asyncio.sleep(0.01)
             seen = await hammer(limiters, charge(FAST), 1.0)
@@ -213,7 +213,7 @@ async def cut_off(limiter: RedisLimiter, proxy: Proxy) -> None:
     """Have a gateway notice that it has no store any more, without charging anything."""
     proxy.is_deaf = True
     proxy.cut()
-    await soon(lambda: not limiter.dispatcher.is_usable, "it is noticed")
+    await soon(lambda: not limiter.batcher.is_usable, "it is noticed")
 
 
 async def test_what_was_admitted_alone_is_charged_once_when_the_store_is_back(store: StoreServer) -> None:
@@ -228,11 +228,11 @@ async def test_what_was_admitted_alone_is_charged_once_when_the_store_is_back(st
         assert [(await decided(limiter, 3)).allowed for _ in range(3)] == [True, True, False]
         assert (await decided(witness, 0)).remaining == 8
         proxy.is_deaf = False
-        await soon(lambda: limiter.dispatcher.is_usable, "it is back")
+        await soon(lambda: limiter.batcher.is_usable, "it is back")
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(limiter, 0)).remaining == 2
         assert (await decided(witness, 0)).remaining == 2
-        assert not limiter.share.has_unsynced
+        assert not limiter.fallback.has_unsynced
 
 
 async def test_a_debt_empties_the_bucket_at_most(store: StoreServer) -> None:
@@ -246,7 +246,7 @@ async def test_a_debt_empties_the_bucket_at_most(store: StoreServer) -> None:
         assert (await decided(limiter, 8)).source == "local_share"
         assert (await decided(witness, 7)).allowed
         proxy.is_deaf = False
-        await soon(lambda: limiter.dispatcher.is_usable, "it is back")
+        await soon(lambda: limiter.batcher.is_usable, "it is back")
         looked = await decided(limiter, 0)
         assert (looked.remaining, looked.reset_ns <= SLOW.burst_ns) == (0, True)
 
@@ -268,13 +268,13 @@ async def test_the_other_policies_are_followed_to_the_letter(
         gateways(proxy.url, SLOW, deadline=0.5, policy=policy) as (limiter,),
     ):
         await serving([limiter])
-        assert limiter.dispatcher.is_usable
+        assert limiter.batcher.is_usable
         await cut_off(limiter, proxy)
         assert limiter.mode == policy
         answers = [await decided(limiter, 4) for _ in range(5)]
         assert {(answer.allowed, answer.source) for answer in answers} == {(policy == "allow", policy)}
         proxy.is_deaf = False
-        await soon(lambda: limiter.dispatcher.is_usable, "it is back")
+        await soon(lambda: limiter.batcher.is_usable, "it is back")
         assert (await decided(limiter, 0)).remaining == (0 if policy == "allow" else 10)
 
 
@@ -353,7 +353,7 @@ async def test_a_subscription_that_dies_without_a_sign_is_found_out(store: Store
         assert (await decided(deafened, 10)).allowed
         await serving([deafened])
         assert await told(deafened)
-        assert deafened.dispatcher.failures == 0
+        assert deafened.batcher.failures == 0
 
 
 async def test_a_subscription_with_nothing_to_hear_lasts(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,7 +446,7 @@ async def test_what_the_share_decided_is_settled_with_the_share(store: StoreServ
         assert decision.source == "local_share"
         assert limiter.settle([charge_of(-4)], decision, time.monotonic_ns()).remaining == 8
         proxy.is_deaf = False
-        await soon(lambda: limiter.dispatcher.is_usable, "it is back")
+        await soon(lambda: limiter.batcher.is_usable, "it is back")
         assert (await decided(limiter, 0)).remaining == 8
         limiter.settle([charge_of(3)], decision, time.monotonic_ns())  # it was told already, and there is more
         assert (await decided(limiter, 0)).remaining == 5
@@ -484,7 +484,7 @@ async def test_a_bucket_that_cannot_be_read_is_empty_and_heals(
         assert (spoiled.allowed, spoiled.remaining, spoiled.source) == (False, 0, "store")
         await asyncio.sleep(0.06)
         assert (await decided(limiter, 1, quota)).allowed
-        assert limiter.dispatcher.failures == 0
+        assert limiter.batcher.failures == 0
         assert 0 < store.admin.pttl(limiter.store_key("client")) <= 501
 
 
@@ -494,7 +494,7 @@ async def test_a_store_without_room_is_no_store(store: StoreServer) -> None:
         store.admin.config_set("maxmemory", "1")
         assert (await decided(limiter, 1)).source == "local_share"
         store.admin.config_set("maxmemory", "0")
-        await soon(lambda: limiter.dispatcher.is_usable, "it is used again")
+        await soon(lambda: limiter.batcher.is_usable, "it is used again")
         assert (await decided(limiter, 0)).source == "store"
 
 
@@ -504,7 +504,7 @@ async def test_a_store_that_may_not_be_written_to_is_no_store(store: StoreServer
         store.admin.execute_command("REPLICAOF", "127.0.0.1", "1")
         assert (await decided(limiter, 1)).source == "local_share"
         store.admin.execute_command("REPLICAOF", "NO", "ONE")
-        await soon(lambda: limiter.dispatcher.is_usable, "it is used again")
+        await soon(lambda: limiter.batcher.is_usable, "it is used again")
         assert (await decided(limiter, 0)).source == "store"
 
 
@@ -540,24 +540,24 @@ async def test_keys_tell_nothing_and_steer_nothing(store: StoreServer) -> None:
 async def test_gateways_count_each_other(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.05)
     async with gateways(store.url, SLOW, count=3) as limiters:
-        await soon(lambda: all(limiter.share.processes == 3 for limiter in limiters), "all know of all")
+        await soon(lambda: all(limiter.fallback.processes == 3 for limiter in limiters), "all know of all")
     assert HEARTBEAT_INTERVAL == 2.0
 
 
 async def test_the_most_there_were_within_an_hour_count(clock: FakeClock) -> None:
     one = limiter_of("unix:///nowhere", SLOW, processes=2)
-    assert one.share.processes == 2
+    assert one.fallback.processes == 2
     one.note_processes(1, clock())
-    assert one.share.processes == 2
+    assert one.fallback.processes == 2
     one.note_processes(5, clock.advance(10))
     one.note_processes(3, clock.advance(10))
-    assert one.share.processes == 5
-    one.note_processes(3, clock.advance(MEMORY_OF_PROCESSES - 10))
-    assert one.share.processes == 5
+    assert one.fallback.processes == 5
+    one.note_processes(3, clock.advance(PROCESS_COUNT_MEMORY - 10))
+    assert one.fallback.processes == 5
     one.note_processes(1, clock.advance(1))
-    assert one.share.processes == 3
-    one.note_processes(1, clock.advance(MEMORY_OF_PROCESSES + 1))
-    assert one.share.processes == 2
+    assert one.fallback.processes == 3
+    one.note_processes(1, clock.advance(PROCESS_COUNT_MEMORY + 1))
+    assert one.fallback.processes == 2
     await one.close()
 
 
@@ -566,7 +566,7 @@ async def test_a_heart_that_cannot_beat_beats_again(store: StoreServer, monkeypa
     store.kill()
     async with gateways(store.url, SLOW) as (limiter,):
         store.start()
-        await soon(lambda: bool(limiter._seen), "it beats")
+        await soon(lambda: bool(limiter._process_counts), "it beats")
 
 
 async def test_its_repr_tells_what_it_rests_on(store: StoreServer) -> None:

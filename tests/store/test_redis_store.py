@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api_gateway.clients.records import Change, ClientRecord, Grant, OutcomeUnknown
-from api_gateway.clients.redis_store import RedisClients
+from api_gateway.clients.redis_store import RedisClientStore
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.errors import StoreUnavailable
 from api_gateway.storage.redis_session import StoreSession
@@ -26,14 +26,14 @@ TIER_NAMES = ("FREE", "BASIC", "PREMIUM")
 @asynccontextmanager
 async def joined(server: StoreServer, *, patience: float = 0.3, **options: Any) -> AsyncIterator[ClientRegistry]:
     """Run a registry on that server, as a gateway does, with less patience."""
-    async with following(RedisClients(StoreSession(server.url, timeout=patience)), **options) as registry:
+    async with following(RedisClientStore(StoreSession(server.url, timeout=patience)), **options) as registry:
         yield registry
 
 
 @asynccontextmanager
-async def opened(server: StoreServer, patience: float = 0.3) -> AsyncIterator[RedisClients]:
+async def opened(server: StoreServer, patience: float = 0.3) -> AsyncIterator[RedisClientStore]:
     """Use a store by itself."""
-    store = RedisClients(StoreSession(server.url, timeout=patience))
+    store = RedisClientStore(StoreSession(server.url, timeout=patience))
     try:
         yield store
     finally:
@@ -61,7 +61,7 @@ async def test_what_one_gateway_changes_another_follows_at_once(store_server: St
 async def test_without_messages_it_follows_within_a_second(
     store_server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RedisClients, "_on_message", lambda self, version: None)
+    monkeypatch.setattr(RedisClientStore, "_on_message", lambda self, version: None)
     async with joined(store_server) as other:
         await soon(is_subscribed(other), "it subscribes")
         async with opened(store_server) as store:
@@ -162,7 +162,7 @@ async def test_a_record_that_cannot_be_read_is_told_of_and_ignored(
 
 
 async def test_changes_and_removals_are_bounded(store_server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.clients.redis_store.KEPT_CHANGES", 5)
+    monkeypatch.setattr("api_gateway.clients.redis_store.MAX_KEPT_CHANGES", 5)
     async with opened(store_server) as store:
         start = (await store.write("first", Change(tier="BASIC"))).after.version
         mark = (await store.load(1)).cursor
@@ -204,7 +204,7 @@ async def test_a_grant_is_cleared_once_and_not_before_its_end(store_server: Stor
         assert ended is not None
         assert (ended.after.tier, ended.after.grant) == ("FREE", None)
         assert await store.end_grant("over", over.version) is None
-        assert repr(store) == "<RedisClients [not subscribed]>"
+        assert repr(store) == "<RedisClientStore [not subscribed]>"
 
 
 # Looking up
@@ -280,13 +280,13 @@ async def test_a_store_that_was_flushed_is_noticed_even_if_its_versions_have_cau
 async def test_a_store_that_is_down_at_start_is_waited_for(store_server: StoreServer) -> None:
     store_server.kill()
     async with joined(store_server, configured={"initech": "BASIC"}) as registry:
-        assert registry.trouble
+        assert registry.store_error
         assert tier_of(registry, "initech") == ("BASIC", "configured")
         with pytest.raises(StoreUnavailable, match="was not made"):
             await registry.set_tier("acme", "PREMIUM")
         assert not (await registry.inspect("acme")).is_confirmed
         store_server.start()
-        await soon(lambda: registry.trouble is None, "the store is found", within=4)
+        await soon(lambda: registry.store_error is None, "the store is found", within=4)
         await registry.set_tier("acme", "PREMIUM")
 
 
@@ -297,7 +297,7 @@ async def test_a_store_that_hangs_at_start_does_not_hold_it_up(
     began = time.monotonic()
     async with joined(store_server) as registry:
         assert time.monotonic() - began < 1
-        assert registry.trouble
+        assert registry.store_error
 
 
 async def test_a_write_that_the_store_does_not_answer_is_of_unknown_outcome(
@@ -342,7 +342,7 @@ async def test_a_write_that_is_late_is_called_off_for_good(store_server: StoreSe
         assert record.tier == "BASIC"
 
 
-def lose_answers(store: RedisClients, *, after_sending: bool) -> list[tuple[Any, ...]]:
+def lose_answers(store: RedisClientStore, *, after_sending: bool) -> list[tuple[Any, ...]]:
     """Let the next script fail as if its answer had not come, after or before the server did it."""
     kept: list[tuple[Any, ...]] = []
     evaluate = store._client.eval

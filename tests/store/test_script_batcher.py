@@ -107,10 +107,10 @@ def lanes_idle(dispatcher: ScriptBatcher) -> int:
 
 async def test_what_is_asked_in_one_turn_shares_a_call(store: StoreServer) -> None:
     async with dispatching(store.url) as dispatcher:
-        before = dispatcher.batches
+        before = dispatcher.calls
         asked = ask(dispatcher, 10)
         await answered(asked)
-        assert dispatcher.batches == before + 1
+        assert dispatcher.calls == before + 1
         assert all(question.is_answered_rightly for question in asked)
 
 
@@ -119,7 +119,7 @@ async def test_a_call_holds_so_many_questions_and_the_rest_go_in_the_next(store:
         asked = ask(dispatcher, 5 * MAX_BATCH + 1)
         await answered(asked)
         assert all(question.is_answered_rightly for question in asked)
-        assert dispatcher.batches == 6
+        assert dispatcher.calls == 6
         assert int(store.admin.get("count") or 0) == len(asked)
 
 
@@ -148,7 +148,7 @@ async def test_nothing_is_kept_of_what_is_over(store: StoreServer) -> None:
         for _ in range(20):
             await answered(ask(dispatcher, 50))
         await soon(lambda: not dispatcher._open and not dispatcher._waiting, "all is forgotten", within=1)
-        assert dispatcher._alarm is None
+        assert dispatcher._timer is None
 
 
 # Scripts
@@ -305,9 +305,9 @@ async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_
         await asyncio.sleep(0.3)
         proxy.is_deaf = False
         proxy.cut()
-        before = dispatcher.questions
+        before = dispatcher.operations
         await soon(lambda: dispatcher.is_usable, "a trial closes it")
-        assert dispatcher.questions == before
+        assert dispatcher.operations == before
         assert 0.9 < time.monotonic() - opened_at < 4
         fresh = ask(dispatcher, 3)
         await answered(fresh)

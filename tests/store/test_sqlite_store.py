@@ -18,7 +18,7 @@ import pytest
 import api_gateway
 from api_gateway.clients.records import NO_CURSOR, Change, ClientRecord, Cursor, Grant
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.clients.sqlite_store import CLIENTS_FILE, EPOCH, SCHEMA_VERSION, SqliteClients
+from api_gateway.clients.sqlite_store import CLIENTS_FILE, EPOCH, SCHEMA_VERSION, SqliteClientStore
 from api_gateway.errors import StoreUnavailable
 from tests.kit import soon
 from tests.unit.test_client_registry import TIERS, following, tier_of
@@ -50,12 +50,12 @@ def alter(state_dir: Path, statement: str) -> list[Any]:
 
 async def test_a_change_survives_a_restart(tmp_path: Path) -> None:
     until = round(time.time() + 600.125, 3)
-    async with following(SqliteClients(tmp_path / "deep" / "state")) as registry:
+    async with following(SqliteClientStore(tmp_path / "deep" / "state")) as registry:
         await registry.set_tier("acme", "BASIC")
         await registry.set_tier("acme", "PREMIUM")
         await registry.set_tier("üñí", "BASIC")
         await registry.grant("initech", "PREMIUM", until)
-    async with following(SqliteClients(tmp_path / "deep" / "state"), {"acme": "BASIC"}) as registry:
+    async with following(SqliteClientStore(tmp_path / "deep" / "state"), {"acme": "BASIC"}) as registry:
         assert tier_of(registry, "acme") == ("PREMIUM", "registered")
         assert tier_of(registry, "üñí") == ("BASIC", "registered")
         assert tier_of(registry, "initech") == ("PREMIUM", "granted")
@@ -63,16 +63,16 @@ async def test_a_change_survives_a_restart(tmp_path: Path) -> None:
 
 
 async def test_forgetting_a_client_survives_a_restart(tmp_path: Path) -> None:
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         await registry.set_tier("acme", "PREMIUM")
         await registry.delete("acme")
     assert rows(tmp_path) == {}
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         assert tier_of(registry, "acme") == ("FREE", "default")
 
 
 async def test_changes_at_one_time_are_made_one_after_the_other(tmp_path: Path) -> None:
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         order = ["BASIC", "PREMIUM", "FREE", "BASIC"]
         changes = await asyncio.gather(*(registry.set_tier("acme", tier) for tier in order))
     assert [(before.quota.name, after.quota.name) for before, after in changes] == [
@@ -89,11 +89,11 @@ import asyncio, sys, time
 from pathlib import Path
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.models import Quota
-from api_gateway.clients.sqlite_store import SqliteClients
+from api_gateway.clients.sqlite_store import SqliteClientStore
 
 async def main():
     tiers = {name: Quota.per_second(name, 1, 10) for name in ("FREE", "BASIC", "PREMIUM")}
-    registry = ClientRegistry(tiers, "FREE", {}, SqliteClients(Path(sys.argv[1])))
+    registry = ClientRegistry(tiers, "FREE", {}, SqliteClientStore(Path(sys.argv[1])))
     await registry.load()
     for number in range(int(sys.argv[2])):
         await registry.set_tier(f"client-{number}", sys.argv[3])
@@ -118,7 +118,7 @@ async def test_what_was_confirmed_survives_kill_9(tmp_path: Path) -> None:
         process.kill()
     assert confirmation == b"confirmed\n"
     assert process.returncode == -9
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         assert tier_of(registry, "client-0") == ("PREMIUM", "registered")
 
 
@@ -126,7 +126,7 @@ async def test_what_was_confirmed_survives_kill_9(tmp_path: Path) -> None:
 
 
 async def test_what_one_process_registers_another_follows_within_a_second(tmp_path: Path) -> None:
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         with child(tmp_path, 3, "PREMIUM") as process:
             assert process.stdout is not None
             await asyncio.get_running_loop().run_in_executor(None, process.stdout.readline)
@@ -137,7 +137,7 @@ async def test_what_one_process_registers_another_follows_within_a_second(tmp_pa
 
 async def test_writers_at_one_time_end_up_with_the_last_writer(tmp_path: Path) -> None:
     """Two processes and this one write the same clients; all that is left is in the order the file has given."""
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         processes = [child(tmp_path, 20, tier) for tier in ("BASIC", "PREMIUM")]
         try:
             for number in range(20):
@@ -159,7 +159,7 @@ async def test_writers_at_one_time_end_up_with_the_last_writer(tmp_path: Path) -
 
 async def test_two_processes_may_open_an_old_file_at_one_time(tmp_path: Path) -> None:
     (tmp_path / CLIENTS_FILE).write_bytes(SCHEMA_1_FILE)
-    stores = [SqliteClients(tmp_path) for _ in range(4)]
+    stores = [SqliteClientStore(tmp_path) for _ in range(4)]
     snapshots = await asyncio.gather(*(store.load(10) for store in stores))
     assert {len(snapshot.records) for snapshot in snapshots} == {3}
     for store in stores:
@@ -170,7 +170,7 @@ async def test_two_processes_may_open_an_old_file_at_one_time(tmp_path: Path) ->
 
 
 async def test_changes_are_told_in_their_order_with_the_newest_of_each_client(tmp_path: Path) -> None:
-    store = SqliteClients(tmp_path)
+    store = SqliteClientStore(tmp_path)
     mark = (await store.load(10)).cursor
     assert mark == Cursor(EPOCH, 0)
     await store.write("a", Change(tier="BASIC"))
@@ -195,8 +195,8 @@ async def test_changes_are_told_in_their_order_with_the_newest_of_each_client(tm
 async def test_removals_are_kept_for_a_bounded_number_of_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api_gateway.clients.sqlite_store.KEPT_CHANGES", 5)
-    store = SqliteClients(tmp_path)
+    monkeypatch.setattr("api_gateway.clients.sqlite_store.MAX_KEPT_CHANGES", 5)
+    store = SqliteClientStore(tmp_path)
     start = (await store.load(10)).cursor
     await store.write("gone", Change(tier=None))
     await store.write("over", Change(grant=Grant("BASIC", 1)))
@@ -214,7 +214,7 @@ async def test_removals_are_kept_for_a_bounded_number_of_changes(
 
 
 async def test_no_more_than_asked_for_is_loaded(tmp_path: Path) -> None:
-    store = SqliteClients(tmp_path)
+    store = SqliteClientStore(tmp_path)
     await store.load(10)
     for number in range(5):
         await store.write(f"client-{number}", Change(tier="BASIC"))
@@ -229,7 +229,7 @@ async def test_no_more_than_asked_for_is_loaded(tmp_path: Path) -> None:
 
 
 async def test_a_grant_is_cleared_once_and_not_before_its_end(tmp_path: Path) -> None:
-    store = SqliteClients(tmp_path)
+    store = SqliteClientStore(tmp_path)
     await store.load(10)
     lasting = (await store.write("lasting", Change(grant=Grant("BASIC", time.time() + 600)))).after
     over = (await store.write("over", Change(tier="FREE", grant=Grant("BASIC", 1)))).after
@@ -249,7 +249,7 @@ async def test_a_file_of_schema_1_is_taken_over_with_all_it_holds(tmp_path: Path
     (tmp_path / CLIENTS_FILE).write_bytes(SCHEMA_1_FILE)
     before = alter(tmp_path, "SELECT id, tier, changed_at FROM clients ORDER BY changed_at")
     assert alter(tmp_path, "PRAGMA user_version") == [(1,)]
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         assert tier_of(registry, "acme") == ("PREMIUM", "registered")
         await registry.set_tier("initech", "FREE")
     assert alter(tmp_path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
@@ -266,7 +266,7 @@ async def test_a_file_of_schema_1_is_taken_over_with_all_it_holds(tmp_path: Path
 async def test_a_takeover_that_fails_leaves_the_old_file_as_it_was(tmp_path: Path) -> None:
     (tmp_path / CLIENTS_FILE).write_bytes(SCHEMA_1_FILE)
     alter(tmp_path, "CREATE TABLE former (id TEXT)")  # in the way
-    store = SqliteClients(tmp_path)
+    store = SqliteClientStore(tmp_path)
     with pytest.raises(OSError, match="former"):
         await store.load(10)
     await store.close()
@@ -275,10 +275,10 @@ async def test_a_takeover_that_fails_leaves_the_old_file_as_it_was(tmp_path: Pat
 
 
 async def test_a_file_of_a_newer_gateway_is_refused_and_left_alone(tmp_path: Path) -> None:
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         await registry.set_tier("acme", "PREMIUM")
     alter(tmp_path, f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    registry = ClientRegistry(TIERS, "FREE", {}, SqliteClients(tmp_path))
+    registry = ClientRegistry(TIERS, "FREE", {}, SqliteClientStore(tmp_path))
     with pytest.raises(OSError, match=f"newer gateway .*{SCHEMA_VERSION + 1}.*{SCHEMA_VERSION}"):
         await registry.load()
     await registry.close()
@@ -301,7 +301,7 @@ async def drop_table(_: ClientRegistry, state_dir: Path) -> None:
 async def test_a_change_that_cannot_be_written_is_not_made(
     tmp_path: Path, breakage: Callable[[ClientRegistry, Path], Awaitable[None]]
 ) -> None:
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         await registry.set_tier("acme", "BASIC")
         await breakage(registry, tmp_path)
         with pytest.raises(StoreUnavailable, match=CLIENTS_FILE) as caught:
@@ -313,7 +313,7 @@ async def test_a_change_that_cannot_be_written_is_not_made(
 
 
 async def test_a_store_that_was_never_opened_refuses_changes(tmp_path: Path) -> None:
-    registry = ClientRegistry(TIERS, "FREE", {}, SqliteClients(tmp_path))
+    registry = ClientRegistry(TIERS, "FREE", {}, SqliteClientStore(tmp_path))
     with pytest.raises(StoreUnavailable) as caught:
         await registry.set_tier("acme", "BASIC")
     assert "not open" in str(caught.value.__cause__)
@@ -322,7 +322,7 @@ async def test_a_store_that_was_never_opened_refuses_changes(tmp_path: Path) -> 
 
 
 async def test_a_change_can_be_made_again_after_one_has_failed(tmp_path: Path) -> None:
-    async with following(SqliteClients(tmp_path)) as registry:
+    async with following(SqliteClientStore(tmp_path)) as registry:
         alter(tmp_path, "ALTER TABLE clients RENAME TO gone")
         with pytest.raises(StoreUnavailable):
             await registry.set_tier("acme", "BASIC")
@@ -344,7 +344,7 @@ async def test_a_file_that_is_no_database_is_refused_and_let_go(
         return opened[-1]
 
     monkeypatch.setattr(sqlite3, "connect", watched)
-    store = SqliteClients(tmp_path)
+    store = SqliteClientStore(tmp_path)
     with pytest.raises(OSError, match="not a database"):
         await store.load(1)
     await store.close()
@@ -358,7 +358,7 @@ async def test_a_file_that_is_no_database_is_refused_and_let_go(
 
 async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    store = SqliteClients(tmp_path / "file" / "state")
+    store = SqliteClientStore(tmp_path / "file" / "state")
     with pytest.raises(OSError, match="file"):
         await store.load(1)
     await store.close()
@@ -368,7 +368,7 @@ async def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> Non
 
 
 async def test_the_file_has_a_write_ahead_log_and_waits_for_the_disk(tmp_path: Path) -> None:
-    store = SqliteClients(tmp_path)
+    store = SqliteClientStore(tmp_path)
     await store.load(1)
     connection = store._connection
     assert connection is not None
@@ -379,7 +379,7 @@ async def test_the_file_has_a_write_ahead_log_and_waits_for_the_disk(tmp_path: P
 
 
 async def test_a_store_can_be_closed_twice_and_tells_its_state(tmp_path: Path) -> None:
-    store = SqliteClients(tmp_path)
+    store = SqliteClientStore(tmp_path)
     assert str(tmp_path / CLIENTS_FILE) in repr(store)
     await store.load(1)
     await store.close()
@@ -388,7 +388,7 @@ async def test_a_store_can_be_closed_twice_and_tells_its_state(tmp_path: Path) -
 
 async def test_of_a_hundred_thousand_clients_a_write_costs_what_it_costs_of_one(tmp_path: Path) -> None:
     """The removals to be purged are found by an index of their own."""
-    store = SqliteClients(tmp_path)
+    store = SqliteClientStore(tmp_path)
     await store.load(1)
     plan = alter(tmp_path, "EXPLAIN QUERY PLAN DELETE FROM clients WHERE version <= 5 AND tier IS NULL")
     assert "clients_without_tier" in plan[0][-1], plan

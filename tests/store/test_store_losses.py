@@ -188,7 +188,7 @@ async def test_a_policy_that_forgives_least_is_no_warning(
     async with gateways(store.url, SLOW) as (limiter,):
         for _ in range(3):
             beats = int(store.admin.info("commandstats").get("cmdstat_info", {"calls": 0})["calls"])
-            await soon(lambda: len(limiter._seen) > 0, "it has beaten")
+            await soon(lambda: len(limiter._process_counts) > 0, "it has beaten")
             await asyncio.sleep(0.05)
             assert limiter.state().warning is None
         assert beats > 3  # it has asked

@@ -13,7 +13,7 @@ from api_gateway.admin.breaker_overrides import (
     OVERRIDES_FILE,
     OVERRIDES_POLL_INTERVAL,
     BreakerOverrides,
-    FileUnusable,
+    InvalidOverrideFile,
     Override,
     OverrideFile,
 )
@@ -51,7 +51,7 @@ class Worker:
         return self.breaker.mode
 
     def trouble(self) -> str | None:
-        return self.try_handle.trouble
+        return self.try_handle.error
 
 
 # The file
@@ -133,7 +133,7 @@ def test_what_cannot_be_used_is_named_by_file_place_and_value(file: OverrideFile
     file.path.parent.mkdir()
     raw = json.dumps({"circuit_breakers": content}) if isinstance(content, dict) else content
     file.path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
-    with pytest.raises(FileUnusable) as raised:
+    with pytest.raises(InvalidOverrideFile) as raised:
         file.read()
     assert str(raised.value) == f"{file.path}{problem}"
 
@@ -147,17 +147,17 @@ async def test_a_mode_that_one_sets_is_followed_by_the_others(file: OverrideFile
     assert await one.try_handle.set("users", HELD) is None
     assert one.mode() is Mode.FORCED_OPEN
     assert other.mode() is Mode.AUTO
-    await other.try_handle.look()
+    await other.try_handle.refresh()
     assert (other.mode(), other.try_handle.override("users")) == (Mode.FORCED_OPEN, HELD)
     assert await other.try_handle.set("users", None) == HELD
-    await one.try_handle.look()
+    await one.try_handle.refresh()
     assert one.mode() is Mode.AUTO
 
 
 async def test_it_is_in_force_again_after_a_restart(file: OverrideFile) -> None:
     await Worker(file, FakeClock(WALL)).try_handle.set("users", WATCHED)
     restarted = Worker(file, FakeClock(WALL + 86_400))
-    await restarted.try_handle.look()
+    await restarted.try_handle.refresh()
     assert restarted.mode() is Mode.OBSERVE
 
 
@@ -168,11 +168,11 @@ async def test_it_ends_by_itself_by_the_wall_clock(file: OverrideFile, mode: Mod
     await worker.try_handle.set("users", Override(mode, WALL, WALL + 600, "", "me"))
     wall.advance(599)
     worker.clock.advance(599)
-    await worker.try_handle.look()
+    await worker.try_handle.refresh()
     assert worker.mode() is mode
     wall.advance(1)
     worker.clock.advance(1)
-    await worker.try_handle.look()
+    await worker.try_handle.refresh()
     assert (worker.mode(), worker.try_handle.override("users")) == (Mode.AUTO, None)
 
 
@@ -183,7 +183,7 @@ async def test_a_file_that_cannot_be_used_changes_nothing_and_is_told_once(
     await worker.try_handle.set("users", HELD)
     file.path.write_text("{")
     for _ in range(3):
-        await worker.try_handle.look()
+        await worker.try_handle.refresh()
     assert worker.mode() is Mode.FORCED_OPEN
     (told,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert f"{file.path}:1:2: not JSON" in told
@@ -191,7 +191,7 @@ async def test_a_file_that_cannot_be_used_changes_nothing_and_is_told_once(
     with pytest.raises(StoreUnavailable, match=r"The mode was not changed: .*not JSON"):
         await worker.try_handle.set("users", None)
     file.path.unlink()
-    await worker.try_handle.look()
+    await worker.try_handle.refresh()
     assert (worker.mode(), worker.trouble()) == (Mode.AUTO, None)
 
 
@@ -202,22 +202,22 @@ async def test_a_folder_that_cannot_be_read_is_tried_again(
     file.change("users", HELD, WALL)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError("not yours")))
-        await worker.try_handle.look()
+        await worker.try_handle.refresh()
     assert worker.trouble() == "not yours"
-    await worker.try_handle.look()
+    await worker.try_handle.refresh()
     assert (worker.trouble(), worker.mode()) == (None, Mode.FORCED_OPEN)
 
 
 async def test_a_name_that_no_upstream_has_is_warned_of(file: OverrideFile, caplog: pytest.LogCaptureFixture) -> None:
     file.change("usres", HELD, WALL)
-    await Worker(file, FakeClock(WALL)).try_handle.look()
+    await Worker(file, FakeClock(WALL)).try_handle.refresh()
     assert "circuit_breakers.usres: there is no such upstream" in caplog.text
 
 
 async def test_each_change_is_logged_with_who_and_why(file: OverrideFile, caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(file, FakeClock(WALL))
     await worker.try_handle.set("users", HELD)
-    await worker.try_handle.look()
+    await worker.try_handle.refresh()
     await worker.try_handle.set("users", None)
     assert [record.message for record in caplog.records] == [
         "circuit breaker users: mode auto -> forced_open, set by 192.0.2.7: moving house",

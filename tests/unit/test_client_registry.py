@@ -11,7 +11,7 @@ import pytest
 
 from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import (
-    KEPT_CHANGES,
+    MAX_KEPT_CHANGES,
     UNCHANGED,
     Change,
     Changes,
@@ -96,7 +96,7 @@ class HeldStore:
 
     async def changes(self, since: Cursor) -> Changes | None:
         await self._reach()
-        if since.epoch != self.mark.epoch or since.version < self.mark.version - KEPT_CHANGES:
+        if since.epoch != self.mark.epoch or since.version < self.mark.version - MAX_KEPT_CHANGES:
             return None
         newer = [record for record in self.records.values() if record.version > since.version]
         return Changes(sorted(newer, key=lambda record: record.version), self.mark)
@@ -195,7 +195,7 @@ async def test_a_registry_tells_its_state() -> None:
         await registry.set_tier("c", "BASIC")
         assert repr(registry) == "<ClientRegistry [1 registered, 2 configured]>"
         store.fail(OSError("gone"))
-        await soon(lambda: registry.trouble is not None, "the failure is noticed")
+        await soon(lambda: registry.store_error is not None, "the failure is noticed")
         assert repr(registry) == "<ClientRegistry [1 registered, 2 configured, gone]>"
 
 
@@ -288,10 +288,10 @@ async def test_a_change_that_is_heard_of_before_its_answer_is_not_taken_for_some
 
         async def late(client_id: str, change: Change) -> WriteResult:
             written = await write(client_id, change)
-            await registry._catch_up()
+            await registry._apply_changes()
             assert tier_of(registry, client_id) != ("PREMIUM", "registered")
             await write(client_id, Change(grant=Grant("BASIC", 2e9)))  # by somebody else, behind it
-            await registry._catch_up()
+            await registry._apply_changes()
             return written
 
         store.write = late  # type: ignore[method-assign]  # the only way to hit the moment
@@ -300,7 +300,7 @@ async def test_a_change_that_is_heard_of_before_its_answer_is_not_taken_for_some
         assert tier_of(registry, "acme") == ("BASIC", "granted")
         assert [view(client) for client in told] == [("BASIC", "granted")]
         assert not registry._writing
-        assert not registry._heard
+        assert not registry._deferred
 
 
 async def test_an_older_record_never_takes_the_place_of_a_newer_one() -> None:
@@ -320,8 +320,8 @@ async def test_who_is_too_far_behind_reads_all_anew() -> None:
     store = HeldStore()
     async with following(store) as registry:
         await registry.set_tier("acme", "BASIC")
-        store.records["acme"] = ClientRecord("acme", "PREMIUM", version=KEPT_CHANGES + 9)
-        store.mark = Cursor("first", KEPT_CHANGES + 9)
+        store.records["acme"] = ClientRecord("acme", "PREMIUM", version=MAX_KEPT_CHANGES + 9)
+        store.mark = Cursor("first", MAX_KEPT_CHANGES + 9)
         store.tell()
         await soon(lambda: tier_of(registry, "acme") == ("PREMIUM", "registered"), "all is read anew")
 
@@ -364,14 +364,14 @@ async def test_a_remote_store_may_be_away_at_start_and_is_waited_for(caplog: pyt
     await store.write("acme", Change(tier="PREMIUM"))
     store.failure = OSError("not up yet")
     async with following(store, {"initech": "BASIC"}) as registry:
-        assert registry.trouble == "not up yet"
+        assert registry.store_error == "not up yet"
         assert tier_of(registry, "initech") == ("BASIC", "configured")
         assert view(registry.try_get("acme")) == ("FREE", "default")
         version = registry.version
         store.failure = None
         await soon(lambda: tier_of(registry, "acme") == ("PREMIUM", "registered"), "the store is found")
         assert registry.version > version
-        assert registry.trouble is None
+        assert registry.store_error is None
     told = [record.getMessage() for record in caplog.records]
     assert sum("store unavailable" in message for message in told) == 1
     assert sum("available again" in message for message in told) == 1
@@ -383,7 +383,7 @@ async def test_after_a_failure_nothing_is_taken_for_granted() -> None:
     async with following(store) as registry:
         await registry.set_tier("acme", "PREMIUM")
         store.fail(OSError("fails over"))
-        await soon(lambda: registry.trouble is not None, "the failure is noticed")
+        await soon(lambda: registry.store_error is not None, "the failure is noticed")
         store.records["acme"] = replace(store.records["acme"], tier="BASIC")  # same version
         store.failure = None
         await soon(lambda: tier_of(registry, "acme") == ("BASIC", "registered"), "all is read anew")
@@ -433,7 +433,7 @@ async def test_a_defect_does_not_end_the_following(caplog: pytest.LogCaptureFixt
     async with following(store, on_change=fail_once) as registry:
         await store.write("acme", Change(tier="BASIC"))
         await soon(lambda: tier_of(registry, "acme") == ("BASIC", "registered"), "it goes on")
-        await soon(lambda: registry.trouble is None, "it recovers")
+        await soon(lambda: registry.store_error is None, "it recovers")
         await store.write("acme", Change(tier="PREMIUM"))
         await soon(lambda: tier_of(registry, "acme") == ("PREMIUM", "registered"), "it follows again")
     assert any(record.exc_info for record in caplog.records)
@@ -554,7 +554,7 @@ async def test_what_is_late_counts_as_not_registered_until_it_comes() -> None:
 
 
 async def test_a_look_up_that_failed_is_made_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.clients.lookup_batcher.RETRY_AFTER", 0.05)
+    monkeypatch.setattr("api_gateway.clients.lookup_batcher.LATE_RETRY_DELAY", 0.05)
     store = HeldStore()
     await crowded(store, 25)
     async with following(store, limit=20) as registry:
@@ -572,10 +572,10 @@ async def test_while_the_store_is_known_to_be_away_nobody_waits_for_it() -> None
     await crowded(store, 25)
     async with following(store, limit=20) as registry:
         store.fail(OSError("away"))
-        await soon(lambda: registry.trouble is not None, "the failure is noticed")
+        await soon(lambda: registry.store_error is not None, "the failure is noticed")
         assert view(registry.try_get("client-24")) == ("FREE", "default")
         store.failure = None
-        await soon(lambda: registry.trouble is None, "the store is back")
+        await soon(lambda: registry.store_error is None, "the store is back")
         assert registry.try_get("client-24") is None
 
 
@@ -652,7 +652,7 @@ async def test_an_inspection_asks_the_store() -> None:
     await registry.load()
     await store.write("acme", Change(tier="BASIC", grant=Grant("PREMIUM", 2000)))
     found = await registry.inspect("acme")
-    assert (view(found.client), found.grant, view(found.otherwise), found.is_confirmed) == (
+    assert (view(found.client), found.grant, view(found.without_grant), found.is_confirmed) == (
         ("PREMIUM", "granted"),
         Grant("PREMIUM", 2000),
         ("BASIC", "registered"),
@@ -742,7 +742,7 @@ async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
 
 
 async def test_a_grant_that_ends_while_the_store_is_away_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_gateway.clients.registry._CLEAR_AGAIN_AFTER", 0.02)
+    monkeypatch.setattr("api_gateway.clients.registry._CLEAR_RETRY_DELAY", 0.02)
     clock = FakeClock(1000)
     store = HeldStore(clock)
     async with following(store, wall_clock=clock) as registry:

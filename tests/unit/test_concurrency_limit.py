@@ -12,7 +12,7 @@ from api_gateway.errors import CircuitOpen, LoadShed, Reason, problem
 from api_gateway.models import Outcome
 from api_gateway.resilience.breaker_policy import BreakerPolicy
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
-from api_gateway.resilience.event_loop_limit import LAGS, EventLoopShedder
+from api_gateway.resilience.event_loop_limit import LAG_SAMPLES, EventLoopShedder
 from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
@@ -166,7 +166,7 @@ def test_a_refusal_is_foretold_and_asking_takes_nothing() -> None:
 def lagging(seconds: float, most: float | None = 0.25, bands: PriorityClasses = TIERS) -> EventLoopShedder:
     """Return a limit whose loop has run late by so much for a while."""
     lag = EventLoopShedder(most, bands, source=random.Random(1))
-    for _ in range(LAGS):
+    for _ in range(LAG_SAMPLES):
         lag.observe(seconds)
     return lag
 
@@ -197,7 +197,7 @@ def test_one_stall_or_two_shed_nobody() -> None:
     """As a pause of the garbage collector, a machine that was asleep, and the first moments of the process are."""
     lag = EventLoopShedder(0.25, TIERS, source=random.Random(1))
     for number in range(100):
-        lag.observe(30.0 if number % LAGS in (0, 1) else 0.001)
+        lag.observe(30.0 if number % LAG_SAMPLES in (0, 1) else 0.001)
         assert not lag.is_over
         assert not lag.sheds(FREE)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.clients.sqlite_store import SqliteClients
+from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.errors import (
     ClientDisconnected,
     ClientIdInvalid,
@@ -382,7 +382,7 @@ def begun(scope: Scope, client: Client | None = None, cost: float = 1.0) -> Exch
 def identified(tmp_path: Path) -> Callable[..., Awaitable[Exchange]]:
     """Let `IdentityMiddleware` look at a request; return the exchange."""
     registry = ClientRegistry(
-        {"FREE": FREE, "PREMIUM": PREMIUM}, "FREE", {"acme": "PREMIUM"}, SqliteClients(tmp_path / "unused")
+        {"FREE": FREE, "PREMIUM": PREMIUM}, "FREE", {"acme": "PREMIUM"}, SqliteClientStore(tmp_path / "unused")
     )
 
     async def identify(scope: Scope, *trusted: str, header: str = "X-Client-ID") -> Exchange:
@@ -447,7 +447,7 @@ async def test_a_stranger_is_not_trusted_because_somebody_is(identified: Identif
 
 
 async def test_a_client_id_that_is_none_goes_no_further(tmp_path: Path) -> None:
-    registry = ClientRegistry({"FREE": FREE}, "FREE", {}, SqliteClients(tmp_path))
+    registry = ClientRegistry({"FREE": FREE}, "FREE", {}, SqliteClientStore(tmp_path))
     step = IdentityMiddleware(never, clients=registry, header="X-Client-ID", trusted_proxies=[])
     scope = http("/api", (b"x-client-id", b"a b"))
     exchange = begun(scope)
@@ -754,7 +754,7 @@ async def test_the_last_step_hands_the_exchange_to_the_router(is_trusted: bool) 
 
 async def test_the_steps_together_refuse_with_everything_that_is_known(tmp_path: Path) -> None:
     router = SilentRouter(USERS)
-    registry = ClientRegistry({"FREE": FREE}, "FREE", {}, SqliteClients(tmp_path))
+    registry = ClientRegistry({"FREE": FREE}, "FREE", {}, SqliteClientStore(tmp_path))
     limiting = Limiting()
     limiting.step.app = ProxyApp(router=router)
     matching_step = RoutingMiddleware(limiting.step, router=router)

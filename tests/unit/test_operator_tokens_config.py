@@ -9,7 +9,7 @@ import pytest
 from api_gateway.admin.operators import Operator, Role
 from api_gateway.assembly.access import operator_access
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.reload.serialization import hand_over, take_over
+from api_gateway.reload.serialization import deserialized, serialized
 from api_gateway.settings.diagnostics import ConfigError
 
 SECRET = "a-canary-of-a-secret"
@@ -31,7 +31,7 @@ def test_every_token_identifies_its_operator_in_every_worker(tmp_path: Path) -> 
     file.write_text("from-a-file\n")
     tokens = {"reader": {"token_file": str(file)}, "alice": {"role": "operate", "token": "alice-may-operate"}}
     config = load_config(None, {"state_dir": tmp_path, "admin": {"token": SECRET, "tokens": tokens}})
-    worker = take_over(json.loads(json.dumps(hand_over(config, {}))))
+    worker = deserialized(json.loads(json.dumps(serialized(config, {}))))
     for one in (config, worker):
         assert found(one, SECRET) == Operator("admin", Role.OPERATE)
         assert found(one, "from-a-file") == Operator("reader", Role.READ)

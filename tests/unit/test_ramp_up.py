@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.resilience.ramp_up import FLOOR, RampUp
+from api_gateway.resilience.ramp_up import MIN_RATE, RampUp
 from api_gateway.resilience.rate_meter import RateMeter
 
 NOW = 1000.0
@@ -41,9 +41,9 @@ def test_a_stampede_is_clipped_to_a_growing_rate() -> None:
 def test_a_person_and_a_small_service_notice_nothing(rate: float) -> None:
     """Ten at once, as a page that loads, and ten a second from then on."""
     ramp = RampUp(rate, 10, NOW)
-    assert all(take(ramp, NOW) for _ in range(int(FLOOR)))
+    assert all(take(ramp, NOW) for _ in range(int(MIN_RATE)))
     assert not take(ramp, NOW)
-    assert all(take(ramp, NOW + number / FLOOR) for number in range(1, 100))
+    assert all(take(ramp, NOW + number / MIN_RATE) for number in range(1, 100))
 
 
 def test_it_says_when_the_next_call_passes() -> None:

@@ -40,7 +40,7 @@ def test_a_bucket_that_is_used_late_is_what_it_would_be_had_it_been_converted_at
     quota = before
     for after, gap in changes:
         now += gap
-        late.requote([after], lambda _key, _present, old=quota: old, now)  # type: ignore[misc]
+        late.change_quotas([after], lambda _key, _present, old=quota: old, now)  # type: ignore[misc]
         at_once.change_quota("a", quota, after, now)
         quota = after
     now += used_after
@@ -58,7 +58,7 @@ def emptied() -> MemoryLimiter:
     for key in "abc":
         for _ in range(10):
             limiter.decide([charge(FREE, 1, key)], START)
-    limiter.requote([PAID], lambda _key, _present: FREE, START)
+    limiter.change_quotas([PAID], lambda _key, _present: FREE, START)
     return limiter
 
 
@@ -91,7 +91,7 @@ def test_requests_of_several_buckets_convert_each(emptied: MemoryLimiter) -> Non
 
 def requoted(limiter: MemoryLimiter, pairs: Iterable[tuple[Quota, Quota]]) -> None:
     for old, new in pairs:
-        limiter.requote([new], lambda _key, _present, old=old: old, START)  # type: ignore[misc]
+        limiter.change_quotas([new], lambda _key, _present, old=old: old, START)  # type: ignore[misc]
 
 
 def test_changing_back_and_forth_gains_nothing() -> None:

@@ -15,7 +15,7 @@ from api_gateway.resilience.retry import (
     RetryDenied,
     RetryPolicy,
     is_repeatable,
-    longest_pause,
+    max_delay,
     retry_after_of,
 )
 
@@ -131,12 +131,12 @@ def test_the_pause_lies_between_nothing_and_a_bound_that_doubles_up_to_its_cap(
     policy = RetryPolicy(attempts=attempts + 1, budget=1, base=base, cap=cap)
     pause = RetryDecider(policy, random.Random(seed)).decide(replace(SAFE, attempts=attempts), NOW)
     assert not isinstance(pause, RetryDenied)
-    assert 0 <= pause <= longest_pause(policy, attempts) <= cap
-    assert longest_pause(policy, attempts) <= longest_pause(policy, attempts + 1)
+    assert 0 <= pause <= max_delay(policy, attempts) <= cap
+    assert max_delay(policy, attempts) <= max_delay(policy, attempts + 1)
 
 
 def test_the_bounds_of_the_default_pauses() -> None:
-    assert [longest_pause(POLICY, attempts) for attempts in (1, 2, 3, 4, 5, 6)] == [0.025, 0.05, 0.1, 0.2, 0.25, 0.25]
+    assert [max_delay(POLICY, attempts) for attempts in (1, 2, 3, 4, 5, 6)] == [0.025, 0.05, 0.1, 0.2, 0.25, 0.25]
 
 
 def test_the_whole_range_is_used_so_that_clients_do_not_come_back_together() -> None:

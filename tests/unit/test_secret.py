@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from api_gateway.config import GatewayConfig, load_config
-from api_gateway.reload.serialization import hand_over, take_over
+from api_gateway.reload.serialization import deserialized, serialized
 from api_gateway.settings.diagnostics import ConfigError
 
 TOKEN = "correct-horse-battery"
@@ -136,6 +136,6 @@ def test_workers_get_the_secrets_and_not_the_files(tmp_path: Path) -> None:
     config = load_config(None, sections)
     (tmp_path / "token").unlink()
     (tmp_path / "url").write_text("redis://elsewhere")
-    arrived = take_over(json.loads(json.dumps(hand_over(config, {}))))
+    arrived = deserialized(json.loads(json.dumps(serialized(config, {}))))
     assert arrived == config
     assert arrived.store.url.get_secret_value() == URL

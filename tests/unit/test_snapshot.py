@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from api_gateway.circuit_breaker import KEPT_RECORDS, CircuitBreaker
+from api_gateway.circuit_breaker import MAX_RECORDS, CircuitBreaker
 from api_gateway.eventloop.pacing import completed
 from api_gateway.metrics import Recorder
 from api_gateway.models import Client, Decision, Exchange, LimiterState, Outcome, Quota
@@ -342,7 +342,7 @@ def test_two_names_of_one_address_are_two_targets_and_two_ports_of_one_host_two_
     people = Upstream("people", targets, CircuitBreaker(BreakerPolicy(), START), round_robin)
     names = [HostName("http://a.test:80"), HostName("http://a.test:81")]
     for name in names:
-        name.learn(["10.0.0.1"], START)
+        name.update(["10.0.0.1"], START)
     seen = UpstreamSnapshot.of(people, START, names)
     merged = merge([WorkerSnapshot(worker, recorder(), {"people": seen}) for worker in ("1", "2")]).upstreams["people"]
     found = [(target.key, target.is_healthy) for target in merged.targets]
@@ -405,7 +405,7 @@ def test_the_moves_of_a_worker_that_has_ended_are_kept_up_to_a_bound() -> None:
         ended.end()
         gone = merge([gone, ended])
     moves = merge([gone, history_of("1", 2, START + 5000)]).histories["people"]
-    assert len(moves) <= 3 * KEPT_RECORDS
+    assert len(moves) <= 3 * MAX_RECORDS
     assert moves[-1].at >= START + 5000
     assert moves[0].worker == "1"
 
@@ -474,7 +474,7 @@ def test_the_first_move_of_a_targets_new_breaker_is_not_taken_for_that_of_the_ol
 def test_a_target_that_moves_often_hides_no_move_of_the_upstreams() -> None:
     merged = merge([told_by(worker, with_targets(3, 500)) for worker in ("1", "2")]).histories["people"]
     assert [move.target_url for move in merged].count(None) == 6
-    assert len(merged) == 6 + 2 * KEPT_RECORDS
+    assert len(merged) == 6 + 2 * MAX_RECORDS
     assert merged[-1].at > START + 490
 
 

@@ -9,7 +9,7 @@ import pytest
 from api_gateway.config import load_config
 from api_gateway.demo import DemoUpstreams
 from api_gateway.process.worker_config import WorkerConfig
-from api_gateway.reload.serialization import hand_over, take_over
+from api_gateway.reload.serialization import deserialized, serialized
 
 WHOLE: dict[str, Any] = {
     "server": {"workers": 4, "trusted_proxies": ["10.0.0.0/8", "::1"], "drain_timeout": 2.5},
@@ -29,16 +29,16 @@ WHOLE: dict[str, Any] = {
 @pytest.mark.parametrize("sections", [{}, WHOLE], ids=["nothing", "everything"])
 def test_a_configuration_arrives_as_it_was(sections: dict[str, Any]) -> None:
     config = load_config(None, sections)
-    arrived = take_over(json.loads(json.dumps(hand_over(config, {}))))
+    arrived = deserialized(json.loads(json.dumps(serialized(config, {}))))
     assert arrived == config
     assert "FREE" not in arrived.tiers or not sections
 
 
 def test_an_edit_of_the_sources_does_not_reach_a_worker_that_takes_a_place(tmp_path: Path) -> None:
     """Only a reload does; otherwise some would be what others are not."""
-    values = hand_over(load_config(None, WHOLE), {})
+    values = serialized(load_config(None, WHOLE), {})
     (tmp_path / ".env").write_text("GATEWAY_CLIENTS__OTHER__TIER=BASIC\nGATEWAY_LOG__LEVEL=debug\n")
-    arrived = take_over(values)
+    arrived = deserialized(values)
     assert list(arrived.clients) == ["acme"]
     assert arrived.log.level == "info"
 
@@ -46,7 +46,7 @@ def test_an_edit_of_the_sources_does_not_reach_a_worker_that_takes_a_place(tmp_p
 def test_sections_take_the_place_of_the_configuration_s_own() -> None:
     demo = DemoUpstreams()
     try:
-        config = take_over(hand_over(load_config(None, {}), demo.sections()))
+        config = deserialized(serialized(load_config(None, {}), demo.sections()))
         assert not config.is_demo
         assert set(config.upstreams) == set(demo.urls)
     finally:

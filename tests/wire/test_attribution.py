@@ -31,7 +31,7 @@ from api_gateway.errors import (
     UpstreamTimeout,
 )
 from api_gateway.proxy.deadline import Deadline
-from api_gateway.proxy.faults import CLIENT_PAUSE, ClientShare, fault_of, fault_of_deadline, fault_of_status
+from api_gateway.proxy.faults import MAX_CLIENT_PAUSE, ClientProgress, fault_of, fault_of_deadline, fault_of_status
 from tests.kit import (
     PATIENCE,
     Behaviour,
@@ -52,7 +52,7 @@ StartUpstream = Callable[..., RawUpstream]
 
 WAYS = {"fast path": (), "general path": ("X-Odd:  two blanks",)}
 both_ways = pytest.mark.parametrize("way", WAYS)
-PAUSE = CLIENT_PAUSE + 0.3
+PAUSE = MAX_CLIENT_PAUSE + 0.3
 CHUNKED = ("Transfer-Encoding: chunked",)
 LARGE = 16 * 1024 * 1024  # more than both ends of a connection on loopback hold
 
@@ -80,9 +80,9 @@ def reason(body: bytes) -> str:
 
 # The table
 
-WHOLE, HALF = ClientShare(), ClientShare(has_sent_all=False, is_awaited=True, waited=0.1)
-BLOCKED = ClientShare(has_sent_all=False)  # the upstream does not read on
-SLOW = ClientShare(waited=CLIENT_PAUSE)
+WHOLE, HALF = ClientProgress(), ClientProgress(has_sent_all=False, is_awaited=True, waited=0.1)
+BLOCKED = ClientProgress(has_sent_all=False)  # the upstream does not read on
+SLOW = ClientProgress(waited=MAX_CLIENT_PAUSE)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ SLOW = ClientShare(waited=CLIENT_PAUSE)
         (BadRequest("x"), HALF, Fault.CLIENT),
     ],
 )
-def test_who_is_at_fault_for_an_error(error: GatewayError, client: ClientShare, fault: Fault) -> None:
+def test_who_is_at_fault_for_an_error(error: GatewayError, client: ClientProgress, fault: Fault) -> None:
     assert fault_of(error, client) is fault
 
 
@@ -111,7 +111,7 @@ def test_who_is_at_fault_for_an_error(error: GatewayError, client: ClientShare, 
     ("status", "client", "fault"),
     [(500, WHOLE, Fault.UPSTREAM), (500, SLOW, Fault.UPSTREAM), (500, HALF, Fault.NOBODY), (404, WHOLE, Fault.CLIENT)],
 )
-def test_who_is_at_fault_for_a_status(status: int, client: ClientShare, fault: Fault) -> None:
+def test_who_is_at_fault_for_a_status(status: int, client: ClientProgress, fault: Fault) -> None:
     assert fault_of_status(status, client) is fault
 
 
@@ -125,9 +125,9 @@ def test_who_is_at_fault_for_a_status(status: int, client: ClientShare, fault: F
     ],
 )
 def test_who_is_at_fault_for_a_deadline_of_ten_seconds(
-    source: Any, spent: float, client: ClientShare, fault: Fault
+    source: Any, spent: float, client: ClientProgress, fault: Fault
 ) -> None:
-    assert fault_of_deadline(Deadline(100, 10, source, "x", is_passed_on=True), spent, client) is fault
+    assert fault_of_deadline(Deadline(100, 10, source, "x", is_forwarded=True), spent, client) is fault
 
 
 # Uploads

@@ -56,7 +56,7 @@ def test_the_routes_takes_the_place_of_the_upstreams_and_the_clients_counts_if_i
 ) -> None:
     fields = {} if client is None else {b"x-request-timeout": [client]}
     found = deadline_of(Route("r", "/api", "up", timeout=route), total, fields, ARRIVED)
-    assert (found and (found.source, found.seconds, found.is_passed_on)) == expected
+    assert (found and (found.source, found.seconds, found.is_forwarded)) == expected
     if found is not None:
         assert found.at == ARRIVED + found.seconds
         assert found.is_upstream_fault is (found.source != "client")
@@ -79,7 +79,7 @@ def test_two_values_are_refused_even_if_they_agree() -> None:
 
 @given(st.floats(0.001, 1e6), st.floats(0, 1e6))
 def test_what_goes_on_is_never_more_than_what_is_left_nor_nothing(seconds: float, passed: float) -> None:
-    deadline = Deadline(ARRIVED + seconds, seconds, "client", "", is_passed_on=True)
+    deadline = Deadline(ARRIVED + seconds, seconds, "client", "", is_forwarded=True)
     now = ARRIVED + passed
     value = deadline.header_value(now)
     assert re.fullmatch(rb"\d+\.\d{3}", value)

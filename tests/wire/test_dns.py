@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from api_gateway.main import create_app
-from api_gateway.upstreams.dns import MAX_ADDRESSES, HostName, Resolution, Resolve, ask, keep_resolving, look_up
+from api_gateway.upstreams.dns import (
+    MAX_ADDRESSES,
+    HostName,
+    Resolution,
+    Resolve,
+    resolve_host,
+    resolve_once,
+    resolve_periodically,
+)
 from tests.kit import FakeClock, RawUpstream, RunningGateway, eventually, in_front_of, reply, running_gateway, soon
 from tests.kit import ask as get
 
@@ -41,18 +49,18 @@ def test_a_name_is_one_target_until_it_is_resolved() -> None:
 )
 def test_each_address_is_a_target_that_keeps_the_name(url: str, address: str, expected: str) -> None:
     name = HostName(url, 3)
-    answer = name.learn([address], NOW)
+    answer = name.update([address], NOW)
     (target,) = name.targets
     assert (target.url, target.named, target.address, target.weight) == (expected, url, address, 3)
-    assert (answer.came, answer.went, answer.is_change) == ((address,), (), True)
+    assert (answer.added, answer.removed, answer.is_change) == ((address,), (), True)
 
 
 def test_an_address_that_stays_keeps_its_target() -> None:
     name = HostName("http://users.internal")
-    name.learn(["10.0.0.2", "10.0.0.1", "10.0.0.2"], NOW)
+    name.update(["10.0.0.2", "10.0.0.1", "10.0.0.2"], NOW)
     one, two = name.targets
-    answer = name.learn(["10.0.0.3", "10.0.0.2"], NOW + 30)
-    assert (answer.came, answer.went) == (("10.0.0.3",), ("10.0.0.1",))
+    answer = name.update(["10.0.0.3", "10.0.0.2"], NOW + 30)
+    assert (answer.added, answer.removed) == (("10.0.0.3",), ("10.0.0.1",))
     assert name.targets[0] is two
     assert one not in name.targets
     assert name.addresses == ("10.0.0.2", "10.0.0.3")
@@ -60,24 +68,24 @@ def test_an_address_that_stays_keeps_its_target() -> None:
 
 def test_the_same_addresses_in_another_order_change_nothing() -> None:
     name = HostName("http://users.internal")
-    name.learn(["10.0.0.1", "10.0.0.2"], NOW)
-    assert not name.learn(["10.0.0.2", "10.0.0.1"], NOW + 30).is_change
+    name.update(["10.0.0.1", "10.0.0.2"], NOW)
+    assert not name.update(["10.0.0.2", "10.0.0.1"], NOW + 30).is_change
 
 
 def test_what_is_known_is_kept_when_nothing_can_be_learnt() -> None:
     name = HostName("http://users.internal")
-    name.learn(["10.0.0.1"], NOW)
-    for answer in (name.fail("no such host", NOW + 30), name.learn([], NOW + 60)):
+    name.update(["10.0.0.1"], NOW)
+    for answer in (name.fail("no such host", NOW + 30), name.update([], NOW + 60)):
         assert not answer.is_change
         assert name.addresses == ("10.0.0.1",)
     assert (name.error, name.asked_at) == ("it has no address", NOW + 60)
-    answer = name.learn(["10.0.0.1"], NOW + 90)
+    answer = name.update(["10.0.0.1"], NOW + 90)
     assert (answer.is_recovered, answer.is_change, name.error) == (True, False, None)
 
 
 def test_a_name_does_not_become_more_targets_than_are_of_use() -> None:
     name = HostName("http://users.internal")
-    name.learn([f"10.0.{number}.1" for number in range(256)], NOW)
+    name.update([f"10.0.{number}.1" for number in range(256)], NOW)
     assert len(name.targets) == MAX_ADDRESSES
 
 
@@ -122,7 +130,7 @@ async def silent(_host: str, _port: int) -> Sequence[str]:
 )
 async def test_asking_finds(resolve: Resolve, error: str | None) -> None:
     name = HostName("http://users.internal")
-    await ask(name, 0.01, resolve, FakeClock(NOW))
+    await resolve_once(name, 0.01, resolve, FakeClock(NOW))
     assert (name.error, name.asked_at) == (error, NOW)
 
 
@@ -133,12 +141,12 @@ async def test_a_name_is_asked_for_with_its_port() -> None:
         asked.append((host, port))
         return ["10.0.0.1"]
 
-    await ask(HostName("https://users.internal"), 1, resolve, FakeClock())
+    await resolve_once(HostName("https://users.internal"), 1, resolve, FakeClock())
     assert asked == [("users.internal", 443)]
 
 
 async def test_the_loops_resolver_finds_this_machine() -> None:
-    assert "127.0.0.1" in await look_up("localhost", 80)
+    assert "127.0.0.1" in await resolve_host("localhost", 80)
 
 
 @asynccontextmanager
@@ -146,7 +154,7 @@ async def resolving(
     names: Sequence[HostName], resolve: Resolve, on_answer: Callable[[Resolution], None]
 ) -> AsyncIterator[None]:
     task = asyncio.create_task(
-        keep_resolving(names, 0.005, resolve, on_answer, clock=FakeClock(), source=random.Random(1))
+        resolve_periodically(names, 0.005, resolve, on_answer, clock=FakeClock(), source=random.Random(1))
     )
     try:
         yield
@@ -304,12 +312,12 @@ def test_a_request_that_runs_on_an_address_that_is_gone_runs_to_its_end(
     zone.addresses = ("127.0.0.3",)
     eventually(lambda: urls(running) == [f"http://127.0.0.3:{places.port}"], "the change is noticed")
     service = running.server._app.state.gateway.upstream_clients["up"]
-    assert len(service._gone) == 1
+    assert len(service._removed) == 1
     may_answer.set()
     asking.join(10)
     assert bodies == [b"late"]
     assert served(running) == {"127.0.0.3"}
-    eventually(lambda: not service._gone, "the last target is let go")
+    eventually(lambda: not service._removed, "the last target is let go")
     assert set(service.origins) == set(service.upstream.targets)
     assert len(service.transport._pools) == 1
     eventually(lambda: are_closed(places.of["127.0.0.1"]) and are_closed(places.of["127.0.0.2"]), "all is closed")

@@ -17,7 +17,7 @@ from api_gateway.admin.explain_schema import ExplainRequest, Explanation
 from api_gateway.admin.explainer import Explainer
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.clients.sqlite_store import SqliteClients
+from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.http1.asgi import Message
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import (
@@ -119,7 +119,7 @@ class Stage:
             shadow=shadow,
         )
         tiers = {"FREE": FREE, "PAID": PAID}
-        registry = ClientRegistry(tiers, "FREE", {"paid": "PAID"}, SqliteClients(tmp_path / "unused"))
+        registry = ClientRegistry(tiers, "FREE", {"paid": "PAID"}, SqliteClientStore(tmp_path / "unused"))
         identify = IdentityMiddleware(
             RoutingMiddleware(limit, router=router), clients=registry, header="X-Client-ID", trusted_proxies=()
         )

@@ -50,26 +50,26 @@ def urls(service: UpstreamClient) -> list[str]:
 
 def test_each_name_keeps_its_place_and_its_weight() -> None:
     upkeep, service, one, other = kept()
-    upkeep._on_answer(other.learn(["10.0.0.2", "10.0.0.1"], NOW))
+    upkeep._on_resolution(other.update(["10.0.0.2", "10.0.0.1"], NOW))
     assert urls(service) == ["http://one.test", "http://10.0.0.1:80", "http://10.0.0.2:80"]
     assert [target.weight for target in service.upstream.targets] == [1, 2, 2]
-    upkeep._on_answer(one.learn(["10.0.0.9"], NOW))
+    upkeep._on_resolution(one.update(["10.0.0.9"], NOW))
     assert urls(service) == ["http://10.0.0.9:80", "http://10.0.0.1:80", "http://10.0.0.2:80"]
     assert set(service.origins) == set(service.upstream.targets)
 
 
 def test_a_target_that_is_gone_is_let_go_of_once_nothing_runs_on_it() -> None:
     upkeep, service, one, _ = kept()
-    upkeep._on_answer(one.learn(["10.0.0.1"], NOW))
+    upkeep._on_resolution(one.update(["10.0.0.1"], NOW))
     gone, other = service.upstream.targets
     lease = service.upstream.acquire(NOW, "", [other])
     assert lease.target is gone
-    upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
+    upkeep._on_resolution(one.update(["10.0.0.2"], NOW))
     assert lease.target in service.origins, "a request that has not been sent yet finds its way"
-    upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
+    upkeep._on_resolution(one.update(["10.0.0.2"], NOW))
     assert lease.target in service.origins
     lease.release(NOW)
-    upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
+    upkeep._on_resolution(one.update(["10.0.0.2"], NOW))
     assert lease.target not in service.origins
 
 
@@ -77,11 +77,11 @@ def test_the_log_hears_each_thing_once(caplog: pytest.LogCaptureFixture) -> None
     caplog.set_level(logging.INFO)
     upkeep, _, one, _ = kept()
     for error in ("no such host", "no such host", "no answer within 30 s"):
-        upkeep._on_answer(one.fail(error, NOW))
+        upkeep._on_resolution(one.fail(error, NOW))
     for addresses in (["10.0.0.1"], ["10.0.0.1"], ["10.0.0.2"]):
-        upkeep._on_answer(one.learn(addresses, NOW))
-    upkeep._on_answer(one.fail("no such host", NOW))
-    upkeep._on_answer(one.learn(["10.0.0.2"], NOW))
+        upkeep._on_resolution(one.update(addresses, NOW))
+    upkeep._on_resolution(one.fail("no such host", NOW))
+    upkeep._on_resolution(one.update(["10.0.0.2"], NOW))
     assert caplog.messages == [
         "upstream users: one.test cannot be resolved, the name itself is kept: no such host",
         "upstream users: one.test cannot be resolved, the name itself is kept: no answer within 30 s",
@@ -112,7 +112,7 @@ async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection
         clock=FakeClock(NOW),
         source=random.Random(1),
     )
-    assert await upkeep._asker(one.targets[0])(f"{up.url}/health", 1.0) == 200
+    assert await upkeep._send_probe(one.targets[0])(f"{up.url}/health", 1.0) == 200
     assert repr(own) == repr(service.transport) == "<UpstreamTransport {}>"
     await upkeep.close()
 

@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
 from api_gateway.errors import causes
-from api_gateway.proxy.client_disconnect import DisconnectWatch
+from api_gateway.proxy.client_disconnect import DisconnectPoller
 from api_gateway.transport.connection import StaleConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
 from api_gateway.transport.local_resources import exhaustion_behind
@@ -177,24 +177,24 @@ async def _connect(_seconds: float | None) -> FakeConnection:
 @pytest.mark.timeout(10)
 async def test_a_pool_gives_up_an_idle_connection_once_whatever_that_does() -> None:
     pool = Pool(_connect, limit=1, idle_timeout=60)
-    pool.give(await pool.take(None, None))
+    pool.release(await pool.acquire(None, None))
     with pytest.raises(httpx.PoolTimeout):
-        await pool.take(None, 0.05, is_fresh=True)
+        await pool.acquire(None, 0.05, is_fresh=True)
     pool.close()
 
 
 @pytest.mark.timeout(10)
 async def test_who_asks_for_an_unused_connection_is_not_handed_a_used_one() -> None:
     pool = Pool(_connect, limit=1, idle_timeout=60)
-    used = await pool.take(None, None)
-    waiting = asyncio.create_task(pool.take(None, 5.0, is_fresh=True))
+    used = await pool.acquire(None, None)
+    waiting = asyncio.create_task(pool.acquire(None, 5.0, is_fresh=True))
     await asyncio.sleep(0)
-    pool.give(used)
+    pool.release(used)
     taken = await waiting
     assert taken is not used
     assert used.is_closed
-    pool.give(taken)
-    assert await pool.take(None, 1.0) is taken  # the one slot there is came back
+    pool.release(taken)
+    assert await pool.acquire(None, 1.0) is taken  # the one slot there is came back
     pool.close()
 
 
@@ -238,7 +238,7 @@ async def test_watching_for_a_client_that_leaves_lets_the_loop_turn() -> None:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async with asyncio.timeout(5):
-        with DisconnectWatch(receive, NO_BODY):
+        with DisconnectPoller(receive, NO_BODY):
             await asyncio.sleep(0.3)
     assert 1 <= asked < 20
 

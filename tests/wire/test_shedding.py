@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api_gateway.eventloop.lag_sampler import LagSampler
-from api_gateway.resilience.event_loop_limit import LAGS
+from api_gateway.resilience.event_loop_limit import LAG_SAMPLES
 from tests.kit import (
     RawAnswer,
     RawClient,
@@ -361,7 +361,7 @@ def late(stage: Stage, gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -
 
     def by(seconds: float) -> RunningGateway:
         lag = running.server._app.state.gateway.lag
-        for _ in range(LAGS):
+        for _ in range(LAG_SAMPLES):
             lag.observe(seconds)
         return running
 

@@ -15,25 +15,25 @@ from api_gateway.metrics import Recorder
 from api_gateway.process import supervisor
 from api_gateway.process.listeners import Sockets
 from api_gateway.process.supervisor import (
-    FIRST_DELAY,
-    LONGEST_DELAY,
+    MAX_RESPAWN_DELAY,
+    MIN_RESPAWN_DELAY,
     CounterLedger,
     Supervisor,
     WorkerSlot,
-    delay_after,
+    respawn_delay,
 )
 from api_gateway.process.worker_handle import Objection, WorkerHandle
-from api_gateway.reload.changes import with_restart_settings_of
+from api_gateway.reload.changes import keep_restart_settings
 from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.reporting.worker_channel import encode
 
 
 def test_a_first_failure_is_made_good_soon_and_later_ones_less_and_less_so() -> None:
-    delays = [delay_after(failures) for failures in range(12)]
-    assert delays[:4] == [0, FIRST_DELAY, 2 * FIRST_DELAY, 4 * FIRST_DELAY]
+    delays = [respawn_delay(failures) for failures in range(12)]
+    assert delays[:4] == [0, MIN_RESPAWN_DELAY, 2 * MIN_RESPAWN_DELAY, 4 * MIN_RESPAWN_DELAY]
     assert delays == sorted(delays)
-    assert delays[-1] == LONGEST_DELAY
-    assert delay_after(5000) == LONGEST_DELAY
+    assert delays[-1] == MAX_RESPAWN_DELAY
+    assert respawn_delay(5000) == MAX_RESPAWN_DELAY
 
 
 class Puppet:
@@ -89,10 +89,10 @@ async def test_a_worker_that_is_slow_to_start_is_not_taken_to_hang() -> None:
         worker = WorkerHandle(1, cast("Any", process), streams, nothing, nothing, patience)
         await asyncio.sleep(3 * patience)
         assert not process.is_killed.is_set()
-        assert worker.has_served_for == 0
+        assert worker.seconds_served == 0
         theirs.sendall(encode("ready", clock=time.monotonic()))
         assert await worker.is_ready(10)
-        assert worker.has_served_for <= time.monotonic() - worker.started - 3 * patience, "its start does not count"
+        assert worker.seconds_served <= time.monotonic() - worker.started - 3 * patience, "its start does not count"
         async with asyncio.timeout(10):
             await process.is_killed.wait()
     await asyncio.wait({worker._listening})
@@ -128,7 +128,7 @@ async def test_who_asks_during_a_round_hears_what_has_happened_since(monkeypatch
 
 
 async def test_who_does_not_answer_is_shown_as_he_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "ANSWER_TIMEOUT", 0.01)
+    monkeypatch.setattr(supervisor, "GATHER_ROUND_TIMEOUT", 0.01)
     one, other = Puppet(1), Puppet(2)
     other.count = 2
     other.answer()
@@ -168,7 +168,7 @@ class Leaver:
     """A worker that was told to stop, and ends when it is killed or its time has come."""
 
     has_served = True
-    has_served_for = started = 0.0
+    seconds_served = started = 0.0
 
     def __init__(self, seconds: float, cut_off: int = 0) -> None:
         self.cut_off = cut_off
@@ -220,7 +220,7 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lack: Exception
 ) -> None:
     """The others serve on meanwhile: nothing leaves the task that keeps the place."""
-    monkeypatch.setattr(supervisor, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(supervisor, "MIN_RESPAWN_DELAY", 0.001)
     boss = supervisor_of(Leaver(0), lack, lack, Leaver(30), monkeypatch=monkeypatch, drain_timeout=30)
     post = WorkerSlot(1, Sockets([]))
     first = post.worker = await boss._spawn(post)
@@ -296,7 +296,7 @@ def test_what_only_a_restart_can_change_stays_and_is_named() -> None:
     now = read(
         server={"port": 2, "workers": 3, "drain_timeout": 5}, store={"url": "redis://cache"}, default_tier="BASIC"
     )
-    settled, needs_restart = with_restart_settings_of(before, now)
+    settled, needs_restart = keep_restart_settings(before, now)
     assert needs_restart == ["server.port", "server.workers", "store.url"]
     assert (settled.server.port, settled.server.workers, settled.store.url.get_secret_value()) == (1, 2, "memory://")
     assert (settled.server.drain_timeout, settled.default_tier) == (5, "BASIC")

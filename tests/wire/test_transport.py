@@ -1073,9 +1073,9 @@ async def test_what_is_retired_while_in_use_is_closed_when_given_back(
 ) -> None:
     up = upstream()
     origin = Origin.of(httpx.URL(up.url))
-    connection = await transport.pool(origin).take(1, 1)
+    connection = await transport.pool(origin).acquire(1, 1)
     assert not transport.retire(origin)
-    transport.pool(origin).give(connection)
+    transport.pool(origin).release(connection)
     assert connection.is_closed
     assert transport.retire(origin)
 

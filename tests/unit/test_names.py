@@ -1,0 +1,57 @@
+"""One name means one thing: a public name is defined in one module of the package, or there is a reason for two."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "api_gateway"
+
+REASONS = {
+    "T": "a type variable, whose name says nothing by convention",
+    "logger": "every module that logs has its own, by convention",
+    "main": "the entry point of a program: the command line, a worker, the embedded store's guardian",
+    "router": "each module of operator endpoints has its own FastAPI router, by convention",
+}
+
+
+def defined_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the public classes, functions and constants that a module defines at its top level."""
+    for node in tree.body:
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                names = [name]
+            case ast.Assign(targets=targets):
+                names = [found.id for target in targets for found in ast.walk(target) if isinstance(found, ast.Name)]
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names = [name]
+            case _:
+                names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def duplicates(folder: Path) -> dict[str, list[str]]:
+    """Return the names that several modules below a folder define, and which modules those are."""
+    modules = defaultdict(list)
+    for path in sorted(folder.rglob("*.py")):
+        for name in set(defined_names(ast.parse(path.read_text()))):
+            modules[name].append(path.relative_to(folder).as_posix())
+    return {name: found for name, found in modules.items() if len(found) > 1}
+
+
+def test_a_public_name_is_defined_once_or_has_a_reason() -> None:
+    unexplained = {name: found for name, found in duplicates(PACKAGE).items() if name not in REASONS}
+    assert not unexplained, "rename all but one of them, or state in REASONS why they share the name"
+
+
+def test_every_reason_is_still_needed() -> None:
+    assert not REASONS.keys() - duplicates(PACKAGE).keys()
+
+
+def test_definitions_are_found_in_every_form(tmp_path: Path) -> None:
+    for module in ("one.py", "two.py"):
+        (tmp_path / module).write_text(
+            "class A: ...\ndef b(): ...\nasync def c(): ...\nD, E = 1, 2\nF: int = 3\n_g = 4\n"
+        )
+    assert duplicates(tmp_path) == {name: ["one.py", "two.py"] for name in "AbcDEF"}
+    assert not duplicates(tmp_path / "missing")
