@@ -163,7 +163,7 @@ class RedisLimiter:
         return None
 
     def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
-        """Have the store decide; `on_decision` is called within the deadline, if necessary with the policy's decision."""
+        """Have the store decide; call `on_decision` within the deadline, if necessary with the policy's decision."""
         if len(charges) > 1 and self._session.is_divided:
             MultiNodeCharge(self, charges, now_ns, on_decision).submit()
         else:
