@@ -162,8 +162,8 @@ class Recorder:
     def updating(self, state: Mapping[str, Any]) -> Steps[None]:
         """Do the same in steps."""
         self.started, self.in_flight = state["started"], state["in_flight"]
-        for mine, theirs in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
-            for name, series in theirs.items():
+        for mine, other in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
+            for name, series in other.items():
                 mine.setdefault(name, WindowedSeries()).update(series)
                 yield
         for name in _TABLES:
@@ -229,14 +229,14 @@ class Recorder:
         """Count a try that was made because the one before failed with `cause`, a reason or a status."""
         self.retries[upstream, cause] += 1
 
-    def observe_denial(self, upstream: str, why: str) -> None:
+    def observe_denial(self, upstream: str, reason: str) -> None:
         """Count a failed try that was not repeated."""
-        self.retries_denied[upstream, why] += 1
+        self.retries_denied[upstream, reason] += 1
 
 
-def _add(mine: Counter[Label], theirs: Counter[Label]) -> None:
+def _add(mine: Counter[Label], other: Counter[Label]) -> None:
     """Add counts to counts. `Counter.__iadd__` would drop those at zero, which are shown too."""
-    for label, count in theirs.items():
+    for label, count in other.items():
         mine[label] += count
 
 

@@ -91,8 +91,8 @@ async def history(name: str, context: Guarded) -> HistoryView:
     _check_breaker(context, name)
     snapshot = await context.aggregator.gather(with_histories=True)
     now = context.clocks.now()
-    moves = [_move_view(record, now) for record in reversed(snapshot.histories.get(name, []))]
-    return HistoryView(name=name, history=moves)
+    transitions = [_transition_view(record, now) for record in reversed(snapshot.histories.get(name, []))]
+    return HistoryView(name=name, history=transitions)
 
 
 def _check_breaker(context: AdminContext, name: str) -> None:
@@ -114,7 +114,7 @@ def _mode_view(override: Override | None) -> ModeView:
     )
 
 
-def _move_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
+def _transition_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
     failures = [
         FailedCallView(
             at=utc(call.at, now),

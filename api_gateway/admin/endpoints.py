@@ -44,10 +44,10 @@ def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
     app.state.rendered_schemas = {}
     for router in _ROUTERS:
         app.include_router(router)
-    app.add_exception_handler(GatewayError, _answer_error)
-    app.add_exception_handler(RequestValidationError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(Exception, _answer_error)  # the framework raises it again, and the server logs it
+    app.add_exception_handler(GatewayError, _error_response)
+    app.add_exception_handler(RequestValidationError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
+    app.add_exception_handler(Exception, _error_response)  # the framework raises it again, and the server logs it
     app.router.routes.insert(0, Route("/openapi.json", _schema))
     return frozenset(route.path.split("/")[1] for route in _routes(app))
 
@@ -62,9 +62,9 @@ async def _schema(request: Request) -> Response:
     return rendered[root]
 
 
-async def _answer_error(request: Request, raised: Exception) -> Response:
+async def _error_response(request: Request, raised: Exception) -> Response:
     """Answer any error of an operator endpoint as problem details, and OPTIONS by the methods there are."""
-    error = _in_our_words(raised)
+    error = _gateway_error(raised)
     if isinstance(error, MethodNotAllowed):
         error.headers["allow"] = _allow(request)
         if request.method == "OPTIONS":
@@ -93,11 +93,11 @@ def _routes(app: FastAPI) -> Iterator[Route]:
     return (route for route in routes if isinstance(route, Route))
 
 
-def _in_our_words(raised: Exception) -> GatewayError:
+def _gateway_error(raised: Exception) -> GatewayError:
     if isinstance(raised, GatewayError):
         return raised
     if isinstance(raised, RequestValidationError):
-        return InvalidValue(f"{'; '.join(_mistake(item) for item in raised.errors())}.")
+        return InvalidValue(f"{'; '.join(_validation_message(item) for item in raised.errors())}.")
     if isinstance(raised, HTTPException):
         if raised.status_code == 404:  # noqa: PLR2004 - no endpoint of that name
             return NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
@@ -107,7 +107,7 @@ def _in_our_words(raised: Exception) -> GatewayError:
     return InternalError(f"The gateway failed: {type(raised).__name__}.")
 
 
-def _mistake(item: Mapping[str, Any]) -> str:
+def _validation_message(item: Mapping[str, Any]) -> str:
     """Name place and value; of a value that is a whole body, only what is wrong with it."""
     given = item.get("input")
     value = f", got {given!r}" if isinstance(given, str | int | float) else ""

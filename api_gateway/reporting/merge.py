@@ -12,7 +12,7 @@ from api_gateway.reporting.snapshot import (
     TargetSnapshot,
     UpstreamSnapshot,
     WorkerSnapshot,
-    last_moves,
+    last_transitions,
 )
 from api_gateway.resilience.breaker_history import TransitionRecord
 from api_gateway.resilience.breaker_policy import Mode, State
@@ -69,12 +69,12 @@ def _merge_limiters(snapshots: Sequence[WorkerSnapshot]) -> LimiterState:
 
 def _merge_histories(name: str, snapshots: Sequence[WorkerSnapshot]) -> list[TransitionRecord]:
     """Return the moves of all, by time, each saying whose it is; of those that have ended the last ones."""
-    moves = [
+    transitions = [
         record if record.worker else replace(record, worker=snapshot.worker)
         for snapshot in snapshots
         for record in snapshot.histories.get(name, ())
     ]
-    return last_moves(moves, len(snapshots))
+    return last_transitions(transitions, len(snapshots))
 
 
 def _merge_upstream(name: str, found: Sequence[WorkerSnapshot], present: Sequence[WorkerSnapshot]) -> UpstreamSnapshot:

@@ -313,7 +313,7 @@ class WorkerSnapshot:
         known = self.histories.setdefault(name, [])
         cached = {_identity(record) for record in known}
         known += [record for record in records if _identity(record) not in cached]
-        self.histories[name] = last_moves(known, len({record.worker for record in known}))
+        self.histories[name] = last_transitions(known, len({record.worker for record in known}))
 
     def end(self) -> None:
         """Keep what was counted and drop what was going on: the worker has ended."""
@@ -328,7 +328,7 @@ def oldest_changed(now: float) -> int:
     return max(0, int(now / SLICE) - 1)
 
 
-def moves_of(upstream: Upstream) -> list[TransitionRecord]:
+def transitions_of(upstream: Upstream) -> list[TransitionRecord]:
     """Return the last moves of an upstream's breaker and of its targets' breakers, the oldest first."""
     theirs = (
         (record, target.url)
@@ -337,20 +337,20 @@ def moves_of(upstream: Upstream) -> list[TransitionRecord]:
         for record in target.breaker.records
     )
     latest = heapq.nlargest(MAX_RECORDS, theirs, key=lambda cached: cached[0].at)
-    moves = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
-    return sorted(moves, key=_moment)
+    transitions = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
+    return sorted(transitions, key=_moment)
 
 
-def last_moves(moves: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
+def last_transitions(transitions: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
     """Return the last of the moves, the oldest first.
 
     For each worker those are KEPT_RECORDS of the upstream's breaker and as many of all its targets': one that moves
     often hides no move of the upstream's, and targets that come and go take no more room.
     """
     most = MAX_RECORDS * max(1, workers)
-    by_time = sorted(moves, key=_moment)
-    own = [move for move in by_time if move.target_url is None]
-    theirs = [move for move in by_time if move.target_url is not None]
+    by_time = sorted(transitions, key=_moment)
+    own = [transition for transition in by_time if transition.target_url is None]
+    theirs = [transition for transition in by_time if transition.target_url is not None]
     return sorted(own[-most:] + theirs[-most:], key=_moment)
 
 

@@ -64,7 +64,7 @@ class EmbeddedStore:
         self._watched, self.lifeline = os.pipe()  # the second end is for every process that needs the store
         self._process: asyncio.subprocess.Process | None = None
         self._last_lines: deque[str] = deque(maxlen=3)
-        self._keeper: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
         self._launching: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -75,14 +75,14 @@ class EmbeddedStore:
         if len(os.fsencode(self._socket)) > _LONGEST_PATH:
             raise NoServer(f"the path {self._socket} is too long for a unix socket: set TMPDIR to a shorter one")
         await self._begin()
-        self._keeper = asyncio.create_task(self._keep(), name="embedded store")
+        self._task = asyncio.create_task(self._run(), name="embedded store")
 
     async def stop(self) -> None:
         """Stop it and remove its folder."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._task is not None:
+            self._task.cancel()
             with suppress(asyncio.CancelledError):
-                await self._keeper
+                await self._task
         if self._launching is not None:
             await asyncio.wait({self._launching})
         if self._process is not None:
@@ -114,7 +114,7 @@ class EmbeddedStore:
             self._log = asyncio.create_task(self._forward(output), name="log of the embedded store")
         try:
             async with asyncio.timeout(STORE_START_TIMEOUT):
-                while not await self._answers():
+                while not await self._responds():
                     if process.returncode is not None:
                         await self._log
                         raise NoServer(f"{self._server} does not start: {' | '.join(self._last_lines)}")
@@ -123,7 +123,7 @@ class EmbeddedStore:
             await self._end(process)
             raise NoServer(f"{self._server} did not answer within {STORE_START_TIMEOUT:g} s") from None
 
-    async def _answers(self) -> bool:
+    async def _responds(self) -> bool:
         try:
             reader, writer = await asyncio.open_unix_connection(str(self._socket))
         except OSError:
@@ -135,7 +135,7 @@ class EmbeddedStore:
             return reply == b"+PONG\r\n"
         return False
 
-    async def _keep(self) -> None:
+    async def _run(self) -> None:
         """Start it again whenever it ends."""
         while True:
             assert self._process is not None  # noqa: S101 - started before

@@ -168,7 +168,7 @@ class StoreSession:
                     await self.client.initialize()  # or it raises KeyError for a slot it knows nothing of
                 await pubsub.subscribe(channel)
                 check_cancelled()
-                async for message in _heard(pubsub):
+                async for message in _received(pubsub):
                     if message["type"] == "subscribe":
                         on_state(True)
                     elif message["type"] == "message":
@@ -259,7 +259,7 @@ class ScriptConnection:
         self._connection._close()  # type: ignore[no-untyped-call]  # noqa: SLF001 - `disconnect`, less the waiting
 
 
-async def _heard(pubsub: PubSub) -> AsyncIterator[dict[str, Any]]:
+async def _received(pubsub: PubSub) -> AsyncIterator[dict[str, Any]]:
     """Yield what a subscription hears, for as long as it proves to be alive. Raises one of `StoreError`."""
     is_asked = False
     while True:

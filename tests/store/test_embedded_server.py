@@ -80,7 +80,7 @@ async def test_it_is_started_again_when_it_dies(
     assert process is not None
     with caplog.at_level(logging.ERROR):
         os.kill(process.pid, signal.SIGKILL)  # the one that watches the server: the server may not stay without it
-        while store._process is process or not await store._answers():  # noqa: ASYNC110 - nothing tells
+        while store._process is process or not await store._responds():  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.01)
     assert "started again, empty" in caplog.text
     await store.stop()
