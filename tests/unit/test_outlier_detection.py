@@ -96,7 +96,7 @@ def test_the_move_of_a_targets_breaker_is_on_the_lease_that_caused_it() -> None:
     assert lease.target_transition is None
     assert lease.settle(Outcome.FAILURE, NOW, "status 503") is None, "the upstream's breaker did not move"
     assert lease.target_transition is not None
-    assert (lease.target_transition.target, lease.target_move.cause) == (
+    assert (lease.target_transition.target, lease.target_transition.cause) == (
         State.OPEN,
         "3 consecutive failures; last: status 503",
     )
