@@ -154,19 +154,19 @@ class Watchdog:
     def _on_loop_turn(self) -> None:
         self._has_turned = True
 
-    def _end_process(self, code: int, why: str) -> None:
+    def _end_process(self, code: int, reason: str) -> None:
         """Log the reason and the stack of the loop's thread, then end the process, even if logging blocks."""
         try:
-            snapshot = threading.Thread(target=self._report, args=(code, why), daemon=True)
+            snapshot = threading.Thread(target=self._report, args=(code, reason), daemon=True)
             snapshot.start()
             snapshot.join(REPORT_TIMEOUT)
         finally:
             self._end(code)
 
-    def _report(self, code: int, why: str) -> None:
+    def _report(self, code: int, reason: str) -> None:
         frame = sys._current_frames().get(self._main)  # noqa: SLF001 - documented, and there is no public alternative
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (ended)\n"
-        logger.critical("%s; exiting with code %d. Stack of the main thread:\n%s", why, code, stack.rstrip())
+        logger.critical("%s; exiting with code %d. Stack of the main thread:\n%s", reason, code, stack.rstrip())
         process_output().flush(REPORT_TIMEOUT)
 
     # The timer

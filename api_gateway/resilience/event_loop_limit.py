@@ -23,10 +23,10 @@ class EventLoopShedder:
     """
 
     def __init__(
-        self, most: float | None, priorities: PriorityClasses = SINGLE_PRIORITY, *, source: random.Random
+        self, max_lag: float | None, priorities: PriorityClasses = SINGLE_PRIORITY, *, source: random.Random
     ) -> None:
-        """`most` is the maximum lag in seconds; None: no load shedding."""
-        self.max_lag = math.inf if most is None else most
+        """`max_lag` is the maximum lag in seconds; None: no load shedding."""
+        self.max_lag = math.inf if max_lag is None else max_lag
         self.lag = 0.0
         self.is_over = False
         self._priorities = priorities
@@ -36,9 +36,9 @@ class EventLoopShedder:
     def __repr__(self) -> str:
         return f"<EventLoopShedder [{self.lag:.3f} of {self.max_lag:g} s]>"
 
-    def change(self, most: float | None, priorities: PriorityClasses) -> None:
+    def change(self, max_lag: float | None, priorities: PriorityClasses) -> None:
         """Apply another limit or other priorities; the samples are kept."""
-        self.max_lag = math.inf if most is None else most
+        self.max_lag = math.inf if max_lag is None else max_lag
         self._priorities = priorities
         self.is_over = self.lag > self.max_lag
 

@@ -57,8 +57,8 @@ class FailedAttempt:
     """A failed attempt: the facts that decide on a retry.
 
     `attempts`: the number of attempts so far, this one included. `is_sent`: the upstream may have received a part of
-    the request. `is_repeatable`: the method is idempotent, or the request has an idempotency key. `is_kept`: the body,
-    if any, can be sent again from its start. `is_recovering`: the breaker is not closed, or this attempt was its
+    the request. `is_repeatable`: the method is idempotent, or the request has an idempotency key. `is_replayable`: the
+    body, if any, can be sent again from its start. `is_recovering`: the breaker is not closed, or this attempt was its
     probe. `is_elsewhere`: an untried target is available. `retry_after`: the response's Retry-After in seconds;
     `left`: the seconds until the deadline; None if there is none.
     """
@@ -66,7 +66,7 @@ class FailedAttempt:
     attempts: int
     is_sent: bool
     is_repeatable: bool
-    is_kept: bool = True
+    is_replayable: bool = True
     is_recovering: bool = False
     is_elsewhere: bool = False
     retry_after: float | None = None
@@ -89,7 +89,7 @@ class RetryBudget:
     def __init__(self, share: float, floor: float = 0.0) -> None:
         self._share = share
         self._floor = floor if share > 0 else 0.0
-        self._most = self._balance = self.RESERVE if share > 0 else 0.0
+        self._max_balance = self._balance = self.RESERVE if share > 0 else 0.0
         self._meter = RateMeter()
         self._counted_at: float | None = (
             None  # the time until which the floor was added; None before the first retry, while the balance is full
@@ -101,9 +101,9 @@ class RetryBudget:
     def change(self, share: float, floor: float) -> None:
         """Apply another share and floor; the balance is kept within the new maximum."""
         if share > 0 and self._share <= 0:
-            self._most = self._balance = self.RESERVE
+            self._max_balance = self._balance = self.RESERVE
         elif share <= 0:
-            self._most = self._balance = 0.0
+            self._max_balance = self._balance = 0.0
         self._share = share
         self._floor = floor if share > 0 else 0.0
 
@@ -113,15 +113,15 @@ class RetryBudget:
         meter.count += 1
         if now >= meter.due:
             self._measure(now)
-        if self._balance < self._most:
-            self._balance = min(self._most, self._balance + self._share)
+        if self._balance < self._max_balance:
+            self._balance = min(self._max_balance, self._balance + self._share)
 
     def withdraw(self, now: float = 0.0) -> bool:
         """Take one retry; return whether the balance permitted it."""
         if now >= self._meter.due:
             self._measure(now)
-        if self._counted_at is not None and now > self._counted_at and self._balance < self._most:
-            self._balance = min(self._most, self._balance + self._floor * (now - self._counted_at))
+        if self._counted_at is not None and now > self._counted_at and self._balance < self._max_balance:
+            self._balance = min(self._max_balance, self._balance + self._floor * (now - self._counted_at))
         self._counted_at = now if self._counted_at is None else max(now, self._counted_at)
         if self._balance < 1:
             return False
@@ -132,8 +132,8 @@ class RetryBudget:
         """Adjust the maximum balance to the present rate of requests."""
         self._meter.mark(now)
         if self._share > 0:
-            self._most = max(self.RESERVE, self._share * self.SPAN * self._meter.rate(now))
-            self._balance = min(self._balance, self._most)
+            self._max_balance = max(self.RESERVE, self._share * self.SPAN * self._meter.rate(now))
+            self._balance = min(self._balance, self._max_balance)
 
 
 class RetryDecider:
@@ -154,9 +154,9 @@ class RetryDecider:
 
     def decide(self, failed: FailedAttempt, now: float) -> float | RetryDenied:
         """Return the seconds to wait before a retry, which is taken from the budget, or why there is none."""
-        why = _denial(failed, self.policy)
-        if why is not None:
-            return why
+        reason = _denial(failed, self.policy)
+        if reason is not None:
+            return reason
         wait = max(self._delay(failed), failed.retry_after or 0.0)
         if failed.left is not None and wait >= failed.left:
             return RetryDenied.DEADLINE
@@ -184,11 +184,11 @@ def _denial(failed: FailedAttempt, policy: RetryPolicy) -> RetryDenied | None:
     objections = (
         (failed.attempts >= policy.attempts, RetryDenied.ATTEMPTS),
         (failed.is_sent and not failed.is_repeatable, RetryDenied.METHOD),
-        (not failed.is_kept, RetryDenied.BODY),
+        (not failed.is_replayable, RetryDenied.BODY),
         (failed.is_recovering, RetryDenied.BREAKER),
         (failed.retry_after is not None and failed.retry_after > policy.max_retry_after, RetryDenied.RETRY_AFTER),
     )
-    return next((why for holds, why in objections if holds), None)
+    return next((reason for holds, reason in objections if holds), None)
 
 
 def is_repeatable(method: str, fields: Fields) -> bool:

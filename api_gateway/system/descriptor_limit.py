@@ -13,7 +13,7 @@ except ImportError:  # Windows has no such limit
 MAX_DESCRIPTORS = 1_048_576  # the kernel's default maximum for one process (fs.nr_open)
 
 
-def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
+def raise_descriptor_limit(maximum: int = MAX_DESCRIPTORS) -> int:
     """Raise the soft limit of open files to the hard limit, or to `most` if that is lower; return the resulting limit.
 
     Child processes inherit it. `sys.maxsize` stands for no limit.
@@ -21,7 +21,7 @@ def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
     if resource is None:
         return sys.maxsize
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    wanted = maximum if hard == resource.RLIM_INFINITY else min(hard, maximum)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return sys.maxsize if soft == resource.RLIM_INFINITY else soft
     try:

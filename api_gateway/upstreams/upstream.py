@@ -33,8 +33,8 @@ class Attempt:
     one and must be called exactly once.
 
     `principal` is the one to which a failure is attributed; None if no client can have caused it. `ticket` is of the
-    upstream's breaker, `target_ticket` of the target's; `target_move` is the transition of the latter that the last
-    `settle` caused.
+    upstream's breaker, `target_ticket` of the target's; `target_transition` is the transition of the latter that the
+    last `settle` caused.
     """
 
     __slots__ = (
@@ -45,13 +45,13 @@ class Attempt:
         "principal",
         "slow",
         "target",
-        "target_move",
         "target_ticket",
+        "target_transition",
         "ticket",
         "upstream",
     )
 
-    target_move: Transition | None
+    target_transition: Transition | None
     principal: str | None
 
     def __init__(
@@ -68,7 +68,7 @@ class Attempt:
         self.target_ticket = target_ticket
         self.principal = principal or ""  # all unknown principals count as one
         self._holder = principal
-        self.target_move = None
+        self.target_transition = None
         self._target_breaker = target.breaker  # the one that issued the ticket; the target may get another
         self.slow: SlowResponse | None = None
         self._is_settled = False
@@ -87,14 +87,14 @@ class Attempt:
     ) -> Transition | None:
         """Record the outcome; only the first counts. Return the transition of the upstream's breaker, or None."""
         if self._is_settled:
-            self.target_move = None
+            self.target_transition = None
             return None
         self._is_settled = True
         if self.slow is not None and duration is None:
             duration, route, request_id = self.slow
         upstream, target = self.upstream, self.target
         if self.target_ticket is not None and target.breaker is self._target_breaker:
-            self.target_move = upstream.outliers.settle(
+            self.target_transition = upstream.outliers.settle(
                 upstream.targets,
                 target,
                 self.target_ticket,
