@@ -1,22 +1,24 @@
-"""Everything the gateway can say no with; each error knows its status, its reason and whether a retry is safe.
+"""The errors of the gateway. Each has a status, a reason, a default fault, and whether a retry is safe.
 
     GatewayError
-    ├── RequestRefused      the request itself: 4xx
+    ├── RequestRefused      the request cannot be served: 4xx
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
     │   ├── NoRoute, MethodNotAllowed
     │   ├── BodyTooLarge, HeadersTooLarge, RequestTimeout
     │   └── RateLimited, CostExceedsCapacity
-    ├── Unavailable         the gateway declines to try: 503
+    ├── Unavailable         no attempt was made: 503
     │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable
     │   └── Overloaded
-    │       └── Shed        more is under way than can be served well
-    ├── UpstreamFailed      it tried and the upstream failed: 502, 504
-    │   └── UpstreamConnectError, UpstreamReset, UpstreamProtocolError, UpstreamTimeout
+    │       └── LoadShed    refused to protect the upstream or the gateway
+    ├── UpstreamFailed      an attempt failed: 502, 504
+    │   ├── UpstreamConnectError, UpstreamReset, UpstreamProtocolError
+    │   └── UpstreamTimeout
+    │       └── UpstreamConnectTimeout
     ├── InternalError       a defect of the gateway: 500
-    └── ClientDisconnected  nobody is left to answer: 499 in the log
+    └── ClientDisconnected  the client has disconnected: 499 in the log
 
-Nothing here sends or logs; `problem` only renders the body of RFC 9457.
+Errors are not sent or logged here; `problem` renders the problem details (RFC 9457).
 """
 
 import math
@@ -30,13 +32,13 @@ REDUCED_CAPACITY = "https://iana.org/assignments/http-problem-types#temporary-re
 
 
 # Exit codes
-STARTUP_FAILED = 3  # uvicorn's own for it
-DRAIN_INCOMPLETE = 4  # not everything was answered in the time to drain
-BLOCKED = 5  # the event loop did not turn any more
+STARTUP_FAILED = 3  # the same as uvicorn's
+DRAIN_INCOMPLETE = 4  # exchanges were aborted at the end of the drain
+BLOCKED = 5  # the watchdog ended the process because its event loop was blocked
 
 
 class Reason(StrEnum):
-    """The closed list of causes, the same word in body, log, metric and documentation."""
+    """The closed list of reasons: the same word in problem details, access log, metrics and documentation."""
 
     RATE_LIMITED = "rate_limited"
     COST_EXCEEDS_CAPACITY = "cost_exceeds_capacity"
@@ -64,10 +66,10 @@ class Reason(StrEnum):
 
 
 class Fault(StrEnum):
-    """Who is at fault for an error.
+    """Who caused an error.
 
-    TARGET is at fault where no connection to it could be made, which no client can bring about; for an UPSTREAM's
-    fault a request may have been the cause. Where several may be, it is NOBODY's.
+    TARGET: no connection could be made, which a client cannot cause. UPSTREAM: the upstream failed, possibly because
+    of the request. NOBODY: the cause is not certain.
     """
 
     CLIENT = "client"
@@ -78,11 +80,11 @@ class Fault(StrEnum):
 
 
 class GatewayError(Exception):
-    """An answer the gateway makes by itself.
+    """An error for which the gateway generates the response.
 
-    `retry_after` is in seconds, as exact as it is known, or None where waiting cannot help. `headers` go on the
-    answer, `extra` into its problem body. `is_retry_safe` says that nothing of the request reached an upstream,
-    `fault` who is at fault unless more is known (see `proxy.faults.fault_of`).
+    `retry_after` is seconds, not rounded; None if waiting does not help. `headers` are added to the response, `extra`
+    to the problem details. `is_retry_safe`: no part of the request has reached an upstream. `fault` applies unless
+    more is known (see `proxy.faults.fault_of`).
     """
 
     status: ClassVar[int] = 500
@@ -109,7 +111,7 @@ class GatewayError(Exception):
 
 
 class RequestRefused(GatewayError):
-    """The request cannot be served as it is."""
+    """The request cannot be served; the client must change it or wait."""
 
     status = 400
     reason = Reason.BAD_REQUEST
@@ -121,69 +123,69 @@ class BadRequest(RequestRefused):
 
 
 class ClientIdInvalid(RequestRefused):
-    """The client's identifier is not 1 to 128 visible ASCII characters, or was sent twice."""
+    """The client id is not 1 to 128 visible ASCII characters, or was sent more than once."""
 
     reason = Reason.CLIENT_ID_INVALID
 
 
 class InvalidValue(RequestRefused):
-    """The body of an operator endpoint names something unusable, or is not JSON by its `Content-Type`."""
+    """The request for an operator endpoint has an invalid body, or a `Content-Type` other than JSON."""
 
     status = 422
     reason = Reason.INVALID_VALUE
 
 
 class Unauthorized(RequestRefused):
-    """An operator endpoint was called without a valid token."""
+    """The request for an operator endpoint has no valid token."""
 
     status = 401
     reason = Reason.UNAUTHORIZED
 
 
 class Forbidden(RequestRefused):
-    """An operator endpoint was called by somebody who may not do that, or by a page of another origin."""
+    """The caller of an operator endpoint lacks the role, is no operator, or is a page of another origin."""
 
     status = 403
     reason = Reason.FORBIDDEN
 
 
 class NoRoute(RequestRefused):
-    """No route matches host and path."""
+    """No route matches host and path, or no endpoint has the path."""
 
     status = 404
     reason = Reason.NO_ROUTE
 
 
 class MethodNotAllowed(RequestRefused):
-    """The path has a route, but not for this method."""
+    """The path has a route or endpoint, but not for this method."""
 
     status = 405
     reason = Reason.METHOD_NOT_ALLOWED
 
 
 class BodyTooLarge(RequestRefused):
-    """The request body exceeds `server.max_body_bytes`."""
+    """The request body exceeds `server.max_body_bytes`, or 64 KiB for an operator endpoint."""
 
     status = 413
     reason = Reason.BODY_TOO_LARGE
 
 
 class HeadersTooLarge(RequestRefused):
-    """The request's head exceeds `server.max_header_bytes`."""
+    """The request head exceeds `server.max_header_bytes`."""
 
     status = 431
     reason = Reason.HEADERS_TOO_LARGE
 
 
 class RequestTimeout(RequestRefused):
-    """The request's head took longer than `server.header_timeout` to arrive."""
+    """The request head took longer than `server.header_timeout` to arrive."""
 
     status = 408
     reason = Reason.REQUEST_TIMEOUT
 
 
 class RateLimited(RequestRefused):
-    """The bucket does not hold the request's cost now."""
+    """The bucket has too few tokens for the request now."""
 
     status = 429
     reason = Reason.RATE_LIMITED
@@ -191,14 +193,14 @@ class RateLimited(RequestRefused):
 
 
 class CostExceedsCapacity(RequestRefused):
-    """The request costs more than the bucket can ever hold; waiting cannot help."""
+    """The request costs more than the capacity of the bucket; waiting does not help."""
 
     status = 403
     reason = Reason.COST_EXCEEDS_CAPACITY
 
 
 class Unavailable(GatewayError):
-    """The gateway declines to try now."""
+    """The request cannot be served now; no attempt was made."""
 
     status = 503
     is_retry_safe = True
@@ -206,7 +208,7 @@ class Unavailable(GatewayError):
 
 
 class CircuitOpen(Unavailable):
-    """The upstream's circuit breaker lets no request through."""
+    """The upstream's circuit breaker rejects the request."""
 
     reason = Reason.CIRCUIT_OPEN
 
@@ -218,13 +220,13 @@ class NoHealthyUpstream(Unavailable):
 
 
 class Overloaded(Unavailable):
-    """No connection to the upstream came free in time, or this process lacks a descriptor or a port to open one."""
+    """No connection to the upstream was available in time, or no descriptor or port to open one."""
 
     reason = Reason.OVERLOADED
 
 
 class LoadShed(Overloaded):
-    """More is under way than the upstream, or the gateway itself, can serve well; lower tiers are refused first."""
+    """Too many requests are in flight at the upstream or in the gateway; lower tiers are refused first."""
 
 
 class Draining(Unavailable):
@@ -234,13 +236,13 @@ class Draining(Unavailable):
 
 
 class StoreUnavailable(Unavailable):
-    """The store did not take a change, which was therefore not made; or it does not answer, and nothing may pass."""
+    """The store is unavailable: a change was not confirmed, or the policy `deny` refuses all requests."""
 
     reason = Reason.STORE_UNAVAILABLE
 
 
 class UpstreamFailed(GatewayError):
-    """The upstream was tried and gave no usable answer."""
+    """An attempt ended without a usable response."""
 
     status = 502
     reason = Reason.UPSTREAM_RESET
@@ -248,7 +250,7 @@ class UpstreamFailed(GatewayError):
 
 
 class UpstreamConnectError(UpstreamFailed):
-    """No connection could be made."""
+    """No connection to the target could be made; nothing was sent."""
 
     reason = Reason.UPSTREAM_CONNECT_ERROR
     is_retry_safe = True
@@ -256,37 +258,37 @@ class UpstreamConnectError(UpstreamFailed):
 
 
 class UpstreamReset(UpstreamFailed):
-    """The connection broke before the answer was complete."""
+    """The connection ended before the response was complete."""
 
     reason = Reason.UPSTREAM_RESET
 
 
 class UpstreamProtocolError(UpstreamFailed):
-    """The answer was not HTTP."""
+    """The response violates HTTP."""
 
     reason = Reason.UPSTREAM_PROTOCOL_ERROR
 
 
 class UpstreamTimeout(UpstreamFailed):
-    """The upstream was silent for longer than it may be."""
+    """A timeout or the deadline of the exchange expired during the attempt."""
 
     status = 504
     reason = Reason.UPSTREAM_TIMEOUT
 
 
 class UpstreamConnectTimeout(UpstreamTimeout):
-    """Connecting took longer than it may; nothing was sent."""
+    """Connecting exceeded its timeout; nothing was sent."""
 
     is_retry_safe = True
     fault = Fault.TARGET
 
 
 class InternalError(GatewayError):
-    """A defect of the gateway itself."""
+    """A defect of the gateway."""
 
 
 class ClientDisconnected(GatewayError):
-    """The client left before its answer was complete. Never sent; blames no upstream."""
+    """The client disconnected before its response was complete. Never sent, and no failure of an upstream."""
 
     status = 499
     reason = Reason.CLIENT_DISCONNECTED
@@ -294,18 +296,18 @@ class ClientDisconnected(GatewayError):
 
 
 def not_started() -> Draining:
-    """Return the error before the lifespan has begun, which frameworks do not run for a mounted application."""
+    """Return the error for requests before the lifespan, which frameworks do not run for a mounted application."""
     return Draining(
-        "The gateway has not started. An application it is mounted in must run its lifespan: see docs/embedding.md.",
+        "The gateway has not started. An application that mounts it must run its lifespan: see docs/embedding.md.",
         retry_after=1,
     )
 
 
 def problem(error: GatewayError, *, instance: str, request_id: str | None = None) -> dict[str, Any]:
-    """Return the problem details object of RFC 9457 section 3 for `error`.
+    """Return the problem details of `error` (RFC 9457 section 3).
 
-    `title` names the problem type; for `about:blank` that is the status phrase (section 4.2.1). `reason` and
-    `request_id` are extension members, as is everything in `error.extra`.
+    For the type `about:blank`, `title` is the status phrase (section 4.2.1). `reason`, `request_id`,
+    `retry_after_seconds` and the members of `error.extra` are extension members.
     """
     titles = {
         QUOTA_EXCEEDED: "Request cannot be satisfied as assigned quota has been exceeded",
@@ -327,13 +329,13 @@ def problem(error: GatewayError, *, instance: str, request_id: str | None = None
 
 
 class StartupError(Exception):
-    """The gateway cannot start; the message says why."""
+    """The gateway cannot start, or a configuration cannot be applied; the message has the cause."""
 
 
 def causes(error: BaseException | None, *, with_context: bool = True) -> Iterator[BaseException]:
-    """Yield an error and what led to it, of a group the first one. Chains of exceptions may be circular.
+    """Yield an error and its chain of causes; of a group, the first error. Circular chains end.
 
-    `with_context`: an error without a stated cause was led to by the one that was being handled when it came up.
+    `with_context`: the context of an error without an explicit cause counts as its cause.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -1,7 +1,7 @@
-"""What is counted: a recorder that is fed once per exchange, and its state for other processes.
+"""The recorder: counters that each exchange updates once, and their state for other processes.
 
-Plain integers on one event loop, no locks. Label values come from the configuration or from closed lists, so nothing
-here grows with clients or paths.
+Plain integers on one event loop, without locks. Label values come from the configuration or from closed lists, so the
+size does not depend on clients or paths.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from api_gateway.observability.latency_series import WindowedSeries
 
 Label = TypeVar("Label")
 
-# Those of a recorder's counters that are kept by one label.
+# The recorder's counters with one label.
 _COUNTERS = (
     "rejections",
     "allowed",
@@ -30,19 +30,18 @@ _COUNTERS = (
     "write_errors",
 )
 
-# And those kept by several.
+# The recorder's counters with several labels.
 _TABLES = ("requests", "retries", "retries_denied", "fallbacks")
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "_other"
 NO_ROUTE = "_none"
 NO_TIER = "_none"
-GATEWAY = "_gateway"  # in place of an upstream, for what the gateway sheds before it knows one
-# What became of a cost after the decision: more was charged, some or all given back, or what an upstream told of it
-# could not be read.
+GATEWAY = "_gateway"  # instead of an upstream, for requests that are shed before their upstream is known
+# Results of a cost settlement: more was charged, some or all was refunded, or the upstream's value was unreadable.
 SETTLEMENTS = ("charged", "refunded", "unreadable")
 
-# What a try on an upstream can end in: the class of its status, or why it has none.
+# Outcomes of an attempt: the class of its status, or the reason why it has none.
 OUTCOMES = (
     "1xx",
     "2xx",
@@ -57,7 +56,7 @@ OUTCOMES = (
     Reason.BAD_REQUEST.value,
 )
 
-# What a try that failed can be repeated for, beside statuses.
+# Causes of a retry, other than statuses.
 RETRY_CAUSES = (
     Reason.UPSTREAM_CONNECT_ERROR.value,
     Reason.UPSTREAM_RESET.value,
@@ -65,13 +64,13 @@ RETRY_CAUSES = (
     Reason.UPSTREAM_TIMEOUT.value,
 )
 
-SWITCHED = 101  # a tunnel lasts as long as its two ends like, which is no latency
+SWITCHED = 101  # status of a tunnel, whose duration is not a latency
 
 
 class Recorder:
-    """Everything counted in one process, or what those of several come to.
+    """All counters of one process, or the sums over several.
 
-    The slices are numbered by the monotonic clock, which the processes of a machine have in common.
+    Times are on the monotonic clock, which is the same for all processes of a machine.
     """
 
     def __init__(
@@ -85,10 +84,10 @@ class Recorder:
         dropped_lines: Counter[str] | None = None,
         write_errors: Counter[str] | None = None,
     ) -> None:
-        """Know all label values from the start, so that every series exists at zero before its first event.
+        """Create all series with the value zero, so that each exists before its first event.
 
-        `rejections` by reason may already be counted elsewhere: by the server, for what never becomes an exchange.
-        Likewise `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`): by the process's output.
+        `rejections`, by reason, may be shared with the server, which counts requests that never become an exchange;
+        `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`), with the output of the process.
         """
         tiers = tuple(tiers)
         self.started = now
@@ -99,13 +98,13 @@ class Recorder:
         self.outcomes: dict[str, Counter[str]] = {name: Counter() for name in self.upstreams}
         self.retries: Counter[tuple[str, str]] = Counter()  # upstream, cause
         self.retries_denied: Counter[tuple[str, str]] = Counter()  # upstream, why
-        self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, who answered, the reason of the failure
+        self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, fallback, reason of the failure
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
-        self.sources: Counter[str] = Counter()  # decisions by what they rest on
-        self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed, but not by the candidate
-        self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused, but not by the candidate
+        self.sources: Counter[str] = Counter()  # decisions by source
+        self.would_limit: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # allowed; the candidate would refuse
+        self.would_allow: Counter[str] = Counter(dict.fromkeys(tiers, 0))  # refused; the candidate would allow
         self.settlements: Counter[str] = Counter(dict.fromkeys(SETTLEMENTS, 0))
         places = (*self.upstreams, GATEWAY)
         self.operator_rejections: Counter[str] = Counter()  # rejected requests to operator endpoints, by reason
@@ -119,7 +118,7 @@ class Recorder:
     def extend(
         self, routes: Iterable[str], upstreams: Iterable[str], tiers: Iterable[str], percentiles: Sequence[float]
     ) -> None:
-        """Know more label values. Those known before stay, with what was counted under them."""
+        """Add label values, after a reload. Existing series and their counts stay."""
         self.percentiles = tuple(percentiles)
         for name in routes:
             self.routes.setdefault(name, WindowedSeries())
@@ -135,11 +134,11 @@ class Recorder:
         return f"<Recorder [{self.requests.total()} requests, {self.in_flight} in flight]>"
 
     def state(self, since: int = 0) -> dict[str, Any]:
-        """Return everything as JSON can hold it; see `describing`."""
+        """Return the state as JSON values; see `describing`."""
         return completed(self.describing(since))
 
     def describing(self, since: int) -> Steps[dict[str, Any]]:
-        """Return everything as JSON can hold it; of series and slices those that changed in slice `since` or later."""
+        """Return the state as JSON values, in steps, without series and slices unchanged since slice `since`."""
         routes = yield from each(_changed(self.routes, since), lambda _, series: series.state(since))
         upstreams = yield from each(_changed(self.upstreams, since), lambda _, series: series.state(since))
         return {
@@ -156,11 +155,11 @@ class Recorder:
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
-        """Become what another recorder's `state` says, given every state of it since its first."""
+        """Apply a `state` of another recorder. Every state since its first must have been applied, in order."""
         completed(self.updating(state))
 
     def updating(self, state: Mapping[str, Any]) -> Steps[None]:
-        """Do the same in steps."""
+        """Apply a `state` as `update` does, in steps."""
         self.started, self.in_flight = state["started"], state["in_flight"]
         for mine, theirs in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
             for name, series in theirs.items():
@@ -179,7 +178,7 @@ class Recorder:
         self.limited_by_client = HeavyHitters.from_state(state["limited_by_client"])
 
     def absorb(self, other: "Recorder") -> None:
-        """Take in what another recorder has counted."""
+        """Add the counts of another recorder."""
         self.started = min(self.started, other.started)
         self.in_flight += other.in_flight
         for mine, theirs in ((self.routes, other.routes), (self.upstreams, other.upstreams)):
@@ -205,8 +204,8 @@ class Recorder:
         running.count(exchange)
         if exchange.reason is not None and exchange.fallback is None:
             self.rejections[exchange.reason] += 1
-        for whose in exchange.shed_by:
-            self.shed[whose or GATEWAY][tier] += 1
+        for upstream in exchange.shed_by:
+            self.shed[upstream or GATEWAY][tier] += 1
         if client is not None:
             self.requests_by_client.add(client.key)
         if exchange.decision is not None:
@@ -220,26 +219,26 @@ class Recorder:
             running.time(exchange.finished - exchange.started)
 
     def observe_attempt(self, upstream: str, outcome: str, seconds: float | None, now: float) -> None:
-        """Count one try on an upstream; `outcome` is a class of status or a reason, `seconds` the time to the head."""
+        """Count one attempt; `outcome` is a class of status or a reason, `seconds` the time to the response's head."""
         self.outcomes[upstream][outcome] += 1
         if seconds is not None:
             self.upstreams[upstream].at(now).time(seconds)
 
     def observe_retry(self, upstream: str, cause: str) -> None:
-        """Count a try that was made because the one before failed with `cause`, a reason or a status."""
+        """Count a retry after an attempt that failed with `cause`, a reason or a status."""
         self.retries[upstream, cause] += 1
 
     def observe_denial(self, upstream: str, why: str) -> None:
-        """Count a failed try that was not repeated."""
+        """Count a failed attempt that was not retried; `why` is a `RetryDenied`."""
         self.retries_denied[upstream, why] += 1
 
 
 def _add(mine: Counter[Label], theirs: Counter[Label]) -> None:
-    """Add counts to counts. `Counter.__iadd__` would drop those at zero, which are shown too."""
+    """Add counts. Unlike `Counter.__iadd__`, this keeps counts of zero, which are shown, too."""
     for label, count in theirs.items():
         mine[label] += count
 
 
 def _changed(series: Mapping[str, WindowedSeries], since: int) -> list[tuple[str, WindowedSeries]]:
-    """Return the series that have changed in slice `since` or later; 0 returns all."""
+    """Return the series with counts in slice `since` or later; all if `since` is 0."""
     return [(name, one) for name, one in series.items() if not since or one.has_changed(since)]

@@ -1,4 +1,4 @@
-"""The vocabulary every layer shares: plain values of one request, and the bodies that speak of clients."""
+"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the clients' endpoints."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,23 +15,23 @@ Clock = Callable[[], float]  # monotonic seconds
 
 NANOSECONDS = 1_000_000_000
 
-# What a decision rests on: buckets in this process, in the shared store, what the store said before of a bucket that
-# must still be empty, or, while the store cannot be used, the policy for that.
+# Source of a decision: buckets in this process; the store; the cache of refusals that are certain by the store's last
+# reading; or, while the store is unavailable, the policy for outages.
 DecisionSource = Literal["memory", "store", "deny_cache", "local_share", "deny", "allow"]
 
 BreakerMode = Literal["auto", "observe", "forced_closed", "forced_open"]
 
-# Where a client's tier comes from: a grant, a registration by the API, the configuration, or nowhere.
+# Source of a client's tier: a grant, a registration by the API, the configuration, or the default (id or address).
 ClientSource = Literal["granted", "registered", "configured", "default", "address"]
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """The terms of one token bucket, with its times worked out in integer nanoseconds.
+    """Rate and capacity of a token bucket, with its times in integer nanoseconds.
 
-    `rate` is tokens per second, `capacity` tokens. `emission_ns` is the time one token takes to refill, rounded up,
-    so that rounding can only make the limit stricter (by less than 1 ns a token). `burst_ns` is the time an empty
-    bucket takes to refill: the whole budget of the bucket, expressed as time.
+    `rate` is tokens per second, `capacity` tokens. `emission_ns` is the refill time of one token, rounded up, so that
+    rounding makes the limit stricter (by less than 1 ns per token). `burst_ns`, the budget, is the refill time of an
+    empty bucket.
     """
 
     name: str
@@ -42,28 +42,28 @@ class Quota:
 
     @classmethod
     def per_second(cls, name: str, rate: float, capacity: int) -> "Quota":
-        """Build the quota of `rate` tokens per second and `capacity` tokens; both must be positive."""
+        """Return the quota of `rate` tokens per second and `capacity` tokens; ValueError unless both are > 0."""
         if not 0 < rate < math.inf or capacity <= 0:
             raise ValueError(f"quota {name!r}: rate and capacity must be > 0, got {rate!r} and {capacity!r}")
         emission_ns = math.ceil(NANOSECONDS / Fraction(str(rate)))
         return cls(name, rate, capacity, emission_ns, capacity * emission_ns)
 
     def cost_ns(self, cost: float) -> int:
-        """Return what `cost` tokens (fractions allowed, >= 0) take off the budget, in nanoseconds."""
+        """Return the refill time of `cost` tokens (>= 0, fractions allowed) in nanoseconds, rounded up."""
         return _cost_ns(self.emission_ns, cost)
 
 
 @lru_cache(maxsize=4096)
 def _cost_ns(emission_ns: int, cost: float) -> int:
-    """Work out `Quota.cost_ns`: fractions take their time, and there are few costs."""
+    """Compute `Quota.cost_ns`; cached, because fractions are slow and different costs are few."""
     return math.ceil(Fraction(str(cost)) * emission_ns)
 
 
 @dataclass(slots=True)
 class Charge:
-    """One bucket that a request draws on: `increment_ns` from the budget of `key` under `quota`.
+    """One bucket that a request is charged to: its key and quota, and the cost as refill time.
 
-    Where something is settled after the fact, less than 0 gives back.
+    In a cost settlement, an `increment_ns` below 0 is a refund.
     """
 
     key: str
@@ -73,12 +73,12 @@ class Charge:
 
 @dataclass(slots=True)
 class Decision:
-    """What the limiter says of one request, about the bucket that binds.
+    """The result of the limiter for one request: that of the first bucket, or of the one that refuses longest.
 
-    `remaining` is whole tokens left after the decision. `wait_ns` is 0 when allowed, else the exact time until the
-    same request passes, or -1 when it never can because it costs more than `quota.capacity`. `reset_ns` is the time
-    until the bucket is full. `at_ns` is when it was decided, on the clock of the buckets, and `others_ns` the times
-    until the request's other buckets are full, if it was charged to several: what `settle` needs to know.
+    `remaining` is the number of whole tokens after the decision. `wait_ns` is 0 if allowed, else the exact time until
+    the same request would be allowed, or -1 if it never would because it costs more than `quota.capacity`. `reset_ns`
+    is the time until the bucket is full. `settle` needs `at_ns`, the time of the decision on the clock of the buckets,
+    and `others_ns`, the times until the other charged buckets are full.
     """
 
     key: str
@@ -93,19 +93,19 @@ class Decision:
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds until the same request passes, not rounded down to whole ones; None when it passed or never can."""
+        """Seconds until the same request would be allowed, never too few; None if it is allowed or never would be."""
         if self.wait_ns <= 0:
             return None
         whole, rest_ns = divmod(self.wait_ns, NANOSECONDS)
         seconds = self.wait_ns / NANOSECONDS
         return (
             math.nextafter(whole, math.inf) if rest_ns and seconds == whole else seconds
-        )  # months: doubles are coarse
+        )  # for waits of months, a double may have lost the nanoseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who is asking. `key` names its bucket; `source` says where its tier comes from."""
+    """The client of a request. `key` is the key of its bucket, `source` the source of its tier."""
 
     id: str
     key: str
@@ -114,17 +114,18 @@ class Client:
 
     @property
     def is_registered(self) -> bool:
-        """True when an operator vouches for this id, by the API or by the configuration."""
+        """True if the id has a grant, or is registered by the API or the configuration."""
         return self.source in ("granted", "registered", "configured")
 
 
 @dataclass(frozen=True, slots=True)
 class LimiterState:
-    """What decisions rest on now, and how the shared store has fared, if there is one.
+    """The current source of decisions, and the figures of the store if there is one.
 
-    `gateway_processes` is how many share a bucket while the store cannot be used; the store executed `operations` in
-    so many `calls`, and `failures` are calls without a response in time, and attempts to connect. `evicted_keys` are
-    those the store has evicted for lack of memory since it began, buckets or not.
+    `gateway_processes` is the number of processes among which limits are divided while the store is unavailable. The
+    store executed `operations` in `calls`; `failures` counts calls without a response in time, and failed attempts to
+    connect. `evicted_keys` counts all keys that the store has evicted for lack of memory since its start. `warning`
+    is a condition of the store that makes limits inexact.
     """
 
     decision_source: DecisionSource = "memory"
@@ -138,28 +139,29 @@ class LimiterState:
 
     @property
     def is_whole(self) -> bool:
-        """True while limits are exact, and nothing is known that will make them otherwise."""
+        """True while limits are exact and there is no warning."""
         return self.decision_source in ("memory", "store") and self.warning is None
 
 
 class Outcome(Enum):
-    """What a try on an upstream says about that upstream."""
+    """How an attempt counts for the circuit breaker of its upstream."""
 
     SUCCESS = "success"
     FAILURE = "failure"
-    IGNORED = "ignored"  # the client left, or the request itself was at fault (4xx)
+    IGNORED = "ignored"  # the client disconnected, or caused the error
 
 
 @dataclass(slots=True)
 class Exchange:
-    """The record of one request, filled from left to right; log and metrics are derived from it alone.
+    """The record of one exchange; access log and metrics are derived from it alone.
 
-    Times are monotonic seconds. `status` is what the client was sent, 499 if it left before. `source` says who made
-    the answer. `answer_headers` are the gateway's own and go on whatever answer is sent. `charges` are what `decision`
-    was made on, `trial` the same of a candidate beside it. `has_reached` says that some of the request may have
-    reached an upstream that then failed, `has_begun` that a connection was opened for it, or the attempt to, `shed_by`
-    who had too much under way (None: this gateway). `retried` are the causes of the tries that were repeated,
-    `fallback` who answered in the place of the route's upstream, with `reason` and `detail` of why.
+    Times are monotonic seconds. Fields are set phase by phase: client, route, decision, attempts, response.
+    `status` is that of the response, 499 if the client disconnected before it; `source` is the origin of the response.
+    `response_headers` are the gateway's own fields, for any response. `charges` are those of `decision`; `trial` has
+    charges and decision of the candidate limits. `has_begun`: a connection to an upstream was opened or attempted;
+    `has_reached`: a part of the request may have reached an upstream that then failed. `shed_by` has the upstreams
+    that refused because of load (None: the gateway). `retried` has the causes of retries. `fallback` is the fallback
+    that responded instead of the route's upstream; `reason` and `detail` are then those of the upstream's failure.
     """
 
     id: str
@@ -194,25 +196,25 @@ class Exchange:
 
     @property
     def client_key(self) -> str:
-        """The key of the client's bucket; empty before the client is known."""
+        """Key of the client's bucket; empty before the client is identified."""
         return self.client.key if self.client is not None else ""
 
     @property
     def duration(self) -> float:
-        """Seconds from the request's arrival to the end of its answer."""
+        """Seconds from the arrival of the request to the end of the response."""
         return self.finished - self.started
 
     @property
     def upstream_duration(self) -> float | None:
-        """Seconds the upstream took from the last try to its answer's head; None if it gave none."""
+        """Seconds from the last attempt to the head of its response; None if there was none."""
         return None if self.sent_at is None or self.head_at is None else self.head_at - self.sent_at
 
 
-# Bodies of the operator's endpoints
+# Bodies of the operator endpoints
 
 
 class Body(BaseModel):
-    """Base of all bodies: unknown fields are refused rather than ignored."""
+    """Base of all bodies. Immutable; unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -231,7 +233,7 @@ class Problem(BaseModel):
 
 
 class RequestBody(Body):
-    """Base of the bodies that operators send. The limit on text is what makes lone surrogates a mistake, too."""
+    """Base of request bodies. The limit on text also makes pydantic refuse lone surrogates."""
 
     model_config = ConfigDict(str_max_length=65_536)
 
@@ -243,25 +245,25 @@ class TierChange(RequestBody):
 
 
 class GrantRequest(RequestBody):
-    """The body of POST /clients/{id}/grants: a tier, and either until when or for how long."""
+    """The body of POST /clients/{id}/grants: a tier, and either its end or its duration."""
 
     tier: str = Field(description="Name of a configured tier, in any case.", examples=["PREMIUM"])
     until: AwareDatetime | None = Field(
-        default=None, description="When it ends, ISO 8601 with its offset.", examples=["2026-12-01T00:00:00Z"]
+        default=None, description="End of the grant, ISO 8601 with UTC offset.", examples=["2026-12-01T00:00:00Z"]
     )
-    duration_seconds: float | None = Field(default=None, description="How long it lasts.", gt=0, le=3_200_000_000)
+    duration_seconds: float | None = Field(default=None, description="Duration of the grant.", gt=0, le=3_200_000_000)
 
 
 class TierView(Body):
-    """A tier and its terms."""
+    """A tier with its quota."""
 
     name: str
-    rate: float = Field(description="Tokens refilled per second.")
-    capacity: int = Field(description="Tokens a full bucket holds.")
+    rate: float = Field(description="Tokens added per second.")
+    capacity: int = Field(description="Maximum number of tokens in a bucket.")
 
 
 class BucketView(Body):
-    """A client's bucket at this moment."""
+    """The current state of a client's bucket."""
 
     tokens: float = Field(description="Tokens in the bucket now.")
     capacity: int
@@ -269,11 +271,11 @@ class BucketView(Body):
 
 
 class GrantView(Body):
-    """A tier that a client has for a while."""
+    """A grant in force."""
 
     tier: str
-    until: str = Field(description="UTC, ISO 8601, by the clock of each gateway's machine.")
-    tier_after: str = Field(description="Name of the tier that the client returns to.")
+    until: str = Field(description="UTC, ISO 8601; each gateway ends the grant by its own clock.")
+    tier_after: str = Field(description="Name of the client's tier after the grant.")
 
 
 class ClientView(Body):
@@ -282,36 +284,35 @@ class ClientView(Body):
     client_id: str
     tier: TierView
     tier_source: Literal["granted", "registered", "configured", "default"] = Field(
-        description="Where the tier comes from: a grant, a registration by this API, the configuration, or nowhere"
-        " (the default tier)."
+        description="Source of the tier: a grant, a registration by this API, the configuration, or the default."
     )
     grant: GrantView | None
     confirmed: bool = Field(
-        description="False if the store could not be asked: then this is what this gateway goes by meanwhile."
+        description="False if the client store is unavailable: then the values are those in this gateway's memory."
     )
     bucket: BucketView
 
 
 class TierChanged(Body):
-    """What a change of tier did. The bucket keeps its filled fraction."""
+    """The result of a change of tier. The bucket keeps its filled fraction."""
 
     client_id: str
     previous: TierView
     current: TierView
     tokens_before: float
     tokens_after: float
-    persisted: bool = Field(description="True once the change survives a restart.")
+    persisted: bool = Field(description="True if the change is stored and survives a restart.")
     effective: Literal["immediately"] = "immediately"
 
 
 class GrantChanged(TierChanged):
-    """What a grant, or its end, did. The bucket keeps its filled fraction."""
+    """The result of a grant or of its end. The bucket keeps its filled fraction."""
 
-    until: str | None = Field(description="When the client's grant ends, UTC, ISO 8601; None if it has none.")
+    until: str | None = Field(description="End of the grant, UTC, ISO 8601; null if there is none.")
 
 
 class BucketReset(Body):
-    """What refilling a client's bucket did."""
+    """The result of filling a client's bucket."""
 
     client_id: str
     tier: TierView
@@ -320,7 +321,7 @@ class BucketReset(Body):
 
 
 class HeavyClient(Body):
-    """A client and how often it came; each true count lies between the count less its error bound, and the count."""
+    """A client with its counts. A true count is at most the count shown, and at least that minus its error bound."""
 
     client_id: str
     tier_source: ClientSource
@@ -332,7 +333,7 @@ class HeavyClient(Body):
 
 
 class HeavyClients(Body):
-    """The heaviest clients, the heaviest first."""
+    """The heaviest clients, highest count first."""
 
     sort: Literal["limited", "requests"]
     clients: list[HeavyClient]

@@ -1,1 +1,1 @@
-"""The operator endpoints: authentication of operators, views, and explanations. Proxies nothing."""
+"""The operator endpoints: authentication, views and explanations. Independent of the data plane's requests."""

@@ -1,7 +1,7 @@
-"""The modes that operators have put breakers in: one small file, which all workers of a gateway read and change.
+"""The circuit breaker modes that operators have set, in one file that all workers of a gateway read and change.
 
-A change is written whole to another file that then takes the place of the first, so whoever reads finds one or the
-other. A file that cannot be used changes nothing: what was in force stays in force, and the trouble is told.
+A change writes a new file and renames it over the old one, so a reader sees either version, never a part. If the file
+is invalid or unreadable, the modes in force stay in force, and the error is logged and shown.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from api_gateway.system.state_folder import make_private, open_private
 logger = logging.getLogger(__name__)
 
 OVERRIDES_FILE = "circuit_breakers.json"
-OVERRIDES_POLL_INTERVAL = 0.25  # seconds between two looks at the file
+OVERRIDES_POLL_INTERVAL = 0.25  # seconds between two checks of the file
 _KEYS = ("mode", "since", "until", "comment", "set_by")
 
 
 class InvalidOverrideFile(Exception):
-    """The file holds something else than modes; the message names the file, the place and the value."""
+    """The file has invalid content; the message names the file, the place and the value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """A mode that an operator has set. Times are seconds since the epoch; `until` None is until it is changed."""
+    """A mode that an operator has set. Times are seconds since the epoch; without `until` it has no end."""
 
     mode: Mode
     since: float
@@ -44,7 +44,7 @@ class Override:
     set_by: str
 
     def is_over(self, wall: float) -> bool:
-        """Tell whether it has ended by itself."""
+        """Return whether the override has expired at `wall`, in seconds since the epoch."""
         return self.until is not None and wall >= self.until
 
 
@@ -52,7 +52,7 @@ Overrides = dict[str, Override]
 
 
 class OverrideFile:
-    """The file in `state_dir`. All methods block."""
+    """The file `circuit_breakers.json` in `state_dir`. All methods block."""
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / OVERRIDES_FILE
@@ -61,7 +61,7 @@ class OverrideFile:
         return f"<OverrideFile [{self.path}]>"
 
     def signature(self) -> tuple[int, int, int] | None:
-        """Return what differs between two contents; None if there is no file."""
+        """Return modification time, size and inode, to detect a change; None if there is no file."""
         try:
             found = self.path.stat()
         except FileNotFoundError:
@@ -69,7 +69,7 @@ class OverrideFile:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def read(self) -> Overrides:
-        """Return the modes by breaker. Raises InvalidOverrideFile, or OSError."""
+        """Return the overrides by breaker; none if there is no file. Raises InvalidOverrideFile and OSError."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -87,7 +87,10 @@ class OverrideFile:
             raise InvalidOverrideFile(f"{self.path}: {error}") from None
 
     def change(self, name: str, override: Override | None, wall: float) -> tuple[Override | None, Overrides]:
-        """Write one mode, or take it out; return the one before and all that are in force. Raises as `read` does."""
+        """Set the override of one breaker, or remove it (None), and drop expired ones.
+
+        Returns the previous override and all that are now in force. Raises InvalidOverrideFile and OSError.
+        """
         make_private(self.path.parent)
         with self._locked():
             overrides = {key: value for key, value in self.read().items() if not value.is_over(wall)}
@@ -99,7 +102,7 @@ class OverrideFile:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes from changing it meanwhile."""
+        """Hold the lock that serializes changes by several processes."""
         with open_private(self.path.with_suffix(".lock")) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -115,7 +118,10 @@ class OverrideFile:
 
 
 class BreakerOverrides:
-    """Keeps breakers in the modes that the file says, and changes it."""
+    """Applies the modes in the file to the breakers of this process, and changes the file.
+
+    `error` is why the file cannot be used, None if it can; while it cannot, the last valid overrides stay in force.
+    """
 
     def __init__(
         self,
@@ -125,7 +131,7 @@ class BreakerOverrides:
         clock: Clock,
         wall_clock: Callable[[], float],
     ) -> None:
-        self.error: str | None = None  # why the file cannot be used, while it cannot
+        self.error: str | None = None
         self._file = file
         self._breakers = breakers
         self._clock = clock
@@ -133,48 +139,52 @@ class BreakerOverrides:
         self._seen: object = ()
         self._overrides: Overrides = {}
         self._overrides_in_force = dict.fromkeys(breakers, Mode.AUTO)
-        self._lock = asyncio.Lock()  # what was read before a change is not taken for what is there after it
+        self._lock = asyncio.Lock()  # a change must not be overwritten by content that was read before it
 
     def __repr__(self) -> str:
-        return f"<BreakerOverrides [{len(self._overrides)} overrides]>"
+        state = "in use" if self.error is None else "file unusable"
+        return f"<BreakerOverrides [{len(self._overrides)} overrides, {state}]>"
 
     def follow(self, breakers: Mapping[str, CircuitBreaker]) -> None:
-        """Keep these breakers in their modes from now on, and no others."""
+        """Replace the breakers, after a reload, and apply the modes to the new ones."""
         self._breakers = dict(breakers)
         self._overrides_in_force = {name: self._overrides_in_force.get(name, Mode.AUTO) for name in breakers}
         self._apply()
 
     @property
     def names(self) -> list[str]:
-        """The names of the breakers."""
+        """Names of the breakers, which are those of their upstreams."""
         return list(self._breakers)
 
     def override(self, name: str) -> Override | None:
-        """Return what an operator has set for a breaker, unless it is over."""
+        """Return the override of a breaker; None if there is none or it has expired."""
         found = self._overrides.get(name)
         return None if found is None or found.is_over(self._wall_clock()) else found
 
     async def follow_file(self) -> None:
-        """Follow the file until cancelled."""
+        """Apply changes of the file every `OVERRIDES_POLL_INTERVAL` seconds, until cancelled."""
         while True:
             await asyncio.sleep(OVERRIDES_POLL_INTERVAL)
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Read the file if it has changed, and see to it that the breakers are as it says."""
+        """Read the file if it has changed, and apply the modes. An error is logged once and kept in `error`."""
         async with self._lock:
             try:
                 await self._read()
             except (InvalidOverrideFile, OSError) as error:
                 if str(error) != self.error:
                     self.error = str(error)
-                    logger.error("modes of circuit breakers stay as they are: %s", error)  # noqa: TRY400 - it says all
+                    logger.error("circuit breaker modes unchanged: %s", error)  # noqa: TRY400 - the message is enough
                 if isinstance(error, OSError):
                     self._seen = ()
             self._apply()
 
     async def set(self, name: str, override: Override | None) -> Override | None:
-        """Put a breaker into a mode, on disk first; return what was in force. Raises StoreUnavailable."""
+        """Write an override (None: remove it) to disk, then apply it. Returns the previous one.
+
+        Raises StoreUnavailable if the file cannot be read or written.
+        """
         async with self._lock:
             try:
                 before, self._overrides = await asyncio.to_thread(
@@ -188,11 +198,11 @@ class BreakerOverrides:
     async def _read(self) -> None:
         seen = await asyncio.to_thread(self._file.signature)
         if seen != self._seen:
-            self._seen = seen  # also if it cannot be used: that is said once
+            self._seen = seen  # before reading, so that invalid content is reported once
             self._overrides = await asyncio.to_thread(self._file.read)
             self.error = None
             for name in sorted(set(self._overrides) - set(self._breakers)):
-                logger.warning("%r: circuit_breakers.%s: there is no such upstream", self._file, name)
+                logger.warning("%s: circuit_breakers.%s: there is no such upstream", self._file.path, name)
 
     def _apply(self) -> None:
         now, wall = self._clock(), self._wall_clock()
@@ -231,16 +241,16 @@ def _written(override: Override) -> dict[str, Any]:
 
 
 def _parsed(content: Any) -> Overrides:
-    """Return the modes in a parsed file. Raises InvalidOverrideFile, naming the place."""
+    """Return the overrides in a parsed file. Raises InvalidOverrideFile, which names the place."""
     breakers = content.get("circuit_breakers") if isinstance(content, dict) else None
     if not isinstance(breakers, dict):
-        raise InvalidOverrideFile("must hold an object circuit_breakers")
+        raise InvalidOverrideFile("must have an object circuit_breakers")
     return {name: _parsed_override(f"circuit_breakers.{name}", given) for name, given in breakers.items()}
 
 
 def _parsed_override(place: str, given: Any) -> Override:
     if not isinstance(given, dict) or set(given) != set(_KEYS):
-        raise InvalidOverrideFile(f"{place}: must hold {', '.join(_KEYS)}, got {given!r}")
+        raise InvalidOverrideFile(f"{place}: must have {', '.join(_KEYS)}, got {given!r}")
     for key in _KEYS:
         if not isinstance(given[key], str) and not (key == "until" and given[key] is None):
             raise InvalidOverrideFile(f"{place}.{key}: must be text, got {given[key]!r}")
@@ -259,7 +269,7 @@ def _timestamp(place: str, text: str) -> float:
         found = None
     if found is None or found.tzinfo is None:
         raise InvalidOverrideFile(
-            f"{place}: must be a moment with its offset, such as 2026-12-01T00:00:00Z, got {text!r}"
+            f"{place}: must be a time with a UTC offset, such as 2026-12-01T00:00:00Z, got {text!r}"
         )
     return found.timestamp()
 

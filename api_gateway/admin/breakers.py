@@ -1,4 +1,4 @@
-"""The endpoints below `/circuit-breakers`, and the views of breakers."""
+"""The endpoints at `/circuit-breakers`, and the views of breakers."""
 
 from dataclasses import asdict
 
@@ -31,9 +31,9 @@ from api_gateway.system.clocks import Moment
 router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=[TOKEN])
 
 
-@router.get("/circuit-breakers", summary="Every circuit breaker", response_model=BreakersView)
+@router.get("/circuit-breakers", summary="All circuit breakers", response_model=BreakersView)
 async def circuit_breakers(context: Guarded) -> Response:
-    """Answer state, mode, counts, thresholds, since when, when the next probe is due and why it last opened."""
+    """Return each breaker's state and its start, mode, counts, thresholds, next probe and last opening."""
     await context.overrides.refresh()
     snapshot = await context.aggregator.gather()
     now = context.clocks.now()
@@ -51,7 +51,7 @@ async def circuit_breakers(context: Guarded) -> Response:
 
 @router.post(
     "/circuit-breakers/{name}",
-    summary="Put a circuit breaker into a mode",
+    summary="Set a circuit breaker's mode",
     responses={
         404: {"description": "There is no circuit breaker of that name.", **PROBLEM},
         422: {"description": "No such mode, or another mistake in the body.", **PROBLEM},
@@ -59,17 +59,15 @@ async def circuit_breakers(context: Guarded) -> Response:
     },
 )
 async def set_mode(name: str, change: ModeChange, request: Request, context: Guarded) -> ModeChanged:
-    """Force a breaker open or closed, only observe it, or leave it to itself again (`auto`).
+    """Force a breaker open or closed, only observe it, or return it to `auto`.
 
-    The mode holds for `duration_seconds`, or until it is changed, also over a restart. It is on disk before the
-    response is sent; every worker of this gateway follows within a second. In `observe` calls are counted and
-    transitions are made and shown, but nothing is refused.
+    The mode lasts for `duration_seconds`, or until it is changed, and survives a restart. It is written to disk before
+    the response is sent; every worker of this gateway applies it within a second. In `observe` the breaker counts
+    calls and changes its state, but rejects nothing.
     """
     _check_breaker(context, name)
     if change.mode == "auto" and change.duration_seconds is not None:
-        raise InvalidValue(
-            f"body.duration_seconds: auto ends what was set before and lasts, got {change.duration_seconds:g}."
-        )
+        raise InvalidValue(f"body.duration_seconds: must be null with mode 'auto', got {change.duration_seconds:g}.")
     override, wall = None, context.clocks.wall()
     if change.mode != "auto":
         until = None if change.duration_seconds is None else wall + change.duration_seconds
@@ -80,25 +78,25 @@ async def set_mode(name: str, change: ModeChange, request: Request, context: Gua
 
 @router.get(
     "/circuit-breakers/{name}/history",
-    summary="A circuit breaker's last moves",
+    summary="A circuit breaker's last transitions",
     responses={404: {"description": "There is no circuit breaker of that name.", **PROBLEM}},
 )
 async def history(name: str, context: Guarded) -> HistoryView:
-    """Answer the last 50 moves of each worker's breaker, the newest first, with what led to each.
+    """Return the last 50 transitions of the breaker in each worker, newest first, with their causes.
 
-    Among them are as many of the breakers of its targets, by `target_url`.
+    The last 50 of the breakers of the upstream's targets are included; `target_url` names the target.
     """
     _check_breaker(context, name)
     snapshot = await context.aggregator.gather(with_histories=True)
     now = context.clocks.now()
-    moves = [_move_view(record, now) for record in reversed(snapshot.histories.get(name, []))]
-    return HistoryView(name=name, history=moves)
+    transitions = [_transition_view(record, now) for record in reversed(snapshot.histories.get(name, []))]
+    return HistoryView(name=name, history=transitions)
 
 
 def _check_breaker(context: AdminContext, name: str) -> None:
     known = context.overrides.names
     if name not in known:
-        hint = nearest(name, known) or f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}."
+        hint = nearest(name, known) or f"; existing: {', '.join(known)}."
         raise NoRoute(f"There is no circuit breaker '{name}'{hint}")
 
 
@@ -114,7 +112,7 @@ def _mode_view(override: Override | None) -> ModeView:
     )
 
 
-def _move_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
+def _transition_view(record: TransitionRecord, now: Moment) -> TransitionRecordView:
     failures = [
         FailedCallView(
             at=utc(call.at, now),

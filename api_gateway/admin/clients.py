@@ -1,4 +1,4 @@
-"""The endpoints below `/clients`: registered clients, their tiers, grants and buckets."""
+"""The endpoints at `/clients`: registered clients, their tiers, grants and buckets."""
 
 from typing import Annotated, Literal
 
@@ -41,9 +41,9 @@ async def heaviest_clients(
     sort: Annotated[Literal["limited", "requests"], Query()] = "limited",
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> HeavyClients:
-    """Answer who made most requests, or was limited most often, since the start: from counters for 1000 clients.
+    """Return the clients with the most requests, or the most refusals by rate limits, since the start.
 
-    Every client with more than a thousandth of all of them is among those counted.
+    The counts are estimates from 1000 counters: every client with more than a thousandth of the total is included.
     """
     recorder = (await context.aggregator.gather()).recorder
     chosen = recorder.limited_by_client if sort == "limited" else recorder.requests_by_client
@@ -57,20 +57,20 @@ async def heaviest_clients(
     responses=TIER_REFUSALS,
 )
 async def set_tier(client_id: ClientId, change: TierChange, context: Guarded) -> TierChanged:
-    """Register the client for a tier. Effective for its next request, and stored when this answers.
+    """Register the client with a tier. It is stored before the response and applies to the client's next request.
 
-    Gateways that share the store follow within a second. The bucket keeps its filled fraction: an upgrade brings
-    relief at once, and changing back and forth gains nothing.
+    Gateways that share the store apply it within a second. The bucket keeps its filled fraction: an upgrade takes
+    effect at once, and changing back and forth gains no tokens.
     """
     tier = _tier(context, change.tier)
     return await _move(context, *await context.clients.set_tier(client_id, tier))
 
 
-@router.post("/clients/{client_id}/grants", summary="Give a client a tier for a while", responses=TIER_REFUSALS)
+@router.post("/clients/{client_id}/grants", summary="Grant a client a tier temporarily", responses=TIER_REFUSALS)
 async def grant(client_id: ClientId, request: GrantRequest, context: Guarded) -> GrantChanged:
-    """Give the client a tier until a moment, over whatever it has otherwise and in place of an earlier grant.
+    """Grant the client a tier until a given time. It overrides the client's own tier and replaces an earlier grant.
 
-    It ends by itself on every gateway, by the clock of each one's machine: where clocks differ, so do the moments.
+    Each gateway ends the grant by its own clock: if clocks differ, so do the times at which it ends.
     """
     tier, until = _tier(context, request.tier), _until(request, context.clocks.wall())
     return await _regrant(context, until, *await context.clients.grant(client_id, tier, until))
@@ -78,17 +78,17 @@ async def grant(client_id: ClientId, request: GrantRequest, context: Guarded) ->
 
 @router.delete("/clients/{client_id}/grants", summary="End a client's grant early", responses=STORE_REFUSAL)
 async def revoke(client_id: ClientId, context: Guarded) -> GrantChanged:
-    """Return the client to what it has without its grant. One that has none stays as it is."""
+    """End the client's grant; its own tier applies again. Without a grant nothing changes."""
     return await _regrant(context, None, *await context.clients.revoke(client_id))
 
 
 @router.post(
     "/clients/{client_id}/reset",
     summary="Fill a client's bucket",
-    responses={503: {"description": "The store of the buckets could not be used.", **PROBLEM}},
+    responses={503: {"description": "The store is unavailable.", **PROBLEM}},
 )
 async def reset(client_id: ClientId, context: Guarded) -> BucketReset:
-    """Fill the client's bucket, whatever it owes."""
+    """Fill the client's bucket to its capacity."""
     found = (await context.clients.inspect(client_id)).client
     held = await _bucket(context, found)
     await context.limiter.refill(found.key)
@@ -105,14 +105,14 @@ async def reset(client_id: ClientId, context: Guarded) -> BucketReset:
 async def forget(client_id: ClientId, context: Guarded) -> TierChanged:
     """Remove the client's registration and its grant.
 
-    It falls back to what the configuration says of it, else the default tier.
+    The client then has the tier that the configuration gives it, else the default tier.
     """
     return await _move(context, *await context.clients.delete(client_id))
 
 
 @router.get("/clients/{client_id}", summary="A client's tier and bucket")
 async def client(client_id: ClientId, context: Guarded) -> ClientView:
-    """Answer the client's tier and the tokens it has now. Any well-formed id has a bucket, so none is unknown."""
+    """Return the client's tier and its tokens now. Every well-formed id has a bucket, so no id is unknown."""
     inspection = await context.clients.inspect(client_id)
     found, given = inspection.client, inspection.grant
     bucket = await _bucket(context, found)
@@ -142,20 +142,20 @@ def _tier(context: AdminContext, name: str) -> str:
 
 
 def _until(request: GrantRequest, now: float) -> float:
-    """Return when a grant ends, in seconds since the epoch; so is `now`."""
+    """Return when a grant ends. Both times are seconds since the epoch. Raises InvalidValue."""
     if request.until is not None and request.duration_seconds is not None:
         raise InvalidValue(
-            "body: a grant has either until or duration_seconds, got"
+            "body: must have either until or duration_seconds, got"
             f" until: '{request.until.isoformat()}' and duration_seconds: {request.duration_seconds:g}."
         )
     if request.duration_seconds is not None:
         return now + request.duration_seconds
     if request.until is None:
-        raise InvalidValue("body: a grant needs until or duration_seconds, got neither.")
+        raise InvalidValue("body: must have until or duration_seconds, got neither.")
     until = request.until.timestamp()
     if until <= now:
         raise InvalidValue(
-            f"body.until: must lie in the future, got '{request.until.isoformat()}'; it is {wall_time(now)} now."
+            f"body.until: must be in the future, got '{request.until.isoformat()}'; the time is {wall_time(now)}."
         )
     return until
 
@@ -180,7 +180,7 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
 
 
 async def _move(context: AdminContext, before: Client, after: Client) -> TierChanged:
-    """Take the bucket over to the new tier and report it."""
+    """Convert the bucket to the new tier, and report its tokens before and after."""
     held = await _bucket(context, before)
     await context.limiter.move(before.key, before.quota, after.quota, context.clocks.monotonic_ns())
     holds = await _bucket(context, after)
@@ -195,7 +195,7 @@ async def _move(context: AdminContext, before: Client, after: Client) -> TierCha
 
 
 async def _bucket(context: AdminContext, client: Client) -> Decision:
-    """Return the client's bucket as it is."""
+    """Return the state of the client's bucket, as a decision on cost 0."""
     (decision,) = await context.limiter.inspect([Charge(client.key, client.quota, 0)], context.clocks.monotonic_ns())
     return decision
 

@@ -14,16 +14,16 @@ router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=
     "/reload",
     summary="Reload the configuration",
     responses={
-        422: {"description": "The configuration is wrong; the one before stays in force.", **PROBLEM},
-        500: {"description": "It could not be put into force; the one before stays in force.", **PROBLEM},
-        503: {"description": "The gateway drains, or its workers are being restarted.", **PROBLEM},
+        422: {"description": "The configuration is invalid; the previous one stays in force.", **PROBLEM},
+        500: {"description": "Applying the configuration failed; the previous one stays in force.", **PROBLEM},
+        503: {"description": "The gateway is draining, or its workers are being restarted.", **PROBLEM},
     },
 )
 async def reload(request: Request, context: Guarded) -> Reloaded:
-    """Read the configuration anew and put it into force in every worker, or change nothing.
+    """Read the configuration again and apply it in every worker, or change nothing.
 
-    Requests, streams and connections go on; buckets, breakers and counts stay. The response names what has changed,
-    and what of it needs a restart.
+    Requests, streams and connections continue; buckets, breakers and counts stay. The response lists the changed
+    settings, and those that take effect only after a restart.
     """
     outcome = await context.aggregator.reload(f"POST /reload by {who(request)}")
     return reload_view(outcome)

@@ -1,4 +1,4 @@
-"""What the operator endpoints work on, and how each gets it: dependencies of the framework."""
+"""The context of the operator endpoints, and the FastAPI dependencies through which endpoints obtain it."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,7 +23,7 @@ from api_gateway.system.clocks import Clocks
 
 
 class Lifecycle(StrEnum):
-    """Where the gateway is in its life."""
+    """Phases of the gateway, in this order; none is entered twice."""
 
     STARTING = "starting"
     SERVING = "serving"
@@ -32,7 +32,7 @@ class Lifecycle(StrEnum):
 
 @dataclass(slots=True)
 class AdminContext:
-    """Everything the operator's endpoints look at."""
+    """The objects that the operator endpoints read and change."""
 
     version: str
     limiter: RateLimiter
@@ -56,7 +56,7 @@ def _context(request: Request) -> AdminContext:
 
 
 def _operator(request: Request) -> Operator:
-    """Return the operator whom the gate admitted. A request that did not come through the gate has none."""
+    """Return the operator that the gate admitted. Raises Forbidden if the request did not pass the gate."""
     operator: Operator | None = request.scope.get(OPERATOR)
     if operator is None:
         raise Forbidden("This endpoint is for operators.")
@@ -69,7 +69,7 @@ def _guard(request: Request) -> AdminContext:
 
 
 def _client_id(client_id: str) -> str:
-    """Return the client id that a path names, in which a slash is spelt %2F."""
+    """Return the client id in a path, where %2F stands for a slash. Raises ClientIdInvalid."""
     name = unescaped(client_id)
     if not is_visible_ascii(name.encode()):
         raise ClientIdInvalid(f"A client id is 1 to 128 visible ASCII characters, got {name[:200]!r}.")
@@ -82,7 +82,7 @@ Open = Annotated[AdminContext, Depends(_context)]
 
 
 def who(request: Request) -> str:
-    """Name the operator by token and address; a local one by the address alone."""
+    """Return the operator's name for the log: token and address, or the address alone for a local operator."""
     operator = _operator(request)
     host = request.client.host if request.client is not None else "unknown"
     return host if operator.is_local else f"token '{operator.name}', from {host}"

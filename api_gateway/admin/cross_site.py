@@ -1,6 +1,6 @@
-"""Refusal of requests that a page of another site makes with the operator's browser (CSRF). Pure decisions.
+"""Detection of requests that a page of another site makes through the operator's browser (CSRF). Pure decisions.
 
-Browsers state where a request comes from in `Origin` and, since 2023 all of them, in `Sec-Fetch-Site` (W3C Fetch
+Browsers state the origin of a request in `Origin` and, all of them since 2023, in `Sec-Fetch-Site` (W3C Fetch
 Metadata); a page can neither set nor remove these fields. A client that is not a browser sends neither.
 """
 
@@ -15,7 +15,7 @@ _JSON = b"application/json"
 
 
 def is_foreign(fields: Fields) -> bool:
-    """Tell whether a page of another origin made the request. Another port, and `Origin: null`, are other origins."""
+    """Return whether a page of another origin made the request. Another port and `Origin: null` are other origins."""
     sites = fields.get(b"sec-fetch-site", ())
     if any(site.lower() not in _OWN_SITES for site in sites):
         return True
@@ -24,7 +24,7 @@ def is_foreign(fields: Fields) -> bool:
 
 
 def is_navigation(method: str, fields: Fields) -> bool:
-    """Tell whether the browser is opening a page in a window of its own: a link was followed."""
+    """Return whether the browser opens the response as a top-level page, as when a link is followed."""
     return (
         method in ("GET", "HEAD")
         and fields.get(b"sec-fetch-mode") == [b"navigate"]
@@ -33,17 +33,17 @@ def is_navigation(method: str, fields: Fields) -> bool:
 
 
 def is_forged(method: str, fields: Fields, *, holds_data: bool) -> bool:
-    """Tell whether a request may be forged: made by a page of another origin.
+    """Return whether a request may be forged, because a page of another origin made it.
 
-    Another site may link to a page that holds no data.
+    A link from another site to a page without data (`holds_data` false) is permitted.
     """
     return is_foreign(fields) and (holds_data or not is_navigation(method, fields))
 
 
 def check_content_type(method: str, fields: Fields) -> None:
-    """Raise InvalidValue unless the body is JSON by its `Content-Type`, the one kind no form can send.
+    """Raise InvalidValue unless `Content-Type` is JSON, which a form of another site cannot send.
 
-    A request without a body needs no `Content-Type`, but may not state another one either: an empty form does.
+    A request without a body may omit `Content-Type`, but may not have another one, as an empty form would.
     """
     if method in ("GET", "HEAD", "OPTIONS"):
         return
@@ -57,7 +57,7 @@ def check_content_type(method: str, fields: Fields) -> None:
 
 
 def _is_own(origin: bytes, hosts: Sequence[bytes]) -> bool:
-    """Tell whether `origin` is the request's own `Host`. The scheme is not compared: TLS may end in front of us."""
+    """Return whether `origin` equals `Host`. The scheme is ignored: a proxy before the gateway may terminate TLS."""
     scheme, separator, authority = origin.lower().partition(b"://")
     if len(hosts) != 1 or not separator or scheme not in _DEFAULT_PORTS:
         return False

@@ -1,4 +1,4 @@
-"""Adds the operator endpoints to an application, with their schema and their error responses."""
+"""Installation of the operator endpoints in an application, with their schema and error responses."""
 
 import asyncio
 import itertools
@@ -38,33 +38,33 @@ _ROUTERS = (
 def install(app: FastAPI, refused: Counter[str]) -> frozenset[str]:
     """Add the operator endpoints and their error handling to `app`; return the first segments of their paths.
 
-    `refused` counts the problems that are answered, by reason.
+    `refused` counts error responses by reason.
     """
     app.state.refused = refused
     app.state.rendered_schemas = {}
     for router in _ROUTERS:
         app.include_router(router)
-    app.add_exception_handler(GatewayError, _answer_error)
-    app.add_exception_handler(RequestValidationError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(Exception, _answer_error)  # the framework raises it again, and the server logs it
+    app.add_exception_handler(GatewayError, _error_response)
+    app.add_exception_handler(RequestValidationError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
+    app.add_exception_handler(Exception, _error_response)  # the framework re-raises it, and the server logs it
     app.router.routes.insert(0, Route("/openapi.json", _schema))
     return frozenset(route.path.split("/")[1] for route in _routes(app))
 
 
 async def _schema(request: Request) -> Response:
-    """Answer the schema, which the framework would render anew for each request."""
+    """Return the schema from memory; the framework would render it for each request."""
     rendered: dict[str, Response] = request.app.state.rendered_schemas
     root = request.scope.get("root_path", "")
     if root not in rendered:
-        schema = await asyncio.to_thread(request.app.openapi)  # the first time it takes long
+        schema = await asyncio.to_thread(request.app.openapi)  # the first call is slow
         rendered[root] = JSONResponse({**schema, "servers": [{"url": root}]} if root else schema)
     return rendered[root]
 
 
-async def _answer_error(request: Request, raised: Exception) -> Response:
-    """Answer any error of an operator endpoint as problem details, and OPTIONS by the methods there are."""
-    error = _in_our_words(raised)
+async def _error_response(request: Request, raised: Exception) -> Response:
+    """Return problem details for an error of an operator endpoint; for OPTIONS, 204 with `Allow`."""
+    error = _translated(raised)
     if isinstance(error, MethodNotAllowed):
         error.headers["allow"] = _allow(request)
         if request.method == "OPTIONS":
@@ -79,7 +79,7 @@ async def _answer_error(request: Request, raised: Exception) -> Response:
 
 
 def _allow(request: Request) -> str:
-    """Return the methods of the endpoints at the request's path, for the `Allow` field."""
+    """Return the `Allow` value: the methods of the endpoints at the request's path."""
     methods = {"OPTIONS"}
     for route in _routes(request.app):
         if route.matches(request.scope)[0] is not Match.NONE:
@@ -88,27 +88,27 @@ def _allow(request: Request) -> str:
 
 
 def _routes(app: FastAPI) -> Iterator[Route]:
-    """Return the routes of the operator endpoints; an included router is not among the application's own."""
+    """Return the routes of the operator endpoints; `app.routes` does not contain those of included routers."""
     routes = itertools.chain(app.routes, *(router.routes for router in _ROUTERS))
     return (route for route in routes if isinstance(route, Route))
 
 
-def _in_our_words(raised: Exception) -> GatewayError:
+def _translated(raised: Exception) -> GatewayError:
     if isinstance(raised, GatewayError):
         return raised
     if isinstance(raised, RequestValidationError):
         return InvalidValue(f"{'; '.join(_mistake(item) for item in raised.errors())}.")
     if isinstance(raised, HTTPException):
-        if raised.status_code == 404:  # noqa: PLR2004 - no endpoint of that name
-            return NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
-        if raised.status_code == 405:  # noqa: PLR2004 - an endpoint, but not for this method
-            return MethodNotAllowed("The endpoint does not take this method.")
+        if raised.status_code == 404:  # noqa: PLR2004 - no endpoint has the path
+            return NoRoute("No endpoint has this path. Paths of proxied requests begin with /api/.")
+        if raised.status_code == 405:  # noqa: PLR2004 - the endpoint exists, but not for this method
+            return MethodNotAllowed("The endpoint does not support this method.")
         return BadRequest(str(raised.detail))
-    return InternalError(f"The gateway failed: {type(raised).__name__}.")
+    return InternalError(f"Internal error: {type(raised).__name__}.")
 
 
 def _mistake(item: Mapping[str, Any]) -> str:
-    """Name place and value; of a value that is a whole body, only what is wrong with it."""
+    """Return a message with place, error and value; the value is left out if it is an object or a list."""
     given = item.get("input")
     value = f", got {given!r}" if isinstance(given, str | int | float) else ""
     return f"{'.'.join(map(str, item['loc']))}: {item['msg']}{value}"

@@ -11,15 +11,15 @@ router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=
 
 @router.post(
     "/explain",
-    summary="What a request would be answered, and why",
+    summary="What the gateway would do with a request, and why",
     responses={
         400: {"description": "The client id is not 1 to 128 visible ASCII characters.", **PROBLEM},
-        422: {"description": "The path is not proxied, or the body is not a question.", **PROBLEM},
+        422: {"description": "The path is not proxied, or the body is invalid.", **PROBLEM},
     },
 )
 async def explain(request: ExplainRequest, context: Guarded) -> Explanation:
-    """Answer who the client is, what the request costs, what every bucket says, and what would come of it.
+    """Return client, route, cost and buckets of a described request, and the decision it would get.
 
-    Nothing is charged, sent or moved by asking.
+    Nothing is charged, sent or changed.
     """
     return await context.explainer.explain(request)

@@ -1,4 +1,4 @@
-"""The bodies of `POST /explain`: a question, and every figure its answer rests on."""
+"""The bodies of `POST /explain`: a described request, and the explanation with all figures behind it."""
 
 from typing import Literal
 
@@ -8,117 +8,121 @@ from api_gateway.models import Body, ClientSource, DecisionSource, RequestBody, 
 
 
 class ExplainRequest(RequestBody):
-    """A request that has not been made, and about which `POST /explain` is asked."""
+    """The described request."""
 
-    client_id: str | None = Field(description="What would name the client; null for a client that gives no name.")
+    client_id: str | None = Field(description="Value of the header that names clients; null if it is absent.")
     method: str = Field(default="GET", pattern=r"^[A-Z][A-Z-]{0,31}$")
     path: str = Field(
         max_length=65_536,
         pattern=r"^/[\x21-\x7e]*$",
-        description="Path and query as they go over the wire.",
+        description="Path and query as in the request line.",
         examples=["/api/users"],
     )
-    host: str = Field(default="", max_length=255, description="The request's Host, for routes that ask for one.")
-    address: str = Field(default="127.0.0.1", max_length=64, description="The address that connects.")
+    host: str = Field(default="", max_length=255, description="Value of Host, for routes that require one.")
+    address: str = Field(default="127.0.0.1", max_length=64, description="Address of the peer.")
 
 
 class ClientExplained(Body):
-    """Who the client is taken for."""
+    """The identified client."""
 
     id: str
     tier_source: ClientSource
-    detail: str = Field(description="What names it, and where its tier comes from.")
-    registered: bool = Field(description="True if an operator vouches for it.")
+    detail: str = Field(description="How the client was identified, and the source of its tier.")
+    registered: bool = Field(description="True if the client is registered, configured or has a grant.")
     address_limited: bool = Field(
-        description="True if its address is limited too: not for a registered client, nor for an exempt address."
+        description="True if the address limit applies too: not for registered clients and exempt addresses."
     )
     tier: TierView
 
 
 class RouteExplained(Body):
-    """The route, and what the request costs."""
+    """The route of the request, and its cost in tokens."""
 
     name: str
     path: str
     upstream: str
     cost: float
-    cost_source: str = Field(description="`route`, or the rule of the route that says what it costs.")
+    cost_source: str = Field(description="`route`, or the rule of the route that sets the cost.")
 
 
 class BucketExplained(Body):
-    """One bucket that the request draws on, as it is now."""
+    """The current state of one bucket from which the request takes tokens."""
 
     key: str
-    policy: str = Field(description="The name of its quota in RateLimit and RateLimit-Policy.")
-    tokens: float = Field(description="Tokens now; below 0 while it owes what was settled later.")
+    policy: str = Field(description="Name of the quota in RateLimit and RateLimit-Policy.")
+    tokens: float = Field(description="Tokens now; negative after a cost settlement that exceeded them.")
     capacity: int
     cost: float
-    allowed: bool = Field(description="True if the bucket holds the cost now.")
-    retry_after_seconds: float | None = Field(description="Time until this request passes; 0 now, null never.")
+    allowed: bool = Field(description="True if the bucket has enough tokens now.")
+    retry_after_seconds: float | None = Field(
+        description="Time until the bucket allows this request; 0: now, null: never."
+    )
     reset_after_seconds: float = Field(description="Time until the bucket is full.")
 
 
 class UpstreamExplained(Body):
-    """Where the request would go."""
+    """The upstream of the route."""
 
     name: str
     circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
     next_probe_in_seconds: float | None = Field(description="Time until a probe is admitted; null unless OPEN.")
-    targets: int = Field(description="Number of its targets.")
-    healthy_targets: int = Field(description="Targets that pass their health checks.")
-    unchecked_targets: int = Field(description="Targets without the result of a health check; they get requests.")
-    concurrency: "ConcurrencyExplained | None" = Field(description="null if the upstream has no limit.")
+    targets: int = Field(description="Number of targets.")
+    healthy_targets: int = Field(description="Number of targets that pass their health checks.")
+    unchecked_targets: int = Field(
+        description="Number of targets without a health check result yet; they receive requests."
+    )
+    concurrency: "ConcurrencyExplained | None" = Field(description="null if the upstream has no concurrency limit.")
 
 
 class ConcurrencyExplained(Body):
-    """What may be under way at the upstream, and what is, in the worker that was asked."""
+    """The concurrency limit of the upstream, and its requests in flight, in the worker that responds."""
 
     limit: float
-    tier_limit: int = Field(description="Requests of this tier are admitted while fewer are under way.")
+    tier_limit: int = Field(description="Requests of this tier are admitted while fewer are in flight.")
     in_flight: int
     allowed: bool
 
 
 class LagExplained(Body):
-    """How late the event loop of the worker runs that was asked."""
+    """The event loop lag of the worker that responds."""
 
     lag_seconds: float
-    shed_ratio: float = Field(description="Share of this tier's requests that is refused for it now, 0 to 1.")
+    shed_ratio: float = Field(description="Share of this tier's requests that load shedding refuses now, 0 to 1.")
 
 
 class FallbackExplained(Body):
-    """What answers if the upstream cannot."""
+    """The fallback of the route."""
 
-    name: str = Field(description="`static`, or the upstream that is asked instead.")
-    status: int | None = Field(description="Of the static answer; null where an upstream gives it.")
-    used: bool = Field(description="True if it would answer now, because the upstream would not be tried.")
+    name: str = Field(description="`static`, or the name of the other upstream.")
+    status: int | None = Field(description="Status of the static response; null if the fallback is an upstream.")
+    used: bool = Field(description="True if the fallback would be used now, because the upstream is not available.")
 
 
 class Verdict(Body):
-    """What would come of the request: `status` and `reason` are those of the answer the gateway would make itself.
+    """The decision. `status` and `reason` are those of the response that the gateway would generate.
 
-    Where a fallback would answer, `reason` is why, and `status` the static answer's.
+    With outcome `fallback`, `reason` is why the fallback is used, and `status` that of a static fallback.
     """
 
     outcome: Literal["allowed", "limited", "exceeds_capacity", "refused", "fallback"]
     status: int | None
     reason: str | None
-    retry_after_seconds: float | None = Field(description="Time until it passes, as far as that is known.")
+    retry_after_seconds: float | None = Field(description="Time until the request would be allowed, if known.")
     detail: str
 
 
 class Explanation(Body):
-    """The answer to a question, and every figure it rests on."""
+    """The response of `POST /explain`."""
 
     result: Verdict
     client: ClientExplained
     route: RouteExplained | None
     buckets: list[BucketExplained]
     limiting_bucket: str = Field(
-        description="Key of the bucket that refuses longest, or takes the fewest such requests more."
+        description="Key of the bucket that refuses longest or, if all allow, has tokens for the fewest such requests."
     )
-    candidate: BucketExplained | None = Field(description="The bucket that is tried beside them; it limits nobody.")
+    candidate: BucketExplained | None = Field(description="Bucket of the candidate limits; it refuses nothing.")
     upstream: UpstreamExplained | None
     fallback: FallbackExplained | None
     event_loop: LagExplained
-    decision_source: DecisionSource = Field(description="What the figures rest on.")
+    decision_source: DecisionSource = Field(description="Source of the bucket figures.")

@@ -1,6 +1,6 @@
-"""What the gateway would say to a request, and why, without the request: nothing is charged, sent or moved.
+"""Explanation of what the gateway would do with a request: nothing is charged, sent or changed.
 
-It asks the objects that decide on requests, in the order in which those meet them, and by the same pure functions.
+The explainer queries the objects that decide on real requests, in the same order, through the same pure functions.
 """
 
 import random
@@ -36,43 +36,43 @@ from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.router import Router
 
-LIKELY_SHED_SHARE = 0.5  # share of requests refused at random from which a refusal is what is foretold
+LIKELY_SHED_SHARE = 0.5  # share of requests shed at random from which the predicted outcome is a refusal
 
-_WHY = {
-    "granted": "named by {header}; it has its tier for a while, by POST /clients/{{id}}/grants",
-    "registered": "named by {header}; its tier was set by POST /clients/{{id}}/tier",
-    "configured": "named by {header}; its tier stands in the configuration",
-    "default": "named by {header}; nobody registered it, so it has the default tier, {address}",
-    "address": "no {header}, so it is its address, with the default tier",
+_IDENTIFICATION = {
+    "granted": "identified by {header}; its tier is a grant, by POST /clients/{{id}}/grants",
+    "registered": "identified by {header}; its tier was set by POST /clients/{{id}}/tier",
+    "configured": "identified by {header}; its tier is set in the configuration",
+    "default": "identified by {header}; not registered, so it has the default tier, {address}",
+    "address": "no {header}, so it is identified by its address and has the default tier",
 }
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """One bucket, what would be charged to it, and what it says to that."""
+    """A hypothetical charge, and the decision of its bucket."""
 
     charge: Charge
     decision: Decision
 
     @property
-    def owed_ns(self) -> int:
-        """What is missing to a full bucket now; a charge that passes is not made."""
+    def debt_ns(self) -> int:
+        """Nanoseconds until the bucket is full, without the charge, which is not made."""
         return self.decision.reset_ns - (self.charge.increment_ns if self.decision.allowed else 0)
 
     @property
     def wait_ns(self) -> float:
-        """Nanoseconds until the charge passes, without end if it never does."""
+        """Nanoseconds until the bucket allows the charge; infinity if it never does."""
         return float("inf") if self.decision.wait_ns == NEVER_NS else self.decision.wait_ns
 
     @property
     def more(self) -> float:
-        """How many such charges it takes after this one."""
+        """How many such charges the bucket allows after this one."""
         left_ns = self.charge.quota.burst_ns - self.decision.reset_ns
         return left_ns / self.charge.increment_ns if self.charge.increment_ns else float("inf")
 
 
 class Explainer:
-    """Answers questions about requests that have not been made."""
+    """Explains described requests. Holds no state of its own."""
 
     def __init__(
         self,
@@ -86,12 +86,12 @@ class Explainer:
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
-        """`header` is the one that names clients; both clocks are the same one."""
+        """`header` is the name of the header that identifies clients. Both clocks must read the same time."""
         self._identify = identify
         self._router = router
         self._limit = limit
         self._limiter = limiter
-        self._event_loop_shedder = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - guards nothing
+        self._event_loop_shedder = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - not used for security
         self._header = header
         self._clock = clock
         self._clock_ns = clock_ns
@@ -100,11 +100,11 @@ class Explainer:
         return f"<Explainer of {self._router.routes!r}>"
 
     async def explain(self, request: ExplainRequest) -> Explanation:
-        """Return what would happen, and every figure it rests on. Raises ClientIdInvalid and InvalidValue."""
+        """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
         target = request.path.encode("ascii")
         path = unquote(request.path.partition("?")[0])
         if not is_proxied(path):
-            raise InvalidValue(f"path: only /api and what is below it is proxied, got {path!r}.")
+            raise InvalidValue(f"path: must be /api or begin with /api/, got {path!r}.")
         exchange = Exchange("explain", request.method, path, request.address, self._clock())
         exchange.client = client = await self._client(exchange, request)
         priority = self._router.priorities.of(client.quota.name)
@@ -158,7 +158,7 @@ class Explainer:
     def _refused(
         self, route: Route, method: str, target: bytes, priority: int, holder: str | None
     ) -> GatewayError | None:
-        """Return why a request that may pass the limiter would go no further."""
+        """Return the error that would end a request that the limiter allows; None if there is none."""
         try:
             refuse_method(method)
             upstream_target(route, target)
@@ -168,7 +168,7 @@ class Explainer:
         return upstream.refusal(self._clock(), priority, holder=holder, is_safe=method in IDEMPOTENT)
 
     def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
-        """Return what the route falls back on, and whether it would now, as `error` is in the way."""
+        """Return the route's fallback, and whether `error` would make the gateway use it."""
         fallback = None if route is None else route.fallback
         if fallback is None:
             return None
@@ -191,11 +191,13 @@ class Explainer:
     def _client_view(self, client: Client, address: str) -> ClientExplained:
         quota = client.quota
         is_limited = self._limit.limits_address_of(client, address)
-        words = "and its address is limited too" if is_limited else "and its address is exempt from a limit of its own"
+        words = (
+            "and the address limit applies too" if is_limited else "and its address is exempt from the address limit"
+        )
         return ClientExplained(
             id=client.id,
             tier_source=client.source,
-            detail=_WHY[client.source].format(header=self._header, address=words),
+            detail=_IDENTIFICATION[client.source].format(header=self._header, address=words),
             registered=client.is_registered,
             address_limited=is_limited,
             tier=TierView(name=quota.name, rate=quota.rate, capacity=quota.capacity),
@@ -233,10 +235,10 @@ _OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
 
 def _verdict(error: GatewayError | None, fallback: FallbackExplained | None) -> Verdict:
     if error is None:
-        words = "Every bucket holds what the request costs, and its upstream may be tried."
+        words = "Every bucket has enough tokens, and the upstream accepts requests."
         return Verdict(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=words)
     if fallback is not None and fallback.used:
-        words = f"{error.detail} The fallback '{fallback.name}' answers."
+        words = f"{error.detail} The fallback '{fallback.name}' responds."
         reason = error.reason.value
         return Verdict(
             outcome="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=words
@@ -270,10 +272,10 @@ def _bucket_view(bucket: _Bucket) -> BucketExplained:
     return BucketExplained(
         key=charge.key,
         policy=quota.name.lower(),
-        tokens=round((quota.burst_ns - bucket.owed_ns) / quota.emission_ns, 3),
+        tokens=round((quota.burst_ns - bucket.debt_ns) / quota.emission_ns, 3),
         capacity=quota.capacity,
         cost=round(charge.increment_ns / quota.emission_ns, 6),
         allowed=decision.allowed,
         retry_after_seconds=None if decision.wait_ns == NEVER_NS else decision.wait_ns / NANOSECONDS,
-        reset_after_seconds=round(bucket.owed_ns / NANOSECONDS, 3),
+        reset_after_seconds=round(bucket.debt_ns / NANOSECONDS, 3),
     )

@@ -1,8 +1,8 @@
-"""The gate in front of the operator endpoints: pure ASGI, ahead of the framework and of the request's body.
+"""The operator gate: pure ASGI, which checks every request for an operator endpoint before the framework.
 
-In this order, and with nothing of the body read before the last step: the path is classified; a request made by a
-page of another origin is refused; the operator is identified by token or as local, has an allowance, and must hold the
-role that the request needs; the content type is checked; the body is read, up to `MAX_BODY`. Then the framework runs.
+The checks, in order: the path is classified; a request made by a page of another origin is refused; the operator is
+identified by token or as local; the operator's request limit is applied; the operator must have the required role; the
+content type is checked. Only then is the body read, up to `MAX_BODY` bytes, and the framework called.
 """
 
 import logging
@@ -33,24 +33,24 @@ from api_gateway.proxy.problem_response import send_problem
 
 logger = logging.getLogger(__name__)
 
-OPERATOR = "gateway.operator"  # the scope's key for the operator who was admitted
-REASONS = ("missing_token", "invalid_token", "insufficient_role", "cross_site")  # for which a request is rejected
+OPERATOR = "gateway.operator"  # key of the admitted operator in the ASGI scope
+REASONS = ("missing_token", "invalid_token", "insufficient_role", "cross_site")  # of refusals
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
-_QUESTIONS = frozenset({"explain"})  # endpoints that change nothing although they take a body
-_PAGES = frozenset({"docs"})  # pages that hold no data: other sites may link to them
+_QUERIES = frozenset({"explain"})  # endpoints that change nothing although their method is POST
+_PAGES = frozenset({"docs"})  # pages without data: other sites may link to them
 _TEXT = b"text/plain; charset=utf-8"
 _JSON = b"application/json"
 _ADVICE = (
-    "This endpoint needs the header 'Authorization: Bearer <token>', with a configured token or the one in the file"
-    " operator-token in state_dir. Where no token is configured, a program that the operator runs on this machine"
-    " needs none; if it is refused, the log says why."
+    "This endpoint requires the header 'Authorization: Bearer <token>', with a configured token or the one in the file"
+    " operator-token in state_dir. If no token is configured, programs that the operator runs on this machine"
+    " need none; the log has the reason if one is refused."
 )
 _MAX_LOGGED = 100  # characters of a path
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may use the operator endpoints, as configured. Immutable; a reload replaces it."""
+    """The configured rules on who may use the operator endpoints. A reload replaces them as a whole."""
 
     tokens: Tokens
     locality: Locality
@@ -58,9 +58,9 @@ class Access:
 
 
 class OperatorGate:
-    """Decides who reaches the framework, and answers `/health`, `/healthz` and `/readyz` from memory.
+    """Admits operators to the framework, and serves `/health`, `/healthz` and `/readyz` from memory.
 
-    `access` may be replaced at any time. `refusals` counts what was refused, by cause.
+    `access` may be replaced at any time. `refusals` counts refused requests by cause (`REASONS`).
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class OperatorGate:
     ) -> None:
         """Guard all paths whose first segment is one of `endpoints`.
 
-        With `has_admin_listener` only that one serves more than health; the others know of none of these paths.
-        `readiness` tells whether the gateway serves, and the word for it; `health` is None until it has started.
-        `refused` counts the responses made here by reason.
+        With `has_admin_listener`, other listeners serve the health endpoints only and return 404 for the rest.
+        `readiness` returns whether the gateway serves requests, and its phase as a word. `health` returns None before
+        the start is complete. `refused` counts the error responses generated here, by reason.
         """
         self.app = app
         self.access = access
@@ -100,15 +100,15 @@ class OperatorGate:
         return f"<OperatorGate of {', '.join(sorted(self._endpoints))}>"
 
     def guards(self, scope: Scope) -> bool:
-        """Tell whether the path is the gate's business, by either reading of an encoded slash."""
+        """Return whether the path is guarded, with an encoded slash read as a separator or as a character."""
         return first_segment(scope) in self._endpoints or target_of(scope).segments[0] in self._endpoints
 
     def _is_hidden(self, scope: Scope) -> bool:
-        """Tell whether the path is served by the listener for operators alone, and this is another one."""
+        """Return whether the request came through a listener that does not serve operator endpoints."""
         return self._has_admin_listener and ADMIN not in scope
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; one whose path is not guarded is answered 404."""
+        """Serve one request; a path that is not guarded gets status 404."""
         fields = fields_of(scope["headers"])
         if scope["method"] == "HEAD":
             send = without_body(send)
@@ -118,7 +118,7 @@ class OperatorGate:
             return
         except GatewayError as error:
             self._refused[error.reason] += 1
-            if framing(fields) is not None:  # the body, which is not read, would follow
+            if framing(fields) is not None:  # the unread body would be taken for the next request
                 error.headers["connection"] = "close"
             await send_problem(error, send, instance=path_as_sent(scope), request_id=None, headers=[])
 
@@ -126,41 +126,41 @@ class OperatorGate:
         target = target_of(scope)
         view = self._views.get(target.segments[0]) if len(target.segments) == 1 else None
         fault = ambiguity(fields, scope["http_version"])
-        if fault is not None and (view is None or framing(fields) is not None):  # simple probes may name no host
+        if fault is not None and (view is None or framing(fields) is not None):  # simple health checks omit Host
             raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
         if view is not None:
             await self._show(view, scope, fields, send)
             return
         method, first = scope["method"], target.segments[0]
         if not self.guards(scope) or self._is_hidden(scope):
-            raise NoRoute("There is nothing here. Requests to be proxied begin with /api/.")
+            raise NoRoute("No endpoint has this path. Paths of proxied requests begin with /api/.")
         if is_forged(method, fields, holds_data=first not in _PAGES):
             raise self._refusal(
                 "cross_site",
                 scope,
                 Forbidden(
                     "A web page of another origin made this request (Origin, Sec-Fetch-Site)."
-                    " The operator endpoints refuse that."
+                    " Operator endpoints refuse such requests."
                 ),
             )
         operator = await self._admitted(scope, fields)
-        needed = Role.READ if method in _READS or first in _QUESTIONS else Role.OPERATE
+        needed = Role.READ if method in _READS or first in _QUERIES else Role.OPERATE
         if not operator.may(needed):
             raise self._refusal(
                 "insufficient_role",
                 scope,
-                Forbidden(f"The token '{operator.name}' has the role 'read'; {method} needs the role 'operate'."),
+                Forbidden(f"The token '{operator.name}' has the role 'read'; {method} requires the role 'operate'."),
             )
         check_content_type(method, fields)
         body = await read_body(fields, receive)
         inner = {**scope, "method": "GET" if method == "HEAD" else method, "path": target.path, OPERATOR: operator}
-        inner.pop(SERVER_EXTENSION, None)  # it refers to the connection, and is the server's to delete
+        inner.pop(SERVER_EXTENSION, None)  # refers to the connection, which the server must be able to free
         await self.app(inner, replay(body, receive), send)
         health = self._health()
         if needed is Role.OPERATE and health is not None:
             health.expire()
 
-    # Who asks
+    # Identification
 
     async def _identify(self, scope: Scope, fields: Fields) -> Operator | None:
         token = bearer_token(fields)
@@ -169,17 +169,17 @@ class OperatorGate:
         return LOCAL if await self.access.locality.is_local(scope) else None
 
     async def _admitted(self, scope: Scope, fields: Fields) -> Operator:
-        """Return the operator. Raises Unauthorized, or Forbidden where no token could help, or RateLimited."""
+        """Return the operator. Raises Unauthorized, RateLimited, or, if no token is configured, Forbidden."""
         operator = await self._identify(scope, fields)
         if operator is not None:
             self._limits.charge_operator(operator)
             return operator
-        error = self._stranger(scope, fields)
+        error = self._unidentified(scope, fields)
         self._limits.charge_failure(self._address(scope, fields))
         raise error
 
-    def _stranger(self, scope: Scope, fields: Fields) -> GatewayError:
-        """Return the error for a request that identifies nobody."""
+    def _unidentified(self, scope: Scope, fields: Fields) -> GatewayError:
+        """Return the error for a request that identifies no operator, and count it."""
         is_wrong = bearer_token(fields) is not None
         error: GatewayError
         if is_wrong or self.access.tokens:
@@ -189,8 +189,8 @@ class OperatorGate:
             )
         else:
             error = Forbidden(
-                "Without an admin token this endpoint answers only direct requests from this machine to localhost. "
-                "Set admin.token (GATEWAY_ADMIN__TOKEN) to reach it from elsewhere."
+                "Without an admin token this endpoint accepts only direct requests from this machine to localhost. "
+                "Set admin.token (GATEWAY_ADMIN__TOKEN) to use it from elsewhere."
             )
         return self._refusal("invalid_token" if is_wrong else "missing_token", scope, error)
 
@@ -199,7 +199,7 @@ class OperatorGate:
         return client_address(peer, fields, self.access.trusted_proxies)
 
     def _refusal(self, reason: str, scope: Scope, error: GatewayError) -> GatewayError:
-        """Count a refused request, log it unless too many are, and return the error."""
+        """Count a refusal, log it within the limit on log lines, and return the error."""
         self.refusals[reason] += 1
         unlogged = self._limits.log_line()
         if unlogged is not None:
@@ -209,7 +209,7 @@ class OperatorGate:
                 scope["method"],
                 ascii(path_as_sent(scope)[:_MAX_LOGGED])[1:-1],
                 self._address(scope, fields_of(scope["headers"])),
-                f" ({unlogged} more since the last such line)" if unlogged else "",
+                f" ({unlogged} refusals not logged since the last line)" if unlogged else "",
             )
         return error
 
@@ -222,7 +222,7 @@ class OperatorGate:
         if scope["method"] == "OPTIONS":
             await _respond(send, 204, [(b"allow", allow["allow"].encode())])
         elif scope["method"] not in _READS:
-            raise MethodNotAllowed("This endpoint takes GET and HEAD.", headers=allow)
+            raise MethodNotAllowed("This endpoint supports GET and HEAD.", headers=allow)
         else:
             await view(scope, fields, send)
 
@@ -234,7 +234,7 @@ class OperatorGate:
         await _respond(send, 200 if is_ready else 503, body=f"{word}\n".encode(), kind=_TEXT)
 
     async def _show_health(self, scope: Scope, fields: Fields, send: Send) -> None:
-        """Show all of it to operators; to strangers, and to pages of another origin, the status word."""
+        """Send the whole view to operators, and the status alone to others and to pages of another origin."""
         health = self._health()
         if health is None:
             raise not_started()
@@ -244,7 +244,7 @@ class OperatorGate:
             await _respond(send, 200, body=await health.detailed(), kind=_JSON)
             return
         if bearer_token(fields) is not None:
-            self._stranger(scope, fields)
+            self._unidentified(scope, fields)  # counted and logged, but served the status
         self._limits.charge_view(self._address(scope, fields))
         await _respond(send, 200, body=await health.status_only(), kind=_JSON)
 

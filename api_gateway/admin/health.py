@@ -1,4 +1,4 @@
-"""The endpoints `/healthz`, `/readyz` and `/health`. The gate answers them from memory; here they are described."""
+"""The endpoints `/healthz`, `/readyz` and `/health`. The gate serves them; these functions describe them."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
@@ -12,7 +12,7 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz", response_class=PlainTextResponse, summary="Liveness")
 async def healthz() -> str:
-    """Answer 200 while the event loop turns."""
+    """Return 200 while the event loop runs."""
     return "ok\n"
 
 
@@ -23,7 +23,7 @@ async def healthz() -> str:
     responses={503: {"description": "Starting or draining.", "content": {"text/plain": {}}}},
 )
 async def readyz(context: Open) -> Response:
-    """Answer 200 while serving. Upstreams that are down do not make the gateway unready."""
+    """Return 200 while the gateway accepts requests, regardless of the health of upstreams; else 503."""
     is_serving = context.lifecycle is Lifecycle.SERVING
     return PlainTextResponse(f"{context.lifecycle}\n", status_code=200 if is_serving else 503)
 
@@ -32,8 +32,8 @@ async def readyz(context: Open) -> Response:
     "/health",
     summary="Health of the gateway and its upstreams",
     response_model=HealthView,
-    responses={429: {"description": "Asked too often.", **PROBLEM}},
+    responses={429: {"description": "Too many requests of this address or operator.", **PROBLEM}},
 )
 async def health(context: Open) -> Response:
-    """Answer 200 while the gateway itself serves; to anybody but an operator, the status word only."""
+    """Return 200 with the health as `status`, and all details for operators; others get the status only."""
     return Response(await context.health.status_only(), media_type="application/json")

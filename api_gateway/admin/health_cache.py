@@ -1,7 +1,7 @@
-"""The response bodies of `/health`, kept in memory: one rendering serves everybody who asks at the same time.
+"""Cache of the response bodies of `/health`: concurrent requests share one rendering.
 
-A stranger's body is up to a second old. An operator's is newer: it is reused for ten times as long as it took to
-render, so that rendering takes a tenth of the event loop's time at most, and for a second at most.
+The public body is at most one second old. The operators' body is reused for ten times as long as rendering took, at
+most one second, so that rendering uses at most a tenth of the event loop's time.
 """
 
 import asyncio
@@ -13,12 +13,12 @@ from api_gateway.models import Clock
 from api_gateway.reporting.upstream_schema import HealthView
 
 MAX_AGE = 1.0  # seconds
-REUSE = 10  # times the seconds that rendering took
+REUSE = 10  # multiple of the rendering time for which the operators' body is reused
 
 
 @dataclass(frozen=True, slots=True)
 class HealthBodies:
-    """What `/health` says to an operator and to a stranger, as JSON, and until when it may be said."""
+    """One rendering as JSON: `detailed` for operators, fresh until `fresh_until`, and `status_only` for others."""
 
     detailed: bytes
     status_only: bytes
@@ -30,7 +30,11 @@ _NEVER = HealthBodies(b"", b"", -math.inf, -math.inf)
 
 
 class HealthCache:
-    """Renders on demand, at most one at a time."""
+    """Renders on demand; concurrent requests share one rendering task.
+
+    States: idle, and rendering while `_rendering` is set. `expire` detaches a rendering in progress: its result serves
+    the requests that wait for it, but is not kept.
+    """
 
     def __init__(self, render: Callable[[], Awaitable[HealthView]], clock: Clock) -> None:
         self._render = render
@@ -42,7 +46,7 @@ class HealthCache:
         return f"<HealthCache [{'rendering' if self._rendering else 'idle'}]>"
 
     async def status_only(self) -> bytes:
-        """Return the body for a stranger. While many ask it is renewed in time, and nobody waits."""
+        """Return the public body. From half of `MAX_AGE` on it is renewed in the background, so few requests wait."""
         bodies = self._bodies
         age = self._clock() - bodies.made_at
         if age >= MAX_AGE:
@@ -52,16 +56,16 @@ class HealthCache:
         return bodies.status_only
 
     async def detailed(self) -> bytes:
-        """Return the body for an operator."""
+        """Return the operators' body."""
         is_fresh = self._clock() < self._bodies.fresh_until
         return (self._bodies if is_fresh else await self._renewed()).detailed
 
     def expire(self) -> None:
-        """Let no later request see what was rendered, or is being rendered: an operator has changed something."""
+        """Discard the bodies and the result of a rendering in progress, after an operator's change."""
         self._bodies, self._rendering = _NEVER, None
 
     async def _renewed(self) -> HealthBodies:
-        return await asyncio.shield(self._start())  # of those who wait one may leave
+        return await asyncio.shield(self._start())  # a cancelled request must not cancel the rendering for others
 
     def _start(self) -> "asyncio.Task[HealthBodies]":
         if self._rendering is None:
@@ -86,6 +90,6 @@ class HealthCache:
 
 
 def _retrieve(rendering: "asyncio.Task[HealthBodies]") -> None:
-    """Take note of a failure that nobody may wait for; whoever asks next finds out by itself."""
+    """Mark a failure as retrieved, as no request may be waiting for it; the next request renders again."""
     if not rendering.cancelled():
         rendering.exception()

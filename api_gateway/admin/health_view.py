@@ -1,4 +1,4 @@
-"""The health of the gateway, as operators see it."""
+"""The view behind `/health`."""
 
 from dataclasses import asdict
 from typing import Literal
@@ -15,7 +15,11 @@ from api_gateway.system.clocks import Clocks
 
 
 async def health_view(aggregator: Aggregator, clocks: Clocks, version: str) -> HealthView:
-    """Return the health of the gateway and its upstreams, as operators see it."""
+    """Return the health of the gateway, its upstreams and stores.
+
+    Status `fail`: all upstreams fail. `warn`: an upstream has a status other than `pass`, limits are not exact, the
+    client store has an error, the last reload failed, or a resource is short.
+    """
     snapshot = await aggregator.gather()
     now = clocks.now()
     views = each(

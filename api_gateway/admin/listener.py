@@ -1,4 +1,4 @@
-"""The application behind the listener for operators: the operator endpoints, and nothing of the data plane."""
+"""The application of the admin listener: the operator endpoints without the data plane."""
 
 from api_gateway.errors import NoRoute
 from api_gateway.http1.asgi import ADMIN, ASGIApp, Receive, Scope, Send
@@ -7,15 +7,15 @@ from api_gateway.proxy.problem_response import send_problem
 
 
 class AdminListener:
-    """Marks a request as one that came through the listener for operators."""
+    """Marks requests of the admin listener in their scope (`ADMIN`), and refuses those to be proxied."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Serve one request; paths of the data plane get status 404."""
         if is_proxied(scope["path"]):
-            error = NoRoute("Nothing is proxied here; requests to be proxied go to the gateway's public address.")
+            error = NoRoute("The admin listener proxies nothing; send this request to the gateway's public address.")
             await send_problem(error, send, instance=scope["path"], request_id=None, headers=[])
         else:
             await self._app({**scope, ADMIN: True}, receive, send)

@@ -1,7 +1,7 @@
-"""Whether a request comes from a program that the operator runs on this machine: the process at the peer's end.
+"""Detection of local requests, by the process at the peer's end of the connection.
 
-The look-up runs in a thread, one at a time, within a share of a processor, and once for each connection. A verdict
-belongs to the connection and never to an address.
+The look-up of the process runs in a thread, one at a time, within a share of a processor, once for each connection.
+Its result applies to the connection, never to an address.
 """
 
 import asyncio
@@ -24,21 +24,21 @@ from api_gateway.system.socket_table import Endpoint
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 32  # look-ups; further requests are not local
+MAX_WAITING = 32  # look-ups; further requests do not count as local
 MAX_WAIT = 3.0  # seconds that a request waits for its look-up to begin
-CPU_SHARE = 0.1  # of one processor, in the long run
-CPU_BURST = 1.0  # seconds of processor time that look-ups may take at once
-_QUIET = 60.0  # seconds between two log lines
+CPU_SHARE = 0.1  # of one processor, on average
+CPU_BURST = 1.0  # seconds of processor time that look-ups may use at once
+_LOG_INTERVAL = 60.0  # seconds between two log lines
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7))
 
 
 class LocalProcesses:
-    """Requests of processes that are no proxy are local, if they come over loopback and name a loopback host."""
+    """A request is local if it comes over loopback, names a loopback host, and its process is not a proxy."""
 
     def __init__(
         self, peers: PeerProcesses, *, trusted_proxies: Collection[Network] = (), clock: Clock = time.monotonic
     ) -> None:
-        """A peer in `trusted_proxies` is a proxy, and never local."""
+        """Peers in `trusted_proxies` are proxies, and never local."""
         self._peers = peers
         self._trusted = tuple(trusted_proxies)
         self._clock = clock
@@ -52,11 +52,11 @@ class LocalProcesses:
         return f"<LocalProcesses [{len(self._results)} verdicts, {self._waiting} waiting]>"
 
     async def is_local(self, scope: Mapping[str, Any]) -> bool:
-        """See `Locality`."""
+        """Return whether the request of this ASGI scope is local; false if the peer cannot be examined."""
         if not is_direct(fields_of(scope["headers"])) or not self._may_be_local(scope):
             return False
         extension = scope.get(SERVER_EXTENSION)
-        if extension is None:  # another server than our own: nothing identifies the connection
+        if extension is None:  # another ASGI server: nothing identifies the connection, so the result is not kept
             return await self._look_up(scope, None) is True
         connection = extension.connection
         verdict = self._results.get(connection)
@@ -67,7 +67,7 @@ class LocalProcesses:
         return verdict is True
 
     def _may_be_local(self, scope: Mapping[str, Any]) -> bool:
-        """Tell whether the connection stays on this machine. A Unix socket for clients is there for proxies."""
+        """Return whether the connection may be an operator's. Unix sockets for clients are used by proxies."""
         client, server = scope.get("client"), scope.get("server")
         if client == UNIX_PEER:
             return ADMIN in scope
@@ -80,14 +80,14 @@ class LocalProcesses:
         )
 
     async def _look_up(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> bool | None:
-        """Examine the peer; None without a result, if too many look-ups wait already."""
+        """Return whether the peer is local; None if the look-up could not be made, as too many are waiting."""
         try:
             examine = self._query(scope, transport)
         except (NotEstablished, OSError) as error:
             self._log(str(error))
             return False
         if not await self._take_turn():
-            self._log("too many connections are being looked at")
+            self._log("too many connections are waiting for their look-up")
             return None
         try:
             await self._pace()
@@ -100,16 +100,16 @@ class LocalProcesses:
         return reason is None
 
     def _query(self, scope: Mapping[str, Any], transport: asyncio.Transport | None) -> Callable[[], None]:
-        """Return the look-up to be made. The socket is identified here, where it cannot be closed meanwhile."""
+        """Return the look-up to run in a thread. The socket is identified here, as it could be closed later."""
         if scope["client"] == UNIX_PEER:
-            assert transport is not None  # noqa: S101 - only our own server has an admin listener
+            assert transport is not None  # noqa: S101 - only the gateway's own server has an admin listener
             return partial(self._peers.examine_process, *credentials(transport))
         inode = None if transport is None else os.fstat(_descriptor(transport)).st_ino
         connection = EstablishedConnection(Endpoint.of(*scope["server"]), Endpoint.of(*scope["client"]), inode)
         return partial(self._peers.examine, connection)
 
     async def _take_turn(self) -> bool:
-        """Wait for the look-ups before; tell whether this one may be made."""
+        """Wait for earlier look-ups, at most `MAX_WAIT` seconds; return whether this one may run."""
         if self._waiting >= MAX_WAITING:
             return False
         self._waiting += 1
@@ -123,7 +123,7 @@ class LocalProcesses:
         return True
 
     async def _pace(self) -> None:
-        """Wait until processor time is left for a look-up."""
+        """Wait until the processor time of earlier look-ups is within `CPU_SHARE`."""
         now = self._clock()
         self._allowance = min(CPU_BURST, self._allowance + (now - self._since) * CPU_SHARE)
         self._since = now
@@ -133,14 +133,14 @@ class LocalProcesses:
     def _log(self, reason: str) -> None:
         now = self._clock()
         if now >= self._silent_until:
-            self._silent_until = now + _QUIET
-            logger.info("an operator request from this machine is not local: %s", reason)
+            self._silent_until = now + _LOG_INTERVAL
+            logger.info("operator request from this machine does not count as local: %s", reason)
 
 
 def credentials(transport: asyncio.Transport) -> tuple[int, int]:
-    """Return process and user at the other end of a Unix socket when it connected. Raises OSError."""
-    with socket.socket(fileno=os.dup(_descriptor(transport))) as ours:
-        packed = ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    """Return process id and user id of the peer of a Unix socket at its connect. Raises OSError, NotEstablished."""
+    with socket.socket(fileno=os.dup(_descriptor(transport))) as duplicate:
+        packed = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(packed)
     if pid <= 0:
         raise NotEstablished("the peer is in another PID namespace")
@@ -148,7 +148,7 @@ def credentials(transport: asyncio.Transport) -> tuple[int, int]:
 
 
 def _timed(examine: Callable[[], None]) -> tuple[str | None, float]:
-    """Return why the peer is not local, None if it is, and the processor time that took."""
+    """Return why the peer is not local (None if it is), and the seconds of processor time used."""
     began = time.thread_time()
     reason = None
     try:
@@ -161,5 +161,5 @@ def _timed(examine: Callable[[], None]) -> tuple[str | None, float]:
 def _descriptor(transport: asyncio.Transport) -> int:
     descriptor: int = transport.get_extra_info("socket").fileno()
     if descriptor < 0:
-        raise NotEstablished("the connection is over")
+        raise NotEstablished("the connection is closed")
     return descriptor

@@ -1,4 +1,4 @@
-"""Whether a request comes from the operator's own machine."""
+"""The rules that decide whether a request is local: made by a program that an operator runs on this machine."""
 
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
@@ -12,33 +12,33 @@ _FORWARDED_BY_PROXY = FORWARDING | {b"via"}
 
 
 class Locality(Protocol):
-    """Decides whether a request is local: made on this machine, by its operator."""
+    """A rule that decides whether a request is local."""
 
     async def is_local(self, scope: Mapping[str, Any]) -> bool:
-        """Tell whether the request of this ASGI scope is local."""
+        """Return whether the request of this ASGI scope is local."""
         ...
 
 
 class NothingIsLocal:
-    """No request is local: only tokens admit."""
+    """No request is local: a token is required."""
 
     async def is_local(self, scope: Mapping[str, Any]) -> bool:  # noqa: ARG002 - see `Locality`
-        """See `Locality`."""
+        """Return False."""
         return False
 
 
 class LoopbackRule:
-    """A request is local if its peer and its `Host` are loopback and it names no proxy that has forwarded it."""
+    """A request is local if peer and `Host` are loopback and no field shows that a proxy has forwarded it."""
 
     async def is_local(self, scope: Mapping[str, Any]) -> bool:
-        """See `Locality`."""
+        """Return whether the request of this ASGI scope is local."""
         client = scope.get("client")
         return client is not None and is_within(client[0], LOOPBACK) and is_direct(fields_of(scope["headers"]))
 
 
 def is_direct(fields: Fields) -> bool:
-    """Tell whether a request names a loopback host, and no proxy that has forwarded it.
+    """Return whether `Host` is a loopback name and no field shows that a proxy has forwarded the request.
 
-    The rule on `Host` keeps a page in a local browser from using a name of its own that resolves to this machine.
+    The rule on `Host` prevents DNS rebinding: a page in a local browser, under a name that resolves to this machine.
     """
     return host_name(fields) in _LOOPBACK_NAMES and not any(name in fields for name in _FORWARDED_BY_PROXY)

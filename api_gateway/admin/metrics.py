@@ -16,7 +16,7 @@ router = APIRouter(tags=["operator"], responses=REFUSAL_RESPONSES, dependencies=
 
 
 class MetricsFormat(StrEnum):
-    """The two ways to show the metrics."""
+    """The representations of `/metrics`."""
 
     JSON = "json"
     PROMETHEUS = "prometheus"
@@ -24,16 +24,16 @@ class MetricsFormat(StrEnum):
 
 @router.get(
     "/metrics",
-    summary="All metrics, for people and for Prometheus",
+    summary="All metrics, as JSON or for Prometheus",
     response_model=MetricsView,
     responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}},
 )
 async def metrics(
     request: Request,
     context: Guarded,
-    format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the public name
+    format: Annotated[MetricsFormat | None, Query()] = None,  # noqa: A002 - the name of the query parameter
 ) -> Any:
-    """Answer JSON, or exposition text where `?format=prometheus` or `Accept` asks for it."""
+    """Return JSON, or the Prometheus text format if `?format=prometheus` or `Accept` requests it."""
     snapshot = await context.aggregator.gather()
     accept = request.headers.get("accept", "")
     asks_text = "application/openmetrics-text" in accept or "text/plain" in accept
@@ -66,6 +66,6 @@ async def metrics(
 
 @router.get("/metrics/latency", summary="Latency percentiles", response_model=LatencyView)
 async def latency(context: Guarded) -> Response:
-    """Answer the percentiles over the last minute, the last five minutes and since the start."""
+    """Return the percentiles over the last minute, the last five minutes and since the start."""
     snapshot = await context.aggregator.gather()
     return rendered(await paced(latency_view(snapshot.recorder, context.clocks.monotonic())))

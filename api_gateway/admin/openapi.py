@@ -1,4 +1,4 @@
-"""What the schema says of every operator endpoint: the bearer token and the refusals; and views as responses."""
+"""The parts of the schema that operator endpoints share: the bearer token and the error responses."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ PROBLEM: dict[str, Any] = {"model": Problem, "content": {"application/problem+js
 REFUSAL_RESPONSES: dict[int | str, dict[str, Any]] = {
     401: {"description": "The bearer token is missing or not valid.", **PROBLEM},
     403: {
-        "description": "The caller is not an operator, or has only the role read; or a page of another origin.",
+        "description": "No operator was identified, the token's role is read, or another origin made the request.",
         **PROBLEM,
     },
     413: {"description": "The body is larger than 64 KiB.", **PROBLEM},
-    429: {"description": "Too many requests of this token, or too many failed attempts of this address.", **PROBLEM},
+    429: {"description": "Too many requests of this operator, or failed attempts of this address.", **PROBLEM},
 }
 CLIENT_REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The client id is not 1 to 128 visible ASCII characters.", **PROBLEM},
@@ -23,24 +23,27 @@ CLIENT_REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 STORE_REFUSAL: dict[int | str, dict[str, Any]] = {
     503: {
-        "description": "The store could not be used. The detail tells whether the change was not made, or may be.",
+        "description": "The store is unavailable. `detail` states whether the change may have been made.",
         **PROBLEM,
     }
 }
 TIER_REFUSALS: dict[int | str, dict[str, Any]] = {
-    422: {"description": "No such tier, and the answer lists them; or another mistake in the body.", **PROBLEM},
+    422: {"description": "No such tier (the response lists all), or another error in the body.", **PROBLEM},
     **STORE_REFUSAL,
 }
-# The gate checks the token; this says so in the schema.
+# For the schema only: the gate checks the token.
 TOKEN = Security(
     HTTPBearer(
         scheme_name="operator",
         auto_error=False,
-        description="A token of the configuration, or the generated one in the file that the start names.",
+        description="A configured token, or the generated one in the file operator-token in state_dir.",
     )
 )
 
 
 def rendered(view: Body) -> Response:
-    """Return a view as it is, where the framework would validate and copy it: a large one would hold the loop."""
+    """Return a view as a JSON response.
+
+    The framework would validate and copy it again; for a large view that blocks the event loop.
+    """
     return Response(view.model_dump_json(by_alias=True, exclude_unset=True), media_type="application/json")

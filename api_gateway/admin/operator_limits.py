@@ -1,7 +1,7 @@
-"""Limits on operator traffic: failed attempts and open views by address, and an allowance for each operator.
+"""Rate limits of operator traffic: failed attempts and public views by address, and requests by operator.
 
-The three have tables of their own. Addresses that fail cannot use up what an operator with a valid token may do, also
-not from the operator's own address; and a token that is used too often takes nothing from the others.
+Each has its own buckets, so that failed attempts, even from an operator's own address, take no tokens from an operator
+with a valid token, and no operator takes tokens from another.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ FAILURES = Quota.per_second("failed attempts", 1, 50)
 OPEN_VIEWS = Quota.per_second("open views", 20, 100)
 OPERATORS = Quota.per_second("operator", 100, 500)
 LOG_LINES = Quota.per_second("log lines", 0.1, 5)
-MAX_TRACKED_ADDRESSES = 16_384  # counted at once; further ones share buckets
+MAX_TRACKED_ADDRESSES = 16_384  # addresses with their own bucket; further ones share buckets
 
 
 class OperatorLimits:
-    """Token buckets of this process. Every method charges one token and raises RateLimited if there is none."""
+    """Token buckets of this process. The `charge_` methods take one token and raise RateLimited if there is none."""
 
     def __init__(self, clock_ns: Callable[[], int]) -> None:
         self._clock_ns = clock_ns
@@ -34,19 +34,26 @@ class OperatorLimits:
         return f"<OperatorLimits [{len(self._failures)} addresses failed]>"
 
     def charge_failure(self, address: str) -> None:
-        """Count a failed attempt of an address."""
-        _charge(self._failures, address_key(address), FAILURES, self._clock_ns(), f"Address '{address}' failed")
+        """Charge a failed attempt to an address."""
+        _charge(
+            self._failures, address_key(address), FAILURES, self._clock_ns(), f"Failed attempts of address '{address}'"
+        )
 
     def charge_view(self, address: str) -> None:
-        """Count an open view that an address asked for."""
-        _charge(self._open_views, address_key(address), OPEN_VIEWS, self._clock_ns(), f"Address '{address}' asked")
+        """Charge a public view, which needs no token, to an address."""
+        _charge(
+            self._open_views, address_key(address), OPEN_VIEWS, self._clock_ns(), f"Requests of address '{address}'"
+        )
 
     def charge_operator(self, operator: Operator) -> None:
-        """Count a request of an operator."""
-        _charge(self._operators, operator.key, OPERATORS, self._clock_ns(), f"Operator '{operator.name}' asked")
+        """Charge a request to an operator."""
+        _charge(self._operators, operator.key, OPERATORS, self._clock_ns(), f"Requests of operator '{operator.name}'")
 
     def log_line(self) -> int | None:
-        """Return how many lines were left out since the last one if one may be written now, else None."""
+        """Take a token for a log line: return the number of lines suppressed since the last one.
+
+        None if this line must be suppressed, too.
+        """
         charge = Charge("", LOG_LINES, LOG_LINES.cost_ns(1))
         if not self._log_lines.decide([charge], self._clock_ns()).allowed:
             self._unlogged += 1
@@ -60,7 +67,7 @@ def _charge(limiter: MemoryLimiter, key: str, quota: Quota, now_ns: int, what: s
     if not decision.allowed:
         wait = decision.wait_ns / NANOSECONDS
         raise RateLimited(
-            f"{what} too often: {quota.capacity} times at once, then {quota.rate:g} a second are allowed."
-            f" Try again in {wait:.3f} s.",
+            f"{what} exceed the limit of {quota.capacity} at once and {quota.rate:g} per second."
+            f" Retry in {wait:.3f} s.",
             retry_after=wait,
         )

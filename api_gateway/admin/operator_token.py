@@ -1,4 +1,4 @@
-"""The operator token that the gateway generates: a file in its state folder that only its own user can read."""
+"""The operator token that the gateway generates, in a file of the state folder that only its own user can read."""
 
 import logging
 import os
@@ -16,14 +16,14 @@ MIN_LENGTH = 16  # characters
 
 
 def token_file(state_dir: Path) -> Path:
-    """Return where the token is."""
+    """Return the path of the token file."""
     return own_folder(state_dir) / FILE
 
 
 def operator_token(state_dir: Path) -> str | None:
-    """Return the token, generated if there is none yet; None if there is none and none can be written.
+    """Return the token, generated if there is none yet; None if it is unusable or cannot be written.
 
-    Several processes may ask at once: the file appears with its content, once, and all return the same.
+    Several processes may call this at once: the file is created atomically, and all return the same token.
     """
     path = token_file(state_dir)
     try:
@@ -32,18 +32,18 @@ def operator_token(state_dir: Path) -> str | None:
         token = path.read_text("ascii").strip()
         mode = stat.S_IMODE(path.stat().st_mode)
     except (OSError, ValueError) as error:
-        logger.warning("%s: there is no generated operator token: %s", path, error)
+        logger.warning("%s: no operator token generated: %s", path, error)
         return None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        logger.warning("%s: other users may use the operator token; its permissions are %04o, not 0600", path, mode)
+        logger.warning("%s: other users can access the operator token: permissions are %04o, must be 0600", path, mode)
     if len(token) < MIN_LENGTH:
-        logger.warning("%s: is not used as a token, it has less than %d characters", path, MIN_LENGTH)
+        logger.warning("%s: operator token ignored: it has fewer than %d characters", path, MIN_LENGTH)
         return None
     return token
 
 
 def _write(path: Path) -> None:
-    """Write a new token under a name of its own, and give it the name `path` unless that exists by now."""
+    """Write a new token to a temporary file, and link it to `path` unless another process has created that."""
     make_private(path.parent)
     draft = path.with_name(f".{FILE}-{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)

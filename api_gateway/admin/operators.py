@@ -1,4 +1,4 @@
-"""Operators: their roles, and the bearer tokens that identify them. Pure decisions on header fields."""
+"""Operators, their roles, and the bearer tokens that identify them. Pure decisions on header fields."""
 
 import hashlib
 import hmac
@@ -10,7 +10,7 @@ from api_gateway.http1.headers import Fields
 
 
 class Role(StrEnum):
-    """What an operator may do. `OPERATE` includes `READ`."""
+    """What an operator token permits. `OPERATE` includes `READ`."""
 
     READ = "read"
     OPERATE = "operate"
@@ -18,7 +18,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """Whoever was admitted to the operator endpoints: the holder of a named token, or a local process."""
+    """An admitted caller of the operator endpoints: the holder of a named token, or a local process."""
 
     name: str
     role: Role
@@ -26,11 +26,11 @@ class Operator:
 
     @property
     def key(self) -> str:
-        """What the operator's requests are counted by."""
+        """Key of the operator's bucket."""
         return "local" if self.is_local else f"token:{self.name}"
 
     def may(self, role: Role) -> bool:
-        """Tell whether this operator may do what needs `role`."""
+        """Return whether this operator has the permissions of `role`."""
         return role is Role.READ or self.role is Role.OPERATE
 
 
@@ -38,7 +38,7 @@ LOCAL = Operator("local", Role.OPERATE, is_local=True)
 
 
 class Tokens:
-    """The tokens that are valid now, as digests: the secrets themselves are not kept."""
+    """The valid tokens, kept as SHA-256 digests only."""
 
     def __init__(self, tokens: Iterable[tuple[Operator, bytes]] = ()) -> None:
         self._known = tuple((_digest(token), operator) for operator, token in tokens)
@@ -50,7 +50,7 @@ class Tokens:
         return bool(self._known)
 
     def find(self, given: bytes) -> Operator | None:
-        """Return the operator whose token was given. The time taken does not depend on which token matches."""
+        """Return the operator with this token, else None. The time does not depend on which token matches."""
         digest, found = _digest(given), None
         for known, operator in self._known:
             if hmac.compare_digest(known, digest):
@@ -61,7 +61,7 @@ class Tokens:
 def bearer_token(fields: Fields) -> bytes | None:
     """Return the token of the `Authorization: Bearer` field (RFC 6750 section 2.1); None if there is no such field.
 
-    More than one `Authorization` field is no token at all: empty.
+    More than one `Authorization` field is invalid: the result is the empty token, which matches none.
     """
     given = fields.get(b"authorization", ())
     if not given:

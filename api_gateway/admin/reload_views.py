@@ -1,4 +1,4 @@
-"""What the operator is shown of the configuration in force and of a reload, or the error that a reload ended with."""
+"""Views of the configuration in force and of a reload."""
 
 from api_gateway.admin.views import wall_time
 from api_gateway.errors import Draining, InternalError, InvalidValue
@@ -9,7 +9,7 @@ AGAIN_AFTER = 5  # seconds
 
 
 def reload_view(outcome: ReloadOutcome) -> Reloaded:
-    """Return what a reload did. Raises InvalidValue, Draining or InternalError if it changed nothing."""
+    """Return the view of a reload. Raises InvalidValue, Draining or InternalError if the reload changed nothing."""
     problems = list(outcome.problems)
     detail = f"The configuration was not reloaded: {'; '.join(problems).rstrip('.')}."
     if outcome.result is ReloadResult.INVALID:
@@ -35,7 +35,7 @@ def reload_view(outcome: ReloadOutcome) -> Reloaded:
 
 
 def configuration_view(state: ReloadState) -> ConfigurationView:
-    """Return what is in force, and why something newer is not."""
+    """Return when the configuration in force was loaded, and the errors of the last reload if it failed."""
     return ConfigurationView(
         status="pass" if state.is_successful else "warn",
         loaded_at=wall_time(state.loaded_at),

@@ -1,4 +1,4 @@
-"""The bodies of operator requests, read before the framework runs; and responses to HEAD, which have none."""
+"""Reading of the bodies of operator requests before the framework runs, and responses to HEAD without a body."""
 
 from api_gateway.errors import BodyTooLarge, ClientDisconnected
 from api_gateway.http1.asgi import Message, Receive, Send
@@ -8,9 +8,9 @@ MAX_BODY = 65_536  # bytes
 
 
 async def read_body(fields: Fields, receive: Receive) -> bytes:
-    """Read the body.
+    """Return the body, at most `MAX_BODY` bytes.
 
-    Raises BodyTooLarge, at once if `Content-Length` states it, else when the bytes arrive, and ClientDisconnected.
+    Raises ClientDisconnected, and BodyTooLarge: at once if `Content-Length` exceeds the limit, else while reading.
     """
     if framing(fields) is None:
         return b""
@@ -21,7 +21,7 @@ async def read_body(fields: Fields, receive: Receive) -> bytes:
     while has_more:
         message = await receive()
         if message["type"] != "http.request":
-            raise ClientDisconnected("The client left while sending.")
+            raise ClientDisconnected("The client disconnected while sending the body.")
         body += message.get("body", b"")
         if len(body) > MAX_BODY:
             raise _too_large()
@@ -30,7 +30,7 @@ async def read_body(fields: Fields, receive: Receive) -> bytes:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that yields the body, whole, and then what the server says."""
+    """Return a `receive` that yields the body in one message, and then the messages of the server."""
     is_read = False
 
     async def again() -> Message:
@@ -58,5 +58,5 @@ def without_body(send: Send) -> Send:
 
 def _too_large() -> BodyTooLarge:
     return BodyTooLarge(
-        f"The body of an operator request holds at most {MAX_BODY} bytes.", headers={"connection": "close"}
+        f"The body of an operator request must have at most {MAX_BODY} bytes.", headers={"connection": "close"}
     )

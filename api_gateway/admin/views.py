@@ -1,4 +1,4 @@
-"""How the operator is shown an upstream's targets: what checks and live requests say of each, in words and times."""
+"""Views of upstreams and their targets: the results of health checks and outlier detection, in UTC times."""
 
 from datetime import UTC, datetime
 
@@ -18,7 +18,7 @@ from api_gateway.system.clocks import Moment
 
 
 def upstream_view(upstream: UpstreamSnapshot, now: Moment, concurrency: ConcurrencyView) -> UpstreamView:
-    """Return how an upstream stands."""
+    """Return the view of an upstream with its targets."""
     names = {"dns_names": [_name_view(name, now) for name in upstream.names]} if upstream.names else {}
     return UpstreamView(
         status=upstream.status,
@@ -30,7 +30,7 @@ def upstream_view(upstream: UpstreamSnapshot, now: Moment, concurrency: Concurre
 
 
 def verdict_view(target: TargetSnapshot, now: Moment) -> VerdictView:
-    """Return both verdicts on a target."""
+    """Return a target's health: the results of health checks (`active`) and outlier detection (`passive`)."""
     return VerdictView(
         healthy=target.verdict,
         active=_active_view(target, now),
@@ -85,14 +85,14 @@ def _passive_view(passive: OutlierSnapshot | None, now: Moment) -> PassiveView |
 
 def _why_kept(passive: OutlierSnapshot) -> str | None:
     if passive.state is State.OPEN and not passive.is_ejected:
-        return "No other target is in rotation, so it gets requests although its breaker is OPEN."
+        return "No other target is in rotation, so it receives requests although its breaker is OPEN."
     if passive.withheld:
         return (
-            f"Its last failures in a row ({passive.withheld}) did not count towards ejection: no other target is in"
-            " rotation, or max_ejected_ratio of the targets are out already."
+            f"Its last consecutive failures ({passive.withheld}) did not count towards ejection: no other target is in"
+            " rotation, or max_ejected_ratio of the targets are ejected already."
         )
     if passive.one_principal:
-        return "Its failures are those of one client, and others use it, too."
+        return "All its failures are those of one client, and other clients use it, too."
     return None
 
 
@@ -107,10 +107,10 @@ def _name_view(name: HostNameSnapshot, now: Moment) -> NameView:
 
 
 def utc(at: float, now: Moment) -> str:
-    """Return a monotonic moment as wall-clock time."""
+    """Return a monotonic time, in seconds, as UTC wall-clock time in ISO 8601 with milliseconds."""
     return wall_time(now.wall_of(at))
 
 
 def wall_time(at: float) -> str:
-    """Return seconds since the epoch as the API writes them."""
+    """Return seconds since the epoch as UTC in ISO 8601 with milliseconds."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

@@ -1,1 +1,1 @@
-"""Which client sends a request and which tier it has: identity, registry, cache, stores. Enforces no limits."""
+"""Clients and their tiers: identification, registry, cache and stores. Enforces no limits."""

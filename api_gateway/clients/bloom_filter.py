@@ -1,20 +1,20 @@
-"""Which client ids may be in a store, in bounded memory: "no" is certain, "perhaps" has to be looked up. No I/O.
+"""A set of client ids in limited memory that may report an id as present that is not, never the reverse. No I/O.
 
-A Bloom filter (Bloom 1970) over Python's own hash of strings, which nobody outside the process can foresee; so nobody
-can choose ids that are taken for others, and filters are of no use to another process.
+A Bloom filter (Bloom 1970) over Python's randomized hash of strings. Clients cannot predict the hash, so they cannot
+choose ids that cause false positives; for the same reason a filter is valid in its own process only.
 """
 
-_BITS_AN_ID = 64  # of those that are held in memory; so eight times as many get eight each, of which 2 % are mistaken
-_PROBES = 4
+_BITS_AN_ID = 64  # for `limit` ids; eight times as many have eight bits each, with 2 % false positives
+_PROBES = 4  # bits set for each id
 
 
 class BloomFilter:
-    """A set of ids that may say of a few others, too, that it holds them. Nothing is ever taken out."""
+    """A set of ids with false positives. Ids cannot be removed."""
 
     __slots__ = ("_bits", "_mask")
 
     def __init__(self, limit: int) -> None:
-        """Be right as a rule for several times `limit` ids; it takes 8 to 16 bytes for each of `limit`."""
+        """Allocate 8 to 16 bytes for each of `limit` ids. The filter remains useful for several times as many."""
         size = 1 << max(limit * _BITS_AN_ID - 1, 63).bit_length()
         self._mask = size - 1
         self._bits = bytearray(size // 8)
@@ -23,7 +23,7 @@ class BloomFilter:
         return f"<BloomFilter [{len(self._bits)} bytes]>"
 
     def __contains__(self, client_id: str) -> bool:
-        """Tell whether an id may have been added."""
+        """Return whether an id may have been added; False is certain."""
         place = hash(client_id)
         step = place >> 32 | 1
         bits, mask = self._bits, self._mask
@@ -43,7 +43,7 @@ class BloomFilter:
             place += step
 
     def update(self, other: "BloomFilter") -> None:
-        """Add what a filter for the same limit holds. Raises ValueError."""
+        """Add the ids of a filter of the same size. Raises ValueError if the sizes differ."""
         bits = other._bits  # noqa: SLF001 - of the same class
         if len(bits) != len(self._bits):
             raise ValueError(f"a filter of {len(bits)} bytes cannot be added to one of {len(self._bits)}")

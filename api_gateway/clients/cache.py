@@ -1,4 +1,4 @@
-"""What one process remembers of the client store: all records if they fit, else those used last. Bounded, no I/O."""
+"""The in-memory copy of the client store in one process: all records if they fit, else the last used. No I/O."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -7,25 +7,26 @@ from api_gateway.clients.bloom_filter import BloomFilter
 from api_gateway.clients.records import ClientRecord, ClientSnapshot
 from api_gateway.models import Client
 
-_ABSENT_SHARE = 10  # invented ids may take this part of the room from the clients that exist
+_ABSENT_SHARE = 10  # ids without a record may use one in this many places
 
 
 class ClientCache:
-    """Records by id, the client each comes to in `clients`, and ids known to have no record.
+    """Records by id, the clients that they resolve to, and ids known to have no record.
 
-    While it is complete, an id without a record is known to have none. Else `knows` tells, and `rules_out` of most
-    ids that are invented.
+    Two states: complete (all records of the store are held, so an id without one has none), and partial (`knows` and
+    `surely_absent` return whether a look-up can be avoided). A complete cache becomes partial when it exceeds `limit`;
+    only `start` makes it complete again.
     """
 
     def __init__(self, limit: int, resolve: Callable[[ClientRecord], Client | None]) -> None:
-        """Hold at most `limit` ids; `resolve` returns what a record comes to now, None if it says nothing."""
+        """Hold at most `limit` ids. `resolve` returns the client of a record, None if no tier of it applies now."""
         self.limit = limit
         self.is_complete = False
         self.clients: dict[str, Client] = {}
         self._records: OrderedDict[str, ClientRecord] = OrderedDict()
         self._absent: OrderedDict[str, None] = OrderedDict()
         self._empty: set[str] = set()
-        self._ids: BloomFilter | None = BloomFilter(limit)  # all that may have a record; None if that is not known
+        self._ids: BloomFilter | None = BloomFilter(limit)  # all ids that may have a record; None if unknown
         self._resolve = resolve
 
     def __repr__(self) -> str:
@@ -33,19 +34,19 @@ class ClientCache:
         return f"<ClientCache [{len(self._records)} records, {len(self._absent)} absent, {state}]>"
 
     def __len__(self) -> int:
-        """Return the ids held."""
+        """Return the number of ids held."""
         return len(self._records) + len(self._absent)
 
     def get(self, client_id: str) -> ClientRecord | None:
-        """Return the record held of a client."""
+        """Return the record of a client; None if none is held."""
         return self._records.get(client_id)
 
     def records(self) -> Iterable[ClientRecord]:
-        """Return the records held."""
+        """Return the records held, least recently used first."""
         return self._records.values()
 
     def knows(self, client_id: str) -> bool:
-        """Tell whether it is known what the store says of a client, and note that it was used."""
+        """Return whether the store's content for a client is known, and mark the client as recently used."""
         if client_id in self._records:
             self._records.move_to_end(client_id)
         elif client_id in self._absent:
@@ -55,11 +56,11 @@ class ClientCache:
         return True
 
     def surely_absent(self, client_id: str) -> bool:
-        """Tell whether it is certain that nothing is stored of a client, without knowing of it in particular."""
+        """Return whether the filter of ids excludes that the store has a record of a client."""
         return self._ids is not None and client_id not in self._ids
 
     def start(self, snapshot: ClientSnapshot) -> None:
-        """Hear how much there is, before its records are put in."""
+        """Initialise from a snapshot's metadata; its records are added by `put`."""
         self.is_complete = snapshot.is_complete
         if snapshot.is_complete:
             return
@@ -69,14 +70,14 @@ class ClientCache:
             self._ids.update(snapshot.ids)
 
     def note_id(self, client_id: str) -> None:
-        """Note that there may be a record of a client, which is not held."""
+        """Record that the store may have a record of a client."""
         if self._ids is not None:
             self._ids.add(client_id)
 
     def put(self, record: ClientRecord, *, is_new_epoch: bool = False) -> bool:
-        """Take a record over unless one as new is held; tell whether it was taken.
+        """Store a record unless the held one has the same or a higher version; return whether it was stored.
 
-        In another epoch versions count anew, and the record is taken in any case.
+        With `is_new_epoch`, versions are not comparable and the record is always stored.
         """
         held = self._records.get(record.id)
         if held is not None and held.version >= record.version and not is_new_epoch:
@@ -93,7 +94,7 @@ class ClientCache:
         return True
 
     def refresh(self, record: ClientRecord) -> None:
-        """Work out anew what a record comes to: with time, grants end."""
+        """Resolve the client of a record again, as after the end of a grant."""
         client = self._resolve(record)
         if client is None:
             self.clients.pop(record.id, None)
@@ -101,20 +102,20 @@ class ClientCache:
             self.clients[record.id] = client
 
     def refresh_all(self) -> None:
-        """Work out anew what every record comes to: tiers have changed."""
+        """Resolve the clients of all records again, as after a change of tiers."""
         for record in self._records.values():
             self.refresh(record)
 
     def put_negative(self, client_id: str) -> None:
-        """Note that nothing is stored of a client."""
+        """Record that the store has no record of a client."""
         if client_id not in self._records and not self.is_complete:
             self._absent[client_id] = None
             self._make_room()
 
     def forget_empty(self, version: int) -> None:
-        """Drop what removals left, up to a version behind which no older record can come any more.
+        """Drop the empty records of removed clients up to `version`, from which on no older record can arrive.
 
-        A partial copy keeps them: they say that there is nothing to look up.
+        A partial cache keeps them, because they save look-ups.
         """
         if self.is_complete:
             for client_id in [each for each in self._empty if self._records[each].version <= version]:

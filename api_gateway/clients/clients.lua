@@ -1,11 +1,12 @@
--- Makes one change of a client, gives it the next version, and tells everybody. Atomic, and made at most once.
+-- Makes one change of a client with the next version, and publishes it. Atomic; executed at most once.
 --
 -- KEYS  meta: hash of epoch and version; records: hash, id to JSON; changes: sorted set, id by version;
---       outcome: what became of this very change, asked for by who has not got its answer
--- ARGV  id, epoch (if the store has none yet), changes to keep, channel,
---       sets the tier ('1' or ''), tier, sets the grant ('1' or ''), granted tier, its end,
---       version that an ended grant must still have ('' asks for nothing)
--- Answers {'made', record before or '', record after, epoch}, {'kept'}, or {'void'} if the change has been called off.
+--       outcome: the outcome of this change, for a caller that has not received the reply
+-- ARGV  id, epoch (if the store has none yet), number of changes to keep, channel,
+--       whether the tier is changed ('1' or ''), tier, whether the grant is changed ('1' or ''), granted tier, its end,
+--       version that the record of an expired grant must have ('': no condition)
+-- Reply {'made', record before or '', record after, epoch}; {'kept'} if the condition does not hold; or {'void'} if the
+--       change has been cancelled.
 local meta, records, changes, outcome = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local id, spare_epoch, keep, channel = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local sets_tier, tier, sets_grant, grant, ends, ended_version = unpack(ARGV, 5, 10)
@@ -41,7 +42,7 @@ local after = cjson.encode(record)
 redis.call('HSET', records, id, after)
 redis.call('ZADD', changes, record.version, id)
 
--- Of what is too old to be asked for, removals and ended grants need not be kept at all.
+-- Drop changes that are too old to be read, and with them the records of removals and expired grants.
 for _, other in ipairs(redis.call('ZRANGEBYSCORE', changes, '-inf', record.version - keep)) do
   local text = redis.call('HGET', records, other)
   local old = text and cjson.decode(text)

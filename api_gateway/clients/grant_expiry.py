@@ -1,4 +1,4 @@
-"""When grants end: the moments in their order. Decides, knows no clock, and sets no timer."""
+"""The queue of the times at which grants end. Reads no clock and sets no timer."""
 
 import heapq
 from collections.abc import Callable, Iterable
@@ -16,44 +16,44 @@ class Expiry(NamedTuple):
 
 
 class ExpiryQueue:
-    """A heap of endings. One whose record has been replaced stays until its time, or until there are too many."""
+    """A heap of expiries. Those of replaced records are removed at their time, or when `limit` is reached."""
 
     def __init__(self, limit: int) -> None:
-        """Hold `limit` endings, or as many more as are still current."""
+        """Hold at most `limit` expiries, or twice the number of current ones if that is more."""
         self._limit = limit
         self._heap: list[Expiry] = []
 
     def __repr__(self) -> str:
-        return f"<ExpiryQueue [{len(self._heap)}, the next at {self.next_at}]>"
+        return f"<ExpiryQueue [{len(self._heap)}, next at {self.next_at}]>"
 
     def __len__(self) -> int:
-        """Return the endings held."""
+        """Return the number of expiries held."""
         return len(self._heap)
 
     @property
     def next_at(self) -> float | None:
-        """The next moment at which something may end."""
+        """The earliest expiry, in seconds since the epoch; None without any."""
         return self._heap[0].until if self._heap else None
 
     def replace(self, records: Iterable[ClientRecord]) -> None:
-        """Hold the endings of these records, and no others."""
-        self._heap = [_ending(record) for record in records if record.grant is not None]
+        """Replace the queue with the expiries of these records."""
+        self._heap = [_expiry(record) for record in records if record.grant is not None]
         heapq.heapify(self._heap)
 
     def expect(self, record: ClientRecord, is_current: Callable[[Expiry], bool]) -> None:
-        """Hold the ending of a record that has a grant."""
+        """Add the expiry of a record with a grant. `is_current` selects the expiries to keep if the queue is full."""
         if len(self._heap) >= self._limit:
             self._heap = [expiry for expiry in self._heap if is_current(expiry)]
             heapq.heapify(self._heap)
             self._limit = max(self._limit, 2 * len(self._heap))
-        heapq.heappush(self._heap, _ending(record))
+        heapq.heappush(self._heap, _expiry(record))
 
     def due(self, now: float) -> Iterable[Expiry]:
-        """Give out those whose time has come, in their order."""
+        """Remove and yield the expiries up to `now`, earliest first."""
         while self._heap and self._heap[0].until <= now:
             yield heapq.heappop(self._heap)
 
 
-def _ending(record: ClientRecord) -> Expiry:
-    assert record.grant is not None  # noqa: S101 - only such are asked for
+def _expiry(record: ClientRecord) -> Expiry:
+    assert record.grant is not None  # noqa: S101 - callers select records with a grant
     return Expiry(record.grant.until, record.id, record.version)

@@ -1,4 +1,4 @@
-"""Looks clients up that are not remembered: one question for all that are wanted at one time, and a deadline each."""
+"""Look-ups of clients in the store: concurrent ones share one query, and each request waits up to a deadline."""
 
 import asyncio
 import logging
@@ -11,12 +11,16 @@ from api_gateway.models import Client
 
 logger = logging.getLogger(__name__)
 
-LOOKUP_BATCH = 500  # clients looked up at once
-LATE_RETRY_DELAY = 1.0  # seconds until what was late or failed is tried again
+LOOKUP_BATCH = 500  # clients in one query
+LATE_RETRY_DELAY = 1.0  # seconds after which clients whose look-up was late or failed are looked up again
 
 
 class LookupBatcher:
-    """Questions under way, and the clients that nobody waits for at present because their answer is late."""
+    """Look-ups in progress, and the clients whose look-up was late.
+
+    A client may be pending (in a query) and late: its look-up exceeded the deadline or failed, so requests do not wait
+    for it until `LATE_RETRY_DELAY` has passed. Late and pending are independent; other clients are unknown here.
+    """
 
     def __init__(
         self,
@@ -28,10 +32,11 @@ class LookupBatcher:
         limit: int,
         deadline: float,
     ) -> None:
-        """`fetch` raises OSError. `on_result` is told each answer, and whether it came too late for somebody.
+        """`fetch` queries the store and may raise OSError. `deadline` is seconds.
 
-        `on_retry_due` is called when those that were late may be asked for again. At most `limit` clients are asked
-        for at one time; further ones count as late.
+        `on_result` is called with each result and whether it was late for a request. `by_id` returns a client as far
+        as it is known without the store. `on_retry_due` is called when late clients may be looked up again. At most
+        `limit` clients are looked up at a time; for further ones the result of `by_id` is returned.
         """
         self._fetch, self._on_result, self._by_id, self._on_retry_due = fetch, on_result, by_id, on_retry_due
         self._limit, self._deadline = limit, deadline
@@ -40,40 +45,40 @@ class LookupBatcher:
         self._late: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"<LookupBatcher [{len(self._pending)} under way, {len(self._late)} late]>"
+        return f"<LookupBatcher [{len(self._pending)} in progress, {len(self._late)} late]>"
 
     def is_pending(self, client_id: str) -> bool:
-        """Tell whether a question for a client is under way."""
+        """Return whether a look-up of a client is in progress."""
         return client_id in self._pending
 
     def is_late(self, client_id: str) -> bool:
-        """Tell whether an answer was late, so that nobody shall wait for it at present."""
+        """Return whether requests should not wait for a look-up of a client now."""
         return client_id in self._late
 
     def retry_now(self, client_id: str | None = None) -> None:
-        """Let a client that was late be asked for again; without a name all of them."""
+        """Permit look-ups of a client that was late, or of all (None)."""
         if client_id is None:
             self._late.clear()
         else:
             self._late.discard(client_id)
 
     async def look_up(self, client_id: str) -> Client:
-        """Return a client as the store has it, or after the deadline as far as is known here."""
-        result = self._pending.get(client_id)
-        if result is None:
+        """Return a client as in the store or, after the deadline, as far as it is known without the store."""
+        pending = self._pending.get(client_id)
+        if pending is None:
             if len(self._pending) >= self._limit:
                 return self._by_id(client_id)
-            result = self._pending[client_id] = asyncio.get_running_loop().create_future()
+            pending = self._pending[client_id] = asyncio.get_running_loop().create_future()
             if self._task is None:
                 self._task = asyncio.create_task(self._look_up_all(), name="client look-ups")
-        await asyncio.wait([result], timeout=self._deadline)
-        if result.done():
-            return result.result()
+        await asyncio.wait([pending], timeout=self._deadline)
+        if pending.done():
+            return pending.result()
         self._mark_late(client_id)
         return self._by_id(client_id)
 
     async def close(self) -> None:
-        """End the question under way."""
+        """Cancel the query in progress."""
         if self._task is not None:
             await cancel_and_wait(self._task)
 
@@ -89,7 +94,7 @@ class LookupBatcher:
             records = await self._fetch(client_ids)
         except OSError as error:
             if not self._late:
-                logger.warning("clients could not be looked up, %d for a start: %s", len(client_ids), error)
+                logger.warning("look-up of %d clients failed: %s", len(client_ids), error)
             for client_id in client_ids:
                 self._mark_late(client_id)
         else:
@@ -97,11 +102,12 @@ class LookupBatcher:
                 was_late = client_id in self._late
                 self._late.discard(client_id)
                 self._on_result(client_id, record, was_late)
-                self._pending[client_id].set_result(self._by_id(client_id))  # before it is forgotten for another
+                # Resolved here, because the next `_on_result` may evict this record.
+                self._pending[client_id].set_result(self._by_id(client_id))
         for client_id in client_ids:
-            result = self._pending.pop(client_id)
-            if not result.done():
-                result.set_result(self._by_id(client_id))
+            pending = self._pending.pop(client_id)
+            if not pending.done():
+                pending.set_result(self._by_id(client_id))
 
     def _mark_late(self, client_id: str) -> None:
         if not self._late:

@@ -1,4 +1,4 @@
-"""What is stored of a client, and what the registry asks of a store of such records. No I/O."""
+"""The records of clients, and the protocol of the stores that keep them. No I/O."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import NamedTuple, Protocol
 
 from api_gateway.clients.bloom_filter import BloomFilter
 
-MAX_KEPT_CHANGES = 10_000  # whoever is further behind than this reads everything anew
+MAX_KEPT_CHANGES = 10_000  # changes that can be read by `changes`; a reader further behind loads all records
 
 
 class Unchanged(Enum):
-    """Says of a field that it stays as it is."""
+    """The value of a `Change` field that is not changed."""
 
     KEEP = "keep"
 
@@ -21,7 +21,7 @@ UNCHANGED = Unchanged.KEEP
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A tier until a moment, in seconds since the epoch (UTC)."""
+    """A tier for a limited time; `until` is seconds since the epoch (UTC)."""
 
     tier: str
     until: float
@@ -29,10 +29,11 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class ClientRecord:
-    """One client as it is stored: the tier it is registered for, if any, and the grant it was last given, if any.
+    """One stored client: the registered tier and the last grant, each None if there is none.
 
-    With neither it is what a removal leaves behind, so that others learn of it. `version` counts the changes of the
-    whole store; of two records of one client the higher one holds. `changed_at` is seconds since the epoch.
+    Without either the record is empty: it marks a removal, so that other processes learn of it. `version` counts the
+    changes of the whole store; of two records of a client, the one with the higher version is valid. `changed_at` is
+    seconds since the epoch.
     """
 
     id: str
@@ -43,20 +44,23 @@ class ClientRecord:
 
     @property
     def is_empty(self) -> bool:
-        """True when nothing is said of the client any more."""
+        """True if the record marks a removal."""
         return self.tier is None and self.grant is None
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is to be written of a client. Each field is changed by itself, so that two writers of two fields agree."""
+    """A change to be written. Fields are changed independently, so concurrent changes of both fields are kept."""
 
     tier: str | Unchanged | None = UNCHANGED
     grant: Grant | Unchanged | None = UNCHANGED
 
 
 class Cursor(NamedTuple):
-    """How far a store's changes have been read. `epoch` is the life of the store in which versions count."""
+    """Position up to which changes have been read: a version, within an epoch of the store.
+
+    A store that has lost its content begins a new epoch, and versions begin again.
+    """
 
     epoch: str
     version: int
@@ -67,9 +71,9 @@ NO_CURSOR = Cursor("", 0)
 
 @dataclass(frozen=True, slots=True)
 class ClientSnapshot:
-    """Records as they were at `mark` or later; not all of them if there were more than asked for.
+    """Records of a store at `cursor` or later; `is_complete` is false if there were more than requested.
 
-    Then `ids`, made for as many as were asked for, holds the ids of all; None if the store does not tell them.
+    In that case `ids`, sized for the requested number, has the ids of all records; None if they are unknown.
     """
 
     records: Sequence[ClientRecord]
@@ -80,7 +84,7 @@ class ClientSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The newest record of every client changed since, oldest change first, and how far that goes."""
+    """The newest record of each changed client, oldest change first, and the cursor after them."""
 
     records: Sequence[ClientRecord]
     cursor: Cursor
@@ -88,7 +92,7 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """A change that was made: the client's record before it (empty if there was none) and after it."""
+    """The result of a change: the client's record before (empty if there was none) and after it."""
 
     before: ClientRecord
     after: ClientRecord
@@ -96,53 +100,53 @@ class WriteResult:
 
 
 class OutcomeUnknown(OSError):
-    """The store did not say whether it made a change, and could not be asked."""
+    """It is unknown whether the store has made a change: it did not respond, nor to a query on the outcome."""
 
 
 class ClientStore(Protocol):
-    """A store of records. Every method raises OSError when the store cannot be used."""
+    """A store of client records. Every method raises OSError if the store is unavailable."""
 
     @property
     def name(self) -> str:
-        """What to call it towards an operator; holds no secret."""
+        """Name of the store in messages; contains no secret."""
         ...
 
     @property
     def is_remote(self) -> bool:
-        """True when it can be away for a while, so that the gateway starts and goes on without it."""
+        """True if the store may be temporarily unavailable: the gateway then starts and runs without it."""
         ...
 
     async def load(self, limit: int) -> ClientSnapshot:
-        """Open the store if need be and read at most `limit` records."""
+        """Open the store if necessary, and read at most `limit` records."""
         ...
 
     async def write(self, client_id: str, change: Change) -> WriteResult:
-        """Make a change and give it the next version. On return it is as durable as the store is.
+        """Make a change, with the next version. On return it is as durable as the store is.
 
-        The last writer wins. Raises OutcomeUnknown when it may or may not have been made; after any other OSError it
-        has not been and will not be.
+        The last writer wins. Raises OutcomeUnknown if the change may have been made; after any other OSError it has
+        not been made and will not be.
         """
         ...
 
     async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
-        """Remove the grant of a record that is still at `version` if its time is over; None if nothing was changed.
+        """Remove an expired grant if the record is still at `version`; return None if nothing was changed.
 
-        Of all that try, one succeeds.
+        Of concurrent calls, one succeeds.
         """
         ...
 
     async def changes(self, since: Cursor) -> Changes | None:
-        """Return what has changed since; None if that cannot be told any more, so that all is to be read anew."""
+        """Return the changes since a cursor; None if they are not available, so that `load` is necessary."""
         ...
 
     async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
-        """Return the records of these clients, None for those of whom nothing is stored."""
+        """Return the records of these clients in order, None for those without a record."""
         ...
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
-        """Await `on_news` whenever something may have changed, one call at a time, until cancelled."""
+        """Await `on_news` whenever records may have changed, one call at a time, until cancelled."""
         ...
 
     async def close(self) -> None:
-        """Let go of the store."""
+        """Release all resources."""
         ...

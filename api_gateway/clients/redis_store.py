@@ -1,9 +1,9 @@
-"""The client store on a Redis or Valkey server that all gateways share.
+"""The client store on a Redis or Valkey server that several gateways share.
 
-Each change is one script: it takes the next version, is noted in the index of changes, and is published. Everybody
-subscribes, and asks for newer versions twice a second all the same, so that a message that is lost costs half a
-second at most. The keys share a hash tag, so in a cluster they lie on one node. The server must not evict
-(`maxmemory-policy noeviction`), and tiers are as durable as it is (`appendonly yes`).
+A change is one script call, which assigns the next version, adds the change to the index and publishes it. Gateways
+subscribe to changes and also poll twice a second, so a lost message delays a change by at most half a second. All
+keys have one hash tag, so in a cluster they are on one node. The server must not evict keys (`maxmemory-policy
+noeviction`); registrations are as durable as the server (`appendonly yes`).
 """
 
 import asyncio
@@ -33,12 +33,12 @@ from api_gateway.storage.redis_session import WRITE_REFUSALS, StoreError, StoreS
 
 logger = logging.getLogger(__name__)
 
-REDIS_POLL_INTERVAL = 0.5  # seconds between two questions for newer versions
-_WRITERS = 4  # changes under way at once; each takes a connection
-_PAGE = 1_000  # records read at once
+REDIS_POLL_INTERVAL = 0.5  # seconds between two polls for changes
+_WRITERS = 4  # concurrent changes; each needs a connection
+_PAGE = 1_000  # records read by one command
 
 _WRITE = (Path(__file__).parent / "clients.lua").read_text()
-# Says what became of a change, and calls it off if it has not been made: its command may still be under way.
+# Returns the outcome of a change, or cancels it if it has not been made: its command may still be in transit.
 _SETTLE = """
 local outcome = redis.call('GET', KEYS[3])
 if not outcome then
@@ -54,25 +54,25 @@ local epoch, version, since = found[1] or '', tonumber(found[2] or 0), tonumber(
 if epoch ~= ARGV[1] or since > version or since < version - ARGV[3] then
   return false
 end
-local answer = {epoch, version}
+local reply = {epoch, version}
 if since < version then
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. since, '+inf')) do
-    answer[#answer + 1] = id
-    answer[#answer + 1] = redis.call('HGET', KEYS[2], id) or ''
+    reply[#reply + 1] = id
+    reply[#reply + 1] = redis.call('HGET', KEYS[2], id) or ''
   end
 end
-return answer
+return reply
 """
 
 
 class RedisClientStore:
-    """Client records in hashes of a shared server. See `ClientStore`."""
+    """Client records in a hash on a shared server. Implements `ClientStore`."""
 
     name = "the shared store"
     is_remote = True
 
     def __init__(self, session: StoreSession, *, prefix: str = "gateway") -> None:
-        """Use a session of one's own, which connects when first used; every key begins with `{prefix:clients}:`."""
+        """Use a session, which the store closes, and keys that begin with `{prefix:clients}:`."""
         self._session = session
         self._client: Any = session.client
         start = f"{{{prefix}:clients}}:"
@@ -83,15 +83,15 @@ class RedisClientStore:
         self._is_listening = False
 
     def __repr__(self) -> str:
-        return f"<RedisClientStore [{'listening' if self._is_listening else 'not listening'}]>"
+        return f"<RedisClientStore [{'subscribed' if self._is_listening else 'not subscribed'}]>"
 
     async def load(self, limit: int) -> ClientSnapshot:
-        """See `ClientStore`. What changes while it reads is newer than the mark, and so read again.
+        """Read at most `limit` records, and the ids of all, a page at a time.
 
-        All ids are read, a page at a time, also where there are more than `limit`.
+        Changes during the reading are newer than the returned cursor, so they are read again by `changes`.
         """
         epoch, version = await self._ask(self._client.hmget(self._meta, "epoch", "version"))
-        mark = Cursor((epoch or b"").decode(), int(version or 0))
+        start = Cursor((epoch or b"").decode(), int(version or 0))
         records: dict[str, ClientRecord] = {}
         ids = BloomFilter(limit)
         cursor = 0
@@ -104,20 +104,20 @@ class RedisClientStore:
             if not cursor:
                 break
         is_complete = len(records) <= limit
-        return ClientSnapshot(list(records.values())[:limit], mark, is_complete, None if is_complete else ids)
+        return ClientSnapshot(list(records.values())[:limit], start, is_complete, None if is_complete else ids)
 
     async def write(self, client_id: str, change: Change) -> WriteResult:
-        """See `ClientStore`."""
+        """Make a change. Raises OutcomeUnknown and OSError as `ClientStore.write` does."""
         written = await self._write(client_id, change, "")
-        assert written is not None  # noqa: S101 - without a condition it is always made
+        assert written is not None  # noqa: S101 - an unconditional change is always made
         return written
 
     async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
-        """See `ClientStore`; whether its time is over is told by the server's clock."""
+        """Remove a grant that has expired by the server's clock, if the record is still at `version`."""
         return await self._write(client_id, Change(grant=None), str(version))
 
     async def changes(self, since: Cursor) -> Changes | None:
-        """See `ClientStore`."""
+        """Return the changes since a cursor; None if the epoch or the kept changes do not include it."""
         keys = self._meta, self._records, self._changes
         reply = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, MAX_KEPT_CHANGES))
         if reply is None:
@@ -127,12 +127,12 @@ class RedisClientStore:
         return Changes(found, Cursor(epoch.decode(), int(version)))
 
     async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
-        """See `ClientStore`."""
+        """Return the records of these clients in order, None for those without a readable record."""
         texts = await self._ask(self._client.hmget(self._records, *client_ids))
         return [text and _record(each.encode(), text) for each, text in zip(client_ids, texts, strict=True)]
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
-        """See `ClientStore`; the first call comes at once."""
+        """Await `on_news` at once, after each message and every `REDIS_POLL_INTERVAL` seconds, until cancelled."""
         subscription = asyncio.create_task(
             self._session.listen(self._channel, self._on_message, self._on_listening), name="client store subscription"
         )
@@ -147,23 +147,23 @@ class RedisClientStore:
             await cancel_and_wait(subscription)
 
     async def close(self) -> None:
-        """See `ClientStore`."""
+        """Close the session."""
         with suppress(*StoreError):
             await self._session.close()
 
     def _on_message(self, _version: str) -> None:
         self._news.set()
 
-    def _on_listening(self, is_listening: bool) -> None:  # noqa: FBT001 - what is told, not what is asked for
+    def _on_listening(self, is_listening: bool) -> None:  # noqa: FBT001 - the signature of a callback
         self._is_listening = is_listening
-        self._news.set()  # what was published before it began is not told
+        self._news.set()  # messages published before the subscription were not received
 
     async def _write(self, client_id: str, change: Change, ended_version: str) -> WriteResult | None:
         async with self._writers:
             return await self._write_now(client_id, change, ended_version)
 
     async def _write_now(self, client_id: str, change: Change, ended_version: str) -> WriteResult | None:
-        await self._ask(self._client.hget(self._meta, "epoch"))  # what fails here has certainly changed nothing
+        await self._ask(self._client.hget(self._meta, "epoch"))  # a failure here has certainly changed nothing
         outcome = f"{self._outcomes}{secrets.token_hex(12)}"
         keys = self._meta, self._records, self._changes, outcome
         arguments = (
@@ -177,13 +177,13 @@ class RedisClientStore:
         try:
             reply = await self._client.eval(_WRITE, len(keys), *keys, *arguments)
         except WRITE_REFUSALS as error:
-            raise OSError(f"the server refuses the change: {error}") from error
+            raise OSError(f"the server refused the change: {error}") from error
         except StoreError as error:
             reply = await self._settle(client_id, outcome, error)
         if reply[0] == b"kept":
             return None
         if reply[0] == b"void":
-            raise OSError("the server did not answer in time; the change was called off")
+            raise OSError("the server did not respond in time; the change was cancelled")
         _, before, after, epoch = reply
         key = client_id.encode()
         empty = ClientRecord(client_id)
@@ -194,7 +194,7 @@ class RedisClientStore:
         try:
             return await self._client.eval(_SETTLE, len(keys), *keys, client_id)
         except StoreError as error:
-            raise OutcomeUnknown(f"the store failed ({cause}), and then did not tell what became of it") from error
+            raise OutcomeUnknown(f"the store failed ({cause}), and a query on the outcome failed, too") from error
 
     async def _ask(self, reply: Awaitable[Any]) -> Any:
         try:
@@ -204,7 +204,7 @@ class RedisClientStore:
 
 
 def _arguments(change: Change) -> list[str]:
-    """Return what the script is given of a change: for each field whether it is set, and to what."""
+    """Return the script's arguments for a change: for each field whether it is changed, and its value."""
     tier: str = "" if change.tier is UNCHANGED else change.tier or ""
     grant = None if change.grant is UNCHANGED else change.grant
     return [
@@ -221,7 +221,7 @@ def _records(pairs: Iterable[tuple[bytes, bytes]]) -> list[ClientRecord]:
 
 
 def _record(client_id: bytes, text: bytes) -> ClientRecord | None:
-    """Read one record; one that cannot be read was written by somebody else, and says nothing."""
+    """Return a parsed record; None for an absent one, and for an unreadable one, which is logged."""
     if not text:
         return None
     try:
@@ -230,5 +230,5 @@ def _record(client_id: bytes, text: bytes) -> ClientRecord | None:
         grant = Grant(granted, fields["grant_until"]) if granted else None
         return ClientRecord(client_id.decode(), tier, grant, fields["version"], fields["changed_at"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.error("the record of client %r cannot be read and is ignored: %r", client_id, error)  # noqa: TRY400 - nothing of ours failed
+        logger.error("client %r: unreadable record ignored: %r", client_id, error)  # noqa: TRY400 - invalid content, no defect
         return None

@@ -1,9 +1,9 @@
-"""Which client has which tier: decided in memory for the request path, kept in a store for the next start.
+"""The clients and their tiers: held in memory for requests, and kept in a store.
 
-A change is stored first and then takes effect. What others change in the same store takes effect when the store tells
-of it. What does not fit into memory is looked up, all that is asked for at one time in one question.
+A change is stored first, then applied. Changes by other processes are read from the store and applied. Clients that do
+not fit into memory are looked up in the store, concurrent look-ups in one query.
 
-Long because it is one subject: records, grants and the followed store change the same copy of them.
+Long because registrations, grants and changes from the store all modify the same in-memory copy.
 """
 
 import asyncio
@@ -36,16 +36,16 @@ from api_gateway.models import Client, Clock, Quota
 logger = logging.getLogger(__name__)
 
 CLIENT_LIMIT = 100_000
-_CLIENT, _ADDRESS = "client:", "address:"  # what the keys of their buckets begin with
-_RELOAD_BATCH = 500  # records, between two looks at other work
-_CLEAR_RETRY_DELAY = 1.0  # seconds
-_RECONNECT_DELAYS = (0.1, 2.0)  # seconds, doubled from one failure to the next
-_MAX_TIMER_DELAY = 30.0  # seconds until the wall clock is looked at again: it may be set
-_CLEAR_SPREAD = 0.2  # seconds over which those that have seen a grant end spread out
+_CLIENT, _ADDRESS = "client:", "address:"  # prefixes of bucket keys
+_RELOAD_BATCH = 500  # records processed before the event loop runs other tasks
+_CLEAR_RETRY_DELAY = 1.0  # seconds between two attempts to remove an expired grant
+_RECONNECT_DELAYS = (0.1, 2.0)  # seconds: the first delay, doubled after each failure, and the longest
+_MAX_TIMER_DELAY = 30.0  # seconds; the wall clock may be changed, so timers are at most this long
+_CLEAR_SPREAD = 0.2  # seconds over which processes spread the removal of an expired grant
 
 
 class ClientStatus(NamedTuple):
-    """A client, its grant if it has one, what it is without, and whether the store has said so just now."""
+    """A client, its grant in force if any, the client without the grant, and whether the store has confirmed it."""
 
     client: Client
     grant: Grant | None
@@ -54,7 +54,7 @@ class ClientStatus(NamedTuple):
 
 
 class PreviousClients(NamedTuple):
-    """Who was who before tiers or configured clients changed: the tiers, and clients by id."""
+    """Tiers and clients before a change of tiers or configured clients."""
 
     tiers: Mapping[str, Quota]
     default: Quota
@@ -62,7 +62,7 @@ class PreviousClients(NamedTuple):
     configured: Mapping[str, Client]
 
     def quota_of(self, key: str) -> Quota:
-        """Return the quota that a client's bucket had, by the bucket's key."""
+        """Return the previous quota of the bucket with this key."""
         client_id = key.removeprefix(_CLIENT)
         if client_id == key:  # an address
             return self.default
@@ -75,10 +75,13 @@ def _ignore(_before: Client, _after: Client) -> None:
 
 
 class ClientRegistry:
-    """Answers who a client is. Granted beats registered by the API, which beats configured, and that the default.
+    """Resolves client ids and addresses to clients with a tier.
 
-    A grant ends on every process by that machine's clock: where clocks differ, so do the moments. It is then taken
-    out of the store by one of them, not before the store's own clock says so.
+    Precedence of tiers: granted, registered by the API, configured, default. Each process ends a grant by its own
+    clock; one process then removes it from the store, once it has expired by the store's clock.
+
+    States: the store is in use, or unavailable (`store_error` is set, the last known tiers apply, and `follow`
+    reconnects and loads all records). While records are loaded, changes are applied to the old and the new copy.
     """
 
     def __init__(
@@ -94,25 +97,25 @@ class ClientRegistry:
         random_source: random.Random | None = None,
         on_change: Callable[[Client, Client], None] = _ignore,
     ) -> None:
-        """Hold `tiers` (upper-case name to quota) and `configured` (client id to tier name).
+        """`tiers` maps upper-case names to quotas, `configured` client ids to names of tiers.
 
-        At most `limit` clients of the store are remembered; a request waits `deadline` seconds for one that is not.
-        `on_change` is called when a client has changed in this process by other means than its own `set_tier` and the
-        like: its bucket is to be taken over.
+        At most `limit` clients are held in memory; a request waits `deadline` seconds for the look-up of another.
+        `on_change` is called when a client changes for another reason than a call of `set_tier`, `grant`, `revoke` or
+        `delete` in this process; the caller then converts the client's bucket.
         """
         self.tiers = dict(tiers)
         self.default = self.tiers[default_tier]
         self._configured = self._as_configured(configured)
-        self.version = 0  # goes up with every change, so that who has looked a client up knows to look again
-        self.store_error: str | None = None  # why the store cannot be used, while it cannot
+        self.version = 0  # increased by every change; a client that was resolved before must be resolved again
+        self.store_error: str | None = None  # why the store is unavailable
         self._limit = limit
         self._wall_clock = wall_clock
-        self._random = random_source or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._random = random_source or random.Random()  # noqa: S311 - not used for security
         self._on_change = on_change
         self._store = store
         self._cursor = NO_CURSOR
         self._cache = self._loading = ClientCache(limit, self._resolve)
-        self._cache.is_complete = True  # until there is something to look up
+        self._cache.is_complete = True  # until the store is loaded, no look-ups are made
         self._known = self._cache.clients
         self._expiries = ExpiryQueue(limit)
         self._timer: asyncio.TimerHandle | None = None
@@ -124,8 +127,8 @@ class ClientRegistry:
             limit=limit + LOOKUP_BATCH,
             deadline=deadline,
         )
-        self._writing: Counter[str] = Counter()  # changes under way, by client
-        self._deferred: dict[str, list[ClientRecord]] = {}  # of such clients meanwhile
+        self._writing: Counter[str] = Counter()  # changes in progress, by client
+        self._deferred: dict[str, list[ClientRecord]] = {}  # records that arrived for these clients during the change
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -136,7 +139,7 @@ class ClientRegistry:
     # The store
 
     async def load(self) -> None:
-        """Read the registered clients. Raises OSError, but starts without a remote store and waits for it."""
+        """Read the registered clients. Raises OSError, except for a remote store: `follow` connects to it later."""
         try:
             await self._reload()
         except OSError as error:
@@ -145,7 +148,7 @@ class ClientRegistry:
             self._note_store_error(error)
 
     async def follow(self) -> None:
-        """Follow what others change, until cancelled. After the store was away all is read anew."""
+        """Apply changes by other processes until cancelled. After an outage of the store all records are loaded."""
         clock = asyncio.get_running_loop().time
         pause, longest = _RECONNECT_DELAYS
         while True:
@@ -156,8 +159,8 @@ class ClientRegistry:
                 await self._store.watch(self._apply_changes)
             except OSError as error:
                 self._note_store_error(error)
-            except Exception as error:  # a defect here must not leave tiers as they are for good
-                logger.exception("the client store")
+            except Exception as error:  # after a defect, changes must still be read
+                logger.exception("following the client store failed")
                 self.store_error = repr(error)
             if clock() - began > longest:
                 pause = _RECONNECT_DELAYS[0]
@@ -165,7 +168,7 @@ class ClientRegistry:
             pause = min(2 * pause, longest)
 
     async def close(self) -> None:
-        """End what is under way and close the store."""
+        """Cancel timers, tasks and look-ups, and close the store."""
         if self._timer is not None:
             self._timer.cancel()
         await cancel_and_wait(*self._tasks)
@@ -175,14 +178,14 @@ class ClientRegistry:
     def _note_store_error(self, error: OSError) -> None:
         if self.store_error is None:
             logger.error(
-                "the client store cannot be used, tiers stay as they are (%d registered clients known): %s",
+                "client store unavailable, tiers unchanged (%d registered clients known): %s",
                 len(self._known),
                 error,
             )
         self.store_error = str(error)
 
     async def _reload(self) -> None:
-        """Take the store's records in place of those held; what is written meanwhile goes into both copies."""
+        """Replace the records held by those of the store. Changes meanwhile are applied to both copies."""
         fresh = self._loading = ClientCache(self._limit, self._resolve)
         changed_ids = set()
         try:
@@ -202,11 +205,11 @@ class ClientRegistry:
     def _adopt_snapshot(self, fresh: ClientCache, snapshot: ClientSnapshot, changed_ids: set[str]) -> None:
         known = self._known
         if self._cursor.epoch and self._cursor.epoch != snapshot.cursor.epoch:
-            logger.warning("the client store has begun anew, with %d clients; %d were known", len(fresh), len(known))
+            logger.warning("client store has lost its content: %d clients, %d known before", len(fresh), len(known))
         if not fresh.is_complete:
             logger.warning("more than store.max_cached_clients (%d) clients: the others are looked up", self._limit)
         if self.store_error is not None:
-            logger.warning("the client store can be used again")
+            logger.warning("client store available again")
         self._cache, self._cursor, self.store_error = fresh, snapshot.cursor, None
         self._known = fresh.clients
         self._lookups.retry_now()
@@ -220,7 +223,7 @@ class ClientRegistry:
     def _warn_of_unknown_tiers(self, snapshot: ClientSnapshot) -> None:
         for record in snapshot.records:
             if record.tier is not None and record.tier not in self.tiers:
-                logger.warning("client %r is registered for tier %r, which is not configured", record.id, record.tier)
+                logger.warning("client %r: registered tier %r is not configured", record.id, record.tier)
 
     async def _apply_changes(self) -> None:
         changes = await self._store.changes(self._cursor)
@@ -235,20 +238,20 @@ class ClientRegistry:
             else:
                 self._cache.note_id(record.id)
                 self._lookups.retry_now(record.id)
-                self.version += 1  # somebody may still go by what was once known of it
+                self.version += 1  # the client may have been resolved before
         self._cursor = changes.cursor
         self._cache.forget_empty(changes.cursor.version)
 
     def bump_version(self) -> None:
-        """Have everybody who has looked a client up look again."""
+        """Invalidate all clients that were resolved before."""
         self.version += 1
 
     def change_tiers(
         self, tiers: Mapping[str, Quota], default_tier: str, configured: Mapping[str, str]
     ) -> "PreviousClients":
-        """Go by other tiers and other configured clients; return who was who until now.
+        """Apply other tiers and configured clients; return the previous ones.
 
-        Who is registered for a tier that is no more counts as not registered, until the tier is there again.
+        A client that is registered for a removed tier counts as not registered until the tier exists again.
         """
         before = PreviousClients(self.tiers, self.default, dict(self._known), self._configured)
         self.tiers = dict(tiers)
@@ -260,18 +263,18 @@ class ClientRegistry:
         lost = [name for name in before.registered if name not in self._known]
         if lost:
             shown = ", ".join(lost[:3])
-            logger.warning("registered for a tier that is no longer configured: %d clients (%s)", len(lost), shown)
+            logger.warning("%d clients are registered for a tier that is no longer configured: %s", len(lost), shown)
         return before
 
-    # Who is who
+    # Resolution of ids and addresses
 
     def by_id(self, client_id: str) -> Client:
-        """Return the client that calls itself `client_id`, as far as is known here."""
+        """Return the client with this id, as far as it is known in memory."""
         known = self._known.get(client_id) or self._configured.get(client_id)
         return known or Client(client_id, bucket_key(client_id), self.default, "default")
 
     def by_address(self, address: str) -> Client:
-        """Return the client that gave no name: it is its address."""
+        """Return the client of a request without a client id: the address."""
         return Client(address, f"{_ADDRESS}{address}", self.default, "address")
 
     def by_bucket_key(self, key: str) -> Client:
@@ -279,7 +282,7 @@ class ClientRegistry:
         return self.by_address(key[len(_ADDRESS) :]) if key.startswith(_ADDRESS) else self.by_id(key[len(_CLIENT) :])
 
     def try_get(self, client_id: str) -> Client | None:
-        """Return the client that calls itself `client_id`, or None if it takes a `look_up`."""
+        """Return the client with this id, or None if `look_up` is necessary."""
         cache = self._cache
         if cache.is_complete or cache.knows(client_id) or cache.surely_absent(client_id):
             return self.by_id(client_id)
@@ -288,11 +291,11 @@ class ClientRegistry:
         return None
 
     async def look_up(self, client_id: str) -> Client:
-        """Ask the store of a client. What it does not tell in time counts as not registered, for a second."""
+        """Look a client up in the store. After the deadline it is resolved without the store, for one second."""
         return await self._lookups.look_up(client_id)
 
-    def _on_lookup(self, client_id: str, record: ClientRecord | None, was_late: bool) -> None:  # noqa: FBT001 - told so
-        """Take over what a look-up has told. Who has gone by the default meanwhile is to look again."""
+    def _on_lookup(self, client_id: str, record: ClientRecord | None, was_late: bool) -> None:  # noqa: FBT001 - a callback
+        """Store the result of a look-up. After a late one, requests may have used the default tier: it is a change."""
         if record is None:
             self._cache.put_negative(client_id)
         elif was_late or self._cache.get(client_id) is not None:
@@ -303,30 +306,30 @@ class ClientRegistry:
     # Changes
 
     async def set_tier(self, client_id: str, tier: str) -> tuple[Client, Client]:
-        """Register `client_id` for `tier` (a configured name), durably. Returns it as it was and as it is.
+        """Register a client for `tier`, a configured name, durably. Returns the client before and after.
 
-        Raises StoreUnavailable when it could not be stored; the message tells whether that is certain.
+        Raises StoreUnavailable; the message states whether the change may have been made.
         """
         return await self._write(client_id, Change(tier=tier))
 
     async def grant(self, client_id: str, tier: str, until: float) -> tuple[Client, Client]:
-        """Give `client_id` a tier until a moment in seconds since the epoch, in place of an earlier grant.
+        """Grant a client a tier until a time in seconds since the epoch; replaces an earlier grant.
 
-        It is kept to the millisecond, rounded up. See `set_tier`.
+        The time is rounded up to the millisecond. Returns and raises as `set_tier` does.
         """
-        whole = math.ceil(round(until * 1000, 3)) / 1000  # stores keep three digits; it shall not end early for that
+        whole = math.ceil(round(until * 1000, 3)) / 1000  # stores keep milliseconds; a grant must not end early
         return await self._write(client_id, Change(grant=Grant(tier, whole)))
 
     async def revoke(self, client_id: str) -> tuple[Client, Client]:
-        """End the grant of `client_id`, if it has one; see `set_tier`."""
+        """End the grant of a client, if it has one. Returns and raises as `set_tier` does."""
         return await self._write(client_id, Change(grant=None))
 
     async def delete(self, client_id: str) -> tuple[Client, Client]:
-        """Remove all that the API has said of `client_id`, registration and grant; see `set_tier`."""
+        """Remove registration and grant of a client. Returns and raises as `set_tier` does."""
         return await self._write(client_id, Change(tier=None, grant=None))
 
     async def inspect(self, client_id: str) -> ClientStatus:
-        """Return a client as the store has it, or as it is known here if the store cannot be asked."""
+        """Return a client as in the store, or as in memory if the store is unavailable (`is_confirmed` false)."""
         is_confirmed = True
         try:
             (record,) = await self._store.look_up([client_id])
@@ -342,7 +345,7 @@ class ClientRegistry:
         return ClientStatus(client, grant, otherwise, is_confirmed)
 
     async def _write(self, client_id: str, change: Change) -> tuple[Client, Client]:
-        """Make a change. What is heard of the client meanwhile waits: it may be this very change."""
+        """Make a change. Records of the client that arrive meanwhile are applied after it: one may be this change."""
         self._writing[client_id] += 1
         try:
             return self._apply_own_write(await self._store_change(client_id, change))
@@ -358,8 +361,8 @@ class ClientRegistry:
             return await self._store.write(client_id, change)
         except OutcomeUnknown as error:
             raise StoreUnavailable(
-                f"The change may or may not have been made: {self._store.name} did not answer."
-                f" GET /clients/{client_id} tells when it answers again.",
+                f"The change may or may not have been made: no response from {self._store.name}."
+                f" GET /clients/{client_id} shows the tier when the store is available again.",
                 retry_after=5,
             ) from error
         except OSError as error:
@@ -368,7 +371,7 @@ class ClientRegistry:
             ) from error
 
     def _apply_own_write(self, written: WriteResult) -> tuple[Client, Client]:
-        """Take over a change that this process has made itself, behind what others had made before it."""
+        """Apply a change of this process, after an earlier change by another that it was based on."""
         client_id = written.after.id
         if written.before.version:
             self._apply(written.before)
@@ -378,7 +381,7 @@ class ClientRegistry:
         return before, self.by_id(client_id)
 
     def _apply(self, record: ClientRecord) -> None:
-        """Take over a change that somebody has made."""
+        """Apply a change of another process or a looked-up record, and report the client if it differs."""
         before = self.by_id(record.id)
         if self._put(record):
             self._notify(before, self.by_id(record.id))
@@ -408,11 +411,11 @@ class ClientRegistry:
         return record is not None and record.version == expiry.version
 
     def end_grants(self) -> None:
-        """End every grant whose time is over."""
+        """End every grant that has expired, and set the timer for the next."""
         for expiry in self._expiries.due(self._wall_clock()):
             record = self._cache.get(expiry.client_id)
             if record is None:
-                self.version += 1  # somebody may still go by what was once known of it
+                self.version += 1  # the client may have been resolved before
             elif record.version == expiry.version:
                 self._end_grant(record)
         self._set_timer()
@@ -426,7 +429,7 @@ class ClientRegistry:
         task.add_done_callback(self._tasks.discard)
 
     async def _clear_ended_grant(self, record: ClientRecord) -> None:
-        """Take an ended grant out of the store, unless another process does. Nothing waits for it to be done."""
+        """Remove an expired grant from the store, unless another process does. Runs in the background."""
         written = None
         await asyncio.sleep(self._random.uniform(0, _CLEAR_SPREAD))
         while written is None and self._cache.get(record.id) == record:
@@ -445,7 +448,7 @@ class ClientRegistry:
             delay = min(max(self._expiries.next_at - self._wall_clock(), 0), _MAX_TIMER_DELAY)
             self._timer = asyncio.get_running_loop().call_later(delay, self.end_grants)
 
-    # What a record comes to
+    # Resolution of records
 
     def _as_configured(self, configured: Mapping[str, str]) -> dict[str, Client]:
         return {
@@ -464,11 +467,11 @@ class ClientRegistry:
         return None if quota is None else Client(record.id, bucket_key(record.id), quota, "registered")
 
     def _fallback(self, client_id: str) -> Client:
-        """Return what a client is of whom the store says nothing."""
+        """Return a client that the store has no record of."""
         known = self._configured.get(client_id)
         return known or Client(client_id, bucket_key(client_id), self.default, "default")
 
 
 def bucket_key(client_id: str) -> str:
-    """Return the key of a named client's bucket, which no address can have."""
+    """Return the key of the bucket of a client id, which differs from that of any address."""
     return f"{_CLIENT}{client_id}"

@@ -1,7 +1,7 @@
 """The client store in one SQLite file, which the processes of one machine may share.
 
-A change is written to disk before it is confirmed, so what was confirmed survives `kill -9`, and what failed changed
-nothing. Other processes' changes are seen by `PRAGMA data_version`, which costs a look into shared memory.
+A change is on disk before it is confirmed, so a confirmed change survives `kill -9`, and a failed one has no effect.
+Changes by other processes are detected by `PRAGMA data_version`, which only reads shared memory.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 SCHEMA_VERSION = 2
 CLIENTS_FILE = "clients.sqlite3"
-SQLITE_POLL_INTERVAL = 0.25  # seconds between two looks for changes of other processes
-EPOCH = "file"  # a file has one life: whoever replaces it starts the gateway anew
+SQLITE_POLL_INTERVAL = 0.25  # seconds between two checks for changes by other processes
+EPOCH = "file"  # constant, because the gateway must be restarted when the file is replaced
 
 _TABLE = (
     "CREATE TABLE clients (id TEXT PRIMARY KEY, tier TEXT, grant_tier TEXT, grant_until REAL,"
@@ -48,16 +48,19 @@ _FROM_SCHEMA_1 = (
     " SELECT id, tier, row_number() OVER (ORDER BY changed_at, id), changed_at FROM former"
 )
 _REMEDY = (
-    "it holds the tiers and grants that were set while the gateway ran: stop the gateway and put a backup in its"
-    " place, or move it away, with its -wal and -shm files, to start without them"
+    "it has the tiers and grants that operators have set: stop the gateway, then restore a backup, or move the file"
+    " with its -wal and -shm files away to start without them"
 )
 _CORRUPT = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _COLUMNS = "id, tier, grant_tier, grant_until, version, changed_at"
-_KINDS = (str, str | None, str | None, float | None, int, float)  # of their values
+_KINDS = (str, str | None, str | None, float | None, int, float)  # types of the columns
 
 
 class SqliteClientStore:
-    """The table of clients in one SQLite file (WAL, full sync), used from a thread of its own. See `ClientStore`."""
+    """Client records in one SQLite file (WAL, full sync), accessed in a single thread. Implements `ClientStore`.
+
+    States: closed, and open from the first `load` until `close`; the other methods raise OSError unless it is open.
+    """
 
     name = CLIENTS_FILE
     is_remote = False
@@ -71,30 +74,30 @@ class SqliteClientStore:
         return f"<SqliteClientStore [{self.path}]>"
 
     async def load(self, limit: int) -> ClientSnapshot:
-        """See `ClientStore`; creates the file, or brings it to the current schema."""
+        """Open the file, creating it or migrating its schema, and read at most `limit` records."""
         return await self._run(self._load, limit)
 
     async def write(self, client_id: str, change: Change) -> WriteResult:
-        """See `ClientStore`; on return the change is on disk."""
+        """Make a change, which is on disk on return. Raises OSError if it was not made."""
         written = await self._run(self._write, client_id, change, None)
-        assert written is not None  # noqa: S101 - without a condition it is always made
+        assert written is not None  # noqa: S101 - an unconditional change is always made
         return written
 
     async def end_grant(self, client_id: str, version: int) -> WriteResult | None:
-        """See `ClientStore`."""
+        """Remove an expired grant if the record is still at `version`; None if nothing was changed."""
         return await self._run(self._write, client_id, Change(grant=None), version)
 
     async def changes(self, since: Cursor) -> Changes | None:
-        """See `ClientStore`."""
+        """Return the changes since a cursor; None if the kept changes do not include it."""
         return await self._run(self._changes, since)
 
     async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
-        """See `ClientStore`."""
+        """Return the records of these clients in order, None for those without a record."""
         return await self._run(self._look_up, client_ids)
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
-        """See `ClientStore`; news are at most 0.25 s old."""
-        seen = None  # the first look always brings news: something may have come since the file was read
+        """Await `on_news` at once, and within `SQLITE_POLL_INTERVAL` seconds of a change, until cancelled."""
+        seen = None  # the first call of `on_news` is unconditional: the file may have changed since it was loaded
         while True:
             current = await self._run(self._data_version)
             if current != seen:
@@ -103,7 +106,7 @@ class SqliteClientStore:
             await asyncio.sleep(SQLITE_POLL_INTERVAL)
 
     async def close(self) -> None:
-        """Close the file."""
+        """Close the file and end the thread."""
         if self._connection is not None:
             await self._run(self._connection.close)
             self._connection = None
@@ -117,7 +120,7 @@ class SqliteClientStore:
                 raise OSError(f"{self.path}: the file is corrupt: {_printable(error)}; {_REMEDY}") from error
             raise OSError(f"{self.path}: {_printable(error)}") from error
 
-    # In the store's thread
+    # Executed in the thread of the store
 
     @property
     def _open_connection(self) -> sqlite3.Connection:
@@ -131,7 +134,7 @@ class SqliteClientStore:
         with _transaction(self._connection, "BEGIN"):
             version = _latest(self._connection)
             rows = self._connection.execute(
-                f"SELECT {_COLUMNS} FROM clients WHERE tier IS NOT NULL OR grant_tier IS NOT NULL"  # noqa: S608 - our own names
+                f"SELECT {_COLUMNS} FROM clients WHERE tier IS NOT NULL OR grant_tier IS NOT NULL"  # noqa: S608 - constant names
                 " ORDER BY version DESC LIMIT ?",
                 (limit + 1,),
             ).fetchall()
@@ -144,13 +147,13 @@ class SqliteClientStore:
         ids = BloomFilter(limit)
         for (client_id,) in connection.execute("SELECT id FROM clients"):
             if not isinstance(client_id, str):
-                raise ValueError(f"client {client_id!r:.200} has no name")  # noqa: TRY004 - as in `_latest`
+                raise ValueError(f"client {client_id!r:.200}: the id must be text")  # noqa: TRY004 - as in `_latest`
             ids.add(client_id)
         return ids
 
     def _open(self) -> sqlite3.Connection:
         make_private(self.path.parent)
-        create_private(self.path)  # SQLite gives its further files the same permissions
+        create_private(self.path)  # SQLite creates its other files with the same permissions
         connection = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -162,12 +165,12 @@ class SqliteClientStore:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Bring the file to the current schema, in one piece: another process may be about to do the same."""
+        """Migrate the file to the current schema, in one transaction: another process may do the same."""
         with _transaction(connection, "BEGIN IMMEDIATE"):
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version > SCHEMA_VERSION:
                 raise OSError(
-                    f"{self.path} was written by a newer gateway (schema {version}, known is {SCHEMA_VERSION})"
+                    f"{self.path} was written by a newer gateway (schema {version}, newest supported {SCHEMA_VERSION})"
                 )
             if version == SCHEMA_VERSION:
                 return
@@ -182,7 +185,7 @@ class SqliteClientStore:
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _write(self, client_id: str, change: Change, of_version: int | None) -> WriteResult | None:
-        """Make a change; with `of_version` only to a record at that version whose grant has ended."""
+        """Make a change; with `of_version` only if the record has that version and its grant has expired."""
         connection, now = self._open_connection, time.time()
         with _transaction(connection, "BEGIN IMMEDIATE"):
             before = self._find(client_id) or ClientRecord(client_id)
@@ -194,7 +197,7 @@ class SqliteClientStore:
             grant = before.grant if change.grant is UNCHANGED else change.grant
             after = ClientRecord(client_id, tier, grant, _latest(connection) + 1, now)
             connection.execute(
-                f"INSERT OR REPLACE INTO clients ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 - our own names
+                f"INSERT OR REPLACE INTO clients ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 - constant names
                 (
                     client_id,
                     tier,
@@ -217,7 +220,7 @@ class SqliteClientStore:
             if since.version < version - MAX_KEPT_CHANGES or since.version > version or since.epoch != EPOCH:
                 return None
             rows = connection.execute(
-                f"SELECT {_COLUMNS} FROM clients WHERE version > ? ORDER BY version",  # noqa: S608 - our own names
+                f"SELECT {_COLUMNS} FROM clients WHERE version > ? ORDER BY version",  # noqa: S608 - constant names
                 (since.version,),
             )
             return Changes([_record(row) for row in rows], Cursor(EPOCH, version))
@@ -226,7 +229,7 @@ class SqliteClientStore:
         return [self._find(client_id) for client_id in client_ids]
 
     def _find(self, client_id: str) -> ClientRecord | None:
-        statement = f"SELECT {_COLUMNS} FROM clients WHERE id = ?"  # noqa: S608 - our own names
+        statement = f"SELECT {_COLUMNS} FROM clients WHERE id = ?"  # noqa: S608 - constant names
         row = self._open_connection.execute(statement, (client_id,)).fetchone()
         return None if row is None else _record(row)
 
@@ -248,31 +251,31 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
 
 
 def _is_of_corrupt_file(error: Exception) -> bool:
-    """Tell whether the file is damaged: its structure, or text that is no UTF-8, or a value of the wrong type."""
+    """Return whether an error shows a corrupt file: its structure, text that is not UTF-8, or a value's type."""
     if isinstance(error, sqlite3.Error):
-        code = getattr(error, "sqlite_errorcode", None)  # of Python's own errors there is none
+        code = getattr(error, "sqlite_errorcode", None)  # errors raised by the Python module have none
         return "decode to UTF-8" in str(error) if code is None else code & 0xFF in _CORRUPT
     return isinstance(error, ValueError)
 
 
 def _printable(error: Exception) -> str:
-    """Return an error's message in one line: what it quotes of a corrupt file may hold anything."""
+    """Return an error's message with escapes, in one line: it may quote arbitrary content of a corrupt file."""
     return str(error).encode("unicode_escape").decode()
 
 
 def _latest(connection: sqlite3.Connection) -> int:
-    """Return the version of the last change. Its row is never deleted, so versions never repeat."""
+    """Return the version of the last change. The row with it is never deleted, so versions are not reused."""
     (version,) = connection.execute("SELECT coalesce(max(version), 0) FROM clients").fetchone()
     if not isinstance(version, int):
-        raise ValueError(f"the last version is {version!r:.200}")  # noqa: TRY004 - what the file holds, not what the code does
+        raise ValueError(f"the last version must be an integer, got {version!r:.200}")  # noqa: TRY004 - invalid content
     return version
 
 
 def _record(row: Sequence[Any]) -> ClientRecord:
     client_id, tier, grant_tier, until, version, changed_at = row
     if not all(isinstance(value, kinds) for value, kinds in zip(row, _KINDS, strict=True)):
-        raise ValueError(f"client {client_id!r:.200} has a column of another type than the table's")
+        raise ValueError(f"client {client_id!r:.200}: a column has a value of another type than the table's")
     if (grant_tier is None) is not (until is None):
-        raise ValueError(f"client {client_id!r:.200} has half a grant")
+        raise ValueError(f"client {client_id!r:.200}: a grant needs both tier and end")
     grant = None if grant_tier is None else Grant(grant_tier, until)
     return ClientRecord(client_id, tier, grant, version, changed_at)

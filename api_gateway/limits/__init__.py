@@ -1,1 +1,1 @@
-"""Rate limits in a shared store, the limiter for its outages, and the RateLimit header fields. Knows no routes."""
+"""Rate limits in a shared store, the fallback limiter, and RateLimit header fields. Independent of routes."""

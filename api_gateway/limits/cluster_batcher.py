@@ -1,7 +1,7 @@
-"""Asks a store that is divided among several servers: each has a dispatcher, and a breaker, of its own.
+"""Batches of operations for a cluster: one `ScriptBatcher`, with its own circuit breaker, for each node.
 
-So a server that fails takes with it the buckets that lie on it, and no others: questions for them are given up at
-once. Which server a bucket lies on is asked again after every trouble, for another may have taken over.
+A failed node affects only the buckets on it: operations on them fail at once. After every error the nodes are
+discovered again, as another may have taken over.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from api_gateway.storage.redis_session import Script, StoreError, StoreSession
 
 logger = logging.getLogger(__name__)
 
-DISCOVERY_INTERVAL = 10.0  # seconds between two looks at which servers there are
-DISCOVERY_DELAY = 1.0  # seconds before one after trouble; it takes 5 ms of the event loop's time
+DISCOVERY_INTERVAL = 10.0  # seconds between two discoveries of the nodes
+DISCOVERY_DELAY = 1.0  # seconds before a discovery, which takes 5 ms of the event loop's time
 
 
 class ClusterScriptBatcher:
-    """Asks a cluster on behalf of one process. See `ScriptBatcher`."""
+    """Sends the operations of one process to the nodes of a cluster. Has the interface of `ScriptBatcher`."""
 
     def __init__(
         self,
@@ -35,12 +35,12 @@ class ClusterScriptBatcher:
         source: random.Random,
         on_error: Callable[[], None],
     ) -> None:
-        """Take what a `ScriptBatcher` does. `on_trouble` is called when something breaks that was well before."""
+        """See `ScriptBatcher`. `on_error` is called for errors of nodes that were connected before."""
         self._session = session
         self._make = partial(ScriptBatcher, session, script, deadline=deadline, clock=clock, source=source)
         self._on_error = on_error
         self._nodes: dict[str, ScriptBatcher] = {}
-        self._retired_counts = [0, 0, 0]  # what those have counted that are gone: see `_count`
+        self._retired_counts = [0, 0, 0]  # batches, operations and failures of removed nodes
         self._discovery_due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._error: str | None = None
@@ -51,53 +51,53 @@ class ClusterScriptBatcher:
 
     @property
     def is_usable(self) -> bool:
-        """True while a question has a chance of being answered in time, on some node."""
+        """True while some node is usable."""
         return any(node.is_usable for node in self._nodes.values())
 
     @property
     def is_whole(self) -> bool:
-        """True while that holds for every question."""
+        """True while all nodes are known and usable."""
         return bool(self._nodes) and all(node.is_usable for node in self._nodes.values())
 
     @property
     def connections(self) -> int:
-        """Connections that serve, to all nodes."""
+        """Number of usable connections to all nodes."""
         return sum(node.connections for node in self._nodes.values())
 
     @property
     def calls(self) -> int:
-        """Calls that were answered in time."""
+        """Number of calls with a response in time."""
         return self._retired_counts[0] + sum(node.calls for node in self._nodes.values())
 
     @property
     def operations(self) -> int:
-        """Questions in them."""
+        """Number of operations in these calls."""
         return self._retired_counts[1] + sum(node.operations for node in self._nodes.values())
 
     @property
     def failures(self) -> int:
-        """Calls that were not, and attempts to connect."""
+        """Number of calls without a response in time, and of failed attempts to connect."""
         return self._retired_counts[2] + sum(node.failures for node in self._nodes.values())
 
     @property
     def last_error(self) -> str | None:
-        """What a node that is not well failed with, or else any."""
+        """The last error of a node, of an unusable one first; None if there was none."""
         nodes = sorted(self._nodes.values(), key=lambda node: node.is_usable)
         return next((node.last_error for node in nodes if node.last_error), self._error)
 
     async def start(self) -> None:
-        """Connect to all nodes, and go on following them until `close`. Returns once they have answered, or failed."""
+        """Connect to all nodes, and discover nodes until `close`. Returns after each has responded or failed."""
         await self._discover()
         self._task = asyncio.create_task(self._run(), name="cluster nodes")
 
     async def close(self) -> None:
-        """Disconnect. What still waits is answered with a failure."""
+        """Disconnect; pending operations fail."""
         if self._task is not None:
             await cancel_and_wait(self._task)
         await asyncio.gather(*[node.close() for node in self._nodes.values()])
 
     def submit(self, op: ScriptOp) -> None:
-        """Have a question answered, or failed, within the deadline; at once if its node cannot be used."""
+        """Send an operation. It completes or fails within the deadline; it fails at once if its node is unusable."""
         node = self._nodes.get(self._session.node_of(op.key))
         if node is None:
             self._discovery_due.set()
@@ -116,14 +116,14 @@ class ClusterScriptBatcher:
             await self._discover()
 
     async def _discover(self) -> None:
-        """Have a dispatcher for every node there is."""
+        """Query the nodes, and have one batcher for each."""
         try:
             names = await self._session.nodes()
         except StoreError as error:
             self._retired_counts[2] += 1
             self._error = str(error) or type(error).__name__
             self._discovery_due.set()
-            logger.debug("the nodes of the cluster are not known", exc_info=True)
+            logger.debug("discovery of the cluster's nodes failed", exc_info=True)
             return
         gone = [self._nodes.pop(name) for name in set(self._nodes) - names]
         new = {name: self._make(on_error=partial(self._note, name), node=name) for name in names - set(self._nodes)}
@@ -137,7 +137,7 @@ class ClusterScriptBatcher:
             ]
 
     def _note(self, name: str) -> None:
-        """See to it that another server is found, if one has taken over; attempts to connect are no news."""
+        """Schedule a discovery after an error, and report it unless it is a failed attempt to connect."""
         self._discovery_due.set()
         node = self._nodes.get(name)
         if node is not None and node.connections:

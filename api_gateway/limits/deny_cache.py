@@ -1,4 +1,4 @@
-"""What the store last said of buckets: enough to refuse a request without asking again, never to admit one."""
+"""Cache of the store's last readings of buckets, for refusals that are certain without a query. It never admits."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,67 +6,68 @@ from typing import NamedTuple
 from api_gateway.models import Charge
 from api_gateway.rate_limiter import TatTable
 
-CLOCK_SKEW_DIVISOR = 1000  # two clocks differ in speed by less than a thousandth
-TICK_NS = 1000  # of the store's clock
+CLOCK_SKEW_DIVISOR = 1000  # the speeds of two clocks differ by less than 1/CLOCK_SKEW_DIVISOR
+TICK_NS = 1000  # resolution of the store's clock
 
 
 class CachedDebt(NamedTuple):
-    """What a bucket owed in the store at some time between asking and hearing, by this process's clock."""
+    """A bucket's debt at some time between the query and the response, on this process's clock."""
 
     asked_ns: int
     received_ns: int
     debt_ns: int
 
     def earliest_ns(self, now_ns: int) -> int:
-        """Return the TAT if the store was as early, and its clock as fast, as may be."""
+        """Return the earliest possible TAT: the store read the bucket at once, and its clock is fast."""
         return self.asked_ns + self.debt_ns - (now_ns - self.asked_ns) // CLOCK_SKEW_DIVISOR
 
     def latest_ns(self, now_ns: int) -> int:
-        """Return the TAT if the store was as late, and its clock as slow, as may be."""
+        """Return the latest possible TAT: the store read the bucket last, and its clock is slow."""
         return self.received_ns + self.debt_ns + (now_ns - self.asked_ns) // CLOCK_SKEW_DIVISOR + TICK_NS
 
 
 class DenyCache:
-    """Readings of the store by bucket. They are of use only while refunds by other processes are heard of.
+    """Readings of the store by bucket, at most `limit` for each length of budget.
 
-    `is_trusted` tells that. Readings made before it became true again serve as the best guess for the policy that
-    decides while the store is unavailable. `limit` bounds the buckets that are remembered.
+    Two states: `is_trusted` while notifications of refunds by other processes are received, else refunds may have been
+    missed, and refusals from the cache are not certain. `renew` changes the state and moves all readings to the
+    earlier ones, which serve only as an estimate for the policy that decides while the store is unavailable.
     """
 
     def __init__(self, limit: int, clock_ns: Callable[[], int]) -> None:
         self.limit = limit
         self.is_trusted = False
         self._clock_ns = clock_ns
-        # By the length of a bucket's budget: after a change of tier a reading says nothing.
+        # By the length of a bucket's budget: a reading is not valid after a change of tier.
         self._current: dict[int, TatTable[CachedDebt]] = {}
         self._earlier: dict[int, TatTable[CachedDebt]] = {}  # refunds may have been missed since
-        self._valid_from_ns = 0  # what was asked no later may be wrong
+        self._valid_from_ns = 0  # readings queried at this time or before are ignored
 
     def __repr__(self) -> str:
         return f"<DenyCache [{len(self)} buckets{'' if self.is_trusted else ', not trusted'}]>"
 
     def __len__(self) -> int:
-        """Return how many buckets are remembered."""
+        """Return the number of readings held."""
         return sum(map(len, [*self._current.values(), *self._earlier.values()]))
 
     def get(self, charge: Charge) -> CachedDebt | None:
-        """Return the last reading of a bucket."""
+        """Return the last reading of a bucket; None if there is none."""
         table = self._current.get(charge.quota.burst_ns)
         return table.get(charge.key) if table is not None else None
 
     def tat(self, charge: Charge, now_ns: int) -> int:
-        """Return the TAT of a bucket by its last reading: never later than the true one."""
+        """Return a bucket's TAT by its last reading, never later than the true one; 0 without a reading."""
         cached = self.get(charge)
         return cached.earliest_ns(now_ns) if cached is not None else 0
 
     def last_tat(self, charge: Charge) -> int:
-        """Return the TAT of a bucket by any reading, for want of anything better."""
+        """Return an estimate of a bucket's TAT by any reading, also earlier ones; 0 without any."""
         earlier = self._earlier.get(charge.quota.burst_ns)
         readings = self.get(charge), earlier.get(charge.key) if earlier is not None else None
         return max((one.asked_ns + one.debt_ns for one in readings if one is not None), default=0)
 
     def put(self, charge: Charge, debt_ns: int, asked_ns: int) -> None:
-        """Keep what a bucket owed when the store was asked; it was asked at `asked_ns` or later."""
+        """Store a bucket's debt, which the store returned to a query that was sent at `asked_ns`."""
         if asked_ns <= self._valid_from_ns:
             return
         table = self._current.get(charge.quota.burst_ns)
@@ -81,14 +82,14 @@ class DenyCache:
             table.put(charge.key, cached)
 
     def drop(self, key: str) -> int:
-        """Forget a bucket, also in replies that are under way. Returns the time of it."""
+        """Remove a bucket, and ignore responses that are still to arrive. Returns the current time."""
         for table in self._current.values():
             table.drop(key)
         self._valid_from_ns = self._clock_ns()
         return self._valid_from_ns
 
     def renew(self, *, is_trusted: bool) -> None:
-        """Begin anew: what was read so far is no longer trusted. `is_trusted` holds for what is read from now on."""
+        """Demote all readings to earlier ones; `is_trusted` applies to the readings from now on."""
         self.is_trusted = is_trusted
         self._valid_from_ns = self._clock_ns()
         for burst_ns, table in self._current.items():

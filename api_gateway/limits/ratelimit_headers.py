@@ -1,6 +1,6 @@
-"""What an answer tells of the limits: draft-ietf-httpapi-ratelimit-headers-11, and the older trio in delta seconds.
+"""RateLimit header fields (draft-ietf-httpapi-ratelimit-headers-11), and the X-RateLimit fields in delta seconds.
 
-The constant parts are rendered once for each quota; an answer costs one formatting. Reads no clock.
+The constant parts are rendered once for each quota, so a response needs one formatting operation. Reads no clock.
 """
 
 import math
@@ -10,16 +10,16 @@ from api_gateway.models import NANOSECONDS, Decision, HeaderList, Quota
 HEADER_NAMES = frozenset(
     {b"ratelimit-policy", b"ratelimit", b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"}
 )
-_UP = NANOSECONDS - 1  # added before whole seconds are taken, so that they are rounded up
+_UP = NANOSECONDS - 1  # added before a division by NANOSECONDS, to round up
 
 
 class RateLimitHeaders:
-    """Renders decisions.
+    """Renders decisions as header fields.
 
-    `r` is the whole tokens left, and `t` the time the quota takes to refill as many: a client that spends r tokens in
-    t seconds keeps to the rate. Without a token left, `t` is the time until there is one. A request that has to wait
-    is told r=0 and how long, in agreement with its `Retry-After`; X-RateLimit-Remaining says what is left for cheaper
-    ones.
+    `r` is the number of whole tokens remaining, and `t` the time in which the quota refills as many: a client that
+    spends r tokens in t seconds keeps to the rate. If no token remains, `t` is the time until there is one. For a
+    refused request `r` is 0 and `t` agrees with `Retry-After`; X-RateLimit-Remaining is what remains for cheaper
+    requests.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class RateLimitHeaders:
         return f"<RateLimitHeaders of {sorted(self._templates)}>"
 
     def lines(self, decision: Decision) -> bytes:
-        """Return the fields as they go over the wire, each with its line break."""
+        """Return the field lines in HTTP/1.1 format, each with its line break."""
         quota = decision.quota
         template = self._templates.get(quota.name)
         if template is None:
@@ -45,14 +45,14 @@ class RateLimitHeaders:
         return template % (usable, effective, left, (decision.reset_ns + _UP) // NANOSECONDS)
 
     def headers(self, decision: Decision) -> HeaderList:
-        """Return the same as pairs."""
+        """Return the fields as pairs of name and value."""
         lines = (line.split(b": ", 1) for line in self.lines(decision).splitlines())
         return [(name, value) for name, value in lines]
 
 
 def _template(quota: Quota) -> bytes:
-    """Return the header lines under this quota, with blanks for what differs from one answer to the next."""
-    name = quota.name.lower().encode()  # letters, digits and "_.-", so no blank of its own
+    """Return the field lines of a quota, with placeholders for the values of a decision."""
+    name = quota.name.lower().encode()  # letters, digits and "_.-", so it contains no placeholder
     window = math.ceil(quota.burst_ns / NANOSECONDS)
     return (
         b'ratelimit-policy: "%b";q=%d;w=%d\r\n'

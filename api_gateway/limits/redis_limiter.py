@@ -1,8 +1,8 @@
-"""The rate limiter whose buckets lie in a shared store: the same decisions as in memory, for any number of processes.
+"""The rate limiter with buckets in a shared store: the same decisions as in memory, for any number of processes.
 
-The store is asked once for a decision, and what it says of a bucket is also remembered: a bucket that was so empty
-that it must still be is refused here, without asking, and the answer is what the store's would have been. While the
-store cannot be used, decisions are made here by the policy that is configured, and the store is told afterwards.
+A decision takes one operation in the store. Its readings are cached: if a bucket must still be too empty, the request
+is refused from the cache, as the store would refuse it. While the store is unavailable, the configured policy decides,
+and admitted costs are charged in the store afterwards.
 """
 
 import asyncio
@@ -40,11 +40,11 @@ Policy = Literal["local_share", "deny", "allow"]
 TOKEN_BUCKET_SCRIPT = Script(files("api_gateway.limits").joinpath("token_bucket.lua").read_text())
 HEARTBEAT_INTERVAL = 2.0  # seconds between heartbeats
 DEAD_AFTER = 3 * HEARTBEAT_INTERVAL
-MESSAGE_NS = NANOSECONDS // 10  # a refund is heard of within this time
-REFUNDS_KEPT_NS = 600 * NANOSECONDS  # longer than a request lasts between its charge and its settlement, as a rule
-PROCESS_COUNT_MEMORY = 3600.0  # seconds for which a process that has gone is still counted
+MESSAGE_NS = NANOSECONDS // 10  # time within which notifications of refunds arrive
+REFUNDS_KEPT_NS = 600 * NANOSECONDS  # usually longer than the time between a charge and its settlement
+PROCESS_COUNT_MEMORY = 3600.0  # seconds for which a process that has ended is still counted
 
-# Counts who has been heard of lately. KEYS[1] the processes by the time of their last beat; ARGV: name, seconds.
+# Counts processes with a recent heartbeat. KEYS[1]: processes by time of the last heartbeat; ARGV: name, seconds.
 HEARTBEAT_SCRIPT = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
@@ -56,7 +56,11 @@ return redis.call('ZCARD', KEYS[1])
 
 
 class RedisLimiter:
-    """Token buckets in a Redis or Valkey; see `RateLimiter`."""
+    """Token buckets on a Redis or Valkey server. Implements `RateLimiter`.
+
+    `mode` is the state: `store`, while the store responds in time and accepts writes, else the policy `local_share`
+    (each process applies its share of the limits), `deny` or `allow`. Decisions change over by themselves.
+    """
 
     def __init__(
         self,
@@ -72,34 +76,34 @@ class RedisLimiter:
         clock_ns: Callable[[], int],
         source: random.Random,
     ) -> None:
-        """Ask within `deadline` seconds. `processes` is how many gateways there are at least.
+        """`deadline` is the time in seconds for an operation of the store, `processes` the minimum number of gateways.
 
-        `bucket_limit` bounds what is remembered here, `prefix` begins every key in the store.
+        `bucket_limit` is the maximum number of cached buckets, `prefix` the beginning of every key in the store.
         """
         quotas = list(quotas)
         self.policy: Policy = policy
         self.bucket_limit = bucket_limit
         self.overflowed = 0
-        probe_sender = ClusterScriptBatcher if session.is_divided else ScriptBatcher
-        self.batcher: ScriptBatcher | ClusterScriptBatcher = probe_sender(
+        batcher = ClusterScriptBatcher if session.is_divided else ScriptBatcher
+        self.batcher: ScriptBatcher | ClusterScriptBatcher = batcher(
             session, TOKEN_BUCKET_SCRIPT, deadline=deadline, clock=clock, source=source, on_error=self._on_store_error
         )
         self.fallback = FallbackLimiter(quotas, bucket_limit=bucket_limit)
         self.fallback.processes = processes
         self._session = session
         self._configured_processes = processes
-        self._process_counts: dict[int, float] = {}  # numbers of processes, and when each was last seen
+        self._process_counts: dict[int, float] = {}  # number of live processes to the last time it was observed
         self._evictions = Evictions(0, None)
         self._warning: str | None = None
-        self._write_refusal: str | None = None  # of writes, while the store refuses them
+        self._write_refusal: str | None = None  # while the store refuses writes
         self._name = f"{source.getrandbits(64):016x}"
         self._prefix = prefix
-        self.refunds = f"{prefix}:refunds"  # the channel on which they are told
+        self.refunds = f"{prefix}:refunds"  # channel of the notifications
         self._clock = clock
         self.clock_ns = clock_ns
         self.cache = DenyCache(bucket_limit, clock_ns)
-        self._recent_refunds = Refunds()  # by the store's clock, which is ahead of ours by
-        self.offset_ns = 0
+        self._recent_refunds = Refunds()  # times are on the store's clock
+        self.offset_ns = 0  # of the store's clock, which is ahead of this process's by this time
         self._refunds_turn_ns = 0
         self._listener: asyncio.Task[None] | None = None
         self._heartbeat_task: asyncio.Task[None] | None = None
@@ -107,19 +111,19 @@ class RedisLimiter:
         self.store_key = lru_cache(maxsize=65_536)(self._hashed)
 
     def __repr__(self) -> str:
-        return f"<RedisLimiter [{self.mode}, {len(self)} buckets remembered]>"
+        return f"<RedisLimiter [{self.mode}, {len(self)} buckets cached]>"
 
     def __len__(self) -> int:
-        """Return how many buckets are remembered in this process."""
+        """Return the number of entries in this process."""
         return len(self.cache) + len(self.fallback)
 
     @property
     def mode(self) -> DecisionSource:
-        """What decisions (on a cluster: some of them) rest on: the store, or the policy for when it cannot be used."""
+        """Source of decisions: `store`, or the policy for outages (on a cluster, of some buckets only)."""
         return "store" if self.batcher.is_whole and self._write_refusal is None else self.policy
 
     def state(self) -> LimiterState:
-        """See `RateLimiter`."""
+        """Return the source of decisions, and the figures of the store."""
         batcher = self.batcher
         return LimiterState(
             decision_source=self.mode,
@@ -133,13 +137,13 @@ class RedisLimiter:
         )
 
     async def start(self) -> None:
-        """Connect to the store. Returns once it has answered, or has had its time to."""
+        """Connect to the store. Returns when it has responded, or after `CONNECT_TIMEOUT`."""
         await self.batcher.start()
         self._listener = self._listen()
         self._heartbeat_task = asyncio.create_task(self._send_heartbeats(), name="store heartbeat")
 
     async def close(self) -> None:
-        """Disconnect."""
+        """Disconnect from the store; pending operations fail."""
         tasks = [task for task in (self._listener, self._heartbeat_task, *self._retiring) if task is not None]
         self._listener = self._heartbeat_task = None
         await cancel_and_wait(*tasks)
@@ -149,7 +153,7 @@ class RedisLimiter:
     # Decisions
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
-        """See `RateLimiter`."""
+        """Refuse from the cache, or decide by the policy while the store is unavailable; None to ask the store."""
         if not self.batcher.is_usable:
             return self.decide_without_store(charges, now_ns)
         if self.cache.is_trusted:
@@ -159,14 +163,14 @@ class RedisLimiter:
         return None
 
     def decide_async(self, charges: Sequence[Charge], now_ns: int, on_decision: Callable[[Decision], None]) -> None:
-        """See `RateLimiter`."""
+        """Have the store decide; call `on_decision` within the deadline, if necessary with the policy's decision."""
         if len(charges) > 1 and self._session.is_divided:
             MultiNodeCharge(self, charges, now_ns, on_decision).submit()
         else:
             self.batcher.submit(ChargeOp(self, charges, now_ns, on_decision))
 
     async def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
-        """See `RateLimiter`."""
+        """Return the store's decision on each charge, without charging; while it is unavailable, the local share's."""
         return list(await asyncio.gather(*[self._inspect(charge, now_ns) for charge in charges]))
 
     async def _inspect(self, charge: Charge, now_ns: int) -> Decision:
@@ -177,7 +181,7 @@ class RedisLimiter:
         return await seen
 
     def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
-        """See `RateLimiter`. The store is told, and not waited for; what is returned is as of the decision."""
+        """Send the settlement to the store without waiting for it; the result is as of the time of the decision."""
         if decision.source != "store":
             return self.fallback.settle(charges, decision, now_ns)
         at_ns = decision.at_ns
@@ -192,7 +196,7 @@ class RedisLimiter:
         return decision_after(decision, debts_ns, at_ns)
 
     async def refill(self, key: str) -> None:
-        """See `RateLimiter`. Raises StoreUnavailable; the bucket may or may not be full then."""
+        """Fill a bucket. Raises StoreUnavailable, after which the bucket may or may not be full."""
         try:
             await self._session.client.delete(self.store_key(key))
             await self._publish_invalidation(key)
@@ -202,29 +206,29 @@ class RedisLimiter:
         self.fallback.reset(key)
 
     async def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
-        """See `RateLimiter`. In the store a bucket carries its budget, and moves when it is next used."""
+        """Convert a bucket. The store keeps the budget with a bucket, and converts it at its next use."""
         self.change_quota(key, old, new, now_ns)
-        if old.burst_ns != new.burst_ns:  # others have to forget what the store said of it under the old one
+        if old.burst_ns != new.burst_ns:  # readings under the old quota are invalid in all processes
             with suppress(*StoreError):
                 await self._publish_invalidation(key)
 
     async def _publish_invalidation(self, key: str) -> None:
-        """Have everybody forget what the store said of a bucket."""
+        """Make all processes drop their readings of a bucket."""
         await self._session.client.publish(self.refunds, refund_message(key, 0))
 
     def change_quota(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
-        """Take what this process knows of a bucket from one quota to another."""
+        """Convert this process's entries for a bucket to another quota."""
         self.fallback.change_quota(key, old, new, now_ns)
         if old.burst_ns != new.burst_ns:
             self._note_refund(key, 0)
 
     def change_quotas(self, quotas: Iterable[Quota], quota_of: Callable[[str, Quota], Quota], now_ns: int) -> None:
-        """Hold buckets of other quotas. In the store a bucket carries its budget, and is converted when it is used."""
+        """Apply other quotas. The store keeps the budget with a bucket, and converts it at its next use."""
         self.fallback.change_quotas(quotas, quota_of, now_ns)
-        self.cache.renew(is_trusted=self.cache.is_trusted)  # what the store said was about other budgets
+        self.cache.renew(is_trusted=self.cache.is_trusted)  # readings under other budgets are invalid
 
     def reconfigure(self, policy: Policy, processes: int, bucket_limit: int) -> None:
-        """Take another policy for when the store is unavailable, and other bounds."""
+        """Apply another policy for outages, minimum number of processes and limit of buckets, after a reload."""
         self.policy = policy
         self._configured_processes = processes
         self.fallback.processes = max(processes, *self._process_counts) if self._process_counts else processes
@@ -234,7 +238,7 @@ class RedisLimiter:
     def decide_without_store(
         self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False
     ) -> Decision:
-        """Decide by the policy for when the store cannot be used, though it `may_be_charged` there."""
+        """Decide by the policy for outages; the request `may_be_charged` in the store if its response was lost."""
         if self.policy == "local_share":
             known = [self.cache.last_tat(charge) for charge in charges]
             return self.fallback.decide(charges, known, now_ns, may_be_charged=may_be_charged)
@@ -246,30 +250,30 @@ class RedisLimiter:
         others_ns = tuple(charge.increment_ns for charge in charges[1:])
         return decision_of(first, now_ns + first.increment_ns, 0, now_ns, "allow", others_ns)
 
-    # Refusals without asking, and refunds
+    # Refusals from the cache, and refunds
 
     def _refusal(self, charges: Sequence[Charge], now_ns: int) -> Decision | None:
-        """Refuse by the cached readings of the store; None if they would not refuse after all."""
+        """Refuse by the cached readings of the store; None if all of them together allow the request."""
         taken = take_each([self.cache.tat(charge, now_ns) for charge in charges], charges, now_ns)
         decision = joint_decision(charges, taken, now_ns, "deny_cache")
         if decision.allowed:
             return None
         cached = self.cache.get(next(charge for charge in charges if charge.key == decision.key))
-        if cached is not None and decision.wait_ns > 0:  # a client that waits as long as it was told must get through
+        if cached is not None and decision.wait_ns > 0:  # a client that waits for `wait_ns` must then be allowed
             decision.wait_ns += cached.latest_ns(now_ns) - cached.earliest_ns(now_ns)
         return decision
 
     def _on_refund(self, message: str) -> None:
-        """Hear of a refund; see `refund_message`."""
+        """Process a notification of a refund; see `refund_message`."""
         given, _, key = message.partition(" ")
         if key and given.isdecimal():
             self._note_refund(key, int(given))
 
     def _note_refund(self, key: str, given_ns: int) -> None:
-        """Take note that a bucket holds more than the store said, and may say still in replies under way.
+        """Drop a bucket's readings, also those in responses still to arrive: it has more tokens than they state.
 
-        What was charged before lies so much nearer: see `Refunds`. On the store's clock that was now, or later by as
-        much as the message took; who is charged meanwhile is given back less.
+        The refund is recorded (see `Refunds`) at the latest time on the store's clock at which it may have been made;
+        requests charged in between get a smaller refund.
         """
         now_ns = self.cache.drop(key)
         if given_ns:
@@ -279,11 +283,11 @@ class RedisLimiter:
             self._recent_refunds.note(key, now_ns + self.offset_ns + MESSAGE_NS, given_ns)
 
     def _on_subscription(self, is_listening: bool) -> None:  # noqa: FBT001 - a callback's argument
-        """Trust cached readings only while refunds are heard of."""
+        """Trust cached readings only while notifications of refunds are received."""
         self.cache.renew(is_trusted=is_listening)
 
     def _on_store_error(self) -> None:
-        """Listen anew: what broke one connection may have silenced the other."""
+        """Subscribe again after an error on another connection: the subscription may have failed without a sign."""
         self._on_subscription(False)
         if self._listener is not None:
             retiring = asyncio.create_task(cancel_and_wait(self._listener), name="end of store refunds")
@@ -298,50 +302,50 @@ class RedisLimiter:
     # Keys
 
     def _hashed(self, key: str) -> str:
-        """Return the name of a bucket in the store: of one length, telling nothing, and free to lie in any slot."""
+        """Return the key of a bucket in the store: of fixed length, without the client's id, for any slot."""
         return f"{self._prefix}:bucket:{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
 
-    # How many there are
+    # Number of processes, and state of the store
 
     async def _send_heartbeats(self) -> None:
-        """Tell that this process lives, and learn how many do."""
+        """Send heartbeats, and read the number of live processes and the evictions, until cancelled."""
         while True:
             try:
                 alive = await self._session.client.eval(
                     HEARTBEAT_SCRIPT, 1, f"{self._prefix}:processes", self._name, str(DEAD_AFTER)
                 )
-            except WRITE_REFUSALS as refusal:  # it is full (OOM), a replica (READONLY), or cannot save (MISCONF)
+            except WRITE_REFUSALS as refusal:  # full (OOM), a replica (READONLY), or unable to save (MISCONF)
                 self._note_write_refusal(f"the store refuses writes: {refusal}")
             except StoreError:
-                logger.debug("no heartbeat", exc_info=True)
+                logger.debug("heartbeat failed", exc_info=True)
             else:
                 self._note_write_refusal(None)
                 self.note_processes(int(alive), self._clock())
-            await self._check_evictions()  # also of a store so full that it refuses the heartbeat
+            await self._check_evictions()  # also if the store refuses the heartbeat because it is full
             check_cancelled()
             await asyncio.sleep(HEARTBEAT_INTERVAL)
 
     def _note_write_refusal(self, refusal: str | None) -> None:
-        """Note that the store refuses writes, or takes them again, and log each once."""
+        """Set whether the store refuses writes (None: it does not), and log each change."""
         before, self._write_refusal = self._write_refusal, refusal
         if refusal is not None and before is None:
             logger.warning("%s", refusal)
         elif refusal is None and before is not None:
-            logger.warning("the store takes writes again")
+            logger.warning("the store accepts writes again")
 
     async def _check_evictions(self) -> None:
-        """Learn whether the store forgets buckets, and say so once. Who may not ask (by an ACL) does without."""
+        """Read the store's evictions, and log once if it may evict buckets. Skipped if an ACL forbids the query."""
         try:
             self._evictions = await self._session.evictions()
         except StoreError:
-            logger.debug("evictions are not known", exc_info=True)
+            logger.debug("query of evictions failed", exc_info=True)
             return
         before, self._warning = self._warning, _warning(self._evictions.policy)
         if self._warning is not None and before is None:
             logger.warning("%s", self._warning)
 
     def note_processes(self, alive: int, now: float) -> None:
-        """Count gateways: the most that were alive at once within the last hour, and no fewer than configured."""
+        """Update the number of processes: the most that were alive at once within an hour, at least as configured."""
         self._process_counts[alive] = now
         self._process_counts = {
             number: at for number, at in self._process_counts.items() if now - at <= PROCESS_COUNT_MEMORY
@@ -350,6 +354,6 @@ class RedisLimiter:
 
 
 def _warning(policy: str | None) -> str | None:
-    if policy is None or policy == "volatile-ttl":  # which throws out first what is fullest, and so forgives least
+    if policy is None or policy == "volatile-ttl":  # evicts the fullest buckets first, with the least effect
         return None
-    return f"the store has maxmemory-policy {policy}: a bucket it evicts is full again; it should be noeviction"
+    return f"the store has maxmemory-policy {policy}: evicted buckets are full again; it should be noeviction"

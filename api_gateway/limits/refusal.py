@@ -1,4 +1,4 @@
-"""The error that a request refused by a rate limit ends with."""
+"""The errors of requests that a rate limit refuses."""
 
 from api_gateway.errors import CostExceedsCapacity, GatewayError, RateLimited, StoreUnavailable
 from api_gateway.http1.headers import address_key
@@ -7,15 +7,15 @@ from api_gateway.rate_limiter import NEVER_NS
 
 
 def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
-    """Return the error that tells the client which limit refused it, and when the same request will pass."""
+    """Return the error for a refused request: the limit that refused it, and the time until it would be allowed."""
     quota, client = decision.quota, exchange.client
     if decision.source == "deny":
         return StoreUnavailable(
-            "The store of the rate limits does not answer, and nothing is admitted without it.", retry_after=1
+            "The store of the rate limits is unavailable; no request is admitted without it.", retry_after=1
         )
-    assert client is not None  # noqa: S101 - Identify came before
+    assert client is not None  # noqa: S101 - the client is identified before the limiter runs
     is_peer = decision.key != client.key
-    who = f"Address '{address_key(exchange.peer)}'" if is_peer else f"Client '{client.id}' (tier {quota.name})"
+    holder = f"Address '{address_key(exchange.peer)}'" if is_peer else f"Client '{client.id}' (tier {quota.name})"
     extra = {
         "violated-policies": [quota.name.lower()],
         "client_id": client.id,
@@ -28,13 +28,14 @@ def refusal(exchange: Exchange, decision: Decision) -> GatewayError:
     }
     if decision.wait_ns == NEVER_NS:
         return CostExceedsCapacity(
-            f"The request costs {exchange.cost:g} tokens; the bucket of {who} holds {quota.capacity} at most.",
+            f"{holder} has a bucket of {quota.capacity} tokens; this request costs {exchange.cost:g} tokens"
+            " and can never be allowed.",
             extra=extra,
         )
     wait = decision.retry_after or 0.0
     return RateLimited(
-        f"{who} may spend {quota.capacity} tokens at once and then {quota.rate:g} a second; this request costs"
-        f" {exchange.cost:g} and {decision.remaining} are left. It passes in {wait:.3f} s.",
+        f"{holder} is limited to {quota.capacity} tokens at once and {quota.rate:g} per second; this request costs"
+        f" {exchange.cost:g}, {decision.remaining} remain. Retry in {wait:.3f} s.",
         retry_after=wait,
         extra=extra,
     )

@@ -1,11 +1,11 @@
-"""Carries questions to the store: whatever waits goes out in one script call, without a timer that would collect it.
+"""Batches of operations for the store: all waiting operations are sent in one script call, without a delay.
 
-Requests never own a connection. They leave a question, and are answered by a callback; so one that is cancelled breaks
-nothing, and many that come within one turn of the event loop share one write and one read. A question is sent once at
-most: what may have been executed is never sent again. It is answered within the deadline, if need be with a failure.
+Requests do not own connections. They submit an operation and get the result by a callback, so a cancelled request has
+no effect on others, and operations of one turn of the event loop share one write and one read. An operation is sent at
+most once, because it may have been executed. It completes within the deadline, if necessary with a failure.
 
-A connection serves only after the store has answered on it within the deadline. Three failures in a row, or half of
-twenty, open the breaker: then nothing is sent, and nothing waits, until the store has answered a trial in time.
+A connection is used only after the store has responded on it within the deadline. Three consecutive failures, or half
+of twenty, open the circuit breaker: then nothing is sent and nothing waits until a probe has succeeded.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from api_gateway.storage.redis_session import Script, ScriptCall, ScriptConnecti
 
 logger = logging.getLogger(__name__)
 
-CONNECTIONS = 2  # batches under way at once: one is answered while the next is written
-MAX_BATCH = 128  # questions; a script call keeps the store from everything else
+CONNECTIONS = 2  # each with one batch at a time, so that one is processed while the next is written
+MAX_BATCH = 128  # operations; the store executes nothing else during a script call
 CONNECT_TIMEOUT = 1.0  # seconds; requests do not wait for it
-MAX_SILENCE = 1.0  # seconds without a word from the store
+MAX_SILENCE = 1.0  # seconds after which an idle connection is probed
 MIN_RECONNECT_DELAY, MAX_RECONNECT_DELAY = 0.05, 1.0  # seconds between attempts to connect
 
 STORE_BREAKER_POLICY = BreakerPolicy(
@@ -36,9 +36,10 @@ STORE_BREAKER_POLICY = BreakerPolicy(
 
 
 class ScriptOp(ABC):
-    """What is asked of the script within a batch; see token_bucket.lua for the operations.
+    """One or more operations of token_bucket.lua that are sent together in a batch.
 
-    `key` is one of its buckets: on a cluster all of them must lie where that one does.
+    `key` is the key of one of its buckets; on a cluster all of them must be in the same slot. States: waiting, sent
+    (`is_sent`), over (`is_over`: completed or failed, from either state).
     """
 
     __slots__ = ("expires", "is_over", "is_sent", "key")
@@ -48,21 +49,29 @@ class ScriptOp(ABC):
         self.expires = 0.0
         self.is_sent = self.is_over = False
 
+    def __repr__(self) -> str:
+        state = "over" if self.is_over else "sent" if self.is_sent else "waiting"
+        return f"<{type(self).__name__} [{state}]>"
+
     @abstractmethod
     def write(self, call: ScriptCall) -> None:
-        """Append its operations."""
+        """Append keys and arguments to a call."""
 
     @abstractmethod
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
-        """Take its part of the reply, and act on it unless the question `is_over`."""
+        """Consume its part of the reply, and complete unless `is_over`. `clock_us` is the store's time."""
 
     @abstractmethod
     def fail(self) -> None:
-        """Do without the store. If it `is_sent`, it may have been executed all the same."""
+        """Complete without the store. If `is_sent`, the store may have executed the operation."""
 
 
 class ScriptBatcher:
-    """Asks one store on behalf of one process."""
+    """Sends the operations of one process to one server.
+
+    Usable while a connection has passed its probe and the breaker is CLOSED; otherwise operations that are submitted
+    wait for a connection until their deadline.
+    """
 
     def __init__(
         self,
@@ -75,9 +84,9 @@ class ScriptBatcher:
         on_error: Callable[[], None],
         node: str = "",
     ) -> None:
-        """`deadline` is in seconds, from leaving the question to its answer. Any failure calls `on_trouble`.
+        """`deadline` is the time in seconds from submission to completion. `on_error` is called after each failure.
 
-        `node` is the server to ask, where the store has several.
+        `node` is the name of the server on a cluster.
         """
         self.deadline = deadline
         self._session = session
@@ -103,28 +112,28 @@ class ScriptBatcher:
 
     @property
     def is_usable(self) -> bool:
-        """True while a question has a chance of being answered in time."""
+        """True while operations are sent: there is a connection, and the breaker is CLOSED."""
         return self.connections > 0 and self.breaker.state is State.CLOSED
 
     @property
     def is_whole(self) -> bool:
-        """True while that holds for every question."""
+        """The same as `is_usable`; a cluster distinguishes the two."""
         return self.is_usable
 
     async def start(self) -> None:
-        """Connect, and go on connecting until `close`. Returns once the store has answered, or failed to do so."""
+        """Connect, and reconnect until `close`. Returns when the store has responded, or after `CONNECT_TIMEOUT`."""
         self._loop = asyncio.get_running_loop()
         self._connection_tasks = [
-            asyncio.create_task(self._run_connection(), name=f"store lane {n}") for n in range(CONNECTIONS)
+            asyncio.create_task(self._run_connection(), name=f"store connection {n}") for n in range(CONNECTIONS)
         ]
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await self._connected.wait()
         except TimeoutError:
-            logger.warning("the store cannot be used yet: %s", self.last_error or "it does not answer")
+            logger.warning("store not available yet: %s", self.last_error or "no response")
 
     async def close(self) -> None:
-        """Disconnect. What still waits is answered with a failure."""
+        """Disconnect; pending operations fail."""
         await cancel_and_wait(*self._connection_tasks)
         if self._timer is not None:
             self._timer.cancel()
@@ -132,7 +141,7 @@ class ScriptBatcher:
         self._fail_waiting()
 
     def submit(self, op: ScriptOp) -> None:
-        """Have a question answered, or failed, within the deadline."""
+        """Send an operation; it completes or fails within the deadline."""
         op.expires = self._loop.time() + self.deadline
         self._waiting.append(op)
         self._open.append(op)
@@ -146,17 +155,17 @@ class ScriptBatcher:
             self._loop.call_soon(self._wake)
 
     def _wake(self) -> None:
-        """Set idle lanes to work, at the end of the turn in which the questions came."""
+        """Wake idle connections, at the end of the turn of the event loop in which operations were submitted."""
         self._is_waking = False
         needed = math.ceil(len(self._waiting) / MAX_BATCH)
         while needed and self._idle:
             idle = self._idle.popleft()
-            if not idle.done():  # or else its lane has just ended its rest by itself, and tries its connection out
+            if not idle.done():  # else the connection has just timed out and is being probed
                 idle.set_result(None)
                 needed -= 1
 
     def _expire(self) -> None:
-        """Fail what is as old as it may get."""
+        """Fail the operations whose deadline has passed."""
         self._timer = None
         now = self._loop.time()
         while self._open and (self._open[0].is_over or self._open[0].expires <= now):
@@ -169,10 +178,10 @@ class ScriptBatcher:
         for op in waiting:
             fail_op(op)
 
-    # Lanes
+    # Connections
 
     async def _run_connection(self) -> None:
-        """Keep one connection, and carry batches over it."""
+        """Keep one connection open, and send batches on it, until cancelled."""
         pause = MIN_RECONNECT_DELAY
         while True:
             try:
@@ -186,15 +195,15 @@ class ScriptBatcher:
             try:
                 await self._serve(connection)
             except StoreError:
-                pause = MIN_RECONNECT_DELAY  # it has been counted where it happened
-            except Exception:  # a defect of ours; the lane begins anew, or questions would wait for it for ever
-                logger.exception("a connection to the store is given up")
+                pause = MIN_RECONNECT_DELAY  # the failure has been counted already
+            except Exception:  # a defect; reconnect, or operations would wait for this connection for ever
+                logger.exception("connection to the store closed after an unexpected error")
                 await asyncio.sleep(pause)
             finally:
                 connection.abort()
 
     async def _serve(self, connection: ScriptConnection) -> None:
-        """Carry batches, once the store has answered in time; returns by raising."""
+        """Send batches after a successful probe. Ends only by raising."""
         await self._probe(connection)
         self.connections += 1
         self._connected.set()
@@ -205,14 +214,14 @@ class ScriptBatcher:
                 while self._waiting:
                     await self._send_batch(connection)
                 if not await self._is_woken():
-                    await self._probe(connection)  # a connection that broke while idle shall not cost a request
+                    await self._probe(connection)  # so that no request is sent on a connection that broke while idle
         finally:
             self.connections -= 1
-            if self._waiting:  # it was woken for them
+            if self._waiting:  # this connection was woken for them
                 self._schedule_wake()
 
     async def _is_woken(self) -> bool:
-        """Wait for questions, but not for ever; tell whether there are any."""
+        """Wait for operations, at most `MAX_SILENCE` seconds; return whether there are any."""
         idle = self._loop.create_future()
         self._idle.append(idle)
         try:
@@ -221,12 +230,12 @@ class ScriptBatcher:
         except TimeoutError:
             return False
         finally:
-            if idle in self._idle:  # nobody has woken it
+            if idle in self._idle:  # not woken
                 self._idle.remove(idle)
         return True
 
     async def _probe(self, connection: ScriptConnection) -> None:
-        """Have the store answer to nothing in time: the breaker's probe, so that no request has to be it."""
+        """Send an empty call, with the deadline, as the breaker's probe, so that no request is used as one."""
         while True:
             ticket = self.breaker.admit(self._clock())
             if ticket is not None:
@@ -241,7 +250,7 @@ class ScriptBatcher:
         self._count(ticket, Outcome.SUCCESS, None)
 
     async def _send_batch(self, connection: ScriptConnection) -> None:
-        """Send a batch and hand out the replies."""
+        """Send a batch and distribute the replies."""
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
         groups = _groups(connection, [op for op in batch if not op.is_over])
         if not groups:
@@ -280,8 +289,8 @@ class ScriptBatcher:
             is_open = moved.target is State.OPEN
             logger.log(
                 logging.WARNING if is_open else logging.INFO,
-                "the store is %s: %s",
-                "not used for now" if is_open else "in use again",
+                "store %s: %s",
+                "unavailable, circuit breaker open" if is_open else "available again",
                 moved.cause,
             )
             if is_open:
@@ -289,7 +298,7 @@ class ScriptBatcher:
 
 
 def _groups(connection: ScriptConnection, ops: list[ScriptOp]) -> list[list[ScriptOp]]:
-    """Put together what one call of the script can answer."""
+    """Group operations into script calls: on a cluster by slot, else all together."""
     if not connection.is_divided:
         return [ops] if ops else []
     groups: dict[int, list[ScriptOp]] = {}
@@ -309,18 +318,18 @@ def _call(ops: list[ScriptOp]) -> ScriptCall:
 def _read(op: ScriptOp, clock_us: int, values: Iterator[int]) -> None:
     try:
         op.read(clock_us, values)
-    except Exception:  # a defect of whoever asked; the others have their answers coming
-        logger.exception("an answer of the store could not be acted on")
+    except Exception:  # a defect of this operation must not affect the others
+        logger.exception("processing a reply of the store failed")
     finally:
         op.is_over = True
 
 
 def fail_op(op: ScriptOp) -> None:
-    """Fail a question, unless it is over."""
+    """Fail an operation, unless it is over."""
     if op.is_over:
         return
     op.is_over = True
     try:
         op.fail()
-    except Exception:  # as above
-        logger.exception("a question to the store could not be given up")
+    except Exception:  # as in `_read`
+        logger.exception("failing an operation of the store raised an error")

@@ -1,4 +1,4 @@
-"""The operations of the limiter on buckets in the store: charge, look and settle, as the script takes them."""
+"""The operations of the limiter on buckets in the store: charge, inspect and settle."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +15,12 @@ from api_gateway.storage.redis_session import ScriptCall
 
 
 def refund_message(key: str, given_ns: int) -> str:
-    """Return what is published when a bucket has been given back so much, or (0) is fuller for another reason."""
+    """Return the notification that a bucket was refunded `given_ns`, or (0) has more tokens for another reason."""
     return f"{given_ns} {key}"
 
 
 class LimiterPort(Protocol):
-    """What an operation asks of the limiter that submits it."""
+    """The parts of the limiter that its operations use."""
 
     fallback: FallbackLimiter
     cache: DenyCache
@@ -31,22 +31,22 @@ class LimiterPort(Protocol):
 
     @property
     def store_key(self) -> Callable[[str], str]:
-        """Finds the name of a bucket in the store."""
+        """Maps the key of a bucket to its key in the store."""
         ...
 
     def decide_without_store(
         self, charges: Sequence[Charge], now_ns: int, *, may_be_charged: bool = False
     ) -> Decision:
-        """Decide by the policy for when the store cannot be used."""
+        """Decide by the policy for outages."""
         ...
 
     def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
-        """See `RateLimiter`."""
+        """Settle a decision; see `RateLimiter.settle`."""
         ...
 
 
 class ChargeOp(ScriptOp):
-    """Charges the buckets of one request."""
+    """Charges all buckets of one request, or none."""
 
     __slots__ = ("_asked_ns", "_charges", "_limiter", "_on_decision")
 
@@ -60,7 +60,7 @@ class ChargeOp(ScriptOp):
         self._on_decision = on_decision
 
     def write(self, call: ScriptCall) -> None:
-        """See `ScriptOp`; what was admitted meanwhile is told first."""
+        """Append the charges, preceded by costs that were admitted during an outage."""
         limiter, arguments = self._limiter, call.arguments
         if len(self._charges) == 1 and not limiter.fallback.has_unsynced:  # the common case
             charge = self._charges[0]
@@ -77,7 +77,7 @@ class ChargeOp(ScriptOp):
             arguments += (number, charge.quota.burst_ns, charge.increment_ns)
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
-        """Work out the decision as the script did, from the same figures by the same rule."""
+        """Compute the decision from the buckets' debts, by the same rule as the script, and cache the readings."""
         limiter, charges, asked_ns = self._limiter, self._charges, self._asked_ns
         now_ns = clock_us * 1000
         limiter.offset_ns = now_ns - asked_ns
@@ -91,22 +91,22 @@ class ChargeOp(ScriptOp):
         taken = take_each([now_ns + next(reply) for _ in charges], charges, now_ns)
         decision = joint_decision(charges, taken, now_ns, "store")
         for charge, (tat_ns, wait_ns) in zip(charges, taken, strict=True):
-            given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # by another bucket's refusal
+            given_back_ns = 0 if decision.allowed or wait_ns else charge.increment_ns  # not charged: another refused
             limiter.cache.put(charge, tat_ns - now_ns - given_back_ns, asked_ns)
         if not self.is_over:
             self._on_decision(decision)
 
     def fail(self) -> None:
-        """Decide by the policy."""
+        """Complete with a decision by the policy for outages."""
         limiter = self._limiter
         self._on_decision(limiter.decide_without_store(self._charges, limiter.clock_ns(), may_be_charged=self.is_sent))
 
 
 class MultiNodeCharge:
-    """Charges buckets that lie on several servers of a cluster: all, or none in the end.
+    """Charges buckets on several servers of a cluster: in the end all or none.
 
-    Each is charged where it lies. If one refuses, what the others took is given back: for the time of that round trip
-    they hold less than they should, never more.
+    Each bucket is charged on its server. If one refuses, the charges of the others are refunded; until then those
+    buckets have too few tokens, never too many.
     """
 
     def __init__(
@@ -118,8 +118,11 @@ class MultiNodeCharge:
         self._callback = on_decision
         self._decisions: list[Decision | None] = [None] * len(charges)
 
+    def __repr__(self) -> str:
+        return f"<MultiNodeCharge [{self._decisions.count(None)} of {len(self._charges)} decisions pending]>"
+
     def submit(self) -> None:
-        """Ask for every bucket."""
+        """Submit one operation for each bucket."""
         for index, charge in enumerate(self._charges):
             on_decision = partial(self._on_decision, index)
             self._limiter.batcher.submit(ChargeOp(self._limiter, [charge], self._now_ns, on_decision))
@@ -143,7 +146,7 @@ class MultiNodeCharge:
 
 
 class PeekOp(ScriptOp):
-    """Looks at one bucket."""
+    """Reads one bucket without charging it."""
 
     __slots__ = ("_asked_ns", "_charge", "_limiter", "_seen")
 
@@ -155,46 +158,46 @@ class PeekOp(ScriptOp):
         self._seen = seen
 
     def write(self, call: ScriptCall) -> None:
-        """See `ScriptOp`: a charge of nothing."""
+        """Append a charge of 0."""
         call.arguments += (1, call.number(self.key), self._charge.quota.burst_ns, 0)
 
     def read(self, clock_us: int, reply: Iterator[int]) -> None:
-        """See `ScriptOp`."""
+        """Complete with the bucket's decision on the charge."""
         now_ns, quota = clock_us * 1000, self._charge.quota
         tat_ns, wait_ns = take(now_ns + next(reply), quota.burst_ns, self._charge.increment_ns, now_ns)
         if not self._seen.done():
             self._seen.set_result(decision_of(self._charge, tat_ns, wait_ns, now_ns, "store"))
 
     def fail(self) -> None:
-        """See `ScriptOp`."""
+        """Complete with the decision of the local share."""
         if not self._seen.done():
             limiter, charge = self._limiter, self._charge
             self._seen.set_result(limiter.fallback.inspect(charge, limiter.cache.last_tat(charge), self._asked_ns))
 
 
 class SettleOp(ScriptOp):
-    """Charges a bucket later, or gives back. Nobody waits; if it fails, the store keeps what it has."""
+    """Charges or refunds the difference of a cost settlement. A failure is ignored: the bucket stays unchanged."""
 
     __slots__ = ("_charge", "_limiter", "_tat_ns")
 
     def __init__(self, limiter: LimiterPort, charge: Charge, tat_ns: int) -> None:
-        """`tat_ns` is the bucket's TAT after the charge that is settled, on the store's clock."""
+        """`tat_ns` is the bucket's TAT right after the original charge, on the store's clock."""
         super().__init__(limiter.store_key(charge.key))
         self._limiter = limiter
         self._charge = charge
         self._tat_ns = tat_ns
 
     def write(self, call: ScriptCall) -> None:
-        """See `ScriptOp`; whoever remembers the bucket as emptier is told."""
+        """Append the settlement; a refund is published, so that other processes drop their readings."""
         charge = self._charge
         number = call.number(self.key)
         call.arguments += ("settle", number, charge.quota.burst_ns, charge.increment_ns, self._tat_ns)
         if charge.increment_ns < 0:
-            call.arguments += ("told", self._limiter.refunds, refund_message(charge.key, -charge.increment_ns))
+            call.arguments += ("publish", self._limiter.refunds, refund_message(charge.key, -charge.increment_ns))
 
-    def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - nobody waits
-        """See `ScriptOp`."""
+    def read(self, clock_us: int, reply: Iterator[int]) -> None:  # noqa: ARG002 - there is no result
+        """Consume the reply."""
         next(reply)
 
     def fail(self) -> None:
-        """See `ScriptOp`."""
+        """Do nothing."""

@@ -1,18 +1,18 @@
--- Token buckets on the server: one call decides for many requests, one after the other, at one moment of its clock.
+-- Token buckets on the server. One call decides on many requests, in order, at one time of the server's clock.
 --
--- A bucket is one key. Its value is two integers in decimal digits: the theoretical arrival time (nanoseconds since
--- 1970; see rate_limiter.py) and the budget (nanoseconds) under which it was written. A key expires when its bucket is
--- full, not a millisecond before. Numbers are doubles here, exact up to 2^53: that holds microseconds since 1970 and
--- nanoseconds from now, but not nanoseconds since 1970. So a bucket is handled as what it owes from now on.
+-- A bucket is one key. Its value is two decimal integers: the theoretical arrival time (nanoseconds since 1970; see
+-- rate_limiter.py) and the budget (nanoseconds) under which it was written. A key expires when its bucket is full, not
+-- earlier. Numbers in Lua are doubles, exact up to 2^53: enough for microseconds since 1970 and for nanoseconds from
+-- now, but not for nanoseconds since 1970. So the script calculates with a bucket's debt from now on.
 --
 -- KEYS   the buckets
--- ARGV   operations, one behind the other; a bucket is named by its number among KEYS, times are nanoseconds:
+-- ARGV   a sequence of operations; a bucket is given by its number among KEYS, times are nanoseconds:
 --          count, count * (bucket, budget, cost)    charge all of these buckets or none
---          "debt", bucket, budget, change           charge as much of `change` as leaves the bucket empty
---          "settle", bucket, budget, change, tat    charge later, or give back what of `tat` has not been refilled yet
---          "told", channel, message                 publish
--- Reply  the server's clock in microseconds, then for each bucket of each operation but "debt" and "told" what it
---        owed before it was charged ("settle": afterwards). The caller works out the decision from that by the same rule.
+--          "debt", bucket, budget, change           charge `change`, or as much of it as leaves the bucket empty
+--          "settle", bucket, budget, change, tat    charge afterwards, or refund what has not been refilled before `tat`
+--          "publish", channel, message              publish the message
+-- Reply  the server's time in microseconds, then for each bucket of each operation except "debt" and "publish" its debt
+--        before the charge ("settle": afterwards). The caller computes the decision from these by the same rule.
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -34,16 +34,16 @@ local function load(bucket, budget)
       under = tonumber(under or 0)
       if under > 0 and under < 2 ^ 53 then
         debt, written_under = math.max(owed(digits), 0), under
-      else -- not of our writing: the bucket is empty now
+      else -- invalid content: treat the bucket as empty
         debt, written[bucket] = budget, true
       end
     end
   end
-  if debt > 2 * written_under then -- more than can be owed: a clock stepped back. The bucket is empty now.
+  if debt > 2 * written_under then -- impossible debt, as after a clock step backwards: treat the bucket as empty
     debt, written[bucket] = written_under, true
   end
-  if written_under ~= budget then -- another tier: the same share of the bucket stays filled
-    local whole = debt % written_under == 0 -- else rounded up, and once more, for a double may have been rounded down
+  if written_under ~= budget then -- another tier: keep the filled fraction
+    local whole = debt % written_under == 0 -- else add 1, because the double may have been rounded down
     debt = debt / written_under * budget
     debt, written[bucket] = whole and debt or math.floor(debt) + 1, true
   end
@@ -94,7 +94,7 @@ local function settle(at)
   return at + 4
 end
 
-local told = {}
+local publications = {}
 local at = 1
 while at <= #ARGV do
   local operation = ARGV[at]
@@ -102,8 +102,8 @@ while at <= #ARGV do
     at = add(at + 1)
   elseif operation == 'settle' then
     at = settle(at + 1)
-  elseif operation == 'told' then
-    told[#told + 1] = at
+  elseif operation == 'publish' then
+    publications[#publications + 1] = at
     at = at + 3
   else
     at = take(at + 1, tonumber(operation))
@@ -122,7 +122,7 @@ for bucket in pairs(written) do
     redis.call('DEL', KEYS[bucket])
   end
 end
-for _, first in ipairs(told) do
+for _, first in ipairs(publications) do
   redis.call('PUBLISH', ARGV[first + 1], ARGV[first + 2])
 end
 return reply

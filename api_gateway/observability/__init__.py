@@ -1,1 +1,1 @@
-"""What is recorded of exchanges: access log, histograms and the most frequent keys. Renders no metrics."""
+"""Records of exchanges: access log, latency histograms and the most frequent keys. Renders no metrics."""

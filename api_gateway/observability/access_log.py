@@ -1,4 +1,4 @@
-"""One JSON line for each exchange, written from its record alone."""
+"""The access log: one JSON line for each exchange."""
 
 import json
 from collections.abc import Callable
@@ -10,10 +10,7 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class AccessLog:
-    """Passes each line to `write_line`, which must not block.
-
-    The client's id and the path are data, so they are JSON-escaped.
-    """
+    """Passes each line to `write_line`, which must not block. Client id and path are JSON-escaped."""
 
     def __init__(self, wall_clock: Clock, write_line: Callable[[str], object]) -> None:
         self._wall_clock = wall_clock

@@ -1,7 +1,7 @@
-"""The most frequent keys of a stream, in bounded memory, with a bound on the error of every count. Counts only.
+"""The most frequent keys of a stream, in limited memory, with a known maximum error of every count.
 
-Space-Saving (Metwally, Agrawal and El Abbadi 2005): a key that is held is counted; one that is not takes over the
-smallest counter, and what that stood at is how much of the new count may be somebody else's.
+Space-Saving (Metwally, Agrawal and El Abbadi 2005): a key without a counter takes over the smallest counter and
+continues its count; the count before is the maximum error.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ SIZE = 1000
 
 
 class HeavyHittersState(TypedDict):
-    """A sketch as plain JSON: its size, and key, count and error of every counter."""
+    """A sketch as JSON values: its size, and key, count and error of every counter."""
 
     size: int
     counters: list[tuple[str, int, int]]
@@ -21,7 +21,7 @@ class HeavyHittersState(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """How often a key has come: at most `count`, and at least `count - error` times."""
+    """The number of occurrences of a key: at most `count`, at least `count - error`."""
 
     key: str
     count: int
@@ -29,11 +29,11 @@ class Estimate:
 
 
 class HeavyHitters:
-    """`size` counters for a stream of `n` keys: any key that came more than n / size times is held.
+    """A sketch of `size` counters: after n keys, every key with more than n / size occurrences has a counter.
 
-    A key that is held costs one look-up. A new one takes the smallest counter off a heap whose order is mended only
-    when it is needed: each count sets at most one entry right later on, so that a flood of invented keys costs
-    O(log size) for each, taken over all of them.
+    Counting a key that has a counter is one look-up. A new key replaces the smallest counter, found by a heap whose
+    entries are corrected only when they reach the top: each count causes at most one later correction, so a new key
+    costs O(log size), amortized.
     """
 
     __slots__ = ("_counters", "_heap", "_size")
@@ -43,7 +43,7 @@ class HeavyHitters:
             raise ValueError(f"a sketch needs at least 1 counter, got {size}")
         self._size = size
         self._counters: dict[str, list[int]] = {}  # count and error
-        self._heap: list[tuple[int, str]] = []  # counts as they were: never above what they are; made when first full
+        self._heap: list[tuple[int, str]] = []  # earlier counts, so never too high; empty until first needed
 
     def __repr__(self) -> str:
         return f"<HeavyHitters [{len(self._counters)} of {self._size} counters]>"
@@ -52,7 +52,7 @@ class HeavyHitters:
         return len(self._counters)
 
     def add(self, key: str) -> None:
-        """Count a key once."""
+        """Count one occurrence of a key."""
         counter = self._counters.get(key)
         if counter is not None:
             counter[0] += 1
@@ -63,13 +63,13 @@ class HeavyHitters:
 
     @property
     def floor(self) -> int:
-        """The most a key may have come that is not held."""
+        """Maximum number of occurrences of a key without a counter."""
         if len(self._counters) < self._size:
             return 0
         return min(count for count, _ in self._counters.values())
 
     def estimate(self, key: str) -> Estimate:
-        """Return how often a key has come, whether it is held or not."""
+        """Return the estimate for a key, with or without a counter."""
         counter = self._counters.get(key)
         if counter is None:
             floor = self.floor
@@ -77,28 +77,28 @@ class HeavyHitters:
         return Estimate(key, *counter)
 
     def heaviest(self, limit: int) -> list[Estimate]:
-        """Return the keys that came most often, the heaviest first."""
+        """Return the estimates of the most frequent keys, at most `limit`, highest count first."""
         keys = nlargest(limit, self._counters, key=lambda key: self._counters[key][0])
         return [Estimate(key, *self._counters[key]) for key in keys]
 
     def state(self) -> HeavyHittersState:
-        """Return all that is held, to be merged elsewhere."""
+        """Return all counters as JSON values, for `from_state` and `merge`."""
         counters = [(key, count, error) for key, (count, error) in self._counters.items()]
         return {"size": self._size, "counters": counters}
 
     @classmethod
     def from_state(cls, state: HeavyHittersState) -> "HeavyHitters":
-        """Build the sketch whose `state` this is."""
+        """Return the sketch with this state."""
         other = cls(state["size"])
         other._counters = {key: [count, error] for key, count, error in state["counters"]}
         return other
 
     def merge(self, state: HeavyHittersState) -> None:
-        """Take in what another sketch of the same size has counted.
+        """Add the counts of another sketch of the same size; raises ValueError if the sizes differ.
 
-        A key that only one of them holds may have come to the other as often as its smallest counter says; adding
-        that keeps every bound, and any key that came more than (n1 + n2) / size times (after Agarwal et al. 2012,
-        "Mergeable Summaries"). Raises ValueError.
+        A key without a counter in one sketch is counted there with that sketch's `floor`, as count and as error. So
+        every maximum error stays valid, and every key with more than (n1 + n2) / size occurrences keeps a counter
+        (after Agarwal et al. 2012, "Mergeable Summaries").
         """
         if state["size"] != self._size:
             raise ValueError(f"a sketch of {state['size']} counters cannot be merged into one of {self._size}")
@@ -114,7 +114,7 @@ class HeavyHitters:
         self._heap = []
 
     def _replace(self, key: str) -> None:
-        """Give the smallest counter to a key that has none."""
+        """Give the smallest counter to a key without one."""
         counters, heap = self._counters, self._heap
         if not heap:
             heap += [(count, held) for held, (count, _) in counters.items()]

@@ -1,7 +1,7 @@
-"""Latencies in logarithmic buckets, whole and by slices of time, and percentiles read from them.
+"""Latencies in logarithmic buckets, in total and by slices of time, and percentiles computed from them.
 
-DDSketch (Masson et al. 2019): with gamma = 1.01/0.99 every bucket's middle is within 1 % of every value in it, and so
-is any percentile read from it.
+DDSketch (Masson et al. 2019): with gamma = 1.01/0.99, the value of a bucket is within 1 % of every latency in it, so
+percentiles are, too.
 """
 
 import math
@@ -14,7 +14,7 @@ RELATIVE_ERROR = 0.01
 _GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
 _LOG_GAMMA = math.log(_GAMMA)
 _log, _ceil = math.log, math.ceil
-_FLOOR = 1e-6  # seconds; all below counts as this
+_FLOOR = 1e-6  # seconds; lower values count as this
 SLICE = 5.0  # seconds by which the sliding windows move
 WINDOWS = {"last_60s": 60.0, "last_5m": 300.0}
 _SLICES = int(max(WINDOWS.values()) / SLICE)
@@ -31,7 +31,7 @@ def value_of(bucket: int) -> float:
 
 
 def percentile(buckets: Mapping[int, int], percent: float) -> float | None:
-    """Return the `percent`-th percentile in seconds (nearest rank), or None of nothing."""
+    """Return the `percent`-th percentile in seconds (nearest rank); None without values."""
     rank = math.ceil(sum(buckets.values()) * percent / 100)
     for bucket in sorted(buckets):
         rank -= buckets[bucket]
@@ -44,7 +44,7 @@ _FLOOR_BUCKET = bucket_of(_FLOOR)
 
 
 class Tally:
-    """Counts of one span of time: answers by kind, and durations in logarithmic buckets."""
+    """Counts of one span of time: responses by kind, and durations in logarithmic buckets."""
 
     __slots__ = ("buckets", "gateway_errors", "limited", "requests", "total_seconds", "upstream_errors")
 
@@ -53,8 +53,11 @@ class Tally:
         self.total_seconds = 0.0
         self.buckets: dict[int, int] = {}
 
+    def __repr__(self) -> str:
+        return f"<Tally [{self.requests} requests]>"
+
     def add(self, other: "Tally") -> None:
-        """Take in the counts of another span."""
+        """Add the counts of another span."""
         self.requests += other.requests
         self.gateway_errors += other.gateway_errors
         self.upstream_errors += other.upstream_errors
@@ -64,20 +67,20 @@ class Tally:
             self.buckets[bucket] = self.buckets.get(bucket, 0) + count
 
     def state(self) -> list[Any]:
-        """Return the counts as JSON can hold them."""
+        """Return the counts as JSON values."""
         counts = [self.requests, self.gateway_errors, self.upstream_errors, self.limited, self.total_seconds]
         return [*counts, list(self.buckets.items())]
 
     @classmethod
     def from_state(cls, state: list[Any]) -> "Tally":
-        """Build the tally whose `state` this is."""
+        """Return the tally with this state."""
         tally = cls()
         tally.requests, tally.gateway_errors, tally.upstream_errors, tally.limited, tally.total_seconds, pairs = state
         tally.buckets = dict(pairs)
         return tally
 
     def count(self, exchange: Exchange) -> None:
-        """Count one answer."""
+        """Count the response of one exchange."""
         self.requests += 1
         if exchange.status >= 500:  # noqa: PLR2004 - the class of server errors
             if exchange.source == "upstream":
@@ -89,24 +92,31 @@ class Tally:
 
     def time(self, seconds: float) -> None:
         """Count one duration."""
-        bucket = _ceil(_log(seconds) / _LOG_GAMMA) if seconds > _FLOOR else _FLOOR_BUCKET  # `bucket_of`, written out
+        bucket = _ceil(_log(seconds) / _LOG_GAMMA) if seconds > _FLOOR else _FLOOR_BUCKET  # `bucket_of`, inlined
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
         self.total_seconds += seconds
 
 
 class WindowedSeries:
-    """Tallies since the start and for each of the last slices of 5 s."""
+    """Tallies of the last slices of `SLICE` seconds, which cover the longest window, and of all time before.
+
+    Slices are numbered by monotonic time divided by `SLICE`. A slice that leaves the last `_SLICES` is added to the
+    tally of the past when its place is reused.
+    """
 
     def __init__(self) -> None:
-        self._past = Tally()  # of the slices that are gone
-        self._slices: dict[int, Tally] = {}  # by number modulo _SLICES; most series of a large gateway have none
-        self._numbers: dict[int, int] = {}  # of the slices, likewise
+        self._past = Tally()  # of older slices
+        self._slices: dict[int, Tally] = {}  # by number modulo _SLICES; a dict, as most series of many have none
+        self._numbers: dict[int, int] = {}  # of the slices, by the same key
         self._newest = -1  # number of the newest slice
         self._running = self._past
-        self._from = self._until = 0.0  # seconds on the clock which the running slice spans
+        self._from = self._until = 0.0  # monotonic seconds between which the current slice is `_running`
+
+    def __repr__(self) -> str:
+        return f"<WindowedSeries [{len(self._numbers)} slices, newest {self._newest}]>"
 
     def at(self, now: float) -> Tally:
-        """Return the tally of the running slice."""
+        """Return the tally of the slice that contains `now`, to be counted in."""
         if self._from <= now < self._until:
             return self._running
         number = int(now / SLICE)
@@ -122,15 +132,15 @@ class WindowedSeries:
 
     @property
     def is_used(self) -> bool:
-        """Tell whether anything was ever counted."""
+        """Return whether anything was counted."""
         return self._newest >= 0
 
     def has_changed(self, since: int) -> bool:
-        """Tell whether anything was counted in the slices numbered `since` and above."""
+        """Return whether anything was counted in slices from number `since` on."""
         return self._newest >= since
 
     def state(self, since: int = 0) -> dict[str, Any]:
-        """Return the counts as JSON can hold them; of the slices those numbered `since` and above."""
+        """Return the counts as JSON values, with the slices from number `since` on."""
         return {
             "past": self._past.state(),
             "slices": [
@@ -139,18 +149,18 @@ class WindowedSeries:
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
-        """Become what `state` says. Slices it does not hold are as they were when it held them last."""
+        """Apply a `state` of another series; slices that are not in it stay unchanged."""
         self._past = Tally.from_state(state["past"])
         for number, tally in state["slices"]:
             self._put(number, Tally.from_state(tally))
 
     def absorb(self, other: "WindowedSeries") -> None:
-        """Take in the counts of another series whose times are on the same clock."""
+        """Add the counts of another series, whose times must be on the same clock."""
         self._past.add(other._past)  # noqa: SLF001 - of the same class
         for slot, number in other._numbers.items():  # noqa: SLF001 - as above
             tally = other._slices[slot]  # noqa: SLF001 - as above
             mine = self._numbers.get(slot, -1)
-            if number < mine:  # it is out of every window already
+            if number < mine:  # older than every window
                 self._past.add(tally)
                 continue
             merged = Tally()
@@ -164,7 +174,7 @@ class WindowedSeries:
     def _put(self, number: int, tally: Tally) -> None:
         self._numbers[number % _SLICES], self._slices[number % _SLICES] = number, tally
         self._newest = max(self._newest, number)
-        self._from = self._until = 0.0  # the running slice may be another one now
+        self._from = self._until = 0.0  # `_running` may have been replaced
 
     @property
     def total(self) -> Tally:
@@ -175,7 +185,7 @@ class WindowedSeries:
         return merged
 
     def last(self, span: float, now: float) -> Tally:
-        """Return the tally of the last `span` seconds: the running slice and the full ones before it."""
+        """Return the tally of the last `span` seconds: the current slice and the full ones before it."""
         newest = int(now / SLICE)
         merged = Tally()
         for slot, number in self._numbers.items():

@@ -1,1 +1,1 @@
-"""Snapshots of a worker, their merging across workers, Prometheus text and response schemas. Changes nothing."""
+"""Snapshots of workers, their merging, Prometheus text and response schemas. Changes no state."""

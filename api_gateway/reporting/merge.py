@@ -1,4 +1,4 @@
-"""What the reports of several workers come to: counts summed, and of states the worst. Values only."""
+"""Merging of the snapshots of several workers: counts are summed, and the worst state wins. Values only."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -27,7 +27,10 @@ _EVER = float("inf")
 
 
 def merge(snapshots: Sequence[WorkerSnapshot]) -> WorkerSnapshot:
-    """Return what the reports come to: counts summed, and of states the worst."""
+    """Return one snapshot for all workers: counts summed, and the worst state of each breaker and target.
+
+    Of workers that have ended (`is_over`) only the counts are used.
+    """
     merged = WorkerSnapshot.blank()
     for snapshot in snapshots:
         merged.recorder.absorb(snapshot.recorder)
@@ -62,19 +65,19 @@ def _merge_limiters(snapshots: Sequence[WorkerSnapshot]) -> LimiterState:
         operations=sum(state.operations for state in states),
         failures=sum(state.failures for state in states),
         last_error=next((state.last_error for state in present if state.last_error), None),
-        evicted_keys=max((state.evicted_keys for state in present), default=0),  # all ask the same store
+        evicted_keys=max((state.evicted_keys for state in present), default=0),  # all workers use one store
         warning=next((state.warning for state in present if state.warning), None),
     )
 
 
 def _merge_histories(name: str, snapshots: Sequence[WorkerSnapshot]) -> list[TransitionRecord]:
-    """Return the moves of all, by time, each saying whose it is; of those that have ended the last ones."""
-    moves = [
+    """Return the last transitions in all workers, by time, each with the name of its worker."""
+    transitions = [
         record if record.worker else replace(record, worker=snapshot.worker)
         for snapshot in snapshots
         for record in snapshot.histories.get(name, ())
     ]
-    return last_moves(moves, len(snapshots))
+    return last_moves(transitions, len(snapshots))
 
 
 def _merge_upstream(name: str, found: Sequence[WorkerSnapshot], present: Sequence[WorkerSnapshot]) -> UpstreamSnapshot:
@@ -92,20 +95,20 @@ def _merge_upstream(name: str, found: Sequence[WorkerSnapshot], present: Sequenc
     keys = dict.fromkeys(target.key for upstream in upstreams for target in upstream.targets)
     everywhere = [snapshot.upstreams[name] for snapshot in found]
     targets = (_merge_target(key, upstreams, everywhere) for key in keys)
-    spoken = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
-    names = {(one.host, one.port): one for one in spoken}  # the last to be said is one with an error, if any
+    reported = sorted((one for upstream in upstreams for one in upstream.names), key=_is_in_error)
+    names = {(one.host, one.port): one for one in reported}  # the last of a name has an error, if any has
     return UpstreamSnapshot(status, breaker, tuple(targets), tuple(names.values()), _merge_concurrency(upstreams))
 
 
 def _merge_concurrency(upstreams: Sequence[UpstreamSnapshot]) -> ConcurrencyState:
-    """Return what workers may have under way together: each has a limit of its own."""
+    """Return the sum of the workers' concurrency limits and requests in flight."""
     found = [upstream.concurrency for upstream in upstreams]
     limits = [concurrency.limit for concurrency in found if concurrency.limit is not None]
     return ConcurrencyState(sum(limits) if limits else None, sum(concurrency.in_flight for concurrency in found))
 
 
 def _worst(breakers: Sequence[BreakerSnapshot]) -> BreakerSnapshot:
-    """Return the worst of the states, with what the others add to it; the totals are left to the caller."""
+    """Return the breaker in the worst state, with the merged figures of all; the caller sums the totals."""
     worst = max(breakers, key=lambda breaker: (_BADNESS[breaker.state], -breaker.since))
     probes = [breaker.next_probe_at for breaker in breakers if breaker.next_probe_at is not None]
     latest = max(breakers, key=lambda breaker: -_EVER if breaker.opened_at is None else breaker.opened_at)
@@ -128,12 +131,12 @@ def _worst(breakers: Sequence[BreakerSnapshot]) -> BreakerSnapshot:
 def _merge_target(
     key: str, upstreams: Iterable[UpstreamSnapshot], everywhere: Iterable[UpstreamSnapshot]
 ) -> TargetSnapshot:
-    """Return the worst that is said of a target. What was counted `everywhere` counts, also by who has ended."""
+    """Return the target in its worst state. Ejections are summed over `everywhere`, with workers that have ended."""
     targets = [target for upstream in upstreams for target in upstream.targets if target.key == key]
-    telling = min(targets, key=lambda target: (target.is_healthy, target.checks.at is None))
+    worst = min(targets, key=lambda target: (target.is_healthy, target.checks.at is None))
     passive = [target.passive for target in targets if target.passive is not None]
     return replace(
-        telling,
+        worst,
         in_flight=sum(target.in_flight for target in targets),
         share=min(target.share for target in targets),
         passive=_merge_passive(

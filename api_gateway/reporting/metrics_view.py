@@ -1,4 +1,4 @@
-"""The metrics as JSON shows them: every figure since the start, and rates and percentiles by window."""
+"""Views of the metrics for JSON: totals since the start, and rates and percentiles by window."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from api_gateway.resilience.breaker_policy import Mode, State
 
 
 class BreakerFigures(Protocol):
-    """What is shown of a circuit breaker."""
+    """The figures of a circuit breaker."""
 
     @property
     def state(self) -> State: ...  # noqa: D102
@@ -47,7 +47,7 @@ class BreakerFigures(Protocol):
 
 
 class EjectionFigures(Protocol):
-    """What is shown of a target's own breaker."""
+    """The figures of a target's own breaker."""
 
     @property
     def is_ejected(self) -> bool: ...  # noqa: D102
@@ -56,7 +56,7 @@ class EjectionFigures(Protocol):
 
 
 class TargetFigures(Protocol):
-    """What is shown of a target."""
+    """The figures of a target."""
 
     @property
     def key(self) -> str: ...  # noqa: D102
@@ -67,7 +67,7 @@ class TargetFigures(Protocol):
 
 
 class ConcurrencyFigures(Protocol):
-    """What is shown of what is under way."""
+    """Concurrency limit and requests in flight of an upstream."""
 
     @property
     def limit(self) -> float | None: ...  # noqa: D102
@@ -76,7 +76,7 @@ class ConcurrencyFigures(Protocol):
 
 
 class UpstreamFigures(Protocol):
-    """What is shown of an upstream: what one worker reports of it, or several together."""
+    """The figures of an upstream, in one worker or merged."""
 
     @property
     def breaker(self) -> BreakerFigures: ...  # noqa: D102
@@ -87,7 +87,7 @@ class UpstreamFigures(Protocol):
 
 
 def _nested(names: Iterable[str], counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
-    """Return counts by two labels as one table for each of the first."""
+    """Return counts by two labels as one table for each first label in `names`."""
     tables: dict[str, dict[str, int]] = {name: {} for name in names}
     for (first, second), count in counts.items():
         if first in tables:
@@ -96,7 +96,7 @@ def _nested(names: Iterable[str], counts: Mapping[tuple[str, str], int]) -> dict
 
 
 def _by_route(fallbacks: Mapping[tuple[str, str, str], int]) -> dict[str, dict[str, int]]:
-    """Return for each route that has used its fallback how often, by the reason of the failure."""
+    """Return the number of fallbacks used, by route and the reason of the failure."""
     found: dict[str, Counter[str]] = {}
     for (route, _, reason), count in fallbacks.items():
         found.setdefault(route, Counter())[reason] += count
@@ -144,7 +144,7 @@ def metrics_view(
     limiter: LimiterState,
     lag: float = 0.0,
 ) -> Steps[MetricsView]:
-    """Return every figure since the start."""
+    """Return the metrics in steps. `now` is monotonic seconds, on the clock of the recorder; `lag` is seconds."""
     _, rates = yield from _merged(recorder, now)
     route_rates = yield from each(recorder.routes.items(), lambda _, series: _rates_of(recorder, [series], now))
     latency = yield from latency_view(recorder, now)
@@ -191,7 +191,7 @@ def metrics_view(
 
 
 def latency_view(recorder: Recorder, now: float) -> Steps[LatencyView]:
-    """Return the percentiles of every series and window."""
+    """Return the percentiles of every series and window, in steps."""
     all_routes = yield from _merged(recorder, now)
     routes = yield from each(_named_routes(recorder), lambda _, series: _latency_of(recorder, [series], now))
     upstreams = yield from each(recorder.upstreams.items(), lambda _, series: _latency_of(recorder, [series], now))
@@ -199,7 +199,7 @@ def latency_view(recorder: Recorder, now: float) -> Steps[LatencyView]:
 
 
 def concurrency_view(recorder: Recorder, name: str, upstream: UpstreamFigures) -> ConcurrencyView:
-    """Return what is under way at an upstream, and what was refused for it."""
+    """Return an upstream's concurrency limit, requests in flight, and requests refused since the start."""
     figures = upstream.concurrency
     limit = None if figures.limit is None else round(figures.limit, 1)
     return ConcurrencyView(limit=limit, in_flight=figures.in_flight, shed=recorder.shed[name].total())

@@ -1,4 +1,4 @@
-"""The metrics as Prometheus and OpenMetrics read them: made at scrape time from what the recorder has counted."""
+"""Rendering of the metrics in the Prometheus text format and in OpenMetrics, at scrape time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -25,13 +25,13 @@ from api_gateway.resilience.fair_shares import ResourceState
 from api_gateway.resilience.retry import RetryDenied
 
 _AT_ZERO = dict.fromkeys(OUTCOMES, 0)
-_FEW = 200  # routes and upstreams together
+_FEW = 200  # routes plus upstreams up to which all series are shown from the start
 _OPENMETRICS = "application/openmetrics-text"
 _END = b"# EOF\n"
 
 
 class PrometheusExposition:
-    """A Prometheus collector that reads the recorder and the live objects at scrape time."""
+    """A Prometheus collector over one snapshot."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class PrometheusExposition:
         self._are_few = len(recorder.routes) + len(recorder.upstreams) <= _FEW
 
     def render(self, accept: str) -> Steps[tuple[bytes, str]]:
-        """Return the exposition text and its content type, OpenMetrics where `accept` asks for it."""
+        """Return the text and its content type, in steps; OpenMetrics if `accept`, a field value, requests it."""
         encode, content_type = choose_encoder(accept)
         pieces, last = [], ""
         for metric in self.collect():
@@ -69,11 +69,11 @@ class PrometheusExposition:
         return b"".join([*pieces, end]), content_type
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric family, a large one in pieces.
+        """Yield every metric family, large ones in pieces.
 
-        Every series is there from the start, so that `increase()` sees its first event. Where there are more than
-        `_FEW` routes and upstreams, the counters and histograms of each begin with its first request instead, so that
-        a scrape is about as large as what is in use; states and modes are shown of all.
+        Every series exists from the start, so that `increase()` counts its first event. With more than `_FEW` routes
+        and upstreams, the counters and histograms of each begin with its first request instead, to limit the size of
+        a scrape; states and modes are always shown for all.
         """
         yield InfoMetricFamily("gateway_build", "The gateway's version.", value={"version": self._version})
         yield from self._requests()
@@ -91,7 +91,7 @@ class PrometheusExposition:
         yield from family_in_pieces(
             CounterMetricFamily,
             "gateway_http_requests",
-            "Proxied requests, by who made the response.",
+            "Proxied requests, by source of the response.",
             ["route", "method", "code", "source", "tier"],
             ((map(str, key), count) for key, count in list(recorder.requests.items())),
         )
@@ -150,11 +150,11 @@ class PrometheusExposition:
         yield settlements
         sources = CounterMetricFamily(
             "gateway_rate_limit_decisions_by_source",
-            "Decisions of the rate limiter, by what they rest on.",
+            "Decisions of the rate limiter, by source.",
             labels=["decision_source"],
         )
         current = GaugeMetricFamily(
-            "gateway_rate_limit_decision_source", "1 for what decisions rest on now.", labels=["decision_source"]
+            "gateway_rate_limit_decision_source", "1 for the current source of decisions.", labels=["decision_source"]
         )
         for source in get_args(DecisionSource):
             sources.add_metric([source], self._recorder.sources[source])
@@ -195,7 +195,7 @@ class PrometheusExposition:
         yield from self._targets()
 
     def _targets(self) -> Iterator[Metric]:
-        """Yield what is known of the targets there are now: the series of one that is gone end."""
+        """Yield the metrics of the current targets; the series of a removed target end."""
         labels = ["upstream", "target"]
         targets = [
             ((name, key), target)
@@ -206,21 +206,21 @@ class PrometheusExposition:
         yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_upstream_healthy",
-            "1 while the target passes its health checks, 0 while it fails them; no series while none has come back.",
+            "1 while the target passes its health checks, 0 while it fails them; absent before the first result.",
             labels,
             ((key, target.verdict) for key, target in targets if target.verdict is not None),
         )
         yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_upstream_ejected",
-            "1 while live requests keep the target out of rotation.",
+            "1 while outlier detection has ejected the target.",
             labels,
             ((key, one.is_ejected) for key, one in passive),
         )
         yield from family_in_pieces(
             CounterMetricFamily,
             "gateway_upstream_ejections",
-            "Times the target's own breaker opened.",
+            "Ejections of the target by outlier detection.",
             labels,
             ((key, one.ejections_total) for key, one in passive),
         )
@@ -237,7 +237,7 @@ class PrometheusExposition:
             ),
             (
                 "gateway_upstream_retries_denied",
-                "Failed attempts that were not repeated.",
+                "Failed attempts that were not retried.",
                 tuple(RetryDenied),
                 recorder.retries_denied,
             ),
@@ -260,14 +260,14 @@ class PrometheusExposition:
         yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_circuit_breaker_state",
-            "1 for the state the breaker is in.",
+            "1 for the state of the breaker.",
             ["upstream", "state"],
             (((name, state.value.lower()), breaker.state is state) for name, breaker in breakers for state in State),
         )
         yield from family_in_pieces(
             GaugeMetricFamily,
             "gateway_circuit_breaker_mode",
-            "1 for the mode an operator has it in.",
+            "1 for the mode of the breaker.",
             ["upstream", "mode"],
             (((name, mode.value), breaker.mode is mode) for name, breaker in breakers for mode in Mode),
         )
@@ -285,7 +285,7 @@ class PrometheusExposition:
             )
 
     def _is_used(self, upstream: str) -> bool:
-        """Tell whether the series of an upstream are shown: it has had a request, or its breaker has changed."""
+        """Return whether the series of an upstream are shown: it has had a request, or its breaker has changed."""
         if self._are_few or self._recorder.outcomes.get(upstream):
             return True
         if upstream not in self._upstreams:
@@ -379,7 +379,7 @@ class PrometheusExposition:
         yield from family_in_pieces(
             CounterMetricFamily,
             "gateway_resource_rejections",
-            "What got no place, or exceeded the share of an address or client.",
+            "Requests or connections refused because the resource, or a fair share of it, was exhausted.",
             labels,
             ((key, one.refused) for key, one in resources),
         )

@@ -1,4 +1,4 @@
-"""Metric families in the pieces that are rendered at once, and histograms with the bounds of Prometheus."""
+"""Metric families in pieces that are rendered one at a time, and histograms with fixed bounds."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -8,19 +8,19 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 
 from api_gateway.observability.latency_series import Tally, WindowedSeries, value_of
 
-# The bounds OpenTelemetry advises for http.server.request.duration, in seconds.
+# Seconds: the bounds that OpenTelemetry recommends for http.server.request.duration.
 DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _PIECE = 50  # rows of a family that are rendered at once
 
 
 class SingleMetric:
-    """What an encoder needs of a registry, around one metric."""
+    """A registry of one metric, for an encoder."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
 
     def collect(self) -> Iterator[Metric]:
-        """Yield that metric."""
+        """Yield the metric."""
         yield self._metric
 
 
@@ -47,7 +47,7 @@ def family_in_pieces(
 def duration_histogram(
     name: str, words: str, label: str, series: Iterable[tuple[str, WindowedSeries]]
 ) -> Iterator[Metric]:
-    """Yield a histogram, each label value by itself: it is two dozen lines."""
+    """Yield a histogram in pieces: its head, and about 17 lines for each label value."""
     yield HistogramMetricFamily(name, words, labels=[label])
     for value, one in series:
         family, total = HistogramMetricFamily(name, words, labels=[label]), one.total
@@ -63,7 +63,7 @@ def without_head(piece: bytes) -> bytes:
 
 
 def _classic(tally: Tally) -> list[tuple[str, float]]:
-    """Fold logarithmic buckets into the cumulative ones of a classic histogram."""
+    """Return the cumulative buckets of a classic histogram, computed from logarithmic buckets."""
     cumulative: list[tuple[str, float]] = [
         (str(bound), sum(count for bucket, count in tally.buckets.items() if value_of(bucket) <= bound))
         for bound in DURATION_BOUNDS

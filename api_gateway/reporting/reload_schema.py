@@ -1,4 +1,4 @@
-"""The bodies of what the operator is shown of the configuration and its reloads."""
+"""The response bodies on the configuration and its reloads."""
 
 from typing import Any, Literal
 
@@ -8,26 +8,28 @@ from api_gateway.models import Body
 
 
 class SettingChanged(Body):
-    """A setting that differs between the configuration that was in force and the one that was read."""
+    """A setting that differs between the previous configuration and the new one."""
 
-    setting: str = Field(description="Its path.", examples=["upstreams.users.timeouts.connect"])
-    old: Any = Field(description="Null where it was not set, and of a secret.")
-    new: Any = Field(description="Null where it is not set, and of a secret.")
-    secret: bool = Field(description="True where the values are not shown.")
-    needs_restart: bool = Field(description="True where the change takes effect with the next start only.")
+    setting: str = Field(description="Path of the setting.", examples=["upstreams.users.timeouts.connect"])
+    old: Any = Field(description="Previous value; null if it was not set or is secret.")
+    new: Any = Field(description="New value; null if it is not set or is secret.")
+    secret: bool = Field(description="True if the values are secret and not shown.")
+    needs_restart: bool = Field(description="True if the change takes effect only after a restart.")
 
 
 class Reloaded(Body):
-    """What a reload did. It is in force in every worker when this answers."""
+    """The result of a reload, which is complete in every worker."""
 
     result: Literal["reloaded", "unchanged"]
     changes: list[SettingChanged]
-    needs_restart: list[str] = Field(description="Changed settings that stay as they were until a restart.")
+    needs_restart: list[str] = Field(description="Changed settings whose previous value is used until a restart.")
 
 
 class ConfigurationView(Body):
     """The configuration in force."""
 
-    status: Literal["pass", "warn"] = Field(description="warn while the last reload failed: an older one is in force.")
-    loaded_at: str = Field(description="When it was read, UTC, ISO 8601.")
-    errors: list[str] = Field(description="Why the newest configuration is not in force.")
+    status: Literal["pass", "warn"] = Field(
+        description="`warn` if the last reload failed: the previous configuration is in force."
+    )
+    loaded_at: str = Field(description="When the configuration in force was read, UTC, ISO 8601.")
+    errors: list[str] = Field(description="Errors of the last reload if it failed.")

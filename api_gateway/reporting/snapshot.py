@@ -1,6 +1,6 @@
-"""What a worker has to say of itself.
+"""Snapshots: the figures and states of one worker as values, for merging and for views.
 
-Values only: the live breakers and targets are looked at once, when a report is made. Times are monotonic seconds.
+Times are monotonic seconds, on the one clock of all workers of a machine.
 """
 
 import heapq
@@ -30,9 +30,9 @@ _EVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class BreakerSnapshot:
-    """A circuit breaker. `workers` holds its state in each worker, where there are several.
+    """A circuit breaker. `workers` has its state in each worker if there are several.
 
-    `one_principal`: it stays CLOSED because the failures are one client's and others call, too.
+    `one_principal`: the breaker stays CLOSED because all failures are one principal's, and others call, too.
     """
 
     state: State
@@ -58,7 +58,7 @@ class BreakerSnapshot:
 
     @classmethod
     def of(cls, breaker: CircuitBreaker, now: float) -> "BreakerSnapshot":
-        """Look at a breaker, after the moves that time has made."""
+        """Return the snapshot of a breaker, after transitions that are due at `now`."""
         breaker.advance(now)
         calls, failures, slow = breaker.window_counts(now)
         opened = breaker.last_opened
@@ -86,7 +86,7 @@ class BreakerSnapshot:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "BreakerSnapshot":
-        """Build the report that `asdict` and JSON have made this of."""
+        """Return the snapshot from its state, as `asdict` and JSON represent it."""
         workers = {name: State(word) for name, word in state["workers"].items()}
         policy = BreakerPolicy(**state["policy"])
         own = {"state": State(state["state"]), "mode": Mode(state["mode"]), "policy": policy, "workers": workers}
@@ -95,7 +95,10 @@ class BreakerSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class OutlierSnapshot:
-    """What live requests have shown of a target. `withheld` failures in a row did not eject it: it may not be."""
+    """Outlier detection of a target.
+
+    `withheld` is the number of consecutive failures that did not count, because the target could not be ejected.
+    """
 
     state: State
     is_ejected: bool
@@ -105,11 +108,11 @@ class OutlierSnapshot:
     opened_at: float | None
     opened_cause: str
     ejections_total: int
-    one_principal: bool = False  # see `BreakerSnapshot`
+    one_principal: bool = False  # as in `BreakerSnapshot`
 
     @classmethod
     def of(cls, upstream: Upstream, target: Target, now: float) -> "OutlierSnapshot | None":
-        """Look at a target's breaker, if it has one."""
+        """Return the snapshot of a target's breaker; None if the target has none."""
         breaker = target.breaker
         if breaker is None:
             return None
@@ -129,7 +132,7 @@ class OutlierSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class TargetSnapshot:
-    """A target of an upstream; `share` is how often it is a candidate, less than 1 while it starts slowly."""
+    """A target of an upstream. `share`, 0 to 1, is how often it is a candidate: below 1 during slow start."""
 
     url: str
     is_healthy: bool
@@ -141,7 +144,7 @@ class TargetSnapshot:
 
     @classmethod
     def of(cls, upstream: Upstream, target: Target, now: float) -> "TargetSnapshot":
-        """Look at a target."""
+        """Return the snapshot of a target."""
         return cls(
             url=target.url,
             is_healthy=target.is_healthy,
@@ -154,7 +157,7 @@ class TargetSnapshot:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "TargetSnapshot":
-        """Build the report that `asdict` and JSON have made this of."""
+        """Return the snapshot from its state, as `asdict` and JSON represent it."""
         passive = state["passive"] and OutlierSnapshot(
             **{**state["passive"], "state": State(state["passive"]["state"])}
         )
@@ -162,23 +165,23 @@ class TargetSnapshot:
 
     @property
     def key(self) -> str:
-        """What tells it from the upstream's other targets: two names may stand for one address."""
+        """Identifier of the target within its upstream, with the name: two names may have one address."""
         return self.url if self.named is None else f"{self.named} ({self.url})"
 
     @property
     def verdict(self) -> bool | None:
-        """What health checks say of it; None while none has asked it."""
+        """Result of health checks; None before the first result."""
         return None if self.is_healthy and self.checks.at is None else self.is_healthy
 
     @property
     def is_in_rotation(self) -> bool:
-        """Tell whether it gets requests like any other."""
+        """Return whether the target is healthy and not ejected."""
         return self.is_healthy and (self.passive is None or not self.passive.is_ejected)
 
 
 @dataclass(frozen=True, slots=True)
 class HostNameSnapshot:
-    """A name whose addresses are targets."""
+    """A host name whose addresses are targets."""
 
     host: str
     port: int
@@ -189,7 +192,11 @@ class HostNameSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamSnapshot:
-    """An upstream: `pass` while all targets are in rotation, `fail` if none is healthy or its breaker refuses all."""
+    """An upstream with its breaker and targets.
+
+    `pass`: all targets are in rotation, all names are resolved, and the breaker is CLOSED. `fail`: no target is
+    healthy, or the breaker rejects all requests. Otherwise `warn`.
+    """
 
     status: Status
     breaker: BreakerSnapshot
@@ -199,25 +206,25 @@ class UpstreamSnapshot:
 
     @classmethod
     def of(cls, upstream: Upstream, now: float, names: Iterable[HostName] = ()) -> "UpstreamSnapshot":
-        """Look at an upstream, and at the `names` that its targets come from."""
+        """Return the snapshot of an upstream; `names` are those that its targets were resolved from."""
         breaker = BreakerSnapshot.of(upstream.breaker, now)
         targets = tuple(TargetSnapshot.of(upstream, target, now) for target in upstream.targets)
-        asked = tuple(
+        resolved = tuple(
             HostNameSnapshot(name.host, name.port, name.addresses, name.asked_at, name.error)
             for name in names
             if not name.is_address
         )
-        is_whole = all(target.is_in_rotation for target in targets) and not any(name.error for name in asked)
+        is_whole = all(target.is_in_rotation for target in targets) and not any(name.error for name in resolved)
         status: Status = "pass"
         if not any(target.is_healthy for target in targets) or upstream.breaker.refuses(now):
             status = "fail"
         elif not is_whole or breaker.state is not State.CLOSED:
             status = "warn"
-        return cls(status, breaker, targets, asked, upstream.concurrency)
+        return cls(status, breaker, targets, resolved, upstream.concurrency)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "UpstreamSnapshot":
-        """Build the report that `asdict` and JSON have made this of."""
+        """Return the snapshot from its state, as `asdict` and JSON represent it."""
         targets = tuple(map(TargetSnapshot.from_state, state["targets"]))
         names = tuple(HostNameSnapshot(**{**name, "addresses": tuple(name["addresses"])}) for name in state["names"])
         concurrency = ConcurrencyState(**state["concurrency"])
@@ -226,10 +233,10 @@ class UpstreamSnapshot:
 
 @dataclass(slots=True)
 class WorkerSnapshot:
-    """One worker, or several together.
+    """One worker, or several merged.
 
-    `is_over` marks a worker that serves no more: its counters count, and its breakers and targets say nothing of the
-    present.
+    Two states: the worker serves, or it has ended (`is_over`; `end` is the only transition). Of a worker that has
+    ended, the counts remain valid, while its breakers and targets are out of date.
     """
 
     worker: str
@@ -239,29 +246,30 @@ class WorkerSnapshot:
     bucket_limit: int = 0
     overflowed: int = 0
     limiter: LimiterState = LimiterState()  # noqa: RUF009 - frozen
-    client_store_error: str | None = None  # why the client store cannot be used, while it cannot
-    histories: dict[str, list[TransitionRecord]] = field(default_factory=dict)  # by upstream, the oldest move first
+    client_store_error: str | None = None  # why the client store is unavailable
+    histories: dict[str, list[TransitionRecord]] = field(default_factory=dict)  # by upstream, oldest first
     is_over: bool = False
-    lag: float = 0.0  # seconds by which the event loop runs late
-    tasks: int = 0  # that the event loop has
+    lag: float = 0.0  # seconds of event loop lag
+    tasks: int = 0  # of the event loop
     configuration: ReloadState = field(default_factory=ReloadState)
     resources: list[ResourceState] = field(default_factory=list)
 
     @classmethod
     def blank(cls, worker: str = "", percentiles: Sequence[float] = ()) -> "WorkerSnapshot":
-        """Return a report of nothing, to be updated or merged into."""
+        """Return an empty snapshot, to be updated or merged into."""
         recorder = Recorder((), (), (), percentiles, _EVER)
         recorder.routes.clear()
         return cls(worker, recorder)
 
     def state(self, since: int = 0) -> dict[str, Any]:
-        """Return the report as JSON can hold it; see `describing`."""
+        """Return the state as JSON values, with slices from number `since` on; see `describing`."""
         return completed(self.describing(since, {}))
 
     def describing(self, since: int, known: Mapping[str, UpstreamSnapshot]) -> Steps[dict[str, Any]]:
-        """Return the report as JSON can hold it, without what is known: see `Recorder.describing`.
+        """Return the state as JSON values, in steps, without what the receiver knows.
 
-        Upstreams that are as in `known` are left out.
+        Omitted are slices and transitions before slice number `since` (see `Recorder.describing`), and upstreams that
+        are equal to those in `known`.
         """
         recorder = yield from self.recorder.describing(since)
         changed = [(name, upstream) for name, upstream in self.upstreams.items() if known.get(name) != upstream]
@@ -288,11 +296,11 @@ class WorkerSnapshot:
         }
 
     def update(self, state: Mapping[str, Any]) -> None:
-        """Become what another report's `state` says, given every state of it since its first."""
+        """Apply a `state` of another snapshot. Every state since its first must have been applied, in order."""
         completed(self.updating(state))
 
     def updating(self, state: Mapping[str, Any]) -> Steps[None]:
-        """Do the same in steps."""
+        """Apply a `state` as `update` does, in steps."""
         yield from self.recorder.updating(state["recorder"])
         self.upstreams |= yield from each(state["upstreams"].items(), lambda _, one: UpstreamSnapshot.from_state(one))
         for name in state["gone"]:
@@ -309,14 +317,14 @@ class WorkerSnapshot:
             self._note(name, [_record(record) for record in records])
 
     def _note(self, name: str, records: list[TransitionRecord]) -> None:
-        """Append the moves that have not been told before."""
+        """Append the transitions that are not known yet."""
         known = self.histories.setdefault(name, [])
-        cached = {_identity(record) for record in known}
-        known += [record for record in records if _identity(record) not in cached]
+        identities = {_identity(record) for record in known}
+        known += [record for record in records if _identity(record) not in identities]
         self.histories[name] = last_moves(known, len({record.worker for record in known}))
 
     def end(self) -> None:
-        """Keep what was counted and drop what was going on: the worker has ended."""
+        """Mark the worker as ended: keep its counts, and clear figures of the present."""
         self.is_over = True
         self.recorder.in_flight = self.buckets = self.tasks = 0
         self.lag = 0.0
@@ -329,29 +337,29 @@ def oldest_changed(now: float) -> int:
 
 
 def moves_of(upstream: Upstream) -> list[TransitionRecord]:
-    """Return the last moves of an upstream's breaker and of its targets' breakers, the oldest first."""
-    theirs = (
+    """Return the last transitions of the breakers of an upstream and its targets, oldest first."""
+    of_targets = (
         (record, target.url)
         for target in upstream.targets
         if target.breaker is not None
         for record in target.breaker.records
     )
-    latest = heapq.nlargest(MAX_RECORDS, theirs, key=lambda cached: cached[0].at)
-    moves = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
-    return sorted(moves, key=_moment)
+    latest = heapq.nlargest(MAX_RECORDS, of_targets, key=lambda one: one[0].at)
+    transitions = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
+    return sorted(transitions, key=_moment)
 
 
 def last_moves(moves: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
-    """Return the last of the moves, the oldest first.
+    """Return the last of the given transitions, oldest first.
 
-    For each worker those are KEPT_RECORDS of the upstream's breaker and as many of all its targets': one that moves
-    often hides no move of the upstream's, and targets that come and go take no more room.
+    For each worker, `MAX_RECORDS` of the upstream's breaker are kept, and as many of all its targets together: the
+    targets' transitions do not displace the upstream's, and the number stays limited while targets change.
     """
     most = MAX_RECORDS * max(1, workers)
     by_time = sorted(moves, key=_moment)
     own = [move for move in by_time if move.target_url is None]
-    theirs = [move for move in by_time if move.target_url is not None]
-    return sorted(own[-most:] + theirs[-most:], key=_moment)
+    of_targets = [move for move in by_time if move.target_url is not None]
+    return sorted(own[-most:] + of_targets[-most:], key=_moment)
 
 
 def _moment(record: TransitionRecord) -> float:
@@ -359,12 +367,12 @@ def _moment(record: TransitionRecord) -> float:
 
 
 def _identity(record: TransitionRecord) -> tuple[str, str | None, int, float]:
-    """Tell one move from others: a target may get a new breaker, which counts from 1 again."""
+    """Return what identifies a transition. The time is part of it: a new breaker of a target counts from 1 again."""
     return record.worker, record.target_url, record.number, record.at
 
 
 def _record(state: Mapping[str, Any]) -> TransitionRecord:
-    """Build the record that `asdict` and JSON have made this of."""
+    """Return the record from its state, as `asdict` and JSON represent it."""
     own = {
         "source": State(state["source"]),
         "target": State(state["target"]),

@@ -1,4 +1,4 @@
-"""The state of a snapshot in parts, each of which is parsed quickly."""
+"""Splitting of a snapshot's state into parts, so that parsing one does not block the event loop."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -9,7 +9,7 @@ _PART = 50  # rows of such a table in one part
 
 
 def split(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a report's state in parts that are each parsed quickly: what is kept by route and upstream in pieces."""
+    """Yield the state in parts: first all but the large tables, then each table in pieces of `_PART` rows."""
     tables = [(path, _table(state, path)) for path in _LARGE]
     first = {**state, "recorder": {**state["recorder"]}}
     for path, _ in tables:
@@ -22,7 +22,7 @@ def split(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the state whose parts these are."""
+    """Return the state from its parts, in their order."""
     state, *pieces = parts
     for piece in pieces:
         _table(state, piece["path"]).update(piece["rows"])

@@ -1,4 +1,4 @@
-"""The bodies of what the operator is shown of upstreams, their breakers and targets, and of what limits rest on."""
+"""The response bodies on upstreams, breakers, targets, stores and health."""
 
 from typing import Literal
 
@@ -9,14 +9,14 @@ from api_gateway.reporting.reload_schema import ConfigurationView
 
 
 class OpeningView(Body):
-    """Why a breaker last opened."""
+    """When and why a breaker last opened."""
 
     at: str = Field(description="UTC, ISO 8601.")
     detail: str
 
 
 class BreakerThresholds(Body):
-    """When a breaker opens and how it recovers; durations in seconds."""
+    """The thresholds at which a breaker opens, and the settings of its recovery; durations in seconds."""
 
     failure_threshold: int
     failure_rate: float
@@ -33,25 +33,25 @@ class BreakerThresholds(Body):
 
 
 class ModeChange(RequestBody):
-    """The body of POST /circuit-breakers/{name}: the mode, for how long (null: until changed), and a comment."""
+    """The body of POST /circuit-breakers/{name}: mode, duration (null: until changed) and comment."""
 
-    mode: BreakerMode = Field(description="`auto` takes back what was set before.", examples=["forced_open"])
+    mode: BreakerMode = Field(description="`auto` removes the operator's mode.", examples=["forced_open"])
     duration_seconds: float | None = Field(default=None, gt=0, le=3_200_000_000, examples=[600])
     comment: str = Field(default="", max_length=500, examples=["the database is being moved"])
 
 
 class ModeView(Body):
-    """A breaker's mode, and of one that an operator has set when, until when, why and by whom."""
+    """A breaker's mode. The other fields are set if an operator has set the mode."""
 
     mode: BreakerMode
     since: str | None = Field(default=None, description="UTC, ISO 8601.")
-    until: str | None = Field(default=None, description="UTC, ISO 8601; null until it is changed.")
+    until: str | None = Field(default=None, description="UTC, ISO 8601; null if it has no end.")
     comment: str = ""
     set_by: str | None = Field(default=None, description="The operator who set it: token and address.")
 
 
 class ModeChanged(Body):
-    """What a change of mode did. This worker follows at once, the others within a second."""
+    """The result of a change of mode, which applies in this worker at once, in the others within a second."""
 
     name: str
     previous: ModeView
@@ -59,139 +59,141 @@ class ModeChanged(Body):
 
 
 class BreakerView(Body):
-    """One circuit breaker. `state` is what it makes of the calls, `mode` what an operator makes of it."""
+    """One circuit breaker: `state` follows from the calls, `mode` is set by an operator."""
 
     state: Literal["CLOSED", "OPEN", "HALF_OPEN"]
-    since: str = Field(description="When it entered this state, UTC, ISO 8601.")
+    since: str = Field(description="When the breaker entered this state, UTC, ISO 8601.")
     mode: BreakerMode
-    override: ModeView | None = Field(description="What an operator has set; null in mode auto.")
+    override: ModeView | None = Field(description="The mode that an operator has set; null in mode auto.")
     consecutive_failures: int
-    window_calls: int = Field(description="Counted calls inside the window.")
+    window_calls: int = Field(description="Recorded calls in the window.")
     window_failures: int
-    window_failure_rate: float | None = Field(description="None while the window holds no call.")
-    window_slow_calls: int = Field(description="Calls inside the window that took slow_call_duration or longer.")
-    window_slow_call_rate: float | None = Field(description="None while the window holds no call.")
+    window_failure_rate: float | None = Field(description="null while the window has no call.")
+    window_slow_calls: int = Field(description="Calls in the window that took slow_call_duration or longer.")
+    window_slow_call_rate: float | None = Field(description="null while the window has no call.")
     probes_in_flight: int
     failures_of_one_client: bool = Field(
-        description="True while a threshold is reached by the failures of one client alone, and others call too: that"
-        " does not open it. A client is one that is registered, or else an address."
+        description="True while the failures of one client alone reach a threshold and other clients call, too: then"
+        " the breaker does not open. A client is a registered client, or else an address."
     )
     ramp_ratio: float | None = Field(
-        description="Share of the rate before it opened that is admitted, and 10 a second at least; null unless it has"
-        " just closed."
+        description="Admitted share of the request rate before the breaker opened, at least 10 requests per second;"
+        " null if no ramp is in progress."
     )
     opened_total: int
     rejected_total: int
     slow_calls_total: int
-    would_open_total: int = Field(description="Times it would have opened, in mode observe.")
-    would_reject_total: int = Field(description="Requests it would have refused, in mode observe.")
+    would_open_total: int = Field(description="Times the breaker would have opened, in mode observe.")
+    would_reject_total: int = Field(description="Requests that would have been rejected, in mode observe.")
     next_probe_in_seconds: float | None = Field(description="Time until a probe is admitted; null unless OPEN.")
     last_opened: OpeningView | None
     thresholds: BreakerThresholds
     workers: dict[str, Literal["CLOSED", "OPEN", "HALF_OPEN"]] | None = Field(
-        default=None, description="The state in each worker, where several serve; `state` is the worst of them."
+        default=None, description="State in each worker if there are several; `state` is the worst of them."
     )
 
 
 class ActiveView(Body):
-    """What the health checks of a target have found."""
+    """The results of a target's health checks."""
 
-    result: str = Field(description="What the last check found.")
-    at: str = Field(description="When that was, UTC, ISO 8601.")
+    result: str = Field(description="Result of the last check: status or error.")
+    at: str = Field(description="Time of the last check, UTC, ISO 8601.")
     passed: bool
-    consecutive: int = Field(description="Results alike in a row: good ones, or bad ones.")
+    consecutive: int = Field(description="Number of consecutive checks with the same result as the last.")
     last_error: str | None
     last_error_at: str | None
 
 
 class PassiveView(Body):
-    """What live requests have shown of a target: its own circuit breaker."""
+    """Outlier detection of a target, which has its own circuit breaker."""
 
     circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
-    ejected: bool = Field(description="True while it gets no request for it.")
+    ejected: bool = Field(description="True while the target is ejected and receives no requests.")
     consecutive_failures: int
     last_opened: OpeningView | None
-    next_probe_in_seconds: float | None = Field(description="Time until a request tries it again; null unless OPEN.")
+    next_probe_in_seconds: float | None = Field(description="Time until a probe is admitted; null unless OPEN.")
     ejections_total: int
     not_ejected_detail: str | None = Field(
-        description="Why its failures do not eject it; null if nothing prevents it."
+        description="Why failures do not eject the target; null if nothing prevents ejection."
     )
 
 
 class VerdictView(Body):
-    """Both verdicts on a target."""
+    """The health of a target, by health checks and by outlier detection."""
 
-    healthy: bool | None = Field(description="What health checks say; null while none has come back, or none is set.")
-    active: ActiveView | None = Field(description="None while no health check has come back.")
-    passive: PassiveView | None = Field(description="None where the target has no breaker of its own.")
+    healthy: bool | None = Field(description="Result of health checks; null before the first, or without checks.")
+    active: ActiveView | None = Field(description="null before the first result of a health check.")
+    passive: PassiveView | None = Field(description="null without outlier detection.")
     slow_start_ratio: float = Field(
         description="How often the target is a candidate, 0 to 1: less than 1 during its slow start."
     )
 
 
 class BreakersView(Body):
-    """Every circuit breaker, by upstream, and the verdicts on the targets."""
+    """All circuit breakers by upstream, and the health of the targets."""
 
     circuit_breakers: dict[str, BreakerView]
     modes_error: str | None = Field(
-        default=None, description="Why the file of modes cannot be used; while it cannot, modes stay as they are."
+        default=None, description="Why the file of modes cannot be used; until it can, the modes stay unchanged."
     )
     targets: dict[str, dict[str, VerdictView]] = Field(
-        default={}, description="By upstream and URL; where a name is resolved, by `name (URL)`."
+        default={}, description="By upstream and URL, or `name (URL)` if the name was resolved."
     )
 
 
 class FailedCallView(Body):
-    """A call that failed or was slow, shortly before a breaker moved."""
+    """A failed or slow call before a transition of a breaker."""
 
     at: str = Field(description="UTC, ISO 8601.")
     route: str | None
-    detail: str = Field(description="Its status or error.")
+    detail: str = Field(description="Status or error of the call.")
     duration_seconds: float | None = Field(description="From sending to the response's head, or to the failure.")
     request_id: str | None
 
 
 class TransitionRecordView(Body):
-    """A move of a breaker and what led to it."""
+    """A transition of a breaker, with its cause."""
 
     at: str = Field(description="UTC, ISO 8601.")
     source: Literal["CLOSED", "OPEN", "HALF_OPEN"] = Field(alias="from")
     target: Literal["CLOSED", "OPEN", "HALF_OPEN"] = Field(alias="to")
-    detail: str = Field(description="What led to it.")
-    mode: BreakerMode = Field(description="In mode observe nothing was refused.")
+    detail: str = Field(description="Cause of the transition.")
+    mode: BreakerMode = Field(description="Mode at the transition; in mode observe nothing was rejected.")
     window_calls: int
     window_failures: int
     window_slow_calls: int
-    last_failures: list[FailedCallView] = Field(description="Since the move before, the newest first; at most 10.")
-    next_probe_at: str | None = Field(description="UTC, ISO 8601; null unless it opened.")
-    worker: str | None = Field(default=None, description="Whose breaker it was, where several serve.")
+    last_failures: list[FailedCallView] = Field(
+        description="Failed calls since the previous transition, newest first; at most 10."
+    )
+    next_probe_at: str | None = Field(description="UTC, ISO 8601; null unless the breaker opened.")
+    worker: str | None = Field(default=None, description="Worker of the breaker if there are several.")
     target_url: str | None = Field(
-        default=None, description="The target whose breaker it was; null for the upstream's own."
+        default=None, description="Target of the breaker; null for the breaker of the upstream."
     )
 
 
 class HistoryView(Body):
-    """The last moves of a breaker and of those of its targets, the newest first."""
+    """The last transitions of a breaker and of the breakers of its targets, newest first."""
 
     name: str
     history: list[TransitionRecordView]
 
 
 class NameView(Body):
-    """A name whose addresses are the targets."""
+    """A host name whose addresses are the targets."""
 
     host: str
     port: int
-    addresses: list[str] = Field(description="Empty until it was resolved: then the name itself is the target.")
-    queried_at: str | None = Field(description="When DNS was queried last, UTC, ISO 8601.")
-    error: str | None = Field(description="Why the last query failed; the addresses known before are kept.")
+    addresses: list[str] = Field(description="Empty before the first result; until then the name is the target.")
+    queried_at: str | None = Field(description="Time of the last DNS query, UTC, ISO 8601.")
+    error: str | None = Field(description="Why the last query failed; the previous addresses are kept.")
 
 
 class TargetView(Body):
     """One target of an upstream."""
 
     url: str
-    healthy: bool | None = Field(description="What health checks say; null while none has come back, or none is set.")
+    healthy: bool | None = Field(description="Result of health checks; null before the first, or without checks.")
     in_flight: int
     configured_url: str | None = Field(default=None, description="The URL whose host was resolved to this address.")
     active: ActiveView | None = None
@@ -200,7 +202,11 @@ class TargetView(Body):
 
 
 class UpstreamView(Body):
-    """Health of an upstream: pass while every target is in rotation, fail when none is healthy or its breaker open."""
+    """Health of an upstream.
+
+    `pass`: all targets are in rotation, all names are resolved, and the breaker is CLOSED. `fail`: no target is
+    healthy, or the breaker rejects all requests. Otherwise `warn`.
+    """
 
     status: Literal["pass", "warn", "fail"]
     circuit_breaker: Literal["CLOSED", "OPEN", "HALF_OPEN"]
@@ -210,53 +216,60 @@ class UpstreamView(Body):
 
 
 class ConcurrencyView(Body):
-    """What is under way at an upstream, and what may be, in all workers."""
+    """Requests in flight at an upstream and their limit, summed over all workers."""
 
-    limit: float | None = Field(description="Requests that may be under way at once; null is no limit.")
-    in_flight: int = Field(description="Requests under way; without a limit WebSockets and event streams too.")
-    shed: int = Field(description="Requests refused for it since the start.")
+    limit: float | None = Field(description="Maximum number of requests in flight; null: no limit.")
+    in_flight: int = Field(
+        description="Requests in flight; without a limit WebSockets and event streams are included."
+    )
+    shed: int = Field(description="Requests refused because of the limit since the start.")
 
 
 class LagView(Body):
-    """How late the event loop runs: the worst worker's."""
+    """Event loop lag: the highest of the workers."""
 
     lag_seconds: float = Field(description="Median of the last samples.")
-    shed: int = Field(description="Requests refused for it since the start.")
+    shed: int = Field(description="Requests refused because of the lag since the start.")
 
 
 class ResourceView(Body):
-    """A bounded resource of which an address or client may hold as much as is still free."""
+    """A limited resource with fair shares: a client or address uses at most as much of it as is still free."""
 
     resource: str = Field(description="`connections` of clients; `requests` or `tunnels` of an upstream.")
     upstream: str | None
-    limit: int = Field(description="All workers and targets together.")
+    limit: int = Field(description="Sum over all workers and targets.")
     in_use: int
-    rejected: int = Field(description="What got no place since the start.")
-    status: Literal["pass", "warn"] = Field(description="`warn` while it is nearly exhausted.")
+    rejected: int = Field(description="Requests or connections refused since the start.")
+    status: Literal["pass", "warn"] = Field(description="`warn` while the resource is nearly exhausted.")
 
 
 class StoreView(Body):
-    """What the limits rest on now. `memory` and `store` are exact, all else is the policy for a store that is away."""
+    """The source of rate limit decisions, and the figures of the store.
+
+    With `memory` and `store` the limits are exact; the other sources apply while the store is unavailable.
+    """
 
     decision_source: DecisionSource
-    gateway_processes: int = Field(description="Gateway processes that share a bucket while the store cannot be used.")
-    calls: int = Field(description="Calls that the store answered in time.")
+    gateway_processes: int = Field(
+        description="Number of gateway processes among which limits are divided while the store is unavailable."
+    )
+    calls: int = Field(description="Calls with a response in time.")
     operations: int = Field(description="Decisions and settlements in these calls.")
     failures: int = Field(description="Calls without a response in time, and failed attempts to connect.")
     last_error: str | None
-    evicted_keys: int = Field(description="Keys the store has evicted for lack of memory since it started.")
-    warning: str | None = Field(description="What about the store makes limits inexact, if anything does.")
+    evicted_keys: int = Field(description="Keys that the store has evicted for lack of memory since its start.")
+    warning: str | None = Field(description="Condition of the store that makes limits inexact; null if there is none.")
 
 
 class ClientStoreView(Body):
-    """Whether registered clients can be read and changed. While they cannot, tiers stay as they were last known."""
+    """The client store. With an error, the last known tiers apply and clients cannot be changed."""
 
     status: Literal["pass", "warn"]
     error: str | None
 
 
 class HealthView(BaseModel):
-    """Overall health. From elsewhere than the operator's place only `status` is shown."""
+    """Overall health. All but `status` is for operators only."""
 
     status: Literal["pass", "warn", "fail"]
     version: str | None = None

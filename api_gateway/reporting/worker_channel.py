@@ -1,9 +1,9 @@
-"""Who else serves: nobody, or the other workers, whom the supervisor asks on a worker's behalf.
+"""The channel between a worker and the supervisor, for snapshots and reloads; and its counterpart in a single process.
 
-Messages are lines of JSON over a socket pair. A worker sends `ready` once, `report` every second and when asked,
-`gather` to hear how all stand, `reload` to have all take the configuration anew, `configured` in answer to `prepare`
-and `commit`, and as its last word `left`; the supervisor sends `report` to ask, `prepare` and `commit` for the two
-phases of a reload, and `gathered` and `reloaded` to answer.
+Messages are lines of JSON over a socket pair. A worker sends `ready` once; `report` every second and on request;
+`gather` to request the merged snapshot; `reload` to request a reload in all workers; `configured` in response to
+`prepare` and `commit`; and `left` as its last message. The supervisor sends `report` to request a report; `prepare`
+and `commit` for the two phases of a reload; and `gathered` and `reloaded` in response.
 """
 
 import asyncio
@@ -26,128 +26,132 @@ logger = logging.getLogger(__name__)
 
 TakeSnapshot = Callable[[], Steps[WorkerSnapshot]]
 
-REPLACED_SIGNAL = signal.SIGUSR1  # tells a worker that another one has taken its place
+REPLACED_SIGNAL = signal.SIGUSR1  # sent to a worker that another one replaces
 
-SNAPSHOT_INTERVAL = 1.0  # seconds: what is counted in them is what a killed worker takes with it
-GATHER_TIMEOUT = 1.0  # seconds for the supervisor to answer, who gives the workers half of that
+SNAPSHOT_INTERVAL = 1.0  # seconds; counts of the last interval are lost if a worker is killed
+GATHER_TIMEOUT = 1.0  # seconds for the supervisor to respond; it gives the workers half of that
 MAX_MESSAGE = 64 * 1024 * 1024  # bytes
-MAX_UNSENT = 8 * 1024 * 1024  # bytes: a supervisor that does not read gets nothing new
+MAX_UNSENT = 8 * 1024 * 1024  # bytes unread by the supervisor from which no report is sent
 
 
 class Reconfigurable(Protocol):
-    """What serves in this process, as the supervisor brings it to another configuration in two phases."""
+    """The gateway in this process, to which a new configuration is applied in two phases."""
 
     async def prepare(self, values: dict[str, Any]) -> None:
-        """Do all that may fail on the way to a configuration that was handed over. Raises StartupError."""
+        """Do all steps to the given configuration that may fail. Raises StartupError."""
         ...
 
     def commit(self) -> None:
-        """Put what was prepared last into force."""
+        """Put the configuration that was prepared last into force."""
         ...
 
     async def reload(self, origin: str) -> ReloadOutcome:
-        """Reload the configuration of this process, where it serves alone."""
+        """Reload the configuration of a single process, in both phases."""
         ...
 
 
 class Aggregator(Protocol):
-    """Those who serve."""
+    """Access to all workers of the gateway: their merged snapshot, and reloads."""
 
     def register(self, take_snapshot: TakeSnapshot, configured: "Reconfigurable | None" = None) -> None:
-        """Say how to look at the process that serves here, and how to bring it to another configuration."""
+        """Set the source of this process's snapshots, and the object that applies configurations."""
         ...
 
     async def reload(self, origin: str) -> ReloadOutcome:
-        """Have all take the configuration anew, or none. `origin` says who wants it."""
+        """Reload the configuration in all workers or none. `origin` names the cause, for the log."""
         ...
 
     async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
-        """Return the report of all together; the histories of the breakers come when asked for, as they are large."""
+        """Return the merged snapshot of all workers; with the histories of breakers, which are large, on request."""
         ...
 
 
 class SingleProcess:
-    """The crew of a single process: its report is the report of all, and the recorder in it is the live one."""
+    """The aggregator of a single process. The recorder in its snapshots is the live one."""
 
     def __init__(self) -> None:
         self._take_snapshot: TakeSnapshot = _nothing
         self._reconfigurable: Reconfigurable | None = None
 
     def register(self, take_snapshot: TakeSnapshot, configured: Reconfigurable | None = None) -> None:
-        """See `Aggregator`."""
+        """Set the source of snapshots, and the object that applies configurations."""
         self._take_snapshot, self._reconfigurable = take_snapshot, configured
 
-    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:  # noqa: ARG002 - they are at hand
-        """See `Aggregator`."""
+    async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:  # noqa: ARG002 - always included
+        """Return the snapshot of this process, with histories."""
         return await paced(self._take_snapshot())
 
     async def reload(self, origin: str) -> ReloadOutcome:
-        """See `Aggregator`."""
-        assert self._reconfigurable is not None  # noqa: S101 - whoever asks is served
+        """Reload the configuration of this process."""
+        assert self._reconfigurable is not None  # noqa: S101 - a process that gets requests has registered
         return await self._reconfigurable.reload(origin)
 
 
 class SupervisorChannel:
-    """One of several workers: tells the supervisor how it stands, and asks it how all stand."""
+    """A worker's end of the channel: sends its snapshots to the supervisor, and requests merged ones and reloads.
+
+    States, in this order: created; connected (`connect`: messages are read); ready (`announce_ready`: a report is sent
+    every second); closed (`close`). `gather` and `reload` require a connected channel.
+    """
 
     def __init__(self, channel: socket.socket, on_orphaned: Callable[[], None]) -> None:
-        """`on_orphaned` is called when the supervisor is gone."""
+        """`on_orphaned` is called when the supervisor has ended."""
         self._channel = channel
         self._on_orphaned = on_orphaned
         self._take_snapshot: TakeSnapshot = _nothing
         self._reconfigurable: Reconfigurable | None = None
-        self._since = 0  # the first slice that the supervisor may not know as it is
-        self._known: dict[str, UpstreamSnapshot] = {}  # what it was last told of each upstream
-        self._send_lock = asyncio.Lock()  # a report that was begun earlier is sent earlier
+        self._since = 0  # number of the first slice that may have changed since the last message
+        self._known: dict[str, UpstreamSnapshot] = {}  # upstreams as in the last message
+        self._send_lock = asyncio.Lock()  # snapshots are sent in the order in which they were begun
         self._number = 0
         self._pending: dict[int, asyncio.Future[Any]] = {}
-        self._parts: dict[int, list[dict[str, Any]]] = {}  # of answers that are not complete
-        self._last: Any = None  # what was last gathered
+        self._parts: dict[int, list[dict[str, Any]]] = {}  # of incomplete responses
+        self._last: Any = None  # the last merged state
         self._tasks: list[asyncio.Task[None]] = []
         self._preparing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<SupervisorChannel [{len(self._pending)} asked]>"
+        return f"<SupervisorChannel [{len(self._pending)} pending]>"
 
     def register(self, take_snapshot: TakeSnapshot, configured: Reconfigurable | None = None) -> None:
-        """See `Aggregator`."""
+        """Set the source of this worker's snapshots, and the object that applies configurations."""
         self._take_snapshot, self._reconfigurable = take_snapshot, configured
 
     async def connect(self) -> None:
-        """Begin to listen to the supervisor."""
+        """Begin to read messages from the supervisor."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._channel, limit=MAX_MESSAGE)
         self._tasks.append(asyncio.create_task(self._listen(reader), name="crew"))
 
     def announce_ready(self) -> None:
-        """Tell that this worker serves, and report from now on."""
+        """Announce that this worker accepts requests, and begin to send reports."""
         self._send("ready", clock=time.monotonic())
         self._tasks.append(asyncio.create_task(self._report_periodically(), name="reports"))
 
     async def close(self, cut_off: int = 0) -> None:
-        """Report for the last time, with what could not be ended in time, and stop listening."""
+        """Send the last report and close the channel. `cut_off` is the number of exchanges aborted at the stop."""
         for task in self._tasks:
             task.cancel()
         await self._send_snapshot("left", cut_off=cut_off)
-        with suppress(OSError):  # the supervisor may have gone before
+        with suppress(OSError):  # the supervisor may have ended before
             await self._writer.drain()
             self._writer.close()
             await self._writer.wait_closed()
 
     async def gather(self, *, with_histories: bool = False) -> WorkerSnapshot:
-        """Return the report of all together.
+        """Return the merged snapshot of all workers from the supervisor.
 
-        What is shown has passed through the supervisor, who keeps it: so nothing that was shown once falls when this
-        worker or another dies. For the same reason a supervisor that does not answer is made up for by its last
-        answer, and by this worker's own report only if there was none.
+        The supervisor keeps all counts, so none that was shown decreases when a worker ends. For the same reason, if
+        the supervisor does not respond within `GATHER_TIMEOUT`, its last response is used, and this worker's own
+        snapshot only if there was none.
         """
         self._number = number = self._number + 1
-        reply = self._pending[number] = asyncio.get_running_loop().create_future()
+        response = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
             await self._send_snapshot("gather", id=number, with_histories=with_histories)
             async with asyncio.timeout(GATHER_TIMEOUT):
-                self._last = await reply
+                self._last = await response
         except TimeoutError:
-            logger.warning("the supervisor has not answered within %g s; what is shown may be old", GATHER_TIMEOUT)
+            logger.warning("no response from the supervisor within %g s; figures may be out of date", GATHER_TIMEOUT)
         finally:
             del self._pending[number]
         own = await paced(self._take_snapshot())
@@ -158,12 +162,12 @@ class SupervisorChannel:
         return snapshot
 
     async def reload(self, origin: str) -> ReloadOutcome:
-        """See `Aggregator`; the supervisor reads the configuration and has every worker take it."""
+        """Request a reload: the supervisor reads the configuration and applies it in all workers or none."""
         self._number = number = self._number + 1
-        reply = self._pending[number] = asyncio.get_running_loop().create_future()
+        response = self._pending[number] = asyncio.get_running_loop().create_future()
         self._send("reload", id=number, origin=origin)
         try:
-            return ReloadOutcome.from_state(await reply)
+            return ReloadOutcome.from_state(await response)
         finally:
             del self._pending[number]
 
@@ -181,42 +185,42 @@ class SupervisorChannel:
                     self._receive_part(message)
                 else:
                     self._resolve(message["id"], message["outcome"])
-                await asyncio.sleep(0)  # lines that have all arrived are read without a pause
+                await asyncio.sleep(0)  # `readline` does not yield to the loop while lines are buffered
         self._on_orphaned()
 
     def _receive_part(self, message: dict[str, Any]) -> None:
-        """Take one part of a report; the last completes it."""
+        """Store one part of a response; the last part completes it."""
         parts = self._parts.setdefault(message["id"], [])
         parts.append(message["report"])
         if message["is_last"]:
             self._resolve(message["id"], joined(self._parts.pop(message["id"])))
 
-    def _resolve(self, number: int, reply: dict[str, Any]) -> None:
-        asked = self._pending.get(number)
-        if asked is not None and not asked.done():
-            asked.set_result(reply)
+    def _resolve(self, number: int, response: dict[str, Any]) -> None:
+        pending = self._pending.get(number)
+        if pending is not None and not pending.done():
+            pending.set_result(response)
 
     async def _prepare(self, message: dict[str, Any]) -> None:
-        """Do the first phase of a reload, and say whether anything is in its way."""
-        assert self._reconfigurable is not None  # noqa: S101 - nobody is asked who has not said that it is ready
+        """Run the first phase of a reload, and send the error if it fails."""
+        assert self._reconfigurable is not None  # noqa: S101 - the supervisor addresses only workers that are ready
         objection: tuple[str, bool] | None = None
         try:
             await self._reconfigurable.prepare(message["config"])
         except StartupError as error:
             objection = str(error), True
         except Exception as error:
-            logger.exception("configuration")
+            logger.exception("preparing the new configuration failed")
             objection = f"it failed: {type(error).__name__}", False
         self._send("configured", id=message["id"], objection=objection)
 
     def _commit(self, number: int) -> None:
-        """Do the second phase. What fails here ends the worker: another takes its place, on the new configuration."""
-        assert self._reconfigurable is not None  # noqa: S101 - it was asked to prepare before
+        """Run the second phase. After an error the supervisor replaces this worker, on the new configuration."""
+        assert self._reconfigurable is not None  # noqa: S101 - `prepare` precedes `commit`
         objection = None
         try:
             self._reconfigurable.commit()
         except Exception as error:
-            logger.exception("configuration")
+            logger.exception("applying the new configuration failed")
             objection = f"it failed: {type(error).__name__}", False
         self._send("configured", id=number, objection=objection)
 
@@ -230,7 +234,7 @@ class SupervisorChannel:
             await self._send_snapshot("report", answers=replies)
 
     async def _send_snapshot(self, kind: str, **fields: Any) -> None:
-        """Send a message with what has changed since the last time."""
+        """Send a message with the changes since the last one."""
         async with self._send_lock:
             since = oldest_changed(time.monotonic())
             snapshot = await paced(self._take_snapshot())
@@ -249,5 +253,5 @@ def _nothing() -> Steps[WorkerSnapshot]:
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """Return a message as it travels."""
+    """Return a message as one line of JSON."""
     return json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode() + b"\n"

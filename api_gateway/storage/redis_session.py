@@ -1,7 +1,7 @@
-"""The shared store, a Redis or Valkey server: how it is connected to, listened to, and its scripts are called.
+"""Sessions with the shared store, a Redis or Valkey server: connections, script calls and subscriptions.
 
-The only module that knows the client library. Nothing here retries: whether a command may be sent twice is for the
-caller to know, and a decision of the limiter may not.
+The only module that uses the client library. Nothing is retried here: only the caller knows whether a command may be
+sent twice, and a decision of the limiter may not.
 """
 
 import asyncio
@@ -41,17 +41,17 @@ from api_gateway.settings.store_url import StoreUrl
 logger = logging.getLogger(__name__)
 
 StoreClient = Redis | RedisCluster
-StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all that a command can fail with
-MOVED = (MovedError, AskError, TryAgainError)  # the keys lie elsewhere, or are on their way
-WRITE_REFUSALS = ResponseError  # what the server itself answered: the command has changed nothing
+StoreError = (RedisError, RedisClusterException, OSError, TimeoutError)  # all errors of a command
+MOVED = (MovedError, AskError, TryAgainError)  # the keys are on another node, or are being moved
+WRITE_REFUSALS = ResponseError  # an error reply of the server: the command has changed nothing
 
-OTHER_HOST_NAME = (62, 64)  # what OpenSSL says of a certificate that is for another host name, or another address
-RESUBSCRIBE_DELAY = 0.2  # seconds
-MAX_QUIET = 0.5  # seconds for which a subscription may hear nothing; it is asked then, and has as long to answer
+OTHER_HOST_NAME = (62, 64)  # OpenSSL's codes for a certificate of another host name or address
+RESUBSCRIBE_DELAY = 0.2  # seconds between two subscriptions
+MAX_QUIET = 0.5  # seconds of silence after which a subscription is pinged, and again for the response
 
 
 class ScriptCall:
-    """One call of a script: the keys it may touch, and its arguments."""
+    """One call of a script: its keys and arguments."""
 
     __slots__ = ("arguments", "keys")
 
@@ -60,12 +60,12 @@ class ScriptCall:
         self.arguments: list[str | int] = []
 
     def number(self, key: str) -> int:
-        """Return the number of a key among the call's keys, as the script counts them."""
+        """Add a key unless it is present; return its number in KEYS, from 1."""
         return self.keys.setdefault(key, len(self.keys) + 1)
 
 
 class Script:
-    """A script and the name by which servers know it."""
+    """A Lua script, and the SHA-1 digest by which servers identify it."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -73,9 +73,9 @@ class Script:
 
 
 class Evictions(NamedTuple):
-    """How many keys a store has thrown out for want of memory, and the policy by which it would, None if it would not.
+    """Number of keys that a store has evicted for lack of memory, and its eviction policy; None if it evicts nothing.
 
-    On a cluster the sum, and the policy of any node.
+    On a cluster the sum over all nodes, and the policy of any node that evicts.
     """
 
     keys: int
@@ -83,29 +83,29 @@ class Evictions(NamedTuple):
 
 
 class StoreSession:
-    """What one process needs to talk to the store for as long as it lives."""
+    """The access of one process to the store. It connects when it is used; `close` ends it."""
 
     def __init__(self, url: str, *, timeout: float) -> None:
-        """`timeout` (seconds) bounds ordinary commands and connecting.
+        """`timeout` is the limit in seconds for a command of `client`, and for connecting.
 
-        Raises ValueError, and OSError if the files that the URL names cannot be used.
+        Raises ValueError if the URL is invalid, and OSError if a file that it names cannot be used.
         """
         self._place = StoreUrl.parse(url)
         _check_files(self._place.options)
         self.client = connect(url, timeout=timeout)
-        self.is_divided = isinstance(self.client, RedisCluster)  # then a call takes keys of one slot only
+        self.is_divided = isinstance(self.client, RedisCluster)  # then the keys of a call must be in one slot
 
     def __repr__(self) -> str:
         return f"<StoreSession [{type(self.client).__name__}]>"
 
     async def script_connection(self, script: Script, node: str = "") -> "ScriptConnection":
-        """Connect and make the script known; `node` is one of `nodes`, where there are several.
+        """Connect and load the script. `node` is one of `nodes`; empty unless the store is a cluster.
 
-        Raises one of `StoreError`, which names the setting that may be wrong.
+        Raises one of `StoreError`; the message names the setting that may be wrong.
         """
         with self._hinting():
             connection = self._connection(node)
-            connection.socket_timeout = None  # the caller's deadline is the only one
+            connection.socket_timeout = None  # only the caller's deadline applies
             carrier = ScriptConnection(
                 connection, script, self.client if isinstance(self.client, RedisCluster) else None
             )
@@ -119,8 +119,8 @@ class StoreSession:
             return carrier
 
     async def nodes(self) -> set[str]:
-        """Ask a cluster anew which servers hold its keys, and return their names. Raises one of `StoreError`."""
-        assert isinstance(self.client, RedisCluster)  # noqa: S101 - nothing else is divided
+        """Query a cluster for its primaries, and return their names. Raises one of `StoreError`."""
+        assert isinstance(self.client, RedisCluster)  # noqa: S101 - called only if `is_divided`
         with self._hinting():
             if self.client.get_nodes():
                 await self.client.nodes_manager.initialize()
@@ -130,8 +130,8 @@ class StoreSession:
         return {node.name for node in self.client.get_primaries()}
 
     def node_of(self, key: str) -> str:
-        """Return the name of the server on which a cluster keeps a key, "" if none is known."""
-        assert isinstance(self.client, RedisCluster)  # noqa: S101 - nothing else is divided
+        """Return the name of the cluster node of a key; empty if it is unknown."""
+        assert isinstance(self.client, RedisCluster)  # noqa: S101 - called only if `is_divided`
         owners = self.client.nodes_manager.slots_cache.get(key_slot(key.encode()))
         return owners[0].name if owners else ""
 
@@ -146,7 +146,7 @@ class StoreSession:
 
     @contextmanager
     def _hinting(self) -> Iterator[None]:
-        """Name the setting in an error that it may have caused."""
+        """Add to an error the setting that may have caused it."""
         try:
             yield
         except StoreError as error:
@@ -156,75 +156,78 @@ class StoreSession:
             raise Broken(f"{error} {hint}") from error
 
     async def listen(self, channel: str, on_message: Callable[[str], None], on_state: Callable[[bool], None]) -> None:
-        """Hand on what is published on a channel, until cancelled; reconnects by itself.
+        """Pass messages on a channel to `on_message` until cancelled; reconnects after errors.
 
-        `on_state` tells when listening begins and when it has broken off: in between nothing is missed, but for what
-        a connection that has died without a sign loses within 2 * MAX_QUIET.
+        `on_state` is called with True when the subscription begins, and with False when it has ended. In between no
+        message is missed, except for up to 2 * MAX_QUIET seconds before a connection that died silently is detected.
         """
         while True:
             pubsub = self.client.pubsub()
             try:
                 if isinstance(self.client, RedisCluster):
-                    await self.client.initialize()  # or it raises KeyError for a slot it knows nothing of
+                    await self.client.initialize()  # otherwise `subscribe` raises KeyError for an unknown slot
                 await pubsub.subscribe(channel)
                 check_cancelled()
-                async for message in _heard(pubsub):
+                async for message in _messages(pubsub):
                     if message["type"] == "subscribe":
                         on_state(True)
                     elif message["type"] == "message":
                         on_message(message["data"].decode(errors="replace"))
             except StoreError:
-                logger.debug("listening on %s broke off", channel, exc_info=True)
+                logger.debug("subscription to %s failed", channel, exc_info=True)
             finally:
                 on_state(False)
                 await pubsub.aclose()  # type: ignore[no-untyped-call]  # theirs
             await asyncio.sleep(RESUBSCRIBE_DELAY)
 
     async def evictions(self) -> Evictions:
-        """Ask what the store throws out. Raises one of `StoreError`."""
+        """Query evictions and the eviction policy. Raises one of `StoreError`."""
         found = [await self._info("stats"), await self._info("memory")]
         keys = sum(node["evicted_keys"] for node in found[0])
         policies = {node["maxmemory_policy"] for node in found[1] if node["maxmemory"]} - {"noeviction"}
         return Evictions(keys, min(policies, default=None))
 
     async def _info(self, section: str) -> list[dict[str, Any]]:
-        """Return what every server that holds keys tells of itself."""
+        """Return a section of INFO of every primary."""
         if not isinstance(self.client, RedisCluster):
             return [await self.client.info(section)]
         found = await self.client.info(section, target_nodes=RedisCluster.PRIMARIES)
         return list(found.values()) if all(isinstance(node, dict) for node in found.values()) else [found]
 
     async def close(self) -> None:
-        """Close the client."""
+        """Close all connections of the client."""
         await disconnect(self.client)
 
 
 class ScriptConnection:
-    """A connection to one server, outside of any pool, on which one script can be called.
+    """A connection to one server, outside of any pool, for calls of one script.
 
-    Nothing that may have been executed is sent twice.
+    A call that may have been executed is never repeated. After an error the connection cannot be used any more.
     """
 
     def __init__(self, connection: AbstractConnection, script: Script, cluster: RedisCluster | None) -> None:
-        """If the server is one of a cluster, a call takes keys of one slot only."""
+        """With `cluster`, the server is one of its nodes, and the keys of a call must be in one slot."""
         self._connection = connection
         self._script = script
         self._cluster = cluster
         self.is_divided = cluster is not None
 
+    def __repr__(self) -> str:
+        return f"<ScriptConnection [{'connected' if self._connection.is_connected else 'closed'}]>"
+
     def slot(self, key: str) -> int:
-        """Return the slot in which a cluster keeps a key."""
+        """Return the cluster slot of a key."""
         return key_slot(key.encode())
 
     async def introduce(self) -> None:
-        """Load the script: one that was loaded is kept, while servers since Valkey 8 forget those only seen."""
+        """Load the script. Servers keep loaded scripts, but since Valkey 8 may evict those known from EVAL only."""
         await self._connection.send_command("SCRIPT", "LOAD", self._script.text)
         await self._connection.read_response(timeout=math.inf)
 
     async def run(self, calls: Sequence[ScriptCall]) -> list[list[int]]:
-        """Call the script, all calls in one write, and return the replies.
+        """Send all calls in one write, and return their replies.
 
-        Raises one of `StoreError`; the carrier is of no use then.
+        Raises one of `StoreError`, after which the connection must be aborted.
         """
         commands = [_packed("EVALSHA", self._script.sha, call) for call in calls]
         await self._connection.send_packed_command(commands, check_health=False)
@@ -242,12 +245,12 @@ class ScriptConnection:
         return reply
 
     async def _repeat(self, call: ScriptCall, refusal: ResponseError) -> list[int]:
-        """Call once more, if the refusal proves that nothing has been executed; else raise it."""
-        if isinstance(refusal, NoScriptError):  # the server has forgotten its scripts
+        """Repeat a call if the refusal proves that it was not executed; else raise the refusal."""
+        if isinstance(refusal, NoScriptError):  # the server's scripts have been flushed
             command = _packed("EVAL", self._script.text, call)
             await self._connection.send_packed_command([command], check_health=False)
             reply: list[int] = await self._connection.read_response(timeout=math.inf)
-        elif isinstance(refusal, MOVED) and self._cluster is not None:  # its client follows, and learns
+        elif isinstance(refusal, MOVED) and self._cluster is not None:  # the cluster's client follows redirections
             reply = await self._cluster.eval(self._script.text, len(call.keys), *call.keys, *call.arguments)
             check_cancelled()
         else:
@@ -255,24 +258,24 @@ class ScriptConnection:
         return reply
 
     def abort(self) -> None:
-        """Let go of the connection at once."""
-        self._connection._close()  # type: ignore[no-untyped-call]  # noqa: SLF001 - `disconnect`, less the waiting
+        """Close the connection at once."""
+        self._connection._close()  # type: ignore[no-untyped-call]  # noqa: SLF001 - `disconnect` would wait
 
 
-async def _heard(pubsub: PubSub) -> AsyncIterator[dict[str, Any]]:
-    """Yield what a subscription hears, for as long as it proves to be alive. Raises one of `StoreError`."""
-    is_asked = False
+async def _messages(pubsub: PubSub) -> AsyncIterator[dict[str, Any]]:
+    """Yield the messages of a subscription while it responds. Raises one of `StoreError`."""
+    is_pinged = False
     while True:
         message = await pubsub.get_message(timeout=MAX_QUIET)
         check_cancelled()
         if message is not None:
-            is_asked = False
+            is_pinged = False
             yield message
-        elif is_asked:
-            raise TimeoutError(f"nothing was heard for {2 * MAX_QUIET:g} s")
+        elif is_pinged:
+            raise TimeoutError(f"no message and no response to a ping for {2 * MAX_QUIET:g} s")
         else:
             await pubsub.ping()
-            is_asked = True
+            is_pinged = True
 
 
 def _packed(verb: str, script: str, call: ScriptCall) -> bytes:
@@ -282,9 +285,10 @@ def _packed(verb: str, script: str, call: ScriptCall) -> bytes:
 
 
 def connect(url: str, *, timeout: float) -> StoreClient:
-    """Return a client of the store that connects when it is used, for commands that may take `timeout` seconds.
+    """Return a client of the store, which connects when it is used; `timeout` is the limit in seconds for a command.
 
-    It never repeats a command by itself and raises one of `StoreError`. Replies are bytes. Raises ValueError.
+    The client never repeats a command, raises one of `StoreError`, and returns bytes. Raises ValueError if the URL is
+    invalid.
     """
     place = StoreUrl.parse(url)
     options = {**place.options, **_common(timeout)}
@@ -314,9 +318,9 @@ def connect(url: str, *, timeout: float) -> StoreClient:
 
 
 async def disconnect(client: StoreClient) -> None:
-    """Close a client, and with it the sentinels it has asked."""
+    """Close a client, and its connections to sentinels."""
     await client.aclose()
-    if isinstance(client, RedisCluster):  # which after a failure takes itself for closed, whatever it has open
+    if isinstance(client, RedisCluster):  # after a failure its `aclose` does nothing, although connections are open
         for group in ("nodes_cache", "startup_nodes"):
             await client.nodes_manager.aclose(group)
     sentinel = None if isinstance(client, RedisCluster) else getattr(client.connection_pool, "sentinel_manager", None)
@@ -325,12 +329,12 @@ async def disconnect(client: StoreClient) -> None:
 
 
 def _check_files(options: Mapping[str, Any]) -> None:
-    """Find out now, and with a name, that a PEM file cannot be used: later it would be a store that is away."""
+    """Raise OSError, with the path, if a PEM file cannot be used; later the error would look like an outage."""
     named = [options[option] for option in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") if option in options]
     for file in named:
-        with open(file, "rb"):  # noqa: PTH123 - what is opened is nothing to read here
+        with open(file, "rb"):  # noqa: PTH123 - only the permission is checked
             pass
-    if not named:  # a context takes its time
+    if not named:  # creating a context is slow
         return
     try:
         context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
@@ -344,23 +348,26 @@ def _check_files(options: Mapping[str, Any]) -> None:
 
 
 def _hint(error: BaseException, place: StoreUrl) -> str | None:
-    """Return what about the URL may be why the store could not be connected to, None if nothing points there."""
+    """Return the setting in the URL that may have caused a failed connection; None if there is no indication."""
     is_tls = "ssl" in place.options
     for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             if cause.verify_code in OTHER_HOST_NAME:
-                return "The host in store.url must be one that the server's certificate is for."
-            return "The authority of the server's certificate must be the system's, or ?ca_file= in store.url."
+                return "The host in store.url must be one of those in the server's certificate."
+            return "The server's certificate must be issued by a CA of the system, or by ?ca_file= in store.url."
         is_broken_off = isinstance(cause, ConnectionResetError) or "closed by server" in str(cause)
         if is_broken_off and not is_tls and place.path is None:
             return "If the server expects TLS, store.url must begin with rediss."
         if (is_broken_off or "CERTIFICATE_REQUIRED" in str(cause)) and is_tls and "ssl_certfile" not in place.options:
-            return "If the server asks for a certificate, it is ?cert_file= and &key_file= in store.url."
+            return "If the server requires a client certificate, set ?cert_file= and &key_file= in store.url."
     return None
 
 
 def _introduction(secrets: Sequence[str]) -> Callable[[AbstractConnection], Awaitable[None]]:
-    """Return what introduces a connection to the server, whose refusal may quote the command with the password."""
+    """Return the function that authenticates a connection, without secrets in its errors.
+
+    A server may quote the command with the password in its refusal.
+    """
 
     async def introduce(connection: AbstractConnection) -> None:
         refusal: ResponseError | AuthenticationError | None = None
@@ -371,13 +378,13 @@ def _introduction(secrets: Sequence[str]) -> Callable[[AbstractConnection], Awai
                 raise
             refusal = error
         if refusal is not None:
-            raise type(refusal)("the server has refused the user or the password of store.url, or knows no users")
+            raise type(refusal)("the server refused the user or password in store.url, or does not support users")
 
     return introduce
 
 
 def _common(timeout: float) -> dict[str, Any]:
-    """Return what differs from the library's defaults: no retries, and no changes to timeouts by the server."""
+    """Return the common options: no retries, and no changes of timeouts by the server."""
     return {
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": timeout,

@@ -1,7 +1,7 @@
-"""Runs a program for as long as anybody holds the other end of a pipe, and removes its folder after it.
+"""Runs a program as long as another process holds the other end of a pipe, and then removes its folder.
 
-A program of its own, run by its path, so it may import nothing of ours. However the supervisor and the workers end,
-by `kill -9` too, the system closes their ends, and the program does not outlive them.
+A separate program that is run by its path, so it imports nothing of the gateway. When the supervisor and the workers
+end, by `kill -9` too, the system closes their ends of the pipe, so the program does not outlive them.
 
     python server_guardian.py DESCRIPTOR FOLDER PROGRAM [ARGUMENT ...]
 """
@@ -15,8 +15,8 @@ import threading
 
 
 def main(descriptor: int, folder: str, command: list[str]) -> int:
-    """Run the command; return its exit code."""
-    program = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 - who starts us says what
+    """Run the command; return its exit code, or 128 plus the number of the signal that ended it."""
+    program = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 - the caller chooses the command
     signal.signal(signal.SIGTERM, lambda *_: program.terminate())
 
     is_cut = threading.Event()
@@ -29,7 +29,7 @@ def main(descriptor: int, folder: str, command: list[str]) -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     code = program.wait()
-    if is_cut.is_set():  # nobody else is left to do it
+    if is_cut.is_set():  # no other process is left to remove it
         shutil.rmtree(folder, ignore_errors=True)
     return code if code >= 0 else 128 - code
 

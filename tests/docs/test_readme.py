@@ -32,7 +32,7 @@ VARYING = (
     (r"\w{3}, \d\d \w{3} \d{4} [\d:]+ GMT", "<date>"),
     (r"[0-9a-f]{32}", "<id>"),
     (r"content-length: \d+", "content-length: <n>"),
-    (r"(passes in )\d[\d.]*(?= s)", r"\1<n>"),
+    (r"(Retry in )\d[\d.]*(?= s)", r"\1<n>"),
     (r'("(?:retry_after_seconds|tokens_before|tokens_after)": ?)\d[\d.]*', r"\1<n>"),
 )
 

@@ -496,7 +496,7 @@ def test_a_store_that_dies_is_started_again(up: RawUpstream, tmp_path: Path) -> 
             return False
 
         eventually(lambda: running.keeper not in (None, keeper) and answers(), "it answers again")
-        assert "the embedded store ended with 137 and is started again, empty" in running.errors
+        assert "embedded store exited (code 137), restarting empty" in running.errors
         running.serve(connections=4)
 
 

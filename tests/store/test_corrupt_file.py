@@ -93,7 +93,7 @@ async def test_at_the_start_it_is_one_line_and_exit_code_3(tmp_path: Path, corru
     assert "state_dir: " in line
     assert f"{file}: the file is corrupt: " in line
     assert "tiers and grants" in line
-    assert "put a backup in its place, or move it away" in line
+    assert "then restore a backup, or move the file" in line
 
 
 async def test_a_file_that_is_not_corrupt_is_not_called_so(tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ async def test_it_is_started_again_when_it_dies(
     assert process is not None
     with caplog.at_level(logging.ERROR):
         os.kill(process.pid, signal.SIGKILL)  # the one that watches the server: the server may not stay without it
-        while store._process is process or not await store._answers():  # noqa: ASYNC110 - nothing tells
+        while store._process is process or not await store._responds():  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.01)
-    assert "started again, empty" in caplog.text
+    assert "restarting empty" in caplog.text
     await store.stop()
 
 
@@ -98,7 +98,7 @@ async def test_a_server_that_does_not_answer_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(embedded_server, "STORE_START_TIMEOUT", 0.3)
     store = EmbeddedStore(program(tmp_path, "server", "exec sleep 60"))
-    with pytest.raises(NoServer, match=r"did not answer within 0\.3 s"):
+    with pytest.raises(NoServer, match=r"did not respond within 0\.3 s"):
         await store.start()
     await store.stop()
 

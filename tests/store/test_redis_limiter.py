@@ -573,7 +573,7 @@ async def test_its_repr_tells_what_it_rests_on(store: StoreServer) -> None:
     async with gateways(store.url, SLOW) as (limiter,):
         await serving([limiter])
         await decided(limiter)
-        assert repr(limiter) == "<RedisLimiter [store, 1 buckets remembered]>"
+        assert repr(limiter) == "<RedisLimiter [store, 1 buckets cached]>"
         assert (len(limiter), limiter.bucket_limit) == (1, 10_000)
         with pytest.raises(RedisError):
             store.admin.execute_command("NO SUCH COMMAND")

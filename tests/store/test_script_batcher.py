@@ -312,8 +312,8 @@ async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_
         fresh = ask(dispatcher, 3)
         await answered(fresh)
         assert all(question.is_answered_rightly for question in fresh)
-    assert "the store is not used for now" in caplog.text
-    assert "the store is in use again" in caplog.text
+    assert "store unavailable, circuit breaker open" in caplog.text
+    assert "store available again" in caplog.text
 
 
 async def test_a_connection_that_breaks_while_idle_costs_no_question(store: StoreServer) -> None:

@@ -175,7 +175,7 @@ def test_a_store_that_refuses_writes_is_a_warning_in_the_log_and_at_health(
     store.admin.execute_command(*accept)
     eventually(lambda: health()["status"] == "pass", "it is mended")
     assert (health()["store"]["warning"], health()["store"]["decision_source"]) == (None, "store")
-    assert caplog.text.count("the store takes writes again") == 1
+    assert caplog.text.count("the store accepts writes again") == 1
 
 
 @pytest.mark.parametrize("policy", ["noeviction", "volatile-ttl"])

@@ -16,7 +16,7 @@ def test_a_debt_that_is_told_empties_the_bucket_at_most() -> None:
 
 def test_it_tells_what_it_is_asked_to_tell() -> None:
     store = LuaStore(START // 1000)
-    store.call(["a"], "settle", 1, FREE.burst_ns, -SECOND, START, "told", "refunds", "1 a")
+    store.call(["a"], "settle", 1, FREE.burst_ns, -SECOND, START, "publish", "refunds", "1 a")
     assert store.told == [("refunds", "1 a")]
 
 

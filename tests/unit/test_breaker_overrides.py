@@ -105,9 +105,9 @@ def test_a_writer_that_dies_halfway_leaves_the_file_as_it_was(
     [
         ('{"circuit_breakers": {\n  "users": x}}', ":2:12: not JSON: Expecting value"),
         ("", ":1:1: not JSON: Expecting value"),
-        ("[]", ": must hold an object circuit_breakers"),
+        ("[]", ": must have an object circuit_breakers"),
         (b"\xff", ": not UTF-8: invalid start byte at byte 0"),
-        ({"users": 7}, ": circuit_breakers.users: must hold mode, since, until, comment, set_by, got 7"),
+        ({"users": 7}, ": circuit_breakers.users: must have mode, since, until, comment, set_by, got 7"),
         ({"users": ENTRY | {"mode": 7}}, ": circuit_breakers.users.mode: must be text, got 7"),
         (
             {"users": ENTRY | {"mode": "open"}},
@@ -116,14 +116,14 @@ def test_a_writer_that_dies_halfway_leaves_the_file_as_it_was(
         (
             {"users": ENTRY | {"until": "tomorrow"}},
             (
-                ": circuit_breakers.users.until: must be a moment with its offset, such as 2026-12-01T00:00:00Z,"
+                ": circuit_breakers.users.until: must be a time with a UTC offset, such as 2026-12-01T00:00:00Z,"
                 " got 'tomorrow'"
             ),
         ),
         (
             {"users": ENTRY | {"since": "2026-12-01T00:00:00"}},
             (
-                ": circuit_breakers.users.since: must be a moment with its offset, such as 2026-12-01T00:00:00Z,"
+                ": circuit_breakers.users.since: must be a time with a UTC offset, such as 2026-12-01T00:00:00Z,"
                 " got '2026-12-01T00:00:00'"
             ),
         ),

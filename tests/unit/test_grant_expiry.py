@@ -39,5 +39,5 @@ def test_all_may_be_replaced_at_once() -> None:
     endings = ExpiryQueue(10)
     endings.expect(granted(1.0), lambda ending: True)
     endings.replace([ClientRecord("none", "FREE", None, 3), granted(7.0, 4), granted(6.0, 5, "other")])
-    assert repr(endings) == "<ExpiryQueue [2, the next at 6.0]>"
+    assert repr(endings) == "<ExpiryQueue [2, next at 6.0]>"
     assert list(endings.due(10.0)) == [Expiry(6.0, "other", 5), Expiry(7.0, "acme", 4)]

@@ -604,7 +604,7 @@ async def test_a_refusal_says_who_is_limited_by_what() -> None:
     await limiting.admitted()
     _, error = await limiting.ask()
     assert error is not None
-    for part in ("acme", "FREE", "10 tokens", "1 a second", "1.000 s"):
+    for part in ("acme", "FREE", "10 tokens", "1 per second", "1.000 s"):
         assert part in error.detail
     assert {name: error.extra[name] for name in ("client_id", "tier", "policy", "cost", "limit", "remaining")} == {
         "client_id": "acme",
@@ -648,7 +648,7 @@ async def test_a_cost_that_no_wait_can_pay_is_forbidden_and_not_limited() -> Non
     assert error.status == 403
     assert "retry-after" not in error.headers
     assert error.retry_after is None
-    for part in ("11 tokens", "acme", "holds 10"):
+    for part in ("11 tokens", "acme", "bucket of 10"):
         assert part in error.detail
     assert limit_fields(headers)["x-ratelimit-remaining"] == "10"
     assert await limiting.passes(cost=10)

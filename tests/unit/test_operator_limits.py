@@ -59,7 +59,7 @@ def test_failures_are_counted_by_address(now: Nanoseconds, failing: str, other: 
     limits = OperatorLimits(now)
     for _ in range(FAILURES.capacity):
         limits.charge_failure(failing)
-    with pytest.raises(RateLimited, match=f"'{failing}' failed too often: 50 times at once"):
+    with pytest.raises(RateLimited, match=f"Failed attempts of address '{failing}' exceed the limit of 50 at once"):
         limits.charge_failure(failing)
     if are_one:
         with pytest.raises(RateLimited):

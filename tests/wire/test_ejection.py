@@ -99,7 +99,7 @@ def test_the_last_in_rotation_stays_and_the_view_says_so(gateway: StartGateway, 
     assert view(running, first.url)["passive"]["ejected"]
     passive = view(running, last.url)["passive"]
     assert (passive["circuit_breaker"], passive["ejected"]) == ("CLOSED", False)
-    assert passive["not_ejected_detail"].startswith("Its last failures in a row (2) did not count towards ejection")
+    assert passive["not_ejected_detail"].startswith("Its last consecutive failures (2) did not count towards ejection")
 
 
 @pytest.mark.parametrize("options", [{"circuit_breaker": {**BREAKER, "per_target": False}}, {}])

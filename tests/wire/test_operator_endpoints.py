@@ -270,7 +270,7 @@ def test_a_mode_that_makes_no_sense_is_refused_by_place_and_value(
     ("name", "words"),
     [
         ("upp", "There is no circuit breaker 'upp'; did you mean 'up'?"),
-        ("zzz", "There is no circuit breaker 'zzz'; there is up."),
+        ("zzz", "There is no circuit breaker 'zzz'; existing: up."),
     ],
 )
 def test_a_breaker_that_is_not_there_is_answered_with_the_nearest_name(
@@ -289,7 +289,7 @@ def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path:
     file.write_text('{"circuit_breakers": {"up": {"mode": "on"}}}')
     with running_gateway(in_front_of("http://127.0.0.1:9"), tmp_path) as running:
         told = ask(f"{running.url}/circuit-breakers").json()
-        assert told["modes_error"].startswith(f"{file}: circuit_breakers.up: must hold mode, since")
+        assert told["modes_error"].startswith(f"{file}: circuit_breakers.up: must have mode, since")
         assert told["circuit_breakers"]["up"]["mode"] == "auto"
         answer = post(f"{running.url}/circuit-breakers/up", {"mode": "observe"})
         assert (answer["http"], answer["reason"]) == (503, "store_unavailable")

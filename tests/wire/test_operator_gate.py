@@ -457,7 +457,7 @@ def test_a_token_to_read_may_not_write(
         return
     assert (answer.status, answer.json()["reason"]) == (403, "forbidden")
     name = "prometheus" if token == READ else "from-file"
-    assert answer.json()["detail"] == f"The token '{name}' has the role 'read'; {method} needs the role 'operate'."
+    assert answer.json()["detail"] == f"The token '{name}' has the role 'read'; {method} requires the role 'operate'."
 
 
 def test_a_mode_names_the_token_that_set_it(named: RunningGateway) -> None:
@@ -544,7 +544,7 @@ def test_an_operator_that_asks_too_often_is_limited_alone(gateway: StartGateway,
         if status != 200:
             break
     assert (status, json.loads(body)["reason"], fields[b"retry-after"]) == (429, "rate_limited", b"1")
-    assert b"Operator 'prometheus' asked too often: 500 times at once" in body
+    assert b"Requests of operator 'prometheus' exceed the limit of 500 at once" in body
     assert ask(f"{running.url}/health", headers=bearer(OPERATE)).status == 200
     assert ask(f"{running.url}/health").status == 200
 

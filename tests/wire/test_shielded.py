@@ -184,7 +184,7 @@ async def test_an_answer_left_anywhere_gives_its_connection_back() -> None:
                 assert result == b"ok" * 4 or isinstance(result, asyncio.CancelledError)
         assert cancelled > 20
         assert tuple(await asyncio.gather(ask(), ask())) == (b"ok" * 4,) * 2
-        assert "[0 left to finish]" in repr(guard)
+        assert "[0 running, 0 in the background]" in repr(guard)
     finally:
         await guard.aclose()
         up.close()
