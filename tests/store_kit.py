@@ -258,7 +258,7 @@ def limiter_of(url: str, *quotas: Quota, **options: Any) -> RedisLimiter:
         "prefix": "test",
     }
     return RedisLimiter(
-        StoreSession(url, timeout=1),
+        StoreSession(url, timeout=5),
         quotas,
         clock=time.monotonic,
         clock_ns=time.monotonic_ns,

@@ -125,6 +125,7 @@ def listening(seen: list[bytes]) -> Iterator[int]:
         yield port
 
 
+@pytest.mark.heavy
 def test_a_server_that_stalls_delays_all_that_was_due_meanwhile() -> None:
     began = time.monotonic()
 
@@ -155,6 +156,7 @@ def test_a_wrong_answer_or_a_rate_not_held_is_no_latency() -> None:
         latencies(port, core=0, rate=500, seconds=1, most=20)
 
 
+@pytest.mark.heavy
 def test_a_flood_holds_its_rate_and_no_id_comes_twice_unless_it_shall() -> None:
     seen: list[bytes] = []
     for ids, expected in ((60, 60), (1, 1)):
