@@ -97,7 +97,7 @@ def _translated(raised: Exception) -> GatewayError:
     if isinstance(raised, GatewayError):
         return raised
     if isinstance(raised, RequestValidationError):
-        return InvalidValue(f"{'; '.join(_mistake(item) for item in raised.errors())}.")
+        return InvalidValue(f"{'; '.join(_validation_message(item) for item in raised.errors())}.")
     if isinstance(raised, HTTPException):
         if raised.status_code == 404:  # noqa: PLR2004 - no endpoint has the path
             return NoRoute("No endpoint has this path. Paths of proxied requests begin with /api/.")
@@ -107,7 +107,7 @@ def _translated(raised: Exception) -> GatewayError:
     return InternalError(f"Internal error: {type(raised).__name__}.")
 
 
-def _mistake(item: Mapping[str, Any]) -> str:
+def _validation_message(item: Mapping[str, Any]) -> str:
     """Return a message with place, error and value; the value is left out if it is an object or a list."""
     given = item.get("input")
     value = f", got {given!r}" if isinstance(given, str | int | float) else ""
