@@ -74,7 +74,7 @@ class CircuitBreaker:
             None  # whose the last probe was, unless it succeeded or nobody can have caused it
         )
         self._vacant_since = now  # when the place for the next probe came free
-        self._moves = 0
+        self._transition_count = 0
         self._rate = 0.0  # usual calls a second; 0 while it is not known
         self._open_time = 0.0  # of the last opening, without the jitter
         self._due = now
@@ -234,7 +234,7 @@ class CircuitBreaker:
             self.ramp = None
             self._refresh_flag()
         if self.state_at(now) is not self.state:
-            return self._move(Event.RECOVERY_DUE, now, f"{round(self._due - self.since, 1):g} s have passed")
+            return self._transition(Event.RECOVERY_DUE, now, f"{round(self._due - self.since, 1):g} s have passed")
         return None
 
     def set_mode(self, mode: Mode, now: float, until: float | None = None) -> None:
@@ -345,7 +345,7 @@ class CircuitBreaker:
         cause = None if self.mode.is_forced else self._threshold_reached(now)
         if cause is None:
             return None
-        return self._move(Event.THRESHOLD_REACHED, now, f"{cause}; last: {detail}" if detail else cause)
+        return self._transition(Event.THRESHOLD_REACHED, now, f"{cause}; last: {detail}" if detail else cause)
 
     def _threshold_reached(self, now: float) -> str | None:
         """Return which threshold is reached by calls of several principals, or by one that is alone here."""
@@ -377,17 +377,17 @@ class CircuitBreaker:
     def _settle_probe(self, outcome: Outcome, now: float, detail: str, slow: float | None) -> Transition | None:
         self.probes_in_flight -= 1
         if outcome is Outcome.FAILURE:
-            return self._move(Event.PROBE_FAILED, now, f"probe failed: {detail}" if detail else "probe failed")
+            return self._transition(Event.PROBE_FAILED, now, f"probe failed: {detail}" if detail else "probe failed")
         if slow is not None:
-            return self._move(Event.PROBE_FAILED, now, f"probe failed: {_slowness(slow)}")
+            return self._transition(Event.PROBE_FAILED, now, f"probe failed: {_slowness(slow)}")
         self._probe_successes += 1
         if self._probe_successes >= self.policy.half_open_max_calls:
-            return self._move(Event.PROBES_SUCCEEDED, now, f"{self._probe_successes} probes succeeded")
+            return self._transition(Event.PROBES_SUCCEEDED, now, f"{self._probe_successes} probes succeeded")
         return None
 
     # Moving
 
-    def _move(self, event: Event, now: float, cause: str) -> Transition:
+    def _transition(self, event: Event, now: float, cause: str) -> Transition:
         transition = Transition(now, self.state, TRANSITIONS[self.state, event], cause, self.mode)
         counts = self._window.counts(now)
         if transition.target is State.OPEN:
@@ -449,9 +449,9 @@ class CircuitBreaker:
         self.is_transparent = is_plain and self.mode is not Mode.FORCED_OPEN
 
     def _record_transition(self, transition: Transition, counts: Counts) -> None:
-        self._moves += 1
+        self._transition_count += 1
         record = TransitionRecord(
-            number=self._moves,
+            number=self._transition_count,
             at=transition.at,
             source=transition.source,
             target=transition.target,

@@ -214,7 +214,7 @@ def read_config(
     else:
         wrong = []
     for finding in _findings(errors):
-        if not any(finding.concerns(place) for place in wrong):
+        if not any(finding.concerns(key_path) for key_path in wrong):
             found.append(f"{sources.origin(finding.path)}{without_passwords(str(finding))}")
     if config is None or found:
         raise ConfigError(found)
@@ -256,11 +256,11 @@ def _emptiness(merged: Mapping[str, Any], sources: Sources) -> Iterator[str]:
             f" start without --config and {CONFIG_VARIABLE} for the demo"
         )
     if merged.get("routes") == []:
-        place = ("routes",)
-        yield f"{sources.origin(place)}routes: is empty; leave it out for one route to each upstream, got []"
+        key_path = ("routes",)
+        yield f"{sources.origin(key_path)}routes: is empty; leave it out for one route to each upstream, got []"
     if merged.get("upstreams") == {}:
-        place = ("upstreams",)
-        yield f"{sources.origin(place)}upstreams: is empty; leave it out for the demo services, got {{}}"
+        key_path = ("upstreams",)
+        yield f"{sources.origin(key_path)}upstreams: is empty; leave it out for the demo services, got {{}}"
 
 
 def _variables() -> dict[str, str | None]:

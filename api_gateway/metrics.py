@@ -161,8 +161,8 @@ class Recorder:
     def updating(self, state: Mapping[str, Any]) -> Steps[None]:
         """Apply a `state` as `update` does, in steps."""
         self.started, self.in_flight = state["started"], state["in_flight"]
-        for mine, theirs in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
-            for name, series in theirs.items():
+        for mine, other in ((self.routes, state["routes"]), (self.upstreams, state["upstreams"])):
+            for name, series in other.items():
                 mine.setdefault(name, WindowedSeries()).update(series)
                 yield
         for name in _TABLES:
@@ -228,14 +228,14 @@ class Recorder:
         """Count a retry after an attempt that failed with `cause`, a reason or a status."""
         self.retries[upstream, cause] += 1
 
-    def observe_denial(self, upstream: str, why: str) -> None:
-        """Count a failed attempt that was not retried; `why` is a `RetryDenied`."""
-        self.retries_denied[upstream, why] += 1
+    def observe_denial(self, upstream: str, reason: str) -> None:
+        """Count a failed attempt that was not retried; `reason` is a `RetryDenied`."""
+        self.retries_denied[upstream, reason] += 1
 
 
-def _add(mine: Counter[Label], theirs: Counter[Label]) -> None:
+def _add(mine: Counter[Label], other: Counter[Label]) -> None:
     """Add counts. Unlike `Counter.__iadd__`, this keeps counts of zero, which are shown, too."""
-    for label, count in theirs.items():
+    for label, count in other.items():
         mine[label] += count
 
 

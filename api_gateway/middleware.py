@@ -226,7 +226,7 @@ class IdentityMiddleware:
         return self.app(scope, receive, send)
 
     async def _look_up(self, name: str | None, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange.client = await self.ask(name, exchange.peer)
+        exchange.client = await self.resolve_client(name, exchange.peer)
         await self.app(scope, receive, send)
 
     def caller(self, peer: str, fields: Fields) -> tuple[str, bool, str | None]:
@@ -247,7 +247,7 @@ class IdentityMiddleware:
         """Return the client with an id, or of an address if `name` is None; None if the store must be asked."""
         return self.clients.by_address(address_key(address)) if name is None else self.clients.try_get(name)
 
-    async def ask(self, name: str | None, address: str) -> Client:
+    async def resolve_client(self, name: str | None, address: str) -> Client:
         """Return the client as `client` does, and ask the store if necessary."""
         known = self.client(name, address)
         return await self.clients.look_up(name or "") if known is None else known
@@ -309,7 +309,7 @@ class RateLimitMiddleware:
         """
         self.app = app
         self.decide = limiter.decide
-        self.ask = limiter.decide_async
+        self.decide_async = limiter.decide_async
         self._clock_ns = clock_ns
         self._address_quota = address_quota
         self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
@@ -332,7 +332,7 @@ class RateLimitMiddleware:
     async def _wait(self, charges: list[Charge], now_ns: int, scope: Scope, receive: Receive, send: Send) -> None:
         """Await the store's decision; cancelling this does not cancel the command on the shared connection."""
         decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self.ask(charges, now_ns, partial(_resolve, decision))
+        self.decide_async(charges, now_ns, partial(_resolve, decision))
         self._apply(scope[EXCHANGE], await decision)
         await self.app(scope, receive, send)
 

@@ -97,7 +97,7 @@ class Router:
         omit: frozenset[bytes] = frozenset(),
         observe_attempt: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
-        on_target_move: Callable[[str, Target, Transition], None] = _ignore,
+        on_target_transition: Callable[[str, Target, Transition], None] = _ignore,
         on_cost: Callable[[Exchange, Sequence[bytes]], None] | None = None,
         on_retry: Callable[[str, str], None] | None = None,
         on_denial: Callable[[str, str], None] | None = None,
@@ -111,7 +111,7 @@ class Router:
         are in lower case. `on_cost` is called with the values of X-Gateway-Cost before a response's head is sent,
         `on_retry` with upstream and cause of each retry, `on_denial` with upstream and reason of each retry that was
         denied, `on_fallback` with the error before a fallback responds. `observe_attempt`, `on_transition` and
-        `on_target_move`: see `OutcomeReporter`.
+        `on_target_transition`: see `OutcomeReporter`.
         """
         self.routes = routes
         self.upstream_clients = dict(upstream_clients)
@@ -121,7 +121,10 @@ class Router:
         self._omit = omit
         self._omit_with_length = omit | {b"content-length"}
         self.outcomes = OutcomeReporter(
-            clock=clock, observe_attempt=observe_attempt, on_transition=on_transition, on_target_move=on_target_move
+            clock=clock,
+            observe_attempt=observe_attempt,
+            on_transition=on_transition,
+            on_target_transition=on_target_transition,
         )
         self.on_cost = on_cost or _ignore
         self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
@@ -400,17 +403,17 @@ class Router:
             attempts=len(tried),
             is_sent=is_sent,
             is_repeatable=is_repeatable(exchange.method, request.fields),
-            is_kept=request.body.is_kept and (response is None or request.body.is_finished),
+            is_replayable=request.body.is_replayable and (response is None or request.body.is_finished),
             is_recovering=attempt.ticket.is_probe or self._is_recovering(upstream_client),
             is_elsewhere=attempt.upstream.has_other(tried, now),
             retry_after=None if response is None else retry_after_of(fields_in(response)),
             left=None if request.deadline is None else request.deadline.remaining(now),
         )
-        verdict = upstream_client.retries.decide(failed, now)
-        if isinstance(verdict, RetryDenied):
-            self._on_denial(attempt.upstream.name, verdict)
+        decision = upstream_client.retries.decide(failed, now)
+        if isinstance(decision, RetryDenied):
+            self._on_denial(attempt.upstream.name, decision)
             return None
-        return verdict
+        return decision
 
     async def _send(
         self,

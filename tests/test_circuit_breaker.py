@@ -68,7 +68,7 @@ def test_a_move_not_in_the_table_raises_and_changes_nothing(state: State, event:
     breaker = CircuitBreaker(BY_STREAK, NOW)
     breaker.state = state
     with pytest.raises(KeyError):
-        breaker._move(event, NOW + 1, "a defect")
+        breaker._transition(event, NOW + 1, "a defect")
     assert (breaker.state, breaker.since, breaker.opened_total) == (state, NOW, 0)
 
 

@@ -63,7 +63,7 @@ async def set_tier(client_id: ClientId, change: TierChange, context: Guarded) ->
     effect at once, and changing back and forth gains no tokens.
     """
     tier = _tier(context, change.tier)
-    return await _move(context, *await context.clients.set_tier(client_id, tier))
+    return await _move_bucket(context, *await context.clients.set_tier(client_id, tier))
 
 
 @router.post("/clients/{client_id}/grants", summary="Grant a client a tier temporarily", responses=TIER_REFUSALS)
@@ -107,7 +107,7 @@ async def forget(client_id: ClientId, context: Guarded) -> TierChanged:
 
     The client then has the tier that the configuration gives it, else the default tier.
     """
-    return await _move(context, *await context.clients.delete(client_id))
+    return await _move_bucket(context, *await context.clients.delete(client_id))
 
 
 @router.get("/clients/{client_id}", summary="A client's tier and bucket")
@@ -161,7 +161,7 @@ def _until(request: GrantRequest, now: float) -> float:
 
 
 async def _regrant(context: AdminContext, until: float | None, before: Client, after: Client) -> GrantChanged:
-    changed = await _move(context, before, after)
+    changed = await _move_bucket(context, before, after)
     return GrantChanged(**changed.model_dump(), until=None if until is None else wall_time(until))
 
 
@@ -179,7 +179,7 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
     )
 
 
-async def _move(context: AdminContext, before: Client, after: Client) -> TierChanged:
+async def _move_bucket(context: AdminContext, before: Client, after: Client) -> TierChanged:
     """Convert the bucket to the new tier, and report its tokens before and after."""
     bucket_before = await _bucket(context, before)
     await context.limiter.move(before.key, before.quota, after.quota, context.clocks.monotonic_ns())

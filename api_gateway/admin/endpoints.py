@@ -64,7 +64,7 @@ async def _schema(request: Request) -> Response:
 
 async def _error_response(request: Request, raised: Exception) -> Response:
     """Return problem details for an error of an operator endpoint; for OPTIONS, 204 with `Allow`."""
-    error = _translated(raised)
+    error = _gateway_error(raised)
     if isinstance(error, MethodNotAllowed):
         error.headers["allow"] = _allow(request)
         if request.method == "OPTIONS":
@@ -93,7 +93,7 @@ def _routes(app: FastAPI) -> Iterator[Route]:
     return (route for route in routes if isinstance(route, Route))
 
 
-def _translated(raised: Exception) -> GatewayError:
+def _gateway_error(raised: Exception) -> GatewayError:
     if isinstance(raised, GatewayError):
         return raised
     if isinstance(raised, RequestValidationError):

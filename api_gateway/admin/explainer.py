@@ -140,7 +140,7 @@ class Explainer:
         if request.client_id is not None:
             headers.append((self._header.encode(), request.client_id.encode()))
         exchange.peer, _, name = self._identify.caller(exchange.peer, fields_of(headers))
-        return await self._identify.ask(name, exchange.peer)
+        return await self._identify.resolve_client(name, exchange.peer)
 
     def _route(self, exchange: Exchange, request: ExplainRequest) -> tuple[Route | None, GatewayError | None]:
         host = host_name({b"host": [request.host.encode()]})
@@ -172,7 +172,7 @@ class Explainer:
         fallback = None if route is None else route.fallback
         if fallback is None:
             return None
-        is_used = error is not None and applies(fallback, error, is_repeatable=True, is_kept=True)
+        is_used = error is not None and applies(fallback, error, is_repeatable=True, is_replayable=True)
         if is_used and error is not None and fallback.upstream is not None:
             other = self._router.upstream_clients[fallback.upstream].upstream.refusal(self._clock())
             if other is not None:

@@ -59,12 +59,12 @@ class LocalProcesses:
         if extension is None:  # another ASGI server: nothing identifies the connection, so the result is not kept
             return await self._look_up(scope, None) is True
         connection = extension.connection
-        verdict = self._results.get(connection)
-        if verdict is None and not connection.transport.is_closing():
-            verdict = await self._look_up(scope, connection.transport)
-            if verdict is not None:
-                self._results[connection] = verdict
-        return verdict is True
+        result = self._results.get(connection)
+        if result is None and not connection.transport.is_closing():
+            result = await self._look_up(scope, connection.transport)
+            if result is not None:
+                self._results[connection] = result
+        return result is True
 
     def _may_be_local(self, scope: Mapping[str, Any]) -> bool:
         """Return whether the connection may be an operator's. Unix sockets for clients are used by proxies."""

@@ -79,11 +79,11 @@ def _passive_view(passive: OutlierSnapshot | None, now: Moment) -> PassiveView |
         last_opened=opened,
         next_probe_in_seconds=None if probe_at is None else round(max(0.0, probe_at - now.monotonic), 3),
         ejections_total=passive.ejections_total,
-        not_ejected_detail=_why_kept(passive),
+        not_ejected_detail=_reason_kept(passive),
     )
 
 
-def _why_kept(passive: OutlierSnapshot) -> str | None:
+def _reason_kept(passive: OutlierSnapshot) -> str | None:
     if passive.state is State.OPEN and not passive.is_ejected:
         return "No other target is in rotation, so it receives requests although its breaker is OPEN."
     if passive.withheld:

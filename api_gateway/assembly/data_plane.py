@@ -91,7 +91,7 @@ def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozen
         omit=server_headers,
         observe_attempt=recorder.observe_attempt,
         on_transition=_log_transition,
-        on_target_move=_log_target_move,
+        on_target_transition=_log_target_transition,
         on_cost=settlement.on_cost,
         on_retry=recorder.observe_retry,
         on_denial=recorder.observe_denial,
@@ -131,9 +131,9 @@ def _log_transition(upstream: str, transition: Transition) -> None:
     )
 
 
-def _log_target_move(upstream: str, target: Target, move: Transition) -> None:
-    if move.target == "OPEN":
-        words = "is" if move.source == "CLOSED" else "stays"
-        logger.warning("upstream %s: target %s %s ejected: %s", upstream, target.url, words, move.cause)
+def _log_target_transition(upstream: str, target: Target, transition: Transition) -> None:
+    if transition.target == "OPEN":
+        words = "is" if transition.source == "CLOSED" else "stays"
+        logger.warning("upstream %s: target %s %s ejected: %s", upstream, target.url, words, transition.cause)
     else:
-        logger.info("upstream %s: target %s returns: %s", upstream, target.url, move.cause)
+        logger.info("upstream %s: target %s returns: %s", upstream, target.url, transition.cause)

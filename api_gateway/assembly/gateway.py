@@ -146,7 +146,7 @@ class Assembly:
             stack.push_async_callback(_cancelled, modes)
             stack.push_async_callback(self._close_upstreams)
             self._start_monitor(gateway.upstreams)
-            closing = asyncio.create_task(self._keep_closing(), name="retired transports")
+            closing = asyncio.create_task(self._close_retired_periodically(), name="retired transports")
             stack.push_async_callback(_cancelled, closing)
             stack.enter_context(trimmed())
             sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
@@ -267,7 +267,7 @@ class Assembly:
             elif isinstance(transport, ShieldedTransport) and not transport.is_of(self._overrides.values()):
                 self._closing.add(transport)
 
-    async def _keep_closing(self) -> None:
+    async def _close_retired_periodically(self) -> None:
         """Close retired transports once nothing runs on them, until cancelled."""
         while True:
             await asyncio.sleep(_CLOSE_INTERVAL)

@@ -16,7 +16,7 @@ from api_gateway.middleware import DataPlaneSlot
 from api_gateway.reload.outcome import ReloadOutcome
 from api_gateway.reload.reloader import Reloader, refused_reload
 from api_gateway.reload.serialization import deserialized
-from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, moves_of
+from api_gateway.reporting.snapshot import UpstreamSnapshot, WorkerSnapshot, transitions_of
 from api_gateway.reporting.worker_channel import Aggregator
 from api_gateway.resilience.fair_shares import FairShares, ResourceState
 
@@ -72,8 +72,8 @@ class Installation:
         """Put the first configuration into force; `console` makes what the operator endpoints look at."""
         gateway = self._assembly.gateway
         self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
-        data_plane, lane, explainer = data_plane_of(gateway, self._server_headers)
-        self._switch.set(data_plane, lane)
+        data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
+        self._switch.set(data_plane, fast_path)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
         self._app.state.console = context(gateway, explainer, aggregator)
@@ -132,7 +132,9 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         gateway.upstreams.items(),
         lambda _, live: UpstreamSnapshot.of(live.upstream_client.upstream, now, live.monitor.names),
     )
-    histories = yield from each(gateway.upstreams.items(), lambda _, live: moves_of(live.upstream_client.upstream))
+    histories = yield from each(
+        gateway.upstreams.items(), lambda _, live: transitions_of(live.upstream_client.upstream)
+    )
     resources = yield from each(gateway.upstreams.items(), lambda _, live: live.upstream_client.resources())
     return WorkerSnapshot(
         worker="",

@@ -105,7 +105,7 @@ def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, prioritie
         plan.name,
         [target for name in names for target in name.targets],
         _breaker(section, now),
-        _pick(section),
+        _picker(section),
         rotation=OutlierDetector(_rotation_policy(section), draw=_draw(section), make_breaker=_make_breaker(section)),
         limit=_limit(section, None, priorities, now),
     )
@@ -134,7 +134,7 @@ def change_upstream(
     """
     section, upstream, now = plan.section, live.upstream_client.upstream, clock()
     upstream.breaker.change_policy(_breaker_policy(section), now)
-    upstream.rebalance(_pick(section))
+    upstream.rebalance(_picker(section))
     upstream.outliers.change(
         _rotation_policy(section),
         _draw(section),
@@ -205,13 +205,13 @@ def _change_transport(transport: httpx.AsyncBaseTransport, plan: UpstreamPlan) -
         transport.revive()
 
 
-def _pick(section: UpstreamSection) -> Picker:
-    picks: dict[str, Picker] = {
+def _picker(section: UpstreamSection) -> Picker:
+    pickers: dict[str, Picker] = {
         "round_robin": round_robin,
         "least_requests": least_requests(random.Random()),  # noqa: S311 - spreads load, guards nothing
         "hash": rendezvous_hash,
     }
-    return picks[section.balance]
+    return pickers[section.balance]
 
 
 def _hash_header(section: UpstreamSection) -> bytes | None:

@@ -90,13 +90,13 @@ class RedisClientStore:
 
         Changes during the reading are newer than the returned cursor, so they are read again by `changes`.
         """
-        epoch, version = await self._ask(self._client.hmget(self._meta, "epoch", "version"))
+        epoch, version = await self._call(self._client.hmget(self._meta, "epoch", "version"))
         start = Cursor((epoch or b"").decode(), int(version or 0))
         records: dict[str, ClientRecord] = {}
         ids = BloomFilter(limit)
         cursor = 0
         while True:
-            cursor, page = await self._ask(self._client.hscan(self._records, cursor, count=_PAGE))
+            cursor, page = await self._call(self._client.hscan(self._records, cursor, count=_PAGE))
             for client_id in page:
                 ids.add(client_id.decode("ascii", "replace"))
             if len(records) <= limit:
@@ -119,7 +119,7 @@ class RedisClientStore:
     async def changes(self, since: Cursor) -> Changes | None:
         """Return the changes since a cursor; None if the epoch or the kept changes do not include it."""
         keys = self._meta, self._records, self._changes
-        reply = await self._ask(self._client.eval(_CHANGES, len(keys), *keys, *since, MAX_KEPT_CHANGES))
+        reply = await self._call(self._client.eval(_CHANGES, len(keys), *keys, *since, MAX_KEPT_CHANGES))
         if reply is None:
             return None
         epoch, version, *pairs = reply
@@ -128,7 +128,7 @@ class RedisClientStore:
 
     async def look_up(self, client_ids: Sequence[str]) -> list[ClientRecord | None]:
         """Return the records of these clients in order, None for those without a readable record."""
-        texts = await self._ask(self._client.hmget(self._records, *client_ids))
+        texts = await self._call(self._client.hmget(self._records, *client_ids))
         return [text and _record(each.encode(), text) for each, text in zip(client_ids, texts, strict=True)]
 
     async def watch(self, on_news: Callable[[], Awaitable[None]]) -> None:
@@ -163,7 +163,7 @@ class RedisClientStore:
             return await self._write_now(client_id, change, ended_version)
 
     async def _write_now(self, client_id: str, change: Change, ended_version: str) -> WriteResult | None:
-        await self._ask(self._client.hget(self._meta, "epoch"))  # a failure here has certainly changed nothing
+        await self._call(self._client.hget(self._meta, "epoch"))  # a failure here has certainly changed nothing
         outcome = f"{self._outcomes}{secrets.token_hex(12)}"
         keys = self._meta, self._records, self._changes, outcome
         arguments = (
@@ -196,7 +196,7 @@ class RedisClientStore:
         except StoreError as error:
             raise OutcomeUnknown(f"the store failed ({cause}), and a query on the outcome failed, too") from error
 
-    async def _ask(self, reply: Awaitable[Any]) -> Any:
+    async def _call(self, reply: Awaitable[Any]) -> Any:
         try:
             return await reply
         except StoreError as error:

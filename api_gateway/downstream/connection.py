@@ -174,19 +174,19 @@ class DownstreamConnection(HttpToolsProtocol):
         """
         limit, holder = self.limits.connections_per_peer, type(self).share_holder(self._peer)
         self._holder, self._slots = holder, self.shares
-        why = ""
+        reason = ""
         if self._peer and 0 < limit < self.peers[self._peer]:
-            why = f"Your address has more than {limit} connections."
+            reason = f"Your address has more than {limit} connections."
         elif not self.shares.admits(holder):
-            why = f"The gateway accepts no more connections: {self.shares.refusal(holder, 'connections')}."
+            reason = f"The gateway accepts no more connections: {self.shares.refusal(holder, 'connections')}."
             self.shares.refused += 1
-        if why:
+        if reason:
             self._slots = self.surplus
             if not self.surplus.admits(holder):
                 self._holder = None  # an aborted connection counts against the total only
                 self.transport.abort()
         self._slots.acquire(self._holder)
-        return why
+        return reason
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         """Release the connection's resources and abort its exchanges."""
@@ -206,7 +206,7 @@ class DownstreamConnection(HttpToolsProtocol):
             self._current_cycle.disconnect()
         self.parser = None  # type: ignore[assignment]  # as in uvicorn: breaks the reference cycle
         if exchange is not None:
-            exchange.on_client_left()
+            exchange.on_client_disconnected()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's returns None
         """Return whether to keep the connection: a half-closed client may still read (RFC 9112 section 9.6)."""

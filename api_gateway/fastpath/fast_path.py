@@ -387,7 +387,9 @@ class FastExchange(UpstreamResponse):
         """Ask the store for the decision, and continue when it arrives."""
         self._client.begin_exchange(self)
         limit = self._fast_path.limit
-        limit.ask(self._headers.profile.charges, now_ns, partial(self._on_decision, upstream_client, target, body))
+        limit.decide_async(
+            self._headers.profile.charges, now_ns, partial(self._on_decision, upstream_client, target, body)
+        )
 
     def _on_decision(self, upstream_client: UpstreamClient, target: bytes, body: bytes, decision: Decision) -> None:
         if self.has_fallen_back:  # aborted: the client has disconnected meanwhile
@@ -519,7 +521,7 @@ class FastExchange(UpstreamResponse):
             self.connection.resume_reading()
             self.connection.set_timer("idle" if self.exchange.status else "read")
 
-    def on_client_left(self) -> None:
+    def on_client_disconnected(self) -> None:
         """Abort the exchange: its client has disconnected."""
         note_failure(self.exchange, ClientDisconnected(CLIENT_LEFT))
         self._abort()

@@ -36,7 +36,7 @@ class InFlight(Protocol):
         """Continue sending: the write buffer is below its low-water mark."""
         ...
 
-    def on_client_left(self) -> None:
+    def on_client_disconnected(self) -> None:
         """Abort the exchange: the connection is lost."""
         ...
 

@@ -125,11 +125,11 @@ class ClusterScriptBatcher:
             self._discovery_due.set()
             logger.debug("discovery of the cluster's nodes failed", exc_info=True)
             return
-        gone = [self._nodes.pop(name) for name in set(self._nodes) - names]
+        removed = [self._nodes.pop(name) for name in set(self._nodes) - names]
         new = {name: self._make(on_error=partial(self._note, name), node=name) for name in names - set(self._nodes)}
         self._nodes |= new
-        await asyncio.gather(*[node.start() for node in new.values()], *[node.close() for node in gone])
-        for node in gone:
+        await asyncio.gather(*[node.start() for node in new.values()], *[node.close() for node in removed])
+        for node in removed:
             self._retired_counts = [
                 self._retired_counts[0] + node.calls,
                 self._retired_counts[1] + node.operations,

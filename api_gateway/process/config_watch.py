@@ -83,19 +83,19 @@ class ConfigWatch:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        seen = await self._look()
+        seen = await self._check()
         changed = seen
         while True:
             await asyncio.sleep(self._interval)
-            found = await self._look()
+            found = await self._check()
             if found == changed != seen:
                 await self._reload()
                 # What is read by now is not known: a file counts as it was seen before the reload, if it was.
-                found = {**await self._look(), **{path: found[path] for path in found if path in self._source.files}}
+                found = {**await self._check(), **{path: found[path] for path in found if path in self._source.files}}
                 seen = found
             changed = found
 
-    async def _look(self) -> Contents:
+    async def _check(self) -> Contents:
         return await asyncio.to_thread(contents_of, self._source.files)
 
 

@@ -29,15 +29,15 @@ _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_fil
 def file_errors(config: GatewayConfig) -> Iterator[Finding]:
     """Yield the files and packages that a start needs and could not use."""
     for name, upstream in config.upstreams.items():
-        place: KeyPath = ("upstreams", name)
+        key_path: KeyPath = ("upstreams", name)
         if upstream.http2 and importlib.util.find_spec("h2") is None:
-            yield Finding((*place, "http2"), "needs the package h2: pip install 'httpx[http2]', got True")
+            yield Finding((*key_path, "http2"), "needs the package h2: pip install 'httpx[http2]', got True")
         if any(target.url.startswith("https:") for target in upstream.targets):
             tls = upstream.tls
             files = {"ca_file": tls.ca_file, "cert_file": tls.cert_file, "key_file": tls.key_file}
             given = {key: path for key, path in files.items() if path is not None}
             for key, message in _pem_problems(given):
-                yield Finding((*place, "tls", key), message)
+                yield Finding((*key_path, "tls", key), message)
     store = config.store
     if store.is_shared:
         options = StoreUrl.parse(store.url.get_secret_value()).options
@@ -127,14 +127,14 @@ def _address_findings(config: GatewayConfig) -> Iterator[tuple[Finding, bool]]:
     address = BindAddress.of(server.host, server.port, server.socket_mode)
     yield from _bind_findings(("server", "host"), ("server", "port"), address)
     if admin.listen is not None:
-        place: KeyPath = ("admin", "listen")
-        yield from _bind_findings(place, place, BindAddress.parse(admin.listen, admin.socket_mode))
+        key_path: KeyPath = ("admin", "listen")
+        yield from _bind_findings(key_path, key_path, BindAddress.parse(admin.listen, admin.socket_mode))
 
 
-def _bind_findings(host_place: KeyPath, port_place: KeyPath, address: BindAddress) -> Iterator[tuple[Finding, bool]]:
+def _bind_findings(host_path: KeyPath, port_path: KeyPath, address: BindAddress) -> Iterator[tuple[Finding, bool]]:
     if address.path:
         for message in _socket_path_problems(Path(address.path)):
-            yield Finding(host_place, f"{message}, got 'unix:{address.path}'"), False
+            yield Finding(host_path, f"{message}, got 'unix:{address.path}'"), False
         return
     try:
         found = socket.getaddrinfo(
@@ -142,20 +142,20 @@ def _bind_findings(host_place: KeyPath, port_place: KeyPath, address: BindAddres
         )
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no host name"
-        yield Finding(host_place, f"the host is not known: {reason.lower()}, got {address.host!r}"), False
+        yield Finding(host_path, f"the host is not known: {reason.lower()}, got {address.host!r}"), False
         return
-    failures = [_bind_failure(family, place) for family, _, _, _, place in dict.fromkeys(found)]
+    failures = [_bind_failure(family, key_path) for family, _, _, _, key_path in dict.fromkeys(found)]
     if not failures or None in failures:
         return
     code = failures[0]
     if code == errno.EADDRINUSE:
         message = f"is in use; a start fails unless what uses it has ended, got {address.port}"
-        yield Finding(port_place, message), True
+        yield Finding(port_path, message), True
     elif code == errno.EACCES and address.port < _PRIVILEGED:
         message = f"a port below {_PRIVILEGED} needs a privilege (CAP_NET_BIND_SERVICE), got {address.port}"
-        yield Finding(port_place, message), False
+        yield Finding(port_path, message), False
     else:
-        yield Finding(host_place, f"cannot listen: {os.strerror(code or 0).lower()}, got {address.host!r}"), False
+        yield Finding(host_path, f"cannot listen: {os.strerror(code or 0).lower()}, got {address.host!r}"), False
 
 
 def _bind_failure(family: int, address: object) -> int | None:
@@ -184,19 +184,19 @@ def _socket_path_problems(path: Path) -> Iterator[str]:
 
 
 def _state_errors(state_dir: Path) -> Iterator[Finding]:
-    place: KeyPath = ("state_dir",)
+    key_path: KeyPath = ("state_dir",)
     existing = own = own_folder(state_dir)
     while not existing.exists() and not existing.is_symlink() and existing != existing.parent:
         existing = existing.parent
     if existing == own:
         found = own.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            yield Finding(place, f"'{own}' is no folder of this user, got '{state_dir}'")
+            yield Finding(key_path, f"'{own}' is no folder of this user, got '{state_dir}'")
             return
     if not existing.is_dir():
-        yield Finding(place, f"'{existing}' is no folder, got '{state_dir}'")
+        yield Finding(key_path, f"'{existing}' is no folder, got '{state_dir}'")
     elif not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
-        yield Finding(place, f"'{existing}' may not be written by this user, got '{state_dir}'")
+        yield Finding(key_path, f"'{existing}' may not be written by this user, got '{state_dir}'")
 
 
 def _holder(lock: Path) -> str | None:

@@ -217,7 +217,7 @@ class Supervisor:
 
     # Workers
 
-    def _handed_over(self, config: GatewayConfig) -> dict[str, Any]:
+    def _serialized_config(self, config: GatewayConfig) -> dict[str, Any]:
         """Return a configuration as workers get it."""
         values = serialized(config, self._demo.sections() if self._demo and config.is_demo else {})
         if self._store is not None:
@@ -226,7 +226,7 @@ class Supervisor:
 
     async def _spawn(self, slot: WorkerSlot) -> WorkerHandle:
         """Start a worker. Raises StartupError if this machine cannot start another process now."""
-        config = self._handed_over(self._config)
+        config = self._serialized_config(self._config)
         inherited = [] if self._store is None else [self._store.lifeline]
         server = self._config.server
         try:
@@ -286,11 +286,11 @@ class Supervisor:
             await asyncio.sleep(delay)
             await self._fill(slot, worker)
 
-    async def _fill(self, slot: WorkerSlot, gone: WorkerHandle) -> None:
+    async def _fill(self, slot: WorkerSlot, removed: WorkerHandle) -> None:
         """Start a worker in the place of one that has ended, however often that fails: the others go on serving."""
         while True:
             async with self._spawn_lock:
-                if slot.worker is not gone:  # a rolling restart has started one
+                if slot.worker is not removed:  # a rolling restart has started one
                     return
                 try:
                     slot.worker = await self._spawn(slot)
@@ -332,7 +332,7 @@ class Supervisor:
             await asyncio.gather(*(worker.is_ready(WORKER_START_TIMEOUT) for worker in workers))
             await self._start_shared(config)
             workers = [worker for worker in workers if worker.is_serving]
-            values = self._handed_over(config)
+            values = self._serialized_config(config)
             objections = await _all(workers, "prepare", PREPARE_TIMEOUT, config=values)
             if objections:
                 raise _error_of(objections)

@@ -153,19 +153,19 @@ class Watchdog:
     def _on_loop_turn(self) -> None:
         self._has_turned = True
 
-    def _end_process(self, code: int, why: str) -> None:
+    def _end_process(self, code: int, reason: str) -> None:
         """Say why, and where the loop's thread is, then end the process: in time also if the log cannot take it."""
         try:
-            snapshot = threading.Thread(target=self._report, args=(code, why), daemon=True)
+            snapshot = threading.Thread(target=self._report, args=(code, reason), daemon=True)
             snapshot.start()
             snapshot.join(REPORT_TIMEOUT)
         finally:
             self._end(code)
 
-    def _report(self, code: int, why: str) -> None:
+    def _report(self, code: int, reason: str) -> None:
         frame = sys._current_frames().get(self._main)  # noqa: SLF001 - the interpreter's documented way to see it
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (ended)\n"
-        logger.critical("%s; it ends with exit code %d. The main thread is at:\n%s", why, code, stack.rstrip())
+        logger.critical("%s; it ends with exit code %d. The main thread is at:\n%s", reason, code, stack.rstrip())
         process_output().flush(REPORT_TIMEOUT)
 
     # The timer

@@ -44,11 +44,11 @@ class DisconnectPoller:
     def __init__(self, receive: Receive, body: StreamedBody | NoBody) -> None:
         self._receive = receive
         self._body = body
-        self._has_left = False
+        self._is_disconnected = False
         self._watcher: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        state = "disconnected" if self._has_left else "delayed" if self._watcher is None else "watching"
+        state = "disconnected" if self._is_disconnected else "delayed" if self._watcher is None else "watching"
         return f"<DisconnectWatch [{state}]>"
 
     def __enter__(self) -> None:
@@ -64,7 +64,7 @@ class DisconnectPoller:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._has_left:
+        if self._is_disconnected:
             if kind is asyncio.CancelledError and self._task.uncancel() == 0:
                 raise ClientDisconnected(CLIENT_LEFT) from error
             self._task.uncancel()
@@ -78,5 +78,5 @@ class DisconnectPoller:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":  # noqa: ASYNC110 - ASGI has no event to wait for
             await asyncio.sleep(DISCONNECT_CHECK_DELAY)  # a server or middleware may return `http.request` repeatedly
-        self._has_left = True
+        self._is_disconnected = True
         self._task.cancel()

@@ -58,7 +58,7 @@ def deadline_of(route: Route, total: float | None, fields: Fields, started: floa
     A timeout of the route replaces the upstream's `total`. A shorter timeout of the client replaces both. Raises
     BadRequest if the client's timeout is invalid.
     """
-    asked = _asked(fields) if REQUEST_TIMEOUT in fields else None
+    asked = _requested_seconds(fields) if REQUEST_TIMEOUT in fields else None
     seconds = total if route.timeout is None else route.timeout
     is_passed_on = asked is not None or route.timeout is not None
     if asked is not None and (seconds is None or asked < seconds):
@@ -70,7 +70,7 @@ def deadline_of(route: Route, total: float | None, fields: Fields, started: floa
     return Deadline(started + seconds, seconds, "route", route.name, is_passed_on)
 
 
-def _asked(fields: Fields) -> float:
+def _requested_seconds(fields: Fields) -> float:
     """Return the value of `X-Request-Timeout` in seconds. Raises BadRequest."""
     given = fields[REQUEST_TIMEOUT]
     if len(given) == 1 and _DECIMAL.fullmatch(given[0]) is not None and float(given[0]) > 0:

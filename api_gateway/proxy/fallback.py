@@ -42,12 +42,12 @@ def add_failure(first: GatewayError, second: GatewayError) -> None:
     first.detail += f" The fallback failed too: {second.detail}"
 
 
-def applies(fallback: Fallback, error: GatewayError, *, is_repeatable: bool, is_kept: bool) -> bool:
+def applies(fallback: Fallback, error: GatewayError, *, is_repeatable: bool, is_replayable: bool) -> bool:
     """Tell whether `fallback` responds to a request that failed with `error` before any response byte was sent.
 
     It responds if the request was refused, failed before it was sent, or is repeatable. Otherwise the request may have
     taken effect, and the client must receive the error. Another upstream also needs the body to be kept.
     """
-    if fallback.upstream is not None and not is_kept:
+    if fallback.upstream is not None and not is_replayable:
         return False
     return error.reason in _REFUSED or (error.reason in _FAILED and (error.is_retry_safe or is_repeatable))

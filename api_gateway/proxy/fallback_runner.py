@@ -69,7 +69,7 @@ class FallbackRunner:
             fallback,
             error,
             is_repeatable=is_repeatable(exchange.method, request.fields),
-            is_kept=request.body.is_kept,
+            is_replayable=request.body.is_replayable,
         )
 
     async def _respond_static(self, exchange: Exchange, fallback: Fallback, send: Send) -> None:

@@ -25,17 +25,18 @@ class OutcomeReporter:
         clock: Clock,
         observe_attempt: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
-        on_target_move: Callable[[str, Target, Transition], None],
+        on_target_transition: Callable[[str, Target, Transition], None],
     ) -> None:
         """Set the observers.
 
         `observe_attempt` is called once for each attempt with upstream, result, latency in seconds (None without a
-        response) and time; `on_transition` and `on_target_move` at transitions of an upstream's or a target's breaker.
+        response) and time; `on_transition` and `on_target_transition` at transitions of an upstream's or a target's
+        breaker.
         """
         self._clock = clock
         self._observe_attempt = observe_attempt
         self._on_transition = on_transition
-        self._on_target_move = on_target_move
+        self._on_target_transition = on_target_transition
         self._exhaustion_log = ExhaustionLog()
 
     def on_head(
@@ -107,16 +108,16 @@ class OutcomeReporter:
         took = until - (exchange.sent_at or until)
         if fault is Fault.TARGET:
             attempt.principal = None  # a failure to connect is independent of the client
-        move = attempt.settle(
+        transition = attempt.settle(
             OUTCOME_OF_FAULT[fault], now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
         )
-        self._report(attempt, move)
+        self._report(attempt, transition)
 
     def _report(self, attempt: Attempt, transition: Transition | None) -> None:
         if transition is not None:
             self._on_transition(attempt.upstream.name, transition)
-        if attempt.target_move is not None:
-            self._on_target_move(attempt.upstream.name, attempt.target, attempt.target_move)
+        if attempt.target_transition is not None:
+            self._on_target_transition(attempt.upstream.name, attempt.target, attempt.target_transition)
 
 
 def _exhaustion(error: BaseException) -> LocalResourcesExhausted | None:

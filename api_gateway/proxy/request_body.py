@@ -47,13 +47,13 @@ class StreamedBody(httpx.AsyncByteStream):
         return self._waited + asyncio.get_running_loop().time() - self._awaited_since
 
     @property
-    def is_kept(self) -> bool:
+    def is_replayable(self) -> bool:
         """True while the body can be iterated from its start."""
         return not self.is_started or self._exchange.bytes_in <= self._keep
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the kept pieces, then those that the client sends. Raises RuntimeError if the body is not kept."""
-        if not self.is_kept:
+        if not self.is_replayable:
             raise RuntimeError("the body cannot be sent again: it was not kept")
         self.is_started = True
         self._waited, self._awaited_since = 0.0, None
@@ -89,7 +89,7 @@ class SentBody(NoBody):
 
     def __init__(self, kept: bytes | None) -> None:
         self._kept = kept
-        self.is_kept = kept is not None
+        self.is_replayable = kept is not None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield the kept body."""

@@ -12,7 +12,7 @@ from api_gateway.reporting.snapshot import (
     TargetSnapshot,
     UpstreamSnapshot,
     WorkerSnapshot,
-    last_moves,
+    last_transitions,
 )
 from api_gateway.resilience.breaker_history import TransitionRecord
 from api_gateway.resilience.breaker_policy import Mode, State
@@ -77,7 +77,7 @@ def _merge_histories(name: str, snapshots: Sequence[WorkerSnapshot]) -> list[Tra
         for snapshot in snapshots
         for record in snapshot.histories.get(name, ())
     ]
-    return last_moves(transitions, len(snapshots))
+    return last_transitions(transitions, len(snapshots))
 
 
 def _merge_upstream(name: str, found: Sequence[WorkerSnapshot], present: Sequence[WorkerSnapshot]) -> UpstreamSnapshot:

@@ -321,7 +321,7 @@ class WorkerSnapshot:
         known = self.histories.setdefault(name, [])
         identities = {_identity(record) for record in known}
         known += [record for record in records if _identity(record) not in identities]
-        self.histories[name] = last_moves(known, len({record.worker for record in known}))
+        self.histories[name] = last_transitions(known, len({record.worker for record in known}))
 
     def end(self) -> None:
         """Mark the worker as ended: keep its counts, and clear figures of the present."""
@@ -336,7 +336,7 @@ def oldest_changed(now: float) -> int:
     return max(0, int(now / SLICE) - 1)
 
 
-def moves_of(upstream: Upstream) -> list[TransitionRecord]:
+def transitions_of(upstream: Upstream) -> list[TransitionRecord]:
     """Return the last transitions of the breakers of an upstream and its targets, oldest first."""
     of_targets = (
         (record, target.url)
@@ -349,16 +349,16 @@ def moves_of(upstream: Upstream) -> list[TransitionRecord]:
     return sorted(transitions, key=_time_of)
 
 
-def last_moves(moves: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
+def last_transitions(transitions: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
     """Return the last of the given transitions, oldest first.
 
     For each worker, `MAX_RECORDS` of the upstream's breaker are kept, and as many of all its targets together: the
     targets' transitions do not displace the upstream's, and the number stays limited while targets change.
     """
     most = MAX_RECORDS * max(1, workers)
-    by_time = sorted(moves, key=_time_of)
-    own = [move for move in by_time if move.target_url is None]
-    of_targets = [move for move in by_time if move.target_url is not None]
+    by_time = sorted(transitions, key=_time_of)
+    own = [transition for transition in by_time if transition.target_url is None]
+    of_targets = [transition for transition in by_time if transition.target_url is not None]
     return sorted(own[-most:] + of_targets[-most:], key=_time_of)
 
 

@@ -47,9 +47,9 @@ class GradientController:
     __slots__ = (
         "_baseline_at",
         "_before",
-        "_begun",
         "_counted_from",
         "_samples",
+        "_window_started",
         "baseline",
         "is_measuring_baseline",
         "latency",
@@ -66,7 +66,7 @@ class GradientController:
         self._baseline_at = now + BASELINE_RETRY_INTERVAL
         self._before = 0.0  # seconds, the latency before a look
         self._samples: list[float] = []
-        self._begun = self._counted_from = now
+        self._window_started = self._counted_from = now
 
     def __repr__(self) -> str:
         return f"<GradientController [{self.limit:.1f}, {self.latency} against {self.baseline} s]>"
@@ -99,15 +99,15 @@ class GradientController:
             return False
         if self.is_measuring_baseline:
             return count >= BASELINE_SAMPLES or now - self._counted_from >= MAX_BASELINE_TIME
-        return now - self._begun >= WINDOW and (
-            now - self._begun >= 2 * (self.baseline or 0.0) or count >= MAX_SAMPLES
+        return now - self._window_started >= WINDOW and (
+            now - self._window_started >= 2 * (self.baseline or 0.0) or count >= MAX_SAMPLES
         )
 
     def close_window(self, now: float, *, is_met: bool, is_calm: bool) -> None:
         """Draw the conclusions of a full window: `is_met` if the limit was, `is_calm` if little was under way."""
         seen = _trimmed_mean(self._samples)
         self._samples.clear()
-        self._begun = now
+        self._window_started = now
         if self.latency is None or self.baseline is None:
             self.latency = self.baseline = seen
         if self.is_measuring_baseline:
@@ -117,10 +117,10 @@ class GradientController:
         if self.latency < self.baseline or is_calm:
             self.baseline = self.latency
         if is_met:
-            self._move(self.latency, self.baseline * self.policy.tolerance)
+            self._adjust_limit(self.latency, self.baseline * self.policy.tolerance)
             self._measure_baseline_if_due(seen, now)
 
-    def _move(self, latency: float, held: float) -> None:
+    def _adjust_limit(self, latency: float, held: float) -> None:
         limit = self.limit
         aim = limit + math.sqrt(limit) if latency <= held else limit * max(LARGEST_STEP, held / latency)
         self.limit = self._within(limit + SMOOTHING * (aim - limit))
@@ -128,7 +128,9 @@ class GradientController:
     def _measure_baseline_if_due(self, latency: float, now: float) -> None:
         if now >= self._baseline_at:
             self.is_measuring_baseline, self._before = True, latency
-            self._begun = self._counted_from = now + 2 * latency  # by then most of what waits now has been served
+            self._window_started = self._counted_from = (
+                now + 2 * latency
+            )  # by then most of what waits now has been served
 
     def _end_baseline(self, seen: float, now: float) -> None:
         tolerance, lowered = self.policy.tolerance, self.allowed / self.limit

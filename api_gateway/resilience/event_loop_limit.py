@@ -18,15 +18,15 @@ class EventLoopShedder:
     """How late the event loop may run, beyond which requests are refused before anything is done for them.
 
     What counts is the median of the last few samples, so that a pause of the garbage collector or one stall sheds
-    nobody. From `most` seconds on the lowest band is shed, a share that rises to all of it at one and a half times
+    nobody. From `max_lag` seconds on the lowest band is shed, a share that rises to all of it at one and a half times
     that; then the next. Of the highest, one in ten always passes.
     """
 
     def __init__(
-        self, most: float | None, priorities: PriorityClasses = SINGLE_PRIORITY, *, source: random.Random
+        self, max_lag: float | None, priorities: PriorityClasses = SINGLE_PRIORITY, *, source: random.Random
     ) -> None:
-        """`most` is seconds; None sheds nobody."""
-        self.max_lag = math.inf if most is None else most
+        """`max_lag` is seconds; None sheds nobody."""
+        self.max_lag = math.inf if max_lag is None else max_lag
         self.lag = 0.0
         self.is_over = False
         self._priorities = priorities
@@ -36,9 +36,9 @@ class EventLoopShedder:
     def __repr__(self) -> str:
         return f"<EventLoopShedder [{self.lag:.3f} of {self.max_lag:g} s]>"
 
-    def change(self, most: float | None, priorities: PriorityClasses) -> None:
+    def change(self, max_lag: float | None, priorities: PriorityClasses) -> None:
         """Take another limit or other bands; the samples stay."""
-        self.max_lag = math.inf if most is None else most
+        self.max_lag = math.inf if max_lag is None else max_lag
         self._priorities = priorities
         self.is_over = self.lag > self.max_lag
 

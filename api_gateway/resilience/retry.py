@@ -56,16 +56,16 @@ class FailedAttempt:
     """A try that failed, as far as that matters to another one.
 
     `attempts` were made so far, this one included. `is_sent`: some of the request may have reached the upstream.
-    `is_repeatable`: its method is idempotent, or it carries a key by which the upstream knows it again. `is_kept`: its
-    body, if it has one, can be sent from its start. `is_recovering`: the breaker is not closed, or this was its probe.
-    `is_elsewhere`: there is a target that has not been tried. `retry_after` is what the answer asked for, `left` what
-    the deadline leaves; None where there is none.
+    `is_repeatable`: its method is idempotent, or it carries a key by which the upstream knows it again.
+    `is_replayable`: its body, if it has one, can be sent from its start. `is_recovering`: the breaker is not closed,
+    or this was its probe. `is_elsewhere`: there is a target that has not been tried. `retry_after` is what the answer
+    asked for, `left` what the deadline leaves; None where there is none.
     """
 
     attempts: int
     is_sent: bool
     is_repeatable: bool
-    is_kept: bool = True
+    is_replayable: bool = True
     is_recovering: bool = False
     is_elsewhere: bool = False
     retry_after: float | None = None
@@ -88,7 +88,7 @@ class RetryBudget:
     def __init__(self, share: float, floor: float = 0.0) -> None:
         self._share = share
         self._floor = floor if share > 0 else 0.0
-        self._most = self._balance = self.RESERVE if share > 0 else 0.0
+        self._max_balance = self._balance = self.RESERVE if share > 0 else 0.0
         self._meter = RateMeter()
         self._counted_at: float | None = None  # until when the floor is in the balance; full before the first retry
 
@@ -98,9 +98,9 @@ class RetryBudget:
     def change(self, share: float, floor: float) -> None:
         """Go on with another share and floor; the balance stays, within what may be kept."""
         if share > 0 and self._share <= 0:
-            self._most = self._balance = self.RESERVE
+            self._max_balance = self._balance = self.RESERVE
         elif share <= 0:
-            self._most = self._balance = 0.0
+            self._max_balance = self._balance = 0.0
         self._share = share
         self._floor = floor if share > 0 else 0.0
 
@@ -110,15 +110,15 @@ class RetryBudget:
         meter.count += 1
         if now >= meter.due:
             self._measure(now)
-        if self._balance < self._most:
-            self._balance = min(self._most, self._balance + self._share)
+        if self._balance < self._max_balance:
+            self._balance = min(self._max_balance, self._balance + self._share)
 
     def withdraw(self, now: float = 0.0) -> bool:
         """Take one retry if there is one."""
         if now >= self._meter.due:
             self._measure(now)
-        if self._counted_at is not None and now > self._counted_at and self._balance < self._most:
-            self._balance = min(self._most, self._balance + self._floor * (now - self._counted_at))
+        if self._counted_at is not None and now > self._counted_at and self._balance < self._max_balance:
+            self._balance = min(self._max_balance, self._balance + self._floor * (now - self._counted_at))
         self._counted_at = now if self._counted_at is None else max(now, self._counted_at)
         if self._balance < 1:
             return False
@@ -129,8 +129,8 @@ class RetryBudget:
         """Bring what may be kept up to the requests there are now."""
         self._meter.mark(now)
         if self._share > 0:
-            self._most = max(self.RESERVE, self._share * self.SPAN * self._meter.rate(now))
-            self._balance = min(self._balance, self._most)
+            self._max_balance = max(self.RESERVE, self._share * self.SPAN * self._meter.rate(now))
+            self._balance = min(self._balance, self._max_balance)
 
 
 class RetryDecider:
@@ -151,9 +151,9 @@ class RetryDecider:
 
     def decide(self, failed: FailedAttempt, now: float) -> float | RetryDenied:
         """Return the seconds to wait before another try, which is taken off the budget; or why there is none."""
-        why = _denial(failed, self.policy)
-        if why is not None:
-            return why
+        reason = _denial(failed, self.policy)
+        if reason is not None:
+            return reason
         wait = max(self._delay(failed), failed.retry_after or 0.0)
         if failed.left is not None and wait >= failed.left:
             return RetryDenied.DEADLINE
@@ -181,11 +181,11 @@ def _denial(failed: FailedAttempt, policy: RetryPolicy) -> RetryDenied | None:
     objections = (
         (failed.attempts >= policy.attempts, RetryDenied.ATTEMPTS),
         (failed.is_sent and not failed.is_repeatable, RetryDenied.METHOD),
-        (not failed.is_kept, RetryDenied.BODY),
+        (not failed.is_replayable, RetryDenied.BODY),
         (failed.is_recovering, RetryDenied.BREAKER),
         (failed.retry_after is not None and failed.retry_after > policy.max_retry_after, RetryDenied.RETRY_AFTER),
     )
-    return next((why for holds, why in objections if holds), None)
+    return next((reason for holds, reason in objections if holds), None)
 
 
 def is_repeatable(method: str, fields: Fields) -> bool:

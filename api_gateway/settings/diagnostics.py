@@ -85,10 +85,12 @@ def read_yaml(path: Path) -> YamlFile:
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: must hold sections, got {type(values).__name__}"])
     lines: dict[KeyPath, int] = {}
-    faults = [f"{path}:{line}: {path_text(place)}: {fault}" for place, line, fault in _index_lines(root, (), lines)]
+    faults = [
+        f"{path}:{line}: {path_text(key_path)}: {fault}" for key_path, line, fault in _index_lines(root, (), lines)
+    ]
     if any(fault.endswith(_HOLDS_ITSELF) for fault in faults):
         raise ConfigError(faults)
-    by_lower_case = {tuple(map(str.lower, place)): line for place, line in lines.items()}
+    by_lower_case = {tuple(map(str.lower, key_path)): line for key_path, line in lines.items()}
     return YamlFile(path, values, by_lower_case, tuple(faults))
 
 
@@ -102,15 +104,15 @@ def _not_yaml(error: Exception) -> str:
 
 
 def _index_lines(
-    node: yaml.Node | None, place: KeyPath, lines: dict[KeyPath, int], above: tuple[yaml.Node, ...] = ()
+    node: yaml.Node | None, key_path: KeyPath, lines: dict[KeyPath, int], above: tuple[yaml.Node, ...] = ()
 ) -> Iterator[tuple[KeyPath, int, str]]:
     """Fill `lines`, and yield place, line and fault of every key or value that YAML allows and we do not."""
     if any(node is outer for outer in above) and node is not None:
-        yield place, node.start_mark.line + 1, _HOLDS_ITSELF
+        yield key_path, node.start_mark.line + 1, _HOLDS_ITSELF
         return
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*place, str(key.value) if isinstance(key, yaml.ScalarNode) else "?")
+            inner = (*key_path, str(key.value) if isinstance(key, yaml.ScalarNode) else "?")
             line = key.start_mark.line + 1
             if inner in lines:
                 yield inner, line, "given twice"
@@ -120,7 +122,7 @@ def _index_lines(
             yield from _index_lines(value, inner, lines, (*above, node))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            inner = (*place, str(index))
+            inner = (*key_path, str(index))
             lines[inner] = value.start_mark.line + 1
             yield from _index_lines(value, inner, lines, (*above, node))
 
@@ -152,23 +154,23 @@ class Sources:
         value = _value_at(self.overrides, path_of_variable(variable, self.prefix))
         return value is not None and not isinstance(value, Mapping)
 
-    def value_at(self, place: KeyPath) -> Any:
+    def value_at(self, key_path: KeyPath) -> Any:
         """Return the value that one of the sources has for exactly this place, or None."""
-        found = [_value_at(self.overrides, place)]
-        for length in range(len(place), 0, -1):
-            text = self.variables.get(self.prefix + DELIMITER.join(place[:length]).upper())
-            found.append(text if length == len(place) else _value_at(_parsed(text), place[length:]))
-        found.append(_value_at(self.file.values, place))
+        found = [_value_at(self.overrides, key_path)]
+        for length in range(len(key_path), 0, -1):
+            text = self.variables.get(self.prefix + DELIMITER.join(key_path[:length]).upper())
+            found.append(text if length == len(key_path) else _value_at(_parsed(text), key_path[length:]))
+        found.append(_value_at(self.file.values, key_path))
         return next((value for value in found if value is not None), None)
 
-    def origin(self, place: KeyPath) -> str:
-        """Return where the value at `place` was set, with a colon behind, or nothing when it cannot be told."""
-        if _value_at(self.overrides, place) is not None:
+    def origin(self, key_path: KeyPath) -> str:
+        """Return where the value at `key_path` was set, with a colon behind, or nothing when it cannot be told."""
+        if _value_at(self.overrides, key_path) is not None:
             return "command line: "
-        prefixes = [place[:length] for length in range(len(place), 0, -1)]
+        prefixes = [key_path[:length] for length in range(len(key_path), 0, -1)]
         for some in prefixes:
             name = self.prefix + DELIMITER.join(some).upper()
-            if name in self.variables and _may_contain(self.variables[name], place[len(some) :]):
+            if name in self.variables and _may_contain(self.variables[name], key_path[len(some) :]):
                 return f"environment {name}: "
         for some in prefixes:
             line = self.file.lines.get(tuple(map(str.lower, some)))
@@ -182,9 +184,9 @@ def path_of_variable(name: str, prefix: str) -> KeyPath:
     return tuple(name.removeprefix(prefix).lower().split(DELIMITER))
 
 
-def _may_contain(text: str | None, place: KeyPath) -> bool:
+def _may_contain(text: str | None, key_path: KeyPath) -> bool:
     try:
-        return not place or _value_at(json.loads(text or ""), place) is not None
+        return not key_path or _value_at(json.loads(text or ""), key_path) is not None
     except ValueError:
         return True
 
@@ -196,9 +198,9 @@ def _parsed(text: str | None) -> Any:
         return None
 
 
-def _value_at(value: Any, place: KeyPath) -> Any:
-    """Return what is at `place` inside `value`, or None."""
-    for part in place:
+def _value_at(value: Any, key_path: KeyPath) -> Any:
+    """Return what is at `key_path` inside `value`, or None."""
+    for part in key_path:
         if isinstance(value, Mapping) and part in value:
             value = value[part]
         elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
@@ -220,28 +222,28 @@ def describe_errors(
 
     `patterns` says in words what a text must be like to match a regular expression.
     """
-    place, kind = path_of_error(detail), detail["type"]
-    shown = "" if isinstance(detail["input"], Unusable) else shown_value(detail["input"], type_at(model, place))
-    message = _message(detail, patterns) + (_example(type_at(model, place)) if kind == "model_type" else "")
+    key_path, kind = path_of_error(detail), detail["type"]
+    shown = "" if isinstance(detail["input"], Unusable) else shown_value(detail["input"], type_at(model, key_path))
+    message = _message(detail, patterns) + (_example(type_at(model, key_path)) if kind == "model_type" else "")
     if kind == "extra_forbidden":
-        known = _keys_at(model, place[:-1])
-        hint, shown = nearest(place[-1], known), ""
+        known = _keys_at(model, key_path[:-1])
+        hint, shown = nearest(key_path[-1], known), ""
         message = "unknown key" + (hint or "; known are " + ", ".join(known))
-        section = unwrapped(type_at(model, place[:-1]))
-        if "@" in place[-1] or (not hint and secret_names(section)):  # as in store: {redis://...}
-            place, message = place[:-1], f"has an {message}"
-    elif kind == "model_type" and _is_named_secret(model, place):
-        place, shown, message = place[:-1], "", f"under each name, {message}"  # the name may be the secret
+        section = unwrapped(type_at(model, key_path[:-1]))
+        if "@" in key_path[-1] or (not hint and secret_names(section)):  # as in store: {redis://...}
+            key_path, message = key_path[:-1], f"has an {message}"
+    elif kind == "model_type" and _is_named_secret(model, key_path):
+        key_path, shown, message = key_path[:-1], "", f"under each name, {message}"  # the name may be the secret
     elif kind == "missing":
         message, shown = "is missing", ""
     elif detail["input"] is None:
         message, shown = f"has no value; {message}, or leave it out", ""
-    twin = (*place[:-1], "".join(place[-1:]) + SUFFIX)
-    path = sources.value_at(twin)
+    other_form = (*key_path[:-1], "".join(key_path[-1:]) + SUFFIX)
+    path = sources.value_at(other_form)
     if path is not None:  # the secret was read from a file
         names_file = ", got " in message or (isinstance(detail["input"], Unusable) and detail["input"].names_file)
-        place, shown = twin, "" if names_file else f", read from {shown_path(path)}"
-    return f"{sources.origin(place)}{path_text(place) or 'the configuration'}: {message}{shown}"
+        key_path, shown = other_form, "" if names_file else f", read from {shown_path(path)}"
+    return f"{sources.origin(key_path)}{path_text(key_path) or 'the configuration'}: {message}{shown}"
 
 
 def _example(annotation: Any) -> str:
@@ -280,9 +282,9 @@ def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
     return f"{message[0].lower()}{message[1:]}"
 
 
-def _is_named_secret(model: type[BaseModel], place: KeyPath) -> bool:
+def _is_named_secret(model: type[BaseModel], key_path: KeyPath) -> bool:
     """Tell whether a name should stand in front of a section with a secret at this place."""
-    names = type_at(model, place[:-1])
+    names = type_at(model, key_path[:-1])
     return get_origin(unwrapped(names)) is dict and holds_secret(names)
 
 
@@ -309,14 +311,14 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def path_text(place: KeyPath) -> str:
+def path_text(key_path: KeyPath) -> str:
     """Return a place as people write it, such as `routes[0].path`."""
-    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place).removeprefix(".")
+    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in key_path).removeprefix(".")
 
 
-def type_at(model: Any, place: KeyPath) -> Any:
-    """Return the type, with its metadata, of the setting at `place` below `model`, or None if there is none."""
-    for part in place:
+def type_at(model: Any, key_path: KeyPath) -> Any:
+    """Return the type, with its metadata, of the setting at `key_path` below `model`, or None if there is none."""
+    for part in key_path:
         annotation = unwrapped(model)
         if is_section(annotation):
             field = annotation.model_fields.get(part)
@@ -327,9 +329,9 @@ def type_at(model: Any, place: KeyPath) -> Any:
     return model
 
 
-def _keys_at(model: Any, place: KeyPath) -> list[str]:
-    """Return the keys known to the section at `place` below `model`."""
-    section = unwrapped(type_at(model, place))
+def _keys_at(model: Any, key_path: KeyPath) -> list[str]:
+    """Return the keys known to the section at `key_path` below `model`."""
+    section = unwrapped(type_at(model, key_path))
     return list(section.model_fields) if is_section(section) else []
 
 

@@ -23,13 +23,13 @@ def errors_of_repaired(
     values = _copied(values)
     wrong: list[KeyPath] = []
     for _ in range(_ROUNDS):
-        places = [(path_of_error(detail), detail) for detail in errors]
-        of_parts = [(place, detail) for place, detail in places if place]
+        key_paths = [(path_of_error(detail), detail) for detail in errors]
+        of_parts = [(key_path, detail) for key_path, detail in key_paths if key_path]
         if not of_parts:
-            return [detail for place, detail in places if not place], wrong
-        for place, detail in reversed(of_parts):
+            return [detail for key_path, detail in key_paths if not key_path], wrong
+        for key_path, detail in reversed(of_parts):
             is_unwanted = detail["loc"][-1] == "[key]" or detail["type"] == "extra_forbidden"
-            _repair(values, model, place, wrong, is_unwanted=is_unwanted)
+            _repair(values, model, key_path, wrong, is_unwanted=is_unwanted)
         try:
             check(values)
         except ValidationError as error:
@@ -45,8 +45,8 @@ def _copied(value: Any) -> Any:
     return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _parent(values: Any, place: KeyPath) -> Any:
-    for part in place[:-1]:
+def _parent(values: Any, key_path: KeyPath) -> Any:
+    for part in key_path[:-1]:
         if isinstance(values, list) and part.isdigit() and int(part) < len(values):
             values = values[int(part)]
         elif isinstance(values, dict):
@@ -56,41 +56,43 @@ def _parent(values: Any, place: KeyPath) -> Any:
     return values
 
 
-def _repair(values: Any, model: type[BaseModel], place: KeyPath, wrong: list[KeyPath], *, is_unwanted: bool) -> None:
+def _repair(
+    values: Any, model: type[BaseModel], key_path: KeyPath, wrong: list[KeyPath], *, is_unwanted: bool
+) -> None:
     """Replace a wrong part; remove it if it must not be there or is wrong again; then replace what is around it."""
-    times = wrong.count(place)
-    wrong.append(place)
+    times = wrong.count(key_path)
+    wrong.append(key_path)
     if times == 0 and not is_unwanted:
-        _replace(values, model, place, len(wrong))
-    elif times <= 1 and isinstance(_parent(values, place), dict):
-        _remove(values, place)
-    elif len(place) > 1:
-        _repair(values, model, place[:-1], wrong, is_unwanted=False)
+        _replace(values, model, key_path, len(wrong))
+    elif times <= 1 and isinstance(_parent(values, key_path), dict):
+        _remove(values, key_path)
+    elif len(key_path) > 1:
+        _repair(values, model, key_path[:-1], wrong, is_unwanted=False)
 
 
-def _remove(values: Any, place: KeyPath) -> None:
-    parent = _parent(values, place)
+def _remove(values: Any, key_path: KeyPath) -> None:
+    parent = _parent(values, key_path)
     if isinstance(parent, dict):
-        parent.pop(place[-1], None)
-        parent.pop(f"{place[-1]}_file", None)  # a secret may have come from there
+        parent.pop(key_path[-1], None)
+        parent.pop(f"{key_path[-1]}_file", None)  # a secret may have come from there
 
 
-def _replace(values: Any, model: type[BaseModel], place: KeyPath, number: int) -> None:
+def _replace(values: Any, model: type[BaseModel], key_path: KeyPath, number: int) -> None:
     """Put a default or a placeholder in the place of a wrong value."""
-    annotation, parent = type_at(model, place), _parent(values, place)
-    section = unwrapped(type_at(model, place[:-1]))
+    annotation, parent = type_at(model, key_path), _parent(values, key_path)
+    section = unwrapped(type_at(model, key_path[:-1]))
     if is_section(section):
-        field = section.model_fields.get(place[-1])
+        field = section.model_fields.get(key_path[-1])
         if field is None or not field.is_required():
-            _remove(values, place)
+            _remove(values, key_path)
         elif isinstance(parent, dict):
-            parent[place[-1]] = _placeholder(annotation, number)
+            parent[key_path[-1]] = _placeholder(annotation, number)
     elif not is_section(unwrapped(annotation)):  # an entry of a list of values: the list as a whole
-        _replace(values, model, place[:-1], number)
+        _replace(values, model, key_path[:-1], number)
     elif isinstance(parent, dict):
-        parent[place[-1]] = {}
-    elif isinstance(parent, list) and int(place[-1]) < len(parent):
-        parent[int(place[-1])] = {}
+        parent[key_path[-1]] = {}
+    elif isinstance(parent, list) and int(key_path[-1]) < len(parent):
+        parent[int(key_path[-1])] = {}
 
 
 def _placeholder(annotation: Any, number: int) -> Any:

@@ -42,8 +42,8 @@ def _flaw(path: str) -> tuple[str, str | None] | None:
     odd = next((number for number, one in enumerate(segments) if _is_odd(one)), None)
     if odd is not None:
         what = "a '*'" if "*" in segments[odd] else "a placeholder or pattern"
-        why = f"{what} is taken literally and matches nothing, a path matches all below it"
-        return why, "/".join(segments[:odd]) or "/"
+        reason = f"{what} is taken literally and matches nothing, a path matches all below it"
+        return reason, "/".join(segments[:odd]) or "/"
     if _ESCAPE.search(path):
         return "never matches, as paths are compared decoded", unquote(path)
     if matching_path(path) != path:

@@ -66,28 +66,28 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
     yield from _token_findings(config)
     yield from _tier_findings(config)
     for name, upstream in config.upstreams.items():
-        place = ("upstreams", name)
-        yield from _concurrency_findings(place, upstream)
-        yield from _breaker_findings(place, upstream)
+        key_path = ("upstreams", name)
+        yield from _concurrency_findings(key_path, upstream)
+        yield from _breaker_findings(key_path, upstream)
         if upstream.hash_on != "client" and upstream.balance != "hash":
             message = f"needs balance: hash, got {upstream.hash_on!r} with {upstream.balance!r}"
-            yield Finding((*place, "hash_on"), message, depends_on=((*place, "balance"),))
+            yield Finding((*key_path, "hash_on"), message, depends_on=((*key_path, "balance"),))
     yield from _route_findings(config)
 
 
 def find_warnings(config: ConfigSections) -> Iterator[Finding]:
     """Yield what is allowed and is probably not meant."""
     for name, upstream in config.upstreams.items():
-        place = ("upstreams", name)
+        key_path = ("upstreams", name)
         is_tls = any(target.url.startswith("https:") for target in upstream.targets)
         if upstream.http2 and not is_tls:
-            yield Finding((*place, "http2"), "has no effect without an https target")
+            yield Finding((*key_path, "http2"), "has no effect without an https target")
         if not is_tls and any((upstream.tls.ca_file, upstream.tls.cert_file, upstream.tls.key_file)):
-            yield Finding((*place, "tls"), "has no effect without an https target")
+            yield Finding((*key_path, "tls"), "has no effect without an https target")
         used = {route.upstream for route in config.routes}
         used |= {route.fallback.upstream or "" for route in config.routes if route.fallback}
         if name not in used:
-            yield Finding(place, "no route uses this upstream")
+            yield Finding(key_path, "no route uses this upstream")
     for index, route in enumerate(config.routes):
         for number, other in unused_cost_rules(route.costs):
             rule: KeyPath = ("routes", str(index), "costs", str(number))
@@ -105,10 +105,10 @@ def _store_findings(config: ConfigSections) -> Iterator[Finding]:
         **{("tiers", name): tier for name, tier in config.tiers.items()},
         ("address_limit",): config.address_limit,
     }
-    for place, term in terms.items():
+    for key_path, term in terms.items():
         if term.rate and term.capacity / term.rate > MAX_BUDGET:
             yield Finding(
-                place,
+                key_path,
                 f"takes {term.capacity / term.rate:g} s to fill, and in a shared store a bucket may take"
                 f" {MAX_BUDGET} at most",
             )
@@ -117,12 +117,12 @@ def _store_findings(config: ConfigSections) -> Iterator[Finding]:
 def _token_findings(config: ConfigSections) -> Iterator[Finding]:
     tokens: list[tuple[KeyPath, SecretStr | None]] = [(("admin", "token"), config.admin.token)]
     tokens += [(("admin", "tokens", name, "token"), section.token) for name, section in config.admin.tokens.items()]
-    places: dict[str, KeyPath] = {}
-    for place, token in tokens:
+    key_paths: dict[str, KeyPath] = {}
+    for key_path, token in tokens:
         if token is not None:
-            first = places.setdefault(token.get_secret_value(), place)
-            if first != place:
-                yield Finding(place, f"is the same token as {path_text(first)}", depends_on=(first,))
+            first = key_paths.setdefault(token.get_secret_value(), key_path)
+            if first != key_path:
+                yield Finding(key_path, f"is the same token as {path_text(first)}", depends_on=(first,))
 
 
 def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
@@ -130,10 +130,10 @@ def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
     if config.default_tier not in config.tiers:
         message = f"no such tier, got {config.default_tier!r}; the tiers are {known}"
         yield Finding(("default_tier",), message, depends_on=(("tiers",), ("tiers", config.default_tier)))
-    for place, terms in _all_terms(config):
+    for key_path, terms in _all_terms(config):
         seconds = terms.capacity / terms.rate if terms.rate else 0.0
         if seconds > MAX_FILL:
-            yield Finding(place, f"the bucket must fill within {MAX_FILL:g} s (ten years), got {seconds:g}")
+            yield Finding(key_path, f"the bucket must fill within {MAX_FILL:g} s (ten years), got {seconds:g}")
     for client_id, client in config.clients.items():
         if client.tier not in config.tiers:
             message = f"no such tier, got {client.tier!r}; the tiers are {known}"
@@ -155,24 +155,26 @@ def _all_terms(
             yield ("tiers", name, "candidate"), tier.candidate
 
 
-def _concurrency_findings(upstream_place: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:
-    section, place = upstream.concurrency, (*upstream_place, "concurrency")
+def _concurrency_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:
+    section, key_path = upstream.concurrency, (*upstream_path, "concurrency")
     if section is None:
         return
     if (section.limit is None) == (section.adaptive is None):
         got = "both" if section.limit is not None else "neither"
-        yield Finding(place, f"needs either limit or adaptive, got {got}")
+        yield Finding(key_path, f"needs either limit or adaptive, got {got}")
     adaptive = section.adaptive
     if adaptive is not None and adaptive.min_limit > adaptive.max_limit:
         message = f"must be at most max_limit, {adaptive.max_limit}, got {adaptive.min_limit}"
-        yield Finding((*place, "adaptive", "min_limit"), message, depends_on=((*place, "adaptive", "max_limit"),))
+        yield Finding(
+            (*key_path, "adaptive", "min_limit"), message, depends_on=((*key_path, "adaptive", "max_limit"),)
+        )
 
 
-def _breaker_findings(upstream_place: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:
-    breaker, place = upstream.circuit_breaker, (*upstream_place, "circuit_breaker")
+def _breaker_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iterator[Finding]:
+    breaker, key_path = upstream.circuit_breaker, (*upstream_path, "circuit_breaker")
 
     def finding(key: str, message: str, *other: str) -> Finding:
-        return Finding((*place, key), message, depends_on=tuple((*place, one) for one in other))
+        return Finding((*key_path, key), message, depends_on=tuple((*key_path, one) for one in other))
 
     if breaker.max_recovery_timeout < breaker.recovery_timeout:
         yield finding(
@@ -195,25 +197,25 @@ def _breaker_findings(upstream_place: KeyPath, upstream: UpstreamSection) -> Ite
         )
 
 
-def _of_route(route: RouteSection, place: KeyPath, message: str, depends_on: tuple[KeyPath, ...] = ()) -> Finding:
+def _of_route(route: RouteSection, key_path: KeyPath, message: str, depends_on: tuple[KeyPath, ...] = ()) -> Finding:
     """Return a finding that shows the name of the route behind its number."""
-    _, number, *rest = place
-    return Finding(place, message, f"routes[{number}] ({route.name}).{path_text(tuple(rest))}", depends_on)
+    _, number, *rest = key_path
+    return Finding(key_path, message, f"routes[{number}] ({route.name}).{path_text(tuple(rest))}", depends_on)
 
 
 def _route_findings(config: ConfigSections) -> Iterator[Finding]:
     names: dict[str, int] = {}
     for index, route in enumerate(config.routes):
-        place = ("routes", str(index))
+        key_path = ("routes", str(index))
         for key, message, depends_on in (
             *_reference_findings(config, route),
             *_match_findings(route),
             *_cost_findings(config, route),
         ):
-            yield _of_route(route, (*place, *key), message, depends_on)
+            yield _of_route(route, (*key_path, *key), message, depends_on)
         if route.name in names:
             message = f"already the name of routes[{names[route.name]}]"
-            yield _of_route(route, (*place, "name"), message, (("routes", str(names[route.name]), "name"),))
+            yield _of_route(route, (*key_path, "name"), message, (("routes", str(names[route.name]), "name"),))
         names.setdefault(route.name, index)
     for index, other, message in never_reached(config.routes):
         keys = ("path", "host", "methods")
@@ -254,21 +256,21 @@ def _match_findings(route: RouteSection) -> Iterator[_Wrong]:
 
 
 def _cost_findings(config: ConfigSections, route: RouteSection) -> Iterator[_Wrong]:
-    largest = max((terms.capacity for place, terms in _all_terms(config) if place[0] == "tiers"), default=0)
+    largest = max((terms.capacity for key_path, terms in _all_terms(config) if key_path[0] == "tiers"), default=0)
     capacities = tuple(("tiers", name, "capacity") for name in config.tiers)
     costs: list[tuple[KeyPath, float | None]] = [(("cost",), route.cost), (("candidate_cost",), route.candidate_cost)]
     for number, rule in enumerate(route.costs):
-        place: KeyPath = ("costs", str(number))
-        costs += [((*place, "cost"), rule.cost), ((*place, "candidate_cost"), rule.candidate_cost)]
+        key_path: KeyPath = ("costs", str(number))
+        costs += [((*key_path, "cost"), rule.cost), ((*key_path, "candidate_cost"), rule.candidate_cost)]
         if rule.path is not None:
             problem = path_problem(rule.path)
             if problem is None and not is_below(rule.path, route.path) and not is_below(route.path, rule.path):
                 problem = f"never matches: it must be below the route's path {route.path!r}"
             if problem is not None:
-                yield (*place, "path"), f"{problem}, got {rule.path!r}", ()
+                yield (*key_path, "path"), f"{problem}, got {rule.path!r}", ()
         if route.methods and rule.methods and not set(route.methods) & set(rule.methods):
             message = f"never match: the route takes {', '.join(route.methods)} only, got {', '.join(rule.methods)}"
-            yield (*place, "methods"), message, ()
+            yield (*key_path, "methods"), message, ()
     for setting, cost in costs:
         if cost is not None and cost > largest:
             message = f"above the capacity of every tier (at most {largest}), got {cost:g}"

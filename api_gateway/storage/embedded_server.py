@@ -67,7 +67,7 @@ class EmbeddedStore:
         self._watched, self.lifeline = os.pipe()  # every process that needs the store holds `lifeline` open
         self._process: asyncio.subprocess.Process | None = None
         self._last_lines: deque[str] = deque(maxlen=3)
-        self._keeper: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
         self._launching: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -80,14 +80,14 @@ class EmbeddedStore:
         if len(os.fsencode(self._socket)) > _LONGEST_PATH:
             raise NoServer(f"the path {self._socket} is too long for a Unix socket: set TMPDIR to a shorter one")
         await self._begin()
-        self._keeper = asyncio.create_task(self._keep(), name="embedded store")
+        self._task = asyncio.create_task(self._run(), name="embedded store")
 
     async def stop(self) -> None:
         """Stop the server and remove its folder."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._task is not None:
+            self._task.cancel()
             with suppress(asyncio.CancelledError):
-                await self._keeper
+                await self._task
         if self._launching is not None:
             await asyncio.wait({self._launching})
         if self._process is not None:
@@ -140,7 +140,7 @@ class EmbeddedStore:
             return reply == b"+PONG\r\n"
         return False
 
-    async def _keep(self) -> None:
+    async def _run(self) -> None:
         """Restart the server whenever it ends, until cancelled."""
         while True:
             assert self._process is not None  # noqa: S101 - set by `start`

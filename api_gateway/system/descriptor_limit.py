@@ -13,15 +13,15 @@ except ImportError:  # Windows has no such limit
 MAX_DESCRIPTORS = 1_048_576  # the kernel's default for what one process may have
 
 
-def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
-    """Raise the soft limit of open files to the hard one, or to `most` if that is less; return what it is then.
+def raise_descriptor_limit(maximum: int = MAX_DESCRIPTORS) -> int:
+    """Raise the soft limit of open files to the hard one, or to `maximum` if that is less; return what it is then.
 
     Child processes inherit it.
     """
     if resource is None:
         return sys.maxsize
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    wanted = maximum if hard == resource.RLIM_INFINITY else min(hard, maximum)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return sys.maxsize if soft == resource.RLIM_INFINITY else soft
     try:

@@ -218,10 +218,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if parts is None:
             return False
         status, passed, size, length, keeps_alive, has_date, cost = parts
-        came = len(data) - size
-        if came > length or size > MAX_HEAD_BYTES:  # the parser raises the error
+        received = len(data) - size
+        if received > length or size > MAX_HEAD_BYTES:  # the parser raises the error
             return False
-        self._received = size + came
+        self._received = size + received
         response.status, response.passed, response.has_date, response.keeps_alive = (
             status,
             passed,
@@ -232,13 +232,13 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if cost is not None:
             response.cost = cost
         response.is_head_complete = True
-        if came:
+        if received:
             response.pieces.append(data[size:])
-        if came == length:
+        if received == length:
             response.is_complete = True
         else:
-            response.buffered = came
-            self._remaining = length - came
+            response.buffered = received
+            self._remaining = length - received
             self.timer.clear()
         self._on_progress(response)
         return True

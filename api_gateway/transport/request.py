@@ -89,7 +89,7 @@ class NoBody(httpx.AsyncByteStream):
     is_finished = True
     is_awaited = False
     waited = 0.0
-    is_kept = True
+    is_replayable = True
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield nothing."""

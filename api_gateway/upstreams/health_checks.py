@@ -63,7 +63,7 @@ class HealthThreshold:
 
 
 async def check(
-    judge: HealthThreshold, policy: HealthPolicy, url: str, ask: SendProbe, clock: Callable[[], float]
+    judge: HealthThreshold, policy: HealthPolicy, url: str, send_probe: SendProbe, clock: Callable[[], float]
 ) -> bool:
     """Ask once and let `judge` take in the result. Returns whether the verdict changed.
 
@@ -72,7 +72,7 @@ async def check(
     is_good = False
     try:
         async with asyncio.timeout(policy.timeout):
-            status = await ask(url + policy.path, policy.timeout)
+            status = await send_probe(url + policy.path, policy.timeout)
     except TimeoutError:
         finding = f"no answer within {policy.timeout:g} s"
     except LocalResourcesExhausted as error:
@@ -133,10 +133,14 @@ class HealthChecker:
 
     async def _check_periodically(self, target: Target) -> None:
         policy, source = self._policy, self._source
-        judge, ask, url = HealthThreshold(policy, target), self._probe_sender(target), target.named or target.url
+        judge, send_probe, url = (
+            HealthThreshold(policy, target),
+            self._probe_sender(target),
+            target.named or target.url,
+        )
         await asyncio.sleep(policy.interval * source.random())
         while True:
-            if await check(judge, policy, url, ask, self._clock):
+            if await check(judge, policy, url, send_probe, self._clock):
                 self._on_change(target)
             await asyncio.sleep(policy.interval * source.uniform(1 - _JITTER, 1 + _JITTER))
 

@@ -102,7 +102,7 @@ class OutlierDetector:
             outcome = Outcome.IGNORED
         elif outcome is not Outcome.IGNORED:
             target.withheld = 0
-        move = breaker.settle(
+        transition = breaker.settle(
             ticket,
             outcome,
             now,
@@ -112,10 +112,10 @@ class OutlierDetector:
             request_id=request_id,
             principal=principal,
         )
-        if move is None or target not in targets:  # one that is gone rotates no more
+        if transition is None or target not in targets:  # one that is gone rotates no more
             return None
-        self._note_move(target, move)
-        return move
+        self._note_transition(target, transition)
+        return transition
 
     def may_eject(self, targets: Sequence[Target], target: Target) -> bool:
         """Tell whether `target` may leave: others are left to serve, and not too many are out already.
@@ -130,7 +130,7 @@ class OutlierDetector:
                 out += 1
             elif other.is_healthy:
                 serving = True
-        return serving and out <= self._most(targets)
+        return serving and out <= self._max_out(targets)
 
     def is_ejected(self, targets: Sequence[Target], target: Target, now: float) -> bool:
         """Tell whether `target` gets no request for what its breaker says."""
@@ -159,11 +159,11 @@ class OutlierDetector:
             if target.breaker is None:
                 target.breaker = self._make_breaker(now)
         out = [target for target in targets if _is_ejected(target)]
-        for target in sorted(out, key=_ejected_since)[: max(0, len(out) - self._most(targets))]:
+        for target in sorted(out, key=_ejected_since)[: max(0, len(out) - self._max_out(targets))]:
             target.breaker = self._make_breaker(now)
             self.start_slow_start(target, now)
 
-    def _most(self, targets: Sequence[Target]) -> int:
+    def _max_out(self, targets: Sequence[Target]) -> int:
         """Return how many of them may be out at once: never all."""
         return min(int(self.policy.max_ejected_ratio * len(targets) + 1e-9), len(targets) - 1)
 
@@ -189,13 +189,13 @@ class OutlierDetector:
             if target.breaker is not None:
                 target.breaker.note_idempotent(now)
 
-    def _note_move(self, target: Target, move: Transition) -> None:
+    def _note_transition(self, target: Target, transition: Transition) -> None:
         self.abnormal.add(target)
-        if move.target is State.OPEN:
-            target.ejections_total += move.source is State.CLOSED
+        if transition.target is State.OPEN:
+            target.ejections_total += transition.source is State.CLOSED
             target.returned_at = None
-        elif move.target is State.CLOSED:
-            self.start_slow_start(target, move.at)
+        elif transition.target is State.CLOSED:
+            self.start_slow_start(target, transition.at)
 
 
 def is_serving(target: Target) -> bool:

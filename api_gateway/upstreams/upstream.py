@@ -31,8 +31,8 @@ class Attempt:
 
     `principal` is on whose behalf it was made; None once it has failed in a way that no client can have caused.
 
-    `ticket` is of the upstream's breaker, `target_ticket` of the target's own; `target_move` is the move of the latter
-    that the last settling caused.
+    `ticket` is of the upstream's breaker, `target_ticket` of the target's own; `target_transition` is the move of the
+    latter that the last settling caused.
     """
 
     __slots__ = (
@@ -43,13 +43,13 @@ class Attempt:
         "principal",
         "slow",
         "target",
-        "target_move",
         "target_ticket",
+        "target_transition",
         "ticket",
         "upstream",
     )
 
-    target_move: Transition | None
+    target_transition: Transition | None
     principal: str | None
 
     def __init__(
@@ -66,7 +66,7 @@ class Attempt:
         self.target_ticket = target_ticket
         self.principal = principal or ""  # whoever is not known counts as one
         self._holder = principal
-        self.target_move = None
+        self.target_transition = None
         self._target_breaker = target.breaker  # the one that gave the ticket: the target may get another
         self.slow: SlowResponse | None = None
         self._is_settled = False
@@ -85,14 +85,14 @@ class Attempt:
     ) -> Transition | None:
         """Tell how the try ended. Returns the move of the upstream's breaker, if it caused one."""
         if self._is_settled:
-            self.target_move = None
+            self.target_transition = None
             return None
         self._is_settled = True
         if self.slow is not None and duration is None:
             duration, route, request_id = self.slow
         upstream, target = self.upstream, self.target
         if self.target_ticket is not None and target.breaker is self._target_breaker:
-            self.target_move = upstream.outliers.settle(
+            self.target_transition = upstream.outliers.settle(
                 upstream.targets,
                 target,
                 self.target_ticket,

@@ -306,14 +306,14 @@ async def test_a_write_that_the_store_does_not_answer_is_of_unknown_outcome(
     """It hangs between the first question and the change, and keeps hanging; later it may do the change, or not."""
     async with opened(store_server, patience=0.2) as store:
         await store.write("acme", Change(tier="BASIC"))
-        ask = store._ask
+        ask = store._call
 
         async def ask_and_hang(reply: Any) -> Any:
             found = await ask(reply)
             paused()
             return found
 
-        store._ask = ask_and_hang  # type: ignore[method-assign]  # the only way to hit the moment
+        store._call = ask_and_hang  # type: ignore[method-assign]  # the only way to hit the moment
         with pytest.raises(OutcomeUnknown):
             await store.write("acme", Change(tier="PREMIUM"))
 

@@ -93,15 +93,15 @@ def test_the_move_of_a_targets_breaker_is_on_the_lease_that_caused_it() -> None:
     target = upstream.targets[0]
     fail(upstream, target, 2)
     lease = lease_on(upstream, target)
-    assert lease.target_move is None
+    assert lease.target_transition is None
     assert lease.settle(Outcome.FAILURE, NOW, "status 503") is None, "the upstream's breaker did not move"
-    assert lease.target_move is not None
-    assert (lease.target_move.target, lease.target_move.cause) == (
+    assert lease.target_transition is not None
+    assert (lease.target_transition.target, lease.target_transition.cause) == (
         State.OPEN,
         "3 consecutive failures; last: status 503",
     )
     lease.settle(Outcome.FAILURE, NOW)
-    assert lease.target_move is None, "settling once more causes nothing"
+    assert lease.target_transition is None, "settling once more causes nothing"
     assert target.ejections_total == 1
 
 

@@ -20,7 +20,7 @@ from api_gateway.resilience.retry import (
 )
 
 POLICY = RetryPolicy(attempts=3, budget=0.2, base=0.025, cap=0.25, max_retry_after=1.0)
-SAFE = FailedAttempt(attempts=1, is_sent=True, is_repeatable=True, is_kept=True)
+SAFE = FailedAttempt(attempts=1, is_sent=True, is_repeatable=True, is_replayable=True)
 NOW = 1000.0
 
 
@@ -39,8 +39,8 @@ def retries(policy: RetryPolicy = POLICY) -> RetryDecider:
         (replace(SAFE, attempts=3), RetryDenied.ATTEMPTS),
         (replace(SAFE, is_repeatable=False), RetryDenied.METHOD),
         (replace(SAFE, is_repeatable=False, is_sent=False), None),
-        (replace(SAFE, is_kept=False), RetryDenied.BODY),
-        (replace(SAFE, is_kept=False, is_sent=False), RetryDenied.BODY),
+        (replace(SAFE, is_replayable=False), RetryDenied.BODY),
+        (replace(SAFE, is_replayable=False, is_sent=False), RetryDenied.BODY),
         (replace(SAFE, is_recovering=True), RetryDenied.BREAKER),
         (replace(SAFE, is_recovering=True, is_elsewhere=True), RetryDenied.BREAKER),
         (replace(SAFE, retry_after=0.0), None),
@@ -64,7 +64,7 @@ FAILURES = st.builds(
     attempts=st.integers(1, 5),
     is_sent=st.booleans(),
     is_repeatable=st.booleans(),
-    is_kept=st.booleans(),
+    is_replayable=st.booleans(),
     is_recovering=st.booleans(),
     is_elsewhere=st.booleans(),
     retry_after=st.none() | st.floats(0, 3),
@@ -79,7 +79,7 @@ def test_a_retry_keeps_to_every_rule_whatever_comes_together(failed: FailedAttem
         return
     assert failed.attempts < POLICY.attempts
     assert failed.is_repeatable or not failed.is_sent
-    assert failed.is_kept
+    assert failed.is_replayable
     assert not failed.is_recovering
     assert (failed.retry_after or 0.0) <= pause <= max(POLICY.max_retry_after, POLICY.cap)
     assert failed.left is None or pause < failed.left

@@ -328,9 +328,9 @@ async def test_a_body_is_given_again_from_its_start_while_it_is_kept_whole() -> 
     body = StreamedBody(receiving(*messages), 9, exchange("PUT"), keep=3)
     first = aiter(body)
     assert [await anext(first), await anext(first)] == [b"ab", b"c"]
-    assert body.is_kept
+    assert body.is_replayable
     assert [found async for found in body] == [b"ab", b"c", b"d"]
-    assert not body.is_kept
+    assert not body.is_replayable
     with pytest.raises(RuntimeError):
         await anext(aiter(body))
 

@@ -22,8 +22,8 @@ from api_gateway.reporting.snapshot import (
     OutlierSnapshot,
     UpstreamSnapshot,
     WorkerSnapshot,
-    moves_of,
     oldest_changed,
+    transitions_of,
 )
 from api_gateway.resilience.breaker_policy import BreakerPolicy, Mode, State
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit, ConcurrencyState
@@ -439,7 +439,7 @@ def told_by(worker: str, people: Upstream) -> WorkerSnapshot:
     """Return what the supervisor knows of a worker."""
     seen = {"people": UpstreamSnapshot.of(people, START)}
     live, mirror = (
-        WorkerSnapshot(worker, recorder(), seen, histories={"people": moves_of(people)}),
+        WorkerSnapshot(worker, recorder(), seen, histories={"people": transitions_of(people)}),
         WorkerSnapshot.blank(worker),
     )
     mirror.update(through_json(live.state()))
@@ -467,7 +467,7 @@ def test_the_first_move_of_a_targets_new_breaker_is_not_taken_for_that_of_the_ol
     target = people.targets[0]
     target.breaker = CircuitBreaker(people.breaker.policy, START)
     moving(target.breaker, 1, START + 60)
-    mirror.update(through_json(WorkerSnapshot("1", recorder(), histories={"people": moves_of(people)}).state()))
+    mirror.update(through_json(WorkerSnapshot("1", recorder(), histories={"people": transitions_of(people)}).state()))
     assert [(move.number, move.at) for move in mirror.histories["people"]] == [(1, START + 0.5), (1, START + 60)]
 
 

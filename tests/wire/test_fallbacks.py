@@ -64,14 +64,14 @@ def test_it_stands_in_for_refusals_and_for_tries_that_failed_harmlessly(
     kind: type[GatewayError], *, repeatable: bool, once: bool
 ) -> None:
     for fallback in (STATIC, OTHER):
-        assert applies(fallback, kind("no"), is_repeatable=True, is_kept=True) is repeatable
-        assert applies(fallback, kind("no"), is_repeatable=False, is_kept=True) is once
+        assert applies(fallback, kind("no"), is_repeatable=True, is_replayable=True) is repeatable
+        assert applies(fallback, kind("no"), is_repeatable=False, is_replayable=True) is once
 
 
 def test_another_upstream_needs_the_body_and_a_static_answer_does_not() -> None:
     error = UpstreamReset("no")
-    assert applies(STATIC, error, is_repeatable=True, is_kept=False)
-    assert not applies(OTHER, error, is_repeatable=True, is_kept=False)
+    assert applies(STATIC, error, is_repeatable=True, is_replayable=False)
+    assert not applies(OTHER, error, is_repeatable=True, is_replayable=False)
 
 
 # Configuration
