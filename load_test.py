@@ -1,10 +1,11 @@
-"""Load test with locust: a class of clients for each tier, each within its limit, and one class that floods.
+"""Load test with locust: a class of clients for each tier, each within its limit, and one class that exceeds it.
 
 `python load_test.py` runs headless against a running gateway and prints a summary by class.
-`locust -f load_test.py --host http://127.0.0.1:8000` gives the web page.
+`locust -f load_test.py --host http://127.0.0.1:8000` starts the web interface.
 
-Every client registers its tier first, as an operator: with the token in GATEWAY_ADMIN__TOKEN, without one, or with the
-one that a gateway on this machine generated, in the state folder of the configuration that the environment names.
+Every client first registers its tier as an operator: with the token in GATEWAY_ADMIN__TOKEN; else without a token;
+else with the token that a gateway on this machine has generated, in the state folder of the configuration that the
+environment selects.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-try:  # first of all: locust patches ssl and sockets, which others import
+try:  # before other imports: locust patches ssl and sockets
     import gevent
     from locust import FastHttpUser, constant_throughput, events, task
     from locust.exception import StopUser
@@ -40,7 +41,7 @@ _failed = RequestStats()
 
 @lru_cache(maxsize=1)
 def generated_token(host: str) -> str | None:
-    """Return the token that a gateway on this machine generated. Other machines are not shown it."""
+    """Return the token that a gateway on this machine generated, or None. It is not sent to other machines."""
     if urlsplit(host).hostname in ("localhost", "127.0.0.1", "::1"):
         with suppress(ConfigError, OSError):
             return token_file(load_config().state_dir).read_text().strip()
@@ -48,7 +49,7 @@ def generated_token(host: str) -> str | None:
 
 
 class TierClient(FastHttpUser):  # type: ignore[misc]  # locust is untyped for strict checkers
-    """A client of one tier. All but the flooding class stay below their rate, so that a 429 is a failure."""
+    """A client of one tier. All classes but Flooder stay below their rate, so that a 429 is a failure."""
 
     abstract = True
     tier: ClassVar[str]
@@ -57,32 +58,32 @@ class TierClient(FastHttpUser):  # type: ignore[misc]  # locust is untyped for s
     network_timeout = 10.0
 
     def on_start(self) -> None:
-        """Take an id of its own and register it for the tier."""
+        """Register a new client id for the tier."""
         self.client_id = f"load-{type(self).__name__.lower()}-{os.getpid()}-{next(_numbers)}"
         token = os.environ.get("GATEWAY_ADMIN__TOKEN")
         if not self._register(token, may_fail=token is None):
             self._register(generated_token(self.host), may_fail=False)
 
     def _register(self, token: str | None, *, may_fail: bool) -> bool:
-        """Register for the tier; tell whether that is done, and end the test if it is not and may not fail."""
+        """Register for the tier; return whether it succeeded. End the test if it failed and `may_fail` is false."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         url = f"/clients/{self.client_id}/tier"
         body = {"tier": self.tier}
         with self.client.post(url, json=body, headers=headers, name="register", catch_response=True) as response:
             if response.status_code == UNAUTHORIZED and may_fail:
-                response.success()  # a program that needs a token, such as one with a web page
+                response.success()  # a token is needed, for instance by a program with a web interface
                 return False
             if response.status_code != OK:
                 response.failure(f"not registered: {response.status_code} {response.text}")
             is_registered = response.status_code == OK
         if not is_registered:
-            gevent.spawn(self.environment.runner.quit)  # in a greenlet that it does not end
+            gevent.spawn(self.environment.runner.quit)  # in another greenlet, because `quit` ends this one
             raise StopUser
         return True
 
     @task  # type: ignore[untyped-decorator]  # as above
     def get(self) -> None:
-        """Ask once; count the answer under this class."""
+        """Send one request; count its response for this class."""
         name = type(self).__name__
         headers = {"X-Client-ID": self.client_id}
         with self.client.get(PATH, headers=headers, name=name, catch_response=True) as response:
@@ -94,7 +95,7 @@ class TierClient(FastHttpUser):  # type: ignore[misc]  # locust is untyped for s
 
 
 class Free(TierClient):
-    """FREE, 1 token a second."""
+    """FREE, 1 token per second."""
 
     tier = "FREE"
     weight = 3
@@ -102,7 +103,7 @@ class Free(TierClient):
 
 
 class Basic(TierClient):
-    """BASIC, 5 tokens a second."""
+    """BASIC, 5 tokens per second."""
 
     tier = "BASIC"
     weight = 3
@@ -110,7 +111,7 @@ class Basic(TierClient):
 
 
 class Premium(TierClient):
-    """PREMIUM, 20 tokens a second."""
+    """PREMIUM, 20 tokens per second."""
 
     tier = "PREMIUM"
     weight = 2
@@ -118,7 +119,7 @@ class Premium(TierClient):
 
 
 class Enterprise(TierClient):
-    """ENTERPRISE, 100 tokens a second; kept well below so that one machine can carry it."""
+    """ENTERPRISE, 100 tokens per second; well below that, so that one machine is enough."""
 
     tier = "ENTERPRISE"
     weight = 1
@@ -126,7 +127,7 @@ class Enterprise(TierClient):
 
 
 class Flooder(TierClient):
-    """FREE, asking 50 times as often as it may: most of its requests are refused, as they should be."""
+    """FREE, with 50 times its rate: most of its requests must be refused."""
 
     tier = "FREE"
     weight = 1
@@ -139,7 +140,7 @@ CLASSES: tuple[type[TierClient], ...] = (Free, Basic, Premium, Enterprise, Flood
 
 @events.request.add_listener  # type: ignore[untyped-decorator]  # as above
 def _count(name: str, response_time: float, response_length: int, response: Any, exception: Any, **_: Any) -> None:
-    """Keep allowed, limited and failed answers apart: the latency of a refusal says nothing of the service's."""
+    """Count allowed, limited and failed responses separately: the latency of refusals would distort the figures."""
     is_limited = getattr(response, "status_code", None) == TOO_MANY_REQUESTS
     stats = _failed if exception else _limited if is_limited else _allowed
     stats.log_request("GET", name, response_time, response_length)
@@ -147,13 +148,13 @@ def _count(name: str, response_time: float, response_length: int, response: Any,
 
 @events.init.add_listener  # type: ignore[untyped-decorator]  # as above
 def _set_the_clock(**_: Any) -> None:
-    """Have the time of the run begin now: gevent's clock stands still during imports, which the run would lack."""
+    """Update gevent's clock, which does not advance during imports, so that the run has its full length."""
     gevent.get_hub().loop.update_now()
 
 
 @events.quitting.add_listener  # type: ignore[untyped-decorator]  # as above
 def _check(environment: Any, **_: Any) -> None:
-    """A run that sent nothing has failed, too."""
+    """Let a run without any request fail."""
     counts = (
         stats.get(kind.__name__, "GET").num_requests for kind in CLASSES for stats in (_allowed, _limited, _failed)
     )
@@ -164,12 +165,12 @@ def _check(environment: Any, **_: Any) -> None:
 
 @events.quit.add_listener  # type: ignore[untyped-decorator]  # as above
 def _print_summary(**_: Any) -> None:
-    """Print what each class sent and got, below locust's own tables."""
+    """Print the summary after locust's own tables."""
     sys.stdout.write(f"\n{summary()}\n")
 
 
 def summary() -> str:
-    """Return a table by class of client: requests sent, allowed, limited and failed, latency of those allowed."""
+    """Return a table by class: requests sent, allowed, limited and failed, and the latency of allowed ones in ms."""
     counts = "".join(f"{title:>9}" for title in ("sent", "allowed", "limited", "failed", "p50", "p95", "p99"))
     lines = [f"{'class':<12}{'tier':<12}{counts}"]
     for kind in CLASSES:
@@ -183,22 +184,22 @@ def summary() -> str:
 
 
 def main() -> int:
-    """Run headless against a running gateway. Returns locust's exit code: 0, or 1 if any request failed."""
-    parser = argparse.ArgumentParser(description="Load test of a running gateway; the summary is by class of client.")
+    """Run headless. Return locust's exit code, 0, or 1 if any request failed; 2 if there is no gateway."""
+    parser = argparse.ArgumentParser(description="Load test of a running gateway, with a summary by class of client.")
     parser.add_argument("--host", default="http://127.0.0.1:8000", help="(default: %(default)s)")
-    parser.add_argument("--users", type=int, default=10, help="clients in all (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=20, help="length of the run (default: %(default)s)")
+    parser.add_argument("--users", type=int, default=10, help="number of clients (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=20, help="length of the run in seconds (default: %(default)s)")
     options = parser.parse_args()
     try:
         with urllib.request.urlopen(f"{options.host}/healthz", timeout=5):  # noqa: S310 - the operator's own gateway
             pass
     except OSError as error:
-        sys.stderr.write(f"No gateway answers at {options.host}: {error}. Start one with: python run_gateway.py\n")
+        sys.stderr.write(f"No gateway responds at {options.host}: {error}. Start one: python run_gateway.py\n")
         return 2
     run = ["--headless", "--only-summary", "-u", str(options.users), "-r", str(options.users)]
     length = ["-t", f"{options.seconds}s", "--host", options.host, "--loglevel", "WARNING"]
-    command = [sys.executable, "-m", "locust", "-f", os.path.abspath(__file__), *run, *length]  # noqa: PTH100 - for a subprocess
-    return subprocess.run(command, check=False).returncode  # noqa: S603 - our own words
+    command = [sys.executable, "-m", "locust", "-f", os.path.abspath(__file__), *run, *length]  # noqa: PTH100
+    return subprocess.run(command, check=False).returncode  # noqa: S603 - fixed arguments
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start the gateway: `python run_gateway.py --help` tells the options."""
+"""Start the gateway; for the options see `python run_gateway.py --help`."""
 
 from api_gateway.__main__ import main
 

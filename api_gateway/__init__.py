@@ -1,6 +1,6 @@
 """A rate-limiting API gateway: exact token buckets per client, circuit breakers per upstream, metrics.
 
-The public names are loaded when they are first used, so that importing one module does not import all of them.
+The public names are imported at their first use, so that importing one module does not import all of them.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """The command line: `python -m api_gateway`, the console script `api-gateway`, and run_gateway.py.
 
-All it imports at first is what provides for signals: the gateway itself takes seconds to import.
+Only the handling of signals is imported at first, because importing the gateway takes seconds.
 """
 
 import importlib

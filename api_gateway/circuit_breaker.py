@@ -1,10 +1,10 @@
-"""The circuit breaker of an upstream or of one of its targets: what is admitted, and the counts that move it.
+"""The circuit breaker of an upstream or of one of its targets: admission of calls, and transitions by their outcomes.
 
-Synchronous; `now` (monotonic seconds) is an argument; it neither logs nor waits. Admission hands out a ticket with the
-generation of the state it was given in. A result that comes back after the state has changed carries an old
-generation and changes nothing, so a slow failure from before an outage cannot reopen a breaker that has recovered.
+Synchronous; `now` (monotonic seconds) is an argument; no logging, no waiting. Admission returns a ticket with the
+generation of the state. An outcome whose ticket has an older generation is ignored, so that a slow failure from before
+an outage cannot reopen a breaker that has recovered.
 
-Long because it is one state machine: every method reads or moves the state that the others guard.
+Long because it is one state machine: every method reads or changes the same state.
 """
 
 import random
@@ -21,34 +21,39 @@ from api_gateway.resilience.rate_meter import RateMeter
 
 MAX_RECORDS = 50
 MAX_RECORDED_FAILURES = 10
-IDEMPOTENT_PROBE_WAIT = 1.0  # seconds without a safe request, after which an unsafe one may be the probe
-PROBE_HEAD_START = 5.0  # seconds for which a principal whose probe has not succeeded leaves the next one to others
-RATE_KNOWN_AFTER = 3.0  # seconds of being closed, from which on the rate of calls is taken for the usual one
+IDEMPOTENT_PROBE_WAIT = 1.0  # seconds without a repeatable request, after which another one may be the probe
+PROBE_HEAD_START = 5.0  # seconds for which a principal whose probe did not succeed leaves the next one to others
+RATE_KNOWN_AFTER = 3.0  # seconds of being CLOSED after which the measured rate counts as the usual one
 NO_SLOW_CALLS = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Leave for one try, valid for one generation of the breaker's state."""
+    """Admission of one call, valid for one generation of the breaker's state."""
 
     generation: int
     is_probe: bool
 
 
-_UNCOUNTED = Ticket(-1, is_probe=False)  # no generation: whatever comes of the call changes nothing
+_UNCOUNTED = Ticket(-1, is_probe=False)  # no generation: the outcome of the call is ignored
 
 
 class CircuitBreaker:
-    """Counts outcomes and decides whether there may be a try. Not thread-safe."""
+    """Admits or rejects calls by the outcomes of earlier ones. Not thread-safe.
+
+    States CLOSED, OPEN and HALF_OPEN with the transitions of TRANSITIONS; beside them the mode, see `Mode`. `ramp` is
+    set only while CLOSED in a mode that is not forced; `probes_in_flight` is above 0 only while HALF_OPEN. Every
+    transition and change of mode begins a new generation, which invalidates all tickets.
+    """
 
     def __init__(self, policy: BreakerPolicy, now: float, source: random.Random | None = None) -> None:
-        """`source` spreads the times it stays open, by `policy.jitter`; without one they are not spread."""
+        """`source` is for the jitter of open times; without it there is none."""
         self.policy = policy
         self.state = State.CLOSED
         self.mode = Mode.AUTO
         self.mode_until: float | None = None
         self.since = now
-        self.is_transparent = True  # without being asked twice: the hot path looks at nothing else
+        self.is_transparent = True  # CLOSED without ramp, and not forced open: the fast path checks only this
         self.slow_after = NO_SLOW_CALLS if policy.slow_call_duration is None else policy.slow_call_duration
         self.consecutive_failures = 0
         self.probes_in_flight = 0
@@ -60,23 +65,23 @@ class CircuitBreaker:
         self._random = source
         self._window: Window = _window(policy)
         self._principals = RecentPrincipals()  # of every call that has ended
-        self._failing_principals = RecentPrincipals()  # of those that failed or were slow, since the last move
-        self._streak_by: str | None = None  # whose the first of the consecutive failures was
-        self._is_streak_shared = False  # they were several principals', or no principal can have caused one of them
+        self._failing_principals = RecentPrincipals()  # of failed or slow calls since the last transition
+        self._streak_by: str | None = None  # the principal of the first of the consecutive failures
+        self._is_streak_shared = False  # they are of several principals, or no principal can have caused one of them
         self._meter = RateMeter()
         self._failures: deque[FailedCall] = deque(maxlen=MAX_RECORDED_FAILURES)
         self._generation = 0
-        self._closed_ticket = Ticket(0, is_probe=False)  # one for all: every call of a generation is alike
+        self._closed_ticket = Ticket(0, is_probe=False)  # shared by all calls of a generation
         self._probe_successes = 0
         self._last_probe_at = self._last_idempotent_at = now
-        self._admission_seekers = RecentPrincipals()  # of requests that came while it was not CLOSED
+        self._admission_seekers = RecentPrincipals()  # of requests for admission while the breaker was not CLOSED
         self._failed_prober: str | None = (
-            None  # whose the last probe was, unless it succeeded or nobody can have caused it
+            None  # the principal of the last probe, unless it succeeded or no client can have caused its failure
         )
-        self._vacant_since = now  # when the place for the next probe came free
+        self._vacant_since = now  # when the slot for the next probe became free
         self._transition_count = 0
-        self._rate = 0.0  # usual calls a second; 0 while it is not known
-        self._open_time = 0.0  # of the last opening, without the jitter
+        self._rate = 0.0  # usual calls per second; 0 if unknown
+        self._open_time = 0.0  # seconds, of the last opening, without jitter
         self._due = now
 
     def __repr__(self) -> str:
@@ -86,14 +91,15 @@ class CircuitBreaker:
     # Admission
 
     def admit(self, now: float, *, is_safe: bool = True, principal: str | None = None) -> Ticket | None:
-        """Return a ticket that must be settled once, or None when there may be no try.
+        """Return a ticket, which must be settled once, or None if the call is rejected.
 
-        `is_safe` says that the request may be repeated without harm. One that may not becomes a probe only when none
-        that may has come for a second. `principal` is on whose behalf it is made, None if that is not known: one whose
-        last probe has not succeeded waits for HEAD_START if others have asked, so that it alone cannot keep it OPEN.
+        `is_safe`: the request may be repeated. One that may not be becomes a probe only if no repeatable request has
+        arrived for IDEMPOTENT_PROBE_WAIT seconds. `principal` is the client or address of the call, None if unknown. A
+        principal whose last probe did not succeed gets the next one only after PROBE_HEAD_START seconds if others
+        have requested admission, so that it cannot keep the breaker OPEN alone.
         """
         meter = self._meter
-        meter.count += 1  # whatever becomes of it: the meter tells what is asked for
+        meter.count += 1  # rejected calls too: the meter measures the demand
         if now >= meter.due:
             meter.mark(now)
         if self.is_transparent:
@@ -106,25 +112,25 @@ class CircuitBreaker:
         return ticket
 
     def note_idempotent(self, now: float) -> None:
-        """Note that a request came which may be repeated, though it was not asked to be admitted here."""
+        """Record that a repeatable request arrived, without requesting admission here."""
         self._last_idempotent_at = now
 
     def would_admit(self, now: float, *, is_safe: bool = True) -> bool:
-        """Tell whether `admit` would give a ticket now; nothing moves by that."""
+        """Return whether `admit` would return a ticket now; changes nothing."""
         mode = self.mode_at(now)
         return mode is not Mode.FORCED_OPEN and (mode is not Mode.AUTO or self._passes(now, is_safe=is_safe))
 
     def state_at(self, now: float) -> State:
-        """Return the state with the move that time alone causes, which need not have been made yet."""
+        """Return the state at `now`: an OPEN breaker counts as HALF_OPEN once its open time is over."""
         is_due = self.state is State.OPEN and now >= self._due and not self.mode_at(now).is_forced
         return State.HALF_OPEN if is_due else self.state
 
     def mode_at(self, now: float) -> Mode:
-        """Return the mode, which may have ended without having been left yet."""
+        """Return the mode at `now`: AUTO once `mode_until` has passed."""
         return Mode.AUTO if self.mode_until is not None and now >= self.mode_until else self.mode
 
     def refuses(self, now: float) -> bool:
-        """Tell whether nobody would be admitted but, if its time has come, a probe."""
+        """Return whether all calls are rejected at `now`."""
         mode = self.mode_at(now)
         return mode is Mode.FORCED_OPEN or (mode is Mode.AUTO and self.state_at(now) is State.OPEN)
 
@@ -149,7 +155,7 @@ class CircuitBreaker:
                 self.ramp.take(now)
             return self._closed_ticket
         if self.probes_in_flight >= self.policy.half_open_max_calls:
-            # Those that have not come back by now count as lost, so that none can lock us: their tickets are void.
+            # Probes without an outcome by now count as lost, so that they cannot block the breaker.
             self._generation += 1
             self.probes_in_flight = 0
         self.probes_in_flight += 1
@@ -158,7 +164,7 @@ class CircuitBreaker:
         return Ticket(self._generation, is_probe=self.mode is Mode.AUTO)
 
     def _passes(self, now: float, *, is_safe: bool, principal: str | None = None) -> bool:
-        """Tell whether the state admits a request now."""
+        """Return whether the state admits a request now."""
         state = self.state_at(now)
         if state is State.CLOSED:
             return self.ramp is None or self.ramp.is_over(now) or self.ramp.wait(now) == 0
@@ -170,7 +176,7 @@ class CircuitBreaker:
         return principal is None or principal != self._failed_prober or not self._yields_probe(principal, now)
 
     def _yields_probe(self, principal: str, now: float) -> bool:
-        """Tell whether this principal leaves the next probe to others, who have asked since it was OPEN."""
+        """Return whether this principal must leave the next probe to others that requested admission meanwhile."""
         if self.probes_in_flight >= self.policy.half_open_max_calls:  # the last one was lost
             vacant_since = self._last_probe_at + self.policy.recovery_timeout
         else:
@@ -192,16 +198,16 @@ class CircuitBreaker:
         request_id: str = "",
         principal: str | None = "",
     ) -> Transition | None:
-        """Count the outcome of an admitted try. Returns the move it caused.
+        """Record the outcome of an admitted call. Return the transition that it caused, or None.
 
-        `duration` is in seconds, from sending to the answer's head or to the failure. `detail` says in words what
-        failed; it, `route` and `request_id` go into the flight record. `principal` is on whose behalf it was made;
-        None for a failure that no client can have caused. Failures of one principal alone do not open the breaker
-        while others have used it within `policy.window`.
+        `duration` is the seconds from sending to the head of the response or to the failure. `detail` describes a
+        failure; it, `route` and `request_id` go into the history. `principal` is the client or address of the call,
+        None for a failure that no client can have caused. Failures of a single principal do not open the breaker while
+        others have used it within `policy.window`.
         """
         principals = self._principals
         if principal is not None:
-            if principal != principals.last:  # `RecentPrincipals.note`, without the call: this is on the fast path
+            if principal != principals.last:  # `RecentPrincipals.note` inlined: this is on the fast path
                 principals.other_at, principals.last = principals.last_at, principal
             principals.last_at = now
         if ticket.generation != self._generation or outcome is Outcome.IGNORED:
@@ -224,9 +230,9 @@ class CircuitBreaker:
         return self._count_bad_call(outcome, now, detail, is_slow=is_slow)
 
     def advance(self, now: float) -> Transition | None:
-        """Make the moves that time alone causes: to HALF_OPEN once its time is over, out of a mode or a ramp.
+        """Apply changes that depend on time alone: the transition to HALF_OPEN, and the end of a mode or a ramp.
 
-        `admit` makes them too and returns no move: so one of these is in the history only, and in no log.
+        `admit` applies them too and does not return the transition, so this one is in the history but not in the log.
         """
         if self.mode_until is not None and now >= self.mode_until:
             self.set_mode(Mode.AUTO, now)
@@ -234,13 +240,13 @@ class CircuitBreaker:
             self.ramp = None
             self._refresh_flag()
         if self.state_at(now) is not self.state:
-            return self._transition(Event.RECOVERY_DUE, now, f"{round(self._due - self.since, 1):g} s have passed")
+            return self._transition(Event.RECOVERY_DUE, now, f"open for {round(self._due - self.since, 1):g} s")
         return None
 
     def set_mode(self, mode: Mode, now: float, until: float | None = None) -> None:
-        """Put it into a mode until a moment, or until it is put into another. What is on its way counts no more.
+        """Set the mode, until the time `until` or until the next call. Outcomes of calls in flight are ignored.
 
-        Traffic that was held off comes back as after an outage.
+        After FORCED_OPEN, traffic returns by the ramp, as after an outage.
         """
         before, self.mode, self.mode_until = self.mode, mode, until
         if mode is before:
@@ -255,10 +261,10 @@ class CircuitBreaker:
         self._refresh_flag()
 
     def change_policy(self, policy: BreakerPolicy, now: float) -> None:
-        """Go by another policy from now on. State, counts, history and tickets stay as they are.
+        """Apply another policy. State, counts, history and tickets are kept.
 
-        While it is OPEN, the rest of its open time changes in proportion to `recovery_timeout`. A window of another
-        length begins empty.
+        While OPEN, the remaining open time changes in proportion to `recovery_timeout`. A window of another length
+        begins empty.
         """
         before, self.policy = self.policy, policy
         if policy == before:
@@ -276,10 +282,10 @@ class CircuitBreaker:
             self.ramp = None
         self._refresh_flag()
 
-    # What it says of itself
+    # Views
 
     def retry_after(self, now: float) -> float:
-        """Return the seconds until a request may be let through, at least 0; a guess where only an operator knows."""
+        """Return the seconds until a request may be admitted; `recovery_timeout` if forced open without an end."""
         mode = self.mode_at(now)
         if mode is Mode.FORCED_OPEN:
             return self.policy.recovery_timeout if self.mode_until is None else self.mode_until - now
@@ -290,39 +296,37 @@ class CircuitBreaker:
         return self.ramp.wait(now) if self.ramp is not None and not self.ramp.is_over(now) else 0.0
 
     def next_probe_at(self) -> float | None:
-        """Return when the next probe is due; None unless it is OPEN and left to itself."""
+        """Return when the next probe is due (monotonic seconds); None unless OPEN and not forced."""
         return self._due if self.state is State.OPEN and not self.mode.is_forced else None
 
     def ramp_share(self, now: float) -> float | None:
-        """Return what share of the rate before the outage is admitted, 0 to 1; None unless it is coming back."""
+        """Return the share of the rate before the outage that is admitted, 0 to 1; None without a ramp."""
         return self.ramp.share(now) if self.ramp is not None and not self.ramp.is_over(now) else None
 
     def refusal_reason(self, now: float) -> str:
-        """Say why a request is not admitted, to go behind 'the circuit breaker is'."""
+        """Return why a request is rejected, as the end of a sentence that begins with 'The circuit breaker is'."""
         wait = self.retry_after(now)
         state = self.state_at(now)
         if self.mode_at(now) is Mode.FORCED_OPEN:
             end = "" if self.mode_until is None else f" for another {wait:.1f} s"
-            return f"held open by an operator{end}."
+            return f"forced open by an operator{end}."
         if state is State.OPEN:
             cause = f" after {self.last_opened.cause}" if self.last_opened else ""
             return f"OPEN{cause}. Next probe in {wait:.1f} s."
         if state is State.HALF_OPEN:
             if self.would_admit(now):
-                return (
-                    "HALF_OPEN, and requests that may be repeated without harm go first, as do those of other clients."
-                )
-            return "HALF_OPEN and its probes are under way."
-        return f"CLOSED again and lets traffic back step by step. Next call in {wait:.1f} s."
+                return "HALF_OPEN; requests that may be repeated, and those of other clients, have precedence."
+            return "HALF_OPEN, and all its probes are in flight."
+        return f"CLOSED, and its traffic is ramping up. Next call in {wait:.1f} s."
 
     def window_counts(self, now: float) -> Counts:
-        """Return what was counted inside the window."""
+        """Return the counts of the window."""
         return self._window.counts(now)
 
     # Counting
 
     def _note_failing_principal(self, principal: str | None, now: float, *, is_failure: bool) -> None:
-        """Note whose call failed or was slow."""
+        """Record the principal of a failed or slow call."""
         self._failing_principals.note(principal, now)
         if not is_failure:
             return
@@ -332,9 +336,9 @@ class CircuitBreaker:
             self._is_streak_shared = True
 
     def has_one_failing_principal(self, now: float) -> bool:
-        """Tell whether it is CLOSED because every failure that would open it is one principal's, and others call too.
+        """Return whether a threshold is reached, and the breaker is CLOSED because one principal has all the failures.
 
-        One principal alone opens it only where nobody else has called within `policy.window`.
+        A single principal opens it only if no other has called within `policy.window`.
         """
         return self.state is State.CLOSED and self._exceeded(now) is not None and self._threshold_reached(now) is None
 
@@ -348,7 +352,7 @@ class CircuitBreaker:
         return self._transition(Event.THRESHOLD_REACHED, now, f"{cause}; last: {detail}" if detail else cause)
 
     def _threshold_reached(self, now: float) -> str | None:
-        """Return which threshold is reached by calls of several principals, or by one that is alone here."""
+        """Return the threshold reached by calls of several principals, or of the only principal, or None."""
         since = now - self.policy.window
         is_alone = not self._principals.has_several_since(since)
         return self._exceeded(
@@ -358,7 +362,7 @@ class CircuitBreaker:
         )
 
     def _exceeded(self, now: float, *, by_streak: bool = True, by_share: bool = True) -> str | None:
-        """Return which threshold is reached, of those that are asked about."""
+        """Return a description of the first of the selected thresholds that is reached, or None."""
         policy = self.policy
         if by_streak and self.consecutive_failures >= policy.failure_threshold:
             return f"{self.consecutive_failures} consecutive failures"
@@ -385,7 +389,7 @@ class CircuitBreaker:
             return self._transition(Event.PROBES_SUCCEEDED, now, f"{self._probe_successes} probes succeeded")
         return None
 
-    # Moving
+    # Transitions
 
     def _transition(self, event: Event, now: float, cause: str) -> Transition:
         transition = Transition(now, self.state, TRANSITIONS[self.state, event], cause, self.mode)
@@ -420,7 +424,7 @@ class CircuitBreaker:
             self.opened_total += 1
 
     def _next_open_time(self, transition: Transition) -> float:
-        """Return how long it is open: as at first if it was closed long enough, else twice as long as last time."""
+        """Return the open time in seconds: the initial one if CLOSED for long enough, else twice the last one."""
         policy = self.policy
         was_stable = transition.source is State.CLOSED and transition.at - self.since >= policy.window
         if self._open_time == 0 or was_stable or policy.max_recovery_timeout is None:
@@ -428,18 +432,18 @@ class CircuitBreaker:
         return max(policy.recovery_timeout, min(2 * self._open_time, policy.max_recovery_timeout))
 
     def _note_rate(self, now: float) -> None:
-        """Note the usual rate, to come back to it. A ramp, or having been closed for a moment only, tells none."""
+        """Store the usual rate for the next ramp, unless a ramp is in progress or it was CLOSED only briefly."""
         is_whole = self.ramp is None or self.ramp.is_over(now)
         if is_whole and now - self.since >= RATE_KNOWN_AFTER:
             self._rate = self._meter.rate(now)
 
     def _begin_ramp(self, now: float) -> None:
-        """Let traffic come back to the usual rate; where that is unknown, to what is asked for now."""
+        """Begin the ramp to the usual rate, or to the present demand if that is unknown."""
         if self.policy.ramp:
             self.ramp = RampUp(self._rate or self._meter.rate(now), self.policy.ramp, now)
 
     def _begin_generation(self) -> None:
-        """Void every ticket that is out."""
+        """Invalidate all tickets."""
         self._generation += 1
         self._closed_ticket = Ticket(self._generation, is_probe=False)
         self.probes_in_flight = 0

@@ -1,4 +1,4 @@
-"""The command line: argument parsing, and the choice between one process and several."""
+"""The command line: argument parsing, `--check`, and the choice between one process and several."""
 
 import argparse
 import asyncio
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gateway, or only check its configuration. Returns the exit code: 0, or 3 when it cannot start."""
+    """Run the gateway, or only check its configuration. Return the exit code; see `errors`: 3 if it cannot start."""
     if threading.current_thread() is threading.main_thread():
         block_signals()
     with redirected():
@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
     if hint is not None:
         logger.warning(hint)
     try:
-        with state_folder(config):  # for as long as any worker may use it
+        with state_folder(config):  # held while any worker may use it
             asyncio.run(_preflight(config))
             return _serve(config, source, is_watched=options.watch)
     except StartupError as error:
@@ -60,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(loaded: Loaded) -> int:
-    """Say what a start would use, and what would be in its way; return the exit code."""
+    """Print the sources, obstacles and warnings of a start; return the exit code."""
     config = loaded.config
     is_failed = _report(loaded, startup_errors(config))
     _report(loaded, [*find_warnings(config), *startup_warnings(config)], "warning: ")
@@ -81,7 +81,7 @@ def _report(loaded: Loaded, findings: Iterable[Finding], kind: str = "") -> bool
 
 
 def _serve(config: GatewayConfig, source: ConfigSource, *, is_watched: bool) -> int:
-    """Serve in this process, or supervise several that do. Raises StartupError."""
+    """Serve in this process, or supervise several workers. Raises StartupError."""
     if config.server.workers > 1:
         return asyncio.run(Supervisor(config, source, is_watched=is_watched).run())
     server = GatewayServer(config, read=source, is_watched=is_watched)
@@ -90,14 +90,14 @@ def _serve(config: GatewayConfig, source: ConfigSource, *, is_watched: bool) -> 
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options. An unknown one is named without its value, which may be a secret."""
+    """Parse the options. The message about an unknown option does not show its value, which may be a secret."""
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         names = [one.partition("=")[0] for one in unknown if one.startswith("-")]
         parser.error(
-            f"unknown: {', '.join(names) or 'arguments that are no options'}; all settings can be made in the file, or"
-            f" by variables such as {ENV_PREFIX}STORE__URL"
+            f"unknown: {', '.join(names) or 'positional arguments'}; use the file for other settings, or variables"
+            f" such as {ENV_PREFIX}STORE__URL"
         )
     return options
 
@@ -105,8 +105,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="api-gateway",
-        description="A rate-limiting API gateway. Without configuration it starts in front of demo services.",
-        epilog="Every setting can also come from the environment, as in GATEWAY_SERVER__PORT=9000.",
+        description="A rate-limiting API gateway. Without configuration it starts with demo services as upstreams.",
+        epilog="Every setting can also be set by an environment variable, such as GATEWAY_SERVER__PORT=9000.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: $GATEWAY_CONFIG, or none)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the command line sets, nested as the configuration is."""
+    """Return the settings of the command line, nested like the configuration."""
     server = {key: getattr(options, key) for key in ("host", "port", "workers") if getattr(options, key) is not None}
     log: dict[str, Any] = {"level": options.log_level} if options.log_level else {}
     if options.no_access_log:
@@ -139,7 +139,7 @@ def _summary(config: GatewayConfig) -> str:
 
 
 async def _preflight(config: GatewayConfig) -> None:
-    """Find out now, in one line, that the state cannot be opened. A store elsewhere may come later.
+    """Check that a local client store can be opened, for a one-line message. A remote store may be available later.
 
     Raises StartupError.
     """

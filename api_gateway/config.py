@@ -1,7 +1,6 @@
-"""Configuration: what may be set, its defaults, and one clear line for every mistake.
+"""The configuration: its sections, defaults and sources, and one line for every mistake.
 
-Precedence, highest first: command line, environment (`GATEWAY_`, `__` nests), `.env`, YAML file, the defaults below.
-Knows nothing of how the values are used.
+Precedence, highest first: command line, environment (`GATEWAY_`, `__` between levels), `.env`, YAML file, defaults.
 """
 
 import logging
@@ -61,13 +60,13 @@ DEFAULT_TIERS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What has been read for the configuration that is being made; each source beats those behind it."""
+    """The sources of the configuration that is being built, highest precedence first."""
 
     file: Path | None = None
     values: tuple[dict[str, Any], ...] = ()
 
 
-# None: a configuration that is made by itself has its values from the environment.
+# None: `GatewayConfig` was called directly and reads the environment.
 _read: ContextVar[_Read | None] = ContextVar("_read", default=None)
 
 
@@ -87,7 +86,7 @@ def _folder(given: Any) -> Any:
 
 
 class GatewayConfig(BaseSettings):
-    """The whole configuration."""
+    """The whole configuration. Built directly, it reads the environment but no file; see `load_config`."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -99,7 +98,7 @@ class GatewayConfig(BaseSettings):
     server: ServerSection = ServerSection()
     store: StoreSection = StoreSection()
     state_dir: Annotated[Path, BeforeValidator(_folder)] = Field(
-        default=Path(), description="None: a folder of the configuration file's own, see `system.state_folder`."
+        default=Path(), description="None: a folder by the name of the configuration file, see `system.state_folder`."
     )
     admin: AdminSection = AdminSection()
     identity: IdentitySection = IdentitySection()
@@ -114,7 +113,7 @@ class GatewayConfig(BaseSettings):
 
     @property
     def is_demo(self) -> bool:
-        """True when nothing to proxy to is configured."""
+        """True if neither upstreams nor routes are configured; the demo services are started then."""
         return not self.upstreams and not self.routes
 
     @classmethod
@@ -126,7 +125,7 @@ class GatewayConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Order the sources, highest precedence first, each spelling the names of tiers alike."""
+        """Return the sources, highest precedence first, with the names of tiers in upper case."""
         read = _read.get()
         values = _of_environment() if read is None else read.values
         given = [init_settings(), *values]
@@ -135,7 +134,7 @@ class GatewayConfig(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Lay the configured tiers over the default ones; give an upstream without routes a route of its name."""
+        """Merge the configured tiers into the default ones; without routes, add a route for each upstream."""
         if given.get("state_dir") is None:
             given = given | {"state_dir": _default_state_dir()}
         tiers = given.get("tiers", {})
@@ -159,14 +158,14 @@ class GatewayConfig(BaseSettings):
 
 
 def config_path(path: str | Path | None = None) -> Path | None:
-    """Return the YAML file to be read: `path`, else the one that the environment names, else none."""
+    """Return the YAML file to read: `path`, else the value of `GATEWAY_CONFIG`, else None."""
     chosen = path or _variables().get(CONFIG_VARIABLE)
     return Path(chosen) if chosen else None
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A configuration, and where its values came from."""
+    """A configuration and the sources of its values."""
 
     config: GatewayConfig
     sources: Sources
@@ -175,8 +174,8 @@ class Loaded:
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
     """Read the configuration from all its sources.
 
-    `path` is a YAML file; without it `GATEWAY_CONFIG` names one, or there is none. `overrides` is what the command
-    line says, nested as the sections are. Secret files are read. Raises ConfigError, with a line for every mistake.
+    `path` is a YAML file; by default the one that `GATEWAY_CONFIG` names, if any. `overrides` has the settings of the
+    command line, nested like the sections. Secret files are read. Raises ConfigError with a line for every mistake.
     """
     return read_config(path, overrides).config
 
@@ -187,19 +186,19 @@ def read_config(
     *,
     warn: Callable[[str], None] = logger.warning,
 ) -> Loaded:
-    """Do as `load_config`, and keep where each value came from. `warn` takes what is ignored, one line each."""
+    """Do as `load_config`, and return the sources too. `warn` is called with a line for each ignored variable."""
     variables = _variables()
     environment, problems = read_environment(variables, ENV_PREFIX, GatewayConfig)
     problems += broken_lines(ENV_FILE, ENV_PREFIX)
     chosen = config_path(path)
     try:
         file = NO_FILE if chosen is None else read_yaml(chosen)
-    except ConfigError as error:  # without the file, nothing can be said of the rest
+    except ConfigError as error:  # without the file, the rest cannot be checked
         raise ConfigError([*error.problems, *problems]) from None
     given = {name: text for name, text in variables.items() if text is not None}
     settings = {name: text for name, text in given.items() if is_setting(name, ENV_PREFIX, GatewayConfig)}
     sources = Sources(overrides or {}, ENV_PREFIX, settings, file)
-    # Platforms set such variables by themselves, so they stop nothing.
+    # A warning and not an error: platforms set such variables on their own.
     for line in ignored_variables(given, ENV_PREFIX, GatewayConfig, besides={CONFIG_VARIABLE}):
         warn(f"environment: {line}")
     read = _Read(file.path, (environment, file.values))
@@ -222,7 +221,7 @@ def read_config(
 
 
 def from_values(values: Mapping[str, Any]) -> GatewayConfig:
-    """Return the configuration of these values alone. Raises pydantic's ValidationError."""
+    """Return the configuration with these values only, without other sources. Raises pydantic's ValidationError."""
     return _made(values, _Read())
 
 
@@ -235,7 +234,7 @@ def _made(values: Mapping[str, Any], read: _Read) -> GatewayConfig:
 
 
 def _validated(overrides: Mapping[str, Any], read: _Read) -> tuple[GatewayConfig | None, list[ErrorDetails]]:
-    """Return the configuration or the errors. Their exception is not kept: it holds values, and so secrets."""
+    """Return the configuration or the errors. The exception is not kept, as it contains values such as secrets."""
     try:
         return _made(overrides, read), []
     except ValidationError as error:
@@ -249,10 +248,10 @@ def _findings(errors: Iterable[ErrorDetails]) -> Iterator[Finding]:
 
 
 def _emptiness(merged: Mapping[str, Any], sources: Sources) -> Iterator[str]:
-    """Yield a line for what is written and configures nothing, where the demo would start instead."""
+    """Yield a line for each empty file or section that a default would silently replace."""
     if sources.file.path is not None and not sources.file.values and not merged.get("upstreams"):
         yield (
-            f"{sources.file.path}: configures nothing, and so the demo services would start; configure upstreams, or"
+            f"{sources.file.path}: configures nothing, so the demo services would start; configure upstreams, or"
             f" start without --config and {CONFIG_VARIABLE} for the demo"
         )
     if merged.get("routes") == []:
@@ -276,7 +275,7 @@ def _of_environment() -> tuple[dict[str, Any], ...]:
 
 
 def _merged(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Lay sources over each other, those behind over those before."""
+    """Merge sources recursively; later ones take precedence."""
     merged: dict[str, Any] = {}
     for values in sources:
         for name, value in values.items():

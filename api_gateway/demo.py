@@ -1,6 +1,6 @@
-"""The demo upstreams: four small services on free loopback ports, real HTTP servers in a thread of their own.
+"""The demo upstreams: four small HTTP servers on free loopback ports, run in a thread.
 
-They stand in for services until some are configured. Their state is in memory and theirs alone.
+They are the upstreams while none is configured. Their state is in memory.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ def _flaky() -> Handler:
             is_failing = False
             return 200, {"failing": False}
         if is_failing or query.get("fail") == "1":
-            return 500, {"error": "flaky failed, as it was told to"}
+            return 500, {"error": "flaky failed as requested"}
         return 200, {"flaky": "fine"}
 
     return handle
@@ -96,7 +96,10 @@ def _application(handler: Handler) -> Callable[..., Awaitable[None]]:
 
 
 class DemoUpstreams:
-    """The four servers. `urls` holds the address of each once constructed; they answer after `start`."""
+    """The four servers. `urls` has their addresses from the construction on.
+
+    States: bound, after construction; serving, after `start`; ended, after `stop` or, instead of `start`, `close`.
+    """
 
     def __init__(self) -> None:
         handlers: dict[str, Handler] = {
@@ -128,7 +131,7 @@ class DemoUpstreams:
         return f"<DemoUpstreams {self.urls}>"
 
     async def start(self) -> None:
-        """Start the servers; return once all accept connections."""
+        """Start the servers; return when all accept connections. Raises TimeoutError."""
         self._thread.start()
         await asyncio.to_thread(self._wait_until_started)
 
@@ -140,23 +143,23 @@ class DemoUpstreams:
             time.sleep(0.01)
 
     async def stop(self) -> None:
-        """Stop the servers."""
+        """Stop the servers and wait for their thread, at most 10 s."""
         for server in self._servers.values():
             server.should_exit = True
         await asyncio.to_thread(self._thread.join, _START_TIMEOUT)
 
     def close(self) -> None:
-        """Give the ports back without having started."""
+        """Release the ports if the servers were not started."""
         for sock in self._sockets.values():
             sock.close()
 
     def sections(self) -> dict[str, Any]:
-        """Return the configuration that puts the gateway in front of them."""
+        """Return the sections `upstreams` and `routes` of the demo."""
         check = {"path": "/health", "interval": 5}
         upstreams: dict[str, Any] = {
             name: {"targets": [{"url": url}], "health_check": check} for name, url in self.urls.items()
         }
-        # Small enough that a person sees it open and recover within a minute.
+        # Low enough that a user sees the breaker open and recover within a minute.
         upstreams["flaky"]["circuit_breaker"] = {"failure_threshold": 3, "recovery_timeout": 5, "jitter": 0}
         routes: list[dict[str, Any]] = [
             {"name": name, "path": f"/api/{name}", "upstream": name, "strip_prefix": "/api"} for name in self.urls
@@ -172,22 +175,22 @@ class DemoUpstreams:
 
 
 def _free_socket() -> socket.socket:
-    # The protocol is named because asyncio turns Nagle's delay off only for sockets that say they are TCP.
+    # The protocol is given because asyncio sets TCP_NODELAY only on sockets that were created with IPPROTO_TCP.
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.bind(("127.0.0.1", 0))
     return sock
 
 
 def banner(place: str, url: str, curl: str = "curl", operators: str = "") -> str:
-    """Return what a person needs to know when the demo has started.
+    """Return the startup message of the demo.
 
-    `place` is where it listens, `url` and `curl` are what reaches it, and `operators` is the command that reaches the
-    operator endpoints, if it is another one.
+    `place` is the bound address; `curl` and `url` are the command and URL to reach it; `operators` is the command for
+    the operator endpoints if it differs.
     """
     request = f"{curl} -H 'X-Client-ID: client-123' {url}"
     return "\n".join(
         (
-            f"Listening on {place}. No upstream is configured, so four demo services answer behind it:",
+            f"Listening on {place}. No upstream is configured, so four demo services are running:",
             *(f"  {url}/api/{name:<7} {text}" for name, text in _ABOUT.items()),
             "Try:",
             f"  {request}/api/users",

@@ -1,6 +1,6 @@
-"""The composition root: builds the gateway from its configuration. The only place where everything meets.
+"""The composition root: builds the gateway as an ASGI application from its configuration.
 
-`api_gateway.main:app` is what `uvicorn` is given. It is built when first asked for, so importing does nothing.
+`api_gateway.main:app` is the application for `uvicorn`. It is built at the first access, so importing does nothing.
 """
 
 import logging
@@ -44,10 +44,10 @@ STOCK_SERVER_HEADERS = frozenset({b"date", b"server"})
 
 
 class GatewayApp(FastAPI):
-    """The operator endpoints behind their gate, with the data plane in front of both.
+    """The operator endpoints behind the operator gate, and the data plane before both.
 
-    Below `/api` nothing of the framework runs unless somebody has added middleware of their own: it then sees those
-    requests too.
+    Requests below `/api` bypass the framework unless the embedding program has added middleware, which then handles
+    those requests too.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class GatewayApp(FastAPI):
 
     @property
     def fast_path(self) -> FastPathProvider | None:
-        """The straight way for plain requests; none if somebody's middleware wants to see them."""
+        """The fast path for plain requests; None if middleware was added, which must see all requests."""
         return self._switch if self._has_no_other_middleware else None
 
     @property
@@ -81,7 +81,7 @@ class GatewayApp(FastAPI):
         return len(self.user_middleware) == 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the lifespan."""
+        """Serve one request, WebSocket or lifespan (ASGI)."""
         if scope.get("root_path"):
             scope = below_root(scope)
         if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
@@ -95,7 +95,7 @@ class GatewayApp(FastAPI):
 
     @asynccontextmanager
     async def noting_startup_error(self) -> AsyncIterator[None]:
-        """Keep the StartupError that leaves the block, for the server's log."""
+        """Store a StartupError of this block for the message to the server."""
         try:
             yield
         except StartupError as error:
@@ -103,14 +103,14 @@ class GatewayApp(FastAPI):
             raise
 
     async def _send_lifespan(self, send: Send, message: Message) -> None:
-        """Report why the gateway cannot start in one line instead of the traceback that the framework sends."""
+        """Replace the framework's traceback by one line with the reason why the gateway cannot start."""
         if message["type"] == "lifespan.startup.failed" and self.startup_error is not None:
             message = {**message, "message": str(self.startup_error)}
         await send(message)
 
     @property
     def _is_extended(self) -> bool:
-        """True if somebody has added routes or middleware: then any path may be theirs."""
+        """True if the embedding program has added routes or middleware, so that any path may be its own."""
         return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
@@ -137,19 +137,24 @@ def create_app(
     locality: Locality | None = None,
     clocks: Clocks = SYSTEM_CLOCKS,
 ) -> GatewayApp:
-    """Build the gateway as an ASGI application; everything live begins with its lifespan.
+    """Build the gateway as an ASGI application; connections and tasks are created by its lifespan.
 
-    `server_headers` (lower case) are those the ASGI server writes on every answer by itself: the upstream's are left
-    out in their favour, so that none comes twice. `refused` is where the server counts what it refuses by itself.
-    `transports` take the place of the gateway's own for the upstreams they name, such as `httpx.ASGITransport` in a
-    test; cancellation is kept out of them. `crew` is who else serves; nobody by default.
-    `resolve` finds the addresses of upstreams with `resolve`; the event loop's resolver by default.
-    `read` reads the configuration anew for a reload; without it only a `config` that is None can be reloaded, from the
-    same sources. `on_change` is called with every configuration that a reload has put into force.
-    `locality` decides which requests need no token; by default that of a program of the operator on this machine.
-    `connections` are the shares of the server's connections, to be shown to operators.
-    `clocks` are read by the limiter, breakers, health checks, metrics and operator endpoints.
-    Raises ConfigError when `config` is None and the sources are wrong.
+    - `config`: by default read from all sources, as by `load_config`.
+    - `server_headers` (lower case): header fields that the ASGI server adds to every response; those of upstreams are
+      removed, so that none appears twice.
+    - `refused`: the counter of requests that the server itself refuses, by reason.
+    - `transports`: by upstream, replacements for the gateway's own transport, such as `httpx.ASGITransport` in a test;
+      they are shielded from cancellation.
+    - `aggregator`: merges snapshots of several workers; by default there is one process.
+    - `resolve`: resolves names of upstreams with the setting `resolve`; by default with the event loop's resolver.
+    - `read`: reads the configuration for a reload; by default from all sources if `config` is None, else a reload
+      fails.
+    - `on_change`: called with each configuration that a reload has applied.
+    - `connections`: the shares of the server's connections, for views.
+    - `locality`: decides which requests are local and need no token; by default those of the operator's programs.
+    - `clocks`: read by the limiter, breakers, health checks, metrics and operator endpoints.
+
+    Raises ConfigError if `config` is None and the sources have mistakes.
     """
     settings = config or load_config()
     if config is None and read is None:
@@ -159,7 +164,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
-        # In the framework's pool, which is set up by that: neither is left to the first request.
+        # In the framework's thread pool, which this also creates, so that the first request is not delayed.
         await run_in_threadpool(_build_routes, app)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
         async with app.noting_startup_error(), assembly.live(settings) as gateway:
@@ -186,7 +191,7 @@ def create_app(
         has_admin_listener=settings.admin.listen is not None,
         title="API Gateway",
         version=__version__,
-        description="The operator's endpoints. Everything below `/api/` is proxied and not described here.",
+        description="The operator endpoints. Requests below `/api/` are proxied and not described here.",
         lifespan=lifespan,
         redirect_slashes=False,
         license_info={"name": "MIT", "identifier": "MIT"},
@@ -194,7 +199,7 @@ def create_app(
 
 
 def __getattr__(name: str) -> Any:
-    """Build `app` when a server asks for it. A wrong configuration ends the process with a line for each mistake."""
+    """Build `app` at the first access. An invalid configuration ends the process with a line for each mistake."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -204,14 +209,14 @@ def __getattr__(name: str) -> Any:
         raise SystemExit(STARTUP_FAILED) from None
     if app.has_admin_listener:
         logger.warning(
-            "admin.listen: only the gateway's own server opens it; nobody serves the operator endpoints here"
+            "admin.listen: only the gateway's own server opens it; the operator endpoints are not served here"
         )
     globals()["app"] = app
     return app
 
 
 def _build_routes(app: FastAPI) -> None:
-    """Build the models of every endpoint's parameters and responses, which the framework does when first asked."""
+    """Build the models of all endpoints' parameters and responses, which the framework does at the first request."""
     for _ in iter_route_contexts(app.routes):
         pass
 

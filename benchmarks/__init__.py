@@ -1,1 +1,1 @@
-"""Measurements beside other proxies; each module is a command of its own."""
+"""Benchmarks of the gateway and of other proxies; most modules are commands."""

@@ -1,8 +1,8 @@
-"""A target that fails when told to, and notes every request it gets: `python -m benchmarks.ailing <port> <file>`.
+"""A target that fails on command, and records every request: `python -m benchmarks.ailing <port> <file>`.
 
-It answers `GET /api/<number>`, and health checks on any other path. Its standard input tells it how, a word a line:
-`up`, `errors` (half of its answers are 503), `slow` (two seconds late), `down` (it closes its port and its
-connections). The notes outlive it: number and monotonic time of a request are appended to the file as it comes.
+It responds to `GET /api/<number>`, and to health checks on any other path. Its standard input sets the mode, one word
+per line: `up`, `errors` (half of the responses are 503), `slow` (two seconds late), `down` (it closes its port and its
+connections). For each request it appends the number and the monotonic time to the file, which survives its end.
 """
 
 import asyncio
@@ -13,25 +13,25 @@ import sys
 import time
 
 SLOW = 2.0  # seconds
-ERRORS = 0.5  # share of answers
+ERRORS = 0.5  # share of responses
 NOTE = struct.Struct("<Id")
 _GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 _BAD = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\nno"
 
 
 class Service:
-    """What all connections of a target have in common: how it answers, and where it notes what it was asked."""
+    """State shared by the connections of a target: the mode, and the file of requests."""
 
     def __init__(self, port: int, notes: int) -> None:
         self.mode = "up"
         self.connections: set[Connection] = set()
-        self.chance = random.Random(port)  # noqa: S311 - it decides which answers are errors
+        self.chance = random.Random(port)  # noqa: S311 - selects the responses that are errors
         self._port = port
         self._notes = notes
         self._server: asyncio.Server | None = None
 
     async def serve(self) -> None:
-        """Serve, and do what standard input says, until it ends."""
+        """Serve in the mode that standard input sets, until its end."""
         await self._listen()
         loop = asyncio.get_running_loop()
         words = asyncio.StreamReader()
@@ -55,12 +55,12 @@ class Service:
             connection.transport.abort()
 
     def note(self, number: int) -> None:
-        """Write down that a request came."""
+        """Record a request."""
         os.write(self._notes, NOTE.pack(number, time.monotonic()))
 
 
 class Connection(asyncio.Protocol):
-    """One connection of a proxy; requests without bodies, one after the other."""
+    """One connection of a proxy, for sequential requests without bodies."""
 
     transport: asyncio.Transport
 
@@ -69,17 +69,17 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the way back."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP
         self.transport = transport
         self._upstream_client.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
-        """Be forgotten."""
+        """Remove the connection."""
         self._upstream_client.connections.discard(self)
 
     def data_received(self, data: bytes) -> None:
-        """Answer every request that is there."""
+        """Respond to each complete request."""
         *heads, self._buffer = (self._buffer + data).split(b"\r\n\r\n")
         service = self._upstream_client
         for head in heads:

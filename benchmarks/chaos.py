@@ -1,12 +1,12 @@
-"""One target of three fails: what clients notice of it through the gateway, and through other proxies.
+"""One of three targets fails: the effect on clients, through the gateway and through other proxies.
 
-`python -m benchmarks.chaos` sends GETs at a fixed rate, come what may, through one proxy after the other. In each
-measurement one target fails in one way for some seconds and is well again for as many. A request has failed that got
-no whole answer of 200, and is slow beyond a second from when it was due. Retries are what targets saw beyond one
-request each. `out` is the time until the failing target gets less than a tenth of its share, `back` that from its
-recovery until it gets four fifths of it, and `peak` the most it gets in any second since its recovery, in shares.
-Everything is on the machine's monotonic clock, the targets' notes too. Settings are those of `benchmarks.fallible`.
-Linux only.
+`python -m benchmarks.chaos` sends GETs at a fixed rate, independent of responses, through one proxy at a time. In each
+measurement one target fails in one manner for some seconds and then works again for as long. A request counts as
+failed without a complete 200 response, and as slow after more than a second from its due time. Retries are the
+requests at targets beyond one per request. `out` is the time until the failing target gets less than a tenth of its
+share, `back` the time from its recovery until it gets four fifths of it, and `peak` the largest number of requests
+that it gets in any second after its recovery, in shares. All times are of the machine's monotonic clock. The settings
+are in `benchmarks.fallible`. Linux only.
 """
 
 import argparse
@@ -30,28 +30,28 @@ from benchmarks.target import Target, targets
 
 TARGETS = 3
 WARM_UP = 2.0  # seconds before the failure
-OUT, BACK = 0.1, 0.8  # shares of what a target gets when all is well
-BIN = 0.25  # seconds over which shares are looked at
-QUEUED = 0.25  # seconds in which a target that was stopped reads what had been sent to it meanwhile
+OUT, BACK = 0.1, 0.8  # shares of what a target gets without failures
+BIN = 0.25  # seconds over which shares are measured
+QUEUED = 0.25  # seconds in which a target that was stopped reads the requests sent meanwhile
 
 
 # The failures
 
 
 async def dead(target: Target, seconds: float) -> None:
-    """Kill it, and start it again at the end."""
+    """Kill the target, and restart it at the end."""
     target.kill()
     await asyncio.sleep(seconds)
     await asyncio.get_running_loop().run_in_executor(None, target.start)
 
 
 async def errors(target: Target, seconds: float) -> None:
-    """Have half of its answers be 503."""
+    """Make half of the responses 503."""
     await _told("errors", target, seconds)
 
 
 async def slow(target: Target, seconds: float) -> None:
-    """Have its answers come two seconds late."""
+    """Delay its responses by two seconds."""
     await _told("slow", target, seconds)
 
 
@@ -62,7 +62,7 @@ async def _told(word: str, target: Target, seconds: float) -> None:
 
 
 async def flapping(target: Target, seconds: float) -> None:
-    """Take it down and up again by turns, a second each."""
+    """Stop and start listening alternately, one second each."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for word in ("down", "up"):
@@ -71,7 +71,7 @@ async def flapping(target: Target, seconds: float) -> None:
 
 
 async def hanging(target: Target, seconds: float) -> None:
-    """Stop it: the kernel accepts for it, and it never answers."""
+    """SIGSTOP: the kernel accepts connections, and the target never responds."""
     target.signal(signal.SIGSTOP)
     await asyncio.sleep(seconds)
     target.signal(signal.SIGCONT)
@@ -79,9 +79,9 @@ async def hanging(target: Target, seconds: float) -> None:
 
 @dataclass(frozen=True)
 class Failure:
-    """A way to fail. `shows` tells where it is seen which requests met the failing target.
+    """A kind of failure. `shows` is the source of which requests reached the failing target.
 
-    That is in its notes, by its clients (those that had to wait), or nowhere.
+    `notes`: its record of requests; `clients`: the clients that had to wait; `nowhere`: unknown.
     """
 
     title: str
@@ -98,12 +98,12 @@ FAILURES = {
 }
 
 
-# What came of it
+# Results
 
 
 @dataclass
 class Run:
-    """One measurement: all requests, what each target noted (the failing one is the first), and when it failed."""
+    """One measurement: requests, the record of each target (the failing one first), and the time of the failure."""
 
     calls: list[Call]
     notes: list[list[tuple[int, float]]]
@@ -116,7 +116,7 @@ class Run:
 
 @dataclass
 class Figures:
-    """What is told of a measurement; None where it was not seen or did not happen."""
+    """Results of a measurement; None if unknown, or if it did not happen."""
 
     requests: int
     failed: int
@@ -125,11 +125,11 @@ class Figures:
     out: float | None
     back: float | None
     peak: float
-    statuses: dict[int, int] = field(default_factory=dict)  # of what failed
+    statuses: dict[int, int] = field(default_factory=dict)  # of failed requests
 
 
 def figures(run: Run, shows: str) -> Figures:
-    """Count. Requests of the warm-up are left out."""
+    """Evaluate a measurement, without the requests of the warm-up."""
     calls = [call for call in run.calls if call.due >= run.failed_at]
     first = calls[0].number if calls else 0
     seen = Counter(number for notes in run.notes for number, _ in notes if number >= first)
@@ -151,7 +151,7 @@ def figures(run: Run, shows: str) -> Figures:
 
 
 def _contacts(run: Run, shows: str) -> list[float] | None:
-    """Return when the requests that met the failing target were due, as far as that is seen."""
+    """Return the due times of the requests that reached the failing target, None if unknown."""
     if shows == "nowhere":
         return None
     if shows == "clients":
@@ -160,7 +160,7 @@ def _contacts(run: Run, shows: str) -> list[float] | None:
 
 
 def _until(times: Sequence[float], start: float, end: float, is_so: Callable[[int], bool]) -> float | None:
-    """Return the seconds from `start` to the first bin before `end` whose count is as wanted."""
+    """Return the seconds from `start` to the first bin before `end` whose count fulfils the condition."""
     for number in range(int((end - start) / BIN)):
         low = start + number * BIN
         if is_so(sum(low <= at < low + BIN for at in times)):
@@ -169,9 +169,9 @@ def _until(times: Sequence[float], start: float, end: float, is_so: Callable[[in
 
 
 def _peak(times: Sequence[float], sent: Sequence[float], share: float) -> float:
-    """Return the most requests that a target got within a second, in shares; all times are sorted.
+    """Return the largest number of requests that a target got within a second, in shares; all times are sorted.
 
-    Where the load itself was late and sent more than was due in that second, shares are larger.
+    If the load was late and sent more requests than were due in that second, the shares are larger accordingly.
     """
     best = 0.0
     for last, at in enumerate(times):
@@ -185,7 +185,7 @@ def _peak(times: Sequence[float], sent: Sequence[float], share: float) -> float:
 
 
 async def measure(port: int, made: Sequence[Target], failure: Failure, rate: float, seconds: float) -> Run:
-    """Have the first target fail under load, and be well again."""
+    """Let the first target fail under load and recover."""
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     load = Load(port, rate)
     loading = asyncio.ensure_future(load.run(done))
@@ -203,18 +203,18 @@ async def measure(port: int, made: Sequence[Target], failure: Failure, rate: flo
 
 
 def run_one(proxy: Proxy, failure: Failure, rate: float, seconds: float, cores: Sequence[int]) -> Figures:
-    """Measure one proxy and one failure from the start: fresh targets, a fresh proxy. Raises RuntimeError."""
+    """Measure one proxy with one failure, with new targets and a new proxy. Raises RuntimeError."""
     with tempfile.TemporaryDirectory() as name, targets(TARGETS, Path(name), cores[-1]) as made:
         place = Place(Path(name), free_port(), tuple(target.port for target in made))
         launch = proxy.launch(place)
         with running(launch.command, core=cores[0], port=place.port, folder=place.folder, env=launch.env):
-            time.sleep(0.5)  # for those that look at their targets first
+            time.sleep(0.5)  # for proxies that check their targets first
             with pinned(cores[-1]):
                 run = asyncio.run(measure(place.port, made, failure, rate, seconds))
     if not all(any(at < run.failed_at for _, at in notes) for notes in run.notes):
-        raise RuntimeError("not every target got requests while all was well")
-    if run.lag > 0.1:  # noqa: PLR2004 - seconds that a clock of a tenth would show
-        sys.stderr.write(f"{proxy.name}: the load itself was up to {run.lag * 1000:.0f} ms late\n")
+        raise RuntimeError("not every target got requests before the failure")
+    if run.lag > 0.1:  # noqa: PLR2004 - seconds
+        sys.stderr.write(f"{proxy.name}: the load generator was up to {run.lag * 1000:.0f} ms late\n")
     return figures(run, failure.shows)
 
 
@@ -236,7 +236,7 @@ def table(failure: Failure, found: Sequence[tuple[str, Figures]]) -> str:
 
 
 def summary(found: Sequence[tuple[str, Sequence[Figures]]]) -> str:
-    """Return the table of all failures together."""
+    """Return the table of the sums over all failures."""
     lines = [
         "All failures:",
         "",
@@ -259,8 +259,10 @@ def _chosen(names: str | None, known: Sequence[str], parser: argparse.ArgumentPa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the tables. Returns 1 if a proxy could not be measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=10, help="of failing, and of recovery (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=300, help="requests a second (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="length of failure and of recovery (default: %(default)s)"
+    )
+    parser.add_argument("--rate", type=float, default=300, help="requests per second (default: %(default)s)")
     parser.add_argument("--peers", help=f"some of {','.join(proxy.name for proxy in PROXIES)}")
     parser.add_argument("--failures", help=f"some of {','.join(FAILURES)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
@@ -269,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     proxies = [proxy for proxy in PROXIES if proxy.name in names]
     for proxy in proxies:
         if not proxy.found():
-            sys.stderr.write(f"{proxy.name} is left out, it was not found: {proxy.hint}\n")
+            sys.stderr.write(f"{proxy.name} is skipped, it was not found: {proxy.hint}\n")
     proxies = [proxy for proxy in proxies if proxy.found()]
     cores = sorted(os.sched_getaffinity(0))
     found: dict[str, dict[str, Figures]] = {}
@@ -299,5 +301,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are stopped then too
     raise SystemExit(main())

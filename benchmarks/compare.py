@@ -1,8 +1,8 @@
-"""The gateway beside other proxies, in one run on one machine: CPU a request, requests a second, latency, memory.
+"""The gateway and other proxies, in one run on one machine: CPU per request, throughput, latency, memory.
 
-`python -m benchmarks.compare` starts nginx as upstream on one core, then by turns each peer on another core, and
-drives it from the first. CPU is user and system time of all the peer's processes. Peers that are not installed are
-named and left out. Needs Linux, two cores, nginx and wrk.
+`python -m benchmarks.compare` starts nginx as upstream on one core, then each peer in turn on another core, with the
+load from the first core. CPU is the user and system time of all processes of the peer. Peers that are not installed
+are reported and skipped. Requires Linux, two cores, nginx and wrk.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from benchmarks.report import CASES, Results, tables
 from benchmarks.upstream import upstream
 
 CONNECTIONS = 64
-UPLOAD_CONNECTIONS = 8  # of 64 uploads of 10 MB, too many would be half-way when the time is over
+UPLOAD_CONNECTIONS = 8  # with 64 uploads of 10 MB, too many would be incomplete at the end
 RATE = 500.0
 TURNS = 4
 QUICK = ("small", "varied", "10k", "new", "latency")
 
 
 class Comparison:
-    """One run: where things are, how long they are measured, and what was found."""
+    """One run: cores, upstream, length of measurements, and results."""
 
     def __init__(self, *, peer_core: int, load_core: int, origin: int, seconds: float) -> None:
         self._peer_core = peer_core
@@ -41,12 +41,12 @@ class Comparison:
         self.results = Results()
 
     def round(self, peers: Sequence[Peer], cases: Sequence[str], number: int) -> None:
-        """Measure every peer once, beginning with another one each time; memory in the first round only."""
+        """Measure every peer once, beginning with a different one in each round; memory in the first round only."""
         shift = number % len(peers)
         for peer in (*peers[shift:], *peers[:shift]):
             wanted = [case for case in cases if case in peer.cases]
             if "memory" in wanted and number == 0:
-                self._measure(peer, ["memory"])  # in a process of its own, where nothing has been allocated yet
+                self._measure(peer, ["memory"])  # in a new process, which has allocated nothing yet
             self._measure(peer, [case for case in wanted if case != "memory"])
 
     def _measure(self, peer: Peer, cases: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ class Comparison:
         return {"rate": driven.requests / driven.seconds, "cpu": used / driven.requests * 1e6}
 
     def _added(self, port: int) -> dict[str, float]:
-        """Ask the peer and, as often and by turns with it, the upstream itself; return the difference."""
+        """Send requests alternately through the peer and to the upstream directly; return the difference."""
         through: list[float] = []
         direct: list[float] = []
         for _ in range(TURNS):
@@ -118,7 +118,7 @@ def _say(text: str) -> None:
 
 
 def _chosen(names: str | None, known: Sequence[str], what: str) -> list[str]:
-    """Split a list given on the command line; all if none was given. Raises ValueError."""
+    """Split a list of the command line; None selects all. Raises ValueError."""
     chosen = names.split(",") if names else list(known)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"no such {what}: {', '.join(unknown)}; there are {', '.join(known)}")
@@ -127,12 +127,12 @@ def _chosen(names: str | None, known: Sequence[str], what: str) -> list[str]:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="how often each peer is measured (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each peer (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4, help="length of a measurement (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"one round of one second, of {','.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"one round of one second with {','.join(QUICK)}")
     parser.add_argument("--peers", help=f"some of {','.join(peer.name for peer in PEERS)}")
     parser.add_argument("--only", help=f"some of {','.join(CASES)}")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="write a plot of CPU a request")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write a plot of CPU per request")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(arguments)
     try:
@@ -146,16 +146,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _installed(names: Sequence[str]) -> list[Peer]:
-    """Return the peers that are here, and say how to get the others."""
+    """Return the installed peers, and print how to install the others."""
     peers = [peer for peer in PEERS if peer.name in names]
     for peer in peers:
         if not peer.found():
-            _say(f"{peer.name} is left out, it was not found: {peer.hint}")
+            _say(f"{peer.name} is skipped, it was not found: {peer.hint}")
     return [peer for peer in peers if peer.found()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure all peers by turns and print the tables. Returns 1 if a measurement failed, 2 if none is possible."""
+    """Measure all peers in turn and print the tables. Return 1 if a measurement failed, 2 if none is possible."""
     options = _options(arguments)
     cores = sorted(os.sched_getaffinity(0))
     missing = [name for name in ("nginx", "wrk") if shutil.which(name) is None]
@@ -177,5 +177,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
     raise SystemExit(main())

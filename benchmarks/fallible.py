@@ -1,8 +1,8 @@
-"""Proxies before three targets that may fail, each with what its makers offer against that.
+"""Proxies with three targets that may fail, each with its own means against failures.
 
-What can be set alike is: a target has a second to accept a connection and a second to answer, a request is tried three
-times at most, within four seconds, a target that fails is left out for two seconds, and health checks, where there are
-any, go to `/health` each second. All take turns between the targets.
+Settings are equal where possible: one second to connect and one to respond, at most three attempts per request within
+four seconds, ejection of a failing target for two seconds, and health checks on `/health` every second if supported.
+All use round robin.
 """
 
 import json
@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from api_gateway.settings.upstreams import CircuitBreakerSection, RetrySection, UpstreamSection
 from benchmarks.peers import GATEWAY, Launch
 
-# The gateway's settings against failing targets, and the one place to change them. What it does not know is left out.
+# The gateway's settings against failing targets. Settings that its version does not have are omitted.
 RESILIENCE: Mapping[str, Any] = {
     "balance": "round_robin",
     "timeouts": {"connect": 1, "response": 1, "idle": 5},
@@ -26,7 +26,7 @@ RESILIENCE: Mapping[str, Any] = {
     "circuit_breaker": {
         "failure_threshold": 5,
         "recovery_timeout": 2,
-        "max_recovery_timeout": 2,  # as the others, who do not leave it out for longer each time
+        "max_recovery_timeout": 2,  # as the others, which do not extend ejections
         "per_target": True,
         "max_ejected_ratio": 0.5,
     },
@@ -37,26 +37,26 @@ RESILIENCE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a proxy runs: a folder of its own, the port it listens on, the ports of the targets."""
+    """Environment of a proxy: its folder, its port, and the ports of the targets."""
 
     folder: Path
     port: int
     targets: tuple[int, ...]
 
     def write(self, name: str, text: str) -> str:
-        """Write a file of the proxy's and return its path."""
+        """Write a file into the folder and return its path."""
         path = self.folder / name
         path.write_text(text)
         return str(path)
 
     def each(self, words: str) -> str:
-        """Return these words once for each target, with its number and port put in."""
+        """Return the format string once for each target, with its number and port."""
         return "\n".join(words.format(number=number, port=port) for number, port in enumerate(self.targets))
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """One contestant. `found` tells whether it is installed, `hint` how to change that."""
+    """One proxy. `found` returns whether it is installed; `hint` is how to install it."""
 
     name: str
     title: str
@@ -66,12 +66,12 @@ class Proxy:
 
 
 def known(section: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a section has."""
+    """Return those of the settings that the section has."""
     return {name: value for name, value in settings.items() if name in section.model_fields}
 
 
 def this_gateway(place: Place) -> Launch:
-    """`RESILIENCE`, with limiter, breaker and metrics on, as ever."""
+    """With `RESILIENCE`; limiter, breaker and metrics are enabled as by default."""
     resilience = known(UpstreamSection, RESILIENCE)
     resilience["circuit_breaker"] = known(CircuitBreakerSection, RESILIENCE["circuit_breaker"])
     resilience["retry"] = known(RetrySection, RESILIENCE["retry"])
@@ -90,7 +90,7 @@ def this_gateway(place: Place) -> Launch:
 
 
 def nginx(place: Place) -> Launch:
-    """max_fails and fail_timeout, proxy_next_upstream with statuses; active checks are in the paid edition only."""
+    """max_fails and fail_timeout, proxy_next_upstream with statuses; active checks exist only in NGINX Plus."""
     folder = place.folder
     config = f"""
 daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr crit;
@@ -118,7 +118,7 @@ http {{
 
 
 def haproxy(place: Place) -> Launch:
-    """Checks each second, errors observed between them, redispatch, retry-on, slowstart."""
+    """Checks every second, observation of errors, redispatch, retry-on, slowstart."""
     config = f"""
 global
   nbthread 1
@@ -146,7 +146,7 @@ backend targets
 
 
 def caddy(place: Place) -> Launch:
-    """Active and passive health checks, lb_try_duration; an answer that is an error is not tried again."""
+    """Active and passive health checks, lb_try_duration; error responses are not retried."""
     upstreams = " ".join(f"127.0.0.1:{port}" for port in place.targets)
     config = f"""{{
 	admin off
@@ -182,7 +182,7 @@ http://127.0.0.1:{place.port} {{
 
 
 def envoy(place: Place) -> Launch:
-    """Health checks, outlier detection by run and by share of failures, retry policy and budget, slow start."""
+    """Health checks, outlier detection by streaks and shares of failures, retry policy and budget, slow start."""
     retries = {
         "retry_on": "5xx,reset,connect-failure",
         "num_retries": 2,

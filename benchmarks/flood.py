@@ -1,8 +1,8 @@
-"""A flood at a fixed rate, from one client id or from as many ids as requests: `python -m benchmarks.flood`.
+"""Requests at a fixed high rate, from one client id or from as many ids as requests: `python -m benchmarks.flood`.
 
-One thread around epoll(7); requests are written from a template, and of an answer only the status and the last byte
-are looked at, so that a flood costs little itself. It sends when a request is due, on a connection that has none under
-way, and prints what the answers were and how long it took for all.
+One thread with epoll(7); requests are written from a template, and only the status and the last byte of a response are
+checked, so that the generator needs little CPU. It sends each request when it is due, on a connection without a
+request in flight, and prints the statuses and the total time.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 
 MOST_CONNECTIONS = 512
-_NAP = 50e-6  # seconds between two looks at what is due and what has come
-_PATIENCE = 30.0  # seconds without an answer
+_NAP = 50e-6  # seconds between checks of due requests and received responses
+_PATIENCE = 30.0  # seconds without a response
 _REQUEST = b"GET /api/small HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Client-ID: %b\r\n\r\n"
 
 
 @dataclass(frozen=True)
 class Flooded:
-    """What came of a flood: requests, the seconds they took, and answers by status."""
+    """Results of a flood: requests, their total time in seconds, and responses by status."""
 
     requests: int
     seconds: float
@@ -32,12 +32,12 @@ class Flooded:
 
 
 def client_id(number: int) -> bytes:
-    """Return an id; all of them have one length."""
+    """Return an id; all have the same length."""
     return b"id-%09d" % number
 
 
 class Flood:
-    """Connections to one server, and how many requests have been sent and answered."""
+    """Connections to one server, and the numbers of requests sent and of responses."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -57,7 +57,7 @@ class Flood:
         self._epoll.close()
 
     def send(self, request: bytes) -> bool:
-        """Send a request; false if every connection that may be has one under way."""
+        """Send a request; return False if all connections have one in flight and no more are permitted."""
         if self._idle:
             sock = self._idle.pop()
         elif len(self._sockets) < MOST_CONNECTIONS:
@@ -68,14 +68,14 @@ class Flood:
         return True
 
     def receive(self, wait: float) -> None:
-        """Take what has come. Raises ConnectionError."""
+        """Process received responses. Raises ConnectionError."""
         for number, _ in self._epoll.poll(wait):
             sock = self._sockets[number]
             received = sock.recv(65_536)
-            while not received.endswith(b"}"):  # as all the answers here do; more than one piece is rare
+            while not received.endswith(b"}"):  # as all responses here do; several parts are rare
                 more = sock.recv(65_536)
                 if not more:
-                    raise ConnectionError("the connection was closed before the answer")
+                    raise ConnectionError("the connection was closed before the response")
                 received += more
             self.statuses[received[9:12].decode("ascii")] += 1
             self.answered += 1
@@ -90,7 +90,7 @@ class Flood:
 
 
 def flood(port: int, *, rate: float, count: int, first: int, ids: int) -> Flooded:
-    """Send `count` requests at `rate` a second, by turns from `ids` ids that begin with the one numbered `first`."""
+    """Send `count` requests at `rate` per second, in turn from `ids` ids, beginning with number `first`."""
     clock = time.perf_counter
     with closing(Flood(port)) as under_way:
         start, sent = clock(), 0
@@ -104,13 +104,13 @@ def flood(port: int, *, rate: float, count: int, first: int, ids: int) -> Floode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Flood a server, and print what came of it as JSON."""
+    """Flood a server, and print the results as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flood", description=__doc__)
     parser.add_argument("port", type=int)
-    parser.add_argument("--rate", type=float, required=True, help="requests a second")
+    parser.add_argument("--rate", type=float, required=True, help="requests per second")
     parser.add_argument("--count", type=int, required=True, help="requests")
     parser.add_argument("--first", type=int, default=0, help="number of the first id (default: %(default)s)")
-    parser.add_argument("--ids", type=int, default=1, help="ids that take turns (default: %(default)s)")
+    parser.add_argument("--ids", type=int, default=1, help="number of ids used in turn (default: %(default)s)")
     options = parser.parse_args(arguments)
     done = flood(options.port, rate=options.rate, count=options.count, first=options.first, ids=options.ids)
     sys.stdout.write(json.dumps(asdict(done)) + "\n")

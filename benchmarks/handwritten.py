@@ -33,7 +33,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def constant() -> Callable[[Scope, Any, Send], Awaitable[None]]:
-    """Return the floor: an ASGI application that answers the small body itself."""
+    """Return the lower bound: an ASGI application that responds with the small body itself."""
     head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(SMALL))]
 
     async def app(scope: Scope, _receive: Any, send: Send) -> None:
@@ -45,7 +45,7 @@ def constant() -> Callable[[Scope, Any, Send], Awaitable[None]]:
 
 
 def proxy_lib() -> Any:
-    """Return fastapi-proxy-lib's reverse proxy; it limits nothing."""
+    """Return the reverse proxy of fastapi-proxy-lib, without a rate limit."""
     library = importlib.import_module("fastapi_proxy_lib.fastapi.app")
     client = httpx.AsyncClient(timeout=_TIMEOUT)
     return library.reverse_http_app(client=client, base_url=f"{os.environ['UPSTREAM']}/")
@@ -59,7 +59,7 @@ class Limit(BaseHTTPMiddleware):
         self._buckets: dict[str, tuple[float, float]] = {}
 
     async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Refuse with 429 or pass on."""
+        """Refuse with 429 or forward."""
         key = request.headers.get("x-client-id") or (request.client.host if request.client else "")
         now = time.monotonic()
         tokens, at = self._buckets.get(key, (_CAPACITY, now))
@@ -78,7 +78,7 @@ class Count(BaseHTTPMiddleware):
         self._by_status: dict[int, tuple[int, float]] = {}
 
     async def dispatch(self, request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Time what comes after."""
+        """Measure the time of a request."""
         began = time.perf_counter()
         response = await call_next(request)
         count, total = self._by_status.get(response.status_code, (0, 0.0))
@@ -87,7 +87,7 @@ class Count(BaseHTTPMiddleware):
 
 
 def gateway() -> FastAPI:
-    """Return the gateway one writes in an afternoon: FastAPI, two middlewares, a shared httpx client, streams."""
+    """Return a minimal gateway: FastAPI, two middlewares, a shared httpx client, streaming."""
     client = httpx.AsyncClient(base_url=os.environ["UPSTREAM"], timeout=_TIMEOUT)
 
     @asynccontextmanager

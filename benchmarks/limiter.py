@@ -1,8 +1,8 @@
-"""The decision of a rate limiter alone: microseconds each for warm clients, and bytes a client.
+"""The decision of a rate limiter alone: microseconds for known clients, and bytes per client.
 
-`python -m benchmarks.limiter` compares ours with `limits`, throttled-py, pyrate-limiter (`pip install` each of them)
-and with the least that could do: a tuple for each client in a dict. All hold their buckets in memory, read a clock for
-each decision, and never refuse here.
+`python -m benchmarks.limiter` compares the gateway's limiter with `limits`, throttled-py and pyrate-limiter (on PyPI),
+and with a minimal one: a tuple for each client in a dict. All keep their buckets in memory, read a clock for each
+decision, and never refuse here.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 from api_gateway.models import Charge, Quota
 from api_gateway.rate_limiter import MemoryLimiter
 
-TOKENS, SECONDS = 1_000_000, 3600  # a budget that neither runs out nor lapses while it is measured
+TOKENS, SECONDS = 1_000_000, 3600  # a quota that is neither used up nor expires during the measurement
 DECISIONS = 50_000
 WARM_CLIENTS = 100
 CLIENTS = 100_000
@@ -29,7 +29,7 @@ Decide = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Contestant:
-    """A limiter: its name, and how to build a fresh one that decides by client. Building may lack the library."""
+    """A limiter: its name, and a function that builds a new one; raises ImportError without the library."""
 
     name: str
     build: Callable[[], Decide]
@@ -37,7 +37,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Figures:
-    """Microseconds a decision, one figure a round; bytes a client."""
+    """Microseconds per decision for each round; bytes per client."""
 
     microseconds: list[float]
     bytes_a_client: float
@@ -51,7 +51,7 @@ def ours() -> Decide:
 
 
 def bare_dict() -> Decide:
-    """Return a token bucket of floats, without refusals told apart, bounds or forgetting."""
+    """Return a token bucket of floats, without details of refusals, limits of memory or expiry."""
     buckets: dict[str, tuple[float, float]] = {}
     clock = time.monotonic
 
@@ -68,7 +68,7 @@ def bare_dict() -> Decide:
 
 
 def limits_of(strategy: str) -> Callable[[], Decide]:
-    """Return how to build a limiter of `limits` with one of its strategies."""
+    """Return a builder of a limiter of `limits` with one of its strategies."""
 
     def build() -> Decide:
         limits = importlib.import_module("limits")
@@ -81,7 +81,7 @@ def limits_of(strategy: str) -> Callable[[], Decide]:
 
 
 def throttled_py() -> Decide:
-    """Return throttled-py's GCRA, with a store that holds all clients."""
+    """Return throttled-py's GCRA, with a store that is large enough for all clients."""
     throttled = importlib.import_module("throttled")
     quota = throttled.rate_limiter.per_hour(TOKENS, burst=TOKENS)
     store = throttled.MemoryStore(options={"MAX_SIZE": 2 * CLIENTS})
@@ -90,7 +90,7 @@ def throttled_py() -> Decide:
 
 
 def pyrate_limiter() -> Decide:
-    """Return pyrate-limiter's GCRA, with a bucket for each client as its manual has it."""
+    """Return pyrate-limiter's GCRA, with a bucket for each client as in its manual."""
     pyrate: Any = importlib.import_module("pyrate_limiter")
     rates, clock = [pyrate.Rate(TOKENS, pyrate.Duration.HOUR)], pyrate.MonotonicClock()
     buckets: dict[str, Any] = {}
@@ -120,7 +120,7 @@ CONTESTANTS = (
 
 
 def microseconds(decide: Decide, decisions: int = DECISIONS) -> float:
-    """Return the time of a decision for warm clients by turns. Raises RuntimeError if one is refused."""
+    """Return the time of a decision for known clients in turn. Raises RuntimeError if one is refused."""
     clients = [f"client-{number}" for number in range(WARM_CLIENTS)]
     passed = [decide(client) for client in clients]
     turns = max(1, decisions // WARM_CLIENTS)
@@ -131,12 +131,12 @@ def microseconds(decide: Decide, decisions: int = DECISIONS) -> float:
     elapsed = time.perf_counter() - began
     passed += [decide(client) for client in clients]
     if not all(passed):
-        raise RuntimeError("a client was refused, which costs another time than to pass")
+        raise RuntimeError("a client was refused, and a refusal takes a different time")
     return elapsed / (turns * WARM_CLIENTS) * 1e6
 
 
 def bytes_a_client(build: Callable[[], Decide], clients: int = CLIENTS) -> float:
-    """Return what a limiter allocates for each client that came once, a name it keeps included."""
+    """Return the bytes that a limiter allocates for each new client, its stored name included."""
     decide = build()
     decide("first")
     gc.collect()
@@ -152,7 +152,7 @@ def bytes_a_client(build: Callable[[], Decide], clients: int = CLIENTS) -> float
 
 
 def measure(contestants: Sequence[Contestant], rounds: int) -> Iterator[tuple[str, Figures]]:
-    """Time all by turns, then weigh each."""
+    """Measure the time of all in turn, then the memory of each."""
     timed: dict[str, list[float]] = {one.name: [] for one in contestants}
     for _ in range(rounds):
         for one in contestants:
@@ -172,12 +172,12 @@ def table(found: Sequence[tuple[str, Figures]]) -> str:
 
 
 def installed() -> Iterator[Contestant]:
-    """Return the contestants whose library is here, and name the others."""
+    """Return the limiters whose library is installed, and print the others."""
     for one in CONTESTANTS:
         try:
             one.build()
         except ModuleNotFoundError as missing:
-            sys.stderr.write(f"{one.name} is left out: {missing}; see `python -m benchmarks.limiter --help`\n")
+            sys.stderr.write(f"{one.name} is skipped: {missing}; see `python -m benchmarks.limiter --help`\n")
         else:
             yield one
 
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.limiter",
-        description="The rate limiter's decision beside that of limits, throttled-py and pyrate-limiter (PyPI).",
+        description="The rate limiter's decision, compared with limits, throttled-py and pyrate-limiter (PyPI).",
     )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     options = parser.parse_args(arguments)

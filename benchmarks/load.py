@@ -1,8 +1,8 @@
-"""Load: wrk for throughput, and a loop of our own that sends at a fixed rate, come what may, for latency.
+"""Load: wrk for throughput, and an open loop at a fixed rate for latency.
 
-wrk waits for an answer before it sends the next request, so a slow server slows its own load. The loop here sends when
-a request is due, on another connection if need be, and counts from that moment. It is one thread around select(2),
-whose timeouts are in microseconds where those of asyncio are in milliseconds.
+wrk waits for a response before it sends the next request, so a slow server reduces its own load. The open loop sends
+each request when it is due, on another connection if necessary, and measures from that time. It is one thread with
+select(2), whose timeouts are in microseconds; those of asyncio are in milliseconds.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ _HEADERS = {"new": {"Connection": "close"}, "varied": _VARIED}
 
 @dataclass(frozen=True)
 class Driven:
-    """What wrk saw: answers, the seconds they took, and bytes read (rounded as wrk prints them)."""
+    """Results of wrk: responses, seconds, and bytes read (rounded as wrk prints them)."""
 
     requests: int
     seconds: float
@@ -62,21 +62,21 @@ class Driven:
 
 
 class Failed(Exception):
-    """A run whose figures would mean nothing: wrong answers, errors, or a rate that is not held."""
+    """A run without valid results: wrong responses, errors, or a rate that was not reached."""
 
 
 def parse_wrk(output: str, size: int) -> Driven:
-    """Read wrk's summary. Raises Failed if an answer was not 2xx or 3xx, was too short, or an error was seen."""
+    """Parse wrk's summary. Raises Failed if a response was not 2xx or 3xx or too short, or after errors."""
     if problems := re.findall(r"(?:Non-2xx|Socket errors).*", output):
         raise Failed("; ".join(problem.strip() for problem in problems))
     found = _SUMMARY.search(output)
     if found is None:
-        raise Failed(f"wrk said something else: {output.strip()!r}")
+        raise Failed(f"unexpected output of wrk: {output.strip()!r}")
     driven = Driven(int(found[1]), float(found[2]) * _SECONDS[found[3]], float(found[4]) * _BYTES[found[5]])
     if not driven.requests:
-        raise Failed("no answer at all")
+        raise Failed("no answer: wrk received no response")
     if driven.read < 0.99 * size * driven.requests:  # wrk prints three digits
-        raise Failed(f"{driven.requests} answers of {size} bytes in no more than {driven.read:.0f} bytes")
+        raise Failed(f"{driven.requests} responses of {size} bytes in only {driven.read:.0f} bytes")
     return driven
 
 
@@ -93,19 +93,19 @@ def drive(port: int, case: str, *, core: int, seconds: float, connections: int) 
             script.flush()
             options += ["-s", script.name]
         with pinned(core):
-            done = subprocess.run(  # noqa: S603 - our own words
+            done = subprocess.run(  # noqa: S603 - fixed arguments
                 ["wrk", *options, *headers, f"http://127.0.0.1:{port}/api/{path}"],
                 capture_output=True,
                 text=True,
                 check=False,
             )
     if done.returncode:
-        raise Failed(f"wrk ended with {done.returncode}: {done.stderr.strip()}")
+        raise Failed(f"wrk exited with {done.returncode}: {done.stderr.strip()}")
     return parse_wrk(done.stdout, size or SIZES[path])
 
 
 def verify(port: int, case: str) -> None:
-    """Ask once and look at the whole answer. Raises Failed."""
+    """Send one request and check the whole response. Raises Failed."""
     path = case if case == "upload" or case in SIZES else "small"
     upload = b"x" * UPLOAD_BYTES if case == "upload" else None
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
@@ -125,7 +125,7 @@ def verify(port: int, case: str) -> None:
 
 
 def await_ready(port: int, patience: float = 15.0) -> None:
-    """Wait until a server that listens also answers: some read their routes later. Raises Failed."""
+    """Wait until a server that listens also responds, as some load their routes later. Raises Failed."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -144,7 +144,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 class Answer:
-    """Reads answers, one after the other, and counts the bytes of their bodies."""
+    """Parses sequential responses, and counts the bytes of their bodies."""
 
     def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
@@ -152,17 +152,17 @@ class Answer:
         self.done = False
 
     def append(self, received: bytes) -> None:
-        """Take what came; the first piece after a whole answer begins the next."""
+        """Parse received bytes; the first ones after a complete response begin the next one."""
         if self.done:
             self.length, self.done = 0, False
         try:
             self._parser.feed_data(received)
         except httptools.HttpParserError as error:
-            raise Failed(f"not an answer of HTTP: {error}") from error
+            raise Failed(f"not an HTTP response: {error}") from error
 
     @property
     def status(self) -> int:
-        """The status of the last answer."""
+        """The status of the last response."""
         code: int = self._parser.get_status_code()
         return code
 
@@ -172,16 +172,16 @@ class Answer:
             raise Failed(f"status {self.status} with {self.length} bytes, not 200 with {size}")
 
     def on_body(self, body: bytes) -> None:
-        """The parser calls this."""
+        """Count the bytes; called by the parser."""
         self.length += len(body)
 
     def on_message_complete(self) -> None:
-        """The parser calls this."""
+        """Called by the parser."""
         self.done = True
 
 
 class Client:
-    """One keep-alive connection, at most one small request on it at a time."""
+    """One keep-alive connection with at most one small request in flight."""
 
     request = f"GET /api/small HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Client-ID: {CLIENT}\r\n\r\n".encode()
 
@@ -192,7 +192,7 @@ class Client:
         self.due = 0.0
 
     def fileno(self) -> int:
-        """What select(2) waits for."""
+        """Return the descriptor for select(2)."""
         return self._socket.fileno()
 
     def close(self) -> None:
@@ -200,35 +200,35 @@ class Client:
         self._socket.close()
 
     def send(self, due: float) -> None:
-        """Send the request that was due then."""
+        """Send the request that is due at `due`."""
         self.due = due
         self._socket.sendall(self.request)
 
     def receive(self) -> bool:
-        """Take what came; true if the answer is whole. Raises Failed if it is not the one expected."""
+        """Parse received bytes; return whether the response is complete. Raises Failed if it is not as expected."""
         received = self._socket.recv(65_536)
         if not received:
-            raise Failed("the connection was closed before the answer")
+            raise Failed("the connection was closed before the response")
         self._answer.append(received)
         if self._answer.done:
             self.check(self._answer)
         return self._answer.done
 
     def check(self, answer: Answer) -> None:
-        """Raise Failed if an answer is not the one expected."""
+        """Raise Failed if a response is not as expected."""
         answer.check(len(SMALL))
 
     def ask(self) -> None:
-        """Send a request and wait for its answer."""
+        """Send a request and wait for its response."""
         self.send(0.0)
         while not self.receive():
             pass
 
 
 def latencies(port: int, *, core: int, rate: float, seconds: float, most: int = 500) -> list[float]:
-    """Send `rate` small requests a second for a while; return each one's seconds from due to answered, sorted.
+    """Send `rate` small requests per second; return the sorted times from due to complete response, in seconds.
 
-    Raises Failed if more than `most` are unanswered at once: then the rate is not held.
+    Raises Failed if more than `most` requests are in flight: then the rate is not sustained.
     """
     with pinned(core), contextlib.closing(OpenLoop(partial(Client, port), most)) as loop:
         loop.warm_up()
@@ -237,7 +237,7 @@ def latencies(port: int, *, core: int, rate: float, seconds: float, most: int = 
 
 
 class OpenLoop:
-    """Connections to one server, those with an unanswered request apart, and the seconds each answer took."""
+    """An open loop: connections to one server, busy or idle, and the measured times in seconds."""
 
     def __init__(self, connect: Callable[[], Client], most: int = 500) -> None:
         self._connect = connect
@@ -255,13 +255,13 @@ class OpenLoop:
             client.close()
 
     def warm_up(self, connections: int = 8) -> None:
-        """Open some connections and ask once on each."""
+        """Open some connections and send one request on each."""
         for _ in range(connections):
             self._idle.append(self._connect())
             self._idle[-1].ask()
 
     def run(self, rate: float, seconds: float) -> None:
-        """Send at a fixed rate for a while, and wait for the answers. Raises Failed."""
+        """Send at a fixed rate for `seconds`, and wait for the responses. Raises Failed."""
         start, total = time.perf_counter() + 0.01, round(rate * seconds)
         for number in range(total):
             due = start + number / rate
@@ -271,10 +271,10 @@ class OpenLoop:
                 raise Failed(f"does not hold {rate:g} requests/s")
         while len(self.measured) < total:
             if not self.receive(_PATIENCE):
-                raise Failed(f"{total - len(self.measured)} requests were not answered in {_PATIENCE:g} s")
+                raise Failed(f"{total - len(self.measured)} requests had no response within {_PATIENCE:g} s")
 
     def send(self, due: float) -> bool:
-        """Send a request that was due then, on a connection that has none; false if too many are unanswered."""
+        """Send a request that is due at `due` on an idle connection; return False if too many are in flight."""
         if len(self._busy) >= self._most:
             return False
         client = self._idle.pop() if self._idle else self._connect()
@@ -283,7 +283,7 @@ class OpenLoop:
         return True
 
     def receive(self, wait: float) -> bool:
-        """Take what comes within some seconds; true if there was anything."""
+        """Process what is received within `wait` seconds; return whether there was anything."""
         readable = select.select(self._busy, (), (), wait)[0]
         for client in readable:
             if client.receive():

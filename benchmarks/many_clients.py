@@ -1,11 +1,11 @@
-"""What a flood of invented client ids costs a client that behaves, and the memory it takes.
+"""The effect of a flood of invented client ids on clients within their limits, and on memory.
 
-`python -m benchmarks.many_clients` runs one gateway on one core; upstream (nginx), store and load have the other. Two
-clients keep to their limits: one of the ENTERPRISE tier asks 50 times a second, one of FREE every other second, at
-fixed times whatever comes back, and both at the start of each turn. Beside them a flood comes at a fixed rate, in
-short turns from one known id and from ids none of which comes twice, each within its limits: what differs is the
-invention of ids alone. A quarter of the ids come so, the others at a stretch. The address they come from is not
-limited, so that they reach every table.
+`python -m benchmarks.many_clients` runs one gateway on one core; upstream (nginx), store and load use the other. Two
+clients stay within their limits: one of the ENTERPRISE tier sends 50 requests per second, one of FREE one every two
+seconds, at fixed times independent of responses, and both at the start of each turn. At the same time a flood is sent
+at a fixed rate, in short turns alternately from one known id and from new ids, each within its limits, so that only
+the new ids make a difference. A quarter of the ids are sent in this manner, the others in one turn. Their address is
+exempt from the address limit, so that they reach every table.
 """
 
 import argparse
@@ -34,20 +34,20 @@ from benchmarks.upstream import upstream
 
 ROOT = Path(__file__).parent.parent
 GATEWAY_CORE, LOAD_CORE = 0, 1
-KNOWN = 0  # number of the one id that is known
+KNOWN = 0  # number of the known id
 OFTEN, SELDOM = "asks-often", "asks-seldom"
-RATES = {OFTEN: 50.0, SELDOM: 0.5}  # requests a second
+RATES = {OFTEN: 50.0, SELDOM: 0.5}  # requests per second
 REFUSALS = (429, 503)
-STRETCHED = 4  # all but the first of so many parts of the ids come at a stretch
-IDLE_SHARE = 4  # an idle gateway is watched for this part of the time of a flood
-HELD = 10_000  # registered clients in memory, where they do not all fit
+STRETCHED = 4  # parts of the ids, of which all but the first are sent in one turn
+IDLE_SHARE = 4  # the idle gateway is measured for this part of the time of a flood
+HELD = 10_000  # registered clients in memory if they do not all fit
 IDLE, ONE, MANY, STRETCH = "nobody", "one id", "ids that never repeat", "the same, at a stretch"
-UNLIMITED = 1_000_000  # requests a second
-SAMPLED_EVERY = 2.0  # seconds between two looks at the tables
+UNLIMITED = 1_000_000  # requests per second
+SAMPLED_EVERY = 2.0  # seconds between samples of the tables
 
 
 class Caller(Client):
-    """A connection of a client that keeps to its limits, and counts what it is refused all the same."""
+    """A connection of a client within its limits, which counts its refused requests."""
 
     def __init__(self, port: int, name: str, refused: Counter[int]) -> None:
         self.request = f"GET /api/small HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Client-ID: {name}\r\n\r\n".encode()
@@ -55,7 +55,7 @@ class Caller(Client):
         super().__init__(port)
 
     def check(self, answer: Answer) -> None:
-        """See `StoreClient`."""
+        """See `Client`."""
         if answer.status in REFUSALS:
             self._refused[answer.status] += 1
         else:
@@ -64,16 +64,16 @@ class Caller(Client):
 
 @dataclass
 class Phase:
-    """What was measured under one kind of load, a value for each time it came."""
+    """Results under one kind of load, a value for each turn."""
 
-    rates: list[float] = field(default_factory=list)  # requests a second
-    costs: list[float] = field(default_factory=list)  # microseconds of CPU time for each
+    rates: list[float] = field(default_factory=list)  # requests per second
+    costs: list[float] = field(default_factory=list)  # microseconds of CPU time per request
     medians: list[float] = field(default_factory=list)  # milliseconds
     tails: list[float] = field(default_factory=list)  # milliseconds, the 99th percentile
     statuses: Counter[str] = field(default_factory=Counter)  # of the flood
-    refused: Counter[int] = field(default_factory=Counter)  # clients that keep to their limits
+    refused: Counter[int] = field(default_factory=Counter)  # of clients within their limits
     peak: int = 0  # bytes
-    tables: Counter[str] = field(default_factory=Counter)  # the most entries there were
+    tables: Counter[str] = field(default_factory=Counter)  # largest number of entries
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """A gateway: where its buckets are, and whether it holds all registered clients."""
+    """A configuration: where the buckets are, and whether all registered clients are in memory."""
 
     name: str
     has_store: bool = False
@@ -134,7 +134,7 @@ def configuration(row: Row, folder: Path, port: int, behind: int, store: int) ->
 
 
 def register(state: Path, count: int) -> None:
-    """Register clients, none of which will ask."""
+    """Register clients that will send no requests."""
     state.mkdir()
 
     async def create() -> None:
@@ -151,18 +151,18 @@ def register(state: Path, count: int) -> None:
 
 
 class Scene:
-    """A running gateway, and what is to be measured of it."""
+    """A running gateway and its measurements."""
 
     def __init__(self, pid: int, port: int, rate: float) -> None:
         self._pid, self._port, self._rate = pid, port, rate
-        self._next = KNOWN + 1  # the next id that has not come yet
+        self._next = KNOWN + 1  # the next new id
         self.measured = Measured(start=resident_bytes(pid))
 
     def __repr__(self) -> str:
         return f"<Scene [{self._next - 1} ids so far]>"
 
     def run(self, name: str, requests: int) -> None:
-        """Measure under one kind of load, for as long as so many requests take."""
+        """Measure under one kind of load, for as long as this number of requests takes."""
         phase = self.measured.phases[name]
         reset_peak(self._pid)
         before = cpu_seconds(self._pid)
@@ -190,12 +190,12 @@ class Scene:
         self._next += 0 if name == ONE else ids
         options = ["--rate", str(self._rate), "--count", str(requests), "--first", str(first), "--ids", str(ids)]
         command = [sys.executable, "-m", "benchmarks.flood", str(self._port), *options]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own words
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # noqa: S603 - fixed arguments
 
     def _take(self, phase: Phase, flood: "subprocess.Popen[str]", before: float) -> None:
         output, _ = flood.communicate()
         if flood.returncode:
-            raise Failed(f"the flood ended with {flood.returncode}")
+            raise Failed(f"the flood exited with {flood.returncode}")
         done = Flooded(**json.loads(output))
         phase.rates.append(done.requests / done.seconds)
         phase.costs.append((cpu_seconds(self._pid) - before) / done.requests * 1e6)
@@ -208,7 +208,7 @@ class Scene:
             yield loop
 
     def _sample(self, phase: Phase, seconds: float) -> None:
-        """Look at the tables now and then, and keep the most entries each had."""
+        """Sample the tables, and keep the largest number of entries of each."""
         end = time.monotonic() + seconds
         with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)) as connection:
             while time.monotonic() < end:
@@ -218,7 +218,7 @@ class Scene:
 
 
 def measure(row: Row, behind: int, *, ids: int, seconds: float, rounds: int) -> Measured:
-    """Start a gateway and measure it: by turns under one id, under many and idle, then under many at a stretch."""
+    """Start a gateway and measure it: in turn with one id, many ids and idle, then with many ids in one turn."""
     port, store = free_port(), free_port()
     part = ids // (rounds * STRETCHED)
     with ExitStack() as stack:
@@ -246,7 +246,7 @@ def _middle(values: Sequence[float]) -> str:
 
 
 def latencies_of(row: Row, measured: Measured) -> Iterator[str]:
-    """Return the lines on the clients that keep to their limits."""
+    """Yield the lines for the clients within their limits."""
     usual = statistics.median(measured.phases[ONE].tails)
     for name, phase in measured.phases.items():
         rate = f"{statistics.median(phase.rates):,.0f}" if phase.rates else ""
@@ -258,13 +258,13 @@ def latencies_of(row: Row, measured: Measured) -> Iterator[str]:
 
 
 def memory_of(row: Row, measured: Measured) -> str:
-    """Return the line on resident memory, in MB."""
+    """Return the line for resident memory, in MB."""
     figures = (measured.start, *(measured.phases[name].peak for name in (ONE, MANY, STRETCH)), measured.after)
     return f"| {row.name} | {' | '.join(f'{figure / 1e6:.0f}' for figure in figures)} |"
 
 
 def tables_of(found: Sequence[tuple[Row, Measured]]) -> Iterator[str]:
-    """Return the lines on what tables held at most."""
+    """Yield the lines for the largest numbers of entries."""
     most = [measured.phases[MANY].tables | measured.phases[STRETCH].tables for _, measured in found]
     for name in dict.fromkeys(name for tables in most for name in tables):
         yield f"| {name} | {' | '.join(f'{tables[name]:,}' for tables in most)} |"
@@ -292,12 +292,12 @@ def report(found: Sequence[tuple[Row, Measured]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print the tables; the exit code is 1 if a client was refused that kept to its limits."""
+    """Measure and print the tables; the exit code is 1 if a client within its limits was refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_clients", description=__doc__)
-    parser.add_argument("--ids", type=int, default=1_000_000, help="ids in all (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60, help="time in which they come (default: %(default)s)")
+    parser.add_argument("--ids", type=int, default=1_000_000, help="number of ids (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="time to send them (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
-    parser.add_argument("row", nargs="*", help="what the names of the rows to run begin with (default: all)")
+    parser.add_argument("row", nargs="*", help="prefixes of the names of the rows to run (default: all)")
     options = parser.parse_args(arguments)
     found = []
     with tempfile.TemporaryDirectory() as folder, upstream(Path(folder), LOAD_CORE) as behind, pinned(LOAD_CORE):
@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in (*latencies_of(row, measured), memory_of(row, measured)):
                 sys.stderr.write(f"{line}\n")
             statuses = sum((phase.statuses for phase in measured.phases.values()), Counter[str]())
-            sys.stderr.write(f"{row.name}: the flood was answered {dict(statuses)}\n")
+            sys.stderr.write(f"{row.name}: the responses to the flood were {dict(statuses)}\n")
     sys.stdout.write(report(found) + "\n")
     return 1 if any(phase.refused for _, measured in found for phase in measured.phases.values()) else 0
 

@@ -1,4 +1,4 @@
-"""Resident memory of a peer: fresh, with a thousand idle clients, and while large bodies stream both ways."""
+"""Resident memory of a peer: new, with a thousand idle clients, and while large bodies stream both ways."""
 
 import contextlib
 import resource
@@ -19,7 +19,7 @@ _PATIENCE = 60.0
 
 
 def measure(pid: int, port: int, *, core: int, idle_clients: int = IDLE_CLIENTS) -> dict[str, float]:
-    """Return bytes: `start`, `idle` and `streaming`. The peer has answered a request before. Raises Failed."""
+    """Return bytes: `start`, `idle` and `streaming`. The peer must have served a request before. Raises Failed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, idle_clients + 256)), hard))
     with pinned(core):
@@ -31,7 +31,7 @@ def measure(pid: int, port: int, *, core: int, idle_clients: int = IDLE_CLIENTS)
 
 
 def _with_idle_clients(pid: int, port: int, count: int) -> int:
-    """Let clients connect, ask once and stay."""
+    """Open connections, send one request on each, and keep them open."""
     with contextlib.ExitStack() as stack:
         for _ in range(count):
             client = Client(port)
@@ -42,7 +42,7 @@ def _with_idle_clients(pid: int, port: int, count: int) -> int:
 
 
 def _stream_both_ways(port: int) -> None:
-    """Download and upload 100 MB on a few connections each, all at once."""
+    """Download and upload 100 MB on STREAMS connections each, concurrently."""
     problems: list[str] = []
 
     def run(stream: Callable[[socket.socket], None]) -> None:

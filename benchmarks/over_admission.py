@@ -1,10 +1,10 @@
-"""How much more than its limit a client gets while the shared store fails: admitted against the bound.
+"""Over-admission while the shared store fails: admitted requests of a client, compared with the upper bound.
 
-`python -m benchmarks.over_admission` runs four gateways over one store, with a small TCP proxy before each, and one
-hot client that asks five times as often as it may, spread over the four, at a fixed rate whatever comes back. Each row
-is one failure. It prints what was admitted, the most that the bound allows, and the largest burst: over all windows,
-what was admitted less what the rate refills meanwhile. The bounds are those of docs/limits.md, for a capacity of C
-tokens and a rate of r; each move between the store and a share of one's own may add one capacity.
+`python -m benchmarks.over_admission` runs four gateways with one store and a small TCP proxy between each of them and
+the store. One client sends five times its rate, distributed over the four, at a fixed rate independent of responses.
+Each row is one failure. The output has the admitted requests, the upper bound, and the largest burst: the maximum over
+all windows of admitted requests less the refill of the window. The bounds are those of docs/limits.md, for a capacity
+of C tokens and a rate of r; each change between the store and local shares may add one capacity.
 """
 
 import argparse
@@ -28,11 +28,11 @@ ROOT = Path(__file__).parent.parent
 GATEWAYS = 4
 RATE, CAPACITY = 100, 1000  # ENTERPRISE
 OFFERED = 5 * RATE
-READY = 10.0  # seconds for a store to answer
+READY = 10.0  # seconds for a store to become ready
 
 
 class Store:
-    """A store on a port of its own, which can be killed, paused and started again, empty."""
+    """A store that can be killed, paused and restarted empty."""
 
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
@@ -40,7 +40,7 @@ class Store:
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        """Start it, empty, and wait until it answers."""
+        """Start the store empty, and wait until it responds."""
         command = store_command(self.port)
         self._process = subprocess.Popen(command, cwd=self._folder, stdout=subprocess.DEVNULL)  # noqa: ASYNC220, S603 - our own
         deadline = time.monotonic() + READY
@@ -49,22 +49,22 @@ class Store:
                 await self.tell("PING")
                 return
             await asyncio.sleep(0.02)
-        raise RuntimeError(f"the store does not answer on port {self.port}")
+        raise RuntimeError(f"the store does not respond on port {self.port}")
 
     async def tell(self, command: str) -> None:
-        """Send a command by a connection of its own, and wait for the answer."""
+        """Send a command on a separate connection, and wait for the reply."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(command.encode() + b"\r\n")
         await reader.readline()
         writer.close()
 
     def signal(self, number: int) -> None:
-        """Signal it."""
+        """Send a signal."""
         if self._process is not None:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Send SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -72,7 +72,7 @@ class Store:
 
 
 class Link:
-    """A proxy between one gateway and the store. `delay` is in seconds each way back; `is_mute` swallows replies."""
+    """A proxy between one gateway and the store. `delay` delays replies by seconds; `is_mute` drops replies."""
 
     def __init__(self, store: Store) -> None:
         self.delay = 0.0
@@ -87,7 +87,7 @@ class Link:
         return port
 
     def cut(self) -> None:
-        """Break every connection, and let none through until `is_cut` is taken back."""
+        """Close all connections, and accept none until `is_cut` is reset."""
         self.is_cut = True
         for writer in list(self._writers):
             writer.transport.abort()
@@ -126,23 +126,23 @@ class Link:
 
 @dataclass
 class Scene:
-    """What a failure may lay hands on, and how long the row lasts; the failure is in its middle third."""
+    """The store and links that a failure acts on, and the length of the row; the failure is in its middle third."""
 
     store: Store
     links: list[Link]
     seconds: float
 
     async def until(self, part: float) -> None:
-        """Sleep for that part of the row."""
+        """Sleep for this part of the row."""
         await asyncio.sleep(self.seconds * part)
 
 
 async def healthy(scene: Scene) -> None:
-    """Do nothing."""
+    """No failure."""
 
 
 async def flushed(scene: Scene) -> None:
-    """Have the store forget its scripts again and again."""
+    """Flush the scripts of the store repeatedly."""
     while True:
         await scene.store.tell("SCRIPT FLUSH")
         await asyncio.sleep(0.2)
@@ -163,7 +163,7 @@ def slowed(delay: float) -> Callable[[Scene], Awaitable[None]]:
 
 
 async def paused(scene: Scene) -> None:
-    """Stop the store, so that it neither answers nor refuses."""
+    """Stop the store (SIGSTOP): it neither replies nor refuses connections."""
     await scene.until(1 / 3)
     scene.store.signal(signal.SIGSTOP)
     await scene.until(1 / 3)
@@ -171,7 +171,7 @@ async def paused(scene: Scene) -> None:
 
 
 async def killed(scene: Scene) -> None:
-    """Kill the store and start it again, empty."""
+    """Kill the store, and start it empty a third later."""
     await scene.until(1 / 3)
     scene.store.kill()
     await scene.until(1 / 3)
@@ -179,7 +179,7 @@ async def killed(scene: Scene) -> None:
 
 
 async def muted(scene: Scene) -> None:
-    """Let the store execute everything, and lose its replies."""
+    """Let the store execute all commands, and drop its replies."""
     await scene.until(1 / 3)
     for link in scene.links:
         link.is_mute = True
@@ -189,7 +189,7 @@ async def muted(scene: Scene) -> None:
 
 
 async def half_cut(scene: Scene) -> None:
-    """Cut off every other gateway."""
+    """Disconnect every other gateway."""
     await scene.until(1 / 3)
     for link in scene.links[::2]:
         link.cut()
@@ -199,7 +199,7 @@ async def half_cut(scene: Scene) -> None:
 
 
 async def restarted(scene: Scene) -> None:
-    """Kill the store and start it again at once, empty."""
+    """Kill the store and start it empty at once."""
     await scene.until(1 / 2)
     scene.store.kill()
     await scene.store.start()
@@ -207,7 +207,7 @@ async def restarted(scene: Scene) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A failure and its bound: so many capacities, and so many seconds of the rate beyond the row's own."""
+    """A failure and its bound: a number of capacities, and seconds of the rate beyond the row's length."""
 
     name: str
     act: Callable[[Scene], Awaitable[None]]
@@ -216,7 +216,7 @@ class Row:
     seconds_more: float = 0.0  # as a part of the row's length
 
     def bound(self, seconds: float) -> float:
-        """Return the most that may be admitted."""
+        """Return the upper bound of admitted requests."""
         return CAPACITY * self.capacities + RATE * seconds * (1 + self.seconds_more)
 
 
@@ -235,7 +235,7 @@ ROWS = (
 
 @dataclass
 class Tally:
-    """When requests were admitted (monotonic seconds), and what the others came to."""
+    """The times of admitted requests (monotonic seconds), and the results of the others."""
 
     admitted: list[float] = field(default_factory=list)
     refused: int = 0
@@ -245,7 +245,7 @@ class Tally:
 
 
 class Prober(asyncio.Protocol):
-    """One connection to a gateway: one request after the other, sent when told to."""
+    """One connection to a gateway, for sequential requests."""
 
     REQUEST = b"GET /api/x HTTP/1.1\r\nHost: gateway\r\nX-Client-ID: hot\r\n\r\n"
 
@@ -255,13 +255,13 @@ class Prober(asyncio.Protocol):
         self._sent: float | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP
         self.transport = transport
 
     @property
     def is_free(self) -> bool:
-        """True if the last request has been answered."""
+        """True if no request is in flight."""
         return self._sent is None
 
     def ask(self) -> None:
@@ -270,7 +270,7 @@ class Prober(asyncio.Protocol):
         self.transport.write(self.REQUEST)
 
     def data_received(self, data: bytes) -> None:
-        """Count an answer once it is whole."""
+        """Count a response when it is complete."""
         self._buffer += data
         head, found, body = self._buffer.partition(b"\r\n\r\n")
         if not found or self._sent is None:
@@ -292,7 +292,7 @@ class Prober(asyncio.Protocol):
 
 
 async def offer(ports: Sequence[int], seconds: float) -> Tally:
-    """Ask at a fixed rate, by turns; a request waits for no other, for there are connections as needed."""
+    """Send requests at a fixed rate, to the gateways in turn; connections are opened as needed."""
     tally, loop = Tally(), asyncio.get_running_loop()
     opened: list[list[Prober]] = [[] for _ in ports]
     began = time.monotonic()
@@ -312,7 +312,7 @@ async def offer(ports: Sequence[int], seconds: float) -> Tally:
 
 
 def largest_burst(times: Sequence[float], rate: float) -> float:
-    """Return the most by which a window holds more than `rate` times its length."""
+    """Return the maximum over all windows of the requests less `rate` times the length."""
     best = lowest = 0.0
     lowest = float("inf")
     for count, at in enumerate(times):
@@ -345,7 +345,7 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def measure(row: Row, seconds: float, folder: Path) -> Tally:
-    """Run one row from the start: a fresh store, fresh gateways."""
+    """Run one row with a new store and new gateways."""
     loop = asyncio.get_running_loop()
     upstream = await asyncio.start_server(_answer, "127.0.0.1", 0)
     store = Store(folder)
@@ -365,7 +365,7 @@ async def measure(row: Row, seconds: float, folder: Path) -> Tally:
             command = [sys.executable, str(ROOT / "run_gateway.py"), "--config", str(file)]
             gateway = running(command, core=index % 2, port=port, folder=place)
             await loop.run_in_executor(None, stack.enter_context, gateway)
-        await asyncio.sleep(1)  # until all know of each other
+        await asyncio.sleep(1)  # until the gateways know each other
         acting = asyncio.ensure_future(row.act(Scene(store, links, seconds)))
         tally = await offer(ports, seconds)
         acting.cancel()
@@ -386,7 +386,7 @@ def line(row: Row, tally: Tally, seconds: float) -> str:
 
 
 async def run(seconds: float, names: Sequence[str]) -> bool:
-    """Measure the rows whose name begins with one of `names`, all if there are none; True if no bound was broken."""
+    """Measure the rows whose name begins with one of `names`, by default all; return whether all bounds held."""
     sys.stdout.write(
         "| | admitted | bound | share | largest burst | failed | slowest, ms | bound is |\n"
         "|---|---:|---:|---:|---:|---:|---:|---|\n"
@@ -406,10 +406,10 @@ async def run(seconds: float, names: Sequence[str]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print the table; the exit code is 1 if a bound was broken."""
+    """Measure and print the table; the exit code is 1 if a bound was exceeded."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.over_admission", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=30, help="for each row (default: %(default)s)")
-    parser.add_argument("row", nargs="*", help="what the names of the rows to run begin with (default: all)")
+    parser.add_argument("--seconds", type=float, default=30, help="length of each row (default: %(default)s)")
+    parser.add_argument("row", nargs="*", help="prefixes of the names of the rows to run (default: all)")
     options = parser.parse_args(arguments)
     return 0 if asyncio.run(run(options.seconds, options.row)) else 1
 

@@ -1,12 +1,11 @@
-"""What becomes of each tier when three times as much is offered as an upstream can do, with and without a limit.
+"""The service of each tier at three times the capacity of an upstream, with and without a concurrency limit.
 
-`python -m benchmarks.overload` puts a gateway before an upstream of 20 places that take 100 ms a request each,
-which is 200 requests a second, and offers requests at random moments (Poisson), whatever comes back: first a fifth
-of the capacity, for the latencies without load, then three times the capacity. The rates are low, so that no
-processor is the bottleneck. Each row of the table is a tier: the share answered with 200, and how long those answers
-took from the moment when the request was due, also against the p99 without load, the least of the ways'. The goodput
-is what was answered with 200 against the capacity. The first seconds of overload, in which an adaptive limit finds its
-place, are offered and not counted.
+`python -m benchmarks.overload` runs a gateway with an upstream that serves 20 requests concurrently in 100 ms each,
+that is 200 requests per second. Requests are sent at random times (Poisson), independent of responses: first at a
+fifth of the capacity, for the latencies without load, then at three times the capacity. The rates are low, so that no
+processor is the bottleneck. Each row of the table is a tier: the share of 200 responses, and their latency from the
+due time, also relative to the p99 without load (the lowest of all variants). The goodput is the rate of 200 responses
+relative to the capacity. The first seconds of overload, in which an adaptive limit converges, are not counted.
 """
 
 import argparse
@@ -28,12 +27,12 @@ from benchmarks.load import percentile
 from benchmarks.processes import free_port, running
 
 ROOT = Path(__file__).parent.parent
-PLACES, SERVICE = 20, 0.1  # requests at once, and seconds for each
+PLACES, SERVICE = 20, 0.1  # concurrent requests, and seconds for each
 CAPACITY = PLACES / SERVICE
-MIX = {"ENTERPRISE": 0.45, "PREMIUM": 0.45, "BASIC": 0.6, "FREE": 1.5}  # of the capacity: three times it
-QUIET = 0.2  # of the capacity, for the latencies without load
-PATIENCE = 10.0  # seconds a client waits
-CLIENTS = 32  # of each tier: one alone gets half of what its tier may have under way
+MIX = {"ENTERPRISE": 0.45, "PREMIUM": 0.45, "BASIC": 0.6, "FREE": 1.5}  # shares of the capacity: three times in total
+QUIET = 0.2  # share of the capacity, for the latencies without load
+PATIENCE = 10.0  # seconds that a client waits
+CLIENTS = 32  # per tier, because a single client gets at most half of the slots
 LIMITS: dict[str, dict[str, Any] | None] = {
     "no limit": None,
     "limit: 40": {"limit": 2 * PLACES},
@@ -43,7 +42,7 @@ LIMITS: dict[str, dict[str, Any] | None] = {
 
 @dataclass
 class Tally:
-    """What one tier was answered: seconds of the good answers, and how many there were in all."""
+    """Results of one tier: the seconds of successful responses, and the number of requests."""
 
     offered: int = 0
     good: list[float] = field(default_factory=list)
@@ -51,19 +50,19 @@ class Tally:
 
     @property
     def share(self) -> float:
-        """Share of good answers."""
+        """The share of successful responses."""
         return len(self.good) / self.offered if self.offered else 0.0
 
 
 class Places:
-    """What works on so many requests at once, each for the same time; the others wait in their order."""
+    """A server with PLACES slots, each of which takes SERVICE seconds per request; a queue in front of it."""
 
     def __init__(self) -> None:
         self._free = PLACES
         self._waiting: deque[asyncio.WriteTransport] = deque()
 
     def enter(self, transport: asyncio.WriteTransport) -> None:
-        """Answer a request in its turn. One whose client leaves keeps its place, as it does with most servers."""
+        """Queue a request. It is processed even if its client disconnects, as by most servers."""
         if self._free:
             self._free -= 1
             asyncio.get_running_loop().call_later(SERVICE, self._leave, transport)
@@ -85,38 +84,38 @@ class Upstream(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Take every request whose head is there."""
+        """Queue each complete request."""
         *heads, self._buffer = (self._buffer + data).split(b"\r\n\r\n")
         for _ in heads:
             self._places.enter(self._transport)
 
 
 class Asker(asyncio.Protocol):
-    """One connection of a client of one tier: one request after the other, sent when told to."""
+    """One connection of a client of one tier, for sequential requests."""
 
     def __init__(self, client: str) -> None:
         self._request = f"GET /api/x HTTP/1.1\r\nHost: gateway\r\nX-Client-ID: {client}\r\n\r\n".encode()
         self._buffer = b""
         self._due = 0.0
-        self.tally: Tally | None = None  # while unanswered
+        self.tally: Tally | None = None  # while a request is in flight
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP
         self.transport = transport
 
     def ask(self, due: float, tally: Tally) -> None:
-        """Send a request that was due then."""
+        """Send a request that is due at `due`."""
         self._due, self.tally = due, tally
         self.transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Count an answer once it is whole."""
+        """Count a response when it is complete."""
         self._buffer += data
         head, found, body = self._buffer.partition(b"\r\n\r\n")
         if not found or self.tally is None:
@@ -133,15 +132,15 @@ class Asker(asyncio.Protocol):
 
 
 class Crowd:
-    """Clients of all tiers, who ask at random moments and wait for nobody."""
+    """Clients of all tiers, which send at random times, independently of each other."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._source = random.Random(1)  # noqa: S311 - the same moments for every way
+        self._source = random.Random(1)  # noqa: S311 - the same times for every variant
         self._askers: dict[str, list[Asker]] = {tier: [] for tier in MIX}
 
     async def offer(self, scale: float, seconds: float, tallies: Mapping[str, Tally]) -> None:
-        """Offer the mix, at `scale` times its rate, for a while."""
+        """Send the mix at `scale` times its rate for `seconds`."""
         rate = CAPACITY * sum(MIX.values()) * scale
         due = time.monotonic()
         end = due + seconds
@@ -161,7 +160,7 @@ class Crowd:
         return asker
 
     async def settle(self, tallies: Mapping[str, Tally]) -> None:
-        """Wait until what was counted is answered, as long as a client waits."""
+        """Wait for the counted responses, at most PATIENCE seconds."""
         end = time.monotonic() + PATIENCE
         mine = list(tallies.values())
         while time.monotonic() < end and any(asker.tally in mine for asker in self._all()):  # noqa: ASYNC110 - it is polled
@@ -178,7 +177,7 @@ class Crowd:
 
 @dataclass
 class Found:
-    """What one way of limiting came to."""
+    """Results of one variant of the limit."""
 
     name: str
     quiet: dict[str, Tally]
@@ -188,12 +187,12 @@ class Found:
 
     @property
     def calm(self) -> list[float]:
-        """The seconds that answers took without load, sorted."""
+        """The latencies without load in seconds, sorted."""
         return sorted(one for tally in self.quiet.values() for one in tally.good)
 
     @property
     def goodput(self) -> float:
-        """Good answers a second, against the capacity."""
+        """The rate of successful responses relative to the capacity."""
         return sum(len(tally.good) for tally in self.loaded.values()) / self.seconds / CAPACITY
 
 
@@ -203,7 +202,7 @@ def name_of(tier: str, number: int) -> str:
 
 
 def configuration(port: int, upstream: int, concurrency: Mapping[str, Any] | None, state: Path) -> str:
-    """Return the configuration of a gateway whose buckets refuse nobody."""
+    """Return the configuration of a gateway whose rate limits are never reached."""
     return json.dumps(
         {
             "server": {"port": port},
@@ -228,7 +227,7 @@ def configuration(port: int, upstream: int, concurrency: Mapping[str, Any] | Non
 
 
 async def measure(name: str, seconds: float, settling: float, calm: float, folder: Path) -> Found:
-    """Run one way of limiting from the start: a fresh upstream, a fresh gateway."""
+    """Run one variant with a new upstream and a new gateway."""
     loop, port = asyncio.get_running_loop(), free_port()
     places = Places()
     upstream = await loop.create_server(lambda: Upstream(places), "127.0.0.1", 0, backlog=1024)
@@ -255,7 +254,7 @@ async def measure(name: str, seconds: float, settling: float, calm: float, folde
 
 
 async def _limit(port: int, token: str) -> float | None:
-    """Return the limit as the gateway shows it to the holder of its token."""
+    """Return the present concurrency limit from the gateway's view."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     fields = f"Host: 127.0.0.1\r\nAuthorization: Bearer {token}\r\nConnection: close"
     writer.write(f"GET /health HTTP/1.1\r\n{fields}\r\n\r\n".encode())
@@ -266,7 +265,7 @@ async def _limit(port: int, token: str) -> float | None:
 
 
 def table(found: Sequence[Found]) -> str:
-    """Return the table, a row for each tier of each way, and below it the goodputs."""
+    """Return the table, a row for each tier of each variant, followed by the goodputs."""
     calm = min((one.calm for one in found), key=lambda times: percentile(times, 0.99))
     before = [percentile(calm, 0.5), percentile(calm, 0.99)]
     lines = [
@@ -293,12 +292,12 @@ def _row(found: Found, tier: str, before: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every way and print the table."""
+    """Measure all variants and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20, help="that are counted, for each way")
-    parser.add_argument("--settling", type=float, default=10, help="seconds of overload before")
+    parser.add_argument("--seconds", type=float, default=20, help="counted seconds for each variant")
+    parser.add_argument("--settling", type=float, default=10, help="seconds of overload before them")
     parser.add_argument("--quiet", type=float, default=10, help="seconds without load before that")
-    parser.add_argument("--only", choices=LIMITS, action="append", help="one way; may be given several times")
+    parser.add_argument("--only", choices=LIMITS, action="append", help="one variant; may be repeated")
     options = parser.parse_args(arguments)
     found = []
     for name in options.only or LIMITS:

@@ -1,7 +1,7 @@
-"""The peers: what each is called, how it is found, and how it is started in front of an upstream.
+"""The peers: names, how to detect them, and how to start them with an upstream.
 
-All limit by the header `X-Client-ID` as far as they can, with a limit that is never reached; all keep connections to
-the upstream alive, write no access log, and have one thread or process for their work.
+All limit by the header field `X-Client-ID` if they can, with a limit that is never reached; all keep connections to
+the upstream alive, write no access log, and use one worker thread or process.
 """
 
 import importlib.util
@@ -19,14 +19,14 @@ PROXIED = frozenset({"small", "varied", "10k", "1m", "upload", "new", "latency",
 
 @dataclass(frozen=True)
 class Place:
-    """Where a peer runs: a folder of its own, the port it listens on, the port of the upstream."""
+    """Environment of a peer: its folder, its port, and the port of the upstream."""
 
     folder: Path
     port: int
     upstream: int
 
     def write(self, name: str, text: str) -> str:
-        """Write a file of the peer's and return its path."""
+        """Write a file into the folder and return its path."""
         path = self.folder / name
         path.write_text(text)
         return str(path)
@@ -34,7 +34,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command, and what it needs in its environment."""
+    """A command and its environment variables."""
 
     command: list[str]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Peer:
-    """One contestant. `found` tells whether it is installed, `hint` how to change that."""
+    """One peer. `found` returns whether it is installed; `hint` is how to install it."""
 
     name: str
     title: str
@@ -53,7 +53,7 @@ class Peer:
 
 
 def this_gateway(place: Place) -> Launch:
-    """In-memory store, limiter, breaker and metrics on."""
+    """In-memory buckets; limiter, breaker and metrics enabled."""
     config = {
         "server": {"port": place.port},
         "state_dir": str(place.folder / "state"),
@@ -94,7 +94,7 @@ http {{
 
 
 def haproxy(place: Place) -> Launch:
-    """A stick table of request rates by client."""
+    """Stick table of request rates by client."""
     config = f"""
 global
   nbthread 1
@@ -220,7 +220,7 @@ def traefik(place: Place) -> Launch:
 
 
 def caddy(place: Place) -> Launch:
-    """reverse_proxy with passive health checks; the standard build has no rate limit."""
+    """reverse_proxy with passive health checks; the standard build has no rate limiter."""
     config = f"""{{
 	admin off
 	auto_https off
@@ -249,7 +249,7 @@ def node(place: Place) -> Launch:
 
 
 def handwritten(factory: str) -> Callable[[Place], Launch]:
-    """Return how to start one of `benchmarks.handwritten` under uvicorn, on uvloop and httptools where installed."""
+    """Return the launch of one of `benchmarks.handwritten` by uvicorn, with uvloop and httptools if installed."""
 
     def launch(place: Place) -> Launch:
         app = ["--factory", f"benchmarks.handwritten:{factory}", "--app-dir", str(GATEWAY.parent)]

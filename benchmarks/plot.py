@@ -1,4 +1,4 @@
-"""The plot for the README: CPU a request as horizontal bars, an SVG that is readable on light and dark pages."""
+"""The plot for the README: CPU per request as horizontal bars, an SVG for light and dark pages."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from benchmarks.peers import Peer
 from benchmarks.report import OURS, Results
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _BAR = 760, 280, 70, 66, 30, 18
-_CUT = 4.0  # a bar above so many times the median is cut: next to it the others could not be told apart
+_CUT = 4.0  # bars longer than this multiple of the median are cut, so that the others stay distinguishable
 _STYLE = """
   text { font: 14px system-ui, sans-serif; fill: #1f2328; }
   .title { font-size: 16px; font-weight: 600; }
@@ -30,7 +30,7 @@ _STYLE = """
 
 @dataclass(frozen=True)
 class Row:
-    """One bar: its label, the median, and the least and the greatest of the rounds."""
+    """One bar: label, median, minimum and maximum of the rounds."""
 
     label: str
     ours: bool
@@ -40,7 +40,7 @@ class Row:
 
 
 def plot(results: Results, peers: Sequence[Peer]) -> str:
-    """Return bars of CPU µs a small request, least first, with the spread of the rounds as a line on each."""
+    """Return bars of CPU µs per small request, lowest first, each with a line for the range of the rounds."""
     rows = []
     for peer in peers:
         if values := results.values("small", peer.name, "cpu"):
@@ -50,7 +50,7 @@ def plot(results: Results, peers: Sequence[Peer]) -> str:
 
 
 def draw(rows: Sequence[Row]) -> str:
-    """Return the SVG of these bars, top down."""
+    """Return the SVG of these bars, from top to bottom."""
     height = _TOP + _ROW * len(rows) + 8
     end = _end(rows)
     scale = (_WIDTH - _LEFT - _RIGHT) / end
@@ -60,7 +60,7 @@ def draw(rows: Sequence[Row]) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img">',
         f"<style>{_STYLE}</style>",
-        '<text class="title" x="8" y="24">CPU time a request, in microseconds</text>',
+        '<text class="title" x="8" y="24">CPU time per request, in microseconds</text>',
         f'<text class="note" x="8" y="46">{note}</text>',
     ]
     for index, row in enumerate(rows):
@@ -69,7 +69,7 @@ def draw(rows: Sequence[Row]) -> str:
 
 
 def _end(rows: Sequence[Row]) -> float:
-    """Return the value at which the axis ends."""
+    """Return the value at the end of the axis."""
     if not rows:
         return 1.0
     bound = _CUT * statistics.median(row.middle for row in rows)

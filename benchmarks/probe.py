@@ -1,6 +1,6 @@
 """Run a black-box HTTP probe against a gateway: `python -m benchmarks.probe path/to/probe_proxy.py [option ...]`.
 
-The probe is the upstream as well as the client, on loopback; it starts and stops the gateway itself.
+The probe is both upstream and client, on loopback; it starts and stops the gateway itself.
 """
 
 import json
@@ -21,13 +21,13 @@ def _free_port() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the probe named first, with the options after it; return its exit status."""
+    """Run the probe with this path and options; return its exit code."""
     if not arguments:
-        sys.stderr.write("which probe? python -m benchmarks.probe path/to/probe_proxy.py [option ...]\n")
+        sys.stderr.write("usage: python -m benchmarks.probe path/to/probe_proxy.py [option ...]\n")
         return 2
     probe, *options = arguments
     gateway, upstream, token = _free_port(), _free_port(), secrets.token_hex(16)
-    # The probe holds a listener, so it is no local operator; it has no option for header fields of this request.
+    # The probe has a listener, so its requests are not local; it has no option for header fields of this request.
     metrics = f"/metrics?format=prometheus HTTP/1.1\r\nAuthorization: Bearer {token}\r\nX-Request-Line:"
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "gateway.yaml"
@@ -37,11 +37,11 @@ def main(arguments: list[str]) -> int:
         command += ["--listen", f"127.0.0.1:{upstream}", "--start-cmd", start]
         command += ["--control", f"http://127.0.0.1:{gateway}", "--metrics", metrics]
         command += ["--health", "/health", *options]
-        return subprocess.run(command, check=False).returncode  # noqa: S603 - the user's own words
+        return subprocess.run(command, check=False).returncode  # noqa: S603 - arguments of the user
 
 
 def _config(folder: str, upstream: int, token: str) -> dict[str, object]:
-    """Return what the probe asks for: short timeouts, a limit and a breaker that do not get in its way."""
+    """Return the configuration that the probe requires: short timeouts, a limit and a breaker that never act."""
     return {
         "state_dir": f"{folder}/state",
         "log": {"access": False, "level": "warning"},

@@ -1,4 +1,4 @@
-"""Processes under measurement: started on one core, read from /proc, stopped by their own id. Linux only."""
+"""Measured processes: started on one core, measured by /proc, stopped by their id. Linux only."""
 
 import os
 import socket
@@ -13,12 +13,12 @@ from api_gateway.storage.embedded_server import find_server
 LISTEN_TIMEOUT = 30.0
 STOP_TIMEOUT = 40.0
 _TICK = os.sysconf("SC_CLK_TCK")
-_PARENT, _USER = 1, 11  # fields of /proc/<pid>/stat behind the name: ppid; utime, stime, cutime, cstime
+_PARENT, _USER = 1, 11  # fields of /proc/<pid>/stat after the name: ppid; utime, stime, cutime, cstime
 
 
 @contextmanager
 def pinned(core: int) -> Iterator[None]:
-    """Hold this thread, and whatever it starts meanwhile, on one core."""
+    """Pin this thread, and the processes that it starts, to one core within this block."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -31,15 +31,15 @@ def pinned(core: int) -> Iterator[None]:
 def running(
     command: Sequence[str], *, core: int, port: int, folder: Path, env: Mapping[str, str] | None = None
 ) -> Iterator[int]:
-    """Run a server on a core until it listens on `port`; yield its process id and stop it afterwards.
+    """Start a server on a core, wait until it listens on `port`, yield its process id, and stop it afterwards.
 
-    It works in `folder`; what it prints is kept there, and the end of it shown if the server does not come up. The
-    gateway's own variables are taken out of its environment.
+    Its working folder is `folder`, which also gets its output; the end of the output is shown if it does not start.
+    The gateway's variables are removed from its environment. Raises RuntimeError.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("GATEWAY_")}
     log = folder / "output.log"
     with pinned(core), log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: S603 - our own words
+        process = subprocess.Popen(  # noqa: S603 - fixed arguments
             command,
             cwd=folder,
             env=inherited | dict(env or {}),
@@ -50,7 +50,7 @@ def running(
     try:
         if not _listens(process, port):
             end = log.read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"{Path(command[0]).name} does not listen on port {port}; it said:\n{end}")
+            raise RuntimeError(f"{Path(command[0]).name} does not listen on port {port}; its output:\n{end}")
         yield process.pid
     finally:
         _stop(process)
@@ -78,12 +78,12 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def store_command(port: int) -> list[str]:
-    """Return the command of a store that listens on `port` and keeps nothing. Raises NoServer."""
+    """Return the command of a store on `port` without persistence. Raises NoServer."""
     return [find_server(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
 
 
 def free_port() -> int:
-    """Return a port nobody listens on now."""
+    """Return a free port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -91,19 +91,19 @@ def free_port() -> int:
 
 
 def family(pid: int) -> list[int]:
-    """Return a process and all its living descendants."""
+    """Return a process and all its running descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))):
             children.setdefault(int(fields[_PARENT]), []).append(int(entry.name))
     found = [pid]
-    for one in found:  # grows while it is walked
+    for one in found:  # grows during the iteration
         found.extend(children.get(one, ()))
     return found
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return user and system time of a process and its descendants, those it has waited for included."""
+    """Return the user and system time of a process and its descendants, including those it has waited for."""
     ticks = sum(int(ticks) for one in family(pid) for ticks in _stat(one)[_USER : _USER + 4])
     return ticks / _TICK
 
@@ -115,13 +115,13 @@ def resident_bytes(pid: int, *, peak: bool = False) -> int:
 
 
 def reset_peak(pid: int) -> None:
-    """Let the peak of resident memory begin anew (proc(5), clear_refs)."""
+    """Reset the peak of resident memory (proc(5), clear_refs)."""
     for one in family(pid):
         Path(f"/proc/{one}/clear_refs").write_text("5")
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields behind the name, which may hold anything; none if the process is gone."""
+    """Return the fields after the name, which may contain any character; none if the process has exited."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

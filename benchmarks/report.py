@@ -1,4 +1,4 @@
-"""What a run found, and how it is shown: medians with their spread as Markdown tables."""
+"""Results of a run, and their report: medians and ranges as Markdown tables."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ CASES = {
     "1m": "GET of 1 MB, 64 keep-alive connections",
     "upload": "POST of 10 MB, 8 keep-alive connections",
     "new": "GET of 190 bytes, 64 clients, a new connection for each request",
-    "latency": "Added latency at 500 requests a second, in microseconds",
+    "latency": "Added latency at 500 requests per second, in microseconds",
     "memory": "Resident memory in MB",
 }
 OURS = "gateway"
@@ -22,7 +22,7 @@ Figures = dict[str, float]
 
 
 class Results:
-    """Figures of each measurement, by case and peer, and why there are none."""
+    """Figures of each measurement by case and peer, or the reason of its failure."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, list[Figures]]] = {}
@@ -33,26 +33,26 @@ class Results:
         return f"<Results [{counts}, {sum(map(len, self.failures.values()))} failed]>"
 
     def add(self, case: str, peer: str, figures: Figures) -> None:
-        """Keep what one measurement found."""
+        """Add the figures of one measurement."""
         self.found.setdefault(case, {}).setdefault(peer, []).append(figures)
 
     def fail(self, case: str, peer: str, reason: str) -> None:
-        """Keep why there is none."""
+        """Add the reason of a failed measurement."""
         self.failures.setdefault(case, {})[peer] = reason
 
     def values(self, case: str, peer: str, figure: str) -> list[float]:
-        """Return one figure of all rounds; empty unless every round succeeded."""
+        """Return one figure of all rounds; empty unless all rounds succeeded."""
         if peer in self.failures.get(case, {}):
             return []
         return [figures[figure] for figures in self.found.get(case, {}).get(peer, [])]
 
     def as_json(self) -> dict[str, object]:
-        """Return everything, as JSON has it."""
+        """Return all results in JSON's types."""
         return {"found": self.found, "failures": self.failures}
 
 
 def tables(results: Results, peers: Sequence[Peer]) -> str:
-    """Return a Markdown table for each case that was measured, and below them what failed and why."""
+    """Return a Markdown table for each measured case, followed by the failures."""
     shown = [_table(results, case, peers) for case in CASES if case in results.found or case in results.failures]
     failed = [f"{peer}, {case}: {why}" for case, whys in results.failures.items() for peer, why in whys.items()]
     return "\n".join([*shown, *(["Failed:", "", *failed, ""] if failed else [])])
@@ -70,7 +70,7 @@ def _table(results: Results, case: str, peers: Sequence[Peer]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return the least and the greatest."""
+    """Return the range."""
     return f"{min(values):,.0f} to {max(values):,.0f}"
 
 

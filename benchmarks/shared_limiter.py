@@ -1,9 +1,9 @@
-"""The limiter with its buckets in a shared store: decisions a second, and what that costs the whole gateway.
+"""The limiter with a shared store: decisions per second, and the effect on the CPU time of the whole gateway.
 
-`python -m benchmarks.shared_limiter` starts a store of its own. First, 64 concurrent callers ask for decisions through
-our limiter, throttled-py and limits (`pip install throttled-py limits`; the latter on redis-py), each on the same
-server by turns. Then the whole gateway is driven as in `benchmarks.compare`, with its buckets in memory and in the
-store by turns, and with one worker and two (nginx and wrk must be on the PATH for these).
+`python -m benchmarks.shared_limiter` starts a store. First, 64 concurrent callers request decisions of the gateway's
+limiter, of throttled-py and of limits (`pip install throttled-py limits`; the latter with redis-py), in turn with the
+same store. Then the whole gateway is measured as in `benchmarks.compare`, alternately with buckets in memory and in
+the store, and with one worker and two (these need nginx and wrk on the PATH).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks.upstream import upstream
 
 ROOT = Path(__file__).parent.parent
 CALLERS = 64
-TOKENS, SECONDS = 1_000_000, 3600  # a budget that neither runs out nor lapses while it is measured
+TOKENS, SECONDS = 1_000_000, 3600  # a quota that is neither used up nor expires during the measurement
 
 Decide = Callable[[str], Awaitable[bool]]
 
@@ -49,7 +49,7 @@ def store() -> Iterator[str]:
 
 
 async def ours(url: str) -> Decide:
-    """Return how to ask our limiter."""
+    """Return the decision function of the gateway's limiter."""
     quota = Quota.per_second("all", TOKENS / SECONDS, TOKENS)
     limiter = RedisLimiter(
         StoreSession(url, timeout=1),
@@ -79,7 +79,7 @@ async def ours(url: str) -> Decide:
 
 
 async def throttled_py(url: str) -> Decide:
-    """Return how to ask throttled-py's GCRA."""
+    """Return the decision function of throttled-py's GCRA."""
     throttled = importlib.import_module("throttled.asyncio")
     quota = throttled.rate_limiter.per_hour(TOKENS, burst=TOKENS)
     limiter = throttled.Throttled(using="gcra", quota=quota, store=throttled.RedisStore(server=url))
@@ -91,7 +91,7 @@ async def throttled_py(url: str) -> Decide:
 
 
 async def limits(url: str) -> Decide:
-    """Return how to ask limits' sliding window counter."""
+    """Return the decision function of the sliding window counter of limits."""
     item = importlib.import_module("limits").RateLimitItemPerHour(TOKENS)
     storage = importlib.import_module("limits.aio.storage").RedisStorage(f"async+{url}", implementation="redispy")
     limiter = importlib.import_module("limits.aio.strategies").SlidingWindowCounterRateLimiter(storage)
@@ -110,9 +110,9 @@ CONTESTANTS: dict[str, Callable[[str], Awaitable[Decide]]] = {
 
 
 async def decisions_a_second(name: str, url: str, seconds: float) -> tuple[float, float]:
-    """Return decisions a second of 64 callers, each a client of its own, and CPU microseconds of this process for one.
+    """Return decisions per second of 64 callers, each a different client, and CPU µs of this process per decision.
 
-    Raises RuntimeError if one is refused, which costs another time than to pass.
+    Raises RuntimeError if one is refused, because a refusal takes a different time.
     """
     decide = await CONTESTANTS[name](url)
     await decide("first")
@@ -133,7 +133,7 @@ async def decisions_a_second(name: str, url: str, seconds: float) -> tuple[float
 
 
 def run_contestant(name: str, url: str, seconds: float) -> tuple[float, float]:
-    """Measure one contestant in a process of its own, on core 0 and on uvloop, as the gateway runs."""
+    """Measure one limiter in a new process, on core 0 and with uvloop, as the gateway runs."""
     command = [sys.executable, "-m", "benchmarks.shared_limiter", "--contestant", name, url, str(seconds)]
     with pinned(0):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
@@ -144,7 +144,7 @@ def run_contestant(name: str, url: str, seconds: float) -> tuple[float, float]:
 
 
 def compare_decisions(rounds: int, seconds: float) -> Iterator[str]:
-    """Yield the lines of a table of decisions a second."""
+    """Yield the lines of a table of decisions per second."""
     found: dict[str, list[tuple[float, float]]] = {}
     with store() as url:
         for _ in range(rounds):
@@ -152,7 +152,7 @@ def compare_decisions(rounds: int, seconds: float) -> Iterator[str]:
                 try:
                     found.setdefault(name, []).append(run_contestant(name, url, seconds))
                 except ModuleNotFoundError as missing:
-                    sys.stderr.write(f"{name} is left out: {missing}\n")
+                    sys.stderr.write(f"{name} is skipped: {missing}\n")
     yield "| 64 callers, one store | decisions/s | least to most | CPU µs/decision |"
     yield "|---|---:|---:|---:|"
     for name, figures in found.items():
@@ -192,7 +192,7 @@ def gateway(origin: int, url: str, workers: int, core: int) -> Iterator[tuple[in
 
 
 def compare_stores(rounds: int, seconds: float) -> Iterator[str]:
-    """Yield the lines of a table: CPU a request of the whole gateway by where its buckets are."""
+    """Yield the lines of a table: CPU per request of the whole gateway by the location of its buckets."""
     found: dict[str, list[float]] = {"memory": [], "store": []}
     with tempfile.TemporaryDirectory() as folder, upstream(Path(folder), 1) as origin, store() as url:
         for _ in range(rounds):
@@ -211,10 +211,9 @@ def compare_stores(rounds: int, seconds: float) -> Iterator[str]:
 
 
 def compare_workers(rounds: int, seconds: float) -> Iterator[str]:
-    """Yield the lines of a table: requests a second of one worker and of two, each free to use every core.
+    """Yield the lines of a table: requests per second of one worker and of two, without pinning.
 
-    Upstream, load and store need cores as well: with two cores in all they take what the second worker would need, so
-    the figure says something only where there are more.
+    Upstream, load and store need cores too, so the result is meaningful only with more than two cores.
     """
     found: dict[int, list[float]] = {1: [], 2: []}
     cores = os.cpu_count() or 1

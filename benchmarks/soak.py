@@ -1,13 +1,13 @@
-"""Hours of mixed load: is the gateway after them what it was before? `python -m benchmarks.soak --minutes 60`.
+"""Mixed load for hours, to detect growing resources: `python -m benchmarks.soak --minutes 60`.
 
-Clients of every kind come at a fixed rate, some 150 a second: plain ones, uploads, streams, WebSockets, some that
-leave half-way, one that is limited, some with headers never seen before, and some that want an upstream which is away
-for a quarter of the time. Meanwhile the gateway's memory, descriptors, threads, tasks, requests in flight and metric
-series are noted. After a warm-up each series of notes gets a line (Theil and Sen's: the median of the slopes between
-any two notes); one that rises by more than `ALLOWED` from the first note to the last is not flat. When all clients
-have gone, nothing may be in flight, and no more descriptors open than before the first came. Exits with 1 if anything
-is not flat or an answer was not the one due. A run of some minutes shows what is left over, but not whether memory
-stays: it is warm only after five. Linux only.
+About 150 clients per second of all kinds: plain requests, uploads, streams, WebSockets, clients that disconnect early,
+a rate-limited one, some with new header values, and some that use an upstream which is unavailable for a quarter of
+the time. Meanwhile the gateway's memory, descriptors, threads, tasks, requests in flight and metric series are
+sampled. After a warm-up a line is fitted to each series (Theil-Sen: the median of the slopes between all pairs); one
+that rises by more than `ALLOWED` over the run is not flat. After the last client, nothing may be in flight, and no
+more descriptors may be open than before the first. The exit code is 1 if a series is not flat or a response was
+unexpected. A run of a few minutes detects leftovers but not growing memory, which is stable only after five minutes.
+Linux only.
 """
 
 import argparse
@@ -39,12 +39,12 @@ ALLOWED: Mapping[str, float] = {
     "in flight": 3,
     "series": 5,
 }
-WARM_UP = 0.25  # of the time, and
-LEAST_WARM_UP = 300.0  # seconds, but half of the time at most: by then caches and five minutes of metrics are full
+WARM_UP = 0.25  # share of the time, and
+LEAST_WARM_UP = 300.0  # seconds, at most half of the time: then caches and five minutes of metrics are full
 NOTES = 600
-POINTS = 120  # of these a line is made
+POINTS = 120  # samples for the line
 CALM = 4.0  # seconds after the last client
-IDLE = 1.0  # seconds an unused connection to an upstream is kept
+IDLE = 1.0  # seconds that an idle connection to an upstream is kept
 _MB = 2**20
 
 
@@ -53,25 +53,25 @@ _MB = 2**20
 
 @dataclass
 class Notes:
-    """What was seen of the gateway, and when."""
+    """Samples of the gateway, with their times."""
 
     times: list[float] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ALLOWED})
 
     def add(self, now: float, found: Mapping[str, float]) -> None:
-        """Write down."""
+        """Add a sample."""
         self.times.append(now)
         for name, value in found.items():
             self.values[name].append(value)
 
     def since(self, start: float) -> "Notes":
-        """Return what was noted from then on."""
+        """Return the samples from `start` on."""
         first = next((number for number, at in enumerate(self.times) if at >= start), len(self.times))
         return Notes(self.times[first:], {name: values[first:] for name, values in self.values.items()})
 
 
 def rise(times: Sequence[float], values: Sequence[float]) -> float:
-    """Return by how much a line through the notes rises from the first to the last of them (Theil and Sen)."""
+    """Return the rise of the fitted line from the first to the last sample (Theil-Sen)."""
     step = max(1, len(times) // POINTS)
     points = list(zip(times[::step], values[::step], strict=True))
     slopes = [(b - a) / (t - s) for (s, a), (t, b) in combinations(points, 2) if t > s]
@@ -79,13 +79,13 @@ def rise(times: Sequence[float], values: Sequence[float]) -> float:
 
 
 async def look(pid: int, port: int, token: str) -> dict[str, float]:
-    """Return what the gateway holds now."""
+    """Return a sample of the gateway's resources."""
     text = await _get(port, "/metrics?format=prometheus", token)
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     values = dict(line.rsplit(" ", 1) for line in lines)
     return {
         "memory, MB": resident_bytes(pid) / _MB,
-        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),  # noqa: PTH208 - as many as there are, made no paths of
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),  # noqa: PTH208 - only counted
         "threads": len(os.listdir(f"/proc/{pid}/task")),  # noqa: PTH208 - as above
         "tasks": float(values["gateway_event_loop_tasks"]),
         "in flight": float(values["gateway_http_requests_in_flight"]),
@@ -140,7 +140,7 @@ def gateway(folder: Path, upstream: int, away: int) -> Iterator[tuple[int, int]]
 
 @dataclass
 class Verdict:
-    """What a soak came to."""
+    """Results of a soak."""
 
     notes: Notes
     before: Mapping[str, float]
@@ -148,14 +148,14 @@ class Verdict:
     clients: Clients
 
     def problems(self) -> list[str]:
-        """Return what is wrong, in words."""
+        """Return a description of each problem."""
         found = [
             f"{name} rises by {risen:.2f}, {allowed:g} are allowed"
             for name, allowed in ALLOWED.items()
             if (risen := rise(self.notes.times, self.notes.values[name])) > allowed
         ]
         if self.after["in flight"]:
-            found.append(f"{self.after['in flight']:g} requests are in flight when all clients have gone")
+            found.append(f"{self.after['in flight']:g} requests are in flight after the last client")
         if self.after["descriptors"] > self.before["descriptors"]:
             found.append(f"{self.after['descriptors'] - self.before['descriptors']:g} descriptors are left open")
         return found + [f"{times} times {what}" for what, times in self.clients.unexpected.items()]
@@ -167,7 +167,7 @@ class Verdict:
             values = self.notes.values[name]
             cells = [self.before[name], min(values), max(values), rise(self.notes.times, values), allowed]
             rows.append(f"| {name} | {' | '.join(f'{cell:.4g}' for cell in (*cells, self.after[name]))} |")
-        rows += ["", "| clients | answers by status |", "|---|---|"]
+        rows += ["", "| clients | responses by status |", "|---|---|"]
         for kind in dict.fromkeys(kind for kind, _ in self.clients.seen):
             answers = [
                 f"{status or 'none'}: {times:,}"
@@ -179,7 +179,7 @@ class Verdict:
 
 
 async def soak(seconds: float, folder: Path) -> Verdict:
-    """Run everything for so long."""
+    """Run gateway, upstreams and clients for `seconds`."""
     loop = asyncio.get_running_loop()
     upstream = await asyncio.start_server(serve, "127.0.0.1", 0, limit=LIMIT, backlog=1024)
     away = steady_port()
@@ -209,7 +209,7 @@ async def soak(seconds: float, folder: Path) -> Verdict:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print what was seen, and return 1 if something is wrong with it."""
+    """Run, print the results, and return 1 if there is a problem."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -222,5 +222,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the gateway is stopped then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the gateway is stopped then too
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Requests at a fixed rate, come what may, with what came of each: clients that do not wait for one another."""
+"""Requests at a fixed rate, independent of responses, with the result of each."""
 
 import asyncio
 import time
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import httptools
 
-PATIENCE = 5.0  # seconds an answer may take
+PATIENCE = 5.0  # seconds that a response may take
 SLOW_CALL = 1.0
 _GOOD = 200
-_LENGTH = 2  # of a good answer's body
+_LENGTH = 2  # bytes of a successful response's body
 _REQUEST = b"GET /api/%d HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Client-ID: chaos\r\n\r\n"
 
 
 @dataclass(slots=True)
 class Call:
-    """One request: when it was due, when the load came to send it, and what came of it. Status 0: no whole answer."""
+    """One request: its due time, the time of sending, and the result. Status 0: no complete response."""
 
     number: int
     due: float
@@ -25,16 +25,16 @@ class Call:
     sent: float = 0.0
 
     def is_failed(self) -> bool:
-        """Tell whether its client did not get what it asked for."""
+        """True without a complete, successful response."""
         return self.status != _GOOD
 
     def is_slow(self) -> bool:
-        """Tell whether its client got it late."""
+        """True if the response was late."""
         return self.status == _GOOD and self.lasted > SLOW_CALL
 
 
 class Caller(asyncio.Protocol):
-    """One connection to the proxy; it puts itself among the `idle` ones when it has an answer."""
+    """One connection to the proxy; it adds itself to `idle` after a response."""
 
     transport: asyncio.Transport
 
@@ -45,28 +45,28 @@ class Caller(asyncio.Protocol):
         self._length = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Store the transport."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP
         self.transport = transport
 
     def ask(self, call: Call) -> None:
-        """Send the request."""
+        """Send a request."""
         self._call = call
         self.transport.write(_REQUEST % call.number)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; what is not HTTP is no answer."""
+        """Parse received bytes; anything but HTTP counts as no response."""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self.transport.abort()
 
     def on_body(self, body: bytes) -> None:
-        """Count; the parser calls this."""
+        """Count the bytes; called by the parser."""
         self._length += len(body)
 
     def on_message_complete(self) -> None:
-        """Take the answer down; the parser calls this."""
+        """Record the response; called by the parser."""
         call, self._call = self._call, None
         length, self._length = self._length, 0
         if call is None:
@@ -79,7 +79,7 @@ class Caller(asyncio.Protocol):
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
-        """Never be used again."""
+        """Record a failed call, and leave `idle`."""
         if self._call is not None:
             self._call.lasted = time.monotonic() - self._call.due
             self._call = None
@@ -88,11 +88,11 @@ class Caller(asyncio.Protocol):
 
 
 class Load:
-    """Requests at a fixed rate, until told to stop."""
+    """Sends requests at a fixed rate until stopped."""
 
     def __init__(self, port: int, rate: float) -> None:
         self.calls: list[Call] = []
-        self.lag = 0.0  # the most by which a request went out later than it was due
+        self.lag = 0.0  # seconds: the largest delay of sending after the due time
         self._port = port
         self._rate = rate
         self._idle: list[Caller] = []
@@ -100,7 +100,7 @@ class Load:
         self._opened: list[Caller] = []
 
     async def run(self, until: "asyncio.Future[None]") -> None:
-        """Send what is due, then give the last ones their time."""
+        """Send requests when they are due; after `until`, wait for the last responses."""
         began = time.monotonic() + 0.01
         while not until.done():
             call = Call(len(self.calls), began + len(self.calls) / self._rate)

@@ -1,6 +1,6 @@
-"""The gateway with one path more, `/tables`, which tells how many entries each table of the process holds.
+"""The gateway with the additional path `/tables`, which returns the number of entries of each internal table.
 
-`python -m benchmarks.tables <configuration>`. It looks into what is the gateway's own, as only a measurement may.
+`python -m benchmarks.tables <configuration>`. It accesses internals of the gateway, for measurements only.
 """
 
 import logging
@@ -16,7 +16,7 @@ from api_gateway.process.server import GatewayServer, configure_logging
 
 
 def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
-    """Return the entries of every table that a client could make grow."""
+    """Return the number of entries of every table that clients can make grow."""
     clients: Any = gateway.clients
     limiter: Any = gateway.limiter
     keys = 0
@@ -41,7 +41,7 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
 
 
 def series_of(recorder: Recorder) -> int:
-    """Return how many labelled figures the metrics have."""
+    """Return the number of labelled metric series."""
     counters = [value for value in vars(recorder).values() if isinstance(value, dict)]
     return sum(map(len, counters)) + sum(map(len, recorder.outcomes.values()))
 

@@ -1,4 +1,4 @@
-"""Targets that can be made to fail, from outside: each is a process of `benchmarks.ailing`. Linux only."""
+"""Control of targets that fail on command: each is a process of `benchmarks.ailing`. Linux only."""
 
 import random
 import socket
@@ -17,7 +17,7 @@ _READY = 20.0
 
 
 class Target:
-    """A target from outside: a process that can be told how to serve, stopped, killed and started again."""
+    """A target process, whose mode can be set, and which can be stopped, killed and restarted."""
 
     def __init__(self, folder: Path, core: int) -> None:
         self.port = steady_port()
@@ -30,10 +30,10 @@ class Target:
         return f"<Target on port {self.port} [{'running' if self._process else 'not running'}]>"
 
     def start(self) -> None:
-        """Start it and wait until it listens."""
+        """Start the process and wait until it listens. Raises RuntimeError."""
         command = [sys.executable, "-m", "benchmarks.ailing", str(self.port), str(self._file)]
         with pinned(self._core):
-            self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)  # noqa: S603 - our own words
+            self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)  # noqa: S603 - fixed arguments
         deadline = time.monotonic() + _READY
         while not self.listens():
             if time.monotonic() > deadline:
@@ -41,24 +41,24 @@ class Target:
             time.sleep(0.01)
 
     def listens(self) -> bool:
-        """Tell whether somebody listens on its port; nobody is disturbed by asking."""
+        """Return whether its port is listening, without connecting to it."""
         wanted = f"0100007F:{self.port:04X}"
         lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
         return any(line.split()[1] == wanted and line.split()[3] == "0A" for line in lines)
 
     def tell(self, word: str) -> None:
-        """Tell it how to serve."""
+        """Set its mode; see `benchmarks.ailing`."""
         assert self._process is not None and self._process.stdin is not None  # noqa: S101, PT018 - it has been started
         self._process.stdin.write(word.encode() + b"\n")
         self._process.stdin.flush()
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send a signal."""
         if self._process is not None:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Send SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -68,18 +68,18 @@ class Target:
             self._process = None
 
     def notes(self) -> list[tuple[int, float]]:
-        """Return the number and the time of every request it has got."""
+        """Return the number and time of every recorded request."""
         written = self._file.read_bytes()
         return list(NOTE.iter_unpack(written[: len(written) // NOTE.size * NOTE.size]))
 
 
 def steady_port() -> int:
-    """Return a port nobody listens on, from below those that the kernel gives to who connects.
+    """Return a free port below the range of ephemeral ports.
 
-    While its target is down, nobody can get it by chance, nor be connected to itself by it.
+    So no connection gets this port while its target is down, and no connection attempt connects to itself.
     """
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    chance = random.Random()  # noqa: S311 - any port will do
+    chance = random.Random()  # noqa: S311 - any port is suitable
     while True:
         port = chance.randrange(lowest // 2, lowest)
         with socket.socket() as sock, suppress(OSError):
@@ -89,7 +89,7 @@ def steady_port() -> int:
 
 @contextmanager
 def targets(count: int, folder: Path, core: int) -> Iterator[list[Target]]:
-    """Run so many targets on a core for the length of a block."""
+    """Run this number of targets on a core within this block."""
     made = [Target(folder, core) for _ in range(count)]
     try:
         for target in made:

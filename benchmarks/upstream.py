@@ -1,7 +1,7 @@
-"""What stands behind every peer: nginx that answers the bodies, and a sink behind it that reads uploads to the end.
+"""The upstream of all peers: nginx for downloads, and behind it a sink that reads uploads to their end.
 
-nginx answers `return` before it has read the request's body and would store one on disk for anything else, so a few
-lines of asyncio take the uploads: `python -m benchmarks.upstream <port>`.
+nginx responds to `return` before it has read the request body, and otherwise would store the body on disk, so a small
+asyncio server receives the uploads: `python -m benchmarks.upstream <port>`.
 """
 
 import asyncio
@@ -69,26 +69,26 @@ http {{
 
 
 class Sink(asyncio.BufferedProtocol):
-    """Reads a request to its end, then answers."""
+    """Reads a request to its end, then responds."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(262_144)
         self._parser = httptools.HttpRequestParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the way back."""
+        """Store the transport."""
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002 - the signature is asyncio's
-        """Lend the one buffer."""
+        """Return the shared buffer."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Parse what came."""
+        """Parse received bytes."""
         self._parser.feed_data(memoryview(self._buffer)[:nbytes])
 
     def on_message_complete(self) -> None:
-        """Answer; the parser calls this."""
+        """Send the response; called by the parser."""
         self._transport.write(_ANSWER)
 
 
@@ -98,7 +98,7 @@ async def _serve(port: int) -> None:
 
 
 def run(port: int) -> None:
-    """Serve uploads until terminated, on uvloop where it is installed."""
+    """Serve uploads until terminated, with uvloop if installed."""
     try:
         importlib.import_module("uvloop").run(_serve(port))
     except ModuleNotFoundError:

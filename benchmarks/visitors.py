@@ -1,4 +1,4 @@
-"""Clients of every kind, each with its rate, and the upstreams they visit: one stays, one comes and goes."""
+"""Clients of all kinds, each with its rate, and their upstreams: one available, one intermittent."""
 
 import asyncio
 import time
@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 
-AWAY, PERIOD = 5.0, 20.0  # seconds the failing upstream is away, of so many
-LIMIT = 2**20  # bytes of a body that are held
+AWAY, PERIOD = 5.0, 20.0  # seconds that the intermittent upstream is unavailable in each period
+LIMIT = 2**20  # bytes of a body that are buffered
 _PATIENCE = 20.0
 _SMALL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 _CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -22,7 +22,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer requests: a stream, a WebSocket's handshake and its echo, or two bytes."""
+    """Serve requests: a stream, a WebSocket with echo, or a body of two bytes."""
     with suppress(OSError, EOFError, asyncio.LimitOverrunError):
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -48,7 +48,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def come_and_go(port: int) -> None:
-    """Serve on that port, but for some seconds of every period."""
+    """Serve on a port, except for AWAY seconds of every PERIOD."""
     while True:
         connected: set[asyncio.StreamWriter] = set()
 
@@ -69,12 +69,12 @@ async def come_and_go(port: int) -> None:
 
 
 class Unexpected(Exception):
-    """An answer that was not the one due."""
+    """An unexpected response."""
 
 
 @dataclass
 class Clients:
-    """Every kind of client; each method is one visit. `seen` counts answers by kind and status."""
+    """All kinds of clients; each method is one visit. `seen` counts responses by kind and status."""
 
     port: int
     seen: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -86,7 +86,7 @@ class Clients:
         return await asyncio.open_connection("127.0.0.1", self.port, limit=LIMIT)
 
     async def _ask(self, streams: Streams, line: str, headers: str = "", body: bytes = b"") -> tuple[int, bytes]:
-        """Send a request; return its answer's status and body."""
+        """Send a request; return status and body of its response."""
         reader, writer = streams
         writer.write(f"{line} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n".encode() + body)
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -99,7 +99,7 @@ class Clients:
     async def _visit(
         self, kind: str, expected: Sequence[int], line: str, headers: str = "", body: bytes = b""
     ) -> None:
-        """Make one request on a connection of its own."""
+        """Send one request on a new connection."""
         streams = await self._connect()
         try:
             status, _ = await self._ask(streams, line, headers, body)
@@ -113,8 +113,8 @@ class Clients:
             raise Unexpected(f"{kind}: status {status}")
 
     async def plain(self) -> None:
-        """A GET on a connection that is kept."""
-        while self._idle and self._idle[-1][0].at_eof():  # the gateway does not keep them for ever
+        """A GET on a persistent connection."""
+        while self._idle and self._idle[-1][0].at_eof():  # the gateway closes idle connections
             self._idle.pop()[1].transport.abort()
         streams = self._idle.pop() if self._idle else await self._connect()
         status, _ = await self._ask(streams, "GET /api/x")
@@ -122,34 +122,34 @@ class Clients:
         self._note("plain", status, [200])
 
     async def stranger(self) -> None:
-        """A client with a trace id that nobody has seen, and one of a thousand names."""
+        """A client with a new trace id and one of a thousand client ids."""
         number = next(self._numbers)
         headers = f"X-Client-ID: client-{number % 1000}\r\ntraceparent: 00-{number:032x}-{number:016x}-01\r\n"
         await self._visit("stranger", [200], "GET /api/x", headers)
 
     async def upload(self) -> None:
-        """A body of a length that is told."""
+        """A body with Content-Length."""
         await self._visit("upload", [200], "POST /api/x", "Content-Length: 20000\r\n", bytes(20_000))
 
     async def chunks(self) -> None:
-        """A body in pieces."""
+        """A chunked body."""
         body = (b"4000\r\n" + b"x" * 0x4000 + b"\r\n") * 8 + b"0\r\n\r\n"
         await self._visit("chunks", [200], "POST /api/x", "Transfer-Encoding: chunked\r\n", body)
 
     async def stream(self) -> None:
-        """An answer that takes its time."""
+        """A slow, streamed response."""
         await self._visit("stream", [200], "GET /api/stream")
 
     async def limited(self) -> None:
-        """One client that asks ten times as often as it may."""
+        """A client that sends ten times its rate."""
         await self._visit("limited", [200, 429], "GET /api/x", "X-Client-ID: limited\r\n")
 
     async def failing(self) -> None:
-        """A request for the upstream that comes and goes."""
+        """A request for the intermittent upstream."""
         await self._visit("failing", [200, 502, 503], "GET /api/away")
 
     async def talker(self) -> None:
-        """A WebSocket: the handshake, and some bytes both ways."""
+        """A WebSocket: the handshake, and some bytes in both directions."""
         reader, writer = await self._connect()
         try:
             writer.write(
@@ -165,10 +165,10 @@ class Clients:
             writer.transport.abort()
 
     async def leaver(self) -> None:
-        """One that leaves: before its answer, within it, or within its own body."""
+        """A client that disconnects before the response, within it, or within its own body."""
         reader, writer = await self._connect()
         number = next(self._numbers) % 3
-        if number == 2:  # noqa: PLR2004 - the third of three ways
+        if number == 2:  # noqa: PLR2004 - the third of three cases
             writer.write(b"POST /api/x HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nhalf")
             await asyncio.sleep(0.02)
         else:
@@ -179,7 +179,7 @@ class Clients:
         self.seen["leaver", 0] += 1
 
     def rates(self) -> dict[Callable[[], Awaitable[None]], float]:
-        """Return every kind with its visits a second."""
+        """Return each kind with its visits per second."""
         return {
             self.plain: 60,
             self.stranger: 30,
@@ -193,7 +193,7 @@ class Clients:
         }
 
     async def come(self, visit: Callable[[], Awaitable[None]], rate: float, until: float) -> None:
-        """Let one kind come at its rate; return when the last one has gone."""
+        """Run the visits of one kind at its rate; return when the last one has ended."""
         began, number = time.monotonic(), 0
         under_way: set[asyncio.Task[None]] = set()
         while time.monotonic() < until:
@@ -212,7 +212,7 @@ class Clients:
             self.unexpected[f"{getattr(visit, '__name__', visit)}: {problem!r}"] += 1
 
     def go(self) -> None:
-        """Close what was kept."""
+        """Close the persistent connections."""
         for _, writer in self._idle:
             writer.transport.abort()
         self._idle.clear()

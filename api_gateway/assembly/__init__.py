@@ -1,1 +1,1 @@
-"""Builders: from a configuration to live objects, and from those to the objects of the next one. Serves nothing."""
+"""Builds the runtime objects of a configuration, and changes them for the next one. Handles no requests."""

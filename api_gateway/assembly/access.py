@@ -1,4 +1,4 @@
-"""Builds, from configuration, who may use the operator endpoints."""
+"""Builds the access rules of the operator endpoints from the configuration."""
 
 import os
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ NO_ACCESS = Access(Tokens(), NothingIsLocal())
 
 
 def operator_access(config: GatewayConfig, locality: Locality | None = None) -> Access:
-    """Return who may use the operator endpoints. A reload calls it again and gives the result to the gate.
+    """Return who may use the operator endpoints. Called again at each reload, whose result goes to the gate.
 
-    Generates the token in `state_dir`, if there is none yet. `locality` takes the place of the rule for programs of
-    this machine. Where a token is configured, or `admin.local` is false, nothing is local.
+    Generates the token in `state_dir` if there is none yet. `locality` replaces the rule for local requests. If a
+    token is configured, or `admin.local` is false, no request is local. Blocks.
     """
     configured, generated = list(_configured(config.admin)), operator_token(config.state_dir)
     if configured or not config.admin.local:

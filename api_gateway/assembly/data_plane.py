@@ -1,4 +1,4 @@
-"""Builds the steps of a proxied request around the live parts: ASGI path, fast path, and what explains both."""
+"""Builds the data plane of a gateway: the ASGI path, the fast path, and the explainer of both."""
 
 import logging
 from collections.abc import Callable
@@ -29,9 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, FastPath, Explainer]:
-    """Build the steps of a proxied request, the straight way past them, and what explains both.
+    """Return the ASGI path, the fast path and the explainer.
 
-    Read from the inside out: what stands last sees a request first.
+    The middleware is built from the inside out: the last one built handles a request first. `server_headers` are
+    header fields that the server adds to responses, so those of upstreams are omitted.
     """
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     settlement = CostSettlement(limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder)
@@ -124,7 +125,7 @@ def _log_transition(upstream: str, transition: Transition) -> None:
         level,
         "circuit breaker %s%s: %s -> %s: %s",
         upstream,
-        " (only observed)" if transition.mode is Mode.OBSERVE else "",
+        " (mode observe)" if transition.mode is Mode.OBSERVE else "",
         transition.source,
         transition.target,
         transition.cause,

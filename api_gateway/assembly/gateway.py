@@ -1,8 +1,8 @@
-"""Builds the live parts of a gateway from its configuration, starts and stops them, and takes them over on reload.
+"""Builds the runtime objects of a gateway from its configuration, starts and stops them, and changes them on reload.
 
-A `Gateway` is one configuration and the parts that go by it. It is never changed: a reload builds the next one, which
-adopts by name what lives (buckets, breakers, targets, pools, counts), makes what is new, and retires what is no more.
-`plan` does all that may fail and changes nothing; `commit` does not wait and cannot be refused.
+A `Gateway` is one configuration and its runtime objects. It is immutable: a reload builds the next one, which keeps
+objects by name (buckets, breakers, targets, pools, counters), creates new ones, and retires those not configured any
+more. `plan` does everything that can fail and changes nothing; `commit` neither waits nor fails.
 """
 
 import asyncio
@@ -50,13 +50,13 @@ from api_gateway.upstreams.upstream_client import UpstreamClient
 
 logger = logging.getLogger(__name__)
 
-MAX_RETIRED = 1_000  # upstreams remembered that are not configured any more
-_CLOSE_INTERVAL = 1.0  # seconds between two looks at transports that wait for their last response
+MAX_RETIRED = 1_000  # upstreams kept that are not configured any more
+_CLOSE_INTERVAL = 1.0  # seconds between checks of retired transports for their last response
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """One configuration and the live parts that go by it."""
+    """One configuration and its runtime objects."""
 
     config: GatewayConfig
     quotas: Quotas
@@ -73,23 +73,23 @@ class Gateway:
 
     @property
     def address_quota(self) -> Quota | None:
-        """The quota of addresses of unregistered clients, None if they are not limited."""
+        """The quota of the address limit, None if it is disabled."""
         return self.quotas.address
 
     @property
     def candidates(self) -> Mapping[str, Quota]:
-        """Quotas that are tried beside those of tiers."""
+        """Candidate quotas by tier."""
         return self.quotas.candidates
 
     @property
     def upstream_clients(self) -> dict[str, UpstreamClient]:
-        """How to send to each upstream."""
+        """The client of each upstream by name."""
         return {name: live.upstream_client for name, live in self.upstreams.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A configuration that nothing stands in the way of. `upstreams` holds None for those that stay as they are."""
+    """A configuration that can be applied. `upstreams` has None for those that do not change."""
 
     config: GatewayConfig
     quotas: Quotas
@@ -100,7 +100,11 @@ class Plan:
 
 
 class Assembly:
-    """Holds the gateway that is in force. Not to be used by several tasks at once."""
+    """Holds the gateway in force. Not to be used by several tasks at once.
+
+    An upstream is live (in `gateway.upstreams`, with a monitor task) or retired (in `_retired`, without one); a reload
+    can make a retired one live again. A retired transport is in `_closing` until its last response has ended.
+    """
 
     gateway: Gateway
 
@@ -116,7 +120,7 @@ class Assembly:
         self._resolve = resolve
         self._clocks = clocks
         self._demo: DemoUpstreams | None = None
-        self._retired: dict[str, LiveUpstream] = {}  # by name, the one retired last at the end
+        self._retired: dict[str, LiveUpstream] = {}  # by name, in the order of retirement
         self._closing: set[ShieldedTransport] = set()
         self._monitor_tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -125,7 +129,7 @@ class Assembly:
 
     @asynccontextmanager
     async def live(self, config: GatewayConfig) -> AsyncIterator[Gateway]:
-        """Bring the gateway to life in the order of dependence, and take it down in the opposite one."""
+        """Start the gateway's parts in the order of their dependencies, and stop them in reverse order."""
         async with AsyncExitStack() as stack:
             raise_descriptor_limit()
             stack.push_async_callback(self._stop_demo)
@@ -155,7 +159,7 @@ class Assembly:
             yield gateway
 
     async def plan(self, config: GatewayConfig) -> Plan:
-        """Do all that may fail on the way to a configuration. Nothing is changed by it. Raises StartupError."""
+        """Do everything that can fail when applying a configuration; change nothing. Raises StartupError."""
         if config.is_demo:
             config = await self._with_demo(config)
         return await asyncio.to_thread(self._plan, config)
@@ -174,7 +178,7 @@ class Assembly:
         return Plan(config, Quotas.of(config), routes, RouteTable(routes), PriorityClasses(ranks), upstreams)
 
     def commit(self, plan: Plan) -> Gateway:
-        """Put a planned configuration into force. Requests that run go on under the one they began with."""
+        """Put a planned configuration into force. Requests in progress end under the one that they began with."""
         before, config = self.gateway, plan.config
         now_ns = self._clocks.monotonic_ns()
         requote(before.limiter, before.clients, (before.config, config), (before.quotas, plan.quotas), now_ns)
@@ -238,11 +242,11 @@ class Assembly:
     # Upstreams
 
     def _adopt_upstream(self, name: str, plan: UpstreamPlan | None, bands: PriorityClasses) -> LiveUpstream:
-        """Return the upstream of that name under its plan: one that lives, one that is back, or a new one."""
+        """Return the upstream under its plan: the live one, a retired one, or a new one."""
         clock = self._clocks.monotonic
         live = self.gateway.upstreams.get(name) or self._retired.pop(name, None)
         if plan is None:
-            assert live is not None  # noqa: S101 - it stays as it is
+            assert live is not None  # noqa: S101 - it does not change
             rerank(live, bands, clock())
             return live
         if live is None:
@@ -253,7 +257,7 @@ class Assembly:
         return changed
 
     def _retire(self, name: str, live: LiveUpstream) -> None:
-        """End the checks of an upstream and keep no idle connection to it; it is remembered, for it may come back."""
+        """Stop an upstream's monitor and close its idle connections; keep its state in case it is configured again."""
         self._monitor_tasks.pop(name).cancel()
         self._retire_transports(live.transports)
         self._retired[name] = replace(live, is_retired=True)
@@ -268,7 +272,7 @@ class Assembly:
                 self._closing.add(transport)
 
     async def _close_retired_periodically(self) -> None:
-        """Close retired transports once nothing runs on them, until cancelled."""
+        """Close retired transports when their last exchange has ended; run until cancelled."""
         while True:
             await asyncio.sleep(_CLOSE_INTERVAL)
             for transport in [one for one in self._closing if one.is_idle]:
@@ -289,7 +293,7 @@ class Assembly:
     # The demo
 
     async def _with_demo(self, config: GatewayConfig) -> GatewayConfig:
-        """Return the configuration with the demo services as its upstreams; they are started when first needed."""
+        """Return the configuration with the demo services as upstreams; start them if necessary."""
         if self._demo is None:
             self._demo = DemoUpstreams()
             await self._demo.start()
@@ -301,7 +305,7 @@ class Assembly:
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
-    """Cancel a task of ours and wait for its end; what it had failed with before is raised."""
+    """Cancel a task and wait for its end; raise the exception that it failed with before, if any."""
     await cancel_and_wait(task)
     with suppress(asyncio.CancelledError):
         await task

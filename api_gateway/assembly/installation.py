@@ -1,4 +1,4 @@
-"""Puts configurations into force in one application: the first at its start, others by a reload."""
+"""Applies configurations to one application: the first at its start, others by reloads."""
 
 import asyncio
 from collections.abc import Callable
@@ -22,16 +22,16 @@ from api_gateway.resilience.fair_shares import FairShares, ResourceState
 
 
 class Application(Protocol):
-    """What a configuration is put into: its operator gate, and where its endpoints find the live parts."""
+    """The application that configurations are applied to: its operator gate, and the state of its endpoints."""
 
     gate: OperatorGate
     state: State
 
 
 class Installation:
-    """Brings an application to configurations in two phases: `prepare` may fail, `commit` takes effect at once.
+    """Applies configurations to an application in two phases: `prepare` may fail, `commit` takes effect at once.
 
-    States of a reload: none, prepared. `commit` without a `prepare` before it is a defect.
+    States: none, prepared. `prepare` leads to prepared and `commit` back to none; `commit` in none is a defect.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Installation:
     ) -> None:
         """`access` returns who may use the operator endpoints, and may block.
 
-        `read` reads the configuration anew; `on_change` is called with each that has come into force by a reload.
+        `read` reads the configuration again; `on_change` is called with each configuration that a reload has applied.
         """
         self._app = app
         self._assembly = assembly
@@ -60,7 +60,7 @@ class Installation:
         self._on_change = on_change
         self._plan: Plan | None = None
         self._access: Access | None = None
-        self._settings: GatewayConfig | None = None  # as they were read, without the demo's
+        self._settings: GatewayConfig | None = None  # as read, without the demo services
         self._reloader: Reloader | None = None
 
     def __repr__(self) -> str:
@@ -69,7 +69,7 @@ class Installation:
     async def start(
         self, settings: GatewayConfig, context: Callable[..., AdminContext], aggregator: Aggregator
     ) -> None:
-        """Put the first configuration into force; `console` makes what the operator endpoints look at."""
+        """Apply the first configuration; `context` creates the context of the operator endpoints."""
         gateway = self._assembly.gateway
         self._reloader = Reloader(settings, self._read, self._apply, wall_clock=gateway.clocks.wall)
         data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
@@ -90,7 +90,7 @@ class Installation:
         self._plan = await self._assembly.plan(config)
 
     def commit(self) -> None:
-        """Put what was prepared into force. Requests that run end on what they began with."""
+        """Put the prepared configuration into force. Requests in progress end under the one that they began with."""
         plan, access, settings = self._plan, self._access, self._settings
         self._plan = None
         assert plan is not None and access is not None and settings is not None  # noqa: S101, PT018 - see the class
@@ -104,7 +104,7 @@ class Installation:
             self._on_change(settings)
 
     async def reload(self, origin: str) -> ReloadOutcome:
-        """Reload the configuration of an application that serves alone."""
+        """Reload the configuration of a single process; UNAVAILABLE while it starts or drains."""
         assert self._reloader is not None  # noqa: S101 - nothing serves before the start
         phase = self._app.state.console.lifecycle
         if phase is not Lifecycle.SERVING:
@@ -116,7 +116,7 @@ class Installation:
         self.commit()
 
     def snapshot(self) -> Steps[WorkerSnapshot]:
-        """Return how this process stands."""
+        """Return the snapshot of this process."""
         snapshot = yield from report_of(self._assembly.gateway)
         if self._connections is not None:
             snapshot.resources.insert(0, ResourceState.of("connections", [self._connections]))
@@ -126,7 +126,7 @@ class Installation:
 
 
 def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
-    """Return how a gateway stands."""
+    """Return the snapshot of a gateway, in steps, so that it does not block the event loop for long."""
     now = gateway.clocks.monotonic()
     upstreams = yield from each(
         gateway.upstreams.items(),

@@ -6,7 +6,7 @@ from api_gateway.settings.routes import FallbackSection, RouteSection
 
 
 def route_of(section: RouteSection) -> Route:
-    """Build a route."""
+    """Return the route that a section describes."""
     return Route(
         name=section.name,
         path=section.path,

@@ -1,4 +1,4 @@
-"""Builds what limits and tiers rest on: quotas, the rate limiter, and the registry of clients with its store."""
+"""Builds quotas, the rate limiter, and the client registry with its store."""
 
 import logging
 import multiprocessing
@@ -29,8 +29,8 @@ Limiter = MemoryLimiter | RedisLimiter
 
 @contextmanager
 def state_folder(config: GatewayConfig) -> Iterator[None]:
-    """Hold the state folder. Raises StartupError, for an unusable folder only if registered clients are kept there."""
-    # True for a worker of uvicorn or gunicorn, which share the folder with the other workers of their server.
+    """Hold the state folder. Raises StartupError if it is in use, or unusable and needed for registered clients."""
+    # True for a worker of uvicorn or gunicorn, which shares the folder with the other workers of its server.
     is_worker = multiprocessing.parent_process() is not None or "gunicorn.arbiter" in sys.modules
     folder = None
     try:
@@ -38,7 +38,7 @@ def state_folder(config: GatewayConfig) -> Iterator[None]:
     except StateError as error:
         if isinstance(error, FolderInUse) or not config.store.keeps_clients:
             raise StartupError(str(error)) from error
-        logger.warning("%s; until then no circuit breaker can be put in another mode", error)
+        logger.warning("%s; until then the mode of circuit breakers cannot be changed", error)
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def state_folder(config: GatewayConfig) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """The quotas of a configuration: of tiers, of candidates by the tier they would change, and of addresses."""
+    """The quotas of a configuration: by tier, candidates by tier, and of the address limit (None if disabled)."""
 
     tiers: Mapping[str, Quota]
     candidates: Mapping[str, Quota]
@@ -56,7 +56,7 @@ class Quotas:
 
     @classmethod
     def of(cls, config: GatewayConfig) -> "Quotas":
-        """Return those that the configuration sets."""
+        """Return the quotas of a configuration."""
         limit = config.address_limit
         return cls(
             {name: Quota.per_second(name, tier.rate, tier.capacity) for name, tier in config.tiers.items()},
@@ -70,19 +70,19 @@ class Quotas:
 
     @property
     def all(self) -> list[Quota]:
-        """All of them."""
+        """All quotas, without their tiers."""
         return [*self.tiers.values(), *self.candidates.values(), *([self.address] if self.address else [])]
 
 
 @dataclass(frozen=True, slots=True)
 class PreviousQuotas:
-    """Which quota each bucket had before a change."""
+    """The quota that each bucket had before a reload."""
 
     quotas: Quotas
     clients: PreviousClients
 
     def of(self, key: str, present: Quota) -> Quota:
-        """Return the quota that a bucket had; `present` is the one it has now."""
+        """Return the former quota of a bucket; `present` is its quota now."""
         kind, _, rest = key.partition(":")
         if kind == "peer":
             return self.quotas.address or present
@@ -93,7 +93,7 @@ class PreviousQuotas:
 
 
 def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks: Clocks) -> ClientRegistry:
-    """Build the registry of clients; raises StartupError."""
+    """Build the client registry. Raises StartupError."""
     return ClientRegistry(
         quotas.tiers,
         config.default_tier,
@@ -107,7 +107,7 @@ def registry_of(config: GatewayConfig, quotas: Quotas, limiter: Limiter, clocks:
 
 
 def configured_clients(config: GatewayConfig) -> dict[str, str]:
-    """Return the tiers of the clients that stand in the configuration."""
+    """Return the tiers of configured clients by client id."""
     return {client_id: section.tier for client_id, section in config.clients.items()}
 
 
@@ -118,7 +118,7 @@ def requote(
     quotas: tuple[Quotas, Quotas],
     now_ns: int,
 ) -> None:
-    """Bring buckets and clients to another configuration. Both pairs hold what was before, and what is after."""
+    """Change the limiter, buckets and clients to another configuration. Both pairs are (before, after)."""
     before, after = configs
     clients.bump_version()
     store = after.store
@@ -137,7 +137,7 @@ def requote(
 
 
 def limiter_of(config: GatewayConfig, quotas: list[Quota], clocks: Clocks) -> Limiter:
-    """Build the limiter; raises StartupError if the store cannot be used."""
+    """Build the rate limiter. Raises StartupError if the TLS files of the store cannot be used."""
     store = config.store
     if not store.is_shared:
         return MemoryLimiter(quotas, bucket_limit=store.max_buckets)
@@ -156,10 +156,7 @@ def limiter_of(config: GatewayConfig, quotas: list[Quota], clocks: Clocks) -> Li
 
 
 def client_store(config: GatewayConfig) -> ClientStore:
-    """Return the store of registered clients, which opens when it is loaded: the shared store, or a file.
-
-    Raises StartupError.
-    """
+    """Return the client store: the shared store, or a file. It is opened when it is loaded. Raises StartupError."""
     store = config.store
     if not store.keeps_clients:
         return SqliteClientStore(own_folder(config.state_dir))
@@ -174,5 +171,5 @@ def _session(config: GatewayConfig) -> StoreSession:
 
 
 def move_buckets(limiter: Limiter, clock_ns: Callable[[], int], before: Client, after: Client) -> None:
-    """Take a bucket over to a tier that was changed elsewhere, or has ended. In a shared store it moves by itself."""
+    """Change the quota of a client's bucket: another gateway has changed its tier, or its grant has expired."""
     limiter.change_quota(before.key, before.quota, after.quota, clock_ns())

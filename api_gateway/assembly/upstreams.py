@@ -1,6 +1,6 @@
-"""Builds upstreams from their sections, and brings those that live already to other sections.
+"""Builds upstreams from their sections, and changes live ones to other sections.
 
-What can fail is done by `plan_upstream`, which changes nothing; `build_upstream` and `change_upstream` only act.
+`plan_upstream` does everything that can fail and changes nothing; `build_upstream` and `change_upstream` cannot fail.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ Transport = UpstreamTransport | ShieldedTransport
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """The TLS settings of an upstream, and a digest of the files that they were read from."""
+    """The TLS context of an upstream, and a digest of its files, by which changes are detected."""
 
     context: ssl.SSLContext | None = None
     digest: bytes = b""
@@ -46,7 +46,7 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class LiveUpstream:
-    """An upstream that lives, with the section it goes by. `is_retired`: it is not configured any more."""
+    """An upstream at run time, with its section. `is_retired`: not configured any more, and its monitor is stopped."""
 
     section: UpstreamSection
     tls: Tls
@@ -57,14 +57,14 @@ class LiveUpstream:
 
     @property
     def transports(self) -> tuple[httpx.AsyncBaseTransport, ...]:
-        """Those for requests and, if there are others, for health checks."""
+        """The transport of requests and, if health checks have their own, that one."""
         checking = self.monitor.transport
         return (self.upstream_client.transport,) if checking is None else (self.upstream_client.transport, checking)
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamPlan:
-    """An upstream that is to be. The transports are new ones, None where those that live can stay."""
+    """A planned upstream. The transports are new ones; None if the existing ones are kept."""
 
     name: str
     section: UpstreamSection
@@ -76,9 +76,9 @@ class UpstreamPlan:
 def plan_upstream(
     name: str, section: UpstreamSection, live: LiveUpstream | None, override: httpx.AsyncBaseTransport | None
 ) -> UpstreamPlan:
-    """Do all that may fail on the way to a section, in place of the one of `live`. Blocks; raises StartupError.
+    """Do everything that can fail when applying a section; `live` is the present upstream. Blocks.
 
-    `override` takes the place of the gateway's own transport.
+    `override` replaces the gateway's own transport. Raises StartupError.
     """
     tls = _tls(name, section, live)
     is_new = live is None or section.http2 != live.section.http2
@@ -97,9 +97,9 @@ def plan_upstream(
 
 
 def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, priorities: PriorityClasses) -> LiveUpstream:
-    """Build an upstream that nothing is known of yet."""
+    """Build a new upstream from its plan."""
     section, now = plan.section, clock()
-    assert plan.transport is not None  # noqa: S101 - nothing lives that could stay
+    assert plan.transport is not None  # noqa: S101 - a new upstream has no transport to keep
     names = tuple(HostName(target.url, target.weight) for target in section.targets)
     upstream = Upstream(
         plan.name,
@@ -128,9 +128,9 @@ def build_upstream(plan: UpstreamPlan, resolve: Resolve, clock: Clock, prioritie
 def change_upstream(
     plan: UpstreamPlan, live: LiveUpstream, resolve: Resolve, clock: Clock, priorities: PriorityClasses
 ) -> LiveUpstream:
-    """Bring an upstream to another section. Breakers, targets that stay, pools, budgets and limits live on.
+    """Change a live upstream to another section. Breakers, unchanged targets, pools, budgets and limits are kept.
 
-    A target that is new beside others starts slowly.
+    A new target begins with slow start if others remain.
     """
     section, upstream, now = plan.section, live.upstream_client.upstream, clock()
     upstream.breaker.change_policy(_breaker_policy(section), now)
@@ -164,7 +164,7 @@ def change_upstream(
 
 
 def rerank(live: LiveUpstream, priorities: PriorityClasses, now: float) -> None:
-    """Shed by other bands from now on."""
+    """Apply other priorities of tiers to the concurrency limit."""
     limit = live.upstream_client.upstream.limit
     live.upstream_client.upstream.limit = _limit(live.section, limit, priorities, now)
 
@@ -180,12 +180,12 @@ def _retarget(upstream_client: UpstreamClient, targets: list[Target], now: float
 
 
 def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[HostName, ...]:
-    """Return the names of the configured targets: those there are, where they stay."""
+    """Return the names of the configured targets, keeping existing ones with their addresses."""
     known: Mapping[str, list[HostName]] = defaultdict(list)
     for name in live.names:
         if (
             section.dns_refresh_interval is not None or not name.addresses
-        ):  # what was resolved is no target of its own any more
+        ):  # resolved addresses are dropped without `dns_refresh_interval`
             known[name.url].append(name)
     found = []
     for target in section.targets:
@@ -242,7 +242,7 @@ def _health_policy(section: UpstreamSection) -> HealthPolicy | None:
 
 
 def _resolved(section: UpstreamSection, names: tuple[HostName, ...]) -> tuple[tuple[HostName, ...], float]:
-    """Return the names to be resolved, and how often."""
+    """Return the names to resolve, and the interval in seconds."""
     return (names, section.dns_refresh_interval) if section.dns_refresh_interval is not None else ((), 0.0)
 
 
@@ -263,7 +263,7 @@ def _upkeep(
         interval=interval,
         resolve=resolve,
         clock=clock,
-        source=random.Random(),  # noqa: S311 - spreads checks and questions, guards nothing
+        source=random.Random(),  # noqa: S311 - spreads checks and look-ups, guards nothing
     )
 
 
@@ -281,7 +281,7 @@ def _rotation_policy(section: UpstreamSection) -> OutlierPolicy:
 
 
 def _make_breaker(section: UpstreamSection) -> "partial[CircuitBreaker] | None":
-    # Traffic comes back to a target by its slow start, and by no ramp beside it.
+    # Without ramp: slow start already increases the traffic of a target that returns to service.
     return partial(_breaker, section, ramp=0.0) if section.circuit_breaker.per_target else None
 
 
@@ -296,7 +296,7 @@ def _by_chance(source: random.Random) -> Draw:
 def _limit(
     section: UpstreamSection, limit: ConcurrencyLimit | None, priorities: PriorityClasses, now: float
 ) -> ConcurrencyLimit | None:
-    """Return the limit that the section sets: `limit` itself, changed, if there is one."""
+    """Return the limit of the section: the existing `limit`, changed, or a new one."""
     concurrency = section.concurrency
     if concurrency is None:
         return None
@@ -314,7 +314,7 @@ def _limit(
 
 
 def _tls(name: str, section: UpstreamSection, live: LiveUpstream | None) -> Tls:
-    """Return the TLS settings: those of `live` if neither the files nor what they hold have changed."""
+    """Return the TLS context: that of `live` if neither the paths nor the contents of the files have changed."""
     if not any(target.url.startswith("https:") for target in section.targets):
         return Tls()
     files = (section.tls.ca_file, section.tls.cert_file, section.tls.key_file)

@@ -1,1 +1,1 @@
-"""Server, supervisor, workers and listeners: the processes of a gateway, and their signals. Decides no request."""
+"""The processes of a gateway: server, supervisor, workers, listeners, signals. Handles no request itself."""

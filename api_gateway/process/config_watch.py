@@ -1,8 +1,8 @@
-"""Where the configuration comes from, and a watch over its files: a change has the configuration reloaded.
+"""The sources of the configuration, and a watch that reloads it when their files change.
 
-The contents are compared, about once a second and in a thread, so that every way to change a file is noticed: writing
-it in place, renaming another to its name, and swapping a symbolic link above it, as Kubernetes does. A change counts
-once the contents have been the same for two looks: a file that is half written is not read.
+The watch compares the contents about once a second, in a thread, so that it notices every kind of change: writing in
+place, renaming another file to the name, and replacing a symbolic link in the path, as Kubernetes does. It reloads
+after two checks with the same contents, so that a partly written file is not read.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ from api_gateway.settings.secret import noting_files
 
 logger = logging.getLogger(__name__)
 
-CONFIG_POLL_INTERVAL = 1.0  # seconds between two looks
+CONFIG_POLL_INTERVAL = 1.0  # seconds between checks
 _PIECE = 1_048_576  # bytes
 
 Contents = Mapping[Path, bytes | None]
 
 
 class ConfigSource:
-    """Reads the configuration from its sources, and knows the files among them."""
+    """Reads the configuration from its sources. `files`: those of the last success, and of failures since."""
 
     def __init__(self, path: str | None, overrides: Mapping[str, Any]) -> None:
         """`path` and `overrides` are as in `load_config`."""
@@ -39,7 +39,7 @@ class ConfigSource:
         return f"<ConfigSource [{len(self.files)} files]>"
 
     def __call__(self) -> GatewayConfig:
-        """Read the configuration for a reload. Blocks; raises ConfigError, also for files that cannot be used."""
+        """Read the configuration for a reload. Blocks. Raises ConfigError, also for files that cannot be used."""
         loaded = self.load()
         found = [f"{loaded.sources.origin(one.path)}{one}" for one in file_errors(loaded.config)]
         if found:
@@ -47,13 +47,13 @@ class ConfigSource:
         return loaded.config
 
     def _warn(self, message: str) -> None:
-        """Log it, once and not at every reload."""
+        """Log a message only once, not at every reload."""
         if message not in self._warnings:
             self._warnings.add(message)
             logger.warning("%s", message)
 
     def load(self) -> Loaded:
-        """Read the configuration. Blocks; raises ConfigError, and knows the files all the same."""
+        """Read the configuration and update `files`, even on failure. Blocks. Raises ConfigError."""
         found = {Path(ENV_FILE)}
         chosen = config_path(self._path)
         if chosen is not None:
@@ -69,7 +69,7 @@ class ConfigSource:
 
 
 class ConfigWatch:
-    """Calls `reload` when the contents of a source's files have changed."""
+    """Calls `reload` when the contents of a source's files have changed; `interval` in seconds."""
 
     def __init__(
         self, source: ConfigSource, reload: Callable[[], Awaitable[object]], interval: float = CONFIG_POLL_INTERVAL
@@ -90,7 +90,7 @@ class ConfigWatch:
             found = await self._check()
             if found == changed != seen:
                 await self._reload()
-                # What is read by now is not known: a file counts as it was seen before the reload, if it was.
+                # The contents that the reload read are unknown, so the contents before it are the reference.
                 found = {**await self._check(), **{path: found[path] for path in found if path in self._source.files}}
                 seen = found
             changed = found
@@ -100,7 +100,7 @@ class ConfigWatch:
 
 
 def contents_of(files: Iterable[Path]) -> Contents:
-    """Return a digest of each file, None of one that cannot be read. Blocks."""
+    """Return a digest of each file, None if it cannot be read. Blocks."""
     return {path: _digest(path) for path in files}
 
 

@@ -1,8 +1,8 @@
-"""The sockets that the workers listen on: a set for each, held by the supervisor for as long as the gateway runs.
+"""The sockets that workers listen on: a set for each worker, held open by the supervisor while the gateway runs.
 
-On Linux the kernel spreads new connections over the TCP sockets (SO_REUSEPORT). A connection that waits in the queue
-of a worker that has ended or is being replaced is not lost: the supervisor keeps the socket open, and the next worker
-inherits it. Elsewhere, and on a Unix socket, all workers accept from the same socket.
+On Linux the kernel distributes new connections over the TCP sockets (SO_REUSEPORT). Connections in the accept queue of
+a worker that has exited or is being replaced are not lost: the supervisor keeps the socket open, and the next worker
+inherits it. On other systems, and on a Unix socket, all workers accept from one socket.
 """
 
 import errno
@@ -25,7 +25,7 @@ IS_BALANCED = sys.platform == "linux"
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """What one worker listens on: for clients, and for operators where they have a listener of their own."""
+    """The sockets of one worker: `public` for clients, `admin` for the operator listener if there is one."""
 
     public: list[socket.socket]
     admin: list[socket.socket] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Sockets:
 
 
 class Listeners:
-    """The sockets of every worker. Closing them also removes the files of Unix sockets, if nobody replaced them."""
+    """The sockets of all workers. Closing them also removes the files of Unix sockets that were not replaced."""
 
     def __init__(self, workers: int) -> None:
         self.sets = [Sockets([]) for _ in range(workers)]
@@ -47,7 +47,7 @@ class Listeners:
 
     @classmethod
     def of(cls, config: GatewayConfig, workers: int) -> "Listeners":
-        """Bind all that the configuration asks for. Raises StartupError, and then nothing is bound."""
+        """Bind all configured addresses. Raises StartupError, and then nothing stays bound."""
         server, admin = config.server, config.admin
         listeners = cls(workers)
         try:
@@ -84,7 +84,7 @@ class Listeners:
             sock.close()
         for path, made in self._files:
             with suppress(OSError):
-                if os.path.samestat(path.lstat(), made):  # otherwise another gateway has taken the path over
+                if os.path.samestat(path.lstat(), made):  # otherwise another gateway has replaced the file
                     path.unlink()
         self._files.clear()
 
@@ -92,8 +92,8 @@ class Listeners:
 def bind_for(workers: int, host: str, port: int) -> list[list[socket.socket]]:
     """Return the sockets of each worker, one for each address of `host`, bound and not yet listening.
 
-    Port 0 takes any free one, the same for all. `::` accepts IPv4 too. Raises OSError, also if another program has the
-    port and would share it.
+    Port 0 selects a free one, the same for all. `::` accepts IPv4 too. Raises OSError, also if another program uses
+    the port with SO_REUSEPORT.
     """
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
@@ -105,7 +105,7 @@ def bind_for(workers: int, host: str, port: int) -> list[list[socket.socket]]:
                 free = _free_address(family, address, port, is_dual=is_dual)
             except OSError as error:
                 if error.errno in _NOT_HERE and len(addresses) > 1:
-                    continue  # as for the ::1 of `localhost` on a machine without IPv6
+                    continue  # such as ::1 for `localhost` on a machine without IPv6
                 raise
             port = free[1]
             if IS_BALANCED and workers > 1:
@@ -122,10 +122,10 @@ def bind_for(workers: int, host: str, port: int) -> list[list[socket.socket]]:
 
 
 def bind_path(workers: int, path: str, mode: int) -> list[list[socket.socket]]:
-    """Return one Unix socket for each worker, all the same, bound and not yet listening.
+    """Return duplicates of one Unix socket for the workers, bound and not yet listening.
 
-    A file that a gateway left behind is replaced. Raises OSError, also if somebody listens there, or if the path is no
-    socket's.
+    A socket file on which nobody listens is replaced. Raises OSError, also if somebody listens, or if the path exists
+    and is not a socket.
     """
     _remove_stale(Path(path))
     with ExitStack() as stack:
@@ -138,10 +138,10 @@ def bind_path(workers: int, path: str, mode: int) -> list[list[socket.socket]]:
 
 
 def leave_group(sockets: Iterable[socket.socket]) -> None:
-    """Have the kernel give these sockets no more connections until somebody listens on them again.
+    """Remove these sockets from the kernel's distribution of connections until a process listens on them again.
 
-    For a worker that cannot be replaced soon: a client that is turned away tries again and gets another worker. A Unix
-    socket is every worker's, and stays.
+    For a worker that cannot be replaced soon: a refused client that connects again gets another worker. A Unix socket
+    is shared by all workers and not affected.
     """
     if IS_BALANCED:
         for sock in sockets:
@@ -151,30 +151,30 @@ def leave_group(sockets: Iterable[socket.socket]) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the file of a Unix socket that nobody listens on. Raises OSError if somebody does."""
+    """Remove the file of a Unix socket on which nobody listens. Raises OSError if somebody does."""
     if not path.is_socket():
-        return  # what else is there makes `bind` fail
+        return  # another kind of file makes `bind` fail
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
-        except (TimeoutError, BlockingIOError):  # its queue is full
+        except (TimeoutError, BlockingIOError):  # its accept queue is full
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
         else:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def _free_address(family: int, address: tuple[object, ...], port: int, *, is_dual: bool) -> tuple[str, int]:
-    """Return the address with a port that nobody else has."""
+    """Return the address with a port that no other program uses."""
     with _bound(family, (str(address[0]), port), is_shared=False, is_dual=is_dual) as probe:
         host, free, *_ = probe.getsockname()
         return host, free
 
 
 def _bound(family: int, address: tuple[str, int], *, is_shared: bool, is_dual: bool) -> socket.socket:
-    # The protocol is named because asyncio turns Nagle's delay off only for sockets that say they are TCP.
+    # The protocol is given because asyncio sets TCP_NODELAY only on sockets that were created with IPPROTO_TCP.
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""The server that runs the gateway in one process: uvicorn's, with our protocol, and logging to standard error."""
+"""The server of one process: uvicorn's, with the gateway's own protocol, and logging to standard error."""
 
 import asyncio
 import contextlib
@@ -40,23 +40,23 @@ from api_gateway.system.output import LineHandler, process_output
 
 logger = logging.getLogger(__name__)
 
-# What the server says of its own that is said here, or in the access log, in better words.
+# Log messages of uvicorn that the gateway or its access log replaces.
 _SILENCED = (
     "ASGI callable returned without completing response.",
     "Cancel %s running task(s)",
     "Application startup failed. Exiting.",
 )
-ADMIN_CONNECTIONS = 256  # to the listener for operators
-_STEP = 0.1  # seconds between two looks at whether it shall end at once
-PROCESS_STOP_MARGIN = 3.0  # seconds the process may take beyond its time to drain
-DRAIN_LINGER = 2.0  # seconds; see `protocol.DownstreamConnection.shutdown`
+ADMIN_CONNECTIONS = 256  # to the operator listener
+_STEP = 0.1  # seconds between checks of `force_exit`
+PROCESS_STOP_MARGIN = 3.0  # seconds that the process may take after its drain time
+DRAIN_LINGER = 2.0  # seconds; see `DownstreamConnection.shutdown`
 
 
 class GatewayServer(uvicorn.Server):
-    """A uvicorn server that says where it listens, and stops without losing a request.
+    """A uvicorn server that announces its address, reloads on SIGHUP, and stops without losing a request.
 
-    After a signal it is not ready any more but goes on serving for `drain_delay` seconds, so that whoever spreads
-    requests over gateways can take notice. Then it accepts no more, and what runs has `drain_timeout` seconds to end.
+    After a stop signal it reports not ready and keeps serving for `drain_delay` seconds, so that load balancers can
+    react. Then it accepts no connection any more, and requests in progress have `drain_timeout` seconds to end.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class GatewayServer(uvicorn.Server):
         clocks: Clocks = SYSTEM_CLOCKS,
         is_watched: bool = False,
     ) -> None:
-        """`is_watched`: a change of the files of `read` is a reload. The others are as in `create_app`."""
+        """`is_watched`: a change of the files of `read` triggers a reload. The others are as in `create_app`."""
         self._settings = config
         self._delay = config.server.drain_delay
-        self.cut_off = 0  # requests and tunnels that were still running when the time to drain was over
+        self.cut_off = 0  # requests and tunnels still in progress at the end of the drain time
         self._sockets = Sockets([])
         refused: Counter[str] = Counter()
         section = config.server
@@ -83,7 +83,7 @@ class GatewayServer(uvicorn.Server):
         if is_watched and isinstance(read, ConfigSource):
             self._watch = ConfigWatch(read, partial(self._aggregator.reload, "--watch"))
         self._watching: asyncio.Task[None] | None = None
-        self._is_reload_due = False  # it was asked for before the start was done
+        self._is_reload_due = False  # requested before the start was complete
         self._app = create_app(
             config,
             refused=refused,
@@ -100,7 +100,7 @@ class GatewayServer(uvicorn.Server):
         self._admin_config = _uvicorn_config(admin, section, refused, FairShares(ADMIN_CONNECTIONS))
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve on these sockets, or else on what the configuration says. Raises StartupError."""
+        """Serve on these sockets, by default on those of the configuration. Raises StartupError."""
         if sockets is not None:
             self.run_on(Sockets(sockets))
             return
@@ -111,12 +111,12 @@ class GatewayServer(uvicorn.Server):
             listeners.close()
 
     def run_on(self, sockets: Sockets) -> None:
-        """Serve on sockets that are bound."""
+        """Serve on bound sockets."""
         self._sockets = sockets
         super().run(sockets.public)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and tell."""
+        """Start serving, the watchdog and the watch of files, and announce it."""
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()
@@ -130,13 +130,13 @@ class GatewayServer(uvicorn.Server):
                 self._watching = self._loop.create_task(self._watch.run(), name="watch")
 
     def begin_reload(self, origin: str) -> None:
-        """Have the configuration reloaded. What becomes of it is in the log."""
+        """Start a reload in a task; its outcome is logged. `origin` names who requested it."""
         task = asyncio.get_running_loop().create_task(self._aggregator.reload(origin), name="reload")
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
 
     def _apply_configuration(self, config: GatewayConfig) -> None:
-        """Take what a reload has put into force, as far as it is the server's. Connections keep their limits."""
+        """Apply the server's settings of a reloaded configuration. Open connections keep their limits."""
         section = config.server
         self._settings, self._delay = config, section.drain_delay
         self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
@@ -149,7 +149,7 @@ class GatewayServer(uvicorn.Server):
         set_log_level(config.log.level)
 
     async def _open_admin_listener(self) -> None:
-        """Serve the operator endpoints on sockets of their own, if there are any; they are closed with the others."""
+        """Serve the operator endpoints on their own sockets, if any; uvicorn closes those with the others."""
         if not self._sockets.admin:
             return
         config = self._admin_config
@@ -161,16 +161,16 @@ class GatewayServer(uvicorn.Server):
             self.servers.append(server)
 
     def announce(self) -> None:
-        """Tell the person at the terminal that the gateway serves."""
+        """Print the startup message."""
         print(startup_banner(self._settings, self._sockets), flush=True)
 
     @property
     def exit_code(self) -> int:
-        """What the process shall end with, once it has served."""
+        """The exit code of the process after it has served."""
         return DRAIN_INCOMPLETE if self.cut_off else 0
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop: go on for a while as if nothing was, then drain."""
+        """Stop: keep serving for `drain_delay` seconds, then drain."""
         if self._watching is not None:
             self._watching.cancel()
         until = time.monotonic() + self._delay
@@ -179,14 +179,14 @@ class GatewayServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _wait_tasks_to_complete(self) -> None:
-        """Wait until everything is answered; when the time for that is over, end what no task serves too.
+        """Wait until all requests have ended; when the drain time is over, abort the rest.
 
-        uvicorn's own waits for the listening sockets too, also after a second interrupt, and they since Python 3.12
-        for every connection.
+        uvicorn's own version cannot be used: it also waits for the listening sockets, even after a second interrupt,
+        and since Python 3.12 these wait for every connection.
         """
         state = self.server_state
         for connection in list(state.connections):
-            connection.shutdown()  # it may have been accepted and not yet made when the others heard of it
+            connection.shutdown()  # it may have been set up after uvicorn shut the others down
         try:
             while (state.connections or state.tasks) and not self.force_exit:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(_STEP)
@@ -194,28 +194,28 @@ class GatewayServer(uvicorn.Server):
             self._abort_connections()
 
     def _abort_connections(self) -> None:
-        """End what is still running, and count it."""
+        """Abort the requests and tunnels in progress, and count them."""
         running = [
             one for one in self.server_state.connections if isinstance(one, DownstreamConnection) and one.is_busy
         ]
         if running:
             self.cut_off = len(running)
-            logger.error("%d requests were cut off: the time to drain was over", self.cut_off)
+            logger.error("%d requests were cut off at the end of the drain timeout", self.cut_off)
         for connection in running:
             connection.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second interrupt ends without waiting."""
+        """Begin to drain; a second SIGINT ends without waiting."""
         context = getattr(self._app.state, "console", None)
-        if context is not None:  # the signal may come before start-up is done
+        if context is not None:  # the signal may arrive before the start is complete
             context.lifecycle = Lifecycle.DRAINING
         self._watchdog.expect_end()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals while serving, without raising them again at the end: a clean stop is exit code 0."""
-        if threading.current_thread() is not threading.main_thread():  # only the main thread gets any
+        """Handle signals while serving, without raising them again as uvicorn does: a clean stop has exit code 0."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
             yield
             return
         before = {number: signal.signal(number, handler) for number, handler in self._handlers().items()}
@@ -227,7 +227,7 @@ class GatewayServer(uvicorn.Server):
                 signal.signal(number, previous)
 
     def _handlers(self) -> dict[signal.Signals, Callable[[int, FrameType | None], None]]:
-        """Return what to do at which signal."""
+        """Return the signal handlers."""
         return {
             signal.SIGINT: self.handle_exit,
             signal.SIGTERM: self.handle_exit,
@@ -237,7 +237,7 @@ class GatewayServer(uvicorn.Server):
         }
 
     def _on_hangup(self, _number: int, _frame: FrameType | None) -> None:
-        """Reload the configuration, now or as soon as the start is done."""
+        """Reload the configuration, now or when the start is complete."""
         if self.started:
             self._loop.call_soon_threadsafe(self.begin_reload, "SIGHUP")
         else:
@@ -245,21 +245,21 @@ class GatewayServer(uvicorn.Server):
 
 
 def _on_unused(number: int, _frame: FrameType | None) -> None:
-    logger.warning("%s is ignored: there is one process, and no workers to restart", signal.Signals(number).name)
+    logger.warning("%s is ignored: there is a single process and no worker to restart", signal.Signals(number).name)
 
 
 def stop_within(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> float:
-    """Return the seconds within which a process must have ended after a stop signal."""
+    """Return the seconds after a stop signal within which a process must have ended."""
     return section.drain_delay + section.drain_timeout + margin
 
 
 def watchdog_of(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> Watchdog:
-    """Return what ends a process of the gateway that hangs."""
+    """Return the watchdog of a process with these settings."""
     return Watchdog(section.worker_timeout, stop_within(section, margin), blocked=BLOCKED, overdue=DRAIN_INCOMPLETE)
 
 
 def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: FairShares) -> uvicorn.Config:
-    """Return the settings of one listener, whose connections are shared by themselves."""
+    """Return the uvicorn configuration of one listener, whose connections are limited by `shares`."""
     return uvicorn.Config(
         app,
         http=limited_protocol(
@@ -276,10 +276,10 @@ def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], sha
 
 
 def _tune_garbage_collection() -> None:
-    """Let the collector look less often, and never again at what start-up made.
+    """Make the garbage collector run less often, and exempt the objects of the start.
 
-    A request leaves no cycles behind, so reference counts free all of it; the default thresholds cost a fifth of its
-    time for nothing. What errors leave is still collected.
+    Requests create no reference cycles, and the default thresholds cost a fifth of their time. Cycles of errors are
+    still collected.
     """
     gc.collect()
     gc.freeze()
@@ -301,10 +301,10 @@ def _connection_limits(section: ServerSection) -> ConnectionLimits:
 
 
 def _holder_of_connection(trusted: Collection[Network]) -> Callable[[str], str | None]:
-    """Return what says whose share of the connections one from an address takes.
+    """Return a function from the address of a connection to the holder whose share it uses, or None.
 
-    Whom a trusted proxy forwards is not known before a head has come, so its connections are nobody's; so are those
-    from a Unix socket.
+    Connections from trusted proxies have no holder, because their clients are unknown until a head has arrived; nor
+    have those from Unix sockets.
     """
 
     @lru_cache(maxsize=4096)
@@ -315,20 +315,20 @@ def _holder_of_connection(trusted: Collection[Network]) -> Callable[[str], str |
 
 
 def configure_logging(level: str, who: str = "") -> None:
-    """Log to standard error; `who` tells one process of several from the others."""
+    """Log to standard error; `who` is a prefix that names the process."""
     logging.basicConfig(
         level=level.upper(),
         handlers=[LineHandler(process_output().err)],
         format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
         force=True,
     )
-    # What the server says of its life is said in the welcome; its errors stay.
+    # The startup message replaces uvicorn's messages about its start and end; its errors are logged.
     logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")
-    # Leaving an answer unfinished is how the gateway breaks one that the upstream broke; its own log has the reason.
+    # The gateway leaves a response incomplete if the upstream did; its own log has the reason.
     logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith(_SILENCED))
 
 
 def set_log_level(level: str) -> None:
-    """Log from this level on."""
+    """Set the level of the log, and of uvicorn's."""
     logging.getLogger().setLevel(level.upper())
     logging.getLogger("uvicorn.error").setLevel("INFO" if level == "debug" else "WARNING")

@@ -1,6 +1,6 @@
-"""What a start would find on this machine: PEM files, packages, addresses, and the folder of the state.
+"""Checks whether the gateway could start on this machine: PEM files, packages, addresses, and the state folder.
 
-All functions block. What can change by itself until the start, such as a port in use, is a doubt and no obstacle.
+All functions block. A condition that may be gone at the start, such as a port in use, is a doubt and not an obstacle.
 """
 
 import errno
@@ -27,7 +27,7 @@ _STORE_FILES = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_fil
 
 
 def file_errors(config: GatewayConfig) -> Iterator[Finding]:
-    """Yield the files and packages that a start needs and could not use."""
+    """Yield the required files and packages that cannot be used."""
     for name, upstream in config.upstreams.items():
         key_path: KeyPath = ("upstreams", name)
         if upstream.http2 and importlib.util.find_spec("h2") is None:
@@ -52,7 +52,7 @@ def file_errors(config: GatewayConfig) -> Iterator[Finding]:
 
 
 def startup_errors(config: GatewayConfig) -> Iterator[Finding]:
-    """Yield everything that a start would fail with."""
+    """Yield everything that would make the start fail."""
     yield from file_errors(config)
     yield from (finding for finding, is_passing in _address_findings(config) if not is_passing)
     if not config.store.keeps_clients:
@@ -60,13 +60,13 @@ def startup_errors(config: GatewayConfig) -> Iterator[Finding]:
 
 
 def startup_warnings(config: GatewayConfig) -> Iterator[Finding]:
-    """Yield what a start would fail with now, and perhaps not later; and what it would go without."""
+    """Yield what would make a start fail now but perhaps not later, or would disable a feature."""
     yield from (finding for finding, is_passing in _address_findings(config) if is_passing)
     if config.store.keeps_clients:
         yield from _state_errors(config.state_dir)
     holder = _holder(own_folder(config.state_dir) / LOCK_FILE)
     if holder is not None:
-        message = f"another gateway uses {config.state_dir} (process {holder}); while it does, a second one is refused"
+        message = f"another gateway (process {holder}) uses {config.state_dir}; a second one cannot start meanwhile"
         yield Finding(("state_dir",), message)
 
 
@@ -74,7 +74,7 @@ def startup_warnings(config: GatewayConfig) -> Iterator[Finding]:
 
 
 def _pem_problems(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
-    """Yield the setting and the problem of every file that cannot be used."""
+    """Yield the setting and the problem of each file that cannot be used."""
     unreadable = False
     for key, path in files.items():
         try:
@@ -85,7 +85,7 @@ def _pem_problems(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
         else:
             if key == "key_file" and b"ENCRYPTED" in text:
                 unreadable = True
-                yield key, f"is encrypted; a start cannot ask for its passphrase, got '{path}'"
+                yield key, f"is encrypted; the gateway cannot ask for a passphrase, got '{path}'"
     if "key_file" in files and "cert_file" not in files:
         yield "key_file", f"needs the cert_file that it belongs to, got '{files['key_file']}' alone"
     if not unreadable:
@@ -97,7 +97,7 @@ def _pem_contents(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
         try:
             ssl.create_default_context(cafile=files["ca_file"])
         except ssl.SSLError as error:
-            yield "ca_file", f"holds no PEM certificate ({_reason(error)}), got '{files['ca_file']}'"
+            yield "ca_file", f"contains no PEM certificate ({_reason(error)}), got '{files['ca_file']}'"
     if "cert_file" not in files:
         return
     certificate, key = files["cert_file"], files.get("key_file")
@@ -122,7 +122,7 @@ def _reason(error: ssl.SSLError) -> str:
 
 
 def _address_findings(config: GatewayConfig) -> Iterator[tuple[Finding, bool]]:
-    """Yield what is in the way of listening, and whether that may pass by itself."""
+    """Yield the obstacles to listening, and whether each may be temporary."""
     server, admin = config.server, config.admin
     address = BindAddress.of(server.host, server.port, server.socket_mode)
     yield from _bind_findings(("server", "host"), ("server", "port"), address)
@@ -141,7 +141,7 @@ def _bind_findings(host_path: KeyPath, port_path: KeyPath, address: BindAddress)
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no host name"
+        reason = getattr(error, "strerror", None) or "it is not a host name"
         yield Finding(host_path, f"the host is not known: {reason.lower()}, got {address.host!r}"), False
         return
     failures = [_bind_failure(family, key_path) for family, _, _, _, key_path in dict.fromkeys(found)]
@@ -149,7 +149,7 @@ def _bind_findings(host_path: KeyPath, port_path: KeyPath, address: BindAddress)
         return
     code = failures[0]
     if code == errno.EADDRINUSE:
-        message = f"is in use; a start fails unless what uses it has ended, got {address.port}"
+        message = f"is in use; the start fails unless the other program has ended, got {address.port}"
         yield Finding(port_path, message), True
     elif code == errno.EACCES and address.port < _PRIVILEGED:
         message = f"a port below {_PRIVILEGED} needs a privilege (CAP_NET_BIND_SERVICE), got {address.port}"
@@ -159,13 +159,13 @@ def _bind_findings(host_path: KeyPath, port_path: KeyPath, address: BindAddress)
 
 
 def _bind_failure(family: int, address: object) -> int | None:
-    """Return the number of the error with which binding fails, None if it does not."""
+    """Return the errno of an attempt to bind, None if it succeeds."""
     try:
         with closing(socket.socket(family, socket.SOCK_STREAM)) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(address)  # type: ignore[arg-type]  # as getaddrinfo has given it
+            sock.bind(address)  # type: ignore[arg-type]  # as returned by getaddrinfo
     except OSError as error:
         return error.errno
     return None
@@ -173,11 +173,11 @@ def _bind_failure(family: int, address: object) -> int | None:
 
 def _socket_path_problems(path: Path) -> Iterator[str]:
     if not path.parent.is_dir():
-        yield f"there is no folder '{path.parent}'"
+        yield f"the folder '{path.parent}' does not exist"
     elif not os.access(path.parent, os.W_OK | os.X_OK):
-        yield f"the folder '{path.parent}' may not be written"
+        yield f"the folder '{path.parent}' is not writable"
     elif path.exists() and not path.is_socket():
-        yield "there is something else than a socket"
+        yield "the path exists and is not a socket"
 
 
 # State
@@ -191,16 +191,16 @@ def _state_errors(state_dir: Path) -> Iterator[Finding]:
     if existing == own:
         found = own.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            yield Finding(key_path, f"'{own}' is no folder of this user, got '{state_dir}'")
+            yield Finding(key_path, f"'{own}' is not a folder of this user, got '{state_dir}'")
             return
     if not existing.is_dir():
-        yield Finding(key_path, f"'{existing}' is no folder, got '{state_dir}'")
+        yield Finding(key_path, f"'{existing}' is not a folder, got '{state_dir}'")
     elif not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
-        yield Finding(key_path, f"'{existing}' may not be written by this user, got '{state_dir}'")
+        yield Finding(key_path, f"'{existing}' is not writable for this user, got '{state_dir}'")
 
 
 def _holder(lock: Path) -> str | None:
-    """Return the process that holds the folder, None if there is none."""
+    """Return the id of the process that holds the folder, "unknown" if it is not known, or None."""
     with suppress(OSError), lock.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What is printed when the gateway listens: the addresses it is bound to, and a URL or command that reaches it."""
+"""The message that is printed after the start: bound addresses, and a URL or command to reach the gateway."""
 
 import socket
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _REACHED_AS_LOCALHOST = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104 - compared,
 
 @dataclass(frozen=True, slots=True)
 class ReachableAddress:
-    """Where a set of sockets listens: `bound` as it is, `url` to reach it, with `curl` as the command for it."""
+    """A listener's bound address, a URL to reach it, and the curl command for that URL."""
 
     bound: str
     url: str
@@ -23,7 +23,7 @@ class ReachableAddress:
 
     @classmethod
     def of(cls, sockets: Sequence[socket.socket]) -> "ReachableAddress":
-        """Return the place of sockets that are one listener: several addresses, or one path."""
+        """Return the address of the sockets of one listener: several IP addresses, or one path."""
         first = sockets[0]
         if first.family == socket.AF_UNIX:
             path = first.getsockname()
@@ -38,7 +38,7 @@ class ReachableAddress:
 
 
 def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) -> str:
-    """Return what a person needs to know when the gateway listens on these sockets."""
+    """Return the startup message: addresses, routes, and where the operator token is."""
     place = ReachableAddress.of(sockets.public)
     operators = ReachableAddress.of(sockets.admin) if sockets.admin else place
     routes = [f"  {route.path} -> {route.upstream}" for route in config.routes]
@@ -51,5 +51,5 @@ def startup_banner(config: GatewayConfig, sockets: Sockets, workers: int = 1) ->
     if token.exists():
         lines.append(f"Operator token in {token}")
     if workers > 1:
-        lines.append(f"{workers} workers serve it.")
+        lines.append(f"{workers} workers")
     return "\n".join(lines)

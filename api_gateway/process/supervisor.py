@@ -1,7 +1,7 @@
-"""The supervisor of several workers: starts, replaces, relieves and stops them, and adds up what they count.
+"""The supervisor of several workers: starts, replaces and stops them, and merges their figures.
 
 It serves no request. It holds what outlives a worker: the listening sockets, the embedded store, the demo services,
-and the counts of the workers that have ended, so that no counter goes back.
+and the counters of workers that have exited, so that counters never decrease.
 """
 
 import asyncio
@@ -32,28 +32,25 @@ from api_gateway.system.held_signals import unblocked_signals
 
 logger = logging.getLogger(__name__)
 
-DRAIN_MARGIN = 3.5  # seconds a worker may take beyond its time to drain: its own watchdog ends it sooner
-SUPERVISOR_STOP_MARGIN = 4.5  # seconds the supervisor may take beyond that time
-REPORT_MARGIN = 3.0  # seconds a worker that hangs has, beyond its time, to say where it hangs and end by itself
-GATHER_ROUND_TIMEOUT = 0.5  # seconds for the workers to report, before what they said last is taken
+DRAIN_MARGIN = 3.5  # seconds that a worker may take after its drain time; its own watchdog ends it sooner
+SUPERVISOR_STOP_MARGIN = 4.5  # seconds that the supervisor may take after that time
+REPORT_MARGIN = 3.0  # seconds that a blocked worker has, after `worker_timeout`, to log its stack and exit
+GATHER_ROUND_TIMEOUT = 0.5  # seconds for the workers to report; after that their last reports are used
 PREPARE_TIMEOUT = 20.0  # seconds for a worker to prepare another configuration
-COMMIT_TIMEOUT = 5.0  # seconds for it to put that into force
-STABLE_AFTER = 5.0  # seconds of service after which a worker's end is not put down to its start
-MIN_RESPAWN_DELAY, MAX_RESPAWN_DELAY = (
-    0.25,
-    10.0,
-)  # seconds before a worker is replaced that has ended soon after its start
-LEAVE_GROUP_AFTER = 1.0  # seconds of such a delay from which on new connections go to the other workers
+COMMIT_TIMEOUT = 5.0  # seconds for a worker to apply it
+STABLE_AFTER = 5.0  # seconds of service after which the exit of a worker is not counted as a failed start
+MIN_RESPAWN_DELAY, MAX_RESPAWN_DELAY = 0.25, 10.0  # seconds before a worker that exited soon is replaced
+LEAVE_GROUP_AFTER = 1.0  # seconds: from this delay on, new connections go to the other workers
 
 
 def respawn_delay(failures: int) -> float:
-    """Return the seconds to wait before a start, after so many in a row that failed."""
+    """Return the seconds to wait before the next start after this many consecutive failed ones."""
     return min(MAX_RESPAWN_DELAY, MIN_RESPAWN_DELAY * 2.0 ** min(failures - 1, 20)) if failures else 0.0
 
 
 @dataclass(eq=False, slots=True)
 class WorkerSlot:
-    """A place for one worker: its number, its sockets, who is there, and starts in a row that failed."""
+    """A slot for one worker: its number, its sockets, the present worker, and consecutive failed starts."""
 
     number: int
     sockets: Sockets
@@ -63,7 +60,7 @@ class WorkerSlot:
 
 @dataclass(eq=False, slots=True)
 class CounterLedger:
-    """What the workers count. `gone` is the sum of those that have ended."""
+    """The figures of the workers. `retired` has the merged counters of workers that have exited."""
 
     workers: list[WorkerHandle] = field(default_factory=list)
     retired: WorkerSnapshot = field(default_factory=lambda: merge([]))
@@ -73,17 +70,16 @@ class CounterLedger:
     _next: "asyncio.Task[dict[str, Any]] | None" = None
 
     async def gather(self) -> dict[str, Any]:
-        """Return the state of all together, as it is now or later.
+        """Return the merged snapshot of all workers, collected after this call.
 
-        Whoever asks while workers are being asked waits for the round after, as what he has seen may have happened
-        behind the first one's back; all who wait share it.
+        A call during a round of collection waits for the next one, which all waiting calls share.
         """
         if self._next is None:
             self._next = asyncio.create_task(self._round(self._running), name="gathering")
         return await asyncio.shield(self._next)
 
     def retire(self, worker: WorkerHandle) -> None:
-        """Keep what a worker that has ended had counted, and forget the rest."""
+        """Keep the counters of a worker that has exited, and drop the rest of its snapshot."""
         self.workers.remove(worker)
         worker.snapshot.end()
         self.retired = merge([self.retired, worker.snapshot])
@@ -102,21 +98,21 @@ class CounterLedger:
 
 
 class Supervisor:
-    """Runs a gateway of several workers."""
+    """Runs a gateway with several workers. States: starting, serving, rolling (restart), stopping (from any)."""
 
     def __init__(self, config: GatewayConfig, read: Callable[[], GatewayConfig], *, is_watched: bool = False) -> None:
-        """`read` reads the configuration anew; it raises ConfigError.
+        """`read` reads the configuration again; it raises ConfigError.
 
-        `is_watched`: a change of its files is a reload.
+        `is_watched`: a change of its files triggers a reload.
         """
         self._watch: ConfigWatch | None = None
         if is_watched and isinstance(read, ConfigSource):
             self._watch = ConfigWatch(read, partial(self.reload, "--watch"))
-        self._config = config  # which workers are started with
+        self._config = config  # for new workers
         self._reloader = Reloader(config, read, self._apply, wall_clock=time.time)
         self._ledger = CounterLedger(configuration=lambda: self._reloader.state)
         self._watchdog = watchdog_of(config.server, SUPERVISOR_STOP_MARGIN)
-        self._spawn_lock = asyncio.Lock()  # nobody is started while a configuration is brought to those who are there
+        self._spawn_lock = asyncio.Lock()  # no worker starts while a reload is applied to the others
         self._is_rolling = False
         self._slots: list[WorkerSlot] = []
         self._stack = AsyncExitStack()
@@ -130,7 +126,7 @@ class Supervisor:
         return f"<Supervisor [{len(self._ledger.workers)} workers]>"
 
     async def run(self) -> int:
-        """Serve until told to stop; return the exit code. Raises StartupError."""
+        """Serve until a stop signal; return the exit code. Raises StartupError."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
         loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
@@ -153,7 +149,7 @@ class Supervisor:
             await living
 
     def _on_interrupt(self) -> None:
-        """Stop; at the second interrupt without waiting."""
+        """Stop; at the second SIGINT without waiting."""
         if self._stopping.is_set():
             for worker in self._ledger.workers:
                 worker.kill()
@@ -169,7 +165,7 @@ class Supervisor:
         self._slots = [WorkerSlot(number, sockets) for number, sockets in enumerate(listeners.sets, 1)]
         self._stack.push_async_callback(self._stop_all)
         await self._start_all()
-        print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - for the person there
+        print(startup_banner(self._config, listeners.sets[0], server.workers), flush=True)  # noqa: T201 - the startup message
         async with asyncio.TaskGroup() as group:
             for slot in self._slots:
                 group.create_task(self._respawn(slot), name=f"post {slot.number}")
@@ -178,7 +174,7 @@ class Supervisor:
                 group.create_task(self._watch.run(), name="watch")
 
     async def _start_shared(self, config: GatewayConfig) -> None:
-        """Start what the workers have in common."""
+        """Start what all workers share: the demo services and the embedded store. Raises StartupError."""
         if config.is_demo and self._demo is None:
             self._demo = DemoUpstreams()
             await self._demo.start()
@@ -192,7 +188,7 @@ class Supervisor:
                 raise StartupError(str(error)) from error
 
     async def _start_all(self) -> None:
-        """Start a worker at every post: the first alone, so that what none can do is said once."""
+        """Start a worker in each slot; the first alone, so that an error common to all is logged once."""
         first, *others = self._slots
         await self._start(first)
         await asyncio.gather(*(self._start(slot) for slot in others))
@@ -204,28 +200,31 @@ class Supervisor:
             raise StartupError(f"worker {slot.number} did not start")
 
     async def _stop_all(self) -> None:
-        """Stop all workers; whoever takes too long is ended."""
+        """Stop all workers; kill those that take too long."""
         for slot in self._slots:
             for sock in slot.sockets:
-                sock.close()  # the workers close theirs once they drain: from then on connections are refused
+                sock.close()  # the workers close theirs when they drain; from then on connections are refused
         workers = list(self._ledger.workers)
         for worker in workers:
             worker.terminate()
         await asyncio.gather(*(self._await_exit(worker) for worker in workers))
         if self._cut_off:
-            logger.error("%d requests were cut off in all", self._cut_off)
+            logger.error("%d requests were cut off in total", self._cut_off)
 
     # Workers
 
     def _serialized_config(self, config: GatewayConfig) -> dict[str, Any]:
-        """Return a configuration as workers get it."""
+        """Return a configuration as it is sent to workers."""
         values = serialized(config, self._demo.sections() if self._demo and config.is_demo else {})
         if self._store is not None:
-            values["store"] |= {"url": self._store.url, "clients": "sqlite"}  # it outlives no restart; the file does
+            values["store"] |= {
+                "url": self._store.url,
+                "clients": "sqlite",
+            }  # the embedded store does not survive a restart, a file does
         return values
 
     async def _spawn(self, slot: WorkerSlot) -> WorkerHandle:
-        """Start a worker. Raises StartupError if this machine cannot start another process now."""
+        """Start a worker. Raises StartupError if no process can be started at present."""
         config = self._serialized_config(self._config)
         inherited = [] if self._store is None else [self._store.lifeline]
         server = self._config.server
@@ -239,7 +238,9 @@ class Supervisor:
                 self.reload,
                 server.worker_timeout + REPORT_MARGIN,
             )
-        except Exception as error:  # no descriptor, process, thread or memory: asyncio raises more than OSError
+        except (
+            Exception
+        ) as error:  # lack of descriptors, processes, threads or memory: asyncio raises more than OSError
             raise StartupError(
                 f"worker {slot.number} could not be started: {str(error) or type(error).__name__}"
             ) from error
@@ -248,32 +249,32 @@ class Supervisor:
         return worker
 
     async def _drain_replaced(self, worker: WorkerHandle) -> None:
-        """Stop one worker whose place another has taken, and wait for its end."""
+        """Stop a worker that was replaced, and wait for its exit."""
         worker.replace()
         await self._await_exit(worker)
 
     async def _await_exit(self, worker: WorkerHandle) -> None:
-        """Wait for the end of a worker that was told to stop, and add up what it could not end."""
+        """Wait for the exit of a stopping worker, kill it if it takes too long, and count the requests it cut off."""
         try:
             async with asyncio.timeout(worker.drains_within):
                 code = await worker.wait()
         except TimeoutError:
-            logger.warning("%s did not stop in time and is ended", worker)
+            logger.warning("%s did not stop in time and is killed", worker)
             worker.kill()
             code = await worker.wait()
-        if code != 0 and worker.has_served:  # it hung and was ended: at least what it hung on
+        if code != 0 and worker.has_served:  # it was blocked: at least the request that blocked it
             worker.cut_off = max(1, worker.cut_off)
         self._cut_off += worker.cut_off
         if worker in self._ledger.workers:
             self._ledger.retire(worker)
 
     async def _respawn(self, slot: WorkerSlot) -> None:
-        """Put another worker in the place of one that has ended by itself."""
+        """Replace the worker of a slot whenever it exits unexpectedly."""
         while True:
             worker = slot.worker
             assert worker is not None  # noqa: S101 - started before
             code = await worker.wait()
-            if worker is not slot.worker:  # it was relieved
+            if worker is not slot.worker:  # a rolling restart has replaced it
                 continue
             self._ledger.retire(worker)
             lived = time.monotonic() - worker.started
@@ -287,7 +288,7 @@ class Supervisor:
             await self._fill(slot, worker)
 
     async def _fill(self, slot: WorkerSlot, removed: WorkerHandle) -> None:
-        """Start a worker in the place of one that has ended, however often that fails: the others go on serving."""
+        """Start a worker in place of one that has exited. Retry until that succeeds; the others keep serving."""
         while True:
             async with self._spawn_lock:
                 if slot.worker is not removed:  # a rolling restart has started one
@@ -297,7 +298,7 @@ class Supervisor:
                 except StartupError as error:
                     slot.failures += 1
                     delay = respawn_delay(slot.failures)
-                    logger.error("%s; trying again in %g s", error, delay)  # noqa: TRY400 - one line
+                    logger.error("%s; retrying in %g s", error, delay)  # noqa: TRY400 - one line
                 else:
                     return
             await asyncio.sleep(delay)
@@ -305,7 +306,7 @@ class Supervisor:
     # Configuration
 
     async def _serve_signals(self) -> None:
-        """Do what signals ask for, one after the other; they may have come before the start was done."""
+        """Perform the actions of signals one by one, also of those that arrived before the start was complete."""
         while True:
             do = await self._wanted.get()
             await do()
@@ -314,18 +315,17 @@ class Supervisor:
         await self._reloader.reload("SIGHUP")
 
     async def reload(self, origin: str) -> ReloadOutcome:
-        """Reload the configuration in all workers, or in none. It is refused where a worker that asks has to leave."""
+        """Reload the configuration in all workers, or in none; UNAVAILABLE during a rolling restart or a stop."""
         if self._is_rolling:
-            return self._reloader.record(refused_reload("the workers are being restarted one by one"), origin)
+            return self._reloader.record(refused_reload("a rolling restart is in progress"), origin)
         if self._stopping.is_set():
             return self._reloader.record(refused_reload("the gateway is draining"), origin)
         return await self._reloader.reload(origin)
 
     async def _apply(self, config: GatewayConfig) -> None:
-        """Bring all workers to a configuration in two phases: all prepare, then all commit, or none does.
+        """Apply a configuration to all workers in two phases: all prepare, then all commit; or none does.
 
-        Raises StartupError and ApplyError. A worker that does not commit is ended: the one that replaces it starts
-        with `config`.
+        A worker that fails to commit is replaced, with `config`. Raises StartupError and ApplyError.
         """
         async with self._spawn_lock:
             workers = list(self._ledger.workers)
@@ -338,7 +338,7 @@ class Supervisor:
                 raise _error_of(objections)
             self._config = config
             for worker, objection in (await _all(workers, "commit", COMMIT_TIMEOUT)).items():
-                logger.error("%s is replaced, it could not take the configuration: %s", worker, objection.problem)
+                logger.error("%s could not apply the configuration and is replaced: %s", worker, objection.problem)
                 worker.kill()
             for worker in workers:
                 worker.drains_within = _drains_within(config)
@@ -346,20 +346,23 @@ class Supervisor:
         set_log_level(config.log.level)
 
     async def _roll(self) -> None:
-        """Replace the workers one by one, each by one that is started beside it: with the code as it is now."""
-        self._is_rolling = True  # from here on no reload begins
+        """Replace the workers one by one, each by one that is started beside it and runs the present code."""
+        self._is_rolling = True  # no reload begins from here on
         try:
             await self._reloader.idle()
             for slot in self._slots:
                 if not await self._replace(slot):
-                    logger.error("not restarted: a new worker %d did not start; the old ones go on", slot.number)
+                    logger.error(
+                        "rolling restart aborted: new worker %d did not start; the remaining workers keep serving",
+                        slot.number,
+                    )
                     return
         finally:
             self._is_rolling = False
         logger.info("rolling restart complete: %d workers restarted", len(self._slots))
 
     async def _replace(self, slot: WorkerSlot) -> bool:
-        """Start a new worker beside the old one, then relieve that; tell whether the new one serves."""
+        """Start a new worker beside the old one, then stop the old one; return whether the new one serves."""
         try:
             new = await self._spawn(slot)
         except StartupError as error:
@@ -370,27 +373,27 @@ class Supervisor:
             return False
         old, slot.worker, slot.failures = slot.worker, new, 0
         if old is not None and old in self._ledger.workers:
-            old.snapshot.is_over = True  # what it says of breakers and targets is not asked for any more
+            old.snapshot.is_over = True  # its breakers and targets no longer count
             await self._drain_replaced(old)
         return True
 
 
 def _drains_within(config: GatewayConfig) -> float:
-    """Return the seconds within which a worker must have ended that was told to."""
+    """Return the seconds that a worker has to exit after a stop signal."""
     return config.server.drain_delay + config.server.drain_timeout + DRAIN_MARGIN
 
 
 async def _all(
     workers: Sequence[WorkerHandle], phase: str, within: float, **fields: Any
 ) -> dict[WorkerHandle, Objection]:
-    """Have all workers do a phase of a reload; return what is in the way of those that serve and have not done it."""
+    """Run a phase of a reload in all workers; return the objections of those that still serve."""
     replies = await asyncio.gather(*(worker.configure(phase, within, **fields) for worker in workers))
     found = zip(workers, replies, strict=True)
     return {worker: reply for worker, reply in found if reply is not None and worker.is_serving}
 
 
 def _error_of(objections: Mapping[WorkerHandle, Objection]) -> StartupError | ApplyError:
-    """Return what to raise: the mistake in the configuration, if it is one, or what is wrong with each worker."""
+    """Return the error for these objections: StartupError for a mistake in the configuration, else ApplyError."""
     mistake = next((objection.problem for objection in objections.values() if objection.is_of_all), None)
     if mistake is not None:
         return StartupError(mistake)

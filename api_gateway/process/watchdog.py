@@ -1,16 +1,16 @@
 """Ends a process whose event loop is blocked, or that does not end in time after a stop signal.
 
-A thread of its own looks at the loop a few times a second. It counts its own looks and not seconds, so that a process
-that was stopped (SIGSTOP) or throttled is not ended for it: neither it nor the loop has run meanwhile. While the
-loop's thread could run and gets no processor, a look counts for as much of its time as that thread has run. Nothing of
-this is on the path of a request.
+A thread checks the loop a few times a second. It counts its checks and not seconds, so that a process that was stopped
+(SIGSTOP) or throttled is not ended for that: neither the thread nor the loop has run meanwhile. While the loop's
+thread is runnable without a processor, a check counts only in proportion to the CPU time that the thread got. Requests
+are not affected.
 
 Two cases need more than a thread:
 
-- A loop that is blocked outside of the interpreter never gets to a Python signal handler. So signals are read from the
-  descriptor that C handlers write to (`signal.set_wakeup_fd`), and passed on to the loop's own.
-- Native code that does not release the interpreter blocks every thread. So each look moves a timer of the process's
-  CPU time ahead (ITIMER_PROF); when it runs out, the system ends the process by SIGPROF, after a stack is written.
+- A loop that is blocked in native code does not run Python signal handlers. So the thread reads signals from the
+  descriptor that the C handlers write to (`signal.set_wakeup_fd`), and forwards them to the loop's descriptor.
+- Native code that does not release the interpreter lock blocks every thread. So each check restarts a timer of the
+  process's CPU time (ITIMER_PROF); when it expires, the stack is written and SIGPROF ends the process.
 """
 
 import asyncio
@@ -32,16 +32,17 @@ from api_gateway.system.output import process_output
 
 logger = logging.getLogger(__name__)
 
-MIN_BLOCKED_CHECKS = 10  # at least, that must find the loop blocked before the process is ended
-MAX_CHECK_INTERVAL = 0.5  # seconds between two looks
-REPORT_TIMEOUT = 1.0  # seconds for the log to take the report: what blocks the loop may block the log, too
-NATIVE_MARGIN = 2.0  # seconds of CPU time that native code may take beyond the time the loop has
+MIN_BLOCKED_CHECKS = 10  # the least number of checks that must find the loop blocked
+MAX_CHECK_INTERVAL = 0.5  # seconds between checks
+REPORT_TIMEOUT = 1.0  # seconds to write the report: what blocks the loop may block the log too
+NATIVE_MARGIN = 2.0  # seconds of CPU time that native code may take beyond the loop's time
 
 
 class Watchdog:
-    """Watches one event loop, that of the main thread.
+    """Watches the event loop of the main thread.
 
-    States: idle; watching, from `watch` on; and from either one stopping, from `expect_end` or a stop signal on.
+    States: idle; watching, after `watch`. From either, `expect_end` or a stop signal leads to stopping, in which the
+    process must end within `stop_within` seconds.
     """
 
     def __init__(
@@ -54,9 +55,9 @@ class Watchdog:
         stop_signals: Collection[int] = (signal.SIGTERM, signal.SIGINT),
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        """End the process with `blocked` when its loop has not turned for `timeout` seconds.
+        """End the process with exit code `blocked` if its loop does not run for `timeout` seconds.
 
-        And with `overdue` when it has not ended `stop_within` seconds after a stop signal.
+        End it with exit code `overdue` if it has not ended `stop_within` seconds after a stop signal.
         """
         self._timeout = timeout
         self._stop_within = stop_within
@@ -67,21 +68,21 @@ class Watchdog:
         self._checks_until_blocked = math.ceil(timeout / self._pause)
         self._loop: asyncio.AbstractEventLoop | None = None  # while it is watched
         self._main = threading.main_thread().ident or 0
-        self._silent = 0.0  # looks since the loop was last seen to turn, less what it waited for a processor
-        self._ran = 0.0  # seconds that the loop's thread has run, ever
+        self._silent = 0.0  # checks since the loop last ran, less the time that it waited for a processor
+        self._ran = 0.0  # seconds of CPU time of the loop's thread
         self._has_turned = True
         self._checks_left = math.inf  # until the process must have ended
         self._has_timer = False
 
     def __repr__(self) -> str:
-        state = "idle" if self._loop is None else f"{self._silent:g} looks without a turn of the loop"
-        return f"<Watchdog [{state}, {self._checks_left} looks to the end]>"
+        state = "idle" if self._loop is None else f"{self._silent:g} checks without a reply of the loop"
+        return f"<Watchdog [{state}, {self._checks_left} checks left]>"
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Look from now on, and read the signals. To be used in the main thread, within the loop.
+        """Check the loop within this block, and read signals. To be used in the main thread, within the loop.
 
-        The end that is awaited after a stop signal is that of the process, and so awaited beyond this block.
+        After a stop signal the thread waits for the end of the process, also after this block.
         """
         inlet, outlet = os.pipe()
         os.set_blocking(inlet, False)
@@ -97,16 +98,16 @@ class Watchdog:
             signal.set_wakeup_fd(before)
 
     def watch(self) -> None:
-        """Expect the running loop to turn from now on."""
+        """Watch the running event loop from now on."""
         self._silent, self._has_turned = 0, True
         self._loop = asyncio.get_running_loop()
 
     def expect_end(self) -> None:
-        """Expect the process to end in time. Idempotent: the first signal counts."""
+        """Require the process to end within `stop_within` seconds. Idempotent: the first call counts."""
         self._checks_left = min(self._checks_left, math.ceil(self._stop_within / self._pause))
 
     def set_stop_timeout(self, stop_within: float) -> None:
-        """Give the process another time to end, from the next stop signal on."""
+        """Set another time for the process to end, from the next stop signal on."""
         self._stop_within = stop_within
 
     # In the thread
@@ -124,7 +125,7 @@ class Watchdog:
             self._check()
 
     def _forward_signals(self, inlet: int, before: int) -> None:
-        """Note stop signals, and wake the loop for all."""
+        """Note stop signals, and forward all signals to the loop's descriptor."""
         with contextlib.suppress(OSError):
             numbers = os.read(inlet, 4096)
             if not self._stop_signals.isdisjoint(numbers):
@@ -154,7 +155,7 @@ class Watchdog:
         self._has_turned = True
 
     def _end_process(self, code: int, reason: str) -> None:
-        """Say why, and where the loop's thread is, then end the process: in time also if the log cannot take it."""
+        """Log the reason and the stack of the loop's thread, then end the process, even if logging blocks."""
         try:
             snapshot = threading.Thread(target=self._report, args=(code, reason), daemon=True)
             snapshot.start()
@@ -163,15 +164,15 @@ class Watchdog:
             self._end(code)
 
     def _report(self, code: int, reason: str) -> None:
-        frame = sys._current_frames().get(self._main)  # noqa: SLF001 - the interpreter's documented way to see it
+        frame = sys._current_frames().get(self._main)  # noqa: SLF001 - documented, and there is no public alternative
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (ended)\n"
-        logger.critical("%s; it ends with exit code %d. The main thread is at:\n%s", reason, code, stack.rstrip())
+        logger.critical("%s; exiting with code %d. Stack of the main thread:\n%s", reason, code, stack.rstrip())
         process_output().flush(REPORT_TIMEOUT)
 
     # The timer
 
     def _arm_timer(self) -> None:
-        """Have a stack written before SIGPROF ends the process, unless somebody else uses that signal."""
+        """Have the stack written before SIGPROF ends the process, unless another handler uses that signal."""
         if signal.getsignal(signal.SIGPROF) is not signal.SIG_DFL:
             return
         with contextlib.suppress(AttributeError, OSError, ValueError):  # there is no standard error
@@ -185,9 +186,9 @@ class Watchdog:
 
 
 def scheduling_of(thread: threading.Thread) -> tuple[float, bool]:
-    """Return the seconds that a thread of this process has run, and whether it runs or waits for a processor.
+    """Return the CPU time of a thread of this process in seconds, and whether it is runnable.
 
-    Linux tells them (proc(5): `schedstat`, `stat`); elsewhere a thread counts as one that waits for something else.
+    From `schedstat` and `stat` of Linux (proc(5)); on other systems 0 and False.
     """
     folder = Path(f"/proc/self/task/{thread.native_id}")
     try:

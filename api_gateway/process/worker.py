@@ -1,4 +1,4 @@
-"""One worker process of several: the gateway on sockets it inherits, in touch with its supervisor."""
+"""One of several worker processes: the gateway on inherited sockets, connected to its supervisor."""
 
 import signal
 import socket
@@ -16,14 +16,14 @@ from api_gateway.system.output import redirected
 
 
 def main(worker_config: dict[str, Any]) -> int:
-    """Serve until told to stop, or until the supervisor is gone. Returns the exit code; see `worker_config.Brief`."""
+    """Serve until a stop signal or the end of the supervisor; return the exit code. See `WorkerConfig`."""
     with redirected():
         return _serve(worker_config)
 
 
 def _serve(worker_config: dict[str, Any]) -> int:
     for number in (signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # they are for the supervisor
+        signal.signal(number, signal.SIG_IGN)  # only the supervisor handles them
     config = deserialized(worker_config["config"])
     configure_logging(config.log.level, f"worker {worker_config['number']}: ")
     server = WorkerServer(config, socket.socket(fileno=worker_config["channel"]))
@@ -35,23 +35,23 @@ def _serve(worker_config: dict[str, Any]) -> int:
 
 
 class WorkerServer(GatewayServer):
-    """The server, which tells its supervisor when it serves, how it stands, and how it stood in the end."""
+    """A server that reports to its supervisor: that it is ready, snapshots, and the last snapshot when it stops."""
 
     def __init__(self, config: GatewayConfig, channel: socket.socket) -> None:
         self._supervisor = SupervisorChannel(channel, self._on_orphaned)
         super().__init__(config, self._supervisor)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, in touch with the supervisor from the first."""
+        """Connect to the supervisor, then start."""
         await self._supervisor.connect()
         await super().startup(sockets)
 
     def announce(self) -> None:
-        """Tell the supervisor, and not the person at the terminal."""
+        """Report to the supervisor that the worker is ready; the supervisor prints the startup message."""
         self._supervisor.announce_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain, and report what was counted in all."""
+        """Drain, then send the last snapshot and the number of requests that were cut off."""
         await super().shutdown(sockets)
         await self._supervisor.close(self.cut_off)
 
@@ -61,7 +61,7 @@ class WorkerServer(GatewayServer):
         return {**own, REPLACED_SIGNAL: self._on_replaced}
 
     def _on_replaced(self, _number: int, _frame: FrameType | None) -> None:
-        """Drain at once: another worker serves at this place already, and the gateway is as ready as it was."""
+        """Drain at once, without `drain_delay`: another worker serves on these sockets already."""
         self._delay = 0
         self._watchdog.expect_end()
         self.should_exit = True

@@ -1,7 +1,7 @@
-"""What a worker is told when it starts: the configuration as the supervisor has read it, and what it inherits.
+"""The start parameters of a worker: the configuration that the supervisor has read, and inherited descriptors.
 
-The configuration is handed over and not read again, so that a worker that takes another's place in the middle of an
-edit of the file is what the others are. It travels through a pipe: it may hold a secret.
+A worker does not read the configuration itself, so that all have the same one, even if a file was edited meanwhile.
+The parameters are sent through a pipe, because they may contain secrets.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Modules are looked for where the supervisor finds them, however it was started.
+# Workers use the module search path of the supervisor, however that was started.
 ENTRY = (
     "import json, sys; brief = json.load(sys.stdin); sys.path[:] = brief['path'];"
     " from api_gateway.process.worker import main; raise SystemExit(main(brief))"
@@ -18,7 +18,7 @@ ENTRY = (
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """`config` is what `hand_over` returns; the others are file descriptors, `admin_listeners` those for operators."""
+    """`config` is the result of `serialized`; `channel`, `listeners` and `admin_listeners` are file descriptors."""
 
     number: int
     config: dict[str, Any]
@@ -27,5 +27,5 @@ class WorkerConfig:
     admin_listeners: list[int]
 
     def encode(self) -> bytes:
-        """Return what `ENTRY` reads."""
+        """Return the JSON that `ENTRY` reads."""
         return json.dumps({"path": sys.path, **asdict(self)}).encode()

@@ -1,4 +1,4 @@
-"""A worker process as its supervisor sees it: the process, the channel to it, and its last report."""
+"""The supervisor's handle of a worker: the process, the channel to it, and its last snapshot."""
 
 import asyncio
 import json
@@ -23,22 +23,26 @@ from api_gateway.reporting.worker_channel import MAX_MESSAGE, REPLACED_SIGNAL, e
 logger = logging.getLogger(__name__)
 
 Gather = Callable[[], Awaitable[dict[str, Any]]]
-Reload = Callable[[str], Awaitable[ReloadOutcome]]  # given where the wish came from
+Reload = Callable[[str], Awaitable[ReloadOutcome]]  # takes the origin of the request
 
-WORKER_START_TIMEOUT = 30.0  # seconds until a worker must serve
-MAX_SILENT_CHECKS = 10  # that must find a worker silent before it is taken to hang
-MAX_SKEW = 60.0  # seconds that a message may have been on its way before the clocks are taken to be different
+WORKER_START_TIMEOUT = 30.0  # seconds for a worker to become ready
+MAX_SILENT_CHECKS = 10  # consecutive checks without a message, after which a worker counts as hanging
+MAX_SKEW = 60.0  # seconds: the largest transit time of a message; beyond it the clocks are considered different
 
 
 class Objection(NamedTuple):
-    """Why a worker has not done a phase of a reload. `is_of_all`: the configuration is wrong, wherever it is tried."""
+    """Why a worker has not completed a phase of a reload. `is_of_all`: the configuration is wrong for every worker."""
 
     problem: str
     is_of_all: bool = False
 
 
 class WorkerHandle:
-    """One worker. `report` is kept current by the worker; it may be looked at and not changed while it lives."""
+    """One worker process. `snapshot` is updated by the worker's messages and is read-only for others while it runs.
+
+    States: starting, serving (`is_serving`), ended (the channel is closed). A worker that ends before it is ready
+    goes from starting to ended.
+    """
 
     def __init__(
         self,
@@ -49,12 +53,12 @@ class WorkerHandle:
         reload: Reload,
         silence_timeout: float,
     ) -> None:
-        """Kill it when, after its start, it has given no sign of life for `patience` seconds."""
+        """Kill the worker if, after its start, it sends no message for `silence_timeout` seconds."""
         self.started = time.monotonic()
         self._served_since = math.inf
         self.snapshot = WorkerSnapshot.blank(str(number))
-        self.cut_off = 0  # requests that it could not end in its time to drain
-        self.drains_within = math.inf  # seconds it has to end, once it is told to
+        self.cut_off = 0  # requests that did not end within the drain time
+        self.drains_within = math.inf  # seconds to exit after a stop signal
         self._number = number
         self._process = process
         self._reader, self._writer = streams
@@ -62,10 +66,10 @@ class WorkerHandle:
         self._reload = reload
         self._ready = asyncio.get_running_loop().create_future()
         self._pending: dict[int, asyncio.Future[None]] = {}
-        self._configuring: asyncio.Future[Objection | None] | None = None  # its answer to a phase of a reload
+        self._configuring: asyncio.Future[Objection | None] | None = None  # the reply to a phase of a reload
         self._configurations = 0
         self._replies: set[asyncio.Task[None]] = set()
-        self._has_reported = False  # since the last look
+        self._has_reported = False  # since the last check
         self._listening = asyncio.create_task(self._listen(), name=f"worker {number}")
         watching = asyncio.create_task(self._watch(silence_timeout), name=f"watch over worker {number}")
         self._listening.add_done_callback(lambda _: watching.cancel())
@@ -74,40 +78,40 @@ class WorkerHandle:
         return f"<worker {self._number} [{self._process.pid}]>"
 
     async def is_ready(self, within: float) -> bool:
-        """Wait until it serves; False if it ends before, or takes too long."""
+        """Wait until the worker serves; return False if it ends before, or is not ready `within` seconds."""
         await asyncio.wait({self._ready}, timeout=within)
         return self.has_served
 
     @property
     def has_served(self) -> bool:
-        """Tell whether it has ever been ready."""
+        """True once the worker has been ready."""
         return self._ready.done() and bool(self._ready.result())
 
     @property
     def seconds_served(self) -> float:
-        """The seconds since it was ready; 0 if it has never been: how long its start took says nothing of it."""
+        """The seconds since the worker became ready, without the time of its start; 0 if it never did."""
         return max(0.0, time.monotonic() - self._served_since)
 
     async def wait(self) -> int:
-        """Wait for its end and its last word; return the exit code, negative for a signal."""
+        """Wait for the exit and the last message; return the exit code, negative for a signal."""
         code = await self._process.wait()
         await asyncio.wait({self._listening})
         return code
 
     def terminate(self) -> None:
-        """Ask it to drain and end."""
+        """Send SIGTERM: the worker drains and exits."""
         self._signal(signal.SIGTERM)
 
     def replace(self) -> None:
-        """Tell it that another one has taken its place; it drains and ends."""
+        """Signal that another worker has replaced this one: it drains without delay and exits."""
         self._signal(REPLACED_SIGNAL)
 
     def kill(self) -> None:
-        """End it."""
+        """Send SIGKILL."""
         self._signal(signal.SIGKILL)
 
     def request_snapshot(self, number: int) -> asyncio.Future[None]:
-        """Ask for a report; the future is done when `report` is newer than this, or will not get any newer."""
+        """Request a snapshot; the future is done when `snapshot` has been updated since, or the worker has ended."""
         reply = asyncio.get_running_loop().create_future()
         if self._listening.done() or not self._ready.done():
             reply.set_result(None)
@@ -118,11 +122,11 @@ class WorkerHandle:
 
     @property
     def is_serving(self) -> bool:
-        """True from when it is ready until it has ended or said its last word."""
+        """True from ready until the channel is closed."""
         return self.has_served and not self._listening.done()
 
     async def configure(self, phase: str, within: float, **fields: Any) -> Objection | None:
-        """Have it do a phase of a reload (`prepare` or `commit`); return what is in the way, None if nothing is."""
+        """Run a phase of a reload (`prepare` or `commit`) in the worker; return its objection, or None."""
         self._configurations = number = self._configurations + 1
         reply: asyncio.Future[Objection | None] = asyncio.get_running_loop().create_future()
         self._configuring = reply
@@ -132,14 +136,14 @@ class WorkerHandle:
         await asyncio.wait(waited, timeout=within, return_when=asyncio.FIRST_COMPLETED)
         if reply.done():
             return reply.result()
-        return Objection("it has ended" if self._listening.done() else f"it has not answered within {within:g} s")
+        return Objection("it has exited" if self._listening.done() else f"no reply within {within:g} s")
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
             self._process.send_signal(number)
 
     async def _listen(self) -> None:
-        """Take its messages, until it closes the channel."""
+        """Process the messages of the worker until it closes the channel."""
         try:
             with suppress(OSError):
                 while (line := await self._reader.readline()).endswith(b"\n"):
@@ -151,9 +155,10 @@ class WorkerHandle:
             self._resolve(None)
 
     async def _watch(self, silence_timeout: float) -> None:
-        """Kill it when it hangs. Looks are counted and not seconds: a supervisor that was stopped blames nobody.
+        """Kill the worker if it sends no message in MAX_SILENT_CHECKS checks.
 
-        Before it serves it has nothing to say, so its time for that is added.
+        Checks are counted and not seconds, so that no worker is killed because the supervisor was stopped (SIGSTOP).
+        A worker sends nothing before it serves, so the checks begin after WORKER_START_TIMEOUT at the latest.
         """
         await asyncio.wait({self._ready}, timeout=WORKER_START_TIMEOUT)
         silent = 0
@@ -161,7 +166,7 @@ class WorkerHandle:
             await asyncio.sleep(silence_timeout / MAX_SILENT_CHECKS)
             silent = 0 if self._has_reported else silent + 1
             self._has_reported = False
-        logger.error("%r has given no sign of life for %g s and is ended", self, silence_timeout)
+        logger.error("%r has not reported for %g s and is killed", self, silence_timeout)
         self.kill()
 
     def _receive(self, message: dict[str, Any]) -> None:
@@ -187,10 +192,12 @@ class WorkerHandle:
             self._resolve(message["answers"])
 
     def _on_ready(self, clock: float) -> None:
-        """Believe that it serves, if its times mean here what they mean there."""
+        """Accept that the worker serves if its monotonic clock is the same as here."""
         is_shared = abs(time.monotonic() - clock) < MAX_SKEW
         if not is_shared:
-            logger.error("%r has another monotonic clock: its windows cannot be added to the others'", self)
+            logger.error(
+                "%r has a different monotonic clock; its windows cannot be merged with those of other workers", self
+            )
         if not self._ready.done():
             self._ready.set_result(is_shared)
             self._served_since = time.monotonic()
@@ -205,7 +212,7 @@ class WorkerHandle:
         if not self._writer.is_closing():
             self._writer.write(encode("reloaded", id=number, outcome=outcome.state()))
 
-    async def _reply_to_gather(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - as the message says
+    async def _reply_to_gather(self, number: int, with_histories: bool) -> None:  # noqa: FBT001 - a field of the message
         snapshot = await self._gather()
         if not with_histories:
             snapshot = {**snapshot, "histories": {}}
@@ -216,7 +223,7 @@ class WorkerHandle:
             self._writer.write(encode("gathered", id=number, report=part, is_last=count == len(parts)))
 
     def _resolve(self, number: int | None) -> None:
-        """Wake who has asked for this report or an earlier one; None wakes all."""
+        """Complete the requests for this snapshot and earlier ones; None completes all."""
         for asked in [asked for asked in self._pending if number is None or asked <= number]:
             reply = self._pending.pop(asked)
             if not reply.done():
@@ -232,11 +239,11 @@ async def spawn(
     reload: Reload,
     silence_timeout: float,
 ) -> WorkerHandle:
-    """Start a worker, by exec and not by fork: it takes the code as it is now, and nothing of this process's loop.
+    """Start a worker, by exec and not by fork: it runs the present code and shares no state of this process's loop.
 
-    It inherits `sockets` and the descriptors `inherited`; `gather` answers when it asks how all workers stand, and
-    `reload` when it wants the configuration reloaded. Once it serves, or START_TIMEOUT is over, it is killed when it
-    gives no sign of life for `patience` seconds.
+    It inherits `sockets` and the descriptors `inherited`. `gather` is called when it requests the merged snapshot,
+    `reload` when it requests a reload. Once it serves, or after WORKER_START_TIMEOUT, it is killed if it sends no
+    message for `silence_timeout` seconds.
     """
     ours, theirs = socket.socketpair()
     try:
@@ -252,14 +259,14 @@ async def spawn(
             *(sys.executable, "-P", "-c", ENTRY, f"gateway worker {number}"),
             stdin=asyncio.subprocess.PIPE,
             pass_fds=(theirs.fileno(), *listeners, *admin, *inherited),
-            process_group=0,  # an interrupt at the terminal is for the supervisor, who passes it on
+            process_group=0,  # a SIGINT of the terminal goes to the supervisor, which stops the workers
         )
     except BaseException:
         streams[1].close()
         theirs.close()
         raise
     worker_config = WorkerConfig(number, config, theirs.fileno(), listeners, admin)
-    theirs.close()  # the worker has its own by that number
+    theirs.close()  # the worker has inherited it
     worker = WorkerHandle(number, process, streams, gather, reload, silence_timeout)
     assert process.stdin is not None  # noqa: S101 - piped above
     process.stdin.write(worker_config.encode())

@@ -1,1 +1,1 @@
-"""Reloading the configuration: reading, comparing, handing over, outcome. Builds nothing that lives."""
+"""Reloading the configuration: reading, comparing, serialising, outcomes. Creates no runtime objects."""

@@ -1,4 +1,4 @@
-"""The differences between two configurations, and the settings among them that only a restart can change."""
+"""Differences between two configurations, and the settings that only a restart can change."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from pydantic import BaseModel, SecretStr
 from api_gateway.config import GatewayConfig
 from api_gateway.reload.outcome import ChangedSetting
 
-# Held by what a process opens once, at its start: sockets, the embedded store, the connections to a store.
+# Settings of what a process opens once, at its start: sockets, the embedded store, the connections to a store.
 NEEDS_RESTART = (
     "server.host",
     "server.port",
@@ -25,18 +25,18 @@ NEEDS_RESTART = (
     "store.clients",
     "store.max_cached_clients",
 )
-_KEYS = ("name", "url")  # by which the items of a list are told apart
+_KEYS = ("name", "url")  # that identify the items of a list
 _HIDDEN = "(secret)"
 _ABSENT = object()
 
 
 def changes_between(old: GatewayConfig, new: GatewayConfig) -> list[ChangedSetting]:
-    """Return what differs, in the order of the sections."""
+    """Return the settings that differ, in the order of the sections."""
     return list(_compare("", old, new))
 
 
 def keep_restart_settings(running: GatewayConfig, read: GatewayConfig) -> tuple[GatewayConfig, list[str]]:
-    """Return `read` with the settings that need a restart as they are `running`, and which of them differ."""
+    """Return `read` with the settings of NEEDS_RESTART as in `running`, and the names of those that differ."""
     differing = []
     for path in NEEDS_RESTART:
         section, _, name = path.rpartition(".")
@@ -80,7 +80,7 @@ def _compare(path: str, old: Any, new: Any) -> Iterator[ChangedSetting]:
 
 
 def _items(value: Any) -> Mapping[str, Any] | None:
-    """Return the items of a section by name, or of a list whose items have names of their own; else None."""
+    """Return the items of a mapping by key, or of a list of named sections by name; None for other values."""
     if isinstance(value, Mapping):
         return value
     if not isinstance(value, list) or not all(isinstance(item, BaseModel) for item in value):
@@ -99,7 +99,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Return a value as JSON can hold it, without secrets; of a section what differs from its defaults."""
+    """Return a value in JSON's types, without secrets; of a section only what differs from its defaults."""
     if value is _ABSENT or value is None:
         return None
     if isinstance(value, BaseModel):

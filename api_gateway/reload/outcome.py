@@ -1,4 +1,4 @@
-"""What became of reloads: one result, and the counts of all. Values only."""
+"""Outcomes of reloads: the result of one, and the counts of all. Values only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 
 class ReloadResult(StrEnum):
-    """How a reload ends."""
+    """How a reload ended."""
 
     SUCCESS = "success"
-    INVALID = "invalid"  # the configuration is wrong
-    FAILED = "failed"  # it is right and could not be put into force
-    UNAVAILABLE = "unavailable"  # the gateway drains, or its workers are being restarted
+    INVALID = "invalid"  # the configuration has mistakes
+    FAILED = "failed"  # the configuration is valid and could not be applied
+    UNAVAILABLE = "unavailable"  # the gateway is draining, or a rolling restart is in progress
 
 
 class ChangedSetting(NamedTuple):
-    """A setting that differs. Values are None where it was or is not set, and where they are secret."""
+    """A setting that differs. `old` and `new` are in JSON's types; None if not set, or secret."""
 
     setting: str
     old: Any
@@ -29,7 +29,7 @@ class ChangedSetting(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReloadOutcome:
-    """What one reload came to. `needs_restart` names changed settings that stay as they were."""
+    """The outcome of one reload. `needs_restart` names changed settings that are not applied until a restart."""
 
     result: ReloadResult
     changes: tuple[ChangedSetting, ...] = ()
@@ -37,7 +37,7 @@ class ReloadOutcome:
     problems: tuple[str, ...] = ()
 
     def state(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the outcome in JSON's types."""
         return {
             "result": self.result.value,
             "changes": [list(change) for change in self.changes],
@@ -47,16 +47,17 @@ class ReloadOutcome:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "ReloadOutcome":
-        """Build the outcome whose `state` this is."""
+        """Build an outcome from the result of `state`."""
         changes = tuple(ChangedSetting(*change) for change in state["changes"])
         return cls(ReloadResult(state["result"]), changes, tuple(state["needs_restart"]), tuple(state["problems"]))
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadState:
-    """The last reload that was carried out, and how many ended how. Times are seconds since the epoch.
+    """The state after all reloads so far. Times are seconds since the epoch.
 
-    `loaded_at` is when the configuration in force was read; `problems` are why a newer one is not in force.
+    `loaded_at` is when the configuration in force was read, `problems` why a newer one is not in force, and `counts`
+    the number of reloads by result.
     """
 
     loaded_at: float = 0.0
@@ -65,7 +66,7 @@ class ReloadState:
 
     @property
     def is_successful(self) -> bool:
-        """True unless the last reload failed."""
+        """True unless the last reload that was not UNAVAILABLE failed."""
         return not self.problems
 
     def after(self, outcome: ReloadOutcome, now: float) -> "ReloadState":
@@ -78,5 +79,5 @@ class ReloadState:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "ReloadState":
-        """Build the state that `asdict` and JSON have made this of."""
+        """Build the state from the result of `asdict`, decoded from JSON."""
         return cls(state["loaded_at"], tuple(state["problems"]), state["counts"])

@@ -1,7 +1,7 @@
-"""Reloads the configuration: reads it, compares it with the one in force, and has it put into force or keeps the old.
+"""Reloads the configuration: reads it, compares it with the one in force, and applies it or keeps the old one.
 
-The same for one process and for the supervisor of several; what differs is handed in as a function. One reload at a
-time: those that come meanwhile wait for their turn, as what they want to be seen may have been written since.
+Used by a single process and by the supervisor; how to read and apply is passed in. Reloads run one at a time. A reload
+that is requested meanwhile is queued and not merged, because the files may have changed since.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ MAX_LOGGED = 50  # changes
 
 
 class ApplyError(Exception):
-    """A valid configuration could not be put into force; the message says where and why. The old one is in force."""
+    """A valid configuration could not be applied; the message says where and why. The old one is in force."""
 
 
 class Reloader:
-    """Knows the configuration in force. `state` is what became of the reloads so far."""
+    """Holds the configuration in force (`config`) and the state of reloads (`state`)."""
 
     def __init__(
         self,
@@ -34,9 +34,9 @@ class Reloader:
         *,
         wall_clock: Callable[[], float],
     ) -> None:
-        """`read` reads the configuration anew, may block, and raises ConfigError; None if there is nothing to read.
+        """`read` reads the configuration again, may block, and raises ConfigError; None if there is nothing to read.
 
-        `apply` puts a configuration into force, or raises StartupError or ApplyError and leaves everything as it was.
+        `apply` puts a configuration into force, or raises StartupError or ApplyError and changes nothing.
         """
         self.config = config
         self.state = ReloadState(wall_clock())
@@ -49,18 +49,18 @@ class Reloader:
         return f"<Reloader [{'in force' if self.state.is_successful else 'the last reload failed'}]>"
 
     async def reload(self, origin: str) -> ReloadOutcome:
-        """Reload the configuration. `origin` says in the log where the wish came from."""
+        """Reload the configuration. `origin` names in the log who requested it."""
         async with self._lock:
             outcome = await self._reload()
             return self.record(outcome, origin)
 
     async def idle(self) -> None:
-        """Wait until no reload runs or waits for its turn."""
+        """Wait until no reload is running or queued."""
         async with self._lock:
             return
 
     def record(self, outcome: ReloadOutcome, origin: str) -> ReloadOutcome:
-        """Count an outcome and log it."""
+        """Count an outcome, log it, and return it."""
         self.state = self.state.after(outcome, self._wall_clock())
         if outcome.result is not ReloadResult.SUCCESS:
             for problem in outcome.problems:
@@ -68,7 +68,7 @@ class Reloader:
             return outcome
         for change in outcome.changes[:MAX_LOGGED]:
             if change.setting in outcome.needs_restart:
-                logger.warning("configuration: %s; needs a restart of the gateway, and stays as it was", change)
+                logger.warning("configuration: %s; needs a restart of the gateway and is not applied", change)
             else:
                 logger.info("configuration: %s", change)
         count = len(outcome.changes) - len(outcome.needs_restart)
@@ -78,7 +78,7 @@ class Reloader:
     async def _reload(self) -> ReloadOutcome:
         if self._read is None:
             return ReloadOutcome(
-                ReloadResult.FAILED, problems=("the program that runs the gateway gave it its configuration",)
+                ReloadResult.FAILED, problems=("the embedding program set the configuration; there is none to read",)
             )
         try:
             read = await asyncio.to_thread(self._read)
@@ -93,12 +93,12 @@ class Reloader:
         except ApplyError as error:
             return ReloadOutcome(ReloadResult.FAILED, problems=(str(error),))
         except Exception as error:
-            logger.exception("configuration")
-            return ReloadOutcome(ReloadResult.FAILED, problems=(f"the gateway failed: {type(error).__name__}",))
+            logger.exception("configuration not reloaded: internal error")
+            return ReloadOutcome(ReloadResult.FAILED, problems=(f"internal error: {type(error).__name__}",))
         self.config = config
         return ReloadOutcome(ReloadResult.SUCCESS, changes, tuple(needs_restart))
 
 
 def refused_reload(problem: str) -> ReloadOutcome:
-    """Return the outcome of a reload that comes at a bad time."""
+    """Return the outcome of a reload that is not possible at present."""
     return ReloadOutcome(ReloadResult.UNAVAILABLE, problems=(problem,))

@@ -1,4 +1,4 @@
-"""A configuration as JSON can hold it, for a process that is handed one and does not read it again."""
+"""A configuration in JSON's types, for workers, which get it from the supervisor and do not read files."""
 
 from typing import Any
 
@@ -7,12 +7,14 @@ from api_gateway.settings.secret import revealed
 
 
 def serialized(config: GatewayConfig, sections: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with `sections` in place of its own, as JSON can hold it. It shows the secrets."""
+    """Return the configuration in JSON's types, with `sections` replacing its own. It shows the secrets."""
     values: dict[str, Any] = revealed(config.model_dump(), config.model_dump(mode="json"))
-    values["tiers"] |= {name: None for name in DEFAULT_TIERS if name not in config.tiers}  # removed ones stay removed
+    values["tiers"] |= {
+        name: None for name in DEFAULT_TIERS if name not in config.tiers
+    }  # None removes a default tier
     return values | sections
 
 
 def deserialized(values: dict[str, Any]) -> GatewayConfig:
-    """Return the configuration that was handed over."""
+    """Return the configuration from the result of `serialized`."""
     return from_values(values)

@@ -1,4 +1,1 @@
-"""Decisions on retries, circuit breaker policies, concurrency limits and load shedding.
-
-Reads no clock, does not wait, and sends nothing.
-"""
+"""Decisions on retries, circuit breaker policies, concurrency limits and load shedding. No clock, no I/O."""

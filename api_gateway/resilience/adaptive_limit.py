@@ -1,30 +1,30 @@
-"""How much may be under way at an upstream, found from how long its answers take.
+"""The adaptive limit: the concurrency limit of an upstream, adjusted to its measured latency.
 
-After the gradient of Netflix's concurrency-limits (Gradient2) and Envoy's adaptive concurrency filter. Unlike Envoy's,
-it never refuses everybody in order to measure: it lowers the limit to about a third, for some tenths of a second every
-half minute. Synchronous and without clock.
+After Gradient2 of Netflix's concurrency-limits and Envoy's adaptive concurrency filter. Unlike Envoy's, it does not
+refuse almost all requests to measure the baseline: it lowers the limit to about a third, for some tenths of a second
+every half minute. Synchronous; `now` (monotonic seconds) is an argument.
 """
 
 import math
 from dataclasses import dataclass
 
-WINDOW = 0.1  # seconds of a window at least; twice the undisturbed latency where that is more
-MIN_SAMPLES = 20  # samples without which a window goes on
-MAX_SAMPLES = 1_000  # samples after which a window knows enough
-INITIAL_LIMIT = 50.0  # the limit before anything is known, within min_limit and max_limit
-SMOOTHING = 0.2  # of the way to what a window says
-LARGEST_STEP = 0.5  # what a window may leave of a limit, before smoothing
-TRIMMED = 0.05  # of the samples: the slowest, which may have other causes than a queue
-BASELINE_INTERVAL = 30.0  # seconds between two looks at the undisturbed latency
-BASELINE_RETRY_INTERVAL = 1.0  # seconds until the next one, after one that was not low enough; and until the first
-BASELINE_SAMPLES = 60  # that end a look, or
+WINDOW = 0.1  # seconds: the least length of a window, or twice the baseline if that is longer
+MIN_SAMPLES = 20  # samples that a window needs
+MAX_SAMPLES = 1_000  # samples that end a window before twice the baseline
+INITIAL_LIMIT = 50.0  # the initial limit, within min_limit and max_limit
+SMOOTHING = 0.2  # weight of the last window in the moving averages
+LARGEST_STEP = 0.5  # the smallest factor by which a window reduces the limit, before smoothing
+TRIMMED = 0.05  # share of the slowest samples that is dropped, as they may have other causes than a queue
+BASELINE_INTERVAL = 30.0  # seconds between baseline measurements
+BASELINE_RETRY_INTERVAL = 1.0  # seconds until the first one, and after one that still found a queue
+BASELINE_SAMPLES = 60  # samples that end a measurement, or
 MAX_BASELINE_TIME = 1.0  # seconds, if that is sooner
-MARGIN = 0.5  # of what should leave no queue is under way during such a look
+MARGIN = 0.5  # share of the limit without a queue that is allowed during a measurement
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptivePolicy:
-    """The range of the limit, and the latency that is held, as a multiple of the undisturbed one."""
+    """The range of the limit, and the latency to maintain as a multiple of the baseline."""
 
     min_limit: int = 10
     max_limit: int = 1000
@@ -32,16 +32,20 @@ class AdaptivePolicy:
 
 
 class GradientController:
-    """A limit that holds the upstream's latency near `tolerance` times what it is without a queue.
+    """A limit that keeps the latency of an upstream near `tolerance` times the latency without a queue, the baseline.
 
-    The time to the head of an answer is averaged window by window and smoothed, and compared with the `baseline`,
-    what it was at the best of times. Below the tolerance the limit grows by its square root, which is room for a
-    queue; above it shrinks in proportion, by half at most; both smoothed. Only a limit that was met in a window moves:
-    one that nobody needs says nothing of the upstream, and stays. The baseline follows better times, and worse ones
-    when little is under way; and every `BASELINE_INTERVAL` seconds of need the limit is lowered to what should leave
-    no queue, until enough has been seen of the latency without one. These looks come at multiples of that time on the
-    clock, so that the processes of one machine take them together. A look that finds the latency lowered as much as
-    the limit has found a queue still: then the limit is lowered for good, and the next look comes soon.
+    States: normal, measuring the baseline (`is_measuring_baseline`).
+
+    Normal: the time to the head of a response is averaged per window and smoothed. While it is at most `tolerance`
+    times the baseline, the limit grows by its square root, which leaves room for a queue; above, it shrinks in
+    proportion, at most by half; both are smoothed. The limit changes only if it was reached in the window, because
+    otherwise the latency does not depend on it. The baseline follows lower latencies, and higher ones when few
+    requests are in flight.
+
+    Measuring: every `BASELINE_INTERVAL` seconds, if the limit is reached, it is lowered to a value that should leave
+    no queue, until enough samples of the latency are collected. Measurements are at multiples of the interval on the
+    clock, so that the processes of one machine measure together. If the latency fell about as much as the limit, there
+    was still a queue: then the limit is lowered permanently, and the next measurement follows soon.
     """
 
     __slots__ = (
@@ -64,7 +68,7 @@ class GradientController:
         self.latency: float | None = None  # seconds, smoothed
         self.is_measuring_baseline = False
         self._baseline_at = now + BASELINE_RETRY_INTERVAL
-        self._before = 0.0  # seconds, the latency before a look
+        self._before = 0.0  # seconds: the latency before the measurement
         self._samples: list[float] = []
         self._window_started = self._counted_from = now
 
@@ -72,24 +76,24 @@ class GradientController:
         return f"<GradientController [{self.limit:.1f}, {self.latency} against {self.baseline} s]>"
 
     def change_policy(self, policy: AdaptivePolicy) -> None:
-        """Go by another policy; what has been learnt of the upstream stays."""
+        """Apply another policy; limit and baseline are kept, within the new range."""
         self.policy = policy
         self.limit = self._within(self.limit)
 
     @property
     def allowed(self) -> float:
-        """The limit as it is now: lowered while it looks for the undisturbed latency."""
+        """The limit in force: lowered during a baseline measurement."""
         if not self.is_measuring_baseline:
             return self.limit
         return max(self.policy.min_limit, self.limit * MARGIN / self.policy.tolerance)
 
     @property
     def unqueued(self) -> float:
-        """What should leave no queue, if the limit is right."""
+        """The number of requests in flight that should leave no queue if the limit is right."""
         return max(self.policy.min_limit, self.limit / self.policy.tolerance)
 
     def add(self, seconds: float, now: float) -> bool:
-        """Take in one latency; tell whether a window is full. While the queue of before a look drains, none counts."""
+        """Add a latency in seconds; return whether the window is full. No sample counts while a queue drains."""
         if now < self._counted_from:
             return False
         samples = self._samples
@@ -104,7 +108,7 @@ class GradientController:
         )
 
     def close_window(self, now: float, *, is_met: bool, is_calm: bool) -> None:
-        """Draw the conclusions of a full window: `is_met` if the limit was, `is_calm` if little was under way."""
+        """Evaluate a full window. `is_met`: the limit was reached; `is_calm`: few requests were in flight."""
         seen = _trimmed_mean(self._samples)
         self._samples.clear()
         self._window_started = now
@@ -128,9 +132,7 @@ class GradientController:
     def _measure_baseline_if_due(self, latency: float, now: float) -> None:
         if now >= self._baseline_at:
             self.is_measuring_baseline, self._before = True, latency
-            self._window_started = self._counted_from = (
-                now + 2 * latency
-            )  # by then most of what waits now has been served
+            self._window_started = self._counted_from = now + 2 * latency  # then most of the queue has been served
 
     def _end_baseline(self, seen: float, now: float) -> None:
         tolerance, lowered = self.policy.tolerance, self.allowed / self.limit

@@ -1,4 +1,4 @@
-"""What a circuit breaker leaves behind of its moves: each one, and the calls that led to it. Values only."""
+"""The history of a circuit breaker: its transitions, and the failed calls before each. Values only."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from api_gateway.resilience.call_windows import Counts
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One move, when and why. In mode `observe` it is what would have been."""
+    """One transition, with its time (monotonic seconds) and cause. In mode `observe` it has no effect."""
 
     at: float
     source: State
@@ -19,7 +19,7 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class FailedCall:
-    """A call that failed, or was slow; `detail` is its status or error. What is not known of it is None or empty."""
+    """A failed or slow call; `detail` is its status or error. Unknown values are None or empty."""
 
     at: float
     detail: str
@@ -30,10 +30,10 @@ class FailedCall:
 
 @dataclass(frozen=True, slots=True)
 class TransitionRecord:
-    """A move and what led to it: the window's counts, and the last calls that failed since the move before.
+    """A transition with the counts of the window and the last bad calls since the previous transition.
 
-    `number` counts the breaker's moves from 1. `next_probe_at` is None unless the move opened it. `worker` and
-    `target_url` say whose breaker it is, once that is told with others: None is the upstream's own.
+    `number` counts the transitions of the breaker from 1. `next_probe_at` is None unless the transition opened it.
+    `worker` and `target_url` identify the breaker in merged histories; `target_url` None is the upstream's breaker.
     """
 
     number: int

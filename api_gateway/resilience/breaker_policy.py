@@ -1,7 +1,4 @@
-"""What a circuit breaker goes by: the states there are, every move between them, and the figures that make it move.
-
-Values only.
-"""
+"""States, modes, transitions and settings of a circuit breaker. Values only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +7,7 @@ from types import MappingProxyType
 
 
 class State(StrEnum):
-    """CLOSED lets all through, OPEN none, HALF_OPEN a few probes."""
+    """CLOSED admits all calls, OPEN none, HALF_OPEN a few probes."""
 
     CLOSED = "CLOSED"
     OPEN = "OPEN"
@@ -18,10 +15,10 @@ class State(StrEnum):
 
 
 class Mode(StrEnum):
-    """What an operator makes of a breaker: its state stands beside it.
+    """What an operator has set for a breaker; independent of its state.
 
-    `auto` acts by the state. `observe` counts and moves in the same way and refuses nothing. `forced_open` admits
-    nothing, `forced_closed` all, and in both the state stays as it is.
+    `auto` acts by the state. `observe` counts calls and changes the state as `auto` does, and rejects nothing.
+    `forced_open` admits nothing, `forced_closed` everything; both keep the state unchanged.
     """
 
     AUTO = "auto"
@@ -31,12 +28,12 @@ class Mode(StrEnum):
 
     @property
     def is_forced(self) -> bool:
-        """True while nothing moves the state."""
+        """True for the modes in which the state does not change."""
         return self is Mode.FORCED_CLOSED or self is Mode.FORCED_OPEN
 
 
 class Event(StrEnum):
-    """What can move a breaker."""
+    """An event that causes a transition."""
 
     THRESHOLD_REACHED = "threshold reached"
     RECOVERY_DUE = "recovery due"
@@ -44,7 +41,7 @@ class Event(StrEnum):
     PROBES_SUCCEEDED = "probes succeeded"
 
 
-# Every move there is. A move that is not here is a defect and raises KeyError.
+# All transitions. One that is not in the table is a defect and raises KeyError.
 TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
     {
         (State.CLOSED, Event.THRESHOLD_REACHED): State.OPEN,
@@ -63,16 +60,16 @@ def diagram() -> str:
 
 @dataclass(frozen=True, slots=True)
 class BreakerPolicy:
-    """When to open and how to recover; durations in seconds.
+    """When a breaker opens and how it recovers; durations in seconds.
 
-    It opens after `failure_threshold` consecutive failures, or when at least `minimum_calls` calls were counted and
-    the share of failures among them reaches `failure_rate`, or that of calls of `slow_call_duration` or longer
-    reaches `slow_call_rate`. What counts are the calls of the last `window` seconds, or the last `window_calls`.
+    It opens after `failure_threshold` consecutive failures, or when the window has at least `minimum_calls` calls and
+    the share of failures reaches `failure_rate`, or the share of calls of `slow_call_duration` or longer reaches
+    `slow_call_rate`. The window has the calls of the last `window` seconds, or the last `window_calls` calls.
 
-    It stays open for `recovery_timeout`, twice as long with each opening in a row up to `max_recovery_timeout` (None:
-    always as long), and up to `jitter` of that longer by chance. Then it admits `half_open_max_calls` probes at once,
-    and closes when as many have succeeded. For `ramp` seconds after that not all calls are admitted; see `RampUp`.
-    It opens for its first time again once it has been closed for `window` seconds.
+    It stays open for `recovery_timeout`, doubled with each consecutive opening up to `max_recovery_timeout` (None: not
+    doubled), plus a random share of up to `jitter`. Then it admits up to `half_open_max_calls` concurrent probes, and
+    closes when as many have succeeded. For `ramp` seconds after that only a part of the calls is admitted; see
+    `RampUp`. After it has been closed for `window` seconds, the open time begins with `recovery_timeout` again.
     """
 
     failure_threshold: int = 5

@@ -1,13 +1,13 @@
-"""What a circuit breaker counts: calls, failures and slow calls, over a stretch of time or over the last so many.
+"""Sliding windows of a circuit breaker: counts of calls, failures and slow calls, by time or by number of calls.
 
-Synchronous; `now` (monotonic seconds) is an argument. Memory is constant, and so is the time to count a call.
+Synchronous; `now` (monotonic seconds) is an argument. Memory, and the time to record a call, are constant.
 """
 
 from typing import NamedTuple, Protocol
 
 
 class Counts(NamedTuple):
-    """Calls inside a window, and how many of them failed or were slow. A call may be both."""
+    """Calls in a window, and how many of them failed or were slow. A call may be both."""
 
     calls: int
     failures: int
@@ -15,27 +15,27 @@ class Counts(NamedTuple):
 
 
 class Window(Protocol):
-    """A stretch of past calls."""
+    """A sliding window of calls."""
 
     def record(self, now: float, *, is_failure: bool, is_slow: bool = False) -> None:
-        """Count one call."""
+        """Record one call."""
         ...
 
     def counts(self, now: float) -> Counts:
-        """Return what is inside the window now."""
+        """Return the counts in the window at `now`."""
         ...
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all calls."""
         ...
 
     def describe(self, calls: int) -> tuple[str, str]:
-        """Return what goes before and behind 'calls' to say in words which these are."""
+        """Return the words before and after 'calls' in a description of the window."""
         ...
 
 
 class TimeWindow:
-    """The calls of the last `span` seconds, in ten slices; it forgets a slice at a time."""
+    """The calls of the last `span` seconds, in ten slices, which expire one at a time."""
 
     SLICES = 10
 
@@ -78,7 +78,7 @@ class TimeWindow:
 
 
 class CountWindow:
-    """The last `size` calls, however long ago."""
+    """The last `size` calls, however old."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -92,7 +92,7 @@ class CountWindow:
         self._marks = bytearray(self._size)  # bit 0: failed, bit 1: slow
         self._next = self._calls = self._failures = self._slow = 0
 
-    def record(self, now: float, *, is_failure: bool, is_slow: bool = False) -> None:  # noqa: ARG002 - a window of time asks for it
+    def record(self, now: float, *, is_failure: bool, is_slow: bool = False) -> None:  # noqa: ARG002 - required by the protocol
         """See `Window`."""
         oldest, cursor = self._marks[self._next], is_failure | is_slow << 1
         self._failures += is_failure - (oldest & 1)

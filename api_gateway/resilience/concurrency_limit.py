@@ -1,7 +1,7 @@
-"""How many requests may be in flight at an upstream at once: a fixed limit, or one that follows its latency.
+"""The concurrency limit of an upstream, with priorities and fair shares.
 
-A request is admitted, or refused at once with a time to come back at; none waits. Synchronous and without clock; the
-random source is an argument.
+Requests do not wait: each is admitted, or refused at once with a Retry-After. Synchronous and without a clock; the
+random source is passed in.
 """
 
 import math
@@ -16,17 +16,17 @@ from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses, 
 
 @dataclass(frozen=True, slots=True)
 class ConcurrencyState:
-    """What may be under way at an upstream, None if that is not limited, and what is."""
+    """The limit of requests in flight at an upstream (None: unlimited), and how many there are."""
 
     limit: float | None = None
     in_flight: int = 0
 
 
 class ConcurrencyLimit:
-    """The requests that this process may have under way at one upstream.
+    """The limit of requests in flight of this process at one upstream: fixed, or adaptive.
 
-    `bounds` are the places of each band, `shares` of the limit rounded up. Of those a holder may have as many as are
-    free, see `fair_shares`. The limit is fixed, or a gradient finds it.
+    `class_limits` is the limit for each priority: its share of the whole limit, rounded up. Within it a holder can use
+    at most as many slots as are free, see `fair_shares`.
     """
 
     __slots__ = (
@@ -49,12 +49,16 @@ class ConcurrencyLimit:
         source: random.Random,
     ) -> None:
         self._priorities = priorities
-        self._max_priorities = len(priorities)  # that a request under way may have been given its band among
+        self._max_priorities = len(
+            priorities
+        )  # the largest number of priorities that requests in flight may have been assigned from
         self._gradient = limit if isinstance(limit, GradientController) else None
         self._random = source
         self._slots = FairShares(0)
         self._peak = 0
-        self._lowest_refused = len(priorities)  # the lowest band that met its bound since the gradient's window began
+        self._lowest_refused = len(
+            priorities
+        )  # the lowest priority that reached its limit in the present window of the gradient
         self._set(limit.allowed if isinstance(limit, GradientController) else limit)
 
     def __repr__(self) -> str:
@@ -62,11 +66,11 @@ class ConcurrencyLimit:
 
     @property
     def is_adaptive(self) -> bool:
-        """True if it follows the upstream's latency."""
+        """True if the limit follows the upstream's latency."""
         return self._gradient is not None
 
     def change(self, limit: float | AdaptivePolicy, priorities: PriorityClasses, now: float) -> None:
-        """Take another limit, or other terms of an adaptive one, which goes on from where it stands."""
+        """Apply another limit or policy, and other priorities. An adaptive limit continues from its present value."""
         self._priorities = priorities
         self._max_priorities = max(self._max_priorities, len(priorities))
         self._lowest_refused = len(priorities)
@@ -86,28 +90,28 @@ class ConcurrencyLimit:
         self._set_class_limits([math.ceil(limit * share) for share in self._priorities.shares])
 
     def _set_class_limits(self, limits: list[int]) -> None:
-        """Set the places of each band; a request whose band is no more has those of the highest."""
+        """Set the limit of each priority; a priority that no longer exists gets that of the highest."""
         self.class_limits = (*limits, *limits[-1:] * (self._max_priorities - len(limits)))
 
     @property
     def in_flight(self) -> int:
-        """Requests under way."""
+        """The number of requests in flight."""
         return self._slots.in_use
 
     def admits(self, priority: int, holder: str | None = None) -> bool:
-        """Tell whether a request of that band may go now."""
+        """Return whether a request of this priority and holder is admitted now; records a refusal for the gradient."""
         if not self.is_full_for(priority, holder):
             return True
         self._lowest_refused = min(self._lowest_refused, priority)
         return False
 
     def is_full_for(self, priority: int, holder: str | None = None) -> bool:
-        """Tell whether `admits` would refuse; nothing is learnt from the question."""
+        """Return whether `admits` would refuse, without recording it."""
         places = self._slots
         return places.held(holder) >= self.class_limits[priority] - places.in_use
 
     def acquire(self, priority: int, holder: str | None = None) -> None:
-        """Count one more under way, which `admits` has allowed."""
+        """Take a slot for a request that `admits` has admitted."""
         self._slots.acquire(holder)
         taken = self._slots.in_use
         if taken > self._peak:
@@ -116,11 +120,11 @@ class ConcurrencyLimit:
                 self._lowest_refused = priority
 
     def release(self, holder: str | None = None) -> None:
-        """Count one less."""
+        """Release a slot."""
         self._slots.release(holder)
 
     def observe(self, seconds: float, now: float) -> None:
-        """Learn from the time one request took to the head of its answer."""
+        """Record the time from a request to the head of its response, for an adaptive limit."""
         gradient = self._gradient
         if gradient is not None and gradient.add(seconds, now):
             priorities, lowest_refused = len(self._priorities), self._lowest_refused
@@ -131,20 +135,22 @@ class ConcurrencyLimit:
             self._set(gradient.allowed)
             if (
                 gradient.is_measuring_baseline and lowest_refused < priorities - 1
-            ):  # a look costs the lower bands, if they are many enough
+            ):  # the lower priorities bear the cost of the measurement, if they have enough requests
                 self._set_class_limits([*self.class_limits[: priorities - 1], math.ceil(gradient.unqueued)])
 
     def refusal(self, upstream: str, priority: int, holder: str | None = None) -> LoadShed:
-        """Return the error that tells a request of that band that it came at a bad time."""
+        """Return the error for a refused request of this priority and holder."""
         bound = self.class_limits[priority]
         tier = self._priorities.name(priority)
         whose = f"requests of tier {tier} are admitted" if tier else "requests are admitted"
         share = ""
         if self.in_flight < bound:
-            share = f"; {self._slots.held(holder)} of them are yours, and nobody may have more than are still free"
+            share = (
+                f"; {self._slots.held(holder)} of them are yours, and one client can use at most as many as are free"
+            )
         return LoadShed(
-            f"Upstream '{upstream}' is overloaded: of {self.limit:.4g} requests that may be under way"
-            f" {self.in_flight} are, and {whose} below {bound}{share}.",
+            f"Upstream '{upstream}' is overloaded: {self.in_flight} of at most {self.limit:.4g} requests are in"
+            f" flight, and {whose} below {bound}{share}.",
             retry_after=retry_after(self._random),
             extra={
                 "upstream": upstream,

@@ -1,7 +1,7 @@
-"""Fair shares of a bounded resource: a holder may have as much of it as is still free.
+"""Fair shares of a limited resource: a holder can use at most as much as is free.
 
-So one holder alone never gets more than half, two end up with a third each, and n with 1/(n + 1) each: whatever one of
-them does, the next finds a place. Pure arithmetic: no clock, no waiting.
+So one holder alone gets at most half, two get a third each, and n get 1/(n + 1) each: some slots are always left for
+the next holder. Pure arithmetic: no clock, no waiting.
 """
 
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from typing import Literal
 from api_gateway.http1.headers import address_key
 from api_gateway.models import Client
 
-MIN_CONNECTIONS, MAX_CONNECTIONS = 64, 32_768  # that a process accepts, if the configuration does not say
-NO_ADDRESSES = frozenset({"", "unix", "unknown"})  # of peers without one
-NEARLY_EXHAUSTED = 0.8  # share of the places in use from which a resource is reported as such
+MIN_CONNECTIONS, MAX_CONNECTIONS = 64, 32_768  # range of the default limit of a process
+NO_ADDRESSES = frozenset({"", "unix", "unknown"})  # values for peers without an address
+NEARLY_EXHAUSTED = 0.8  # share of slots in use from which the status is `warn`
 _RESERVED = 256  # descriptors for listeners, files, the store and idle connections to upstreams
 
 
 class FairShares:
-    """How many places of one resource are in use, and by whom.
+    """The slots of one resource in use, in total and by holder.
 
-    Every `take` needs one `give_back` with the same holder; the table has no entry for a holder without a place, so it
-    is never larger than `total`. The holder None stands for places that are counted against the total alone.
-    `refused` counts what got no place, for the metrics; whoever refuses adds to it.
+    Every `acquire` must be followed by one `release` with the same holder. The table has entries only for holders with
+    slots, so it is never larger than `total`. Slots of the holder None count only for the total. `refused` counts
+    refusals for the metrics; the caller that refuses increments it.
     """
 
     __slots__ = ("_held", "in_use", "refused", "total")
@@ -37,22 +37,22 @@ class FairShares:
         return f"<FairShares [{self.in_use} of {self.total}, {len(self._held)} holders]>"
 
     def held(self, holder: str | None) -> int:
-        """Return how many places the holder has."""
+        """Return the number of slots of a holder."""
         return 0 if holder is None else self._held.get(holder, 0)
 
     def admits(self, holder: str | None) -> bool:
-        """Tell whether the holder may have one more place."""
+        """Return whether the holder can get one more slot."""
         free = self.total - self.in_use
         return free > 0 if holder is None else self._held.get(holder, 0) < free
 
     def acquire(self, holder: str | None) -> None:
-        """Count one more place, which `admits` has allowed."""
+        """Take a slot that `admits` has admitted."""
         self.in_use += 1
         if holder is not None:
             self._held[holder] = self._held.get(holder, 0) + 1
 
     def try_acquire(self, holder: str | None) -> bool:
-        """Take one more place if `admits` allows it, in one step; tell whether it did."""
+        """Take a slot if `admits` would admit it; return whether it was taken."""
         free = self.total - self.in_use
         if holder is None:
             if free <= 0:
@@ -66,7 +66,7 @@ class FairShares:
         return True
 
     def release(self, holder: str | None) -> None:
-        """Count one place less."""
+        """Release a slot."""
         self.in_use -= 1
         if holder is not None:
             left = self._held[holder] - 1
@@ -76,22 +76,23 @@ class FairShares:
                 del self._held[holder]
 
     def refusal(self, holder: str | None, what: str) -> str:
-        """Return why the holder got no place; `what` names the places, such as "connections"."""
+        """Return why the holder got no slot; `what` names the resource, such as "connections"."""
         return share_refusal(self.held(holder), self.in_use, self.total, what)
 
 
 def share_refusal(held: int, in_use: int, total: int, what: str) -> str:
-    """Return why somebody who has `held` places got no other one."""
+    """Return why a holder with `held` slots got no other one."""
     if held == 0 or in_use >= total:
         return f"all {total} {what} are in use"
     return (
-        f"of {total} {what} {in_use} are in use, {held} of them by you, and nobody may hold more than are still free"
+        f"{in_use} of {total} {what} are in use, {held} of them by you, and one client can use at most as many as are"
+        " free"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceState:
-    """How a resource stands: "connections" of the gateway's clients, or "requests" and "tunnels" of an upstream."""
+    """The use of a resource: "connections" of clients, or "requests" and "tunnels" of an upstream."""
 
     resource: str
     upstream: str | None
@@ -101,7 +102,7 @@ class ResourceState:
 
     @classmethod
     def of(cls, resource: str, shares: Iterable[FairShares], upstream: str | None = None) -> "ResourceState":
-        """Look at the parts of one resource, such as an upstream's targets."""
+        """Return the sum of the parts of one resource, such as the targets of an upstream."""
         parts = list(shares)
         return cls(
             resource,
@@ -113,12 +114,12 @@ class ResourceState:
 
     @property
     def status(self) -> Literal["pass", "warn"]:
-        """`warn` while it is nearly exhausted."""
+        """`warn` while the resource is nearly exhausted."""
         return "warn" if self.in_use >= NEARLY_EXHAUSTED * self.limit > 0 else "pass"
 
 
 def merge_states(states: Iterable[ResourceState]) -> list[ResourceState]:
-    """Return what the states of several workers come to: each has places of its own."""
+    """Return the sums of the states of several workers, each of which has its own slots."""
     merged: dict[tuple[str, str | None], ResourceState] = {}
     for state in states:
         key = (state.resource, state.upstream)
@@ -137,9 +138,9 @@ def merge_states(states: Iterable[ResourceState]) -> list[ResourceState]:
 
 
 def holder_of(client: Client | None, address: str) -> str | None:
-    """Return whose share a request takes: a registered client's, else its address's (of IPv6 its /64).
+    """Return the holder of a request: a registered client, else its address (for IPv6, the /64).
 
-    None if that is not known, as behind a proxy on a Unix socket that does not say whom it forwards.
+    None if the address is unknown, for instance behind a proxy on a Unix socket that does not send it.
     """
     if client is not None and client.is_registered:
         return client.key
@@ -147,5 +148,5 @@ def holder_of(client: Client | None, address: str) -> str | None:
 
 
 def default_connections(descriptors: int) -> int:
-    """Return how many connections a process with so many descriptors accepts: each may need one to an upstream too."""
+    """Return the default limit of connections: half of the descriptors, as each may need one to an upstream too."""
     return max(MIN_CONNECTIONS, min(MAX_CONNECTIONS, (descriptors - _RESERVED) // 2))

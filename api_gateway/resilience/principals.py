@@ -1,7 +1,4 @@
-"""Principals: on whose behalf calls are made, as far as a circuit breaker tells them apart (see `holder_of`).
-
-Synchronous and without clock.
-"""
+"""Principals: the clients or addresses that a circuit breaker attributes calls to (see `holder_of`)."""
 
 from dataclasses import dataclass
 
@@ -10,9 +7,9 @@ NEVER = float("-inf")
 
 @dataclass(slots=True)
 class RecentPrincipals:
-    """Whether calls came from several principals: it knows the last one, and when any other last called.
+    """Detects whether calls came from several principals: stores the last one, and the last time of any other.
 
-    That is exact for any number of principals, in constant memory: before the last one's calls came some other's.
+    Exact for any number of principals, in constant memory. Times are monotonic seconds.
     """
 
     last: str | None = None
@@ -20,7 +17,7 @@ class RecentPrincipals:
     other_at: float = NEVER
 
     def note(self, principal: str | None, now: float) -> None:
-        """Note a call; None is a principal that is not known and counts as another one than any."""
+        """Record a call; None is an unknown principal, which counts as different from all others."""
         if principal is None:
             self.other_at = now
             return
@@ -30,9 +27,9 @@ class RecentPrincipals:
         self.last_at = now
 
     def has_several_since(self, moment: float) -> bool:
-        """Tell whether others than the last principal have called at that moment or later."""
+        """Return whether another principal than the last one has called at that moment or later."""
         return self.other_at >= moment
 
     def has_other_since(self, principal: str, moment: float) -> bool:
-        """Tell whether anybody else than `principal` has called at that moment or later."""
+        """Return whether another principal than `principal` has called at that moment or later."""
         return self.other_at >= moment or (self.last != principal and self.last_at >= moment)

@@ -1,20 +1,20 @@
-"""The way back to full traffic after an outage: what rate there was before it, and what part of it is admitted.
+"""The ramp: the gradual increase of admitted traffic after a breaker has closed.
 
 Synchronous; `now` (monotonic seconds) is an argument.
 """
 
 from dataclasses import dataclass, field
 
-MIN_RATE = 10.0  # calls a second that are always admitted: a person, or a small service, notices nothing
-_WHOLE = 1 - 1e-9  # of a call: a sum of parts that should make one may come out a little below
+MIN_RATE = 10.0  # calls per second that are always admitted, so that small services are not affected
+_WHOLE = 1 - 1e-9  # one call, less the rounding error of a sum
 
 
 @dataclass(slots=True)
 class RampUp:
-    """Admits a share of `rate` that grows from nothing to all of it in `length` seconds, and never less than FLOOR.
+    """Admits calls at a rate that grows linearly from 0 to `rate` per second in `length` seconds, at least MIN_RATE.
 
-    It is a token bucket that refills at that growing rate and holds one second's worth: within any stretch of time no
-    more calls pass than `between` says, and those of one second.
+    A token bucket with this growing rate and the capacity of one second: in any period at most `between` calls are
+    admitted, plus those of one second.
     """
 
     rate: float
@@ -27,23 +27,23 @@ class RampUp:
         self._at = self.began
 
     def is_over(self, now: float) -> bool:
-        """Tell whether all calls are admitted again."""
+        """Return whether all calls are admitted again."""
         return now - self.began >= self.length
 
     def share(self, now: float) -> float:
-        """Return the share of the rate that is admitted now, 0 to 1, the floor left out of account."""
+        """Return the share of `rate` that is admitted now, 0 to 1, without regard to MIN_RATE."""
         return min(1.0, max(0.0, (now - self.began) / self.length))
 
     def limit(self, now: float) -> float:
-        """Return the calls a second that are admitted now."""
+        """Return the admitted calls per second now."""
         return max(MIN_RATE, self.rate * self.share(now))
 
     def take(self, now: float) -> None:
-        """Count a call that is admitted, as one is for which there is nothing to `wait`."""
+        """Take a token for an admitted call; a call is admitted if `wait` is 0."""
         self._tokens, self._at = self._tokens_at(now) - 1, now
 
     def wait(self, now: float) -> float:
-        """Return the seconds until a call is admitted, if nobody else comes before; 0 if it would be now."""
+        """Return the seconds until a call is admitted if no other call is before; 0 if it is admitted now."""
         missing = _WHOLE - self._tokens_at(now)
         return max(0.0, missing / self.limit(now))
 
@@ -56,7 +56,7 @@ class RampUp:
 
     def _until(self, seconds: float) -> float:
         slope = self.rate / self.length
-        crossing = MIN_RATE / slope if slope else seconds  # from here on the share is more than the floor
+        crossing = MIN_RATE / slope if slope else seconds  # from here on the rate is above the floor
         if seconds <= crossing:
             return MIN_RATE * seconds
         return MIN_RATE * crossing + slope / 2 * (seconds * seconds - crossing * crossing)

@@ -3,25 +3,25 @@
 from collections import deque
 from dataclasses import dataclass, field
 
-_SPAN = 10.0  # seconds over which the rate is taken
-_STEP = 1.0  # seconds between two marks
+_SPAN = 10.0  # seconds that the average covers
+_STEP = 1.0  # seconds between marks
 
 
 @dataclass(slots=True)
 class RateMeter:
-    """Calls a second over the last ten seconds. Whoever counts adds 1 to `count`, and marks when it is `due`."""
+    """Calls per second over the last ten seconds. The caller increments `count`, and calls `mark` from `due` on."""
 
     count: int = 0
     due: float = 0.0
     _marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=int(_SPAN / _STEP) + 1))
 
     def mark(self, now: float) -> None:
-        """Note the count, behind the call that was counted last."""
+        """Store the present count. To be called after `count` was incremented."""
         self._marks.append((now, self.count))
         self.due = now + _STEP
 
     def rate(self, now: float) -> float:
-        """Return the average; over a second at least, so that two calls in a row are no stampede."""
+        """Return the average rate, over at least one second, so that two close calls do not give a high rate."""
         recent = [(at, count) for at, count in self._marks if now - at <= _SPAN]
         if not recent:
             return 0.0

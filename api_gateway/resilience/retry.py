@@ -1,6 +1,6 @@
-"""Retries: whether a try that failed is made once more, how long that waits, and the budget all of them share.
+"""Retries: whether a failed attempt is repeated, the backoff before it, and the retry budget of an upstream.
 
-Pure: the random source is handed in, and so is the time. Sends nothing and knows no transport.
+No I/O; time and random source are passed in.
 """
 
 import random
@@ -20,25 +20,26 @@ _MAX_DOUBLINGS = 30
 
 
 class RetryDenied(StrEnum):
-    """Why a failed try was not repeated, in the order in which that is asked."""
+    """Why a failed attempt was not repeated, in the order of the checks."""
 
-    ATTEMPTS = "attempts"  # it has been tried as often as it may be
-    METHOD = "method"  # it may have had its effect, and neither its method nor a key says that once more is harmless
-    BODY = "body"  # it was not kept, and cannot be sent again
-    BREAKER = "circuit_breaker"  # the upstream is in trouble, or this was the probe that asked whether it still is
-    RETRY_AFTER = "retry_after"  # the upstream asked for more time than a client should be kept waiting
-    DEADLINE = "deadline"  # none of the request's time would be left
-    BUDGET = "budget"  # retries have had their share of the requests
-    UNAVAILABLE = "unavailable"  # there was no target to be had when it came to it
+    ATTEMPTS = "attempts"  # the maximum number of attempts was made
+    METHOD = "method"  # the request may have been processed, and neither its method nor a key makes it repeatable
+    BODY = "body"  # the body was not kept, so it cannot be sent again
+    BREAKER = "circuit_breaker"  # the breaker is not closed, or this attempt was its probe
+    RETRY_AFTER = "retry_after"  # the upstream's Retry-After exceeds `max_retry_after`
+    DEADLINE = "deadline"  # the deadline would have passed
+    BUDGET = "budget"  # the retry budget is used up
+    UNAVAILABLE = "unavailable"  # no target was available for the retry
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a request is tried in all, and on which terms. Durations are seconds.
+    """Limits of retries; durations in seconds.
 
-    `budget` is retries as a share of live requests, 0 turns them off; `floor` is how many a second there may be
-    beside them. `base` and `cap` bound the back-off, `max_retry_after` what an upstream may ask to wait. `statuses`
-    are tried again as failures are; bodies up to `max_body_bytes` are kept to be sent again.
+    `attempts` is the maximum per request, the first included. `budget` is the share of retries in live requests, 0
+    disables them; `floor` is a number of retries per second in addition. `base` and `cap` limit the backoff,
+    `max_retry_after` the upstream's Retry-After. Responses with `statuses` are retried; bodies up to `max_body_bytes`
+    are kept for retries.
     """
 
     attempts: int = 1
@@ -53,13 +54,13 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """A try that failed, as far as that matters to another one.
+    """A failed attempt: the facts that decide on a retry.
 
-    `attempts` were made so far, this one included. `is_sent`: some of the request may have reached the upstream.
-    `is_repeatable`: its method is idempotent, or it carries a key by which the upstream knows it again.
-    `is_replayable`: its body, if it has one, can be sent from its start. `is_recovering`: the breaker is not closed,
-    or this was its probe. `is_elsewhere`: there is a target that has not been tried. `retry_after` is what the answer
-    asked for, `left` what the deadline leaves; None where there is none.
+    `attempts`: the number of attempts so far, this one included. `is_sent`: the upstream may have received a part of
+    the request. `is_repeatable`: the method is idempotent, or the request has an idempotency key. `is_replayable`: the
+    body, if any, can be sent again from its start. `is_recovering`: the breaker is not closed, or this attempt was its
+    probe. `is_elsewhere`: an untried target is available. `retry_after`: the response's Retry-After in seconds;
+    `left`: the seconds until the deadline; None if there is none.
     """
 
     attempts: int
@@ -73,13 +74,13 @@ class FailedAttempt:
 
 
 class RetryBudget:
-    """Retries as a share of live requests, so that retrying cannot multiply an outage.
+    """Limits retries to a share of live requests, so that they cannot amplify an outage.
 
-    Every request adds `share` to the balance and every second `floor`, so that a quiet service can retry too; every
-    retry takes 1. What is kept is at most the share of the last `SPAN` seconds' requests, as a target that begins to
-    hang shows all its failures at once, and never less than `RESERVE`, which is there from the start: over any run
+    Each request adds `share` to the balance and each second `floor`, so that upstreams with few requests can retry
+    too; each retry takes 1. The maximum balance is the share of the requests of the last `SPAN` seconds, because all
+    failures of a hanging target appear at once, and at least `RESERVE`, which is also the initial balance. In total
     there are at most share * requests + floor * seconds + RESERVE retries. After Finagle's RetryBudget. `share` 0
-    allows none at all.
+    permits no retries.
     """
 
     RESERVE = 10.0
@@ -90,13 +91,15 @@ class RetryBudget:
         self._floor = floor if share > 0 else 0.0
         self._max_balance = self._balance = self.RESERVE if share > 0 else 0.0
         self._meter = RateMeter()
-        self._counted_at: float | None = None  # until when the floor is in the balance; full before the first retry
+        self._counted_at: float | None = (
+            None  # the time until which the floor was added; None before the first retry, while the balance is full
+        )
 
     def __repr__(self) -> str:
         return f"<RetryBudget [{self._balance:.1f} retries left]>"
 
     def change(self, share: float, floor: float) -> None:
-        """Go on with another share and floor; the balance stays, within what may be kept."""
+        """Apply another share and floor; the balance is kept within the new maximum."""
         if share > 0 and self._share <= 0:
             self._max_balance = self._balance = self.RESERVE
         elif share <= 0:
@@ -105,7 +108,7 @@ class RetryBudget:
         self._floor = floor if share > 0 else 0.0
 
     def deposit(self, now: float) -> None:
-        """Count one live request."""
+        """Add the share of one live request."""
         meter = self._meter
         meter.count += 1
         if now >= meter.due:
@@ -114,7 +117,7 @@ class RetryBudget:
             self._balance = min(self._max_balance, self._balance + self._share)
 
     def withdraw(self, now: float = 0.0) -> bool:
-        """Take one retry if there is one."""
+        """Take one retry; return whether the balance permitted it."""
         if now >= self._meter.due:
             self._measure(now)
         if self._counted_at is not None and now > self._counted_at and self._balance < self._max_balance:
@@ -126,7 +129,7 @@ class RetryBudget:
         return True
 
     def _measure(self, now: float) -> None:
-        """Bring what may be kept up to the requests there are now."""
+        """Adjust the maximum balance to the present rate of requests."""
         self._meter.mark(now)
         if self._share > 0:
             self._max_balance = max(self.RESERVE, self._share * self.SPAN * self._meter.rate(now))
@@ -134,7 +137,7 @@ class RetryBudget:
 
 
 class RetryDecider:
-    """The retries of one upstream: its policy, its budget, and the chance in its back-off."""
+    """Decides on the retries of one upstream by its policy and budget."""
 
     def __init__(self, policy: RetryPolicy, source: random.Random, budget: RetryBudget | None = None) -> None:
         self.policy = policy
@@ -145,12 +148,12 @@ class RetryDecider:
         return f"<RetryDecider of {self.policy.attempts} attempts {self.budget!r}>"
 
     def succeeded_by(self, policy: RetryPolicy) -> "RetryDecider":
-        """Return retries by another policy that draw on the same budget."""
+        """Return a decider with another policy and the same budget."""
         self.budget.change(policy.budget, policy.floor)
         return RetryDecider(policy, self._source, self.budget)
 
     def decide(self, failed: FailedAttempt, now: float) -> float | RetryDenied:
-        """Return the seconds to wait before another try, which is taken off the budget; or why there is none."""
+        """Return the seconds to wait before a retry, which is taken from the budget, or why there is none."""
         reason = _denial(failed, self.policy)
         if reason is not None:
             return reason
@@ -160,10 +163,10 @@ class RetryDecider:
         return wait if self.budget.withdraw(now) else RetryDenied.BUDGET
 
     def _delay(self, failed: FailedAttempt) -> float:
-        """Return the back-off: exponential with full jitter (Brooker 2015).
+        """Return the backoff: exponential with full jitter (Brooker 2015).
 
-        The first retry goes to a target that has not been tried at once: the pause is there to spare one that failed,
-        and the budget bounds what is added to the others.
+        The first retry on an untried target is immediate: the delay protects a target that failed, and the budget
+        limits the additional load of the others.
         """
         if failed.is_elsewhere and failed.attempts == 1:
             return 0.0
@@ -171,13 +174,13 @@ class RetryDecider:
 
 
 def max_delay(policy: RetryPolicy, attempts: int) -> float:
-    """Return how long the back-off after so many attempts can be."""
+    """Return the maximum backoff in seconds after this many attempts."""
     doublings = min(attempts - 1, _MAX_DOUBLINGS)
     return min(policy.cap, policy.base * float(2**doublings))
 
 
 def _denial(failed: FailedAttempt, policy: RetryPolicy) -> RetryDenied | None:
-    """Return what speaks against another try whatever is left of time and budget."""
+    """Return the reason against a retry that does not depend on deadline and budget, or None."""
     objections = (
         (failed.attempts >= policy.attempts, RetryDenied.ATTEMPTS),
         (failed.is_sent and not failed.is_repeatable, RetryDenied.METHOD),
@@ -189,17 +192,18 @@ def _denial(failed: FailedAttempt, policy: RetryPolicy) -> RetryDenied | None:
 
 
 def is_repeatable(method: str, fields: Fields) -> bool:
-    """Tell whether a request may be made twice: by its method (RFC 9110 section 9.2.2), or since it has a key.
+    """Return whether a request may be repeated: an idempotent method (RFC 9110, section 9.2.2), or a key.
 
-    `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header) promises that the upstream acts on it once.
+    With `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header) the upstream processes the request only once.
     """
     return method in IDEMPOTENT or any(fields.get(b"idempotency-key", ()))
 
 
 def retry_after_of(fields: Fields) -> float | None:
-    """Return what an answer's `Retry-After` asks for, in seconds (RFC 9110 section 10.2.3); None without a usable one.
+    """Return the `Retry-After` of a response in seconds (RFC 9110, section 10.2.3); None if absent or unusable.
 
-    A date is taken relative to the answer's own `Date`, which the same clock wrote; without one it is `NO_RETRY`.
+    A date is relative to the response's `Date`, which is from the same clock; without that field, and for several
+    values, the result is `NO_RETRY`.
     """
     given = fields.get(b"retry-after", ())
     if len(given) != 1:

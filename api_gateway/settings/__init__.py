@@ -1,1 +1,1 @@
-"""The sections of the configuration, their rules, and the messages about mistakes. Builds nothing that lives."""
+"""Sections of the configuration, the rules between them, and error messages. Creates no runtime objects."""

@@ -1,4 +1,4 @@
-"""The sections of the operator endpoints: tokens, roles and the listener for operators."""
+"""Sections of the operator endpoints: tokens, roles and the listener for operators."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ OperatorToken = Annotated[Secret, AfterValidator(_long_enough)]
 
 
 class TokenSection(Section):
-    """A named token; it may read (views, metrics) or operate (change tiers, modes and the rest, too)."""
+    """A named operator token. `read` permits views and metrics, `operate` also changes (tiers, modes, reload)."""
 
     role: Literal["read", "operate"] = "read"
     token: OperatorToken | None = None
@@ -34,15 +34,15 @@ class TokenSection(Section):
 
 
 class AdminSection(Section):
-    """Who may use the operator endpoints; without any token they answer this machine only."""
+    """Access to the operator endpoints. Without a configured token, local requests need none (see `local`)."""
 
-    token: OperatorToken | None = Field(default=None, description="A token named 'admin' of the role operate.")
+    token: OperatorToken | None = Field(default=None, description="A token named 'admin' with the role operate.")
     token_file: SecretFile = None
     tokens: dict[Identifier, TokenSection] = Field(
-        default={}, description="Further tokens by name. Several may hold at once, so that one can be replaced."
+        default={}, description="Further tokens by name. Several are valid at once, so that one can be replaced."
     )
-    local: bool = Field(default=True, description="Whether programs of this machine need no token; see the docs.")
+    local: bool = Field(default=True, description="Whether local requests need no token; see the docs.")
     listen: Listen | None = Field(
-        default=None, description="host:port or unix:/path: a listener for the operator endpoints alone."
+        default=None, description="host:port or unix:/path: a listener for the operator endpoints only."
     )
-    socket_mode: FileMode = Field(default=0o600, description="Permissions of the file of that Unix socket.")
+    socket_mode: FileMode = Field(default=0o600, description="File permissions of that Unix socket.")

@@ -1,17 +1,17 @@
-"""Where a server listens: a host and a port, or the path of a Unix socket."""
+"""Address of a listener: a host and a port, or the path of a Unix socket."""
 
 import re
 from dataclasses import dataclass
 
 UNIX_PREFIX = "unix:"
-MAX_PATH = 107  # bytes of a Unix socket's path (unix(7))
+MAX_PATH = 107  # bytes in the path of a Unix socket (unix(7))
 MAX_PORT = 65_535
 EVERY_PERMISSION = 0o777
 
 
 @dataclass(frozen=True, slots=True)
 class BindAddress:
-    """`path` is set for a Unix socket, whose file gets the permissions `mode`; otherwise host and port count."""
+    """Either `path`, for a Unix socket whose file gets the permissions `mode`, or `host` and `port`."""
 
     host: str = ""
     port: int = 0
@@ -20,7 +20,10 @@ class BindAddress:
 
     @classmethod
     def of(cls, host: str, port: int, mode: int) -> "BindAddress":
-        """Return the address of a host that may also be `unix:/path`. Raises ValueError."""
+        """Return the address for `host`, which may be `unix:/path`; `port` and `mode` apply to one kind each.
+
+        Raises ValueError.
+        """
         if not host.startswith(UNIX_PREFIX):
             return cls(host.removeprefix("[").removesuffix("]"), port)
         path = host.removeprefix(UNIX_PREFIX)
@@ -30,7 +33,7 @@ class BindAddress:
 
     @classmethod
     def parse(cls, text: str, mode: int) -> "BindAddress":
-        """Return the address that `host:port` or `unix:/path` names. Raises ValueError."""
+        """Parse `host:port` or `unix:/path`. Raises ValueError."""
         if text.startswith(UNIX_PREFIX):
             return cls.of(text, 0, mode)
         host, _, port = text.rpartition(":")
@@ -45,14 +48,14 @@ class BindAddress:
 
 
 def authority(host: str, port: int) -> str:
-    """Return host and port as a URL has them."""
+    """Return the authority of a URL (RFC 3986, section 3.2): an IPv6 address is put in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def checked_host(host: str) -> str:
-    """Return a host that `BindAddress.of` takes. Raises ValueError.
+    """Return `host` if `BindAddress.of` accepts it. Raises ValueError.
 
-    An empty one, as an unset variable leaves it, would be every address.
+    An empty host, for instance from an unset variable, is refused: it would mean every address.
     """
     if not host:
         raise ValueError("must name an address to listen on, such as 127.0.0.1, or '::' for every address")
@@ -61,13 +64,13 @@ def checked_host(host: str) -> str:
 
 
 def checked_listen(text: str) -> str:
-    """Return an address that `BindAddress.parse` takes. Raises ValueError."""
+    """Return `text` if `BindAddress.parse` accepts it. Raises ValueError."""
     BindAddress.parse(text, 0)
     return text
 
 
 def file_mode(value: object) -> int:
-    """Return permissions. Text is octal; an unquoted 0660 in YAML has become a number already. Raises ValueError."""
+    """Return file permissions. Text is octal; YAML has already converted an unquoted 0660. Raises ValueError."""
     if isinstance(value, str) and re.fullmatch("0?[0-7]{3}", value):
         return int(value, 8)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= EVERY_PERMISSION:

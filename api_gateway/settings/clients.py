@@ -1,4 +1,4 @@
-"""The sections of clients: how they are identified, their tiers, and the limit of addresses."""
+"""Sections of clients: identification, tiers, and the address limit."""
 
 from ipaddress import IPv4Network, IPv6Network
 from typing import Literal
@@ -9,14 +9,14 @@ from api_gateway.settings.setting_types import OWN_HEADER, NetworkSetting, Secti
 
 
 class IdentitySection(Section):
-    """How a client says who it is."""
+    """How clients are identified: by the value of a header field."""
 
     mode: Literal["header"] = "header"
     header: str = Field(default="X-Client-ID", pattern=OWN_HEADER)
 
 
 class AddressLimitSection(Section):
-    """The second bucket of clients nobody registered: one for each peer address. `rate: 0` turns it off."""
+    """The second bucket of unregistered clients: one for each address. `rate: 0` disables it."""
 
     rate: float = Field(default=100, ge=0, le=1_000_000)
     capacity: int = Field(default=1000, ge=1, le=1_000_000_000)
@@ -24,24 +24,27 @@ class AddressLimitSection(Section):
 
 
 class CandidateSection(Section):
-    """Other terms for a tier, which are tried and counted but limit nobody."""
+    """A candidate quota for a tier: it is evaluated beside the quota in force and only counted."""
 
     rate: float = Field(gt=0, le=1_000_000)
     capacity: int = Field(ge=1, le=1_000_000_000)
 
 
 class TierSection(Section):
-    """Tokens a second, and tokens a full bucket holds."""
+    """A tier: `rate` in tokens per second, `capacity` in tokens, and its priority under overload."""
 
     rate: float = Field(gt=0, le=1_000_000)
     capacity: int = Field(ge=1, le=1_000_000_000)
     priority: int | None = Field(
-        default=None, ge=0, le=1000, description="The lowest is shed first under overload. None: the lowest rate."
+        default=None,
+        ge=0,
+        le=1000,
+        description="The lowest is shed first under overload. None for all: the order of the rates.",
     )
     candidate: CandidateSection | None = None
 
 
 class ClientSection(Section):
-    """A client known from the start."""
+    """A client that is registered by the configuration."""
 
     tier: TierName

@@ -1,6 +1,6 @@
-"""Puts configuration mistakes in words: where the value was set, its place, what is wrong with it, the value.
+"""Messages about configuration mistakes: where the value was set, its place, what is wrong with it, and the value.
 
-Knows YAML files, the environment and pydantic's errors, but no section of the configuration in particular.
+Handles YAML files, environment variables and pydantic's errors; depends on no particular section.
 """
 
 import difflib
@@ -22,19 +22,21 @@ KeyPath = tuple[str, ...]
 
 DELIMITER = "__"  # between the levels of a setting, in the name of a variable
 
-# The URL of a target, or a wrong attempt at one, in which nothing can be taken for a password.
+# The URL of a target, valid or not, in which no part can be a password.
 _PLAIN_URL = re.compile(r"\W?([A-Za-z+]+:)?/{0,2}([\w.-]*|\[[\dA-Fa-f:.]*\])(:\d{0,5})?(/[^@:%]*)?\W?")
 _LONGEST_SHOWN = 200
 _QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")
-_YAML_TOKEN = re.compile(r".|\\.|<[a-z ]+>")  # what YAML's messages quote of its own, and a single character
+_YAML_TOKEN = re.compile(
+    r".|\\.|<[a-z ]+>"
+)  # what YAML's messages quote that is not from the file, and single characters
 NO_PATTERNS: Mapping[str, str] = {}
-_HOLDS_ITSELF = "holds itself"
+_HOLDS_ITSELF = "contains itself"
 _TEXT = "tag:yaml.org,2002:str"
 _KEY_TAGS = (_TEXT, "tag:yaml.org,2002:merge")
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used. `problems` holds one line for each mistake."""
+    """The configuration is invalid. `problems` holds one line for each mistake."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -43,21 +45,21 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class YamlFile:
-    """A parsed file: its values, and the line of each by its place in lower case."""
+    """A parsed file: its values, and the line number of each value by its place in lower case."""
 
     path: Path | None
     values: dict[str, Any]
     lines: Mapping[KeyPath, int]
-    problems: tuple[str, ...] = ()  # what YAML allows and we do not
+    problems: tuple[str, ...] = ()  # valid YAML that the gateway does not accept
 
 
 NO_FILE = YamlFile(None, {}, {})
 
 
 class _TextKeys(yaml.SafeLoader):
-    """Takes every key as the text that it is in the file; one that YAML reads as something else is a problem."""
+    """Reads every key as the text in the file, although YAML would convert some, such as numbers."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - theirs
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - the library's signature
         """See `yaml.SafeLoader`."""
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag not in _KEY_TAGS:
@@ -66,9 +68,9 @@ class _TextKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Read a file of sections. Raises ConfigError if it is no such file.
+    """Read a file of sections. Raises ConfigError if it cannot be read or is not a YAML mapping.
 
-    A key given twice is one of the file's `problems`: YAML lets the second win.
+    A duplicate key is one of the file's `problems`, because YAML silently uses the second value.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -76,14 +78,14 @@ def read_yaml(path: Path) -> YamlFile:
         values = yaml.load(text, Loader=_TextKeys)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
-    except UnicodeDecodeError as error:  # it holds all of the file, and its text a byte of it
+    except UnicodeDecodeError as error:  # the exception holds the whole file, and its message a byte of it
         raise ConfigError([f"{path}: cannot be read: not utf-8 at byte {error.start}"]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date
         raise ConfigError([f"{path}{_not_yaml(error)}"]) from None
     if values is None:
         return YamlFile(path, {}, {})
     if not isinstance(values, dict):
-        raise ConfigError([f"{path}: must hold sections, got {type(values).__name__}"])
+        raise ConfigError([f"{path}: must contain sections, got {type(values).__name__}"])
     lines: dict[KeyPath, int] = {}
     faults = [
         f"{path}:{line}: {path_text(key_path)}: {fault}" for key_path, line, fault in _index_lines(root, (), lines)
@@ -95,7 +97,7 @@ def read_yaml(path: Path) -> YamlFile:
 
 
 def _not_yaml(error: Exception) -> str:
-    """Return line and problem, without the text of the file that the error quotes: it may be a secret."""
+    """Return line and problem without the quoted text of the file, which may be a secret."""
     cursor = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
     problem = _QUOTED.sub(lambda quoted: quoted[0] if _YAML_TOKEN.fullmatch(quoted[2]) else "'...'", problem)
@@ -106,7 +108,7 @@ def _not_yaml(error: Exception) -> str:
 def _index_lines(
     node: yaml.Node | None, key_path: KeyPath, lines: dict[KeyPath, int], above: tuple[yaml.Node, ...] = ()
 ) -> Iterator[tuple[KeyPath, int, str]]:
-    """Fill `lines`, and yield place, line and fault of every key or value that YAML allows and we do not."""
+    """Fill `lines`; yield place, line and fault of each key or value that is valid YAML and not accepted here."""
     if any(node is outer for outer in above) and node is not None:
         yield key_path, node.start_mark.line + 1, _HOLDS_ITSELF
         return
@@ -117,7 +119,7 @@ def _index_lines(
             if inner in lines:
                 yield inner, line, "given twice"
             elif key.tag not in _KEY_TAGS:
-                yield inner, line, "is no text; put the key in quotes"
+                yield inner, line, "is not text; put the key in quotes"
             lines[inner] = line
             yield from _index_lines(value, inner, lines, (*above, node))
     elif isinstance(node, yaml.SequenceNode):
@@ -129,9 +131,9 @@ def _index_lines(
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where values came from: `overrides` of the command line, `variables` (by upper-case name), and the file.
+    """Sources of a configuration: `overrides` of the command line, `variables` (by upper-case name), and the file.
 
-    Only those variables that are settings are sources.
+    `variables` holds only those that are settings.
     """
 
     overrides: Mapping[str, Any]
@@ -141,7 +143,7 @@ class Sources:
 
     @property
     def names(self) -> list[str]:
-        """What the sources are called that have any values in force: the command line, variables, the file."""
+        """The names of the sources whose values are in effect: the command line, variables, the file."""
         variables = sorted(name for name in self.variables if not self._is_overridden(name))
         return [
             *(["command line"] if self.overrides else []),
@@ -150,12 +152,12 @@ class Sources:
         ]
 
     def _is_overridden(self, variable: str) -> bool:
-        """Tell whether the command line says what the variable does."""
+        """Return whether the command line sets the same setting."""
         value = _value_at(self.overrides, path_of_variable(variable, self.prefix))
         return value is not None and not isinstance(value, Mapping)
 
     def value_at(self, key_path: KeyPath) -> Any:
-        """Return the value that one of the sources has for exactly this place, or None."""
+        """Return the value of the source with the highest precedence that sets exactly this place, or None."""
         found = [_value_at(self.overrides, key_path)]
         for length in range(len(key_path), 0, -1):
             text = self.variables.get(self.prefix + DELIMITER.join(key_path[:length]).upper())
@@ -164,7 +166,7 @@ class Sources:
         return next((value for value in found if value is not None), None)
 
     def origin(self, key_path: KeyPath) -> str:
-        """Return where the value at `key_path` was set, with a colon behind, or nothing when it cannot be told."""
+        """Return where the value at `place` was set, followed by a colon, or "" if that is unknown."""
         if _value_at(self.overrides, key_path) is not None:
             return "command line: "
         prefixes = [key_path[:length] for length in range(len(key_path), 0, -1)]
@@ -180,7 +182,7 @@ class Sources:
 
 
 def path_of_variable(name: str, prefix: str) -> KeyPath:
-    """Return the place of the setting that a variable, by its upper-case name, is for."""
+    """Return the place of the setting that the variable with this upper-case name sets."""
     return tuple(name.removeprefix(prefix).lower().split(DELIMITER))
 
 
@@ -199,7 +201,7 @@ def _parsed(text: str | None) -> Any:
 
 
 def _value_at(value: Any, key_path: KeyPath) -> Any:
-    """Return what is at `key_path` inside `value`, or None."""
+    """Return the value at `place` inside `value`, or None."""
     for part in key_path:
         if isinstance(value, Mapping) and part in value:
             value = value[part]
@@ -211,7 +213,7 @@ def _value_at(value: Any, key_path: KeyPath) -> Any:
 
 
 def path_of_error(detail: ErrorDetails) -> KeyPath:
-    """Return the place that one of pydantic's errors is about; a name is told by its value."""
+    """Return the place of one of pydantic's errors; a wrong key is located by the key itself."""
     return tuple(str(part) for part in detail["loc"] if part != "[key]")
 
 
@@ -220,7 +222,7 @@ def describe_errors(
 ) -> str:
     """Return a line for one of pydantic's errors about `model`. Secrets are not shown.
 
-    `patterns` says in words what a text must be like to match a regular expression.
+    `patterns` maps regular expressions to descriptions of the texts that match them.
     """
     key_path, kind = path_of_error(detail), detail["type"]
     shown = "" if isinstance(detail["input"], Unusable) else shown_value(detail["input"], type_at(model, key_path))
@@ -233,7 +235,7 @@ def describe_errors(
         if "@" in key_path[-1] or (not hint and secret_names(section)):  # as in store: {redis://...}
             key_path, message = key_path[:-1], f"has an {message}"
     elif kind == "model_type" and _is_named_secret(model, key_path):
-        key_path, shown, message = key_path[:-1], "", f"under each name, {message}"  # the name may be the secret
+        key_path, shown, message = key_path[:-1], "", f"under each name, {message}"  # the key may be the secret
     elif kind == "missing":
         message, shown = "is missing", ""
     elif detail["input"] is None:
@@ -247,7 +249,7 @@ def describe_errors(
 
 
 def _example(annotation: Any) -> str:
-    """Return what a section looks like: the settings that it must have, or the first that it may have."""
+    """Return an example of a section: its required settings, or else its first optional one."""
     fields = unwrapped(annotation).model_fields
     keys = [name for name, field in fields.items() if field.is_required()] or list(fields)[:1]
     return f", such as {{{', '.join(f'{key}: ...' for key in keys)}}}"
@@ -270,7 +272,7 @@ _MESSAGES = {
 
 
 def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
-    """Return what is wrong in our words, without names of classes."""
+    """Return what is wrong, in the gateway's terms and without names of classes."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "string_type" and isinstance(detail["input"], bool):
         return "must be text; put it in quotes, as YAML reads on, off, yes and no as true and false"
@@ -283,41 +285,41 @@ def _message(detail: ErrorDetails, patterns: Mapping[str, str]) -> str:
 
 
 def _is_named_secret(model: type[BaseModel], key_path: KeyPath) -> bool:
-    """Tell whether a name should stand in front of a section with a secret at this place."""
+    """Return whether the place is an entry of a mapping from names to sections that contain a secret."""
     names = type_at(model, key_path[:-1])
     return get_origin(unwrapped(names)) is dict and holds_secret(names)
 
 
 def without_passwords(message: str) -> str:
-    """Return a message without the quoted values that may hold a password."""
-    return re.sub(r"'[^']*@[^']*'", "a value that is not shown because it may hold a password", message)
+    """Return a message without the quoted values that may contain a password."""
+    return re.sub(r"'[^']*@[^']*'", "a value that is not shown because it may contain a password", message)
 
 
 def shown_value(value: Any, annotation: Any) -> str:
-    """Return what a message says of a wrong value of this type: the value, unless it is or may hold a secret."""
+    """Return the part of a message that shows a wrong value of this type, unless the value may contain a secret."""
     if holds_secret(annotation):
         return ""
     text = repr(value)
     if len(text) > _LONGEST_SHOWN:
         text = f"{text[:_LONGEST_SHOWN]}..."
     if "@" in text or (may_hold_password(annotation) and not _PLAIN_URL.fullmatch(text)):
-        return ", got a value that is not shown because it may hold a password"
+        return ", got a value that is not shown because it may contain a password"
     return f", got {text}"
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """Return a suggestion when one of `known` is close to `word`, else nothing."""
+    """Return a suggestion if one of `known` is similar to `word`, else ""."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def path_text(key_path: KeyPath) -> str:
-    """Return a place as people write it, such as `routes[0].path`."""
+    """Return a place in the usual notation, such as `routes[0].path`."""
     return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in key_path).removeprefix(".")
 
 
 def type_at(model: Any, key_path: KeyPath) -> Any:
-    """Return the type, with its metadata, of the setting at `key_path` below `model`, or None if there is none."""
+    """Return the type, with its metadata, of the setting at `place` in `model`, or None if there is none."""
     for part in key_path:
         annotation = unwrapped(model)
         if is_section(annotation):
@@ -330,13 +332,13 @@ def type_at(model: Any, key_path: KeyPath) -> Any:
 
 
 def _keys_at(model: Any, key_path: KeyPath) -> list[str]:
-    """Return the keys known to the section at `key_path` below `model`."""
+    """Return the keys of the section at `place` in `model`."""
     section = unwrapped(type_at(model, key_path))
     return list(section.model_fields) if is_section(section) else []
 
 
 def unwrapped(annotation: Any) -> Any:
-    """Take off Annotated and Optional."""
+    """Return a type without Annotated and Optional."""
     if get_origin(annotation) is Annotated:
         return unwrapped(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -345,5 +347,5 @@ def unwrapped(annotation: Any) -> Any:
 
 
 def is_section(model: Any) -> bool:
-    """Tell whether a type is a section."""
+    """Return whether a type is a section, that is a pydantic model."""
     return isinstance(model, type) and issubclass(model, BaseModel)

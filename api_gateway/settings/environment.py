@@ -1,6 +1,6 @@
-"""Settings in environment variables: `GATEWAY_SERVER__PORT`, where `__` stands between levels, and JSON for sections.
+"""Settings in environment variables: `GATEWAY_SERVER__PORT`, where `__` separates levels, and JSON for whole sections.
 
-A message names the variable and never quotes its text.
+Messages name the variable and never quote its value, which may be a secret.
 """
 
 import io
@@ -27,9 +27,9 @@ from api_gateway.settings.diagnostics import (
 
 
 def read_env_file(path: str) -> dict[str, str | None]:
-    """Return the variables in a file of NAME=value lines, none if there is no such file.
+    """Return the variables in a file of NAME=value lines; none if the file does not exist.
 
-    Lines that are no such statement are skipped, see `broken_lines`; the library's own warnings name no file.
+    Invalid lines are skipped, see `broken_lines`. The library's warnings are disabled: they do not name the file.
     """
     library = logging.getLogger("dotenv.main")
     before, library.disabled = library.disabled, True
@@ -40,7 +40,7 @@ def read_env_file(path: str) -> dict[str, str | None]:
 
 
 def broken_lines(path: str, prefix: str) -> list[str]:
-    """Return a message for each line of the file that seems to be a setting and cannot be read."""
+    """Return a message for each line of the file that contains `prefix` and cannot be parsed."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -53,10 +53,10 @@ def broken_lines(path: str, prefix: str) -> list[str]:
 def read_environment(
     variables: Mapping[str, str | None], prefix: str, model: type[BaseModel]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of `model` in variables (by upper-case name), nested, and a line for each mistake."""
+    """Return the nested settings of `model` from variables (by upper-case name), and a line for each mistake."""
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for name in sorted(variables):  # so a section as a whole comes before its settings
+    for name in sorted(variables):  # so a whole section comes before its settings
         text = variables[name]
         if text is None or not is_setting(name, prefix, model):
             continue
@@ -68,16 +68,16 @@ def read_environment(
 
 
 def is_setting(name: str, prefix: str, model: type[BaseModel]) -> bool:
-    """Tell whether a variable, by its upper-case name, is for a setting of `model`, perhaps a misspelt one inside."""
+    """Return whether a variable, by its upper-case name, is for a field of `model`; deeper levels are not checked."""
     return name.startswith(prefix) and path_of_variable(name, prefix)[0] in model.model_fields
 
 
 def ignored_variables(
     names: Collection[str], prefix: str, model: type[BaseModel], besides: Collection[str]
 ) -> list[str]:
-    """Return a message for each variable that looks like one of ours and is none, with the nearest that is.
+    """Return a message for each variable that begins with `prefix` and is no setting, with the most similar setting.
 
-    `besides` are those of ours that are no settings.
+    `besides` names the gateway's variables that are not settings.
     """
     sections = {f"{prefix}{name}".upper(): unwrapped(type_at(model, (name,))) for name in model.model_fields}
     inner = [
@@ -94,7 +94,7 @@ def ignored_variables(
 
 
 def _nearest(name: str, prefix: str, known: Collection[str]) -> str:
-    """Return a suggestion, for preference one that has the same words, or the word at its end."""
+    """Return a suggestion; settings with the same words, or with the same last level, take precedence."""
     plain = name.replace(DELIMITER, "_")
     same = [one for one in known if one.replace(DELIMITER, "_") == plain]
     at_end = [one for one in known if one.endswith(f"{DELIMITER}{name.removeprefix(prefix)}")]
@@ -102,7 +102,7 @@ def _nearest(name: str, prefix: str, known: Collection[str]) -> str:
 
 
 def _set(values: dict[str, Any], place: KeyPath, text: str, model: type[BaseModel]) -> str | None:
-    """Put a value at its place; return what is wrong with it, if anything is."""
+    """Set a value at its place; return what is wrong with it, or None."""
     value: Any = text
     kind = unwrapped(type_at(model, place))
     if _is_nested(kind):
@@ -118,7 +118,7 @@ def _set(values: dict[str, Any], place: KeyPath, text: str, model: type[BaseMode
             return f"{whole} is a list, which one variable sets as a whole, as JSON"
         inner = parent.setdefault(part, {})
         if not isinstance(inner, dict):
-            return f"another variable sets {path_text(place[:length])} to what is no section"
+            return f"another variable sets {path_text(place[:length])} to a value that is not a section"
         parent = inner
     if isinstance(value, dict) and isinstance(parent.get(place[-1]), dict):
         value = {**parent[place[-1]], **value}
@@ -135,7 +135,7 @@ class _GivenTwice(ValueError):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that is given twice: the second would silently win."""
+    """Refuse a duplicate key: the second value would silently be used."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise _GivenTwice
@@ -143,7 +143,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _reason(error: ValueError) -> str:
-    """Return what the parser says, without the text that some of its messages quote."""
+    """Return the parser's reason without the text that some of its messages quote."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.partition(':')[0].lower()} at character {error.pos + 1}"
     return "a key is given twice" if isinstance(error, _GivenTwice) else "it cannot be read"

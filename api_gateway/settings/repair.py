@@ -1,7 +1,7 @@
-"""Takes wrong values out of a configuration, so that the rules between settings can be applied to the rest of it.
+"""Replaces wrong values of a configuration, so that the rules between settings can be applied to the rest.
 
-A wrong value gives way to the default of its setting, or to a placeholder where there is none. What the rules say of
-such a setting means nothing.
+A wrong value is replaced by the default of its setting, or by a placeholder if there is no default. Findings of the
+rules about a replaced setting are meaningless; the caller must discard them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +12,14 @@ from pydantic_core import ErrorDetails
 
 from api_gateway.settings.diagnostics import KeyPath, is_section, path_of_error, type_at, unwrapped
 
-_ROUNDS = 12  # a section that is made up brings mistakes of its own, one level after the other
+_ROUNDS = 12  # an invented section causes further errors, one level at a time
 _PLACEHOLDERS = (1, "placeholder", "/api/placeholder-{}", "http://placeholder.invalid")
 
 
 def errors_of_repaired(
     values: Mapping[str, Any], model: type[BaseModel], errors: Sequence[ErrorDetails], check: Callable[[Any], Any]
 ) -> tuple[list[ErrorDetails], list[KeyPath]]:
-    """Return the errors about the whole that `check` raises for `values` without its wrong parts, and their places."""
+    """Return the errors about the whole that `check` raises once wrong parts are replaced, and the places of those."""
     values = _copied(values)
     wrong: list[KeyPath] = []
     for _ in range(_ROUNDS):
@@ -59,7 +59,7 @@ def _parent(values: Any, key_path: KeyPath) -> Any:
 def _repair(
     values: Any, model: type[BaseModel], key_path: KeyPath, wrong: list[KeyPath], *, is_unwanted: bool
 ) -> None:
-    """Replace a wrong part; remove it if it must not be there or is wrong again; then replace what is around it."""
+    """Replace a wrong part; remove it if it is not permitted or is wrong again; then replace what encloses it."""
     times = wrong.count(key_path)
     wrong.append(key_path)
     if times == 0 and not is_unwanted:
@@ -74,11 +74,11 @@ def _remove(values: Any, key_path: KeyPath) -> None:
     parent = _parent(values, key_path)
     if isinstance(parent, dict):
         parent.pop(key_path[-1], None)
-        parent.pop(f"{key_path[-1]}_file", None)  # a secret may have come from there
+        parent.pop(f"{key_path[-1]}_file", None)  # the secret may have been read from that file
 
 
 def _replace(values: Any, model: type[BaseModel], key_path: KeyPath, number: int) -> None:
-    """Put a default or a placeholder in the place of a wrong value."""
+    """Replace a wrong value by its default or a placeholder."""
     annotation, parent = type_at(model, key_path), _parent(values, key_path)
     section = unwrapped(type_at(model, key_path[:-1]))
     if is_section(section):
@@ -96,7 +96,7 @@ def _replace(values: Any, model: type[BaseModel], key_path: KeyPath, number: int
 
 
 def _placeholder(annotation: Any, number: int) -> Any:
-    """Return a value of this type, as good as there is one."""
+    """Return a valid value of this type, or None if no placeholder fits."""
     kind = unwrapped(annotation)
     if get_origin(kind) is list:
         return [_placeholder(get_args(kind)[0], number)]

@@ -1,7 +1,7 @@
-"""What of a route could never match a request, and what to write instead.
+"""Detects routes, hosts and cost rules that can never match a request, and suggests what to write instead.
 
-A request's path is compared percent-decoded, with dot segments and repeated slashes resolved, by whole segments; its
-host is compared in lower case, without port and trailing dot.
+The path of a request is compared percent-decoded, with dot segments and repeated slashes resolved, by whole segments;
+its host is compared in lower case, without port and trailing dot.
 """
 
 import re
@@ -22,12 +22,12 @@ _LONGEST_HOST = 253
 
 
 def path_problem(path: str) -> str | None:
-    """Return why no request has this path, and what to write instead; None if there are such requests."""
+    """Return why no request can have this path, and what to write instead; None if requests can have it."""
     found = _flaw(path)
     if found is None:
         return None
     problem, instead = found
-    while instead is not None and (again := _flaw(instead)) is not None:  # each is shorter than the one before
+    while instead is not None and (again := _flaw(instead)) is not None:  # each is shorter than the previous one
         instead = again[1]
     if instead is None:
         return problem
@@ -37,19 +37,19 @@ def path_problem(path: str) -> str | None:
 
 
 def _flaw(path: str) -> tuple[str, str | None] | None:
-    """Return why no request has this path, and a shorter one to write instead, which may have a flaw of its own."""
+    """Return why no request can have this path, and a shorter path to write instead, which may be wrong too."""
     segments = path.split("/")
     odd = next((number for number, one in enumerate(segments) if _is_odd(one)), None)
     if odd is not None:
         what = "a '*'" if "*" in segments[odd] else "a placeholder or pattern"
-        reason = f"{what} is taken literally and matches nothing, a path matches all below it"
+        reason = f"{what} is compared literally and matches nothing; a path also matches all paths below it"
         return reason, "/".join(segments[:odd]) or "/"
     if _ESCAPE.search(path):
         return "never matches, as paths are compared decoded", unquote(path)
     if matching_path(path) != path:
-        return "never matches, as dots and repeated slashes are resolved before", matching_path(path)
+        return "never matches, as dot segments and repeated slashes are resolved first", matching_path(path)
     if any(not character.isprintable() for character in path) or path != path.strip():
-        return "never matches, as it has spaces at an end, or control characters", None
+        return "never matches, as it begins or ends with a space, or contains control characters", None
     return None
 
 
@@ -58,7 +58,7 @@ def _is_odd(segment: str) -> bool:
 
 
 def host_problem(host: str) -> str | None:
-    """Return why no request has this host (in lower case), and what to write instead; None if there are such."""
+    """Return why no request can have this host (in lower case), and what to write; None if requests can have it."""
     name = re.sub(r"^[a-z][a-z0-9+.-]*://", "", host).partition("/")[0].rpartition("@")[2]
     bare = re.sub(r":\d*$", "", name) if name.startswith("[") or name.count(":") == 1 else name
     faults = {
@@ -68,8 +68,8 @@ def host_problem(host: str) -> str | None:
         ),
         f"must be a host alone, without scheme and path: write {bare!r}": name != host,
         f"ports are ignored when hosts are compared: write {bare!r}": bare != host,
-        f"an IPv6 address stands in brackets: write '[{host}]'": _is_ipv6(host),
-        f"requests name such a host in its ASCII form{_ascii_form(host)}": not host.isascii(),
+        f"an IPv6 address needs brackets: write '[{host}]'": _is_ipv6(host),
+        f"requests contain the ASCII form of such a host{_ascii_form(host)}": not host.isascii(),
         "must be a host name such as 'api.example.com', or an address": not _is_host(host),
     }
     return next((problem for problem, is_so in faults.items() if is_so), None)
@@ -96,7 +96,7 @@ def _ascii_form(host: str) -> str:
 
 
 def never_reached(routes: Sequence[RouteSection]) -> Iterator[tuple[int, int, str]]:
-    """Yield every route before which another takes all of its requests: its number, the other's, and a message."""
+    """Yield each route with the host, path and a method of an earlier one: its index, the other's, and a message."""
     before: dict[tuple[str | None, str], list[int]] = {}
     for index, route in enumerate(routes):
         for other in before.setdefault((route.host, route.path), []):
@@ -111,7 +111,7 @@ def never_reached(routes: Sequence[RouteSection]) -> Iterator[tuple[int, int, st
 
 
 def unused_cost_rules(costs: Sequence[CostSection]) -> Iterator[tuple[int, int]]:
-    """Yield the number of every rule that never counts, and of the rule before it that always does."""
+    """Yield the index of each rule that is never applied, and of the earlier rule that matches all its requests."""
     for number, rule in enumerate(costs):
         for other, earlier in enumerate(costs[:number]):
             takes_methods = earlier.methods is None or set(rule.methods or ["any"]) <= set(earlier.methods)

@@ -1,4 +1,4 @@
-"""The sections of routes: which requests match, what they cost, and their fallbacks."""
+"""Sections of routes: which requests match, their cost, and their fallbacks."""
 
 from typing import Annotated
 
@@ -18,7 +18,7 @@ from api_gateway.settings.setting_types import (
 
 
 class CostSection(Section):
-    """What some of a route's requests cost instead of the route's own cost."""
+    """A cost for some requests of a route, selected by method and path, instead of the route's own cost."""
 
     methods: Methods | None = None
     path: WholePath | None = None
@@ -27,7 +27,7 @@ class CostSection(Section):
 
 
 class FallbackSection(Section):
-    """What answers if the upstream cannot: another upstream, or `status` with `headers` and `body`."""
+    """The response if the upstream fails: from another upstream, or `status` with `headers` and `body`."""
 
     status: int | None = Field(default=None, ge=200, le=599)
     headers: dict[HeaderName, HeaderValue] = Field(default={})
@@ -39,9 +39,9 @@ class FallbackSection(Section):
         if (self.status is None) is (self.upstream is None):
             raise ValueError("must have either a status or an upstream")
         if self.upstream is not None and (self.headers or self.body):
-            raise ValueError("headers and body belong to a status; what an upstream answers has its own")
+            raise ValueError("headers and body need a status; the response of an upstream has its own")
         if self.body and self.status in BODILESS:
-            raise ValueError(f"an answer with status {self.status} has no body")
+            raise ValueError(f"a response with status {self.status} has no body")
         return self
 
 
@@ -50,7 +50,7 @@ def _host(host: str) -> str:
 
 
 class RouteSection(Section):
-    """Which requests go to which upstream, at what cost."""
+    """A rule that selects the upstream, cost and timeout of requests by path, host and method."""
 
     name: Identifier
     path: WholePath
@@ -59,9 +59,11 @@ class RouteSection(Section):
     methods: Methods | None = None
     host: Annotated[str, AfterValidator(_host)] | None = None
     cost: float = Field(default=1, ge=0, le=1_000_000_000)
-    candidate_cost: Cost | None = Field(default=None, description="Tried beside the cost, and charged to nobody.")
+    candidate_cost: Cost | None = Field(default=None, description="Evaluated beside the cost and only counted.")
     costs: list[CostSection] = Field(default=[])
-    timeout: Seconds | None = Field(default=None, description="For all of a request, instead of the upstream's total.")
+    timeout: Seconds | None = Field(
+        default=None, description="Of the whole exchange, instead of the upstream's timeouts.total."
+    )
     min_body_rate: float | None = Field(
         default=None, ge=0, le=1_000_000_000, description="Instead of the server's. 0: no limit."
     )

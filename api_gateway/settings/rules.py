@@ -1,4 +1,4 @@
-"""Rules between settings: references to what does not exist, contradictions, and what could never take effect."""
+"""Rules between settings: unknown references, contradictions, and settings that can have no effect."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from api_gateway.settings.store import StoreSection
 from api_gateway.settings.upstreams import UpstreamSection
 
 MAX_BUDGET = 2_000_000  # seconds; twice as many nanoseconds are exact in the store's arithmetic
-MAX_FILL = 10 * 365.25 * 86_400  # seconds a bucket may take to fill: all its times keep to 15 digits, and to 63 bits
+MAX_FILL = 10 * 365.25 * 86_400  # seconds for a bucket to fill: its times then fit into 15 digits, and into 63 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong at a place, or worth a warning. It holds only if the settings at `depends_on` are right."""
+    """A mistake at a place, or a reason for a warning; valid only if the settings at `depends_on` are valid."""
 
     path: KeyPath
     message: str
@@ -33,14 +33,14 @@ class Finding:
         return f"{self.shown_value or path_text(self.path)}: {self.message}"
 
     def concerns(self, wrong: KeyPath) -> bool:
-        """Tell whether it may only follow from a mistake at another place."""
+        """Return whether the finding may be only a consequence of a mistake at `wrong`."""
         if self.path[: len(wrong)] == wrong or wrong[: len(self.path)] == self.path:
             return True
         return any(other[: len(wrong)] == wrong for other in self.depends_on)
 
 
 class ConfigSections(Protocol):
-    """The sections that the rules look at."""
+    """The sections that the rules read."""
 
     @property
     def admin(self) -> AdminSection: ...  # noqa: D102 - see `GatewayConfig`
@@ -61,7 +61,7 @@ class ConfigSections(Protocol):
 
 
 def find_errors(config: ConfigSections) -> Iterator[Finding]:
-    """Yield every mistake that one setting alone does not show."""
+    """Yield every mistake that cannot be found in one setting alone."""
     yield from _store_findings(config)
     yield from _token_findings(config)
     yield from _tier_findings(config)
@@ -76,7 +76,7 @@ def find_errors(config: ConfigSections) -> Iterator[Finding]:
 
 
 def find_warnings(config: ConfigSections) -> Iterator[Finding]:
-    """Yield what is allowed and is probably not meant."""
+    """Yield settings that are valid and probably not intended."""
     for name, upstream in config.upstreams.items():
         key_path = ("upstreams", name)
         is_tls = any(target.url.startswith("https:") for target in upstream.targets)
@@ -91,13 +91,13 @@ def find_warnings(config: ConfigSections) -> Iterator[Finding]:
     for index, route in enumerate(config.routes):
         for number, other in unused_cost_rules(route.costs):
             rule: KeyPath = ("routes", str(index), "costs", str(number))
-            message = f"never counts: costs[{other}] before it covers all of its requests"
+            message = f"is never applied: costs[{other}] before it matches all of its requests"
             yield _of_route(route, rule, message)
 
 
 def _store_findings(config: ConfigSections) -> Iterator[Finding]:
     if config.store.clients == "store" and not config.store.is_shared:
-        message = "memory:// outlives no restart, so clients go into a file: sqlite or auto, got 'store'"
+        message = "memory:// does not survive a restart; keep clients in a file with sqlite or auto, got 'store'"
         yield Finding(("store", "clients"), message, depends_on=(("store", "url"), ("store", "url_file")))
     if not config.store.is_shared:
         return
@@ -109,8 +109,8 @@ def _store_findings(config: ConfigSections) -> Iterator[Finding]:
         if term.rate and term.capacity / term.rate > MAX_BUDGET:
             yield Finding(
                 key_path,
-                f"takes {term.capacity / term.rate:g} s to fill, and in a shared store a bucket may take"
-                f" {MAX_BUDGET} at most",
+                f"takes {term.capacity / term.rate:g} s to fill; in a shared store a bucket may take at most"
+                f" {MAX_BUDGET} s",
             )
 
 
@@ -141,7 +141,7 @@ def _tier_findings(config: ConfigSections) -> Iterator[Finding]:
             yield Finding(("clients", client_id, "tier"), message, depends_on=depends_on)
     unranked = [name for name, tier in config.tiers.items() if tier.priority is None]
     if unranked and len(unranked) < len(config.tiers):
-        message = "every tier needs one as soon as one has, got None"
+        message = "every tier needs a priority if one tier has one, got None"
         yield Finding(("tiers", unranked[0], "priority"), message, depends_on=(("tiers",),))
 
 
@@ -191,14 +191,14 @@ def _breaker_findings(upstream_path: KeyPath, upstream: UpstreamSection) -> Iter
     if breaker.window_calls is not None and breaker.window_calls < breaker.minimum_calls:
         yield finding(
             "window_calls",
-            f"must be at least minimum_calls ({breaker.minimum_calls}), or no rate is ever reached, got"
+            f"must be at least minimum_calls ({breaker.minimum_calls}), or no rate is ever computed, got"
             f" {breaker.window_calls}",
             "minimum_calls",
         )
 
 
 def _of_route(route: RouteSection, key_path: KeyPath, message: str, depends_on: tuple[KeyPath, ...] = ()) -> Finding:
-    """Return a finding that shows the name of the route behind its number."""
+    """Return a finding whose place shows the name of the route after its index."""
     _, number, *rest = key_path
     return Finding(key_path, message, f"routes[{number}] ({route.name}).{path_text(tuple(rest))}", depends_on)
 

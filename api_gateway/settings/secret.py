@@ -1,12 +1,12 @@
-"""Secrets: the type of a setting that is never shown, and the file that such a setting may be read from.
+"""Secrets: the type of a setting that is never shown, and the file that it may be read from.
 
-Every setting `x` of the type `Secret` gets a twin `x_file` in the same section:
+Every setting `x` of the type `Secret` is accompanied by `x_file` in the same section:
 
     token: Annotated[Secret, AfterValidator(long_enough)] | None = None
     token_file: SecretFile = None
 
-`read_secret_files` puts the content of the file in the place of `x` before the section is validated, so that all rules
-for `x` hold for the content too. The file is read whenever a configuration is loaded, at start and on reload.
+`read_secret_files` sets `x` to the content of the file before the section is validated, so that all rules for `x`
+apply to the content too. The file is read whenever a configuration is loaded, at start and on reload.
 """
 
 import os
@@ -29,15 +29,15 @@ _noted: ContextVar[set[Path] | None] = ContextVar("_noted", default=None)
 
 
 class SecretFileError(Exception):
-    """The file cannot be used; the message names the file and the cause, and nothing of the content."""
+    """The file cannot be used; the message names the file and the cause, and quotes none of the content."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """Takes the place of a secret that could not be read, until validation reports it as a mistake."""
+    """Placeholder for a value that could not be read, until validation reports it as a mistake."""
 
     cause: str
-    names_file: bool = False  # the cause says by itself where the secret would have been read from
+    names_file: bool = False  # the cause names the file already
 
 
 def _text(value: Any) -> Any:
@@ -52,13 +52,13 @@ Secret = Annotated[SecretStr, BeforeValidator(_text)]
 SecretFile = Annotated[
     Path | None,
     MAY_HOLD_PASSWORD,
-    Field(default=None, description="A file that holds the setting of the same name without _file, on one line."),
+    Field(default=None, description="A file that contains the setting of the same name without _file, on one line."),
 ]
 
 
 @contextmanager
 def noting_files(files: set[Path]) -> Iterator[None]:
-    """Add the files that secrets are read from in this block to `files`, also those that cannot be used."""
+    """Within this block, add every file that a secret is read from to `files`, including those that cannot be used."""
     token = _noted.set(files)
     try:
         yield
@@ -67,14 +67,14 @@ def noting_files(files: set[Path]) -> Iterator[None]:
 
 
 def shown_path(path: object) -> str:
-    """Return the path of a secret file for a message, unless it may be the secret itself, given by mistake."""
+    """Return the path of a secret file for a message; hide it if it may be the secret itself, set by mistake."""
     text = str(path)
     is_plain = "/" in text and not any(character in text for character in "@:%")
     return f"'{text}'" if is_plain else "a path that is not shown, as it may be a secret"
 
 
 def read_secret(path: Path) -> str:
-    """Return the one line that the file holds, without the end of the line. Blocks. Raises SecretFileError."""
+    """Return the only line of the file, without its line end. Blocks. Raises SecretFileError."""
     noted = _noted.get()
     if noted is not None:
         noted.add(path)
@@ -85,12 +85,12 @@ def read_secret(path: Path) -> str:
         with os.fdopen(descriptor, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
-                raise SecretFileError(f"is no regular file, got {shown}")
+                raise SecretFileError(f"is not a regular file, got {shown}")
             content = file.read(MAX_FILE_BYTES + 1)
     except IsADirectoryError:
         raise SecretFileError(f"is a folder, got {shown}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        cause = getattr(error, "strerror", None) or "it is no path"
+        cause = getattr(error, "strerror", None) or "it is not a path"
         raise SecretFileError(f"cannot be read: {cause.lower()}, got {shown}") from None
     if len(content) > MAX_FILE_BYTES:
         raise SecretFileError(f"is too large, a secret has at most {MAX_FILE_BYTES} bytes, got {shown}")
@@ -108,12 +108,12 @@ def _only_line(shown: str, content: bytes) -> str:
     if not text.strip():
         raise SecretFileError(f"is empty, got {shown}")
     if "\n" in text or "\0" in text:
-        raise SecretFileError(f"must hold one line of text, got {shown}")
+        raise SecretFileError(f"must contain one line of text, got {shown}")
     return text
 
 
 def read_secret_files(section: type[BaseModel], given: Any) -> Any:
-    """Return the values of a section with the content of secret files in the place of the secrets themselves."""
+    """Return the values of a section with secrets read from their files."""
     if not isinstance(given, Mapping):
         return given
     read = dict(given)
@@ -133,18 +133,18 @@ def read_secret_files(section: type[BaseModel], given: Any) -> Any:
 
 
 def secret_names(section: type[BaseModel]) -> list[str]:
-    """Return the settings of a section that can be read from a file."""
+    """Return the names of the settings of a section that can be read from a file."""
     fields = section.model_fields
     return [name for name, field in fields.items() if name + SUFFIX in fields and holds_secret(field.annotation)]
 
 
 def holds_secret(annotation: Any) -> bool:
-    """Tell whether a value of this type is a secret, or has one somewhere inside."""
+    """Return whether a value of this type is or contains a secret."""
     return _contains(annotation, lambda one: isinstance(one, type) and issubclass(one, SecretStr))
 
 
 def may_hold_password(annotation: Any) -> bool:
-    """Tell whether a mistake in a value of this type may show a password, as in a URL."""
+    """Return whether a wrong value of this type may contain a password, as a URL does."""
     return _contains(annotation, lambda one: isinstance(one, str) and one == MAY_HOLD_PASSWORD)
 
 
@@ -160,7 +160,7 @@ def _contains(annotation: Any, is_found: Callable[[Any], bool]) -> bool:
 
 
 def revealed(value: Any, shown: Any) -> Any:
-    """Return `shown`, a configuration as JSON holds it, with the secrets of `value`, the same as Python holds it."""
+    """Return `shown`, a configuration in JSON's types, with the secrets of `value`, the same in Python's types."""
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The sections of the server itself: where it listens, what it accepts, and what it writes."""
+"""Sections of the server: listeners, limits, timeouts, metrics and logs."""
 
 from typing import Annotated, Literal
 
@@ -8,13 +8,13 @@ from api_gateway.settings.setting_types import FileMode, Host, Seconds, Section,
 
 
 class ServerSection(Section):
-    """Where the gateway listens, and what it accepts there."""
+    """The listener for clients, its limits and timeouts, and how the process starts and stops."""
 
     host: Host = Field(
-        default="127.0.0.1", description="An address, a name, `::` for every address of both kinds, or unix:/path."
+        default="127.0.0.1", description="An address, a name, `::` for every IPv4 and IPv6 address, or unix:/path."
     )
-    port: int = Field(default=8000, ge=0, le=65_535, description="0 takes any free port.")
-    socket_mode: FileMode = Field(default=0o660, description="Permissions of the file of a Unix socket.")
+    port: int = Field(default=8000, ge=0, le=65_535, description="0: any free port.")
+    socket_mode: FileMode = Field(default=0o660, description="File permissions of a Unix socket.")
     workers: int = Field(default=1, ge=1)
     max_body_bytes: int = Field(default=104_857_600, ge=0)
     max_header_bytes: int = Field(default=65_536, ge=1024)
@@ -23,31 +23,33 @@ class ServerSection(Section):
         default=None,
         ge=2,
         le=10_000_000,
-        description="Of all clients; each worker counts its own. None: as many as the descriptor limit has room for.",
+        description="Of all clients, per worker. None: as many as the limit of open files permits.",
     )
-    max_connections_per_peer: int = Field(default=0, ge=0, description="0 is no limit. Each worker counts its own.")
+    max_connections_per_peer: int = Field(default=0, ge=0, description="Per worker. 0: no limit.")
     header_timeout: Seconds = 10
-    idle_timeout: Seconds = Field(default=60, description="How long a client may stall within a body or an answer.")
+    idle_timeout: Seconds = Field(
+        default=60, description="How long a client may stall within a request body or a response."
+    )
     min_body_rate: float = Field(
         default=240,
         ge=0,
         le=1_000_000_000,
-        description="Bytes a second of a request's body while it is awaited. 0: no such limit.",
+        description="Bytes per second of a request body while the gateway waits for it. 0: no limit.",
     )
-    min_body_rate_grace: Seconds = Field(default=10, description="What a body may be behind at its start.")
+    min_body_rate_grace: Seconds = Field(default=10, description="Seconds by which a body may be late at its start.")
     keep_alive_timeout: Seconds = 75
     drain_delay: float = Field(
         default=0,
         ge=0,
         le=3600,
-        description="How long a gateway that was told to stop still accepts, not ready any more, before it drains.",
+        description="How long a stopping gateway still accepts connections, while not ready, before it drains.",
     )
     drain_timeout: Seconds = 30
     worker_timeout: float = Field(
         default=30,
         ge=2,
         le=86_400,
-        description="How long the event loop may be blocked before the process is ended; a worker is replaced.",
+        description="How long the event loop may be blocked before the process is ended; a worker is then replaced.",
     )
     max_event_loop_lag: Seconds | None = Field(
         default=0.25, description="How late the event loop may run before requests are shed by tier. None: never."
@@ -56,13 +58,13 @@ class ServerSection(Section):
 
 
 class MetricsSection(Section):
-    """Which latency percentiles are shown."""
+    """The latency percentiles in views."""
 
     percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = Field(default=[50, 90, 95, 99], min_length=1)
 
 
 class LogSection(Section):
-    """What is written to standard output."""
+    """What is logged: messages from `level` up, and the access log."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     access: bool = Field(default=True, description="One JSON line for each proxied request.")

@@ -1,4 +1,4 @@
-"""The types of single settings: what each accepts, and the message if it does not."""
+"""Types of single settings: the values that each accepts, and the messages for other values."""
 
 import re
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -24,7 +24,7 @@ PREFIX = r"^[A-Za-z0-9_.:-]{1,64}$"
 OWN_HEADER = r"^[A-Za-z0-9-]{1,64}$"
 HASH_ON = r"^(client|header:[A-Za-z0-9-]{1,64})$"
 CLIENT_ID = r"^[\x21-\x7e]{1,128}$"
-# What a text must be like to match each of them.
+# Descriptions of the texts that match each pattern, for messages.
 PATTERNS = {
     _NAME: "must be 1 to 64 letters, digits, '_', '.' and '-', and begin with a letter or a digit",
     METHOD: "must be a method such as GET",
@@ -38,7 +38,7 @@ PATTERNS = {
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, an unknown key is a mistake, and secrets may be read from files."""
+    """Base of all sections: frozen, unknown keys are errors, and secrets may be read from files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -62,11 +62,13 @@ def _network(value: Any) -> Any:
     if isinstance(value, IPv4Network | IPv6Network):
         return value
     try:
-        network = ip_network(value if isinstance(value, str) else "", strict=False)  # a number would be an address
+        network = ip_network(
+            value if isinstance(value, str) else "", strict=False
+        )  # a number would be taken as an address
     except ValueError:
         raise ValueError("must be an address or a network such as 10.0.0.0/8") from None
     if str(network.network_address) != str(ip_address(value.partition("/")[0])):
-        raise ValueError(f"has bits set behind its prefix: write {network}, or the address alone")
+        raise ValueError(f"has bits set after its prefix: write {network}, or the address alone")
     return network
 
 
@@ -76,23 +78,25 @@ def _trusted_proxy(value: Any) -> Any:
 
 def _whole_path(path: str) -> str:
     if not path.startswith("/") or "?" in path or "#" in path:
-        raise ValueError("must start with '/' and hold neither '?' nor '#'")
+        raise ValueError("must start with '/' and contain neither '?' nor '#'")
     return path.rstrip("/") or "/"
 
 
 def _origin_url(url: str) -> str:
-    """Check the URL of a target. A message quotes nothing of it: any part may be a piece of a password."""
+    """Check the URL of a target. Messages quote none of it: any part may belong to a password."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme.lower() not in ("http", "https") or rest[:1] in ("", "/", ":"):
         raise ValueError("must be http://host[:port] or https://host[:port]")
     if "@" in rest:
-        raise ValueError("must hold no user name and no password")
+        raise ValueError("must not contain a user name or password")
     origin, slash, path = rest.partition("/")
     if path or "?" in rest or "#" in rest:
-        raise ValueError("must hold only scheme, host and port; a route's path and strip_prefix shape the path")
+        raise ValueError(
+            "must contain only scheme, host and port; set the path with the route's path and strip_prefix"
+        )
     found = _AUTHORITY.fullmatch(origin)
     if found is None or not _is_ipv6(found["ipv6"]):
-        raise ValueError("must hold a host name or an address, an IPv6 address in brackets, and a port if any")
+        raise ValueError("must contain a host name or an address (IPv6 in brackets), and optionally a port")
     port = found["port"]
     if port is not None and not (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT):
         raise ValueError(f"port must be 1 to {MAX_PORT}")
@@ -107,14 +111,14 @@ def _is_ipv6(address: str | None) -> bool:
 
 
 def _status_range(given: Any) -> Any:
-    """Spell a number, or a range of two, as `200-399`."""
+    """Normalise a status, or a range of statuses, to the form `200-399`."""
     spelt = "" if isinstance(given, bool | float) else str(given)
     low, dash, high = spelt.partition("-")
     high = high if dash else low
     if not (low.isdecimal() and high.isdecimal()):
         raise ValueError("must be a status such as 204, or a range such as 200-399")
     if not 100 <= int(low) <= int(high) <= 599:  # noqa: PLR2004 - the statuses there are
-        raise ValueError("must lie within 100 to 599, the lower one first")
+        raise ValueError("must be within 100 to 599, the lower one first")
     return f"{int(low)}-{int(high)}"
 
 

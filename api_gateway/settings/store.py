@@ -1,4 +1,4 @@
-"""The section of the store that holds buckets and registered clients."""
+"""Section of the store of buckets and registered clients."""
 
 from typing import Annotated, Literal
 
@@ -16,33 +16,37 @@ def _store_url(url: SecretStr) -> SecretStr:
 
 
 class StoreSection(Section):
-    """Where buckets are kept. All but the first and the last speak of shared stores.
+    """Where buckets and registered clients are kept. `on_failure`, `timeout` and `prefix` are for shared stores only.
 
-    Several workers with `memory://` share an embedded store that the gateway starts for them.
+    Several workers with `memory://` share an embedded store that the supervisor starts.
     """
 
     url: Annotated[Secret, AfterValidator(_store_url)] = SecretStr(MEMORY)
     url_file: SecretFile = None
     on_failure: Literal["local_share", "deny", "allow"] = "local_share"
-    decision_timeout: Seconds = Field(default=0.02, description="How long a request waits for the store.")
-    timeout: Seconds = Field(default=1, description="For everything else that is asked of the store.")
+    decision_timeout: Seconds = Field(default=0.02, description="The longest time that a request waits for the store.")
+    timeout: Seconds = Field(default=1, description="For all other operations of the store.")
     min_gateway_processes: int = Field(
-        default=1, ge=1, description="How many gateway processes there are at least, on all machines."
+        default=1,
+        ge=1,
+        description="The minimum number of gateway processes on all machines; sets each one's local share.",
     )
-    prefix: str = Field(default="gateway", pattern=PREFIX, description="Begins every key.")
+    prefix: str = Field(default="gateway", pattern=PREFIX, description="The beginning of every key.")
     max_buckets: int = Field(default=1_000_000, ge=1)
     clients: Literal["auto", "sqlite", "store"] = Field(
         default="auto",
-        description="Where registered clients are kept: a file in state_dir, or the store. auto: in a shared store.",
+        description="Where registered clients are kept: in state_dir, or in the store. auto: in a shared store.",
     )
-    max_cached_clients: int = Field(default=100_000, ge=1, description="Registered clients held in memory.")
+    max_cached_clients: int = Field(
+        default=100_000, ge=1, description="Registered clients kept in memory; others are looked up."
+    )
 
     @property
     def keeps_clients(self) -> bool:
-        """True when registered clients are kept in the store itself, not in a file in `state_dir`."""
+        """True if registered clients are kept in the store, false if in a file in `state_dir`."""
         return self.is_shared if self.clients == "auto" else self.clients == "store"
 
     @property
     def is_shared(self) -> bool:
-        """True if buckets are kept elsewhere than in this process."""
+        """True if buckets are kept outside this process."""
         return self.url.get_secret_value() != MEMORY

@@ -1,7 +1,7 @@
-"""The URL of a shared store, taken apart.
+"""Parses the URL of a shared store.
 
-A URL may hold a password, and where a mistake is in it, any part may be a piece of the password. So a message says
-what is wrong and what is expected, and quotes nothing.
+A URL may contain a password, and in a wrong URL any part may belong to it. So messages say what is wrong and what is
+expected, and quote nothing.
 """
 
 import re
@@ -26,12 +26,12 @@ _RESERVED = "in a user name or password, write : / ? # @ % as %3A %2F %3F %23 %4
 
 @dataclass(frozen=True, slots=True)
 class StoreUrl:
-    """Where a store is, read from its URL.
+    """The location of a store and the options to connect to it.
 
     `redis://[user:password@]host[:port][/db]`, `rediss://` for TLS, `unix:///path[?db=0]`; with `+sentinel` the hosts
-    are sentinels and the path names the master (`/master[/db]`), with `+cluster` they are any nodes of the cluster.
-    Several hosts are parted by commas. For TLS, `?ca_file=` names the authorities to trust instead of the system's,
-    and `&cert_file=` with its `&key_file=` what is shown to a server that asks for one: PEM files.
+    are sentinels and the path names the master (`/master[/db]`), with `+cluster` they are nodes of the cluster.
+    Several hosts are separated by commas. For TLS, `?ca_file=` names the trusted authorities instead of the system's,
+    and `&cert_file=` with `&key_file=` the client certificate: PEM files.
     """
 
     kind: Kind
@@ -42,27 +42,27 @@ class StoreUrl:
 
     @classmethod
     def parse(cls, url: str) -> "StoreUrl":
-        """Read a URL. Raises ValueError that says what is wrong with it, and quotes nothing of it."""
+        """Parse a URL. Raises ValueError, whose message quotes none of it."""
         parts = _split(url)
         options = _options(parts.query, is_tls=parts.scheme.startswith("rediss")) | _credentials(parts.netloc)
         if "ssl_keyfile" in options and "ssl_certfile" not in options:
             raise ValueError("names a key_file without the cert_file that it belongs to")
         if parts.scheme == "unix":
             if not parts.path or parts.netloc.rpartition("@")[2]:
-                raise ValueError("must name a socket by its whole path, as in unix:///run/store.sock")
+                raise ValueError("must contain the absolute path of a socket, as in unix:///run/store.sock")
             return cls("single", (), unquote(parts.path), None, options)
         kind = _KINDS[parts.scheme.partition("+")[2]]
         hosts = _hosts(parts.netloc, _PORTS[kind])
         if kind == "single" and len(hosts) > 1:
-            raise ValueError("names several hosts, which takes +sentinel or +cluster in its scheme")
+            raise ValueError("names several hosts, which requires +sentinel or +cluster in its scheme")
         path = [unquote(piece) for piece in parts.path.split("/") if piece]
         master = path.pop(0) if kind == "sentinel" and path else None
         if kind == "sentinel" and master is None:
             raise ValueError("must name the master, as in redis+sentinel://host:26379/mymaster")
         if path:
-            options["db"] = _number(path.pop(0), "the database behind the host")
+            options["db"] = _number(path.pop(0), "the database after the host")
         if path or (kind == "cluster" and options.get("db")):
-            raise ValueError("must end behind the database's number, and a cluster has only database 0")
+            raise ValueError("must end after the number of the database, and a cluster has only database 0")
         return cls(kind, hosts, None, master, options)
 
 
@@ -79,7 +79,7 @@ def _split(url: str) -> SplitResult:
     if parts is None:
         raise ValueError(f"is no valid URL; {_RESERVED}")
     if "#" in url or "@" in parts.path + parts.query:
-        raise ValueError(f"has '#', or '@' behind the host; {_RESERVED}")
+        raise ValueError(f"has '#', or '@' after the host; {_RESERVED}")
     return parts
 
 
@@ -94,7 +94,7 @@ def _options(query: str, *, is_tls: bool) -> dict[str, Any]:
             options[_TLS_FILES[name]] = value
         else:
             raise ValueError(
-                f"has an unknown parameter behind '?'; known are db, and with TLS {', '.join(_TLS_FILES)}; {_RESERVED}"
+                f"has an unknown parameter after '?'; known are db, and with TLS {', '.join(_TLS_FILES)}; {_RESERVED}"
             )
     return options | ({"ssl": True} if is_tls else {})
 
@@ -102,7 +102,7 @@ def _options(query: str, *, is_tls: bool) -> dict[str, Any]:
 def _credentials(netloc: str) -> dict[str, str]:
     given, at, _ = netloc.rpartition("@")
     if _LOOSE_PERCENT.search(given):
-        raise ValueError(f"has a '%' that no two hexadecimal digits follow; {_RESERVED}")
+        raise ValueError(f"has a '%' that is not followed by two hexadecimal digits; {_RESERVED}")
     user, _, password = given.partition(":")
     named = {"username": unquote(user), "password": unquote(password)} if at else {}
     return {name: value for name, value in named.items() if value}
@@ -120,7 +120,7 @@ def _host(place: str, default_port: int) -> tuple[str, int]:
         raise ValueError(f"must name hosts by name or address, an IPv6 address in brackets; {_RESERVED}")
     port = found["port"] or str(default_port)
     if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT):
-        raise ValueError(f"has a port that is no number from 1 to {MAX_PORT}; {_RESERVED}")
+        raise ValueError(f"has a port that is not a number from 1 to {MAX_PORT}; {_RESERVED}")
     return (found["ipv6"] or found["name"]).lower(), int(port)
 
 

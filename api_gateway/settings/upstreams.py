@@ -1,4 +1,4 @@
-"""The sections of upstreams: targets, timeouts, pools, health checks, circuit breakers, retries and limits."""
+"""Sections of upstreams: targets, timeouts, pools, health checks, circuit breakers, retries and limits."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from api_gateway.settings.setting_types import (
     WholePath,
 )
 
-LONGEST_RECOVERY = 300  # seconds a breaker stays open at most, unless it is told otherwise
+LONGEST_RECOVERY = 300  # seconds: the default of the longest time that a breaker stays open
 
 
 class TargetSection(Section):
@@ -27,9 +27,9 @@ class TargetSection(Section):
 
 
 class TimeoutsSection(Section):
-    """Seconds: to connect, until the answer's head, between pieces of a body, and for all of it (null: no limit).
+    """Timeouts in seconds: to connect, until the response's head, between parts of a body, for the whole exchange.
 
-    `tunnel` is how long a WebSocket may be silent both ways.
+    `total` None: no limit. `tunnel` is how long a tunnel may be without a byte in either direction.
     """
 
     connect: Seconds = 2
@@ -40,7 +40,7 @@ class TimeoutsSection(Section):
 
 
 class PoolSection(Section):
-    """Connections to each target: those of requests, and beside them those of WebSockets and event streams."""
+    """Limits of the connections to each target; tunnels are counted separately from requests."""
 
     max_connections: int = Field(default=512, ge=1)
     max_tunnels: int = Field(default=4096, ge=1, description="WebSockets and event streams at once.")
@@ -48,7 +48,7 @@ class PoolSection(Section):
 
 
 class HealthCheckSection(Section):
-    """Active checks of every target. A status that is one of `statuses` is a good result."""
+    """Health checks of every target, with times in seconds. A check succeeds if its status is in `statuses`."""
 
     path: WholePath = "/health"
     interval: Seconds = 5
@@ -59,10 +59,10 @@ class HealthCheckSection(Section):
 
 
 class CircuitBreakerSection(Section):
-    """When the upstream's breaker opens and how it recovers; durations in seconds.
+    """When the upstream's circuit breaker opens and how it recovers; durations in seconds, see `BreakerPolicy`.
 
-    `slow_call_duration` and `slow_call_rate` come together. `window_calls` counts the last so many calls instead of
-    those of `window`. `jitter` is the share of its open time by which a breaker may stay open longer.
+    `slow_call_duration` and `slow_call_rate` must be set together. `window_calls` selects a window of that many calls
+    instead of `window` seconds. `jitter` is the share of the open time by which a breaker may stay open longer.
     """
 
     failure_threshold: int = Field(default=5, ge=1)
@@ -76,14 +76,20 @@ class CircuitBreakerSection(Section):
     max_recovery_timeout: Seconds = LONGEST_RECOVERY
     jitter: float = Field(default=0.1, ge=0, le=1)
     half_open_max_calls: int = Field(default=1, ge=1)
-    ramp: float = Field(default=10, ge=0, le=3600, description="Seconds until all traffic is back; 0 is at once.")
-    per_target: bool = Field(default=True, description="A breaker of each target beside the upstream's own.")
-    max_ejected_ratio: float = Field(default=0.5, ge=0, le=1, description="Share of the targets, rounded down.")
+    ramp: float = Field(
+        default=10, ge=0, le=3600, description="Seconds until all traffic is admitted again; 0: at once."
+    )
+    per_target: bool = Field(
+        default=True, description="Outlier detection: a breaker for each target beside the upstream's."
+    )
+    max_ejected_ratio: float = Field(
+        default=0.5, ge=0, le=1, description="The largest share of ejected targets, rounded down."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _reach(cls, given: Any) -> Any:
-        """Let the longest recovery be no shorter than the first, unless both are given."""
+        """Raise the default of `max_recovery_timeout` to `recovery_timeout` if only the latter is set."""
         first = given.get("recovery_timeout") if isinstance(given, Mapping) else None
         if isinstance(first, int | float) and first > LONGEST_RECOVERY and "max_recovery_timeout" not in given:
             return {**given, "max_recovery_timeout": first}
@@ -91,30 +97,32 @@ class CircuitBreakerSection(Section):
 
 
 class BackoffSection(Section):
-    """Seconds of the longest pause before the second try, doubled with each one after it, and its bound."""
+    """Backoff in seconds: the longest delay before the first retry, doubled for each further one, up to `cap`."""
 
     base: float = Field(default=0.025, ge=0, le=60)
     cap: float = Field(default=0.25, ge=0, le=60)
 
 
 class RetrySection(Section):
-    """Tries per request in all, retries as a share of live requests (0: none), and what is tried again."""
+    """Attempts per request, the retry budget as a share of live requests (0: no retries), and what is retried."""
 
     attempts: int = Field(default=2, ge=1, le=10)
     budget: float = Field(default=0.2, ge=0, le=1)
     min_retries_per_second: float = Field(
-        default=1, ge=0, le=1000, description="Retries that are allowed in addition to the budget."
+        default=1, ge=0, le=1000, description="Retries that are permitted in addition to the budget."
     )
     backoff: BackoffSection = BackoffSection()
     max_retry_after: float = Field(
-        default=1, ge=0, le=60, description="An upstream that asks for a longer wait is not asked again."
+        default=1, ge=0, le=60, description="Seconds. If the upstream's Retry-After is longer, there is no retry."
     )
     statuses: list[RetriedStatus] = Field(default=[502, 503, 504])
-    max_body_bytes: int = Field(default=65_536, ge=0, le=16_777_216, description="Kept of a body, to send it again.")
+    max_body_bytes: int = Field(
+        default=65_536, ge=0, le=16_777_216, description="The longest request body that is kept for a retry."
+    )
 
 
 class AdaptiveSection(Section):
-    """A limit found from the upstream's latency, which is held near `tolerance` times what it is without a queue."""
+    """An adaptive limit: it keeps the latency near `tolerance` times the latency without a queue."""
 
     min_limit: int = Field(default=10, ge=1, le=1_000_000)
     max_limit: int = Field(default=1000, ge=1, le=1_000_000)
@@ -122,14 +130,14 @@ class AdaptiveSection(Section):
 
 
 class ConcurrencySection(Section):
-    """What each gateway process may have under way at the upstream at once: a fixed limit, or one that adapts."""
+    """The maximum of requests in flight at the upstream, for each process: a fixed limit, or an adaptive one."""
 
     limit: int | None = Field(default=None, ge=1, le=1_000_000)
     adaptive: AdaptiveSection | None = None
 
 
 class TlsSection(Section):
-    """PEM files for https targets: whom to trust instead of the system's store, and what to show of ourselves."""
+    """PEM files for https targets: the trusted authorities instead of the system's, and the client certificate."""
 
     ca_file: Path | None = None
     cert_file: Path | None = None
@@ -137,20 +145,23 @@ class TlsSection(Section):
 
 
 class UpstreamSection(Section):
-    """A service behind the gateway. `http2` speaks HTTP/2 to https targets that offer it (needs the package h2)."""
+    """An upstream. `http2` uses HTTP/2 with https targets that offer it, and requires the package h2."""
 
     targets: list[TargetSection] = Field(min_length=1)
     dns_refresh_interval: float | None = Field(
-        default=None, ge=1, le=86_400, description="Seconds after which the names of targets are resolved anew."
+        default=None, ge=1, le=86_400, description="Seconds between resolutions of the targets' names."
     )
     balance: Literal["round_robin", "least_requests", "hash"] = "round_robin"
     hash_on: str = Field(
         default="client",
         pattern=HASH_ON,
-        description="What `balance: hash` goes by: client, or header:X-Name.",
+        description="The key of `balance: hash`: client, or header:X-Name.",
     )
     slow_start: float = Field(
-        default=10, ge=0, le=86_400, description="Seconds over which a target that returns gets its full share."
+        default=10,
+        ge=0,
+        le=86_400,
+        description="Seconds until a target that returned to service has its full share; 0: at once.",
     )
     timeouts: TimeoutsSection = TimeoutsSection()
     pool: PoolSection = PoolSection()

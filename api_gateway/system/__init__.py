@@ -1,4 +1,1 @@
-"""What the gateway asks of the operating system: clocks, descriptors, memory, sockets, signals, streams, files.
-
-Knows nothing of HTTP.
-"""
+"""Access to the operating system: clocks, descriptors, memory, sockets, signals, output, files. No HTTP here."""

@@ -1,4 +1,4 @@
-"""The clocks that a gateway decides by, as one value that a test can replace."""
+"""The clocks of a gateway, as one value that a test can replace."""
 
 import time
 from collections.abc import Callable
@@ -9,22 +9,22 @@ from api_gateway.models import Clock
 
 
 class Moment(NamedTuple):
-    """One moment on both clocks, in seconds."""
+    """One moment on the monotonic and on the wall clock, in seconds."""
 
     monotonic: float
     wall: float  # since the epoch
 
     def wall_of(self, at: float) -> float:
-        """Return the time of day, in seconds since the epoch, of a moment on the monotonic clock."""
+        """Convert a monotonic time to seconds since the epoch."""
         return self.wall - (self.monotonic - at)
 
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """The monotonic clock, in seconds and in integer nanoseconds, and the time of day in seconds since the epoch.
+    """The monotonic clock, in seconds and in integer nanoseconds, and the wall clock in seconds since the epoch.
 
-    Limiter, breakers, health checks, metrics and operator endpoints read these. Timeouts of connections are timers of
-    the event loop, which has a clock of its own.
+    Limiter, breakers, health checks, metrics and operator endpoints read these. Connection timeouts are timers of the
+    event loop, which has its own clock.
     """
 
     monotonic: Clock
@@ -32,7 +32,7 @@ class Clocks:
     wall: Clock
 
     def now(self) -> Moment:
-        """Return the present moment."""
+        """Return the present time on both clocks."""
         return Moment(self.monotonic(), self.wall())
 
 

@@ -1,4 +1,4 @@
-"""The limit of descriptors that this process may have open, raised at start."""
+"""Raises the limit of open files of this process."""
 
 import logging
 import sys
@@ -10,13 +10,13 @@ try:
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
-MAX_DESCRIPTORS = 1_048_576  # the kernel's default for what one process may have
+MAX_DESCRIPTORS = 1_048_576  # the kernel's default maximum for one process (fs.nr_open)
 
 
 def raise_descriptor_limit(maximum: int = MAX_DESCRIPTORS) -> int:
-    """Raise the soft limit of open files to the hard one, or to `maximum` if that is less; return what it is then.
+    """Raise the soft limit of open files to the hard limit, or to `most` if that is lower; return the resulting limit.
 
-    Child processes inherit it.
+    Child processes inherit it. `sys.maxsize` stands for no limit.
     """
     if resource is None:
         return sys.maxsize

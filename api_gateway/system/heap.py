@@ -1,8 +1,8 @@
 """Returns freed memory to the operating system.
 
-glibc's malloc gives back only the top of its heap. What the bodies of slow clients took further down stays with the
-process until `malloc_trim` is called, which needs up to some 20 ms for a heap of 200 MB: it is called in a thread, and
-only for a good deal of memory that has stayed free for a while. Other C libraries return memory by themselves.
+glibc's malloc returns only the top of its heap. Memory below it, such as that of request bodies of slow clients, stays
+allocated until `malloc_trim` is called, which takes up to about 20 ms for a heap of 200 MB. So it is called in a
+thread, and only if much memory has been free for a while. Other C libraries return memory on their own.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-TRIM_INTERVAL = 5.0  # seconds between two looks
-MIN_FREE_BYTES = 8 * 1024 * 1024  # bytes free at two looks in a row, above which the heap is trimmed
+TRIM_INTERVAL = 5.0  # seconds between checks
+MIN_FREE_BYTES = 8 * 1024 * 1024  # bytes that must be free at two consecutive checks
 
 
 class _MallInfo2(ctypes.Structure):
@@ -30,7 +30,7 @@ class _MallInfo2(ctypes.Structure):
 
 
 class Heap:
-    """The heap of the C library. Raises OSError if it cannot be asked (glibc before 2.33, other C libraries)."""
+    """The heap of the C library. Raises OSError for glibc before 2.33 and other C libraries."""
 
     def __init__(self) -> None:
         library = ctypes.CDLL(None)
@@ -42,7 +42,7 @@ class Heap:
         self._trim.argtypes = [ctypes.c_size_t]
 
     def free(self) -> int:
-        """Return the bytes that malloc holds and nobody uses."""
+        """Return the bytes that malloc holds and that are not in use."""
         return int(self._info().fordblks)
 
     def trim(self) -> None:
@@ -51,7 +51,7 @@ class Heap:
 
 
 def keep_trimmed(stopped: threading.Event, every: float = TRIM_INTERVAL, worth: int = MIN_FREE_BYTES) -> None:
-    """Trim the heap whenever at least `worth` bytes were free at two looks in a row, `every` seconds apart.
+    """Trim the heap whenever at least `worth` bytes were free at two consecutive checks, `every` seconds apart.
 
     Blocks until `stopped` is set.
     """
@@ -71,7 +71,7 @@ def keep_trimmed(stopped: threading.Event, every: float = TRIM_INTERVAL, worth: 
 
 @contextmanager
 def trimmed() -> Iterator[None]:
-    """Keep the heap trimmed, in a thread of its own."""
+    """Run `keep_trimmed` in a thread within this block."""
     stopped = threading.Event()
     thread = threading.Thread(target=keep_trimmed, args=(stopped,), name="heap", daemon=True)
     thread.start()

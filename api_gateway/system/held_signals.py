@@ -1,8 +1,7 @@
-"""Signals during the start, which takes seconds, most of them for imports: this module imports next to nothing.
+"""Signals during the start, which takes seconds, mostly for imports; so this module has almost no imports.
 
-Those that ask for a reload or a restart are held back by the kernel while nothing in this process can act on them, as
-their default action ends a process; they are delivered as soon as their handler is there, and dropped at the end of
-the process. Those that ask for its end are obeyed at once, without a traceback.
+Signals for a reload or a restart are blocked until their handlers are installed, because their default action ends the
+process. Then they are delivered. Stop signals end the process at once, without a traceback.
 """
 
 import os
@@ -15,13 +14,13 @@ BLOCKED_SIGNALS = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 
 
 def block_signals() -> None:
-    """Hold them from now on. To be called in the main thread, before any other thread starts."""
+    """Block SIGHUP, SIGUSR1 and SIGUSR2. To be called in the main thread, before any other thread starts."""
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
 
 
 @contextmanager
 def unblocked_signals() -> Iterator[None]:
-    """Deliver them in this block, whose signal handlers are installed, and restore what was there before."""
+    """Unblock them within this block, which has installed handlers; then restore the previous mask."""
     before = signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
     try:
         yield
@@ -30,15 +29,15 @@ def unblocked_signals() -> Iterator[None]:
 
 
 def end_quietly() -> None:
-    """End at SIGINT or SIGTERM from now on, until the server has handlers of its own: nothing is served yet.
+    """Exit at SIGINT or SIGTERM until the server installs its own handlers: nothing is served yet.
 
-    The kernel would not end the first process of a container, which has no default actions.
+    Needed for the first process of a container, for which the kernel performs no default actions.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell starts what runs in the background
+        if signal.getsignal(number) is not signal.SIG_IGN:  # SIG_IGN: set by a shell for background jobs
             signal.signal(number, _end)
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    """End with the exit code that shells use. An exception would be lost where imports or finalisers catch it."""
+    """Exit with the code that shells use. An exception could be caught by imports or finalisers."""
     os._exit(128 + number)

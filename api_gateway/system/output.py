@@ -1,8 +1,8 @@
-"""Standard output and standard error, written by threads of their own: no reader and no disk blocks the event loop.
+"""Standard output and standard error, written by threads, so that no reader and no disk blocks the event loop.
 
-A line is queued in memory and written within `BATCH_DELAY` seconds. When the queue is full, or writing fails, lines
-are dropped and counted; a warning says how many, at most once a minute. A blocked reader cannot keep the process from
-ending: `flush` waits for a bounded time.
+A line is queued in memory and written after `BATCH_DELAY` seconds. If the queue is full, or writing fails, lines are
+dropped and counted; a warning reports the number, at most once a minute. A blocked reader cannot keep the process from
+ending, because `flush` has a timeout.
 """
 
 import atexit
@@ -21,23 +21,25 @@ from functools import cache
 
 logger = logging.getLogger(__name__)
 
-BATCH_DELAY = 0.05  # seconds a line waits for others to be written together with it
+BATCH_DELAY = 0.05  # seconds that a line waits, so that several are written together
 MAX_BYTES = 8 * 1024 * 1024  # in one queue
 MAX_ENTRIES = 50_000  # in one queue
 LOSS_REPORT_DELAY, LOSS_REPORT_INTERVAL = (
     1.0,
     60.0,
-)  # seconds from the first lost line to a warning, and between two warnings
-EXIT_FLUSH_TIMEOUT = 2.0  # seconds for what is queued to be written before the process ends
-_ATOMIC = 4096  # bytes (PIPE_BUF on Linux) that a pipe takes without mixing them with what other processes write
-_BATCH = 256 * 1024  # bytes of one write to anything else
+)  # seconds from the first lost line to a warning, and between warnings
+EXIT_FLUSH_TIMEOUT = 2.0  # seconds to write the queue before the process ends
+_ATOMIC = (
+    4096  # bytes (PIPE_BUF on Linux) that are written to a pipe without mixing with the output of other processes
+)
+_BATCH = 256 * 1024  # bytes per write to regular files
 _NAMES = {"stdout": "standard output", "stderr": "standard error"}
 
-OnLoss = Callable[[int, OSError | None], None]  # lines lost, and the error that lost them; None: the queue was full
+OnLoss = Callable[[int, OSError | None], None]  # number of lost lines, and the error; None: the queue was full
 
 
 class LineWriter:
-    """A bounded queue in front of one file descriptor, and the thread that writes it, in order and in whole lines."""
+    """A bounded queue for one file descriptor, and a thread that writes it in order and in whole lines."""
 
     def __init__(
         self, descriptor: int, on_loss: OnLoss, max_bytes: int = MAX_BYTES, max_entries: int = MAX_ENTRIES
@@ -52,7 +54,7 @@ class LineWriter:
         self._pending = 0  # bytes queued or being written
         self._has_entries, self._is_urgent = threading.Event(), threading.Event()
         self._batches_written = 0
-        self._stuck_at = -1  # batches that were written when `flush` last waited in vain
+        self._stuck_at = -1  # batches that were written when `flush` last timed out
         self._is_mid_line = False  # the last write ended within a line
         threading.Thread(target=self._run, name=f"output {descriptor}", daemon=True).start()
 
@@ -60,7 +62,7 @@ class LineWriter:
         return f"<LineWriter {self._descriptor} [{len(self._entries)} queued, {self._pending} bytes]>"
 
     def write(self, text: str) -> None:
-        """Queue `text`, which is one or more whole lines; never blocks."""
+        """Queue `text`, one or more whole lines. Never blocks; lines that do not fit are dropped and counted."""
         size = len(text) if text.isascii() else len(text.encode("utf-8", "backslashreplace"))
         with self._lock:
             is_full = self._pending + size > self._max_bytes or len(self._entries) >= self._max_entries
@@ -73,9 +75,9 @@ class LineWriter:
             self._on_loss(_lines(text), None)
 
     def flush(self, seconds: float) -> bool:
-        """Wait until everything queued is written, for `seconds` at most; return whether it is.
+        """Wait for at most `seconds` until everything queued is written; return whether it is.
 
-        Returns at once if it has waited in vain before and nothing was written since.
+        Returns at once if it has timed out before and nothing was written since.
         """
         self._is_urgent.set()
         try:
@@ -106,7 +108,7 @@ class LineWriter:
                 self._written.notify_all()
 
     def _batches(self, entries: Sequence[str]) -> Iterator[bytes]:
-        """Yield whole entries joined, each batch as large as one write should be unless one entry is larger."""
+        """Yield joined whole entries, each batch no larger than one write should be, unless a single entry is."""
         most = _ATOMIC if _is_pipe(self._descriptor) else _BATCH
         batch: list[bytes] = []
         size = 0
@@ -121,7 +123,7 @@ class LineWriter:
             yield b"".join(batch)
 
     def _write_batch(self, batch: bytes) -> None:
-        left = b"\n" + batch if self._is_mid_line else batch  # after half a line, the next begins on its own
+        left = b"\n" + batch if self._is_mid_line else batch  # end an incomplete line first
         total = len(left)
         try:
             while left:
@@ -142,7 +144,7 @@ class LineWriter:
 
 
 class Output:
-    """Both streams of this process, and what was lost of them, by stream."""
+    """Both streams of this process, with the counts of dropped lines and failed writes by stream."""
 
     def __init__(self, delay: float = LOSS_REPORT_DELAY, interval: float = LOSS_REPORT_INTERVAL) -> None:
         self.dropped: Counter[str] = Counter(dict.fromkeys(_NAMES, 0))  # lines
@@ -153,7 +155,7 @@ class Output:
         self._has_losses = threading.Event()
         self._lock = threading.RLock()
         self.out = self._writer("stdout", _usable(1, sys.__stdout__))
-        # Where both are one file they share a queue, so that their lines keep their order.
+        # If both are the same file they share a queue, which keeps the order of lines.
         self.err = self.out if _are_same(1, 2) else self._writer("stderr", _usable(2, sys.__stderr__))
         threading.Thread(target=self._report_losses, name="output losses", daemon=True).start()
 
@@ -166,13 +168,13 @@ class Output:
         return self.dropped, self.errors
 
     def flush(self, seconds: float = EXIT_FLUSH_TIMEOUT) -> bool:
-        """Wait until both streams are written, for `seconds` at most; return whether they are."""
+        """Wait for at most `seconds` until both streams are written; return whether they are."""
         until = time.monotonic() + seconds
         is_written = self.out.flush(seconds)
         return self.err.flush(max(0.0, until - time.monotonic())) and is_written
 
     def report(self) -> None:
-        """Log how many lines were lost since the last report, if any were."""
+        """Log how many lines were lost since the last report, if any."""
         for stream, name in _NAMES.items():
             new = self.dropped[stream] - self._reported[stream]
             if new:
@@ -182,7 +184,7 @@ class Output:
 
     def _writer(self, stream: str, descriptor: int) -> LineWriter:
         def on_loss(lines: int, error: OSError | None) -> None:
-            cause = "they are not read fast enough" if error is None else error.strerror or str(error)
+            cause = "the reader is too slow" if error is None else error.strerror or str(error)
             with self._lock:
                 self.dropped[stream] += lines
                 self.errors[stream] += error is not None
@@ -201,9 +203,9 @@ class Output:
 
 
 class TextStream(io.TextIOBase):
-    """What `print`, warnings and tracebacks write to in place of `sys.stdout` or `sys.stderr`. Never blocks.
+    """Replacement for `sys.stdout` or `sys.stderr`, for `print`, warnings and tracebacks. Never blocks.
 
-    Each thread's unfinished line is kept until it ends or is flushed, so that lines of several threads do not mix.
+    An incomplete line is kept per thread until it is complete or flushed, so that lines of threads do not mix.
     """
 
     encoding = "utf-8"
@@ -223,7 +225,7 @@ class TextStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Queue this thread's unfinished line."""
+        """Queue this thread's incomplete line."""
         rest, self._unfinished.text = getattr(self._unfinished, "text", ""), ""
         if rest:
             self._writer.write(rest)
@@ -233,7 +235,7 @@ class TextStream(io.TextIOBase):
         return True
 
     def isatty(self) -> bool:
-        """Tell whether the descriptor is a terminal."""
+        """Return whether the descriptor is a terminal."""
         return os.isatty(self._descriptor)
 
     def fileno(self) -> int:
@@ -242,27 +244,27 @@ class TextStream(io.TextIOBase):
 
 
 class LineHandler(logging.Handler):
-    """Logs to a `LineWriter`."""
+    """A logging handler that writes to a `LineWriter`."""
 
     def __init__(self, writer: LineWriter) -> None:
         super().__init__()
         self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue the record's text."""
+        """Queue the formatted record."""
         try:
             self._writer.write(f"{self.format(record)}\n")
         except Exception:  # noqa: BLE001 - arguments that cannot be formatted; the base class reports them
             self.handleError(record)
 
     def flush(self) -> None:
-        """Wait until what was logged is written, for a bounded time. Blocks; `emit` does not call it."""
+        """Wait until the log is written, for at most EXIT_FLUSH_TIMEOUT. Blocks; `emit` does not call it."""
         self._writer.flush(EXIT_FLUSH_TIMEOUT)
 
 
 @cache
 def process_output() -> Output:
-    """Return the streams of this process, which are written out at its end."""
+    """Return the output of this process, which is flushed at its exit."""
     open_standard_descriptors()
     output = Output()
     atexit.register(output.flush)
@@ -271,7 +273,7 @@ def process_output() -> Output:
 
 @contextmanager
 def redirected() -> Iterator[None]:
-    """Send what this process prints through `process_output`, and write it out at the end."""
+    """Redirect `sys.stdout` and `sys.stderr` to `process_output` within this block, and flush it at the end."""
     output = process_output()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = TextStream(output.out, 1), TextStream(output.err, 2)
@@ -283,13 +285,13 @@ def redirected() -> Iterator[None]:
         sys.stdout, sys.stderr = before
         output.report()
         output.flush()
-        atexit.unregister(output.flush)  # a reader that has not read until now is not waited for twice
+        atexit.unregister(output.flush)  # do not wait twice for a blocked reader
 
 
 def open_standard_descriptors() -> None:
-    """Open /dev/null in place of a standard descriptor that is closed.
+    """Open /dev/null for each standard descriptor that is closed.
 
-    Otherwise a socket would get its number: what is printed would go to a client, and libuv aborts on closing it.
+    Otherwise a socket would get its number: output would be sent to a client, and libuv aborts on closing it.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -303,7 +305,7 @@ def open_standard_descriptors() -> None:
 
 
 def _usable(descriptor: int, stream: object) -> int:
-    """Return `descriptor`, or one of /dev/null if it was closed when Python started: its number may be a socket's."""
+    """Return `descriptor`, or one of /dev/null if it was closed at the start: the number may belong to a socket."""
     return os.open(os.devnull, os.O_WRONLY) if stream is None else descriptor
 
 

@@ -1,12 +1,12 @@
-"""Which process is at the other end of a connection from this machine, and whether it can be passing on a stranger's.
+"""Finds the local process at the other end of a connection, and whether it could be forwarding requests of others.
 
-A reverse proxy or a port forwarder has accepted the connection it passes on, so it holds a listener, by TCP or on a
-Unix socket that another proxy connects to, its parent holds it, or it holds at least the accepted connection (an old
-process that drains after a reload). A client that the operator started holds none of these. Linux only; proc(5)
-describes the files read here.
+A reverse proxy or a port forwarder has accepted the connection that it forwards. So it or its parent holds a listener
+(TCP, or a Unix socket to which another proxy connects), or it holds at least the accepted connection (an old process
+that drains after a reload). A client that the operator started holds none of these. Linux only; for the files read
+here see proc(5).
 
-Everything is read twice. The inode of a socket is its identity for as long as the socket exists; our own end is
-compared by inode too, so that both readings are of this connection, and not of a later one between the same ports.
+Everything is read twice. The inode of a socket identifies it while it exists; the gateway's own end is compared by
+inode too, so that both readings are of this connection and not of a later one between the same ports.
 """
 
 import os
@@ -19,18 +19,18 @@ from api_gateway.system.socket_table import ESTABLISHED, LISTEN, Endpoint, Row, 
 PROC = Path("/proc")
 PORT_RANGE = "sys/net/ipv4/ip_local_port_range"
 _HARMLESS = ("NETLINK", "UDP", "PING", "RAW", "PACKET", "ALG")  # families that accept no connections
-_UNIX = "UNIX"  # begins the protocols of that family
+_UNIX = "UNIX"  # prefix of the protocols of that family
 _ROOT = 0
-_INIT = 1  # the system's first process, which listens for others and passes nothing on
+_INIT = 1  # the system's first process, which listens for others and forwards nothing
 
 
 class NotEstablished(Exception):
-    """The peer does not qualify, or what it is cannot be established; the message says which, for the log."""
+    """The peer does not qualify, or cannot be identified; the message gives the reason for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class EstablishedConnection:
-    """A connection between two processes of this machine. `inode` is that of our own socket, if it is at hand."""
+    """A connection between two processes of this machine. `inode` is that of the gateway's socket, if known."""
 
     ours: Endpoint
     theirs: Endpoint
@@ -38,7 +38,7 @@ class EstablishedConnection:
 
 
 class PeerProcesses:
-    """Examines the processes behind connections, for a gateway that runs as user `uid`. It blocks for milliseconds."""
+    """Examines the processes at the other end of connections, for a gateway of user `uid`. Blocks for some ms."""
 
     def __init__(self, uid: int, proc: Path = PROC) -> None:
         self._users = (uid, _ROOT)
@@ -49,11 +49,11 @@ class PeerProcesses:
 
     @property
     def is_available(self) -> bool:
-        """Whether this system has the files that the look-up reads."""
+        """True if this system has the required files in /proc."""
         return (self._proc / "self/net/tcp").exists() and (self._proc / "self/fd").exists()
 
     def examine(self, connection: EstablishedConnection) -> None:
-        """Examine who is at the other end of a TCP connection. Raises NotEstablished unless all of them qualify."""
+        """Examine all processes that hold the peer's socket. Raises NotEstablished unless they all qualify."""
         try:
             table = SocketTable.read(self._proc / "self")
             row = self._peer(connection, table)
@@ -61,13 +61,13 @@ class PeerProcesses:
             self._examine_all(holders, table, connection, row.inode)
             table = SocketTable.read(self._proc / "self")
             if self._peer(connection, table).inode != row.inode:
-                raise NotEstablished("the connection has changed while it was looked at")
+                raise NotEstablished("the connection changed during the examination")
             self._examine_all(holders, table, connection, row.inode)
         except OSError as error:
             raise NotEstablished(f"{error.filename}: {error.strerror}") from error
 
     def examine_process(self, pid: int, uid: int) -> None:
-        """Examine a process known by its id, as the peer of a Unix socket is. Raises NotEstablished."""
+        """Examine a process by its id, as for the peer of a Unix socket. Raises NotEstablished unless it qualifies."""
         if uid not in self._users:
             raise NotEstablished(f"the peer belongs to user {uid}")
         try:
@@ -76,30 +76,30 @@ class PeerProcesses:
             raise NotEstablished(f"{error.filename}: {error.strerror}") from error
 
     def _peer(self, connection: EstablishedConnection, table: SocketTable) -> Row:
-        """Return the peer's socket, if both ends are connected and the peer's was made by a user who qualifies."""
+        """Return the peer's socket if both ends are connected and the user who created the peer's qualifies."""
         ours = table.between(connection.ours, connection.theirs)
         theirs = table.between(connection.theirs, connection.ours)
         if ours is None or theirs is None or not ours.state == theirs.state == ESTABLISHED:
-            raise NotEstablished("the peer's socket is not on this machine, or the connection is over")
+            raise NotEstablished("the peer's socket is not on this machine, or the connection has ended")
         if connection.inode not in (None, ours.inode):
-            raise NotEstablished("the connection is over, and another one has its ports")
+            raise NotEstablished("the connection has ended, and another one uses its ports")
         if theirs.uid not in self._users:
             raise NotEstablished(f"the peer's socket belongs to user {theirs.uid}")
         return theirs
 
     def _holders(self, inode: int) -> list[int]:
-        """Return every process that holds the socket, of those that may be seen."""
+        """Return every visible process that holds the socket."""
         extension = f"socket:[{inode}]"
         found = [pid for pid in self._processes() if any(extension == target for _, target in self._descriptors(pid))]
         if not found:
-            raise NotEstablished("no process that may be seen holds the peer's socket")
+            raise NotEstablished("no visible process holds the peer's socket")
         return found
 
     def _processes(self) -> Iterator[int]:
         return (int(name) for name in os.listdir(self._proc) if name.isdecimal())  # noqa: PTH208 - names alone
 
     def _descriptors(self, pid: int, *, must_exist: bool = False) -> Iterator[tuple[str, str]]:
-        """Return the path of each descriptor and what it refers to."""
+        """Yield the path of each descriptor and the target of its link."""
         folder = f"{self._proc}/{pid}/fd"
         try:
             names = os.listdir(folder)  # noqa: PTH208 - as above
@@ -111,7 +111,7 @@ class PeerProcesses:
             path = f"{folder}/{name}"
             try:
                 yield path, os.readlink(path)  # noqa: PTH115 - the text of the link, and fast
-            except FileNotFoundError:  # closed since
+            except FileNotFoundError:  # closed meanwhile
                 continue
             except OSError:
                 if must_exist:
@@ -131,7 +131,7 @@ class PeerProcesses:
             raise NotEstablished(f"process {pid} has closed the connection")
         self._check_sockets(pid, sockets, table, port)
         parent = self._parent(pid)
-        if parent:  # 0: started from outside of our PID namespace, as by `docker exec`
+        if parent:  # 0: the parent is outside this PID namespace, as with `docker exec`
             self._check_sockets(parent, self._sockets(parent), table, port, is_parent=True)
 
     def _check_user(self, pid: int) -> None:
@@ -145,7 +145,7 @@ class PeerProcesses:
         return int((self._proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
 
     def _sockets(self, pid: int) -> dict[int, str]:
-        """Return the protocol of each socket the process holds, by inode; empty for one that was closed meanwhile."""
+        """Return the protocol of each socket of the process by inode; "" if it was closed meanwhile."""
         found = {}
         for path, target in self._descriptors(pid, must_exist=True):
             if target.startswith("socket:["):
@@ -159,7 +159,7 @@ class PeerProcesses:
     def _check_sockets(
         self, pid: int, sockets: dict[int, str], table: SocketTable, port: int, *, is_parent: bool = False
     ) -> None:
-        """Raise NotEstablished if the process can accept connections, or if it has accepted one itself."""
+        """Raise NotEstablished if the process can accept connections or has accepted one."""
         tables = [table]
         if os.readlink(self._proc / str(pid) / "ns/net") != os.readlink(self._proc / "self/ns/net"):  # noqa: PTH115
             tables.append(SocketTable.read(self._proc / str(pid)))
@@ -177,7 +177,7 @@ class PeerProcesses:
     def _check_tcp_socket(self, name: str, inode: int, tables: list[SocketTable], port: int) -> None:
         found = [(one, row) for one in tables if (row := one.socket(inode)) is not None]
         if not found:
-            raise NotEstablished(f"{name} holds a TCP socket whose state is not known")
+            raise NotEstablished(f"{name} holds a TCP socket in an unknown state")
         for one, row in found:
             if row.state == LISTEN:
                 raise NotEstablished(f"{name} holds a TCP listener")
@@ -187,7 +187,7 @@ class PeerProcesses:
     def _check_unix_socket(self, name: str, inode: int, tables: list[SocketTable]) -> None:
         found = [(one, row) for one in tables if (row := one.unix_socket(inode)) is not None]
         if not found:
-            raise NotEstablished(f"{name} holds a Unix socket whose state is not known")
+            raise NotEstablished(f"{name} holds a Unix socket in an unknown state")
         for one, row in found:
             if row.is_listening:
                 raise NotEstablished(f"{name} listens on a Unix socket")
@@ -195,7 +195,7 @@ class PeerProcesses:
                 raise NotEstablished(f"{name} holds a connection that it has accepted on a Unix socket")
 
     def _is_accepted(self, row: Row, table: SocketTable, port: int) -> bool:
-        """Tell whether somebody else may have opened this connection: all but those to ordinary servers, and to us."""
+        """Return whether the connection may have been accepted: any except to an ordinary server or the gateway."""
         if row.remote.port == port and row.remote.address == row.local.address:
             return False
         low, high = map(int, (self._proc / PORT_RANGE).read_text().split())

@@ -1,4 +1,4 @@
-"""The TCP and Unix sockets of a network namespace, as Linux lists them in `/proc/<pid>/net` (proc(5))."""
+"""The TCP and Unix sockets of a network namespace, from `/proc/<pid>/net` on Linux (proc(5))."""
 
 import sys
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ _MAPPED = b"0000000000000000" + (b"FFFF0000" if sys.byteorder == "little" else b
 
 
 class Endpoint(NamedTuple):
-    """One end of a connection: an address as the table spells it, IPv4 wherever it is one, and a port."""
+    """One end of a connection: an address in the notation of the table, IPv4 if it is IPv4-mapped, and a port."""
 
     address: bytes
     port: int
 
     @classmethod
     def of(cls, address: str, port: int) -> "Endpoint":
-        """Return the end at this address. Raises ValueError for what is no IP address."""
+        """Return the endpoint at an IP address. Raises ValueError for other text."""
         parsed = ip_address(address.partition("%")[0])
         if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
             parsed = parsed.ipv4_mapped
@@ -35,7 +35,7 @@ class Endpoint(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One socket. `uid` is the user who created it, `inode` what `/proc/<pid>/fd` calls it."""
+    """One TCP socket. `uid` is the user who created it; `inode` is its number in `/proc/<pid>/fd`."""
 
     local: Endpoint
     remote: Endpoint
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 class UnixRow(NamedTuple):
-    """One Unix socket. `name` is its path, or `@` and its abstract name; empty if it was not bound."""
+    """One Unix socket. `name` is its path, or `@` and its abstract name; empty if it is not bound."""
 
     is_listening: bool
     is_connected: bool
@@ -53,7 +53,7 @@ class UnixRow(NamedTuple):
 
 
 class SocketTable:
-    """A snapshot, as text: of many thousand rows few are looked at, and finding bytes is fast."""
+    """A snapshot, kept as text: few of possibly many thousand rows are needed, and searching bytes is fast."""
 
     def __init__(self, tcp: bytes, tcp6: bytes = b"", unix: bytes = b"") -> None:
         self._tcp = tcp
@@ -65,8 +65,8 @@ class SocketTable:
 
     @classmethod
     def read(cls, process: Path) -> "SocketTable":
-        """Return the sockets of the network namespace that a process (`/proc/<pid>`) is in. Raises OSError."""
-        six = process / "net/tcp6"  # not there on a machine without IPv6
+        """Read the sockets of the network namespace of a process (`/proc/<pid>`). Raises OSError."""
+        six = process / "net/tcp6"  # absent on a machine without IPv6
         return cls(
             (process / "net/tcp").read_bytes(),
             six.read_bytes() if six.exists() else b"",
@@ -74,25 +74,25 @@ class SocketTable:
         )
 
     def between(self, local: Endpoint, remote: Endpoint) -> Row | None:
-        """Return the socket with these two ends."""
+        """Return the TCP socket with these two endpoints, or None."""
         plain = b" %b %b " % (_spelled(local), _spelled(remote))
         mapped = b" %b%b %b%b " % (_MAPPED, _spelled(local), _MAPPED, _spelled(remote))
         rows = (*_rows_with(self._tcp, plain), *_rows_with(self._tcp6, plain), *_rows_with(self._tcp6, mapped))
         return next((row for row in rows if (row.local, row.remote) == (local, remote)), None)
 
     def socket(self, inode: int) -> Row | None:
-        """Return the socket with this inode; none for one that is neither bound nor connected, or no TCP socket."""
+        """Return the TCP socket with this inode; None if it is neither bound nor connected, or not a TCP socket."""
         rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, b" %d " % inode))
         return next((row for row in rows if row.inode == inode), None)
 
     def is_listening(self, port: int) -> bool:
-        """Tell whether somebody listens on this port, at any address."""
+        """Return whether any socket listens on this port, at any address."""
         cursor = b":%04X " % port
         rows = (row for text in (self._tcp, self._tcp6) for row in _rows_with(text, cursor))
         return any(row.state == LISTEN and row.local.port == port for row in rows)
 
     def unix_socket(self, inode: int) -> UnixRow | None:
-        """Return the Unix socket with this inode."""
+        """Return the Unix socket with this inode, or None."""
         spelled = b"%d" % inode
         for line in _lines_with(self._unix, b" %b" % spelled):
             fields = line.split(maxsplit=_UNIX_NAME)
@@ -101,9 +101,9 @@ class SocketTable:
         return None
 
     def is_accepted_unix(self, row: UnixRow) -> bool:
-        """Tell whether a listener has made this Unix socket: such a socket has the listener's name.
+        """Return whether a listener has accepted this Unix socket: an accepted socket has the name of its listener.
 
-        A client may bind an abstract name of its own before it connects, as those of D-Bus do; with a path none does.
+        A client may bind an abstract name before it connects, as D-Bus clients do; no client binds a path.
         """
         if not row.is_connected or not row.name:
             return False
@@ -116,7 +116,7 @@ class SocketTable:
 
 
 def _rows_with(text: bytes, cursor: bytes) -> Iterator[Row]:
-    """Return the rows whose line holds the mark."""
+    """Yield the rows whose line contains `cursor`."""
     return (row for line in _lines_with(text, cursor) if (row := _row(line)) is not None)
 
 
@@ -134,7 +134,7 @@ def _unix_row(fields: list[bytes]) -> UnixRow:
 
 
 def _row(line: bytes) -> Row | None:
-    """Return what a line says; nothing for the heading."""
+    """Parse a line; return None for the heading."""
     fields = line.split()
     if len(fields) <= _INODE or not fields[_INODE].isdigit():
         return None

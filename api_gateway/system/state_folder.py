@@ -1,6 +1,6 @@
-"""The folder in which a gateway keeps its state: where it is, who may read it, and that one gateway alone uses it.
+"""The state folder of a gateway: its default location, its permissions, and its lock against a second gateway.
 
-`state_dir` is what is configured. Inside it the gateway has a folder of its own (0700), and all files there are 0600.
+`state_dir` is the configured folder. The gateway creates its own folder (0700) in it, with files of mode 0600.
 """
 
 import errno
@@ -16,21 +16,21 @@ from typing import Self, TextIO
 
 OWN_FOLDER = "state"
 LOCK_FILE = "lock"
-FORMER_FOLDER = Path(".gateway")  # the default of state_dir in former versions, below the current folder
+FORMER_FOLDER = Path(".gateway")  # the default of state_dir in former versions, in the current folder
 _MOVED = ("clients.sqlite3", "clients.sqlite3-wal", "clients.sqlite3-shm", "circuit_breakers.json")
 _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 _MAX_NAME_LENGTH = 60
 
 
 class StateError(Exception):
-    """The folder cannot be used; the message names the setting, the folder, and the cause."""
+    """The state folder cannot be used; the message names the setting, the folder and the cause."""
 
 
 def default_state_dir(config_file: Path | None, environment: Mapping[str, str]) -> Path:
-    """Return the folder of a configuration file's gateway, which does not depend on the current folder.
+    """Return the default `state_dir` for a configuration file. It does not depend on the current folder.
 
-    It is in $STATE_DIRECTORY (as systemd sets it), $XDG_STATE_HOME/api-gateway or ~/.local/state/api-gateway, and has
-    its name from the absolute path of the file. Raises StateError where none of these is set.
+    It is in $STATE_DIRECTORY (set by systemd), $XDG_STATE_HOME/api-gateway or ~/.local/state/api-gateway, and is named
+    by the absolute path of the file. Raises StateError if none of these is set.
     """
     return _base(environment) / _name(config_file)
 
@@ -44,13 +44,13 @@ def _base(environment: Mapping[str, str]) -> Path:
         if Path(folder).is_absolute():  # the XDG specification: a relative one is ignored
             return Path(folder, below)
     raise StateError(
-        "state_dir: there is no folder for the state: neither HOME nor XDG_STATE_HOME nor STATE_DIRECTORY is set to an"
+        "state_dir: no default folder: none of HOME, XDG_STATE_HOME and STATE_DIRECTORY is set to an"
         " absolute path; set state_dir (GATEWAY_STATE_DIR), such as /var/lib/api-gateway"
     )
 
 
 def _name(config_file: Path | None) -> str:
-    """Return a name that tells files apart. Links are not followed: Kubernetes moves them with every update."""
+    """Return a unique name for a file. Links are not followed, because Kubernetes changes them with every update."""
     if config_file is None:
         return "default"
     path = os.path.abspath(config_file)  # noqa: PTH100 - `resolve` follows links
@@ -64,18 +64,18 @@ def own_folder(state_dir: Path) -> Path:
 
 
 def open_private(path: Path) -> TextIO:
-    """Open a text file for writing that only its owner may read. Raises OSError."""
+    """Open a text file for writing with mode 0600. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     return os.fdopen(descriptor, "w", encoding="utf-8")
 
 
 def create_private(path: Path) -> None:
-    """Create an empty file that only its owner may read, unless there is one. Raises OSError."""
+    """Create an empty file with mode 0600 unless it exists. Raises OSError."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder, and those above it, for nobody else; one that exists stays as it is. Raises OSError."""
+    """Create a folder and its missing parents with mode 0700; do not change existing ones. Raises OSError."""
     if not folder.is_dir():
         if folder.parent != folder:
             make_private(folder.parent)
@@ -88,10 +88,13 @@ class FolderInUse(StateError):
 
 
 class StateFolder:
-    """The folder, held by one process and those it starts, for as long as it lives or until `close`."""
+    """The folder, locked by one process, and open to its child processes, until `close` or the end of the process.
+
+    States: held, closed. The `lock` file contains the ids of the holder and its parent process.
+    """
 
     def __init__(self, state_dir: Path, *, is_worker: bool = False) -> None:
-        """Create the folder if there is none, take it, and bring everything in it to its permissions. Blocks.
+        """Create the folder if necessary, lock it, and set the permissions of its files. Blocks.
 
         A worker of a server such as `uvicorn --workers` shares it with the other workers of the same parent process.
         Raises StateError.
@@ -123,22 +126,22 @@ class StateFolder:
         self.close()
 
     def close(self) -> None:
-        """Leave the folder to others."""
+        """Release the lock. Idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def _refused(self, cause: str) -> StateError:
         return StateError(
-            f"state_dir: {self._state_dir}: {cause}; set state_dir (GATEWAY_STATE_DIR) to a folder that this user may"
+            f"state_dir: {self._state_dir}: {cause}; set state_dir (GATEWAY_STATE_DIR) to a folder that this user can"
             " write and no other gateway uses"
         )
 
     def _check_owner(self) -> None:
-        """Refuse a folder that somebody else could have put there, as is easy in /tmp."""
+        """Refuse a folder that another user could have created, as is possible in /tmp."""
         found = self.path.lstat()
         if not stat.S_ISDIR(found.st_mode):
-            raise self._refused(f"{self.path} is no folder")
+            raise self._refused(f"{self.path} is not a folder")
         if found.st_uid != os.geteuid():
             raise self._refused(f"{self.path} belongs to user {found.st_uid}, not to user {os.geteuid()}")
         self.path.chmod(0o700)
@@ -151,24 +154,24 @@ class StateFolder:
             self._refuse_second()
             return
         except OSError as error:
-            if error.errno not in _NO_LOCKS:  # some network file systems have none
+            if error.errno not in _NO_LOCKS:  # some network file systems have no locks
                 raise
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()} {os.getppid()}\n".encode(), 0)
 
     def _refuse_second(self) -> None:
-        """Raise FolderInUse unless this process, its supervisor or another worker of the same server holds it."""
+        """Raise FolderInUse unless this process, its parent, or another worker of the same server holds the lock."""
         text = os.pread(self._lock, 100, 0).decode(errors="replace").split()
         holder, parent = (int(part) if part.isdecimal() else 0 for part in (*text, "", "")[:2])
         if holder in (os.getpid(), os.getppid()) or (self._is_worker and parent == os.getppid()):
             return
         raise FolderInUse(
             f"state_dir: {self._state_dir}: another gateway uses this folder (process {holder or 'unknown'}); stop it,"
-            " or set state_dir (GATEWAY_STATE_DIR) to a folder of its own for each gateway"
+            " or set state_dir (GATEWAY_STATE_DIR) to a different folder for each gateway"
         )
 
     def _move_former(self) -> None:
-        """Take over what former versions kept directly in `state_dir`."""
+        """Move files of former versions, which were directly in `state_dir`, to the folder."""
         if any((self.path / name).exists() for name in _MOVED):
             return
         for name in _MOVED:
@@ -183,7 +186,7 @@ class StateFolder:
 
 
 def former_state(state_dir: Path, environment: Mapping[str, str]) -> str | None:
-    """Return a hint if there is state where former versions kept it by default, and `state_dir` is today's default."""
+    """Return a hint if the former default folder contains state and `state_dir` is the present default, else None."""
     former = Path.cwd() / FORMER_FOLDER
     try:
         is_default = state_dir.parent == _base(environment)

@@ -1,1 +1,1 @@
-"""Upstreams and their targets: balancing, outlier detection, health checks and DNS. Knows no routes or clients."""
+"""Upstreams and targets: load balancing, outlier detection, health checks and DNS. No routes or clients here."""

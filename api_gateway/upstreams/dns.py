@@ -1,6 +1,6 @@
-"""The addresses behind the names of targets: asked for again and again, each address a target of its own.
+"""Resolves the names of targets periodically; each address becomes a target.
 
-A name that cannot be resolved stays with what was known of it: at first, that is the name itself.
+While a name cannot be resolved, its known addresses are kept; before the first success, the name itself is the target.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from api_gateway.upstreams.target import Target
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]  # (host, port) -> addresses; raises OSError
 
-MAX_ADDRESSES = 64  # of one name: more make no difference but in what they cost
-_JITTER = 0.1  # share of the interval by which questions spread out
+MAX_ADDRESSES = 64  # per name; more would only cost memory and health checks
+_JITTER = 0.1  # share of the interval by which look-ups are spread
 
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What became of asking for one name: the addresses that came and went, and why it failed if it did."""
+    """The result of one look-up: added and removed addresses. For an error see `name.error`."""
 
     name: "HostName"
     added: tuple[str, ...] = ()
@@ -30,19 +30,20 @@ class Resolution:
 
     @property
     def is_change(self) -> bool:
-        """Tell whether other addresses than before are to be used."""
+        """True if the addresses have changed."""
         return bool(self.added or self.removed)
 
 
 class HostName:
-    """A configured target whose host is a name, and the targets that this stands for now.
+    """A configured target, whose host may be a name, and the targets for its present addresses.
 
-    `error` is why the last question failed, None if it did not; `asked_at` is when it was asked, monotonic seconds.
+    States: not resolved (one target with the name itself), resolved (one target per address). `error` is why the last
+    look-up failed, None if it succeeded; `asked_at` is the time of its result in monotonic seconds.
     """
 
     def __init__(self, url: str, weight: int = 1) -> None:
         parts = urlsplit(url)
-        assert parts.hostname is not None  # noqa: S101 - the configuration sees to that
+        assert parts.hostname is not None  # noqa: S101 - validated by the configuration
         self.url = url
         self.host = parts.hostname
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -51,29 +52,29 @@ class HostName:
         self.asked_at: float | None = None
         self._scheme = parts.scheme
         self._weight = weight
-        self._targets: dict[str, Target] = {"": Target(url, weight)}  # by address; the name itself at first
+        self._targets: dict[str, Target] = {"": Target(url, weight)}  # by address; "" is the name itself
 
     def __repr__(self) -> str:
         return f"<HostName {self.host!r} [{', '.join(self.addresses) or 'not resolved'}]>"
 
     @property
     def targets(self) -> list[Target]:
-        """The targets it stands for: at least one."""
+        """The present targets: at least one."""
         return list(self._targets.values())
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The addresses it stands for; none until it was resolved."""
+        """The present addresses; none until the name was resolved."""
         return tuple(address for address in self._targets if address)
 
     def set_weight(self, weight: int) -> None:
-        """Give another weight to the targets it stands for."""
+        """Set the weight of all its targets."""
         self._weight = weight
         for target in self._targets.values():
             target.weight = weight
 
     def update(self, addresses: Sequence[str], now: float) -> Resolution:
-        """Take in an answer. An address that is known keeps its target, with all that is known of that."""
+        """Use the addresses of a response. Known addresses keep their targets with their state."""
         found = sorted(set(addresses))[:MAX_ADDRESSES]
         if not found:
             return self.fail("it has no address", now)
@@ -88,7 +89,7 @@ class HostName:
         )
 
     def fail(self, error: str, now: float) -> Resolution:
-        """Keep what is known, as nothing else could be learnt."""
+        """Record a failed look-up; the targets stay."""
         self.error, self.asked_at = error, now
         return Resolution(self)
 
@@ -98,7 +99,7 @@ class HostName:
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
-    """Return the addresses of `host`, as the event loop's resolver finds them. Raises OSError."""
+    """Return the addresses of `host` from the event loop's resolver. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 
@@ -112,7 +113,7 @@ async def resolve_periodically(
     clock: Callable[[], float],
     source: random.Random,
 ) -> None:
-    """Ask for every name about every `interval` seconds until cancelled, each by itself."""
+    """Resolve each name about every `interval` seconds, independently of the others, until cancelled."""
     async with asyncio.TaskGroup() as group:
         for name in names:
             if not name.is_address:
@@ -120,13 +121,13 @@ async def resolve_periodically(
 
 
 async def resolve_once(name: HostName, within: float, resolve: Resolve, clock: Callable[[], float]) -> Resolution:
-    """Ask once, for `within` seconds at most, and take in what comes of it."""
+    """Resolve a name once, within at most `within` seconds, and apply the result."""
     try:
         async with asyncio.timeout(within):
             addresses = await resolve(name.host, name.port)
     except TimeoutError:
         return name.fail(f"no answer within {within:g} s", clock())
-    except (OSError, UnicodeError) as error:  # the latter is how Python says that a label is too long
+    except (OSError, UnicodeError) as error:  # UnicodeError: a label is too long
         return name.fail(getattr(error, "strerror", None) or str(error), clock())
     return name.update(addresses, clock())
 

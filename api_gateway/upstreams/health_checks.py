@@ -1,6 +1,6 @@
-"""Active health checks: one task a target asks its health path and judges by consecutive results.
+"""Active health checks: a task for each target requests its health path; consecutive results set its health.
 
-Writes a target's health and nothing else. How a target is asked is handed in as a function.
+Changes nothing but the health and the check record of targets. The function that sends a check is passed in.
 """
 
 import asyncio
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 SendProbe = Callable[[str, float], Awaitable[int]]  # (url, timeout in seconds) -> HTTP status; raises on any failure
 
-_JITTER = 0.1  # share of the interval by which checks spread out
+_JITTER = 0.1  # share of the interval by which checks are spread
 SUCCESSFUL = (range(200, 400),)
 
 
 @dataclass(frozen=True, slots=True)
 class HealthPolicy:
-    """Where and how often to ask, and how many equal results in a row change the verdict; durations in seconds.
+    """Path and interval of checks, and how many consecutive results change the health; durations in seconds.
 
-    A status within one of `statuses` is a good result.
+    A check succeeds if its status is within one of `statuses`.
     """
 
     path: str
@@ -36,7 +36,10 @@ class HealthPolicy:
 
 
 class HealthThreshold:
-    """Turns single results into a verdict: it changes after enough contrary ones in a row."""
+    """Sets the health of a target: it changes after enough consecutive contrary results.
+
+    States: healthy, unhealthy (`Target.is_healthy`), each with the number of consecutive contrary results.
+    """
 
     def __init__(self, policy: HealthPolicy, target: Target) -> None:
         self._policy = policy
@@ -48,7 +51,7 @@ class HealthThreshold:
         return f"<HealthThreshold [{verdict}, {self._contrary} contrary in a row]>"
 
     def observe(self, *, is_good: bool, finding: str, now: float) -> bool:
-        """Take in one result; `finding` says it in words. Returns whether the verdict changed."""
+        """Record one result, described by `finding`. Return whether the health changed."""
         self._target.checks.note(now, is_good=is_good, finding=finding)
         if is_good == self._target.is_healthy:
             self._contrary = 0
@@ -65,20 +68,20 @@ class HealthThreshold:
 async def check(
     judge: HealthThreshold, policy: HealthPolicy, url: str, send_probe: SendProbe, clock: Callable[[], float]
 ) -> bool:
-    """Ask once and let `judge` take in the result. Returns whether the verdict changed.
+    """Check a target once and record the result in `judge`. Return whether the health changed.
 
-    A check that this process lacks a descriptor or a port for says nothing about the target and is not counted.
+    A check that fails because this process lacks a descriptor or a port is not recorded.
     """
     is_good = False
     try:
         async with asyncio.timeout(policy.timeout):
             status = await send_probe(url + policy.path, policy.timeout)
     except TimeoutError:
-        finding = f"no answer within {policy.timeout:g} s"
+        finding = f"no response within {policy.timeout:g} s"
     except LocalResourcesExhausted as error:
         logger.debug("health check of %s not made: %s", url, error)
         return False
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding; cancellation is no Exception
+    except Exception as error:  # noqa: BLE001 - any error is the finding; cancellation is not an Exception
         finding = str(error) or type(error).__name__
     else:
         is_good, finding = any(status in good for good in policy.statuses), f"status {status}"
@@ -86,10 +89,10 @@ async def check(
 
 
 class HealthChecker:
-    """Checks every target of one upstream, each by itself so that a slow one delays no other.
+    """Checks the targets of one upstream, each in its own task, so that a slow target does not delay others.
 
-    `probe_sender` returns how a target is asked. The first check of each comes at a random moment of the first
-    interval, so that many targets, workers and gateways that start together do not ask together.
+    `probe_sender` returns the function that sends a check to a target. The first check of each target is at a random
+    time in the first interval, so that targets, workers and gateways that start together do not check together.
     """
 
     def __init__(
@@ -114,14 +117,14 @@ class HealthChecker:
         return f"<HealthChecker [{len(self._tasks)} targets]>"
 
     async def run(self) -> None:
-        """Check whom `follow` names, until cancelled."""
+        """Check the targets that `follow` has set, until cancelled."""
         async with asyncio.TaskGroup() as group:
             self._group = group
             self.follow(self._targets)
             await group.create_task(_never())
 
     def follow(self, targets: Sequence[Target]) -> None:
-        """Check these targets from now on, and no others."""
+        """Set the targets to check."""
         self._targets = targets
         if self._group is None:
             return

@@ -1,6 +1,6 @@
-"""The ways to choose among the targets that are offered: by turns, by load, by key.
+"""Load balancing policies: round robin, least requests, and hash of a key.
 
-Pure but for the turns, which are counted on the targets; the random source is handed in.
+Pure functions, except that round robin keeps its credit on the targets; the random source is passed in.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ from api_gateway.upstreams.target import Target
 
 Picker = Callable[[Sequence[Target], str], Target]
 
-LOAD_BOUND = 1.25  # times its fair share of requests in flight, that a target may have before a key passes it by
+LOAD_BOUND = 1.25  # times a target's fair share of requests in flight, above which a key goes to another target
 
 
 def round_robin(targets: Sequence[Target], _key: str) -> Target:
-    """Take turns by weight, interleaved (nginx's smooth weighted round robin): 2:1 gives a b a, never a a b."""
+    """Smooth weighted round robin, as in nginx: weights 2:1 give a b a, not a a b."""
     if len(targets) == 1:
         return targets[0]
     chosen, most, total = targets[0], -math.inf, 0
@@ -30,10 +30,10 @@ def round_robin(targets: Sequence[Target], _key: str) -> Target:
 
 
 def least_requests(source: random.Random) -> Picker:
-    """Return a pick of the less loaded of two random targets, by requests in flight per weight.
+    """Return a picker of the less loaded of two random targets, by requests in flight per weight.
 
-    Two choices get within a constant of the best (Mitzenmacher 2001) and, unlike the exact minimum, do not send every
-    gateway to the same target at once.
+    Two choices are within a constant of the optimum (Mitzenmacher 2001) and, unlike the exact minimum, do not make all
+    gateways choose the same target at once.
     """
 
     def picker(targets: Sequence[Target], _key: str) -> Target:
@@ -46,11 +46,11 @@ def least_requests(source: random.Random) -> Picker:
 
 
 def rendezvous_hash(targets: Sequence[Target], key: str) -> Target:
-    """Send one key to one target for as long as that is offered and not overloaded.
+    """Return the target of a key: the same one while it is offered and not overloaded.
 
-    Highest random weight (Thaler and Ravishankar 1998), by the logarithmic method for weights: losing a target moves
-    only the keys it had. A target with its bound of requests in flight passes the key to the next best (consistent
-    hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2017).
+    Highest random weight (Thaler and Ravishankar 1998), with the logarithmic method for weights: when a target is
+    removed, only its keys move. If a target exceeds LOAD_BOUND, the next best one gets the key (consistent hashing
+    with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2017).
     """
     in_flight = weight = 0
     for target in targets:
@@ -68,11 +68,11 @@ def rendezvous_hash(targets: Sequence[Target], key: str) -> Target:
 
 
 def share_of_key(target: Target, key: str) -> float:
-    """Return a number from 0 to 1 that is the same for this key and target every time, and alike for no other."""
+    """Return a number between 0 and 1 that depends only on key and target, independent of the load balancing hash."""
     return _unit(target.url.encode(), b"slow start|" + key.encode())
 
 
 def _unit(name: bytes, key: bytes) -> float:
-    """Return a hash as a number between 0 and 1, neither of them included."""
+    """Return a hash as a number between 0 and 1, both excluded."""
     digest = hashlib.blake2b(b"%b|%b" % (name, key), digest_size=8).digest()
     return ((int.from_bytes(digest, "big") >> 12) + 0.5) / 2**52

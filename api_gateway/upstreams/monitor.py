@@ -1,7 +1,4 @@
-"""Keeps the targets of one upstream up to date: checks their health, and follows the names they come from.
-
-Tells the log what is new, each thing once.
-"""
+"""Monitors the targets of one upstream: checks their health, and resolves their names. Logs each change once."""
 
 import asyncio
 import logging
@@ -21,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class UpstreamMonitor:
-    """The checks and the names of one upstream. `policy` None means no checks; without `names` nothing is resolved."""
+    """Health checks and resolution of one upstream. `policy` None: no checks; without `names`, no resolution.
+
+    States: not started (`change` takes effect at the start), running (within `run`).
+    """
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class UpstreamMonitor:
         clock: Clock,
         source: random.Random,
     ) -> None:
-        """`interval` is how often names are resolved, in seconds.
+        """`interval` is the time between resolutions in seconds.
 
-        Checks go through `transport`, where they wait for no connection that live requests hold, and which `close`
-        closes; by default through the service's.
+        Checks use `transport`, in which they do not wait for connections of live requests, and which `close` closes;
+        by default the transport of the upstream.
         """
         self.names = names
         self.policy = policy
@@ -61,7 +61,7 @@ class UpstreamMonitor:
         )
 
     async def run(self) -> None:
-        """Do it until cancelled."""
+        """Run the checks and the resolution until cancelled."""
         async with asyncio.TaskGroup() as group:
             self._group = group
             self._start_checks()
@@ -69,14 +69,14 @@ class UpstreamMonitor:
             await group.create_task(_never())
 
     def _start_checks(self) -> None:
-        """Start the health checks, in place of those before."""
+        """Start the health checks, replacing the previous ones."""
         if self._checks_task is not None:
             self._checks_task.cancel()
         if self._group is not None and self._checker is not None:
             self._checks_task = self._group.create_task(self._checker.run())
 
     def _start_resolution(self) -> None:
-        """Start to follow the names, in place of those before."""
+        """Start the resolution of names, replacing the previous one."""
         if self._resolution_task is not None:
             self._resolution_task.cancel()
         if self._group is not None:
@@ -93,9 +93,9 @@ class UpstreamMonitor:
         names: Sequence[HostName],
         interval: float,
     ) -> None:
-        """Go by other terms from now on, for the targets that the upstream has by now.
+        """Apply other settings to the present targets of the upstream.
 
-        Checks that stay as they were go on with what they have found; without checks every target is healthy.
+        Unchanged checks continue with their results; without checks every target is healthy.
         """
         is_resolved_alike = (interval, list(names)) == (self._interval, list(self.names))
         is_watched_alike = policy == self.policy and transport is self._own_transport
@@ -131,22 +131,22 @@ class UpstreamMonitor:
             self._checker.follow(self._upstream_client.upstream.targets)
 
     async def close(self) -> None:
-        """Close the connections of the checks."""
+        """Close the transport of the checks, if they have their own."""
         if self._own_transport is not None:
             await self._own_transport.aclose()
 
     @property
     def transport(self) -> UpstreamTransport | ShieldedTransport | None:
-        """Through which checks go, None if that is the service's."""
+        """The transport of the checks, None if they use the upstream's."""
         return self._own_transport
 
     def _send_probe(self, target: Target) -> SendProbe:
         if self._own_transport is None:
             return partial(probe, self._upstream_client.transport, address=target.address)
-        return partial(probe, self._own_transport, address=target.address, keeps_connection=False)  # names come and go
+        return partial(probe, self._own_transport, address=target.address, keeps_connection=False)  # addresses change
 
     def _on_health_change(self, target: Target) -> None:
-        """Take in that health checks have changed their mind about a target."""
+        """Log that the health of a target has changed; begin its slow start if it is healthy."""
         upstream = self._upstream_client.upstream
         if target.is_healthy:
             upstream.outliers.start_slow_start(target, self._clock())
@@ -154,7 +154,7 @@ class UpstreamMonitor:
         logger.warning("upstream %s: target %s is %s: %s", upstream.name, target.url, verdict, target.checks.finding)
 
     def _on_resolution(self, resolution: Resolution) -> None:
-        """Send requests and checks where an answer says."""
+        """Apply the result of a look-up to the upstream and its checks."""
         self._log(resolution)
         self._last_errors[resolution.name] = resolution.name.error
         if not resolution.is_change:
@@ -166,13 +166,13 @@ class UpstreamMonitor:
             self._checker.follow(targets)
 
     def _log(self, resolution: Resolution) -> None:
-        """Tell what is new in an answer: other addresses, another error, or that there is none any more."""
+        """Log what is new: other addresses, another error, or the end of an error."""
         upstream, name = self._upstream_client.upstream.name, resolution.name
         known = ", ".join(name.addresses) or "the name itself"
         if name.error is not None:
             if name.error != self._last_errors.get(name):
                 logger.warning(
-                    "upstream %s: %s cannot be resolved, %s is kept: %s", upstream, name.host, known, name.error
+                    "upstream %s: %s cannot be resolved, keeping %s: %s", upstream, name.host, known, name.error
                 )
         elif resolution.is_change:
             changes = [

@@ -1,7 +1,7 @@
-"""The rotation of an upstream: which of its targets are offered, by what live requests have shown of each.
+"""Outlier detection: ejects targets of an upstream that fail live requests, and lets them return by slow start.
 
-A target whose own breaker is OPEN is ejected: it is not offered while another is. One that returns starts slowly.
-Synchronous and without clock; what is left to chance is handed in.
+A target whose own breaker is OPEN is ejected: it gets no requests while another target can serve them.
+Synchronous, without a clock; `now` (monotonic seconds) and the random source are passed in.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -14,19 +14,23 @@ from api_gateway.resilience.breaker_policy import BreakerPolicy, State
 from api_gateway.upstreams.load_balancing import share_of_key
 from api_gateway.upstreams.target import Target
 
-Draw = Callable[[Target, str], float]  # a number from 0 to 1, by chance or by key
+Draw = Callable[[Target, str], float]  # a number from 0 to 1, random or derived from the key
 
 
 @dataclass(frozen=True, slots=True)
 class OutlierPolicy:
-    """How much of an upstream may be ejected, as a share of its targets, and how long a return takes in seconds."""
+    """The largest share of ejected targets of an upstream, and the duration of slow start in seconds."""
 
     max_ejected_ratio: float = 0.5
     slow_start: float = 10.0
 
 
 class OutlierDetector:
-    """Offers targets and judges them by what came of it. `abnormal` are those that are not simply offered."""
+    """Selects eligible targets and updates their breakers. `abnormal` has those in another state than normal.
+
+    States of a target, by its breaker: normal (CLOSED), ejected (OPEN), probing (HALF_OPEN), and after CLOSED again
+    slow start, while `returned_at` is set. Without a breaker a target is never ejected.
+    """
 
     def __init__(
         self,
@@ -35,7 +39,7 @@ class OutlierDetector:
         draw: Draw = share_of_key,
         make_breaker: Callable[[float], CircuitBreaker] | None = None,
     ) -> None:
-        """`make_breaker` makes the breaker of a target; without it targets have none and none is ejected."""
+        """`make_breaker` creates the breaker of a target; without it no target has one, and none is ejected."""
         self.policy = policy
         self.abnormal: set[Target] = set()
         self._draw = draw
@@ -50,7 +54,7 @@ class OutlierDetector:
         targets: Iterable[Target],
         now: float,
     ) -> None:
-        """Go by other terms. Breakers of targets stay, and go by `breaker_policy`; without `make_breaker` they end."""
+        """Apply other settings. Breakers are kept with `breaker_policy`; without `make_breaker` they are removed."""
         self.policy, self._draw, self._make_breaker = policy, draw, make_breaker
         for target in targets:
             if make_breaker is None:
@@ -64,9 +68,10 @@ class OutlierDetector:
     def eligible(
         self, healthy: Sequence[Target], tried: Collection[Target], now: float, key: str, *, is_safe: bool = True
     ) -> Sequence[Target]:
-        """Return those of the healthy targets that may have this request: at least one.
+        """Return the healthy targets that may get this request: at least one.
 
-        Those not yet `tried` go first. If every one is ejected, none is. `is_safe` is for the breakers' `admit`.
+        Targets not in `tried` are preferred. If all are ejected, ejection is ignored. For `is_safe` see
+        `CircuitBreaker.admit`.
         """
         self._prune(now)
         if is_safe:
@@ -89,12 +94,13 @@ class OutlierDetector:
         request_id: str = "",
         principal: str | None = "",
     ) -> Transition | None:
-        """Tell the breaker of a target how a try on it ended; see its `settle`. Returns the move that caused.
+        """Record the outcome of an attempt in the breaker of its target; see `CircuitBreaker.settle`.
 
-        A failure that might eject a target which may not be is counted as `withheld` instead.
+        Returns the transition that it caused, or None. A bad call on a target that must not be ejected counts as
+        IGNORED and in `withheld`.
         """
         breaker = target.breaker
-        assert breaker is not None  # noqa: S101 - it gave the ticket
+        assert breaker is not None  # noqa: S101 - it issued the ticket
         is_slow = outcome is Outcome.SUCCESS and duration is not None and duration >= breaker.slow_after
         may_move = outcome is Outcome.FAILURE or is_slow
         if may_move and breaker.state is not State.OPEN and not self.may_eject(targets, target):
@@ -112,15 +118,15 @@ class OutlierDetector:
             request_id=request_id,
             principal=principal,
         )
-        if transition is None or target not in targets:  # one that is gone rotates no more
+        if transition is None or target not in targets:  # a removed target has no state here
             return None
         self._note_transition(target, transition)
         return transition
 
     def may_eject(self, targets: Sequence[Target], target: Target) -> bool:
-        """Tell whether `target` may leave: others are left to serve, and not too many are out already.
+        """Return whether `target` may be ejected: others can serve, and the share of ejected targets permits it.
 
-        One that is HALF_OPEN counts as out, so that its probe may fail.
+        A HALF_OPEN target counts as ejected already, so that its probe may fail.
         """
         out, serving = 1, False
         for other in targets:
@@ -133,25 +139,25 @@ class OutlierDetector:
         return serving and out <= self._max_out(targets)
 
     def is_ejected(self, targets: Sequence[Target], target: Target, now: float) -> bool:
-        """Tell whether `target` gets no request for what its breaker says."""
+        """Return whether `target` gets no requests because of its breaker."""
         if target.breaker is None or target.breaker.state_at(now) is not State.OPEN:
             return False
         return any(other.is_healthy and self.admits(other, now) for other in targets)
 
     def share(self, target: Target, now: float) -> float:
-        """Return how often a target is a candidate, from 0 to 1: less than always while it starts slowly."""
+        """Return the share of requests for which a target is a candidate, 0 to 1: below 1 during slow start."""
         if target.returned_at is None or now - target.returned_at >= self.policy.slow_start:
             return 1.0
         return max(0.0, now - target.returned_at) / self.policy.slow_start
 
     def start_slow_start(self, target: Target, now: float) -> None:
-        """Begin the slow start of a target that was away and has returned."""
+        """Begin the slow start of a target that returns to service."""
         if self.policy.slow_start > 0:
             target.returned_at = now
             self.abnormal.add(target)
 
     def set_targets(self, targets: Sequence[Target], now: float) -> None:
-        """Rotate among `targets` from now on: give new ones their breakers, and take back whom fewer may not spare."""
+        """Set the targets: create breakers of new ones, and return those to service that exceed the ejected share."""
         self.abnormal.intersection_update(targets)
         if self._make_breaker is None or (len(targets) == 1 and targets[0].breaker is None):
             return
@@ -164,11 +170,11 @@ class OutlierDetector:
             self.start_slow_start(target, now)
 
     def _max_out(self, targets: Sequence[Target]) -> int:
-        """Return how many of them may be out at once: never all."""
+        """Return how many targets may be ejected at once: never all."""
         return min(int(self.policy.max_ejected_ratio * len(targets) + 1e-9), len(targets) - 1)
 
     def admits(self, target: Target, now: float, *, is_safe: bool = True) -> bool:
-        """Tell whether a healthy target may have a request now, as far as its own breaker goes."""
+        """Return whether the breaker of a healthy target would admit a request now."""
         breaker = target.breaker
         return target not in self.abnormal or breaker is None or breaker.would_admit(now, is_safe=is_safe)
 
@@ -177,14 +183,14 @@ class OutlierDetector:
         return share >= 1 or self._draw(target, key) < share
 
     def _prune(self, now: float) -> None:
-        """Forget what is over: a target that has its full share and is not out is like any other."""
+        """Return targets to normal that are not ejected and whose slow start is over."""
         for target in list(self.abnormal):
             if not _is_ejected(target) and self.share(target, now) >= 1:
                 target.returned_at = None
                 self.abnormal.discard(target)
 
     def _note_idempotent(self, now: float) -> None:
-        """Let breakers that wait for probes know that requests come which may be repeated."""
+        """Inform the breakers that a request arrived which may be repeated, and so may be a probe."""
         for target in self.abnormal:
             if target.breaker is not None:
                 target.breaker.note_idempotent(now)
@@ -199,7 +205,7 @@ class OutlierDetector:
 
 
 def is_serving(target: Target) -> bool:
-    """Tell whether a target is in rotation without reserve: healthy, neither ejected nor on probation."""
+    """Return whether a target is healthy and neither ejected nor probing."""
     return target.is_healthy and not _is_ejected(target)
 
 

@@ -1,4 +1,4 @@
-"""A target: one address of an upstream, with all that is known of it. Holds values, decides nothing."""
+"""A target, one address of an upstream, with its state. Values only, no decisions."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,17 @@ from api_gateway.circuit_breaker import CircuitBreaker
 
 @dataclass(slots=True)
 class CheckRecord:
-    """What the health checks of a target have found; times are monotonic seconds."""
+    """Results of a target's health checks; times are monotonic seconds."""
 
-    at: float | None = None  # of the last one; None while there was none
+    at: float | None = None  # of the last check; None before the first
     finding: str | None = None
     is_good: bool = True
-    consecutive: int = 0  # results like the last, in a row
+    consecutive: int = 0  # equal results, the last one included
     last_error: str | None = None
     last_error_at: float | None = None
 
     def note(self, now: float, *, is_good: bool, finding: str) -> None:
-        """Take in one result."""
+        """Record one result."""
         self.consecutive = self.consecutive + 1 if is_good is self.is_good else 1
         self.at, self.finding, self.is_good = now, finding, is_good
         if not is_good:
@@ -26,18 +26,18 @@ class CheckRecord:
 
 @dataclass(eq=False, slots=True)
 class Target:
-    """One address of an upstream. `in_flight` counts requests sent and not yet answered to the end.
+    """One address of an upstream. `in_flight` counts attempts whose responses have not ended.
 
-    `url` is what it is called. Where that came from resolving a name, `named` is the URL with the name and `address`
-    where to connect. `breaker` is its own, None where it can make no difference. `returned_at` is set while it starts
-    slowly; `withheld` counts failures in a row that could not eject it, as too few others are left.
+    `url` identifies it. If it results from resolving a name, `named` is the URL with the name, and `address` the IP
+    address. `breaker` is its own, None if it cannot be ejected. `returned_at` is set during slow start; `withheld`
+    counts consecutive bad calls that could not eject it because too few others could serve.
     """
 
     url: str
     weight: int = 1
     is_healthy: bool = True
     in_flight: int = 0
-    credit: int = field(default=0, repr=False)  # of the smooth weighted round robin
+    credit: int = field(default=0, repr=False)  # of smooth weighted round robin
     named: str | None = field(default=None, repr=False)
     address: str | None = field(default=None, repr=False)
     breaker: CircuitBreaker | None = field(default=None, repr=False)
@@ -47,5 +47,5 @@ class Target:
     checks: CheckRecord = field(default_factory=CheckRecord, repr=False)
 
     def forget_checks(self) -> None:
-        """Count as healthy: it is not checked any more."""
+        """Reset the target to healthy because it is not checked any more."""
         self.is_healthy, self.checks = True, CheckRecord()

@@ -1,7 +1,7 @@
-"""An upstream and its targets: choose one that is offered, ask the breakers, and take the result back.
+"""An upstream and its targets: admission, selection of a target, and recording of outcomes.
 
-Synchronous and without clock. Nothing here knows HTTP. Who is offered is for `outlier_detection` to say, which of
-them for `load_balancing`.
+Synchronous and without a clock; independent of HTTP. `outlier_detection` determines the eligible targets and
+`load_balancing` selects one of them.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,7 +19,7 @@ from api_gateway.upstreams.target import Target
 
 
 class SlowResponse(NamedTuple):
-    """A good answer whose head was long in coming, for the breaker to hear of at the answer's end."""
+    """A successful response with a slow head, to be recorded in the breakers at the end of the response."""
 
     duration: float  # seconds
     route: str
@@ -27,12 +27,14 @@ class SlowResponse(NamedTuple):
 
 
 class Attempt:
-    """One try on one target. Settling it gives back the target and tells the breakers; only the first time counts.
+    """One attempt on one target, from `Upstream.acquire` to `release`.
 
-    `principal` is on whose behalf it was made; None once it has failed in a way that no client can have caused.
+    States: open, settled (the outcome is recorded; later outcomes are ignored), released. `release` settles an open
+    one and must be called exactly once.
 
-    `ticket` is of the upstream's breaker, `target_ticket` of the target's own; `target_transition` is the move of the
-    latter that the last settling caused.
+    `principal` is the one to which a failure is attributed; None if no client can have caused it. `ticket` is of the
+    upstream's breaker, `target_ticket` of the target's; `target_transition` is the transition of the latter that the
+    last `settle` caused.
     """
 
     __slots__ = (
@@ -64,10 +66,10 @@ class Attempt:
         self.target = target
         self.ticket = ticket
         self.target_ticket = target_ticket
-        self.principal = principal or ""  # whoever is not known counts as one
+        self.principal = principal or ""  # all unknown principals count as one
         self._holder = principal
         self.target_transition = None
-        self._target_breaker = target.breaker  # the one that gave the ticket: the target may get another
+        self._target_breaker = target.breaker  # the one that issued the ticket; the target may get another
         self.slow: SlowResponse | None = None
         self._is_settled = False
         self._limit = upstream.limit
@@ -83,7 +85,7 @@ class Attempt:
         route: str = "",
         request_id: str = "",
     ) -> Transition | None:
-        """Tell how the try ended. Returns the move of the upstream's breaker, if it caused one."""
+        """Record the outcome; only the first counts. Return the transition of the upstream's breaker, or None."""
         if self._is_settled:
             self.target_transition = None
             return None
@@ -119,9 +121,9 @@ class Attempt:
         )
 
     def release(self, now: float, outcome: Outcome = Outcome.IGNORED) -> None:
-        """Give the target back, and settle the try unless it is: by default it blames nobody.
+        """End the attempt, and settle it if it is open, by default as IGNORED.
 
-        For outcomes that move the breaker, `settle` before.
+        Call `settle` before if the transition that the outcome may cause is needed.
         """
         if outcome is Outcome.FAILURE:
             self.settle(outcome, now)
@@ -136,19 +138,19 @@ class Attempt:
             self.release_slot()
 
     def release_slot(self) -> None:
-        """Give back the place below the upstream's limit, once: what has no end of its own does not keep it."""
+        """Release the slot in the concurrency limit, once. Called early for tunnels, which must not occupy it."""
         limit, self._limit = self._limit, None
         if limit is not None:
             limit.release(self._holder)
 
     @property
     def is_probe(self) -> bool:
-        """Tell whether either breaker waits for the result to know if it may close."""
+        """True if the attempt is a probe of either breaker."""
         return self.ticket.is_probe or (self.target_ticket is not None and self.target_ticket.is_probe)
 
 
 class Upstream:
-    """A named service: its targets and who of them is offered, its breaker, its way to choose, and its limit."""
+    """An upstream: its targets, outlier detection, circuit breaker, load balancing and concurrency limit."""
 
     def __init__(
         self,
@@ -172,24 +174,24 @@ class Upstream:
         return f"<Upstream {self.name!r} [{healthy} of {len(self.targets)} healthy, {self.breaker.state}]>"
 
     def rebalance(self, picker: Picker) -> None:
-        """Choose among targets in another way."""
+        """Set another load balancing policy."""
         self._picker = picker
 
     def set_targets(self, targets: Sequence[Target], now: float) -> None:
-        """Offer `targets` from now on. Leases on others run on to their end."""
+        """Set the targets. Attempts on others continue to their end."""
         self.targets = list(targets)
         self.outliers.set_targets(self.targets, now)
 
     @property
     def concurrency(self) -> ConcurrencyState:
-        """What is under way, and what may be."""
+        """Requests in flight, and the limit if there is one."""
         limit = self.limit
         if limit is not None:
             return ConcurrencyState(limit.limit, limit.in_flight)
         return ConcurrencyState(None, sum(target.in_flight for target in self.targets))
 
     def accepts_all(self) -> bool:
-        """Tell whether `checkout` would give a lease that is no probe of the upstream's breaker."""
+        """Return whether `acquire` would succeed without a probe of the upstream's breaker; ignores the limit."""
         if not self.breaker.is_transparent:
             return False
         for target in self.targets:  # noqa: SIM110 - any() takes five times as long, on every request
@@ -207,12 +209,11 @@ class Upstream:
         is_safe: bool = True,
         principal: str | None = None,
     ) -> Attempt:
-        """Return a lease on a healthy target that is not ejected, preferring those not in `tried`.
+        """Return an attempt on a healthy target that is not ejected, preferably one not in `tried`.
 
-        `is_safe` is for `admit`, `principal` is on whose behalf the attempt is made and whose share of the limit it
-        takes, None if that is not known. Raises NoHealthyUpstream when there is none, Shed when there is no place for
-        the band or the principal, CircuitOpen when the breaker does not admit; in this order, so that no probe is
-        spent on what does not go.
+        For `is_safe` see `CircuitBreaker.admit`. `principal` is the client or address that the attempt and its slot in
+        the limit are attributed to, None if unknown. Raises NoHealthyUpstream; LoadShed if the limit has no slot for
+        the priority or the principal; CircuitOpen if the breaker rejects. In this order, so that no probe is wasted.
         """
         candidates = self.targets
         if len(candidates) > 1 or not candidates[0].is_healthy:
@@ -226,7 +227,7 @@ class Upstream:
         if ticket is None:
             raise self._refusal(now)
         offered: Sequence[Target] = candidates
-        if ticket.is_probe:  # one at a time: what is on probation itself tells nothing of the upstream
+        if ticket.is_probe:  # a target that is itself probing says nothing about the upstream
             offered = candidates = [target for target in candidates if is_serving(target)] or candidates
         if self.outliers.abnormal:
             offered = self.outliers.eligible(candidates, tried, now, key, is_safe=is_safe)
@@ -240,25 +241,25 @@ class Upstream:
         return Attempt(self, target, ticket, own_ticket, principal)
 
     def counts_failures_of(self, target: Target) -> bool:
-        """Tell whether what fails at `target` says something of the upstream: not if it is out while others serve."""
+        """Return whether failures at `target` count for the upstream: not if it is ejected while others serve."""
         if target in self.targets and is_serving(target):
             return True
         return not any(other is not target and is_serving(other) for other in self.targets)
 
     def is_recovering(self, now: float) -> bool:
-        """Tell whether it is too early for anything but probes, or an operator keeps requests off."""
+        """Return whether only probes are admitted, or an operator has forced the breaker open."""
         mode = self.breaker.mode_at(now)
         return mode is Mode.FORCED_OPEN or (mode is Mode.AUTO and self.breaker.state_at(now) is not State.CLOSED)
 
     def has_other(self, tried: Collection[Target], now: float) -> bool:
-        """Tell whether there is a target that is not in `tried` and would get a request now."""
+        """Return whether a target that is not in `tried` would get a request now."""
         others = [target for target in self.targets if target.is_healthy and target not in tried]
         return any(self.outliers.admits(target, now) for target in others)
 
     def refusal(
         self, now: float, priority: int = 0, *, holder: str | None = None, is_safe: bool = True
     ) -> Unavailable | None:
-        """Return what `checkout` would raise now, or None; nothing is taken by that."""
+        """Return the error that `acquire` would raise now, or None; acquires nothing."""
         if not any(target.is_healthy for target in self.targets):
             return self._unhealthy()
         if self.limit is not None and self.limit.is_full_for(priority, holder):

@@ -1,4 +1,4 @@
-"""An upstream with what is needed to send to it: its transport, its time limits and its retries."""
+"""The client side of an upstream: its transport, timeouts and retries."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -20,19 +20,19 @@ from api_gateway.upstreams.upstream import Upstream
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds; `total` None is no limit."""
+    """Timeouts in seconds; `total` None: no limit."""
 
     connect: float
     response: float
     idle: float
     total: float | None
-    tunnel: float = 3600.0  # without a byte in either direction, once protocols were switched
+    tunnel: float = 3600.0  # without a byte in either direction of a tunnel
 
 
 class UpstreamClient:
-    """An upstream with what is needed to send to it. `retry` is one try and no other by default.
+    """An upstream with its transport, timeouts and retries. By default there are no retries.
 
-    `hash_header` (lower case) is the header whose value is the key that a target is chosen by, instead of the client.
+    `hash_header` (lower case) is the header field whose value is the key for load balancing, instead of the client.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class UpstreamClient:
     def succeeded_by(
         self, timeouts: Timeouts, retry: RetryPolicy, hash_header: bytes | None, transport: httpx.AsyncBaseTransport
     ) -> "UpstreamClient":
-        """Return the same upstream under other terms. Requests that go by this one's go on; what lives is shared."""
+        """Return a client of the same upstream with other settings. Both share its state; this one stays usable."""
         other = copy(self)
         if transport is not self.transport:
             other._connect(transport)  # noqa: SLF001 - of the same class
@@ -87,12 +87,12 @@ class UpstreamClient:
         return other
 
     def hash_key(self, fields: Fields, exchange: Exchange) -> str:
-        """Return the key that a target is chosen by: what the header says, or the client if it says nothing."""
+        """Return the key for load balancing: the value of `hash_header`, or the client if it is absent."""
         values = None if self.hash_header is None else fields.get(self.hash_header)
         return exchange.client_key if values is None else values[0].decode("latin-1")
 
     def set_targets(self, targets: Sequence[Target], now: float) -> None:
-        """Send to `targets` from now on. Requests that run on others go on; no connection is kept to those."""
+        """Set the targets. Requests in progress on others continue; idle connections to those are closed."""
         before = self.upstream.targets
         for target in targets:
             if target not in self.origins:
@@ -104,7 +104,7 @@ class UpstreamClient:
         self.sweep()
 
     def sweep(self) -> None:
-        """Let go of targets that are gone, as far as nothing runs on them any more."""
+        """Delete the state of removed targets that have no request in progress."""
         live = {self.origins[target].key for target in self.upstream.targets}
         for target in list(self._removed):
             origin = self.origins[target]
@@ -117,7 +117,7 @@ class UpstreamClient:
                 del self.origins[target]
 
     def resources(self) -> list[ResourceState]:
-        """Return how far the connections to the targets are in use, once there have been any."""
+        """Return the use of the connections to all targets; nothing before the first connection."""
         if not isinstance(self.transport, UpstreamTransport):
             return []
         name, (requests, tunnels) = self.upstream.name, self.transport.resources()
@@ -126,10 +126,10 @@ class UpstreamClient:
         return [ResourceState.of("requests", requests, name), ResourceState.of("tunnels", tunnels, name)]
 
     def idle_connection(self, target: Target, holder: str | None) -> UpstreamConnection | None:
-        """Take a connection of our own transport to `target`, if one is free and the holder may have it."""
+        """Take an idle connection to `target` if there is one and the holder's share permits it, else None."""
         take = self._acquire_idle.get(target)
         if take is None:
-            assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - no other takes passages
+            assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
             take = self._acquire_idle[target] = self.transport.pool(self.origins[target]).acquire_idle
         return take(holder)
 

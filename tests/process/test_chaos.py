@@ -171,7 +171,7 @@ def test_what_stays_as_it_was_is_flat() -> None:
 
 def test_what_rises_or_is_left_over_is_not() -> None:
     assert verdict(3.1).problems() == ["memory, MB rises by 3.10, 3 are allowed"]
-    assert verdict(**{"in flight": 2.0}).problems() == ["2 requests are in flight when all clients have gone"]
+    assert verdict(**{"in flight": 2.0}).problems() == ["2 requests are in flight after the last client"]
     assert verdict(descriptors=11.0).problems() == ["1 descriptors are left open"]
     unlike = verdict()
     unlike.clients.unexpected["plain: status 500"] = 3

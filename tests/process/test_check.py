@@ -67,11 +67,11 @@ def test_all_mistakes_are_told_in_one_run_with_their_lines(refused: Any, monkeyp
         ":16: server: given twice",
         "environment GATEWAY_LOG: log: must be JSON",
         "environment GATEWAY_SERVER__WORKERS: server.workers: must be a whole number, got 'x'",
-        ":4: store.url: has a port that is no number",
+        ":4: store.url: has a port that is not a number",
         ":8: upstreams.orders: must be a section of keys and values, such as {targets: ...}, got 5",
         ":10: routes[0] (a).upstream: no such upstream, got 'user'; did you mean 'users'?",
         ":11: routes[1].cost: must be greater than or equal to 0, got -1",
-        ":11: routes[1] (b).path: a placeholder or pattern is taken literally",
+        ":11: routes[1] (b).path: a placeholder or pattern is compared literally",
         ":12: routes[2] (c).fallback.upstream: no such upstream, got 'nowhere'",
         ":13: default_tier: no such tier, got 'GOLD'; the tiers are FREE",
         ":15: clients.acme.tier: no such tier, got 'SILVER'",
@@ -123,7 +123,7 @@ def test_no_message_has_the_name_of_a_class(refused: Any) -> None:
         ("routes: []\n", ":1: routes: is empty; leave it out for one route to each upstream, got []"),
         ("upstreams: {}\n", ":1: upstreams: is empty; leave it out for the demo services, got {}"),
         ("routes:\n- {name: on, path: /api, upstream: x}\n", ":2: routes[0].name: must be text; put it in quotes, as"),
-        ("clients:\n  7: {tier: FREE}\n", ":2: clients[7]: is no text; put the key in quotes"),
+        ("clients:\n  7: {tier: FREE}\n", ":2: clients[7]: is not text; put the key in quotes"),
         (
             "server:\n\tport: 1\n",
             ":2: not YAML: found character '\\t' that cannot start any token; indent with",
@@ -161,7 +161,7 @@ def route_problem(**keys: Any) -> str:
         ("/api/./b", "write '/api/b'"),
         ("/api//b", "write '/api/b'"),
         ("/api/%41", "write '/api/A'"),
-        ("/api/a ", "spaces at an end"),
+        ("/api/a ", "begins or ends with a space"),
         ("/api/%2e%2e/api/x", "write '/api/x'"),
         ("/api/a/%7Bid%7D", "write '/api/a'"),
         ("/api/a%00b", "compared decoded"),
@@ -261,11 +261,11 @@ upstreams:
     assert code == 3
     for start in (
         ":1: server.host: the host is not known: ",
-        f":2: state_dir: '{tmp_path}/file' is no folder, got ",
+        f":2: state_dir: '{tmp_path}/file' is not a folder, got ",
         ":4: store.url: ca_file: cannot be read: no such file or directory, got 'missing.pem'",
         ":9: upstreams.a.tls.ca_file: cannot be read: no such file or directory, got 'missing.pem'",
         ":9: upstreams.a.tls.key_file: cannot be read: no such file or directory, got 'missing.key'",
-        ":12: upstreams.b.tls.ca_file: holds no PEM certificate",
+        ":12: upstreams.b.tls.ca_file: contains no PEM certificate",
         f":12: upstreams.b.tls.key_file: does not belong to '{one}.pem', got '{other}.key'",
         ":15: upstreams.c.tls.key_file: needs the cert_file that it belongs to",
     ):
@@ -289,7 +289,9 @@ def test_a_port_in_use_is_a_warning_as_the_gateway_itself_may_use_it(tmp_path: P
         code, errors, output = checked(tmp_path, text)
     assert code == 0
     warning, read, state = errors
-    assert warning.startswith("warning: :2: server.port: is in use; a start fails unless what uses it has ended")
+    assert warning.startswith(
+        "warning: :2: server.port: is in use; the start fails unless the other program has ended"
+    )
     assert "The configuration is valid: 1 routes" in output
     assert read == f"Read: {tmp_path / 'gateway.yaml'}."
     assert state.startswith(f"State is kept in {tmp_path}")
@@ -316,14 +318,14 @@ routes:
     assert errors[:-2] == [
         "warning: :3: upstreams.used.tls: has no effect without an https target",
         "warning: :4: upstreams.idle: no route uses this upstream",
-        "warning: :11: routes[0] (a).costs[1]: never counts: costs[0] before it covers all of its requests",
+        "warning: :11: routes[0] (a).costs[1]: is never applied: costs[0] before it matches all of its requests",
     ]
 
 
 def test_an_empty_file_is_no_demo(tmp_path: Path) -> None:
     code, errors, _ = checked(tmp_path, "# nothing yet\n")
     assert code == 3
-    assert "configures nothing, and so the demo services would start" in errors[0]
+    assert "configures nothing, so the demo services would start" in errors[0]
 
 
 def test_a_start_names_all_files_that_it_cannot_use(tmp_path: Path) -> None:

@@ -55,4 +55,4 @@ def test_its_clients_were_registered_for_their_tiers(demo: RunningGateway) -> No
 def test_without_a_gateway_it_says_so(tmp_path: Path) -> None:
     done = run("--host", "http://127.0.0.1:9", cwd=tmp_path)
     assert done.returncode == 2
-    assert "No gateway answers at http://127.0.0.1:9" in done.stderr
+    assert "No gateway responds at http://127.0.0.1:9" in done.stderr

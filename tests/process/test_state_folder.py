@@ -111,7 +111,7 @@ def test_state_of_former_versions_is_taken_over_and_made_private(tmp_path: Path)
 def test_a_folder_that_somebody_else_could_have_put_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     own_folder(tmp_path).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StateError, match="is no folder"):
+    with pytest.raises(StateError, match="is not a folder"):
         StateFolder(tmp_path)
     own_folder(tmp_path).unlink()
     own_folder(tmp_path).mkdir()

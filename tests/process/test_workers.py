@@ -319,7 +319,7 @@ def test_a_worker_that_hangs_is_ended_and_replaced(up: RawUpstream, tmp_path: Pa
     with crew(tmp_path, up.url, workers=2, GATEWAY_SERVER__WORKER_TIMEOUT="2") as running:
         before = running.workers
         os.kill(before["gateway worker 2"], signal.SIGSTOP)
-        eventually(lambda: "no sign of life for 5 s" in running.errors, "it is noticed", START)  # 2 s and a margin
+        eventually(lambda: "has not reported for 5 s" in running.errors, "it is noticed", START)  # 2 s and a margin
         eventually(
             lambda: running.workers.get("gateway worker 2") not in (None, before["gateway worker 2"]),
             "replaced",
@@ -460,7 +460,7 @@ def test_what_workers_could_not_end_in_time_is_told_and_shows_in_the_exit_code(t
         client.request("GET", "/api/up")
         assert arrived.wait(PATIENCE)
         assert running.terminate() == 4
-        assert "1 requests were cut off in all" in running.errors
+        assert "1 requests were cut off in total" in running.errors
     may_answer.set()
     upstream.close()
 

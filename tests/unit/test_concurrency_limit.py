@@ -112,7 +112,7 @@ def test_a_refusal_names_upstream_tier_limit_and_what_is_under_way() -> None:
     error = raised.value
     assert (error.status, error.reason, error.is_retry_safe) == (503, Reason.OVERLOADED, True)
     assert error.detail == (
-        "Upstream 'users' is overloaded: of 4 requests that may be under way 3 are, and requests of tier BASIC are"
+        "Upstream 'users' is overloaded: 3 of at most 4 requests are in flight, and requests of tier BASIC are"
         " admitted below 3."
     )
     body = problem(error, instance="/api/users")
@@ -155,7 +155,7 @@ def test_a_refusal_is_foretold_and_asking_takes_nothing() -> None:
     upstream.acquire(NOW, "")
     told = upstream.refusal(NOW, FREE)
     assert isinstance(told, LoadShed)
-    assert "1 are" in told.detail
+    assert ": 1 of at most 2 requests" in told.detail
     assert upstream.refusal(NOW, ENTERPRISE) is None
     assert upstream.concurrency.in_flight == 1
 
@@ -222,8 +222,8 @@ def test_its_refusal_says_that_it_is_the_gateway() -> None:
     error = lagging(0.3125).refusal(FREE)
     assert (error.status, error.reason) == (503, Reason.OVERLOADED)
     assert error.detail == (
-        "The gateway itself is overloaded: its event loop runs 0.31 s late, and 0.25 s is the most it may."
-        " 50% of the requests of tier FREE are refused now."
+        "The gateway itself is overloaded: its event loop runs 0.31 s late, and the limit is 0.25 s."
+        " 50% of the requests of tier FREE are refused."
     )
     assert error.extra == {"tier": "FREE", "event_loop_lag_seconds": 0.312, "max_event_loop_lag_seconds": 0.25}
     assert "of tier" not in lagging(0.5, bands=SINGLE_PRIORITY).refusal(0).detail

@@ -190,7 +190,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         ({"slow_call_duration": 2}, "slow_call_duration: needs slow_call_rate, got 2 alone"),
         (
             {"window_calls": 10, "minimum_calls": 11},
-            "window_calls: must be at least minimum_calls (11), or no rate is ever reached, got 10",
+            "window_calls: must be at least minimum_calls (11), or no rate is ever computed, got 10",
         ),
     ],
 )

@@ -84,12 +84,12 @@ def test_what_yaml_expected_is_shown_and_no_text_of_the_file(refused: Refused, t
 
 @pytest.mark.parametrize(("text", "kind"), [("- a", "list"), ("words", "str"), ("7", "int")])
 def test_a_file_that_holds_no_sections_is_refused(refused: Refused, text: str, kind: str) -> None:
-    assert refused(text) == [f": must hold sections, got {kind}"]
+    assert refused(text) == [f": must contain sections, got {kind}"]
 
 
 def test_a_key_that_is_no_text_is_refused(refused: Refused) -> None:
     """YAML reads `on:` as true and `8000:` as a number."""
-    assert refused("server: {}\n8000: x\n")[0] == ":2: [8000]: is no text; put the key in quotes"
+    assert refused("server: {}\n8000: x\n")[0] == ":2: [8000]: is not text; put the key in quotes"
 
 
 def test_a_value_that_holds_itself_is_refused(refused: Refused) -> None:
@@ -102,7 +102,7 @@ def test_an_empty_file_configures_nothing(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     assert read_yaml(path) == YamlFile(path, {}, {})
     (line,) = problems_of(path)
-    assert line.startswith(f"{path}: configures nothing, and so the demo services would start")
+    assert line.startswith(f"{path}: configures nothing, so the demo services would start")
 
 
 def problems_of(path: Path) -> list[str]:
@@ -333,4 +333,4 @@ def test_a_network_with_bits_behind_its_prefix_is_refused_with_what_to_write(
     refused: Refused, given: str, instead: str
 ) -> None:
     (line,) = refused(f"server: {{trusted_proxies: ['{given}']}}\n")
-    assert f"has bits set behind its prefix: write {instead}, or the address alone, got '{given}'" in line
+    assert f"has bits set after its prefix: write {instead}, or the address alone, got '{given}'" in line

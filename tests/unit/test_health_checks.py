@@ -128,7 +128,7 @@ async def test_the_policy_says_which_statuses_are_good(status: int, is_good: boo
         (answering(503), False, "status 503"),
         (failing(ConnectionRefusedError("connection refused")), False, "connection refused"),
         (failing(ValueError()), False, "ValueError"),
-        (failing(TimeoutError("of its own")), False, "no answer within 5 s"),
+        (failing(TimeoutError("of its own")), False, "no response within 5 s"),
     ],
 )
 async def test_a_check_finds(ask: SendProbe, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
@@ -142,7 +142,7 @@ async def test_a_check_finds(ask: SendProbe, is_good: bool, finding: str) -> Non
 async def test_silence_is_found_after_the_timeout() -> None:
     judge, target = judged()
     assert not await check(judge, HealthPolicy("/health", timeout=0.001), URL, silent, CLOCK)
-    assert target.checks.finding == "no answer within 0.001 s"
+    assert target.checks.finding == "no response within 0.001 s"
     assert repr(judge) == "<HealthThreshold [healthy, 1 contrary in a row]>"
 
 

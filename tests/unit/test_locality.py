@@ -211,12 +211,12 @@ def test_ports_that_another_connection_has_by_now_are_noticed() -> None:
         with accepted:
             ours, theirs = Endpoint.of(*accepted.getsockname()), Endpoint.of(*peer)
             peers = PeerProcesses(os.geteuid())
-            with pytest.raises(NotEstablished, match="another one has its ports"):
+            with pytest.raises(NotEstablished, match="another one uses its ports"):
                 peers.examine(EstablishedConnection(ours, theirs, os.fstat(client.fileno()).st_ino))
             with pytest.raises(NotEstablished, match="TCP listener"):
                 peers.examine(EstablishedConnection(ours, theirs, os.fstat(accepted.fileno()).st_ino))
             client.close()
-            with pytest.raises(NotEstablished, match="is over"):
+            with pytest.raises(NotEstablished, match="has ended"):
                 peers.examine(EstablishedConnection(ours, theirs))
 
 

@@ -60,11 +60,11 @@ def bad_files(folder: Path) -> dict[str, Path]:
     contents = {
         "is empty": b"\n",
         "is too large": b"x" * 70_000,
-        "must hold one line": f"{TOKEN}\n{TOKEN}".encode(),
+        "must contain one line": f"{TOKEN}\n{TOKEN}".encode(),
         "is not UTF-8": b"\xff" + TOKEN.encode(),
         "must have at least 8 characters": b"short",
     }
-    found = {"no such file": folder / "missing", "is a folder": folder, "is no regular file": folder / "pipe"}
+    found = {"no such file": folder / "missing", "is a folder": folder, "is not a regular file": folder / "pipe"}
     os.mkfifo(folder / "pipe")
     for number, (cause, content) in enumerate(contents.items()):
         found[cause] = folder / f"file-{number}"

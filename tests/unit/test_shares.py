@@ -136,7 +136,7 @@ def test_a_refusal_says_what_was_exceeded() -> None:
     shares = FairShares(4)
     fill(shares, "one")
     assert shares.refusal("one", "connections") == (
-        "of 4 connections 2 are in use, 2 of them by you, and nobody may hold more than are still free"
+        "2 of 4 connections are in use, 2 of them by you, and one client can use at most as many as are free"
     )
     fill(shares, None)
     assert shares.refusal("one", "connections") == "all 4 connections are in use"

@@ -232,7 +232,7 @@ def test_a_half_open_breaker_says_that_its_probes_are_under_way() -> None:
     with pytest.raises(CircuitOpen) as raised:
         upstream.acquire(NOW + 30, "")
     assert raised.value.detail == (
-        "The circuit breaker of upstream 'users' is HALF_OPEN and its probes are under way."
+        "The circuit breaker of upstream 'users' is HALF_OPEN, and all its probes are in flight."
     )
     assert raised.value.retry_after == 1
     assert raised.value.extra == {"upstream": "users", "circuit_breaker": "HALF_OPEN"}

@@ -93,7 +93,7 @@ def problems(fallback: Any) -> str:
         ({"upstream": "users"}, "must be another upstream than the route's own"),
         ({}, "either a status or an upstream"),
         ({"status": 200, "upstream": "orders"}, "either a status or an upstream"),
-        ({"upstream": "orders", "body": "x"}, "belong to a status"),
+        ({"upstream": "orders", "body": "x"}, "need a status"),
         ({"status": 204, "body": "x"}, "has no body"),
         ({"status": 101}, "greater than or equal to 200"),
         ({"status": 200, "headers": {"Content-Length": "1"}}, "is written by the gateway itself"),

@@ -83,11 +83,11 @@ def test_the_log_hears_each_thing_once(caplog: pytest.LogCaptureFixture) -> None
     upkeep._on_resolution(one.fail("no such host", NOW))
     upkeep._on_resolution(one.update(["10.0.0.2"], NOW))
     assert caplog.messages == [
-        "upstream users: one.test cannot be resolved, the name itself is kept: no such host",
-        "upstream users: one.test cannot be resolved, the name itself is kept: no answer within 30 s",
+        "upstream users: one.test cannot be resolved, keeping the name itself: no such host",
+        "upstream users: one.test cannot be resolved, keeping the name itself: no answer within 30 s",
         "upstream users: one.test is 10.0.0.1 (+10.0.0.1)",
         "upstream users: one.test is 10.0.0.2 (+10.0.0.2 -10.0.0.1)",
-        "upstream users: one.test cannot be resolved, 10.0.0.2 is kept: no such host",
+        "upstream users: one.test cannot be resolved, keeping 10.0.0.2: no such host",
         "upstream users: one.test is resolved again: 10.0.0.2",
     ]
 

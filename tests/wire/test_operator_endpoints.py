@@ -191,7 +191,7 @@ def test_a_breaker_is_put_into_a_mode_and_back(tokened: RunningGateway) -> None:
     assert (until - since).total_seconds() == 600
     refused = ask(f"{tokened.url}/api/x").json()
     assert (refused["reason"], refused["circuit_breaker"]) == ("circuit_open", "CLOSED")
-    assert "held open by an operator for another" in refused["detail"]
+    assert "forced open by an operator for another" in refused["detail"]
     assert "moving house" not in refused["detail"]
     assert 590 < refused["retry_after_seconds"] <= 600
     assert ask(f"{tokened.url}/health", headers=authorized).json()["upstreams"]["up"]["status"] == "fail"

@@ -92,7 +92,7 @@ def test_an_address_gets_half_of_the_connections_and_another_one_is_still_served
         for _ in range(2):
             surplus = client()
             detail = refused(surplus.get())
-            assert "of 8 connections 4 are in use, 4 of them by you" in detail
+            assert "4 of 8 connections are in use, 4 of them by you" in detail
             assert surplus.is_closed()
         others = [client(OTHER), client(OTHER), client(THIRD)]
         assert [one.get().status for one in (*held, *others)] == [200] * 7
@@ -428,7 +428,7 @@ def test_one_address_or_client_holds_half_of_the_connections_to_an_upstream(
             surplus = client()
             send(surplus, "/api/x", (*one, *way))
             detail = refused(surplus.answer())
-            assert detail.startswith("Upstream 'up': of 4 connections to it 2 are in use, 2 of them by you")
+            assert detail.startswith("Upstream 'up': 2 of 4 connections to it are in use, 2 of them by you")
         for address, headers in others:
             asking = client(address)
             send(asking, "/api/x", (*headers, *way))
@@ -535,7 +535,7 @@ def test_what_has_no_end_of_its_own_is_bounded_apart_from_requests(
             surplus = client()
             surplus.request(target=path, headers=asking)
             detail = refused(surplus.answer())
-            assert "of 4 WebSockets and event streams 2 are in use, 2 of them by you" in detail
+            assert "2 of 4 WebSockets and event streams are in use, 2 of them by you" in detail
             held.append(opened(OTHER))
             held.append(opened(THIRD))
             assert client().get().status == 200

@@ -158,8 +158,8 @@ def test_one_client_alone_gets_half_of_the_places(running: RunningGateway, stage
         answer = get(running, "ENTERPRISE", way)
         assert answer.status == 503
         assert json.loads(answer.body)["detail"] == (
-            "Upstream 'up' is overloaded: of 6 requests that may be under way 3 are, and requests of tier ENTERPRISE"
-            " are admitted below 6; 3 of them are yours, and nobody may have more than are still free."
+            "Upstream 'up' is overloaded: 3 of at most 6 requests are in flight, and requests of tier ENTERPRISE"
+            " are admitted below 6; 3 of them are yours, and one client can use at most as many as are free."
         )
         told = explained(running, "enterprise")
         assert (told["result"]["outcome"], told["upstream"]["concurrency"]["allowed"]) == ("refused", False)
@@ -222,7 +222,7 @@ def test_both_ways_refuse_in_the_same_words(running: RunningGateway, stage: Stag
         body = json.loads(answer.body)
         assert body["reason"] == "overloaded"
         assert body["detail"] == (
-            "Upstream 'up' is overloaded: of 6 requests that may be under way 3 are, and requests of tier FREE are"
+            "Upstream 'up' is overloaded: 3 of at most 6 requests are in flight, and requests of tier FREE are"
             " admitted below 3."
         )
         told = ("upstream", "tier", "concurrency_limit", "tier_concurrency_limit", "in_flight")

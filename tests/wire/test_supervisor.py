@@ -232,11 +232,8 @@ async def test_a_worker_that_cannot_be_started_is_tried_again(
     keeping.cancel()
     found = [one for one in caplog.records if "could not be started" in one.getMessage()]
     assert [(one.exc_info, one.getMessage().count("\n")) for one in found] == [(None, 0)] * 2
-    assert (
-        found[0].getMessage()
-        == f"worker 1 could not be started: {str(lack) or 'MemoryError'}; trying again in 0.002 s"
-    )
-    assert "trying again in 0.004 s" in found[1].getMessage()
+    assert found[0].getMessage() == f"worker 1 could not be started: {str(lack) or 'MemoryError'}; retrying in 0.002 s"
+    assert "retrying in 0.004 s" in found[1].getMessage()
 
 
 async def test_a_rolling_restart_that_cannot_start_a_worker_leaves_the_old_one(
