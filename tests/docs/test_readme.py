@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import yaml
 from api_gateway.config import GatewayConfig
 from api_gateway.errors import Reason
 from tests.kit import eventually, running_gateway
-from tests.processes import WAYS, Running, process
+from tests.processes import WAYS, process
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,14 +43,6 @@ def normal(text: str) -> str:
     return "\n".join(line.strip() for line in text.strip().splitlines())
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Run the demo that the README's reader has running."""
-    with process(*WAYS["run_gateway.py"], cwd=tmp_path_factory.mktemp("readme")) as running:
-        assert running.port
-        yield running
-
-
 def test_there_are_two_commands_to_install_each_one_line() -> None:
     assert len(INSTALLING) == 2
     assert all("\n" not in command for command in INSTALLING)
@@ -66,21 +57,23 @@ def test_the_users_own_examples_are_there() -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the README's examples are for curl")
-@pytest.mark.parametrize(("command", "shown"), EXAMPLES, ids=[command[:60] for command, _ in EXAMPLES])
-def test_an_example_prints_what_is_shown(gateway: Running, command: str, shown: str | None) -> None:
-    """In the order of the README: later examples build on earlier ones.
+def test_the_examples_print_what_is_shown(tmp_path: Path) -> None:
+    """In the order of the README, as later examples build on earlier ones.
 
     From a shell that does not replace itself by its last command, as the reader's does not: the reader needs no token.
     """
-    adapted = command.replace("localhost:8000", f"127.0.0.1:{gateway.port}").replace("python ", f"{sys.executable} ")
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}
-    bash = ["bash", "-euo", "pipefail", "-c", f"{adapted}\n:"]
-    run = subprocess.run(bash, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=30, check=False)
-    assert run.returncode == 0, run.stderr
-    if shown is not None:
-        assert normal(run.stdout) == normal(shown)
-    else:
-        assert run.stdout
+    with process(*WAYS["run_gateway.py"], cwd=tmp_path) as running:
+        for command, shown in EXAMPLES:
+            adapted = command.replace("localhost:8000", f"127.0.0.1:{running.port}")
+            bash = ["bash", "-euo", "pipefail", "-c", f"{adapted.replace('python ', f'{sys.executable} ')}\n:"]
+            run = subprocess.run(
+                bash, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert run.returncode == 0, f"{command}: {run.stderr}"
+            assert run.stdout, command
+            if shown is not None:
+                assert normal(run.stdout) == normal(shown), command
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page's examples are for curl")

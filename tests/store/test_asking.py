@@ -130,7 +130,7 @@ def test_an_upstream_whose_breaker_opens_meanwhile_gets_nothing(
 ) -> None:
     origin = upstream(reply(status=b"500 Oh"))
     breaker = {"failure_threshold": 1, "recovery_timeout": 60}
-    options = {"url": store.url, "decision_timeout": wait, "on_failure": "allow"}
+    options = {"url": store.url, "decision_timeout": WAIT, "on_failure": "allow"}
     running = gateway(in_front_of(origin.url, circuit_breaker=breaker) | {"store": options})
     with paused(store), RawClient(running.port) as one, RawClient(running.port) as other:
         one.request(headers=HOT)
