@@ -1,9 +1,9 @@
 """The ASGI middleware of a proxied request, outermost first.
 
-Order: data plane split, exchange, identity, routing, load shedding, rate limit, proxy. Each step contains only
-configuration. The state of a request is its `Exchange`, which `ExchangeMiddleware` puts into the scope and in which
-each later step sets its own fields. A step that does not wait is a plain function that returns the next step's
-awaitable, because a coroutine costs more than the step itself.
+Order: data plane split, exchange, identity, routing, load shedding, rate limit, proxy. The object of
+a step has no state but configuration. The state of a request is its `Exchange`: `ExchangeMiddleware` puts it into the
+scope, and each later step sets its own fields. A step that does not wait is a plain function that returns the next
+step's awaitable, because a coroutine costs more than the step itself.
 """
 
 import asyncio

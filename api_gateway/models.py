@@ -1,4 +1,4 @@
-"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the clients' endpoints."""
+"""The values that all layers share: quotas, decisions and exchanges, and the bodies of the endpoints at `/clients`."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -90,14 +90,14 @@ async def revoke(client_id: ClientId, context: Guarded) -> GrantChanged:
 async def reset(client_id: ClientId, context: Guarded) -> BucketReset:
     """Fill the client's bucket to its capacity."""
     found = (await context.clients.inspect(client_id)).client
-    held = await _bucket(context, found)
+    bucket_before = await _bucket(context, found)
     await context.limiter.refill(found.key)
-    holds = await _bucket(context, found)
+    bucket_after = await _bucket(context, found)
     return BucketReset(
         client_id=client_id,
         tier=_tier_view(found.quota),
-        tokens_before=_tokens(found.quota, held.reset_ns),
-        tokens_after=_tokens(found.quota, holds.reset_ns),
+        tokens_before=_tokens(found.quota, bucket_before.reset_ns),
+        tokens_after=_tokens(found.quota, bucket_after.reset_ns),
     )
 
 
@@ -181,15 +181,15 @@ def _heavy(clients: ClientRegistry, recorder: Recorder, key: str) -> HeavyClient
 
 async def _move_bucket(context: AdminContext, before: Client, after: Client) -> TierChanged:
     """Convert the bucket to the new tier, and report its tokens before and after."""
-    held = await _bucket(context, before)
+    bucket_before = await _bucket(context, before)
     await context.limiter.move(before.key, before.quota, after.quota, context.clocks.monotonic_ns())
-    holds = await _bucket(context, after)
+    bucket_after = await _bucket(context, after)
     return TierChanged(
         client_id=after.id,
         previous=_tier_view(before.quota),
         current=_tier_view(after.quota),
-        tokens_before=_tokens(before.quota, held.reset_ns),
-        tokens_after=_tokens(after.quota, holds.reset_ns),
+        tokens_before=_tokens(before.quota, bucket_before.reset_ns),
+        tokens_after=_tokens(after.quota, bucket_after.reset_ns),
         persisted=True,
     )
 

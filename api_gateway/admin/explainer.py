@@ -235,13 +235,13 @@ _OUTCOMES: Mapping[Reason, Literal["limited", "exceeds_capacity"]] = {
 
 def _verdict(error: GatewayError | None, fallback: FallbackExplained | None) -> Verdict:
     if error is None:
-        words = "Every bucket has enough tokens, and the upstream accepts requests."
-        return Verdict(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=words)
+        detail = "Every bucket has enough tokens, and the upstream accepts requests."
+        return Verdict(outcome="allowed", status=None, reason=None, retry_after_seconds=None, detail=detail)
     if fallback is not None and fallback.used:
-        words = f"{error.detail} The fallback '{fallback.name}' responds."
+        detail = f"{error.detail} The fallback '{fallback.name}' responds."
         reason = error.reason.value
         return Verdict(
-            outcome="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=words
+            outcome="fallback", status=fallback.status, reason=reason, retry_after_seconds=None, detail=detail
         )
     return Verdict(
         outcome=_OUTCOMES.get(error.reason, "refused"),

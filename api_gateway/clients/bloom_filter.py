@@ -1,4 +1,4 @@
-"""A set of client ids in limited memory that may report an id as present that is not, never the reverse. No I/O.
+"""A set of client ids in limited memory: "absent" is certain, "present" may be wrong. No I/O.
 
 A Bloom filter (Bloom 1970) over Python's randomized hash of strings. Clients cannot predict the hash, so they cannot
 choose ids that cause false positives; for the same reason a filter is valid in its own process only.

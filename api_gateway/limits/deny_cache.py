@@ -1,4 +1,4 @@
-"""Cache of the store's last readings of buckets, for refusals that are certain without a query. It never admits."""
+"""The deny cache: the store's last results, by which some requests are refused without a query. It admits none."""
 
 from collections.abc import Callable
 from typing import NamedTuple

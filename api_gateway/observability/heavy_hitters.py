@@ -1,7 +1,7 @@
 """The most frequent keys of a stream, in limited memory, with a known maximum error of every count.
 
 Space-Saving (Metwally, Agrawal and El Abbadi 2005): a key without a counter takes over the smallest counter and
-continues its count; the count before is the maximum error.
+counts on from its value. That value is the maximum error of the key's count.
 """
 
 from collections.abc import Iterable

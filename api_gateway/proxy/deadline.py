@@ -1,6 +1,6 @@
 """The deadline of a request: where it comes from, its error message, and the value forwarded to the upstream.
 
-Pure. One deadline covers the whole exchange: the limiter's store, connecting, all attempts, the pauses between them,
+Pure. One deadline covers the whole exchange: the limiter's store, connecting, all attempts, the delays between them,
 and the complete response.
 """
 

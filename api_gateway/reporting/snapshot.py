@@ -346,7 +346,7 @@ def transitions_of(upstream: Upstream) -> list[TransitionRecord]:
     )
     latest = heapq.nlargest(MAX_RECORDS, of_targets, key=lambda one: one[0].at)
     transitions = [*upstream.breaker.records, *(replace(record, target_url=url) for record, url in latest)]
-    return sorted(transitions, key=_moment)
+    return sorted(transitions, key=_time_of)
 
 
 def last_transitions(transitions: Iterable[TransitionRecord], workers: int) -> list[TransitionRecord]:
@@ -356,13 +356,13 @@ def last_transitions(transitions: Iterable[TransitionRecord], workers: int) -> l
     targets' transitions do not displace the upstream's, and the number stays limited while targets change.
     """
     most = MAX_RECORDS * max(1, workers)
-    by_time = sorted(transitions, key=_moment)
+    by_time = sorted(transitions, key=_time_of)
     own = [transition for transition in by_time if transition.target_url is None]
     of_targets = [transition for transition in by_time if transition.target_url is not None]
-    return sorted(own[-most:] + of_targets[-most:], key=_moment)
+    return sorted(own[-most:] + of_targets[-most:], key=_time_of)
 
 
-def _moment(record: TransitionRecord) -> float:
+def _time_of(record: TransitionRecord) -> float:
     return record.at
 
 

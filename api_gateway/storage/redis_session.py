@@ -1,7 +1,7 @@
 """Sessions with the shared store, a Redis or Valkey server: connections, script calls and subscriptions.
 
 The only module that uses the client library. Nothing is retried here: only the caller knows whether a command may be
-sent twice, and a decision of the limiter may not.
+sent twice; a decision of the limiter must not be.
 """
 
 import asyncio

@@ -618,5 +618,5 @@ def test_a_defect_of_the_gateway_is_a_problem_too(plain: RunningGateway, monkeyp
     monkeypatch.setattr(type(plain.server._app.state.console.clients), "inspect", fail)
     answer = ask(f"{plain.url}/clients/x")
     assert (answer.status, answer.json()["reason"]) == (500, "internal_error")
-    assert answer.json()["detail"] == "The gateway failed: ZeroDivisionError."
+    assert answer.json()["detail"] == "Internal error: ZeroDivisionError."
     assert ask(f"{plain.url}/metrics").json()["rejections"]["internal_error"] == 1
