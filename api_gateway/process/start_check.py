@@ -1,6 +1,6 @@
 """Checks whether the gateway could start on this machine: PEM files, packages, addresses, and the state folder.
 
-All functions block. A condition that may be gone at the start, such as a port in use, is a doubt and not an obstacle.
+All functions block. A condition that may be gone at the start, such as a port in use, is a warning and not an error.
 """
 
 import errno

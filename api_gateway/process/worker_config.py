@@ -1,7 +1,7 @@
 """The start parameters of a worker: the configuration that the supervisor has read, and inherited descriptors.
 
-A worker does not read the configuration itself, so that all have the same one, even if a file was edited meanwhile.
-The parameters are sent through a pipe, because they may contain secrets.
+A worker does not read the configuration itself, so that all workers have the same one, even if a
+file was edited meanwhile. The parameters are sent through a pipe, because they may contain secrets.
 """
 
 import json
