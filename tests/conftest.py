@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,6 +26,10 @@ def pytest_xdist_auto_num_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_PROCESSES, PROCESSES_PER_CORE * cores)
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts into the background so, and the gateways that the tests start would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Hypothesis measures time: on a busy machine a slow example is no finding.
 settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
