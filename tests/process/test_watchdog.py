@@ -34,7 +34,7 @@ HOOK = """
 import ctypes, signal, sys
 
 def wait_for_the_report():
-    sys.modules["api_gateway.process.watchdog"].REPORT_WITHIN = 20
+    sys.modules["api_gateway.process.watchdog"].REPORT_TIMEOUT = 20
 
 def spin_visibly(*_):
     wait_for_the_report()
@@ -197,7 +197,7 @@ from api_gateway.process.watchdog import Watchdog
 
 async def main():
     dog = Watchdog(0.5, 1000, blocked=5, overdue=4)
-    with dog.on_duty():
+    with dog.active():
         dog.watch()
         print("watching", flush=True)
         processor = {int(sys.argv[1])}
