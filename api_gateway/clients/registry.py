@@ -263,7 +263,7 @@ class ClientRegistry:
         lost = [name for name in before.registered if name not in self._known]
         if lost:
             shown = ", ".join(lost[:3])
-            logger.warning("%d clients are registered for a tier that is no longer configured: %s", len(lost), shown)
+            logger.warning("clients registered for a tier that is no longer configured: %d (%s)", len(lost), shown)
         return before
 
     # Resolution of ids and addresses

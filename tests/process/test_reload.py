@@ -398,7 +398,7 @@ def test_clients_and_tiers_follow_and_buckets_keep_their_share(tmp_path: Path) -
             one.reload()
             assert left("registered") == (24, "POOR"), "half of another bucket, less one"
             assert left("named") == (23, "POOR")
-            line = "1 clients are registered for a tier that is no longer configured: registered"
+            line = "clients registered for a tier that is no longer configured: 1 (registered)"
             eventually(lambda: line in one.running.errors, "it is logged", LONG)
     up.close()
 
