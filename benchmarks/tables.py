@@ -33,7 +33,7 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
         "refunds": sum(map(len, refunds)),
         "store keys": keys,
         "client copy": len(clients._cache),
-        "look-ups": len(clients._lookups._pending) + len(clients._look_ups._late),
+        "look-ups": len(clients._lookups._pending) + len(clients._lookups._late),
         "heads": lane._profiles.cache_info().currsize,
         "sketches": len(gateway.recorder.requests_by_client) + len(gateway.recorder.limited_by_client),
         "series": series_of(gateway.recorder),
