@@ -53,7 +53,7 @@ def url_of(server: StoreServer, certificates: Path, **files: str) -> str:
 async def test_gateways_decide_and_hear_of_each_other_through_tls(serve: Serve, certificates: Path) -> None:
     """Decisions, and a refill that is published."""
     server = serve()
-    async with gateways(url_of(server, certificates, ca_file="here.pem"), SLOW, count=2) as limiters:
+    async with gateways(url_of(server, certificates, ca_file="here.pem"), SLOW, count=2, deadline=10) as limiters:
         await soon(lambda: all(limiter.cache.is_trusted for limiter in limiters), "they listen")
         decisions = [await asking(limiters[n % 2], charge(SLOW)) for n in range(12)]
         assert [decision.allowed for decision in decisions] == [True] * 10 + [False] * 2
@@ -67,7 +67,7 @@ async def test_gateways_decide_and_hear_of_each_other_through_tls(serve: Serve, 
 async def test_a_certificate_is_shown_to_a_server_that_asks_for_one(serve: Serve, certificates: Path) -> None:
     server = serve(asks=True)
     url = url_of(server, certificates, ca_file="here.pem", cert_file="here.pem", key_file="here.key")
-    async with gateways(url, SLOW) as (limiter,):
+    async with gateways(url, SLOW, deadline=10) as (limiter,):
         assert (await asking(limiter, charge(SLOW))).source == "store"
 
 
