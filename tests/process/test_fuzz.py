@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz.case import FIN, PAUSE, RESET, SEND, Case, Step, read, write
 from tests.fuzz.generator import Generator
 from tests.fuzz.mutation import ended, mutated, paced
-from tests.fuzz.peers import Upstream, _wrong
+from tests.fuzz.peers import Upstream, _wrong, without_body
 from tests.fuzz.reduction import reduced
 from tests.fuzz.session import Found, Session
 
@@ -115,3 +115,17 @@ async def test_valid_cases_are_answered_and_leave_nothing(tmp_path: Path) -> Non
         session.kill()
         raise
     assert await session.close() is None
+
+
+def test_a_response_to_head_ends_with_its_head_in_any_pieces() -> None:
+    data = b"HTTP/1.1 103 Hints\r\n\r\nHTTP/1.1 200 OK\r\nX-Nonce: N1\r\n\r\n"
+    pieces = [
+        Step(SEND, data[:40]),
+        Step(PAUSE, seconds=0.1),
+        Step(SEND, data[40:] + b"bo"),
+        Step(SEND, b"dy"),
+        Step(FIN),
+    ]
+    kept = without_body(tuple(pieces))
+    assert b"".join(step.data for step in kept) == data
+    assert [step.kind for step in kept] == [SEND, PAUSE, SEND, FIN]
