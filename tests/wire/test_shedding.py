@@ -105,10 +105,8 @@ def get(running: RunningGateway, tier: str, way: tuple[str, ...] = (), path: str
 def hold(
     stack: ExitStack, running: RunningGateway, count: int, way: tuple[str, ...] = (), path: str = "/api/held"
 ) -> list[RawClient]:
-    """Have requests of the highest tier under way, each of another client: one alone gets half of the places.
-
-    There must be no others; one whose response has just arrived may still be counted for a moment.
-    """
+    """Have requests of the highest tier under way, each of another client: one alone gets half of the places."""
+    eventually(lambda: in_flight(running) == 0, "those before have ended")  # counted for a moment after the response
     clients = [stack.enter_context(RawClient(running.port)) for _ in range(count)]
     for number, client in enumerate(clients):
         client.request("GET", path, (f"X-Client-ID: holder-{number}", *way))
