@@ -134,7 +134,7 @@ class Watchdog:
                 os.write(before, numbers)
 
     def _check(self) -> None:
-        self._disarm_timer()
+        self._restart_timer()
         self._checks_left -= 1
         loop = self._loop
         ran_before, (self._ran, is_runnable) = self._ran, scheduling_of(threading.main_thread())
@@ -178,9 +178,9 @@ class Watchdog:
         with contextlib.suppress(AttributeError, OSError, ValueError):  # there is no standard error
             faulthandler.register(signal.SIGPROF, file=sys.stderr, all_threads=True, chain=True)
         self._has_timer = True
-        self._disarm_timer()
+        self._restart_timer()
 
-    def _disarm_timer(self) -> None:
+    def _restart_timer(self) -> None:
         if self._has_timer:
             signal.setitimer(signal.ITIMER_PROF, self._timeout + NATIVE_MARGIN)
 

@@ -34,7 +34,8 @@ HOOK = """
 import ctypes, signal, sys
 
 def wait_for_the_report():
-    sys.modules["api_gateway.process.watchdog"].REPORT_TIMEOUT = 20
+    watchdog = sys.modules["api_gateway.process.watchdog"]
+    watchdog.REPORT_TIMEOUT, watchdog.NATIVE_MARGIN = 20, 60  # SIGPROF would end the process before the report
 
 def spin_visibly(*_):
     wait_for_the_report()
