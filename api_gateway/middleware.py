@@ -1,49 +1,35 @@
-"""The ASGI middleware of a proxied request, outermost first.
+"""The ASGI middleware in front of everything below `/api`, outermost first.
 
-Order: data plane split, exchange, identity, routing, load shedding, rate limit, proxy. The object of
-a step has no state but configuration. The state of a request is its `Exchange`: `ExchangeMiddleware` puts it into the
-scope, and each later step sets its own fields. A step that does not wait is a plain function that returns the next
-step's awaitable, because a coroutine costs more than the step itself.
+Order: data plane split, exchange, admission; then the router forwards the request. These objects have no state but
+configuration. The state of a request is its `Exchange`, which `ExchangeMiddleware` puts into the scope.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from api_gateway.clients.identity import client_id
-from api_gateway.clients.registry import ClientRegistry
-from api_gateway.errors import (
-    BadRequest,
-    ClientDisconnected,
-    Draining,
-    GatewayError,
-    InternalError,
-    not_started,
+from api_gateway.errors import ClientDisconnected, Draining, GatewayError, InternalError, not_started
+from api_gateway.http1.asgi import (
+    FIELDS,
+    SERVER_EXTENSION,
+    ASGIApp,
+    FastPathHandler,
+    Receive,
+    Scope,
+    Send,
+    ServerExtension,
 )
-from api_gateway.http1.asgi import DEADLINE, FIELDS, ASGIApp, FastPathHandler, Receive, Scope, Send
-from api_gateway.http1.headers import (
-    Fields,
-    address_key,
-    ambiguity,
-    client_address,
-    fields_of,
-    host_name,
-    is_within,
-)
+from api_gateway.http1.headers import fields_of
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
-from api_gateway.limits.refusal import refusal
 from api_gateway.metrics import Recorder
-from api_gateway.models import Charge, Client, Clock, Decision, Exchange, Quota
-from api_gateway.proxy.deadline import deadline_of
+from api_gateway.models import Clock, Exchange
+from api_gateway.proxy.admission import Admission, RequestPlan, Wait
 from api_gateway.proxy.failure_record import note_failure
+from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.problem_response import send_problem
 from api_gateway.proxy.request_id import given_request_id, new_request_id
-from api_gateway.proxy.shadow_limits import ShadowLimits
-from api_gateway.rate_limiter import RateLimiter
-from api_gateway.resilience.event_loop_limit import EventLoopShedder
-from api_gateway.resilience.priorities import PriorityClasses
+from api_gateway.proxy.upstream_request import raw_target
 from api_gateway.router import Router
 
 logger = logging.getLogger(__name__)
@@ -52,8 +38,6 @@ Observer = Callable[[Exchange], None]
 
 API_PREFIX = "/api"
 EXCHANGE = "gateway.exchange"
-ROUTE = "gateway.route"
-IS_TRUSTED = "gateway.is_trusted"
 
 
 def is_proxied(path: str) -> bool:
@@ -139,11 +123,7 @@ class ExchangeMiddleware:
         exchange = self.begin(Exchange(identity, scope["method"], scope["path"], peer, self._clock()))
         exchange.response_headers.append((b"x-request-id", exchange.id.encode()))
         scope[EXCHANGE] = exchange
-        await self.conclude(exchange, self._validated, scope, receive, send)
-
-    def _validated(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        _refuse_ambiguity(scope)
-        return self.app(scope, receive, send)
+        await self.conclude(exchange, self.app, scope, receive, send)
 
     def begin(self, exchange: Exchange) -> Exchange:
         """Count an exchange as in flight until `end`, and return it."""
@@ -159,9 +139,8 @@ class ExchangeMiddleware:
         except asyncio.CancelledError:
             self.note_cut_off(exchange)
             raise
-        except Exception as error:
-            logger.exception("request %s (%s %s) failed", exchange.id, exchange.method, exchange.path)
-            await self._refuse(exchange, InternalError(f"The gateway failed: {type(error).__name__}."), send)
+        except Exception as error:  # noqa: BLE001 - a defect, which is logged
+            await self._refuse(exchange, self.internal_error(exchange, error), send)
         finally:
             self.end(exchange, self._clock())
 
@@ -174,6 +153,12 @@ class ExchangeMiddleware:
         exchange.bytes_out = await send_problem(
             error, send, instance=exchange.path, request_id=exchange.id, headers=exchange.response_headers
         )
+
+    @staticmethod
+    def internal_error(exchange: Exchange, error: Exception) -> InternalError:
+        """Log an error that is a defect of the gateway, with its traceback, and return the error for the client."""
+        logger.error("request %s (%s %s) failed", exchange.id, exchange.method, exchange.path, exc_info=error)
+        return InternalError(f"The gateway failed: {type(error).__name__}.")
 
     def note_failure(self, exchange: Exchange, error: GatewayError) -> None:
         """Settle the charge of a failed exchange, and record why it failed."""
@@ -198,176 +183,32 @@ class ExchangeMiddleware:
                 logger.exception("request %s could not be recorded", exchange.id)
 
 
-def _refuse_ambiguity(scope: Scope) -> None:
-    cause = ambiguity(scope[FIELDS], scope["http_version"])
-    if cause is not None:
-        raise BadRequest(f"The request is ambiguous: {cause}.", headers={"connection": "close"})
-
-
-class IdentityMiddleware:
-    """Determines the client of a request: the registered client with the given id, or else the address."""
+class AdmissionMiddleware:
+    """Admits the request of an exchange, and passes it to the router: the ASGI side of `proxy.admission`."""
 
     def __init__(
-        self, app: ASGIApp, *, clients: ClientRegistry, header: str, trusted_proxies: Collection[Any]
+        self, *, admission: Admission, headers: HeaderReader, router: Router, clock_ns: Callable[[], int]
     ) -> None:
-        self.app = app
-        self.clients = clients
-        self.header = header.lower().encode()
-        self._trusted = tuple(trusted_proxies)
-        self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Set the exchange's `client` and, behind a trusted proxy, its `peer`. Raises ClientIdInvalid."""
-        exchange: Exchange = scope[EXCHANGE]
-        exchange.peer, scope[IS_TRUSTED], name = self.caller(exchange.peer, scope[FIELDS])
-        exchange.client = self.client(name, exchange.peer)
-        if exchange.client is None:
-            return self._look_up(name, exchange, scope, receive, send)
-        return self.app(scope, receive, send)
-
-    async def _look_up(self, name: str | None, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange.client = await self.resolve_client(name, exchange.peer)
-        await self.app(scope, receive, send)
-
-    def caller(self, peer: str, fields: Fields) -> tuple[str, bool, str | None]:
-        """Return the client's address, whether `peer` is a trusted proxy, and the client id in the request or None.
-
-        Raises ClientIdInvalid.
-        """
-        is_trusted = bool(self._trusted) and self._is_trusted(peer)
-        if is_trusted:
-            peer = client_address(peer, fields, self._trusted)
-        return peer, is_trusted, self.name(fields)
-
-    def name(self, fields: Fields) -> str | None:
-        """Return the client id in the request, or None. Raises ClientIdInvalid."""
-        return client_id(fields, self.header)
-
-    def client(self, name: str | None, address: str) -> Client | None:
-        """Return the client with an id, or of an address if `name` is None; None if the store must be asked."""
-        return self.clients.by_address(address_key(address)) if name is None else self.clients.try_get(name)
-
-    async def resolve_client(self, name: str | None, address: str) -> Client:
-        """Return the client as `client` does, and ask the store if necessary."""
-        known = self.client(name, address)
-        return await self.clients.look_up(name or "") if known is None else known
-
-
-class RoutingMiddleware:
-    """Determines route, cost and deadline of a request."""
-
-    def __init__(self, app: ASGIApp, *, router: Router) -> None:
-        self.app = app
-        self._routes = router.routes
-        self._totals = {
-            name: upstream_client.total_timeout for name, upstream_client in router.upstream_clients.items()
-        }
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Set route, cost and deadline. Raises NoRoute, MethodNotAllowed, and BadRequest for an invalid timeout."""
-        exchange: Exchange = scope[EXCHANGE]
-        route, exchange.cost = self._routes.find(host_name(scope[FIELDS]), exchange.method, exchange.path)
-        exchange.route = route.name
-        scope[ROUTE] = route
-        scope[DEADLINE] = deadline_of(route, self._totals.get(route.upstream), scope[FIELDS], exchange.started)
-        return self.app(scope, receive, send)
-
-
-class LoadSheddingMiddleware:
-    """Refuses a share of the requests while the event loop is overloaded, lowest priority first."""
-
-    def __init__(self, app: ASGIApp, *, lag: EventLoopShedder, priorities: PriorityClasses) -> None:
-        self.app = app
-        self._lag = lag
-        self._bands = priorities
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Call the next step, or raise LoadShed."""
-        if self._lag.is_over:
-            priority = self._bands.of(scope[EXCHANGE].client.quota.name)
-            if self._lag.sheds(priority):
-                raise self._lag.refusal(priority)
-        return self.app(scope, receive, send)
-
-
-class RateLimitMiddleware:
-    """Charges the client's bucket, and the address's bucket if the client is not registered: both or neither."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        limiter: RateLimiter,
-        clock_ns: Callable[[], int],
-        address_quota: Quota | None,
-        exempt: Collection[Any],
-        shadow: ShadowLimits | None = None,
-    ) -> None:
-        """`address_quota` None disables the address limit; addresses in `exempt` networks have none.
-
-        `shadow` evaluates candidate limits.
-        """
-        self.app = app
-        self.decide = limiter.decide
-        self.decide_async = limiter.decide_async
-        self._clock_ns = clock_ns
-        self._address_quota = address_quota
-        self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
-        self.shadow = shadow
-        self.fields = RateLimitHeaders()
-        self.lines, self.headers = self.fields.lines, self.fields.headers
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Set the decision and its response fields. Raises RateLimited and CostExceedsCapacity."""
-        exchange: Exchange = scope[EXCHANGE]
-        assert exchange.client is not None  # noqa: S101 - set by IdentityMiddleware
-        charges = exchange.charges = self.charges(exchange.client, exchange.peer, exchange.cost)
-        now_ns = self._clock_ns()
-        decision = self.decide(charges, now_ns)
-        if decision is None:
-            return self._wait(charges, now_ns, scope, receive, send)
-        self._apply(exchange, decision)
-        return self.app(scope, receive, send)
-
-    async def _wait(self, charges: list[Charge], now_ns: int, scope: Scope, receive: Receive, send: Send) -> None:
-        """Await the store's decision; cancelling this does not cancel the command on the shared connection."""
-        decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self.decide_async(charges, now_ns, partial(_resolve, decision))
-        self._apply(scope[EXCHANGE], await decision)
-        await self.app(scope, receive, send)
-
-    def _apply(self, exchange: Exchange, decision: Decision) -> None:
-        exchange.decision = decision
-        exchange.response_headers += self.headers(decision)
-        if self.shadow is not None:
-            self.shadow.observe(exchange)
-        if not decision.allowed:
-            raise refusal(exchange, decision)
-
-    def limits_address_of(self, client: Client, peer: str) -> bool:
-        """Tell whether a request of `client` from the address `peer` is also charged to that address."""
-        return self._address_quota is not None and not client.is_registered and not self._is_exempt(peer)
-
-    def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
-        """Return the charges of a request of `client` from the address `peer`; all or none must be charged."""
-        charges = [Charge(client.key, client.quota, client.quota.cost_ns(cost))]
-        quota = self._address_quota
-        if quota is not None and self.limits_address_of(client, peer):
-            charges.append(Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(cost)))
-        return charges
-
-
-def _resolve(future: asyncio.Future[Decision], decision: Decision) -> None:
-    if not future.done():  # done if the request was cancelled meanwhile
-        future.set_result(decision)
-
-
-class ProxyApp:
-    """The innermost step: passes the exchange to the router."""
-
-    def __init__(self, *, router: Router) -> None:
+        self._admission = admission
+        self._headers = headers
         self._router = router
+        self._clock_ns = clock_ns
+        self._limit_headers = RateLimitHeaders()
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Forward one request."""
-        return self._router.forward(scope[EXCHANGE], scope[ROUTE], scope, receive, send, is_trusted=scope[IS_TRUSTED])
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. Raises the GatewayError with which admission refuses it."""
+        exchange: Exchange = scope[EXCHANGE]
+        facts = self._headers.read(exchange.peer, scope[FIELDS], scope["http_version"])
+        exchange.peer = facts.peer
+        extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
+        target = raw_target(scope) if extension is None else extension.target
+        plan = RequestPlan(exchange, facts, target, self._clock_ns())
+        result = self._admission.decide(plan)
+        while isinstance(result, Wait):
+            reply = await result.reply()
+            result = self._admission.resume(plan, result, reply, self._clock_ns())
+        if exchange.decision is not None:
+            exchange.response_headers += self._limit_headers.headers(exchange.decision)
+        if result is not None:
+            raise result
+        await self._router.forward(plan, scope, receive, send)

@@ -32,15 +32,16 @@ from api_gateway.http1.headers import (
 )
 from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.models import Clock, Exchange, HeaderList
+from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT, DisconnectListener, DisconnectPoller
 from api_gateway.proxy.deadline import Deadline
 from api_gateway.proxy.fallback_runner import FallbackRunner
 from api_gateway.proxy.faults import ClientProgress, fault_of_deadline
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.request_body import SentBody, StreamedBody, body_too_large
-from api_gateway.proxy.route_table import Route, RouteTable, refuse_method, upstream_target
+from api_gateway.proxy.route_table import RouteTable
 from api_gateway.proxy.sse import event_stream, is_event_stream
-from api_gateway.proxy.upstream_request import UpstreamRequest, raw_target
+from api_gateway.proxy.upstream_request import UpstreamRequest
 from api_gateway.proxy.websocket_tunnel import Tunnel
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
@@ -134,21 +135,18 @@ class Router:
 
     def forward(
         self,
-        exchange: Exchange,
-        route: Route,
+        plan: RequestPlan,
         scope: Scope,
         receive: Receive,
         send: Send,
-        *,
-        is_trusted: bool,
     ) -> Awaitable[None]:
-        """Forward the request to the route's upstream, and the response to the client. Raises GatewayError."""
-        refuse_method(exchange.method)
+        """Forward an admitted request to its upstream, and the response to the client. Raises GatewayError."""
+        exchange, route = plan.exchange, plan.route
+        assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = self.upstream_clients[route.upstream]
         exchange.upstream = route.upstream
         extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
-        target = upstream_target(route, raw_target(scope) if extension is None else extension.target)
-        request = UpstreamRequest(scope, extension, target, is_trusted, self.protected)
+        request = UpstreamRequest(plan, scope, extension, self.protected)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.must_not_forward():
             return self._respond_to_options(exchange, send)
         if extension is not None and route.min_body_rate is not None:
@@ -162,15 +160,13 @@ class Router:
 
     def continue_exchange(
         self,
-        exchange: Exchange,
-        route: Route,
+        plan: RequestPlan,
         attempt: Attempt,
         started: UpstreamResponse | None,
         scope: Scope,
         receive: Receive,
         send: Send,
         *,
-        is_trusted: bool,
         kept: bytes | None = None,
     ) -> Awaitable[None]:
         """Continue an exchange whose first attempt the fast path has begun. Raises GatewayError.
@@ -178,6 +174,8 @@ class Router:
         `started` is the response to the request, None if it has not been sent; `kept` is the body that was sent, None
         if it cannot be sent again.
         """
+        exchange, route = plan.exchange, plan.route
+        assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = self.upstream_clients[route.upstream]
         extension: ServerExtension = scope[SERVER_EXTENSION]
         if extension.is_disconnected:
@@ -185,9 +183,7 @@ class Router:
                 started.close()
             attempt.release(self._clock())
             raise ClientDisconnected(CLIENT_LEFT)
-        request = UpstreamRequest(
-            scope, extension, upstream_target(route, extension.target), is_trusted, self.protected
-        )
+        request = UpstreamRequest(plan, scope, extension, self.protected)
         if started is None:
             request.body = self._body(exchange, upstream_client, request, receive)
         else:

@@ -1,10 +1,9 @@
 """Explanation of what the gateway would do with a request: nothing is charged, sent or changed.
 
-The explainer queries the objects that decide on real requests, in the same order, through the same pure functions.
+`Admission.inspect` decides as it does for real requests; what this module adds are the figures.
 """
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote
@@ -22,21 +21,20 @@ from api_gateway.admin.explain_schema import (
     Verdict,
 )
 from api_gateway.errors import GatewayError, InvalidValue, Reason
-from api_gateway.http1.headers import fields_of, host_name
+from api_gateway.http1.headers import Fields
 from api_gateway.http1.methods import IDEMPOTENT
-from api_gateway.limits.refusal import refusal
-from api_gateway.middleware import IdentityMiddleware, RateLimitMiddleware, is_proxied
+from api_gateway.middleware import is_proxied
 from api_gateway.models import NANOSECONDS, Charge, Client, Clock, Decision, Exchange, TierView
+from api_gateway.proxy.admission import Admission, RequestPlan
 from api_gateway.proxy.fallback import Fallback, add_failure, applies
-from api_gateway.proxy.route_table import Route, refuse_method, upstream_target
+from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.route_table import Route
+from api_gateway.proxy.stages import RateLimitStage
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.resilience.concurrency_limit import ConcurrencyLimit
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
-from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.router import Router
-
-LIKELY_SHED_SHARE = 0.5  # share of requests shed at random from which the predicted outcome is a refusal
 
 _IDENTIFICATION = {
     "granted": "identified by {header}; its tier is a grant, by POST /clients/{{id}}/grants",
@@ -77,21 +75,23 @@ class Explainer:
     def __init__(
         self,
         *,
-        identify: IdentityMiddleware,
+        admission: Admission,
+        headers: HeaderReader,
         router: Router,
-        limit: RateLimitMiddleware,
+        limits: RateLimitStage,
         limiter: RateLimiter,
-        lag: EventLoopShedder | None = None,
+        shedder: EventLoopShedder,
         header: str,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
         """`header` is the name of the header that identifies clients. Both clocks must read the same time."""
-        self._identify = identify
+        self._admission = admission
+        self._headers = headers
         self._router = router
-        self._limit = limit
+        self._limits = limits
         self._limiter = limiter
-        self._event_loop_shedder = lag or EventLoopShedder(None, router.priorities, source=random.Random())  # noqa: S311 - not used for security
+        self._shedder = shedder
         self._header = header
         self._clock = clock
         self._clock_ns = clock_ns
@@ -101,23 +101,20 @@ class Explainer:
 
     async def explain(self, request: ExplainRequest) -> Explanation:
         """Return the predicted outcome with all figures behind it. Raises ClientIdInvalid and InvalidValue."""
-        target = request.path.encode("ascii")
         path = unquote(request.path.partition("?")[0])
         if not is_proxied(path):
             raise InvalidValue(f"path: must be /api or begin with /api/, got {path!r}.")
-        exchange = Exchange("explain", request.method, path, request.address, self._clock())
-        exchange.client = client = await self._client(exchange, request)
-        priority = self._router.priorities.of(client.quota.name)
-        holder = holder_of(client, exchange.peer)
-        route, error = self._route(exchange, request)
-        if error is None and self._event_loop_shedder.share(priority) >= LIKELY_SHED_SHARE:
-            error = self._event_loop_shedder.refusal(priority)
-        buckets = await self._inspect(self._limit.charges(client, exchange.peer, exchange.cost))
+        facts = self._headers.read(request.address, self._fields(request), "1.1")
+        plan = Admission.plan(facts, request.method, path, request.path.encode("ascii"), self._clock_ns())
+        error = await self._admission.inspect(plan)
+        exchange, route, client = plan.exchange, plan.route, plan.exchange.client
+        if client is None:
+            assert error is not None  # noqa: S101 - the client id is invalid
+            raise error
+        buckets = [_Bucket(*pair) for pair in zip(exchange.charges, plan.inspected, strict=True)]
         binding = max(buckets, key=lambda bucket: (bucket.wait_ns, -bucket.more if bucket.decision.allowed else 0))
-        if error is None and not binding.decision.allowed:
-            error = refusal(exchange, binding.decision)
         if error is None and route is not None:
-            error = self._refused(route, request.method, target, priority, holder)
+            error = self._refused(route, plan)
         fallback = self._fallback(route, error)
         return Explanation(
             result=_verdict(error, fallback),
@@ -126,46 +123,26 @@ class Explainer:
             buckets=[_bucket_view(bucket) for bucket in buckets],
             limiting_bucket=binding.charge.key,
             candidate=await self._candidate(client, exchange),
-            upstream=None if route is None else self._upstream_view(route, priority, holder),
+            upstream=None if route is None else self._upstream_view(route, plan),
             fallback=fallback,
             event_loop=LagExplained(
-                lag_seconds=round(self._event_loop_shedder.lag, 6),
-                shed_ratio=round(self._event_loop_shedder.share(priority), 3),
+                lag_seconds=round(self._shedder.lag, 6),
+                shed_ratio=round(self._shedder.share(plan.priority), 3),
             ),
             decision_source=binding.decision.source,
         )
 
-    async def _client(self, exchange: Exchange, request: ExplainRequest) -> Client:
-        headers = []
+    def _fields(self, request: ExplainRequest) -> Fields:
+        fields = {b"host": [request.host.encode()]}
         if request.client_id is not None:
-            headers.append((self._header.encode(), request.client_id.encode()))
-        exchange.peer, _, name = self._identify.caller(exchange.peer, fields_of(headers))
-        return await self._identify.resolve_client(name, exchange.peer)
+            fields[self._headers.id_header] = [request.client_id.encode()]
+        return fields
 
-    def _route(self, exchange: Exchange, request: ExplainRequest) -> tuple[Route | None, GatewayError | None]:
-        host = host_name({b"host": [request.host.encode()]})
-        try:
-            route, exchange.cost = self._router.routes.find(host, exchange.method, exchange.path)
-        except GatewayError as error:
-            return None, error
-        exchange.route = route.name
-        return route, None
-
-    async def _inspect(self, charges: Sequence[Charge]) -> list[_Bucket]:
-        decisions = await self._limiter.inspect(charges, self._clock_ns())
-        return [_Bucket(charge, decision) for charge, decision in zip(charges, decisions, strict=True)]
-
-    def _refused(
-        self, route: Route, method: str, target: bytes, priority: int, holder: str | None
-    ) -> GatewayError | None:
-        """Return the error that would end a request that the limiter allows; None if there is none."""
-        try:
-            refuse_method(method)
-            upstream_target(route, target)
-        except GatewayError as error:
-            return error
+    def _refused(self, route: Route, plan: RequestPlan) -> GatewayError | None:
+        """Return the error with which the upstream would refuse an admitted request; None if it accepts it."""
         upstream = self._router.upstream_clients[route.upstream].upstream
-        return upstream.refusal(self._clock(), priority, holder=holder, is_safe=method in IDEMPOTENT)
+        is_safe = plan.exchange.method in IDEMPOTENT
+        return upstream.refusal(self._clock(), plan.priority, holder=plan.principal, is_safe=is_safe)
 
     def _fallback(self, route: Route | None, error: GatewayError | None) -> FallbackExplained | None:
         """Return the route's fallback, and whether `error` would make the gateway use it."""
@@ -181,16 +158,18 @@ class Explainer:
         return _fallback_view(fallback, is_used=is_used)
 
     async def _candidate(self, client: Client, exchange: Exchange) -> BucketExplained | None:
-        shadow = self._limit.shadow
+        shadow = self._limits.shadow
         if shadow is None:
             return None
         charges = shadow.charges(client, exchange.route, exchange.method, exchange.path, exchange.cost)
-        found = await self._inspect(charges) if charges else []
-        return _bucket_view(found[0]) if found else None
+        if not charges:
+            return None
+        decisions = await self._limiter.inspect(charges, self._clock_ns())
+        return _bucket_view(_Bucket(charges[0], decisions[0]))
 
     def _client_view(self, client: Client, address: str) -> ClientExplained:
         quota = client.quota
-        is_limited = self._limit.limits_address_of(client, address)
+        is_limited = self._limits.limits_address_of(client, address)
         words = (
             "and the address limit applies too" if is_limited else "and its address is exempt from the address limit"
         )
@@ -213,7 +192,7 @@ class Explainer:
             cost_source="route" if rule is None else f"rule: {rule}",
         )
 
-    def _upstream_view(self, route: Route, priority: int, holder: str | None) -> UpstreamExplained:
+    def _upstream_view(self, route: Route, plan: RequestPlan) -> UpstreamExplained:
         upstream, now = self._router.upstream_clients[route.upstream].upstream, self._clock()
         state, due = upstream.breaker.state_at(now), upstream.breaker.next_probe_at()
         return UpstreamExplained(
@@ -223,7 +202,9 @@ class Explainer:
             targets=len(upstream.targets),
             healthy_targets=sum(target.is_healthy and target.checks.at is not None for target in upstream.targets),
             unchecked_targets=sum(target.checks.at is None for target in upstream.targets),
-            concurrency=None if upstream.limit is None else _concurrency_view(upstream.limit, priority, holder),
+            concurrency=None
+            if upstream.limit is None
+            else _concurrency_view(upstream.limit, plan.priority, plan.principal),
         )
 
 

@@ -7,18 +7,21 @@ from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
-from api_gateway.middleware import (
-    ExchangeMiddleware,
-    IdentityMiddleware,
-    LoadSheddingMiddleware,
-    ProxyApp,
-    RateLimitMiddleware,
-    RoutingMiddleware,
-)
+from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
+from api_gateway.proxy.admission import Admission
 from api_gateway.proxy.cost_settlement import CostSettlement
+from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.proxy.stages import (
+    AmbiguityStage,
+    DeadlineStage,
+    IdentityStage,
+    LoadSheddingStage,
+    RateLimitStage,
+    RouteStage,
+)
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.resilience.breaker_policy import Mode
 from api_gateway.router import Router
@@ -29,31 +32,37 @@ logger = logging.getLogger(__name__)
 
 
 def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[ASGIApp, FastPath, Explainer]:
-    """Return the ASGI path, the fast path and the explainer.
+    """Return the ASGI path, the fast path and the explainer, which share one admission.
 
-    The middleware is built from the inside out: the last one built handles a request first. `server_headers` are
-    header fields that the server adds to responses, so those of upstreams are omitted.
+    `server_headers` are header fields that the server adds to responses, so those of upstreams are omitted.
     """
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     settlement = CostSettlement(limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder)
     router = _router(gateway, settlement, server_headers)
-    limit = RateLimitMiddleware(
-        ProxyApp(router=router),
+    headers = HeaderReader(
+        id_header=config.identity.header,
+        trusted_proxies=config.server.trusted_proxies,
+        protected=router.protected,
+        max_body_bytes=router.max_body_bytes,
+    )
+    limits = RateLimitStage(
         limiter=gateway.limiter,
-        clock_ns=clocks.monotonic_ns,
         address_quota=gateway.address_quota,
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    load_shedding = LoadSheddingMiddleware(limit, lag=gateway.lag, priorities=gateway.priorities)
-    identify = IdentityMiddleware(
-        RoutingMiddleware(load_shedding, router=router),
-        clients=gateway.clients,
-        header=config.identity.header,
-        trusted_proxies=config.server.trusted_proxies,
+    admission = Admission(
+        [
+            AmbiguityStage(),
+            IdentityStage(clients=gateway.clients, priorities=gateway.priorities),
+            RouteStage(router.routes),
+            DeadlineStage({name: client.total_timeout for name, client in router.upstream_clients.items()}),
+            LoadSheddingStage(gateway.lag),
+            limits,
+        ]
     )
     record = ExchangeMiddleware(
-        identify,
+        AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=clocks.monotonic_ns),
         clock=clocks.monotonic,
         recorder=recorder,
         observers=[recorder.observe, *_access_logs(gateway)],
@@ -61,19 +70,19 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     )
     fast_path = FastPath(
         record=record,
-        identify=identify,
-        limit=limit,
+        admission=admission,
+        headers=headers,
         router=router,
-        lag=gateway.lag,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
     explainer = Explainer(
-        identify=identify,
+        admission=admission,
+        headers=headers,
         router=router,
-        limit=limit,
+        limits=limits,
         limiter=gateway.limiter,
-        lag=gateway.lag,
+        shedder=gateway.lag,
         header=config.identity.header,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,

@@ -1,59 +1,43 @@
-"""The fast path: plain requests are decided, forwarded and answered in callbacks of the event loop.
+"""The fast path: plain requests are admitted, forwarded and relayed in callbacks of the event loop.
 
-Most requests wait for nothing but the upstream's response. The fast path uses the same objects as `middleware` and
-`router`, and so makes the same decisions, but without an ASGI scope, a coroutine or a task. It refuses only requests
-that are rate-limited or for which there is no capacity. A request that is not plain, or would be refused for another
-reason, is left to the ASGI path before any state has changed. If a request needs the ASGI path later (a response that
-is not plain, a broken connection, no idle connection, a retry), the ASGI path continues its exchange.
+Most requests wait for nothing but the upstream's response. They need no ASGI scope, no coroutine and no task. A
+request whose head is not plain is left to the general parser and the ASGI path, which uses the same `Admission`. If an
+admitted request needs the ASGI path (a response that is not plain, a broken connection, no idle connection, a
+deadline, a retry), that path continues its exchange.
 
 The module is long because it is one state machine: a plain request, from its bytes to the end of its response.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
-from functools import lru_cache, partial
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
-from api_gateway.fastpath.header_cache import HeaderProfile, RewrittenHeaders
 from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
-from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, pairs_of, parse_request_head, remove_lines
-from api_gateway.http1.headers import (
-    VIA_NAME,
-    Fields,
-    ambiguity,
-    fields_of,
-    forwardable_interim,
-    host_name,
-    http_date,
-    inspected_headers,
-    rewrite_request,
-    stripped_headers,
-)
+from api_gateway.http1.fast_parser import pairs_of, parse_request_head
+from api_gateway.http1.headers import VIA_NAME, fields_of, forwardable_interim, http_date
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.http1.serializer import render_response_head
-from api_gateway.limits.refusal import refusal
-from api_gateway.middleware import ExchangeMiddleware, IdentityMiddleware, RateLimitMiddleware, is_proxied
-from api_gateway.models import NANOSECONDS, Clock, Decision, Exchange, HeaderList, Outcome
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
+from api_gateway.middleware import ExchangeMiddleware, is_proxied
+from api_gateway.models import NANOSECONDS, Clock, Exchange, HeaderList, Outcome
+from api_gateway.proxy.admission import Admission, RequestPlan, Wait
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.faults import ClientProgress
+from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, HeaderReader, RewrittenHeaders
 from api_gateway.proxy.problem_response import problem_response
-from api_gateway.proxy.request_id import given_request_id, new_request_id
-from api_gateway.proxy.route_table import Route, upstream_target
-from api_gateway.resilience.event_loop_limit import EventLoopShedder
-from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.router import Router
 from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
-MAX_INSPECTED = 32  # inspected header fields of a request; one with more takes the ASGI path
-MAX_PROFILED_BYTES = 4_096  # size of the largest header section that is cached
-MAX_PROFILES = 1_024  # entries of each profile cache
+_HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
 _MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
 _MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
 
@@ -102,36 +86,29 @@ class Downstream(Protocol):
 
 
 class FastPath:
-    """Decides on plain requests; see the module. Its only state are caches of header profiles."""
+    """Admits plain requests; see the module. Has no state but configuration."""
 
     def __init__(
         self,
         *,
         record: ExchangeMiddleware,
-        identify: IdentityMiddleware,
-        limit: RateLimitMiddleware,
+        admission: Admission,
+        headers: HeaderReader,
         router: Router,
-        lag: EventLoopShedder,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
-        """Use the middleware of the ASGI path. `clock` (seconds) and `clock_ns` read the same monotonic clock."""
+        """Use the objects of the ASGI path. `clock` (seconds) and `clock_ns` read the same monotonic clock."""
         self.record = record
-        self.limit = limit
+        self.admission = admission
         self.router = router
-        self._event_loop_shedder = lag
         self.clock = clock
-        self._identify = identify
-        self._clients = identify.clients
-        self._clock_ns = clock_ns
-        self._inspected = InspectedHeaders(inspected_headers(router.protected))
-        self._profiles = lru_cache(maxsize=MAX_PROFILES)(self._profile_by_client)
-        self._anonymous_profiles = lru_cache(maxsize=MAX_PROFILES)(self._build_profile)
-        # False if the client id is in a header field that has another meaning too.
-        self._has_own_id_header = identify.header not in inspected_headers(frozenset())
+        self.clock_ns = clock_ns
+        self.limit_headers = RateLimitHeaders()
+        self._headers = headers
 
     def __repr__(self) -> str:
-        return f"<FastPath [{self._profiles.cache_info().currsize} profiles cached]>"
+        return f"<FastPath [{self._headers!r}]>"
 
     def try_handle(self, client: Downstream, received: bytes) -> bool:
         """Start or refuse the received request and return True, or change nothing and return False.
@@ -141,239 +118,103 @@ class FastPath:
         parts = parse_request_head(received)
         if parts is None:
             return False
-        method, raw_path, query, received_headers, body = parts
+        method, raw_path, query, lines, body = parts
         headers = client.last_headers
-        if headers is None or headers.received != received_headers:
-            headers = self._profile(client, received_headers)
-            client.last_headers = headers if len(received_headers) <= MAX_PROFILED_BYTES else None
-        if headers is None or len(body) != headers.profile.length:
+        if headers is None or headers.received != lines or headers.facts.owner is not self._headers:
+            peer = client.client[0] if client.client else "unknown"
+            headers = self._headers.read_lines(peer, client.scheme, lines, client.limits.header_lines)
+            client.last_headers = headers if len(lines) <= MAX_REMEMBERED_BYTES else None
+        if headers is None or len(body) != headers.facts.length:
             return False
         if len(received) - len(body) > client.limits.header_bytes:
             return False
-        return self._admit(client, headers, method, raw_path, query, body)
-
-    def _admit(  # noqa: C901, PLR0911 - each return is one decision
-        self, client: Downstream, headers: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
-    ) -> bool:
-        """Start or refuse a plain request, or change nothing and return False."""
-        profile = headers.profile
         path = raw_path.decode("ascii")
         if "%" in path:
             path = unquote(path)
         if not is_proxied(path):
             return False
-        router = self.router
-        raw_target = raw_path + query if query else raw_path
-        try:
-            route, cost = router.routes.find(profile.host, method, path)
-            target = upstream_target(route, raw_target)
-        except GatewayError:
-            return False
-        upstream_client = router.upstream_clients[route.upstream]
-        limit = self.limit
-        if profile.version != self._clients.version or profile.cost != cost:
-            if profile.owner is not self:  # built before a reload, which increments the version
-                return self._admit_again(client, headers, method, raw_path, query, body)
-            self._refresh_charges(profile, cost)
-        upstream = upstream_client.upstream
-        is_plain = (
-            upstream_client.supports_fast_path
-            and route.timeout is None
-            and (route.fallback is None or upstream.limit is None)
-        )
-        if profile.client is None or not is_plain or not upstream.accepts_all():
-            return False
-        now_ns = self._clock_ns()
-        started = now_ns / NANOSECONDS
-        exchange = Exchange(
-            profile.request_id or new_request_id(), method, path, profile.peer, started, profile.client, route.name
-        )
-        exchange.cost, exchange.charges = cost, profile.charges
-        lag = self._event_loop_shedder
-        if lag.is_over and lag.sheds(profile.priority):
-            self.record.begin(exchange)
-            self._refuse(client, exchange, lag.refusal(profile.priority), keep_alive=profile.keep_alive)
-            return True
-        decision = limit.decide(profile.charges, now_ns)
-        self.record.begin(exchange)
-        if decision is None:
-            FastExchange(self, client, headers, exchange, route, raw_target).await_decision(
-                upstream_client, target, body, now_ns
-            )
-            return True
-        self.note(exchange, decision)
-        if not decision.allowed:
-            self._refuse(client, exchange, refusal(exchange, decision), keep_alive=profile.keep_alive)
-            return True
-        try:
-            FastExchange(self, client, headers, exchange, route, raw_target).send_upstream(
-                upstream_client, target, body, exchange.started
-            )
-        except Unavailable as error:
-            self._refuse(client, exchange, error, keep_alive=profile.keep_alive)
+        target = raw_path + query if query else raw_path
+        self._admit(client, headers, self.admission.plan(headers.facts, method, path, target, self.clock_ns()), body)
         return True
 
-    def _admit_again(
-        self, client: Downstream, old: RewrittenHeaders, method: str, raw_path: bytes, query: bytes, body: bytes
-    ) -> bool:
-        """Build a new profile for header lines that were cached under an earlier configuration, then admit."""
-        headers = self._profile(client, old.received)
-        client.last_headers = headers if len(old.received) <= MAX_PROFILED_BYTES else None
-        if headers is None or len(body) != headers.profile.length:
-            return False
-        return self._admit(client, headers, method, raw_path, query, body)
+    def _admit(self, client: Downstream, headers: RewrittenHeaders, plan: RequestPlan, body: bytes) -> None:
+        """Start or refuse a plain request, or have it wait."""
+        exchange = plan.exchange
+        self.record.begin(exchange)
+        try:
+            result = self.admission.decide(plan)
+        except Exception as error:  # noqa: BLE001 - a defect, which must not end the connection without a response
+            result = self.record.internal_error(exchange, error)
+        if result is None:
+            try:
+                FastExchange(self, client, headers, plan).forward(body)
+            except Unavailable as error:
+                self._refuse(client, plan, error)
+        elif isinstance(result, Wait):
+            FastExchange(self, client, headers, plan).wait(result, body)
+        else:
+            self._refuse(client, plan, result)
 
-    def _refuse(self, client: Downstream, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> None:
+    def _refuse(self, client: Downstream, plan: RequestPlan, error: GatewayError) -> None:
         """Refuse a request for which `begin_exchange` was not called."""
-        client.write_response(self.refusal(exchange, error, keep_alive=keep_alive), keep_alive=keep_alive)
+        exchange = plan.exchange
+        response, keep_alive = self.refusal(exchange, error, keep_alive=plan.facts.keep_alive)
+        client.write_response(response, keep_alive=keep_alive)
         self.record.end(exchange, self.clock())
 
-    def note(self, exchange: Exchange, decision: Decision) -> None:
-        """Record the decision and evaluate the candidate limits."""
-        exchange.decision = decision
-        if self.limit.shadow is not None:
-            self.limit.shadow.observe(exchange)
-
-    def refusal(self, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> bytes:
-        """Return a complete problem-details response for `error`, and record the failure."""
+    def refusal(self, exchange: Exchange, error: GatewayError, *, keep_alive: bool) -> tuple[bytes, bool]:
+        """Record the failure; return the problem details as a response, and whether to keep the connection."""
         self.record.note_failure(exchange, error)
         exchange.status = error.status
         headers, body = problem_response(error, instance=exchange.path, request_id=exchange.id)
-        decision = exchange.decision
-        headers += response_headers(exchange, [] if decision is None else self.limit.headers(decision))
+        headers += self.response_headers(exchange)
         headers.append((b"date", http_date(int(time.time()))))
-        if not keep_alive:
+        if "connection" in error.headers:
+            keep_alive = False
+        elif not keep_alive:
             headers.append((b"connection", b"close"))
         exchange.bytes_out = len(body)
-        return render_response_head(error.status, None, headers) + (b"" if exchange.method == "HEAD" else body)
+        head = render_response_head(error.status, None, headers)
+        return head if exchange.method == "HEAD" else head + body, keep_alive
 
-    def _refresh_charges(self, profile: HeaderProfile, cost: float) -> None:
-        """Set client, charges and priority of a profile from the registry; client None if the store must be asked."""
-        profile.client = client = self._identify.client(profile.name, profile.peer)
-        if client is not None:
-            profile.version, profile.cost = self._clients.version, cost
-            profile.charges = self.limit.charges(client, profile.peer, cost)
-            profile.priority = self.router.priorities.of(client.quota.name)
-            profile.principal = holder_of(client, profile.peer)
-        else:
-            profile.version = -1
-
-    def _profile(self, client: Downstream, received_headers: bytes) -> RewrittenHeaders | None:
-        """Return the analysed and rewritten header lines, or None if the request is not plain."""
-        found = self._inspected.find(received_headers)
-        if (
-            found is None
-            or len(found) > MAX_INSPECTED
-            or received_headers.count(b"\n") - 1 > client.limits.header_lines
-        ):
-            return None
-        peer = client.client[0] if client.client else "unknown"
-        build = self._profiles if len(received_headers) <= MAX_PROFILED_BYTES else self._build_profile
-        profile = build(peer, client.scheme, tuple(found))
-        return (
-            None
-            if profile is None
-            else RewrittenHeaders(
-                received_headers, profile, remove_lines(received_headers, profile.dropped) + profile.added
-            )
-        )
-
-    def _profile_by_client(
-        self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]
-    ) -> HeaderProfile | None:
-        """Return the profile, with the client id analysed separately from the other header fields.
-
-        Header sets that differ only in the client id share one analysis, which an invented id does not repeat.
-        """
-        header = self._identify.header
-        names = [pair for pair in found if pair[0].lower() == header]
-        if len(names) != 1 or not self._has_own_id_header:
-            return self._build_profile(peer, scheme, found)
-        anonymous = self._anonymous_profiles(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
-        if anonymous is None:
-            return None
-        try:
-            return anonymous.for_client(self._identify.name(fields_of(names)))
-        except GatewayError:
-            return None
-
-    def _build_profile(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderProfile | None:
-        fields = fields_of(found)
-        framing = framing_of(fields)
-        if framing is None or framing[0] > self.router.max_body_bytes or ambiguity(fields, "1.1") is not None:
-            return None
-        try:
-            caller = self._identify.caller(peer, fields)
-        except GatewayError:
-            return None
-        dropped = stripped_headers(self.router.protected, caller[1])
-        return HeaderProfile(
-            owner=self,
-            framing=framing,
-            host=host_name(fields),
-            caller=caller,
-            request_id=given_request_id(fields),
-            dropped=[pair for pair in found if pair[0].lower() in dropped],
-            added=self._added_lines(peer, scheme, fields, is_trusted=caller[1]),
-        )
-
-    def _added_lines(self, peer: str, scheme: str, fields: Fields, *, is_trusted: bool) -> bytes:
-        """Return the header lines that are added to the request upstream, without `Host` and `X-Request-ID`."""
-        pairs = rewrite_request(
-            [],
-            fields,
-            host=b"",
-            peer=peer,
-            scheme=scheme,
-            request_id=b"",
-            version="1.1",
-            is_trusted=is_trusted,
-            protected=self.router.protected,
-        )
-        return b"".join([b"%b: %b\r\n" % pair for pair in pairs[1:-1]])
+    def response_headers(self, exchange: Exchange) -> HeaderList:
+        """Return the header fields of every response: request id and, if there is a decision, the limits."""
+        own = [(b"x-request-id", exchange.id.encode())]
+        decision = exchange.decision
+        return own if decision is None else own + self.limit_headers.headers(decision)
 
 
 class FastExchange(UpstreamResponse):
     """One request on the fast path, and the response to it.
 
-    States: deciding (`await_decision`, no attempt), sent (`send_upstream`, an attempt and a connection), responding
+    States: waiting (`wait`, no attempt), sent (`forward`, an attempt and a connection), responding
     (`exchange.status` is set), ended. In each state but the last, the exchange may fall back: the ASGI path continues
     it, and this object then only receives the response.
     """
 
     has_fallen_back: bool  # the ASGI path has taken over, or the exchange was aborted
     is_relayed = True  # until it falls back
-    attempt: Attempt | None  # set by `send_upstream`
-    kept: bytes | None = None  # the body, set by `send_upstream` if a retry may send it again
+    attempt: Attempt | None  # set by `forward`
+    kept: bytes | None = None  # the body, set when it is sent if a retry may send it again
 
-    def __init__(
-        self,
-        fast_path: FastPath,
-        client: Downstream,
-        headers: RewrittenHeaders,
-        exchange: Exchange,
-        route: Route,
-        raw_target: bytes,
-    ) -> None:
-        """`raw_target` is the request target as the client sent it."""
+    def __init__(self, fast_path: FastPath, client: Downstream, headers: RewrittenHeaders, plan: RequestPlan) -> None:
         self.connection = self.error = self.attempt = None
+        self.exchange = exchange = plan.exchange
         self.is_to_head = exchange.method == "HEAD"
         self.listener = NO_LISTENER
         self.pieces = []
         self.has_fallen_back = False
-        self.exchange = exchange
+        self.plan = plan
         self._fast_path = fast_path
         self._client = client
         self._headers = headers
-        self.keep_alive = headers.profile.keep_alive
-        self._route = route
-        self._raw_target = raw_target
+        self.keep_alive = headers.facts.keep_alive
 
     def __repr__(self) -> str:
         if self.has_fallen_back:
             state = "fallen back or aborted"
         else:
-            state = "responding" if self.exchange.status else "deciding" if self.connection is None else "sent"
+            state = "responding" if self.exchange.status else "waiting" if self.connection is None else "sent"
         return f"<FastExchange {self.exchange.method} {self.exchange.path} [{state}]>"
 
     @property
@@ -383,48 +224,69 @@ class FastExchange(UpstreamResponse):
 
     # Towards the upstream
 
-    def await_decision(self, upstream_client: UpstreamClient, target: bytes, body: bytes, now_ns: int) -> None:
-        """Ask the store for the decision, and continue when it arrives."""
+    def wait(self, question: Wait, body: bytes) -> None:
+        """Ask a question of admission, and continue when the reply arrives."""
         self._client.begin_exchange(self)
-        limit = self._fast_path.limit
-        limit.decide_async(
-            self._headers.profile.charges, now_ns, partial(self._on_decision, upstream_client, target, body)
-        )
+        question.ask(partial(self._on_reply, question, body))
 
-    def _on_decision(self, upstream_client: UpstreamClient, target: bytes, body: bytes, decision: Decision) -> None:
+    def _on_reply(self, question: Wait, body: bytes, reply: Any) -> None:
         if self.has_fallen_back:  # aborted: the client has disconnected meanwhile
             return
-        fast_path, exchange = self._fast_path, self.exchange
-        fast_path.note(exchange, decision)
-        if not decision.allowed:
-            self._refuse(refusal(exchange, decision))
-        elif upstream_client.upstream.accepts_all():
-            try:
-                self.send_upstream(upstream_client, target, body, fast_path.clock())
-            except Unavailable as error:
-                self._refuse(error)
+        fast_path = self._fast_path
+        try:
+            result = fast_path.admission.resume(self.plan, question, reply, fast_path.clock_ns())
+            if result is None:
+                self.forward(body)
+                return
+        except Unavailable as error:
+            result = error
+        except Exception as error:  # noqa: BLE001 - as in `FastPath._admit`
+            result = fast_path.record.internal_error(self.exchange, error)
+        if isinstance(result, Wait):
+            result.ask(partial(self._on_reply, result, body))
         else:
-            self._fall_back(body, is_sent=False)
+            self._refuse(result)
 
     def _refuse(self, error: GatewayError) -> None:
         fast_path, exchange = self._fast_path, self.exchange
-        self._client.transport.write(fast_path.refusal(exchange, error, keep_alive=self.keep_alive))
-        self._client.end_exchange(keep_alive=self.keep_alive)
+        response, keep_alive = fast_path.refusal(exchange, error, keep_alive=self.keep_alive)
+        self._client.transport.write(response)
+        self._client.end_exchange(keep_alive=keep_alive)
         fast_path.record.end(exchange, fast_path.clock())
 
-    def send_upstream(self, upstream_client: UpstreamClient, target: bytes, body: bytes, now: float) -> None:
-        """Send the request on an idle connection; fall back if there is none. Raises Unavailable if refused."""
-        exchange, profile = self.exchange, self._headers.profile
-        exchange.upstream = self._route.upstream
+    def forward(self, body: bytes) -> None:
+        """Send an admitted request on an idle connection; fall back if that is not possible.
+
+        Raises Unavailable if the upstream refuses it.
+        """
+        plan = self.plan
+        route, router = plan.route, self._fast_path.router
+        assert route is not None  # noqa: S101 - the request is admitted
+        upstream_client = router.upstream_clients[route.upstream]
+        upstream = upstream_client.upstream
+        if (
+            plan.deadline is None
+            and upstream_client.supports_fast_path
+            and (route.fallback is None or upstream.limit is None)
+            and upstream.accepts_all()
+        ):
+            self._send(upstream_client, body)
+        else:
+            self._fall_back(body, is_sent=False)
+
+    def _send(self, upstream_client: UpstreamClient, body: bytes) -> None:
+        plan, exchange = self.plan, self.exchange
+        now = plan.now_ns / NANOSECONDS
+        exchange.upstream = upstream_client.upstream.name
         upstream_client.retries.budget.deposit(exchange.started)
         checkout = upstream_client.upstream.acquire
-        is_safe = exchange.method in IDEMPOTENT
+        is_safe = exchange.method in IDEMPOTENT or _HAS_KEY.search(self._headers.received) is not None
         self.attempt = attempt = checkout(
-            now, profile.charges[0].key, priority=profile.priority, is_safe=is_safe, principal=profile.principal
+            now, exchange.client_key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
         )
         # The ASGI path settles a probe before the end of a long response.
         is_probe = attempt.target_ticket is not None and attempt.target_ticket.is_probe
-        connection = None if is_probe else upstream_client.idle_connection(attempt.target, profile.principal)
+        connection = None if is_probe else upstream_client.idle_connection(attempt.target, plan.principal)
         if connection is None:  # the ASGI path opens or awaits one
             self._fall_back(body, is_sent=False)
             return
@@ -437,7 +299,7 @@ class FastExchange(UpstreamResponse):
         connection.start(
             self,
             b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
-            % (exchange.method.encode(), target, origin.netloc, self._headers.sent, exchange.id.encode(), body),
+            % (exchange.method.encode(), plan.target, origin.netloc, self._headers.sent, exchange.id.encode(), body),
         )
 
     # From the upstream
@@ -478,7 +340,9 @@ class FastExchange(UpstreamResponse):
 
     def _is_retried_status(self) -> bool:
         """Tell whether the retry policy names the status, so that the ASGI path must decide on a retry."""
-        return self.status in self._fast_path.router.upstream_clients[self._route.upstream].retried_statuses
+        route = self.plan.route
+        assert route is not None  # noqa: S101 - the request is admitted
+        return self.status in self._fast_path.router.upstream_clients[route.upstream].retried_statuses
 
     def _head(self, now: float) -> bytes:
         """Return the head of the response to the client, and record status, outcome and cost."""
@@ -488,7 +352,7 @@ class FastExchange(UpstreamResponse):
         fast_path.router.outcomes.on_head(exchange, self.attempt, self.status, now)
         if self.cost is not None:
             fast_path.router.on_cost(exchange, (self.cost,))
-        headers = fast_path.limit.lines(exchange.decision)
+        headers = fast_path.limit_headers.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"
         return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
@@ -552,29 +416,27 @@ class FastExchange(UpstreamResponse):
         """Continue on the ASGI path, with a request that is already sent or one whose `body` is still to be sent."""
         self.has_fallen_back, self.is_relayed = True, False
         exchange = self.exchange
-        assert exchange.decision is not None  # noqa: S101 - set before the exchange starts or falls back
-        exchange.response_headers = response_headers(exchange, self._fast_path.limit.headers(exchange.decision))
+        exchange.response_headers = self._fast_path.response_headers(exchange)
         app = partial(self._serve, self if is_sent else None)
         self._client.run_asgi(
-            app, exchange.method, self._raw_target, pairs_of(self._headers.received), body, keep_alive=self.keep_alive
+            app,
+            exchange.method,
+            self.plan.raw_target,
+            pairs_of(self._headers.received),
+            body,
+            keep_alive=self.keep_alive,
         )
 
     def _serve(self, response: UpstreamResponse | None, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Continue the exchange; this is the ASGI application given to `run_asgi`."""
         scope[FIELDS] = fields_of(scope["headers"])
-        router, exchange, route = self._fast_path.router, self.exchange, self._route
-        go_on = partial(
-            partial(router.forward, exchange, route)
+        router = self._fast_path.router
+        go_on = (
+            partial(router.forward, self.plan)
             if self.attempt is None
-            else partial(router.continue_exchange, exchange, route, self.attempt, response, kept=self.kept),
-            is_trusted=self._headers.profile.is_trusted,
+            else partial(router.continue_exchange, self.plan, self.attempt, response, kept=self.kept)
         )
         return self._fast_path.record.conclude(self.exchange, go_on, scope, receive, send)
-
-
-def response_headers(exchange: Exchange, limits: HeaderList) -> HeaderList:
-    """Return the header fields of every response to a request that has a decision: request id and `limits`."""
-    return [(b"x-request-id", exchange.id.encode()), *limits]
 
 
 class _Interim(NoListener):

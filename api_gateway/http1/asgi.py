@@ -15,7 +15,6 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Keys of the scope.
 FIELDS = "gateway.fields"  # the request's header fields by name
-DEADLINE = "gateway.deadline"  # the request's deadline, or None
 SERVER_EXTENSION = "gateway.link"  # the request's `ServerExtension`
 ADMIN = "gateway.admin"  # present if the request arrived through the operators' listener
 

@@ -5,11 +5,11 @@ and the complete response.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from api_gateway.errors import BadRequest
-from api_gateway.http1.headers import REQUEST_TIMEOUT, Fields
 from api_gateway.proxy.route_table import Route
 
 _DECIMAL = re.compile(rb"[0-9]{1,9}(?:\.[0-9]{1,9})?")
@@ -52,13 +52,13 @@ class Deadline:
         return f"No complete response within {self.seconds:g} s, {origin[self.source]}."
 
 
-def deadline_of(route: Route, total: float | None, fields: Fields, started: float) -> Deadline | None:
+def deadline_of(route: Route, total: float | None, given: Sequence[bytes], started: float) -> Deadline | None:
     """Return the deadline of a request that arrived at `started`, or None if no timeout applies.
 
-    A timeout of the route replaces the upstream's `total`. A shorter timeout of the client replaces both. Raises
-    BadRequest if the client's timeout is invalid.
+    `given` are the values of `X-Request-Timeout`. A timeout of the route replaces the upstream's `total`. A shorter
+    timeout of the client replaces both. Raises BadRequest if the client's timeout is invalid.
     """
-    asked = _requested_seconds(fields) if REQUEST_TIMEOUT in fields else None
+    asked = _requested_seconds(given) if given else None
     seconds = total if route.timeout is None else route.timeout
     is_passed_on = asked is not None or route.timeout is not None
     if asked is not None and (seconds is None or asked < seconds):
@@ -70,9 +70,8 @@ def deadline_of(route: Route, total: float | None, fields: Fields, started: floa
     return Deadline(started + seconds, seconds, "route", route.name, is_passed_on)
 
 
-def _requested_seconds(fields: Fields) -> float:
+def _requested_seconds(given: Sequence[bytes]) -> float:
     """Return the value of `X-Request-Timeout` in seconds. Raises BadRequest."""
-    given = fields[REQUEST_TIMEOUT]
     if len(given) == 1 and _DECIMAL.fullmatch(given[0]) is not None and float(given[0]) > 0:
         return float(given[0])
     shown = ", ".join(value[:_SHOWN].decode("latin-1") for value in given)

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from api_gateway.http1.asgi import DEADLINE, FIELDS, Scope, ServerExtension
+from api_gateway.http1.asgi import FIELDS, Scope, ServerExtension
 from api_gateway.http1.headers import (
     BODILESS,
     REQUEST_TIMEOUT,
@@ -17,7 +17,7 @@ from api_gateway.http1.headers import (
     rewrite_request,
 )
 from api_gateway.models import Exchange, HeaderList
-from api_gateway.proxy.deadline import Deadline
+from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.request_body import StreamedBody
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
@@ -49,21 +49,20 @@ class UpstreamRequest:
 
     def __init__(
         self,
+        plan: RequestPlan,
         scope: Scope,
         extension: ServerExtension | None,
-        target: bytes,
-        is_trusted: bool,  # noqa: FBT001 - positional arguments are faster, and this runs for each request
         protected: frozenset[bytes],
     ) -> None:
         self._scope = scope
-        self._is_trusted = is_trusted
+        self._is_trusted = plan.facts.is_trusted
         self._protected = protected
         self.extension = extension
-        self.target = target
+        self.target = plan.target
         self.fields: Fields = scope[FIELDS]
         self.framing = framing(self.fields)
         self.body: StreamedBody | NoBody = NO_BODY
-        self.deadline: Deadline | None = scope.get(DEADLINE)
+        self.deadline = plan.deadline
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
         self.headers: HeaderList = scope["headers"] if extension is None else extension.headers
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.errors import BadRequest, BodyTooLarge, ClientDisconnected, MethodNotAllowed, NoRoute, UpstreamTimeout
-from api_gateway.http1.asgi import DEADLINE, FIELDS, Message
+from api_gateway.http1.asgi import FIELDS, Message
 from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.models import Exchange
+from api_gateway.proxy.admission import Admission
 from api_gateway.proxy.deadline import deadline_of
+from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.request_body import StreamedBody
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable, upstream_target
 from api_gateway.resilience.breaker_policy import BreakerPolicy
@@ -394,14 +396,18 @@ def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: An
     scope = {
         "headers": [(b"host", b"gateway.test")],
         FIELDS: {b"host": [b"gateway.test"]},
-        DEADLINE: deadline_of(the_route, total, {}, time.monotonic()),
         "client": ("192.0.2.1", 1),
         "scheme": "http",
         "http_version": "1.1",
         "raw_path": b"/api/x",
         "query_string": b"",
     }
-    return router.forward(exchange(), the_route, scope, receive or never, send, is_trusted=False), upstream
+    reader = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), protected=frozenset(), max_body_bytes=100)
+    plan = Admission.plan(
+        reader.read("192.0.2.1", {b"host": [b"gateway.test"]}, "1.1"), "GET", "/api/x", b"/api/x", time.monotonic_ns()
+    )
+    plan.route, plan.deadline = the_route, deadline_of(the_route, total, [], time.monotonic())
+    return router.forward(plan, scope, receive or never, send), upstream
 
 
 @pytest.mark.parametrize("kind", ["silent", "failing"])

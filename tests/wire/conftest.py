@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.fastpath.fast_path import FastExchange, FastPath
 from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
 
@@ -51,13 +51,23 @@ def client(running: RunningGateway, up: RawUpstream) -> Iterator[RawClient]:
 
 @pytest.fixture
 def fast_path_spy(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each request that the fast path was offered, whether it took it."""
+    """For each request that the fast path was offered, whether it was refused there, or given to an upstream."""
     seen: list[bool] = []
-    try_handle = FastPath.try_handle
+    has_fallen_back = False
+    try_handle, fall_back = FastPath.try_handle, FastExchange._fall_back
 
     def noting(self: FastPath, downstream: Any, received: bytes) -> bool:
-        seen.append(try_handle(self, downstream, received))
-        return seen[-1]
+        nonlocal has_fallen_back
+        has_fallen_back = False
+        is_handled = try_handle(self, downstream, received)
+        seen.append(is_handled and not has_fallen_back)
+        return is_handled
+
+    def noting_fall_back(self: FastExchange, body: bytes, *, is_sent: bool) -> None:
+        nonlocal has_fallen_back
+        has_fallen_back = self.attempt is None
+        fall_back(self, body, is_sent=is_sent)
 
     monkeypatch.setattr(FastPath, "try_handle", noting)
+    monkeypatch.setattr(FastExchange, "_fall_back", noting_fall_back)
     return seen

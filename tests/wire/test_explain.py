@@ -20,20 +20,25 @@ from api_gateway.clients.registry import ClientRegistry
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.http1.asgi import Message
 from api_gateway.metrics import Recorder
-from api_gateway.middleware import (
-    ExchangeMiddleware,
-    IdentityMiddleware,
-    ProxyApp,
-    RateLimitMiddleware,
-    RoutingMiddleware,
-)
+from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, Quota
+from api_gateway.proxy.admission import Admission
 from api_gateway.proxy.cost_settlement import CostSettlement
 from api_gateway.proxy.fallback import Fallback
+from api_gateway.proxy.header_facts import HeaderReader
 from api_gateway.proxy.route_table import CostRule, Route, RouteTable
 from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.proxy.stages import (
+    AmbiguityStage,
+    IdentityStage,
+    LoadSheddingStage,
+    RateLimitStage,
+    RouteStage,
+)
 from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.resilience.breaker_policy import BreakerPolicy, State
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
+from api_gateway.resilience.priorities import SINGLE_PRIORITY
 from api_gateway.router import Router
 from api_gateway.upstreams.load_balancing import least_requests, round_robin
 from api_gateway.upstreams.target import Target
@@ -110,32 +115,35 @@ class Stage:
             candidates={"FREE": CANDIDATE},
             routes=routes,
         )
-        limit = RateLimitMiddleware(
-            ProxyApp(router=router),
-            limiter=self.limiter,
-            clock_ns=lambda: self.now_ns,
-            address_quota=ADDRESS,
-            exempt=(),
-            shadow=shadow,
-        )
+        limits = RateLimitStage(limiter=self.limiter, address_quota=ADDRESS, exempt=(), shadow=shadow)
         tiers = {"FREE": FREE, "PAID": PAID}
         registry = ClientRegistry(tiers, "FREE", {"paid": "PAID"}, SqliteClientStore(tmp_path / "unused"))
-        identify = IdentityMiddleware(
-            RoutingMiddleware(limit, router=router), clients=registry, header="X-Client-ID", trusted_proxies=()
+        shedder = EventLoopShedder(None, source=random.Random(1))
+        admission = Admission(
+            [
+                AmbiguityStage(),
+                IdentityStage(clients=registry, priorities=SINGLE_PRIORITY),
+                RouteStage(router.routes),
+                LoadSheddingStage(shedder),
+                limits,
+            ]
         )
+        headers = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), protected=frozenset(), max_body_bytes=1000)
         self.seen: list[Exchange] = []
         self.record = ExchangeMiddleware(
-            identify,
+            AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=lambda: self.now_ns),
             clock=lambda: self.now,
             recorder=self.recorder,
             observers=[self.recorder.observe, self.seen.append],
             on_failure=settlement.on_failure,
         )
         self.explainer = Explainer(
-            identify=identify,
+            admission=admission,
+            headers=headers,
             router=router,
-            limit=limit,
+            limits=limits,
             limiter=self.limiter,
+            shedder=shedder,
             header="X-Client-ID",
             clock=lambda: self.now,
             clock_ns=lambda: self.now_ns,

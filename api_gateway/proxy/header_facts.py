@@ -1,0 +1,221 @@
+"""What the header fields of a request mean to the gateway; remembered, as clients repeat their fields.
+
+A plain head (see `http1.fast_parser`) is looked up by the bytes of its header lines. Other requests are read anew.
+"""
+
+from collections.abc import Collection
+from functools import lru_cache
+from typing import NamedTuple
+
+from api_gateway.clients.identity import client_id
+from api_gateway.errors import ClientIdInvalid
+from api_gateway.http1.fast_parser import InspectedHeaders, framing_of, remove_lines
+from api_gateway.http1.headers import (
+    REQUEST_TIMEOUT,
+    Fields,
+    Network,
+    ambiguity,
+    client_address,
+    fields_of,
+    host_name,
+    inspected_headers,
+    is_within,
+    rewrite_request,
+    stripped_headers,
+)
+from api_gateway.models import Charge, Client, HeaderList
+from api_gateway.proxy.request_id import given_request_id
+
+MAX_INSPECTED = 32  # inspected header fields of a plain head
+MAX_REMEMBERED_BYTES = 4_096  # size of the largest header section that is remembered
+MAX_REMEMBERED = 1_024  # entries of each cache
+
+
+class HeaderFacts:
+    """The meaning of the header fields of requests from one address.
+
+    `length`, `keep_alive`, `dropped` and `added` are set for plain heads only. `client`, `principal` and `priority`
+    are valid for the registry version `version`, and `charges` for `client` and `cost`; -1 means not yet known.
+    """
+
+    __slots__ = (
+        "added",
+        "ambiguity",
+        "charges",
+        "client",
+        "cost",
+        "dropped",
+        "host",
+        "is_trusted",
+        "keep_alive",
+        "length",
+        "name",
+        "name_error",
+        "owner",
+        "peer",
+        "principal",
+        "priority",
+        "request_id",
+        "timeout",
+        "version",
+    )
+
+    def __init__(
+        self,
+        *,
+        owner: object,
+        host: str,
+        peer: str,
+        is_trusted: bool,
+        request_id: str | None,
+        ambiguity: str | None,
+        timeout: tuple[bytes, ...],
+    ) -> None:
+        self.owner = owner  # the `HeaderReader` whose configuration was used
+        self.host = host
+        self.peer = peer  # the client's address; behind a trusted proxy, the one that it reports
+        self.is_trusted = is_trusted  # whether the connection is that of a trusted proxy
+        self.request_id = request_id
+        self.ambiguity = ambiguity  # why servers may interpret the request differently
+        self.timeout = timeout  # the values of X-Request-Timeout
+        self.name: str | None = None  # the client id
+        self.name_error: str | None = None  # why the client id is invalid
+        self.length, self.keep_alive = 0, True
+        self.dropped: HeaderList = []  # fields that are not forwarded
+        self.added = b""  # lines that are appended for the upstream
+        self.version = -1
+        self.cost = -1.0
+        self.client: Client | None = None
+        self.charges: list[Charge] = []
+        self.principal: str | None = None
+        self.priority = 0
+
+    def __repr__(self) -> str:
+        return f"<HeaderFacts of {self.name or self.peer!r}>"
+
+    def copy(self) -> "HeaderFacts":
+        """Return the same facts without name and client."""
+        other = HeaderFacts(
+            owner=self.owner,
+            host=self.host,
+            peer=self.peer,
+            is_trusted=self.is_trusted,
+            request_id=self.request_id,
+            ambiguity=self.ambiguity,
+            timeout=self.timeout,
+        )
+        other.length, other.keep_alive = self.length, self.keep_alive
+        other.dropped, other.added = self.dropped, self.added
+        return other
+
+
+class RewrittenHeaders(NamedTuple):
+    """The header lines of a plain head as received, their meaning, and the lines as sent upstream."""
+
+    received: bytes
+    facts: HeaderFacts
+    sent: bytes
+
+
+class HeaderReader:
+    """Finds out what header fields mean under one configuration. Its only state are caches."""
+
+    def __init__(
+        self,
+        *,
+        id_header: str,
+        trusted_proxies: Collection[Network],
+        protected: frozenset[bytes],
+        max_body_bytes: int,
+    ) -> None:
+        """`id_header` names clients. `protected` names (lower case) are forwarded even if `Connection` lists them."""
+        self.id_header = id_header.lower().encode()
+        self._protected = protected
+        self._max_body_bytes = max_body_bytes
+        self._trusted = tuple(trusted_proxies)
+        self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
+        self._inspected = InspectedHeaders(inspected_headers(protected))
+        # False if the client id is in a header field that has another meaning too.
+        self._has_own_id_header = self.id_header not in inspected_headers(frozenset())
+        self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
+        self._anonymous = lru_cache(maxsize=MAX_REMEMBERED)(self._read_plain)
+
+    def __repr__(self) -> str:
+        return f"<HeaderReader [{self._remembered.cache_info().currsize} header sets remembered]>"
+
+    def read(self, peer: str, fields: Fields, version: str) -> HeaderFacts:
+        """Return what the fields of a request mean. `peer` is the address of the connection."""
+        is_trusted = bool(self._trusted) and self._is_trusted(peer)
+        facts = HeaderFacts(
+            owner=self,
+            host=host_name(fields),
+            peer=client_address(peer, fields, self._trusted) if is_trusted else peer,
+            is_trusted=is_trusted,
+            request_id=given_request_id(fields),
+            ambiguity=ambiguity(fields, version),
+            timeout=tuple(fields.get(REQUEST_TIMEOUT, ())),
+        )
+        self._set_name(facts, fields)
+        return facts
+
+    def read_lines(self, peer: str, scheme: str, lines: bytes, max_lines: int) -> RewrittenHeaders | None:
+        """Return the meaning of the header lines of a plain head, and the lines for the upstream.
+
+        None if the head is not plain: the general parser must read it.
+        """
+        found = self._inspected.find(lines)
+        if found is None or len(found) > MAX_INSPECTED or lines.count(b"\n") - 1 > max_lines:
+            return None
+        read = self._remembered if len(lines) <= MAX_REMEMBERED_BYTES else self._read_plain
+        facts = read(peer, scheme, tuple(found))
+        return (
+            None if facts is None else RewrittenHeaders(lines, facts, remove_lines(lines, facts.dropped) + facts.added)
+        )
+
+    def _read_by_client(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
+        """Return the facts, with the client id read separately from the other header fields.
+
+        Header sets that differ only in the client id share the rest, which an invented id does not repeat.
+        """
+        names = [pair for pair in found if pair[0].lower() == self.id_header]
+        if len(names) != 1 or not self._has_own_id_header:
+            return self._read_plain(peer, scheme, found)
+        anonymous = self._anonymous(peer, scheme, tuple([pair for pair in found if pair is not names[0]]))
+        if anonymous is None:
+            return None
+        facts = anonymous.copy()
+        self._set_name(facts, fields_of(names))
+        return facts
+
+    def _read_plain(self, peer: str, scheme: str, found: tuple[tuple[bytes, bytes], ...]) -> HeaderFacts | None:
+        fields = fields_of(found)
+        framing = framing_of(fields)
+        if framing is None or framing[0] > self._max_body_bytes:
+            return None
+        facts = self.read(peer, fields, "1.1")
+        facts.length, facts.keep_alive = framing
+        dropped = stripped_headers(self._protected, facts.is_trusted)
+        facts.dropped = [pair for pair in found if pair[0].lower() in dropped]
+        facts.added = self._added_lines(peer, scheme, fields, is_trusted=facts.is_trusted)
+        return facts
+
+    def _set_name(self, facts: HeaderFacts, fields: Fields) -> None:
+        try:
+            facts.name = client_id(fields, self.id_header)
+        except ClientIdInvalid as error:
+            facts.name_error = error.detail
+
+    def _added_lines(self, peer: str, scheme: str, fields: Fields, *, is_trusted: bool) -> bytes:
+        """Return the header lines that are added to the request upstream, without `Host` and `X-Request-ID`."""
+        pairs = rewrite_request(
+            [],
+            fields,
+            host=b"",
+            peer=peer,
+            scheme=scheme,
+            request_id=b"",
+            version="1.1",
+            is_trusted=is_trusted,
+            protected=self._protected,
+        )
+        return b"".join([b"%b: %b\r\n" % pair for pair in pairs[1:-1]])

@@ -1,0 +1,213 @@
+"""The stages of admission, each of which decides one thing. `assembly.data_plane` puts them in order."""
+
+import math
+from collections.abc import Collection, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError
+from api_gateway.http1.headers import address_key, is_within
+from api_gateway.limits.refusal import refusal
+from api_gateway.models import Charge, Client, Decision, Quota
+from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
+from api_gateway.proxy.deadline import deadline_of
+from api_gateway.proxy.route_table import RouteTable, refuse_method, upstream_target
+from api_gateway.proxy.shadow_limits import ShadowLimits
+from api_gateway.rate_limiter import NEVER_NS, RateLimiter
+from api_gateway.resilience.event_loop_limit import EventLoopShedder
+from api_gateway.resilience.fair_shares import holder_of
+from api_gateway.resilience.priorities import PriorityClasses
+
+LIKELY_SHED_SHARE = 0.5  # share of requests shed at random from which the predicted outcome is a refusal
+
+
+class AmbiguityStage:
+    """Refuses requests that servers may interpret differently."""
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Refuse an ambiguous request, and have its connection closed."""
+        cause = plan.facts.ambiguity
+        if cause is None:
+            return None
+        return BadRequest(f"The request is ambiguous: {cause}.", headers={"connection": "close"})
+
+    inspect = decide
+
+
+class IdentityStage:
+    """Determines the client of a request: the registered client with the given id, or else the address."""
+
+    def __init__(self, *, clients: ClientRegistry, priorities: PriorityClasses) -> None:
+        self._clients = clients
+        self._priorities = priorities
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Set client, priority and principal; the store is asked for a client that is not in memory."""
+        facts = plan.facts
+        if facts.version != self._clients.version:
+            if facts.name_error is not None:
+                return ClientIdInvalid(facts.name_error)
+            client = self._find(facts.name, facts.peer)
+            if client is None:
+                return Wait.on(partial(self._clients.look_up, facts.name or ""), self._resume)
+            facts.client, facts.cost = client, -1.0
+            facts.principal = holder_of(client, facts.peer)
+            facts.priority = self._priorities.of(client.quota.name)
+            facts.version = self._clients.version
+        plan.exchange.client = facts.client
+        plan.principal, plan.priority = facts.principal, facts.priority
+        return None
+
+    inspect = decide
+
+    def _find(self, name: str | None, address: str) -> Client | None:
+        return self._clients.by_address(address_key(address)) if name is None else self._clients.try_get(name)
+
+    def _resume(self, plan: RequestPlan, client: Client) -> StageResult:
+        plan.exchange.client = client
+        plan.principal = holder_of(client, plan.facts.peer)
+        plan.priority = self._priorities.of(client.quota.name)
+        return None
+
+
+class RouteStage:
+    """Determines route, cost and the target for the upstream."""
+
+    def __init__(self, routes: RouteTable) -> None:
+        self._routes = routes
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Set the route and what depends on it; refuse a request that has none, or whose method it does not allow."""
+        exchange = plan.exchange
+        try:
+            refuse_method(exchange.method)
+            route, exchange.cost = self._routes.find(plan.facts.host, exchange.method, exchange.path)
+            plan.route, exchange.route = route, route.name
+            plan.target = upstream_target(route, plan.raw_target)
+        except GatewayError as error:
+            return error.with_traceback(None)
+        return None
+
+    inspect = decide
+
+
+class DeadlineStage:
+    """Determines the deadline of a request."""
+
+    def __init__(self, totals: Mapping[str, float | None]) -> None:
+        """`totals` are the timeouts of whole exchanges by upstream, in seconds."""
+        self._totals = dict(totals)
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Set the deadline; refuse an invalid timeout of the client."""
+        route = plan.route
+        if route is None:  # inspected after a refusal
+            return None
+        total = self._totals.get(route.upstream)
+        if total is None and route.timeout is None and not plan.facts.timeout:
+            return None
+        try:
+            plan.deadline = deadline_of(route, total, plan.facts.timeout, plan.exchange.started)
+        except BadRequest as error:
+            return error.with_traceback(None)
+        return None
+
+    inspect = decide
+
+
+class LoadSheddingStage:
+    """Refuses a share of the requests while the event loop is overloaded, lowest priority first."""
+
+    def __init__(self, shedder: EventLoopShedder) -> None:
+        self._shedder = shedder
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Decide at random."""
+        shedder = self._shedder
+        return shedder.refusal(plan.priority) if shedder.is_over and shedder.sheds(plan.priority) else None
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """Predict the likelier outcome."""
+        share = self._shedder.share(plan.priority)
+        return self._shedder.refusal(plan.priority) if share >= LIKELY_SHED_SHARE else None
+
+
+class RateLimitStage:
+    """Charges the client's bucket, and the address's bucket if the client is not registered: both or neither."""
+
+    def __init__(
+        self,
+        *,
+        limiter: RateLimiter,
+        address_quota: Quota | None,
+        exempt: Collection[Any],
+        shadow: ShadowLimits | None = None,
+    ) -> None:
+        """`address_quota` None disables the address limit; addresses in `exempt` networks have none.
+
+        `shadow` evaluates candidate limits.
+        """
+        self._limiter = limiter
+        self._decide_at_once = limiter.decide
+        self._address_quota = address_quota
+        self._is_exempt = lru_cache(maxsize=4096)(lambda address: is_within(address, exempt))
+        self.shadow = shadow
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """Charge the request; the store is asked if this process cannot decide."""
+        charges = self._set_charges(plan)
+        decision = self._decide_at_once(charges, plan.now_ns)
+        if decision is None:
+            return Wait(partial(self._ask, charges, plan.now_ns), self._on_decision)
+        return self._on_decision(plan, decision)
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """Ask for the decision of each bucket alone."""
+        if plan.exchange.client is None:  # inspected after a refusal
+            return None
+        return Wait.on(partial(self._limiter.inspect, self._set_charges(plan), plan.now_ns), self._on_inspected)
+
+    def charges(self, client: Client, peer: str, cost: float) -> list[Charge]:
+        """Return the charges of a request of `client` from the address `peer`; all or none must be charged."""
+        charges = [Charge(client.key, client.quota, client.quota.cost_ns(cost))]
+        quota = self._address_quota
+        if quota is not None and self.limits_address_of(client, peer):
+            charges.append(Charge(f"peer:{address_key(peer)}", quota, quota.cost_ns(cost)))
+        return charges
+
+    def limits_address_of(self, client: Client, peer: str) -> bool:
+        """Tell whether a request of `client` from the address `peer` is also charged to that address."""
+        return self._address_quota is not None and not client.is_registered and not self._is_exempt(peer)
+
+    def _set_charges(self, plan: RequestPlan) -> list[Charge]:
+        exchange, facts = plan.exchange, plan.facts
+        client, cost = exchange.client, exchange.cost
+        if facts.client is client and facts.cost == cost:
+            charges = facts.charges
+        else:
+            assert client is not None  # noqa: S101 - `IdentityStage` comes first
+            charges = self.charges(client, exchange.peer, cost)
+            if facts.client is client:
+                facts.charges, facts.cost = charges, cost
+        exchange.charges = charges
+        return charges
+
+    def _ask(self, charges: list[Charge], now_ns: int, on_reply: OnReply) -> None:
+        self._limiter.decide_async(charges, now_ns, on_reply)
+
+    def _on_decision(self, plan: RequestPlan, decision: Decision) -> StageResult:
+        exchange = plan.exchange
+        exchange.decision = decision
+        if self.shadow is not None:
+            self.shadow.observe(exchange)
+        return None if decision.allowed else refusal(exchange, decision)
+
+    def _on_inspected(self, plan: RequestPlan, decisions: list[Decision]) -> StageResult:
+        plan.inspected = decisions
+        refused = [decision for decision in decisions if not decision.allowed]
+        return refusal(plan.exchange, max(refused, key=_wait_ns)) if refused else None
+
+
+def _wait_ns(decision: Decision) -> float:
+    return math.inf if decision.wait_ns == NEVER_NS else decision.wait_ns

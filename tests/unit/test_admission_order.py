@@ -1,0 +1,285 @@
+"""One admission: the server's own protocol, the ASGI middleware and `/explain` decide alike, in whatever order."""
+
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from api_gateway.admin.explain_schema import ExplainRequest
+from api_gateway.admin.explainer import Explainer
+from api_gateway.circuit_breaker import CircuitBreaker
+from api_gateway.clients.registry import ClientRegistry
+from api_gateway.clients.sqlite_store import SqliteClientStore
+from api_gateway.errors import GatewayError
+from api_gateway.fastpath.fast_path import FastPath
+from api_gateway.http1.asgi import Message, Receive, Scope, Send
+from api_gateway.metrics import Recorder
+from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
+from api_gateway.models import NANOSECONDS, Exchange, Quota
+from api_gateway.proxy.admission import Admission, RequestPlan, Stage
+from api_gateway.proxy.header_facts import HeaderReader
+from api_gateway.proxy.route_table import CostRule, Route, RouteTable
+from api_gateway.proxy.stages import (
+    AmbiguityStage,
+    DeadlineStage,
+    IdentityStage,
+    LoadSheddingStage,
+    RateLimitStage,
+    RouteStage,
+)
+from api_gateway.rate_limiter import MemoryLimiter
+from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.event_loop_limit import LAG_SAMPLES, EventLoopShedder
+from api_gateway.resilience.priorities import PriorityClasses
+from api_gateway.router import Router
+from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.upstreams.load_balancing import round_robin
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream import Upstream
+from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
+
+FREE = Quota.per_second("FREE", 1, 10)
+PAID = Quota.per_second("PAID", 10, 40)
+ADDRESS = Quota.per_second("address", 2, 12)
+ROUTES = [
+    Route(
+        "plain", "/api/one", "up", methods=frozenset({"GET", "POST"}), costs=(CostRule(None, "/api/one/dear", 4.5),)
+    ),
+    Route("never", "/api/never", "up", cost=50),
+    Route("cut", "/api/cut", "up", cost=2, strip_prefix="/api/cut", host="cut.test"),
+]
+ORDER = ("ambiguity", "identity", "route", "deadline", "shedding", "limits")
+FIGURES = ("reason", "status", "client", "route", "cost", "charges")
+
+
+class RecordingRouter(Router):
+    """A router that keeps the plans of the requests that it would forward."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        super().__init__(
+            RouteTable(ROUTES),
+            {"up": UpstreamClient(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))},
+            clock=lambda: 0.0,
+            max_body_bytes=100,
+            observe_attempt=lambda *_: None,
+            on_transition=lambda *_: None,
+        )
+
+    async def forward(self, plan: RequestPlan, _scope: Scope, _receive: Receive, send: Send) -> None:
+        plan.exchange.status = 200
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+class Paths:
+    """All that decides on requests, with stages in some order, on a clock that is moved by hand."""
+
+    def __init__(self, folder: Path, order: Sequence[str] = ORDER) -> None:
+        self.now_ns = 1_000 * NANOSECONDS
+        self.limiter = limiter = MemoryLimiter([FREE, PAID, ADDRESS])
+        priorities = PriorityClasses({"FREE": 1, "PAID": 2})
+        self.shedder = EventLoopShedder(1.0, priorities, source=random.Random(1))
+        upstream = Upstream("up", [Target("http://127.0.0.1:1")], CircuitBreaker(BreakerPolicy(), 0.0), round_robin)
+        router = RecordingRouter(upstream)
+        headers = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), protected=frozenset(), max_body_bytes=100)
+        clients = ClientRegistry({"FREE": FREE, "PAID": PAID}, "FREE", {"paid": "PAID"}, SqliteClientStore(folder))
+        limits = RateLimitStage(limiter=limiter, address_quota=ADDRESS, exempt=())
+        stages: dict[str, Stage] = {
+            "ambiguity": AmbiguityStage(),
+            "identity": IdentityStage(clients=clients, priorities=priorities),
+            "route": RouteStage(router.routes),
+            "deadline": DeadlineStage({}),
+            "shedding": LoadSheddingStage(self.shedder),
+            "limits": limits,
+        }
+        admission = Admission([stages[name] for name in order])
+        self.seen: list[Exchange] = []
+        self.asgi = ExchangeMiddleware(
+            AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=lambda: self.now_ns),
+            clock=lambda: self.now_ns / NANOSECONDS,
+            recorder=Recorder(["plain", "never", "cut"], ["up"], ["FREE", "PAID"], [50], 0.0),
+            observers=[self.seen.append],
+        )
+        self.fast_path = FastPath(
+            record=self.asgi,
+            admission=admission,
+            headers=headers,
+            router=router,
+            clock=lambda: self.now_ns / NANOSECONDS,
+            clock_ns=lambda: self.now_ns,
+        )
+        self.explainer = Explainer(
+            admission=admission,
+            headers=headers,
+            router=router,
+            limits=limits,
+            limiter=limiter,
+            shedder=self.shedder,
+            header="X-Client-ID",
+            clock=lambda: self.now_ns / NANOSECONDS,
+            clock_ns=lambda: self.now_ns,
+        )
+
+    def shed(self, *, is_on: bool) -> None:
+        """Have all requests of FREE shed and none of PAID, or none at all."""
+        for _ in range(LAG_SAMPLES):
+            self.shedder.observe(1.5 if is_on else 0.0)
+
+    async def through_asgi(self, request: ExplainRequest) -> dict[str, Any]:
+        """Return the figures of the request in the ASGI middleware."""
+        await self.asgi(scope_of(request), unread, ignore)
+        return figures_of(self.seen.pop())
+
+    async def through_the_protocol(self, request: ExplainRequest) -> dict[str, Any]:
+        """Return the figures of the request in the server's own protocol, which may leave it to ASGI."""
+        found: list[Callable[..., Awaitable[None]]] = []
+        lines = [b"%b: %b" % pair for pair in headers_of(request)]
+        head = b"\r\n".join([f"{request.method} {request.path} HTTP/1.1".encode(), *lines, b"", b""])
+        client = SimpleNamespace(
+            client=(request.address, 50_000),
+            scheme="http",
+            last_headers=None,
+            limits=SimpleNamespace(header_bytes=10_000, header_lines=100),
+            write_response=lambda *_, **__: None,
+            run_asgi=lambda app, *_, **__: found.append(app),
+        )
+        if not self.fast_path.try_handle(client, head):
+            return await self.through_asgi(request)
+        for serve in found:
+            await serve(scope_of(request), unread, ignore)
+        return figures_of(self.seen.pop())
+
+    async def explained(self, request: ExplainRequest) -> dict[str, Any]:
+        """Return the figures of the request according to `/explain`."""
+        try:
+            told = await self.explainer.explain(request)
+        except GatewayError as error:
+            return {"reason": error.reason.value, "status": error.status}
+        is_limited = told.result.reason in (None, "rate_limited", "cost_exceeds_capacity")
+        return {
+            "reason": told.result.reason,
+            "status": told.result.status or 200,
+            "client": told.client.id,
+            "route": told.route and told.route.name,
+            "cost": told.route.cost if told.route else 0.0,
+            "charges": [(bucket.key, bucket.cost) for bucket in told.buckets] if is_limited else None,
+        }
+
+
+def figures_of(exchange: Exchange) -> dict[str, Any]:
+    charges = [(one.key, round(one.increment_ns / one.quota.emission_ns, 6)) for one in exchange.charges]
+    return {
+        "reason": exchange.reason,
+        "status": exchange.status,
+        "client": exchange.client and exchange.client.id,
+        "route": exchange.route,
+        "cost": exchange.cost,
+        "charges": charges or None,
+    }
+
+
+def headers_of(request: ExplainRequest) -> list[tuple[bytes, bytes]]:
+    named = [] if request.client_id is None else [(b"X-Client-ID", request.client_id.encode())]
+    return [(b"Host", request.host.encode()), *named]
+
+
+def scope_of(request: ExplainRequest) -> Scope:
+    return {
+        "type": "http",
+        "http_version": "1.1",
+        "method": request.method,
+        "path": request.path,
+        "raw_path": request.path.encode(),
+        "query_string": b"",
+        "scheme": "http",
+        "headers": headers_of(request),
+        "client": (request.address, 50_000),
+    }
+
+
+async def unread() -> Message:
+    raise AssertionError("nothing here reads the body")
+
+
+async def ignore(_message: Message) -> None:
+    pass
+
+
+def assert_agree(figures: Sequence[dict[str, Any]], request: ExplainRequest) -> None:
+    """Compare what is known on every path: `/explain` refuses an invalid client id without further figures."""
+    for name in FIGURES:
+        values = [one[name] for one in figures if name in one]
+        assert all(value == values[0] for value in values), f"{name} of {request}: {values}"
+
+
+async def test_ten_thousand_requests_are_decided_alike_on_all_paths(tmp_path: Path) -> None:
+    choose = random.Random(14)
+    protocol, asgi = Paths(tmp_path), Paths(tmp_path)
+    reasons: Counter[str | None] = Counter()
+    for number in range(10_000):
+        if number % 500 == 0:
+            for one in (protocol, asgi):
+                one.shed(is_on=number % 2_000 == 0)
+        gap_ns = choose.choice((0, 0, 1, NANOSECONDS // 10, NANOSECONDS))
+        for one in (protocol, asgi):
+            one.now_ns += gap_ns
+        request = ExplainRequest(
+            client_id=choose.choice((None, "a", "b", "paid", "paid", "not valid")),
+            method=choose.choice(("GET", "GET", "HEAD", "POST", "PUT", "TRACE", "BREW")),
+            path=choose.choice(
+                (
+                    "/api/one",
+                    "/api/one/x",
+                    "/api/one/dear",
+                    "/api//one/./dear",
+                    "/api/cut/x",
+                    "/api/never",
+                    "/api/none",
+                )
+            ),
+            host=choose.choice(("cut.test", "cut.test:80", "other.test", "not/valid")),
+            address=choose.choice(("192.0.2.7", "192.0.2.8", "2001:db8::1")),
+        )
+        figures = [
+            await protocol.explained(request),
+            await protocol.through_the_protocol(request),
+            await asgi.through_asgi(request),
+        ]
+        assert_agree(figures, request)
+        reasons[figures[1]["reason"]] += 1
+    everything = {
+        *("bad_request", "client_id_invalid", "no_route", "method_not_allowed"),
+        *("load_shed", "rate_limited", "cost_exceeds_capacity"),
+    }
+    assert reasons.keys() == {None, *everything}
+    assert min(reasons.values()) > 20, reasons
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "request_", "reasons"),
+    [
+        (
+            "ambiguity",
+            "identity",
+            {"host": "not/valid", "client_id": "not valid"},
+            ("bad_request", "client_id_invalid"),
+        ),
+        ("identity", "route", {"client_id": "not valid", "path": "/api/none"}, ("client_id_invalid", "no_route")),
+        ("shedding", "limits", {"path": "/api/never"}, ("load_shed", "cost_exceeds_capacity")),
+    ],
+)
+async def test_another_order_of_two_stages_is_another_order_on_all_paths(
+    tmp_path: Path, first: str, second: str, request_: dict[str, str], reasons: tuple[str, str]
+) -> None:
+    request = ExplainRequest(**({"client_id": None, "path": "/api/one", "address": "192.0.2.7"} | request_))
+    swapped = {first: second, second: first}
+    for order, reason in zip((ORDER, [swapped.get(name, name) for name in ORDER]), reasons, strict=True):
+        paths = Paths(tmp_path, order)
+        paths.shed(is_on=True)
+        figures = [
+            await decide(request) for decide in (paths.explained, paths.through_the_protocol, paths.through_asgi)
+        ]
+        assert [one["reason"] for one in figures] == [reason] * 3
