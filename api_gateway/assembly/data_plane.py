@@ -38,13 +38,12 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     """
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     settlement = CostSettlement(limiter=gateway.limiter, clock_ns=clocks.monotonic_ns, recorder=recorder)
-    router = _router(gateway, settlement, server_headers)
     headers = HeaderReader(
         id_header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
-        protected=router.protected,
-        max_body_bytes=router.max_body_bytes,
+        max_body_bytes=config.server.max_body_bytes,
     )
+    router = _router(gateway, settlement, headers.protected, server_headers)
     limits = RateLimitStage(
         limiter=gateway.limiter,
         address_quota=gateway.address_quota,
@@ -90,14 +89,16 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
     return record, fast_path, explainer
 
 
-def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozenset[bytes]) -> Router:
+def _router(
+    gateway: Gateway, settlement: CostSettlement, protected: frozenset[bytes], server_headers: frozenset[bytes]
+) -> Router:
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     return Router(
         gateway.table,
         gateway.upstream_clients,
         clock=clocks.monotonic,
         max_body_bytes=config.server.max_body_bytes,
-        protected=frozenset({config.identity.header.lower().encode()}),
+        protected=protected,
         omit=server_headers,
         observe_attempt=recorder.observe_attempt,
         on_transition=_log_transition,

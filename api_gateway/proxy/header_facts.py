@@ -125,16 +125,15 @@ class HeaderReader:
         *,
         id_header: str,
         trusted_proxies: Collection[Network],
-        protected: frozenset[bytes],
         max_body_bytes: int,
     ) -> None:
-        """`id_header` names clients. `protected` names (lower case) are forwarded even if `Connection` lists them."""
+        """`id_header` identifies clients; it is forwarded even if `Connection` names it."""
         self.id_header = id_header.lower().encode()
-        self._protected = protected
+        self.protected = frozenset({self.id_header})
         self._max_body_bytes = max_body_bytes
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=4096)(lambda address: is_within(address, self._trusted))
-        self._inspected = InspectedHeaders(inspected_headers(protected))
+        self._inspected = InspectedHeaders(inspected_headers(self.protected))
         # False if the client id is in a header field that has another meaning too.
         self._has_own_id_header = self.id_header not in inspected_headers(frozenset())
         self._remembered = lru_cache(maxsize=MAX_REMEMBERED)(self._read_by_client)
@@ -194,7 +193,7 @@ class HeaderReader:
             return None
         facts = self.read(peer, fields, "1.1")
         facts.length, facts.keep_alive = framing
-        dropped = stripped_headers(self._protected, facts.is_trusted)
+        dropped = stripped_headers(self.protected, facts.is_trusted)
         facts.dropped = [pair for pair in found if pair[0].lower() in dropped]
         facts.added = self._added_lines(peer, scheme, fields, is_trusted=facts.is_trusted)
         return facts
@@ -216,6 +215,6 @@ class HeaderReader:
             request_id=b"",
             version="1.1",
             is_trusted=is_trusted,
-            protected=self._protected,
+            protected=self.protected,
         )
         return b"".join([b"%b: %b\r\n" % pair for pair in pairs[1:-1]])

@@ -57,7 +57,6 @@ def request(
     reader = HeaderReader(
         id_header=id_header,
         trusted_proxies=[ip_network(one) for one in trusted],
-        protected=frozenset(),
         max_body_bytes=0,
     )
     fields = fields_of([*([] if host is None else [host]), *headers])

@@ -402,7 +402,7 @@ def forwarding(stub: Stub, total: float | None, sent: list[Message], receive: An
         "raw_path": b"/api/x",
         "query_string": b"",
     }
-    reader = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), protected=frozenset(), max_body_bytes=100)
+    reader = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=100)
     plan = Admission.plan(
         reader.read("192.0.2.1", {b"host": [b"gateway.test"]}, "1.1"), "GET", "/api/x", b"/api/x", time.monotonic_ns()
     )

@@ -128,7 +128,7 @@ class Stage:
                 limits,
             ]
         )
-        headers = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), protected=frozenset(), max_body_bytes=1000)
+        headers = HeaderReader(id_header="X-Client-ID", trusted_proxies=(), max_body_bytes=1000)
         self.seen: list[Exchange] = []
         self.record = ExchangeMiddleware(
             AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=lambda: self.now_ns),
