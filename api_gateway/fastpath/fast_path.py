@@ -34,7 +34,6 @@ from api_gateway.proxy.problem_response import problem_response
 from api_gateway.router import Router
 from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from api_gateway.upstreams.upstream import Attempt
-from api_gateway.upstreams.upstream_client import UpstreamClient
 
 _VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 _HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
@@ -121,9 +120,7 @@ class FastPath:
         method, raw_path, query, lines, body = parts
         headers = client.last_headers
         if headers is None or headers.received != lines or headers.facts.owner is not self._headers:
-            peer = client.client[0] if client.client else "unknown"
-            headers = self._headers.read_lines(peer, client.scheme, lines, client.limits.header_lines)
-            client.last_headers = headers if len(lines) <= MAX_REMEMBERED_BYTES else None
+            headers = self._read(client, lines)
         if headers is None or len(body) != headers.facts.length:
             return False
         if len(received) - len(body) > client.limits.header_bytes:
@@ -134,26 +131,27 @@ class FastPath:
         if not is_proxied(path):
             return False
         target = raw_path + query if query else raw_path
-        self._admit(client, headers, self.admission.plan(headers.facts, method, path, target, self.clock_ns()), body)
-        return True
-
-    def _admit(self, client: Downstream, headers: RewrittenHeaders, plan: RequestPlan, body: bytes) -> None:
-        """Start or refuse a plain request, or have it wait."""
-        exchange = plan.exchange
-        self.record.begin(exchange)
+        plan = self.admission.plan(headers.facts, method, path, target, self.clock_ns())
+        self.record.begin(plan.exchange)
         try:
             result = self.admission.decide(plan)
         except Exception as error:  # noqa: BLE001 - a defect, which must not end the connection without a response
-            result = self.record.internal_error(exchange, error)
-        if result is None:
-            try:
-                FastExchange(self, client, headers, plan).forward(body)
-            except Unavailable as error:
-                self._refuse(client, plan, error)
-        elif isinstance(result, Wait):
+            result = self.record.internal_error(plan.exchange, error)
+        if isinstance(result, Wait):
             FastExchange(self, client, headers, plan).wait(result, body)
-        else:
+            return True
+        if result is None:
+            result = FastExchange(self, client, headers, plan).forward(body)
+        if result is not None:
             self._refuse(client, plan, result)
+        return True
+
+    def _read(self, client: Downstream, lines: bytes) -> RewrittenHeaders | None:
+        """Return the meaning of header lines, which the connection keeps for its next request; None if not plain."""
+        peer = client.client[0] if client.client else "unknown"
+        headers = self._headers.read_lines(peer, client.scheme, lines, client.limits.header_lines)
+        client.last_headers = headers if len(lines) <= MAX_REMEMBERED_BYTES else None
+        return headers
 
     def _refuse(self, client: Downstream, plan: RequestPlan, error: GatewayError) -> None:
         """Refuse a request for which `begin_exchange` was not called."""
@@ -235,16 +233,14 @@ class FastExchange(UpstreamResponse):
         fast_path = self._fast_path
         try:
             result = fast_path.admission.resume(self.plan, question, reply, fast_path.clock_ns())
-            if result is None:
-                self.forward(body)
-                return
-        except Unavailable as error:
-            result = error
-        except Exception as error:  # noqa: BLE001 - as in `FastPath._admit`
+        except Exception as error:  # noqa: BLE001 - as in `FastPath.try_handle`
             result = fast_path.record.internal_error(self.exchange, error)
         if isinstance(result, Wait):
             result.ask(partial(self._on_reply, result, body))
-        else:
+            return
+        if result is None:
+            result = self.forward(body)
+        if result is not None:
             self._refuse(result)
 
     def _refuse(self, error: GatewayError) -> None:
@@ -254,10 +250,10 @@ class FastExchange(UpstreamResponse):
         self._client.end_exchange(keep_alive=keep_alive)
         fast_path.record.end(exchange, fast_path.clock())
 
-    def forward(self, body: bytes) -> None:
+    def forward(self, body: bytes) -> Unavailable | None:
         """Send an admitted request on an idle connection; fall back if that is not possible.
 
-        Raises Unavailable if the upstream refuses it.
+        Returns the error with which the upstream refuses it.
         """
         plan = self.plan
         route, router = plan.route, self._fast_path.router
@@ -265,31 +261,29 @@ class FastExchange(UpstreamResponse):
         upstream_client = router.upstream_clients[route.upstream]
         upstream = upstream_client.upstream
         if (
-            plan.deadline is None
-            and upstream_client.supports_fast_path
-            and (route.fallback is None or upstream.limit is None)
-            and upstream.accepts_all()
+            plan.deadline is not None
+            or not upstream_client.supports_fast_path
+            or (route.fallback is not None and upstream.limit is not None)
+            or not upstream.accepts_all()
         ):
-            self._send(upstream_client, body)
-        else:
             self._fall_back(body, is_sent=False)
-
-    def _send(self, upstream_client: UpstreamClient, body: bytes) -> None:
-        plan, exchange = self.plan, self.exchange
-        now = plan.now_ns / NANOSECONDS
-        exchange.upstream = upstream_client.upstream.name
+            return None
+        exchange, now = self.exchange, plan.now_ns / NANOSECONDS
+        exchange.upstream = route.upstream
         upstream_client.retries.budget.deposit(exchange.started)
-        checkout = upstream_client.upstream.acquire
         is_safe = exchange.method in IDEMPOTENT or _HAS_KEY.search(self._headers.received) is not None
-        self.attempt = attempt = checkout(
-            now, exchange.client_key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
-        )
+        try:
+            self.attempt = attempt = upstream.acquire(
+                now, exchange.client_key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
+            )
+        except Unavailable as error:
+            return error.with_traceback(None)
         # The ASGI path settles a probe before the end of a long response.
         is_probe = attempt.target_ticket is not None and attempt.target_ticket.is_probe
         connection = None if is_probe else upstream_client.idle_connection(attempt.target, plan.principal)
         if connection is None:  # the ASGI path opens or awaits one
             self._fall_back(body, is_sent=False)
-            return
+            return None
         origin = upstream_client.origins[attempt.target]
         exchange.target, exchange.sent_at, exchange.bytes_in = attempt.target.url, now, len(body)
         self.connection, self.timeouts = connection, upstream_client.limits
@@ -301,6 +295,7 @@ class FastExchange(UpstreamResponse):
             b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
             % (exchange.method.encode(), plan.target, origin.netloc, self._headers.sent, exchange.id.encode(), body),
         )
+        return None
 
     # From the upstream
 

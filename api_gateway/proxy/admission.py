@@ -41,16 +41,18 @@ class RequestPlan:
         "target",
     )
 
+    target: bytes
+    route: Route | None  # None only if an inspected request has none
+    principal: str | None  # for circuit breakers and fair shares
+    priority: int
+    inspected: Sequence[Decision]
+
     def __init__(self, exchange: Exchange, facts: HeaderFacts, raw_target: bytes, now_ns: int) -> None:
         self.exchange = exchange
         self.facts = facts
-        self.raw_target = self.target = raw_target
+        self.raw_target = raw_target
         self.now_ns = now_ns
-        self.route: Route | None = None
         self.deadline: Deadline | None = None
-        self.principal: str | None = None  # for circuit breakers and fair shares
-        self.priority = 0
-        self.inspected: Sequence[Decision] = ()
 
     def __repr__(self) -> str:
         return f"<RequestPlan of {self.exchange.method} {self.exchange.path}>"
@@ -138,6 +140,7 @@ class Admission:
 
         All stages are inspected, also after a refusal, so that the plan has all figures.
         """
+        plan.route, plan.principal, plan.priority, plan.inspected = None, None, 0, ()
         first: GatewayError | None = None
         for inspect in self._inspect:
             outcome = inspect(plan)

@@ -35,7 +35,7 @@ class HeaderFacts:
     """The meaning of the header fields of requests from one address.
 
     `length`, `keep_alive`, `dropped` and `added` are set for plain heads only. `client`, `principal` and `priority`
-    are valid for the registry version `version`, and `charges` for `client` and `cost`; -1 means not yet known.
+    are set for the registry version `version`, and `charges` for `client` and `cost`; -1 means not yet known.
     """
 
     __slots__ = (
@@ -60,13 +60,20 @@ class HeaderFacts:
         "version",
     )
 
+    length: int  # of the body in bytes
+    keep_alive: bool
+    dropped: HeaderList  # fields that are not forwarded
+    added: bytes  # lines that are appended for the upstream
+    charges: list[Charge]
+    principal: str | None  # for circuit breakers and fair shares
+    priority: int
+
     def __init__(
         self,
-        *,
         owner: object,
         host: str,
         peer: str,
-        is_trusted: bool,
+        is_trusted: bool,  # noqa: FBT001 - as above
         request_id: str | None,
         ambiguity: str | None,
         timeout: tuple[bytes, ...],
@@ -80,15 +87,9 @@ class HeaderFacts:
         self.timeout = timeout  # the values of X-Request-Timeout
         self.name: str | None = None  # the client id
         self.name_error: str | None = None  # why the client id is invalid
-        self.length, self.keep_alive = 0, True
-        self.dropped: HeaderList = []  # fields that are not forwarded
-        self.added = b""  # lines that are appended for the upstream
         self.version = -1
         self.cost = -1.0
         self.client: Client | None = None
-        self.charges: list[Charge] = []
-        self.principal: str | None = None
-        self.priority = 0
 
     def __repr__(self) -> str:
         return f"<HeaderFacts of {self.name or self.peer!r}>"
@@ -96,13 +97,7 @@ class HeaderFacts:
     def copy(self) -> "HeaderFacts":
         """Return the same facts without name and client."""
         other = HeaderFacts(
-            owner=self.owner,
-            host=self.host,
-            peer=self.peer,
-            is_trusted=self.is_trusted,
-            request_id=self.request_id,
-            ambiguity=self.ambiguity,
-            timeout=self.timeout,
+            self.owner, self.host, self.peer, self.is_trusted, self.request_id, self.ambiguity, self.timeout
         )
         other.length, other.keep_alive = self.length, self.keep_alive
         other.dropped, other.added = self.dropped, self.added
@@ -146,13 +141,13 @@ class HeaderReader:
         """Return what the fields of a request mean. `peer` is the address of the connection."""
         is_trusted = bool(self._trusted) and self._is_trusted(peer)
         facts = HeaderFacts(
-            owner=self,
-            host=host_name(fields),
-            peer=client_address(peer, fields, self._trusted) if is_trusted else peer,
-            is_trusted=is_trusted,
-            request_id=given_request_id(fields),
-            ambiguity=ambiguity(fields, version),
-            timeout=tuple(fields.get(REQUEST_TIMEOUT, ())),
+            self,
+            host_name(fields),
+            client_address(peer, fields, self._trusted) if is_trusted else peer,
+            is_trusted,
+            given_request_id(fields),
+            ambiguity(fields, version),
+            tuple(fields.get(REQUEST_TIMEOUT, ())),
         )
         self._set_name(facts, fields)
         return facts

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
-from api_gateway.http1.methods import PROXIED_METHODS, REFUSED_METHODS
 from api_gateway.http1.request_paths import is_below, matching_path
 from api_gateway.proxy.fallback import Fallback
 
@@ -116,12 +115,6 @@ class RouteTable:
                 raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
             prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
-
-
-def refuse_method(method: str) -> None:
-    """Raise MethodNotAllowed if the gateway does not forward this method."""
-    if method in REFUSED_METHODS:
-        raise MethodNotAllowed(f"The method {method} is not forwarded.", headers={"allow": PROXIED_METHODS})
 
 
 def upstream_target(route: Route, target: bytes) -> bytes:

@@ -6,13 +6,14 @@ from functools import lru_cache, partial
 from typing import Any
 
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError
+from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError, MethodNotAllowed
 from api_gateway.http1.headers import address_key, is_within
+from api_gateway.http1.methods import PROXIED_METHODS, REFUSED_METHODS
 from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
 from api_gateway.proxy.deadline import deadline_of
-from api_gateway.proxy.route_table import RouteTable, refuse_method, upstream_target
+from api_gateway.proxy.route_table import RouteTable, upstream_target
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
@@ -80,8 +81,11 @@ class RouteStage:
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set the route and what depends on it; refuse a request that has none, or whose method it does not allow."""
         exchange = plan.exchange
+        if exchange.method in REFUSED_METHODS:
+            return MethodNotAllowed(
+                f"The method {exchange.method} is not forwarded.", headers={"allow": PROXIED_METHODS}
+            )
         try:
-            refuse_method(exchange.method)
             route, exchange.cost = self._routes.find(plan.facts.host, exchange.method, exchange.path)
             plan.route, exchange.route = route, route.name
             plan.target = upstream_target(route, plan.raw_target)
@@ -156,10 +160,17 @@ class RateLimitStage:
 
     def decide(self, plan: RequestPlan) -> StageResult:
         """Charge the request; the store is asked if this process cannot decide."""
-        charges = self._set_charges(plan)
+        exchange, facts = plan.exchange, plan.facts
+        if facts.client is exchange.client and facts.cost == exchange.cost:
+            charges = exchange.charges = facts.charges
+        else:
+            charges = self._set_charges(plan)
         decision = self._decide_at_once(charges, plan.now_ns)
         if decision is None:
             return Wait(partial(self._ask, charges, plan.now_ns), self._on_decision)
+        if decision.allowed and self.shadow is None:
+            exchange.decision = decision
+            return None
         return self._on_decision(plan, decision)
 
     def inspect(self, plan: RequestPlan) -> StageResult:
@@ -182,15 +193,11 @@ class RateLimitStage:
 
     def _set_charges(self, plan: RequestPlan) -> list[Charge]:
         exchange, facts = plan.exchange, plan.facts
-        client, cost = exchange.client, exchange.cost
-        if facts.client is client and facts.cost == cost:
-            charges = facts.charges
-        else:
-            assert client is not None  # noqa: S101 - `IdentityStage` comes first
-            charges = self.charges(client, exchange.peer, cost)
-            if facts.client is client:
-                facts.charges, facts.cost = charges, cost
-        exchange.charges = charges
+        client = exchange.client
+        assert client is not None  # noqa: S101 - `IdentityStage` comes first
+        charges = exchange.charges = self.charges(client, exchange.peer, exchange.cost)
+        if facts.client is client:
+            facts.charges, facts.cost = charges, exchange.cost
         return charges
 
     def _ask(self, charges: list[Charge], now_ns: int, on_reply: OnReply) -> None:
