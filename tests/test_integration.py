@@ -184,7 +184,7 @@ def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come(
     running = gateway(in_front_of(up.url, circuit_breaker={"failure_threshold": 1}))
     assert get(running, "/api/x", "c").status == 500
     is_failing = False
-    breaker = running.console.upstreams["up"].breaker
+    breaker = running.live.upstreams["up"].breaker
     breaker._due, breaker._last_idempotent_at = 0.0, float("inf")  # its time has come, and a safe request a moment ago
     posted = ask(f"{running.url}/api/x", method="POST", body=b"order")
     assert (posted.status, len(up.requests)) == (503, 1)

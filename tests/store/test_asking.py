@@ -92,16 +92,16 @@ def test_a_client_that_leaves_while_it_waits_is_recorded_and_goes_no_further(
     gateway: GatewayStarter, up: RawUpstream, store: StoreServer
 ) -> None:
     running = started(gateway, up, store)
-    before = running.console.recorder.requests.total()
+    before = running.live.recorder.requests.total()
     with paused(store):
         with RawClient(running.port) as client:
             client.request(headers=HOT)
             time.sleep(WAIT / 4)
-        eventually(lambda: running.console.recorder.requests.total() == before + 1, "it is recorded")
+        eventually(lambda: running.live.recorder.requests.total() == before + 1, "it is recorded")
     time.sleep(WAIT)
     assert up.requests == []
-    assert running.console.recorder.rejections["client_disconnected"] == 1
-    assert running.console.recorder.in_flight == 0
+    assert running.live.recorder.rejections["client_disconnected"] == 1
+    assert running.live.recorder.in_flight == 0
 
 
 def test_what_comes_behind_it_is_served_after_it(gateway: GatewayStarter, up: RawUpstream, store: StoreServer) -> None:

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,8 @@ from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, Hea
 from api_gateway.upstreams.target import Target
 from tests.kit import FakeClock, soon
 
-POLICY = HealthPolicy("/health", interval=0.001, timeout=5, healthy_threshold=2, unhealthy_threshold=3)
+POLICY = HealthPolicy("/health", 0.001, 5, healthy_threshold=2, unhealthy_threshold=3, statuses=(range(200, 400),))
+ONE_IS_ENOUGH = replace(POLICY, healthy_threshold=1, unhealthy_threshold=1)
 URL = "http://10.0.0.1:9001"
 NOW = 1000.0
 CLOCK = FakeClock(NOW)
@@ -74,7 +76,7 @@ def test_the_verdict_changes_after_enough_contrary_results_in_a_row(
 
 
 def test_one_result_is_enough_where_the_policy_says_so() -> None:
-    judge, target = judged(policy=HealthPolicy("/health", healthy_threshold=1, unhealthy_threshold=1))
+    judge, target = judged(policy=ONE_IS_ENOUGH)
     for is_good in (False, True, False):
         assert judge.observe(is_good=is_good, finding="", now=NOW)
         assert target.is_healthy == is_good
@@ -110,7 +112,7 @@ def test_a_target_shows_how_many_results_alike_came_in_a_row_and_its_last_error(
 
 @pytest.mark.parametrize(("status", "is_good"), [(199, False), (200, True), (204, True), (205, False), (418, True)])
 async def test_the_policy_says_which_statuses_are_good(status: int, is_good: bool) -> None:  # noqa: FBT001 - a table's column
-    policy = HealthPolicy("/", statuses=(range(200, 205), range(418, 419)))
+    policy = replace(POLICY, statuses=(range(200, 205), range(418, 419)))
     judge, target = judged()
     await check(judge, policy, URL, answering(status), CLOCK)
     assert target.checks.is_good is is_good
@@ -132,16 +134,14 @@ async def test_the_policy_says_which_statuses_are_good(status: int, is_good: boo
     ],
 )
 async def test_a_check_finds(ask: SendProbe, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
-    judge, target = judged(
-        is_healthy=not is_good, policy=HealthPolicy("/", healthy_threshold=1, unhealthy_threshold=1)
-    )
+    judge, target = judged(is_healthy=not is_good, policy=ONE_IS_ENOUGH)
     assert await check(judge, POLICY, URL, ask, CLOCK)
     assert (target.is_healthy, target.checks.finding) == (is_good, finding)
 
 
 async def test_silence_is_found_after_the_timeout() -> None:
     judge, target = judged()
-    assert not await check(judge, HealthPolicy("/health", timeout=0.001), URL, silent, CLOCK)
+    assert not await check(judge, replace(POLICY, timeout=0.001), URL, silent, CLOCK)
     assert target.checks.finding == "no response within 0.001 s"
     assert repr(judge) == "<HealthThreshold [healthy, 1 contrary in a row]>"
 

@@ -63,7 +63,7 @@ def sections(url: str, **options: Any) -> dict[str, Any]:
 
 def counted(running: RunningGateway) -> int:
     """Return the failures that the breaker has counted, in its window or before it opened."""
-    breaker = running.console.upstreams["up"].breaker
+    breaker = running.live.upstreams["up"].breaker
     return int(breaker.window_counts(time.monotonic()).failures) + int(breaker.opened_total)
 
 
@@ -188,7 +188,7 @@ def test_the_time_a_client_takes_to_send_is_not_the_upstreams(gateway: StartGate
         client.send(b"4\r\nrest\r\n0\r\n\r\n")
         assert client.answer().status == 200
     assert counted(running) == 0
-    assert running.console.upstreams["up"].breaker.slow_total == 0
+    assert running.live.upstreams["up"].breaker.slow_total == 0
     latency = ask(f"{running.url}/metrics/latency").json()["upstreams"]["up"]["since_start"]
     assert latency["percentiles_ms"]["p99"] < 300, latency
 
@@ -426,7 +426,7 @@ def test_a_lack_of_our_own_is_503_overloaded_costs_nothing_and_counts_against_no
     check = {"path": "/health", "interval": 0.05, "timeout": 0.5, "unhealthy_threshold": 1}
     slowly = {"tiers": {"FREE": {"rate": 0.001, "capacity": 10}}}
     running = gateway(sections(up.url, health_check=check) | slowly)
-    target = running.console.upstreams["up"].targets[0]
+    target = running.live.upstreams["up"].targets[0]
     eventually(lambda: target.checks.at is not None, "it is checked")
     before = len(up.requests)
     lacking(monkeypatch, number)
@@ -463,7 +463,7 @@ def test_a_second_sending_for_which_there_is_no_descriptor_counts_against_nobody
     warm(running)
     with RawClient(running.port) as client:
         client.request()
-        eventually(lambda: running.console.upstreams["up"].targets[0].in_flight == 1, "it is sent")
+        eventually(lambda: running.live.upstreams["up"].targets[0].in_flight == 1, "it is sent")
         lacking(monkeypatch, errno.EMFILE)
         gate.set()
         answer = client.answer()

@@ -62,7 +62,7 @@ class Ledger:
         self._before = self._count()
 
     def _count(self) -> tuple[int, int]:
-        recorder = self._gateway.console.recorder
+        recorder = self._gateway.live.recorder
         by_status = sum(count for key, count in recorder.requests.items() if key[2] == 499)
         return by_status, recorder.rejections["client_disconnected"]
 
@@ -76,11 +76,11 @@ class Ledger:
 
 def assert_blameless(gateway: RunningGateway) -> None:
     """The breaker has counted nothing, no target is held, no exchange goes on."""
-    upstream = gateway.console.upstreams["up"]
+    upstream = gateway.live.upstreams["up"]
     assert upstream.breaker.state == "CLOSED"
     assert upstream.breaker.consecutive_failures == 0
     eventually(lambda: upstream.targets[0].in_flight == 0, "the target is given back", within=SOON)
-    eventually(lambda: gateway.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: gateway.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 def assert_no_slot_is_leaked(gateway: RunningGateway, up: RawUpstream) -> None:

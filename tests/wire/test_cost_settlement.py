@@ -258,7 +258,7 @@ def test_requests_against_an_open_breaker_leave_the_buckets_full(
 def test_without_a_healthy_target_nothing_is_spent(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
     up = upstream()
     running = gateway(in_front_of(up.url) | EVERYTHING)
-    running.console.upstreams["up"].targets[0].is_healthy = False
+    running.live.upstreams["up"].targets[0].is_healthy = False
     for _ in range(15):
         answer = get(running, way)
         assert (answer.status, answer.all("x-ratelimit-remaining")) == (503, [b"10"])
@@ -330,7 +330,7 @@ def test_who_leaves_has_paid(gateway: StartGateway, upstream: StartUpstream, way
     with RawClient(running.port) as raw:
         raw.request("GET", "/api/x", ("X-Client-ID: c", *WAYS[way]))
         eventually(lambda: len(up.requests) == 2, "it is with the upstream")
-    eventually(lambda: running.console.recorder.in_flight == 0, "it is over")
+    eventually(lambda: running.live.recorder.in_flight == 0, "it is over")
     assert left(running) < 9.1
 
 

@@ -139,7 +139,7 @@ def get(running: RunningGateway, target: str, *headers: str) -> tuple[RawAnswer,
 
 
 def failures(running: RunningGateway, name: str) -> int:
-    return int(running.console.upstreams[name].breaker.window_counts(time.monotonic()).failures)
+    return int(running.live.upstreams[name].breaker.window_counts(time.monotonic()).failures)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_it_ends_the_request_and_says_whose_it_was_and_an_impatient_client_blame
     else:
         assert (answer.status, answer.is_complete) == (200, False)
     assert failures(running, name) == before + is_blamed
-    assert [target.in_flight for target in running.console.upstreams[name].targets] == [0]
+    assert [target.in_flight for target in running.live.upstreams[name].targets] == [0]
 
 
 def test_what_is_left_goes_on_and_is_less_with_every_try(running: RunningGateway, up: RawUpstream) -> None:
@@ -288,7 +288,7 @@ def test_a_client_that_is_slow_with_its_body_blames_nobody(running: RunningGatew
     with RawClient(running.port) as client:
         client.request("PUT", "/api/timed", ("Content-Length: 9",), b"half")
         assert client.answer().status == 504
-    eventually(lambda: running.console.recorder.in_flight == 0, "it is over")
+    eventually(lambda: running.live.recorder.in_flight == 0, "it is over")
     assert failures(running, "timed") == before
 
 

@@ -249,7 +249,7 @@ def sections(places: Places, **upstream: Any) -> dict[str, Any]:
 @pytest.fixture
 def running(places: Places, zone: Zone, tmp_path: Path) -> Iterator[RunningGateway]:
     with running_gateway(sections(places), tmp_path) as gateway:
-        eventually(lambda: len(gateway.console.upstreams["up"].targets) == 2, "the name is resolved")
+        eventually(lambda: len(gateway.live.upstreams["up"].targets) == 2, "the name is resolved")
         yield gateway
 
 
@@ -263,7 +263,7 @@ def are_closed(upstream: RawUpstream) -> bool:
 
 
 def urls(running: RunningGateway) -> list[str]:
-    return [target.url for target in running.console.upstreams["up"].targets]
+    return [target.url for target in running.live.upstreams["up"].targets]
 
 
 def health(running: RunningGateway) -> Any:
@@ -359,7 +359,7 @@ def test_a_resolved_target_is_checked_at_its_address_by_its_name(places: Places,
     places.of["127.0.0.2"].behave = reply(b"no", b"503 Unavailable")
     with running_gateway(sections(places, health_check=checks), tmp_path) as running:
         eventually(
-            lambda: [target.is_healthy for target in running.console.upstreams["up"].targets] == [True, False],
+            lambda: [target.is_healthy for target in running.live.upstreams["up"].targets] == [True, False],
             "the bad one is found out",
         )
         assert served(running) == {"127.0.0.1"}

@@ -6,12 +6,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from api_gateway.downstream.connection import MAX_LINGERED, ConnectionLimits, limited_protocol
+from api_gateway.downstream.connection import MAX_LINGERED, limited_protocol
 from tests.kit import (
+    LIMITS,
     PATIENCE,
     RawAnswer,
     RawClient,
@@ -501,5 +503,5 @@ def test_an_absolute_target_is_taken_apart(
 
 
 def test_the_bounds_are_those_asked_for() -> None:
-    bounds = ConnectionLimits(header_bytes=10, header_timeout=0.5)
+    bounds = replace(LIMITS, header_bytes=10, header_timeout=0.5)
     assert limited_protocol(bounds, Counter()).limits is bounds

@@ -241,14 +241,14 @@ def test_it_answers_for_a_failure_says_so_and_the_record_keeps_why(
     assert (record.fallback, record.reason, record.route) == (said, reason, route)
     assert (record.source, record.upstream) == (("gateway", name) if kind == "static" else ("upstream", "spare"))
     assert "Upstream" in (record.detail or "")
-    recorder = running.console.recorder
+    recorder = running.live.recorder
     assert recorder.fallbacks[route, said, reason] > 0
 
 
 @pytest.mark.parametrize("kind", ["static", "other"])
 def test_it_answers_where_the_breaker_refuses(running: RunningGateway, up: RawUpstream, kind: str) -> None:
     """Nothing is sent to an upstream whose breaker is open; the fallback is asked at once."""
-    breaker = running.console.upstreams["opening"].breaker
+    breaker = running.live.upstreams["opening"].breaker
     ticket = breaker.admit(time.monotonic())
     if ticket is not None:
         breaker.settle(ticket, Outcome.FAILURE, time.monotonic())
@@ -260,7 +260,7 @@ def test_it_answers_where_the_breaker_refuses(running: RunningGateway, up: RawUp
 
 @pytest.mark.parametrize("kind", ["static", "other"])
 def test_it_answers_where_no_target_is_healthy(running: RunningGateway, up: RawUpstream, kind: str) -> None:
-    (target,) = running.console.upstreams["main"].targets
+    (target,) = running.live.upstreams["main"].targets
     target.is_healthy = False
     try:
         answer = get(running, f"/api/main-{kind}", method="POST", body=b"data")
@@ -376,9 +376,9 @@ def test_a_static_answer_costs_nothing_where_nothing_was_sent_and_all_else_is_ch
 
 
 def test_the_metrics_tell_of_it(running: RunningGateway, up: RawUpstream) -> None:
-    before = running.console.recorder.rejections["upstream_connect_error"]
+    before = running.live.recorder.rejections["upstream_connect_error"]
     assert get(running, "/api/plain").status == 200
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
     assert 'gateway_fallbacks_total{fallback="static",reason="upstream_connect_error",route="plain"}' in text
-    assert running.console.recorder.rejections["upstream_connect_error"] == before
+    assert running.live.recorder.rejections["upstream_connect_error"] == before
     assert ask(f"{running.url}/metrics").json()["fallbacks"]["plain"]["upstream_connect_error"] >= 1

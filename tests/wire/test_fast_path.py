@@ -82,7 +82,7 @@ def finished(running: RunningGateway) -> list[Exchange]:
 
 def is_calm(running: RunningGateway, up: RawUpstream) -> bool:
     """Tell whether nothing is held by a request that is over."""
-    recorder, upstream = running.console.recorder, running.console.upstreams["up"]
+    recorder, upstream = running.live.recorder, running.live.upstreams["up"]
     return recorder.in_flight == 0 and all(target.in_flight == 0 for target in upstream.targets)
 
 
@@ -224,7 +224,7 @@ def test_an_answer_that_is_not_plain_is_served_all_the_same(
     up.behave = behave
     fast_path_spy.clear()
     done = finished(running)
-    before = running.console.recorder.outcomes["up"]["2xx"]
+    before = running.live.recorder.outcomes["up"]["2xx"]
     for _ in range(2):
         client.request()
         if behave in (UNUSUAL["an interim answer"], UNUSUAL["an interim answer before"]):
@@ -235,7 +235,7 @@ def test_an_answer_that_is_not_plain_is_served_all_the_same(
     eventually(lambda: is_calm(running, up), "nothing is held")
     assert [(one.status, one.attempts, one.bytes_out) for one in done] == [(200, 1, 2)] * 2
     assert len(up.requests) == 2
-    assert running.console.recorder.outcomes["up"]["2xx"] == before + 2
+    assert running.live.recorder.outcomes["up"]["2xx"] == before + 2
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -375,7 +375,7 @@ def test_half_an_answer_never_looks_complete(
     assert (answer.status, answer.body, answer.is_complete) == (200, b"half", False)
     eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
     assert done[0].reason == ("upstream_reset" if closes else "upstream_timeout")
-    assert running.console.upstreams["up"].breaker.consecutive_failures == 1
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 1
 
 
 # Not taken
@@ -408,7 +408,7 @@ def test_who_is_out_of_tokens_is_refused_as_the_ordinary_way_does(
     assert {(one.status, one.reason, one.source, one.route, one.upstream, one.attempts) for one in done[3:]} == {
         (429, "rate_limited", "gateway", "all", None, 0)
     }
-    assert running.console.recorder.limited["FREE"] == 5
+    assert running.live.recorder.limited["FREE"] == 5
     assert is_calm(running, up)
 
 
@@ -426,7 +426,7 @@ def test_a_tier_counts_from_the_next_request_on_the_same_connection(running: Run
 def test_a_client_to_be_looked_up_is_for_the_ordinary_way(
     running: RunningGateway, fast_path_spy: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clients = running.console.clients
+    clients = running.live.clients
     with RawClient(running.port) as client:
         assert client.get(headers=("X-Client-ID: b",)).status == 200
         fast_path_spy.clear()
@@ -545,9 +545,9 @@ def with_a_bad_target(
     bad.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
         assert sorted(client.get(headers=headers).status for _ in range(4)) == [200, 200, 500, 500]
-    target = running.console.upstreams["up"].targets[1]
+    target = running.live.upstreams["up"].targets[1]
     assert target.breaker.state == "OPEN"
-    assert running.console.upstreams["up"].breaker.state == "CLOSED"
+    assert running.live.upstreams["up"].breaker.state == "CLOSED"
     bad.requests.clear()
     up.requests.clear()
     return running
@@ -585,7 +585,7 @@ def test_a_probe_of_a_target_that_fails_is_made_good_by_another_on_either_way(
     assert (len(up.requests), len(bad.requests)) == (6, 1)
     eventually(lambda: len(done) == 6, "all are recorded")
     assert sorted(exchange.attempts for exchange in done) == [1, 1, 1, 1, 1, 2]
-    assert running.console.upstreams["up"].targets[1].breaker.state == "OPEN"
+    assert running.live.upstreams["up"].targets[1].breaker.state == "OPEN"
     assert is_calm(running, up)
 
 
@@ -599,7 +599,7 @@ def test_a_probe_of_a_target_that_succeeds_brings_it_back_on_either_way(
     time.sleep(0.45)
     with RawClient(running.port) as client:
         assert [client.get(headers=headers).status for _ in range(8)] == [200] * 8
-    assert running.console.upstreams["up"].targets[1].breaker.state == "CLOSED"
+    assert running.live.upstreams["up"].targets[1].breaker.state == "CLOSED"
     assert len(bad.requests) >= 3
     assert len(up.requests) + len(bad.requests) == 8
     assert is_calm(running, up)
@@ -623,7 +623,7 @@ def test_a_probe_whose_answer_takes_long_settles_before_its_end_on_either_way(
         wire.send(OK[-1:])
 
     bad.behave = behave
-    target = running.console.upstreams["up"].targets[1]
+    target = running.live.upstreams["up"].targets[1]
     time.sleep(0.45)
     with RawClient(running.port) as one, RawClient(running.port) as other:
         for client in (one, other):  # one of them is the probe
@@ -778,7 +778,7 @@ def test_a_client_that_leaves_ends_it_all(running: RunningGateway, up: RawUpstre
     assert left.wait(0.4)
     eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
     assert (done[0].status, done[0].reason) == (499, "client_disconnected")
-    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
 
 
 def test_a_client_that_sends_no_more_and_said_so_gets_its_answer(client: RawClient, up: RawUpstream) -> None:
@@ -933,7 +933,7 @@ def test_what_outlasts_the_time_to_drain_is_cut_off_and_recorded(
         assert client.is_closed()
     eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
     assert (done[0].status, done[0].reason) == (200 if begun else 499, "draining")
-    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
 
 
 def test_a_record_that_cannot_be_written_breaks_nothing(

@@ -133,7 +133,7 @@ def test_trailers_of_an_answer_reach_who_asked_for_them(
 def test_an_answer_that_can_have_no_trailers_is_none_the_worse(
     running: RunningGateway, client: RawClient, up: RawUpstream, line: bytes
 ) -> None:
-    before = running.console.recorder.rejections["internal_error"]
+    before = running.live.recorder.rejections["internal_error"]
     answer = ANSWER_WITH_TRAILERS
     if b"HEAD" in line or b"304" in line:
         answer = answer[: answer.index(b"\r\n\r\n") + 4].replace(b"200 OK", b"304 No" if b"304" in line else b"200 OK")
@@ -141,8 +141,8 @@ def test_an_answer_that_can_have_no_trailers_is_none_the_worse(
     client.send(line + b"\r\nHost: a\r\nTE: trailers\r\n\r\n")
     got = client.answer("HEAD" if b"HEAD" in line else "GET")
     assert (got.status, got.body) in ((200, b""), (200, b"ok"), (304, b""))
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
-    assert running.console.recorder.rejections["internal_error"] == before
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    assert running.live.recorder.rejections["internal_error"] == before
 
 
 # Heads on their way

@@ -176,14 +176,14 @@ def test_a_client_that_ends_its_side_otherwise_has_left(
         return False
 
     up.behave, up.reads_body = watch, False
-    counted = running.console.recorder.rejections["client_disconnected"]
+    counted = running.live.recorder.rejections["client_disconnected"]
     client.send(request_bytes)
     eventually(lambda: len(up.requests) == 1, "the request is with the upstream")
     client.sock.shutdown(socket.SHUT_WR)
     assert left.wait(SOON)
     assert client.is_closed(within=SOON)
     eventually(
-        lambda: running.console.recorder.rejections["client_disconnected"] == counted + 1, "it is counted", within=SOON
+        lambda: running.live.recorder.rejections["client_disconnected"] == counted + 1, "it is counted", within=SOON
     )
 
 
@@ -390,7 +390,7 @@ def test_who_waits_too_long_for_a_connection_is_told_so(gateway: StartGateway, u
         refusal = other.get("/api/2")
         assert reason(refusal) == (503, "overloaded")
         assert refusal.all("retry-after") == [b"1"]
-        assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+        assert running.live.upstreams["up"].breaker.consecutive_failures == 0
         gates.open(b"/api/1", b"/api/3")
         assert client.answer().status == 200
         assert other.get("/api/3").status == 200

@@ -112,7 +112,7 @@ def test_an_address_may_have_so_many_connections(gateway: StartGateway, up: RawU
 
 def rejections_of(gateway: RunningGateway, name: str) -> int:
     """Return what is counted, without a connection of our own."""
-    found: int = gateway.console.recorder.rejections[name]
+    found: int = gateway.live.recorder.rejections[name]
     return found
 
 
@@ -133,7 +133,7 @@ def test_a_body_that_stalls_is_a_408(
     assert IDLE / 2 < time.monotonic() - begun < SOON
     assert client.is_closed()
     assert rejections(running, "request_timeout") == before + 1
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 def test_a_body_that_keeps_coming_may_take_its_time(client: RawClient, up: RawUpstream) -> None:
@@ -199,7 +199,7 @@ def test_a_client_that_stops_reading_its_answer_is_cut(
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
     client.request()
     eventually(lambda: done == [False], "the upstream is let go", within=SOON)
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
     while client.fill():
         client.buffer = b""
 

@@ -18,6 +18,8 @@ from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 from tests.kit import FakeClock, RawUpstream
 
+POLICY = HealthPolicy("/health", 5, 2, healthy_threshold=2, unhealthy_threshold=3, statuses=(range(200, 400),))
+
 NOW = 1000.0
 
 
@@ -106,7 +108,7 @@ async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection
     own = UpstreamTransport()
     upkeep = UpstreamMonitor(
         service,
-        policy=HealthPolicy("/health"),
+        policy=POLICY,
         transport=own,
         resolve=nobody,
         clock=FakeClock(NOW),
@@ -118,7 +120,7 @@ async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection
 
 
 def test_its_repr_tells_what_it_keeps() -> None:
-    upkeep, *_ = kept(HealthPolicy("/health"))
+    upkeep, *_ = kept(POLICY)
     assert repr(upkeep) == (
         "<UpstreamMonitor of 'users' [<HealthChecker [0 targets]>, [<HostName 'one.test' [not resolved]>,"
         " <HostName 'other.test' [not resolved]>]]>"

@@ -119,19 +119,19 @@ def test_a_grant_ends_by_itself_and_its_bucket_is_taken_over_once(plain: Running
     url = f"{plain.url}/clients/brief"
     post(f"{url}/tier", {"tier": "BASIC"})
     post(f"{url}/grants", {"tier": "PREMIUM", "duration_seconds": 0.5})
-    console = plain.console
-    client = console.clients.by_id("brief")
+    live = plain.live
+    client = live.clients.by_id("brief")
     charge = models.Charge(client.key, client.quota, client.quota.cost_ns(100))
-    spent = console.limiter.decide([charge], time.monotonic_ns())
+    spent = live.limiter.decide([charge], time.monotonic_ns())
     assert spent.remaining == 100
     eventually(lambda: ask(url).json()["tier_source"] == "registered", "the grant ends")
     assert 25 <= ask(url).json()["bucket"]["tokens"] < 32
 
 
 def test_a_reset_fills_the_bucket(plain: RunningGateway) -> None:
-    url, console = f"{plain.url}/clients/spent", plain.console
-    client = console.clients.by_id("spent")
-    console.limiter.decide([models.Charge(client.key, client.quota, client.quota.burst_ns)], time.monotonic_ns())
+    url, live = f"{plain.url}/clients/spent", plain.live
+    client = live.clients.by_id("spent")
+    live.limiter.decide([models.Charge(client.key, client.quota, client.quota.burst_ns)], time.monotonic_ns())
     filled = post(f"{url}/reset")
     assert filled.pop("http") == 200
     models.BucketReset.model_validate(filled)

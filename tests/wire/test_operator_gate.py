@@ -615,7 +615,7 @@ def test_a_defect_of_the_gateway_is_a_problem_too(plain: RunningGateway, monkeyp
     async def fail(*_: Any) -> Any:
         raise ZeroDivisionError("of no concern to the caller")
 
-    monkeypatch.setattr(type(plain.server._app.state.console.clients), "inspect", fail)
+    monkeypatch.setattr(type(plain.server._app.state.admin_context.clients), "inspect", fail)
     answer = ask(f"{plain.url}/clients/x")
     assert (answer.status, answer.json()["reason"]) == (500, "internal_error")
     assert answer.json()["detail"] == "Internal error: ZeroDivisionError."

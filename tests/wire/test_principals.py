@@ -305,7 +305,7 @@ def send(running: RunningGateway, way: str, path: str, *, name: str = "", addres
 
 
 def state(running: RunningGateway) -> str:
-    return str(running.console.upstreams["up"].breaker.state)
+    return str(running.live.upstreams["up"].breaker.state)
 
 
 @both_ways
@@ -386,7 +386,7 @@ def test_one_client_ejects_no_target_that_others_use(gateway: StartGateway, upst
     running = gateway(sections(*(up.url for up in ups), retry={"attempts": 1}))
     assert [send(running, way, "/api/good", name="umbrella") for _ in range(2)] == [200, 200]
     assert [send(running, way, "/api/bad", name="acme") for _ in range(12)] == [500] * 12
-    targets = running.console.upstreams["up"].targets
+    targets = running.live.upstreams["up"].targets
     assert [str(target.breaker.state) for target in targets] == ["CLOSED", "CLOSED"]
     assert [send(running, way, "/api/bad", name="umbrella") for _ in range(2)] == [500, 500]
     eventually(lambda: any(target.ejections_total for target in targets), "one is ejected")

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
+from api_gateway.downstream.connection import DownstreamConnection, limited_protocol
 from api_gateway.errors import causes
 from api_gateway.proxy.client_disconnect import DisconnectPoller
 from api_gateway.transport.connection import StaleConnection
@@ -24,7 +24,7 @@ from api_gateway.transport.local_resources import exhaustion_behind
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import NO_BODY
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
-from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
+from tests.kit import LIMITS, RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
 HANDSHAKE = (
     b"GET /api/chat HTTP/1.1\r\nHost: gateway.test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -82,7 +82,7 @@ def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> Downstrea
     """Return a protocol on that transport, whose application refuses everything at once, or is `app`."""
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
-    kind = limited_protocol(ConnectionLimits(), Counter())
+    kind = limited_protocol(LIMITS, Counter())
     protocol = kind(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.connection_made(transport)
     return protocol

@@ -253,7 +253,7 @@ def too_slow(answer: RawAnswer) -> None:
 
 
 def under_way(running: RunningGateway) -> int:
-    upstream = running.console.upstreams["up"]
+    upstream = running.live.upstreams["up"]
     return int(sum(target.in_flight for target in upstream.targets))
 
 
@@ -267,7 +267,7 @@ def test_a_body_that_drips_is_a_408_and_no_failure_of_the_upstream(strict: Runni
             with Drip(client, b"1;extension=xxxxxxxxxxxxxxxx\r\nx\r\n" if is_chunked else b"x"):
                 too_slow(client.answer())
     eventually(lambda: under_way(strict) == 0, "nothing is under way")
-    assert strict.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert strict.live.upstreams["up"].breaker.consecutive_failures == 0
     assert ask(f"{strict.url}/api/x").status == 200
 
 
@@ -583,7 +583,7 @@ def test_560_idle_websockets_and_560_dripping_bodies_leave_room_for_others(gatew
         assert client(OTHER).get().status == 200
         assert {one.answer().status for one in dripping} <= {408, 503}
     eventually(lambda: shares(running) == (0, 0), "every place is given back")
-    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
 
 
 def test_a_drain_gives_everything_back(gateway: StartGateway, gate: Gate) -> None:

@@ -124,10 +124,10 @@ def ask(gateway: RunningGateway, method: str, target: str, body: bytes = b"", *h
 
 def tries(gateway: RunningGateway, upstream: str) -> Callable[[], dict[str, int]]:
     """Return what counts the tries since now, by outcome."""
-    before = dict(gateway.console.recorder.outcomes[upstream])
+    before = dict(gateway.live.recorder.outcomes[upstream])
 
     def since() -> dict[str, int]:
-        now = gateway.console.recorder.outcomes[upstream]
+        now = gateway.live.recorder.outcomes[upstream]
         return {
             outcome: count - before.get(outcome, 0) for outcome, count in now.items() if count > before.get(outcome, 0)
         }
@@ -278,7 +278,7 @@ def test_retries_end_with_their_budget(running: RunningGateway, up: RawUpstream)
 def test_every_try_tells_the_breaker_its_own_outcome(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = first(dies)
     assert ask(running, "GET", "/api/settling").status == 200
-    breaker = running.console.upstreams["settling"].breaker
+    breaker = running.live.upstreams["settling"].breaker
     assert breaker.window_counts(time.monotonic())[:2] == (2, 1)
     assert breaker.consecutive_failures == 0
 
@@ -288,7 +288,7 @@ def test_a_breaker_that_opens_between_tries_ends_them(running: RunningGateway, u
     up.behave = dies
     answer = ask(running, "GET", "/api/opening")
     assert (answer.status, len(up.requests)) == (502, 2)
-    assert running.console.upstreams["opening"].breaker.state == "OPEN"
+    assert running.live.upstreams["opening"].breaker.state == "OPEN"
     assert ask(running, "GET", "/api/opening").status == 503
     assert len(up.requests) == 2
 
@@ -297,7 +297,7 @@ def test_no_target_stays_held(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = first(dies, times=2)
     for _ in range(3):
         ask(running, "GET", "/api/thrice")
-    assert [target.in_flight for target in running.console.upstreams["thrice"].targets] == [0]
+    assert [target.in_flight for target in running.live.upstreams["thrice"].targets] == [0]
 
 
 def test_an_answer_that_comes_before_the_whole_body_is_passed_on(running: RunningGateway, up: RawUpstream) -> None:
@@ -396,7 +396,7 @@ def test_another_target_is_tried_at_once_and_the_same_one_after_a_pause(
 def test_a_probe_is_not_repeated_nor_anything_while_the_upstream_is_being_probed(
     running: RunningGateway, up: RawUpstream
 ) -> None:
-    breaker = running.console.upstreams["probing"].breaker
+    breaker = running.live.upstreams["probing"].breaker
     up.behave = unavailable
     assert ask(running, "GET", "/api/probing").status == 503
     assert breaker.state == "OPEN"
@@ -405,7 +405,7 @@ def test_a_probe_is_not_repeated_nor_anything_while_the_upstream_is_being_probed
     answer = ask(running, "GET", "/api/probing")
     assert (answer.status, answer.body) == (503, b"not now")
     assert len(up.requests) == 1
-    assert running.console.recorder.retries_denied["probing", "circuit_breaker"] >= 2
+    assert running.live.recorder.retries_denied["probing", "circuit_breaker"] >= 2
 
 
 def test_a_request_that_found_no_connection_is_not_repeated(running: RunningGateway, up: RawUpstream) -> None:
@@ -445,7 +445,7 @@ def test_the_floor_lets_a_quiet_service_retry(running: RunningGateway, up: RawUp
 
 
 def test_retries_are_counted_by_cause_and_those_denied_by_why(running: RunningGateway, up: RawUpstream) -> None:
-    recorder = running.console.recorder
+    recorder = running.live.recorder
     before = dict(recorder.retries), dict(recorder.retries_denied)
     up.behave = first(dies)
     assert ask(running, "GET", "/api/thrice").status == 200

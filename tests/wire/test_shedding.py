@@ -115,7 +115,7 @@ def hold(
 
 
 def in_flight(running: RunningGateway) -> int:
-    return int(running.console.upstreams["up"].concurrency.in_flight)
+    return int(running.live.upstreams["up"].concurrency.in_flight)
 
 
 # Who is refused
@@ -238,7 +238,7 @@ def test_a_refusal_costs_nothing(running: RunningGateway, stage: Stage, way: tup
             assert answer.all("x-ratelimit-remaining") == [b"1000"]
         stage.go_on.set()
     assert ask(f"{running.url}/clients/free").json()["bucket"]["tokens"] == 1000
-    assert running.console.recorder.settlements["refunded"] == 5
+    assert running.live.recorder.settlements["refunded"] == 5
 
 
 def test_a_refusal_takes_nobody_beyond_the_limit_of_tokens(
@@ -302,7 +302,7 @@ def test_nothing_is_tried_twice_while_anybody_is_shed(
     with ExitStack() as stack:
         hold(stack, running, held)
         assert get(running, "ENTERPRISE", way, "/api/broken").status == 502
-        assert running.console.recorder.outcomes["up"]["upstream_reset"] == tries
+        assert running.live.recorder.outcomes["up"]["upstream_reset"] == tries
         stage.go_on.set()
 
 
@@ -315,11 +315,11 @@ def test_an_adaptive_limit_learns_from_answers_on_both_ways_and_not_from_errors(
     sections = sections_for(stage, circuit_breaker={"failure_threshold": 1000, "failure_rate": 1})
     sections["upstreams"]["up"]["concurrency"] = {"adaptive": {"min_limit": 5, "max_limit": 60}}
     running = warm(gateway(sections), stage)
-    limit = running.console.upstreams["up"].limit
+    limit = running.live.upstreams["up"].limit
     assert limit.is_adaptive
     learnt: list[float] = []
     gradient = limit._gradient
-    running.console.upstreams["up"].limit._gradient = Listening(gradient, learnt)
+    running.live.upstreams["up"].limit._gradient = Listening(gradient, learnt)
     assert get(running, "FREE", way).status == 200
     assert len(learnt) == 1
     assert 0 < learnt[0] < 5
@@ -332,7 +332,7 @@ def test_a_timeout_counts_as_long_as_it_took(stage: Stage, gateway: StartGateway
     sections = sections_for(stage, timeouts={"response": 0.3}, retry={"attempts": 1})
     sections["upstreams"]["up"]["concurrency"] = {"adaptive": {}}
     running = warm(gateway(sections), stage)
-    limit, learnt = running.console.upstreams["up"].limit, list[float]()
+    limit, learnt = running.live.upstreams["up"].limit, list[float]()
     limit._gradient = Listening(limit._gradient, learnt)
     assert get(running, "FREE", way, "/api/held").status == 504
     stage.go_on.set()

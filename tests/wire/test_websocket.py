@@ -324,7 +324,7 @@ def test_a_client_that_vanishes_lets_the_upstream_go(
     opened(client)
     leave(client)
     assert tunnel.ended.wait(SOON)
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 @pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
@@ -334,7 +334,7 @@ def test_an_upstream_that_vanishes_lets_the_client_go(
     up.behave = accepting(leave)
     opened(client)
     assert client.is_closed(within=SOON)
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 def test_a_client_that_vanishes_before_the_answer_lets_the_upstream_go(client: RawClient, up: RawUpstream) -> None:
@@ -392,7 +392,7 @@ def test_a_word_in_either_direction_keeps_a_tunnel_open(client: RawClient, up: R
 
 
 def test_a_tunnel_is_counted_as_a_request_once_it_has_ended(running: RunningGateway, client: RawClient) -> None:
-    recorder, target = running.console.recorder, running.console.upstreams["up"].targets[0]
+    recorder, target = running.live.recorder, running.live.upstreams["up"].targets[0]
 
     def count() -> int:
         return sum(count for key, count in recorder.requests.items() if key[1:4] == ("GET", 101, "upstream"))
@@ -542,4 +542,4 @@ def test_a_client_and_a_server_of_the_library_talk(
             assert client.ping().wait(PATIENCE)
             client.close(4321, "enough")
             assert client.close_code == 4321
-        eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+        eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
