@@ -1,4 +1,4 @@
-"""How single results become a verdict, what a check finds, and that targets are watched independently."""
+"""How results of checks change the health of a target, the findings of a check, and independent targets."""
 
 import asyncio
 import random
@@ -63,7 +63,7 @@ async def silent(_url: str, _timeout: float) -> int:
         (False, "++---", ".*..*"),
     ],
 )
-def test_the_verdict_changes_after_enough_contrary_results_in_a_row(
+def test_the_health_changes_after_enough_consecutive_contrary_results(
     is_healthy: bool,  # noqa: FBT001 - a table's column
     results: str,
     changes: str,
@@ -89,7 +89,7 @@ def test_a_target_shows_that_it_was_checked_and_what_was_found() -> None:
     assert (target.checks.at, target.checks.finding) == (NOW, "status 503")
 
 
-def test_its_repr_tells_verdict_and_doubt() -> None:
+def test_its_repr_shows_health_and_contrary_results() -> None:
     judge, _ = judged()
     judge.observe(is_good=False, finding="", now=NOW)
     assert repr(judge) == "<HealthThreshold [healthy, 1 contrary in a row]>"
@@ -201,7 +201,7 @@ def scripted(statuses: Sequence[int]) -> tuple[SendProbe, asyncio.Event]:
     return ask, done
 
 
-async def test_a_change_of_verdict_is_told_once() -> None:
+async def test_a_change_of_health_is_reported_once() -> None:
     target = Target(URL)
     told: list[bool] = []
     ask, used_up = scripted([200, 500, 500, 500, 500, 500, 200, 200, 200, 500])
@@ -210,7 +210,7 @@ async def test_a_change_of_verdict_is_told_once() -> None:
     assert told == [False, True]
 
 
-async def test_what_changed_is_told_of_that_target() -> None:
+async def test_a_change_is_reported_for_its_target() -> None:
     good, bad = Target("http://good"), Target("http://bad")
     told: list[Target] = []
     changed = asyncio.Event()

@@ -103,7 +103,7 @@ SLOW = ClientProgress(waited=MAX_CLIENT_PAUSE)
         (BadRequest("x"), HALF, Fault.CLIENT),
     ],
 )
-def test_who_is_at_fault_for_an_error(error: GatewayError, client: ClientProgress, fault: Fault) -> None:
+def test_the_fault_of_an_error(error: GatewayError, client: ClientProgress, fault: Fault) -> None:
     assert fault_of(error, client) is fault
 
 
@@ -111,7 +111,7 @@ def test_who_is_at_fault_for_an_error(error: GatewayError, client: ClientProgres
     ("status", "client", "fault"),
     [(500, WHOLE, Fault.UPSTREAM), (500, SLOW, Fault.UPSTREAM), (500, HALF, Fault.NOBODY), (404, WHOLE, Fault.CLIENT)],
 )
-def test_who_is_at_fault_for_a_status(status: int, client: ClientProgress, fault: Fault) -> None:
+def test_the_fault_of_a_status(status: int, client: ClientProgress, fault: Fault) -> None:
     assert fault_of_status(status, client) is fault
 
 
@@ -124,9 +124,7 @@ def test_who_is_at_fault_for_a_status(status: int, client: ClientProgress, fault
         ("upstream", 10, HALF, Fault.NOBODY),
     ],
 )
-def test_who_is_at_fault_for_a_deadline_of_ten_seconds(
-    source: Any, spent: float, client: ClientProgress, fault: Fault
-) -> None:
+def test_the_fault_of_a_deadline(source: Any, spent: float, client: ClientProgress, fault: Fault) -> None:
     assert fault_of_deadline(Deadline(100, 10, source, "x", is_forwarded=True), spent, client) is fault
 
 
@@ -209,7 +207,7 @@ def test_the_response_timeout_begins_once_all_is_sent(gateway: StartGateway, ups
 
 
 @pytest.mark.parametrize("interim", [b"", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["no 100", "100"])
-def test_a_client_that_expects_100_continue_and_never_sends_its_body_counts_against_nobody(
+def test_a_client_that_expects_100_continue_and_never_sends_its_body_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream, interim: bytes
 ) -> None:
     def behave(wire: Wire, _request: RawRequest) -> bool:
@@ -229,7 +227,7 @@ def test_a_client_that_expects_100_continue_and_never_sends_its_body_counts_agai
     assert counted(running) == 0
 
 
-def test_an_answer_that_waits_for_the_rest_of_an_upload_counts_against_nobody(
+def test_a_response_that_waits_for_the_rest_of_an_upload_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream
 ) -> None:
     """The upstream has nothing to send before the client does."""
@@ -298,7 +296,7 @@ def test_an_upstream_that_stops_reading_because_the_client_does_not_read_is_not_
 
 
 @pytest.mark.parametrize(("pause", "count"), [(0.6, 0), (0.1, 1)], ids=["slow client", "slow upstream"])
-def test_a_deadline_that_the_client_has_used_up_by_its_upload_counts_against_nobody(
+def test_a_deadline_that_the_client_has_used_up_by_its_upload_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream, pause: float, count: int
 ) -> None:
     up = upstream(lambda wire, _: wire.is_closed() and False)
@@ -336,7 +334,7 @@ def sends_much(end: Callable[[Wire], None] | None, *, first: int = LARGE) -> Beh
 
 
 @both_ways
-def test_a_client_that_pauses_for_longer_than_the_upstream_may_be_idle_counts_against_nobody(
+def test_a_client_that_pauses_for_longer_than_the_upstream_may_be_idle_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
     up = upstream(sends_much(None))
@@ -367,7 +365,7 @@ def test_an_upstream_that_gives_up_on_a_client_that_does_not_read_is_not_at_faul
 
 
 @both_ways
-def test_an_answer_that_breaks_off_while_it_is_read_is_the_upstreams_fault(
+def test_a_response_that_breaks_off_while_it_is_read_is_the_upstreams_fault(
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
     def behave(wire: Wire, request: RawRequest) -> bool | None:
@@ -383,7 +381,7 @@ def test_an_answer_that_breaks_off_while_it_is_read_is_the_upstreams_fault(
     eventually(lambda: counted(running) == 1, "it is counted")
 
 
-def test_a_deadline_that_the_client_has_used_up_by_not_reading_counts_against_nobody(
+def test_a_deadline_that_the_client_has_used_up_by_not_reading_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream
 ) -> None:
     """It passes while the upstream is waited for, for the last piece."""
@@ -414,7 +412,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 @pytest.mark.parametrize("number", LACKS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_lack_of_our_own_is_503_overloaded_costs_nothing_and_counts_against_nobody(
+def test_a_lack_of_local_resources_is_503_overloaded_costs_nothing_and_is_ignored_by_the_breaker(
     gateway: StartGateway,
     upstream: StartUpstream,
     monkeypatch: pytest.MonkeyPatch,
@@ -447,7 +445,7 @@ def test_a_lack_of_our_own_is_503_overloaded_costs_nothing_and_counts_against_no
     assert os.strerror(number) in lines[0]
 
 
-def test_a_second_sending_for_which_there_is_no_descriptor_counts_against_nobody(
+def test_a_second_attempt_without_a_descriptor_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kept connection was closed by the upstream meanwhile: the request goes out once more, on a new one."""
@@ -471,7 +469,7 @@ def test_a_second_sending_for_which_there_is_no_descriptor_counts_against_nobody
     assert counted(running) == 0
 
 
-def test_an_address_that_this_machine_cannot_reach_is_not_taken_for_a_lack_of_ports(
+def test_an_unreachable_address_is_not_mistaken_for_a_lack_of_ports(
     gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connecting to ::1 fails with EADDRNOTAVAIL too where there is no IPv6. This one lacks its zone."""

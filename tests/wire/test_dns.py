@@ -1,4 +1,4 @@
-"""What a name stands for: what an answer changes, what a failure does not, and targets that come and go."""
+"""Names of targets: what a resolution changes, what a failure leaves unchanged, and targets that come and go."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What live requests show of a target, from the wire to the operator's view: it is left out, and takes part again."""
+"""Outlier detection on the wire and in the operator's view: ejection of a target, and its return."""
 
 import logging
 import socket

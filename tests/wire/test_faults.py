@@ -1,6 +1,6 @@
 """What every failure of an upstream comes to, for client, breaker, metrics and access log, and in what time.
 
-Each fault meets a plain GET, which goes the straight way, and a POST with a chunked body, which goes the ordinary one;
+Each fault meets a plain GET, which uses the fast path, and a POST with a chunked body, which uses the ASGI path;
 some meet a POST of which the client has sent half, or one that is more than fits on the way.
 Afterwards the gateway holds no more than before, and serves.
 """
@@ -238,7 +238,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize(("row", "way"), CASES)
-def test_a_fault_is_told_to_all_it_concerns_and_leaves_nothing_behind(
+def test_a_fault_reaches_all_it_concerns_and_leaves_nothing_behind(
     scene: Scene, row: Row, way: str, request: pytest.FixtureRequest
 ) -> None:
     request_id = re.sub(r"\W+", "-", request.node.callspec.id)

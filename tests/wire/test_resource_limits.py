@@ -301,7 +301,7 @@ def test_a_route_may_ask_for_another_rate(strict: RunningGateway, path: str) -> 
         assert client.answer().status == 200
 
 
-def test_a_client_is_not_held_to_the_rate_while_nobody_reads_from_it(gateway: StartGateway, up: RawUpstream) -> None:
+def test_the_body_rate_applies_only_while_the_gateway_reads(gateway: StartGateway, up: RawUpstream) -> None:
     """The upstream takes its time to read the body; what the client cannot send meanwhile is not its delay.
 
     What one read holds is worth a quarter of a second at this rate, so a pause that counted would not be made up for.
@@ -401,7 +401,7 @@ def all_given_back(running: RunningGateway) -> None:
     eventually(lambda: shares(running) == (0, 0), "every place is given back", within=SOON)
 
 
-WAYS = {"straight": (), "ordinary": ("X-Request-Timeout: 30",), "with a body": ("Content-Length: 2",)}
+WAYS = {"fast path": (), "ASGI path": ("X-Request-Timeout: 30",), "with a body": ("Content-Length: 2",)}
 
 
 def send(client: RawClient, path: str, headers: tuple[str, ...] = ()) -> None:
@@ -419,7 +419,7 @@ def test_one_address_or_client_holds_half_of_the_connections_to_an_upstream(
     others = [(OTHER, ()), (ONE, ("X-Client-ID: other",)), *([(ONE, ())] if "X-Client-ID: acme" in one else [])]
     with ExitStack() as stack:
         client = Held(running.port, stack)
-        assert client().get("/api/x", one).status == 200  # there is a connection, so the straight way is open
+        assert client().get("/api/x", one).status == 200  # there is a connection, so the fast path is open
         held = [client(), client()]
         for holding in held:
             send(holding, "/api/held", (*one, *way))
@@ -456,7 +456,7 @@ def test_what_exceeds_a_share_waits_its_turn(gateway: StartGateway, gate: Gate) 
     all_given_back(running)
 
 
-def test_who_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gate: Gate) -> None:
+def test_the_holder_that_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gate: Gate) -> None:
     """Holders take turns: many requests of one do not delay another's by more than one."""
     running = gateway(narrow(gate, max_connections=1) | {})
     with ExitStack() as stack:
@@ -478,7 +478,7 @@ def test_who_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gat
     all_given_back(running)
 
 
-def test_whom_a_trusted_proxy_forwards_have_shares_of_their_own(gateway: StartGateway, gate: Gate) -> None:
+def test_clients_behind_a_trusted_proxy_have_their_own_shares(gateway: StartGateway, gate: Gate) -> None:
     """Of IPv6 a /64 is one address, wherever in it a request comes from."""
     running = gateway(narrow(gate, max_connections=4, server={"trusted_proxies": [ONE]}))
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""A failed try is repeated where that is safe: before the answer's first byte, within attempts and budget."""
+"""A failed attempt is retried if that is safe: before the first byte of a response, within attempts and budget."""
 
 import socket
 import threading
@@ -148,7 +148,7 @@ def test_a_target_that_refuses_is_passed_over(
     assert 1 <= made()["upstream_connect_error"] <= 4
 
 
-def test_every_try_is_counted_where_all_are_refused(running: RunningGateway) -> None:
+def test_every_attempt_is_counted_where_all_are_refused(running: RunningGateway) -> None:
     made = tries(running, "refused")
     assert ask(running, "POST", "/api/refused", b"data").status == 502
     assert made() == {"upstream_connect_error": 2}
@@ -239,7 +239,9 @@ def test_nothing_is_repeated_after_the_head(running: RunningGateway, up: RawUpst
 
 
 @pytest.mark.parametrize("status", [b"500 Internal Server Error", b"404 Not Found", b"429 Too Many Requests"])
-def test_an_answer_is_an_answer(running: RunningGateway, up: RawUpstream, status: bytes) -> None:
+def test_a_response_with_another_status_is_not_retried(
+    running: RunningGateway, up: RawUpstream, status: bytes
+) -> None:
     """Whatever its status says, it is the upstream's word and goes to the client, unless it is one of `statuses`."""
     up.behave = reply(b"no", status)
     answer = ask(running, "GET", "/api/twice")
@@ -275,7 +277,7 @@ def test_retries_end_with_their_budget(running: RunningGateway, up: RawUpstream)
     assert len(up.requests) == 15 + RESERVE
 
 
-def test_every_try_tells_the_breaker_its_own_outcome(running: RunningGateway, up: RawUpstream) -> None:
+def test_every_attempt_reports_its_own_outcome_to_the_breaker(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = first(dies)
     assert ask(running, "GET", "/api/settling").status == 200
     breaker = running.live.upstreams["settling"].breaker
@@ -283,7 +285,7 @@ def test_every_try_tells_the_breaker_its_own_outcome(running: RunningGateway, up
     assert breaker.consecutive_failures == 0
 
 
-def test_a_breaker_that_opens_between_tries_ends_them(running: RunningGateway, up: RawUpstream) -> None:
+def test_a_breaker_that_opens_between_attempts_ends_them(running: RunningGateway, up: RawUpstream) -> None:
     """The client is told what failed, not that the breaker is now open; the next client is told that."""
     up.behave = dies
     answer = ask(running, "GET", "/api/opening")
@@ -300,7 +302,7 @@ def test_no_target_stays_held(running: RunningGateway, up: RawUpstream) -> None:
     assert [target.in_flight for target in running.live.upstreams["thrice"].targets] == [0]
 
 
-def test_an_answer_that_comes_before_the_whole_body_is_passed_on(running: RunningGateway, up: RawUpstream) -> None:
+def test_a_response_that_comes_before_the_whole_body_is_passed_on(running: RunningGateway, up: RawUpstream) -> None:
     """The rest of the body still goes to who gave it, and would be lost to another try."""
     up.reads_body = False
     up.behave = unavailable
@@ -317,7 +319,7 @@ def test_an_answer_that_comes_before_the_whole_body_is_passed_on(running: Runnin
 
 
 @pytest.mark.parametrize("status", [b"502 Bad Gateway", b"503 Service Unavailable", b"504 Gateway Timeout"])
-def test_an_answer_with_one_of_these_statuses_is_asked_for_again(
+def test_a_response_with_one_of_the_statuses_is_retried(
     running: RunningGateway, up: RawUpstream, status: bytes
 ) -> None:
     up.behave = first(reply(b"no", status))
@@ -335,7 +337,7 @@ def test_the_statuses_are_configured(running: RunningGateway, up: RawUpstream) -
 
 
 @pytest.mark.parametrize("name", ["once", "unfunded", "twice"])
-def test_the_last_answer_is_passed_on_as_it_came(running: RunningGateway, up: RawUpstream, name: str) -> None:
+def test_the_last_response_is_passed_on_as_it_came(running: RunningGateway, up: RawUpstream, name: str) -> None:
     """When no try is left, or none is paid for; the gateway puts no words of its own in its place."""
     up.behave = unavailable
     answer = ask(running, "GET", f"/api/{name}")
