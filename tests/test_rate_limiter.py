@@ -1,4 +1,4 @@
-"""Quotas, and how the memory limiter keeps its buckets; test_limiter_invariants.py has what holds for every limiter."""
+"""Quotas, and how the memory limiter keeps its buckets. test_limiter_invariants.py has what holds for all limiters."""
 
 import math
 from dataclasses import replace

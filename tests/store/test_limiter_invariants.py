@@ -489,7 +489,7 @@ def test_a_client_that_waits_retry_after_is_admitted(
 
 
 def sent_retry_after(asked: Charge, decision: Decision) -> int | None:
-    """Return the seconds in the header of the gateway's answer, None if it has none."""
+    """Return the seconds in the header of the gateway's response, None if it has none."""
     exchange = Exchange("id", "GET", "/", "192.0.2.7", 0.0, Client("c", asked.key, asked.quota, "default"))
     sent = refusal(exchange, decision).headers.get("retry-after")
     return None if sent is None else int(sent)
@@ -1339,7 +1339,7 @@ def test_each_bound_is_reached(scenario: Callable[[Outages], float], admitted: f
 
 
 async def test_requests_cancelled_at_random_mix_up_no_decisions(store: StoreServer) -> None:
-    """Each has a key and a cost of its own, which its answer shows; who stays is answered, and lanes go on."""
+    """Each has a key and a cost of its own, which its response shows; who stays is answered, and lanes go on."""
     source = random.Random(18)
     roomy = Quota.per_second("roomy", 0.001, 1000)
 

@@ -156,7 +156,7 @@ async def test_within_an_outage_they_admit_one_bucket_together(store: StoreServe
 
 
 async def test_what_costs_much_stays_possible_in_an_outage(store: StoreServer) -> None:
-    """With N * c above C the bound is N * c."""
+    """With N * c above C the limit is N * c."""
     store.kill()
     async with gateways(store.url, FAST, count=4, processes=4) as limiters:
         seen = await hammer(limiters, charge(FAST, 30), 0.45)

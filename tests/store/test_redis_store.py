@@ -319,7 +319,7 @@ async def test_a_write_without_a_response_of_the_store_has_an_unknown_outcome(
 
 
 async def test_a_write_that_was_made_without_a_response_is_detected(store_server: StoreServer) -> None:
-    """The change's answer is lost; the store, asked what became of it, tells."""
+    """The change's response is lost; the store, asked what became of it, tells."""
     async with opened(store_server) as store:
         await store.write("acme", Change(tier="BASIC"))
         lose_answers(store, after_sending=True)
@@ -343,7 +343,7 @@ async def test_a_late_write_is_cancelled_permanently(store_server: StoreServer) 
 
 
 def lose_answers(store: RedisClientStore, *, after_sending: bool) -> list[tuple[Any, ...]]:
-    """Let the next script fail as if its answer had not come, after or before the server did it."""
+    """Let the next script fail as if its response had not come, after or before the server did it."""
     kept: list[tuple[Any, ...]] = []
     evaluate = store._client.eval
 

@@ -377,7 +377,7 @@ async def test_an_operation_that_arrives_as_a_pause_ends_is_sent(
 
 
 class Unruly(Echo):
-    """Fails to take its answer."""
+    """Fails to take its response."""
 
     def _note(self) -> None:
         super()._note()

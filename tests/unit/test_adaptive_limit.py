@@ -61,7 +61,7 @@ class Queue:
         self._waiting: deque[tuple[int, float]] = deque()
 
     def run(self, seconds: float, *rates: float) -> Span:
-        """Offer `rates` requests a second, by band, for a while."""
+        """Offer `rates` requests a second, by priority, for a while."""
         span, end = Span(seconds), self.now + seconds
         self._events = [event for event in self._events if event[3] is not None]
         heapq.heapify(self._events)

@@ -280,7 +280,7 @@ async def test_a_change_begins_from_what_others_made_before_it() -> None:
 
 
 async def test_a_change_announced_before_its_own_response_is_not_mistaken_for_another() -> None:
-    """Else its bucket would be taken over twice, and the answer would tell the new tier as the previous one."""
+    """Else its bucket would be taken over twice, and the response would tell the new tier as the previous one."""
     told: list[Client] = []
     store = HeldStore()
     async with following(store, on_change=lambda before, after: told.append(after)) as registry:

@@ -23,8 +23,8 @@ TIERS = PriorityClasses({"FREE": 1, "BASIC": 5, "PREMIUM": 20, "ENTERPRISE": 100
 FREE, BASIC, PREMIUM, ENTERPRISE = range(4)
 
 
-def limit_of(places: float, bands: PriorityClasses = TIERS) -> ConcurrencyLimit:
-    return ConcurrencyLimit(places, bands, source=random.Random(1))
+def limit_of(places: float, priorities: PriorityClasses = TIERS) -> ConcurrencyLimit:
+    return ConcurrencyLimit(places, priorities, source=random.Random(1))
 
 
 def upstream_of(limit: ConcurrencyLimit | None, *, failure_threshold: int = 1) -> Upstream:
@@ -32,7 +32,7 @@ def upstream_of(limit: ConcurrencyLimit | None, *, failure_threshold: int = 1) -
     return Upstream("users", [Target("a"), Target("b")], breaker, round_robin, limit=limit)
 
 
-# Bands
+# Priorities
 
 
 def test_the_shares_rise_evenly_from_one_half_to_the_whole() -> None:
@@ -42,21 +42,23 @@ def test_the_shares_rise_evenly_from_one_half_to_the_whole() -> None:
 
 
 def test_tiers_are_ordered_by_rank_and_those_of_one_rank_share_a_priority() -> None:
-    bands = PriorityClasses({"GOLD": 9, "A": 1, "B": 1, "SILVER": 4})
-    assert [bands.of(tier) for tier in ("A", "B", "SILVER", "GOLD")] == [0, 0, 1, 2]
-    assert [bands.name(band) for band in range(len(bands))] == ["A or B", "SILVER", "GOLD"]
-    assert bands.of("unknown") == 0
-    assert repr(bands) == "<PriorityClasses ['A or B', 'SILVER', 'GOLD']>"
+    priorities = PriorityClasses({"GOLD": 9, "A": 1, "B": 1, "SILVER": 4})
+    assert [priorities.of(tier) for tier in ("A", "B", "SILVER", "GOLD")] == [0, 0, 1, 2]
+    assert [priorities.name(priority) for priority in range(len(priorities))] == ["A or B", "SILVER", "GOLD"]
+    assert priorities.of("unknown") == 0
+    assert repr(priorities) == "<PriorityClasses ['A or B', 'SILVER', 'GOLD']>"
 
 
 @given(ranks=st.lists(st.floats(0, 1e6), min_size=1, max_size=12))
 def test_the_highest_priority_has_the_whole_limit_and_none_less_than_a_lower_one(ranks: list[float]) -> None:
-    bands = PriorityClasses({str(number): rank for number, rank in enumerate(ranks)})
-    assert bands.shares[-1] == 1
-    assert list(bands.shares) == sorted(bands.shares)
-    assert min(bands.shares) >= 0.5
+    priorities = PriorityClasses({str(number): rank for number, rank in enumerate(ranks)})
+    assert priorities.shares[-1] == 1
+    assert list(priorities.shares) == sorted(priorities.shares)
+    assert min(priorities.shares) >= 0.5
     for number, rank in enumerate(ranks):
-        assert all(bands.of(str(number)) >= bands.of(str(other)) for other, its in enumerate(ranks) if its <= rank)
+        assert all(
+            priorities.of(str(number)) >= priorities.of(str(other)) for other, its in enumerate(ranks) if its <= rank
+        )
 
 
 # The limit
@@ -72,23 +74,23 @@ def test_a_priority_is_admitted_exactly_while_less_than_its_share_is_in_flight(
     upstream, leases = upstream_of(limit_of(places)), list[Attempt]()
     limit = upstream.limit
     assert limit is not None
-    for gives_back, band, which in steps:
+    for gives_back, priority, which in steps:
         if gives_back and leases:
             leases.pop(which % len(leases)).release(NOW)
-        elif len(leases) < places * TIERS.shares[band]:
-            leases.append(upstream.acquire(NOW, "", priority=band))
+        elif len(leases) < places * TIERS.shares[priority]:
+            leases.append(upstream.acquire(NOW, "", priority=priority))
         else:
             with pytest.raises(LoadShed):
-                upstream.acquire(NOW, "", priority=band)
+                upstream.acquire(NOW, "", priority=priority)
         assert limit.in_flight == len(leases) == sum(target.in_flight for target in upstream.targets)
 
 
 @given(places=st.integers(1, 100), flood=st.lists(st.integers(0, 2), max_size=300))
 def test_no_flood_of_lower_priorities_takes_the_last_permits_of_the_highest(places: int, flood: list[int]) -> None:
     limit = limit_of(places)
-    for band in flood:
-        if limit.admits(band):
-            limit.acquire(band)
+    for priority in flood:
+        if limit.admits(priority):
+            limit.acquire(priority)
     kept = places - limit.in_flight
     assert kept >= int(places * (1 - TIERS.shares[PREMIUM]))
     for _ in range(kept):
@@ -163,9 +165,9 @@ def test_a_refusal_is_predicted_without_taking_a_permit() -> None:
 # The event loop's lag
 
 
-def lagging(seconds: float, most: float | None = 0.25, bands: PriorityClasses = TIERS) -> EventLoopShedder:
+def lagging(seconds: float, most: float | None = 0.25, priorities: PriorityClasses = TIERS) -> EventLoopShedder:
     """Return a limit whose loop has run late by so much for a while."""
-    lag = EventLoopShedder(most, bands, source=random.Random(1))
+    lag = EventLoopShedder(most, priorities, source=random.Random(1))
     for _ in range(LAG_SAMPLES):
         lag.observe(seconds)
     return lag
@@ -188,9 +190,9 @@ def test_the_higher_the_lag_the_more_priorities_are_shed_the_highest_last_and_ne
     times: float, shares: tuple[float, ...]
 ) -> None:
     lag = lagging(times * 0.25)
-    assert tuple(lag.share(band) for band in range(4)) == pytest.approx(shares)
-    for band, share in enumerate(shares):
-        assert sum(lag.sheds(band) for _ in range(2000)) / 2000 == pytest.approx(share, abs=0.05)
+    assert tuple(lag.share(priority) for priority in range(4)) == pytest.approx(shares)
+    for priority, share in enumerate(shares):
+        assert sum(lag.sheds(priority) for _ in range(2000)) / 2000 == pytest.approx(share, abs=0.05)
 
 
 def test_one_or_two_stalls_shed_no_request() -> None:
@@ -226,7 +228,7 @@ def test_its_refusal_says_that_it_is_the_gateway() -> None:
         " 50% of the requests of tier FREE are refused."
     )
     assert error.extra == {"tier": "FREE", "event_loop_lag_seconds": 0.312, "max_event_loop_lag_seconds": 0.25}
-    assert "of tier" not in lagging(0.5, bands=SINGLE_PRIORITY).refusal(0).detail
+    assert "of tier" not in lagging(0.5, priorities=SINGLE_PRIORITY).refusal(0).detail
 
 
 def test_reprs_show_the_state() -> None:

@@ -45,7 +45,7 @@ async def silent(_url: str, _timeout: float) -> int:
     return await never
 
 
-# The verdict
+# The health of a target
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ async def test_first_checks_spread_over_the_first_interval(monkeypatch: pytest.M
 
 
 async def test_a_target_is_never_asked_twice_at_once() -> None:
-    """Also when its answer takes longer than the interval."""
+    """Also when its response takes longer than the interval."""
     running = most = done = 0
     enough = asyncio.Event()
 

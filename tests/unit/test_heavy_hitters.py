@@ -1,4 +1,4 @@
-"""The most frequent keys of a stream: counts within their error, every frequent key held, memory limited, also merged."""
+"""The most frequent keys of a stream: limited error, every frequent key held, limited memory, also merged."""
 
 import json
 import random

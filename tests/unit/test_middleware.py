@@ -667,7 +667,7 @@ async def test_each_client_has_a_bucket_of_its_own() -> None:
     assert await limiting.admitted(Client("vip", "client:vip", PREMIUM, "configured"), of=300) == 200
 
 
-# The second bucket of clients nobody vouches for
+# The address limit of clients that are not registered
 
 
 def named(name: str, source: Any = "default") -> Client:

@@ -11,7 +11,7 @@ NOW = 1000.0
 
 
 def take(ramp: RampUp, now: float) -> bool:
-    """Take a call if it is admitted, and tell whether it was."""
+    """Take a call if it is admitted, and return whether it was."""
     is_admitted = ramp.wait(now) == 0
     if is_admitted:
         ramp.take(now)

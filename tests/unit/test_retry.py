@@ -55,8 +55,8 @@ def retries(policy: RetryPolicy = POLICY) -> RetryDecider:
     ],
 )
 def test_the_table_of_decisions(failed: FailedAttempt, expected: RetryDenied | None) -> None:
-    verdict = retries().decide(failed, NOW)
-    assert (verdict if isinstance(verdict, RetryDenied) else None) == expected
+    decision = retries().decide(failed, NOW)
+    assert (decision if isinstance(decision, RetryDenied) else None) == expected
 
 
 FAILURES = st.builds(
@@ -94,9 +94,9 @@ def test_what_is_denied_takes_nothing_off_the_budget_and_what_is_not_takes_one(f
 
 def test_a_budget_that_is_spent_denies() -> None:
     ours = retries()
-    verdicts = [ours.decide(SAFE, NOW) for _ in range(12)]
-    assert verdicts[10:] == [RetryDenied.BUDGET] * 2
-    assert not any(isinstance(verdict, RetryDenied) for verdict in verdicts[:10])
+    decisions = [ours.decide(SAFE, NOW) for _ in range(12)]
+    assert decisions[10:] == [RetryDenied.BUDGET] * 2
+    assert not any(isinstance(decision, RetryDenied) for decision in decisions[:10])
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_a_target_is_healthy_when_every_worker_finds_it_so() -> None:
 
 
 def ejecting(worker: str, now: float, *, failures: int, names: tuple[HostNameSnapshot, ...] = ()) -> WorkerSnapshot:
-    """Return the report of a worker on whose first target so many tries have failed; three eject it."""
+    """Return the report of a worker on whose first target so many attempts have failed; three eject it."""
     policy = BreakerPolicy(failure_threshold=3, recovery_timeout=10)
     rotation = OutlierDetector(make_breaker=lambda at: CircuitBreaker(policy, at))
     whole = CircuitBreaker(BreakerPolicy(failure_threshold=100), START)

@@ -314,7 +314,7 @@ def test_a_deadline_that_the_client_has_used_up_by_its_upload_is_ignored_by_the_
 
 
 def sends_much(end: Callable[[Wire], None] | None, *, first: int = LARGE) -> Behaviour:
-    """Send most of an answer; end it when it has not been read for a while, as a server with a send timeout does."""
+    """Send most of a response; end it when it has not been read for a while, as a server with a send timeout does."""
 
     def behave(wire: Wire, request: RawRequest) -> bool | None:
         if b"/warm" in request.line:

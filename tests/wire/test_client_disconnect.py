@@ -26,7 +26,7 @@ LEAVING: tuple[Leave, ...] = (RawClient.close, RawClient.reset)
 
 
 class Watching:
-    """A behaviour that starts an answer, or none, and notes when the gateway closes the connection."""
+    """A behaviour that starts a response, or none, and notes when the gateway closes the connection."""
 
     def __init__(self, beginning: bytes = b"") -> None:
         self.beginning = beginning
@@ -67,7 +67,7 @@ class Ledger:
         return by_status, recorder.rejections["client_disconnected"]
 
     def shows(self, count: int) -> bool:
-        """Tell whether so many are recorded, by status and by reason."""
+        """Return whether so many are recorded, by status and by reason."""
         return self._count() == (self._before[0] + count, self._before[1] + count)
 
     def comes_to_show(self, count: int) -> None:

@@ -64,7 +64,7 @@ def settled(running: RunningGateway) -> dict[str, int]:
     return found
 
 
-# What an upstream tells
+# The cost that an upstream reports
 
 
 @both_ways
@@ -74,7 +74,7 @@ def settled(running: RunningGateway) -> dict[str, int]:
 def test_the_cost_that_a_response_reports_is_charged(
     gateway: StartGateway, upstream: StartUpstream, fast_path_spy: list[bool], way: str, told: bytes, remaining: int
 ) -> None:
-    """And the fields of that very answer show it, before anybody can act on what they would have said."""
+    """And the fields of that very response show it, before anybody can act on what they would have said."""
     up = upstream()
     running = warm(gateway(in_front_of(up.url) | {"tiers": SLOWLY}))
     up.behave = costs(told)
@@ -305,7 +305,7 @@ def test_waiting_for_a_connection_in_vain_costs_nothing(
 def test_what_an_upstream_may_have_begun_with_is_paid_for(
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
-    """Also if a second try then reaches nobody."""
+    """Also if a second attempt then reaches nobody."""
     up = upstream()
     running = warm(gateway(in_front_of(up.url, timeouts={"response": 0.3}) | {"tiers": SLOWLY}))
     up.behave = lambda _wire, _request: False

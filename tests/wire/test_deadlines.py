@@ -164,7 +164,7 @@ def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignore
     *,
     is_blamed: bool,
 ) -> None:
-    """Before the answer's head it is a 504; an answer that has begun is broken off so that it shows."""
+    """Before the response's head it is a 504; a response that has begun is broken off so that it shows."""
     up.behave = behave
     before = failures(running, name)
     answer, seconds = get(running, f"/api/{name}", *headers)
@@ -239,7 +239,7 @@ def test_there_is_no_retry_that_would_outlast_it(running: RunningGateway, up: Ra
 
 
 def test_it_covers_the_pause_between_attempts(running: RunningGateway, up: RawUpstream) -> None:
-    """Whether the pause would outlast it or not, the answer is there in time."""
+    """Whether the pause would outlast it or not, the response is there in time."""
     answer, seconds = get(running, "/api/refused", "X-Request-Timeout: 0.5")
     assert answer.status in (502, 504)
     assert seconds < 1.5

@@ -28,7 +28,7 @@ from tests.kit import ask as get
 NOW = 1000.0
 
 
-# What an answer changes
+# What a response changes
 
 
 def test_a_name_is_one_target_until_it_is_resolved() -> None:
@@ -258,7 +258,7 @@ def served(running: RunningGateway, count: int = 6) -> set[str]:
 
 
 def are_closed(upstream: RawUpstream) -> bool:
-    """Tell whether each of its connections has ended."""
+    """Return whether each of its connections has ended."""
     return all(wire.sock.fileno() == -1 for wire in upstream.wires)
 
 

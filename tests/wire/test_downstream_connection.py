@@ -43,7 +43,7 @@ def aside() -> Iterator[RawUpstream]:
 
 @pytest.fixture(scope="module")
 def sections(shared: RawUpstream, aside: RawUpstream) -> dict[str, Any]:
-    """Run a gateway with narrow bounds."""
+    """Run a gateway with low limits."""
     server = {"header_timeout": HEADER_TIMEOUT, "max_header_bytes": LIMIT}
     sections = in_front_of(shared.url) | {"server": server}
     sections["upstreams"]["aside"] = {"targets": [{"url": aside.url}]}
@@ -52,7 +52,7 @@ def sections(shared: RawUpstream, aside: RawUpstream) -> dict[str, Any]:
 
 
 def is_problem(answer: RawAnswer, status: int, reason: bytes) -> bool:
-    """Tell whether it is that refusal, and closes the connection."""
+    """Return whether it is that refusal, and closes the connection."""
     return (
         answer.status == status
         and answer.all("content-type") == [b"application/problem+json"]
@@ -168,7 +168,7 @@ HALVES = {
 
 @pytest.mark.parametrize("framing", HALVES)
 def test_a_refusal_never_gets_into_a_response_in_progress(client: RawClient, up: RawUpstream, framing: str) -> None:
-    """A malformed request behind one whose answer is coming is refused behind that, or ends it without a word."""
+    """A malformed request behind one whose response is coming is refused behind that, or ends it without a word."""
     plain, arrived = up.behave, threading.Event()
 
     def half(wire: Wire, _request: RawRequest) -> None:
@@ -352,7 +352,7 @@ FOLLOWING = {
 def test_what_is_read_as_a_body_is_what_the_upstream_sent(
     client: RawClient, up: RawUpstream, following: bytes
 ) -> None:
-    """Whatever the client sends behind its request while the answer is under way."""
+    """Whatever the client sends behind its request while the response is under way."""
     gate = threading.Event()
     half = b"x" * 100
 
@@ -375,7 +375,7 @@ def test_what_is_read_as_a_body_is_what_the_upstream_sent(
 def test_a_refusal_is_never_mistaken_for_the_response_before(
     client: RawClient, up: RawUpstream, following: bytes
 ) -> None:
-    """The first answer a client reads is the one to its first request, or there is none."""
+    """The first response a client reads is the one to its first request, or there is none."""
 
     def slowly(wire: Wire, request: RawRequest) -> None:
         time.sleep(HEADER_TIMEOUT * 1.3)

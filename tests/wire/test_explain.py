@@ -51,7 +51,7 @@ CANDIDATE = Quota.per_second("FREE candidate", 1, 3)
 
 
 class Moody(httpx.AsyncBaseTransport):
-    """An upstream that answers as it is told."""
+    """An upstream with configurable responses."""
 
     status = 200
 
@@ -207,32 +207,32 @@ steps = st.lists(
 )
 
 
-def assert_foretold(told: Explanation, got: dict[str, Any], exchange: Exchange, mood: int) -> None:
-    """Compare a verdict with the answer to the request."""
-    verdict = told.result
+def assert_predicted(told: Explanation, got: dict[str, Any], exchange: Exchange, mood: int) -> None:
+    """Compare the result with the response to the request."""
+    result = told.result
     assert exchange.client is not None
     assert (told.client.id, told.client.tier.name) == (exchange.client.id, exchange.client.quota.name)
     assert (told.route.name if told.route else None) == exchange.route
-    if verdict.outcome == "allowed":
+    if result.outcome == "allowed":
         assert exchange.decision is not None
         assert exchange.decision.allowed
         assert got["status"] == (mood or (203 if exchange.fallback == "static" else 502))
         return
-    if verdict.outcome == "fallback":
+    if result.outcome == "fallback":
         assert told.fallback is not None
-        assert exchange.reason == verdict.reason
-        assert got["status"] == (verdict.status or mood or 503)
+        assert exchange.reason == result.reason
+        assert got["status"] == (result.status or mood or 503)
         if got["status"] != 503:
             assert (exchange.fallback, got["headers"][b"x-gateway-fallback"].decode()) == (told.fallback.name,) * 2
         return
     problem = json.loads(got["body"])
-    assert (verdict.status, verdict.reason, verdict.detail) == (got["status"], problem["reason"], problem["detail"])
-    assert verdict.retry_after_seconds == pytest.approx(problem.get("retry_after_seconds"), abs=0.001)
-    assert (verdict.retry_after_seconds is None) == (b"retry-after" not in got["headers"])
+    assert (result.status, result.reason, result.detail) == (got["status"], problem["reason"], problem["detail"])
+    assert result.retry_after_seconds == pytest.approx(problem.get("retry_after_seconds"), abs=0.001)
+    assert (result.retry_after_seconds is None) == (b"retry-after" not in got["headers"])
     expected = {"rate_limited": "limited", "cost_exceeds_capacity": "exceeds_capacity"}.get(
         problem["reason"], "refused"
     )
-    assert verdict.outcome == expected
+    assert result.outcome == expected
     if exchange.decision is not None and not exchange.decision.allowed:
         assert told.limiting_bucket == exchange.decision.key
 
@@ -261,7 +261,7 @@ def test_the_result_is_what_the_request_then_gets_and_explaining_changes_nothing
             assert await stage.explainer.explain(question) == told
             assert stage.state() == before
             got = await stage.request(question)
-            assert_foretold(told, got, stage.seen[-1], mood)
+            assert_predicted(told, got, stage.seen[-1], mood)
 
     asyncio.run(play())
 

@@ -357,7 +357,7 @@ def test_a_plain_body_is_text(running: RunningGateway, up: RawUpstream) -> None:
 
 
 def spent(running: RunningGateway, target: str, *headers: str) -> int:
-    """Return the tokens that a request takes, as the answer itself tells, beside what one to another route says."""
+    """Return the tokens that a request takes, as the response itself tells, beside what one to another route says."""
     left = int(get(running, "/api/none", "X-Client-ID: payer").all("x-ratelimit-remaining")[0])
     answer = get(running, target, "X-Client-ID: payer", *headers)
     return left - int(answer.all("x-ratelimit-remaining")[0])

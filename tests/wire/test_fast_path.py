@@ -44,7 +44,7 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
 
 @pytest.fixture
 def up(shared: RawUpstream) -> Iterator[RawUpstream]:
-    """An upstream that answers `ok` unless it is told otherwise."""
+    """An upstream that answers `ok` by default."""
     shared.behave = reply()
     yield shared
     shared.behave = reply()
@@ -81,7 +81,7 @@ def finished(running: RunningGateway) -> list[Exchange]:
 
 
 def is_calm(running: RunningGateway, up: RawUpstream) -> bool:
-    """Tell whether nothing is held by a request that is over."""
+    """Return whether nothing is held by a request that is over."""
     recorder, upstream = running.live.recorder, running.live.upstreams["up"]
     return recorder.in_flight == 0 and all(target.in_flight == 0 for target in upstream.targets)
 
@@ -108,7 +108,7 @@ def normal(head: bytes) -> bytes:
 
 
 def same(one: bytes, other: bytes) -> bool:
-    """Tell whether two heads are the same but for what differs from request to request."""
+    """Return whether two heads are the same but for what differs from request to request."""
     return normal(re.sub(rb"(content-length|retry-after): \d+", rb"\1: *", one)) == normal(
         re.sub(rb"(content-length|retry-after): \d+", rb"\1: *", other)
     )
@@ -312,7 +312,7 @@ def test_retries_are_the_same_on_both_paths(
     tries: tuple[Try, ...],
     expected: tuple[int, bytes, int, tuple[str, ...]],
 ) -> None:
-    """Nothing of an answer that is not the last reaches the client, and the last one does as it came."""
+    """Nothing of a response that is not the last reaches the client, and the last one does as it came."""
     left: list[Try] = []
 
     def behave(wire: Wire, _request: RawRequest) -> bool:
@@ -816,7 +816,7 @@ def test_a_slow_reader_holds_the_upstream_back(running: RunningGateway, up: RawU
 
 
 def test_a_client_that_reads_nothing_cannot_accumulate_responses(running: RunningGateway, up: RawUpstream) -> None:
-    """While an answer waits to be read, the next request waits too."""
+    """While a response waits to be read, the next request waits too."""
     up.behave = reply(b"x" * 200_000)
     with RawClient(running.port) as client:
         for _ in range(400):

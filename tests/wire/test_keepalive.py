@@ -105,7 +105,7 @@ def test_a_connection_of_http_1_0_serves_one_request(client: RawClient, headers:
 
 
 def test_a_connection_that_is_idle_too_long_is_closed(client: RawClient) -> None:
-    """The time runs from the last answer, and without a word of refusal."""
+    """The time runs from the last response, and without a word of refusal."""
     for _ in range(2):
         assert client.get().status == 200
         time.sleep(KEPT * 0.6)
@@ -380,7 +380,7 @@ def test_requests_wait_for_a_connection_in_order(gateway: StartGateway, upstream
 
 
 def test_waiting_too_long_for_a_connection_is_503_overloaded(gateway: StartGateway, upstream: StartUpstream) -> None:
-    """It has not reached the upstream, and the breaker is not told of it."""
+    """It has not reached the upstream, and is not reported to the breaker."""
     gates = Gates()
     up = upstream(gates)
     running = gateway(once(up, pool={"max_connections": 1}, timeouts={"connect": 0.2}))

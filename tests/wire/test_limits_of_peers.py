@@ -259,7 +259,7 @@ def test_an_upstream_that_reads_slowly_and_steadily_is_sent_it_all(
 def test_a_client_that_has_its_early_response_cannot_keep_the_connection(
     gateway: Callable[..., RunningGateway], up: RawUpstream
 ) -> None:
-    """Though it read the end of that answer late: the time to send the rest of its body runs from the answer."""
+    """Though it read the end of that response late: the time to send the rest of its body runs from the response."""
     size = 16 * MIB
     up.reads_body = False
     downloads(up, size)

@@ -338,7 +338,7 @@ def test_an_upgrade_that_is_not_supported_is_served_as_plain_http(client: RawCli
     assert up.requests[0].all("upgrade") == up.requests[0].all("connection") == []
 
 
-# The answer
+# The response
 
 
 def test_the_response_reaches_the_client(client: RawClient, up: RawUpstream) -> None:
@@ -482,7 +482,7 @@ def test_a_method_no_route_takes_is_refused_with_those_taken(client: RawClient) 
 
 
 def test_trace_is_not_forwarded(client: RawClient, up: RawUpstream) -> None:
-    """It would echo credentials. The answer says what may be asked (RFC 9110 section 15.5.6)."""
+    """It would echo credentials. The response says what may be asked (RFC 9110 section 15.5.6)."""
     answer = ask(client, "TRACE")
     assert answer.status == 405
     assert problem_of(answer)["reason"] == "method_not_allowed"
@@ -525,7 +525,7 @@ def test_targets_take_turns(client: RawClient) -> None:
 
 
 def assert_problem(answer: RawAnswer, status: int, reason: str, up: RawUpstream | None = None) -> None:
-    """The answer explains itself, and names no address inside."""
+    """The response explains itself, and names no address inside."""
     problem = problem_of(answer)
     assert (answer.status, problem["status"], problem["reason"]) == (status, status, reason)
     assert problem["request_id"].encode() == answer.all("x-request-id")[0]
@@ -741,7 +741,7 @@ def test_a_chunked_body_that_grows_too_large_is_refused(client: RawClient, up: R
 
 @pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", f"Content-Length: {64 * MAX_BODY}"])
 def test_a_client_that_sends_on_still_gets_the_refusal(client: RawClient, up: RawUpstream, framing: str) -> None:
-    """A connection closed with bytes unread is reset, and a reset takes the answer away from the client."""
+    """A connection closed with bytes unread is reset, and a reset takes the response away from the client."""
     client.request("POST", "/api/x", (framing,))
     piece = b"10000\r\n" + bytes(0x10000) + b"\r\n" if "chunked" in framing else bytes(0x10000)
     with suppress(OSError):

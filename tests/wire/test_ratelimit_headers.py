@@ -32,7 +32,7 @@ def items(values: list[bytes]) -> list[Item]:
 
 
 def limits(answer: RawAnswer) -> dict[str, Any]:
-    """Return what an answer says of our one bucket, after checking that it says it once and alike."""
+    """Return what a response says of our one bucket, after checking that it says it once and alike."""
     ((policy, terms),) = items(answer.all("ratelimit-policy"))
     ((name, left),) = items(answer.all("ratelimit"))
     assert policy == name

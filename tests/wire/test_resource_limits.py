@@ -102,7 +102,7 @@ def test_an_address_gets_half_of_the_connections_and_another_one_is_still_served
 
 
 def test_places_come_back_however_a_connection_ends(eight: RunningGateway, up: RawUpstream) -> None:
-    """Closed, reset within a head, refused as malformed, upgraded, left during an answer, refused as surplus."""
+    """Closed, reset within a head, refused as malformed, upgraded, left during a response, refused as surplus."""
     go_on = threading.Event()
 
     def behave(wire: Wire, request: RawRequest) -> bool | None:
@@ -353,7 +353,7 @@ def test_a_client_that_waits_for_100_continue_is_not_held_to_the_rate(strict: Ru
 
 
 class Gate(RawUpstream):
-    """An upstream that lets requests to /api/held wait until it is told to go on; others it answers at once."""
+    """An upstream that lets requests to /api/held wait until it may go on; others it answers at once."""
 
     def __init__(self) -> None:
         super().__init__(self._act)

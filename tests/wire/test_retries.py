@@ -123,7 +123,7 @@ def ask(gateway: RunningGateway, method: str, target: str, body: bytes = b"", *h
 
 
 def tries(gateway: RunningGateway, upstream: str) -> Callable[[], dict[str, int]]:
-    """Return what counts the tries since now, by outcome."""
+    """Return what counts the attempts since now, by outcome."""
     before = dict(gateway.live.recorder.outcomes[upstream])
 
     def since() -> dict[str, int]:
@@ -253,7 +253,7 @@ def test_a_response_with_another_status_is_not_retried(
 def test_a_request_is_tried_no_more_often_than_configured(
     running: RunningGateway, up: RawUpstream, name: str, attempts: int
 ) -> None:
-    """The answer tells of the last failure."""
+    """The response names the last failure."""
     made = tries(running, name)
     up.behave = dies
     answer = ask(running, "GET", f"/api/{name}")
@@ -286,7 +286,7 @@ def test_every_attempt_reports_its_own_outcome_to_the_breaker(running: RunningGa
 
 
 def test_a_breaker_that_opens_between_attempts_ends_them(running: RunningGateway, up: RawUpstream) -> None:
-    """The client is told what failed, not that the breaker is now open; the next client is told that."""
+    """The client gets what failed, not that the breaker is now open; the next client gets that."""
     up.behave = dies
     answer = ask(running, "GET", "/api/opening")
     assert (answer.status, len(up.requests)) == (502, 2)
@@ -303,7 +303,7 @@ def test_no_target_stays_held(running: RunningGateway, up: RawUpstream) -> None:
 
 
 def test_a_response_that_comes_before_the_whole_body_is_passed_on(running: RunningGateway, up: RawUpstream) -> None:
-    """The rest of the body still goes to who gave it, and would be lost to another try."""
+    """The rest of the body still goes to who gave it, and would be lost to another attempt."""
     up.reads_body = False
     up.behave = unavailable
     try:
@@ -338,7 +338,7 @@ def test_the_statuses_are_configured(running: RunningGateway, up: RawUpstream) -
 
 @pytest.mark.parametrize("name", ["once", "unfunded", "twice"])
 def test_the_last_response_is_passed_on_as_it_came(running: RunningGateway, up: RawUpstream, name: str) -> None:
-    """When no try is left, or none is paid for; the gateway puts no words of its own in its place."""
+    """When no attempt is left, or none is paid for; the gateway puts no words of its own in its place."""
     up.behave = unavailable
     answer = ask(running, "GET", f"/api/{name}")
     assert (answer.status, answer.body, answer.all("x-from")) == (503, b"not now", [b"upstream"])
@@ -411,7 +411,7 @@ def test_a_probe_is_not_repeated_nor_anything_while_the_upstream_is_being_probed
 
 
 def test_a_request_that_found_no_connection_is_not_repeated(running: RunningGateway, up: RawUpstream) -> None:
-    """What sheds load is not asked again; the client is told to wait."""
+    """What sheds load is not asked again; the client gets Retry-After."""
     made, gate = tries(running, "scarce"), threading.Event()
 
     def behave(wire: Wire, request: RawRequest) -> None:

@@ -35,7 +35,7 @@ WAYS = {"fast path": (), "ASGI path": ("X-Odd:  two blanks",)}  # which the fast
 
 
 class Stage(RawUpstream):
-    """An upstream that answers `ok`, but lets requests to /api/held wait until it is told to go on."""
+    """An upstream that answers `ok`, but lets requests to /api/held wait until it may go on."""
 
     def __init__(self) -> None:
         super().__init__(self._act)
@@ -206,7 +206,7 @@ def test_a_client_that_disconnects_releases_its_permit(running: RunningGateway, 
     assert get(running, "FREE", way).status == 200
 
 
-# What they are told
+# What refused clients get
 
 
 def test_both_paths_refuse_with_the_same_detail(running: RunningGateway, stage: Stage) -> None:
@@ -246,7 +246,7 @@ def test_a_refusal_costs_nothing(running: RunningGateway, stage: Stage, way: tup
 def test_a_refused_request_cannot_exceed_the_rate_limit(
     stage: Stage, gateway: StartGateway, way: tuple[str, ...]
 ) -> None:
-    """Who is out of tokens is told so, whatever is under way."""
+    """A rate-limited client gets 429, whatever is under way."""
     sections = sections_for(stage)
     sections["tiers"]["FREE"] = {"rate": 0.001, "capacity": 1}
     running = warm(gateway(sections), stage)
@@ -342,7 +342,7 @@ def test_a_timeout_counts_as_long_as_it_took(stage: Stage, gateway: StartGateway
 
 
 class Listening:
-    """A gradient that keeps what it is told."""
+    """A gradient that records its samples."""
 
     def __init__(self, gradient: Any, learnt: list[float]) -> None:
         self.gradient, self.learnt = gradient, learnt
@@ -357,7 +357,7 @@ class Listening:
 
 @pytest.fixture
 def late(stage: Stage, gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], RunningGateway]:
-    """A gateway whose loop runs as late as it is told to believe."""
+    """A gateway whose loop runs as late as the test says."""
     monkeypatch.setattr(LagSampler, "start", lambda _sampler: None)
     running = warm(gateway(sections_for(stage, places=None)), stage)
 

@@ -597,7 +597,7 @@ async def test_the_time_to_the_head_runs_once_the_body_is_sent(
 async def test_silence_after_an_early_head_is_noticed_although_the_upload_ended_later(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
-    """The end of an upload does not stop the clock that runs for the answer's body."""
+    """The end of an upload does not stop the clock that runs for the response's body."""
     gate = threading.Event()
 
     def behave(wire: Wire, _request: RawRequest) -> None:
@@ -706,7 +706,7 @@ async def test_a_body_delimited_by_a_connection_that_is_reset_is_broken(
 async def test_what_is_not_http_is_a_protocol_error(
     transport: UpstreamTransport, upstream: StartUpstream, answer: bytes
 ) -> None:
-    """So is an answer in a transfer coding that nobody asked for, whose bytes the client could not read."""
+    """So is a response in a transfer coding that nobody asked for, whose bytes the client could not read."""
     up = upstream(raw(answer))
     with pytest.raises(httpx.RemoteProtocolError):
         await fetch(transport, request_to(up, read=1))
@@ -725,14 +725,14 @@ async def test_a_head_above_the_limit_is_a_protocol_error(
 async def test_one_response_may_have_a_large_head_after_another(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
-    """The bound is on each head, not on all that a connection has brought."""
+    """The limit is on each head, not on all that a connection has brought."""
     up = upstream(reply(b"x" * 50_000, headers=((b"X", b"x" * 50_000),)))
     for _ in range(3):
         assert await fetch(transport, request_to(up)) == b"x" * 50_000
     assert len(up.wires) == 1
 
 
-# Framing of answers
+# Framing of responses
 
 
 @pytest.mark.parametrize(
@@ -749,7 +749,7 @@ async def test_one_response_may_have_a_large_head_after_another(
 async def test_bytes_after_the_response_never_reach_the_next_one(
     transport: UpstreamTransport, upstream: StartUpstream, method: str, answer: bytes, body: bytes, *, pause: bool
 ) -> None:
-    """They close the connection, whether they come with the answer or while the connection is idle."""
+    """They close the connection, whether they come with the response or while the connection is idle."""
     end = len(answer) - (len(OK) if answer.endswith(OK) else len(b"extra"))
     pieces = (answer[:end], answer[end:]) if pause else (answer,)
     up = upstream(first_then(raw(*pieces), reply(b"next")))
@@ -921,7 +921,7 @@ async def test_a_response_that_comes_before_the_body_is_sent_ends_the_sending(
 async def test_a_connection_that_is_lost_ends_the_sending(
     transport: UpstreamTransport, upstream: StartUpstream, end: Callable[[Wire], None]
 ) -> None:
-    """What the client has yet to send is for another try, or for nobody."""
+    """What the client has yet to send is for another attempt, or for nobody."""
 
     def behave(wire: Wire, _request: RawRequest) -> bool:
         assert wire.read_until(b"begun")
@@ -1097,7 +1097,7 @@ async def test_what_was_retired_can_be_revived(transport: UpstreamTransport, ups
 async def tls_exchange(
     certificates: Path, name: str, tls: ssl.SSLContext, count: int = 1, *, host: str | None = None
 ) -> tuple[list[bytes], int]:
-    """Make requests to an upstream with the certificate `name`; return the answers and how many connections it saw.
+    """Make requests to an upstream with the certificate `name`; return the responses and how many connections it saw.
 
     `host` is a name that was resolved to its address.
     """

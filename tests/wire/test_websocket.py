@@ -157,7 +157,7 @@ def ask(client: RawClient, target: str = "/api/x", *headers: str, behind: bytes 
 
 
 def opened(client: RawClient, target: str = "/api/x", *headers: str, behind: bytes = b"") -> RawAnswer:
-    """Open a tunnel and return the head of the answer; all that follows is in the new protocol."""
+    """Open a tunnel and return the head of the response; all that follows is in the new protocol."""
     ask(client, target, *headers, behind=behind)
     head = client.read_until(b"\r\n\r\n")
     assert head is not None
