@@ -241,18 +241,18 @@ class Assembly:
 
     # Upstreams
 
-    def _adopt_upstream(self, name: str, plan: UpstreamPlan | None, bands: PriorityClasses) -> LiveUpstream:
+    def _adopt_upstream(self, name: str, plan: UpstreamPlan | None, priorities: PriorityClasses) -> LiveUpstream:
         """Return the upstream under its plan: the live one, a retired one, or a new one."""
         clock = self._clocks.monotonic
         live = self.gateway.upstreams.get(name) or self._retired.pop(name, None)
         if plan is None:
             assert live is not None  # noqa: S101 - it does not change
-            rerank(live, bands, clock())
+            rerank(live, priorities, clock())
             return live
         if live is None:
-            return build_upstream(plan, self._resolve, clock, bands)
+            return build_upstream(plan, self._resolve, clock, priorities)
         before = live.transports
-        changed = change_upstream(plan, live, self._resolve, clock, bands)
+        changed = change_upstream(plan, live, self._resolve, clock, priorities)
         self._retire_transports(one for one in before if one not in changed.transports)
         return changed
 

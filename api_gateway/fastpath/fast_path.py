@@ -109,7 +109,7 @@ class FastPath:
     def __repr__(self) -> str:
         return f"<FastPath [{self._headers!r}]>"
 
-    def try_handle(self, client: Downstream, received: bytes) -> bool:
+    def try_handle(self, client: Downstream, received: bytes) -> bool:  # noqa: C901 - each branch is one reason
         """Start or refuse the received request and return True, or change nothing and return False.
 
         `received` is everything that one read returned: one complete request, or False is returned.

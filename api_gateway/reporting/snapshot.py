@@ -169,8 +169,8 @@ class TargetSnapshot:
         return self.url if self.named is None else f"{self.named} ({self.url})"
 
     @property
-    def verdict(self) -> bool | None:
-        """Result of health checks; None before the first result."""
+    def health(self) -> bool | None:
+        """Outcome of the health checks; None before the first result."""
         return None if self.is_healthy and self.checks.at is None else self.is_healthy
 
     @property

@@ -1,4 +1,4 @@
-"""The steps of a proxied request, each by itself: tiny applications inside, clocks that stand still, no server."""
+"""The middleware steps of a proxied request, each alone: small inner applications, fixed clocks, no server."""
 
 import asyncio
 import json
@@ -241,7 +241,7 @@ async def test_a_peer_without_address_is_unknown() -> None:
     assert recording.exchange.peer == "unknown"
 
 
-async def test_an_error_becomes_an_answer_that_says_why() -> None:
+async def test_an_error_becomes_a_response_with_its_reason() -> None:
     error = RateLimited("Wait.", retry_after=2.5, extra={"tier": "FREE"})
     recording = Recording(raises(error))
     answer = await ask(recording.app, http("/api/ü", (b"x-request-id", b"id-1")))
@@ -267,7 +267,7 @@ async def test_the_headers_that_earlier_steps_left_go_on_an_error_too() -> None:
     assert (await ask(Recording(app).app, http())).all(b"ratelimit") == [b"r"]
 
 
-async def test_a_cause_is_told_to_the_log_and_not_to_the_client() -> None:
+async def test_a_cause_is_logged_and_not_sent_to_the_client() -> None:
     error = UpstreamReset("It broke.")
     error.__cause__ = OSError("connection to 10.0.0.9 reset")
     recording = Recording(raises(error))
@@ -276,7 +276,7 @@ async def test_a_cause_is_told_to_the_log_and_not_to_the_client() -> None:
     assert "10.0.0.9" in (recording.exchange.detail or "")
 
 
-async def test_a_defect_is_answered_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_defect_is_a_500_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     recording = Recording(raises(ZeroDivisionError("a secret of ours")))
     with caplog.at_level(logging.ERROR):
         answer = await ask(recording.app, http("/api/x", (b"x-request-id", b"id-1")))
@@ -291,7 +291,7 @@ async def test_a_defect_is_answered_and_logged(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize("error", [UpstreamReset("It broke."), ValueError("defect")])
-async def test_once_an_answer_has_begun_nothing_more_is_sent(error: Exception) -> None:
+async def test_once_a_response_has_begun_nothing_more_is_sent(error: Exception) -> None:
     """Leaving it unfinished makes the server close the connection, which is how the client learns of it."""
 
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
