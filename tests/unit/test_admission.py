@@ -504,7 +504,7 @@ async def test_a_refusal_ends_admission() -> None:
     error = await decide(Admission([Question("no"), RouteStage(ROUTES)]), plan)
     assert isinstance(error, BadRequest)
     assert error.detail == "no"
-    assert plan.route is None
+    assert plan.exchange.route is None
 
 
 async def test_a_question_that_fails_fails_the_request() -> None:
