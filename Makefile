@@ -13,7 +13,7 @@ format:  ## format the code and apply automatic fixes
 	ruff format .
 	ruff check --fix .
 unit:    ## tests of logic, without sockets and processes
-	pytest --hypothesis-profile quick tests/unit
+	pytest -n 2 --hypothesis-profile quick tests/unit
 wire:    ## tests on real sockets, with a gateway in the test process
 	pytest tests/wire
 test:    ## all tests, except those that build environments or use all cores (pytest -n 0 -m "install or heavy")

@@ -6,6 +6,7 @@ package of its own. `python -m tests.unit.test_architecture` draws the picture i
 
 import ast
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,8 @@ def package_of(module: str) -> str:
     return module.partition(".")[0]
 
 
-def imports(tree: ast.Module) -> set[str]:
+@cache
+def imports(tree: ast.Module) -> frozenset[str]:
     """Return every module imported, wherever the import stands, with imported names as if they were modules."""
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -121,7 +123,7 @@ def imports(tree: ast.Module) -> set[str]:
             assert node.module is not None, "imports are absolute"
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def own_imports(tree: ast.Module) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "api_gateway"
@@ -30,6 +31,7 @@ def defined_names(tree: ast.Module) -> Iterator[str]:
         yield from (name for name in names if not name.startswith("_"))
 
 
+@cache
 def duplicates(folder: Path) -> dict[str, list[str]]:
     """Return the names that several modules below a folder define, and which modules those are."""
     modules = defaultdict(list)
