@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from tests import loop_watch
 from tests.kit import Behaviour, FakeClock, RawUpstream, RunningGateway, reply, running_gateway
 from tests.processes import reports_of_processes
@@ -89,15 +90,15 @@ def upstream() -> Iterator[Callable[..., RawUpstream]]:
 
 
 @pytest.fixture
-def gateway(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], RunningGateway]]:
-    """Start gateways; they are stopped at the end."""
+def gateway(tmp_path: Path) -> Iterator[Callable[..., RunningGateway]]:
+    """Start gateways, on the system's clocks unless others are given; they are stopped at the end."""
     with ExitStack() as stack:
         count = 0
 
-        def start(sections: dict[str, Any]) -> RunningGateway:
+        def start(sections: dict[str, Any], clocks: Clocks = SYSTEM_CLOCKS) -> RunningGateway:
             nonlocal count
             count += 1
-            return stack.enter_context(running_gateway(sections, tmp_path / f"state-{count}"))
+            return stack.enter_context(running_gateway(sections, tmp_path / f"state-{count}", clocks))
 
         yield start
 

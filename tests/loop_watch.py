@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,9 +158,12 @@ def _callback(leaf: FrameType | None) -> FrameType | None:
 
 
 def _starts_thread(frame: FrameType | None) -> bool:
-    """Return whether the thread waits for another one to start, which depends on the scheduler."""
+    """Return whether the thread waits for another one to start, which depends on the scheduler.
+
+    Executors have one lock for all event loops of the process, which is held meanwhile.
+    """
     while frame is not None:
-        if frame.f_code is threading.Thread.start.__code__:
+        if frame.f_code in STARTS_THREAD:
             return True
         frame = frame.f_back
     return False
@@ -170,6 +174,7 @@ def _run_delay(schedstat: int) -> float:
     return int(os.pread(schedstat, 128, 0).split()[1]) / 1e9
 
 
+STARTS_THREAD = {threading.Thread.start.__code__, ThreadPoolExecutor.submit.__code__}
 LOOP_CODE = {asyncio.Runner.run.__code__, asyncio.BaseEventLoop.run_forever.__code__}
 
 

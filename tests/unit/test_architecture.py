@@ -104,6 +104,8 @@ def module_name(path: Path) -> str:
 
 MODULES = {module_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 LENGTHS = {module_name(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+NODES = [(name, node) for name, tree in MODULES.items() for node in ast.walk(tree)]
+FUNCTIONS = [(name, node) for name, node in NODES if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -151,12 +153,14 @@ def test_every_package_has_one_layer() -> None:
     assert set(names) == set(map(package_of, MODULES))
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_a_package_imports_itself_and_lower_layers(name: str) -> None:
-    package = package_of(name)
-    wrong = {other for other in own_imports(MODULES[name]) if package_of(other) != package}
-    wrong = {other for other in wrong if RANK[package_of(other)] >= RANK[package]}
-    assert not wrong, f"{name} imports {sorted(wrong)}"
+def test_a_package_imports_itself_and_lower_layers() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, tree in MODULES.items()
+        for other in sorted(set(own_imports(tree)))
+        if package_of(other) != package_of(name) and RANK[package_of(other)] >= RANK[package_of(name)]
+    ]
+    assert not wrong
 
 
 def test_modules_have_no_cycles() -> None:
@@ -173,16 +177,14 @@ def test_modules_have_no_cycles() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_stand_at_the_top(name: str) -> None:
+def test_imports_stand_at_the_top() -> None:
     hidden = [
-        node.lineno
-        for function in ast.walk(MODULES[name])
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        f"{name}, line {node.lineno}"
+        for name, function in FUNCTIONS
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
-    assert not hidden, f"{name} imports inside functions, at lines {hidden}"
+    assert not hidden, "imports inside functions"
 
 
 @pytest.mark.parametrize("library", sorted(LIBRARIES))
@@ -203,36 +205,33 @@ def test_what_decides_reads_no_clock_and_does_not_wait(part: str) -> None:
         assert not imports(tree) & {"time", "asyncio"}, f"{name} imports a clock"
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_no_handler_swallows_everything(name: str) -> None:
+def test_no_handler_swallows_everything() -> None:
     broad = [
-        node.lineno
-        for node in ast.walk(MODULES[name])
+        f"{name}, line {node.lineno}"
+        for name, node in NODES
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
         and all(isinstance(statement, ast.Pass) for statement in node.body)
     ]
-    assert not broad, f"{name} swallows exceptions at lines {broad}"
+    assert not broad, "handlers that swallow every exception"
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_functions_stay_short(name: str) -> None:
+def test_functions_stay_short() -> None:
     long = {
-        node.name: length
-        for node in ast.walk(MODULES[name])
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (length := (node.end_lineno or 0) - node.lineno - len((ast.get_docstring(node) or "").split("\n"))) > 60
+        f"{name}: {node.name}": length
+        for name, node in FUNCTIONS
+        if (length := (node.end_lineno or 0) - node.lineno - len((ast.get_docstring(node) or "").split("\n"))) > 60
     }
-    assert not long, f"{name} has long functions: {long}"
+    assert not long
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_a_module_says_what_it_is_for_and_why_it_is_long(name: str) -> None:
-    text = ast.get_docstring(MODULES[name]) or ""
-    assert text.splitlines()[:1] != [], f"{name} has no docstring"
-    assert LENGTHS[name] <= MAX_LINES or REASON in text.lower(), (
-        f"{name} has {LENGTHS[name]} lines, and no sentence says why"
-    )
+def test_a_module_says_what_it_is_for_and_why_it_is_long() -> None:
+    for name, tree in MODULES.items():
+        text = ast.get_docstring(tree) or ""
+        assert text.splitlines()[:1] != [], f"{name} has no docstring"
+        assert LENGTHS[name] <= MAX_LINES or REASON in text.lower(), (
+            f"{name} has {LENGTHS[name]} lines, and no sentence says why"
+        )
 
 
 def test_a_package_holds_nothing_but_its_purpose() -> None:

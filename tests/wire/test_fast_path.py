@@ -12,6 +12,7 @@ import pytest
 from api_gateway.models import Exchange
 from tests.kit import (
     PATIENCE,
+    FakeClocks,
     RawClient,
     RawRequest,
     RawUpstream,
@@ -23,7 +24,7 @@ from tests.kit import (
     reply,
 )
 
-StartGateway = Callable[[dict[str, Any]], RunningGateway]
+StartGateway = Callable[..., RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
 ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the fast path leaves to the ASGI path
@@ -441,12 +442,13 @@ def test_a_client_to_be_looked_up_waits_on_the_fast_path(
 
 def test_an_open_breaker_uses_the_asgi_path(gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]) -> None:
     breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0}
-    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
+    clocks = FakeClocks()
+    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker), clocks.clocks), up)
     up.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
         fast_path_spy.clear()
         assert [client.get().status for _ in range(2)] == [500, 503]
-        time.sleep(0.25)
+        clocks.advance(0.25)
         up.behave = reply()
         assert [client.get().status for _ in range(2)] == [200, 200]
     assert fast_path_spy == [True, False, False, True]
@@ -456,16 +458,19 @@ def test_a_breaker_in_its_ramp_uses_the_asgi_path(
     gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
     breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0.5}
-    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
+    clocks = FakeClocks()
+    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker), clocks.clocks), up)
     up.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
         assert client.get().status == 500
         up.behave = reply()
-        eventually(lambda: client.get().status == 200, "it recovers")
+        clocks.advance(0.25)
+        assert client.get().status == 200
         fast_path_spy.clear()
         assert client.get().status == 200
+        assert fast_path_spy == [False]
+        clocks.advance(0.5)
         eventually(lambda: client.get().status == 200 and fast_path_spy[-1], "all traffic is back")
-    assert fast_path_spy[0] is False
 
 
 @pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "ASGI path"])
@@ -474,10 +479,11 @@ def test_slow_responses_open_the_breaker_on_both_paths(
 ) -> None:
     """Though all of them succeed; what is written down of them has route, duration and request id."""
     breaker = {"slow_call_duration": 0.05, "slow_call_rate": 1, "minimum_calls": 2, "window_calls": 2}
-    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
+    clocks = FakeClocks()
+    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker), clocks.clocks), up)
 
     def behave(wire: Wire, request: RawRequest) -> bool | None:
-        time.sleep(0.1)
+        clocks.advance(0.1)
         return reply()(wire, request)
 
     up.behave = behave
@@ -491,7 +497,7 @@ def test_slow_responses_open_the_breaker_on_both_paths(
         ("slow-1", "all"),
         ("slow-0", "all"),
     ]
-    assert all(0.1 <= call["duration_seconds"] < PATIENCE for call in move["last_failures"])
+    assert [call["duration_seconds"] for call in move["last_failures"]] == [0.1, 0.1]
     assert "circuit breaker up: CLOSED -> OPEN: 2 of the last 2 calls took" in caplog.text
 
 
@@ -529,7 +535,12 @@ def breaks_off(wire: Wire, _request: RawRequest) -> bool:
 
 
 def with_a_bad_target(
-    gateway: StartGateway, up: RawUpstream, bad: RawUpstream, headers: tuple[str, ...], **options: Any
+    gateway: StartGateway,
+    up: RawUpstream,
+    bad: RawUpstream,
+    headers: tuple[str, ...],
+    clocks: FakeClocks,
+    **options: Any,
 ) -> RunningGateway:
     """Return a gateway in front of both, the bad one ejected for having failed twice."""
     sections = in_front_of(
@@ -538,7 +549,7 @@ def with_a_bad_target(
         circuit_breaker={"failure_threshold": 2, "minimum_calls": 1000, "recovery_timeout": 0.4},
         **{"slow_start": 0, **options},
     )
-    running = warm(gateway(sections), up)
+    running = warm(gateway(sections, clocks.clocks), up)
     warm(running, bad)
     bad.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
@@ -560,7 +571,8 @@ def test_an_ejected_target_gets_nothing_on_both_paths(
     headers: tuple[str, ...],
 ) -> None:
     bad = upstream()
-    running = with_a_bad_target(gateway, up, bad, headers)
+    clocks = FakeClocks()
+    running = with_a_bad_target(gateway, up, bad, headers, clocks)
     fast_path_spy.clear()
     with RawClient(running.port) as client:
         assert [client.get(headers=headers).status for _ in range(6)] == [200] * 6
@@ -574,9 +586,10 @@ def test_a_failed_probe_of_a_target_is_retried_on_another_on_both_paths(
     gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, headers: tuple[str, ...]
 ) -> None:
     bad = upstream()
-    running = with_a_bad_target(gateway, up, bad, headers)
+    clocks = FakeClocks()
+    running = with_a_bad_target(gateway, up, bad, headers, clocks)
     bad.behave = breaks_off
-    time.sleep(0.45)
+    clocks.advance(0.45)
     done = finished(running)
     with RawClient(running.port) as client:
         assert [client.get(headers=headers).status for _ in range(6)] == [200] * 6
@@ -592,9 +605,10 @@ def test_a_probe_of_a_target_that_succeeds_brings_it_back_on_both_paths(
     gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, headers: tuple[str, ...]
 ) -> None:
     bad = upstream()
-    running = with_a_bad_target(gateway, up, bad, headers)
+    clocks = FakeClocks()
+    running = with_a_bad_target(gateway, up, bad, headers, clocks)
     bad.behave = reply()
-    time.sleep(0.45)
+    clocks.advance(0.45)
     with RawClient(running.port) as client:
         assert [client.get(headers=headers).status for _ in range(8)] == [200] * 8
     assert running.live.upstreams["up"].targets[1].breaker.state == "CLOSED"
@@ -613,7 +627,8 @@ def test_a_probe_with_a_long_response_reports_its_outcome_before_the_end_on_both
 ) -> None:
     monkeypatch.setattr("api_gateway.router.PROBE_SETTLES_AFTER", 0.05)
     bad, may_end = upstream(), threading.Event()
-    running = with_a_bad_target(gateway, up, bad, headers)
+    clocks = FakeClocks()
+    running = with_a_bad_target(gateway, up, bad, headers, clocks)
 
     def behave(wire: Wire, _request: RawRequest) -> None:
         wire.send(OK[:-1])
@@ -622,7 +637,7 @@ def test_a_probe_with_a_long_response_reports_its_outcome_before_the_end_on_both
 
     bad.behave = behave
     target = running.live.upstreams["up"].targets[1]
-    time.sleep(0.45)
+    clocks.advance(0.45)
     with RawClient(running.port) as one, RawClient(running.port) as other:
         for client in (one, other):  # one of them is the probe
             client.request(headers=headers)
