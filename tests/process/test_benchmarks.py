@@ -349,7 +349,7 @@ def test_a_short_comparison_prints_a_table_and_writes_a_plot(tmp_path: Path) -> 
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ") and "µs" not in line]
-    assert [row[0] for row in rows] == ["| this gateway", "| uvicorn, answers a constant"]
+    assert [row[0] for row in rows] == ["| this gateway", "| uvicorn, constant response"]
     gateway, constant = (float(row[2].replace(",", "")) for row in rows)
     assert 0 < constant < gateway
     assert ">this gateway</text>" in (tmp_path / "plot.svg").read_text()
