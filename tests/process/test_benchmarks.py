@@ -56,7 +56,7 @@ def test_the_summary_of_wrk_is_read_in_its_units(time_: str, seconds: float, rea
     [
         ({"trouble": "  Non-2xx or 3xx responses: 3\n"}, "Non-2xx or 3xx responses: 3"),
         ({"trouble": "  Socket errors: connect 0, read 7, write 0, timeout 0\n"}, "read 7"),
-        ({"requests": 0}, "no answer"),
+        ({"requests": 0}, "no response"),
         ({"read": "1.00MB"}, "20000 responses of 190 bytes"),
         ({"time": "a while"}, "unexpected output"),
     ],
