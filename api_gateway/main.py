@@ -114,12 +114,12 @@ class GatewayApp(FastAPI):
         return len(self.routes) != self._own_routes or not self._has_no_other_middleware
 
     def _readiness(self) -> tuple[bool, str]:
-        context: AdminContext | None = getattr(self.state, "console", None)
+        context: AdminContext | None = getattr(self.state, "admin_context", None)
         phase = Lifecycle.STARTING if context is None else context.lifecycle
         return phase is Lifecycle.SERVING, phase.value
 
     def _health(self) -> HealthCache | None:
-        context: AdminContext | None = getattr(self.state, "console", None)
+        context: AdminContext | None = getattr(self.state, "admin_context", None)
         return None if context is None else context.health
 
 
@@ -179,10 +179,10 @@ def create_app(
                 read=read,
                 on_change=on_change,
             )
-            await installation.start(settings, _console, aggregator or SingleProcess())
-            app.state.console.lifecycle = Lifecycle.SERVING
+            await installation.start(settings, _admin_context, aggregator or SingleProcess())
+            app.state.admin_context.lifecycle = Lifecycle.SERVING
             yield
-            app.state.console.lifecycle = Lifecycle.DRAINING
+            app.state.admin_context.lifecycle = Lifecycle.DRAINING
 
     return GatewayApp(
         switch,
@@ -221,7 +221,7 @@ def _build_routes(app: FastAPI) -> None:
         pass
 
 
-def _console(gateway: Gateway, explainer: Explainer, aggregator: Aggregator) -> AdminContext:
+def _admin_context(gateway: Gateway, explainer: Explainer, aggregator: Aggregator) -> AdminContext:
     return AdminContext(
         version=__version__,
         limiter=gateway.limiter,

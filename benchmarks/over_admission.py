@@ -224,12 +224,12 @@ ROWS = (
     Row("healthy", healthy, 1, "C + r·d"),
     Row("SCRIPT FLUSH five times a second", flushed, 1, "C + r·d"),
     Row("replies 10 ms late", slowed(0.01), 1, "C + r·d"),
-    Row("replies 60 ms late for a third of it", slowed(0.06), 3, "C + r·d + C a move"),
-    Row("store paused for a third of it", paused, 3, "C + r·d + C a move"),
-    Row("replies lost after execution for a third of it", muted, 3, "C + r·d + C a move"),
+    Row("replies 60 ms late for a third of it", slowed(0.06), 3, "C + r·d + C per change"),
+    Row("store paused for a third of it", paused, 3, "C + r·d + C per change"),
+    Row("replies lost after execution for a third of it", muted, 3, "C + r·d + C per change"),
     Row("2 of 4 gateways cut off for a third of it", half_cut, 1.5, "C + r·d + 2/4 (C + r·d/3)", 1 / 6),
-    Row("store killed for a third of it, then empty", killed, 4, "C + r·d + C a move + C"),
-    Row("store restarted at once, then empty", restarted, 4, "C + r·d + C a move + C"),
+    Row("store killed for a third of it, then empty", killed, 4, "C + r·d + C per change + C"),
+    Row("store restarted at once, then empty", restarted, 4, "C + r·d + C per change + C"),
 )
 
 
@@ -388,7 +388,7 @@ def line(row: Row, tally: Tally, seconds: float) -> str:
 async def run(seconds: float, names: Sequence[str]) -> bool:
     """Measure the rows whose name begins with one of `names`, by default all; return whether all bounds held."""
     sys.stdout.write(
-        "| | admitted | bound | share | largest burst | failed | slowest, ms | bound is |\n"
+        "| | admitted | bound | admitted / bound | largest burst | failed | slowest, ms | formula of the bound |\n"
         "|---|---:|---:|---:|---:|---:|---:|---|\n"
     )
     holds = True

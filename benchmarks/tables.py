@@ -15,7 +15,7 @@ from api_gateway.metrics import Recorder
 from api_gateway.process.server import GatewayServer, configure_logging
 
 
-def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
+def sizes(gateway: Gateway, fast_path: Any) -> dict[str, int]:
     """Return the number of entries of every table that clients can make grow."""
     clients: Any = gateway.clients
     limiter: Any = gateway.limiter
@@ -32,11 +32,11 @@ def sizes(gateway: Gateway, lane: Any) -> dict[str, int]:
         "buckets to be freed": sum(len(part) for table in tables for part in table.retired),
         "refunds": sum(map(len, refunds)),
         "store keys": keys,
-        "client copy": len(clients._cache),
+        "cached clients": len(clients._cache),
         "look-ups": len(clients._lookups._pending) + len(clients._lookups._late),
-        "heads": lane._profiles.cache_info().currsize,
-        "sketches": len(gateway.recorder.requests_by_client) + len(gateway.recorder.limited_by_client),
-        "series": series_of(gateway.recorder),
+        "cached header sets": fast_path._profiles.cache_info().currsize,
+        "most frequent clients": len(gateway.recorder.requests_by_client) + len(gateway.recorder.limited_by_client),
+        "metric series": series_of(gateway.recorder),
     }
 
 

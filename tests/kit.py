@@ -19,11 +19,13 @@ from typing import Any, Self
 
 from api_gateway.admin.locality import LoopbackRule
 from api_gateway.config import GatewayConfig
-from api_gateway.process.server import GatewayServer
+from api_gateway.process.server import GatewayServer, connection_limits
+from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 
 PATIENCE = 30.0  # seconds that a condition may take before a test fails
 START_PATIENCE = 45.0  # seconds that a gateway may take to start: imports are slow on a busy machine
+LIMITS = connection_limits(ServerSection())  # of downstream connections, by default
 
 
 class FakeClock:
@@ -100,8 +102,8 @@ class RunningGateway:
         self.url = f"http://127.0.0.1:{self.port}"
 
     @property
-    def console(self) -> Any:
-        """The context of the operator endpoints."""
+    def live(self) -> Any:
+        """The objects of the running gateway."""
         gateway = self.server._app.state.gateway
         upstreams = {name: service.upstream for name, service in gateway.upstream_clients.items()}
         return SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The breaker's table of moves, what triggers each, and a random walk against a model that keeps a plain log."""
+"""The breaker's table of transitions, what triggers each, and a random walk against a model that keeps a plain log."""
 
 import random
 from dataclasses import dataclass, field, replace
@@ -105,7 +105,7 @@ def test_a_success_breaks_the_streak() -> None:
     assert (breaker.state, breaker.consecutive_failures) == (CLOSED, 2)
 
 
-def test_what_says_nothing_of_the_upstream_neither_counts_nor_breaks_the_streak() -> None:
+def test_an_ignored_call_neither_counts_nor_ends_the_streak() -> None:
     breaker = CircuitBreaker(BY_STREAK, NOW)
     for outcome in (FAILURE, IGNORED, FAILURE, IGNORED):
         assert call(breaker, outcome) is None
@@ -113,7 +113,7 @@ def test_what_says_nothing_of_the_upstream_neither_counts_nor_breaks_the_streak(
     assert call(breaker, FAILURE) is not None
 
 
-def test_it_opens_at_a_share_of_failures() -> None:
+def test_it_opens_at_the_failure_rate() -> None:
     breaker = CircuitBreaker(BY_RATE, NOW)
     for outcome in (FAILURE, SUCCESS, SUCCESS):
         assert call(breaker, outcome) is None
@@ -121,13 +121,13 @@ def test_it_opens_at_a_share_of_failures() -> None:
     assert move == Transition(NOW, CLOSED, OPEN, "2 of 4 calls failed within 10 s")
 
 
-def test_a_share_of_too_few_calls_says_nothing() -> None:
+def test_a_failure_rate_of_too_few_calls_is_not_evaluated() -> None:
     breaker = CircuitBreaker(BY_RATE, NOW)
     assert [call(breaker, FAILURE) for _ in range(3)] == [None, None, None]
     assert breaker.window_counts(NOW)[:2] == (3, 3)
 
 
-def test_a_smaller_share_does_not_open_it() -> None:
+def test_a_lower_failure_rate_does_not_open_it() -> None:
     breaker = CircuitBreaker(BY_RATE, NOW)
     for outcome in (SUCCESS, SUCCESS, SUCCESS, FAILURE, SUCCESS, FAILURE):
         assert call(breaker, outcome) is None
@@ -135,7 +135,7 @@ def test_a_smaller_share_does_not_open_it() -> None:
 
 
 @pytest.mark.parametrize(("calls", "failures", "rate"), [(25, 7, 0.28), (100, 7, 0.07), (100, 55, 0.55), (20, 20, 1)])
-def test_exactly_the_configured_share_opens_it(calls: int, failures: int, rate: float) -> None:
+def test_exactly_the_configured_failure_rate_opens_it(calls: int, failures: int, rate: float) -> None:
     """A share that has no exact double: 25 * 0.28 comes out above 7."""
     breaker = CircuitBreaker(BreakerPolicy(failure_threshold=1000, failure_rate=rate, minimum_calls=calls), NOW)
     for outcome in [SUCCESS] * (calls - failures) + [FAILURE] * (failures - 1):
@@ -190,10 +190,10 @@ def test_retry_after_counts_down_to_the_first_probe() -> None:
         (BY_STREAK, "", "3 consecutive failures"),
         (BY_STREAK, "status 503", "3 consecutive failures; last: status 503"),
         (BY_RATE, "", "4 of 4 calls failed within 10 s"),
-        (BY_RATE, "no answer within 2 s", "4 of 4 calls failed within 10 s; last: no answer within 2 s"),
+        (BY_RATE, "no response within 2 s", "4 of 4 calls failed within 10 s; last: no response within 2 s"),
     ],
 )
-def test_it_remembers_in_words_why_it_opened(policy: BreakerPolicy, detail: str, cause: str) -> None:
+def test_it_records_why_it_opened(policy: BreakerPolicy, detail: str, cause: str) -> None:
     breaker = CircuitBreaker(policy, NOW)
     assert breaker.last_opened is None
     while breaker.state is CLOSED:
@@ -300,7 +300,7 @@ def test_a_lost_probe_is_replaced_after_the_recovery_timeout() -> None:
 
 
 @pytest.mark.parametrize("outcome", Outcome)
-def test_a_lost_probe_that_comes_back_changes_nothing(outcome: Outcome) -> None:
+def test_the_late_outcome_of_a_lost_probe_changes_nothing(outcome: Outcome) -> None:
     """Its permit has gone to another; giving it back again would let two through at once."""
     breaker, now = probing()
     lost = admitted(breaker, now)
@@ -321,7 +321,7 @@ def took(breaker: CircuitBreaker, seconds: float | None, outcome: Outcome = SUCC
     return breaker.settle(admitted(breaker), outcome, NOW, duration=seconds)
 
 
-def test_it_opens_at_a_share_of_slow_calls_though_all_of_them_succeeded() -> None:
+def test_it_opens_at_the_slow_call_rate_though_all_calls_succeeded() -> None:
     breaker = CircuitBreaker(BY_SLOWNESS, NOW)
     for seconds in (0.1, None, 2.0):
         assert took(breaker, seconds) is None
@@ -330,12 +330,12 @@ def test_it_opens_at_a_share_of_slow_calls_though_all_of_them_succeeded() -> Non
     assert breaker.slow_total == 2
 
 
-def test_a_share_of_too_few_slow_calls_says_nothing() -> None:
+def test_a_slow_call_rate_of_too_few_calls_is_not_evaluated() -> None:
     breaker = CircuitBreaker(BY_SLOWNESS, NOW)
     assert [took(breaker, 60) for _ in range(3)] == [None, None, None]
 
 
-def test_slowness_of_what_says_nothing_of_the_upstream_says_nothing() -> None:
+def test_a_slow_ignored_call_is_not_counted() -> None:
     breaker = CircuitBreaker(BY_SLOWNESS, NOW)
     assert [took(breaker, 60, IGNORED) for _ in range(9)] == [None] * 9
     assert (breaker.slow_total, breaker.window_counts(NOW)) == (0, (0, 0, 0))
@@ -371,7 +371,7 @@ def test_a_slow_probe_is_a_failed_one() -> None:
 # A window of calls
 
 
-def test_it_opens_at_a_share_of_the_last_calls_however_old() -> None:
+def test_it_opens_at_the_failure_rate_of_the_last_calls_however_old() -> None:
     breaker = CircuitBreaker(BreakerPolicy(failure_threshold=1000, minimum_calls=3, window_calls=4), NOW)
     for day, outcome in enumerate((FAILURE, SUCCESS, SUCCESS, SUCCESS, FAILURE)):
         assert call(breaker, outcome, NOW + day * 86_400) is None
@@ -419,7 +419,7 @@ def test_without_a_maximum_it_stays_open_for_the_same_time_each_time() -> None:
         now = fail_again(breaker, now)
 
 
-def test_jitter_only_adds_and_what_is_told_is_the_real_time() -> None:
+def test_jitter_only_adds_and_retry_after_includes_it() -> None:
     policy, waits = replace(GROWING, jitter=0.5), set()
     for seed in range(50):
         breaker = CircuitBreaker(policy, NOW, random.Random(seed))
@@ -477,7 +477,7 @@ def recovered(rate: int) -> tuple[CircuitBreaker, float]:
     return breaker, NOW + 50
 
 
-def test_traffic_comes_back_step_by_step() -> None:
+def test_traffic_returns_gradually() -> None:
     breaker, now = recovered(100)
     assert not breaker.is_transparent
     passed = [breaker.admit(now + number / 200) is not None for number in range(2000)]
@@ -489,7 +489,7 @@ def test_traffic_comes_back_step_by_step() -> None:
     assert breaker.is_transparent
 
 
-def test_a_call_that_the_ramp_refuses_is_told_when_to_come_again() -> None:
+def test_a_call_that_the_ramp_rejects_gets_retry_after() -> None:
     breaker, now = recovered(100)
     while breaker.admit(now) is not None:
         pass
@@ -507,7 +507,7 @@ def test_calls_of_the_ramp_count_like_any() -> None:
     assert breaker.ramp_share(now + 1) is None
 
 
-def test_a_rate_that_was_held_down_by_a_ramp_is_not_taken_for_the_usual_one() -> None:
+def test_a_rate_that_was_held_down_by_a_ramp_is_not_mistaken_for_the_usual_one() -> None:
     breaker, now = recovered(1000)
     usual = breaker._rate
     for number in range(10):
@@ -554,7 +554,7 @@ def test_an_outage_just_after_a_ramp_finds_the_rate_known() -> None:
     assert breaker.ramp.rate == pytest.approx(200, rel=0.15)
 
 
-def test_a_stampede_on_an_open_breaker_does_not_raise_a_rate_that_is_known() -> None:
+def test_a_burst_on_an_open_breaker_does_not_raise_a_known_rate() -> None:
     breaker = CircuitBreaker(RAMPED, NOW)
     asked(breaker, NOW, NOW + 20, 50)
     call(breaker, FAILURE, NOW + 20)
@@ -586,7 +586,7 @@ def test_forced_open_without_an_end_promises_no_time() -> None:
     assert breaker.refusal_reason(NOW) == "forced open by an operator."
 
 
-def test_what_was_held_off_by_an_operator_comes_back_step_by_step() -> None:
+def test_traffic_returns_gradually_after_forced_open() -> None:
     breaker = CircuitBreaker(RAMPED, NOW)
     for number in range(1000):
         call(breaker, SUCCESS, NOW + number / 100)
@@ -658,7 +658,7 @@ def test_the_same_mode_again_only_moves_its_end() -> None:
 
 
 @pytest.mark.parametrize(("mode", "refuses"), [("auto", True), ("forced_open", True), ("observe", False)])
-def test_it_tells_whether_it_refuses(mode: str, refuses: bool) -> None:  # noqa: FBT001 - a table's column
+def test_it_reports_whether_it_refuses(mode: str, refuses: bool) -> None:  # noqa: FBT001 - a table's column
     breaker = opened()
     breaker.set_mode(Mode(mode), NOW)
     assert breaker.refuses(NOW) == refuses
@@ -721,7 +721,7 @@ def test_the_diagram_in_the_documentation_is_current() -> None:
 # How it shows itself
 
 
-def test_its_repr_tells_state_and_streak() -> None:
+def test_its_repr_shows_state_and_streak() -> None:
     breaker = CircuitBreaker(BY_STREAK, NOW)
     call(breaker, FAILURE)
     assert repr(breaker) == "<CircuitBreaker [CLOSED, 1 consecutive failures]>"

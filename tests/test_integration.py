@@ -1,4 +1,4 @@
-"""The whole gateway on real sockets, as its users meet it: the demo, limits, tiers, breaker, health, metrics."""
+"""The whole gateway on real sockets, as users see it: the demo, limits, tiers, breaker, health, metrics."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ def set_tier(gateway: RunningGateway, client: str, tier: str) -> Any:
 
 
 @pytest.mark.parametrize("path", ["/api/users", "/api/users/2", "/api/orders", "/api/slow?seconds=0", "/api/flaky"])
-def test_without_configuration_demo_services_answer(demo: RunningGateway, path: str) -> None:
+def test_without_configuration_demo_services_respond(demo: RunningGateway, path: str) -> None:
     answer = get(demo, path, f"demo-{path}")
     assert answer.status == 200
     assert answer.json()
@@ -134,7 +134,7 @@ def test_a_client_can_be_looked_at_and_returned_to_the_default(demo: RunningGate
     assert get(demo, "/clients/visitor").json()["tier_source"] == "default"
 
 
-def test_an_unknown_tier_is_answered_with_the_list(demo: RunningGateway) -> None:
+def test_an_unknown_tier_is_refused_with_the_list_of_tiers(demo: RunningGateway) -> None:
     answer = set_tier(demo, "anyone", "GOLD")
     assert (answer.status, answer.json()["reason"]) == (422, "invalid_value")
     assert answer.json()["tiers"] == ["FREE", "BASIC", "PREMIUM", "ENTERPRISE"]
@@ -184,7 +184,7 @@ def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come(
     running = gateway(in_front_of(up.url, circuit_breaker={"failure_threshold": 1}))
     assert get(running, "/api/x", "c").status == 500
     is_failing = False
-    breaker = running.console.upstreams["up"].breaker
+    breaker = running.live.upstreams["up"].breaker
     breaker._due, breaker._last_idempotent_at = 0.0, float("inf")  # its time has come, and a safe request a moment ago
     posted = ask(f"{running.url}/api/x", method="POST", body=b"order")
     assert (posted.status, len(up.requests)) == (503, 1)
@@ -222,7 +222,7 @@ def test_an_unhealthy_target_gets_no_traffic_until_it_is_well(gateway: StartGate
     assert {get(running, "/api/x", "c").body for _ in range(6)} == {b"sick one", b"well one"}
 
 
-def test_a_pool_that_slow_answers_hold_makes_no_target_unhealthy(
+def test_a_pool_exhausted_by_slow_responses_makes_no_target_unhealthy(
     gateway: StartGateway, upstream: StartUpstream
 ) -> None:
     over = threading.Event()
@@ -252,7 +252,7 @@ def test_a_pool_that_slow_answers_hold_makes_no_target_unhealthy(
         assert [client.answer().status for client in (one, other)] == [200, 200]
 
 
-def test_without_a_healthy_target_the_answer_is_503(gateway: StartGateway, upstream: StartUpstream) -> None:
+def test_without_a_healthy_target_the_response_is_503(gateway: StartGateway, upstream: StartUpstream) -> None:
     up = upstream(reply(status=b"500 Sick"))
     check = {"interval": 0.05, "unhealthy_threshold": 1}
     running = gateway(in_front_of(up.url, health_check=check))

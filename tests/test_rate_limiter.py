@@ -1,4 +1,4 @@
-"""Quotas, and how the memory limiter keeps its buckets; what holds for every limiter stands in test_invariants.py."""
+"""Quotas, and how the memory limiter keeps its buckets. test_limiter_invariants.py has what holds for all limiters."""
 
 import math
 from dataclasses import replace
@@ -451,7 +451,7 @@ def test_a_smaller_budget_finds_an_older_debt_no_larger_than_itself() -> None:
 # How it shows itself
 
 
-def test_its_repr_tells_how_full_it_is() -> None:
+def test_its_repr_shows_how_full_it_is() -> None:
     limiter = MemoryLimiter([FREE], bucket_limit=2)
     assert repr(limiter) == "<MemoryLimiter [0 of 2 buckets, 0 overflowed]>"
     for key in "abc":
@@ -460,7 +460,7 @@ def test_its_repr_tells_how_full_it_is() -> None:
     assert (len(limiter), limiter.bucket_limit, limiter.overflowed) == (2, 2, 1)
 
 
-def test_a_limiter_without_quotas_still_answers() -> None:
+def test_a_limiter_without_quotas_still_decides() -> None:
     """All its tiers may come in later, by a change."""
     limiter = MemoryLimiter([])
     limiter.change_quota("a", FREE, FREE, START)

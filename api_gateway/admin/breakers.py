@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from api_gateway.admin.breaker_overrides import Override
 from api_gateway.admin.context import AdminContext, Guarded, who
 from api_gateway.admin.openapi import PROBLEM, REFUSAL_RESPONSES, STORE_REFUSAL, TOKEN, rendered
-from api_gateway.admin.views import utc, verdict_view, wall_time
+from api_gateway.admin.views import target_health_view, utc, wall_time
 from api_gateway.errors import InvalidValue, NoRoute
 from api_gateway.eventloop.pacing import each, paced
 from api_gateway.reporting.snapshot import BreakerSnapshot
@@ -44,7 +44,7 @@ async def circuit_breakers(context: Guarded) -> Response:
     )
     targets = each(
         snapshot.upstreams.items(),
-        lambda _, upstream: {target.key: verdict_view(target, now) for target in upstream.targets},
+        lambda _, upstream: {target.key: target_health_view(target, now) for target in upstream.targets},
     )
     return rendered(BreakersView(circuit_breakers=await paced(breakers), targets=await paced(targets), **error))
 

@@ -51,7 +51,7 @@ class AdminContext:
 
 
 def _context(request: Request) -> AdminContext:
-    context: AdminContext = request.app.state.console
+    context: AdminContext = request.app.state.admin_context
     return context
 
 

@@ -49,7 +49,7 @@ class LocalProcesses:
         self._silent_until = 0.0
 
     def __repr__(self) -> str:
-        return f"<LocalProcesses [{len(self._results)} verdicts, {self._waiting} waiting]>"
+        return f"<LocalProcesses [{len(self._results)} results, {self._waiting} waiting]>"
 
     async def is_local(self, scope: Mapping[str, Any]) -> bool:
         """Return whether the request of this ASGI scope is local; false if the peer cannot be examined."""

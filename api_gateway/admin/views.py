@@ -9,9 +9,9 @@ from api_gateway.reporting.upstream_schema import (
     NameView,
     OpeningView,
     PassiveView,
+    TargetHealthView,
     TargetView,
     UpstreamView,
-    VerdictView,
 )
 from api_gateway.resilience.breaker_policy import State
 from api_gateway.system.clocks import Moment
@@ -29,10 +29,10 @@ def upstream_view(upstream: UpstreamSnapshot, now: Moment, concurrency: Concurre
     )
 
 
-def verdict_view(target: TargetSnapshot, now: Moment) -> VerdictView:
+def target_health_view(target: TargetSnapshot, now: Moment) -> TargetHealthView:
     """Return a target's health: the results of health checks (`active`) and outlier detection (`passive`)."""
-    return VerdictView(
-        healthy=target.verdict,
+    return TargetHealthView(
+        healthy=target.health,
         active=_active_view(target, now),
         passive=_passive_view(target.passive, now),
         slow_start_ratio=round(target.share, 3),
@@ -40,14 +40,14 @@ def verdict_view(target: TargetSnapshot, now: Moment) -> VerdictView:
 
 
 def _target_view(target: TargetSnapshot, now: Moment) -> TargetView:
-    verdict = verdict_view(target, now)
+    health = target_health_view(target, now)
     return TargetView(
         url=target.url,
-        healthy=target.verdict,
+        healthy=target.health,
         in_flight=target.in_flight,
-        active=verdict.active,
-        passive=verdict.passive,
-        slow_start_ratio=verdict.slow_start_ratio,
+        active=health.active,
+        passive=health.passive,
+        slow_start_ratio=health.slow_start_ratio,
         **({} if target.named is None else {"configured_url": target.named}),
     )
 

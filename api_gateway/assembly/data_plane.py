@@ -45,7 +45,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         exempt=config.address_limit.exempt,
         shadow=_shadow(gateway),
     )
-    load_shedding = LoadSheddingMiddleware(limit, lag=gateway.lag, priorities=gateway.priorities)
+    load_shedding = LoadSheddingMiddleware(limit, lag=gateway.event_loop_shedder, priorities=gateway.priorities)
     identify = IdentityMiddleware(
         RoutingMiddleware(load_shedding, router=router),
         clients=gateway.clients,
@@ -64,7 +64,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         identify=identify,
         limit=limit,
         router=router,
-        lag=gateway.lag,
+        lag=gateway.event_loop_shedder,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
     )
@@ -73,7 +73,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         router=router,
         limit=limit,
         limiter=gateway.limiter,
-        lag=gateway.lag,
+        lag=gateway.event_loop_shedder,
         header=config.identity.header,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
@@ -98,7 +98,7 @@ def _router(gateway: Gateway, settlement: CostSettlement, server_headers: frozen
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,
         priorities=gateway.priorities,
-        lag=gateway.lag,
+        lag=gateway.event_loop_shedder,
     )
 
 

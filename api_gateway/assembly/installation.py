@@ -46,7 +46,7 @@ class Installation:
         read: Callable[[], GatewayConfig] | None,
         on_change: Callable[[GatewayConfig], None] | None,
     ) -> None:
-        """`access` returns who may use the operator endpoints, and may block.
+        """`access` returns the access rules of the operator endpoints, and may block.
 
         `read` reads the configuration again; `on_change` is called with each configuration that a reload has applied.
         """
@@ -76,7 +76,7 @@ class Installation:
         self._switch.set(data_plane, fast_path)
         self._app.gate.access = await asyncio.to_thread(self._access_of, settings)
         self._app.state.gateway = gateway
-        self._app.state.console = context(gateway, explainer, aggregator)
+        self._app.state.admin_context = context(gateway, explainer, aggregator)
         aggregator.register(self.snapshot, self)
 
     async def prepare(self, values: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Installation:
         data_plane, fast_path, explainer = data_plane_of(gateway, self._server_headers)
         self._switch.set(data_plane, fast_path)
         self._app.state.gateway = gateway
-        self._app.state.console.explainer = explainer
+        self._app.state.admin_context.explainer = explainer
         self._app.gate.access = access
         if self._on_change is not None:
             self._on_change(settings)
@@ -106,7 +106,7 @@ class Installation:
     async def reload(self, origin: str) -> ReloadOutcome:
         """Reload the configuration of a single process; UNAVAILABLE while it starts or drains."""
         assert self._reloader is not None  # noqa: S101 - nothing serves before the start
-        phase = self._app.state.console.lifecycle
+        phase = self._app.state.admin_context.lifecycle
         if phase is not Lifecycle.SERVING:
             return self._reloader.record(refused_reload(f"the gateway is {phase}"), origin)
         return await self._reloader.reload(origin)
@@ -146,7 +146,7 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         limiter=gateway.limiter.state(),
         client_store_error=gateway.clients.store_error,
         histories=histories,
-        lag=gateway.lag.lag,
+        lag=gateway.event_loop_shedder.lag,
         tasks=len(asyncio.all_tasks()),
         resources=[one for found in resources.values() for one in found],
     )

@@ -73,18 +73,18 @@ class ConnectionLimits:
     for which an idle connection accepts one more request during a drain.
     """
 
-    header_bytes: int = 65_536
-    header_lines: int = 200
-    header_timeout: float = 10.0
-    keep_alive_timeout: float = 75.0
-    idle_timeout: float = 60.0
-    drain_linger: float = 2.0
-    connections_per_peer: int = 0
-    body_rate: float = 240.0
-    body_grace: float = 10.0
+    header_bytes: int
+    header_lines: int
+    header_timeout: float
+    keep_alive_timeout: float
+    idle_timeout: float
+    drain_linger: float
+    connections_per_peer: int
+    body_rate: float
+    body_grace: float
 
 
-def _nobody(_address: str) -> None:
+def _no_holder(_address: str) -> None:
     """Return no holder, so that only the total number of connections is limited."""
 
 
@@ -104,12 +104,12 @@ class DownstreamConnection(HttpToolsProtocol):
     `_is_draining` is combined with any state: the next response closes the connection.
     """
 
-    limits: ConnectionLimits = ConnectionLimits()  # of the class: the limits of new connections, which keep them
+    limits: ConnectionLimits  # of the class: the limits of new connections, which keep them
     peers: ClassVar[Counter[str]] = Counter()
     refused: ClassVar[Counter[str]] = Counter()
     shares: ClassVar[FairShares] = FairShares(MAX_CONNECTIONS)
     surplus: ClassVar[FairShares] = FairShares(MAX_SURPLUS)
-    share_holder: ClassVar[Callable[[str], str | None]] = staticmethod(_nobody)
+    share_holder: ClassVar[Callable[[str], str | None]] = staticmethod(_no_holder)
 
     # The connection
 
@@ -942,7 +942,7 @@ def limited_protocol(
     limits: ConnectionLimits,
     refused: Counter[str],
     shares: FairShares | None = None,
-    share_holder: Callable[[str], str | None] = _nobody,
+    share_holder: Callable[[str], str | None] = _no_holder,
 ) -> type[DownstreamConnection]:
     """Return the protocol class of one server, for uvicorn's `Config(http=...)`.
 

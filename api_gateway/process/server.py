@@ -142,7 +142,7 @@ class GatewayServer(uvicorn.Server):
         self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
         for listener in (self.config, self._admin_config):
             protocol: Any = listener.http
-            protocol.limits = _connection_limits(section)
+            protocol.limits = connection_limits(section)
             protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
         self._watchdog.set_stop_timeout(stop_within(section))
@@ -206,7 +206,7 @@ class GatewayServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second SIGINT ends without waiting."""
-        context = getattr(self._app.state, "console", None)
+        context = getattr(self._app.state, "admin_context", None)
         if context is not None:  # the signal may arrive before the start is complete
             context.lifecycle = Lifecycle.DRAINING
         self._watchdog.expect_end()
@@ -263,7 +263,7 @@ def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], sha
     return uvicorn.Config(
         app,
         http=limited_protocol(
-            _connection_limits(section), refused, shares, _holder_of_connection(section.trusted_proxies)
+            connection_limits(section), refused, shares, _holder_of_connection(section.trusted_proxies)
         ),
         log_config=None,
         access_log=False,
@@ -286,7 +286,8 @@ def _tune_garbage_collection() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def _connection_limits(section: ServerSection) -> ConnectionLimits:
+def connection_limits(section: ServerSection) -> ConnectionLimits:
+    """Return the limits of downstream connections that the settings define."""
     return ConnectionLimits(
         header_bytes=section.max_header_bytes,
         header_lines=section.max_header_lines,

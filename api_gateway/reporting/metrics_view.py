@@ -61,7 +61,7 @@ class TargetFigures(Protocol):
     @property
     def key(self) -> str: ...  # noqa: D102
     @property
-    def verdict(self) -> bool | None: ...  # noqa: D102
+    def health(self) -> bool | None: ...  # noqa: D102
     @property
     def passive(self) -> EjectionFigures | None: ...  # noqa: D102
 

@@ -208,7 +208,7 @@ class PrometheusExposition:
             "gateway_upstream_healthy",
             "1 while the target passes its health checks, 0 while it fails them; absent before the first result.",
             labels,
-            ((key, target.verdict) for key, target in targets if target.verdict is not None),
+            ((key, target.health) for key, target in targets if target.health is not None),
         )
         yield from family_in_pieces(
             GaugeMetricFamily,

@@ -118,7 +118,7 @@ class PassiveView(Body):
     )
 
 
-class VerdictView(Body):
+class TargetHealthView(Body):
     """The health of a target, by health checks and by outlier detection."""
 
     healthy: bool | None = Field(description="Result of health checks; null before the first, or without checks.")
@@ -136,7 +136,7 @@ class BreakersView(Body):
     modes_error: str | None = Field(
         default=None, description="Why the file of modes cannot be used; until it can, the modes stay unchanged."
     )
-    targets: dict[str, dict[str, VerdictView]] = Field(
+    targets: dict[str, dict[str, TargetHealthView]] = Field(
         default={}, description="By upstream and URL, or `name (URL)` if the name was resolved."
     )
 

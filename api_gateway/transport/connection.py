@@ -24,6 +24,7 @@ from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, SWITCHING, Re
 
 RESPONSE_HIGH_WATER = 32 * 1024  # bytes buffered for a slow client before reading from the upstream is paused
 MAX_HEAD_BYTES = 64 * 1024  # of a response head together with preceding interim responses, and of trailers
+STALL_BASELINE = 0.05  # seconds of a pause after which the unacknowledged bytes are counted: most pauses are shorter
 _SURPLUS = "more bytes than announced"
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
@@ -145,7 +146,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         """Wait until the upstream reads on, at most for its idle timeout; the timeout of the response is separate."""
         seconds = response.timeouts.get("idle", response.timeouts.get("read"))
         if seconds is not None:
-            self._stall = self.loop.call_later(seconds, self._check_stall, seconds, unacknowledged(self._transport))
+            self._stall = self.loop.call_later(STALL_BASELINE, self._begin_stall, seconds)
         try:
             while self._writable is not None:
                 await asyncio.wait({self._writable})  # see `DownstreamConnection.wait_until_writable`
@@ -153,6 +154,10 @@ class UpstreamConnection(asyncio.BufferedProtocol):
             if self._stall is not None:
                 self._stall.cancel()
                 self._stall = None
+
+    def _begin_stall(self, seconds: float) -> None:
+        """Count the unacknowledged bytes, a system call, and check after `seconds` whether there are fewer."""
+        self._stall = self.loop.call_later(seconds, self._check_stall, seconds, unacknowledged(self._transport))
 
     def _check_stall(self, seconds: float, before: int) -> None:
         """Fail the response if the upstream has read nothing for `seconds`, unless reading from it was paused.

@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 SendProbe = Callable[[str, float], Awaitable[int]]  # (url, timeout in seconds) -> HTTP status; raises on any failure
 
 _JITTER = 0.1  # share of the interval by which checks are spread
-SUCCESSFUL = (range(200, 400),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +27,11 @@ class HealthPolicy:
     """
 
     path: str
-    interval: float = 5.0
-    timeout: float = 2.0
-    healthy_threshold: int = 2
-    unhealthy_threshold: int = 3
-    statuses: tuple[range, ...] = SUCCESSFUL
+    interval: float
+    timeout: float
+    healthy_threshold: int
+    unhealthy_threshold: int
+    statuses: tuple[range, ...]
 
 
 class HealthThreshold:
@@ -47,8 +46,8 @@ class HealthThreshold:
         self._contrary = 0
 
     def __repr__(self) -> str:
-        verdict = "healthy" if self._target.is_healthy else "unhealthy"
-        return f"<HealthThreshold [{verdict}, {self._contrary} contrary in a row]>"
+        health = "healthy" if self._target.is_healthy else "unhealthy"
+        return f"<HealthThreshold [{health}, {self._contrary} contrary in a row]>"
 
     def observe(self, *, is_good: bool, finding: str, now: float) -> bool:
         """Record one result, described by `finding`. Return whether the health changed."""

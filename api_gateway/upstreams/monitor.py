@@ -150,8 +150,8 @@ class UpstreamMonitor:
         upstream = self._upstream_client.upstream
         if target.is_healthy:
             upstream.outliers.start_slow_start(target, self._clock())
-        verdict = "healthy again" if target.is_healthy else "unhealthy"
-        logger.warning("upstream %s: target %s is %s: %s", upstream.name, target.url, verdict, target.checks.finding)
+        health = "healthy again" if target.is_healthy else "unhealthy"
+        logger.warning("upstream %s: target %s is %s: %s", upstream.name, target.url, health, target.checks.finding)
 
     def _on_resolution(self, resolution: Resolution) -> None:
         """Apply the result of a look-up to the upstream and its checks."""

@@ -108,7 +108,7 @@ def sections_in(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 def is_file(text: str) -> bool:
-    """Tell whether a text is the path of a file or folder, from the root, the package or the tests."""
+    """Return whether a text is the path of a file or folder, from the root, the package or the tests."""
     return any((folder / text).exists() for folder in (ROOT, ROOT / "api_gateway", ROOT / "tests"))
 
 

@@ -43,8 +43,6 @@ class Generator:
             data, status, body = source.choice(COMPLETE)(nonce)
             sent.append(request(self._target(nonce), nonce))
             closes = b"Connection: close" in data
-            if method == "HEAD":
-                data = data[: data.index(b"\r\n\r\n", data.index(b"X-Nonce:")) + 4]
             responses[nonce] = (*paced(source, data), *([Step(FIN)] if closes else []))
             expected.append((method, status, b"" if method == "HEAD" else body))
         steps = paced(source, b"".join(sent)) if source.random() < 0.5 else _each(source, sent)

@@ -77,7 +77,7 @@ def test_nothing_is_proxied_there(gateway: RunningGateway, operators: str, upstr
     assert len(upstream.requests) == before
 
 
-def test_the_gate_stands_there_too(operators: str) -> None:
+def test_the_gate_protects_it_too(operators: str) -> None:
     foreign = {"Origin": "https://evil.example", "Content-Type": "application/json"}
     assert ask(f"{operators}/clients/x/reset", method="POST", headers=foreign).status == 403
     assert ask(f"{operators}/metrics", headers={"Host": "gateway.example"}).status == 401

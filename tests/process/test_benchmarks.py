@@ -56,12 +56,12 @@ def test_the_summary_of_wrk_is_read_in_its_units(time_: str, seconds: float, rea
     [
         ({"trouble": "  Non-2xx or 3xx responses: 3\n"}, "Non-2xx or 3xx responses: 3"),
         ({"trouble": "  Socket errors: connect 0, read 7, write 0, timeout 0\n"}, "read 7"),
-        ({"requests": 0}, "no answer"),
+        ({"requests": 0}, "no response"),
         ({"read": "1.00MB"}, "20000 responses of 190 bytes"),
         ({"time": "a while"}, "unexpected output"),
     ],
 )
-def test_a_run_with_a_wrong_answer_has_no_figures(changes: dict[str, str], message: str) -> None:
+def test_a_run_with_a_wrong_response_has_no_figures(changes: dict[str, str], message: str) -> None:
     summary = {"requests": "20000", "time": "1.00s", "read": "8.00MB", "trouble": ""} | changes
     with pytest.raises(Failed, match=message):
         parse_wrk(WRK.format(**summary), 190)
@@ -143,7 +143,7 @@ def test_a_server_that_stalls_delays_all_that_was_due_meanwhile() -> None:
     assert sum(value > 0.05 for value in measured) == pytest.approx(30, abs=6)
 
 
-def test_a_wrong_answer_or_a_rate_not_held_is_no_latency() -> None:
+def test_a_wrong_response_or_a_rate_not_held_is_no_latency() -> None:
     with server(lambda: b"short") as port, pytest.raises(Failed, match="status 200 with 5 bytes"):
         latencies(port, core=0, rate=100, seconds=0.1)
     began = time.monotonic()
@@ -214,7 +214,7 @@ def test_the_peak_of_memory_outlives_the_memory_until_it_is_reset() -> None:
         process.communicate()
 
 
-def test_a_server_that_does_not_come_up_is_told_with_its_words(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_reported_with_its_output(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such port here')"]
     with (
         pytest.raises(RuntimeError, match="no such port here"),
@@ -285,7 +285,7 @@ def test_a_plot_is_well_formed_and_each_bar_as_long_as_its_value() -> None:
 # Commands
 
 
-def test_a_name_that_is_not_known_is_an_error_that_tells_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--peers", "gateway,apache"])
     assert "no such peer: apache; there are gateway, nginx" in capsys.readouterr().err
@@ -349,7 +349,7 @@ def test_a_short_comparison_prints_a_table_and_writes_a_plot(tmp_path: Path) -> 
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ") and "µs" not in line]
-    assert [row[0] for row in rows] == ["| this gateway", "| uvicorn, answers a constant"]
+    assert [row[0] for row in rows] == ["| this gateway", "| uvicorn, constant response"]
     gateway, constant = (float(row[2].replace(",", "")) for row in rows)
     assert 0 < constant < gateway
     assert ">this gateway</text>" in (tmp_path / "plot.svg").read_text()

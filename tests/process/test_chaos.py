@@ -92,7 +92,7 @@ def test_the_tables_have_a_row_for_each_proxy() -> None:
 
 
 @pytest.mark.parametrize("proxy", PROXIES, ids=lambda proxy: proxy.name)
-def test_every_proxy_is_told_of_all_targets(proxy: object, tmp_path: Path) -> None:
+def test_every_proxy_is_configured_with_all_targets(proxy: object, tmp_path: Path) -> None:
     found = next(one for one in PROXIES if one is proxy)
     launch = found.launch(Place(tmp_path, 1001, (1002, 1003, 1004)))
     text = " ".join([*launch.command, *(file.read_text() for file in tmp_path.iterdir())])
@@ -109,7 +109,7 @@ def test_the_gateways_settings_are_those_it_knows(tmp_path: Path) -> None:
             assert getattr(given, name) == value
 
 
-def test_a_target_notes_what_it_is_asked_and_does_as_it_is_told(tmp_path: Path) -> None:
+def test_a_target_records_requests_and_follows_commands(tmp_path: Path) -> None:
     with targets(1, tmp_path, 0) as (target,):
         url = f"http://127.0.0.1:{target.port}"
         assert [ask(f"{url}/{path}").status for path in ("api/7", "health", "api/8")] == [200] * 3
@@ -130,7 +130,7 @@ def test_a_target_notes_what_it_is_asked_and_does_as_it_is_told(tmp_path: Path) 
         assert numbers[-1] == 10
 
 
-def test_a_name_that_is_not_known_is_an_error_that_tells_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         chaos(["--failures", "dead,gone"])
     assert "unknown: gone; there are dead, errors, slow, flapping, hanging" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_what_rises_or_is_left_over_is_not() -> None:
 
 
 @pytest.mark.heavy
-def test_a_short_soak_tells_what_it_saw_and_leaves_nothing_open() -> None:
+def test_a_short_soak_reports_its_measurements_and_leaves_nothing_open() -> None:
     """A line through so few notes says nothing: whether they rise is not looked at here."""
     lines = printed("benchmarks.soak", "--minutes", "0.1", codes=(0, 1)).splitlines()
     end = 2 + len(ALLOWED)

@@ -59,7 +59,7 @@ def checked(tmp_path: Path, text: str, *arguments: str) -> tuple[int, list[str],
 # All at once
 
 
-def test_all_mistakes_are_told_in_one_run_with_their_lines(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_errors_are_reported_in_one_run_with_their_lines(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_SERVER__WORKERS", "x")
     monkeypatch.setenv("GATEWAY_LOG", "{")
     lines = refused(MANY)
@@ -132,7 +132,7 @@ def test_no_message_has_the_name_of_a_class(refused: Any) -> None:
         ("tiers: {bad name: {rate: 1, capacity: 1}}\n", ":1: tiers.BAD NAME: must be 1 to 64 letters, digits"),
     ],
 )
-def test_what_yaml_makes_of_a_file_is_told_with_what_to_write(refused: Any, text: str, expected: str) -> None:
+def test_what_yaml_makes_of_a_value_is_reported_with_what_to_write(refused: Any, text: str, expected: str) -> None:
     assert any(line.startswith(expected) for line in refused(text)), refused(text)
 
 
@@ -234,7 +234,7 @@ def test_hosts_are_the_same_in_any_case_with_any_port_and_with_a_trailing_dot(ga
 # What a start would try
 
 
-def test_everything_that_a_start_would_fail_with_is_told_together(tmp_path: Path, certificates: Path) -> None:
+def test_all_errors_of_a_start_are_reported_together(tmp_path: Path, certificates: Path) -> None:
     one, other = certificates / "here", certificates / "other"
     (tmp_path / "empty.pem").write_text("")
     (tmp_path / "file").write_text("")

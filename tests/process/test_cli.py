@@ -136,7 +136,7 @@ def test_a_request_that_outlasts_the_drain_timeout_is_cut_off(tmp_path: Path) ->
     upstream.close()
 
 
-def test_a_gateway_that_was_told_to_stop_serves_on_for_a_while_but_is_not_ready(tmp_path: Path) -> None:
+def test_a_gateway_that_gets_a_stop_signal_serves_during_the_drain_delay_but_is_not_ready(tmp_path: Path) -> None:
     upstream = RawUpstream(reply(b"fine"))
     path = config_file(
         tmp_path, upstream.url, "server: {drain_delay: 1}\ntiers: {FREE: {rate: 1000, capacity: 1000}}\n"

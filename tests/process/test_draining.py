@@ -1,4 +1,4 @@
-"""A gateway that stops loses no request that is on its way, and tells clients to come back on another connection."""
+"""A gateway that stops loses no request in progress, and makes clients use another connection."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ def stop(running: RunningGateway) -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 3], ids=["first", "second", "after some"])
 @pytest.mark.parametrize("target", ["/api/x", "/healthz"])
-def test_a_client_that_is_just_sending_is_answered_and_told_to_go(
+def test_a_client_that_is_sending_gets_its_response_with_connection_close(
     gateway: Start, upstream: Upstreams, before: int, target: str
 ) -> None:
     running = gateway(in_front_of(upstream().url) | DRAIN)
@@ -59,7 +59,7 @@ def test_a_client_that_is_just_sending_is_answered_and_told_to_go(
         assert client.is_closed()
 
 
-def test_a_connection_that_nobody_uses_is_closed_after_a_moment(gateway: Start, upstream: Upstreams) -> None:
+def test_an_unused_connection_is_closed_after_a_moment(gateway: Start, upstream: Upstreams) -> None:
     running = gateway(in_front_of(upstream().url) | DRAIN)
     with RawClient(running.port) as client:
         assert client.get().status == 200
@@ -92,9 +92,9 @@ def test_a_head_that_is_half_there_may_be_completed(gateway: Start, upstream: Up
         assert (answer.status, answer.all("connection")) == (200, [b"close"])
 
 
-@pytest.mark.parametrize("is_plain", [True, False], ids=["straight way", "ordinary way"])
+@pytest.mark.parametrize("is_plain", [True, False], ids=["fast path", "ASGI path"])
 @pytest.mark.parametrize("has_begun", [False, True], ids=["before the head", "behind the head"])
-def test_an_answer_that_is_due_says_that_it_is_the_last_if_it_still_can(
+def test_a_response_due_during_a_drain_has_connection_close_if_its_head_is_not_sent(
     gateway: Start, upstream: Upstreams, *, is_plain: bool, has_begun: bool
 ) -> None:
     may_go_on = threading.Event()
@@ -129,7 +129,7 @@ def test_an_answer_that_is_due_says_that_it_is_the_last_if_it_still_can(
         assert client.is_closed()
 
 
-def test_what_waits_behind_an_answer_is_answered_too(gateway: Start, upstream: Upstreams) -> None:
+def test_requests_that_wait_behind_a_response_get_theirs_too(gateway: Start, upstream: Upstreams) -> None:
     may_go_on = threading.Event()
 
     def behave(wire: Wire, request: RawRequest) -> None:
@@ -186,7 +186,7 @@ class Patient:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("is_plain", [True, False], ids=["straight way", "ordinary way"])
+@pytest.mark.parametrize("is_plain", [True, False], ids=["fast path", "ASGI path"])
 def test_a_second_interrupt_waits_for_no_connection(gateway: Start, upstream: Upstreams, *, is_plain: bool) -> None:
     over = threading.Event()
 
@@ -224,7 +224,7 @@ EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encodi
 
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["asked for before", "asked for meanwhile"])
-def test_a_websocket_that_begins_during_the_drain_is_told_to_close(
+def test_a_websocket_that_begins_during_the_drain_gets_a_close_frame(
     gateway: Start, upstream: Upstreams, *, is_early: bool
 ) -> None:
     going_on = threading.Event()
@@ -328,7 +328,7 @@ def test_a_close_frame_that_is_half_sent_is_the_last(gateway: Start, upstream: U
         assert client.read_exactly(len(goodbye) + 1) == goodbye[1:]
 
 
-def test_a_websocket_is_told_to_close_between_two_frames(gateway: Start, upstream: Upstreams) -> None:
+def test_a_websocket_gets_a_close_frame_between_two_frames(gateway: Start, upstream: Upstreams) -> None:
     halfway = threading.Event()
     heard: list[bytes] = []
 
@@ -356,7 +356,7 @@ def test_a_websocket_is_told_to_close_between_two_frames(gateway: Start, upstrea
     eventually(lambda: heard == [goodbye], "the upstream hears the client's goodbye")
 
 
-def test_a_websocket_that_is_closing_already_is_told_nothing_more(gateway: Start, upstream: Upstreams) -> None:
+def test_a_websocket_that_is_closing_already_gets_no_close_frame(gateway: Start, upstream: Upstreams) -> None:
     def behave(wire: Wire, _request: RawRequest) -> bool:
         wire.send(SWITCHED + frame(CLOSE, b"\x03\xe8"))
         wire.read_exactly(8)

@@ -33,7 +33,7 @@ def test_one_seed_draws_the_same_cases() -> None:
     assert drawn(7) != drawn(8)
 
 
-def test_cases_hold_every_kind_of_step_on_both_sides_and_some_expect_answers() -> None:
+def test_cases_contain_every_kind_of_step_on_both_sides_and_some_expect_responses() -> None:
     cases = drawn(1)
     kinds = {SEND, PAUSE, FIN, RESET}
     assert {step.kind for case in cases for step in case.client} == kinds

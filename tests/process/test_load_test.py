@@ -44,7 +44,7 @@ def test_it_prints_what_each_class_sent_and_got(demo: RunningGateway, tmp_path: 
 
 
 def test_its_clients_were_registered_for_their_tiers(demo: RunningGateway) -> None:
-    assert {client.quota.name for client in demo.console.clients._known.values()} == {
+    assert {client.quota.name for client in demo.live.clients._known.values()} == {
         "FREE",
         "BASIC",
         "PREMIUM",

@@ -295,7 +295,7 @@ def outside(port: int, path: str, **options: Any) -> Answer:
 
 
 @pytest.mark.parametrize("command", PROXIES)
-def test_no_operator_endpoint_answers_through_a_proxy(gateway: Running, tmp_path: Path, command: Command) -> None:
+def test_no_operator_endpoint_responds_through_a_proxy(gateway: Running, tmp_path: Path, command: Command) -> None:
     body, json_type = json.dumps({"tier": "ENTERPRISE"}).encode(), {"Content-Type": "application/json"}
     with proxy(command, gateway.port, tmp_path) as (port, _):
         assert outside(port, "/api/up/x").status == 200, "it is no proxy"
@@ -376,7 +376,7 @@ def test_a_client_that_a_forwarder_starts_is_not_local(gateway: Running, tmp_pat
 
 
 @curl_only
-def test_while_strangers_come_through_a_proxy_the_operator_is_still_served(gateway: Running, tmp_path: Path) -> None:
+def test_an_operator_is_served_while_others_come_through_a_proxy(gateway: Running, tmp_path: Path) -> None:
     """Look-ups are bounded: at worst the operator waits, or needs the token, and clients notice nothing."""
     stop = threading.Event()
 

@@ -169,7 +169,7 @@ def test_a_failed_write_loses_its_lines_and_the_next_begins_on_a_line_of_its_own
     assert [(lines, error.errno) for lines, error in one.lost if error] == [(1, errno.ENOSPC)]
 
 
-def test_a_descriptor_that_somebody_made_non_blocking_loses_nothing(pipe: Callable[..., Pipe]) -> None:
+def test_a_descriptor_that_another_process_made_non_blocking_loses_nothing(pipe: Callable[..., Pipe]) -> None:
     one = pipe()
     os.set_blocking(one.end, False)
     for number in range(5000):

@@ -320,7 +320,7 @@ def test_a_wrong_configuration_changes_nothing_and_shows(tmp_path: Path, workers
     up.close()
 
 
-def test_what_needs_a_restart_is_named_and_stays_and_secrets_are_not_told(tmp_path: Path) -> None:
+def test_settings_that_need_a_restart_are_named_and_stay_and_secrets_are_not_shown(tmp_path: Path) -> None:
     up = RawUpstream()
     with site(tmp_path, in_front_of(up.url)) as one:
         one.sections["server"] = {"host": "127.0.0.2", "drain_timeout": 7}

@@ -80,7 +80,7 @@ def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
 # Who may read it
 
 
-async def test_nobody_else_may_read_it_whatever_the_umask(tmp_path: Path) -> None:
+async def test_only_its_user_can_read_it_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         with StateFolder(tmp_path / "a" / "b") as folder:
@@ -108,7 +108,7 @@ def test_state_of_former_versions_is_taken_over_and_made_private(tmp_path: Path)
     assert not (tmp_path / "clients.sqlite3").exists()
 
 
-def test_a_folder_that_somebody_else_could_have_put_there_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_another_user_could_have_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     own_folder(tmp_path).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StateError, match="is not a folder"):

@@ -33,7 +33,7 @@ GENEROUS = "tiers: {FREE: {rate: 100000, capacity: 1000000}}\nlog: {access: fals
 
 
 @dataclass
-class Crew(Running):
+class RunningWorkers(Running):
     """A gateway of several workers."""
 
     served: int = 0
@@ -78,14 +78,14 @@ class Crew(Running):
 
 
 @contextmanager
-def crew(
+def running_workers(
     folder: Path, upstream: str, *, workers: int = WORKERS, extra: str = "", **environment: str
-) -> Iterator[Crew]:
+) -> Iterator[RunningWorkers]:
     """Run a gateway of several workers; it and all it has started are gone at the end."""
     path = config_file(folder, upstream, GENEROUS + extra)
     environment = PATIENT_STORE | environment
     with process(*WAYS["python -m"], "--config", path, "--workers", str(workers), cwd=folder, **environment) as one:
-        running = Crew(one.popen, one.stdout, one.stderr)
+        running = RunningWorkers(one.popen, one.stdout, one.stderr)
         assert running.port
         yield running
         if running.popen.poll() is None:
@@ -100,22 +100,22 @@ def up() -> Iterator[RawUpstream]:
 
 
 @pytest.fixture(scope="module")
-def shared(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+def shared(up: RawUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningWorkers]:
     """A gateway for all tests that leave it whole."""
-    with crew(tmp_path_factory.mktemp("shared"), up.url) as running:
+    with running_workers(tmp_path_factory.mktemp("shared"), up.url) as running:
         yield running
 
 
 # One gateway
 
 
-def test_the_welcome_comes_once_and_names_the_workers(shared: Crew) -> None:
+def test_the_welcome_comes_once_and_names_the_workers(shared: RunningWorkers) -> None:
     assert shared.output.count("Listening on") == 1
     assert f"{WORKERS} workers" in shared.output
     assert len(shared.workers) == WORKERS
 
 
-def test_whichever_worker_answers_the_metrics_are_those_of_all(shared: Crew) -> None:
+def test_whichever_worker_responds_the_metrics_are_those_of_all(shared: RunningWorkers) -> None:
     shared.serve(connections=40, requests=3)
     assert {shared.total() for _ in range(12)} == {shared.served}
     text = shared.ask("/metrics?format=prometheus").body.decode()
@@ -123,7 +123,7 @@ def test_whichever_worker_answers_the_metrics_are_those_of_all(shared: Crew) -> 
     assert sum(map(float, counted)) == shared.served
 
 
-def test_the_latency_is_that_of_all(shared: Crew) -> None:
+def test_the_latency_is_that_of_all(shared: RunningWorkers) -> None:
     shared.serve(connections=20)
     latency = shared.ask("/metrics/latency").json()
     metrics_schema.LatencyView.model_validate(latency)
@@ -132,7 +132,7 @@ def test_the_latency_is_that_of_all(shared: Crew) -> None:
     assert set(latency["overall"]["since_start"]["percentiles_ms"]) == {"p50", "p90", "p95", "p99"}
 
 
-def test_a_breaker_is_shown_as_the_worst_of_the_workers_see_it(shared: Crew) -> None:
+def test_a_breaker_is_shown_as_the_worst_of_the_workers_see_it(shared: RunningWorkers) -> None:
     shared.serve(connections=20)
     answer = shared.ask("/circuit-breakers").json()
     upstream_schema.BreakersView.model_validate(answer)
@@ -162,9 +162,7 @@ def test_a_breaker_that_is_open_in_one_worker_shows(tmp_path: Path) -> None:
     upstream.close()
 
 
-def test_a_mode_that_one_worker_is_told_is_followed_by_all_also_after_a_restart(
-    up: RawUpstream, tmp_path: Path
-) -> None:
+def test_a_mode_set_at_one_worker_applies_in_all_also_after_a_restart(up: RawUpstream, tmp_path: Path) -> None:
     path = config_file(tmp_path, up.url, GENEROUS)
     command = [*WAYS["python -m"], "--config", path, "--workers", "2"]
 
@@ -278,7 +276,7 @@ def counters(text: str) -> dict[str, float]:
 
 
 def test_a_worker_that_is_killed_is_replaced_and_no_counter_falls(up: RawUpstream, tmp_path: Path) -> None:
-    with crew(tmp_path, up.url, workers=3) as running:
+    with running_workers(tmp_path, up.url, workers=3) as running:
         before = running.workers
         seen: list[dict[str, float]] = []
 
@@ -316,7 +314,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_falls(up: RawUpstrea
 
 
 def test_a_worker_that_hangs_is_ended_and_replaced(up: RawUpstream, tmp_path: Path) -> None:
-    with crew(tmp_path, up.url, workers=2, GATEWAY_SERVER__WORKER_TIMEOUT="2") as running:
+    with running_workers(tmp_path, up.url, workers=2, GATEWAY_SERVER__WORKER_TIMEOUT="2") as running:
         before = running.workers
         os.kill(before["gateway worker 2"], signal.SIGSTOP)
         eventually(lambda: "has not reported for 5 s" in running.errors, "it is noticed", START)  # 2 s and a margin
@@ -331,7 +329,7 @@ def test_a_worker_that_hangs_is_ended_and_replaced(up: RawUpstream, tmp_path: Pa
 
 def test_a_worker_that_dies_again_and_again_is_started_less_and_less_often(up: RawUpstream, tmp_path: Path) -> None:
     """The first may have served for long enough, on a slow machine; those that follow are killed as they start."""
-    with crew(tmp_path, up.url, workers=2) as running:
+    with running_workers(tmp_path, up.url, workers=2) as running:
         delays: list[str] = []
         while "1" not in delays:
             pid = running.workers["gateway worker 2"]
@@ -351,7 +349,7 @@ def test_a_worker_that_dies_again_and_again_is_started_less_and_less_often(up: R
 
 
 def test_a_rolling_restart_replaces_every_worker_and_loses_no_request(up: RawUpstream, tmp_path: Path) -> None:
-    with crew(tmp_path, up.url) as running:
+    with running_workers(tmp_path, up.url) as running:
         before = running.workers
         ready: set[int] = set()
 
@@ -376,14 +374,14 @@ def test_a_rolling_restart_replaces_every_worker_and_loses_no_request(up: RawUps
 # They end
 
 
-def everything(running: Crew) -> tuple[list[int], Path]:
+def everything(running: RunningWorkers) -> tuple[list[int], Path]:
     """Return every process of a gateway, and its store's folder."""
     keeper, folder = running.store
     return [*running.workers.values(), keeper, *children(keeper)], folder
 
 
 def test_a_stop_leaves_nothing_behind(up: RawUpstream, tmp_path: Path) -> None:
-    with crew(tmp_path, up.url, workers=2) as running:
+    with running_workers(tmp_path, up.url, workers=2) as running:
         pids, folder = everything(running)
         assert len(pids) == 4
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -397,7 +395,7 @@ def test_a_stop_leaves_nothing_behind(up: RawUpstream, tmp_path: Path) -> None:
 
 
 def test_a_supervisor_that_is_killed_leaves_nothing_behind(up: RawUpstream, tmp_path: Path) -> None:
-    with crew(tmp_path, up.url, workers=2) as running:
+    with running_workers(tmp_path, up.url, workers=2) as running:
         pids, folder = everything(running)
         running.popen.kill()
         running.popen.wait()
@@ -406,7 +404,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing_behind(up: RawUpstream, tmp_
 
 
 def test_a_store_outlives_no_one_even_when_all_are_killed(up: RawUpstream, tmp_path: Path) -> None:
-    with crew(tmp_path, up.url, workers=2) as running:
+    with running_workers(tmp_path, up.url, workers=2) as running:
         pids, folder = everything(running)
         workers = running.workers.values()
         running.popen.kill()
@@ -432,7 +430,7 @@ def hanging() -> tuple[RawUpstream, threading.Event, threading.Event]:
 
 def test_a_stop_lets_a_request_in_flight_finish_and_refuses_new_ones(tmp_path: Path) -> None:
     upstream, arrived, may_answer = hanging()
-    with crew(tmp_path, upstream.url, workers=2) as running, RawClient(running.port) as client:
+    with running_workers(tmp_path, upstream.url, workers=2) as running, RawClient(running.port) as client:
         client.request("GET", "/api/up")
         assert arrived.wait(PATIENCE)
         running.signal(signal.SIGTERM)
@@ -451,10 +449,10 @@ def test_a_stop_lets_a_request_in_flight_finish_and_refuses_new_ones(tmp_path: P
     upstream.close()
 
 
-def test_what_workers_could_not_end_in_time_is_told_and_shows_in_the_exit_code(tmp_path: Path) -> None:
+def test_requests_that_workers_cut_off_are_logged_and_set_the_exit_code(tmp_path: Path) -> None:
     upstream, arrived, may_answer = hanging()
     with (
-        crew(tmp_path, upstream.url, workers=2, GATEWAY_SERVER__DRAIN_TIMEOUT="1") as running,
+        running_workers(tmp_path, upstream.url, workers=2, GATEWAY_SERVER__DRAIN_TIMEOUT="1") as running,
         RawClient(running.port) as client,
     ):
         client.request("GET", "/api/up")
@@ -467,7 +465,7 @@ def test_what_workers_could_not_end_in_time_is_told_and_shows_in_the_exit_code(t
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     upstream, arrived, may_answer = hanging()
-    with crew(tmp_path, upstream.url, workers=2) as running, RawClient(running.port) as client:
+    with running_workers(tmp_path, upstream.url, workers=2) as running, RawClient(running.port) as client:
         client.request("GET", "/api/up")
         assert arrived.wait(PATIENCE)
         pids, folder = everything(running)
@@ -483,7 +481,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_a_store_that_dies_is_started_again(up: RawUpstream, tmp_path: Path) -> None:
-    with crew(tmp_path, up.url, workers=2) as running:
+    with running_workers(tmp_path, up.url, workers=2) as running:
         keeper, folder = running.store
         (server,) = children(keeper)
         kill(server)
@@ -555,7 +553,7 @@ def test_without_a_server_for_the_store_it_refuses_to_start_and_says_what_to_ins
 
 def test_a_store_of_ones_own_needs_no_embedded_one(up: RawUpstream, tmp_path: Path) -> None:
     extra = f'store: {{url: "unix://{tmp_path}/there.sock"}}\n'
-    with crew(tmp_path, up.url, workers=2, extra=extra, PATH="/nonexistent") as running:
+    with running_workers(tmp_path, up.url, workers=2, extra=extra, PATH="/nonexistent") as running:
         assert not [
             one for one in children(running.popen.pid).values() if any("server_guardian" in word for word in one)
         ]
@@ -575,7 +573,7 @@ def test_a_tier_set_at_one_worker_holds_at_all_of_them_and_after_a_restart(tmp_p
     """The workers share one file; that their embedded store forgets everything at its end does not matter."""
     upstream = RawUpstream(reply(b"ok"))
     body, headers = b'{"tier": "PREMIUM"}', {"Content-Type": "application/json"}
-    with crew(tmp_path, upstream.url, workers=2) as running:
+    with running_workers(tmp_path, upstream.url, workers=2) as running:
         answer = running.ask("/clients/acme/tier", method="POST", headers=headers, body=body)
         assert (answer.status, answer.json()["persisted"]) == (200, True)
         time.sleep(1)  # what is promised: within a second, everywhere
@@ -584,6 +582,6 @@ def test_a_tier_set_at_one_worker_holds_at_all_of_them_and_after_a_restart(tmp_p
             with RawClient(running.port) as client:
                 limits.add(client.get("/api/up", ("X-Client-ID: acme",)).all("x-ratelimit-limit")[0])
         assert limits == {b"200"}
-    with crew(tmp_path, upstream.url, workers=2) as running:
+    with running_workers(tmp_path, upstream.url, workers=2) as running:
         assert running.ask("/clients/acme").json()["tier_source"] == "registered"
     upstream.close()

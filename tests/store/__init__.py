@@ -1,1 +1,1 @@
-"""What is kept elsewhere: Redis and Valkey servers, SQLite files."""
+"""State outside the process: Redis and Valkey servers, SQLite files."""

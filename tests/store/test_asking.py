@@ -1,4 +1,4 @@
-"""Requests on the straight way that wait for the store of the buckets: answered, left, pipelined, drained, refused."""
+"""Requests on the fast path that wait for the store: completed, cancelled, pipelined, drained, refused."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ def sources(running: RunningGateway) -> dict[str, int]:
     return found
 
 
-def test_the_store_decides_and_the_answer_is_that_of_a_bucket(
+def test_the_store_decides_and_the_response_is_that_of_a_bucket(
     gateway: GatewayStarter, up: RawUpstream, store: StoreServer
 ) -> None:
     running = started(gateway, up, store, wait=10, tiers={"FREE": {"rate": 0.01, "capacity": 10}})
@@ -65,7 +65,7 @@ def test_the_store_decides_and_the_answer_is_that_of_a_bucket(
     assert found["deny_cache"] == 2, "what must still be empty is refused without asking"
 
 
-def test_who_waits_for_the_deadline_is_answered_then(
+def test_a_request_without_a_decision_gets_its_response_at_the_deadline(
     gateway: GatewayStarter, up: RawUpstream, store: StoreServer
 ) -> None:
     running = started(gateway, up, store)
@@ -76,7 +76,7 @@ def test_who_waits_for_the_deadline_is_answered_then(
     assert sources(running)["allow"] == 1
 
 
-def test_a_store_that_is_needed_and_away_is_told_of(
+def test_an_unavailable_store_that_is_needed_is_reported(
     gateway: GatewayStarter, up: RawUpstream, store: StoreServer
 ) -> None:
     running = started(gateway, up, store, on_failure="deny")
@@ -88,20 +88,20 @@ def test_a_store_that_is_needed_and_away_is_told_of(
     assert up.requests == []
 
 
-def test_a_client_that_leaves_while_it_waits_is_recorded_and_goes_no_further(
+def test_a_client_that_disconnects_while_it_waits_is_recorded_and_goes_no_further(
     gateway: GatewayStarter, up: RawUpstream, store: StoreServer
 ) -> None:
     running = started(gateway, up, store)
-    before = running.console.recorder.requests.total()
+    before = running.live.recorder.requests.total()
     with paused(store):
         with RawClient(running.port) as client:
             client.request(headers=HOT)
             time.sleep(WAIT / 4)
-        eventually(lambda: running.console.recorder.requests.total() == before + 1, "it is recorded")
+        eventually(lambda: running.live.recorder.requests.total() == before + 1, "it is recorded")
     time.sleep(WAIT)
     assert up.requests == []
-    assert running.console.recorder.rejections["client_disconnected"] == 1
-    assert running.console.recorder.in_flight == 0
+    assert running.live.recorder.rejections["client_disconnected"] == 1
+    assert running.live.recorder.in_flight == 0
 
 
 def test_what_comes_behind_it_is_served_after_it(gateway: GatewayStarter, up: RawUpstream, store: StoreServer) -> None:
@@ -114,7 +114,9 @@ def test_what_comes_behind_it_is_served_after_it(gateway: GatewayStarter, up: Ra
     assert [request.line.split()[1] for request in up.requests] == [b"/api/first", b"/api/second"]
 
 
-def test_a_gateway_that_stops_answers_it_first(gateway: GatewayStarter, up: RawUpstream, store: StoreServer) -> None:
+def test_a_gateway_that_stops_responds_to_it_first(
+    gateway: GatewayStarter, up: RawUpstream, store: StoreServer
+) -> None:
     running = started(gateway, up, store)
     with paused(store), RawClient(running.port) as client:
         client.request(headers=HOT)

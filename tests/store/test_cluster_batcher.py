@@ -1,4 +1,4 @@
-"""A cluster of three real nodes: what lies on one that fails is decided without it, and nothing else is."""
+"""A cluster of three real nodes: buckets of a failed node are decided without it, all others by their nodes."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""A corrupt file of clients: one line that says so, at the start and while the gateway runs, and never a traceback."""
+"""A corrupt file of clients: one line of log, at the start and while the gateway runs, and never a traceback."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The embedded store: found, started, started again, and stopped with all it had."""
+"""The embedded store: found, started, restarted, and stopped with all its processes."""
 
 import asyncio
 import importlib.util
@@ -58,7 +58,7 @@ async def ping(store: EmbeddedStore) -> bytes:
     return answer
 
 
-async def test_it_answers_when_started_and_is_gone_when_stopped() -> None:
+async def test_it_responds_when_started_and_is_gone_when_stopped() -> None:
     store = EmbeddedStore(find_server())
     folder = Path(store.url.removeprefix("unix://")).parent
     await store.start()
@@ -86,14 +86,14 @@ async def test_it_is_started_again_when_it_dies(
     await store.stop()
 
 
-async def test_a_server_that_does_not_start_is_reported_with_its_words(tmp_path: Path) -> None:
+async def test_a_server_that_does_not_start_is_reported_with_its_output(tmp_path: Path) -> None:
     store = EmbeddedStore(program(tmp_path, "server", "echo 'no memory'; exit 7"))
     with pytest.raises(NoServer, match="does not start: no memory"):
         await store.start()
     await store.stop()
 
 
-async def test_a_server_that_does_not_answer_is_not_waited_for(
+async def test_a_server_that_does_not_respond_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded_server, "STORE_START_TIMEOUT", 0.3)

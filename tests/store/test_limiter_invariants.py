@@ -6,7 +6,7 @@ on the real text of its script.
  1 conformance          both     test_no_window_admits_more_than_capacity_and_rate_allow
  2 no false denial      both     TestMemory, TestShared; test_every_decision_is_that_of_an_exact_token_bucket
  3 exact wait           both     as 2; test_the_exact_wait_of_governor
- 4 header wait          both     test_who_sleeps_for_retry_after_gets_through; deny cache: 20
+ 4 header wait          both     test_a_client_that_waits_retry_after_is_admitted; deny cache: 20
  5 free refusals        both     TestMemory, TestShared
  6 range                both     TestMemory, TestShared
  7 clock                both     TestMemory, TestShared; test_a_step_back_heals_within_a_token, test_ten_idle_years_...
@@ -21,11 +21,11 @@ on the real text of its script.
 16 at most once         servers  test_dispatcher.py, test_what_may_have_been_executed_is_not_sent_again; and
                                  test_redis_limiter.py, test_replies_lost_after_execution_charge_once
 17 deadline             servers  test_no_request_waits_longer_than_the_deadline_whatever_the_store_does
-18 cancellation storm   servers  test_requests_cancelled_at_random_mix_up_no_answers
+18 cancellation storm   servers  test_requests_cancelled_at_random_mix_up_no_decisions
 19 script loss          servers  test_a_store_that_forgets_its_scripts_decides_as_ever
 20 deny cache           store    TestRemembering; test_a_refusal_from_memory_ends_...; test_a_reply_under_way_...
 21 leases               store    there are none, so L = 0: test_many_gateways_admit_what_one_bucket_holds
-22 without the store    store    test_bounds_hold_for_every_schedule_of_outages, test_each_bound_is_reached
+22 without the store    store    test_limits_hold_for_every_schedule_of_outages, test_each_bound_is_reached
 23 header grammar       -        test_ratelimit_headers.py, test_the_fields_are_structured_and_...
 """
 
@@ -468,7 +468,7 @@ def test_no_window_admits_more_than_capacity_and_rate_allow(
 )
 @example(rate=1e-8, capacity=3, spent=1, cost=0.5, since_ns=SECOND - 1)
 @thorough
-def test_who_sleeps_for_retry_after_gets_through(
+def test_a_client_that_waits_retry_after_is_admitted(
     make: Make, rate: float, capacity: int, spent: float, cost: float, since_ns: int
 ) -> None:
     """By the header as it is sent, under every quota that may be configured, years long ones too."""
@@ -489,7 +489,7 @@ def test_who_sleeps_for_retry_after_gets_through(
 
 
 def sent_retry_after(asked: Charge, decision: Decision) -> int | None:
-    """Return the seconds in the header of the gateway's answer, None if it has none."""
+    """Return the seconds in the header of the gateway's response, None if it has none."""
     exchange = Exchange("id", "GET", "/", "192.0.2.7", 0.0, Client("c", asked.key, asked.quota, "default"))
     sent = refusal(exchange, decision).headers.get("retry-after")
     return None if sent is None else int(sent)
@@ -986,7 +986,7 @@ def test_a_refusal_from_memory_ends_no_later_than_the_stores_and_its_wait_no_ear
 
 
 @pytest.mark.parametrize("how", ["a refund", "a refill", "a change of tier and back"])
-def test_a_reply_under_way_while_a_bucket_is_filled_otherwise_is_not_remembered(how: str) -> None:
+def test_a_reply_in_progress_while_a_bucket_is_filled_otherwise_is_not_remembered(how: str) -> None:
     fleet, asked = Fleet([0, 0]), [charge(FREE, 10)]
     answers: list[Decision] = []
     for number in range(2):
@@ -1205,7 +1205,7 @@ happenings = st.one_of(
 
 @given(count=st.integers(1, 4), schedule=st.lists(happenings, max_size=40))
 @settings(patient, max_examples=150)
-def test_bounds_hold_for_every_schedule_of_outages(count: int, schedule: list[tuple[Any, ...]]) -> None:
+def test_limits_hold_for_every_schedule_of_outages(count: int, schedule: list[tuple[Any, ...]]) -> None:
     """Down and up, for some or for all; lost replies; lost keys and writes; a clock that jumps."""
     outages = Outages(count, FREE)
     for kind, *details in schedule:
@@ -1338,8 +1338,8 @@ def test_each_bound_is_reached(scenario: Callable[[Outages], float], admitted: f
 # Real servers
 
 
-async def test_requests_cancelled_at_random_mix_up_no_answers(store: StoreServer) -> None:
-    """Each has a key and a cost of its own, which its answer shows; who stays is answered, and lanes go on."""
+async def test_requests_cancelled_at_random_mix_up_no_decisions(store: StoreServer) -> None:
+    """Each has a key and a cost of its own, which its response shows; who stays is answered, and lanes go on."""
     source = random.Random(18)
     roomy = Quota.per_second("roomy", 0.001, 1000)
 

@@ -127,7 +127,7 @@ DISTURBANCES: dict[str, tuple[Disturbance, int]] = {
 
 
 @pytest.mark.parametrize(("disturb", "bursts"), DISTURBANCES.values(), ids=DISTURBANCES)
-async def test_bounds_and_deadline_hold_whatever_happens_to_the_store(
+async def test_limits_and_deadline_hold_whatever_happens_to_the_store(
     store: StoreServer, disturb: Disturbance, bursts: int
 ) -> None:
     async with gateways(store.url, FAST, count=3, deadline=DEADLINE, processes=3) as limiters, Lateness() as lateness:
@@ -156,7 +156,7 @@ async def test_within_an_outage_they_admit_one_bucket_together(store: StoreServe
 
 
 async def test_what_costs_much_stays_possible_in_an_outage(store: StoreServer) -> None:
-    """With N * c above C the bound is N * c."""
+    """With N * c above C the limit is N * c."""
     store.kill()
     async with gateways(store.url, FAST, count=4, processes=4) as limiters:
         seen = await hammer(limiters, charge(FAST, 30), 0.45)
@@ -164,7 +164,7 @@ async def test_what_costs_much_stays_possible_in_an_outage(store: StoreServer) -
         assert 0.99 * 30 * 4 <= burst_of(seen, 30 * 4 / 0.5, cost=30) <= 30 * 4
 
 
-async def test_who_is_cut_off_has_a_share_and_no_more(store: StoreServer) -> None:
+async def test_a_gateway_that_cannot_reach_the_store_has_its_share_and_no_more(store: StoreServer) -> None:
     """One of three: C + (1/3) * C, less than twice the limit."""
     async with Proxy(store) as proxy:
         async with (
@@ -194,7 +194,7 @@ async def test_replies_lost_after_execution_charge_once(store: StoreServer) -> N
             assert (await decided(other, 0)).remaining in (8, 9)
 
 
-async def test_a_slow_store_is_no_store(store: StoreServer) -> None:
+async def test_a_slow_store_counts_as_unavailable(store: StoreServer) -> None:
     async with (
         Proxy(store) as proxy,
         gateways(proxy.url, FAST, deadline=DEADLINE) as (limiter,),
@@ -282,7 +282,7 @@ async def test_the_other_policies_are_followed_to_the_letter(
         assert (await decided(limiter, 0)).remaining == (0 if policy == "allow" else 10)
 
 
-async def test_looking_costs_nothing_with_the_store_or_without(store: StoreServer) -> None:
+async def test_peeking_costs_nothing_with_the_store_or_without(store: StoreServer) -> None:
     async with Proxy(store) as proxy, gateways(proxy.url, SLOW, deadline=0.5) as (limiter,):
         await serving([limiter])
         await decided(limiter, 4)
@@ -343,7 +343,7 @@ async def test_a_refund_in_an_outage_of_the_listener_is_not_missed(store: StoreS
         assert (await decided(limiters[1], 0)).source == "store"
 
 
-async def test_a_subscription_that_dies_without_a_sign_is_found_out(store: StoreServer) -> None:
+async def test_a_subscription_that_ends_silently_is_detected(store: StoreServer) -> None:
     """No other connection fails. For 2 * MAX_QUIET at most a refill is missed, and then nothing told before counts."""
     async with Proxy(store) as proxy, gateways(proxy.url, SLOW) as (deafened,), gateways(store.url, SLOW) as (other,):
         await serving([deafened, other])
@@ -372,7 +372,7 @@ async def test_a_subscription_with_nothing_to_hear_lasts(store: StoreServer, mon
         assert (await decided(limiter, 10)).source == "deny_cache"
 
 
-async def test_what_is_not_a_key_on_the_channel_deafens_nobody(store: StoreServer) -> None:
+async def test_an_invalid_message_on_the_channel_ends_no_subscription(store: StoreServer) -> None:
     async with gateways(store.url, SLOW) as (limiter,):
         await serving([limiter])
         await decided(limiter, 10)
@@ -412,7 +412,7 @@ async def test_a_bucket_that_came_back_from_a_shorter_budget_is_not_refused_from
 # Settling
 
 
-async def test_what_is_settled_is_told_to_the_store(store: StoreServer) -> None:
+async def test_settlements_are_sent_to_the_store(store: StoreServer) -> None:
     async with gateways(store.url, SLOW, count=2) as limiters:
         await serving(limiters)
         decision = await decided(limiters[0], 3)
@@ -492,7 +492,7 @@ async def test_a_bucket_that_cannot_be_read_is_empty_and_heals(
         assert 0 < store.admin.pttl(limiter.store_key("client")) <= 501
 
 
-async def test_a_store_without_room_is_no_store(store: StoreServer) -> None:
+async def test_a_full_store_counts_as_unavailable(store: StoreServer) -> None:
     async with gateways(store.url, SLOW, policy="local_share") as (limiter,):
         await serving([limiter])
         store.admin.config_set("maxmemory", "1")
@@ -502,7 +502,7 @@ async def test_a_store_without_room_is_no_store(store: StoreServer) -> None:
         assert (await decided(limiter, 0)).source == "store"
 
 
-async def test_a_store_that_may_not_be_written_to_is_no_store(store: StoreServer) -> None:
+async def test_a_read_only_store_counts_as_unavailable(store: StoreServer) -> None:
     async with gateways(store.url, SLOW) as (limiter,):
         await serving([limiter])
         store.admin.execute_command("REPLICAOF", "127.0.0.1", "1")
@@ -524,7 +524,7 @@ async def test_every_key_it_leaves_expires(store: StoreServer) -> None:
         assert 2_999_000 < left <= 3_000_001
 
 
-async def test_keys_tell_nothing_and_steer_nothing(store: StoreServer) -> None:
+async def test_keys_reveal_no_id_and_no_id_selects_a_slot(store: StoreServer) -> None:
     keys = ["a", "{a}", "{b}a", "a\0", "A", "a" * 65_536, "ä", ""]
     async with gateways(store.url, SLOW) as (limiter,):
         await serving([limiter])
@@ -565,7 +565,7 @@ async def test_the_most_there_were_within_an_hour_count(clock: FakeClock) -> Non
     await one.close()
 
 
-async def test_a_heart_that_cannot_beat_beats_again(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_heartbeat_is_sent_again(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api_gateway.limits.redis_limiter.HEARTBEAT_INTERVAL", 0.02)
     store.kill()
     async with gateways(store.url, SLOW) as (limiter,):
@@ -573,7 +573,7 @@ async def test_a_heart_that_cannot_beat_beats_again(store: StoreServer, monkeypa
         await soon(lambda: bool(limiter._process_counts), "it beats")
 
 
-async def test_its_repr_tells_what_it_rests_on(store: StoreServer) -> None:
+async def test_its_repr_shows_the_decision_source(store: StoreServer) -> None:
     async with gateways(store.url, SLOW) as (limiter,):
         await serving([limiter])
         await decided(limiter)

@@ -1,4 +1,4 @@
-"""The kinds of store there are, each with a real server: passwords, TLS, Sentinel, a cluster."""
+"""The kinds of stores, each with a real server: passwords, TLS, Sentinel, a cluster."""
 
 import asyncio
 import re
@@ -35,7 +35,7 @@ async def test_a_password_is_sent(binary: str, option: str, user: str) -> None:
         await spends_ten(f"redis://{user}:secret@127.0.0.1:{port}/3")
 
 
-async def test_a_wrong_password_is_told_and_not_shown(binary: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_wrong_password_is_reported_and_not_shown(binary: str, caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     with StoreServer(binary, "bind 127.0.0.1", "requirepass secret", port=port):
         async with gateways(f"redis://:wrong-one@127.0.0.1:{port}", SLOW) as (limiter,):

@@ -1,4 +1,4 @@
-"""Clients on a shared server, a real one: followed within a second, exact about what was stored, and patient."""
+"""Clients on a real shared server: changes are followed within a second, and outcomes of writes are exact."""
 
 import asyncio
 import random
@@ -150,7 +150,7 @@ async def test_each_field_is_changed_by_itself_and_what_others_have_put_there_st
         assert b'"note":"kept"' in store_server.command("HGET", RECORDS, "acme")
 
 
-async def test_a_record_that_cannot_be_read_is_told_of_and_ignored(
+async def test_an_unreadable_record_is_logged_and_ignored(
     store_server: StoreServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with opened(store_server) as store:
@@ -210,7 +210,7 @@ async def test_a_grant_is_cleared_once_and_not_before_its_end(store_server: Stor
 # Looking up
 
 
-async def test_a_store_that_hangs_delays_nobody_who_is_known_and_others_by_the_deadline(
+async def test_a_store_that_hangs_delays_no_cached_client_and_others_by_the_deadline(
     store_server: StoreServer, paused: Callable[[], None]
 ) -> None:
     async with opened(store_server) as store:
@@ -300,7 +300,7 @@ async def test_a_store_that_hangs_at_start_does_not_hold_it_up(
         assert registry.store_error
 
 
-async def test_a_write_that_the_store_does_not_answer_is_of_unknown_outcome(
+async def test_a_write_without_a_response_of_the_store_has_an_unknown_outcome(
     store_server: StoreServer, paused: Callable[[], None]
 ) -> None:
     """It hangs between the first question and the change, and keeps hanging; later it may do the change, or not."""
@@ -318,8 +318,8 @@ async def test_a_write_that_the_store_does_not_answer_is_of_unknown_outcome(
             await store.write("acme", Change(tier="PREMIUM"))
 
 
-async def test_a_write_that_was_made_though_nobody_said_so_is_found_out(store_server: StoreServer) -> None:
-    """The change's answer is lost; the store, asked what became of it, tells."""
+async def test_a_write_that_was_made_without_a_response_is_detected(store_server: StoreServer) -> None:
+    """The change's response is lost; the store, asked what became of it, tells."""
     async with opened(store_server) as store:
         await store.write("acme", Change(tier="BASIC"))
         lose_answers(store, after_sending=True)
@@ -327,7 +327,7 @@ async def test_a_write_that_was_made_though_nobody_said_so_is_found_out(store_se
         assert (written.before.tier, written.after.tier) == ("BASIC", "PREMIUM")
 
 
-async def test_a_write_that_is_late_is_called_off_for_good(store_server: StoreServer) -> None:
+async def test_a_late_write_is_cancelled_permanently(store_server: StoreServer) -> None:
     """The change has not arrived when the store is asked about it; arriving later it must change nothing."""
     async with opened(store_server) as store:
         await store.write("acme", Change(tier="BASIC"))
@@ -343,7 +343,7 @@ async def test_a_write_that_is_late_is_called_off_for_good(store_server: StoreSe
 
 
 def lose_answers(store: RedisClientStore, *, after_sending: bool) -> list[tuple[Any, ...]]:
-    """Let the next script fail as if its answer had not come, after or before the server did it."""
+    """Let the next script fail as if its response had not come, after or before the server did it."""
     kept: list[tuple[Any, ...]] = []
     evaluate = store._client.eval
 

@@ -1,4 +1,4 @@
-"""The dispatcher against a real store: one answer to each question, in time, whatever breaks and whoever leaves."""
+"""The batcher on a real store: one reply for each operation, in time, whatever fails or is cancelled."""
 
 import asyncio
 import logging
@@ -105,7 +105,7 @@ def lanes_idle(dispatcher: ScriptBatcher) -> int:
 # Batches
 
 
-async def test_what_is_asked_in_one_turn_shares_a_call(store: StoreServer) -> None:
+async def test_operations_of_one_turn_share_a_call(store: StoreServer) -> None:
     async with dispatching(store.url) as dispatcher:
         before = dispatcher.calls
         asked = ask(dispatcher, 10)
@@ -114,7 +114,7 @@ async def test_what_is_asked_in_one_turn_shares_a_call(store: StoreServer) -> No
         assert all(question.is_answered_rightly for question in asked)
 
 
-async def test_a_call_holds_so_many_questions_and_the_rest_go_in_the_next(store: StoreServer) -> None:
+async def test_a_call_has_a_maximum_of_operations_and_the_rest_go_in_the_next(store: StoreServer) -> None:
     async with dispatching(store.url) as dispatcher:
         asked = ask(dispatcher, 5 * MAX_BATCH + 1)
         await answered(asked)
@@ -132,7 +132,7 @@ async def test_there_are_two_connections_and_no_more(store: StoreServer) -> None
     assert store.connections() == []
 
 
-async def test_each_lane_is_idle_once_at_most(store: StoreServer) -> None:
+async def test_each_connection_is_idle_once_at_most(store: StoreServer) -> None:
     async with dispatching(store.url) as dispatcher:
         for number in range(200):
             asked = ask(dispatcher, number % 3 + 1)
@@ -143,7 +143,7 @@ async def test_each_lane_is_idle_once_at_most(store: StoreServer) -> None:
         await soon(lambda: lanes_idle(dispatcher) == CONNECTIONS == len(dispatcher._idle), "both rest")
 
 
-async def test_nothing_is_kept_of_what_is_over(store: StoreServer) -> None:
+async def test_nothing_is_kept_of_completed_operations(store: StoreServer) -> None:
     async with dispatching(store.url, deadline=0.2) as dispatcher:
         for _ in range(20):
             await answered(ask(dispatcher, 50))
@@ -166,7 +166,7 @@ async def test_a_script_the_store_has_forgotten_is_sent_again(store: StoreServer
         assert int(store.admin.get("count") or 0) == 90
 
 
-async def test_an_error_of_the_script_fails_its_questions_at_once(store: StoreServer) -> None:
+async def test_an_error_of_the_script_fails_its_operations_at_once(store: StoreServer) -> None:
     store.admin.lpush("count", "not a number")
     async with dispatching(store.url, deadline=5) as dispatcher:
         asked = ask(dispatcher, 3)
@@ -198,7 +198,7 @@ TROUBLES = {"killed": start_down, "stopped": stopped, "paused by a client": paus
 
 
 @pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
-async def test_no_question_waits_longer_than_the_deadline(store: StoreServer, trouble: Any) -> None:
+async def test_no_operation_waits_longer_than_the_deadline(store: StoreServer, trouble: Any) -> None:
     """Whether it was under way, waited for a lane, or came while lanes reconnected."""
     async with dispatching(store.url, deadline=0.1) as dispatcher:
         asked = ask(dispatcher, 300)
@@ -230,7 +230,7 @@ async def test_a_start_without_the_store_is_no_failure(store: StoreServer) -> No
         assert all(question.is_answered_rightly for question in asked)
 
 
-async def test_closing_fails_what_waits(store: StoreServer) -> None:
+async def test_closing_fails_waiting_operations(store: StoreServer) -> None:
     async with dispatching(store.url, deadline=5) as dispatcher:
         store.pause()
         asked = ask(dispatcher, 300)
@@ -270,7 +270,7 @@ async def test_what_may_have_been_executed_is_not_sent_again(store: StoreServer)
         assert int(store.admin.get("count") or 0) == 5 + sent + 5
 
 
-async def test_a_reply_that_comes_late_is_nobody_elses(store: StoreServer) -> None:
+async def test_a_late_reply_goes_to_no_other_operation(store: StoreServer) -> None:
     async with Proxy(store) as proxy, dispatching(proxy.url, deadline=0.1) as dispatcher:
         await answered(ask(dispatcher, 1))
         late: list[Echo] = []
@@ -288,7 +288,7 @@ async def test_a_reply_that_comes_late_is_nobody_elses(store: StoreServer) -> No
 # The breaker
 
 
-async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_for(
+async def test_the_breaker_opens_and_is_closed_by_a_probe_that_delays_no_operation(
     store: StoreServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -316,7 +316,7 @@ async def test_the_breaker_opens_and_is_closed_by_a_trial_that_no_question_pays_
     assert "store available again" in caplog.text
 
 
-async def test_a_connection_that_breaks_while_idle_costs_no_question(store: StoreServer) -> None:
+async def test_a_connection_that_breaks_while_idle_fails_no_operation(store: StoreServer) -> None:
     """The trial after a second's silence finds it."""
     async with dispatching(store.url) as dispatcher:
         await soon(lambda: dispatcher.connections == CONNECTIONS, "both lanes serve")
@@ -358,7 +358,7 @@ async def test_connections_cut_at_random_mix_up_no_replies(store: StoreServer) -
         assert len(store.connections()) <= CONNECTIONS
 
 
-async def test_a_question_that_comes_as_a_rest_ends_loses_neither_itself_nor_the_lane(
+async def test_an_operation_that_arrives_as_a_pause_ends_is_sent(
     store: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within one turn of the loop, the question first: the lane is woken, and has ended its rest by itself."""
@@ -377,7 +377,7 @@ async def test_a_question_that_comes_as_a_rest_ends_loses_neither_itself_nor_the
 
 
 class Unruly(Echo):
-    """Fails to take its answer."""
+    """Fails to take its response."""
 
     def _note(self) -> None:
         super()._note()
@@ -385,7 +385,7 @@ class Unruly(Echo):
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
-async def test_an_answer_that_cannot_be_taken_harms_nobody_else(
+async def test_a_reply_whose_receiver_fails_affects_no_other_operation(
     store: StoreServer, caplog: pytest.LogCaptureFixture, *, is_alive: bool
 ) -> None:
     async with dispatching(store.url, deadline=0.2) as dispatcher:
@@ -406,7 +406,7 @@ async def test_an_answer_that_cannot_be_taken_harms_nobody_else(
     assert "unruly" in caplog.text
 
 
-async def test_an_error_nobody_thought_of_ends_no_lane(
+async def test_an_unexpected_error_ends_no_connection(
     store: StoreServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with dispatching(store.url) as dispatcher:

@@ -1,4 +1,4 @@
-"""Gateways that share a store are one towards an operator: a tier set at one holds at the others."""
+"""Gateways that share a store are one gateway for an operator: a tier set at one applies at the others."""
 
 import json
 import time
@@ -45,7 +45,7 @@ def test_a_tier_and_a_grant_set_at_one_gateway_hold_at_the_other_within_a_second
     assert change(one, "acme", "reset")["http"] == 200
 
 
-def test_more_clients_than_fit_are_looked_up_on_the_straight_way_too(
+def test_more_clients_than_fit_are_looked_up_on_the_fast_path_too(
     upstream: Callable[..., RawUpstream], gateway: GatewayStarter, store_server: StoreServer
 ) -> None:
     """The first request of a client that is not remembered is limited by its own tier already."""
@@ -59,7 +59,7 @@ def test_more_clients_than_fit_are_looked_up_on_the_straight_way_too(
                 assert answer.all("x-ratelimit-limit") == [b"200"], number
 
 
-def test_while_the_store_is_away_changes_are_refused_in_words_and_a_view_says_what_it_rests_on(
+def test_while_the_store_is_unavailable_changes_are_refused_with_the_reason_and_a_view_names_its_source(
     upstream: Callable[..., RawUpstream], gateway: GatewayStarter, store_server: StoreServer
 ) -> None:
     running = gateway(sections(upstream(), store_server, timeout=0.3))

@@ -1,4 +1,4 @@
-"""Clients in a file: what was confirmed is on disk, and the processes of one machine follow each other."""
+"""Clients in a file: confirmed changes are on disk, and the processes of one machine follow each other."""
 
 import asyncio
 import base64
@@ -169,7 +169,7 @@ async def test_two_processes_may_open_an_old_file_at_one_time(tmp_path: Path) ->
 # Versions
 
 
-async def test_changes_are_told_in_their_order_with_the_newest_of_each_client(tmp_path: Path) -> None:
+async def test_changes_are_returned_in_their_order_with_the_newest_of_each_client(tmp_path: Path) -> None:
     store = SqliteClientStore(tmp_path)
     mark = (await store.load(10)).cursor
     assert mark == Cursor(EPOCH, 0)
@@ -378,7 +378,7 @@ async def test_the_file_has_a_write_ahead_log_and_waits_for_the_disk(tmp_path: P
     await store.close()
 
 
-async def test_a_store_can_be_closed_twice_and_tells_its_state(tmp_path: Path) -> None:
+async def test_a_store_can_be_closed_twice_and_its_repr_shows_its_state(tmp_path: Path) -> None:
     store = SqliteClientStore(tmp_path)
     assert str(tmp_path / CLIENTS_FILE) in repr(store)
     await store.load(1)

@@ -1,4 +1,4 @@
-"""A store behind TLS, a real server: what is trusted, what is refused, and what the refusal says."""
+"""A store with TLS, a real server: what is trusted, what is refused, and the message."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ async def test_a_certificate_is_shown_to_a_server_that_asks_for_one(serve: Serve
         assert (await asking(limiter, charge(SLOW))).source == "store"
 
 
-def test_the_client_store_writes_and_is_told_through_tls(
+def test_the_client_store_writes_and_is_notified_through_tls(
     serve: Serve, certificates: Path, upstream: Callable[..., RawUpstream], gateway: Callable[..., RunningGateway]
 ) -> None:
     server = serve()
@@ -106,7 +106,7 @@ WRONG: dict[str, tuple[str, bool, dict[str, str], list[str]]] = {
 
 
 @pytest.mark.parametrize(("name", "asks", "files", "telling"), WRONG.values(), ids=WRONG)
-async def test_a_server_that_is_not_trusted_or_does_not_trust_is_no_store_and_the_setting_is_named(
+async def test_a_store_with_a_failed_tls_handshake_is_unavailable_and_the_setting_is_named(
     serve: Serve, certificates: Path, *, name: str, asks: bool, files: dict[str, str], telling: list[str]
 ) -> None:
     session = StoreSession(url_of(serve(name, asks=asks), certificates, **files), timeout=1)

@@ -1,4 +1,4 @@
-"""The script that decides in the store, by itself; what it shares with every limiter stands in test_invariants.py."""
+"""The script that decides in the store, alone; test_limiter_invariants.py has what holds for every limiter."""
 
 from api_gateway.models import NANOSECONDS, Quota
 from tests.lua_store import LuaStore
@@ -8,19 +8,19 @@ START = 1_795_000_000 * SECOND
 FREE = Quota.per_second("FREE", 1, 10)
 
 
-def test_a_debt_that_is_told_empties_the_bucket_at_most() -> None:
+def test_a_reported_debt_empties_the_bucket_at_most() -> None:
     store = LuaStore(START // 1000)
     assert store.call(["a"], "debt", 1, FREE.burst_ns, 4 * SECOND, 1, 1, FREE.burst_ns, 0)[1] == 4 * SECOND
     assert store.call(["a"], "debt", 1, FREE.burst_ns, 40 * SECOND, 1, 1, FREE.burst_ns, 0)[1] == FREE.burst_ns
 
 
-def test_it_tells_what_it_is_asked_to_tell() -> None:
+def test_it_notifies_of_what_it_is_asked_to() -> None:
     store = LuaStore(START // 1000)
     store.call(["a"], "settle", 1, FREE.burst_ns, -SECOND, START, "publish", "refunds", "1 a")
     assert store.told == [("refunds", "1 a")]
 
 
-def test_it_answers_with_its_clock_and_what_each_bucket_owed_before() -> None:
+def test_it_returns_its_clock_and_the_debt_of_each_bucket_before() -> None:
     store = LuaStore(START // 1000 + 7)
     words = (2, 1, FREE.burst_ns, SECOND, 2, FREE.burst_ns, 2 * SECOND, 1, 2, FREE.burst_ns, 0)
     assert store.call(["a", "b"], *words) == [START // 1000 + 7, 0, 0, 2 * SECOND]

@@ -1,4 +1,4 @@
-"""One JSON line for each exchange, whatever clients call themselves."""
+"""One JSON line for each exchange, whatever ids clients send."""
 
 import json
 from typing import Any
@@ -29,7 +29,7 @@ def bare(client: str = "acme", path: str = "/api/x") -> Exchange:
     return Exchange("id-1", "GET", path, "192.0.2.7", 100.0, Client(client, f"client:{client}", FREE, "default"))
 
 
-def test_a_line_tells_everything_of_a_proxied_request() -> None:
+def test_a_line_has_every_field_of_a_proxied_request() -> None:
     exchange = Exchange(
         id="id-1",
         method="POST",

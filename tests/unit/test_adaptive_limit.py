@@ -1,4 +1,4 @@
-"""An adaptive limit finds what an upstream can do, follows it up and down, and leaves alone what nobody needs.
+"""An adaptive limit finds the capacity of an upstream, follows its changes, and stays unchanged if it is not reached.
 
 The upstream is a simulated server of so many places, before which requests queue in their order; time is virtual.
 """
@@ -61,7 +61,7 @@ class Queue:
         self._waiting: deque[tuple[int, float]] = deque()
 
     def run(self, seconds: float, *rates: float) -> Span:
-        """Offer `rates` requests a second, by band, for a while."""
+        """Offer `rates` requests a second, by priority, for a while."""
         span, end = Span(seconds), self.now + seconds
         self._events = [event for event in self._events if event[3] is not None]
         heapq.heapify(self._events)
@@ -135,7 +135,7 @@ def mix(capacity: float, times: float = 3) -> Sequence[float]:
 
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("places", [10, 100])
-def test_under_three_times_its_capacity_an_upstream_does_nearly_all_it_can_and_the_top_band_gets_through(
+def test_at_three_times_its_capacity_an_upstream_is_fully_used_and_the_highest_priority_succeeds(
     places: int, spread: Callable[[random.Random], float]
 ) -> None:
     capacity = places / 0.05
@@ -150,14 +150,14 @@ def test_under_three_times_its_capacity_an_upstream_does_nearly_all_it_can_and_t
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_one_band_alone_keeps_the_upstream_busy_too(spread: Callable[[random.Random], float]) -> None:
+def test_one_priority_alone_uses_the_upstream_fully_too(spread: Callable[[random.Random], float]) -> None:
     for bands, rates in ((SINGLE_PRIORITY, (600.0,)), (TIERS, (600.0, 0, 0, 0)), (TIERS, (0, 0, 0, 600.0))):
         server = Queue(adaptive(bands), 10, 0.05, spread=spread)
         server.run(15, *rates)
         assert server.run(40, *rates).rate > 0.92 * 200
 
 
-def test_a_queue_that_is_there_from_the_start_is_not_taken_for_the_latency_of_the_upstream() -> None:
+def test_a_queue_that_is_there_from_the_start_is_not_mistaken_for_the_latency_of_the_upstream() -> None:
     server = Queue(adaptive(SINGLE_PRIORITY, max_limit=400, min_limit=400), 10, 0.05, spread=constant)
     server.run(5, 600)
     assert server.limit.in_flight == 400
@@ -170,7 +170,7 @@ def test_a_queue_that_is_there_from_the_start_is_not_taken_for_the_latency_of_th
 # Up and down
 
 
-def test_a_slower_upstream_is_found_out_within_two_looks_and_a_faster_one_at_once() -> None:
+def test_a_slower_upstream_is_detected_within_two_measurements_and_a_faster_one_at_once() -> None:
     server = Queue(adaptive(), 10, 0.05, spread=constant)
     server.run(20, *mix(200))
     server.upstream_client = 0.15
@@ -183,7 +183,7 @@ def test_a_slower_upstream_is_found_out_within_two_looks_and_a_faster_one_at_onc
     assert server.run(20, *mix(200)).rate > 0.93 * 200
 
 
-def test_more_places_are_used_within_seconds() -> None:
+def test_a_larger_capacity_is_used_within_seconds() -> None:
     server = Queue(adaptive(), 10, 0.05, spread=constant)
     server.run(20, *mix(200))
     server.places = 60
@@ -191,7 +191,7 @@ def test_more_places_are_used_within_seconds() -> None:
     assert server.run(20, *mix(1200)).rate > 0.9 * 1200
 
 
-def test_a_look_lowers_the_limit_for_tenths_of_a_second_in_half_a_minute() -> None:
+def test_a_measurement_lowers_the_limit_for_tenths_of_a_second_in_half_a_minute() -> None:
     server = Queue(adaptive(), 10, 0.05, spread=constant)
     server.run(BASELINE_INTERVAL + 10, *mix(200))
     span = server.run(BASELINE_INTERVAL - 10.5, *mix(200))
@@ -211,7 +211,7 @@ def test_a_look_lowers_the_limit_for_tenths_of_a_second_in_half_a_minute() -> No
     width=st.integers(0, 500),
     tolerance=st.floats(1.1, 10),
 )
-def test_the_limit_keeps_between_floor_and_ceiling(
+def test_the_limit_stays_between_minimum_and_maximum(
     steps: list[tuple[float, float, bool, bool]], floor: int, width: int, tolerance: float
 ) -> None:
     gradient, now = GradientController(AdaptivePolicy(floor, floor + width, tolerance), NOW), NOW
@@ -226,7 +226,7 @@ def test_the_limit_keeps_between_floor_and_ceiling(
 
 
 @given(latencies=st.lists(st.floats(1e-4, 10), min_size=1, max_size=40))
-def test_a_limit_that_nobody_meets_stays_as_it_is(latencies: list[float]) -> None:
+def test_a_limit_that_is_not_reached_does_not_change(latencies: list[float]) -> None:
     limit, now = adaptive(), NOW
     before = limit.limit
     for seconds in latencies:
@@ -256,7 +256,7 @@ def test_it_grows_while_the_latency_keeps_and_shrinks_with_a_worse_one() -> None
     assert worse < 0.7 * grown
 
 
-def test_an_adaptive_limit_tells_its_state() -> None:
+def test_an_adaptive_limit_shows_its_state() -> None:
     limit = adaptive()
     assert limit.is_adaptive
     assert repr(limit) == "<ConcurrencyLimit [0 of 50]>"

@@ -1,4 +1,4 @@
-"""What was added is never denied, few others are taken for it, and memory is bounded by the limit alone."""
+"""No added id is denied, few others match, and memory is limited."""
 
 import pytest
 from hypothesis import given
@@ -22,7 +22,7 @@ def test_what_was_added_is_never_denied(some: list[str], others: list[str], limi
 
 
 @pytest.mark.parametrize(("times", "share"), [(1, 0.001), (4, 0.01), (8, 0.05)])
-def test_few_ids_are_taken_for_those_that_were_added(times: int, share: float) -> None:
+def test_few_ids_are_mistaken_for_those_that_were_added(times: int, share: float) -> None:
     limit = 2_000
     ids = BloomFilter(limit)
     for number in range(times * limit):

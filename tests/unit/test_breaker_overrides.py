@@ -1,4 +1,4 @@
-"""The file of modes and who follows it: what is written is found again, and what cannot be read changes nothing."""
+"""The file of breaker modes: changes are stored and followed, and an unreadable file changes nothing."""
 
 import asyncio
 import json
@@ -176,7 +176,7 @@ async def test_it_ends_by_itself_by_the_wall_clock(file: OverrideFile, mode: Mod
     assert (worker.mode(), worker.try_handle.override("users")) == (Mode.AUTO, None)
 
 
-async def test_a_file_that_cannot_be_used_changes_nothing_and_is_told_once(
+async def test_an_unusable_file_changes_nothing_and_is_logged_once(
     file: OverrideFile, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = Worker(file, FakeClock(WALL))

@@ -1,4 +1,4 @@
-"""What a breaker's windows hold: ten slices of time, or the last so many calls, each like a plain log of the calls."""
+"""The windows of a breaker: ten slices of time, or the last calls, compared with a plain log of the calls."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +26,7 @@ def test_a_window_of_time_forgets_a_slice_at_a_time() -> None:
     assert window.counts(NOW + 10) == (0, 0, 0)
 
 
-def test_a_young_clock_counts_like_an_old_one() -> None:
+def test_counts_do_not_depend_on_the_value_of_the_clock() -> None:
     window = TimeWindow(10)
     assert window.counts(0) == (0, 0, 0)
     window.record(0, is_failure=True)

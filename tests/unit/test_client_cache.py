@@ -1,4 +1,4 @@
-"""What is remembered of the store is bounded, and never older than what was remembered before."""
+"""The cache of the client store is limited, and never older than what it held before."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Who a client is: registered, granted, configured or none of it; what fits into memory, and what is looked up."""
+"""The tier of a client: granted, registered, configured or default; what fits into memory, and what is looked up."""
 
 import asyncio
 import logging
@@ -151,7 +151,7 @@ def tier_of(registry: ClientRegistry, client_id: str) -> Pair | None:
 # Who a client is
 
 
-async def test_granted_beats_registered_beats_configured_beats_the_default() -> None:
+async def test_a_grant_precedes_registration_then_configuration_then_the_default() -> None:
     store = HeldStore()
     async with following(store, {"acme": "BASIC", "initech": "BASIC"}, wall_clock=FakeClock(1000)) as registry:
         await registry.set_tier("acme", "FREE")
@@ -184,12 +184,12 @@ async def test_asking_for_a_client_remembers_nothing() -> None:
         assert (repr(registry), repr(registry._cache)) == before
 
 
-def test_a_default_tier_that_does_not_exist_is_a_defect_told_at_once() -> None:
+def test_a_default_tier_that_does_not_exist_raises_at_once() -> None:
     with pytest.raises(KeyError):
         ClientRegistry(TIERS, "GOLD", {}, HeldStore())
 
 
-async def test_a_registry_tells_its_state() -> None:
+async def test_a_registry_shows_its_state() -> None:
     store = HeldStore()
     async with following(store, {"a": "BASIC", "b": "BASIC"}) as registry:
         await registry.set_tier("c", "BASIC")
@@ -202,7 +202,7 @@ async def test_a_registry_tells_its_state() -> None:
 # Changes
 
 
-async def test_a_change_tells_before_and_after_and_holds_at_once() -> None:
+async def test_a_change_reports_before_and_after_and_applies_at_once() -> None:
     async with following(HeldStore(), {"acme": "BASIC"}) as registry:
         before, after = await registry.set_tier("acme", "PREMIUM")
         assert view(before) == ("BASIC", "configured")
@@ -224,7 +224,7 @@ async def test_every_change_makes_who_has_looked_look_again() -> None:
             assert registry.version > version
 
 
-async def test_forgetting_a_client_takes_registration_and_grant() -> None:
+async def test_removing_a_client_removes_registration_and_grant() -> None:
     async with following(HeldStore(), {"acme": "BASIC"}, wall_clock=FakeClock(1000)) as registry:
         await registry.set_tier("acme", "FREE")
         await registry.grant("acme", "PREMIUM", 2000)
@@ -233,14 +233,14 @@ async def test_forgetting_a_client_takes_registration_and_grant() -> None:
         assert after == registry.by_id("acme")
 
 
-async def test_forgetting_a_client_nobody_registered_changes_nothing() -> None:
+async def test_removing_a_client_that_is_not_registered_changes_nothing() -> None:
     async with following(HeldStore()) as registry:
         before, after = await registry.delete("acme")
         assert before == after
         assert after.source == "default"
 
 
-async def test_what_one_changes_others_follow_and_only_they_are_told() -> None:
+async def test_a_change_of_one_process_is_reported_to_the_others_only() -> None:
     """Who makes a change takes the bucket over itself; the others learn of it by the callback, once."""
     told: dict[str, list[tuple[Pair | None, Pair | None]]] = {"one": [], "other": []}
 
@@ -279,8 +279,8 @@ async def test_a_change_begins_from_what_others_made_before_it() -> None:
     assert (view(before), view(after)) == (("BASIC", "registered"), ("PREMIUM", "registered"))
 
 
-async def test_a_change_that_is_heard_of_before_its_answer_is_not_taken_for_somebody_elses() -> None:
-    """Else its bucket would be taken over twice, and the answer would tell the new tier as the previous one."""
+async def test_a_change_announced_before_its_own_response_is_not_mistaken_for_another() -> None:
+    """Else its bucket would be taken over twice, and the response would tell the new tier as the previous one."""
     told: list[Client] = []
     store = HeldStore()
     async with following(store, on_change=lambda before, after: told.append(after)) as registry:
@@ -316,7 +316,7 @@ async def test_an_older_record_never_takes_the_place_of_a_newer_one() -> None:
         assert tier_of(registry, "acme") == ("FREE", "default")
 
 
-async def test_who_is_too_far_behind_reads_all_anew() -> None:
+async def test_a_process_that_is_too_far_behind_reads_everything_again() -> None:
     store = HeldStore()
     async with following(store) as registry:
         await registry.set_tier("acme", "BASIC")
@@ -344,7 +344,7 @@ async def test_a_change_that_cannot_be_stored_is_not_made() -> None:
         assert tier_of(registry, "acme") == ("PREMIUM", "registered")
 
 
-async def test_a_change_of_unknown_outcome_is_told_as_such() -> None:
+async def test_a_change_of_unknown_outcome_is_reported_as_such() -> None:
     store = HeldStore()
     async with following(store) as registry:
         store.failure = OutcomeUnknown("no answer")
@@ -359,7 +359,7 @@ async def test_a_store_of_this_machine_must_open() -> None:
         await ClientRegistry(TIERS, "FREE", {}, store).load()
 
 
-async def test_a_remote_store_may_be_away_at_start_and_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_remote_store_may_be_unavailable_at_start(caplog: pytest.LogCaptureFixture) -> None:
     store = HeldStore()
     await store.write("acme", Change(tier="PREMIUM"))
     store.failure = OSError("not up yet")
@@ -377,7 +377,7 @@ async def test_a_remote_store_may_be_away_at_start_and_is_waited_for(caplog: pyt
     assert sum("available again" in message for message in told) == 1
 
 
-async def test_after_a_failure_nothing_is_taken_for_granted() -> None:
+async def test_after_a_failure_everything_is_read_again() -> None:
     """A server that failed over may have lost changes that were read from it before."""
     store = HeldStore()
     async with following(store) as registry:
@@ -389,7 +389,7 @@ async def test_after_a_failure_nothing_is_taken_for_granted() -> None:
         await soon(lambda: tier_of(registry, "acme") == ("BASIC", "registered"), "all is read anew")
 
 
-async def test_a_store_that_begins_anew_is_believed_and_told_of(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_store_of_a_new_epoch_is_followed_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     store = HeldStore()
     async with following(store) as registry:
         await registry.set_tier("acme", "PREMIUM")
@@ -439,7 +439,7 @@ async def test_a_defect_does_not_end_the_following(caplog: pytest.LogCaptureFixt
     assert any(record.exc_info for record in caplog.records)
 
 
-async def test_a_tier_that_is_not_configured_here_falls_back_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unknown_tier_falls_back_to_the_default_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """It may come back with the next configuration; the registration must not be lost meanwhile."""
     store = HeldStore()
     await store.write("acme", Change(tier="PREMIUM"))
@@ -461,7 +461,7 @@ async def crowded(store: HeldStore, count: int) -> None:
         await store.write(f"client-{number}", Change(tier="PREMIUM"))
 
 
-async def test_while_all_fit_a_miss_is_an_answer() -> None:
+async def test_while_all_clients_fit_a_miss_means_not_registered() -> None:
     store = HeldStore()
     await crowded(store, 20)
     async with following(store, limit=20) as registry:
@@ -523,7 +523,7 @@ async def test_invented_names_do_not_push_out_those_that_exist() -> None:
         assert len(registry._cache) == 100
 
 
-async def test_many_who_ask_for_one_client_ask_once_and_many_clients_are_one_question() -> None:
+async def test_look_ups_of_one_client_are_made_once_and_those_of_many_in_one_call() -> None:
     store = HeldStore()
     await crowded(store, 25)
     async with following(store, limit=20, deadline=5) as registry:
@@ -567,7 +567,7 @@ async def test_a_look_up_that_failed_is_made_again_later(monkeypatch: pytest.Mon
         assert view(await registry.look_up("client-24")) == ("PREMIUM", "registered")
 
 
-async def test_while_the_store_is_known_to_be_away_nobody_waits_for_it() -> None:
+async def test_while_the_store_is_known_to_be_unavailable_no_request_waits_for_it() -> None:
     store = HeldStore()
     await crowded(store, 25)
     async with following(store, limit=20) as registry:
@@ -594,7 +594,7 @@ async def test_a_change_of_a_client_that_is_not_remembered_is_not_missed() -> No
         assert view(await asking) == ("BASIC", "registered")
 
 
-async def test_invented_names_are_not_looked_up_where_the_store_tells_all_ids() -> None:
+async def test_invented_ids_are_not_looked_up_if_the_store_lists_all_ids() -> None:
     store = HeldStore()
     store.tells_ids = True
     await crowded(store, 25)
@@ -612,7 +612,7 @@ async def test_invented_names_are_not_looked_up_where_the_store_tells_all_ids() 
         assert registry.try_get("stranger-2") is None, "it had to make room, and is looked up"
 
 
-async def test_who_is_registered_here_while_all_is_read_anew_is_looked_up_later() -> None:
+async def test_a_client_registered_during_a_full_read_is_looked_up_later() -> None:
     store = HeldStore()
     store.tells_ids = True
     await crowded(store, 25)
@@ -625,7 +625,7 @@ async def test_who_is_registered_here_while_all_is_read_anew_is_looked_up_later(
         assert all(view(registry.try_get(f"newcomer-{number}")) != ("FREE", "default") for number in range(25))
 
 
-async def test_one_too_many_makes_nobody_unknown_who_is_registered() -> None:
+async def test_one_client_too_many_makes_no_registered_client_unknown() -> None:
     store = HeldStore()
     async with following(store, limit=20) as registry:
         for number in range(30):
@@ -741,7 +741,7 @@ async def test_a_grant_whose_time_was_over_before_the_start_is_none() -> None:
         await soon(lambda: store.records["acme"].is_empty, "it is cleared")
 
 
-async def test_a_grant_that_ends_while_the_store_is_away_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grant_ends_on_time_while_the_store_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api_gateway.clients.registry._CLEAR_RETRY_DELAY", 0.02)
     clock = FakeClock(1000)
     store = HeldStore(clock)

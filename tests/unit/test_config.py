@@ -1,4 +1,4 @@
-"""What may be configured, its defaults, who wins when two sources speak, and a line for each mistake."""
+"""Settings: defaults, precedence of sources, and one line for each error."""
 
 import json
 import logging
@@ -352,7 +352,7 @@ def test_null_removes_a_tier(name: str) -> None:
     assert list(config.tiers) == ["BASIC", "PREMIUM", "ENTERPRISE"]
 
 
-def test_null_removes_a_tier_nobody_knows_without_complaint() -> None:
+def test_null_for_an_unknown_tier_is_accepted() -> None:
     assert "GOLD" not in load_config(None, {"tiers": {"GOLD": None}}).tiers
 
 

@@ -1,4 +1,4 @@
-"""An alarm rings once, at its last deadline, and hardly ever troubles the event loop."""
+"""A timer fires once, at its last deadline, and is rarely rearmed on the event loop."""
 
 import asyncio
 import gc
@@ -68,7 +68,7 @@ def alarm(loop: Loop, rung: list[float]) -> DeadlineTimer:
     return DeadlineTimer(loop, lambda: rung.append(loop.now))  # type: ignore[arg-type]  # as much of a loop as it needs
 
 
-def test_it_rings_once_when_its_time_has_passed(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
+def test_it_fires_once_when_its_time_has_passed(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     alarm.set(2)
     loop.advance(1.9)
     assert rung == []
@@ -99,7 +99,7 @@ def test_an_earlier_deadline_is_kept(loop: Loop, alarm: DeadlineTimer, rung: lis
     assert rung == [101]
 
 
-def test_what_is_cleared_does_not_ring(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
+def test_a_cleared_timer_does_not_fire(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     alarm.set(2)
     alarm.clear()
     assert loop.standing() == [102]
@@ -128,7 +128,7 @@ def test_what_was_cleared_can_be_set_again(
     assert rung == [104 + between]
 
 
-def test_it_may_be_set_again_as_it_rings(loop: Loop) -> None:
+def test_it_may_be_set_again_as_it_fires(loop: Loop) -> None:
     rung: list[float] = []
 
     def ring() -> None:
@@ -142,7 +142,7 @@ def test_it_may_be_set_again_as_it_rings(loop: Loop) -> None:
     assert rung == [101, 106, 111]
 
 
-def test_what_is_stopped_holds_nothing(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
+def test_a_stopped_timer_holds_no_handle(loop: Loop, alarm: DeadlineTimer, rung: list[float]) -> None:
     alarm.set(2)
     alarm.stop()
     assert loop.standing() == []
@@ -151,7 +151,7 @@ def test_what_is_stopped_holds_nothing(loop: Loop, alarm: DeadlineTimer, rung: l
     alarm.stop()
 
 
-def test_what_is_stopped_lets_go_of_its_owner() -> None:
+def test_a_stopped_timer_holds_no_reference_to_its_owner() -> None:
     """Who would otherwise wait for the garbage collector, as alarm and owner know each other."""
 
     class Owner:
@@ -171,13 +171,13 @@ def test_what_is_stopped_lets_go_of_its_owner() -> None:
         gc.enable()
 
 
-def test_it_tells_its_state(alarm: DeadlineTimer) -> None:
+def test_it_shows_its_state(alarm: DeadlineTimer) -> None:
     assert repr(alarm) == "<DeadlineTimer [off]>"
     alarm.set(2.5)
     assert repr(alarm) == "<DeadlineTimer [due at 102.500]>"
 
 
-async def test_it_rings_on_a_real_loop() -> None:
+async def test_it_fires_on_a_real_loop() -> None:
     loop = asyncio.get_running_loop()
     rung = asyncio.Event()
     alarm = DeadlineTimer(loop, rung.set)

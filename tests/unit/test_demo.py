@@ -1,4 +1,4 @@
-"""The demo upstreams by themselves."""
+"""The demo upstreams."""
 
 import pytest
 
@@ -12,7 +12,7 @@ async def demo() -> DemoUpstreams:
     return DemoUpstreams()
 
 
-async def test_each_service_answers_its_health_check_and_stops(demo: DemoUpstreams) -> None:
+async def test_each_service_responds_to_its_health_check_and_stops(demo: DemoUpstreams) -> None:
     await demo.start()
     try:
         assert [ask(f"{demo.urls[name]}/health").json() for name in DEMO_NAMES] == [{"status": "ok"}] * 4

@@ -1,4 +1,4 @@
-"""A configuration mistake is told with where it was made, its place and its value, and never with a secret."""
+"""An error in the configuration is reported with its source, key and value, and never with a secret."""
 
 import re
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_a_message_names_the_line_of_the_value(refused: Refused) -> None:
     assert "metrics.percentiles[1]: " in lines[1]
 
 
-def test_a_key_that_is_missing_is_told_at_the_line_of_its_section(refused: Refused) -> None:
+def test_a_missing_key_is_reported_at_the_line_of_its_section(refused: Refused) -> None:
     assert refused("\nroutes:\n  - name: a\n    path: /api/a\n") == [":3: routes[0].upstream: is missing"]
 
 
@@ -111,7 +111,7 @@ def problems_of(path: Path) -> list[str]:
     return caught.value.problems
 
 
-def test_a_file_that_does_not_exist_is_told_as_such(tmp_path: Path) -> None:
+def test_a_file_that_does_not_exist_is_reported_as_such(tmp_path: Path) -> None:
     path = tmp_path / "none.yaml"
     with pytest.raises(ConfigError) as caught:
         load_config(path)
@@ -123,7 +123,7 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
         read_yaml(tmp_path)
 
 
-def test_a_file_that_is_not_utf8_is_told_as_such(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_is_reported_as_such(tmp_path: Path) -> None:
     path = tmp_path / "gateway.yaml"
     path.write_bytes(b"state_dir: \xff\n")
     with pytest.raises(ConfigError, match=r"cannot be read: .*utf-8"):
@@ -134,7 +134,7 @@ def test_a_file_that_is_not_utf8_is_told_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variable", ["GATEWAY_SERVER__PORT", "gateway_server__port"])
-def test_a_wrong_value_of_the_environment_is_told_as_such(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_a_wrong_value_of_the_environment_is_reported_as_such(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "many")
     with pytest.raises(ConfigError) as caught:
         load_config()
@@ -142,7 +142,7 @@ def test_a_wrong_value_of_the_environment_is_told_as_such(monkeypatch: pytest.Mo
     assert caught.value.problems[0].endswith("got 'many'")
 
 
-def test_a_wrong_value_of_the_env_file_is_told_as_such(tmp_path: Path) -> None:
+def test_a_wrong_value_of_the_env_file_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("GATEWAY_SERVER__PORT=many\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"^environment GATEWAY_SERVER__PORT: server\.port: .*'many'$"):
         load_config()
@@ -160,13 +160,13 @@ def test_a_setting_of_the_env_file_that_cannot_be_read_is_a_mistake_and_is_not_s
     assert caplog.text == ""
 
 
-def test_a_wrong_value_within_a_variable_of_json_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_value_within_a_json_variable_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATEWAY_SERVER", '{"port": "many"}')
     with pytest.raises(ConfigError, match=r"^environment GATEWAY_SERVER: server\.port: .*'many'$"):
         load_config()
 
 
-def test_a_wrong_value_of_the_command_line_is_told_as_such(refused: Refused) -> None:
+def test_a_wrong_value_of_the_command_line_is_reported_as_such(refused: Refused) -> None:
     (line,) = refused("server: {port: 1}", {"server": {"port": -1}})
     assert line.startswith("command line: server.port: ")
     assert line.endswith("got -1")
@@ -218,7 +218,7 @@ def test_a_rule_between_sections_names_its_places_itself(refused: Refused) -> No
         ("clients: {acme: {zzz: 1}}", ["clients.acme.zzz", "tier"]),
     ],
 )
-def test_an_unknown_key_is_told_with_what_is_known_at_its_place(
+def test_an_unknown_key_is_reported_with_the_keys_known_at_its_place(
     refused: Refused, text: str, telling: list[str]
 ) -> None:
     assert any(all(part in line for part in (*telling, ": unknown key")) for line in refused(text))

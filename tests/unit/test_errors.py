@@ -1,4 +1,4 @@
-"""Every no of the gateway has a status, a reason of the closed list, and a problem body that says why."""
+"""Every refusal of the gateway has a status, a reason of the closed list, and problem details."""
 
 import math
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ DOCUMENTED: dict[type[GatewayError], tuple[int, str]] = {
 }
 
 
-def test_the_documented_answers_are_all_there_are() -> None:
+def test_the_documented_responses_are_all_there_are() -> None:
     assert {cls: (cls.status, cls.reason.value) for cls in CONCRETE} == DOCUMENTED
 
 

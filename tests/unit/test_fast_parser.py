@@ -1,4 +1,4 @@
-"""`fast_parser`: what is plain is a part of what the parser accepts, and means the same."""
+"""`fast_parser` accepts a subset of what the full parser accepts, with the same meaning."""
 
 from typing import Any
 
@@ -93,11 +93,11 @@ def test_a_noted_name_is_found_in_every_spelling_and_no_name_that_holds_it(name:
         b"\r\nGET /api HTTP/1.1",
     ],
 )
-def test_an_unusual_request_line_is_for_the_parser(line: bytes) -> None:
+def test_an_unusual_request_line_is_left_to_the_parser(line: bytes) -> None:
     assert parse_request_head(line + b"\r\nHost: a\r\n\r\n") is None
 
 
-def test_a_head_that_is_not_whole_is_for_the_parser() -> None:
+def test_an_incomplete_head_is_left_to_the_parser() -> None:
     for end in range(len(REQUEST) - 2):
         assert parse_request_head(REQUEST[:end]) is None
 
@@ -133,7 +133,7 @@ def test_a_head_that_is_not_whole_is_for_the_parser() -> None:
         b"Host: a\r\nContent-Length: 9999999999999999\r\n",
     ],
 )
-def test_unusual_header_lines_are_for_the_parser(lines: bytes) -> None:
+def test_unusual_header_lines_are_left_to_the_parser(lines: bytes) -> None:
     found = LINES_OF_NOTE.find(b"\r\n" + lines)
     assert found is None or framing_of(fields_of(found)) is None
 
@@ -181,7 +181,7 @@ def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, li
 # Answers
 
 
-def test_an_answer_is_split_into_its_parts() -> None:
+def test_a_response_is_split_into_its_parts() -> None:
     head = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nETag: x"
     assert parse_response_head(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True, None)
     assert reason_phrase(ANSWER) == b"Fine"
@@ -228,12 +228,12 @@ def test_a_line_that_goes_no_further_is_taken_out_and_no_other_that_looks_like_i
         b"Content-Length: 2\nX: a\r\n",
     ],
 )
-def test_an_unusual_answer_is_for_the_parser(lines: bytes) -> None:
+def test_an_unusual_response_is_left_to_the_parser(lines: bytes) -> None:
     assert parse_response_head(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\nok", is_to_head=False) is None
 
 
 @pytest.mark.parametrize("start", [b"HTTP/1.0 200 OK", b"HTTP/1.1 103 Early", b"HTTP/1.1 200", b"HTTP/1.1 600 Odd"])
-def test_an_unusual_status_line_is_for_the_parser(start: bytes) -> None:
+def test_an_unusual_status_line_is_left_to_the_parser(start: bytes) -> None:
     assert parse_response_head(start + b"\r\nContent-Length: 0\r\n\r\n", is_to_head=False) is None
 
 
@@ -247,7 +247,7 @@ def test_an_unusual_status_line_is_for_the_parser(start: bytes) -> None:
         (b"200 OK", b"", True, 0),
     ],
 )
-def test_some_answers_end_with_their_head(
+def test_some_responses_end_with_their_head(
     status: bytes, lines: bytes, length: int | None, *, is_to_head: bool
 ) -> None:
     parts = parse_response_head(b"HTTP/1.1 " + status + b"\r\n" + lines + b"\r\n", is_to_head=is_to_head)
@@ -274,7 +274,11 @@ STATUSES = st.sampled_from([b"200 OK", b"204 No Content", b"304 ", b"404 \xe4", 
 
 @given(STATUSES, ANSWER_LINES, st.booleans())
 @example(b"200 OK", b"Content-Length: 2\r\nConnection: close\r\nDe: x\r\n", False)
-def test_a_plain_answer_means_to_the_parser_what_it_means_here(status: bytes, lines: bytes, is_to_head: bool) -> None:  # noqa: FBT001 - as drawn
+def test_a_plain_response_means_to_the_parser_what_it_means_here(
+    status: bytes,
+    lines: bytes,
+    is_to_head: bool,  # noqa: FBT001 - as drawn
+) -> None:
     head = b"HTTP/1.1 " + status + b"\r\n" + lines + b"\r\n"
     parts = parse_response_head(head, is_to_head=is_to_head)
     if parts is None:

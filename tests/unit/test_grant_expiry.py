@@ -1,4 +1,4 @@
-"""Endings come due in their order, and those that no longer count are let go."""
+"""Grants expire in order, and expired or replaced entries are removed."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""What a proxy takes out of headers and puts in, and whose address a request comes from."""
+"""Header fields that a proxy removes and adds, and the address that a request comes from."""
 
 from ipaddress import ip_address, ip_network
 
@@ -84,7 +84,7 @@ def test_untouched_request_headers_keep_their_order_and_bytes(headers: HeaderLis
 
 @given(UNTOUCHED)
 @example([(b"Set-Cookie", b"a=1"), (b"set-cookie", b"b=2")])
-def test_untouched_answer_headers_keep_their_order_and_bytes(headers: HeaderList) -> None:
+def test_untouched_response_headers_keep_their_order_and_bytes(headers: HeaderList) -> None:
     assert clients_view(headers, [], frozenset()) == [*headers, (b"via", b"1.1 api-gateway")]
 
 
@@ -119,13 +119,13 @@ def test_connection_cannot_name_away_what_the_gateway_depends_on(name: bytes) ->
 
 
 @pytest.mark.parametrize("name", sorted(FORWARDING))
-def test_what_a_stranger_says_of_forwarding_is_replaced(name: bytes) -> None:
+def test_forwarding_fields_of_an_untrusted_peer_are_replaced(name: bytes) -> None:
     seen = upstreams_view([(b"host", b"h"), (name.upper(), b"forged")])
     assert b"forged" not in [value for _, value in seen]
     assert values(seen, b"x-forwarded-for") == [b"192.0.2.7"]
 
 
-def test_what_a_trusted_proxy_says_of_forwarding_is_extended() -> None:
+def test_forwarding_fields_of_a_trusted_proxy_are_extended() -> None:
     headers = [
         (b"Host", b"inner"),
         (b"X-Forwarded-For", b"203.0.113.9"),
@@ -141,7 +141,7 @@ def test_what_a_trusted_proxy_says_of_forwarding_is_extended() -> None:
     assert values(seen, b"forwarded") == [b"for=203.0.113.9"]
 
 
-def test_a_trusted_proxy_that_says_nothing_is_spoken_for() -> None:
+def test_without_forwarding_fields_of_a_trusted_proxy_the_gateway_sets_them() -> None:
     seen = upstreams_view([(b"host", b"shop.example")], is_trusted=True)
     assert values(seen, b"x-forwarded-for") == [b"192.0.2.7"]
     assert values(seen, b"x-forwarded-proto") == [b"http"]
@@ -170,14 +170,14 @@ def test_other_names_may_hold_underscores() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(HOP_BY_HOP | GATEWAY_HEADERS | {b"date"}))
-def test_an_answer_is_freed_of_what_is_not_for_the_client(name: bytes) -> None:
+def test_fields_that_are_not_for_the_client_are_removed_from_the_response(name: bytes) -> None:
     assert clients_view([(name.title(), b"1"), (b"X", b"2")], [], frozenset({b"date"})) == [
         (b"X", b"2"),
         (b"via", b"1.1 api-gateway"),
     ]
 
 
-def test_what_the_answers_connection_names_is_dropped_but_for_its_framing() -> None:
+def test_fields_that_the_responses_connection_names_are_removed_except_framing() -> None:
     answer = [(b"Connection", b"x-hop, content-length"), (b"X-Hop", b"1"), (b"Content-Length", b"2")]
     assert clients_view(answer, [], frozenset())[:-1] == [(b"Content-Length", b"2")]
 
@@ -434,5 +434,5 @@ def test_what_a_hop_names_is_an_address_whatever_it_says(hop: bytes) -> None:
     assert address is None or ip_address(address)
 
 
-def test_nobody_is_trusted_unless_configured() -> None:
+def test_no_peer_is_trusted_unless_configured() -> None:
     assert client_address("10.0.0.1", {b"x-forwarded-for": [b"203.0.113.9"]}, []) == "10.0.0.1"

@@ -1,4 +1,4 @@
-"""The bodies of /health: rendered once for all who ask together, and never older than promised."""
+"""The bodies of /health: rendered once for concurrent requests, and never older than promised."""
 
 import asyncio
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def made(clock: FakeClock) -> tuple[HealthCache, Rendering]:
     return HealthCache(rendering, clock), rendering
 
 
-async def test_an_operator_sees_all_and_a_stranger_the_word(made: tuple[HealthCache, Rendering]) -> None:
+async def test_an_operator_sees_everything_and_others_the_status_word(made: tuple[HealthCache, Rendering]) -> None:
     cache, rendering = made
     assert await cache.detailed() == b'{"status":"pass","version":"1"}'
     assert await cache.status_only() == b'{"status":"pass"}'
@@ -59,7 +59,7 @@ async def test_a_body_is_reused_in_proportion_to_its_cost(clock: FakeClock, cost
     assert rendering.count == 2
 
 
-async def test_a_stranger_gets_what_is_less_than_a_second_old(
+async def test_an_unauthenticated_caller_gets_a_rendering_less_than_a_second_old(
     made: tuple[HealthCache, Rendering], clock: FakeClock
 ) -> None:
     cache, rendering = made
@@ -72,7 +72,9 @@ async def test_a_stranger_gets_what_is_less_than_a_second_old(
     assert rendering.count == 2
 
 
-async def test_while_many_ask_nobody_waits_for_the_word(made: tuple[HealthCache, Rendering], clock: FakeClock) -> None:
+async def test_concurrent_callers_do_not_wait_for_the_status_word(
+    made: tuple[HealthCache, Rendering], clock: FakeClock
+) -> None:
     cache, rendering = made
     await cache.status_only()
     clock.advance(0.6)
@@ -87,7 +89,7 @@ async def test_while_many_ask_nobody_waits_for_the_word(made: tuple[HealthCache,
     assert rendering.count == 2
 
 
-async def test_a_failure_that_nobody_waits_for_is_found_by_who_asks_later(
+async def test_a_failure_without_waiters_reaches_the_next_caller(
     made: tuple[HealthCache, Rendering], clock: FakeClock
 ) -> None:
     cache, rendering = made
@@ -116,7 +118,7 @@ async def test_all_who_ask_together_share_one_rendering(
     assert rendering.count == 1
 
 
-async def test_after_a_change_nobody_sees_what_was_rendered_before(made: tuple[HealthCache, Rendering]) -> None:
+async def test_after_a_change_no_caller_gets_an_older_rendering(made: tuple[HealthCache, Rendering]) -> None:
     cache, rendering = made
     await cache.detailed()
     cache.expire()

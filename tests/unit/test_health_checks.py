@@ -1,10 +1,11 @@
-"""How single results become a verdict, what a check finds, and that targets are watched independently."""
+"""How results of checks change the health of a target, the findings of a check, and independent targets."""
 
 import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,8 @@ from api_gateway.upstreams.health_checks import HealthChecker, HealthPolicy, Hea
 from api_gateway.upstreams.target import Target
 from tests.kit import FakeClock, soon
 
-POLICY = HealthPolicy("/health", interval=0.001, timeout=5, healthy_threshold=2, unhealthy_threshold=3)
+POLICY = HealthPolicy("/health", 0.001, 5, healthy_threshold=2, unhealthy_threshold=3, statuses=(range(200, 400),))
+ONE_IS_ENOUGH = replace(POLICY, healthy_threshold=1, unhealthy_threshold=1)
 URL = "http://10.0.0.1:9001"
 NOW = 1000.0
 CLOCK = FakeClock(NOW)
@@ -43,7 +45,7 @@ async def silent(_url: str, _timeout: float) -> int:
     return await never
 
 
-# The verdict
+# The health of a target
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ async def silent(_url: str, _timeout: float) -> int:
         (False, "++---", ".*..*"),
     ],
 )
-def test_the_verdict_changes_after_enough_contrary_results_in_a_row(
+def test_the_health_changes_after_enough_consecutive_contrary_results(
     is_healthy: bool,  # noqa: FBT001 - a table's column
     results: str,
     changes: str,
@@ -74,7 +76,7 @@ def test_the_verdict_changes_after_enough_contrary_results_in_a_row(
 
 
 def test_one_result_is_enough_where_the_policy_says_so() -> None:
-    judge, target = judged(policy=HealthPolicy("/health", healthy_threshold=1, unhealthy_threshold=1))
+    judge, target = judged(policy=ONE_IS_ENOUGH)
     for is_good in (False, True, False):
         assert judge.observe(is_good=is_good, finding="", now=NOW)
         assert target.is_healthy == is_good
@@ -87,7 +89,7 @@ def test_a_target_shows_that_it_was_checked_and_what_was_found() -> None:
     assert (target.checks.at, target.checks.finding) == (NOW, "status 503")
 
 
-def test_its_repr_tells_verdict_and_doubt() -> None:
+def test_its_repr_shows_health_and_contrary_results() -> None:
     judge, _ = judged()
     judge.observe(is_good=False, finding="", now=NOW)
     assert repr(judge) == "<HealthThreshold [healthy, 1 contrary in a row]>"
@@ -110,7 +112,7 @@ def test_a_target_shows_how_many_results_alike_came_in_a_row_and_its_last_error(
 
 @pytest.mark.parametrize(("status", "is_good"), [(199, False), (200, True), (204, True), (205, False), (418, True)])
 async def test_the_policy_says_which_statuses_are_good(status: int, is_good: bool) -> None:  # noqa: FBT001 - a table's column
-    policy = HealthPolicy("/", statuses=(range(200, 205), range(418, 419)))
+    policy = replace(POLICY, statuses=(range(200, 205), range(418, 419)))
     judge, target = judged()
     await check(judge, policy, URL, answering(status), CLOCK)
     assert target.checks.is_good is is_good
@@ -132,16 +134,14 @@ async def test_the_policy_says_which_statuses_are_good(status: int, is_good: boo
     ],
 )
 async def test_a_check_finds(ask: SendProbe, is_good: bool, finding: str) -> None:  # noqa: FBT001 - a table's column
-    judge, target = judged(
-        is_healthy=not is_good, policy=HealthPolicy("/", healthy_threshold=1, unhealthy_threshold=1)
-    )
+    judge, target = judged(is_healthy=not is_good, policy=ONE_IS_ENOUGH)
     assert await check(judge, POLICY, URL, ask, CLOCK)
     assert (target.is_healthy, target.checks.finding) == (is_good, finding)
 
 
 async def test_silence_is_found_after_the_timeout() -> None:
     judge, target = judged()
-    assert not await check(judge, HealthPolicy("/health", timeout=0.001), URL, silent, CLOCK)
+    assert not await check(judge, replace(POLICY, timeout=0.001), URL, silent, CLOCK)
     assert target.checks.finding == "no response within 0.001 s"
     assert repr(judge) == "<HealthThreshold [healthy, 1 contrary in a row]>"
 
@@ -201,7 +201,7 @@ def scripted(statuses: Sequence[int]) -> tuple[SendProbe, asyncio.Event]:
     return ask, done
 
 
-async def test_a_change_of_verdict_is_told_once() -> None:
+async def test_a_change_of_health_is_reported_once() -> None:
     target = Target(URL)
     told: list[bool] = []
     ask, used_up = scripted([200, 500, 500, 500, 500, 500, 200, 200, 200, 500])
@@ -210,7 +210,7 @@ async def test_a_change_of_verdict_is_told_once() -> None:
     assert told == [False, True]
 
 
-async def test_what_changed_is_told_of_that_target() -> None:
+async def test_a_change_is_reported_for_its_target() -> None:
     good, bad = Target("http://good"), Target("http://bad")
     told: list[Target] = []
     changed = asyncio.Event()
@@ -294,7 +294,7 @@ async def test_first_checks_spread_over_the_first_interval(monkeypatch: pytest.M
 
 
 async def test_a_target_is_never_asked_twice_at_once() -> None:
-    """Also when its answer takes longer than the interval."""
+    """Also when its response takes longer than the interval."""
     running = most = done = 0
     enough = asyncio.Event()
 

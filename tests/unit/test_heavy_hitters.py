@@ -1,4 +1,4 @@
-"""The heaviest keys of a stream: every count within its bound, every heavy key held, memory bounded, also merged."""
+"""The most frequent keys of a stream: limited error, every frequent key held, limited memory, also merged."""
 
 import json
 import random

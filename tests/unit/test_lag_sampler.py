@@ -1,4 +1,4 @@
-"""The sampler tells by how much the event loop is late."""
+"""The sampler reports the lag of the event loop."""
 
 import asyncio
 import socket
@@ -13,7 +13,7 @@ from api_gateway.eventloop.lag_sampler import SAMPLE_INTERVAL, LagSampler
 
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 @pytest.mark.parametrize("busy", [SAMPLE_INTERVAL / 2, SAMPLE_INTERVAL, SAMPLE_INTERVAL * 2])
-def test_a_busy_loop_is_told_by_how_much_and_a_calm_one_that_it_is_calm(
+def test_the_lag_of_a_busy_loop_is_reported_and_that_of_an_idle_one_is_zero(
     make_loop: Callable[[], asyncio.AbstractEventLoop], busy: float
 ) -> None:
     """With what sockets bring, and also where a turn takes just as long as what lies between two samples."""
@@ -42,7 +42,7 @@ def test_a_busy_loop_is_told_by_how_much_and_a_calm_one_that_it_is_calm(
 
 
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_what_holds_up_timers_only_is_told_too(make_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+def test_a_delay_of_timers_only_is_reported_too(make_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     loop, lags = make_loop(), list[float]()
 
     def stall() -> None:
@@ -58,7 +58,7 @@ def test_what_holds_up_timers_only_is_told_too(make_loop: Callable[[], asyncio.A
     assert sorted(lags)[len(lags) // 2] > SAMPLE_INTERVAL
 
 
-def test_once_stopped_it_says_nothing_more() -> None:
+def test_once_stopped_it_reports_nothing() -> None:
     loop, lags = asyncio.new_event_loop(), list[float]()
     sampler = LagSampler(loop, lags.append)
     sampler.start()

@@ -1,4 +1,4 @@
-"""The look-up of local programs: once a connection, one at a time, within bounds. Its rules: test_local_operator."""
+"""The look-up of local programs: once for each connection, one at a time, limited. Its rules: test_local_operator."""
 
 import asyncio
 import os
@@ -77,7 +77,7 @@ def scope(link: Link | None = None, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("reason", [None, "it listens"])
-async def test_a_verdict_is_found_once_for_a_connection_and_belongs_to_it(reason: str | None) -> None:
+async def test_a_look_up_is_made_once_for_a_connection(reason: str | None) -> None:
     peers = Peers(reason)
     locality = LocalProcesses(peers)
     connection = Link()
@@ -89,7 +89,7 @@ async def test_a_verdict_is_found_once_for_a_connection_and_belongs_to_it(reason
     assert await locality.is_local(scope(connection)) is (reason is None)
 
 
-async def test_without_a_connection_to_keep_it_by_a_verdict_is_not_kept() -> None:
+async def test_without_a_connection_the_result_of_a_look_up_is_not_kept() -> None:
     peers = Peers()
     locality = LocalProcesses(peers)
     assert await locality.is_local(scope())

@@ -1,4 +1,4 @@
-"""What is counted, percentiles with a bound, windows that forget, and the text that Prometheus reads."""
+"""Counters, percentiles with a limited error, sliding windows, and Prometheus text."""
 
 import json
 import math
@@ -265,7 +265,7 @@ def rates_at(recorder: Recorder, now: float) -> dict[str, RateWindow]:
 
 
 @pytest.mark.parametrize("now", [START + 7.5, START + 60, START + 64.9, START + 300, START + 602.5, START + 900])
-def test_a_steady_rate_is_told_as_such_at_any_moment(now: float) -> None:
+def test_a_steady_rate_is_shown_exactly_at_any_moment(now: float) -> None:
     recorder = recorder_of()
     for tick in range(1, int((now - START) * 10) + 1):
         recorder.observe(ended(START + tick / 10))
@@ -346,7 +346,7 @@ def test_rates_are_shares_of_all_requests() -> None:
     assert (window.error_rate, window.limited_rate) == (0.2, 0.3)
 
 
-def test_a_try_counts_its_outcome_and_its_time_if_there_was_an_answer() -> None:
+def test_an_attempt_counts_its_outcome_and_its_time_if_there_was_a_response() -> None:
     recorder = recorder_of()
     recorder.observe_attempt("people", "2xx", 0.2, START)
     recorder.observe_attempt("people", "upstream_timeout", None, START)
@@ -400,7 +400,7 @@ def trip(upstream: Upstream) -> None:
     lease.release(START)
 
 
-def test_a_recorder_tells_its_state() -> None:
+def test_a_recorder_shows_its_state() -> None:
     recorder = recorder_of()
     recorder.in_flight = 2
     recorder.observe(ended())
@@ -426,14 +426,14 @@ def test_clients_paths_and_methods_add_no_series() -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
-def test_known_methods_are_told_apart(method: str) -> None:
+def test_known_methods_have_their_own_label(method: str) -> None:
     recorder = recorder_of()
     recorder.observe(ended(method=method))
     assert [key[1] for key in recorder.requests] == [method]
 
 
 @pytest.mark.parametrize("method", ["get", "TRACE", "PROPFIND", "x" * 1000])
-def test_other_methods_are_one(method: str) -> None:
+def test_other_methods_share_one_label(method: str) -> None:
     recorder = recorder_of()
     recorder.observe(ended(method=method))
     assert [key[1] for key in recorder.requests] == ["_other"]

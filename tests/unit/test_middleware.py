@@ -1,4 +1,4 @@
-"""The steps of a proxied request, each by itself: tiny applications inside, clocks that stand still, no server."""
+"""The middleware steps of a proxied request, each alone: small inner applications, fixed clocks, no server."""
 
 import asyncio
 import json
@@ -260,7 +260,7 @@ async def test_a_peer_without_address_is_unknown() -> None:
     assert recording.exchange.peer == "unknown"
 
 
-async def test_an_error_becomes_an_answer_that_says_why() -> None:
+async def test_an_error_becomes_a_response_with_its_reason() -> None:
     error = RateLimited("Wait.", retry_after=2.5, extra={"tier": "FREE"})
     recording = Recording(raises(error))
     answer = await ask(recording.app, http("/api/ü", (b"x-request-id", b"id-1")))
@@ -286,7 +286,7 @@ async def test_the_headers_that_earlier_steps_left_go_on_an_error_too() -> None:
     assert (await ask(Recording(app).app, http())).all(b"ratelimit") == [b"r"]
 
 
-async def test_a_cause_is_told_to_the_log_and_not_to_the_client() -> None:
+async def test_a_cause_is_logged_and_not_sent_to_the_client() -> None:
     error = UpstreamReset("It broke.")
     error.__cause__ = OSError("connection to 10.0.0.9 reset")
     recording = Recording(raises(error))
@@ -295,7 +295,7 @@ async def test_a_cause_is_told_to_the_log_and_not_to_the_client() -> None:
     assert "10.0.0.9" in (recording.exchange.detail or "")
 
 
-async def test_a_defect_is_answered_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_defect_is_a_500_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     recording = Recording(raises(ZeroDivisionError("a secret of ours")))
     with caplog.at_level(logging.ERROR):
         answer = await ask(recording.app, http("/api/x", (b"x-request-id", b"id-1")))
@@ -310,7 +310,7 @@ async def test_a_defect_is_answered_and_logged(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize("error", [UpstreamReset("It broke."), ValueError("defect")])
-async def test_once_an_answer_has_begun_nothing_more_is_sent(error: Exception) -> None:
+async def test_once_a_response_has_begun_nothing_more_is_sent(error: Exception) -> None:
     """Leaving it unfinished makes the server close the connection, which is how the client learns of it."""
 
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
@@ -440,7 +440,7 @@ async def test_behind_a_trusted_proxy_the_peer_is_the_one_it_names(identified: I
     assert scope[IS_TRUSTED] is True
 
 
-async def test_a_stranger_is_not_trusted_because_somebody_is(identified: IdentifyIt) -> None:
+async def test_an_untrusted_peer_is_not_trusted_because_another_is(identified: IdentifyIt) -> None:
     scope = http("/api", (b"x-forwarded-for", b"203.0.113.9"), peer="192.0.2.7")
     assert (await identified(scope, "10.0.0.0/8")).peer == "192.0.2.7"
     assert scope[IS_TRUSTED] is False
@@ -570,7 +570,7 @@ def limit_fields(headers: HeaderList) -> dict[str, str]:
     return found
 
 
-async def test_an_answer_tells_the_limit_and_what_is_left() -> None:
+async def test_a_response_has_the_limit_and_the_remaining_tokens() -> None:
     """draft-ietf-httpapi-ratelimit-headers-11, and the older trio in delta seconds."""
     headers, _ = await Limiting().ask()
     assert limit_fields(headers) == {
@@ -582,7 +582,7 @@ async def test_an_answer_tells_the_limit_and_what_is_left() -> None:
     }
 
 
-async def test_a_refusal_tells_the_limit_and_when_to_come_back() -> None:
+async def test_a_refusal_has_the_limit_and_retry_after() -> None:
     limiting = Limiting()
     assert await limiting.admitted() == 10
     limiting.now_ns += NANOSECONDS // 4
@@ -618,7 +618,7 @@ async def test_a_refusal_says_who_is_limited_by_what() -> None:
 
 @pytest.mark.parametrize("rate", [0.3, 1, 3, 7, 1000])
 @pytest.mark.parametrize("cost", [0.7, 1, 3])
-async def test_a_client_that_waits_exactly_as_long_as_it_is_told_passes(rate: float, cost: float) -> None:
+async def test_a_client_that_waits_exactly_retry_after_passes(rate: float, cost: float) -> None:
     client = Client("acme", "client:acme", Quota.per_second("T", rate, 3), "default")
     limiting = Limiting()
     while await limiting.passes(client, cost):
@@ -667,7 +667,7 @@ async def test_each_client_has_a_bucket_of_its_own() -> None:
     assert await limiting.admitted(Client("vip", "client:vip", PREMIUM, "configured"), of=300) == 200
 
 
-# The second bucket of clients nobody vouches for
+# The address limit of clients that are not registered
 
 
 def named(name: str, source: Any = "default") -> Client:
@@ -711,7 +711,7 @@ async def test_both_buckets_are_charged_or_neither() -> None:
 
 
 @pytest.mark.parametrize("source", ["registered", "configured"])
-async def test_a_client_somebody_vouches_for_is_not_charged_to_its_address(source: str) -> None:
+async def test_a_registered_client_is_not_charged_to_its_address(source: str) -> None:
     limiting = Limiting(ADDRESS)
     assert await limiting.admitted(named("acme", source)) == 10
     assert limiting.left("peer:192.0.2.7", ADDRESS) == 4

@@ -1,4 +1,4 @@
-"""The values every layer shares: quotas in nanoseconds, decisions, the record of a request, and the bodies."""
+"""The values that every layer shares: quotas in nanoseconds, decisions, exchanges, and bodies."""
 
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
@@ -60,7 +60,7 @@ def test_a_quota_is_frozen() -> None:
 
 
 @pytest.mark.parametrize(("wait_ns", "seconds"), [(0, None), (-1, None), (1_500_000_000, 1.5), (1, 1e-9)])
-def test_a_decision_tells_the_wait_in_seconds_where_waiting_helps(wait_ns: int, seconds: float | None) -> None:
+def test_a_decision_has_the_wait_in_seconds_where_waiting_helps(wait_ns: int, seconds: float | None) -> None:
     assert Decision("k", FREE, wait_ns == 0, 0, wait_ns, 0).retry_after == seconds
 
 
@@ -68,7 +68,7 @@ def test_a_decision_tells_the_wait_in_seconds_where_waiting_helps(wait_ns: int, 
     ("source", "expected"),
     [("granted", True), ("registered", True), ("configured", True), ("default", False), ("address", False)],
 )
-def test_a_client_is_registered_if_an_operator_vouches_for_it(source: str, expected: bool) -> None:  # noqa: FBT001 - parametrised
+def test_a_client_is_registered_if_an_operator_or_the_configuration_names_it(source: str, expected: bool) -> None:  # noqa: FBT001 - parametrised
     assert Client("a", "client:a", FREE, source).is_registered is expected  # type: ignore[arg-type]  # of the list above
 
 
@@ -80,7 +80,7 @@ def test_an_exchange_knows_how_long_it_and_its_upstream_took() -> None:
 
 
 @pytest.mark.parametrize("sent_at", [None, 100.5])
-def test_an_upstream_that_gave_no_answer_took_no_time(sent_at: float | None) -> None:
+def test_an_upstream_that_gave_no_response_took_no_time(sent_at: float | None) -> None:
     assert Exchange("id", "GET", "/", "192.0.2.7", started=100.0, sent_at=sent_at).upstream_duration is None
 
 

@@ -1,4 +1,4 @@
-"""One name means one thing: a public name is defined in one module of the package, or there is a reason for two."""
+"""A public name is defined in one module of the package, or there is a reason for two."""
 
 import ast
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""The limits on operator traffic, by a clock of their own."""
+"""The limits of operator requests, with a fake clock."""
 
 import pytest
 

@@ -34,7 +34,7 @@ def test_no_token_is_shown() -> None:
     assert TOKEN.decode() not in str(vars(TOKENS))
 
 
-def test_who_may_operate_may_read() -> None:
+def test_the_role_operate_includes_read() -> None:
     assert [(who.may(Role.READ), who.may(Role.OPERATE)) for who in (READER, OPERATOR, LOCAL)] == [
         (True, False),
         (True, True),

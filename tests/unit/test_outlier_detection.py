@@ -1,4 +1,4 @@
-"""Who is offered: ejection within its bounds, probes by live requests, and slow starts."""
+"""Which targets are eligible: ejection within its limits, probes by live requests, and slow start."""
 
 import random
 from collections import Counter
@@ -112,7 +112,7 @@ def test_failures_count_for_both_breakers() -> None:
     assert [target.breaker and target.breaker.consecutive_failures for target in upstream.targets] == [2, 0, 0]
 
 
-def test_what_was_under_way_at_a_target_that_is_ejected_does_not_open_the_upstreams_breaker() -> None:
+def test_what_was_in_progress_at_a_target_that_is_ejected_does_not_open_the_upstreams_breaker() -> None:
     """Nor what ends later at one that fails its checks, or is gone: others serve."""
     upstream = Upstream(
         "users",
@@ -136,7 +136,7 @@ def test_what_was_under_way_at_a_target_that_is_ejected_does_not_open_the_upstre
     assert upstream.breaker.consecutive_failures < POLICY.failure_threshold
 
 
-def test_when_the_last_that_serves_fails_too_the_upstreams_breaker_opens() -> None:
+def test_when_the_last_target_in_service_fails_too_the_upstreams_breaker_opens() -> None:
     upstream = upstream_of(2)
     upstream.breaker = CircuitBreaker(POLICY, NOW)
     leases = [lease_on(upstream, target) for target in upstream.targets for _ in range(3)]
@@ -145,7 +145,7 @@ def test_when_the_last_that_serves_fails_too_the_upstreams_breaker_opens() -> No
     assert upstream.breaker.state is State.OPEN
 
 
-def test_the_upstreams_probe_goes_to_a_target_that_serves() -> None:
+def test_the_upstreams_probe_goes_to_a_target_in_service() -> None:
     upstream = upstream_of(2)
     upstream.breaker = CircuitBreaker(BreakerPolicy(failure_threshold=3, recovery_timeout=40), NOW)
     last = upstream.targets[1]
@@ -168,7 +168,7 @@ def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come() -> N
     assert upstream.acquire(NOW + 33, "", is_safe=False).target is target, "none came for a second"
 
 
-def test_a_target_that_got_another_breaker_is_not_judged_by_what_was_before() -> None:
+def test_calls_of_a_replaced_breaker_do_not_count_for_the_new_one() -> None:
     upstream = upstream_of(3)
     target = upstream.targets[0]
     leases = [lease_on(upstream, target) for _ in range(3)]
@@ -217,7 +217,7 @@ def test_no_more_are_ejected_than_the_share_and_never_the_last(
     assert len(served(upstream)) == count - most
 
 
-def test_failures_that_may_not_eject_are_told_apart_and_forgotten_with_a_success() -> None:
+def test_failures_that_must_not_eject_are_counted_separately_until_a_success() -> None:
     upstream = upstream_of(2)
     first, last = upstream.targets
     fail(upstream, first)
@@ -291,14 +291,14 @@ def test_a_failed_probe_ejects_for_another_while_and_the_request_finds_another_t
     assert upstream.acquire(NOW + 30, "", [target]).target is not target
 
 
-def test_a_probe_that_nobody_settled_makes_room_for_the_next() -> None:
+def test_a_probe_without_an_outcome_makes_room_for_the_next() -> None:
     upstream = upstream_of(2)
     fail(upstream, upstream.targets[0])
     lease_on(upstream, upstream.targets[0], NOW + 30).release(NOW + 30)
     assert lease_on(upstream, upstream.targets[0], NOW + 30).is_probe
 
 
-def test_a_target_under_probe_still_counts_as_out() -> None:
+def test_a_target_under_probe_still_counts_as_ejected() -> None:
     """So that its probe may fail without more being out than may be."""
     upstream = upstream_of(4)
     for target in upstream.targets[:2]:
@@ -325,7 +325,7 @@ def test_a_probe_of_the_last_in_rotation_that_fails_leaves_it_there() -> None:
     assert {lease.target.url for lease in held} == {"a"}, "more than its breaker admits, as there is nobody else"
 
 
-def test_slow_answers_eject_a_target_too_but_not_the_last() -> None:
+def test_slow_responses_eject_a_target_too_but_not_the_last() -> None:
     policy = BreakerPolicy(slow_call_duration=1, slow_call_rate=0.5, minimum_calls=2, recovery_timeout=30)
     upstream = upstream_of(2, policy=policy)
     for _ in range(10):
@@ -341,7 +341,7 @@ def test_slow_answers_eject_a_target_too_but_not_the_last() -> None:
 
 
 @pytest.mark.parametrize("pick", [round_robin, least_requests(random.Random(2)), rendezvous_hash])
-def test_a_target_that_returns_gets_its_share_bit_by_bit(pick: Picker) -> None:
+def test_a_target_that_returns_gets_its_share_gradually(pick: Picker) -> None:
     source = random.Random(1)
     upstream = upstream_of(2, pick, slow_start=10, draw=lambda _target, _key: source.random())
     target = upstream.targets[0]
@@ -595,14 +595,14 @@ def held(targets: Sequence[Target], keys: int, most: int) -> None:
 
 @given(weights=st.lists(st.integers(1, 5), min_size=1, max_size=6), keys=st.integers(1, 10))
 @settings(max_examples=50)
-def test_one_hot_key_loads_no_target_beyond_its_bound(weights: list[int], keys: int) -> None:
+def test_one_frequent_key_loads_no_target_beyond_its_limit(weights: list[int], keys: int) -> None:
     targets = [Target(str(number), weight) for number, weight in enumerate(weights)]
     held(targets, keys, 200)
     for target in targets:
         assert target.in_flight < LOAD_BOUND * 200 * target.weight / sum(weights) + 1
 
 
-def test_a_key_that_was_passed_on_comes_home_when_there_is_room() -> None:
+def test_a_key_returns_to_its_target_when_there_is_capacity() -> None:
     targets = [Target(name) for name in "abc"]
     home = rendezvous_hash(targets, "key")
     home.in_flight = 5

@@ -1,4 +1,4 @@
-"""The way back to full traffic: a share that grows, a floor nobody notices, and a bound that holds for any stretch."""
+"""The ramp after a breaker has closed: a growing share, a minimum rate, and a limit that holds for any period."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ NOW = 1000.0
 
 
 def take(ramp: RampUp, now: float) -> bool:
-    """Take a call if it is admitted, and tell whether it was."""
+    """Take a call if it is admitted, and return whether it was."""
     is_admitted = ramp.wait(now) == 0
     if is_admitted:
         ramp.take(now)
@@ -30,7 +30,7 @@ def test_the_share_grows_from_nothing_to_all() -> None:
     assert [ramp.is_over(NOW + second) for second in (0, 9.9, 10)] == [False, False, True]
 
 
-def test_a_stampede_is_clipped_to_a_growing_rate() -> None:
+def test_a_burst_is_limited_to_a_growing_rate() -> None:
     times = passed(RampUp(1000, 10, NOW), per_second=2000, seconds=10)
     by_second = [sum(int(now - NOW) == second for now in times) for second in range(10)]
     assert by_second[0] < 80
@@ -38,7 +38,7 @@ def test_a_stampede_is_clipped_to_a_growing_rate() -> None:
 
 
 @pytest.mark.parametrize("rate", [0, 1, 9, 100])
-def test_a_person_and_a_small_service_notice_nothing(rate: float) -> None:
+def test_a_low_rate_is_not_limited(rate: float) -> None:
     """Ten at once, as a page that loads, and ten a second from then on."""
     ramp = RampUp(rate, 10, NOW)
     assert all(take(ramp, NOW) for _ in range(int(MIN_RATE)))
@@ -96,7 +96,7 @@ def metered(times: list[float]) -> RateMeter:
 
 
 @pytest.mark.parametrize("rate", [1, 20, 500])
-def test_a_steady_rate_is_told_as_it_is(rate: int) -> None:
+def test_a_steady_rate_is_measured_exactly(rate: int) -> None:
     meter = metered([NOW + number / rate for number in range(30 * rate)])
     assert meter.rate(NOW + 30) == pytest.approx(rate, rel=0.15)
 
@@ -107,5 +107,5 @@ def test_calls_longer_than_ten_seconds_ago_say_nothing() -> None:
     assert RateMeter().rate(NOW) == 0
 
 
-def test_a_few_calls_at_once_are_no_stampede() -> None:
+def test_a_few_calls_at_once_are_not_limited() -> None:
     assert metered([NOW, NOW, NOW]).rate(NOW) == 3

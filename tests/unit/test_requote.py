@@ -1,4 +1,4 @@
-"""Buckets under changed quotas: each keeps its filled share from the moment of the change, however late it is used."""
+"""Buckets under changed quotas: each stays filled to the same fraction, however late it is used."""
 
 from collections.abc import Iterable
 

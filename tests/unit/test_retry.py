@@ -1,4 +1,4 @@
-"""The decision on another try, by itself: its table, the bounds of its pauses, and the budget over any run."""
+"""The retry decision: its table, the limits of its delays, and the budget over any period."""
 
 import random
 from dataclasses import replace
@@ -55,8 +55,8 @@ def retries(policy: RetryPolicy = POLICY) -> RetryDecider:
     ],
 )
 def test_the_table_of_decisions(failed: FailedAttempt, expected: RetryDenied | None) -> None:
-    verdict = retries().decide(failed, NOW)
-    assert (verdict if isinstance(verdict, RetryDenied) else None) == expected
+    decision = retries().decide(failed, NOW)
+    assert (decision if isinstance(decision, RetryDenied) else None) == expected
 
 
 FAILURES = st.builds(
@@ -94,9 +94,9 @@ def test_what_is_denied_takes_nothing_off_the_budget_and_what_is_not_takes_one(f
 
 def test_a_budget_that_is_spent_denies() -> None:
     ours = retries()
-    verdicts = [ours.decide(SAFE, NOW) for _ in range(12)]
-    assert verdicts[10:] == [RetryDenied.BUDGET] * 2
-    assert not any(isinstance(verdict, RetryDenied) for verdict in verdicts[:10])
+    decisions = [ours.decide(SAFE, NOW) for _ in range(12)]
+    assert decisions[10:] == [RetryDenied.BUDGET] * 2
+    assert not any(isinstance(decision, RetryDenied) for decision in decisions[:10])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_request_is_repeatable_by_its_method_or_its_key(
 
 @given(st.integers(1, 10_000), st.floats(0, 10), st.floats(0, 10), st.integers())
 @example(1, 0.025, 0.25, 0)
-def test_the_pause_lies_between_nothing_and_a_bound_that_doubles_up_to_its_cap(
+def test_the_delay_is_between_zero_and_a_maximum_that_doubles_up_to_its_cap(
     attempts: int, base: float, cap: float, seed: int
 ) -> None:
     policy = RetryPolicy(attempts=attempts + 1, budget=1, base=base, cap=cap)
@@ -135,7 +135,7 @@ def test_the_pause_lies_between_nothing_and_a_bound_that_doubles_up_to_its_cap(
     assert max_delay(policy, attempts) <= max_delay(policy, attempts + 1)
 
 
-def test_the_bounds_of_the_default_pauses() -> None:
+def test_the_limits_of_the_default_delays() -> None:
     assert [max_delay(POLICY, attempts) for attempts in (1, 2, 3, 4, 5, 6)] == [0.025, 0.05, 0.1, 0.2, 0.25, 0.25]
 
 
@@ -180,7 +180,7 @@ LATER = b"Wed, 21 Oct 2015 07:28:30 GMT"
         ((LATER,), (b"now",), NO_RETRY),
     ],
 )
-def test_retry_after_is_read_as_seconds_or_as_a_date_beside_the_answers_own(
+def test_retry_after_is_read_as_seconds_or_as_a_date_relative_to_the_date_of_the_response(
     given: tuple[bytes, ...], dates: tuple[bytes, ...], expected: float | None
 ) -> None:
     fields = {name: values for name, values in ((b"retry-after", given), (b"date", dates)) if values}
@@ -276,7 +276,7 @@ def test_over_any_run_retries_are_at_most_share_and_floor_and_reserve(
 # How they show themselves
 
 
-def test_reprs_tell_the_state() -> None:
+def test_reprs_show_the_state() -> None:
     budget = RetryBudget(0.5)
     budget.withdraw()
     budget.deposit(NOW)

@@ -1,4 +1,4 @@
-"""Units of the router without a socket: route table, cost rules, paths, request bodies, and the limit on all of it."""
+"""Parts of the router without a socket: route table, costs, paths, request bodies, and the total timeout."""
 
 import asyncio
 import contextlib
@@ -314,7 +314,7 @@ async def test_a_body_that_exceeds_its_limit_is_refused_with_the_piece_that_does
         await anext(pieces)
 
 
-async def test_a_client_that_leaves_breaks_its_body_off() -> None:
+async def test_a_client_that_disconnects_aborts_its_body() -> None:
     body = StreamedBody(receiving(piece(b"abc", more=True), {"type": "http.disconnect"}), 9, exchange("POST"))
     pieces = aiter(body)
     assert await anext(pieces) == b"abc"
@@ -438,7 +438,7 @@ async def test_without_a_total_limit_a_stream_goes_on() -> None:
 
 
 @pytest.mark.parametrize("kind", ["silent", "dripping"])
-async def test_a_client_that_leaves_ends_the_exchange_without_blame(kind: str) -> None:
+async def test_a_client_that_disconnects_ends_the_exchange_without_a_fault(kind: str) -> None:
     async def leaves() -> Message:
         await asyncio.sleep(0.05)
         return {"type": "http.disconnect"}

@@ -1,4 +1,4 @@
-"""Secrets come from a setting or from a file, and no mistake about either shows them."""
+"""Secrets come from a setting or from a file, and no error shows them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Shares of a bounded resource: one holder alone gets half at most, and everything taken is given back."""
+"""Fair shares of a limited resource: one holder alone gets half at most, and everything is returned."""
 
 import pytest
 from hypothesis import given
@@ -52,7 +52,7 @@ def test_holders_that_take_turns_end_up_with_equal_shares(total: int, count: int
 
 
 @given(st.integers(1, 500))
-def test_places_of_nobody_count_against_the_total_alone(total: int) -> None:
+def test_slots_without_a_holder_count_towards_the_total_only(total: int) -> None:
     shares = FairShares(total)
     assert fill(shares, None) == total
     assert not shares.admits("somebody")

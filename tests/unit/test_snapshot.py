@@ -1,4 +1,4 @@
-"""What several workers have counted comes to what one would have counted that had seen everything."""
+"""The merged snapshots of several workers equal that of one worker that had handled everything."""
 
 import json
 import random
@@ -236,7 +236,7 @@ def test_a_target_is_healthy_when_every_worker_finds_it_so() -> None:
 
 
 def ejecting(worker: str, now: float, *, failures: int, names: tuple[HostNameSnapshot, ...] = ()) -> WorkerSnapshot:
-    """Return the report of a worker on whose first target so many tries have failed; three eject it."""
+    """Return the report of a worker on whose first target so many attempts have failed; three eject it."""
     policy = BreakerPolicy(failure_threshold=3, recovery_timeout=10)
     rotation = OutlierDetector(make_breaker=lambda at: CircuitBreaker(policy, at))
     whole = CircuitBreaker(BreakerPolicy(failure_threshold=100), START)
@@ -324,7 +324,7 @@ def test_places_and_what_was_shed_are_summed_and_the_latest_loop_is_shown() -> N
     assert (after.lag, after.tasks) == (0.4, 41)
 
 
-def test_without_a_limit_what_is_under_way_is_summed() -> None:
+def test_without_a_limit_requests_in_flight_are_summed() -> None:
     both = merge([report_of("1", START), report_of("2", START)])
     assert both.upstreams["people"].concurrency == ConcurrencyState(None, 4)
 
@@ -374,7 +374,7 @@ def history_of(worker: str, moves: int, at: float = START) -> WorkerSnapshot:
     )
 
 
-def test_a_history_travels_whole_and_what_was_told_is_not_told_again() -> None:
+def test_a_history_is_sent_completely_and_no_transition_twice() -> None:
     live = history_of("1", 9)
     mirror = WorkerSnapshot.blank("1")
     mirror.update(through_json(live.state()))
@@ -446,7 +446,7 @@ def told_by(worker: str, people: Upstream) -> WorkerSnapshot:
     return mirror
 
 
-def test_moves_of_a_targets_breaker_are_told_with_its_url_among_the_upstreams_own() -> None:
+def test_transitions_of_a_targets_breaker_are_listed_with_its_url() -> None:
     people = with_targets(2, 2)
     url = people.targets[0].url
     merged = merge([told_by("1", people), told_by("2", people)]).histories["people"]
@@ -461,7 +461,7 @@ def test_moves_of_a_targets_breaker_are_told_with_its_url_among_the_upstreams_ow
     ]
 
 
-def test_the_first_move_of_a_targets_new_breaker_is_not_taken_for_that_of_the_old_one() -> None:
+def test_the_first_move_of_a_targets_new_breaker_is_not_mistaken_for_that_of_the_old_one() -> None:
     people = with_targets(0, 1)
     mirror = told_by("1", people)
     target = people.targets[0]

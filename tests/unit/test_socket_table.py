@@ -1,4 +1,4 @@
-"""The list of TCP sockets: the kernel's own spelling of addresses, on real sockets and on text of other machines."""
+"""The table of TCP sockets: the kernel's notation of addresses, on real sockets and on text from other machines."""
 
 import os
 import socket
@@ -56,7 +56,7 @@ def test_both_ends_of_a_connection_are_found(
             assert not table.is_listening(client.getsockname()[1])
 
 
-def test_a_port_or_an_inode_is_not_taken_for_another_number() -> None:
+def test_a_port_or_an_inode_is_not_mistaken_for_another_number() -> None:
     text = (
         HEADING
         + line(b"0100007F:1F90", b"0100007F:9C40", inode=80)
@@ -86,7 +86,7 @@ def test_what_is_no_address_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("is_abstract", [True, False])
-def test_a_unix_socket_that_listens_or_was_accepted_is_told_from_a_client_s(
+def test_listening_and_accepted_unix_sockets_are_distinguished_from_a_clients(
     tmp_path: Path, *, is_abstract: bool
 ) -> None:
     """Also from one that has bound a name of its own, as clients of D-Bus do."""

@@ -1,4 +1,4 @@
-"""A task that is ended has ended, whatever became of the first cancellation."""
+"""`cancel_and_wait` ends tasks whatever became of the first cancellation."""
 
 import asyncio
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""How a target is chosen, what a refusal says, and that every lease comes back exactly once."""
+"""How a target is chosen, the text of a refusal, and that every lease is returned exactly once."""
 
 import random
 from collections import Counter
@@ -225,7 +225,7 @@ def test_an_open_breaker_says_why_and_until_when(later: float, retry_after: floa
     assert pool[0].in_flight == 0
 
 
-def test_a_half_open_breaker_says_that_its_probes_are_under_way() -> None:
+def test_a_half_open_breaker_reports_that_its_probes_are_in_progress() -> None:
     pool = targets(a=1)
     upstream = opened(pool)
     upstream.acquire(NOW + 30, "")
@@ -280,7 +280,7 @@ def test_a_lease_returns_the_move_it_caused() -> None:
     assert move.cause == "1 consecutive failures; last: status 500"
 
 
-def test_a_released_probe_that_nobody_settled_makes_room_for_the_next() -> None:
+def test_a_released_probe_without_an_outcome_makes_room_for_the_next() -> None:
     upstream = opened(targets(a=1))
     upstream.acquire(NOW + 30, "").release(NOW + 30)
     assert (upstream.breaker.state, upstream.breaker.probes_in_flight) == (State.HALF_OPEN, 0)
@@ -307,7 +307,7 @@ def test_what_is_in_flight_is_what_is_leased(steps: list[tuple[bool, int, Outcom
 # How they show themselves
 
 
-def test_reprs_tell_the_state() -> None:
+def test_reprs_show_the_state() -> None:
     pool = targets(a=1, b=2)
     pool[1].is_healthy = False
     upstream = opened(pool)
@@ -322,7 +322,7 @@ def test_reprs_tell_the_state() -> None:
     health=st.lists(st.booleans(), min_size=2, max_size=2),
     steps=st.lists(st.tuples(st.sampled_from((0.0, 5.0, 30.0)), st.none() | st.sampled_from(Outcome)), max_size=12),
 )
-def test_a_refusal_is_foretold_in_the_same_words_and_by_asking_nothing_moves(
+def test_a_refusal_is_predicted_with_the_same_detail_and_without_a_transition(
     health: list[bool], steps: list[tuple[float, Outcome | None]]
 ) -> None:
     upstream, now = upstream_of(targets(a=2, b=1)), NOW

@@ -1,4 +1,4 @@
-"""What a worker is told is what the supervisor has read, secrets and removed defaults too."""
+"""A worker gets the configuration that the supervisor has read, with secrets and removed defaults."""
 
 import json
 from pathlib import Path

@@ -63,7 +63,7 @@ def sections(url: str, **options: Any) -> dict[str, Any]:
 
 def counted(running: RunningGateway) -> int:
     """Return the failures that the breaker has counted, in its window or before it opened."""
-    breaker = running.console.upstreams["up"].breaker
+    breaker = running.live.upstreams["up"].breaker
     return int(breaker.window_counts(time.monotonic()).failures) + int(breaker.opened_total)
 
 
@@ -103,7 +103,7 @@ SLOW = ClientProgress(waited=MAX_CLIENT_PAUSE)
         (BadRequest("x"), HALF, Fault.CLIENT),
     ],
 )
-def test_who_is_at_fault_for_an_error(error: GatewayError, client: ClientProgress, fault: Fault) -> None:
+def test_the_fault_of_an_error(error: GatewayError, client: ClientProgress, fault: Fault) -> None:
     assert fault_of(error, client) is fault
 
 
@@ -111,7 +111,7 @@ def test_who_is_at_fault_for_an_error(error: GatewayError, client: ClientProgres
     ("status", "client", "fault"),
     [(500, WHOLE, Fault.UPSTREAM), (500, SLOW, Fault.UPSTREAM), (500, HALF, Fault.NOBODY), (404, WHOLE, Fault.CLIENT)],
 )
-def test_who_is_at_fault_for_a_status(status: int, client: ClientProgress, fault: Fault) -> None:
+def test_the_fault_of_a_status(status: int, client: ClientProgress, fault: Fault) -> None:
     assert fault_of_status(status, client) is fault
 
 
@@ -124,9 +124,7 @@ def test_who_is_at_fault_for_a_status(status: int, client: ClientProgress, fault
         ("upstream", 10, HALF, Fault.NOBODY),
     ],
 )
-def test_who_is_at_fault_for_a_deadline_of_ten_seconds(
-    source: Any, spent: float, client: ClientProgress, fault: Fault
-) -> None:
+def test_the_fault_of_a_deadline(source: Any, spent: float, client: ClientProgress, fault: Fault) -> None:
     assert fault_of_deadline(Deadline(100, 10, source, "x", is_forwarded=True), spent, client) is fault
 
 
@@ -188,7 +186,7 @@ def test_the_time_a_client_takes_to_send_is_not_the_upstreams(gateway: StartGate
         client.send(b"4\r\nrest\r\n0\r\n\r\n")
         assert client.answer().status == 200
     assert counted(running) == 0
-    assert running.console.upstreams["up"].breaker.slow_total == 0
+    assert running.live.upstreams["up"].breaker.slow_total == 0
     latency = ask(f"{running.url}/metrics/latency").json()["upstreams"]["up"]["since_start"]
     assert latency["percentiles_ms"]["p99"] < 300, latency
 
@@ -209,7 +207,7 @@ def test_the_response_timeout_begins_once_all_is_sent(gateway: StartGateway, ups
 
 
 @pytest.mark.parametrize("interim", [b"", b"HTTP/1.1 100 Continue\r\n\r\n"], ids=["no 100", "100"])
-def test_a_client_that_expects_100_continue_and_never_sends_its_body_counts_against_nobody(
+def test_a_client_that_expects_100_continue_and_never_sends_its_body_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream, interim: bytes
 ) -> None:
     def behave(wire: Wire, _request: RawRequest) -> bool:
@@ -229,7 +227,7 @@ def test_a_client_that_expects_100_continue_and_never_sends_its_body_counts_agai
     assert counted(running) == 0
 
 
-def test_an_answer_that_waits_for_the_rest_of_an_upload_counts_against_nobody(
+def test_a_response_that_waits_for_the_rest_of_an_upload_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream
 ) -> None:
     """The upstream has nothing to send before the client does."""
@@ -298,7 +296,7 @@ def test_an_upstream_that_stops_reading_because_the_client_does_not_read_is_not_
 
 
 @pytest.mark.parametrize(("pause", "count"), [(0.6, 0), (0.1, 1)], ids=["slow client", "slow upstream"])
-def test_a_deadline_that_the_client_has_used_up_by_its_upload_counts_against_nobody(
+def test_a_deadline_that_the_client_has_used_up_by_its_upload_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream, pause: float, count: int
 ) -> None:
     up = upstream(lambda wire, _: wire.is_closed() and False)
@@ -316,7 +314,7 @@ def test_a_deadline_that_the_client_has_used_up_by_its_upload_counts_against_nob
 
 
 def sends_much(end: Callable[[Wire], None] | None, *, first: int = LARGE) -> Behaviour:
-    """Send most of an answer; end it when it has not been read for a while, as a server with a send timeout does."""
+    """Send most of a response; end it when it has not been read for a while, as a server with a send timeout does."""
 
     def behave(wire: Wire, request: RawRequest) -> bool | None:
         if b"/warm" in request.line:
@@ -336,7 +334,7 @@ def sends_much(end: Callable[[Wire], None] | None, *, first: int = LARGE) -> Beh
 
 
 @both_ways
-def test_a_client_that_pauses_for_longer_than_the_upstream_may_be_idle_counts_against_nobody(
+def test_a_client_that_pauses_for_longer_than_the_upstream_may_be_idle_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
     up = upstream(sends_much(None))
@@ -367,7 +365,7 @@ def test_an_upstream_that_gives_up_on_a_client_that_does_not_read_is_not_at_faul
 
 
 @both_ways
-def test_an_answer_that_breaks_off_while_it_is_read_is_the_upstreams_fault(
+def test_a_response_that_breaks_off_while_it_is_read_is_the_upstreams_fault(
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
     def behave(wire: Wire, request: RawRequest) -> bool | None:
@@ -383,7 +381,7 @@ def test_an_answer_that_breaks_off_while_it_is_read_is_the_upstreams_fault(
     eventually(lambda: counted(running) == 1, "it is counted")
 
 
-def test_a_deadline_that_the_client_has_used_up_by_not_reading_counts_against_nobody(
+def test_a_deadline_that_the_client_has_used_up_by_not_reading_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream
 ) -> None:
     """It passes while the upstream is waited for, for the last piece."""
@@ -414,7 +412,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 @pytest.mark.parametrize("number", LACKS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_lack_of_our_own_is_503_overloaded_costs_nothing_and_counts_against_nobody(
+def test_a_lack_of_local_resources_is_503_overloaded_costs_nothing_and_is_ignored_by_the_breaker(
     gateway: StartGateway,
     upstream: StartUpstream,
     monkeypatch: pytest.MonkeyPatch,
@@ -426,7 +424,7 @@ def test_a_lack_of_our_own_is_503_overloaded_costs_nothing_and_counts_against_no
     check = {"path": "/health", "interval": 0.05, "timeout": 0.5, "unhealthy_threshold": 1}
     slowly = {"tiers": {"FREE": {"rate": 0.001, "capacity": 10}}}
     running = gateway(sections(up.url, health_check=check) | slowly)
-    target = running.console.upstreams["up"].targets[0]
+    target = running.live.upstreams["up"].targets[0]
     eventually(lambda: target.checks.at is not None, "it is checked")
     before = len(up.requests)
     lacking(monkeypatch, number)
@@ -447,7 +445,7 @@ def test_a_lack_of_our_own_is_503_overloaded_costs_nothing_and_counts_against_no
     assert os.strerror(number) in lines[0]
 
 
-def test_a_second_sending_for_which_there_is_no_descriptor_counts_against_nobody(
+def test_a_second_attempt_without_a_descriptor_is_ignored_by_the_breaker(
     gateway: StartGateway, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kept connection was closed by the upstream meanwhile: the request goes out once more, on a new one."""
@@ -463,7 +461,7 @@ def test_a_second_sending_for_which_there_is_no_descriptor_counts_against_nobody
     warm(running)
     with RawClient(running.port) as client:
         client.request()
-        eventually(lambda: running.console.upstreams["up"].targets[0].in_flight == 1, "it is sent")
+        eventually(lambda: running.live.upstreams["up"].targets[0].in_flight == 1, "it is sent")
         lacking(monkeypatch, errno.EMFILE)
         gate.set()
         answer = client.answer()
@@ -471,7 +469,7 @@ def test_a_second_sending_for_which_there_is_no_descriptor_counts_against_nobody
     assert counted(running) == 0
 
 
-def test_an_address_that_this_machine_cannot_reach_is_not_taken_for_a_lack_of_ports(
+def test_an_unreachable_address_is_not_mistaken_for_a_lack_of_ports(
     gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connecting to ::1 fails with EADDRNOTAVAIL too where there is no IPv6. This one lacks its zone."""

@@ -1,4 +1,4 @@
-"""A client that leaves: the upstream is let go at once, nobody is blamed, nothing is leaked."""
+"""A client that disconnects: the upstream connection is closed at once, no failure is counted, nothing is leaked."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ LEAVING: tuple[Leave, ...] = (RawClient.close, RawClient.reset)
 
 
 class Watching:
-    """A behaviour that starts an answer, or none, and notes when the gateway closes the connection."""
+    """A behaviour that starts a response, or none, and notes when the gateway closes the connection."""
 
     def __init__(self, beginning: bytes = b"") -> None:
         self.beginning = beginning
@@ -62,12 +62,12 @@ class Ledger:
         self._before = self._count()
 
     def _count(self) -> tuple[int, int]:
-        recorder = self._gateway.console.recorder
+        recorder = self._gateway.live.recorder
         by_status = sum(count for key, count in recorder.requests.items() if key[2] == 499)
         return by_status, recorder.rejections["client_disconnected"]
 
     def shows(self, count: int) -> bool:
-        """Tell whether so many are recorded, by status and by reason."""
+        """Return whether so many are recorded, by status and by reason."""
         return self._count() == (self._before[0] + count, self._before[1] + count)
 
     def comes_to_show(self, count: int) -> None:
@@ -76,11 +76,11 @@ class Ledger:
 
 def assert_blameless(gateway: RunningGateway) -> None:
     """The breaker has counted nothing, no target is held, no exchange goes on."""
-    upstream = gateway.console.upstreams["up"]
+    upstream = gateway.live.upstreams["up"]
     assert upstream.breaker.state == "CLOSED"
     assert upstream.breaker.consecutive_failures == 0
     eventually(lambda: upstream.targets[0].in_flight == 0, "the target is given back", within=SOON)
-    eventually(lambda: gateway.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: gateway.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 def assert_no_slot_is_leaked(gateway: RunningGateway, up: RawUpstream) -> None:
@@ -103,7 +103,9 @@ def assert_no_slot_is_leaked(gateway: RunningGateway, up: RawUpstream) -> None:
 
 
 @pytest.mark.parametrize("leave", LEAVING)
-def test_leaving_while_the_upstream_is_slow_lets_it_go(running: RunningGateway, up: RawUpstream, leave: Leave) -> None:
+def test_disconnecting_while_the_upstream_is_slow_closes_its_connection(
+    running: RunningGateway, up: RawUpstream, leave: Leave
+) -> None:
     ledger = Ledger(running)
     for count in range(1, POOL + 2):
         up.behave = slow = Watching()
@@ -117,7 +119,7 @@ def test_leaving_while_the_upstream_is_slow_lets_it_go(running: RunningGateway, 
     assert_no_slot_is_leaked(running, up)
 
 
-def test_leaving_after_a_while_lets_the_upstream_go(running: RunningGateway, up: RawUpstream) -> None:
+def test_disconnecting_after_a_while_closes_the_upstream_connection(running: RunningGateway, up: RawUpstream) -> None:
     """Also once the gateway watches for it, which it does not do for the first few hundredths of a second."""
     up.behave = slow = Watching()
     with RawClient(running.port) as client:
@@ -133,7 +135,7 @@ def test_leaving_after_a_while_lets_the_upstream_go(running: RunningGateway, up:
 @pytest.mark.parametrize(
     "beginning", [b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", b"HTTP/1.1 200 OK\r\n\r\nhalf"]
 )
-def test_leaving_within_the_answer_lets_the_upstream_go(
+def test_disconnecting_within_the_response_closes_the_upstream_connection(
     running: RunningGateway, up: RawUpstream, leave: Leave, beginning: bytes
 ) -> None:
     ledger = Ledger(running)
@@ -149,7 +151,9 @@ def test_leaving_within_the_answer_lets_the_upstream_go(
     assert_no_slot_is_leaked(running, up)
 
 
-def test_leaving_a_stream_that_keeps_flowing_lets_the_upstream_go(running: RunningGateway, up: RawUpstream) -> None:
+def test_disconnecting_a_stream_that_keeps_flowing_closes_the_upstream_connection(
+    running: RunningGateway, up: RawUpstream
+) -> None:
     """The gateway does not go on reading for nobody."""
     left = threading.Event()
 
@@ -174,7 +178,7 @@ def test_leaving_a_stream_that_keeps_flowing_lets_the_upstream_go(running: Runni
 
 @pytest.mark.parametrize("leave", LEAVING)
 @pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
-def test_leaving_within_an_upload_lets_the_upstream_go(
+def test_disconnecting_within_an_upload_closes_the_upstream_connection(
     running: RunningGateway, up: RawUpstream, leave: Leave, framing: str
 ) -> None:
     """The upstream sees the request broken off, never a shorter one."""
@@ -193,7 +197,9 @@ def test_leaving_within_an_upload_lets_the_upstream_go(
     assert_no_slot_is_leaked(running, up)
 
 
-def test_leaving_while_waiting_for_a_connection_leaves_the_queue(running: RunningGateway, up: RawUpstream) -> None:
+def test_disconnecting_while_waiting_for_a_connection_leaves_the_queue(
+    running: RunningGateway, up: RawUpstream
+) -> None:
     """What nobody waits for any more is not sent."""
     up.behave = slow = Watching()
     ledger = Ledger(running)
@@ -213,7 +219,7 @@ def test_leaving_while_waiting_for_a_connection_leaves_the_queue(running: Runnin
     assert_no_slot_is_leaked(running, up)
 
 
-def test_an_answer_that_took_long_is_not_taken_for_a_client_that_left(
+def test_a_response_that_took_long_is_not_mistaken_for_a_client_that_left(
     running: RunningGateway, up: RawUpstream
 ) -> None:
     """The end of an exchange looks like a disconnect to whoever waits for one."""

@@ -1,4 +1,4 @@
-"""The clocks of a gateway reach what decides by them: nothing here waits for time to pass."""
+"""The clocks of a gateway reach every decision that depends on time: no test here waits."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Costs after the decision, on both ways: told by an upstream, or given back because nothing reached one."""
+"""Costs after the decision, on both paths: reported by an upstream, or refunded because no upstream was reached."""
 
 import logging
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from tests.kit import (
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
-WAYS = {"straight": (), "ordinary": (ODD,)}
+ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
+WAYS = {"fast path": (), "ASGI path": (ODD,)}
 both_ways = pytest.mark.parametrize("way", WAYS)
 SLOWLY = {"FREE": {"rate": 0.01, "capacity": 10}}
 
@@ -64,23 +64,23 @@ def settled(running: RunningGateway) -> dict[str, int]:
     return found
 
 
-# What an upstream tells
+# The cost that an upstream reports
 
 
 @both_ways
 @pytest.mark.parametrize(
     ("told", "remaining"), [(b"0", 10), (b"0.5", 9), (b"1", 9), (b"3", 7), (b"10", 0), (b"0004.000", 6)]
 )
-def test_what_an_answer_has_cost_is_what_is_charged(
+def test_the_cost_that_a_response_reports_is_charged(
     gateway: StartGateway, upstream: StartUpstream, fast_path_spy: list[bool], way: str, told: bytes, remaining: int
 ) -> None:
-    """And the fields of that very answer show it, before anybody can act on what they would have said."""
+    """And the fields of that very response show it, before anybody can act on what they would have said."""
     up = upstream()
     running = warm(gateway(in_front_of(up.url) | {"tiers": SLOWLY}))
     up.behave = costs(told)
     done = finished(running)
     answer = get(running, way)
-    assert fast_path_spy[-1] == (way == "straight")
+    assert fast_path_spy[-1] == (way == "fast path")
     assert (answer.status, answer.body, answer.is_complete) == (200, b"ok", True)
     assert answer.all("x-gateway-cost") == []
     assert answer.all("x-ratelimit-remaining") == [b"%d" % remaining]
@@ -92,7 +92,7 @@ def test_what_an_answer_has_cost_is_what_is_charged(
 
 
 @both_ways
-def test_debt_delays_the_next_requests_and_not_the_answer(
+def test_debt_delays_the_next_requests_and_not_the_response(
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
     up = upstream()
@@ -112,7 +112,7 @@ def test_debt_delays_the_next_requests_and_not_the_answer(
 
 @both_ways
 @pytest.mark.parametrize("answer", ["chunked", "error", "bodiless"])
-def test_any_kind_of_answer_can_tell_its_cost(
+def test_any_kind_of_response_can_report_its_cost(
     gateway: StartGateway, upstream: StartUpstream, way: str, answer: str
 ) -> None:
     up = upstream()
@@ -150,13 +150,13 @@ def test_what_cannot_be_read_is_ignored_counted_and_logged_once(
     assert caplog.text.count("X-Gateway-Cost") == 1
 
 
-def test_costs_are_told_by_one_plain_decimal() -> None:
+def test_costs_are_reported_by_one_plain_decimal() -> None:
     assert [cost_of([text]) for text in (b"0", b"7.25", b"1000000000", b"1000000000.0")] == [0, 7.25, 1e9, 1e9]
     assert [cost_of(given) for given in ([], [b""], [b"1", b"1"], [b"+1"], [b"1000000000.1"], [b"\xb2"])] == [None] * 6
 
 
 @both_ways
-def test_a_client_cannot_tell_a_cost(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
+def test_a_client_cannot_report_a_cost(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
     """An upstream that sends back what it was sent must not charge by a client's word."""
     up = upstream()
     running = warm(gateway(in_front_of(up.url) | {"tiers": SLOWLY}))
@@ -166,7 +166,7 @@ def test_a_client_cannot_tell_a_cost(gateway: StartGateway, upstream: StartUpstr
     assert up.requests[-1].all("x-gateway-cost") == []
 
 
-def test_a_handshake_can_tell_its_cost(gateway: StartGateway, upstream: StartUpstream) -> None:
+def test_a_handshake_can_report_its_cost(gateway: StartGateway, upstream: StartUpstream) -> None:
     up = upstream()
     running = warm(gateway(in_front_of(up.url) | {"tiers": SLOWLY}))
     lines = b"Upgrade: websocket\r\nConnection: Upgrade\r\nX-Gateway-Cost: 4\r\n"
@@ -180,7 +180,9 @@ def test_a_handshake_can_tell_its_cost(gateway: StartGateway, upstream: StartUps
 
 
 @both_ways
-def test_interim_answers_and_trailers_tell_none(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
+def test_interim_responses_and_trailers_report_no_cost(
+    gateway: StartGateway, upstream: StartUpstream, way: str
+) -> None:
     up = upstream()
     running = warm(gateway(in_front_of(up.url) | {"tiers": SLOWLY}))
     up.behave = lambda wire, _request: wire.send(
@@ -258,7 +260,7 @@ def test_requests_against_an_open_breaker_leave_the_buckets_full(
 def test_without_a_healthy_target_nothing_is_spent(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
     up = upstream()
     running = gateway(in_front_of(up.url) | EVERYTHING)
-    running.console.upstreams["up"].targets[0].is_healthy = False
+    running.live.upstreams["up"].targets[0].is_healthy = False
     for _ in range(15):
         answer = get(running, way)
         assert (answer.status, answer.all("x-ratelimit-remaining")) == (503, [b"10"])
@@ -303,7 +305,7 @@ def test_waiting_for_a_connection_in_vain_costs_nothing(
 def test_what_an_upstream_may_have_begun_with_is_paid_for(
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
-    """Also if a second try then reaches nobody."""
+    """Also if a second attempt then reaches nobody."""
     up = upstream()
     running = warm(gateway(in_front_of(up.url, timeouts={"response": 0.3}) | {"tiers": SLOWLY}))
     up.behave = lambda _wire, _request: False
@@ -323,14 +325,14 @@ def test_what_an_upstream_may_have_begun_with_is_paid_for(
 
 
 @both_ways
-def test_who_leaves_has_paid(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
+def test_a_client_that_disconnects_has_paid(gateway: StartGateway, upstream: StartUpstream, way: str) -> None:
     up = upstream()
     running = warm(gateway(in_front_of(up.url) | {"tiers": SLOWLY}))
     up.behave = lambda wire, _request: wire.is_closed()
     with RawClient(running.port) as raw:
         raw.request("GET", "/api/x", ("X-Client-ID: c", *WAYS[way]))
         eventually(lambda: len(up.requests) == 2, "it is with the upstream")
-    eventually(lambda: running.console.recorder.in_flight == 0, "it is over")
+    eventually(lambda: running.live.recorder.in_flight == 0, "it is over")
     assert left(running) < 9.1
 
 

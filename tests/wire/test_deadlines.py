@@ -1,4 +1,4 @@
-"""One deadline covers all of a request: who sets it, what it says, what goes on of it, and whom it blames."""
+"""One deadline covers a whole request: its sources, its value, what is forwarded, and how it counts."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def test_two_values_are_refused_even_if_they_agree() -> None:
 
 
 @given(st.floats(0.001, 1e6), st.floats(0, 1e6))
-def test_what_goes_on_is_never_more_than_what_is_left_nor_nothing(seconds: float, passed: float) -> None:
+def test_the_forwarded_timeout_is_never_more_than_what_is_left_nor_zero(seconds: float, passed: float) -> None:
     deadline = Deadline(ARRIVED + seconds, seconds, "client", "", is_forwarded=True)
     now = ARRIVED + passed
     value = deadline.header_value(now)
@@ -139,7 +139,7 @@ def get(running: RunningGateway, target: str, *headers: str) -> tuple[RawAnswer,
 
 
 def failures(running: RunningGateway, name: str) -> int:
-    return int(running.console.upstreams[name].breaker.window_counts(time.monotonic()).failures)
+    return int(running.live.upstreams[name].breaker.window_counts(time.monotonic()).failures)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def failures(running: RunningGateway, name: str) -> int:
     ],
 )
 @pytest.mark.parametrize("behave", [is_silent, drips])
-def test_it_ends_the_request_and_says_whose_it_was_and_an_impatient_client_blames_nobody(
+def test_it_ends_the_request_and_names_its_source_and_that_of_a_client_is_ignored_by_the_breaker(
     running: RunningGateway,
     up: RawUpstream,
     name: str,
@@ -164,7 +164,7 @@ def test_it_ends_the_request_and_says_whose_it_was_and_an_impatient_client_blame
     *,
     is_blamed: bool,
 ) -> None:
-    """Before the answer's head it is a 504; an answer that has begun is broken off so that it shows."""
+    """Before the response's head it is a 504; a response that has begun is broken off so that it shows."""
     up.behave = behave
     before = failures(running, name)
     answer, seconds = get(running, f"/api/{name}", *headers)
@@ -176,10 +176,12 @@ def test_it_ends_the_request_and_says_whose_it_was_and_an_impatient_client_blame
     else:
         assert (answer.status, answer.is_complete) == (200, False)
     assert failures(running, name) == before + is_blamed
-    assert [target.in_flight for target in running.console.upstreams[name].targets] == [0]
+    assert [target.in_flight for target in running.live.upstreams[name].targets] == [0]
 
 
-def test_what_is_left_goes_on_and_is_less_with_every_try(running: RunningGateway, up: RawUpstream) -> None:
+def test_the_remaining_time_is_forwarded_and_decreases_with_every_attempt(
+    running: RunningGateway, up: RawUpstream
+) -> None:
     left = [reply(b"no", b"503 No", ((b"Retry-After", b"1"),)), reply()]
     up.behave = lambda wire, request: left.pop(0)(wire, request)  # noqa: PLW0108 - another one each time
     assert get(running, "/api/free", "X-Request-Timeout: 5")[0].status == 200
@@ -201,7 +203,7 @@ def test_what_is_left_goes_on_and_is_less_with_every_try(running: RunningGateway
         ("/api/free", ("X-Request-Timeout: 9", "Connection: X-Request-Timeout"), 9),
     ],
 )
-def test_the_upstream_is_told_if_the_client_or_the_route_has_one(
+def test_the_upstream_gets_it_if_the_client_or_the_route_has_one(
     running: RunningGateway, up: RawUpstream, target: str, headers: tuple[str, ...], most: float | None
 ) -> None:
     assert get(running, target, *headers)[0].status == 200
@@ -236,15 +238,15 @@ def test_there_is_no_retry_that_would_outlast_it(running: RunningGateway, up: Ra
     assert len(up.requests) == 1
 
 
-def test_it_covers_the_pause_between_tries(running: RunningGateway, up: RawUpstream) -> None:
-    """Whether the pause would outlast it or not, the answer is there in time."""
+def test_it_covers_the_pause_between_attempts(running: RunningGateway, up: RawUpstream) -> None:
+    """Whether the pause would outlast it or not, the response is there in time."""
     answer, seconds = get(running, "/api/refused", "X-Request-Timeout: 0.5")
     assert answer.status in (502, 504)
     assert seconds < 1.5
 
 
 @pytest.mark.parametrize("headers", [(), ("X-Request-Timeout: 0.2",)])
-def test_waiting_for_a_connection_is_covered_blames_nobody_and_costs_nothing(
+def test_waiting_for_a_connection_is_covered_and_ignored_by_the_breaker_and_costs_nothing(
     running: RunningGateway, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
     gate = threading.Event()
@@ -268,7 +270,7 @@ def test_waiting_for_a_connection_is_covered_blames_nobody_and_costs_nothing(
     assert remaining(running) == before - 1
 
 
-def test_a_target_that_connecting_to_never_ends_is_found_out_and_another_tried(
+def test_a_target_that_does_not_accept_is_detected_and_another_is_tried(
     gateway: Any, up: RawUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though the route's time is shorter than the time to connect."""
@@ -283,12 +285,14 @@ def test_a_target_that_connecting_to_never_ends_is_found_out_and_another_tried(
     dead.close()
 
 
-def test_a_client_that_is_slow_with_its_body_blames_nobody(running: RunningGateway, up: RawUpstream) -> None:
+def test_a_client_that_is_slow_with_its_body_is_ignored_by_the_breaker(
+    running: RunningGateway, up: RawUpstream
+) -> None:
     before = failures(running, "timed")
     with RawClient(running.port) as client:
         client.request("PUT", "/api/timed", ("Content-Length: 9",), b"half")
         assert client.answer().status == 504
-    eventually(lambda: running.console.recorder.in_flight == 0, "it is over")
+    eventually(lambda: running.live.recorder.in_flight == 0, "it is over")
     assert failures(running, "timed") == before
 
 
@@ -308,7 +312,7 @@ def test_of_a_websocket_it_covers_the_handshake_only(running: RunningGateway, up
         assert client.answer().status == 504
 
 
-def test_without_one_a_request_takes_its_time_on_either_way(gateway: Any, up: RawUpstream) -> None:
+def test_without_a_deadline_a_request_has_no_time_limit_on_both_paths(gateway: Any, up: RawUpstream) -> None:
     def behave(wire: Wire, _request: RawRequest) -> None:
         time.sleep(SHORT + 0.2)
         reply()(wire, _request)

@@ -1,4 +1,4 @@
-"""What a name stands for: what an answer changes, what a failure does not, and targets that come and go."""
+"""Names of targets: what a resolution changes, what a failure leaves unchanged, and targets that come and go."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ from tests.kit import ask as get
 NOW = 1000.0
 
 
-# What an answer changes
+# What a response changes
 
 
 def test_a_name_is_one_target_until_it_is_resolved() -> None:
@@ -125,7 +125,7 @@ async def silent(_host: str, _port: int) -> Sequence[str]:
         (failing(socket.gaierror(-2, "Name or service not known")), "Name or service not known"),
         (failing(OSError("all is lost")), "all is lost"),
         (failing(UnicodeError("label too long")), "label too long"),
-        (silent, "no answer within 0.01 s"),
+        (silent, "no response within 0.01 s"),
     ],
 )
 async def test_asking_finds(resolve: Resolve, error: str | None) -> None:
@@ -249,7 +249,7 @@ def sections(places: Places, **upstream: Any) -> dict[str, Any]:
 @pytest.fixture
 def running(places: Places, zone: Zone, tmp_path: Path) -> Iterator[RunningGateway]:
     with running_gateway(sections(places), tmp_path) as gateway:
-        eventually(lambda: len(gateway.console.upstreams["up"].targets) == 2, "the name is resolved")
+        eventually(lambda: len(gateway.live.upstreams["up"].targets) == 2, "the name is resolved")
         yield gateway
 
 
@@ -258,12 +258,12 @@ def served(running: RunningGateway, count: int = 6) -> set[str]:
 
 
 def are_closed(upstream: RawUpstream) -> bool:
-    """Tell whether each of its connections has ended."""
+    """Return whether each of its connections has ended."""
     return all(wire.sock.fileno() == -1 for wire in upstream.wires)
 
 
 def urls(running: RunningGateway) -> list[str]:
-    return [target.url for target in running.console.upstreams["up"].targets]
+    return [target.url for target in running.live.upstreams["up"].targets]
 
 
 def health(running: RunningGateway) -> Any:
@@ -359,7 +359,7 @@ def test_a_resolved_target_is_checked_at_its_address_by_its_name(places: Places,
     places.of["127.0.0.2"].behave = reply(b"no", b"503 Unavailable")
     with running_gateway(sections(places, health_check=checks), tmp_path) as running:
         eventually(
-            lambda: [target.is_healthy for target in running.console.upstreams["up"].targets] == [True, False],
+            lambda: [target.is_healthy for target in running.live.upstreams["up"].targets] == [True, False],
             "the bad one is found out",
         )
         assert served(running) == {"127.0.0.1"}

@@ -1,4 +1,4 @@
-"""The bounds on a request's head, in time and in size, with a raw client."""
+"""The limits of a request's head, in time and in size, with a raw client."""
 
 import json
 import threading
@@ -6,12 +6,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from api_gateway.downstream.connection import MAX_LINGERED, ConnectionLimits, limited_protocol
+from api_gateway.downstream.connection import MAX_LINGERED, limited_protocol
 from tests.kit import (
+    LIMITS,
     PATIENCE,
     RawAnswer,
     RawClient,
@@ -41,7 +43,7 @@ def aside() -> Iterator[RawUpstream]:
 
 @pytest.fixture(scope="module")
 def sections(shared: RawUpstream, aside: RawUpstream) -> dict[str, Any]:
-    """Run a gateway with narrow bounds."""
+    """Run a gateway with low limits."""
     server = {"header_timeout": HEADER_TIMEOUT, "max_header_bytes": LIMIT}
     sections = in_front_of(shared.url) | {"server": server}
     sections["upstreams"]["aside"] = {"targets": [{"url": aside.url}]}
@@ -50,7 +52,7 @@ def sections(shared: RawUpstream, aside: RawUpstream) -> dict[str, Any]:
 
 
 def is_problem(answer: RawAnswer, status: int, reason: bytes) -> bool:
-    """Tell whether it is that refusal, and closes the connection."""
+    """Return whether it is that refusal, and closes the connection."""
     return (
         answer.status == status
         and answer.all("content-type") == [b"application/problem+json"]
@@ -124,7 +126,7 @@ def test_a_head_that_is_too_large_is_answered_431(client: RawClient, up: RawUpst
     assert up.requests == []
 
 
-def test_a_large_head_within_the_bound_is_served(client: RawClient, up: RawUpstream) -> None:
+def test_a_large_head_within_the_limit_is_served(client: RawClient, up: RawUpstream) -> None:
     assert client.get(headers=("X-Big: " + "x" * (LIMIT - 200),)).status == 200
     assert len(up.requests[0].all("x-big")[0]) == LIMIT - 200
 
@@ -165,8 +167,8 @@ HALVES = {
 
 
 @pytest.mark.parametrize("framing", HALVES)
-def test_a_refusal_never_gets_into_an_answer_under_way(client: RawClient, up: RawUpstream, framing: str) -> None:
-    """A malformed request behind one whose answer is coming is refused behind that, or ends it without a word."""
+def test_a_refusal_never_gets_into_a_response_in_progress(client: RawClient, up: RawUpstream, framing: str) -> None:
+    """A malformed request behind one whose response is coming is refused behind that, or ends it without a word."""
     plain, arrived = up.behave, threading.Event()
 
     def half(wire: Wire, _request: RawRequest) -> None:
@@ -191,7 +193,7 @@ def test_a_refusal_never_gets_into_an_answer_under_way(client: RawClient, up: Ra
         up.behave = plain
 
 
-def test_a_connection_may_rest_between_requests(client: RawClient) -> None:
+def test_a_connection_may_be_idle_between_requests(client: RawClient) -> None:
     """A head's time runs from its first byte."""
     for _ in range(2):
         assert client.get().status == 200
@@ -202,7 +204,7 @@ def test_a_connection_may_rest_between_requests(client: RawClient) -> None:
     assert client.answer().status == 200
 
 
-def test_an_answer_may_take_longer_than_a_head(client: RawClient, up: RawUpstream) -> None:
+def test_a_response_may_take_longer_than_a_head(client: RawClient, up: RawUpstream) -> None:
     def slowly(wire: Wire, request: RawRequest) -> None:
         time.sleep(HEADER_TIMEOUT * 1.3)
         reply()(wire, request)
@@ -238,7 +240,7 @@ def test_a_head_is_bounded_in_however_many_pieces_it_comes(client: RawClient, up
     assert up.requests == []
 
 
-def test_every_head_of_a_connection_has_the_whole_bound(client: RawClient, up: RawUpstream) -> None:
+def test_every_head_of_a_connection_has_the_whole_limit(client: RawClient, up: RawUpstream) -> None:
     for _ in range(3):
         assert client.get(headers=("X-Big: " + "x" * (LIMIT - 200),)).status == 200
     assert len(up.requests) == 3
@@ -313,7 +315,7 @@ def test_empty_lines_before_a_request_are_skipped(client: RawClient) -> None:
     assert client.answer().status == 200
 
 
-def test_a_pipelined_request_waits_for_the_answer_before(client: RawClient, up: RawUpstream) -> None:
+def test_a_pipelined_request_waits_for_the_response_before(client: RawClient, up: RawUpstream) -> None:
     """However long that takes, and whatever bodies stand between them."""
 
     def echo(wire: Wire, request: RawRequest) -> None:
@@ -350,7 +352,7 @@ FOLLOWING = {
 def test_what_is_read_as_a_body_is_what_the_upstream_sent(
     client: RawClient, up: RawUpstream, following: bytes
 ) -> None:
-    """Whatever the client sends behind its request while the answer is under way."""
+    """Whatever the client sends behind its request while the response is under way."""
     gate = threading.Event()
     half = b"x" * 100
 
@@ -370,8 +372,10 @@ def test_what_is_read_as_a_body_is_what_the_upstream_sent(
 
 
 @pytest.mark.parametrize("following", FOLLOWING.values(), ids=FOLLOWING)
-def test_a_refusal_is_never_taken_for_the_answer_before(client: RawClient, up: RawUpstream, following: bytes) -> None:
-    """The first answer a client reads is the one to its first request, or there is none."""
+def test_a_refusal_is_never_mistaken_for_the_response_before(
+    client: RawClient, up: RawUpstream, following: bytes
+) -> None:
+    """The first response a client reads is the one to its first request, or there is none."""
 
     def slowly(wire: Wire, request: RawRequest) -> None:
         time.sleep(HEADER_TIMEOUT * 1.3)
@@ -382,7 +386,9 @@ def test_a_refusal_is_never_taken_for_the_answer_before(client: RawClient, up: R
     assert client.read_until(b"\r\n") in (None, b"HTTP/1.1 200 OK\r\n")
 
 
-def test_leaving_with_requests_in_the_pipeline_lets_the_upstream_go(running: RunningGateway, up: RawUpstream) -> None:
+def test_disconnecting_with_requests_in_the_pipeline_closes_the_upstream_connection(
+    running: RunningGateway, up: RawUpstream
+) -> None:
     """The client leaves the request that is being served as well as those that wait, and these are never sent."""
     left = threading.Event()
 
@@ -440,7 +446,7 @@ def test_what_follows_a_refused_handshake_keeps_its_order(client: RawClient, up:
     assert [client.answer().body for _ in range(40)] == [b"/api/%d" % number for number in range(40)]
 
 
-def test_a_handshake_waits_for_the_answers_before_it(client: RawClient, up: RawUpstream) -> None:
+def test_a_handshake_waits_for_the_responses_before_it(client: RawClient, up: RawUpstream) -> None:
     def behave(wire: Wire, request: RawRequest) -> None:
         time.sleep(0.1)
         if b"/ws" in request.line:
@@ -500,6 +506,6 @@ def test_an_absolute_target_is_taken_apart(
         assert answer.status == 404
 
 
-def test_the_bounds_are_those_asked_for() -> None:
-    bounds = ConnectionLimits(header_bytes=10, header_timeout=0.5)
+def test_the_limits_are_those_given() -> None:
+    bounds = replace(LIMITS, header_bytes=10, header_timeout=0.5)
     assert limited_protocol(bounds, Counter()).limits is bounds

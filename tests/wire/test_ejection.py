@@ -1,4 +1,4 @@
-"""What live requests show of a target, from the wire to the operator's view: it is left out, and takes part again."""
+"""Outlier detection on the wire and in the operator's view: ejection of a target, and its return."""
 
 import logging
 import socket
@@ -172,6 +172,6 @@ def test_a_target_that_is_well_again_starts_slowly(gateway: StartGateway, upstre
     assert view(running, well.url)["slow_start_ratio"] == 1
     with RawClient(running.port) as client:
         assert [client.get().body for _ in range(20)].count(b"well") >= 18
-    running.console.upstreams["up"].targets[0].returned_at -= 3600
+    running.live.upstreams["up"].targets[0].returned_at -= 3600
     with RawClient(running.port) as client:
         assert [client.get().body for _ in range(20)].count(b"well") == 10

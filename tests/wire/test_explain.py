@@ -1,4 +1,4 @@
-"""Explain: its verdict is what the request then gets, whatever the state, and asking changes nothing."""
+"""`/explain`: its result is what the request then gets, in any state, and asking changes nothing."""
 
 import asyncio
 import copy
@@ -51,7 +51,7 @@ CANDIDATE = Quota.per_second("FREE candidate", 1, 3)
 
 
 class Moody(httpx.AsyncBaseTransport):
-    """An upstream that answers as it is told."""
+    """An upstream with configurable responses."""
 
     status = 200
 
@@ -207,32 +207,32 @@ steps = st.lists(
 )
 
 
-def assert_foretold(told: Explanation, got: dict[str, Any], exchange: Exchange, mood: int) -> None:
-    """Compare a verdict with the answer to the request."""
-    verdict = told.result
+def assert_predicted(told: Explanation, got: dict[str, Any], exchange: Exchange, mood: int) -> None:
+    """Compare the result with the response to the request."""
+    result = told.result
     assert exchange.client is not None
     assert (told.client.id, told.client.tier.name) == (exchange.client.id, exchange.client.quota.name)
     assert (told.route.name if told.route else None) == exchange.route
-    if verdict.outcome == "allowed":
+    if result.outcome == "allowed":
         assert exchange.decision is not None
         assert exchange.decision.allowed
         assert got["status"] == (mood or (203 if exchange.fallback == "static" else 502))
         return
-    if verdict.outcome == "fallback":
+    if result.outcome == "fallback":
         assert told.fallback is not None
-        assert exchange.reason == verdict.reason
-        assert got["status"] == (verdict.status or mood or 503)
+        assert exchange.reason == result.reason
+        assert got["status"] == (result.status or mood or 503)
         if got["status"] != 503:
             assert (exchange.fallback, got["headers"][b"x-gateway-fallback"].decode()) == (told.fallback.name,) * 2
         return
     problem = json.loads(got["body"])
-    assert (verdict.status, verdict.reason, verdict.detail) == (got["status"], problem["reason"], problem["detail"])
-    assert verdict.retry_after_seconds == pytest.approx(problem.get("retry_after_seconds"), abs=0.001)
-    assert (verdict.retry_after_seconds is None) == (b"retry-after" not in got["headers"])
+    assert (result.status, result.reason, result.detail) == (got["status"], problem["reason"], problem["detail"])
+    assert result.retry_after_seconds == pytest.approx(problem.get("retry_after_seconds"), abs=0.001)
+    assert (result.retry_after_seconds is None) == (b"retry-after" not in got["headers"])
     expected = {"rate_limited": "limited", "cost_exceeds_capacity": "exceeds_capacity"}.get(
         problem["reason"], "refused"
     )
-    assert verdict.outcome == expected
+    assert result.outcome == expected
     if exchange.decision is not None and not exchange.decision.allowed:
         assert told.limiting_bucket == exchange.decision.key
 
@@ -244,7 +244,7 @@ NEVER = ExplainRequest(client_id="a", path="/api/one/never", address="192.0.2.7"
 @given(script=steps)
 @example(script=[*[(0, 200, 0, PLAIN)] * 4, (0, 200, 0, NEVER)])  # two buckets that never hold it: the first is named
 @settings(max_examples=150)
-def test_the_verdict_is_what_the_request_then_gets_and_asking_changes_nothing(
+def test_the_result_is_what_the_request_then_gets_and_explaining_changes_nothing(
     script: list[tuple[int, int, int, ExplainRequest]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     stage = Stage(tmp_path_factory.getbasetemp())
@@ -261,7 +261,7 @@ def test_the_verdict_is_what_the_request_then_gets_and_asking_changes_nothing(
             assert await stage.explainer.explain(question) == told
             assert stage.state() == before
             got = await stage.request(question)
-            assert_foretold(told, got, stage.seen[-1], mood)
+            assert_predicted(told, got, stage.seen[-1], mood)
 
     asyncio.run(play())
 
@@ -303,7 +303,7 @@ def test_what_is_limited_passes_the_limiter_when_it_was_said_to(
         ("/api/instead", False, "refused", {"name": "pair", "status": None, "used": False}),
     ],
 )
-async def test_it_tells_of_the_fallback_and_whether_it_would_answer(
+async def test_it_shows_the_fallback_and_whether_it_would_respond(
     tmp_path: Path, path: str, outcome: str, fallback: dict[str, Any], *, pair_is_up: bool
 ) -> None:
     stage = Stage(tmp_path)
@@ -321,7 +321,7 @@ async def test_it_tells_of_the_fallback_and_whether_it_would_answer(
     assert told.fallback.model_dump() == fallback
 
 
-async def test_every_figure_of_it_is_there(tmp_path: Path) -> None:
+async def test_it_has_every_figure(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     question = ExplainRequest(client_id="a", method="POST", path="/api/one/export?all", address="192.0.2.7")
     assert (await stage.request(question.model_copy(update={"path": "/api/one"})))["status"] == 200
@@ -394,7 +394,9 @@ async def test_of_those_that_pass_the_one_that_will_bind_first_binds(tmp_path: P
 @pytest.mark.parametrize(
     ("client_id", "source", "count"), [(None, "address", 2), ("a", "default", 2), ("paid", "configured", 1)]
 )
-async def test_it_says_who_somebody_is_and_why(tmp_path: Path, client_id: str | None, source: str, count: int) -> None:
+async def test_it_shows_the_client_and_how_it_was_identified(
+    tmp_path: Path, client_id: str | None, source: str, count: int
+) -> None:
     told = await Stage(tmp_path).explainer.explain(ExplainRequest(client_id=client_id, path="/api/one"))
     assert (told.client.tier_source, len(told.buckets)) == (source, count)
     assert told.client.registered == (count == 1)
@@ -458,21 +460,21 @@ def test_it_is_asked_by_post_and_costs_nothing(running: RunningGateway) -> None:
         ({"client_id": "c", "path": "/api", "more": 1}, 422, "invalid_value"),
     ],
 )
-def test_what_is_no_question_is_refused_in_words(
+def test_an_invalid_explain_request_is_refused_with_the_reason(
     running: RunningGateway, body: dict[str, Any], status: int, reason: str
 ) -> None:
     answer = explained(running, body)
     assert (answer.status, answer.json()["reason"]) == (status, reason)
 
 
-def test_it_is_the_operators(running: RunningGateway) -> None:
+def test_it_needs_an_operator(running: RunningGateway) -> None:
     answer = explained(running, {"client_id": "c", "path": "/api"}, Forwarded="for=192.0.2.1")
     assert (answer.status, answer.json()["reason"]) == (401, "unauthorized")
     answer = ask(f"{running.url}/clients", headers={"Forwarded": "for=192.0.2.1"})
     assert (answer.status, answer.json()["reason"]) == (401, "unauthorized")
 
 
-def test_the_heaviest_clients_are_listed(running: RunningGateway) -> None:
+def test_the_most_frequent_clients_are_listed(running: RunningGateway) -> None:
     for client, times in (("eager", 6), ("busy", 2), ("busier", 3)):
         for _ in range(times):
             ask(f"{running.url}/api/x", headers={"X-Client-ID": client})

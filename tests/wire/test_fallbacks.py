@@ -1,4 +1,4 @@
-"""What answers when a route's upstream cannot: for which failures, what it says of itself, and what it costs."""
+"""The fallback of a route: for which failures it responds, what it reports, and what it costs."""
 
 import json
 import socket
@@ -37,7 +37,7 @@ from tests.kit import (
     reply,
 )
 
-ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
+ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
 STATIC, OTHER = Fallback(status=200), Fallback("other")
 
 
@@ -60,7 +60,7 @@ STATIC, OTHER = Fallback(status=200), Fallback("other")
         (ClientDisconnected, False, False),
     ],
 )
-def test_it_stands_in_for_refusals_and_for_tries_that_failed_harmlessly(
+def test_it_replaces_refusals_and_attempts_that_failed_without_effect(
     kind: type[GatewayError], *, repeatable: bool, once: bool
 ) -> None:
     for fallback in (STATIC, OTHER):
@@ -68,7 +68,7 @@ def test_it_stands_in_for_refusals_and_for_tries_that_failed_harmlessly(
         assert applies(fallback, kind("no"), is_repeatable=False, is_replayable=True) is once
 
 
-def test_another_upstream_needs_the_body_and_a_static_answer_does_not() -> None:
+def test_another_upstream_needs_the_body_and_a_static_response_does_not() -> None:
     error = UpstreamReset("no")
     assert applies(STATIC, error, is_repeatable=True, is_replayable=False)
     assert not applies(OTHER, error, is_repeatable=True, is_replayable=False)
@@ -165,7 +165,7 @@ def sections(shared: RawUpstream, spare: RawUpstream) -> dict[str, Any]:
 
 @pytest.fixture
 def up(running: RunningGateway, shared: RawUpstream, spare: RawUpstream) -> RawUpstream:
-    """The main upstream, with a connection to it kept so that the straight way is open."""
+    """The main upstream, with a connection to it kept so that the fast path is open."""
     shared.behave = reply(b"main")
     assert ask(f"{running.url}/api/none").status == 200
     shared.requests.clear()
@@ -216,7 +216,7 @@ def get(running: RunningGateway, target: str, *headers: str, method: str = "GET"
     ],
 )
 @pytest.mark.parametrize("kind", ["static", "other"])
-def test_it_answers_for_a_failure_says_so_and_the_record_keeps_why(
+def test_it_responds_for_a_failure_and_says_so_and_the_record_keeps_the_reason(
     running: RunningGateway,
     up: RawUpstream,
     done: list[Exchange],
@@ -241,14 +241,14 @@ def test_it_answers_for_a_failure_says_so_and_the_record_keeps_why(
     assert (record.fallback, record.reason, record.route) == (said, reason, route)
     assert (record.source, record.upstream) == (("gateway", name) if kind == "static" else ("upstream", "spare"))
     assert "Upstream" in (record.detail or "")
-    recorder = running.console.recorder
+    recorder = running.live.recorder
     assert recorder.fallbacks[route, said, reason] > 0
 
 
 @pytest.mark.parametrize("kind", ["static", "other"])
-def test_it_answers_where_the_breaker_refuses(running: RunningGateway, up: RawUpstream, kind: str) -> None:
+def test_it_responds_where_the_breaker_rejects(running: RunningGateway, up: RawUpstream, kind: str) -> None:
     """Nothing is sent to an upstream whose breaker is open; the fallback is asked at once."""
-    breaker = running.console.upstreams["opening"].breaker
+    breaker = running.live.upstreams["opening"].breaker
     ticket = breaker.admit(time.monotonic())
     if ticket is not None:
         breaker.settle(ticket, Outcome.FAILURE, time.monotonic())
@@ -259,8 +259,8 @@ def test_it_answers_where_the_breaker_refuses(running: RunningGateway, up: RawUp
 
 
 @pytest.mark.parametrize("kind", ["static", "other"])
-def test_it_answers_where_no_target_is_healthy(running: RunningGateway, up: RawUpstream, kind: str) -> None:
-    (target,) = running.console.upstreams["main"].targets
+def test_it_responds_where_no_target_is_healthy(running: RunningGateway, up: RawUpstream, kind: str) -> None:
+    (target,) = running.live.upstreams["main"].targets
     target.is_healthy = False
     try:
         answer = get(running, f"/api/main-{kind}", method="POST", body=b"data")
@@ -272,7 +272,7 @@ def test_it_answers_where_no_target_is_healthy(running: RunningGateway, up: RawU
 
 @pytest.mark.parametrize("odd", [(), (ODD,)])
 @pytest.mark.parametrize("kind", ["static", "other"])
-def test_a_request_that_may_have_had_its_effect_is_told_so(
+def test_a_request_that_may_have_taken_effect_gets_the_error(
     running: RunningGateway, up: RawUpstream, spare: RawUpstream, kind: str, odd: tuple[str, ...]
 ) -> None:
     up.behave = dies
@@ -298,7 +298,7 @@ def test_the_other_upstream_gets_the_body_too(
     [garbles, reply(b"no", b"500 No"), reply(b"no", b"503 No"), reply(b"no", b"404 No")],
     ids=["garbage", "500", "503", "404"],
 )
-def test_an_answer_of_the_upstream_is_its_own_and_stands(
+def test_a_response_of_the_upstream_is_never_replaced(
     running: RunningGateway, up: RawUpstream, kind: str, behave: Any
 ) -> None:
     up.behave = behave
@@ -307,7 +307,7 @@ def test_an_answer_of_the_upstream_is_its_own_and_stands(
     assert answer.all("x-gateway-fallback") == []
 
 
-def test_it_never_answers_behind_the_first_byte(running: RunningGateway, up: RawUpstream) -> None:
+def test_it_never_responds_after_the_first_byte(running: RunningGateway, up: RawUpstream) -> None:
     def breaks_off(wire: Wire, _request: RawRequest) -> bool:
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
         return False
@@ -330,14 +330,14 @@ def test_a_fallback_that_fails_leaves_the_first_failure(
     assert (done[0].fallback, done[0].upstream, done[0].reason) == (None, "main", "upstream_timeout")
 
 
-def test_a_deadline_leaves_time_for_a_static_answer_only(running: RunningGateway, up: RawUpstream) -> None:
+def test_a_deadline_leaves_time_for_a_static_response_only(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = is_silent
     assert get(running, "/api/timed-static").status == 203
     assert get(running, "/api/timed-other").status == 504
 
 
 @pytest.mark.parametrize(("method", "path", "body"), [("HEAD", "plain", b""), ("GET", "empty", b"")])
-def test_a_static_answer_without_a_body_is_framed_as_such(
+def test_a_static_response_without_a_body_is_framed_as_such(
     running: RunningGateway, up: RawUpstream, method: str, path: str, body: bytes
 ) -> None:
     with RawClient(running.port) as client:
@@ -357,14 +357,14 @@ def test_a_plain_body_is_text(running: RunningGateway, up: RawUpstream) -> None:
 
 
 def spent(running: RunningGateway, target: str, *headers: str) -> int:
-    """Return the tokens that a request takes, as the answer itself tells, beside what one to another route says."""
+    """Return the tokens that a request takes, as the response itself tells, beside what one to another route says."""
     left = int(get(running, "/api/none", "X-Client-ID: payer").all("x-ratelimit-remaining")[0])
     answer = get(running, target, "X-Client-ID: payer", *headers)
     return left - int(answer.all("x-ratelimit-remaining")[0])
 
 
 @pytest.mark.parametrize("odd", [(), (ODD,)])
-def test_a_static_answer_costs_nothing_where_nothing_was_sent_and_all_else_is_charged(
+def test_a_static_response_costs_nothing_where_nothing_was_sent_and_all_else_is_charged(
     running: RunningGateway, up: RawUpstream, odd: tuple[str, ...]
 ) -> None:
     """Were it free after the upstream was reached, limits would protect an upstream no longer while it fails."""
@@ -375,10 +375,10 @@ def test_a_static_answer_costs_nothing_where_nothing_was_sent_and_all_else_is_ch
     assert spent(running, "/api/main-other", *odd) == 1
 
 
-def test_the_metrics_tell_of_it(running: RunningGateway, up: RawUpstream) -> None:
-    before = running.console.recorder.rejections["upstream_connect_error"]
+def test_the_metrics_count_it(running: RunningGateway, up: RawUpstream) -> None:
+    before = running.live.recorder.rejections["upstream_connect_error"]
     assert get(running, "/api/plain").status == 200
     text = ask(f"{running.url}/metrics?format=prometheus").body.decode()
     assert 'gateway_fallbacks_total{fallback="static",reason="upstream_connect_error",route="plain"}' in text
-    assert running.console.recorder.rejections["upstream_connect_error"] == before
+    assert running.live.recorder.rejections["upstream_connect_error"] == before
     assert ask(f"{running.url}/metrics").json()["fallbacks"]["plain"]["upstream_connect_error"] >= 1

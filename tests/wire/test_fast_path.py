@@ -1,4 +1,4 @@
-"""The straight way: the same as the ordinary one, seen from either side, and back on it whenever something is odd."""
+"""The fast path: both peers see the same as on the ASGI path, which takes over every request that is not plain."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from tests.kit import (
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the straight way leaves to the ordinary one
+ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the fast path leaves to the ASGI path
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
@@ -44,7 +44,7 @@ def sections(shared: RawUpstream) -> dict[str, Any]:
 
 @pytest.fixture
 def up(shared: RawUpstream) -> Iterator[RawUpstream]:
-    """An upstream that answers `ok` unless it is told otherwise."""
+    """An upstream that answers `ok` by default."""
     shared.behave = reply()
     yield shared
     shared.behave = reply()
@@ -53,7 +53,7 @@ def up(shared: RawUpstream) -> Iterator[RawUpstream]:
 
 @pytest.fixture
 def running(running: RunningGateway, up: RawUpstream) -> Iterator[RunningGateway]:
-    """A gateway with a connection to its upstream, so that the straight way is open."""
+    """A gateway with a connection to its upstream, so that the fast path is open."""
     record = lane(running).record
     observers = record._observers
     yield warm(running, up)
@@ -67,7 +67,7 @@ def warm(running: RunningGateway, up: RawUpstream) -> RunningGateway:
 
 
 def lane(running: RunningGateway) -> Any:
-    """Return the straight way of a gateway; None if it is closed."""
+    """Return the fast path of a gateway; None if it is closed."""
     app: Any = running.server._app
     return None if app.fast_path is None else app.fast_path.current
 
@@ -81,8 +81,8 @@ def finished(running: RunningGateway) -> list[Exchange]:
 
 
 def is_calm(running: RunningGateway, up: RawUpstream) -> bool:
-    """Tell whether nothing is held by a request that is over."""
-    recorder, upstream = running.console.recorder, running.console.upstreams["up"]
+    """Return whether nothing is held by a request that is over."""
+    recorder, upstream = running.live.recorder, running.live.upstreams["up"]
     return recorder.in_flight == 0 and all(target.in_flight == 0 for target in upstream.targets)
 
 
@@ -98,7 +98,7 @@ def says(*pieces: bytes, pause: float = 0.05, closes: bool = False) -> Callable[
     return behave
 
 
-# The same as the ordinary way
+# The same as the ASGI path
 
 
 def normal(head: bytes) -> bytes:
@@ -108,7 +108,7 @@ def normal(head: bytes) -> bytes:
 
 
 def same(one: bytes, other: bytes) -> bool:
-    """Tell whether two heads are the same but for what differs from request to request."""
+    """Return whether two heads are the same but for what differs from request to request."""
     return normal(re.sub(rb"(content-length|retry-after): \d+", rb"\1: *", one)) == normal(
         re.sub(rb"(content-length|retry-after): \d+", rb"\1: *", other)
     )
@@ -135,7 +135,7 @@ REQUESTS: dict[str, tuple[str, str, tuple[str, ...], bytes]] = {
 
 @pytest.mark.parametrize("prefix", ["/api", "/api/cut"])
 @pytest.mark.parametrize(("method", "target", "headers", "body"), REQUESTS.values(), ids=REQUESTS)
-def test_upstream_client_and_record_cannot_tell_it_from_the_ordinary_way(
+def test_upstream_client_and_record_get_the_same_on_both_paths(
     running: RunningGateway,
     up: RawUpstream,
     fast_path_spy: list[bool],
@@ -157,9 +157,9 @@ def test_upstream_client_and_record_cannot_tell_it_from_the_ordinary_way(
             assert client.is_closed(within=0.1) == ("Connection: close" in headers)
     assert fast_path_spy == [True, False]
     assert seen[0] == seen[1]
-    straight, ordinary = up.requests
-    assert normal(straight.head) == normal(ordinary.head)
-    assert straight.body == ordinary.body == body
+    fast, asgi = up.requests
+    assert normal(fast.head) == normal(asgi.head)
+    assert fast.body == asgi.body == body
     eventually(lambda: len(done) == 2, "both end")
     for name in ("method", "path", "peer", "client", "route", "upstream", "target", "cost", "attempts"):
         assert getattr(done[0], name) == getattr(done[1], name), name
@@ -182,7 +182,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("answer", "body"), ANSWERS.values(), ids=ANSWERS)
-def test_an_answer_is_the_same_on_both_ways(
+def test_a_response_is_the_same_on_both_paths(
     running: RunningGateway, up: RawUpstream, fast_path_spy: list[bool], answer: bytes, body: bytes
 ) -> None:
     up.behave = says(answer)
@@ -198,13 +198,13 @@ def test_an_answer_is_the_same_on_both_ways(
     assert seen[0][1] == body
 
 
-def test_a_head_and_a_body_that_come_apart_are_one_answer(client: RawClient, up: RawUpstream) -> None:
+def test_a_head_and_a_body_in_separate_segments_are_one_response(client: RawClient, up: RawUpstream) -> None:
     up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n", b"half", b"half")
     assert client.get().body == b"halfhalf"
     assert client.get().body == b"halfhalf"
 
 
-# Back to the ordinary way
+# Back to the ASGI path
 
 
 UNUSUAL = {
@@ -218,13 +218,13 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("behave", UNUSUAL.values(), ids=UNUSUAL)
-def test_an_answer_that_is_not_plain_is_served_all_the_same(
+def test_a_response_that_is_not_plain_is_served_all_the_same(
     running: RunningGateway, client: RawClient, up: RawUpstream, fast_path_spy: list[bool], behave: Any
 ) -> None:
     up.behave = behave
     fast_path_spy.clear()
     done = finished(running)
-    before = running.console.recorder.outcomes["up"]["2xx"]
+    before = running.live.recorder.outcomes["up"]["2xx"]
     for _ in range(2):
         client.request()
         if behave in (UNUSUAL["an interim answer"], UNUSUAL["an interim answer before"]):
@@ -235,7 +235,7 @@ def test_an_answer_that_is_not_plain_is_served_all_the_same(
     eventually(lambda: is_calm(running, up), "nothing is held")
     assert [(one.status, one.attempts, one.bytes_out) for one in done] == [(200, 1, 2)] * 2
     assert len(up.requests) == 2
-    assert running.console.recorder.outcomes["up"]["2xx"] == before + 2
+    assert running.live.recorder.outcomes["up"]["2xx"] == before + 2
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -302,7 +302,7 @@ AGAIN: dict[str, tuple[str, tuple[str, ...], bytes, tuple[Try, ...], tuple[int, 
 
 
 @pytest.mark.parametrize(("method", "headers", "body", "tries", "expected"), AGAIN.values(), ids=AGAIN)
-def test_what_is_tried_again_is_so_on_both_ways(
+def test_retries_are_the_same_on_both_paths(
     running: RunningGateway,
     up: RawUpstream,
     fast_path_spy: list[bool],
@@ -312,7 +312,7 @@ def test_what_is_tried_again_is_so_on_both_ways(
     tries: tuple[Try, ...],
     expected: tuple[int, bytes, int, tuple[str, ...]],
 ) -> None:
-    """Nothing of an answer that is not the last reaches the client, and the last one does as it came."""
+    """Nothing of a response that is not the last reaches the client, and the last one does as it came."""
     left: list[Try] = []
 
     def behave(wire: Wire, _request: RawRequest) -> bool:
@@ -365,7 +365,7 @@ def test_a_silent_upstream_is_a_timeout(running: RunningGateway, client: RawClie
 
 
 @pytest.mark.parametrize("closes", [True, False])
-def test_half_an_answer_never_looks_complete(
+def test_half_a_response_never_looks_complete(
     running: RunningGateway, client: RawClient, up: RawUpstream, *, closes: bool
 ) -> None:
     up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf", b"", pause=0.1, closes=closes)
@@ -375,13 +375,13 @@ def test_half_an_answer_never_looks_complete(
     assert (answer.status, answer.body, answer.is_complete) == (200, b"half", False)
     eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
     assert done[0].reason == ("upstream_reset" if closes else "upstream_timeout")
-    assert running.console.upstreams["up"].breaker.consecutive_failures == 1
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 1
 
 
 # Not taken
 
 
-def test_who_is_out_of_tokens_is_refused_as_the_ordinary_way_does(
+def test_a_rate_limited_request_is_refused_as_on_the_asgi_path(
     gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
     sections = in_front_of(up.url) | {"tiers": {"FREE": {"rate": 0.01, "capacity": 3}}}
@@ -408,7 +408,7 @@ def test_who_is_out_of_tokens_is_refused_as_the_ordinary_way_does(
     assert {(one.status, one.reason, one.source, one.route, one.upstream, one.attempts) for one in done[3:]} == {
         (429, "rate_limited", "gateway", "all", None, 0)
     }
-    assert running.console.recorder.limited["FREE"] == 5
+    assert running.live.recorder.limited["FREE"] == 5
     assert is_calm(running, up)
 
 
@@ -423,10 +423,10 @@ def test_a_tier_counts_from_the_next_request_on_the_same_connection(running: Run
     assert limits == [[b"100000"], [b"200"], [b"100000"]]
 
 
-def test_a_client_to_be_looked_up_is_for_the_ordinary_way(
+def test_a_client_to_be_looked_up_uses_the_asgi_path(
     running: RunningGateway, fast_path_spy: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clients = running.console.clients
+    clients = running.live.clients
     with RawClient(running.port) as client:
         assert client.get(headers=("X-Client-ID: b",)).status == 200
         fast_path_spy.clear()
@@ -439,9 +439,7 @@ def test_a_client_to_be_looked_up_is_for_the_ordinary_way(
     assert fast_path_spy == [False, False, True]
 
 
-def test_an_open_breaker_is_for_the_ordinary_way(
-    gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
-) -> None:
+def test_an_open_breaker_uses_the_asgi_path(gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]) -> None:
     breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0}
     running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker)), up)
     up.behave = reply(b"no", b"500 Oops")
@@ -454,7 +452,7 @@ def test_an_open_breaker_is_for_the_ordinary_way(
     assert fast_path_spy == [True, False, False, True]
 
 
-def test_a_breaker_that_lets_traffic_back_step_by_step_is_for_the_ordinary_way(
+def test_a_breaker_in_its_ramp_uses_the_asgi_path(
     gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
     breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0.5}
@@ -470,8 +468,8 @@ def test_a_breaker_that_lets_traffic_back_step_by_step_is_for_the_ordinary_way(
     assert fast_path_spy[0] is False
 
 
-@pytest.mark.parametrize("header", [(), (ODD,)], ids=["straight", "ordinary"])
-def test_slow_answers_open_the_breaker_on_either_way(
+@pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "ASGI path"])
+def test_slow_responses_open_the_breaker_on_both_paths(
     gateway: StartGateway, up: RawUpstream, caplog: pytest.LogCaptureFixture, header: tuple[str, ...]
 ) -> None:
     """Though all of them succeed; what is written down of them has route, duration and request id."""
@@ -497,8 +495,8 @@ def test_slow_answers_open_the_breaker_on_either_way(
     assert "circuit breaker up: CLOSED -> OPEN: 2 of the last 2 calls took" in caplog.text
 
 
-@pytest.mark.parametrize("header", [(), (ODD,)], ids=["straight", "ordinary"])
-def test_a_failure_is_written_down_alike_on_either_way(
+@pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "ASGI path"])
+def test_a_failure_is_recorded_equally_on_both_paths(
     gateway: StartGateway, up: RawUpstream, header: tuple[str, ...]
 ) -> None:
     running = warm(gateway(in_front_of(up.url, circuit_breaker={"failure_threshold": 2})), up)
@@ -521,7 +519,7 @@ def test_a_failure_is_written_down_alike_on_either_way(
     assert all(0 <= call["duration_seconds"] < PATIENCE for call in move["last_failures"])
 
 
-BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["straight", "ordinary"])
+BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
 
 
 def breaks_off(wire: Wire, _request: RawRequest) -> bool:
@@ -545,16 +543,16 @@ def with_a_bad_target(
     bad.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
         assert sorted(client.get(headers=headers).status for _ in range(4)) == [200, 200, 500, 500]
-    target = running.console.upstreams["up"].targets[1]
+    target = running.live.upstreams["up"].targets[1]
     assert target.breaker.state == "OPEN"
-    assert running.console.upstreams["up"].breaker.state == "CLOSED"
+    assert running.live.upstreams["up"].breaker.state == "CLOSED"
     bad.requests.clear()
     up.requests.clear()
     return running
 
 
 @BOTH_WAYS
-def test_an_ejected_target_gets_nothing_on_either_way(
+def test_an_ejected_target_gets_nothing_on_both_paths(
     gateway: StartGateway,
     up: RawUpstream,
     upstream: StartUpstream,
@@ -567,12 +565,12 @@ def test_an_ejected_target_gets_nothing_on_either_way(
     with RawClient(running.port) as client:
         assert [client.get(headers=headers).status for _ in range(6)] == [200] * 6
     assert (len(up.requests), len(bad.requests)) == (6, 0)
-    assert fast_path_spy == [not headers] * 6, "it keeps no request from the straight way"
+    assert fast_path_spy == [not headers] * 6, "it keeps no request from the fast path"
     assert is_calm(running, up)
 
 
 @BOTH_WAYS
-def test_a_probe_of_a_target_that_fails_is_made_good_by_another_on_either_way(
+def test_a_failed_probe_of_a_target_is_retried_on_another_on_both_paths(
     gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, headers: tuple[str, ...]
 ) -> None:
     bad = upstream()
@@ -585,12 +583,12 @@ def test_a_probe_of_a_target_that_fails_is_made_good_by_another_on_either_way(
     assert (len(up.requests), len(bad.requests)) == (6, 1)
     eventually(lambda: len(done) == 6, "all are recorded")
     assert sorted(exchange.attempts for exchange in done) == [1, 1, 1, 1, 1, 2]
-    assert running.console.upstreams["up"].targets[1].breaker.state == "OPEN"
+    assert running.live.upstreams["up"].targets[1].breaker.state == "OPEN"
     assert is_calm(running, up)
 
 
 @BOTH_WAYS
-def test_a_probe_of_a_target_that_succeeds_brings_it_back_on_either_way(
+def test_a_probe_of_a_target_that_succeeds_brings_it_back_on_both_paths(
     gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, headers: tuple[str, ...]
 ) -> None:
     bad = upstream()
@@ -599,14 +597,14 @@ def test_a_probe_of_a_target_that_succeeds_brings_it_back_on_either_way(
     time.sleep(0.45)
     with RawClient(running.port) as client:
         assert [client.get(headers=headers).status for _ in range(8)] == [200] * 8
-    assert running.console.upstreams["up"].targets[1].breaker.state == "CLOSED"
+    assert running.live.upstreams["up"].targets[1].breaker.state == "CLOSED"
     assert len(bad.requests) >= 3
     assert len(up.requests) + len(bad.requests) == 8
     assert is_calm(running, up)
 
 
 @BOTH_WAYS
-def test_a_probe_whose_answer_takes_long_settles_before_its_end_on_either_way(
+def test_a_probe_with_a_long_response_reports_its_outcome_before_the_end_on_both_paths(
     gateway: StartGateway,
     up: RawUpstream,
     upstream: StartUpstream,
@@ -623,7 +621,7 @@ def test_a_probe_whose_answer_takes_long_settles_before_its_end_on_either_way(
         wire.send(OK[-1:])
 
     bad.behave = behave
-    target = running.console.upstreams["up"].targets[1]
+    target = running.live.upstreams["up"].targets[1]
     time.sleep(0.45)
     with RawClient(running.port) as one, RawClient(running.port) as other:
         for client in (one, other):  # one of them is the probe
@@ -635,7 +633,7 @@ def test_a_probe_whose_answer_takes_long_settles_before_its_end_on_either_way(
     assert is_calm(running, up)
 
 
-def test_a_header_to_choose_by_is_for_the_ordinary_way(
+def test_hashing_by_a_header_field_uses_the_asgi_path(
     gateway: StartGateway, up: RawUpstream, upstream: StartUpstream, fast_path_spy: list[bool]
 ) -> None:
     other = upstream()
@@ -660,7 +658,7 @@ def test_a_header_to_choose_by_is_for_the_ordinary_way(
     assert not any(fast_path_spy)
 
 
-def test_bounds_hold(gateway: StartGateway, up: RawUpstream) -> None:
+def test_limits_hold(gateway: StartGateway, up: RawUpstream) -> None:
     server = {"max_header_lines": 10, "max_header_bytes": 3000, "max_body_bytes": 4}
     running = warm(gateway(in_front_of(up.url) | {"server": server}), up)
     many = tuple(f"X-{number}: y" for number in range(9))
@@ -677,7 +675,7 @@ def test_bounds_hold(gateway: StartGateway, up: RawUpstream) -> None:
             assert client.answer().status == status
 
 
-def test_what_one_client_sent_is_not_taken_for_anothers(running: RunningGateway, up: RawUpstream) -> None:
+def test_what_one_client_sent_is_not_mistaken_for_anothers(running: RunningGateway, up: RawUpstream) -> None:
     """Lines are remembered only as long as they are the same to the byte."""
     with RawClient(running.port) as one, RawClient(running.port) as other:
         for name in ("a", "b", "a", "c"):
@@ -686,7 +684,7 @@ def test_what_one_client_sent_is_not_taken_for_anothers(running: RunningGateway,
                 assert (up.requests[-1].all("x-client-id"), up.requests[-1].all("cookie")) == ([name.encode()],) * 2
 
 
-def test_a_name_is_told_apart_from_the_headers_beside_it(
+def test_the_client_id_is_distinguished_from_the_header_fields_beside_it(
     running: RunningGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
     """What the others come to is worked out once for all names, and a name that is none is refused as ever."""
@@ -757,7 +755,7 @@ def test_a_request_that_comes_during_another_is_served_after_it(client: RawClien
 
 
 @pytest.mark.parametrize("when", ["before the head", "within the body"])
-def test_a_client_that_leaves_ends_it_all(running: RunningGateway, up: RawUpstream, when: str) -> None:
+def test_a_client_that_disconnects_ends_the_exchange(running: RunningGateway, up: RawUpstream, when: str) -> None:
     arrived, left = threading.Event(), threading.Event()
 
     def behave(wire: Wire, _request: RawRequest) -> bool:
@@ -778,10 +776,10 @@ def test_a_client_that_leaves_ends_it_all(running: RunningGateway, up: RawUpstre
     assert left.wait(0.4)
     eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
     assert (done[0].status, done[0].reason) == (499, "client_disconnected")
-    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
 
 
-def test_a_client_that_sends_no_more_and_said_so_gets_its_answer(client: RawClient, up: RawUpstream) -> None:
+def test_a_half_closed_client_with_connection_close_gets_its_response(client: RawClient, up: RawUpstream) -> None:
     up.behave = says(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n", b"half", b"half", pause=0.1)
     client.request(headers=("Connection: close",))
     client.sock.shutdown(1)
@@ -817,8 +815,8 @@ def test_a_slow_reader_holds_the_upstream_back(running: RunningGateway, up: RawU
     eventually(lambda: is_calm(running, up), "nothing is held")
 
 
-def test_a_client_that_reads_nothing_cannot_heap_up_answers(running: RunningGateway, up: RawUpstream) -> None:
-    """While an answer waits to be read, the next request waits too."""
+def test_a_client_that_reads_nothing_cannot_accumulate_responses(running: RunningGateway, up: RawUpstream) -> None:
+    """While a response waits to be read, the next request waits too."""
     up.behave = reply(b"x" * 200_000)
     with RawClient(running.port) as client:
         for _ in range(400):
@@ -849,10 +847,10 @@ def test_a_server_that_stops_lets_it_end_and_closes(gateway: StartGateway, up: R
         assert client.is_closed()
 
 
-def test_somebodys_middleware_sees_every_request(
+def test_with_other_middleware_every_request_uses_the_asgi_path(
     gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
 ) -> None:
-    """So the straight way is closed where there is one."""
+    """So the fast path is closed where there is one."""
     running = warm(gateway(in_front_of(up.url)), up)
     app: Any = running.server._app
     app.user_middleware.append("somebody's")
@@ -876,7 +874,7 @@ def test_an_upstream_that_was_held_back_for_a_moment_goes_on(
 
 
 @pytest.mark.parametrize("last_words", [b"", b"garbage\r\n\r\n"])
-def test_what_leaves_the_straight_way_as_its_client_leaves_holds_nothing(
+def test_a_request_that_leaves_the_fast_path_as_its_client_disconnects_holds_nothing(
     running: RunningGateway, up: RawUpstream, last_words: bytes
 ) -> None:
     """Answer and end come within one turn of the loop, which is kept busy meanwhile."""
@@ -933,7 +931,7 @@ def test_what_outlasts_the_time_to_drain_is_cut_off_and_recorded(
         assert client.is_closed()
     eventually(lambda: is_calm(running, up) and len(done) == 1, "nothing is held")
     assert (done[0].status, done[0].reason) == (200 if begun else 499, "draining")
-    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
 
 
 def test_a_record_that_cannot_be_written_breaks_nothing(
@@ -967,7 +965,7 @@ def test_a_client_that_reads_nothing_holds_no_request_for_ever(gateway: StartGat
 
 
 @pytest.mark.parametrize("headers", [(), (ODD,)])
-def test_an_interim_answer_nobody_asked_for_gives_the_upstream_no_more_time(
+def test_an_unsolicited_interim_response_gives_the_upstream_no_more_time(
     client: RawClient, up: RawUpstream, headers: tuple[str, ...]
 ) -> None:
     up.behave = says(b"HTTP/1.1 100 Continue\r\n\r\n", b"", pause=1.5)

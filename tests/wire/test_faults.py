@@ -1,6 +1,6 @@
 """What every failure of an upstream comes to, for client, breaker, metrics and access log, and in what time.
 
-Each fault meets a plain GET, which goes the straight way, and a POST with a chunked body, which goes the ordinary one;
+Each fault meets a plain GET, which uses the fast path, and a POST with a chunked body, which uses the ASGI path;
 some meet a POST of which the client has sent half, or one that is more than fits on the way.
 Afterwards the gateway holds no more than before, and serves.
 """
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="desc
 
 @dataclass(frozen=True)
 class Row:
-    """What one fault comes to. `reason` is None for an answer of the upstream's own, passed on."""
+    """What one fault comes to. `reason` is None for a response of the upstream's own, passed on."""
 
     fault: Fault
     status: int
@@ -66,7 +66,7 @@ class Row:
 def fails(
     name: str, behave: Any, status: int, reason: str, *, lasts: float = 0.0, ways: tuple[str, ...] = WAYS
 ) -> Row:
-    """Return the row of a fault before the answer's head."""
+    """Return the row of a fault before the response's head."""
     return Row(Fault(name, behave), status, reason, reason, "failure", lasts, ways=ways)
 
 
@@ -76,7 +76,7 @@ def breaks_off(name: str, behave: Any, reason: str, *, lasts: float = 0.0) -> Ro
 
 
 def passes(name: str, behave: Any, status: int, breaker: str, *, lasts: float = 0.0) -> Row:
-    """Return the row of an answer that is passed on as it is."""
+    """Return the row of a response that is passed on as it is."""
     return Row(Fault(name, behave), status, None, f"{status // 100}xx", breaker, lasts)
 
 
@@ -172,7 +172,7 @@ class Scene:
             return answer
 
     def tries(self) -> Counter[str]:
-        """Return the tries so far by outcome."""
+        """Return the attempts so far by outcome."""
         text = self.running.ask("/metrics?format=prometheus").body.decode()
         found = re.findall(r'gateway_upstream_requests_total\{outcome="(\w+)",upstream="up"\} (\d+)', text)
         return Counter({outcome: int(count) for outcome, count in found})
@@ -238,7 +238,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize(("row", "way"), CASES)
-def test_a_fault_is_told_to_all_it_concerns_and_leaves_nothing_behind(
+def test_a_fault_reaches_all_it_concerns_and_leaves_nothing_behind(
     scene: Scene, row: Row, way: str, request: pytest.FixtureRequest
 ) -> None:
     request_id = re.sub(r"\W+", "-", request.node.callspec.id)

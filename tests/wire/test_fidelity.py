@@ -1,4 +1,4 @@
-"""What is kept of a message on its way through the gateway, and what is not: trailers, names, targets, lengths."""
+"""Which parts of a message the gateway keeps and which it changes: trailers, names, targets, lengths."""
 
 import re
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def test_trailers_of_a_request_arrive_as_trailers(client: RawClient, up: RawUpst
         *("Forwarded: for=1.2.3.4", "X-Request-ID: mine", "Connection: close", "Via: 1.1 x", "TE: gzip"),
     ],
 )
-def test_what_decides_about_a_request_cannot_come_behind_it(
+def test_fields_that_decide_about_a_request_cannot_be_trailers(
     client: RawClient, up: RawUpstream, trailing: list[bytes], forged: str
 ) -> None:
     body = b"2\r\nok\r\n0\r\n" + forged.encode() + b"\r\nX-Kept: 1\r\n\r\n"
@@ -84,7 +84,7 @@ def test_what_decides_about_a_request_cannot_come_behind_it(
 
 
 @pytest.mark.parametrize("forged", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
-def test_what_frames_a_request_cannot_come_behind_it(
+def test_framing_fields_cannot_be_trailers(
     client: RawClient, up: RawUpstream, trailing: list[bytes], forged: bytes
 ) -> None:
     client.request("POST", "/api/x", (CHUNKED,), b"2\r\nok\r\n0\r\n" + forged + b"\r\n\r\n")
@@ -108,7 +108,7 @@ ANSWER_WITH_TRAILERS = (
         ((), b"\r\n"),
     ],
 )
-def test_trailers_of_an_answer_reach_who_asked_for_them(
+def test_trailers_of_a_response_reach_who_asked_for_them(
     client: RawClient, up: RawUpstream, te: tuple[str, ...], end: bytes
 ) -> None:
     up.behave = says(ANSWER_WITH_TRAILERS)
@@ -130,10 +130,10 @@ def test_trailers_of_an_answer_reach_who_asked_for_them(
         b"GET /api/x HTTP/1.0",
     ],
 )
-def test_an_answer_that_can_have_no_trailers_is_none_the_worse(
+def test_a_response_that_cannot_have_trailers_is_complete_without_them(
     running: RunningGateway, client: RawClient, up: RawUpstream, line: bytes
 ) -> None:
-    before = running.console.recorder.rejections["internal_error"]
+    before = running.live.recorder.rejections["internal_error"]
     answer = ANSWER_WITH_TRAILERS
     if b"HEAD" in line or b"304" in line:
         answer = answer[: answer.index(b"\r\n\r\n") + 4].replace(b"200 OK", b"304 No" if b"304" in line else b"200 OK")
@@ -141,14 +141,14 @@ def test_an_answer_that_can_have_no_trailers_is_none_the_worse(
     client.send(line + b"\r\nHost: a\r\nTE: trailers\r\n\r\n")
     got = client.answer("HEAD" if b"HEAD" in line else "GET")
     assert (got.status, got.body) in ((200, b""), (200, b"ok"), (304, b""))
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
-    assert running.console.recorder.rejections["internal_error"] == before
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    assert running.live.recorder.rejections["internal_error"] == before
 
 
 # Heads on their way
 
 
-def test_names_keep_their_spelling_both_ways(client: RawClient, up: RawUpstream) -> None:
+def test_names_keep_their_spelling_in_both_directions(client: RawClient, up: RawUpstream) -> None:
     up.behave = reply(headers=((b"X-pOwErEd", b"1"), (b"ETAG", b'"x"'), (b"x-lower", b"2")))
     answer = client.get(headers=("X-mIxEd: 1", "ACCEPT: */*", "user-agent: me"))
     assert {(b"X-mIxEd", b"1"), (b"ACCEPT", b"*/*"), (b"user-agent", b"me")} <= set(up.requests[0].headers)
@@ -217,7 +217,7 @@ def test_max_forwards_counts_down(client: RawClient, up: RawUpstream, hops: str,
     assert up.requests[0].all("max-forwards") == [left]
 
 
-def test_a_request_that_may_go_no_further_is_answered_here(client: RawClient, up: RawUpstream) -> None:
+def test_a_request_at_its_max_forwards_gets_its_response_from_the_gateway(client: RawClient, up: RawUpstream) -> None:
     """RFC 9110 section 7.6.2."""
     client.request("OPTIONS", "/api/x", ("Max-Forwards: 0",))
     answer = client.answer()

@@ -1,4 +1,4 @@
-"""What the fuzzer has found, each in its smallest form, and its neighbours."""
+"""Findings of the fuzzer, each in its smallest form, and similar cases."""
 
 from collections.abc import Callable
 from typing import Any

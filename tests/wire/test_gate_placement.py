@@ -1,4 +1,4 @@
-"""The gate holds wherever the application runs: in stock servers, mounted in another, with routes and middleware."""
+"""The operator gate works wherever the application runs: stock servers, mounted, with other routes and middleware."""
 
 import socket
 import threading
@@ -108,7 +108,7 @@ class Moved:
         await self.app(scope, receive, send)
 
 
-async def test_a_middleware_that_rewrites_paths_leads_nobody_past_the_gate(tmp_path: Path) -> None:
+async def test_a_middleware_that_rewrites_paths_cannot_bypass_the_gate(tmp_path: Path) -> None:
     """What did not come through the gate has no operator."""
     gateway = build(tmp_path, token=TOKEN)
     gateway.add_middleware(Moved)

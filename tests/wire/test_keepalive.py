@@ -1,4 +1,4 @@
-"""Connections that serve more than one request: kept, closed, used again and mistrusted, on both sides."""
+"""Persistent connections on both sides: kept, closed, and reused only if that is safe."""
 
 import socket
 import threading
@@ -104,8 +104,8 @@ def test_a_connection_of_http_1_0_serves_one_request(client: RawClient, headers:
     assert client.is_closed(within=SOON)
 
 
-def test_a_connection_that_rests_too_long_is_closed(client: RawClient) -> None:
-    """The time runs from the last answer, and without a word of refusal."""
+def test_a_connection_that_is_idle_too_long_is_closed(client: RawClient) -> None:
+    """The time runs from the last response, and without a word of refusal."""
     for _ in range(2):
         assert client.get().status == 200
         time.sleep(KEPT * 0.6)
@@ -114,7 +114,7 @@ def test_a_connection_that_rests_too_long_is_closed(client: RawClient) -> None:
     assert time.monotonic() - begun < KEPT
 
 
-def test_the_time_to_rest_does_not_run_while_an_answer_is_due(client: RawClient, up: RawUpstream) -> None:
+def test_the_keep_alive_timeout_does_not_run_while_a_response_is_due(client: RawClient, up: RawUpstream) -> None:
     def late(wire: Wire, _request: RawRequest) -> None:
         time.sleep(KEPT * 1.3)
         wire.send(OK)
@@ -139,7 +139,7 @@ LAST = {
 
 
 @pytest.mark.parametrize("request_bytes", LAST.values(), ids=LAST)
-def test_a_client_that_ends_its_side_as_it_said_still_gets_its_answer(
+def test_a_half_closed_client_with_connection_close_still_gets_its_response(
     client: RawClient, up: RawUpstream, request_bytes: bytes
 ) -> None:
     """RFC 9112 section 9.6."""
@@ -150,7 +150,7 @@ def test_a_client_that_ends_its_side_as_it_said_still_gets_its_answer(
     assert client.is_closed(within=SOON)
 
 
-def test_a_pipeline_that_ends_as_it_said_is_answered_whole(client: RawClient, up: RawUpstream) -> None:
+def test_a_half_closed_pipeline_with_connection_close_gets_all_responses(client: RawClient, up: RawUpstream) -> None:
     up.behave = slowly
     send_and_end(client, b"GET /api/x HTTP/1.1\r\nHost: a\r\n\r\n", LAST["GET"])
     assert [client.answer().status, client.answer().status] == [200, 200]
@@ -164,7 +164,7 @@ def test_a_pipeline_that_ends_as_it_said_is_answered_whole(client: RawClient, up
     ],
     ids=["without having said so", "within its body"],
 )
-def test_a_client_that_ends_its_side_otherwise_has_left(
+def test_any_other_half_closed_client_has_disconnected(
     running: RunningGateway, client: RawClient, up: RawUpstream, request_bytes: bytes
 ) -> None:
     left = threading.Event()
@@ -176,14 +176,14 @@ def test_a_client_that_ends_its_side_otherwise_has_left(
         return False
 
     up.behave, up.reads_body = watch, False
-    counted = running.console.recorder.rejections["client_disconnected"]
+    counted = running.live.recorder.rejections["client_disconnected"]
     client.send(request_bytes)
     eventually(lambda: len(up.requests) == 1, "the request is with the upstream")
     client.sock.shutdown(socket.SHUT_WR)
     assert left.wait(SOON)
     assert client.is_closed(within=SOON)
     eventually(
-        lambda: running.console.recorder.rejections["client_disconnected"] == counted + 1, "it is counted", within=SOON
+        lambda: running.live.recorder.rejections["client_disconnected"] == counted + 1, "it is counted", within=SOON
     )
 
 
@@ -261,7 +261,7 @@ def test_a_request_on_a_connection_that_has_died_goes_out_once_more(
     ],
     ids=["POST", "POST without a body", "PUT", "chunks", "after a byte", "after an interim answer"],
 )
-def test_what_may_have_been_done_is_not_done_again(
+def test_a_request_that_may_have_taken_effect_is_not_repeated(
     gateway: StartGateway, upstream: StartUpstream, method: str, headers: tuple[str, ...], beginning: bytes
 ) -> None:
     up = upstream(dies(Wire.close, beginning))
@@ -273,7 +273,7 @@ def test_what_may_have_been_done_is_not_done_again(
     assert [request.line.split()[1] for request in up.requests] == [b"/api/x", b"/api/again"]
 
 
-def test_the_second_time_is_the_last(gateway: StartGateway, upstream: StartUpstream) -> None:
+def test_the_second_attempt_is_the_last(gateway: StartGateway, upstream: StartUpstream) -> None:
     up = upstream(dies(Wire.close, times=9))
     with RawClient(gateway(once(up)).port) as client:
         assert client.get().status == 200
@@ -302,7 +302,7 @@ SURPLUS = {
 
 
 @pytest.mark.parametrize(("answer", "later"), SURPLUS.values(), ids=SURPLUS)
-def test_a_connection_that_says_more_than_was_asked_serves_nobody_else(
+def test_a_connection_with_surplus_bytes_is_not_reused(
     gateway: StartGateway, upstream: StartUpstream, answer: bytes, later: bytes
 ) -> None:
     poisoned = threading.Event()
@@ -359,7 +359,7 @@ def test_an_idle_connection_expires(gateway: StartGateway, upstream: StartUpstre
     assert len(up.wires) == 2
 
 
-def test_who_finds_no_connection_free_waits_in_order(gateway: StartGateway, upstream: StartUpstream) -> None:
+def test_requests_wait_for_a_connection_in_order(gateway: StartGateway, upstream: StartUpstream) -> None:
     gates = Gates()
     up = upstream(gates)
     running = gateway(once(up, pool={"max_connections": 3}, timeouts={"connect": 5}))  # of which one address has two
@@ -379,8 +379,8 @@ def test_who_finds_no_connection_free_waits_in_order(gateway: StartGateway, upst
     assert len(up.wires) == 2
 
 
-def test_who_waits_too_long_for_a_connection_is_told_so(gateway: StartGateway, upstream: StartUpstream) -> None:
-    """It has not reached the upstream, and the breaker is not told of it."""
+def test_waiting_too_long_for_a_connection_is_503_overloaded(gateway: StartGateway, upstream: StartUpstream) -> None:
+    """It has not reached the upstream, and is not reported to the breaker."""
     gates = Gates()
     up = upstream(gates)
     running = gateway(once(up, pool={"max_connections": 1}, timeouts={"connect": 0.2}))
@@ -390,14 +390,14 @@ def test_who_waits_too_long_for_a_connection_is_told_so(gateway: StartGateway, u
         refusal = other.get("/api/2")
         assert reason(refusal) == (503, "overloaded")
         assert refusal.all("retry-after") == [b"1"]
-        assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+        assert running.live.upstreams["up"].breaker.consecutive_failures == 0
         gates.open(b"/api/1", b"/api/3")
         assert client.answer().status == 200
         assert other.get("/api/3").status == 200
     assert gates.order == [b"/api/1", b"/api/3"]
 
 
-def test_an_answer_before_the_end_of_an_upload_costs_one_connection(
+def test_a_response_before_the_end_of_an_upload_costs_one_connection(
     gateway: StartGateway, upstream: StartUpstream
 ) -> None:
     """That of the upstream, where the rest of the body has no reader; the client sends it and goes on."""

@@ -1,4 +1,4 @@
-"""A request leaves nothing behind that only the garbage collector can free: it looks seldom, and all at once."""
+"""A request leaves no reference cycles, which only the garbage collector could free."""
 
 import gc
 from collections import Counter
@@ -29,7 +29,7 @@ LASTING = {"failure_threshold": 1000, "minimum_calls": 1000}
 
 
 def chunked(wire: Any, _request: object) -> None:
-    """Answer in a way that is not plain, so that the straight way is left."""
+    """Answer in a way that is not plain, so that the fast path is left."""
     wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n")
 
 
@@ -74,7 +74,7 @@ def left_by(running: RunningGateway, visit: Callable[[RawClient], None]) -> Coun
         ("POST", ("Content-Length: 4",), b"data"),
         ("POST", (CHUNKED,), b"4\r\ndata\r\n0\r\n\r\n"),
     ],
-    ids=["GET", "GET out of the ordinary", "POST", "POST in chunks"],
+    ids=["GET", "GET on the ASGI path", "POST", "POST in chunks"],
 )
 def test_a_request_leaves_no_cycles(
     gateway: Start, upstream: Upstreams, behave: Behaviour, method: str, headers: tuple[str, ...], body: bytes
@@ -102,7 +102,7 @@ def breaks_off(wire: Wire, _request: RawRequest) -> bool:
 
 @pytest.mark.parametrize("attempts", [1, 2])
 @pytest.mark.parametrize("behave", [is_reset, breaks_off, None], ids=["reset", "broken off", "refused"])
-def test_a_failed_try_leaves_no_cycles(
+def test_a_failed_attempt_leaves_no_cycles(
     gateway: Start, upstream: Upstreams, behave: Behaviour | None, attempts: int
 ) -> None:
     up = upstream(behave)

@@ -112,7 +112,7 @@ def test_an_address_may_have_so_many_connections(gateway: StartGateway, up: RawU
 
 def rejections_of(gateway: RunningGateway, name: str) -> int:
     """Return what is counted, without a connection of our own."""
-    found: int = gateway.console.recorder.rejections[name]
+    found: int = gateway.live.recorder.rejections[name]
     return found
 
 
@@ -133,7 +133,7 @@ def test_a_body_that_stalls_is_a_408(
     assert IDLE / 2 < time.monotonic() - begun < SOON
     assert client.is_closed()
     assert rejections(running, "request_timeout") == before + 1
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 def test_a_body_that_keeps_coming_may_take_its_time(client: RawClient, up: RawUpstream) -> None:
@@ -145,7 +145,7 @@ def test_a_body_that_keeps_coming_may_take_its_time(client: RawClient, up: RawUp
     assert up.requests[0].body == b"......"
 
 
-def test_an_upload_that_was_asked_for_may_take_longer_than_an_answer(client: RawClient, up: RawUpstream) -> None:
+def test_an_upload_that_was_asked_for_may_take_longer_than_a_response(client: RawClient, up: RawUpstream) -> None:
     up.reads_body = False
 
     def asks(wire: Wire, request: RawRequest) -> None:
@@ -192,14 +192,14 @@ def downloads(up: RawUpstream, size: int) -> list[bool]:
     return done
 
 
-def test_a_client_that_stops_reading_its_answer_is_cut(
+def test_a_client_that_stops_reading_its_response_is_disconnected(
     running: RunningGateway, client: RawClient, up: RawUpstream
 ) -> None:
     done = downloads(up, 64 * MIB)
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
     client.request()
     eventually(lambda: done == [False], "the upstream is let go", within=SOON)
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
     while client.fill():
         client.buffer = b""
 
@@ -256,10 +256,10 @@ def test_an_upstream_that_reads_slowly_and_steadily_is_sent_it_all(
         assert client.answer().status == 200
 
 
-def test_a_client_that_has_its_early_answer_cannot_keep_the_connection(
+def test_a_client_that_has_its_early_response_cannot_keep_the_connection(
     gateway: Callable[..., RunningGateway], up: RawUpstream
 ) -> None:
-    """Though it read the end of that answer late: the time to send the rest of its body runs from the answer."""
+    """Though it read the end of that response late: the time to send the rest of its body runs from the response."""
     size = 16 * MIB
     up.reads_body = False
     downloads(up, size)
@@ -287,7 +287,7 @@ def test_a_client_that_has_its_early_answer_cannot_keep_the_connection(
 # Refusals reach who is still sending
 
 
-def test_who_is_refused_while_sending_reads_why(running: RunningGateway, up: RawUpstream) -> None:
+def test_a_client_refused_while_sending_can_read_the_response(running: RunningGateway, up: RawUpstream) -> None:
     """Each of these sends on for a while, and reads only then."""
     heads = {
         431: b"GET /api/x HTTP/1.1\r\nHost: a\r\n" + b"X-Many: 1\r\n" * LINES + b"\r\n",
@@ -305,7 +305,9 @@ def test_who_is_refused_while_sending_reads_why(running: RunningGateway, up: Raw
 
 
 @pytest.mark.parametrize("framing", [f"Content-Length: {32 * MIB}", CHUNKED])
-def test_who_sends_a_body_that_is_too_large_reads_why(client: RawClient, up: RawUpstream, framing: str) -> None:
+def test_a_client_that_sends_a_too_large_body_can_read_the_response(
+    client: RawClient, up: RawUpstream, framing: str
+) -> None:
     """Also of one whose size shows only as it comes."""
     piece = b"%x\r\n%b\r\n" % (MIB, bytes(MIB)) if framing == CHUNKED else bytes(MIB)
     client.request("POST", "/api/x", (framing,))
@@ -315,7 +317,7 @@ def test_who_sends_a_body_that_is_too_large_reads_why(client: RawClient, up: Raw
     assert not any(request.is_complete for request in up.requests)
 
 
-def test_who_never_stops_sending_is_cut(client: RawClient) -> None:
+def test_a_client_that_never_stops_sending_is_disconnected(client: RawClient) -> None:
     client.send(b"garbage\r\n\r\n")
     sent = 0
     with suppress(ConnectionError):

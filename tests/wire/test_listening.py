@@ -1,4 +1,4 @@
-"""The sockets of the workers: one port for all, not shared with anybody else, and out of the group on request."""
+"""The listening sockets of the workers: one port for all, not shared with other programs, and removable on request."""
 
 import errno
 import os
@@ -77,7 +77,7 @@ def test_a_name_without_an_address_is_refused() -> None:
 
 
 @linux
-def test_who_has_left_the_group_gets_no_connection_until_he_listens_again() -> None:
+def test_a_socket_that_left_the_group_gets_no_connection_until_it_listens_again() -> None:
     with bound(2) as ((one,), (other,)):
         leave_group([one])  # it has not listened yet, which is no harm
         port = one.getsockname()[1]
@@ -115,7 +115,7 @@ def test_the_address_of_everything_takes_both_kinds(workers: int) -> None:
             bind_for(1, "0.0.0.0", port)
 
 
-def test_one_process_alone_shares_its_port_with_nobody() -> None:
+def test_a_single_process_does_not_share_its_port() -> None:
     with bound(1) as ((one,),), socket.socket() as other:
         one.listen()
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -170,7 +170,7 @@ def test_a_unix_socket_that_was_left_behind_is_replaced(tmp_path: Path) -> None:
         connect_to(path)
 
 
-def test_a_unix_socket_that_somebody_serves_is_not_replaced(tmp_path: Path) -> None:
+def test_a_unix_socket_that_another_process_serves_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "gateway.sock"
     with bound_path(1, path) as (served,):
         served.listen()

@@ -1,4 +1,4 @@
-"""How an upstream's targets are kept up to date: who is sent to and checked after an answer, and what is logged."""
+"""How the targets of an upstream are kept up to date: which are used and checked after a DNS response, and the log."""
 
 import asyncio
 import logging
@@ -17,6 +17,8 @@ from api_gateway.upstreams.monitor import UpstreamMonitor
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 from tests.kit import FakeClock, RawUpstream
+
+POLICY = HealthPolicy("/health", 5, 2, healthy_threshold=2, unhealthy_threshold=3, statuses=(range(200, 400),))
 
 NOW = 1000.0
 
@@ -58,7 +60,7 @@ def test_each_name_keeps_its_place_and_its_weight() -> None:
     assert set(service.origins) == set(service.upstream.targets)
 
 
-def test_a_target_that_is_gone_is_let_go_of_once_nothing_runs_on_it() -> None:
+def test_a_removed_target_is_released_after_its_last_request() -> None:
     upkeep, service, one, _ = kept()
     upkeep._on_resolution(one.update(["10.0.0.1"], NOW))
     gone, other = service.upstream.targets
@@ -73,10 +75,10 @@ def test_a_target_that_is_gone_is_let_go_of_once_nothing_runs_on_it() -> None:
     assert lease.target not in service.origins
 
 
-def test_the_log_hears_each_thing_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_change_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     upkeep, _, one, _ = kept()
-    for error in ("no such host", "no such host", "no answer within 30 s"):
+    for error in ("no such host", "no such host", "no response within 30 s"):
         upkeep._on_resolution(one.fail(error, NOW))
     for addresses in (["10.0.0.1"], ["10.0.0.1"], ["10.0.0.2"]):
         upkeep._on_resolution(one.update(addresses, NOW))
@@ -84,7 +86,7 @@ def test_the_log_hears_each_thing_once(caplog: pytest.LogCaptureFixture) -> None
     upkeep._on_resolution(one.update(["10.0.0.2"], NOW))
     assert caplog.messages == [
         "upstream users: one.test cannot be resolved, keeping the name itself: no such host",
-        "upstream users: one.test cannot be resolved, keeping the name itself: no answer within 30 s",
+        "upstream users: one.test cannot be resolved, keeping the name itself: no response within 30 s",
         "upstream users: one.test is 10.0.0.1 (+10.0.0.1)",
         "upstream users: one.test is 10.0.0.2 (+10.0.0.2 -10.0.0.1)",
         "upstream users: one.test cannot be resolved, keeping 10.0.0.2: no such host",
@@ -106,7 +108,7 @@ async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection
     own = UpstreamTransport()
     upkeep = UpstreamMonitor(
         service,
-        policy=HealthPolicy("/health"),
+        policy=POLICY,
         transport=own,
         resolve=nobody,
         clock=FakeClock(NOW),
@@ -117,8 +119,8 @@ async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection
     await upkeep.close()
 
 
-def test_its_repr_tells_what_it_keeps() -> None:
-    upkeep, *_ = kept(HealthPolicy("/health"))
+def test_its_repr_shows_checks_and_names() -> None:
+    upkeep, *_ = kept(POLICY)
     assert repr(upkeep) == (
         "<UpstreamMonitor of 'users' [<HealthChecker [0 targets]>, [<HostName 'one.test' [not resolved]>,"
         " <HostName 'other.test' [not resolved]>]]>"

@@ -1,4 +1,4 @@
-"""The gateway inside another application: it works where its lifespan runs, and says so where it does not."""
+"""The gateway inside another application: it works with its lifespan, and reports that it is missing otherwise."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager

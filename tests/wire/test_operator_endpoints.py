@@ -1,4 +1,4 @@
-"""The operator's endpoints: who may use them, and that the published schema tells the truth."""
+"""The operator endpoints: access, and that the published schema is correct."""
 
 import json
 import time
@@ -43,7 +43,7 @@ def tokened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
 
 
 @pytest.mark.parametrize("path", GUARDED)
-def test_without_a_token_this_machine_may(plain: RunningGateway, path: str) -> None:
+def test_without_a_token_local_requests_are_served(plain: RunningGateway, path: str) -> None:
     assert ask(plain.url + path).status == 200
 
 
@@ -51,13 +51,15 @@ def test_without_a_token_this_machine_may(plain: RunningGateway, path: str) -> N
 @pytest.mark.parametrize(
     "header", [{"X-Forwarded-For": "203.0.113.9"}, {"Via": "1.1 edge"}, {"Host": "gateway.example:8000"}]
 )
-def test_without_a_token_nothing_forwarded_may(plain: RunningGateway, path: str, header: dict[str, str]) -> None:
+def test_without_a_token_forwarded_requests_are_refused(
+    plain: RunningGateway, path: str, header: dict[str, str]
+) -> None:
     answer = ask(plain.url + path, headers=header)
     assert (answer.status, answer.json()["reason"]) == (401, "unauthorized")
 
 
 @pytest.mark.parametrize("path", GUARDED)
-def test_with_a_token_it_is_always_needed(tokened: RunningGateway, path: str) -> None:
+def test_a_configured_token_is_always_needed(tokened: RunningGateway, path: str) -> None:
     refused = ask(tokened.url + path)
     assert (refused.status, refused.json()["reason"]) == (401, "unauthorized")
     assert refused.headers["www-authenticate"].startswith("Bearer")
@@ -119,19 +121,19 @@ def test_a_grant_ends_by_itself_and_its_bucket_is_taken_over_once(plain: Running
     url = f"{plain.url}/clients/brief"
     post(f"{url}/tier", {"tier": "BASIC"})
     post(f"{url}/grants", {"tier": "PREMIUM", "duration_seconds": 0.5})
-    console = plain.console
-    client = console.clients.by_id("brief")
+    live = plain.live
+    client = live.clients.by_id("brief")
     charge = models.Charge(client.key, client.quota, client.quota.cost_ns(100))
-    spent = console.limiter.decide([charge], time.monotonic_ns())
+    spent = live.limiter.decide([charge], time.monotonic_ns())
     assert spent.remaining == 100
     eventually(lambda: ask(url).json()["tier_source"] == "registered", "the grant ends")
     assert 25 <= ask(url).json()["bucket"]["tokens"] < 32
 
 
 def test_a_reset_fills_the_bucket(plain: RunningGateway) -> None:
-    url, console = f"{plain.url}/clients/spent", plain.console
-    client = console.clients.by_id("spent")
-    console.limiter.decide([models.Charge(client.key, client.quota, client.quota.burst_ns)], time.monotonic_ns())
+    url, live = f"{plain.url}/clients/spent", plain.live
+    client = live.clients.by_id("spent")
+    live.limiter.decide([models.Charge(client.key, client.quota, client.quota.burst_ns)], time.monotonic_ns())
     filled = post(f"{url}/reset")
     assert filled.pop("http") == 200
     models.BucketReset.model_validate(filled)
@@ -215,7 +217,7 @@ def test_in_observe_nothing_is_refused_and_what_would_have_been_is_shown(gateway
     assert (move["from"], move["to"], move["mode"]) == ("CLOSED", "OPEN", "observe")
 
 
-def test_the_history_tells_what_led_to_each_move(gateway: StartGateway, upstream: StartUpstream) -> None:
+def test_the_history_shows_the_cause_of_each_transition(gateway: StartGateway, upstream: StartUpstream) -> None:
     up = upstream(reply(b"no", b"500 Internal Server Error"))
     sections = in_front_of(up.url, circuit_breaker={"failure_threshold": 2, "recovery_timeout": 0.2, "jitter": 0})
     running = gateway(sections)
@@ -273,9 +275,7 @@ def test_a_mode_that_makes_no_sense_is_refused_by_place_and_value(
         ("zzz", "There is no circuit breaker 'zzz'; existing: up."),
     ],
 )
-def test_a_breaker_that_is_not_there_is_answered_with_the_nearest_name(
-    plain: RunningGateway, name: str, words: str
-) -> None:
+def test_an_unknown_breaker_is_refused_with_the_nearest_name(plain: RunningGateway, name: str, words: str) -> None:
     for answer in (
         post(f"{plain.url}/circuit-breakers/{name}", {"mode": "auto"}),
         ask(f"{plain.url}/circuit-breakers/{name}/history").json() | {"http": 404},
@@ -283,7 +283,7 @@ def test_a_breaker_that_is_not_there_is_answered_with_the_nearest_name(
         assert (answer["http"], answer["status"], answer["detail"]) == (404, 404, words)
 
 
-def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path: Path) -> None:
+def test_an_unusable_file_of_modes_is_reported_and_stops_nothing(tmp_path: Path) -> None:
     file = tmp_path / "state" / "circuit_breakers.json"
     file.parent.mkdir()
     file.write_text('{"circuit_breakers": {"up": {"mode": "on"}}}')
@@ -299,7 +299,7 @@ def test_a_file_of_modes_that_cannot_be_used_is_told_and_stops_nothing(tmp_path:
         assert post(f"{running.url}/circuit-breakers/up", {"mode": "observe"})["http"] == 200
 
 
-def test_health_tells_others_the_status_word_only(tokened: RunningGateway) -> None:
+def test_health_shows_the_status_word_only_to_others(tokened: RunningGateway) -> None:
     assert set(ask(f"{tokened.url}/health").json()) == {"status"}
     full = ask(f"{tokened.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()
     assert {
@@ -385,7 +385,7 @@ def test_the_schema_says_which_endpoints_take_a_token(plain: RunningGateway) -> 
         ("/clients", models.HeavyClients),
     ],
 )
-def test_answers_are_what_the_schema_says(plain: RunningGateway, path: str, model: Any) -> None:
+def test_responses_are_what_the_schema_says(plain: RunningGateway, path: str, model: Any) -> None:
     body = ask(plain.url + path).json()
     model.model_validate(body)
     schema = ask(f"{plain.url}/openapi.json").json()

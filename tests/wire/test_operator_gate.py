@@ -1,4 +1,4 @@
-"""The gate in front of the operator endpoints: what is refused before the framework runs and the body is read."""
+"""The operator gate: what is refused before the framework runs and the body is read."""
 
 import json
 import resource
@@ -132,7 +132,7 @@ def test_what_follows_a_refused_body_is_not_served(connect: Connect, plain: Runn
     assert ask(f"{plain.url}/clients/hidden").json()["tier_source"] == "default"
 
 
-def test_a_client_that_leaves_within_its_body_changes_nothing(connect: Connect, plain: RunningGateway) -> None:
+def test_a_client_that_disconnects_within_its_body_changes_nothing(connect: Connect, plain: RunningGateway) -> None:
     body = b'{"tier": "PREMIUM"}'
     wire = connect(plain)
     wire.send(
@@ -217,7 +217,7 @@ def test_a_request_without_a_body_needs_no_content_type(plain: RunningGateway) -
     assert ask(f"{plain.url}/clients/acme/reset", method="POST").status == 200
 
 
-def test_a_page_of_another_origin_sees_no_more_health_than_a_stranger(plain: RunningGateway) -> None:
+def test_a_page_of_another_origin_sees_no_more_health_than_an_unauthenticated_caller(plain: RunningGateway) -> None:
     assert "upstreams" in ask(f"{plain.url}/health").json()
     assert set(ask(f"{plain.url}/health", headers=CROSS_SITE).json()) == {"status"}
 
@@ -330,7 +330,7 @@ TARGETS = [
 
 
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
-def test_no_spelling_of_a_path_leads_past_the_gate(gateway: StartGateway, connect: Connect, version: bytes) -> None:
+def test_no_spelling_of_a_path_bypasses_the_gate(gateway: StartGateway, connect: Connect, version: bytes) -> None:
     running = gateway(in_front_of("http://127.0.0.1:9", retry={"attempts": 1}) | {"admin": {"token": TOKEN}})
     for target in TARGETS:
         wire = connect(running)
@@ -549,7 +549,9 @@ def test_an_operator_that_asks_too_often_is_limited_alone(gateway: StartGateway,
     assert ask(f"{running.url}/health").status == 200
 
 
-def test_a_stranger_that_asks_for_health_too_often_is_limited(gateway: StartGateway, connect: Connect) -> None:
+def test_an_unauthenticated_caller_that_asks_for_health_too_often_is_limited(
+    gateway: StartGateway, connect: Connect
+) -> None:
     running = gateway(in_front_of("http://127.0.0.1:9") | {"admin": {"token": TOKEN}})
     wire = connect(running)
     for _ in range(2000):
@@ -615,7 +617,7 @@ def test_a_defect_of_the_gateway_is_a_problem_too(plain: RunningGateway, monkeyp
     async def fail(*_: Any) -> Any:
         raise ZeroDivisionError("of no concern to the caller")
 
-    monkeypatch.setattr(type(plain.server._app.state.console.clients), "inspect", fail)
+    monkeypatch.setattr(type(plain.server._app.state.admin_context.clients), "inspect", fail)
     answer = ask(f"{plain.url}/clients/x")
     assert (answer.status, answer.json()["reason"]) == (500, "internal_error")
     assert answer.json()["detail"] == "Internal error: ZeroDivisionError."

@@ -1,4 +1,4 @@
-"""The generated token: only its owner can read it, it appears whole, and it stays."""
+"""The generated token: readable by its owner only, written atomically, and kept."""
 
 import logging
 import os
@@ -60,7 +60,7 @@ def written(state_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("content", ["", "\n", "short", "\u00e9" * 40])
-def test_what_is_no_token_opens_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
+def test_an_invalid_token_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
     written(tmp_path).write_text(content, "utf-8")
     token_file(tmp_path).chmod(0o600)
     assert operator_token(tmp_path) is None

@@ -1,4 +1,4 @@
-"""Long computations are made in steps, and however large the gateway, each step is short."""
+"""Long computations are made in steps, and each step is short however large the gateway is."""
 
 import asyncio
 import time

@@ -35,7 +35,7 @@ StartUpstream = Callable[..., RawUpstream]
         ("default", "2001:db8::ffff:1", "2001:db8::/64"),
     ],
 )
-def test_a_principal_is_a_client_that_is_vouched_for_or_an_address(source: Any, address: str, principal: str) -> None:
+def test_a_principal_is_a_registered_client_or_an_address(source: Any, address: str, principal: str) -> None:
     assert holder_of(Client("c", "client:c", FREE, source), address) == principal
 
 
@@ -187,7 +187,7 @@ def test_a_failure_that_no_client_can_have_caused_counts_whoever_calls() -> None
     assert states == ["CLOSED", "CLOSED", "OPEN"]
 
 
-def test_calls_that_say_nothing_of_the_upstream_show_that_it_is_used() -> None:
+def test_ignored_calls_show_that_the_upstream_is_used() -> None:
     breaker = breaker_with()
     settle(breaker, Outcome.IGNORED, "b", NOW)
     for _ in range(5):
@@ -226,7 +226,7 @@ def failed_by(breaker: CircuitBreaker, ticket: Ticket, principal: str | None) ->
     return due
 
 
-def test_who_had_a_probe_that_failed_leaves_the_next_one_to_others_for_a_moment() -> None:
+def test_after_a_failed_probe_its_client_leaves_the_next_one_to_others_for_a_moment() -> None:
     breaker, ticket = probed_by_a()
     due = failed_by(breaker, ticket, "a")
     assert breaker.admit(due - 20, principal="b") is None
@@ -235,7 +235,7 @@ def test_who_had_a_probe_that_failed_leaves_the_next_one_to_others_for_a_moment(
     assert breaker.admit(due + PROBE_HEAD_START, principal="a") is not None
 
 
-def test_who_had_a_probe_that_failed_is_not_before_another_one_that_has_asked() -> None:
+def test_a_client_whose_probe_failed_is_not_before_another_that_has_asked() -> None:
     breaker, ticket = probed_by_a()
     due = failed_by(breaker, ticket, "a")
     assert breaker.admit(due - 20, principal="b") is None
@@ -243,7 +243,7 @@ def test_who_had_a_probe_that_failed_is_not_before_another_one_that_has_asked() 
     assert breaker.admit(due, principal="b") is not None
 
 
-def test_who_had_a_probe_that_told_nothing_leaves_the_next_one_too() -> None:
+def test_after_an_ignored_probe_its_client_leaves_the_next_one_to_others_too() -> None:
     breaker, ticket = probed_by_a()
     assert breaker.admit(NOW + 31, principal="b") is None
     breaker.settle(ticket, Outcome.IGNORED, NOW + 32, principal="a")
@@ -251,7 +251,7 @@ def test_who_had_a_probe_that_told_nothing_leaves_the_next_one_too() -> None:
     assert breaker.admit(NOW + 32, principal="b") is not None
 
 
-def test_who_had_a_probe_that_was_lost_leaves_the_next_one_too() -> None:
+def test_after_a_lost_probe_its_client_leaves_the_next_one_to_others_too() -> None:
     breaker, _ = probed_by_a()
     assert breaker.admit(NOW + 31, principal="b") is None
     assert breaker.admit(NOW + 60, principal="a") is None
@@ -305,7 +305,7 @@ def send(running: RunningGateway, way: str, path: str, *, name: str = "", addres
 
 
 def state(running: RunningGateway) -> str:
-    return str(running.console.upstreams["up"].breaker.state)
+    return str(running.live.upstreams["up"].breaker.state)
 
 
 @both_ways
@@ -386,7 +386,7 @@ def test_one_client_ejects_no_target_that_others_use(gateway: StartGateway, upst
     running = gateway(sections(*(up.url for up in ups), retry={"attempts": 1}))
     assert [send(running, way, "/api/good", name="umbrella") for _ in range(2)] == [200, 200]
     assert [send(running, way, "/api/bad", name="acme") for _ in range(12)] == [500] * 12
-    targets = running.console.upstreams["up"].targets
+    targets = running.live.upstreams["up"].targets
     assert [str(target.breaker.state) for target in targets] == ["CLOSED", "CLOSED"]
     assert [send(running, way, "/api/bad", name="umbrella") for _ in range(2)] == [500, 500]
     eventually(lambda: any(target.ejections_total for target in targets), "one is ejected")

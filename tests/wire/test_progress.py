@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
+from api_gateway.downstream.connection import DownstreamConnection, limited_protocol
 from api_gateway.errors import causes
 from api_gateway.proxy.client_disconnect import DisconnectPoller
 from api_gateway.transport.connection import StaleConnection
@@ -24,7 +24,7 @@ from api_gateway.transport.local_resources import exhaustion_behind
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import NO_BODY
 from api_gateway.transport.response import NO_LISTENER, UpstreamResponse
-from tests.kit import RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
+from tests.kit import LIMITS, RawClient, RawUpstream, RunningGateway, in_front_of, reply, running_gateway
 
 HANDSHAKE = (
     b"GET /api/chat HTTP/1.1\r\nHost: gateway.test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -82,7 +82,7 @@ def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> Downstrea
     """Return a protocol on that transport, whose application refuses everything at once, or is `app`."""
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
-    kind = limited_protocol(ConnectionLimits(), Counter())
+    kind = limited_protocol(LIMITS, Counter())
     protocol = kind(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.connection_made(transport)
     return protocol
@@ -122,7 +122,7 @@ async def test_junk_behind_a_refused_handshake_is_given_up_on_when_the_client_ha
 
 
 @pytest.mark.timeout(10)
-async def test_what_stands_behind_a_handshake_stays_unparsed_until_that_is_answered() -> None:
+async def test_input_after_a_handshake_is_not_parsed_before_its_response() -> None:
     """Refusals before it that are all sent in one step must not release it once for each."""
     transport = ClosingTransport(is_closing=False)
     protocol = connected(transport)
@@ -184,7 +184,7 @@ async def test_a_pool_gives_up_an_idle_connection_once_whatever_that_does() -> N
 
 
 @pytest.mark.timeout(10)
-async def test_who_asks_for_an_unused_connection_is_not_handed_a_used_one() -> None:
+async def test_a_request_for_an_unused_connection_gets_no_used_one() -> None:
     pool = Pool(_connect, limit=1, idle_timeout=60)
     used = await pool.acquire(None, None)
     waiting = asyncio.create_task(pool.acquire(None, 5.0, is_fresh=True))
@@ -228,7 +228,7 @@ async def test_a_request_is_repeated_once_when_its_connection_was_closed_meanwhi
 
 
 @pytest.mark.timeout(10)
-async def test_watching_for_a_client_that_leaves_lets_the_loop_turn() -> None:
+async def test_polling_for_a_disconnect_yields_to_the_loop() -> None:
     """Another server, or a middleware, may say again and again that the body is complete."""
     asked = 0
 
@@ -271,7 +271,7 @@ def test_what_was_being_handled_led_to_an_error_only_if_that_is_asked_for() -> N
 
 
 @pytest.mark.timeout(10)
-async def test_who_gives_up_waiting_for_a_slow_reader_does_not_end_the_wait_of_others() -> None:
+async def test_a_cancelled_wait_for_a_slow_reader_does_not_end_the_wait_of_others() -> None:
     protocol = connected(ClosingTransport(is_closing=False))
     protocol.pause_writing()
     with pytest.raises(TimeoutError):
@@ -294,7 +294,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
     upstream.close()
 
 
-def test_a_client_that_leaves_after_a_refused_handshake_with_junk_behind_it_does_no_harm(
+def test_a_client_that_disconnects_after_a_refused_handshake_with_junk_behind_it_does_no_harm(
     running: RunningGateway, caplog: pytest.LogCaptureFixture
 ) -> None:
     until = time.monotonic() + WITHIN

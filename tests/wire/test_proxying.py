@@ -235,7 +235,7 @@ def test_connection_cannot_take_away_what_others_rely_on(client: RawClient, up: 
     assert [len(request.all(name)) for name in names.split(", ")] == [1] * 6
 
 
-def test_what_a_stranger_says_of_itself_is_replaced(client: RawClient, up: RawUpstream) -> None:
+def test_forwarding_fields_of_an_untrusted_peer_are_replaced(client: RawClient, up: RawUpstream) -> None:
     forged = {
         "X-Forwarded-For": "198.51.100.7",
         "X-Forwarded-Proto": "https",
@@ -259,7 +259,7 @@ def test_what_a_stranger_says_of_itself_is_replaced(client: RawClient, up: RawUp
     }
 
 
-def test_what_a_trusted_proxy_says_is_extended(trusting: RunningGateway, up: RawUpstream) -> None:
+def test_forwarding_fields_of_a_trusted_proxy_are_extended(trusting: RunningGateway, up: RawUpstream) -> None:
     told = {
         "X-Forwarded-Proto": "https",
         "X-Forwarded-Host": "shop.test",
@@ -276,7 +276,9 @@ def test_what_a_trusted_proxy_says_is_extended(trusting: RunningGateway, up: Raw
     }
 
 
-def test_a_trusted_proxy_that_says_nothing_is_spoken_for(trusting: RunningGateway, up: RawUpstream) -> None:
+def test_without_forwarding_fields_of_a_trusted_proxy_the_gateway_sets_them(
+    trusting: RunningGateway, up: RawUpstream
+) -> None:
     with RawClient(trusting.port) as client:
         ask(client, "GET")
     assert up.requests[0].all("x-forwarded-for") == [b"127.0.0.1"]
@@ -284,7 +286,7 @@ def test_a_trusted_proxy_that_says_nothing_is_spoken_for(trusting: RunningGatewa
     assert up.requests[0].all("x-forwarded-host") == [b"gateway.test"]
 
 
-def test_via_names_the_gateway_on_both_ways(client: RawClient, up: RawUpstream) -> None:
+def test_via_names_the_gateway_on_both_paths(client: RawClient, up: RawUpstream) -> None:
     up.behave = reply(headers=((b"Via", b"1.1 inner"),))
     answer = ask(client, "GET", "/api/x", "Via: 1.0 outer")
     assert up.requests[0].all("via") == [b"1.0 outer", b"1.1 api-gateway"]
@@ -331,15 +333,15 @@ def test_header_values_arrive_as_they_were_sent(client: RawClient, up: RawUpstre
     assert request.all("accept-encoding") == [b"gzip"]
 
 
-def test_an_upgrade_nobody_offers_is_answered_as_plain_http(client: RawClient, up: RawUpstream) -> None:
+def test_an_upgrade_that_is_not_supported_is_served_as_plain_http(client: RawClient, up: RawUpstream) -> None:
     assert ask(client, "GET", "/api/x", "Connection: Upgrade", "Upgrade: h2c").status == 200
     assert up.requests[0].all("upgrade") == up.requests[0].all("connection") == []
 
 
-# The answer
+# The response
 
 
-def test_the_answer_reaches_the_client(client: RawClient, up: RawUpstream) -> None:
+def test_the_response_reaches_the_client(client: RawClient, up: RawUpstream) -> None:
     up.behave = reply(b"no", b"418 I'm a teapot", ((b"X-Empty", b""), (b"X-Bytes", b"\xff"), (b"ETag", b'"1"')))
     answer = ask(client, "GET")
     assert (answer.status, answer.body) == (418, b"no")
@@ -355,7 +357,7 @@ def test_cookies_are_kept_apart(client: RawClient, up: RawUpstream) -> None:
     assert ask(client, "GET").all("set-cookie") == [b"a=1", b"b=2; Expires=Wed, 21 Oct 2026 07:28:00 GMT"]
 
 
-def test_headers_of_the_answer_for_one_hop_stay_on_it(client: RawClient, up: RawUpstream) -> None:
+def test_headers_of_the_response_for_one_hop_stay_on_it(client: RawClient, up: RawUpstream) -> None:
     hop = ((b"Connection", b"X-Hop, close"), (b"Keep-Alive", b"timeout=1"), (b"Proxy-Authenticate", b"Basic"))
     up.behave = reply(headers=(*hop, (b"X-Hop", b"1"), (b"X-Kept", b"2")))
     answer = ask(client, "GET")
@@ -364,7 +366,7 @@ def test_headers_of_the_answer_for_one_hop_stay_on_it(client: RawClient, up: Raw
     assert ask(client, "GET").status == 200
 
 
-def test_the_gateways_word_on_the_limit_stands_alone(client: RawClient, up: RawUpstream) -> None:
+def test_rate_limit_fields_of_the_upstream_are_replaced(client: RawClient, up: RawUpstream) -> None:
     up.behave = reply(headers=((b"X-RateLimit-Limit", b"7"), (b"x-ratelimit-remaining", b"7")))
     answer = ask(client, "GET")
     assert answer.all("x-ratelimit-limit") == [b"100000"]
@@ -380,13 +382,13 @@ def test_a_compressed_body_stays_compressed(client: RawClient, up: RawUpstream) 
     assert answer.all("content-length") == [b"%d" % len(body)]
 
 
-def test_a_chunked_answer_arrives_whole(client: RawClient, up: RawUpstream) -> None:
+def test_a_chunked_response_arrives_whole(client: RawClient, up: RawUpstream) -> None:
     up.behave = raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x\r\nde\r\n0\r\nT: t\r\n\r\n")
     answer = ask(client, "GET")
     assert (answer.body, answer.is_complete) == (b"abcde", True)
 
 
-def test_an_answer_that_ends_with_its_connection_arrives_whole(client: RawClient, up: RawUpstream) -> None:
+def test_a_response_that_ends_with_its_connection_arrives_whole(client: RawClient, up: RawUpstream) -> None:
     """The client is told the end by the framing, and its own connection stays."""
     up.behave = raw(b"HTTP/1.0 200 OK\r\n\r\nall of it", closes=True)
     answer = ask(client, "GET")
@@ -394,7 +396,7 @@ def test_an_answer_that_ends_with_its_connection_arrives_whole(client: RawClient
     assert not client.is_closed(within=0.05)
 
 
-def test_the_answer_to_head_keeps_the_length_it_tells(client: RawClient, up: RawUpstream) -> None:
+def test_the_response_to_head_keeps_its_content_length(client: RawClient, up: RawUpstream) -> None:
     up.behave = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 12345\r\nETag: x\r\n\r\n")
     answer = ask(client, "HEAD")
     assert (answer.status, answer.all("content-length"), answer.all("etag")) == (200, [b"12345"], [b"x"])
@@ -402,7 +404,7 @@ def test_the_answer_to_head_keeps_the_length_it_tells(client: RawClient, up: Raw
 
 
 @pytest.mark.parametrize("head", [b"204 No Content\r\n", b"304 Not Modified\r\nContent-Length: 9\r\nETag: x\r\n"])
-def test_an_answer_without_a_body_leaves_the_connection_usable(
+def test_a_response_without_a_body_leaves_the_connection_usable(
     client: RawClient, up: RawUpstream, head: bytes
 ) -> None:
     up.behave = raw(b"HTTP/1.1 " + head + b"\r\n")
@@ -414,7 +416,7 @@ def test_an_answer_without_a_body_leaves_the_connection_usable(
     assert ask(client, "GET").body == b"ok"
 
 
-def test_interim_answers_are_passed_on(client: RawClient, up: RawUpstream) -> None:
+def test_interim_responses_are_passed_on(client: RawClient, up: RawUpstream) -> None:
     hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nConnection: x\r\n\r\n"
     up.behave = raw(hint * 2 + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     client.request()
@@ -425,7 +427,7 @@ def test_interim_answers_are_passed_on(client: RawClient, up: RawUpstream) -> No
     assert client.answer().body == b"ok"
 
 
-def test_a_client_of_http_1_0_gets_no_interim_answers(client: RawClient, up: RawUpstream) -> None:
+def test_a_client_of_http_1_0_gets_no_interim_responses(client: RawClient, up: RawUpstream) -> None:
     """It does not know them (RFC 9110 section 15.2)."""
     up.behave = raw(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     client.send(b"GET /api/x HTTP/1.0\r\nHost: gateway.test\r\n\r\n")
@@ -480,7 +482,7 @@ def test_a_method_no_route_takes_is_refused_with_those_taken(client: RawClient) 
 
 
 def test_trace_is_not_forwarded(client: RawClient, up: RawUpstream) -> None:
-    """It would echo credentials. The answer says what may be asked (RFC 9110 section 15.5.6)."""
+    """It would echo credentials. The response says what may be asked (RFC 9110 section 15.5.6)."""
     answer = ask(client, "TRACE")
     assert answer.status == 405
     assert problem_of(answer)["reason"] == "method_not_allowed"
@@ -523,7 +525,7 @@ def test_targets_take_turns(client: RawClient) -> None:
 
 
 def assert_problem(answer: RawAnswer, status: int, reason: str, up: RawUpstream | None = None) -> None:
-    """The answer explains itself, and names no address inside."""
+    """The response explains itself, and names no address inside."""
     problem = problem_of(answer)
     assert (answer.status, problem["status"], problem["reason"]) == (status, status, reason)
     assert problem["request_id"].encode() == answer.all("x-request-id")[0]
@@ -557,7 +559,9 @@ def test_an_upstream_that_does_not_speak_http_is_a_protocol_error(
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Le"])
-def test_an_upstream_that_leaves_before_its_head_is_a_reset(client: RawClient, up: RawUpstream, answer: bytes) -> None:
+def test_an_upstream_that_disconnects_before_its_head_is_a_reset(
+    client: RawClient, up: RawUpstream, answer: bytes
+) -> None:
     up.behave = raw(answer, closes=True)
     assert_problem(ask(client, "GET"), 502, "upstream_reset", up)
 
@@ -570,7 +574,7 @@ def test_an_upstream_that_leaves_before_its_head_is_a_reset(client: RawClient, u
     ],
 )
 @pytest.mark.parametrize("closes", [True, False])
-def test_an_answer_that_breaks_off_never_looks_complete(
+def test_a_response_that_breaks_off_never_looks_complete(
     client: RawClient, up: RawUpstream, answer: bytes, *, closes: bool
 ) -> None:
     """Broken or silent in the middle of its body: what came is passed on, and the client's connection closed."""
@@ -589,7 +593,7 @@ def test_an_answer_that_breaks_off_never_looks_complete(
         b"HTTP/1.1 200 OK\r\nX-Not-Plain:\r\nContent-Length: 3\r\n\r\nhalf",
     ],
 )
-def test_an_answer_that_is_wrong_before_anything_was_passed_on_is_a_protocol_error(
+def test_a_response_that_is_wrong_before_anything_was_passed_on_is_a_protocol_error(
     client: RawClient, up: RawUpstream, answer: bytes
 ) -> None:
     """Also where it is longer than it announced: what was announced must not pass for all of it."""
@@ -597,7 +601,7 @@ def test_an_answer_that_is_wrong_before_anything_was_passed_on_is_a_protocol_err
     assert_problem(ask(client, "GET"), 502, "upstream_protocol_error", up)
 
 
-def test_an_answer_that_turns_out_too_long_never_looks_complete(client: RawClient, up: RawUpstream) -> None:
+def test_a_response_that_turns_out_too_long_never_looks_complete(client: RawClient, up: RawUpstream) -> None:
     def behave(wire: Wire, _request: RawRequest) -> None:
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhalf")
         time.sleep(0.1)
@@ -737,7 +741,7 @@ def test_a_chunked_body_that_grows_too_large_is_refused(client: RawClient, up: R
 
 @pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", f"Content-Length: {64 * MAX_BODY}"])
 def test_a_client_that_sends_on_still_gets_the_refusal(client: RawClient, up: RawUpstream, framing: str) -> None:
-    """A connection closed with bytes unread is reset, and a reset takes the answer away from the client."""
+    """A connection closed with bytes unread is reset, and a reset takes the response away from the client."""
     client.request("POST", "/api/x", (framing,))
     piece = b"10000\r\n" + bytes(0x10000) + b"\r\n" if "chunked" in framing else bytes(0x10000)
     with suppress(OSError):

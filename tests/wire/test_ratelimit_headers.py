@@ -1,4 +1,4 @@
-"""What answers tell of the limits, read back by the parser of the RFC's editor (http-sf), on both ways through us."""
+"""The rate limit fields of responses, read by the parser of the RFC's editor (http-sf), on both paths."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from api_gateway.rate_limiter import MemoryLimiter
 from api_gateway.settings.rules import MAX_FILL
 from tests.kit import RawAnswer, RawClient, RawUpstream, RunningGateway, ask, in_front_of, reply
 
-ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
-WAYS = {"straight": (), "ordinary": (ODD,)}
+ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
+WAYS = {"fast path": (), "ASGI path": (ODD,)}
 START = 1_000 * NANOSECONDS
 LARGEST = 10**15  # what an sf-integer stays below (RFC 9651 section 3.3.1)
 
@@ -32,7 +32,7 @@ def items(values: list[bytes]) -> list[Item]:
 
 
 def limits(answer: RawAnswer) -> dict[str, Any]:
-    """Return what an answer says of our one bucket, after checking that it says it once and alike."""
+    """Return what a response says of our one bucket, after checking that it says it once and alike."""
     ((policy, terms),) = items(answer.all("ratelimit-policy"))
     ((name, left),) = items(answer.all("ratelimit"))
     assert policy == name
@@ -75,7 +75,7 @@ def get(
     def get(way: str, path: str = "/api/x", client: str = own) -> RawAnswer:
         with RawClient(running.port) as raw:
             answer = raw.get(path, (f"X-Client-ID: {client}", *WAYS[way]))
-        assert fast_path_spy[-1] == (way == "straight") or answer.status in (
+        assert fast_path_spy[-1] == (way == "fast path") or answer.status in (
             405,
             503,
         )  # no others leave it before they begin
@@ -89,7 +89,7 @@ both_ways = pytest.mark.parametrize("way", WAYS)
 
 
 @both_ways
-def test_every_proxied_answer_tells_policy_and_what_is_left(get: Get, way: str) -> None:
+def test_every_proxied_response_has_policy_and_remaining_tokens(get: Get, way: str) -> None:
     assert limits(get(way)) == {"policy": "free", "q": 3, "w": 300, "r": 2, "t": 200, "remaining": 2, "reset": 100}
     assert limits(get(way)) == {"policy": "free", "q": 3, "w": 300, "r": 1, "t": 100, "remaining": 1, "reset": 200}
     last = limits(get(way))
@@ -98,7 +98,7 @@ def test_every_proxied_answer_tells_policy_and_what_is_left(get: Get, way: str) 
 
 
 @both_ways
-def test_a_refusal_tells_the_wait_in_both_fields_alike(get: Get, way: str) -> None:
+def test_a_refusal_has_the_same_wait_in_both_fields(get: Get, way: str) -> None:
     for _ in range(2):
         assert get(way).status == 200
     refused = get(way, "/api/two")
@@ -110,7 +110,7 @@ def test_a_refusal_tells_the_wait_in_both_fields_alike(get: Get, way: str) -> No
 
 
 @both_ways
-def test_what_costs_more_than_the_bucket_holds_is_told_no_time_to_come_back(get: Get, way: str) -> None:
+def test_a_cost_above_the_capacity_gets_no_retry_after(get: Get, way: str) -> None:
     refused = get(way, "/api/dear")
     assert refused.status == 403
     assert b"cost_exceeds_capacity" in refused.body
@@ -146,7 +146,7 @@ def test_an_unusual_tier_is_named_as_it_is_spelt_in_lower_case(get: Get, way: st
 
 
 @both_ways
-def test_an_answer_of_ours_for_an_upstream_tells_them_too(get: Get, way: str) -> None:
+def test_a_response_of_the_gateway_for_an_upstream_has_them_too(get: Get, way: str) -> None:
     statuses = set()
     for _ in range(3):
         answer = get(way, "/api/dead")
@@ -159,7 +159,7 @@ def test_an_answer_of_ours_for_an_upstream_tells_them_too(get: Get, way: str) ->
 
 @both_ways
 @pytest.mark.parametrize(("path", "status"), [("/api/only", 405)])
-def test_what_was_never_decided_on_tells_nothing(get: Get, way: str, path: str, status: int) -> None:
+def test_a_response_without_a_decision_has_no_rate_limit_fields(get: Get, way: str, path: str, status: int) -> None:
     answer = get(way, path)
     assert answer.status == status
     assert not [name for name, _ in answer.headers if name.lower() in HEADER_NAMES]

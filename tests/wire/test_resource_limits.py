@@ -102,7 +102,7 @@ def test_an_address_gets_half_of_the_connections_and_another_one_is_still_served
 
 
 def test_places_come_back_however_a_connection_ends(eight: RunningGateway, up: RawUpstream) -> None:
-    """Closed, reset within a head, refused as malformed, upgraded, left during an answer, refused as surplus."""
+    """Closed, reset within a head, refused as malformed, upgraded, left during a response, refused as surplus."""
     go_on = threading.Event()
 
     def behave(wire: Wire, request: RawRequest) -> bool | None:
@@ -253,7 +253,7 @@ def too_slow(answer: RawAnswer) -> None:
 
 
 def under_way(running: RunningGateway) -> int:
-    upstream = running.console.upstreams["up"]
+    upstream = running.live.upstreams["up"]
     return int(sum(target.in_flight for target in upstream.targets))
 
 
@@ -267,7 +267,7 @@ def test_a_body_that_drips_is_a_408_and_no_failure_of_the_upstream(strict: Runni
             with Drip(client, b"1;extension=xxxxxxxxxxxxxxxx\r\nx\r\n" if is_chunked else b"x"):
                 too_slow(client.answer())
     eventually(lambda: under_way(strict) == 0, "nothing is under way")
-    assert strict.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert strict.live.upstreams["up"].breaker.consecutive_failures == 0
     assert ask(f"{strict.url}/api/x").status == 200
 
 
@@ -301,7 +301,7 @@ def test_a_route_may_ask_for_another_rate(strict: RunningGateway, path: str) -> 
         assert client.answer().status == 200
 
 
-def test_a_client_is_not_held_to_the_rate_while_nobody_reads_from_it(gateway: StartGateway, up: RawUpstream) -> None:
+def test_the_body_rate_applies_only_while_the_gateway_reads(gateway: StartGateway, up: RawUpstream) -> None:
     """The upstream takes its time to read the body; what the client cannot send meanwhile is not its delay.
 
     What one read holds is worth a quarter of a second at this rate, so a pause that counted would not be made up for.
@@ -353,7 +353,7 @@ def test_a_client_that_waits_for_100_continue_is_not_held_to_the_rate(strict: Ru
 
 
 class Gate(RawUpstream):
-    """An upstream that lets requests to /api/held wait until it is told to go on; others it answers at once."""
+    """An upstream that lets requests to /api/held wait until it may go on; others it answers at once."""
 
     def __init__(self) -> None:
         super().__init__(self._act)
@@ -401,7 +401,7 @@ def all_given_back(running: RunningGateway) -> None:
     eventually(lambda: shares(running) == (0, 0), "every place is given back", within=SOON)
 
 
-WAYS = {"straight": (), "ordinary": ("X-Request-Timeout: 30",), "with a body": ("Content-Length: 2",)}
+WAYS = {"fast path": (), "ASGI path": ("X-Request-Timeout: 30",), "with a body": ("Content-Length: 2",)}
 
 
 def send(client: RawClient, path: str, headers: tuple[str, ...] = ()) -> None:
@@ -419,7 +419,7 @@ def test_one_address_or_client_holds_half_of_the_connections_to_an_upstream(
     others = [(OTHER, ()), (ONE, ("X-Client-ID: other",)), *([(ONE, ())] if "X-Client-ID: acme" in one else [])]
     with ExitStack() as stack:
         client = Held(running.port, stack)
-        assert client().get("/api/x", one).status == 200  # there is a connection, so the straight way is open
+        assert client().get("/api/x", one).status == 200  # there is a connection, so the fast path is open
         held = [client(), client()]
         for holding in held:
             send(holding, "/api/held", (*one, *way))
@@ -456,7 +456,7 @@ def test_what_exceeds_a_share_waits_its_turn(gateway: StartGateway, gate: Gate) 
     all_given_back(running)
 
 
-def test_who_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gate: Gate) -> None:
+def test_the_holder_that_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gate: Gate) -> None:
     """Holders take turns: many requests of one do not delay another's by more than one."""
     running = gateway(narrow(gate, max_connections=1) | {})
     with ExitStack() as stack:
@@ -478,7 +478,7 @@ def test_who_waits_longest_is_not_the_only_one_served(gateway: StartGateway, gat
     all_given_back(running)
 
 
-def test_whom_a_trusted_proxy_forwards_have_shares_of_their_own(gateway: StartGateway, gate: Gate) -> None:
+def test_clients_behind_a_trusted_proxy_have_their_own_shares(gateway: StartGateway, gate: Gate) -> None:
     """Of IPv6 a /64 is one address, wherever in it a request comes from."""
     running = gateway(narrow(gate, max_connections=4, server={"trusted_proxies": [ONE]}))
     with ExitStack() as stack:
@@ -583,7 +583,7 @@ def test_560_idle_websockets_and_560_dripping_bodies_leave_room_for_others(gatew
         assert client(OTHER).get().status == 200
         assert {one.answer().status for one in dripping} <= {408, 503}
     eventually(lambda: shares(running) == (0, 0), "every place is given back")
-    assert running.console.upstreams["up"].breaker.consecutive_failures == 0
+    assert running.live.upstreams["up"].breaker.consecutive_failures == 0
 
 
 def test_a_drain_gives_everything_back(gateway: StartGateway, gate: Gate) -> None:

@@ -1,4 +1,4 @@
-"""A failed try is repeated where that is safe: before the answer's first byte, within attempts and budget."""
+"""A failed attempt is retried if that is safe: before the first byte of a response, within attempts and budget."""
 
 import socket
 import threading
@@ -123,11 +123,11 @@ def ask(gateway: RunningGateway, method: str, target: str, body: bytes = b"", *h
 
 
 def tries(gateway: RunningGateway, upstream: str) -> Callable[[], dict[str, int]]:
-    """Return what counts the tries since now, by outcome."""
-    before = dict(gateway.console.recorder.outcomes[upstream])
+    """Return what counts the attempts since now, by outcome."""
+    before = dict(gateway.live.recorder.outcomes[upstream])
 
     def since() -> dict[str, int]:
-        now = gateway.console.recorder.outcomes[upstream]
+        now = gateway.live.recorder.outcomes[upstream]
         return {
             outcome: count - before.get(outcome, 0) for outcome, count in now.items() if count > before.get(outcome, 0)
         }
@@ -148,7 +148,7 @@ def test_a_target_that_refuses_is_passed_over(
     assert 1 <= made()["upstream_connect_error"] <= 4
 
 
-def test_every_try_is_counted_where_all_are_refused(running: RunningGateway) -> None:
+def test_every_attempt_is_counted_where_all_are_refused(running: RunningGateway) -> None:
     made = tries(running, "refused")
     assert ask(running, "POST", "/api/refused", b"data").status == 502
     assert made() == {"upstream_connect_error": 2}
@@ -239,7 +239,9 @@ def test_nothing_is_repeated_after_the_head(running: RunningGateway, up: RawUpst
 
 
 @pytest.mark.parametrize("status", [b"500 Internal Server Error", b"404 Not Found", b"429 Too Many Requests"])
-def test_an_answer_is_an_answer(running: RunningGateway, up: RawUpstream, status: bytes) -> None:
+def test_a_response_with_another_status_is_not_retried(
+    running: RunningGateway, up: RawUpstream, status: bytes
+) -> None:
     """Whatever its status says, it is the upstream's word and goes to the client, unless it is one of `statuses`."""
     up.behave = reply(b"no", status)
     answer = ask(running, "GET", "/api/twice")
@@ -251,7 +253,7 @@ def test_an_answer_is_an_answer(running: RunningGateway, up: RawUpstream, status
 def test_a_request_is_tried_no_more_often_than_configured(
     running: RunningGateway, up: RawUpstream, name: str, attempts: int
 ) -> None:
-    """The answer tells of the last failure."""
+    """The response names the last failure."""
     made = tries(running, name)
     up.behave = dies
     answer = ask(running, "GET", f"/api/{name}")
@@ -275,20 +277,20 @@ def test_retries_end_with_their_budget(running: RunningGateway, up: RawUpstream)
     assert len(up.requests) == 15 + RESERVE
 
 
-def test_every_try_tells_the_breaker_its_own_outcome(running: RunningGateway, up: RawUpstream) -> None:
+def test_every_attempt_reports_its_own_outcome_to_the_breaker(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = first(dies)
     assert ask(running, "GET", "/api/settling").status == 200
-    breaker = running.console.upstreams["settling"].breaker
+    breaker = running.live.upstreams["settling"].breaker
     assert breaker.window_counts(time.monotonic())[:2] == (2, 1)
     assert breaker.consecutive_failures == 0
 
 
-def test_a_breaker_that_opens_between_tries_ends_them(running: RunningGateway, up: RawUpstream) -> None:
-    """The client is told what failed, not that the breaker is now open; the next client is told that."""
+def test_a_breaker_that_opens_between_attempts_ends_them(running: RunningGateway, up: RawUpstream) -> None:
+    """The client gets what failed, not that the breaker is now open; the next client gets that."""
     up.behave = dies
     answer = ask(running, "GET", "/api/opening")
     assert (answer.status, len(up.requests)) == (502, 2)
-    assert running.console.upstreams["opening"].breaker.state == "OPEN"
+    assert running.live.upstreams["opening"].breaker.state == "OPEN"
     assert ask(running, "GET", "/api/opening").status == 503
     assert len(up.requests) == 2
 
@@ -297,11 +299,11 @@ def test_no_target_stays_held(running: RunningGateway, up: RawUpstream) -> None:
     up.behave = first(dies, times=2)
     for _ in range(3):
         ask(running, "GET", "/api/thrice")
-    assert [target.in_flight for target in running.console.upstreams["thrice"].targets] == [0]
+    assert [target.in_flight for target in running.live.upstreams["thrice"].targets] == [0]
 
 
-def test_an_answer_that_comes_before_the_whole_body_is_passed_on(running: RunningGateway, up: RawUpstream) -> None:
-    """The rest of the body still goes to who gave it, and would be lost to another try."""
+def test_a_response_that_comes_before_the_whole_body_is_passed_on(running: RunningGateway, up: RawUpstream) -> None:
+    """The rest of the body still goes to who gave it, and would be lost to another attempt."""
     up.reads_body = False
     up.behave = unavailable
     try:
@@ -317,7 +319,7 @@ def test_an_answer_that_comes_before_the_whole_body_is_passed_on(running: Runnin
 
 
 @pytest.mark.parametrize("status", [b"502 Bad Gateway", b"503 Service Unavailable", b"504 Gateway Timeout"])
-def test_an_answer_with_one_of_these_statuses_is_asked_for_again(
+def test_a_response_with_one_of_the_statuses_is_retried(
     running: RunningGateway, up: RawUpstream, status: bytes
 ) -> None:
     up.behave = first(reply(b"no", status))
@@ -335,8 +337,8 @@ def test_the_statuses_are_configured(running: RunningGateway, up: RawUpstream) -
 
 
 @pytest.mark.parametrize("name", ["once", "unfunded", "twice"])
-def test_the_last_answer_is_passed_on_as_it_came(running: RunningGateway, up: RawUpstream, name: str) -> None:
-    """When no try is left, or none is paid for; the gateway puts no words of its own in its place."""
+def test_the_last_response_is_passed_on_as_it_came(running: RunningGateway, up: RawUpstream, name: str) -> None:
+    """When no attempt is left, or none is paid for; the gateway puts no words of its own in its place."""
     up.behave = unavailable
     answer = ask(running, "GET", f"/api/{name}")
     assert (answer.status, answer.body, answer.all("x-from")) == (503, b"not now", [b"upstream"])
@@ -396,7 +398,7 @@ def test_another_target_is_tried_at_once_and_the_same_one_after_a_pause(
 def test_a_probe_is_not_repeated_nor_anything_while_the_upstream_is_being_probed(
     running: RunningGateway, up: RawUpstream
 ) -> None:
-    breaker = running.console.upstreams["probing"].breaker
+    breaker = running.live.upstreams["probing"].breaker
     up.behave = unavailable
     assert ask(running, "GET", "/api/probing").status == 503
     assert breaker.state == "OPEN"
@@ -405,11 +407,11 @@ def test_a_probe_is_not_repeated_nor_anything_while_the_upstream_is_being_probed
     answer = ask(running, "GET", "/api/probing")
     assert (answer.status, answer.body) == (503, b"not now")
     assert len(up.requests) == 1
-    assert running.console.recorder.retries_denied["probing", "circuit_breaker"] >= 2
+    assert running.live.recorder.retries_denied["probing", "circuit_breaker"] >= 2
 
 
 def test_a_request_that_found_no_connection_is_not_repeated(running: RunningGateway, up: RawUpstream) -> None:
-    """What sheds load is not asked again; the client is told to wait."""
+    """What sheds load is not asked again; the client gets Retry-After."""
     made, gate = tries(running, "scarce"), threading.Event()
 
     def behave(wire: Wire, request: RawRequest) -> None:
@@ -445,7 +447,7 @@ def test_the_floor_lets_a_quiet_service_retry(running: RunningGateway, up: RawUp
 
 
 def test_retries_are_counted_by_cause_and_those_denied_by_why(running: RunningGateway, up: RawUpstream) -> None:
-    recorder = running.console.recorder
+    recorder = running.live.recorder
     before = dict(recorder.retries), dict(recorder.retries_denied)
     up.behave = first(dies)
     assert ask(running, "GET", "/api/thrice").status == 200

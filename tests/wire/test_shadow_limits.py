@@ -1,4 +1,4 @@
-"""Candidates: tried beside the limits in force on the same requests, counted, and felt by nobody."""
+"""Candidates: evaluated beside the limits in force on the same requests, counted, and without effect on them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +20,8 @@ from tests.kit import RawClient, RawUpstream, RunningGateway, ask, in_front_of, 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
 
-ODD = "X-Odd:  two blanks"  # which the straight way leaves to the ordinary one
-WAYS = {"straight": (), "ordinary": (ODD,)}
+ODD = "X-Odd:  two blanks"  # which the fast path leaves to the ASGI path
+WAYS = {"fast path": (), "ASGI path": (ODD,)}
 both_ways = pytest.mark.parametrize("way", WAYS)
 
 FREE = Quota.per_second("FREE", 1, 10)
@@ -59,7 +59,7 @@ class Trying:
         return self.recorder.would_limit.total(), self.recorder.would_allow.total()
 
 
-def test_a_tighter_tier_counts_whom_it_would_limit() -> None:
+def test_a_lower_candidate_counts_requests_it_would_limit() -> None:
     trying = Trying(candidates={"FREE": TIGHTER})
     for _ in range(10):
         trying.request()
@@ -69,7 +69,7 @@ def test_a_tighter_tier_counts_whom_it_would_limit() -> None:
     assert trying.counted == (6, 0)
 
 
-def test_a_roomier_tier_counts_whom_it_would_allow() -> None:
+def test_a_higher_candidate_counts_requests_it_would_allow() -> None:
     trying = Trying(candidates={"FREE": Quota.per_second("FREE candidate", 1, 12)})
     for _ in range(15):
         trying.request()
@@ -134,7 +134,7 @@ def test_it_counts_exactly_what_the_candidate_would_have_decided_otherwise(
     assert trying.counted == (would_limit, would_allow)
 
 
-def test_a_store_that_must_be_asked_counts_when_it_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decision_of_the_store_counts_once_the_store_has_responded(monkeypatch: pytest.MonkeyPatch) -> None:
     trying = Trying(candidates={"FREE": TIGHTER})
     waiting: list[Callable[[Decision], None]] = []
     decide = trying.limiter.decide
@@ -154,7 +154,7 @@ def test_a_store_that_must_be_asked_counts_when_it_has_answered(monkeypatch: pyt
 
 
 @both_ways
-def test_nothing_is_refused_or_told_by_a_candidate_and_the_metrics_count(
+def test_a_candidate_refuses_nothing_and_is_not_sent_to_clients_and_the_metrics_count_it(
     gateway: StartGateway, upstream: StartUpstream, way: str
 ) -> None:
     up = upstream()

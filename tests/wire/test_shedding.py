@@ -1,4 +1,4 @@
-"""Overload as clients see it: lower tiers are refused first, at no cost to them, on the straight way and the other."""
+"""Overload as clients see it: lower tiers are refused first, without cost to them, on both paths."""
 
 import json
 import threading
@@ -31,11 +31,11 @@ StartUpstream = Callable[..., RawUpstream]
 
 TIERS = ("FREE", "BASIC", "PREMIUM", "ENTERPRISE")
 PLACES = 6  # of which the tiers fill 3, 4, 5 and 6
-WAYS = {"straight": (), "ordinary": ("X-Odd:  two blanks",)}  # which the straight way leaves to the ordinary one
+WAYS = {"fast path": (), "ASGI path": ("X-Odd:  two blanks",)}  # which the fast path leaves to the ASGI path
 
 
 class Stage(RawUpstream):
-    """An upstream that answers `ok`, but lets requests to /api/held wait until it is told to go on."""
+    """An upstream that answers `ok`, but lets requests to /api/held wait until it may go on."""
 
     def __init__(self) -> None:
         super().__init__(self._act)
@@ -115,14 +115,14 @@ def hold(
 
 
 def in_flight(running: RunningGateway) -> int:
-    return int(running.console.upstreams["up"].concurrency.in_flight)
+    return int(running.live.upstreams["up"].concurrency.in_flight)
 
 
 # Who is refused
 
 
 @pytest.mark.parametrize(("held", "refused"), [(0, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 4)], ids=str)
-def test_the_more_is_under_way_the_more_tiers_are_refused_the_lowest_first(
+def test_the_more_requests_are_in_flight_the_more_tiers_are_refused_the_lowest_first(
     running: RunningGateway, stage: Stage, way: tuple[str, ...], held: int, refused: int
 ) -> None:
     with ExitStack() as stack:
@@ -148,7 +148,9 @@ def test_a_priority_decides_over_the_rate(stage: Stage, gateway: StartGateway, w
         stage.go_on.set()
 
 
-def test_one_client_alone_gets_half_of_the_places(running: RunningGateway, stage: Stage, way: tuple[str, ...]) -> None:
+def test_one_client_alone_gets_half_of_the_permits(
+    running: RunningGateway, stage: Stage, way: tuple[str, ...]
+) -> None:
     """And of those that its tier may take; another client of the same tier still finds one."""
     with ExitStack() as stack:
         clients = [stack.enter_context(RawClient(running.port)) for _ in range(3)]
@@ -172,7 +174,7 @@ def test_one_client_alone_gets_half_of_the_places(running: RunningGateway, stage
 
 
 @pytest.mark.parametrize("path", ["/api/tunnel", "/api/events"])
-def test_tunnels_and_event_streams_hold_no_place(running: RunningGateway, stage: Stage, path: str) -> None:
+def test_tunnels_and_event_streams_hold_no_permit(running: RunningGateway, stage: Stage, path: str) -> None:
     with ExitStack() as stack:
         for _ in range(3):
             client = stack.enter_context(RawClient(running.port))
@@ -185,7 +187,7 @@ def test_tunnels_and_event_streams_hold_no_place(running: RunningGateway, stage:
     assert get(running, "FREE").status == 200
 
 
-def test_streams_hold_their_places_to_their_end(running: RunningGateway, stage: Stage) -> None:
+def test_streams_hold_their_permits_to_their_end(running: RunningGateway, stage: Stage) -> None:
     with ExitStack() as stack:
         for client in hold(stack, running, 3, path="/api/stream"):
             assert client.read_until(b"\r\n\r\n") is not None
@@ -196,7 +198,7 @@ def test_streams_hold_their_places_to_their_end(running: RunningGateway, stage: 
     assert get(running, "FREE").status == 200
 
 
-def test_who_leaves_gives_the_place_back(running: RunningGateway, way: tuple[str, ...]) -> None:
+def test_a_client_that_disconnects_releases_its_permit(running: RunningGateway, way: tuple[str, ...]) -> None:
     with ExitStack() as stack:
         hold(stack, running, 3, way)
         assert get(running, "FREE", way).status == 503
@@ -204,10 +206,10 @@ def test_who_leaves_gives_the_place_back(running: RunningGateway, way: tuple[str
     assert get(running, "FREE", way).status == 200
 
 
-# What they are told
+# What refused clients get
 
 
-def test_both_ways_refuse_in_the_same_words(running: RunningGateway, stage: Stage) -> None:
+def test_both_paths_refuse_with_the_same_detail(running: RunningGateway, stage: Stage) -> None:
     with ExitStack() as stack:
         hold(stack, running, 3)
         answers = [get(running, "FREE", way) for way in WAYS.values()]
@@ -238,13 +240,13 @@ def test_a_refusal_costs_nothing(running: RunningGateway, stage: Stage, way: tup
             assert answer.all("x-ratelimit-remaining") == [b"1000"]
         stage.go_on.set()
     assert ask(f"{running.url}/clients/free").json()["bucket"]["tokens"] == 1000
-    assert running.console.recorder.settlements["refunded"] == 5
+    assert running.live.recorder.settlements["refunded"] == 5
 
 
-def test_a_refusal_takes_nobody_beyond_the_limit_of_tokens(
+def test_a_refused_request_cannot_exceed_the_rate_limit(
     stage: Stage, gateway: StartGateway, way: tuple[str, ...]
 ) -> None:
-    """Who is out of tokens is told so, whatever is under way."""
+    """A rate-limited client gets 429, whatever is under way."""
     sections = sections_for(stage)
     sections["tiers"]["FREE"] = {"rate": 0.001, "capacity": 1}
     running = warm(gateway(sections), stage)
@@ -281,13 +283,13 @@ def test_a_refused_connection_goes_on(running: RunningGateway, stage: Stage, way
         assert client.get("/api/x", ("X-Client-ID: free", *way)).status == 200
 
 
-def test_refusals_stay_on_the_straight_way(running: RunningGateway, stage: Stage, fast_path_spy: list[bool]) -> None:
+def test_refusals_stay_on_the_fast_path(running: RunningGateway, stage: Stage, fast_path_spy: list[bool]) -> None:
     """They would cost more than serving otherwise, just when there is too much to do."""
     with ExitStack() as stack:
         hold(stack, running, 3)
         fast_path_spy.clear()
         assert get(running, "FREE").status == 503
-        assert get(running, "FREE", WAYS["ordinary"]).status == 503
+        assert get(running, "FREE", WAYS["ASGI path"]).status == 503
         assert fast_path_spy == [True, False]
         stage.go_on.set()
 
@@ -296,30 +298,30 @@ def test_refusals_stay_on_the_straight_way(running: RunningGateway, stage: Stage
 
 
 @pytest.mark.parametrize(("held", "tries"), [(0, 2), (3, 1)])
-def test_nothing_is_tried_twice_while_anybody_is_shed(
+def test_nothing_is_retried_while_requests_are_shed(
     running: RunningGateway, stage: Stage, way: tuple[str, ...], held: int, tries: int
 ) -> None:
     with ExitStack() as stack:
         hold(stack, running, held)
         assert get(running, "ENTERPRISE", way, "/api/broken").status == 502
-        assert running.console.recorder.outcomes["up"]["upstream_reset"] == tries
+        assert running.live.recorder.outcomes["up"]["upstream_reset"] == tries
         stage.go_on.set()
 
 
 # Adaptive
 
 
-def test_an_adaptive_limit_learns_from_answers_on_both_ways_and_not_from_errors(
+def test_an_adaptive_limit_measures_responses_on_both_paths_and_no_errors(
     stage: Stage, gateway: StartGateway, way: tuple[str, ...]
 ) -> None:
     sections = sections_for(stage, circuit_breaker={"failure_threshold": 1000, "failure_rate": 1})
     sections["upstreams"]["up"]["concurrency"] = {"adaptive": {"min_limit": 5, "max_limit": 60}}
     running = warm(gateway(sections), stage)
-    limit = running.console.upstreams["up"].limit
+    limit = running.live.upstreams["up"].limit
     assert limit.is_adaptive
     learnt: list[float] = []
     gradient = limit._gradient
-    running.console.upstreams["up"].limit._gradient = Listening(gradient, learnt)
+    running.live.upstreams["up"].limit._gradient = Listening(gradient, learnt)
     assert get(running, "FREE", way).status == 200
     assert len(learnt) == 1
     assert 0 < learnt[0] < 5
@@ -332,7 +334,7 @@ def test_a_timeout_counts_as_long_as_it_took(stage: Stage, gateway: StartGateway
     sections = sections_for(stage, timeouts={"response": 0.3}, retry={"attempts": 1})
     sections["upstreams"]["up"]["concurrency"] = {"adaptive": {}}
     running = warm(gateway(sections), stage)
-    limit, learnt = running.console.upstreams["up"].limit, list[float]()
+    limit, learnt = running.live.upstreams["up"].limit, list[float]()
     limit._gradient = Listening(limit._gradient, learnt)
     assert get(running, "FREE", way, "/api/held").status == 504
     stage.go_on.set()
@@ -340,7 +342,7 @@ def test_a_timeout_counts_as_long_as_it_took(stage: Stage, gateway: StartGateway
 
 
 class Listening:
-    """A gradient that keeps what it is told."""
+    """A gradient that records its samples."""
 
     def __init__(self, gradient: Any, learnt: list[float]) -> None:
         self.gradient, self.learnt = gradient, learnt
@@ -355,12 +357,12 @@ class Listening:
 
 @pytest.fixture
 def late(stage: Stage, gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], RunningGateway]:
-    """A gateway whose loop runs as late as it is told to believe."""
+    """A gateway whose loop runs as late as the test says."""
     monkeypatch.setattr(LagSampler, "start", lambda _sampler: None)
     running = warm(gateway(sections_for(stage, places=None)), stage)
 
     def by(seconds: float) -> RunningGateway:
-        lag = running.server._app.state.gateway.lag
+        lag = running.server._app.state.gateway.event_loop_shedder
         for _ in range(LAG_SAMPLES):
             lag.observe(seconds)
         return running
@@ -368,7 +370,7 @@ def late(stage: Stage, gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -
     return by
 
 
-def test_a_late_loop_sheds_by_tier_before_anything_is_done(
+def test_a_late_loop_sheds_by_tier_before_any_other_step(
     late: Callable[[float], RunningGateway], stage: Stage, way: tuple[str, ...]
 ) -> None:
     running = late(0.25 * 2.5)
@@ -385,7 +387,7 @@ def test_a_late_loop_sheds_by_tier_before_anything_is_done(
     assert [get(running, tier, way).status for tier in TIERS] == [200] * 4
 
 
-def test_the_lag_is_told(late: Callable[[float], RunningGateway]) -> None:
+def test_health_and_metrics_show_the_lag(late: Callable[[float], RunningGateway]) -> None:
     running = late(0.5)
     assert get(running, "FREE").status == 503
     assert ask(f"{running.url}/health").json()["event_loop"] == {"lag_seconds": 0.5, "shed": 1}
@@ -401,10 +403,10 @@ def test_the_lag_is_told(late: Callable[[float], RunningGateway]) -> None:
     assert explained(running, "enterprise")["result"]["outcome"] == "allowed"
 
 
-def test_a_loop_that_is_really_late_is_noticed(stage: Stage, gateway: StartGateway) -> None:
+def test_a_real_lag_is_detected(stage: Stage, gateway: StartGateway) -> None:
     running = warm(gateway(sections_for(stage) | {"server": {"max_event_loop_lag": 0.08}}), stage)
     is_calm = threading.Event()
-    lag = running.server._app.state.gateway.lag
+    lag = running.server._app.state.gateway.event_loop_shedder
 
     def stall() -> None:
         if not is_calm.is_set():
@@ -427,7 +429,7 @@ def explained(running: RunningGateway, client: str) -> Any:
     return ask(f"{running.url}/explain", method="POST", headers={"content-type": "application/json"}, body=body).json()
 
 
-def test_health_metrics_and_explanation_tell_what_is_under_way_and_who_was_shed(
+def test_health_metrics_and_explanation_show_requests_in_flight_and_shed(
     running: RunningGateway, stage: Stage, way: tuple[str, ...]
 ) -> None:
     with ExitStack() as stack:
@@ -455,7 +457,7 @@ def test_health_metrics_and_explanation_tell_what_is_under_way_and_who_was_shed(
         stage.go_on.set()
 
 
-def test_without_a_limit_what_is_under_way_is_told_all_the_same(stage: Stage, gateway: StartGateway) -> None:
+def test_without_a_limit_requests_in_flight_are_still_shown(stage: Stage, gateway: StartGateway) -> None:
     running = warm(gateway(sections_for(stage, places=None)), stage)
     with ExitStack() as stack:
         hold(stack, running, 3)

@@ -1,4 +1,4 @@
-"""Other transports in the place of ours: cancellation is kept out of them, and nothing they hold is lost."""
+"""Other transports: they are shielded from cancellation, and none of their connections is lost."""
 
 import asyncio
 import random
@@ -58,7 +58,7 @@ class Slow(httpx.AsyncBaseTransport):
 REQUEST = httpx.Request("GET", "http://up.test/")
 
 
-async def test_a_request_that_is_cancelled_finishes_for_nobody_and_is_closed() -> None:
+async def test_a_cancelled_request_runs_to_its_end_and_is_closed() -> None:
     inner = Slow()
     guard = ShieldedTransport(inner)
     task = asyncio.ensure_future(guard.handle_async_request(REQUEST))
@@ -92,7 +92,7 @@ async def test_reading_that_is_cancelled_does_not_reach_the_body() -> None:
     assert (inner.body.was_cancelled, inner.body.is_closed) == (False, True)
 
 
-async def test_a_failure_for_nobody_is_nobodys() -> None:
+async def test_a_failure_of_a_cancelled_request_reaches_no_caller() -> None:
     class Failing(Slow):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
             await self.gate.wait()
@@ -151,7 +151,7 @@ async def test_an_application_can_be_the_upstream(tmp_path: Path) -> None:
     assert (answer.status_code, answer.text, answer.headers["x-up"]) == (200, "GET /api/users", "1")
 
 
-async def test_an_answer_left_anywhere_gives_its_connection_back() -> None:
+async def test_a_response_left_anywhere_gives_its_connection_back() -> None:
     """Cancelled before the head, within the body, or closed unread; sixty requests on a pool of two."""
 
     def behave(wire: Wire, _request: RawRequest) -> None:
@@ -195,7 +195,7 @@ def app_config(tmp_path: Path, **upstream: object) -> GatewayConfig:
     return GatewayConfig.model_validate(sections | {"state_dir": tmp_path, "log": {"access": False}})
 
 
-async def test_a_failure_of_another_transport_is_told_as_one_of_ours(tmp_path: Path) -> None:
+async def test_a_failure_of_another_transport_is_translated(tmp_path: Path) -> None:
     class Refusing(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
             raise httpx.ConnectError("refused")

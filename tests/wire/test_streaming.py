@@ -1,4 +1,4 @@
-"""Bodies flow through piece by piece in both directions, and the gateway holds little of them."""
+"""Bodies are streamed piece by piece in both directions, and the gateway buffers little of them."""
 
 import socket
 import threading
@@ -183,7 +183,7 @@ def test_an_upload_is_held_back_for_a_slow_upstream(client: RawClient, up: RawUp
     assert arrived == [SIZE]
 
 
-def test_an_answer_before_the_end_of_an_upload_ends_the_exchange(client: RawClient, up: RawUpstream) -> None:
+def test_a_response_before_the_end_of_an_upload_ends_the_exchange(client: RawClient, up: RawUpstream) -> None:
     """The client reads the refusal although it is still sending, and the upstream's connection is not used again."""
     left = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What the supervisor adds up, how long it waits between starts, and what a reload may change."""
+"""What the supervisor merges, how long it waits between starts, and what a reload may change."""
 
 import asyncio
 import errno
@@ -28,7 +28,7 @@ from api_gateway.reporting.snapshot import WorkerSnapshot
 from api_gateway.reporting.worker_channel import encode
 
 
-def test_a_first_failure_is_made_good_soon_and_later_ones_less_and_less_so() -> None:
+def test_a_worker_is_restarted_soon_after_its_first_failure_and_later_after_further_ones() -> None:
     delays = [respawn_delay(failures) for failures in range(12)]
     assert delays[:4] == [0, MIN_RESPAWN_DELAY, 2 * MIN_RESPAWN_DELAY, 4 * MIN_RESPAWN_DELAY]
     assert delays == sorted(delays)
@@ -98,7 +98,7 @@ async def test_a_worker_that_is_slow_to_start_is_not_taken_to_hang() -> None:
     await asyncio.wait({worker._listening})
 
 
-async def test_all_are_asked_and_added_up() -> None:
+async def test_all_workers_are_asked_and_their_counts_summed() -> None:
     one, other = Puppet(1), Puppet(2)
     one.count, other.count = 3, 4
     gathering = asyncio.create_task(ledger_of(one, other).gather())
@@ -109,7 +109,7 @@ async def test_all_are_asked_and_added_up() -> None:
     assert allowed(await gathering) == 7
 
 
-async def test_who_asks_during_a_round_hears_what_has_happened_since(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_during_a_collection_waits_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = Puppet(1), Puppet(2)
     ledger = ledger_of(one, other)
     first = asyncio.create_task(ledger.gather())
@@ -127,7 +127,7 @@ async def test_who_asks_during_a_round_hears_what_has_happened_since(monkeypatch
     assert [allowed(state) for state in await asyncio.gather(*late)] == [5, 5, 5]
 
 
-async def test_who_does_not_answer_is_shown_as_he_was(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_does_not_reply_is_shown_with_its_last_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "GATHER_ROUND_TIMEOUT", 0.01)
     one, other = Puppet(1), Puppet(2)
     other.count = 2
@@ -140,7 +140,7 @@ async def test_who_does_not_answer_is_shown_as_he_was(monkeypatch: pytest.Monkey
     assert allowed(await gathering) == 3
 
 
-async def test_who_ends_leaves_his_counts_and_nothing_else() -> None:
+async def test_a_worker_that_ends_leaves_only_its_counts() -> None:
     one, other = Puppet(1), Puppet(2)
     ledger = ledger_of(one, other)
     one.count, one.snapshot.recorder.in_flight, one.snapshot.buckets = 4, 2, 10
@@ -153,7 +153,7 @@ async def test_who_ends_leaves_his_counts_and_nothing_else() -> None:
     assert (allowed(state), state["recorder"]["in_flight"], state["buckets"]) == (4, 0, 0)
 
 
-async def test_a_gathering_that_one_gives_up_goes_on_for_the_others() -> None:
+async def test_a_collection_that_one_caller_cancels_continues_for_the_others() -> None:
     one = Puppet(1)
     ledger = ledger_of(one)
     impatient, patient = asyncio.create_task(ledger.gather()), asyncio.create_task(ledger.gather())
@@ -253,7 +253,7 @@ async def test_a_first_worker_that_cannot_be_started_is_one_line(monkeypatch: py
         await boss._start(WorkerSlot(1, Sockets([])))
 
 
-async def test_a_worker_has_the_time_to_drain_that_it_was_hired_with(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_has_the_drain_time_it_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reload may shorten it, but the worker does not know."""
     boss = supervisor_of(Leaver(0.05), monkeypatch=monkeypatch, drain_timeout=30)
     worker = await boss._spawn(WorkerSlot(1, Sockets([])))
@@ -275,7 +275,7 @@ async def test_a_worker_that_is_killed_has_cut_off_what_it_served(
     assert boss._cut_off == int(is_ready)
 
 
-async def test_what_relieved_workers_have_cut_off_is_added_to_what_the_last_ones_do(
+async def test_requests_cut_off_by_replaced_workers_are_added_to_those_of_the_last_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     boss = supervisor_of(Leaver(0, 2), Leaver(0, 3), monkeypatch=monkeypatch, drain_timeout=30)

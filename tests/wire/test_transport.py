@@ -1,4 +1,4 @@
-"""The transport to the upstreams by itself: pool, framing, failures, time limits, back-pressure."""
+"""The transport to upstreams, alone: pool, framing, failures, timeouts, back-pressure."""
 
 import asyncio
 import random
@@ -199,7 +199,7 @@ async def test_the_connection_given_back_last_is_taken_first(
     assert ports[b"/a"] == ports[b"/b"] == ports[b"/c"] == ports[b"/held"]
 
 
-async def test_who_finds_no_connection_free_waits_in_order(upstream: StartUpstream) -> None:
+async def test_requests_wait_for_a_connection_in_order(upstream: StartUpstream) -> None:
     gate = threading.Event()
     up = upstream(held_until(gate))
     async with UpstreamTransport(max_connections=1) as transport:
@@ -341,7 +341,7 @@ async def test_a_cancelled_request_closes_its_connection_at_once(
     await soon(lambda: left == [True], "the upstream sees the connection closed", within=1)
 
 
-async def test_an_unread_answer_closes_its_connection(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+async def test_an_unread_response_closes_its_connection(transport: UpstreamTransport, upstream: StartUpstream) -> None:
     up = upstream(raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nha"))
     response = await transport.handle_async_request(request_to(up))
     await stream_of(response).aclose()
@@ -413,7 +413,7 @@ async def test_an_idempotent_request_on_a_dead_connection_goes_out_once_more(
 @pytest.mark.parametrize(
     ("method", "body"), [("POST", b""), ("PATCH", b""), ("POST", b"data"), ("PUT", b"data"), ("GET", b"data")]
 )
-async def test_what_may_not_be_repeated_is_not(
+async def test_a_request_that_may_not_be_repeated_is_not_repeated(
     transport: UpstreamTransport, upstream: StartUpstream, method: str, body: bytes
 ) -> None:
     """A method that is not idempotent, or a body that has been given away, is sent once."""
@@ -435,7 +435,7 @@ async def test_a_new_connection_that_dies_is_not_tried_again(
     assert len(up.requests) == 1
 
 
-async def test_the_second_try_is_the_last(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+async def test_the_second_attempt_is_the_last(transport: UpstreamTransport, upstream: StartUpstream) -> None:
     up = upstream(first_then(reply(), raw(closes=True)))
     await fetch(transport, request_to(up))
     with pytest.raises(httpx.ReadError):
@@ -443,7 +443,7 @@ async def test_the_second_try_is_the_last(transport: UpstreamTransport, upstream
     assert len(up.requests) == 3
 
 
-async def test_a_request_does_not_count_as_unsent_because_its_second_try_is_refused(
+async def test_a_request_does_not_count_as_unsent_because_its_second_attempt_is_refused(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
     """The upstream may have acted on it before it closed."""
@@ -461,7 +461,7 @@ async def test_a_request_does_not_count_as_unsent_because_its_second_try_is_refu
         await fetch(transport, request_to(up, "/dies"))
 
 
-async def test_a_request_does_not_count_as_unsent_because_its_second_try_finds_no_connection(
+async def test_a_request_does_not_count_as_unsent_because_its_second_attempt_finds_no_connection(
     upstream: StartUpstream,
 ) -> None:
     gate, over = threading.Event(), threading.Event()
@@ -489,7 +489,7 @@ async def test_a_request_does_not_count_as_unsent_because_its_second_try_finds_n
         assert await slow == b"ok"
 
 
-async def test_the_second_try_is_the_last_even_if_it_has_to_wait_for_a_used_connection(
+async def test_the_second_attempt_is_the_last_even_if_it_has_to_wait_for_a_used_connection(
     upstream: StartUpstream,
 ) -> None:
     """The failure is always one of httpx's own."""
@@ -536,7 +536,7 @@ async def test_a_closed_port_is_a_connect_error(transport: UpstreamTransport) ->
     assert state(transport) == "0 busy, 0 idle, 0 waiting"
 
 
-async def test_a_connection_nobody_accepts_is_a_connect_timeout(transport: UpstreamTransport) -> None:
+async def test_a_connection_that_is_not_accepted_is_a_connect_timeout(transport: UpstreamTransport) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):  # fill the queue of connections to be accepted
@@ -569,7 +569,7 @@ async def test_silence_within_the_body_is_a_read_timeout(
     assert state(transport) == "0 busy, 0 idle, 0 waiting"
 
 
-async def test_the_limit_on_silence_is_not_one_on_the_whole_answer(
+async def test_the_limit_on_silence_is_not_one_on_the_whole_response(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
     pieces = [b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n", *[b"x"] * 20]
@@ -597,7 +597,7 @@ async def test_the_time_to_the_head_runs_once_the_body_is_sent(
 async def test_silence_after_an_early_head_is_noticed_although_the_upload_ended_later(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
-    """The end of an upload does not stop the clock that runs for the answer's body."""
+    """The end of an upload does not stop the clock that runs for the response's body."""
     gate = threading.Event()
 
     def behave(wire: Wire, _request: RawRequest) -> None:
@@ -706,7 +706,7 @@ async def test_a_body_delimited_by_a_connection_that_is_reset_is_broken(
 async def test_what_is_not_http_is_a_protocol_error(
     transport: UpstreamTransport, upstream: StartUpstream, answer: bytes
 ) -> None:
-    """So is an answer in a transfer coding that nobody asked for, whose bytes the client could not read."""
+    """So is a response in a transfer coding that nobody asked for, whose bytes the client could not read."""
     up = upstream(raw(answer))
     with pytest.raises(httpx.RemoteProtocolError):
         await fetch(transport, request_to(up, read=1))
@@ -714,7 +714,7 @@ async def test_what_is_not_http_is_a_protocol_error(
 
 
 @pytest.mark.parametrize("line", [b"X: %b\r\n" % (b"x" * 70_000), b"X: y\r\n" * 20_000, b"x" * 70_000])
-async def test_a_head_without_bound_is_a_protocol_error(
+async def test_a_head_above_the_limit_is_a_protocol_error(
     transport: UpstreamTransport, upstream: StartUpstream, line: bytes
 ) -> None:
     up = upstream(raw(b"HTTP/1.1 200 OK\r\n" + line))
@@ -722,17 +722,17 @@ async def test_a_head_without_bound_is_a_protocol_error(
         await fetch(transport, request_to(up, read=2))
 
 
-async def test_one_answer_may_have_a_large_head_after_another(
+async def test_one_response_may_have_a_large_head_after_another(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
-    """The bound is on each head, not on all that a connection has brought."""
+    """The limit is on each head, not on all that a connection has brought."""
     up = upstream(reply(b"x" * 50_000, headers=((b"X", b"x" * 50_000),)))
     for _ in range(3):
         assert await fetch(transport, request_to(up)) == b"x" * 50_000
     assert len(up.wires) == 1
 
 
-# Framing of answers
+# Framing of responses
 
 
 @pytest.mark.parametrize(
@@ -746,10 +746,10 @@ async def test_one_answer_may_have_a_large_head_after_another(
     ],
 )
 @pytest.mark.parametrize("pause", [False, True])
-async def test_bytes_after_the_answer_never_reach_the_next_one(
+async def test_bytes_after_the_response_never_reach_the_next_one(
     transport: UpstreamTransport, upstream: StartUpstream, method: str, answer: bytes, body: bytes, *, pause: bool
 ) -> None:
-    """They close the connection, whether they come with the answer or while the connection is idle."""
+    """They close the connection, whether they come with the response or while the connection is idle."""
     end = len(answer) - (len(OK) if answer.endswith(OK) else len(b"extra"))
     pieces = (answer[:end], answer[end:]) if pause else (answer,)
     up = upstream(first_then(raw(*pieces), reply(b"next")))
@@ -761,7 +761,7 @@ async def test_bytes_after_the_answer_never_reach_the_next_one(
 @pytest.mark.parametrize("surplus", [b"extra", OK], ids=["garbage", "an answer"])
 @pytest.mark.parametrize("head", [b"Content-Length: 2\r\n", b"Content-Length:  2\r\n"], ids=["plain", "parsed"])
 @pytest.mark.parametrize("cut", [0, 1], ids=["with the head", "behind a piece of the body"])
-async def test_an_answer_longer_than_announced_fails(
+async def test_a_response_longer_than_announced_fails(
     transport: UpstreamTransport, upstream: StartUpstream, head: bytes, surplus: bytes, cut: int
 ) -> None:
     """How it was meant, nobody can tell; what was announced must not pass for all of it."""
@@ -774,7 +774,7 @@ async def test_an_answer_longer_than_announced_fails(
     assert await fetch(transport, request_to(up)) == b"next"
 
 
-async def test_bytes_behind_an_answer_that_was_complete_close_the_connection(
+async def test_bytes_behind_a_response_that_was_complete_close_the_connection(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
     """They came too late to be seen with it."""
@@ -795,7 +795,7 @@ async def test_bytes_behind_an_answer_that_was_complete_close_the_connection(
         ("GET", b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 200),
     ],
 )
-async def test_an_answer_without_a_body_ends_with_its_head(
+async def test_a_response_without_a_body_ends_with_its_head(
     transport: UpstreamTransport, upstream: StartUpstream, method: str, answer: bytes, status: int
 ) -> None:
     up = upstream(raw(answer))
@@ -814,7 +814,7 @@ async def test_an_answer_without_a_body_ends_with_its_head(
         (b"HTTP/1.1 102 Pro", b"cessing\r\n\r\nHTTP/1.1 2", OK[len("HTTP/1.1 2") :]),
     ],
 )
-async def test_interim_answers_are_swallowed(
+async def test_interim_responses_are_discarded(
     transport: UpstreamTransport, upstream: StartUpstream, pieces: tuple[bytes, ...]
 ) -> None:
     up = upstream(raw(*pieces))
@@ -825,7 +825,7 @@ async def test_interim_answers_are_swallowed(
     assert state(transport) == "0 busy, 1 idle, 0 waiting"
 
 
-async def test_an_answer_may_come_byte_by_byte(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+async def test_a_response_may_come_byte_by_byte(transport: UpstreamTransport, upstream: StartUpstream) -> None:
     answer = b"HTTP/1.1 200 Fine\r\nX-Y: z\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nT: t\r\n\r\n"
 
     def behave(wire: Wire, _request: RawRequest) -> None:
@@ -854,7 +854,7 @@ async def test_a_request_goes_out_as_it_is(transport: UpstreamTransport, upstrea
     )
 
 
-async def test_headers_of_the_answer_come_as_they_are(transport: UpstreamTransport, upstream: StartUpstream) -> None:
+async def test_headers_of_the_response_come_as_they_are(transport: UpstreamTransport, upstream: StartUpstream) -> None:
     """Names, order, repetition, empty values, and bytes beyond ASCII."""
     pairs = ((b"set-Cookie", b"a=1"), (b"X-Name", b"\xff"), (b"set-Cookie", b"b=2"), (b"X-Empty", b""))
     up = upstream(reply(headers=pairs))
@@ -903,7 +903,7 @@ async def test_a_failure_of_the_body_reaches_the_caller_and_the_upstream(
     assert not any(request.is_complete for request in up.requests)
 
 
-async def test_an_answer_that_comes_before_the_body_is_sent_ends_the_sending(
+async def test_a_response_that_comes_before_the_body_is_sent_ends_the_sending(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
     """Its connection is not used again: what was left unsent has no end."""
@@ -921,7 +921,7 @@ async def test_an_answer_that_comes_before_the_body_is_sent_ends_the_sending(
 async def test_a_connection_that_is_lost_ends_the_sending(
     transport: UpstreamTransport, upstream: StartUpstream, end: Callable[[Wire], None]
 ) -> None:
-    """What the client has yet to send is for another try, or for nobody."""
+    """What the client has yet to send is for another attempt, or for nobody."""
 
     def behave(wire: Wire, _request: RawRequest) -> bool:
         assert wire.read_until(b"begun")
@@ -1032,7 +1032,7 @@ async def test_an_upstream_that_stops_reading_is_a_read_timeout(
         ("fd00::1", "https://[fd00::1]:8443/a%2Fb?c", "users.test"),
     ],
 )
-def test_another_transport_is_told_where_to_connect_and_whom_to_expect(
+def test_another_transport_gets_the_address_and_the_expected_name(
     address: str | None, url: str, sni: str | None
 ) -> None:
     origin = Origin.of(httpx.URL("https://users.test:8443"), address)
@@ -1097,7 +1097,7 @@ async def test_what_was_retired_can_be_revived(transport: UpstreamTransport, ups
 async def tls_exchange(
     certificates: Path, name: str, tls: ssl.SSLContext, count: int = 1, *, host: str | None = None
 ) -> tuple[list[bytes], int]:
-    """Make requests to an upstream with the certificate `name`; return the answers and how many connections it saw.
+    """Make requests to an upstream with the certificate `name`; return the responses and how many connections it saw.
 
     `host` is a name that was resolved to its address.
     """
@@ -1169,7 +1169,7 @@ async def test_a_probe_does_not_wait_for_a_body(transport: UpstreamTransport, up
 
 
 @pytest.mark.parametrize("behave", [silent, raw(closes=True), raw(b"garbage\r\n")])
-async def test_a_probe_without_an_answer_raises(
+async def test_a_probe_without_a_response_raises(
     transport: UpstreamTransport, upstream: StartUpstream, behave: Behaviour
 ) -> None:
     up = upstream(behave)

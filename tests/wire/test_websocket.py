@@ -1,4 +1,4 @@
-"""WebSockets through the gateway: the handshake as HTTP, what follows byte for byte, nothing left over at the end."""
+"""WebSockets through the gateway: the handshake as HTTP, then a tunnel byte for byte, and nothing left at the end."""
 
 import socket
 import struct
@@ -157,7 +157,7 @@ def ask(client: RawClient, target: str = "/api/x", *headers: str, behind: bytes 
 
 
 def opened(client: RawClient, target: str = "/api/x", *headers: str, behind: bytes = b"") -> RawAnswer:
-    """Open a tunnel and return the head of the answer; all that follows is in the new protocol."""
+    """Open a tunnel and return the head of the response; all that follows is in the new protocol."""
     ask(client, target, *headers, behind=behind)
     head = client.read_until(b"\r\n\r\n")
     assert head is not None
@@ -190,7 +190,7 @@ def test_the_handshake_reaches_the_upstream(client: RawClient, up: RawUpstream) 
     assert len(request.all("x-request-id")) == 1
 
 
-def test_the_answer_to_the_handshake_reaches_the_client(client: RawClient, up: RawUpstream) -> None:
+def test_the_response_to_the_handshake_reaches_the_client(client: RawClient, up: RawUpstream) -> None:
     head = SWITCH.replace(b"Switching Protocols", b"Off We Go")
     more = b"SEC-WebSocket-accept: " + ACCEPT + b"\r\nSec-WebSocket-Protocol: v2\r\nX-MiXed: 2\r\n\r\n"
 
@@ -211,9 +211,7 @@ def test_the_answer_to_the_handshake_reaches_the_client(client: RawClient, up: R
 
 
 @pytest.mark.parametrize("headers", [("upgrade: WebSocket", "connection: keep-alive, upgrade"), ASKING[:2]])
-def test_the_wish_may_be_spelt_as_the_client_likes(
-    client: RawClient, up: RawUpstream, headers: tuple[str, ...]
-) -> None:
+def test_the_upgrade_field_is_case_insensitive(client: RawClient, up: RawUpstream, headers: tuple[str, ...]) -> None:
     client.request("GET", "/api/x", headers)
     head = client.read_until(b"\r\n\r\n")
     assert head is not None
@@ -236,7 +234,7 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("data", FRAMES.values(), ids=FRAMES)
-def test_frames_pass_byte_for_byte_both_ways(client: RawClient, data: bytes) -> None:
+def test_frames_pass_byte_for_byte_in_both_directions(client: RawClient, data: bytes) -> None:
     opened(client)
     sending = threading.Thread(target=client.send, args=(data,))
     sending.start()
@@ -316,7 +314,7 @@ def test_an_upstream_that_does_not_read_makes_the_client_wait(client: RawClient,
 
 
 @pytest.mark.parametrize("leave", [RawClient.close, RawClient.reset])
-def test_a_client_that_vanishes_lets_the_upstream_go(
+def test_a_client_that_disconnects_closes_the_upstream_connection(
     running: RunningGateway, client: RawClient, up: RawUpstream, leave: Callable[[RawClient], None]
 ) -> None:
     tunnel = Ending()
@@ -324,20 +322,22 @@ def test_a_client_that_vanishes_lets_the_upstream_go(
     opened(client)
     leave(client)
     assert tunnel.ended.wait(SOON)
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
 @pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
-def test_an_upstream_that_vanishes_lets_the_client_go(
+def test_an_upstream_that_disconnects_closes_the_client_connection(
     running: RunningGateway, client: RawClient, up: RawUpstream, leave: Callable[[Wire], None]
 ) -> None:
     up.behave = accepting(leave)
     opened(client)
     assert client.is_closed(within=SOON)
-    eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+    eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)
 
 
-def test_a_client_that_vanishes_before_the_answer_lets_the_upstream_go(client: RawClient, up: RawUpstream) -> None:
+def test_a_client_that_disconnects_before_the_response_closes_the_upstream_connection(
+    client: RawClient, up: RawUpstream
+) -> None:
     waiting = Ending()
 
     def never_answers(wire: Wire, _request: RawRequest) -> bool:
@@ -374,7 +374,7 @@ def test_a_silent_tunnel_is_ended(client: RawClient, up: RawUpstream) -> None:
     assert tunnel.ended.wait(SOON)
 
 
-def test_a_word_in_either_direction_keeps_a_tunnel_open(client: RawClient, up: RawUpstream) -> None:
+def test_a_byte_in_either_direction_keeps_a_tunnel_open(client: RawClient, up: RawUpstream) -> None:
     """Here from the client for a while, then from the upstream."""
 
     def talk(wire: Wire) -> None:
@@ -392,7 +392,7 @@ def test_a_word_in_either_direction_keeps_a_tunnel_open(client: RawClient, up: R
 
 
 def test_a_tunnel_is_counted_as_a_request_once_it_has_ended(running: RunningGateway, client: RawClient) -> None:
-    recorder, target = running.console.recorder, running.console.upstreams["up"].targets[0]
+    recorder, target = running.live.recorder, running.live.upstreams["up"].targets[0]
 
     def count() -> int:
         return sum(count for key, count in recorder.requests.items() if key[1:4] == ("GET", 101, "upstream"))
@@ -439,7 +439,7 @@ def tunnels(running: RunningGateway) -> int:
 
 
 @pytest.mark.parametrize("status", [b"403 Forbidden", b"426 Upgrade Required", b"200 OK"])
-def test_a_refusal_is_an_ordinary_answer(client: RawClient, up: RawUpstream, status: bytes) -> None:
+def test_a_refused_handshake_gets_a_normal_response(client: RawClient, up: RawUpstream, status: bytes) -> None:
     """And what was sent behind the handshake is the next request."""
     up.behave = reply(b"no", status, ((b"Sec-WebSocket-Version", b"13"),))
     ask(client, behind=b"GET /api/next HTTP/1.1\r\nHost: a\r\n\r\nGET /api/half")
@@ -479,12 +479,12 @@ def test_an_upstream_that_is_down_is_a_502(client: RawClient) -> None:
 
 
 @pytest.mark.parametrize("headers", [(), ("Upgrade: websocket",), ("Connection: Upgrade", "Upgrade: h2c")])
-def test_a_switch_nobody_asked_for_is_a_502(client: RawClient, headers: tuple[str, ...]) -> None:
+def test_an_upgrade_that_was_not_requested_is_a_502(client: RawClient, headers: tuple[str, ...]) -> None:
     client.request("GET", "/api/x", headers)
     assert reason(client.answer()) == (502, "upstream_protocol_error")
 
 
-def test_a_switch_to_nothing_is_a_502(client: RawClient, up: RawUpstream) -> None:
+def test_a_101_without_an_upgrade_field_is_a_502(client: RawClient, up: RawUpstream) -> None:
     up.behave = lambda wire, _request: wire.send(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
     ask(client)
     assert reason(client.answer()) == (502, "upstream_protocol_error")
@@ -542,4 +542,4 @@ def test_a_client_and_a_server_of_the_library_talk(
             assert client.ping().wait(PATIENCE)
             client.close(4321, "enough")
             assert client.close_code == 4321
-        eventually(lambda: running.console.recorder.in_flight == 0, "the exchange ends", within=SOON)
+        eventually(lambda: running.live.recorder.in_flight == 0, "the exchange ends", within=SOON)

@@ -1,4 +1,4 @@
-"""The edges between WebSocket frames are found, however the bytes arrive."""
+"""The boundaries between WebSocket frames are found, however the bytes are divided."""
 
 import time
 from collections.abc import Callable
@@ -36,9 +36,7 @@ def test_a_stream_is_between_frames_exactly_at_their_ends(frames: list[bytes], d
 
 
 @given(FRAMES, st.data())
-def test_what_still_belongs_to_the_frame_that_has_begun_is_told_to_the_byte(
-    frames: list[bytes], data: st.DataObject
-) -> None:
+def test_the_rest_of_a_frame_is_known_to_the_byte(frames: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(frames)
     ends = sorted({0, *accumulate(map(len, frames))})
     cut = data.draw(st.integers(0, len(stream)))
@@ -133,7 +131,7 @@ def test_a_head_may_come_byte_by_byte(at: int) -> None:
 
 
 @given(FRAMES)
-def test_a_close_frame_is_noticed_and_no_other_is_taken_for_one(frames: list[bytes]) -> None:
+def test_a_close_frame_is_noticed_and_no_other_is_mistaken_for_one(frames: list[bytes]) -> None:
     edges = FrameBoundary()
     for one in frames:
         edges.feed(one)

@@ -1,4 +1,4 @@
-"""A worker and its supervisor talk: what is asked is answered with what is new, and silence is not waited for."""
+"""Messages between a worker and its supervisor: replies contain what is new, and a silent peer is not waited for."""
 
 import asyncio
 import json
@@ -50,7 +50,7 @@ class Peer:
         self.writer.close()
 
 
-async def test_who_is_alone_shows_what_is_live() -> None:
+async def test_a_single_process_shows_its_own_figures() -> None:
     alone, own = SingleProcess(), look()
     alone.register(lambda: looking(own))
     assert await alone.gather() is own
@@ -63,7 +63,7 @@ async def test_a_worker_says_that_it_is_ready_reports_when_asked_and_at_the_end(
     assert abs((await peer.heard("ready"))["clock"] - time.monotonic()) < 5
     peer.writer.write(encode("report", id=3))
     asked = await peer.heard("report")
-    assert (asked["answers"], asked["report"]["buckets"]) == (3, 7)
+    assert (asked["replies"], asked["report"]["buckets"]) == (3, 7)
     await peer.member.close(cut_off=2)
     left = await peer.heard("left")
     assert (left["cut_off"], left["report"]["buckets"]) == (2, 7)
@@ -76,11 +76,11 @@ async def test_a_worker_reports_by_itself(monkeypatch: pytest.MonkeyPatch) -> No
     await peer.open()
     peer.member.announce_ready()
     for _ in range(3):
-        assert (await peer.heard("report"))["answers"] == 0
+        assert (await peer.heard("report"))["replies"] == 0
     await peer.close()
 
 
-async def test_what_is_gathered_is_what_the_supervisor_answers() -> None:
+async def test_the_merged_snapshots_are_those_of_the_supervisor() -> None:
     peer = Peer()
     await peer.open()
     gathering = asyncio.create_task(peer.member.gather())
@@ -95,7 +95,7 @@ async def test_what_is_gathered_is_what_the_supervisor_answers() -> None:
     await peer.close()
 
 
-async def test_silence_is_made_up_for_by_the_last_answer(
+async def test_a_supervisor_that_is_silent_is_replaced_by_its_last_reply(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(worker_channel, "GATHER_TIMEOUT", 0.05)
@@ -117,7 +117,7 @@ async def test_silence_is_made_up_for_by_the_last_answer(
     await peer.close()
 
 
-async def test_a_worker_whose_supervisor_is_gone_is_told_once() -> None:
+async def test_the_end_of_a_supervisor_is_reported_to_its_worker_once() -> None:
     told: list[int] = []
     peer = Peer(lambda: told.append(1))
     await peer.open()
@@ -133,7 +133,7 @@ async def test_a_worker_whose_supervisor_is_gone_is_told_once() -> None:
     assert told == [1]
 
 
-async def test_a_supervisor_that_does_not_read_gets_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_supervisor_that_does_not_read_is_sent_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_channel, "MAX_UNSENT", 1)
     peer = Peer()
     await peer.open()
