@@ -91,10 +91,10 @@ class Failure:
 
 FAILURES = {
     "dead": Failure("It is killed: connections are refused", dead, "nowhere"),
-    "errors": Failure("Half of its answers are 503", errors, "notes"),
-    "slow": Failure("It answers two seconds late", slow, "notes"),
+    "errors": Failure("Half of its responses are 503", errors, "notes"),
+    "slow": Failure("It responds two seconds late", slow, "notes"),
     "flapping": Failure("It goes down and up, a second each", flapping, "nowhere"),
-    "hanging": Failure("It accepts and never answers (SIGSTOP)", hanging, "clients"),
+    "hanging": Failure("It accepts and never responds (SIGSTOP)", hanging, "clients"),
 }
 
 

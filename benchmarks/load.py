@@ -74,7 +74,7 @@ def parse_wrk(output: str, size: int) -> Driven:
         raise Failed(f"unexpected output of wrk: {output.strip()!r}")
     driven = Driven(int(found[1]), float(found[2]) * _SECONDS[found[3]], float(found[4]) * _BYTES[found[5]])
     if not driven.requests:
-        raise Failed("no answer: wrk received no response")
+        raise Failed("no response: wrk received no response")
     if driven.read < 0.99 * size * driven.requests:  # wrk prints three digits
         raise Failed(f"{driven.requests} responses of {size} bytes in only {driven.read:.0f} bytes")
     return driven

@@ -291,7 +291,7 @@ PEERS = (
     ),
     Peer(
         "constant",
-        "uvicorn, answers a constant",
+        "uvicorn, constant response",
         lambda: True,
         "",
         handwritten("constant"),

@@ -16,6 +16,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from tests.loop_watch import watch_for
+from tests.measured import VARIABLE, measure_into
 
 PRELOADED = ["api_gateway.cli", "tests.forked", "uvloop", "uvicorn.loops.uvloop"]
 
@@ -31,6 +32,7 @@ def _run(arguments: Sequence[str], cwd: str, variables: Mapping[str, str], outpu
         os.close(opened)
     sys.argv = ["api_gateway", *arguments]
     multiprocessing.process._parent_process = None  # type: ignore[attr-defined]  # the gateway is nobody's worker
+    measure_into(os.environ.get(VARIABLE))
     watch_for(os.environ.get("LOOP_WATCH_REPORTS"))
     try:
         runpy.run_module("api_gateway", run_name="__main__", alter_sys=True)

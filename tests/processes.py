@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.forked import Fork
 from tests.kit import Answer, ask, eventually
+from tests.measured import coverage_variables
 
 ROOT = Path(__file__).parent.parent
 START = 60.0  # seconds that a start may take on a busy machine
@@ -130,7 +131,7 @@ def _outputs(cwd: Path) -> tuple[Path, Path]:
 
 def _variables(cwd: Path, environment: Mapping[str, str]) -> dict[str, str]:
     basic = {"PATH": "/usr/bin:/bin", "PYTHONUNBUFFERED": "1", "XDG_STATE_HOME": str(cwd / "xdg-state")}
-    return {**WATCHED, **basic, **environment}
+    return {**WATCHED, **coverage_variables(), **basic, **environment}
 
 
 def config_file(folder: Path, upstream: str, extra: str = "") -> str:

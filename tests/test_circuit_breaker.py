@@ -190,7 +190,7 @@ def test_retry_after_counts_down_to_the_first_probe() -> None:
         (BY_STREAK, "", "3 consecutive failures"),
         (BY_STREAK, "status 503", "3 consecutive failures; last: status 503"),
         (BY_RATE, "", "4 of 4 calls failed within 10 s"),
-        (BY_RATE, "no answer within 2 s", "4 of 4 calls failed within 10 s; last: no answer within 2 s"),
+        (BY_RATE, "no response within 2 s", "4 of 4 calls failed within 10 s; last: no response within 2 s"),
     ],
 )
 def test_it_records_why_it_opened(policy: BreakerPolicy, detail: str, cause: str) -> None:

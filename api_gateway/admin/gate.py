@@ -50,7 +50,7 @@ _MAX_LOGGED = 100  # characters of a path
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The configured rules on who may use the operator endpoints. A reload replaces them as a whole."""
+    """The access rules of the operator endpoints. A reload replaces them as a whole."""
 
     tokens: Tokens
     locality: Locality

@@ -44,7 +44,7 @@ class Tokens:
         self._known = tuple((_digest(token), operator) for operator, token in tokens)
 
     def __repr__(self) -> str:
-        return f"<Tokens of {', '.join(dict.fromkeys(operator.name for _, operator in self._known)) or 'nobody'}>"
+        return f"<Tokens of {', '.join(dict.fromkeys(operator.name for _, operator in self._known)) or 'no operator'}>"
 
     def __bool__(self) -> bool:
         return bool(self._known)

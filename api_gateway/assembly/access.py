@@ -17,7 +17,7 @@ NO_ACCESS = Access(Tokens(), NothingIsLocal())
 
 
 def operator_access(config: GatewayConfig, locality: Locality | None = None) -> Access:
-    """Return who may use the operator endpoints. Called again at each reload, whose result goes to the gate.
+    """Return the access rules of the operator endpoints. Called again at each reload, whose result goes to the gate.
 
     Generates the token in `state_dir` if there is none yet. `locality` replaces the rule for local requests. If a
     token is configured, or `admin.local` is false, no request is local. Blocks.

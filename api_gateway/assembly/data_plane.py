@@ -56,7 +56,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
             IdentityStage(clients=gateway.clients, priorities=gateway.priorities),
             RouteStage(router.routes),
             DeadlineStage({name: client.total_timeout for name, client in router.upstream_clients.items()}),
-            LoadSheddingStage(gateway.lag),
+            LoadSheddingStage(gateway.event_loop_shedder),
             limits,
         ]
     )
@@ -81,7 +81,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         router=router,
         limits=limits,
         limiter=gateway.limiter,
-        shedder=gateway.lag,
+        shedder=gateway.event_loop_shedder,
         header=config.identity.header,
         clock=clocks.monotonic,
         clock_ns=clocks.monotonic_ns,
@@ -108,7 +108,7 @@ def _router(
         on_denial=recorder.observe_denial,
         on_fallback=settlement.on_fallback,
         priorities=gateway.priorities,
-        lag=gateway.lag,
+        lag=gateway.event_loop_shedder,
     )
 
 

@@ -68,7 +68,7 @@ class Gateway:
     clients: ClientRegistry
     recorder: Recorder
     overrides: BreakerOverrides
-    lag: EventLoopShedder
+    event_loop_shedder: EventLoopShedder
     clocks: Clocks
 
     @property
@@ -153,7 +153,7 @@ class Assembly:
             closing = asyncio.create_task(self._close_retired_periodically(), name="retired transports")
             stack.push_async_callback(_cancelled, closing)
             stack.enter_context(trimmed())
-            sampler = LagSampler(asyncio.get_running_loop(), gateway.lag.observe)
+            sampler = LagSampler(asyncio.get_running_loop(), gateway.event_loop_shedder.observe)
             sampler.start()
             stack.callback(sampler.stop)
             yield gateway
@@ -189,7 +189,7 @@ class Assembly:
         before.recorder.extend(
             [route.name for route in plan.routes], upstreams, plan.quotas.tiers, config.metrics.percentiles
         )
-        before.lag.change(config.server.max_event_loop_lag, plan.priorities)
+        before.event_loop_shedder.change(config.server.max_event_loop_lag, plan.priorities)
         before.overrides.follow({name: live.upstream_client.upstream.breaker for name, live in upstreams.items()})
         self._start_monitor(upstreams)
         self.gateway = replace(
@@ -235,7 +235,11 @@ class Assembly:
                 clock=clocks.monotonic,
                 wall_clock=clocks.wall,
             ),
-            lag=EventLoopShedder(config.server.max_event_loop_lag, plan.priorities, source=random.Random()),  # noqa: S311 - spreads load, guards nothing
+            event_loop_shedder=EventLoopShedder(
+                config.server.max_event_loop_lag,
+                plan.priorities,
+                source=random.Random(),  # noqa: S311 - spreads load, guards nothing
+            ),
             clocks=clocks,
         )
 

@@ -46,7 +46,7 @@ class Installation:
         read: Callable[[], GatewayConfig] | None,
         on_change: Callable[[GatewayConfig], None] | None,
     ) -> None:
-        """`access` returns who may use the operator endpoints, and may block.
+        """`access` returns the access rules of the operator endpoints, and may block.
 
         `read` reads the configuration again; `on_change` is called with each configuration that a reload has applied.
         """
@@ -146,7 +146,7 @@ def report_of(gateway: Gateway) -> Steps[WorkerSnapshot]:
         limiter=gateway.limiter.state(),
         client_store_error=gateway.clients.store_error,
         histories=histories,
-        lag=gateway.lag.lag,
+        lag=gateway.event_loop_shedder.lag,
         tasks=len(asyncio.all_tasks()),
         resources=[one for found in resources.values() for one in found],
     )

@@ -96,7 +96,7 @@ class RequestResponseCycle:
         self._is_head = scope["method"] == "HEAD"
 
     def __repr__(self) -> str:
-        state = "answered" if self.is_response_complete else "started" if self.is_started else "waiting"
+        state = "complete" if self.is_response_complete else "started" if self.is_started else "waiting"
         return f"<RequestResponseCycle {self.scope['method']} {self.target!r} [{state}]>"
 
     # Called by the connection

@@ -124,14 +124,14 @@ def bind_for(workers: int, host: str, port: int) -> list[list[socket.socket]]:
 def bind_path(workers: int, path: str, mode: int) -> list[list[socket.socket]]:
     """Return duplicates of one Unix socket for the workers, bound and not yet listening.
 
-    A socket file on which nobody listens is replaced. Raises OSError, also if somebody listens, or if the path exists
-    and is not a socket.
+    A socket file on which no process listens is replaced. Raises OSError, also if a process listens, or if the path
+    exists and is not a socket.
     """
     _remove_stale(Path(path))
     with ExitStack() as stack:
         first = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         first.bind(path)
-        Path(path).chmod(mode)  # before anybody can connect, as it does not listen yet
+        Path(path).chmod(mode)  # before a client can connect, as it does not listen yet
         others = [stack.enter_context(first.dup()) for _ in range(workers - 1)]
         stack.pop_all()
     return [[sock] for sock in (first, *others)]
@@ -151,7 +151,7 @@ def leave_group(sockets: Iterable[socket.socket]) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the file of a Unix socket on which nobody listens. Raises OSError if somebody does."""
+    """Remove the file of a Unix socket on which no process listens. Raises OSError if one does."""
     if not path.is_socket():
         return  # another kind of file makes `bind` fail
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

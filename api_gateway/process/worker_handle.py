@@ -189,7 +189,7 @@ class WorkerHandle:
         elif message["kind"] == "gather":
             self._reply_later(self._reply_to_gather(message["id"], message["with_histories"]))
         else:
-            self._resolve(message["answers"])
+            self._resolve(message["replies"])
 
     def _on_ready(self, clock: float) -> None:
         """Accept that the worker serves if its monotonic clock is the same as here."""
@@ -202,8 +202,8 @@ class WorkerHandle:
             self._ready.set_result(is_shared)
             self._served_since = time.monotonic()
 
-    def _reply_later(self, answering: Coroutine[Any, Any, None]) -> None:
-        reply = asyncio.create_task(answering, name="answer")
+    def _reply_later(self, replying: Coroutine[Any, Any, None]) -> None:
+        reply = asyncio.create_task(replying, name="reply")
         self._replies.add(reply)
         reply.add_done_callback(self._replies.discard)
 

@@ -287,7 +287,7 @@ class WorkerSnapshot:
             "bucket_limit": self.bucket_limit,
             "overflowed": self.overflowed,
             "limiter": asdict(self.limiter),
-            "client_trouble": self.client_store_error,
+            "client_store_error": self.client_store_error,
             "histories": {name: records for name, records in histories.items() if records},
             "lag": self.lag,
             "tasks": self.tasks,
@@ -308,7 +308,7 @@ class WorkerSnapshot:
         self.buckets, self.bucket_limit = state["buckets"], state["bucket_limit"]
         self.overflowed = state["overflowed"]
         self.limiter = LimiterState(**state["limiter"])
-        self.client_store_error = state["client_trouble"]
+        self.client_store_error = state["client_store_error"]
         self.lag = state["lag"]
         self.tasks = state["tasks"]
         self.configuration = ReloadState.from_state(state["configuration"])

@@ -231,7 +231,7 @@ class SupervisorChannel:
 
     async def _report(self, replies: int = 0) -> None:
         if self._writer.transport.get_write_buffer_size() < MAX_UNSENT:
-            await self._send_snapshot("report", answers=replies)
+            await self._send_snapshot("report", replies=replies)
 
     async def _send_snapshot(self, kind: str, **fields: Any) -> None:
         """Send a message with the changes since the last one."""

@@ -195,7 +195,10 @@ class PeerProcesses:
                 raise NotEstablished(f"{name} holds a connection that it has accepted on a Unix socket")
 
     def _is_accepted(self, row: Row, table: SocketTable, port: int) -> bool:
-        """Return whether the connection may have been accepted: any except to an ordinary server or the gateway."""
+        """Return whether the connection may have been accepted.
+
+        It was not if it leads to the gateway, or from a dynamic port without a listener to a server port.
+        """
         if row.remote.port == port and row.remote.address == row.local.address:
             return False
         low, high = map(int, (self._proc / PORT_RANGE).read_text().split())

@@ -126,7 +126,7 @@ async def resolve_once(name: HostName, within: float, resolve: Resolve, clock: C
         async with asyncio.timeout(within):
             addresses = await resolve(name.host, name.port)
     except TimeoutError:
-        return name.fail(f"no answer within {within:g} s", clock())
+        return name.fail(f"no response within {within:g} s", clock())
     except (OSError, UnicodeError) as error:  # UnicodeError: a label is too long
         return name.fail(getattr(error, "strerror", None) or str(error), clock())
     return name.update(addresses, clock())

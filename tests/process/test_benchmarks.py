@@ -56,7 +56,7 @@ def test_the_summary_of_wrk_is_read_in_its_units(time_: str, seconds: float, rea
     [
         ({"trouble": "  Non-2xx or 3xx responses: 3\n"}, "Non-2xx or 3xx responses: 3"),
         ({"trouble": "  Socket errors: connect 0, read 7, write 0, timeout 0\n"}, "read 7"),
-        ({"requests": 0}, "no answer"),
+        ({"requests": 0}, "no response"),
         ({"read": "1.00MB"}, "20000 responses of 190 bytes"),
         ({"time": "a while"}, "unexpected output"),
     ],
@@ -349,7 +349,7 @@ def test_a_short_comparison_prints_a_table_and_writes_a_plot(tmp_path: Path) -> 
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ") and "µs" not in line]
-    assert [row[0] for row in rows] == ["| this gateway", "| uvicorn, answers a constant"]
+    assert [row[0] for row in rows] == ["| this gateway", "| uvicorn, constant response"]
     gateway, constant = (float(row[2].replace(",", "")) for row in rows)
     assert 0 < constant < gateway
     assert ">this gateway</text>" in (tmp_path / "plot.svg").read_text()

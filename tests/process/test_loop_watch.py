@@ -13,6 +13,7 @@ import pytest
 from api_gateway.metrics import Recorder
 from api_gateway.models import Exchange
 from tests.kit import RawUpstream, RunningGateway, ask, eventually, in_front_of
+from tests.loop_watch import cpu_limit
 from tests.processes import REPORTS, config_file, process, reports_of_processes
 
 Start = Callable[[dict[str, Any]], RunningGateway]
@@ -22,9 +23,9 @@ def sleep() -> None:
     time.sleep(0.2)
 
 
-def spin(seconds: float = 0.1) -> None:
-    """Use this much of the thread's CPU time."""
-    end = time.thread_time() + seconds
+def spin(seconds: float | None = None) -> None:
+    """Use this much of the thread's CPU time; without an argument, more than is allowed."""
+    end = time.thread_time() + (2 * cpu_limit() if seconds is None else seconds)
     while time.thread_time() < end:
         pass
 

@@ -125,7 +125,7 @@ async def silent(_host: str, _port: int) -> Sequence[str]:
         (failing(socket.gaierror(-2, "Name or service not known")), "Name or service not known"),
         (failing(OSError("all is lost")), "all is lost"),
         (failing(UnicodeError("label too long")), "label too long"),
-        (silent, "no answer within 0.01 s"),
+        (silent, "no response within 0.01 s"),
     ],
 )
 async def test_asking_finds(resolve: Resolve, error: str | None) -> None:

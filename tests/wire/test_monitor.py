@@ -78,7 +78,7 @@ def test_a_removed_target_is_released_after_its_last_request() -> None:
 def test_each_change_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     upkeep, _, one, _ = kept()
-    for error in ("no such host", "no such host", "no answer within 30 s"):
+    for error in ("no such host", "no such host", "no response within 30 s"):
         upkeep._on_resolution(one.fail(error, NOW))
     for addresses in (["10.0.0.1"], ["10.0.0.1"], ["10.0.0.2"]):
         upkeep._on_resolution(one.update(addresses, NOW))
@@ -86,7 +86,7 @@ def test_each_change_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     upkeep._on_resolution(one.update(["10.0.0.2"], NOW))
     assert caplog.messages == [
         "upstream users: one.test cannot be resolved, keeping the name itself: no such host",
-        "upstream users: one.test cannot be resolved, keeping the name itself: no answer within 30 s",
+        "upstream users: one.test cannot be resolved, keeping the name itself: no response within 30 s",
         "upstream users: one.test is 10.0.0.1 (+10.0.0.1)",
         "upstream users: one.test is 10.0.0.2 (+10.0.0.2 -10.0.0.1)",
         "upstream users: one.test cannot be resolved, keeping 10.0.0.2: no such host",

@@ -362,7 +362,7 @@ def late(stage: Stage, gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -
     running = warm(gateway(sections_for(stage, places=None)), stage)
 
     def by(seconds: float) -> RunningGateway:
-        lag = running.server._app.state.gateway.lag
+        lag = running.server._app.state.gateway.event_loop_shedder
         for _ in range(LAG_SAMPLES):
             lag.observe(seconds)
         return running
@@ -406,7 +406,7 @@ def test_health_and_metrics_show_the_lag(late: Callable[[float], RunningGateway]
 def test_a_real_lag_is_detected(stage: Stage, gateway: StartGateway) -> None:
     running = warm(gateway(sections_for(stage) | {"server": {"max_event_loop_lag": 0.08}}), stage)
     is_calm = threading.Event()
-    lag = running.server._app.state.gateway.lag
+    lag = running.server._app.state.gateway.event_loop_shedder
 
     def stall() -> None:
         if not is_calm.is_set():

@@ -63,7 +63,7 @@ async def test_a_worker_says_that_it_is_ready_reports_when_asked_and_at_the_end(
     assert abs((await peer.heard("ready"))["clock"] - time.monotonic()) < 5
     peer.writer.write(encode("report", id=3))
     asked = await peer.heard("report")
-    assert (asked["answers"], asked["report"]["buckets"]) == (3, 7)
+    assert (asked["replies"], asked["report"]["buckets"]) == (3, 7)
     await peer.member.close(cut_off=2)
     left = await peer.heard("left")
     assert (left["cut_off"], left["report"]["buckets"]) == (2, 7)
@@ -76,7 +76,7 @@ async def test_a_worker_reports_by_itself(monkeypatch: pytest.MonkeyPatch) -> No
     await peer.open()
     peer.member.announce_ready()
     for _ in range(3):
-        assert (await peer.heard("report"))["answers"] == 0
+        assert (await peer.heard("report"))["replies"] == 0
     await peer.close()
 
 

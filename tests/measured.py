@@ -1,0 +1,47 @@
+"""Coverage of the gateway processes that tests start, if the coverage of the tests themselves is measured.
+
+A process that ends by a signal or `os._exit` writes no data.
+"""
+
+import atexit
+import sys
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+VARIABLE = "TESTS_COVERAGE_DATA"
+
+
+@cache
+def coverage_variables() -> dict[str, str]:
+    """Return the environment for a process, with the path of the data file; empty if nothing is measured here."""
+    if "coverage" not in sys.modules:
+        return {}
+    from coverage import Coverage
+
+    measuring = Coverage.current()
+    return {VARIABLE: str(ROOT / str(measuring.get_option("run:data_file")))} if measuring else {}
+
+
+def measure_into(data_file: str | None) -> None:
+    """Measure this process until it exits, if there is a data file. pytest-cov combines all data at its end."""
+    if data_file is None:
+        return
+    from coverage import Coverage
+
+    measuring = Coverage(
+        data_file=data_file,
+        data_suffix=True,
+        branch=True,
+        config_file=False,
+        source_pkgs=["api_gateway"],
+        messages=False,
+    )
+    measuring._warn_no_data = measuring._warn_unimported_source = False  # a process that imports no gateway is fine
+
+    def save() -> None:
+        measuring.stop()
+        measuring.save()
+
+    atexit.register(save)
+    measuring.start()
