@@ -24,7 +24,9 @@ def run(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, check=False)
 
 
-def test_it_prints_what_each_class_sent_and_got(demo: RunningGateway, tmp_path: Path) -> None:
+def test_it_registers_its_clients_and_prints_what_each_class_sent_and_got(
+    demo: RunningGateway, tmp_path: Path
+) -> None:
     done = run("--host", demo.url, "--seconds", "3", "--users", "10", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     table = done.stdout[done.stdout.index("class ") :].splitlines()
@@ -41,9 +43,6 @@ def test_it_prints_what_each_class_sent_and_got(demo: RunningGateway, tmp_path: 
         assert int(sent) == int(allowed) + int(limited) > 0
         assert failed == "0"
         assert (int(limited) > 0) == (name == "Flooder")
-
-
-def test_its_clients_were_registered_for_their_tiers(demo: RunningGateway) -> None:
     assert {client.quota.name for client in demo.live.clients._known.values()} == {
         "FREE",
         "BASIC",
