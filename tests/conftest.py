@@ -28,6 +28,26 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(MOST_PROCESSES, PROCESSES_PER_CORE * cores)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put tests of processes first, and leave tests of generated examples out of the measurement of coverage.
+
+    The longest tests are those of processes: at the end they would keep one test process busy while the others are
+    idle. Tracing makes tests of generated examples several times slower, and plain tests reach the same lines.
+    """
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.no_cover)
+    shares = int(getattr(config, "workerinput", {}).get("workercount", 1))
+    long = [item for item in items if "process" in item.path.parts[-2:]]
+    short = [item for item in items if "process" not in item.path.parts[-2:]]
+    size = -(-len(short) // shares)
+    items[:] = [
+        item
+        for share in range(shares)  # xdist gives each test process one contiguous share, and moves tests later
+        for item in (*long[share::shares], *short[share * size : (share + 1) * size])
+    ]
+
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it puts into the background so, and the gateways that the tests start would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -89,7 +89,8 @@ class RunningGateway:
     """A gateway in a thread, on a free port."""
 
     def __init__(self, sections: dict[str, Any], state_dir: Path, clocks: Clocks = SYSTEM_CLOCKS) -> None:
-        server = {"port": 0, **sections.get("server", {})}
+        # On a busy machine the event loop is late, and would shed requests.
+        server = {"port": 0, "max_event_loop_lag": None, **sections.get("server", {})}
         defaults: dict[str, Any] = {"state_dir": state_dir, "log": {"access": False}}
         self.config = GatewayConfig.model_validate(defaults | sections | {"server": server})
         # The tests' process also serves upstreams, so the gateway would not accept its requests as local.

@@ -58,7 +58,7 @@ def endless() -> Iterator[EndlessUpstream]:
 
 @pytest.fixture
 def gateway(endless: EndlessUpstream, tmp_path: Path) -> Iterator[Running]:
-    settings = "log: {access: false}"
+    settings = "log: {access: false}\nserver: {max_event_loop_lag: null}"
     with process(
         *WAYS["run_gateway.py"], "--config", config_file(tmp_path, endless.raw.url, settings), cwd=tmp_path
     ) as running:

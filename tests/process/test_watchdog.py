@@ -35,7 +35,7 @@ import ctypes, signal, sys
 
 def wait_for_the_report():
     watchdog = sys.modules["api_gateway.process.watchdog"]
-    watchdog.REPORT_TIMEOUT, watchdog.NATIVE_MARGIN = 20, 60  # SIGPROF would end the process before the report
+    watchdog.REPORT_TIMEOUT, watchdog.NATIVE_MARGIN = 50, 100  # SIGPROF would end the process before the report
 
 def spin_visibly(*_):
     wait_for_the_report()

@@ -6,7 +6,7 @@ import random
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,10 @@ class Places:
 
 @pytest.fixture
 def places() -> Iterator[Places]:
-    found = Places("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    found = None
+    while found is None:
+        with suppress(OSError):  # another test has the port on one of the addresses
+            found = Places("127.0.0.1", "127.0.0.2", "127.0.0.3")
     yield found
     found.close()
 

@@ -359,7 +359,7 @@ class Listening:
 def late(stage: Stage, gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], RunningGateway]:
     """A gateway whose loop runs as late as the test says."""
     monkeypatch.setattr(LagSampler, "start", lambda _sampler: None)
-    running = warm(gateway(sections_for(stage, places=None)), stage)
+    running = warm(gateway(sections_for(stage, places=None) | {"server": {"max_event_loop_lag": 0.25}}), stage)
 
     def by(seconds: float) -> RunningGateway:
         lag = running.server._app.state.gateway.event_loop_shedder
