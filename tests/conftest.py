@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,14 +29,22 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(MOST_PROCESSES, PROCESSES_PER_CORE * cores)
 
 
+MEASURED_CASES = 2
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put tests of processes first, and leave tests of generated examples out of the measurement of coverage.
+    """Put tests of processes first, and exclude what repeats from the measurement of coverage.
 
     The longest tests are those of processes: at the end they would keep one test process busy while the others are
-    idle. Tracing makes tests of generated examples several times slower, and plain tests reach the same lines.
+    idle. Tracing makes a test several times slower, and further cases of a parametrised test, and generated examples,
+    seldom reach further lines.
     """
+    cases: Counter[str] = Counter()
     for item in items:
-        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        name = item.nodeid.partition("[")[0]
+        cases[name] += 1
+        is_generated = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        if is_generated or cases[name] > MEASURED_CASES:
             item.add_marker(pytest.mark.no_cover)
     shares = int(getattr(config, "workerinput", {}).get("workercount", 1))
     long = [item for item in items if "process" in item.path.parts[-2:]]

@@ -9,7 +9,7 @@ A callback is identified by its outermost frame in the product, which is a new o
 
 A coroutine keeps its frame while it is suspended, so its samples count only until a callback that was scheduled at the
 first of them has run. A loop is watched while its server serves; the start may take longer. A thread that is
-traced may use more CPU time between samples; what is asleep or does not return to the interpreter is not traced.
+traced may use more CPU time.
 """
 
 import asyncio
@@ -130,7 +130,7 @@ class LoopWatch:
         since_last, watched.last = cpu - watched.last, cpu
         if frame is None or frame is not watched.frame or watched.has_passed:
             watched.start(frame, cpu)
-            if frame is not None and min(since_last, locked_out) > LIMIT + PERIOD:
+            if frame is not None and min(since_last, locked_out) > watched.cpu_limit + PERIOD:
                 self._tell(watched, frame, f"{since_last * 1000:.0f} ms of CPU time in one call")
             return
         if cpu - watched.cpu > watched.cpu_limit:

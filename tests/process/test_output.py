@@ -294,11 +294,15 @@ def test_a_full_disk_is_counted_and_said_once(tmp_path: Path, upstream: Callable
     with log.open("wb") as stderr, gateway(tmp_path, upstream().url, ">/dev/full", stderr=stderr) as (popen, url):
         serve(url)
         eventually(lambda: "lines were dropped" in log.read_text(), "it is said")
-        counted = ask(f"{url}/metrics", headers=OPERATOR).json()["output"]
+
+        def output() -> Any:
+            return ask(f"{url}/metrics", headers=OPERATOR).json()["output"]
+
+        eventually(lambda: output()["dropped_lines"]["stdout"] >= FILL, "every line is counted")
+        counted = output()
         text = ask(f"{url}/metrics?format=prometheus", headers=OPERATOR).body.decode()
         popen.terminate()
         assert popen.wait(PATIENCE) == 0
-    assert counted["dropped_lines"]["stdout"] >= FILL
     assert counted["write_errors"]["stdout"] > 0
     assert 'gateway_output_dropped_lines_total{stream="stdout"}' in text
     said = log.read_text().splitlines()
