@@ -86,7 +86,7 @@ class RouteStage:
                 f"The method {exchange.method} is not forwarded.", headers={"allow": PROXIED_METHODS}
             )
         try:
-            route, exchange.cost = self._routes.find(plan.facts.host, exchange.method, exchange.path)
+            route, exchange.cost = self._routes.find(plan.facts.host, exchange.method, exchange.path, plan.raw_target)
             plan.route, exchange.route = route, route.name
             plan.target = upstream_target(route, plan.raw_target)
         except GatewayError as error:
