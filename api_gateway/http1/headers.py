@@ -20,8 +20,6 @@ UNIX: Literal["unix"] = "unix"  # the address of every peer on a Unix socket
 Network = IPv4Network | IPv6Network | Literal["unix"]
 Fields = Mapping[bytes, Sequence[bytes]]  # the values of each name (lower case), in order
 
-VIA_NAME = b"api-gateway"
-
 # RFC 9110 section 7.6.1, with obsolete names that are still in use.
 HOP_BY_HOP = frozenset(
     {
@@ -69,7 +67,6 @@ _NEVER_TRAILING = (
     | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
 )
 _PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # values of `Connection` that name no header field
-_VIA = (b"via", b"1.1 " + VIA_NAME)
 _AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 # A node of RFC 7239 section 6 with an address: optionally quoted, in brackets, or with a port (possibly obfuscated).
 _NODE = re.compile(
@@ -161,7 +158,7 @@ def stripped_headers(protected: frozenset[bytes], is_trusted: bool) -> frozenset
 
 def inspected_headers(protected: frozenset[bytes]) -> frozenset[bytes]:
     """Return the names that the gateway reads or does not forward; other fields are forwarded unread."""
-    read = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding"}
+    read = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding", b"via"}
     return stripped_headers(protected, False) | protected | read
 
 
@@ -187,7 +184,7 @@ def rewrite_request(
     peer: str,
     scheme: str,
     request_id: bytes,
-    version: str,
+    via: tuple[bytes, bytes],
     is_trusted: bool,
     protected: frozenset[bytes] = frozenset(),
 ) -> HeaderList:
@@ -195,7 +192,8 @@ def rewrite_request(
 
     `peer` is the address of the connection. If it `is_trusted`, its `X-Forwarded-*` fields are extended, otherwise
     replaced. `protected` names (lower case) are kept even if `Connection` lists them. Spellings of protected and
-    forwarding names with underscores are removed, because CGI variables do not distinguish them from hyphens.
+    forwarding names with underscores are removed, because CGI variables do not distinguish them from hyphens. `via` is
+    the gateway's own entry.
     """
     dropped = stripped_headers(protected, is_trusted)
     if b"connection" in fields:
@@ -209,7 +207,7 @@ def rewrite_request(
         kept.append((b"x-forwarded-proto", scheme.encode()))
     if b"host" in fields and (not is_trusted or b"x-forwarded-host" not in fields):
         kept.append((b"x-forwarded-host", fields[b"host"][0]))
-    kept.append(_VIA if version == "1.1" else (b"via", b"%s %s" % (version.encode(), VIA_NAME)))
+    kept.append(via)
     kept.append((b"x-request-id", request_id))
     return kept
 
@@ -219,8 +217,10 @@ def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
     return HOP_BY_HOP | GATEWAY_HEADERS | omit
 
 
-def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
-    """Return the upstream's header fields for the client, followed by the gateway's `own`.
+def rewrite_response(
+    headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes], via: tuple[bytes, bytes]
+) -> HeaderList:
+    """Return the upstream's header fields for the client, followed by the gateway's entry in `Via` and its `own`.
 
     `fields` are the same fields by name. `omit` names (lower case) are removed in addition to hop-by-hop fields: those
     that the downstream server adds itself.
@@ -230,14 +230,14 @@ def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit:
     if connection is not None and (len(connection) > 1 or connection[0].lower() not in _PLAIN_OPTIONS):
         dropped |= connection_options(connection)
     kept = [pair for pair in headers if pair[0].lower() not in dropped]
-    kept.append(_VIA)
+    kept.append(via)
     kept += own
     return kept
 
 
-def forwardable_interim(headers: HeaderList) -> HeaderList:
-    """Return the header fields of an interim response (1xx) that are forwarded."""
-    return rewrite_response(headers, fields_of(headers), [], frozenset())
+def forwardable_interim(headers: HeaderList, via: tuple[bytes, bytes]) -> HeaderList:
+    """Return the header fields of an interim response (1xx) that are forwarded, with the gateway's entry in `Via`."""
+    return rewrite_response(headers, fields_of(headers), [], frozenset(), via)
 
 
 def forwardable_trailers(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:

@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError, MethodNotAllowed
+from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError, LoopDetected, MethodNotAllowed
 from api_gateway.http1.headers import address_key, is_within
 from api_gateway.http1.methods import PROXIED_METHODS, REFUSED_METHODS
 from api_gateway.limits.refusal import refusal
@@ -24,13 +24,15 @@ LIKELY_SHED_SHARE = 0.5  # share of requests shed at random from which the predi
 
 
 class AmbiguityStage:
-    """Refuses requests that servers may interpret differently."""
+    """Refuses requests that their header fields rule out: servers may interpret them differently, or they return."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
-        """Refuse an ambiguous request, and have its connection closed."""
+        """Refuse an ambiguous request, and have its connection closed; refuse a loop."""
         cause = plan.facts.ambiguity
         if cause is None:
             return None
+        if plan.facts.is_loop:
+            return LoopDetected(f"The request is in a loop: {cause}.")
         return BadRequest(f"The request is ambiguous: {cause}.", headers={"connection": "close"})
 
     inspect = decide

@@ -338,7 +338,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         response.status, response.reason = status, reason
         response.headers, response.fields = headers, fields
         response.is_head_complete = True
-        response.keeps_alive = self._parser.should_keep_alive()
+        response.version, response.keeps_alive = self._parser.get_http_version(), self._parser.should_keep_alive()
         self.timer.clear()
         if response.is_to_head:
             # The parser would wait for the body that these fields describe.
