@@ -183,7 +183,7 @@ class Explainer:
         )
 
     def _route_view(self, route: Route, exchange: Exchange) -> RouteExplained:
-        rule = route.rule_for(exchange.method, exchange.path)
+        rule = route.rule_for(exchange.method.upper(), exchange.path)
         source = "route" if rule is None else f"rule: {rule}"
         if exchange.cost != (route.cost if rule is None else rule.cost):
             source = "another reading of the path"

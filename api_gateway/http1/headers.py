@@ -55,7 +55,13 @@ GATEWAY_HEADERS = frozenset(
 )
 
 # `Host` is replaced by the target's. A transfer coding is forwarded: `ambiguity` ensures that it is `chunked`.
-_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id", COST, REQUEST_TIMEOUT}
+_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {
+    b"host",
+    b"proxy",  # CGI would pass it as HTTP_PROXY, from which many programs take the proxy of their own requests
+    b"x-request-id",
+    COST,
+    REQUEST_TIMEOUT,
+}
 # Not allowed in trailers: framing, routing, authentication, and fields that are evaluated before the body
 # (RFC 9110 section 6.5.1).
 _NEVER_TRAILING = (
@@ -67,7 +73,10 @@ _NEVER_TRAILING = (
     | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
 )
 _PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # values of `Connection` that name no header field
-_AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_AUTHORITY = re.compile(
+    rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[(?P<six>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{0,5}))?"
+)
+_MAX_PORT = 65_535
 # A node of RFC 7239 section 6 with an address: optionally quoted, in brackets, or with a port (possibly obfuscated).
 _NODE = re.compile(
     r"""(?P<quote>"?)(?:\[(?P<six>[0-9A-Fa-f:.]+(?:%[\w.~-]+)?)\]|(?P<four>[0-9.]+))(?::(?:[0-9]{1,5}|_[\w.-]+))?(?P=quote)""",
@@ -103,7 +112,13 @@ def _host_name(value: bytes) -> str:
 
 @lru_cache(maxsize=1024)
 def _is_authority(value: bytes) -> bool:
-    return _AUTHORITY.fullmatch(value) is not None
+    found = _AUTHORITY.fullmatch(value)
+    if found is None or int(found["port"] or 0) > _MAX_PORT:
+        return False
+    try:
+        return found["six"] is None or bool(IPv6Address(found["six"].decode("ascii")))
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=4096)

@@ -11,6 +11,8 @@ from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
 from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
 from api_gateway.proxy.fallback import Fallback
 
+_READING = b"*"  # in place of a request target: the path is not to be read in other ways
+
 
 @dataclass(frozen=True, slots=True)
 class CostRule:
@@ -64,7 +66,10 @@ class Route:
         return self._rule_of(method, matching_path(path))
 
     def _rule_of(self, method: str, path: str) -> CostRule | None:
-        return next((rule for rule in self.costs if rule.matches(method, path)), None)
+        for rule in self.costs:
+            if rule.matches(method, path):
+                return rule
+        return None
 
     def candidate_cost_of(self, method: str, path: str) -> float | None:
         """Return the candidate cost of a request in tokens, of its dearest reading; None if no reading has one."""
@@ -106,12 +111,33 @@ class RouteTable:
         """Return the route of a request and its cost in tokens.
 
         `path` is percent-decoded; `raw_target` is the request target with the same path as sent, from which the
-        readings are derived. Raises BadRequest for an ambiguous path, NoRoute, or MethodNotAllowed with the allowed
-        methods.
+        readings are derived, or `_READING` if `path` is one of them. Raises BadRequest for an ambiguous path, NoRoute,
+        or MethodNotAllowed with the allowed methods.
         """
-        if is_unusual(path):
+        # The cheap tests come first; what else is unusual can only be there if it was percent-encoded.
+        if (
+            raw_target is not _READING
+            and ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target or not raw_target)
+            and is_unusual(path)
+        ):
             return self._find_dearest(host, method, path, raw_target)
-        return self._find(host, method, path)
+        prefix = path
+        if path.count("/") > self._depth:
+            prefix = "/".join(path.split("/", self._depth + 1)[: self._depth + 1])
+        while prefix:
+            found = self._routes.get(prefix)
+            if found is not None:
+                allowed: set[str] = set()
+                for route in found:
+                    if route.host is None or route.host == host:
+                        if route.methods is None or method in route.methods:
+                            return route, route.cost_of(method, path) if route.costs else route.cost
+                        allowed |= route.methods
+                if allowed:
+                    names = ", ".join(sorted(allowed))
+                    raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
+            prefix = prefix.rpartition("/")[0]
+        raise NoRoute(f"No route matches {path}.")
 
     def _find_dearest(self, host: str, method: str, path: str, raw_target: bytes) -> tuple[Route, float]:
         """Return the route of a path with several readings, and the cost of the dearest one.
@@ -124,33 +150,16 @@ class RouteTable:
             found = readings(raw_path) if raw_path else readings(path, is_decoded=True)
         except ValueError as error:
             raise BadRequest(f"The path is ambiguous: {error}.") from None
-        route, cost = self._find(host, method, matching_path(path))
+        route, cost = self.find(host, method, matching_path(path), _READING)
         for reading in found:
             if "//" in reading:
                 continue
             try:
-                cost = max(cost, self._find(host, method, reading)[1])
+                cost = max(cost, self.find(host, method, reading, _READING)[1])
             except NoRoute:
                 if not has_dot_segment(reading):
                     raise
         return route, cost
-
-    def _find(self, host: str, method: str, path: str) -> tuple[Route, float]:
-        prefix = path
-        if path.count("/") > self._depth:
-            prefix = "/".join(path.split("/", self._depth + 1)[: self._depth + 1])
-        while prefix:
-            allowed: set[str] = set()
-            for route in self._routes.get(prefix, ()):
-                if route.host is None or route.host == host:
-                    if route.methods is None or method in route.methods:
-                        return route, route.cost_of(method, path) if route.costs else route.cost
-                    allowed |= route.methods
-            if allowed:
-                names = ", ".join(sorted(allowed))
-                raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
-            prefix = prefix.rpartition("/")[0]
-        raise NoRoute(f"No route matches {path}.")
 
 
 def upstream_target(route: Route, target: bytes) -> bytes:

@@ -212,7 +212,7 @@ def test_below_means_by_whole_segments(path: str, prefix: str, *, expected: bool
         ("/api/x/", "/api/x/"),
         ("/api/a.b/c..d", "/api/a.b/c..d"),
         ("/api/.hidden", "/api/.hidden"),
-        ("/api/...", "/api"),
+        ("/api/...", "/api/"),
         ("/api/x;v=1", "/api/x"),
         ("/api/x;v=1/y;w", "/api/x/y"),
         (r"/api\x", "/api/x"),
