@@ -546,7 +546,10 @@ class DownstreamConnection(HttpToolsProtocol):
         return rest if rest.startswith(b"/") else b"/" + rest
 
     def on_body(self, body: bytes) -> None:
-        """Pass a body piece to the request; discard it if the response is complete (parser callback)."""
+        """Pass a body piece to the request; discard it if the response is complete (parser callback).
+
+        After the response, pieces of a body that is continued count as discarded ones do.
+        """
         self._unparsed = 0
         cycle = self._receiving_cycle
         if cycle is None or self._is_ending:
@@ -554,10 +557,11 @@ class DownstreamConnection(HttpToolsProtocol):
         self._body_bytes += len(body)
         if self._body_left is not None:
             self._body_left -= len(body)
-        if not cycle.is_response_complete:
+        if not cycle.is_response_complete or cycle.is_body_continued:
             if cycle.feed(body):
                 self.pause_reading()
-            return
+            if not cycle.is_response_complete:
+                return
         self._discarded += len(body)
         if self._discarded > MAX_DISCARDED:
             self._linger()
@@ -953,6 +957,8 @@ class DownstreamConnection(HttpToolsProtocol):
         self._is_ending = True
         self._discarded = 0
         self._drop_waiting()
+        if self._receiving_cycle is not None:
+            self._receiving_cycle.discard_body()  # no more of it is parsed
         if not self.transport.can_write_eof():
             self._close()
             return

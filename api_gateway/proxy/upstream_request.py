@@ -113,6 +113,16 @@ class UpstreamRequest:
         """Return the request's trailer fields that are forwarded."""
         return [] if self.extension is None else forwardable_trailers(self.extension.trailers, self._protected)
 
+    def continue_body(self) -> None:
+        """Go on receiving the body from the client after the response is complete, see `ResponseListener`."""
+        if self.extension is not None:
+            self.extension.continue_body()
+
+    def discard_body(self) -> None:
+        """Let the server discard the rest of the body."""
+        if self.extension is not None:
+            self.extension.discard_body()
+
     def _limits(self, upstream_client: UpstreamClient, now: float) -> Mapping[str, float]:
         """Return the timeouts of an attempt; connecting may take half of the remaining time, which allows a retry.
 
