@@ -74,9 +74,11 @@ def resident(running: Running) -> int:
 
 def peak(running: Running, endless: EndlessUpstream, enough: int = 0) -> int:
     """Return the most bytes of memory the process holds until more than `enough` was sent and no more is taken."""
-    most, sent, since, end = 0, endless.sent, time.monotonic(), time.monotonic() + 60
+    most, sent, since, end = 0, endless.sent, time.monotonic(), time.monotonic() + 120
     while endless.sent <= enough or time.monotonic() - since < SETTLED:
-        assert time.monotonic() < end, "there is more than may be held"
+        assert time.monotonic() < end, (
+            f"{endless.sent} pieces were sent, {enough} are too few: {running.errors[-1000:]}"
+        )
         if endless.sent != sent:
             sent, since = endless.sent, time.monotonic()
         most = max(most, resident(running))
@@ -94,7 +96,8 @@ def unread_request(stack: ExitStack, port: int, path: str, client: int) -> None:
     sock.sendall(head)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.no_cover  # the upstream, whose threads send much, is in this process
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", ["plain", "chunked", "tunnel"])
 def test_a_client_that_does_not_read_costs_256_kib_at_most_and_they_are_returned(
     gateway: Running, endless: EndlessUpstream, path: str

@@ -421,7 +421,7 @@ def test_a_lack_of_local_resources_is_503_overloaded_costs_nothing_and_is_ignore
     method: str,
 ) -> None:
     up = upstream()
-    check = {"path": "/health", "interval": 0.05, "timeout": 0.5, "unhealthy_threshold": 1}
+    check = {"path": "/health", "interval": 0.05, "timeout": 30, "unhealthy_threshold": 1}
     slowly = {"tiers": {"FREE": {"rate": 0.001, "capacity": 10}}}
     running = gateway(sections(up.url, health_check=check) | slowly)
     target = running.live.upstreams["up"].targets[0]

@@ -36,8 +36,8 @@ from tests.faulty import (
 from tests.kit import RawAnswer, RawClient, eventually
 from tests.processes import Running, process
 
-CONNECT, RESPONSE, IDLE = 0.3, 0.4, 0.4  # seconds the gateway gives its upstream
-SLACK = 1.5  # seconds a busy machine may add
+CONNECT, RESPONSE, IDLE = 0.3, 1.0, 1.0  # seconds the gateway gives its upstream
+SLACK = 15.0  # seconds a busy machine may add
 PATH = "/api/x"
 WAYS = ("GET", "POST")
 BODIES = {
