@@ -161,6 +161,7 @@ class FakeConnection:
 
     is_closed = is_reused = False
     idle_since = 0.0
+    lifetime = None
     holder: str | None = None
 
     def __init__(self) -> None:
