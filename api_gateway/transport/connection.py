@@ -44,7 +44,7 @@ _FIELD_ERRORS = frozenset(
         "Missing expected CR after header value",
     }
 )
-_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not NUL, which is dangerous (RFC 9110 section 5.5)
 _CONTROL_IN_FRAMING = re.compile(
     rb"\r\n(?i:content-length|transfer-encoding|connection)[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 )

@@ -184,7 +184,7 @@ def test_control_characters_in_a_field_of_a_response_become_spaces(
     client: RawClient, up: RawUpstream, cut: int, interim: bytes
 ) -> None:
     """RFC 9110 section 5.5."""
-    head = b"HTTP/1.1 200 OK\r\nX-A: a\x01b\x7fc\r\nX-Tab: a\tb\r\nX-B: \x0b\x1b[1m\0\r\nContent-Length: 3\r\n\r\n"
+    head = b"HTTP/1.1 200 OK\r\nX-A: a\x01b\x7fc\r\nX-Tab: a\tb\r\nX-B: \x0b\x1b[1m\x1f\r\nContent-Length: 3\r\n\r\n"
 
     def behave(wire: Wire, _request: RawRequest) -> None:
         whole = interim + head + b"\x01ok"
@@ -210,6 +210,7 @@ def test_control_characters_in_a_field_of_a_response_become_spaces(
         b"Transfer-Encoding: \x0bchunked",
         b"X\x01: a",
         b"X: a\rb",
+        b"X: a\0b",
         b"X: a\r\n b",
     ],
 )
