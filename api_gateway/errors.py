@@ -15,6 +15,7 @@
     │   ├── UpstreamConnectError, UpstreamReset, UpstreamProtocolError
     │   └── UpstreamTimeout
     │       └── UpstreamConnectTimeout
+    ├── LoopDetected        the request has passed this gateway before: 508
     ├── InternalError       a defect of the gateway: 500
     └── ClientDisconnected  the client has disconnected: 499 in the log
 
@@ -61,6 +62,7 @@ class Reason(StrEnum):
     REQUEST_TIMEOUT = "request_timeout"
     BAD_REQUEST = "bad_request"
     INVALID_VALUE = "invalid_value"
+    LOOP_DETECTED = "loop_detected"
     INTERNAL_ERROR = "internal_error"
     CLIENT_DISCONNECTED = "client_disconnected"
 
@@ -262,6 +264,13 @@ class UpstreamConnectTimeout(UpstreamTimeout):
     """Connecting exceeded its timeout; nothing was sent."""
 
     is_retry_safe = True
+
+
+class LoopDetected(GatewayError):
+    """The request has passed this gateway before: an upstream leads back to it."""
+
+    status = 508
+    reason = Reason.LOOP_DETECTED
 
 
 class InternalError(GatewayError):

@@ -31,6 +31,7 @@ from api_gateway.http1.headers import (
     rewrite_response,
 )
 from api_gateway.http1.methods import PROXIED_METHODS
+from api_gateway.http1.via import Via
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.attribution import ClientProgress
@@ -96,6 +97,7 @@ class Router:
         max_body_bytes: int,
         protected: frozenset[bytes] = frozenset(),
         omit: frozenset[bytes] = frozenset(),
+        via: Via | None = None,
         observe_attempt: Callable[[str, str, float | None, float], None],
         on_transition: Callable[[str, Transition], None],
         on_target_transition: Callable[[str, Target, Transition], None] = _ignore,
@@ -109,16 +111,17 @@ class Router:
         """Set limits and callbacks.
 
         `protected` request fields are kept even if `Connection` names them; `omit` response fields are removed. Names
-        are in lower case. `on_cost` is called with the values of X-Gateway-Cost before a response's head is sent,
-        `on_retry` with upstream and cause of each retry, `on_denial` with upstream and reason of each retry that was
-        denied, `on_fallback` with the error before a fallback responds. `observe_attempt`, `on_transition` and
-        `on_target_transition`: see `OutcomeReporter`.
+        are in lower case. `via` names this gateway. `on_cost` is called with the values of X-Gateway-Cost before a
+        response's head is sent, `on_retry` with upstream and cause of each retry, `on_denial` with upstream and reason
+        of each retry that was denied, `on_fallback` with the error before a fallback responds. `observe_attempt`,
+        `on_transition` and `on_target_transition`: see `OutcomeReporter`.
         """
         self.routes = routes
         self.upstream_clients = dict(upstream_clients)
         self._clock = clock
         self.max_body_bytes = max_body_bytes
         self.protected = protected
+        self._via = via or Via()
         self._omit = omit
         self._omit_with_length = omit | {b"content-length"}
         self.outcomes = OutcomeReporter(
@@ -146,7 +149,7 @@ class Router:
         upstream_client = self.upstream_clients[route.upstream]
         exchange.upstream = route.upstream
         extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
-        request = UpstreamRequest(plan, scope, extension, self.protected)
+        request = UpstreamRequest(plan, scope, extension, self.protected, self._via)
         if exchange.method == "OPTIONS" and b"max-forwards" in request.fields and request.must_not_forward():
             return self._respond_to_options(exchange, send)
         if extension is not None and route.min_body_rate is not None:
@@ -183,7 +186,7 @@ class Router:
                 started.close()
             attempt.release(self._clock())
             raise ClientDisconnected(CLIENT_LEFT)
-        request = UpstreamRequest(plan, scope, extension, self.protected)
+        request = UpstreamRequest(plan, scope, extension, self.protected, self._via)
         if started is None:
             request.body = self._body(exchange, upstream_client, request, receive)
         else:
@@ -512,7 +515,7 @@ class Router:
                 "type": "http.response.start",
                 "status": response.status_code,
                 "reason": response.extensions.get("reason_phrase"),
-                "headers": self._for_client(exchange, headers, fields, omit),
+                "headers": self._for_client(exchange, headers, fields, omit, stream.version),
                 "trailers": passes_trailers,
                 "upstream_fields": fields if isinstance(stream, UpstreamResponse) else None,
                 "is_body_ready": stream.is_ready,
@@ -542,12 +545,15 @@ class Router:
             await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
 
     def _for_client(
-        self, exchange: Exchange, headers: HeaderList, fields: Fields, omit: frozenset[bytes]
+        self, exchange: Exchange, headers: HeaderList, fields: Fields, omit: frozenset[bytes], version: str
     ) -> HeaderList:
-        """Settle the cost that the response reports, and return its header fields for the client."""
+        """Settle the cost that the response reports, and return its header fields for the client.
+
+        `version` is the version of HTTP in which the response was received.
+        """
         if COST in fields:
             self.on_cost(exchange, fields[COST])
-        return rewrite_response(headers, fields, exchange.response_headers, omit)
+        return rewrite_response(headers, fields, exchange.response_headers, omit, self._via.field(version))
 
     def _begin_stream(self, exchange: Exchange, attempt: Attempt, stream: UpstreamResponse | HttpxBody) -> None:
         """Settle an attempt with a tunnel or an event stream, because its end shows nothing about the upstream.
@@ -579,7 +585,7 @@ class Router:
         if request.timer is not None:  # the deadline applies to the handshake only
             request.timer.reschedule(None)
         headers, fields, _ = parts_of(response)
-        headers = self._for_client(exchange, headers, fields, self._omit)
+        headers = self._for_client(exchange, headers, fields, self._omit, "1.1")
         headers += [(b"connection", b"Upgrade"), (b"upgrade", extension.upgrade)]
         try:
             upstream, from_upstream = response.extensions["switched"].detach()

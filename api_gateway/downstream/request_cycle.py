@@ -78,6 +78,7 @@ class RequestResponseCycle:
     is_response_complete = False
     _buffered = 0
     _is_body_taken = False
+    is_body_continued = False  # the body is passed on to its end, also after the response is complete
     _waiter: "asyncio.Future[None] | None" = None
     _has_body = True
     _head = b""  # to be sent together with the first body piece
@@ -137,17 +138,22 @@ class RequestResponseCycle:
     # ASGI
 
     async def receive(self) -> dict[str, Any]:
-        """Return the next body piece, or `http.disconnect` once the client is gone or the response is complete."""
+        """Return the next body piece, or `http.disconnect` once the client is gone or the response is complete.
+
+        After `continue_body`, body pieces are returned after the response too.
+        """
         if self._owes_continue and not self.is_started and not self.is_disconnected:
             self.awaits_continue = self._owes_continue = False
             self.connection.transport.write(_CONTINUE)
-        while not self.is_disconnected and not self.is_response_complete:
+        while not self.is_disconnected and (not self.is_response_complete or self.is_body_continued):
             if self._body or (self.is_body_complete and not self._is_body_taken):
                 body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
                 self._body, self._buffered = [], 0
                 self._is_body_taken = self.is_body_complete
-                if not self._is_body_taken:
+                if self.is_response_complete or not self._is_body_taken:
                     self.connection.resume_reading()
+                if self._is_body_taken:
+                    self.is_body_continued = False
                 return {"type": "http.request", "body": body, "more_body": not self._is_body_taken}
             self._waiter = self.connection.loop.create_future()
             try:
@@ -265,6 +271,19 @@ class RequestResponseCycle:
         self.body_rate = rate
         if not self.is_body_complete:
             self.connection.on_body_rate(self)
+
+    def continue_body(self) -> None:
+        """See `ServerExtension`."""
+        self.is_body_continued = not self._is_body_taken
+
+    def discard_body(self) -> None:
+        """See `ServerExtension`."""
+        if self.is_body_continued:
+            self.is_body_continued = False
+            self._body, self._buffered = [], 0
+            if self.is_response_complete and not self.is_body_complete:
+                self.connection.resume_reading()
+            self._wake()
 
     def send_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ServerExtension`. HTTP/1.0 has no interim responses (RFC 9110 section 15.2)."""

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
 from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
 from api_gateway.http1.fast_parser import pairs_of, parse_request_head
-from api_gateway.http1.headers import VIA_NAME, fields_of, forwardable_interim, http_date
+from api_gateway.http1.headers import fields_of, forwardable_interim, http_date
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
@@ -35,7 +35,6 @@ from api_gateway.router import Router
 from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from api_gateway.upstreams.upstream import Attempt
 
-_VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 _HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
 _MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
 _MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
@@ -104,6 +103,8 @@ class FastPath:
         self.clock = clock
         self.clock_ns = clock_ns
         self.limit_headers = RateLimitHeaders()
+        self.via = headers.via.field("1.1")
+        self.via_line = b"\r\n%b: %b\r\n" % self.via
         self._headers = headers
 
     def __repr__(self) -> str:
@@ -302,7 +303,7 @@ class FastExchange(UpstreamResponse):
     def on_complex_head(self) -> None:
         """Fall back for a response whose head is not plain."""
         if not self.has_fallen_back:
-            self.listener = _Interim(self._client)
+            self.listener = _Interim(self._client, self._fast_path.via)
             self._fall_back(b"", is_sent=True)
 
     def on_progress(self) -> None:
@@ -352,7 +353,7 @@ class FastExchange(UpstreamResponse):
         close = b"" if self.keep_alive else b"connection: close\r\n"
         return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
             self.passed,
-            _VIA,
+            fast_path.via_line,
             exchange.id.encode(),
             headers,
             date,
@@ -438,9 +439,10 @@ class FastExchange(UpstreamResponse):
 class _Interim(NoListener):
     """Forwards interim responses until the ASGI path has set its own listener."""
 
-    def __init__(self, client: Downstream) -> None:
+    def __init__(self, client: Downstream, via: tuple[bytes, bytes]) -> None:
         self._client = client
+        self._via = via
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ResponseListener`."""
-        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers)))
+        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers, self._via)))

@@ -87,6 +87,14 @@ class ServerExtension(Protocol):
         """Set the minimum rate of the request body in bytes per second, instead of the server's; 0 for none."""
         ...
 
+    def continue_body(self) -> None:
+        """Let `receive` return the body to its end, also after the response is complete; see `discard_body`."""
+        ...
+
+    def discard_body(self) -> None:
+        """Undo `continue_body`: discard the rest of the body."""
+        ...
+
     def send_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Send an interim response (1xx) before the final response."""
         ...

@@ -16,6 +16,7 @@ from api_gateway.http1.headers import (
     framing,
     rewrite_request,
 )
+from api_gateway.http1.via import Via
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.request_body import StreamedBody
@@ -35,6 +36,7 @@ class UpstreamRequest:
         "_is_trusted",
         "_protected",
         "_scope",
+        "_via",
         "body",
         "deadline",
         "expects_continue",
@@ -54,10 +56,12 @@ class UpstreamRequest:
         scope: Scope,
         extension: ServerExtension | None,
         protected: frozenset[bytes],
+        via: Via,
     ) -> None:
         self._scope = scope
         self._is_trusted = plan.facts.is_trusted
         self._protected = protected
+        self._via = via
         self.extension = extension
         self.target = plan.target
         self.fields: Fields = scope[FIELDS]
@@ -105,11 +109,21 @@ class UpstreamRequest:
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Forward an interim response (RFC 9110 section 15.2)."""
         if self.extension is not None:
-            self.extension.send_interim(status, reason, forwardable_interim(headers))
+            self.extension.send_interim(status, reason, forwardable_interim(headers, self._via.field("1.1")))
 
     def trailers(self) -> HeaderList:
         """Return the request's trailer fields that are forwarded."""
         return [] if self.extension is None else forwardable_trailers(self.extension.trailers, self._protected)
+
+    def continue_body(self) -> None:
+        """Go on receiving the body from the client after the response is complete, see `ResponseListener`."""
+        if self.extension is not None:
+            self.extension.continue_body()
+
+    def discard_body(self) -> None:
+        """Let the server discard the rest of the body."""
+        if self.extension is not None:
+            self.extension.discard_body()
 
     def _limits(self, upstream_client: UpstreamClient, now: float) -> Mapping[str, float]:
         """Return the timeouts of an attempt; connecting may take half of the remaining time, which allows a retry.
@@ -132,7 +146,7 @@ class UpstreamRequest:
             peer=scope["client"][0] if scope.get("client") else "unknown",
             scheme=scope["scheme"],
             request_id=exchange.id.encode(),
-            version=scope["http_version"],
+            via=self._via.field(scope["http_version"]),
             is_trusted=self._is_trusted,
             protected=self._protected,
         )

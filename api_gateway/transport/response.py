@@ -35,9 +35,17 @@ class ResponseListener(Protocol):
         """Return the trailers to send after a chunked body; called once the body has been sent."""
         ...
 
+    def continue_body(self) -> None:
+        """Go on providing the request body after the response, which was complete before the body."""
+        ...
+
+    def discard_body(self) -> None:
+        """Undo `continue_body`: the rest of the request body is not sent."""
+        ...
+
 
 class NoListener:
-    """A `ResponseListener` that ignores interim responses and sends no trailers."""
+    """A `ResponseListener` that ignores interim responses, sends no trailers and has no part in a body's rest."""
 
     expects_continue = upgrade = False
 
@@ -47,6 +55,12 @@ class NoListener:
     def trailers(self) -> HeaderList:
         """See `ResponseListener`."""
         return []
+
+    def continue_body(self) -> None:
+        """See `ResponseListener`."""
+
+    def discard_body(self) -> None:
+        """See `ResponseListener`."""
 
 
 NO_LISTENER = NoListener()
@@ -93,6 +107,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
 
     # Initial values are class attributes, which makes it cheaper to create a response for each request.
     status = 0
+    version = "1.1"  # of HTTP, in which the response was received
     head = b""  # a plain head as received; empty if the parser has parsed it
     passed = b""  # status line and forwarded lines of a plain head
     has_date = False  # only for a plain head

@@ -397,15 +397,19 @@ def test_waiting_too_long_for_a_connection_is_503_overloaded(gateway: StartGatew
     assert gates.order == [b"/api/1", b"/api/3"]
 
 
-def test_a_response_before_the_end_of_an_upload_costs_one_connection(
+def test_a_response_before_the_end_of_an_upload_costs_no_connection(
     gateway: StartGateway, upstream: StartUpstream
 ) -> None:
-    """That of the upstream, where the rest of the body has no reader; the client sends it and goes on."""
+    """The client sends the rest and goes on, and so does the gateway on its connection to the upstream."""
+    came: list[bytes] = []
 
     def behave(wire: Wire, request: RawRequest) -> None:
         if request.line.startswith(b"POST"):
             assert wire.read_exactly(4) == b"half"
-        wire.send(OK)
+            wire.send(OK)
+            came.append(wire.read_exactly(4))
+        else:
+            wire.send(OK)
 
     up = upstream(behave, reads_body=False)
     running = gateway(once(up))
@@ -413,8 +417,86 @@ def test_a_response_before_the_end_of_an_upload_costs_one_connection(
         client.request("POST", "/api/x", ("Content-Length: 8",), b"half")
         answer = client.answer()
         assert (answer.status, answer.all("connection")) == (200, [])
-        eventually(lambda: "0 busy, 0 idle" in pool(running), "the upstream's is closed", within=SOON)
-        client.send(b"restGET /api/next HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert client.answer().body == b"ok"
+        assert "1 busy, 0 idle" in pool(running)
+        client.send(b"rest")
+        eventually(lambda: "0 busy, 1 idle" in pool(running), "the rest is sent", within=SOON)
+        assert client.get("/api/next").body == b"ok"
+    assert came == [b"rest"]
     assert [request.line.split()[1] for request in up.requests] == [b"/api/x", b"/api/next"]
-    assert len(up.wires) == 2
+    assert len(up.wires) == 1
+
+
+def test_a_client_that_leaves_after_an_early_response_costs_the_connection(
+    gateway: StartGateway, upstream: StartUpstream
+) -> None:
+    """Of its body nothing more will come."""
+    up = upstream(says_at_once, reads_body=False)
+    running = gateway(once(up))
+    with RawClient(running.port) as client:
+        client.request("POST", "/api/x", ("Content-Length: 8",), b"half")
+        assert client.answer().status == 200
+        assert "1 busy, 0 idle" in pool(running)
+    eventually(lambda: "0 busy, 0 idle" in pool(running), "the upstream's is closed", within=SOON)
+
+
+def says_at_once(wire: Wire, request: RawRequest) -> None:
+    """Answer to the head alone; then read the body and forget it."""
+    wire.send(OK)
+    wire.read_body(request.headers)
+
+
+KIB = 1024
+BODY = bytes(range(256)) * 4
+LARGE = BODY * 128
+
+
+def in_chunks(body: bytes) -> bytes:
+    """Return the body in chunks of 1 KiB."""
+    pieces = [body[at : at + KIB] for at in range(0, len(body), KIB)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "head_alone"),
+    [
+        (f"Content-Length: {len(BODY)}", BODY, False),
+        (f"Content-Length: {len(BODY)}", BODY, True),
+        (f"Content-Length: {len(LARGE)}", LARGE, False),
+        (f"Content-Length: {len(LARGE)}", LARGE, True),
+        ("Transfer-Encoding: chunked", in_chunks(BODY), False),
+        ("Transfer-Encoding: chunked", in_chunks(BODY), True),
+        ("Transfer-Encoding: chunked", in_chunks(LARGE), True),
+    ],
+    ids=["small", "small, later", "large", "large, later", "chunked", "chunked, later", "large, chunked, later"],
+)
+def test_early_responses_do_not_empty_the_pool(
+    gateway: StartGateway, upstream: StartUpstream, header: str, body: bytes, *, head_alone: bool
+) -> None:
+    """64 clients post at once, several times each, to an upstream that responds to the head alone.
+
+    As many connections suffice as there are requests at once. If `head_alone`, the client sends the body only when it
+    has the response.
+    """
+    clients, rounds = 64, 6
+    up = upstream(says_at_once, reads_body=False)
+    running = gateway(once(up))
+    failures: list[object] = []
+
+    def run() -> None:
+        with RawClient(running.port) as client:
+            for _ in range(rounds):
+                client.request("POST", "/api/x", (header,), b"" if head_alone else body)
+                status = client.answer().status
+                if head_alone:
+                    client.send(body)
+                if status != 200:
+                    failures.append(status)
+
+    threads = [threading.Thread(target=run) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE * 6)
+    assert failures == []
+    assert len(up.requests) == clients * rounds
+    assert len(up.wires) <= clients * 1.25

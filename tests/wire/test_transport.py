@@ -15,8 +15,11 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from api_gateway.transport import connection
+from api_gateway.transport.connection import MAX_REST
 from api_gateway.transport.http1_transport import UpstreamTransport, probe, tls_context
 from api_gateway.transport.request import Origin
+from api_gateway.transport.response import NoListener
 from tests.kit import PATIENCE, Behaviour, RawRequest, RawUpstream, Wire, reply, soon
 
 StartUpstream = Callable[..., RawUpstream]
@@ -393,6 +396,155 @@ async def test_aclose_closes_every_connection(upstream: StartUpstream) -> None:
         await silence
     assert state(transport) == "0 busy, 0 idle, 0 waiting"
     await soon(lambda: left == [True], "the upstream sees the connection closed")
+
+
+# Responses before the end of the request
+
+
+class Counted(httpx.AsyncByteStream):
+    """A body in pieces, each of which follows once `gate` is set; without a gate, all are at hand."""
+
+    def __init__(self, pieces: Sequence[bytes], gate: asyncio.Event | None = None) -> None:
+        self._pieces = pieces
+        self._gate = gate
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            if self._gate is not None:
+                await self._gate.wait()
+            yield piece
+
+
+def refuses_by_the_head(wire: Wire, request: RawRequest) -> None:
+    """Answer before the body, then read the body and forget it, as nginx does for `return`."""
+    wire.send(OK)
+    wire.read_body(request.headers)
+
+
+def posted(up: RawUpstream, pieces: Sequence[bytes], gate: asyncio.Event | None, *, chunked: bool) -> httpx.Request:
+    headers = CHUNKED if chunked else ((b"Content-Length", b"%d" % sum(map(len, pieces))),)
+    return request_to(up, method="POST", headers=headers, body=Counted(pieces, gate))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_at_hand_leaves_with_its_head(
+    transport: UpstreamTransport, upstream: StartUpstream, *, chunked: bool
+) -> None:
+    """In one write: an upstream that responds to the head alone has received the whole request."""
+    came: list[bytes] = []
+
+    def behave(wire: Wire, request: RawRequest) -> None:
+        came.append(bytes(wire.buffer))
+        refuses_by_the_head(wire, request)
+
+    up = upstream(behave, reads_body=False)
+    for _ in range(3):
+        assert await fetch(transport, posted(up, [b"on", b"ly"], None, chunked=chunked)) == b"ok"
+    assert came == [b"2\r\non\r\n2\r\nly\r\n0\r\n\r\n" if chunked else b"only"] * 3
+    assert len(up.wires) == 1
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_the_rest_of_a_body_follows_an_early_response(
+    transport: UpstreamTransport, upstream: StartUpstream, *, chunked: bool
+) -> None:
+    """The connection is taken again only when the request has been sent completely."""
+    up = upstream(refuses_by_the_head, reads_body=False)
+    for _ in range(3):
+        gate = asyncio.Event()
+        assert await fetch(transport, posted(up, [b"x" * 40_000] * 5, gate, chunked=chunked)) == b"ok"
+        assert state(transport) == "1 busy, 0 idle, 0 waiting"
+        gate.set()
+        await settles(transport, "0 busy, 1 idle, 0 waiting")
+    assert await fetch(transport, request_to(up)) == b"ok"
+    assert len(up.wires) == 1
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_rest_above_the_limit_closes_the_connection(
+    transport: UpstreamTransport, upstream: StartUpstream, *, chunked: bool
+) -> None:
+    up = upstream(refuses_by_the_head, reads_body=False)
+    gate = asyncio.Event()
+    pieces = [bytes(MAX_REST // 4)] * 5
+    assert await fetch(transport, posted(up, pieces, gate, chunked=chunked)) == b"ok"
+    gate.set()
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
+
+
+async def test_a_rest_that_does_not_come_closes_the_connection(
+    transport: UpstreamTransport, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "REST_TIMEOUT", 0.1)
+    up = upstream(refuses_by_the_head, reads_body=False)
+    body = Stalling()
+    request = request_to(up, method="POST", headers=((b"Content-Length", b"9"),), body=body)
+    assert await fetch(transport, request) == b"ok"
+    assert state(transport) == "1 busy, 0 idle, 0 waiting"
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
+    await soon(lambda: body.is_ended, "nobody waits for the rest")
+
+
+async def test_an_upstream_that_does_not_read_the_rest_is_given_up(
+    transport: UpstreamTransport, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a body that no buffer holds, when the response comes while sending is paused."""
+    monkeypatch.setattr(connection, "REST_TIMEOUT", 0.1)
+    monkeypatch.setattr(connection, "MAX_REST", TO_FILL_EVERY_BUFFER)
+
+    def behave(wire: Wire, _request: RawRequest) -> bool:
+        wire.send(OK)
+        time.sleep(1)
+        return False
+
+    up = upstream(behave, reads_body=False)
+    body = Counted([bytes(MIB)] * 64)
+    headers = ((b"Content-Length", b"%d" % TO_FILL_EVERY_BUFFER),)
+    assert await fetch(transport, request_to(up, method="POST", headers=headers, body=body)) == b"ok"
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
+
+
+@pytest.mark.parametrize(
+    "early",
+    [
+        b"HTTP/1.1 401 No\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno",
+        b"HTTP/1.0 401 No\r\nContent-Length: 2\r\n\r\nno",
+    ],
+    ids=["close", "HTTP/1.0"],
+)
+async def test_an_early_response_that_ends_the_connection_ends_it(
+    transport: UpstreamTransport, upstream: StartUpstream, early: bytes
+) -> None:
+    up = upstream(raw(early), reads_body=False)
+    response = await transport.handle_async_request(posted(up, [b"data"], asyncio.Event(), chunked=False))
+    assert response.status_code == 401
+    await stream_of(response).aclose()
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
+
+
+async def test_a_byte_after_an_early_response_closes_the_connection(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """While the rest of the body is sent, as on an idle connection."""
+    up = upstream(raw(OK, b"?"), reads_body=False)
+    gate = asyncio.Event()
+    assert await fetch(transport, posted(up, [b"data"], gate, chunked=False)) == b"ok"
+    await settles(transport, "0 busy, 0 idle, 0 waiting")
+
+
+async def test_an_early_response_to_an_expectation_closes_the_connection(
+    transport: UpstreamTransport, upstream: StartUpstream
+) -> None:
+    """The client may never send the body for which no 100 (Continue) came (RFC 9110 section 10.1.1)."""
+
+    class Expecting(NoListener):
+        expects_continue = True
+
+    up = upstream(raw(OK), reads_body=False)
+    request = posted(up, [b"data"], asyncio.Event(), chunked=False)
+    request.extensions["hooks"] = Expecting()
+    assert await fetch(transport, request) == b"ok"
+    assert state(transport) == "0 busy, 0 idle, 0 waiting"
 
 
 # Reused connections that turn out to be dead
