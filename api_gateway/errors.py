@@ -91,10 +91,11 @@ class GatewayError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.retry_after = retry_after
-        self.headers = dict(headers or {})
-        self.extra = dict(extra or {})
+        self.headers = dict(headers) if headers else {}
+        self.extra = dict(extra) if extra else {}
         if retry_after is not None:
-            self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
+            seconds = math.ceil(retry_after)
+            self.headers["retry-after"] = str(seconds) if seconds > 1 else "1"
 
 
 class RequestRefused(GatewayError):
