@@ -26,9 +26,9 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeMiddleware, is_proxied
 from api_gateway.models import NANOSECONDS, Clock, Exchange, HeaderList, Outcome
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
+from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.faults import ClientProgress
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, HeaderReader, RewrittenHeaders
 from api_gateway.proxy.problem_response import problem_message
 from api_gateway.router import Router
@@ -394,11 +394,12 @@ class FastExchange(UpstreamResponse):
         self._abort()
 
     def _abort(self) -> None:
-        """Close the upstream connection and end the exchange with the outcome IGNORED."""
+        """Close the upstream connection and end the exchange."""
         self.has_fallen_back = True
         self.exchange.attempts = 1
         self.close()
-        self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)
+        outcome = outcome_of_abort(has_head=self.exchange.head_at is not None)
+        self._end(self._fast_path.clock(), outcome, keep_alive=False)
 
     # The end
 
