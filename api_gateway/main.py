@@ -31,7 +31,7 @@ from api_gateway.config import GatewayConfig, load_config
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.http1.asgi import FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
-from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied
+from api_gateway.middleware import DataPlaneSlot, DataPlaneSplit, is_proxied, respond_to_server_options
 from api_gateway.reporting.worker_channel import Aggregator, SingleProcess
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.diagnostics import ConfigError
@@ -86,6 +86,8 @@ class GatewayApp(FastAPI):
             scope = below_root(scope)
         if scope["type"] == "http" and is_proxied(scope["path"]) and self._has_no_other_middleware:
             await self._switch.data_plane(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == "*" and scope["method"] == "OPTIONS":
+            await respond_to_server_options(send)
         elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
             await self.gate(scope, receive, send)
         elif scope["type"] == "lifespan":

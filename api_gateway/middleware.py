@@ -21,6 +21,7 @@ from api_gateway.http1.asgi import (
     ServerExtension,
 )
 from api_gateway.http1.headers import fields_of
+from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.models import Clock, Exchange
@@ -63,6 +64,13 @@ class DataPlaneSplit:
             await self._switch.data_plane(scope, receive, send)
         else:  # an ASGI WebSocket, of a server without `ServerExtension`
             await send({"type": "websocket.close", "code": 1013, "reason": "WebSockets are not proxied."})
+
+
+async def respond_to_server_options(send: Send) -> None:
+    """Respond to `OPTIONS *`, which asks for the abilities of the server as a whole (RFC 9110 section 9.3.7)."""
+    headers = [(b"allow", PROXIED_METHODS.encode())]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class DataPlaneSlot:

@@ -42,7 +42,9 @@ class RouteExplained(Body):
     path: str
     upstream: str
     cost: float
-    cost_source: str = Field(description="`route`, or the rule of the route that sets the cost.")
+    cost_source: str = Field(
+        description="`route`, the rule of the route that sets the cost, or another reading of an unusual path."
+    )
 
 
 class BucketExplained(Body):

@@ -183,13 +183,16 @@ class Explainer:
         )
 
     def _route_view(self, route: Route, exchange: Exchange) -> RouteExplained:
-        rule = route.rule_for(exchange.method, exchange.path)
+        rule = route.rule_for(exchange.method.upper(), exchange.path)
+        source = "route" if rule is None else f"rule: {rule}"
+        if exchange.cost != (route.cost if rule is None else rule.cost):
+            source = "another reading of the path"
         return RouteExplained(
             name=route.name,
             path=route.path,
             upstream=route.upstream,
             cost=exchange.cost,
-            cost_source="route" if rule is None else f"rule: {rule}",
+            cost_source=source,
         )
 
     def _upstream_view(self, route: Route, plan: RequestPlan) -> UpstreamExplained:

@@ -1,13 +1,11 @@
 """The operator token that the gateway generates, in a file of the state folder that only its own user can read."""
 
 import logging
-import os
 import secrets
 import stat
-from contextlib import suppress
 from pathlib import Path
 
-from api_gateway.system.state_folder import make_private, own_folder
+from api_gateway.system.state_folder import create_once, own_folder
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +25,7 @@ def operator_token(state_dir: Path) -> str | None:
     """
     path = token_file(state_dir)
     try:
-        if not path.exists():
-            _write(path)
-        token = path.read_text("ascii").strip()
+        token = create_once(path, secrets.token_urlsafe(32))
         mode = stat.S_IMODE(path.stat().st_mode)
     except (OSError, ValueError) as error:
         logger.warning("%s: no operator token generated: %s", path, error)
@@ -40,19 +36,3 @@ def operator_token(state_dir: Path) -> str | None:
         logger.warning("%s: operator token ignored: it has fewer than %d characters", path, MIN_LENGTH)
         return None
     return token
-
-
-def _write(path: Path) -> None:
-    """Write a new token to a temporary file, and link it to `path` unless another process has created that."""
-    make_private(path.parent)
-    draft = path.with_name(f".{FILE}-{secrets.token_hex(8)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with open(descriptor, "w", encoding="ascii") as file:  # noqa: PTH123 - of a descriptor
-            file.write(f"{secrets.token_urlsafe(32)}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(draft, path)
-    finally:
-        draft.unlink()

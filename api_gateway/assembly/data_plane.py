@@ -7,6 +7,7 @@ from api_gateway.admin.explainer import Explainer
 from api_gateway.assembly.gateway import Gateway
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import ASGIApp
+from api_gateway.http1.via import Via
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import Exchange
 from api_gateway.observability.access_log import AccessLog
@@ -42,8 +43,9 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
         id_header=config.identity.header,
         trusted_proxies=config.server.trusted_proxies,
         max_body_bytes=config.server.max_body_bytes,
+        via=Via(config.server.via or gateway.pseudonym),
     )
-    router = _router(gateway, settlement, headers.protected, server_headers)
+    router = _router(gateway, settlement, headers, server_headers)
     limits = RateLimitStage(
         limiter=gateway.limiter,
         address_quota=gateway.address_quota,
@@ -90,7 +92,7 @@ def data_plane_of(gateway: Gateway, server_headers: frozenset[bytes]) -> tuple[A
 
 
 def _router(
-    gateway: Gateway, settlement: CostSettlement, protected: frozenset[bytes], server_headers: frozenset[bytes]
+    gateway: Gateway, settlement: CostSettlement, headers: HeaderReader, server_headers: frozenset[bytes]
 ) -> Router:
     config, recorder, clocks = gateway.config, gateway.recorder, gateway.clocks
     return Router(
@@ -98,8 +100,9 @@ def _router(
         gateway.upstream_clients,
         clock=clocks.monotonic,
         max_body_bytes=config.server.max_body_bytes,
-        protected=protected,
+        protected=headers.protected,
         omit=server_headers,
+        via=headers.via,
         observe_attempt=recorder.observe_attempt,
         on_transition=_log_transition,
         on_target_transition=_log_target_transition,

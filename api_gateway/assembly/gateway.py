@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import httpx
 
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
+from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.routes import route_of
 from api_gateway.assembly.stores import Limiter, Quotas, limiter_of, registry_of, requote, state_folder
 from api_gateway.assembly.upstreams import (
@@ -70,6 +71,7 @@ class Gateway:
     overrides: BreakerOverrides
     event_loop_shedder: EventLoopShedder
     clocks: Clocks
+    pseudonym: str  # of the deployment in `Via`, unless `server.via` is set
 
     @property
     def address_quota(self) -> Quota | None:
@@ -134,7 +136,7 @@ class Assembly:
             raise_descriptor_limit()
             stack.push_async_callback(self._stop_demo)
             stack.enter_context(state_folder(config))
-            gateway = self.gateway = self._build(await self.plan(config))
+            gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
             try:
                 await gateway.clients.load()
@@ -203,7 +205,7 @@ class Assembly:
         )
         return self.gateway
 
-    def _build(self, plan: Plan) -> Gateway:
+    def _build(self, plan: Plan, pseudonym: str) -> Gateway:
         config, quotas, clocks = plan.config, plan.quotas, self._clocks
         limiter = limiter_of(config, quotas.all, clocks)
         upstreams = {
@@ -241,6 +243,7 @@ class Assembly:
                 source=random.Random(),  # noqa: S311 - spreads load, guards nothing
             ),
             clocks=clocks,
+            pseudonym=pseudonym,
         )
 
     # Upstreams

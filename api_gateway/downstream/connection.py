@@ -7,6 +7,7 @@ Differences from uvicorn's protocol (see also `request_cycle`):
   address. Refusals are problem details, which reach the client even while it is still sending.
 - The scope contains an `http1.asgi.ServerExtension` with the features that a proxy needs and ASGI does not define.
 - Trailers are kept apart from header fields, and requests that follow a refused request are discarded.
+- Any token is a method. The parser knows only some; it gets POST in place of others, so their bodies are framed alike.
 
 The module is long because it is one state machine: all states of a connection share its buffer, timer and request
 order.
@@ -43,6 +44,7 @@ from api_gateway.eventloop.deadline_timer import DeadlineTimer
 from api_gateway.eventloop.send_queue import unacknowledged
 from api_gateway.http1.asgi import SERVER_EXTENSION, UNIX_PEER, FastPathProvider, InFlight
 from api_gateway.http1.headers import fields_of, framing, http_date
+from api_gateway.http1.methods import KNOWN_METHODS, REFUSED_METHODS
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.models import HeaderList
 from api_gateway.resilience.fair_shares import MAX_CONNECTIONS, FairShares
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PIPELINED = 16  # pipelined requests that may be queued on one connection
 HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once; limits the number of requests parsed from one read
+CHUNK_OVERHEAD = 16  # bytes of chunk framing that are permitted for each byte of content
 MAX_DISCARDED = 1_048_576  # bytes of a body discarded after an early response before the connection is closed
 MAX_LINGERED = 8_388_608  # bytes discarded after a refusal: closing at once would reset it before the client reads it
 LINGER_TIMEOUT = 2.0  # seconds for which input is discarded after a refusal
@@ -59,7 +62,13 @@ SURPLUS_TIMEOUT = 2.0  # seconds within which the first head on a surplus connec
 PROBES = (b"/healthz", b"/readyz")  # request targets that are served on surplus connections too
 WEBSOCKET = b"websocket"
 _MAPPED = "::ffff:"  # prefix of an IPv4-mapped IPv6 address
-_ABSOLUTE_FORM = re.compile(rb"[^:/?]+://[^/?@]*([/?].*)?", re.DOTALL)
+_ABSOLUTE_FORM = re.compile(rb"[hH][tT][tT][pP][sS]?://[^/?@]*([/?].*)?", re.DOTALL)
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_LONGEST_METHOD = 64  # characters; the parser refuses a longer one
+_METHOD = re.compile(rb"[\r\n]*+(" + _TOKEN + rb"{1,%d}+)(?= )" % _LONGEST_METHOD)
+_METHOD_BEGUN = re.compile(rb"[\r\n]*+" + _TOKEN + rb"{1,%d}+" % _LONGEST_METHOD)
+# Methods that the parser gets as they are: those forwarded, and those refused by their name.
+_PARSED_METHODS = frozenset(name.encode() for name in KNOWN_METHODS | REFUSED_METHODS)
 _VERSION = {"version": "3.0", "spec_version": "2.4"}
 _EXTENSIONS: dict[str, Any] = {"http.response.trailers": {}}
 
@@ -132,6 +141,10 @@ class DownstreamConnection(HttpToolsProtocol):
         self._worker: asyncio.Task[None] | None = None
         self._idle_waiter: asyncio.Future[None] | None = None  # awaited by the worker while no request is queued
         self._writable: asyncio.Future[None] | None = None
+        self._method_begun = b""  # the beginning of a request line whose method is not complete
+        self._unknown_method = b""  # of the head that is being received, if the parser gets POST in its place
+        self._body_left: int | None = None  # bytes of the body still to come; None if its length is unknown
+        self._overhead = 0  # bytes of a chunked body's framing, above CHUNK_OVERHEAD for each byte of content
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._discarded = 0
         self._buffered = bytearray()  # input that may not be parsed before a preceding request has its response
@@ -289,6 +302,9 @@ class DownstreamConnection(HttpToolsProtocol):
 
     def _parse(self, data: bytes) -> None:
         """Parse `data` piece by piece; hold the rest once MAX_PIPELINED requests are queued."""
+        if self._method_begun:
+            data, self._method_begun = self._method_begun + data, b""
+            self._has_begun = False
         view = memoryview(data)
         while view and not self._is_ending:
             if self._is_buffering or len(self._waiting) > MAX_PIPELINED:
@@ -296,13 +312,49 @@ class DownstreamConnection(HttpToolsProtocol):
                     self.pause_reading()
                 self._buffer(view)
                 return
-            view = view[self._feed(view[: HEAD_PIECE if self._receiving_cycle is None else BODY_PIECE]) :]
+            if self._receiving_cycle is None:
+                view = self._take_method(view)
+                if not view:
+                    break
+            view = view[self._feed(self._next_piece(view)) :]
         if self._is_ending:
             return
         if self._receiving_cycle is not None:
-            self._await_body(self._receiving_cycle)
-        if self._unparsed or self._has_begun:
+            self._check_body(self._receiving_cycle)
+        if (self._unparsed or self._has_begun) and not self._is_ending:
             self._await_complete_head()
+
+    def _take_method(self, view: memoryview) -> memoryview:
+        """Give the parser POST in place of a method that it does not know; return what is left to parse.
+
+        A method that is not complete is held until more of it arrives.
+        """
+        if self._has_begun:
+            return view
+        start = bytes(view[: _LONGEST_METHOD * 2])
+        found = _METHOD.match(start)
+        if found is None:
+            if len(start) == len(view) and _METHOD_BEGUN.fullmatch(start):
+                self._method_begun, self._has_begun = start, True
+                return view[len(view) :]
+        elif found[1] not in _PARSED_METHODS:
+            self._unknown_method = found[1]
+            self._feed(memoryview(b"POST"))
+            return view[found.end() :]
+        return view
+
+    def _next_piece(self, view: memoryview) -> memoryview:
+        """Return the piece to parse next: up to the end of a head, or of a body whose length is known.
+
+        So the method of the next request is at the beginning of a piece, except behind a chunked body.
+        """
+        if self._receiving_cycle is not None:
+            piece = view[: min(BODY_PIECE, self._body_left or BODY_PIECE)]
+            if self._body_left is None:
+                self._overhead += len(piece)
+            return piece
+        end = bytes(view[:HEAD_PIECE]).find(b"\r\n\r\n")
+        return view[: HEAD_PIECE if end < 0 else end + 4]
 
     def _feed(self, piece: memoryview) -> int:
         """Parse one piece; return the number of bytes consumed.
@@ -362,6 +414,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self.url = b""
         self.raw_headers = []
         self.expects_continue = False
+        self._body_left = None
         self._has_begun = True
 
     def on_url(self, url: bytes) -> None:
@@ -374,6 +427,8 @@ class DownstreamConnection(HttpToolsProtocol):
             self.raw_headers.append((name, value.rstrip(b" \t")))
             if len(name) == 6 and name.lower() == b"expect":  # noqa: PLR2004 - the length test saves calls of `lower`
                 self.expects_continue = value.lower() == b"100-continue"
+            elif len(name) == 14 and value.isdigit() and name.lower() == b"content-length":  # noqa: PLR2004 - as above
+                self._body_left = int(value)
         else:
             self._on_trailer(name, value.rstrip(b" \t"))
 
@@ -408,7 +463,7 @@ class DownstreamConnection(HttpToolsProtocol):
             self.refuse(BadRequest(f"The request target is not valid: {error}."))
             return
         self._receiving_cycle = cycle
-        self._body_bytes = 0
+        self._body_bytes = self._overhead = 0
         self._enqueue(cycle)
 
     def _enqueue(self, cycle: RequestResponseCycle) -> None:
@@ -424,12 +479,13 @@ class DownstreamConnection(HttpToolsProtocol):
     def _parsed_cycle(self) -> RequestResponseCycle:
         """Return the cycle of the request whose head is complete; raises ValueError for an invalid target."""
         parser = self.parser
-        method, version = parser.get_method().decode("ascii"), parser.get_http_version()
+        method, version = (self._unknown_method or parser.get_method()).decode("ascii"), parser.get_http_version()
+        self._unknown_method = b""
         target = self.url
         if b"#" in target:
             raise ValueError("it contains a fragment")
         if not target.startswith(b"/"):
-            target = self._origin_form(target)
+            target = self._origin_form(method, target)
         cycle = self._cycle(method, target, version)
         if version == "1.0":
             cycle.is_http10, cycle.keep_alive = True, False
@@ -470,16 +526,17 @@ class DownstreamConnection(HttpToolsProtocol):
         scope[SERVER_EXTENSION] = cycle = RequestResponseCycle(self, scope, target)
         return cycle
 
-    def _origin_form(self, target: bytes) -> bytes:
+    def _origin_form(self, method: str, target: bytes) -> bytes:
         """Return path and query of an absolute-form target; its authority replaces Host (RFC 9112 section 3.2.2).
 
-        Raises ValueError if the target is neither in absolute form nor `*`.
+        The absolute form of `*` has neither path nor query. Raises ValueError if the target is neither in absolute
+        form nor, for OPTIONS, `*` (section 3.2.4).
         """
-        if target == b"*":
+        if target == b"*" and method == "OPTIONS":
             return target
         absolute = _ABSOLUTE_FORM.fullmatch(target)
         if absolute is None:
-            raise ValueError("it is neither a path nor an absolute URL without user information")
+            raise ValueError("it is neither a path nor an http or https URL without user information")
         url = httptools.parse_url(target)
         if not url.host:
             raise ValueError("it contains no host")
@@ -489,6 +546,8 @@ class DownstreamConnection(HttpToolsProtocol):
             (name, authority if name.lower() == b"host" else value) for name, value in self.raw_headers
         ]
         rest = absolute[1] or b""
+        if method == "OPTIONS" and not rest:
+            return b"*"
         return rest if rest.startswith(b"/") else b"/" + rest
 
     def on_body(self, body: bytes) -> None:
@@ -501,6 +560,10 @@ class DownstreamConnection(HttpToolsProtocol):
         if cycle is None or self._is_ending:
             return
         self._body_bytes += len(body)
+        if self._body_left is None:
+            self._overhead = max(0, self._overhead - CHUNK_OVERHEAD * len(body))
+        else:
+            self._body_left -= len(body)
         if not cycle.is_response_complete or cycle.is_body_continued:
             if cycle.feed(body):
                 self.pause_reading()
@@ -783,6 +846,13 @@ class DownstreamConnection(HttpToolsProtocol):
         ):
             return None
         return self.limits.header_timeout if self._is_timed else self.limits.keep_alive_timeout
+
+    def _check_body(self, cycle: RequestResponseCycle) -> None:
+        """Refuse a body with too much chunk framing; set the deadline of the next piece of another."""
+        if self._overhead > self.limits.header_bytes:
+            self.refuse(BadRequest(f"The body has more than {self.limits.header_bytes} bytes of chunk extensions."))
+        else:
+            self._await_body(cycle)
 
     def _await_body(self, cycle: RequestResponseCycle) -> None:
         """Set the deadline of the next body piece.

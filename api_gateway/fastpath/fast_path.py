@@ -19,23 +19,22 @@ from urllib.parse import unquote
 from api_gateway.errors import ClientDisconnected, GatewayError, Unavailable
 from api_gateway.http1.asgi import FIELDS, ASGIApp, Receive, Scope, Send
 from api_gateway.http1.fast_parser import pairs_of, parse_request_head
-from api_gateway.http1.headers import VIA_NAME, fields_of, forwardable_interim, http_date
+from api_gateway.http1.headers import fields_of, forwardable_interim, http_date
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.http1.serializer import render_response_head
 from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeMiddleware, is_proxied
 from api_gateway.models import NANOSECONDS, Clock, Exchange, HeaderList, Outcome
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
+from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.faults import ClientProgress
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, HeaderReader, RewrittenHeaders
-from api_gateway.proxy.problem_response import problem_response
+from api_gateway.proxy.problem_response import problem_message
 from api_gateway.router import Router
 from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from api_gateway.upstreams.upstream import Attempt
 
-_VIA = b"\r\nvia: 1.1 %b\r\n" % VIA_NAME
 _HAS_KEY = re.compile(rb"\r\n(?i:idempotency-key): ")  # makes any request repeatable, see `retry.is_repeatable`
 _MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
 _MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
@@ -104,6 +103,8 @@ class FastPath:
         self.clock = clock
         self.clock_ns = clock_ns
         self.limit_headers = RateLimitHeaders()
+        self.via = headers.via.field("1.1")
+        self.via_line = b"\r\n%b: %b\r\n" % self.via
         self._headers = headers
 
     def __repr__(self) -> str:
@@ -164,16 +165,18 @@ class FastPath:
         """Record the failure; return the problem details as a response, and whether to keep the connection."""
         self.record.note_failure(exchange, error)
         exchange.status = error.status
-        headers, body = problem_response(error, instance=exchange.path, request_id=exchange.id)
-        headers += self.response_headers(exchange)
-        headers.append((b"date", http_date(int(time.time()))))
-        if "connection" in error.headers:
-            keep_alive = False
-        elif not keep_alive:
-            headers.append((b"connection", b"close"))
+        decision, closes = exchange.decision, "connection" in error.headers
+        lines = (
+            b"x-request-id: ",
+            exchange.id.encode(),
+            b"\r\n" if decision is None else b"\r\n" + self.limit_headers.lines(decision),
+            b"date: ",
+            http_date(int(time.time())),
+            b"\r\n" if keep_alive or closes else b"\r\nconnection: close\r\n",
+        )
+        head, body = problem_message(error, instance=exchange.path, request_id=exchange.id, lines=b"".join(lines))
         exchange.bytes_out = len(body)
-        head = render_response_head(error.status, None, headers)
-        return head if exchange.method == "HEAD" else head + body, keep_alive
+        return head if exchange.method == "HEAD" else head + body, keep_alive and not closes
 
     def response_headers(self, exchange: Exchange) -> HeaderList:
         """Return the header fields of every response: request id and, if there is a decision, the limits."""
@@ -302,7 +305,7 @@ class FastExchange(UpstreamResponse):
     def on_complex_head(self) -> None:
         """Fall back for a response whose head is not plain."""
         if not self.has_fallen_back:
-            self.listener = _Interim(self._client)
+            self.listener = _Interim(self._client, self._fast_path.via)
             self._fall_back(b"", is_sent=True)
 
     def on_progress(self) -> None:
@@ -352,7 +355,7 @@ class FastExchange(UpstreamResponse):
         close = b"" if self.keep_alive else b"connection: close\r\n"
         return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
             self.passed,
-            _VIA,
+            fast_path.via_line,
             exchange.id.encode(),
             headers,
             date,
@@ -391,11 +394,12 @@ class FastExchange(UpstreamResponse):
         self._abort()
 
     def _abort(self) -> None:
-        """Close the upstream connection and end the exchange with the outcome IGNORED."""
+        """Close the upstream connection and end the exchange."""
         self.has_fallen_back = True
         self.exchange.attempts = 1
         self.close()
-        self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)
+        outcome = outcome_of_abort(has_head=self.exchange.head_at is not None)
+        self._end(self._fast_path.clock(), outcome, keep_alive=False)
 
     # The end
 
@@ -437,9 +441,10 @@ class FastExchange(UpstreamResponse):
 class _Interim(NoListener):
     """Forwards interim responses until the ASGI path has set its own listener."""
 
-    def __init__(self, client: Downstream) -> None:
+    def __init__(self, client: Downstream, via: tuple[bytes, bytes]) -> None:
         self._client = client
+        self._via = via
 
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """See `ResponseListener`."""
-        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers)))
+        self._client.transport.write(render_response_head(status, reason, forwardable_interim(headers, self._via)))

@@ -20,8 +20,6 @@ UNIX: Literal["unix"] = "unix"  # the address of every peer on a Unix socket
 Network = IPv4Network | IPv6Network | Literal["unix"]
 Fields = Mapping[bytes, Sequence[bytes]]  # the values of each name (lower case), in order
 
-VIA_NAME = b"api-gateway"
-
 # RFC 9110 section 7.6.1, with obsolete names that are still in use.
 HOP_BY_HOP = frozenset(
     {
@@ -57,7 +55,13 @@ GATEWAY_HEADERS = frozenset(
 )
 
 # `Host` is replaced by the target's. A transfer coding is forwarded: `ambiguity` ensures that it is `chunked`.
-_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {b"host", b"x-request-id", COST, REQUEST_TIMEOUT}
+_NOT_FORWARDED = (HOP_BY_HOP - {b"transfer-encoding"}) | {
+    b"host",
+    b"proxy",  # CGI would pass it as HTTP_PROXY, from which many programs take the proxy of their own requests
+    b"x-request-id",
+    COST,
+    REQUEST_TIMEOUT,
+}
 # Not allowed in trailers: framing, routing, authentication, and fields that are evaluated before the body
 # (RFC 9110 section 6.5.1).
 _NEVER_TRAILING = (
@@ -69,8 +73,10 @@ _NEVER_TRAILING = (
     | {b"age", b"content-encoding", b"content-range", b"content-type", b"date", b"location", b"retry-after", b"vary"}
 )
 _PLAIN_OPTIONS = frozenset({b"close", b"keep-alive"})  # values of `Connection` that name no header field
-_VIA = (b"via", b"1.1 " + VIA_NAME)
-_AUTHORITY = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_AUTHORITY = re.compile(
+    rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[(?P<six>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{0,5}))?"
+)
+_MAX_PORT = 65_535
 # A node of RFC 7239 section 6 with an address: optionally quoted, in brackets, or with a port (possibly obfuscated).
 _NODE = re.compile(
     r"""(?P<quote>"?)(?:\[(?P<six>[0-9A-Fa-f:.]+(?:%[\w.~-]+)?)\]|(?P<four>[0-9.]+))(?::(?:[0-9]{1,5}|_[\w.-]+))?(?P=quote)""",
@@ -106,7 +112,13 @@ def _host_name(value: bytes) -> str:
 
 @lru_cache(maxsize=1024)
 def _is_authority(value: bytes) -> bool:
-    return _AUTHORITY.fullmatch(value) is not None
+    found = _AUTHORITY.fullmatch(value)
+    if found is None or int(found["port"] or 0) > _MAX_PORT:
+        return False
+    try:
+        return found["six"] is None or bool(IPv6Address(found["six"].decode("ascii")))
+    except ValueError:
+        return False
 
 
 @lru_cache(maxsize=4096)
@@ -161,7 +173,7 @@ def stripped_headers(protected: frozenset[bytes], is_trusted: bool) -> frozenset
 
 def inspected_headers(protected: frozenset[bytes]) -> frozenset[bytes]:
     """Return the names that the gateway reads or does not forward; other fields are forwarded unread."""
-    read = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding"}
+    read = {b"content-length", b"expect", b"max-forwards", b"transfer-encoding", b"via"}
     return stripped_headers(protected, False) | protected | read
 
 
@@ -187,7 +199,7 @@ def rewrite_request(
     peer: str,
     scheme: str,
     request_id: bytes,
-    version: str,
+    via: tuple[bytes, bytes],
     is_trusted: bool,
     protected: frozenset[bytes] = frozenset(),
 ) -> HeaderList:
@@ -195,7 +207,8 @@ def rewrite_request(
 
     `peer` is the address of the connection. If it `is_trusted`, its `X-Forwarded-*` fields are extended, otherwise
     replaced. `protected` names (lower case) are kept even if `Connection` lists them. Spellings of protected and
-    forwarding names with underscores are removed, because CGI variables do not distinguish them from hyphens.
+    forwarding names with underscores are removed, because CGI variables do not distinguish them from hyphens. `via` is
+    the gateway's own entry.
     """
     dropped = stripped_headers(protected, is_trusted)
     if b"connection" in fields:
@@ -209,7 +222,7 @@ def rewrite_request(
         kept.append((b"x-forwarded-proto", scheme.encode()))
     if b"host" in fields and (not is_trusted or b"x-forwarded-host" not in fields):
         kept.append((b"x-forwarded-host", fields[b"host"][0]))
-    kept.append(_VIA if version == "1.1" else (b"via", b"%s %s" % (version.encode(), VIA_NAME)))
+    kept.append(via)
     kept.append((b"x-request-id", request_id))
     return kept
 
@@ -219,8 +232,10 @@ def _not_for_clients(omit: frozenset[bytes]) -> frozenset[bytes]:
     return HOP_BY_HOP | GATEWAY_HEADERS | omit
 
 
-def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
-    """Return the upstream's header fields for the client, followed by the gateway's `own`.
+def rewrite_response(
+    headers: HeaderList, fields: Fields, own: HeaderList, omit: frozenset[bytes], via: tuple[bytes, bytes]
+) -> HeaderList:
+    """Return the upstream's header fields for the client, followed by the gateway's entry in `Via` and its `own`.
 
     `fields` are the same fields by name. `omit` names (lower case) are removed in addition to hop-by-hop fields: those
     that the downstream server adds itself.
@@ -230,14 +245,14 @@ def rewrite_response(headers: HeaderList, fields: Fields, own: HeaderList, omit:
     if connection is not None and (len(connection) > 1 or connection[0].lower() not in _PLAIN_OPTIONS):
         dropped |= connection_options(connection)
     kept = [pair for pair in headers if pair[0].lower() not in dropped]
-    kept.append(_VIA)
+    kept.append(via)
     kept += own
     return kept
 
 
-def forwardable_interim(headers: HeaderList) -> HeaderList:
-    """Return the header fields of an interim response (1xx) that are forwarded."""
-    return rewrite_response(headers, fields_of(headers), [], frozenset())
+def forwardable_interim(headers: HeaderList, via: tuple[bytes, bytes]) -> HeaderList:
+    """Return the header fields of an interim response (1xx) that are forwarded, with the gateway's entry in `Via`."""
+    return rewrite_response(headers, fields_of(headers), [], frozenset(), via)
 
 
 def forwardable_trailers(trailers: HeaderList, protected: frozenset[bytes] = frozenset()) -> HeaderList:

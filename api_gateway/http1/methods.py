@@ -1,5 +1,10 @@
-"""HTTP methods: forwarded, refused, idempotent (RFC 9110 section 9)."""
+"""HTTP methods: forwarded, refused, idempotent, and those that the gateway does not know (RFC 9110 section 9).
+
+A method is any token. The gateway forwards one that it does not know unchanged, as unsafe, and never repeats it.
+"""
 
 PROXIED_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-REFUSED_METHODS = frozenset({"TRACE", "CONNECT"})  # RFC 9110 section 9.3.8: TRACE would echo credentials
-IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # among them; section 9.2.2
+KNOWN_METHODS = frozenset(PROXIED_METHODS.split(", "))
+# RFC 9110 section 9.3.8: TRACE would echo credentials. PRI begins a connection of HTTP/2 (RFC 9113 section 3.4).
+REFUSED_METHODS = frozenset({"TRACE", "CONNECT", "PRI"})
+IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})  # among the known; section 9.2.2

@@ -1,13 +1,35 @@
-"""The path of a request by segments, so that an encoded slash remains part of its segment. Pure functions.
+"""The path of a request: by segments, for matching, and as different servers read it. Pure functions.
 
-A framework matches the decoded path, in which `/clients/team%2Fgrants` (the client `team/grants`) and
-`/clients/team/grants` (a resource of the client `team`) are equal.
+By segments, an encoded slash remains part of its segment: a framework matches the decoded path, in which
+`/clients/team%2Fgrants` (the client `team/grants`) and `/clients/team/grants` (a resource of the client `team`) are
+equal.
+
+Servers differ in what they do with unusual paths, and in which order: they remove the parameters of a segment (Tomcat,
+Jetty), take a backslash for a slash and remove trailing dots and blanks of a segment (IIS), merge slashes before they
+resolve dot segments (nginx, Go), afterwards or not at all, and decode once or twice. `readings` returns the results of
+all such steps in any order.
 """
 
 import posixpath
-from collections.abc import Mapping, MutableMapping
+import re
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
+
+MAX_READINGS = 32  # of one path; a path with more is refused
+MAX_READ_BYTES = 65_536  # total length of the readings of a path that has more than MAX_LONG_READINGS
+MAX_LONG_READINGS = 4
+
+# What servers may treat differently in a decoded path; `./` and a final `.` cover dot segments and trailing dots.
+_UNUSUAL = re.compile(r"%|;|\\|\x00| |\?|#|//|\./|\.\Z")
+_ENCODED_DOT = re.compile("%2[eE]")
+_PARAMETERS = re.compile(r";[^/]*")
+_TRAILING = re.compile(r"(?:(?<=[^/. ])|(?<=/)(?!\.{1,2}(?:/|\Z)))[. ]++(?=/|\Z)")
+_SLASHES = re.compile(r"//+")
+_QUERY = re.compile(r"[?#].*", re.DOTALL)
+_DOT_SEGMENT = re.compile(r"/\.{1,2}(?:/|\Z)")
+# A dot segment with parameters, next to a backslash, or followed by blanks.
+_DISPUTED_DOTS = re.compile(r"[/\\]\.{1,2}(?:[;\\]| +(?:[/\\;]|\Z))|\\\.{1,2}(?:/|\Z)")
 
 
 class RequestTarget(NamedTuple):
@@ -70,8 +92,102 @@ def is_below(path: str, prefix: str) -> bool:
     return prefix in (path, "/") or path.startswith(f"{prefix}/")
 
 
+def is_unusual(path: str) -> bool:
+    """Tell whether a decoded path has a part that servers may treat differently: it may have several readings."""
+    return _UNUSUAL.search(path) is not None
+
+
+def has_dot_segment(path: str) -> bool:
+    """Tell whether a segment of `path` is `.` or `..`."""
+    return _DOT_SEGMENT.search(path) is not None
+
+
 def matching_path(path: str) -> str:
-    """Return the decoded `path` with dot segments and repeated slashes resolved (RFC 3986 section 5.2.4)."""
-    if "//" in path or "/." in path:
-        return "/" + posixpath.normpath(path).lstrip("/")
-    return path
+    """Return the form of a decoded path by which its route is selected. Idempotent.
+
+    Backslashes become slashes; parameters, and dots and blanks at the end of a segment, are removed; dot segments and
+    repeated slashes are resolved (RFC 3986 section 5.2.4).
+    """
+    if not is_unusual(path):
+        return path
+    path = _without_trailing(_without_parameters(_with_slashes(path)))
+    return "/" + posixpath.normpath(path).lstrip("/") if "//" in path or "/." in path else path
+
+
+def readings(path: str, *, is_decoded: bool = False) -> list[str]:
+    """Return all paths as which servers may read a path: as it is and by any sequence of `_STEPS`.
+
+    If `path` contains escapes, each reading is decoded at least once, unless it `is_decoded` already. Raises
+    ValueError, with the cause in words, if the path is ambiguous: it contains NUL or a disputed dot segment, or has
+    too many readings.
+    """
+    first = path, is_decoded or "%" not in path
+    found, pending, size = {first}, [first], len(path)
+    while pending:
+        path, is_decoded = pending.pop()
+        if "\0" in path:
+            raise ValueError("it contains NUL")
+        if _DISPUTED_DOTS.search(path) is not None:
+            raise ValueError("a dot segment has parameters, a backslash or a blank beside it")
+        for step in _STEPS:
+            other = step(path)
+            reading = other, is_decoded or step is unquote or "%" not in other
+            if other == path or reading in found:
+                continue
+            found.add(reading)
+            pending.append(reading)
+            size += len(other)
+            if len(found) > MAX_READINGS or (size > MAX_READ_BYTES and len(found) > MAX_LONG_READINGS):
+                raise ValueError("servers may read it in too many ways")
+    return list({path for path, is_decoded in found if is_decoded})
+
+
+def _with_plain_dots(path: str) -> str:
+    """Decode dots only, as the URL parsers of browsers and Node do before they resolve dot segments."""
+    return _ENCODED_DOT.sub(".", path) if "%2" in path else path
+
+
+def _with_slashes(path: str) -> str:
+    return path.replace("\\", "/")
+
+
+def _without_parameters(path: str) -> str:
+    return _PARAMETERS.sub("", path) if ";" in path else path
+
+
+def _without_trailing(path: str) -> str:
+    return _TRAILING.sub("", path)
+
+
+def _without_query(path: str) -> str:
+    """Cut the path at an encoded question mark or number sign, which a server that decodes twice takes for its end."""
+    return _QUERY.sub("", path) if "?" in path or "#" in path else path
+
+
+def _merged(path: str) -> str:
+    return _SLASHES.sub("/", path) if "//" in path else path
+
+
+def _resolved(path: str) -> str:
+    """Resolve dot segments as RFC 3986 section 5.2.4 does: an empty segment is a segment, which `..` removes."""
+    if not has_dot_segment(path):
+        return path
+    kept: list[str] = []
+    for segment in path.split("/")[1:]:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    return "/" + "/".join(kept)
+
+
+_STEPS: tuple[Callable[[str], str], ...] = (
+    unquote,
+    _with_plain_dots,
+    _with_slashes,
+    _without_parameters,
+    _without_trailing,
+    _without_query,
+    _merged,
+    _resolved,
+)

@@ -23,6 +23,7 @@ from api_gateway.http1.headers import (
     rewrite_request,
     stripped_headers,
 )
+from api_gateway.http1.via import Via
 from api_gateway.models import Charge, Client, HeaderList
 from api_gateway.proxy.request_id import given_request_id
 
@@ -46,6 +47,7 @@ class HeaderFacts:
         "cost",
         "dropped",
         "host",
+        "is_loop",
         "is_trusted",
         "keep_alive",
         "length",
@@ -60,6 +62,7 @@ class HeaderFacts:
         "version",
     )
 
+    is_loop: bool  # whether the request has passed this gateway before; `ambiguity` says so in words
     length: int  # of the body in bytes
     keep_alive: bool
     dropped: HeaderList  # fields that are not forwarded
@@ -83,7 +86,7 @@ class HeaderFacts:
         self.peer = peer  # the client's address; behind a trusted proxy, the one that it reports
         self.is_trusted = is_trusted  # whether the connection is that of a trusted proxy
         self.request_id = request_id
-        self.ambiguity = ambiguity  # why servers may interpret the request differently
+        self.ambiguity = ambiguity  # why the header fields alone rule the request out
         self.timeout = timeout  # the values of X-Request-Timeout
         self.name: str | None = None  # the client id
         self.name_error: str | None = None  # why the client id is invalid
@@ -99,7 +102,7 @@ class HeaderFacts:
         other = HeaderFacts(
             self.owner, self.host, self.peer, self.is_trusted, self.request_id, self.ambiguity, self.timeout
         )
-        other.length, other.keep_alive = self.length, self.keep_alive
+        other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
         other.dropped, other.added = self.dropped, self.added
         return other
 
@@ -121,8 +124,10 @@ class HeaderReader:
         id_header: str,
         trusted_proxies: Collection[Network],
         max_body_bytes: int,
+        via: Via | None = None,
     ) -> None:
-        """`id_header` identifies clients; it is forwarded even if `Connection` names it."""
+        """`id_header` identifies clients; it is forwarded even if `Connection` names it. `via` names this gateway."""
+        self.via = via or Via()
         self.id_header = id_header.lower().encode()
         self.protected = frozenset({self.id_header})
         self._max_body_bytes = max_body_bytes
@@ -140,15 +145,18 @@ class HeaderReader:
     def read(self, peer: str, fields: Fields, version: str) -> HeaderFacts:
         """Return what the fields of a request mean. `peer` is the address of the connection."""
         is_trusted = bool(self._trusted) and self._is_trusted(peer)
+        cause = ambiguity(fields, version)
+        is_loop = cause is None and b"via" in fields and self.via.is_in(fields[b"via"])
         facts = HeaderFacts(
             self,
             host_name(fields),
             client_address(peer, fields, self._trusted) if is_trusted else peer,
             is_trusted,
             given_request_id(fields),
-            ambiguity(fields, version),
+            f"its Via contains {self.via.pseudonym}, so it has passed this gateway before" if is_loop else cause,
             tuple(fields.get(REQUEST_TIMEOUT, ())),
         )
+        facts.is_loop = is_loop
         self._set_name(facts, fields)
         return facts
 
@@ -208,7 +216,7 @@ class HeaderReader:
             peer=peer,
             scheme=scheme,
             request_id=b"",
-            version="1.1",
+            via=self.via.field("1.1"),
             is_trusted=is_trusted,
             protected=self.protected,
         )

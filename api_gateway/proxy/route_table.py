@@ -1,14 +1,17 @@
 """Routes: the upstream, cost and upstream path of a request.
 
-Pure. Paths are compared percent-decoded and by whole segments, and forwarded as they were sent.
+Pure. Paths are compared percent-decoded and by whole segments, and forwarded as they were sent. A path that servers
+may read differently (see `http1.request_paths`) costs as much as its dearest reading.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from api_gateway.errors import BadRequest, MethodNotAllowed, NoRoute
-from api_gateway.http1.request_paths import is_below, matching_path
+from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusual, matching_path, readings
 from api_gateway.proxy.fallback import Fallback
+
+_READING = b"*"  # in place of a request target: the path is not to be read in other ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,23 @@ class Route:
         return self._rule_of(method, matching_path(path))
 
     def _rule_of(self, method: str, path: str) -> CostRule | None:
-        return next((rule for rule in self.costs if rule.matches(method, path)), None)
+        for rule in self.costs:
+            if rule.matches(method, path):
+                return rule
+        return None
 
     def candidate_cost_of(self, method: str, path: str) -> float | None:
-        """Return the candidate cost of a request in tokens, or None if there is none."""
-        rule = self.rule_for(method, path)
-        return self.candidate_cost if rule is None else rule.candidate_cost
+        """Return the candidate cost of a request in tokens, of its dearest reading; None if no reading has one."""
+        if not is_unusual(path):
+            return self._costs_of(method, path)[1]
+        costs = [self._costs_of(method, one) for one in (matching_path(path), *readings(path, is_decoded=True))]
+        if all(candidate is None for _, candidate in costs):
+            return None
+        return max(cost if candidate is None else candidate for cost, candidate in costs)
+
+    def _costs_of(self, method: str, path: str) -> tuple[float, float | None]:
+        rule = self._rule_of(method, path)
+        return (self.cost, self.candidate_cost) if rule is None else (rule.cost, rule.candidate_cost)
 
     @property
     def has_candidate(self) -> bool:
@@ -79,8 +93,8 @@ class Route:
 class RouteTable:
     """Finds the route of a request: the longest path prefix; for equal prefixes, a route with a host first.
 
-    Dot segments and repeated slashes are resolved for matching only, so that a different spelling of a path cannot
-    select a cheaper cost rule. The path is forwarded as it was sent.
+    The route is selected by `matching_path`. No spelling of a path selects a cheaper cost rule or avoids a route that
+    is restricted to some methods. The path is forwarded as it was sent.
     """
 
     def __init__(self, routes: Sequence[Route]) -> None:
@@ -93,28 +107,59 @@ class RouteTable:
     def __repr__(self) -> str:
         return f"<RouteTable {sorted(self._routes)}>"
 
-    def find(self, host: str, method: str, path: str) -> tuple[Route, float]:
-        """Return the route of a request and its cost in tokens; `path` is percent-decoded.
+    def find(self, host: str, method: str, path: str, raw_target: bytes = b"") -> tuple[Route, float]:
+        """Return the route of a request and its cost in tokens.
 
-        Raises NoRoute, or MethodNotAllowed with the allowed methods.
+        `path` is percent-decoded; `raw_target` is the request target with the same path as sent, from which the
+        readings are derived, or `_READING` if `path` is one of them. Raises BadRequest for an ambiguous path, NoRoute,
+        or MethodNotAllowed with the allowed methods.
         """
-        if "//" in path or "/." in path:
-            path = matching_path(path)
+        # The cheap tests come first; what else is unusual can only be there if it was percent-encoded.
+        if (
+            raw_target is not _READING
+            and ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target or not raw_target)
+            and is_unusual(path)
+        ):
+            return self._find_dearest(host, method, path, raw_target)
         prefix = path
         if path.count("/") > self._depth:
             prefix = "/".join(path.split("/", self._depth + 1)[: self._depth + 1])
         while prefix:
-            allowed: set[str] = set()
-            for route in self._routes.get(prefix, ()):
-                if route.host is None or route.host == host:
-                    if route.methods is None or method in route.methods:
-                        return route, route.cost_of(method, path) if route.costs else route.cost
-                    allowed |= route.methods
-            if allowed:
-                names = ", ".join(sorted(allowed))
-                raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
+            found = self._routes.get(prefix)
+            if found is not None:
+                allowed: set[str] = set()
+                for route in found:
+                    if route.host is None or route.host == host:
+                        if route.methods is None or method in route.methods:
+                            return route, route.cost_of(method, path) if route.costs else route.cost
+                        allowed |= route.methods
+                if allowed:
+                    names = ", ".join(sorted(allowed))
+                    raise MethodNotAllowed(f"{path} allows {names}, not {method}.", headers={"allow": names})
             prefix = prefix.rpartition("/")[0]
         raise NoRoute(f"No route matches {path}.")
+
+    def _find_dearest(self, host: str, method: str, path: str, raw_target: bytes) -> tuple[Route, float]:
+        """Return the route of a path with several readings, and the cost of the dearest one.
+
+        Each reading must be allowed. A reading without a route is refused, unless it is one of a server that does not
+        resolve dot segments. Readings with repeated slashes cost no more than those without.
+        """
+        raw_path = raw_target.partition(b"?")[0].decode("latin-1")
+        try:
+            found = readings(raw_path) if raw_path else readings(path, is_decoded=True)
+        except ValueError as error:
+            raise BadRequest(f"The path is ambiguous: {error}.") from None
+        route, cost = self.find(host, method, matching_path(path), _READING)
+        for reading in found:
+            if "//" in reading:
+                continue
+            try:
+                cost = max(cost, self.find(host, method, reading, _READING)[1])
+            except NoRoute:
+                if not has_dot_segment(reading):
+                    raise
+        return route, cost
 
 
 def upstream_target(route: Route, target: bytes) -> bytes:

@@ -62,7 +62,7 @@ class ShadowLimits:
         quota = quota or client.quota
         tried = self._routes.get(route) if route is not None else None
         if tried is not None:
-            candidate = tried.candidate_cost_of(method, path)
+            candidate = tried.candidate_cost_of(method.upper(), path)
             cost = cost if candidate is None else candidate
         return [Charge(f"candidate:{client.key}", quota, quota.cost_ns(cost))]
 

@@ -6,14 +6,14 @@ from functools import lru_cache, partial
 from typing import Any
 
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError, MethodNotAllowed
+from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError, LoopDetected, MethodNotAllowed
 from api_gateway.http1.headers import address_key, is_within
-from api_gateway.http1.methods import PROXIED_METHODS, REFUSED_METHODS
+from api_gateway.http1.methods import KNOWN_METHODS, PROXIED_METHODS, REFUSED_METHODS
 from api_gateway.limits.refusal import refusal
 from api_gateway.models import Charge, Client, Decision, Quota
 from api_gateway.proxy.admission import OnReply, RequestPlan, StageResult, Wait
 from api_gateway.proxy.deadline import deadline_of
-from api_gateway.proxy.route_table import RouteTable, upstream_target
+from api_gateway.proxy.route_table import Route, RouteTable, upstream_target
 from api_gateway.proxy.shadow_limits import ShadowLimits
 from api_gateway.rate_limiter import NEVER_NS, RateLimiter
 from api_gateway.resilience.event_loop_limit import EventLoopShedder
@@ -24,13 +24,15 @@ LIKELY_SHED_SHARE = 0.5  # share of requests shed at random from which the predi
 
 
 class AmbiguityStage:
-    """Refuses requests that servers may interpret differently."""
+    """Refuses requests that their header fields rule out: servers may interpret them differently, or they return."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
-        """Refuse an ambiguous request, and have its connection closed."""
+        """Refuse an ambiguous request, and have its connection closed; refuse a loop."""
         cause = plan.facts.ambiguity
         if cause is None:
             return None
+        if plan.facts.is_loop:
+            return LoopDetected(f"The request is in a loop: {cause}.")
         return BadRequest(f"The request is ambiguous: {cause}.", headers={"connection": "close"})
 
     inspect = decide
@@ -81,12 +83,13 @@ class RouteStage:
     def decide(self, plan: RequestPlan) -> StageResult:
         """Set the route and what depends on it; refuse a request that has none, or whose method it does not allow."""
         exchange = plan.exchange
-        if exchange.method in REFUSED_METHODS:
-            return MethodNotAllowed(
-                f"The method {exchange.method} is not forwarded.", headers={"allow": PROXIED_METHODS}
-            )
         try:
-            route, exchange.cost = self._routes.find(plan.facts.host, exchange.method, exchange.path)
+            if exchange.method in KNOWN_METHODS:
+                route, exchange.cost = self._routes.find(
+                    plan.facts.host, exchange.method, exchange.path, plan.raw_target
+                )
+            else:
+                route, exchange.cost = self._find_for_unknown_method(plan)
             plan.route, exchange.route = route, route.name
             plan.target = upstream_target(route, plan.raw_target)
         except GatewayError as error:
@@ -94,6 +97,22 @@ class RouteStage:
         return None
 
     inspect = decide
+
+    def _find_for_unknown_method(self, plan: RequestPlan) -> tuple[Route, float]:
+        """Return the route and the cost: at least that of the method in upper case, as which some frameworks read it.
+
+        Raises GatewayError; MethodNotAllowed for a method that is not forwarded, in any letter case.
+        """
+        host, exchange = plan.facts.host, plan.exchange
+        upper = exchange.method.upper()
+        if upper in REFUSED_METHODS:
+            raise MethodNotAllowed(
+                f"The method {exchange.method} is not forwarded.", headers={"allow": PROXIED_METHODS}
+            )
+        route, cost = self._routes.find(host, exchange.method, exchange.path, plan.raw_target)
+        if upper != exchange.method:
+            cost = max(cost, self._routes.find(host, upper, exchange.path, plan.raw_target)[1])
+        return route, cost
 
 
 class DeadlineStage:

@@ -16,6 +16,7 @@ from api_gateway.http1.headers import (
     framing,
     rewrite_request,
 )
+from api_gateway.http1.via import Via
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.request_body import StreamedBody
@@ -35,6 +36,7 @@ class UpstreamRequest:
         "_is_trusted",
         "_protected",
         "_scope",
+        "_via",
         "body",
         "deadline",
         "expects_continue",
@@ -45,6 +47,7 @@ class UpstreamRequest:
         "target",
         "timer",
         "upgrade",
+        "waited_before_head",
     )
 
     def __init__(
@@ -53,16 +56,19 @@ class UpstreamRequest:
         scope: Scope,
         extension: ServerExtension | None,
         protected: frozenset[bytes],
+        via: Via,
     ) -> None:
         self._scope = scope
         self._is_trusted = plan.facts.is_trusted
         self._protected = protected
+        self._via = via
         self.extension = extension
         self.target = plan.target
         self.fields: Fields = scope[FIELDS]
         self.framing = framing(self.fields)
         self.body: StreamedBody | NoBody = NO_BODY
         self.deadline = plan.deadline
+        self.waited_before_head = 0.0  # seconds for which the attempt has waited for the client to send
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
         self.headers: HeaderList = scope["headers"] if extension is None else extension.headers
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
@@ -103,7 +109,7 @@ class UpstreamRequest:
     def on_interim(self, status: int, reason: bytes, headers: HeaderList) -> None:
         """Forward an interim response (RFC 9110 section 15.2)."""
         if self.extension is not None:
-            self.extension.send_interim(status, reason, forwardable_interim(headers))
+            self.extension.send_interim(status, reason, forwardable_interim(headers, self._via.field("1.1")))
 
     def trailers(self) -> HeaderList:
         """Return the request's trailer fields that are forwarded."""
@@ -124,7 +130,7 @@ class UpstreamRequest:
 
         A client's own deadline does not shorten it: a short one would make each target appear unreachable.
         """
-        if self.deadline is None or not self.deadline.is_upstream_fault:
+        if self.deadline is None or self.deadline.is_of_client:
             return upstream_client.limits
         half = self.deadline.remaining(now) / 2
         return {**upstream_client.limits, "connect": min(upstream_client.limits["connect"], half)}
@@ -140,7 +146,7 @@ class UpstreamRequest:
             peer=scope["client"][0] if scope.get("client") else "unknown",
             scheme=scope["scheme"],
             request_id=exchange.id.encode(),
-            version=scope["http_version"],
+            via=self._via.field(scope["http_version"]),
             is_trusted=self._is_trusted,
             protected=self._protected,
         )

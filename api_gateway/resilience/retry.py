@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 
 from api_gateway.http1.headers import Fields
-from api_gateway.http1.methods import IDEMPOTENT
+from api_gateway.http1.methods import IDEMPOTENT, KNOWN_METHODS
 from api_gateway.resilience.rate_meter import RateMeter
 
 NO_RETRY = float("inf")
@@ -194,9 +194,10 @@ def _denial(failed: FailedAttempt, policy: RetryPolicy) -> RetryDenied | None:
 def is_repeatable(method: str, fields: Fields) -> bool:
     """Return whether a request may be repeated: an idempotent method (RFC 9110, section 9.2.2), or a key.
 
-    With `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header) the upstream processes the request only once.
+    With `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header) the upstream processes the request only once. A
+    request with an unknown method is never repeated.
     """
-    return method in IDEMPOTENT or any(fields.get(b"idempotency-key", ()))
+    return method in IDEMPOTENT or (method in KNOWN_METHODS and any(fields.get(b"idempotency-key", ())))
 
 
 def retry_after_of(fields: Fields) -> float | None:

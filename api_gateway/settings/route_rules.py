@@ -1,7 +1,7 @@
 """Detects routes, hosts and cost rules that can never match a request, and suggests what to write instead.
 
-The path of a request is compared percent-decoded, with dot segments and repeated slashes resolved, by whole segments;
-its host is compared in lower case, without port and trailing dot.
+The path of a request is compared percent-decoded, in the form of `matching_path`, by whole segments; its host is
+compared in lower case, without port and trailing dot.
 """
 
 import re
@@ -17,6 +17,7 @@ API = "/api"
 _PLACEHOLDER = re.compile(r"[{}<>]|^:")
 _PATTERN = re.compile(r"[\[\]\\^$|]|\(\?")
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
+_TRAILING_DOT = re.compile(r"(?<![/.])[. ]+(?:/|$)|/\.{3,}(?:/|$)")
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 _LONGEST_HOST = 253
 
@@ -46,10 +47,12 @@ def _flaw(path: str) -> tuple[str, str | None] | None:
         return reason, "/".join(segments[:odd]) or "/"
     if _ESCAPE.search(path):
         return "never matches, as paths are compared decoded", unquote(path)
-    if matching_path(path) != path:
-        return "never matches, as dot segments and repeated slashes are resolved first", matching_path(path)
     if any(not character.isprintable() for character in path) or path != path.strip():
         return "never matches, as it begins or ends with a space, or contains control characters", None
+    if ";" in path or _TRAILING_DOT.search(path):
+        return "never matches, as parameters and trailing dots of segments are removed first", matching_path(path)
+    if matching_path(path) != path:
+        return "never matches, as dot segments and repeated slashes are resolved first", matching_path(path)
     return None
 
 

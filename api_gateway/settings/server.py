@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from api_gateway.settings.setting_types import FileMode, Host, Seconds, Section, TrustedProxy
+from api_gateway.settings.setting_types import PSEUDONYM, FileMode, Host, Seconds, Section, TrustedProxy
 
 
 class ServerSection(Section):
@@ -53,6 +53,11 @@ class ServerSection(Section):
     )
     max_event_loop_lag: Seconds | None = Field(
         default=0.25, description="How late the event loop may run before requests are shed by tier. None: never."
+    )
+    via: str | None = Field(
+        default=None,
+        pattern=PSEUDONYM,
+        description="The gateway's name in Via. A request that returns with it is refused. None: a random name.",
     )
     trusted_proxies: list[TrustedProxy] = Field(default=[], description="Networks, and `unix` for Unix sockets.")
 

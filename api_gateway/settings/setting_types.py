@@ -22,6 +22,7 @@ _HEADER_NAME = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"
 _HEADER_VALUE = r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$"
 PREFIX = r"^[A-Za-z0-9_.:-]{1,64}$"
 OWN_HEADER = r"^[A-Za-z0-9-]{1,64}$"
+PSEUDONYM = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$"
 HASH_ON = r"^(client|header:[A-Za-z0-9-]{1,64})$"
 CLIENT_ID = r"^[\x21-\x7e]{1,128}$"
 # Descriptions of the texts that match each pattern, for messages.
@@ -32,6 +33,7 @@ PATTERNS = {
     _HEADER_VALUE: "must be visible ASCII characters, with spaces only between them",
     PREFIX: "must be 1 to 64 letters, digits, '_', '.', ':' and '-'",
     OWN_HEADER: "must be the name of a header field, 1 to 64 letters, digits and '-'",
+    PSEUDONYM: "must be a token of 1 to 64 letters, digits and '-', as in edge-1",
     HASH_ON: "must be client, or header: with the name of a header field, as in header:X-Tenant",
     CLIENT_ID: "must be a client's identifier of 1 to 128 visible ASCII characters",
 }

@@ -180,6 +180,13 @@ class StoreSession:
                 await pubsub.aclose()  # type: ignore[no-untyped-call]  # theirs
             await asyncio.sleep(RESUBSCRIBE_DELAY)
 
+    async def set_once(self, key: str, text: str) -> str:
+        """Set a key that has no value, and return its value. Raises one of `StoreError`."""
+        await self.client.set(key, text, nx=True)
+        found = await self.client.get(key)
+        check_cancelled()
+        return found.decode(errors="replace") if isinstance(found, bytes) else text
+
     async def evictions(self) -> Evictions:
         """Query evictions and the eviction policy. Raises one of `StoreError`."""
         found = [await self._info("stats"), await self._info("memory")]

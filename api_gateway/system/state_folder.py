@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -67,6 +68,28 @@ def open_private(path: Path) -> TextIO:
     """Open a text file for writing with mode 0600. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     return os.fdopen(descriptor, "w", encoding="utf-8")
+
+
+def create_once(path: Path, text: str) -> str:
+    """Return the content of a private ASCII file, which is created with `text` if there is none. Blocks.
+
+    Several processes may call this at once: the file is created atomically, and all return the same content, without
+    surrounding white space. Raises OSError, and ValueError for another encoding.
+    """
+    if not path.exists():
+        make_private(path.parent)
+        draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            with open(descriptor, "w", encoding="ascii") as file:  # noqa: PTH123 - of a descriptor
+                file.write(f"{text}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(draft, path)
+        finally:
+            draft.unlink()
+    return path.read_text("ascii").strip()
 
 
 def create_private(path: Path) -> None:

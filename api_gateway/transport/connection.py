@@ -7,6 +7,7 @@ timer.
 """
 
 import asyncio
+import re
 from typing import Any
 
 import httptools
@@ -33,6 +34,22 @@ MAX_REST = 256 * 1024  # bytes of the body that are sent after the response is c
 REST_TIMEOUT = 2.0  # seconds within which they must be sent
 STALL_BASELINE = 0.05  # seconds of a pause after which the unacknowledged bytes are counted: most pauses are shorter
 _SURPLUS = "more bytes than announced"
+_CONTROL_CHARACTER = "Invalid header value char"  # the parser's words, as all in the next line
+_FIELD_ERRORS = frozenset(
+    {
+        _CONTROL_CHARACTER,
+        "Invalid header token",
+        "Unexpected whitespace after header value",
+        "Content-Length can't be present with Transfer-Encoding",
+        "Missing expected LF after header value",
+        "Missing expected CR after header value",
+    }
+)
+_CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not NUL, which is dangerous (RFC 9110 section 5.5)
+_CONTROL_IN_FRAMING = re.compile(
+    rb"\r\n(?i:content-length|transfer-encoding|connection)[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+)
+_INTERIM_LINE = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
 _KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser ignores framing fields of these statuses
@@ -84,6 +101,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._writable: asyncio.Future[None] | None = None
         self._headers: HeaderList = []  # of the head or the trailers being parsed
         self._reason = b""
+        self._head_begun = b""  # input up to now, while the head is incomplete
         self._received = 0  # bytes of this response so far
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._remaining = 0  # bytes of the body that have not arrived, after a plain head
@@ -319,25 +337,54 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         size = len(data)
         if not self._received:
             self._unparsed = 0
-            self._headers, self._reason = [], b""
+            self._headers, self._reason, self._head_begun = [], b"", b""
         self._received += size
         self._unparsed += size
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(response, f"not HTTP: {error}")
+            self._on_malformed(response, data, str(error))
             return
         except httptools.HttpParserUpgrade as upgrade:
             response.leftover = data[upgrade.args[0] :]
             self.pause_reading()
             response.on_progress()
             return
+        if not response.is_head_complete:
+            self._head_begun += data
         if response.is_complete:
             self._on_progress(response)
+        elif self._unparsed > MAX_HEAD_BYTES and response.is_head_complete and self._headers:
+            self._end_in_trailers(response)
         elif self._unparsed > MAX_HEAD_BYTES or (not response.is_head_complete and self._received > MAX_HEAD_BYTES):
             self._fail(response, _TOO_LONG)
         else:
             self._on_progress(response)
+
+    def _on_malformed(self, response: UpstreamResponse, data: bytes, cause: str) -> None:
+        """Fail the response, unless only its trailers are malformed or its head can be repaired.
+
+        After the head, an error in a field means that the body is complete: the trailers are dropped.
+        """
+        if response.is_head_complete and not response.is_complete and cause in _FIELD_ERRORS:
+            self._end_in_trailers(response)
+            return
+        repaired = None
+        if not response.is_head_complete and response.error is None and cause == _CONTROL_CHARACTER:
+            repaired = _without_control_characters(self._head_begun + data)
+        if repaired is None:
+            self._fail(response, f"not HTTP: {cause}")
+            return
+        self._parser = httptools.HttpResponseParser(self)
+        self._received = max(0, self._received - len(repaired))
+        self._headers, self._reason, self._head_begun = [], b"", b""
+        self._parse(response, repaired)
+
+    def _end_in_trailers(self, response: UpstreamResponse) -> None:
+        """Complete a response whose body is complete and whose trailers cannot be used; close the connection."""
+        self._headers = []
+        response.is_complete, response.keeps_alive = True, False
+        self._on_progress(response)
 
     def _is_too_long(self, headers: HeaderList) -> bool:
         """Tell whether a complete head or trailer section is larger than MAX_HEAD_BYTES."""
@@ -384,7 +431,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         response.status, response.reason = status, reason
         response.headers, response.fields = headers, fields
         response.is_head_complete = True
-        response.keeps_alive = self._parser.should_keep_alive()
+        response.version, response.keeps_alive = self._parser.get_http_version(), self._parser.should_keep_alive()
         if b"keep-alive" in fields:
             self._obey_keep_alive(fields[b"keep-alive"][0])
         self.timer.clear()
@@ -435,8 +482,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if response is None or response.error is not None:
             return
         if self._is_too_long(self._headers):
-            self._fail(response, _TOO_LONG)
-        elif response.is_head_complete and response.status != SWITCHING:
+            self._headers, response.keeps_alive = [], False  # the trailers are dropped
+        if response.is_head_complete and response.status != SWITCHING:
             response.is_complete = True
             if self._headers:
                 response.trailers, self._headers = self._headers, []
@@ -593,6 +640,22 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._response = None
         response.connection = None
         self.timer.clear()
+
+
+def _without_control_characters(received: bytes) -> bytes | None:
+    """Return the input from an unfinished final head on, with spaces for control characters in its field values.
+
+    RFC 9110 section 5.5 permits the spaces. Preceding interim responses, which have been processed, are left out. None
+    if there are no such characters, or if one is in a field that determines the framing.
+    """
+    start, end = 0, received.find(b"\r\n\r\n")
+    while end >= 0 and _INTERIM_LINE.match(received, start):
+        start, end = end + 4, received.find(b"\r\n\r\n", end + 4)
+    end = len(received) if end < 0 else end
+    head = received[start:end]
+    if _CONTROL.search(head) is None or _CONTROL_IN_FRAMING.search(head) is not None:
+        return None
+    return _CONTROL.sub(b" ", head) + received[end:]
 
 
 def _render_trailers(listener: ResponseListener) -> bytes:

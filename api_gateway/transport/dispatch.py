@@ -18,7 +18,8 @@ class HttpxBody:
     is_ready = False
     trailers: HeaderList = []  # noqa: RUF012 - there are none
 
-    def __init__(self, stream: AsyncIterable[bytes]) -> None:
+    def __init__(self, stream: AsyncIterable[bytes], version: str) -> None:
+        self.version = version  # of HTTP, as in `UpstreamResponse`
         self._pieces = aiter(stream)
         self._clock = asyncio.get_running_loop().time
         self._read_at = self._clock()
@@ -61,7 +62,8 @@ def parts_of(response: httpx.Response) -> tuple[HeaderList, Fields, UpstreamResp
         stream = response.stream
         return stream.headers, stream.fields, stream
     headers = response.headers.raw
-    return headers, fields_of(headers), HttpxBody(response.stream)  # type: ignore[arg-type]  # an async one
+    version = response.http_version.removeprefix("HTTP/")
+    return headers, fields_of(headers), HttpxBody(response.stream, version)  # type: ignore[arg-type]  # an async one
 
 
 async def close_response(response: httpx.Response) -> None:

@@ -107,6 +107,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
 
     # Initial values are class attributes, which makes it cheaper to create a response for each request.
     status = 0
+    version = "1.1"  # of HTTP, in which the response was received
     head = b""  # a plain head as received; empty if the parser has parsed it
     passed = b""  # status line and forwarded lines of a plain head
     has_date = False  # only for a plain head

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -205,7 +206,7 @@ def scope_of(request: ExplainRequest) -> Scope:
         "type": "http",
         "http_version": "1.1",
         "method": request.method,
-        "path": request.path,
+        "path": unquote(request.path),
         "raw_path": request.path.encode(),
         "query_string": b"",
         "scheme": "http",
@@ -252,6 +253,9 @@ async def test_ten_thousand_requests_are_decided_alike_on_all_paths(tmp_path: Pa
                     "/api/one/x",
                     "/api/one/dear",
                     "/api//one/./dear",
+                    "/api/one/dear;v=1",
+                    "/api/one/x%2F../dear",
+                    "/api/one/..;/one/dear",
                     "/api/cut/x",
                     "/api/never",
                     "/api/none",

@@ -122,6 +122,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "drain_timeout": 30,
         "worker_timeout": 30,
         "max_event_loop_lag": 0.25,
+        "via": None,
         "trusted_proxies": [],
     }
     assert config.store.url.get_secret_value() == "memory://"

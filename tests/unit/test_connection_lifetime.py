@@ -1,4 +1,4 @@
-"""Lifetimes of pooled connections, on a clock that stands still: idle time, age, requests, and what upstreams announce."""
+"""Lifetimes of pooled connections, on a clock that stands still: idle time, age, requests, and announcements."""
 
 import asyncio
 import heapq
@@ -195,7 +195,7 @@ async def served(scene: Scene, connection: FakeConnection, *announced: bytes | N
 async def test_no_more_requests_are_sent_than_the_upstream_announces(
     scene: Scene, announced: tuple[bytes, ...], requests: int
 ) -> None:
-    """`max` is the number of further requests: counted down by the upstream (Apache), told once, or always the same."""
+    """`max` is the number of further requests: counted down by the upstream, told once, or always the same."""
     assert await served(scene, await scene.open(), *announced) == requests
 
 

@@ -25,6 +25,7 @@ from api_gateway.http1.headers import (
     rewrite_request,
     rewrite_response,
 )
+from api_gateway.http1.via import Via
 from api_gateway.models import HeaderList
 
 TOUCHED = HOP_BY_HOP | FORWARDING | GATEWAY_HEADERS | PROTECTED | {b"expect", b"x-request-id", b"date", b"server"}
@@ -50,7 +51,7 @@ def upstreams_view(
         peer="192.0.2.7",
         scheme="http",
         request_id=b"id-1",
-        version=version,
+        via=Via().field(version),
         is_trusted=is_trusted,
         protected=protected,
     )
@@ -58,7 +59,7 @@ def upstreams_view(
 
 def clients_view(headers: HeaderList, own: HeaderList, omit: frozenset[bytes]) -> HeaderList:
     """Return `rewrite_response` of these headers."""
-    return rewrite_response(headers, fields_of(headers), own, omit)
+    return rewrite_response(headers, fields_of(headers), own, omit, Via().field("1.1"))
 
 
 # Towards the upstream

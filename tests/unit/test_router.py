@@ -212,7 +212,13 @@ def test_below_means_by_whole_segments(path: str, prefix: str, *, expected: bool
         ("/api/x/", "/api/x/"),
         ("/api/a.b/c..d", "/api/a.b/c..d"),
         ("/api/.hidden", "/api/.hidden"),
-        ("/api/...", "/api/..."),
+        ("/api/...", "/api/"),
+        ("/api/x;v=1", "/api/x"),
+        ("/api/x;v=1/y;w", "/api/x/y"),
+        (r"/api\x", "/api/x"),
+        ("/api/x. ./y..", "/api/x/y"),
+        ("/api/a b", "/api/a b"),
+        ("/api/100%", "/api/100%"),
         ("/api/./x", "/api/x"),
         ("/api/x/.", "/api/x"),
         ("/api/a/../x", "/api/x"),
@@ -254,6 +260,17 @@ def test_no_spelling_of_a_path_reaches_a_cheaper_rule(path: str) -> None:
     rules = (CostRule(None, "/api/x/free", 0), CostRule(None, "/api/x/export", 5))
     table = RouteTable([route("/api"), route("/api/x", costs=rules)])
     assert table.find("", "GET", path)[1] == 5
+
+
+def test_a_candidate_cost_is_that_of_the_dearest_reading() -> None:
+    rules = (CostRule(None, "/api/x/free", 0, 0.5), CostRule(None, "/api/x/export", 5, 8))
+    one = route("/api/x", costs=rules)
+    assert one.candidate_cost_of("GET", "/api/x/free") == 0.5
+    assert one.candidate_cost_of("GET", "/api/x/y") is None
+    for path in ("/api/x/export", "/api/x/export;v=1", "/api/x/free/../export", "/api/x/export//..", r"/api/x\export"):
+        assert one.candidate_cost_of("GET", path) == 8, path
+    cheaper = route("/api/x", cost=3, costs=(CostRule(None, "/api/x/free", 0, 0.5),))
+    assert cheaper.candidate_cost_of("GET", "/api/x/free;v=1") == 3, "a literal reading costs what the route costs"
 
 
 # The target for the upstream

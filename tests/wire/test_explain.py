@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -181,7 +182,7 @@ class Stage:
             "type": "http",
             "http_version": "1.1",
             "method": question.method,
-            "path": question.path,
+            "path": unquote(question.path),
             "raw_path": question.path.encode(),
             "query_string": b"",
             "scheme": "http",
@@ -202,6 +203,13 @@ questions = st.builds(
     path=st.sampled_from(
         (
             *("/api/one", "/api/one", "/api/one/x", "/api/one/export", "/api/one//export", "/api/one/never"),
+            *(
+                "/api/one/export;v=1",
+                "/api/one/export//..",
+                "/api/one/x%5Cexport%20",
+                "/api/one/..%3B/x",
+                "/api/one%00",
+            ),
             *("/api/pair/1", "/api/pair", "/api//pair", "/api", "/api/other", "/api/static", "/api/instead"),
         )
     ),

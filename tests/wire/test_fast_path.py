@@ -229,7 +229,8 @@ def test_a_response_that_is_not_plain_is_served_all_the_same(
     for _ in range(2):
         client.request()
         if behave in (UNUSUAL["an interim answer"], UNUSUAL["an interim answer before"]):
-            assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 103 Early\r\nLink: a\r\nvia: 1.1 api-gateway\r\n\r\n"
+            head = client.read_until(b"\r\n\r\n") or b""
+            assert re.sub(rb"gateway-\w+", b"*", head) == b"HTTP/1.1 103 Early\r\nLink: a\r\nvia: 1.1 api-*\r\n\r\n"
         answer = client.answer()
         assert (answer.status, answer.body, answer.is_complete) == (200, b"ok", True)
     assert fast_path_spy == [True, True]
