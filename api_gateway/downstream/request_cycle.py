@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from api_gateway.http1.headers import BODILESS, Fields, fields_of, http_date
-from api_gateway.http1.serializer import _COLON, _status_line, refuse_hidden_lines, render_response_head
+from api_gateway.http1.serializer import COLON, refuse_hidden_lines, render_response_head, status_line
 from api_gateway.models import HeaderList
 
 REQUEST_HIGH_WATER = 65_536  # bytes of a body buffered for a slow reader before reading from the client is paused
@@ -193,7 +193,7 @@ class RequestResponseCycle:
         status: int = message["status"]
         headers: HeaderList = message.get("headers", ())
         self.is_started = True
-        lines = [_status_line(status, message.get("reason")), *map(_COLON, headers)]
+        lines = [status_line(status, message.get("reason")), *map(COLON, headers)]
         fields: Fields | None = message.get("upstream_fields")
         fields_given = fields is not None  # then `headers` contain no `Connection`
         if fields is None:

@@ -26,11 +26,11 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeMiddleware, is_proxied
 from api_gateway.models import NANOSECONDS, Clock, Exchange, HeaderList, Outcome
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
+from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.faults import ClientProgress
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, HeaderReader, RewrittenHeaders
-from api_gateway.proxy.problem_response import problem_response
+from api_gateway.proxy.problem_response import problem_message
 from api_gateway.router import Router
 from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from api_gateway.upstreams.upstream import Attempt
@@ -165,16 +165,18 @@ class FastPath:
         """Record the failure; return the problem details as a response, and whether to keep the connection."""
         self.record.note_failure(exchange, error)
         exchange.status = error.status
-        headers, body = problem_response(error, instance=exchange.path, request_id=exchange.id)
-        headers += self.response_headers(exchange)
-        headers.append((b"date", http_date(int(time.time()))))
-        if "connection" in error.headers:
-            keep_alive = False
-        elif not keep_alive:
-            headers.append((b"connection", b"close"))
+        decision, closes = exchange.decision, "connection" in error.headers
+        lines = (
+            b"x-request-id: ",
+            exchange.id.encode(),
+            b"\r\n" if decision is None else b"\r\n" + self.limit_headers.lines(decision),
+            b"date: ",
+            http_date(int(time.time())),
+            b"\r\n" if keep_alive or closes else b"\r\nconnection: close\r\n",
+        )
+        head, body = problem_message(error, instance=exchange.path, request_id=exchange.id, lines=b"".join(lines))
         exchange.bytes_out = len(body)
-        head = render_response_head(error.status, None, headers)
-        return head if exchange.method == "HEAD" else head + body, keep_alive
+        return head if exchange.method == "HEAD" else head + body, keep_alive and not closes
 
     def response_headers(self, exchange: Exchange) -> HeaderList:
         """Return the header fields of every response: request id and, if there is a decision, the limits."""
@@ -392,11 +394,12 @@ class FastExchange(UpstreamResponse):
         self._abort()
 
     def _abort(self) -> None:
-        """Close the upstream connection and end the exchange with the outcome IGNORED."""
+        """Close the upstream connection and end the exchange."""
         self.has_fallen_back = True
         self.exchange.attempts = 1
         self.close()
-        self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)
+        outcome = outcome_of_abort(has_head=self.exchange.head_at is not None)
+        self._end(self._fast_path.clock(), outcome, keep_alive=False)
 
     # The end
 

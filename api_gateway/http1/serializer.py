@@ -1,12 +1,14 @@
 """Serialises response heads, and refuses header fields that contain line breaks (response splitting)."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from http import HTTPStatus
 
 from api_gateway.models import HeaderList
 
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
-_COLON = b": ".join
+COLON = b": ".join
+_HIDDEN_LINE = "a header field of the response contains a line break or NUL"
 
 
 def render_response_head(status: int, reason: bytes | None, headers: HeaderList) -> bytes:
@@ -14,17 +16,30 @@ def render_response_head(status: int, reason: bytes | None, headers: HeaderList)
 
     Raises RuntimeError if a field contains a line break or NUL.
     """
-    lines = list(map(_COLON, headers))
+    lines = list(map(COLON, headers))
     refuse_hidden_lines(lines)
-    return b"\r\n".join([_status_line(status, reason), *lines, b"\r\n"])
+    return b"\r\n".join([status_line(status, reason), *lines, b"\r\n"])
+
+
+def render_fields(fields: Mapping[str, str]) -> bytes:
+    """Return header fields as lines, each with its line break. Raises RuntimeError as `render_response_head` does."""
+    text = ""
+    for name, value in fields.items():
+        text += f"{name}: {value}\r\n"
+    lines = text.encode()
+    if lines.count(b"\n") != len(fields) or lines.count(b"\r") != len(fields) or b"\0" in lines:
+        raise RuntimeError(_HIDDEN_LINE)
+    return lines
 
 
 def refuse_hidden_lines(lines: list[bytes]) -> None:
     """Raise RuntimeError if a line of a head contains CR, LF or NUL."""
-    if any(b"\n" in line or b"\r" in line or b"\0" in line for line in lines):
-        raise RuntimeError("a header field of the response contains a line break or NUL")
+    joined = b"".join(lines)
+    if b"\n" in joined or b"\r" in joined or b"\0" in joined:
+        raise RuntimeError(_HIDDEN_LINE)
 
 
 @lru_cache(maxsize=256)
-def _status_line(status: int, reason: bytes | None) -> bytes:
+def status_line(status: int, reason: bytes | None) -> bytes:
+    """Return a status line without its line break, with the standard phrase if `reason` is None."""
     return b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, b"") if reason is None else reason)

@@ -23,7 +23,7 @@ class RateLimitHeaders:
     """
 
     def __init__(self) -> None:
-        self._templates: dict[str, bytes] = {}
+        self._templates: dict[str, tuple[str, str]] = {}
 
     def __repr__(self) -> str:
         return f"<RateLimitHeaders of {sorted(self._templates)}>"
@@ -42,7 +42,11 @@ class RateLimitHeaders:
         else:
             until_ns = decision.reset_ns - quota.burst_ns + quota.emission_ns
         effective = (until_ns + _UP) // NANOSECONDS or 1
-        return template % (usable, effective, left, (decision.reset_ns + _UP) // NANOSECONDS)
+        policy, limit = template
+        return (
+            f"{policy}{usable};t={effective}{limit}{left}\r\n"
+            f"x-ratelimit-reset: {(decision.reset_ns + _UP) // NANOSECONDS}\r\n"
+        ).encode()
 
     def headers(self, decision: Decision) -> HeaderList:
         """Return the fields as pairs of name and value."""
@@ -50,14 +54,8 @@ class RateLimitHeaders:
         return [(name, value) for name, value in lines]
 
 
-def _template(quota: Quota) -> bytes:
-    """Return the field lines of a quota, with placeholders for the values of a decision."""
-    name = quota.name.lower().encode()  # letters, digits and "_.-", so it contains no placeholder
-    window = math.ceil(quota.burst_ns / NANOSECONDS)
-    return (
-        b'ratelimit-policy: "%b";q=%d;w=%d\r\n'
-        b'ratelimit: "%b";r=%%d;t=%%d\r\n'
-        b"x-ratelimit-limit: %d\r\n"
-        b"x-ratelimit-remaining: %%d\r\n"
-        b"x-ratelimit-reset: %%d\r\n"
-    ) % (name, quota.capacity, window, name, quota.capacity)
+def _template(quota: Quota) -> tuple[str, str]:
+    """Return what a quota determines of its field lines: what is before `r`, and what is between `t` and the rest."""
+    name, window = quota.name.lower(), math.ceil(quota.burst_ns / NANOSECONDS)
+    policy = f'ratelimit-policy: "{name}";q={quota.capacity};w={window}\r\nratelimit: "{name}";r='
+    return policy, f"\r\nx-ratelimit-limit: {quota.capacity}\r\nx-ratelimit-remaining: "

@@ -8,7 +8,7 @@ def note_failure(exchange: Exchange, error: GatewayError) -> None:
     """Record reason and detail of a failure; for a client's disconnect also the status of the exchange."""
     exchange.reason = error.reason.value
     note_shed(exchange, error)
-    cause = str(error.__cause__ or "")
+    cause = "" if error.__cause__ is None else str(error.__cause__)
     exchange.detail = f"{error.detail} ({cause})" if cause else error.detail
     if isinstance(error, ClientDisconnected):
         exchange.status, exchange.source = error.status, "gateway"

@@ -1,29 +1,53 @@
-"""Problem details (RFC 9457) as header fields and body, and as ASGI messages."""
+"""Problem details (RFC 9457) as a response in HTTP/1.1 format, and as ASGI messages."""
 
 import json
 
-from api_gateway.errors import GatewayError, problem
+from api_gateway.errors import GatewayError, RateLimited, problem
 from api_gateway.http1.asgi import Send
+from api_gateway.http1.serializer import render_fields, status_line
+from api_gateway.limits.refusal import IS_BY_QUOTA, refusal_body
 from api_gateway.models import HeaderList
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
-def problem_response(error: GatewayError, *, instance: str, request_id: str | None) -> tuple[HeaderList, bytes]:
-    """Return header fields and body of the problem details for `error` (RFC 9457)."""
-    body = json.dumps(problem(error, instance=instance, request_id=request_id), ensure_ascii=False).encode()
-    headers = [
-        (b"content-type", b"application/problem+json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"cache-control", b"no-store"),
-        *((name.encode(), value.encode()) for name, value in error.headers.items()),
-    ]
-    return headers, body
+
+def problem_body(error: GatewayError, *, instance: str, request_id: str | None) -> bytes:
+    """Return the problem details of `error` in JSON."""
+    if isinstance(error, RateLimited) and IS_BY_QUOTA in error.extra and request_id is not None:
+        return refusal_body(error, instance=instance, request_id=request_id).encode()
+    return _encode(problem(error, instance=instance, request_id=request_id)).encode()
+
+
+def problem_message(error: GatewayError, *, instance: str, request_id: str, lines: bytes) -> tuple[bytes, bytes]:
+    """Return head and body of the response in HTTP/1.1 format.
+
+    `lines` are further lines of the head, valid and each with its line break. Raises RuntimeError if a header field
+    of the error contains a line break or NUL.
+    """
+    body = problem_body(error, instance=instance, request_id=request_id)
+    head = (
+        status_line(error.status, None),
+        b"\r\ncontent-type: application/problem+json\r\ncontent-length: ",
+        str(len(body)).encode(),
+        b"\r\ncache-control: no-store\r\n",
+        render_fields(error.headers),
+        lines,
+        b"\r\n",
+    )
+    return b"".join(head), body
 
 
 async def send_problem(
     error: GatewayError, send: Send, *, instance: str, request_id: str | None, headers: HeaderList
 ) -> int:
     """Send `error` as problem details (RFC 9457); return the size of the body in bytes."""
-    own, body = problem_response(error, instance=instance, request_id=request_id)
+    body = problem_body(error, instance=instance, request_id=request_id)
+    own = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+        *((name.encode(), value.encode()) for name, value in error.headers.items()),
+    ]
     await send({"type": "http.response.start", "status": error.status, "headers": own + headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
     return len(body)

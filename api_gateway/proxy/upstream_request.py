@@ -47,6 +47,7 @@ class UpstreamRequest:
         "target",
         "timer",
         "upgrade",
+        "waited_before_head",
     )
 
     def __init__(
@@ -67,6 +68,7 @@ class UpstreamRequest:
         self.framing = framing(self.fields)
         self.body: StreamedBody | NoBody = NO_BODY
         self.deadline = plan.deadline
+        self.waited_before_head = 0.0  # seconds for which the attempt has waited for the client to send
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
         self.headers: HeaderList = scope["headers"] if extension is None else extension.headers
         self.expects_continue = b"expect" in self.fields and self.fields[b"expect"][0].lower() == b"100-continue"
@@ -128,7 +130,7 @@ class UpstreamRequest:
 
         A client's own deadline does not shorten it: a short one would make each target appear unreachable.
         """
-        if self.deadline is None or not self.deadline.is_upstream_fault:
+        if self.deadline is None or self.deadline.is_of_client:
             return upstream_client.limits
         half = self.deadline.remaining(now) / 2
         return {**upstream_client.limits, "connect": min(upstream_client.limits["connect"], half)}

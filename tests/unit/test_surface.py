@@ -127,8 +127,9 @@ def problem_members() -> Iterator[str]:
 def _extra_keys(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         is_named = isinstance(node, ast.keyword) and node.arg == "extra"
-        if isinstance(node, ast.Assign):
-            is_named = any(isinstance(target, ast.Name) and target.id == "extra" for target in node.targets)
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            is_named = any(isinstance(target, ast.Name) and target.id == "extra" for target in targets)
         value = getattr(node, "value", None)
         if is_named and isinstance(value, ast.Dict):
             yield from (str(key.value) for key in value.keys if isinstance(key, ast.Constant))

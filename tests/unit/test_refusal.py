@@ -1,0 +1,114 @@
+"""The responses that refuse a request: what is rendered once for each quota equals what is rendered each time."""
+
+import json
+from collections.abc import MutableMapping
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from api_gateway.errors import BadRequest, GatewayError, MethodNotAllowed, RateLimited, Unavailable, problem
+from api_gateway.http1.serializer import refuse_hidden_lines, render_response_head
+from api_gateway.limits.refusal import refusal
+from api_gateway.models import NANOSECONDS, Client, Decision, Exchange, Quota
+from api_gateway.proxy.problem_response import problem_body, problem_message, send_problem
+from api_gateway.rate_limiter import NEVER_NS
+
+FREE = Quota.per_second("FREE", 1, 10)
+QUOTAS = st.builds(
+    Quota.per_second,
+    st.text("ABCXYZ019_.-", min_size=1, max_size=20),
+    st.floats(1e-6, 1e6) | st.integers(1, 1_000_000),
+    st.integers(1, 1_000_000_000),
+)
+VISIBLE = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=128)
+PATHS = st.text(st.characters(exclude_categories=["Cs"]))
+PEERS = st.sampled_from(["192.0.2.7", "2001:db8:1:2::1", "unix"])
+COSTS = st.floats(0, 1e9) | st.integers(0, 1_000_000_000)
+
+
+def refused(
+    exchange: Exchange, quota: Quota, client_id: str, wait_ns: int, remaining: int, *, by_address: bool
+) -> GatewayError:
+    """Return the error for a request that the client's bucket, or that of its address, refuses."""
+    exchange.client = Client(client_id, f"client:{client_id}", FREE if by_address else quota, "default")
+    key = f"peer:{exchange.peer}" if by_address else exchange.client.key
+    decision = Decision(key, quota, allowed=False, remaining=remaining, wait_ns=wait_ns, reset_ns=wait_ns)
+    return refusal(exchange, decision)
+
+
+def rendered_each_time(error: GatewayError, path: str, request_id: str | None) -> bytes:
+    return json.dumps(problem(error, instance=path, request_id=request_id), ensure_ascii=False).encode()
+
+
+@given(QUOTAS, VISIBLE, VISIBLE, PATHS, PEERS, COSTS, st.integers(1, 10**20), st.integers(0, 10**9), st.booleans())
+@example(FREE, '"\\%s%', '\\"%d', '/api/\r\n\x00\x7f\u2028é😀"%s\\', "unix", 0.1, 1, 0, False)
+def test_a_refusal_has_the_body_that_the_general_renderer_gives_it(
+    quota: Quota,
+    client_id: str,
+    request_id: str,
+    path: str,
+    peer: str,
+    cost: float,
+    wait_ns: int,
+    remaining: int,
+    by_address: bool,  # noqa: FBT001 - generated
+) -> None:
+    exchange = Exchange(request_id, "GET", path, peer, 0.0, cost=cost)
+    error = refused(exchange, quota, client_id, wait_ns, remaining, by_address=by_address)
+    assert isinstance(error, RateLimited)
+    assert problem_body(error, instance=path, request_id=request_id) == rendered_each_time(error, path, request_id)
+    assert problem_body(error, instance=path, request_id=None) == rendered_each_time(error, path, None)
+
+
+def test_quotas_of_one_name_do_not_share_what_is_rendered_once() -> None:
+    """A reload changes a quota and keeps its name; 1 and 1.0 are equal, but not in JSON."""
+    for rate, capacity in ((1, 10), (1.0, 10), (2, 10), (2, 20), (1, 10)):
+        exchange = Exchange("id-1", "GET", "/api/x", "192.0.2.7", 0.0, cost=1)
+        error = refused(exchange, Quota.per_second("FREE", rate, capacity), "acme", NANOSECONDS, 0, by_address=False)
+        assert problem_body(error, instance="/api/x", request_id="id-1") == rendered_each_time(error, "/api/x", "id-1")
+
+
+OTHERS = [
+    refused(Exchange("id-1", "GET", "/", "192.0.2.7", 0.0, cost=11), FREE, "a", NEVER_NS, 9, by_address=False),
+    refused(Exchange("id-1", "GET", "/", "192.0.2.7", 0.0, cost=3), FREE, "a", 2_750_000_000, 1, by_address=True),
+    RateLimited("Wait.", retry_after=2.5, extra={"tier": "FREE"}),
+    RateLimited("Wait."),
+    BadRequest('The "request" is ambiguous.', headers={"connection": "close"}),
+    MethodNotAllowed("No.", headers={"allow": "GET, HEAD"}),
+    Unavailable("Later.", retry_after=0.2, headers={"x-one": "1", "x-two": "2"}),
+]
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
+async def test_a_response_is_the_same_over_asgi_and_on_the_servers_own_connections(error: GatewayError) -> None:
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    more = [(b"x-request-id", b"id-1"), (b"date", b"today")]
+    size = await send_problem(error, send, instance="/é", request_id="id-1", headers=more)
+    lines = b"x-request-id: id-1\r\ndate: today\r\n"
+    head, body = problem_message(error, instance="/é", request_id="id-1", lines=lines)
+    start, end = sent
+    assert body == end["body"] == rendered_each_time(error, "/é", "id-1")
+    assert size == len(body)
+    assert head == render_response_head(error.status, None, start["headers"])
+
+
+@pytest.mark.parametrize("hidden", ["\r", "\n", "\0", "\r\n"])
+def test_no_field_of_an_error_begins_another_line(hidden: str) -> None:
+    error = MethodNotAllowed("No.", headers={"allow": "GET", "x-one": f"1{hidden}x-two: 2"})
+    with pytest.raises(RuntimeError, match="line break or NUL"):
+        problem_message(error, instance="/", request_id="id-1", lines=b"")
+
+
+@given(st.lists(st.binary(max_size=4), max_size=6))
+def test_lines_are_refused_exactly_if_one_hides_another(lines: list[bytes]) -> None:
+    if any(byte in b"\r\n\0" for line in lines for byte in line):
+        with pytest.raises(RuntimeError):
+            refuse_hidden_lines(lines)
+    else:
+        refuse_hidden_lines(lines)
