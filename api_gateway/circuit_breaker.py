@@ -22,7 +22,9 @@ from api_gateway.resilience.rate_meter import RateMeter
 MAX_RECORDS = 50
 MAX_RECORDED_FAILURES = 10
 IDEMPOTENT_PROBE_WAIT = 1.0  # seconds without a repeatable request, after which another one may be the probe
-PROBE_HEAD_START = 5.0  # seconds for which a principal whose probe did not succeed leaves the next one to others
+# Seconds for which some requests leave the next probe to others: those of a principal whose probe did not succeed, and
+# those that may not be repeated.
+PROBE_HEAD_START = 5.0
 RATE_KNOWN_AFTER = 3.0  # seconds of being CLOSED after which the measured rate counts as the usual one
 NO_SLOW_CALLS = float("inf")
 
@@ -78,6 +80,7 @@ class CircuitBreaker:
         self._failed_prober: str | None = (
             None  # the principal of the last probe, unless it succeeded or no client can have caused its failure
         )
+        self._reopened_by: str | None = None  # the principal of the failed probe that has opened it again
         self._vacant_since = now  # when the slot for the next probe became free
         self._transition_count = 0
         self._rate = 0.0  # usual calls per second; 0 if unknown
@@ -94,9 +97,10 @@ class CircuitBreaker:
         """Return a ticket, which must be settled once, or None if the call is rejected.
 
         `is_safe`: the request may be repeated. One that may not be becomes a probe only if no repeatable request has
-        arrived for IDEMPOTENT_PROBE_WAIT seconds. `principal` is the client or address of the call, None if unknown. A
-        principal whose last probe did not succeed gets the next one only after PROBE_HEAD_START seconds if others
-        have requested admission, so that it cannot keep the breaker OPEN alone.
+        arrived for IDEMPOTENT_PROBE_WAIT seconds, or none has become the probe for PROBE_HEAD_START seconds, for
+        example because load balancing sends none of them to this target. `principal` is the client or address of the
+        call, None if unknown. A principal whose last probe did not succeed gets the next one only after
+        PROBE_HEAD_START seconds if others have requested admission, so that it cannot keep the breaker OPEN alone.
         """
         meter = self._meter
         meter.count += 1  # rejected calls too: the meter measures the demand
@@ -107,7 +111,7 @@ class CircuitBreaker:
         self.advance(now)
         ticket = self._admit_by_mode(now, is_safe=is_safe, principal=principal)
         self._admission_seekers.note(principal, now)
-        if is_safe:
+        if is_safe and (ticket is not None or not self._must_yield(principal, now)):
             self._last_idempotent_at = now
         return ticket
 
@@ -168,21 +172,33 @@ class CircuitBreaker:
         state = self.state_at(now)
         if state is State.CLOSED:
             return self.ramp is None or self.ramp.is_over(now) or self.ramp.wait(now) == 0
-        if state is State.OPEN or (not is_safe and now - self._last_idempotent_at < IDEMPOTENT_PROBE_WAIT):
+        if state is State.OPEN or (not is_safe and self._is_for_idempotent(now)):
             return False
         is_free = self.probes_in_flight < self.policy.half_open_max_calls or self.state is not state
         if not is_free and now - self._last_probe_at < self.policy.recovery_timeout:
             return False
-        return principal is None or principal != self._failed_prober or not self._yields_probe(principal, now)
+        return not self._must_yield(principal, now)
 
-    def _yields_probe(self, principal: str, now: float) -> bool:
+    def _is_for_idempotent(self, now: float) -> bool:
+        """Return whether the next probe is left to repeatable requests."""
+        return now - self._last_idempotent_at < IDEMPOTENT_PROBE_WAIT and self._is_in_head_start(now)
+
+    def _must_yield(self, principal: str | None, now: float) -> bool:
         """Return whether this principal must leave the next probe to others that requested admission meanwhile."""
+        if principal is None or principal not in (self._failed_prober, self._reopened_by):
+            return False
+        if not self._is_in_head_start(now):
+            return False
+        opened_at = self.last_opened.at if self.last_opened else now
+        return self._admission_seekers.has_other_since(principal, opened_at)
+
+    def _is_in_head_start(self, now: float) -> bool:
+        """Return whether the next probe has been possible for less than PROBE_HEAD_START seconds, or is not yet."""
         if self.probes_in_flight >= self.policy.half_open_max_calls:  # the last one was lost
             vacant_since = self._last_probe_at + self.policy.recovery_timeout
         else:
             vacant_since = self._due if self.state is State.OPEN else self._vacant_since
-        opened_at = self.last_opened.at if self.last_opened else now
-        return now - vacant_since < PROBE_HEAD_START and self._admission_seekers.has_other_since(principal, opened_at)
+        return now - vacant_since < PROBE_HEAD_START
 
     # Results
 
@@ -225,6 +241,7 @@ class CircuitBreaker:
             self._failures.append(FailedCall(now, detail or _slowness(duration), duration, route, request_id))
         if self.state is State.HALF_OPEN:
             self._failed_prober = None if outcome is Outcome.SUCCESS and not is_slow else principal
+            self._reopened_by = self._failed_prober or self._reopened_by
             return self._settle_probe(outcome, now, detail, duration if is_slow else None)
         self._note_failing_principal(principal, now, is_failure=outcome is Outcome.FAILURE)
         return self._count_bad_call(outcome, now, detail, is_slow=is_slow)
@@ -397,12 +414,13 @@ class CircuitBreaker:
         if transition.target is State.OPEN:
             self._open(transition)
         self.state, self.since = transition.target, now
-        self._vacant_since = now
+        self._vacant_since = self._due if event is Event.RECOVERY_DUE else now
         self._begin_generation()
         self.consecutive_failures = self._probe_successes = 0
         self._window.clear()
         self._failing_principals = RecentPrincipals()
         if self.state is State.CLOSED:
+            self._reopened_by = None
             self._begin_ramp(now)
         self._refresh_flag()
         self._record_transition(transition, counts)

@@ -1,4 +1,4 @@
-"""The errors of the gateway. Each has a status, a reason, a default fault, and whether a retry is safe.
+"""The errors of the gateway. Each has a status, a reason, and whether a retry is safe.
 
     GatewayError
     ├── RequestRefused      the request cannot be served: 4xx
@@ -67,33 +67,18 @@ class Reason(StrEnum):
     CLIENT_DISCONNECTED = "client_disconnected"
 
 
-class Fault(StrEnum):
-    """Who caused an error.
-
-    TARGET: no connection could be made, which a client cannot cause. UPSTREAM: the upstream failed, possibly because
-    of the request. NOBODY: the cause is not certain.
-    """
-
-    CLIENT = "client"
-    UPSTREAM = "upstream"
-    TARGET = "target"
-    GATEWAY = "gateway"
-    NOBODY = "nobody"
-
-
 class GatewayError(Exception):
     """An error for which the gateway generates the response.
 
     `retry_after` is seconds, not rounded; None if waiting does not help. `headers` are added to the response, `extra`
-    to the problem details. `is_retry_safe`: no part of the request has reached an upstream. `fault` applies unless
-    more is known (see `proxy.faults.fault_of`).
+    to the problem details. `is_retry_safe`: no part of the request has reached an upstream. How an error counts for
+    the circuit breakers is in `proxy.attribution`.
     """
 
     status: ClassVar[int] = 500
     reason: ClassVar[Reason] = Reason.INTERNAL_ERROR
     problem_type: ClassVar[str] = "about:blank"
     is_retry_safe: ClassVar[bool] = False
-    fault: ClassVar[Fault] = Fault.GATEWAY
 
     def __init__(
         self,
@@ -118,7 +103,6 @@ class RequestRefused(GatewayError):
 
     status = 400
     reason = Reason.BAD_REQUEST
-    fault = Fault.CLIENT
 
 
 class BadRequest(RequestRefused):
@@ -249,7 +233,6 @@ class UpstreamFailed(GatewayError):
 
     status = 502
     reason = Reason.UPSTREAM_RESET
-    fault = Fault.UPSTREAM
 
 
 class UpstreamConnectError(UpstreamFailed):
@@ -257,7 +240,6 @@ class UpstreamConnectError(UpstreamFailed):
 
     reason = Reason.UPSTREAM_CONNECT_ERROR
     is_retry_safe = True
-    fault = Fault.TARGET
 
 
 class UpstreamReset(UpstreamFailed):
@@ -283,7 +265,6 @@ class UpstreamConnectTimeout(UpstreamTimeout):
     """Connecting exceeded its timeout; nothing was sent."""
 
     is_retry_safe = True
-    fault = Fault.TARGET
 
 
 class LoopDetected(GatewayError):
@@ -302,7 +283,6 @@ class ClientDisconnected(GatewayError):
 
     status = 499
     reason = Reason.CLIENT_DISCONNECTED
-    fault = Fault.CLIENT
 
 
 def not_started() -> Draining:

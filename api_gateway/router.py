@@ -34,10 +34,10 @@ from api_gateway.http1.methods import PROXIED_METHODS
 from api_gateway.http1.via import Via
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
+from api_gateway.proxy.attribution import ClientProgress
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT, DisconnectListener, DisconnectPoller
 from api_gateway.proxy.deadline import Deadline
 from api_gateway.proxy.fallback_runner import FallbackRunner
-from api_gateway.proxy.faults import ClientProgress, fault_of_deadline
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.request_body import SentBody, StreamedBody, body_too_large
 from api_gateway.proxy.route_table import RouteTable
@@ -356,6 +356,7 @@ class Router:
         """
         tried.append(attempt.target)
         exchange.attempts += 1
+        exchange.head_at = None
         try:
             if given_up is not None:
                 await close_response(given_up)
@@ -379,7 +380,7 @@ class Router:
             await self._deliver(exchange, upstream_client, attempt, request, response, send)
             return None
         finally:
-            attempt.release(self._clock())
+            self.outcomes.release(exchange, attempt)
 
     def _retry_delay(
         self,
@@ -427,14 +428,14 @@ class Router:
         outgoing = request.render(exchange, upstream_client, attempt.target, now)
         if started is None:
             exchange.target = attempt.target.url
-            exchange.sent_at, exchange.head_at = now, None
+            exchange.sent_at = now
         try:
             response = await send_request(upstream_client.transport, outgoing, started)
         except httpx.TransportError as error:
             raise self._failure(exchange, attempt, request, outgoing, started, error) from error
         except asyncio.CancelledError:
             if _note_progress(exchange, outgoing, started, is_sent=True) and request.is_overdue:
-                self._settle_overdue(exchange, attempt, request.deadline, _note_client_progress(exchange, request))
+                self._settle_overdue(exchange, attempt, request, _note_client_progress(exchange, request))
             raise
         self.outcomes.on_head(
             exchange, attempt, response.status_code, self._clock(), _note_client_progress(exchange, request)
@@ -463,15 +464,14 @@ class Router:
         self,
         exchange: Exchange,
         attempt: Attempt,
-        deadline: Deadline | None,
+        request: UpstreamRequest,
         client: ClientProgress,
-        reader_waited: float = 0.0,
     ) -> None:
-        """Settle an attempt that the deadline has ended."""
-        assert deadline is not None  # noqa: S101 - it has just passed
+        """Settle an attempt that the deadline has ended; time spent waiting for the client is not the upstream's."""
+        assert request.deadline is not None  # noqa: S101 - it has just passed
         assert exchange.sent_at is not None  # noqa: S101 - the request has been sent
-        spent = self._clock() - exchange.sent_at - reader_waited
-        self.outcomes.on_overdue(exchange, attempt, fault_of_deadline(deadline, spent, client))
+        spent = self._clock() - exchange.sent_at - (client.waited - request.waited_before_head)
+        self.outcomes.on_overdue(exchange, attempt, request.deadline, spent, client)
 
     async def _deliver(
         self,
@@ -505,7 +505,7 @@ class Router:
         """Forward the response piece by piece; its end settles the attempt as a success, an error as a failure."""
         headers, fields, stream = parts_of(response)
         if is_event_stream(fields):
-            _count_as_tunnel(exchange, attempt, stream)
+            self._begin_stream(exchange, attempt, stream)
         exchange.status, exchange.source = response.status_code, "upstream"
         omit = self._omit_with_length if response.status_code in request.lengthless else self._omit
         may_have_trailers = b"transfer-encoding" in fields and response.status_code not in BODILESS
@@ -515,7 +515,7 @@ class Router:
                 "type": "http.response.start",
                 "status": response.status_code,
                 "reason": response.extensions.get("reason_phrase"),
-                "headers": self._for_client(exchange, headers, fields, omit, stream.version),
+                "headers": self._for_client(exchange, request, headers, fields, omit, stream.version),
                 "trailers": passes_trailers,
                 "upstream_fields": fields if isinstance(stream, UpstreamResponse) else None,
                 "is_body_ready": stream.is_ready,
@@ -532,7 +532,7 @@ class Router:
             except asyncio.CancelledError:
                 if request.is_overdue:
                     client = _client_progress(request.body, stream.reader_waited)
-                    self._settle_overdue(exchange, attempt, request.deadline, client, stream.reader_waited)
+                    self._settle_overdue(exchange, attempt, request, client)
                 raise
             if events is not None and events.on_piece(piece):
                 more = False
@@ -545,15 +545,37 @@ class Router:
             await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
 
     def _for_client(
-        self, exchange: Exchange, headers: HeaderList, fields: Fields, omit: frozenset[bytes], version: str
+        self,
+        exchange: Exchange,
+        request: UpstreamRequest,
+        headers: HeaderList,
+        fields: Fields,
+        omit: frozenset[bytes],
+        version: str,
     ) -> HeaderList:
         """Settle the cost that the response reports, and return its header fields for the client.
 
         `version` is the version of HTTP in which the response was received.
         """
+        if request.url_rewriter is not None:
+            headers = request.url_rewriter.rewrite(headers, request.authority)
         if COST in fields:
             self.on_cost(exchange, fields[COST])
         return rewrite_response(headers, fields, exchange.response_headers, omit, self._via.field(version))
+
+    def _begin_stream(self, exchange: Exchange, attempt: Attempt, stream: UpstreamResponse | HttpxBody) -> None:
+        """Settle an attempt with a tunnel or an event stream, because its end shows nothing about the upstream.
+
+        Count its connection apart from those of requests. Raises Overloaded if the holder's share is used up.
+        """
+        self.outcomes.settle_success(attempt)
+        if isinstance(stream, UpstreamResponse):
+            try:
+                stream.move_to_tunnels()
+            except httpx.PoolTimeout as error:
+                exchange.has_reached = True  # the charge is kept, because the upstream has served the request
+                raise translate(error, attempt.upstream.name) from error
+            attempt.release_slot()
 
     async def _tunnel(
         self,
@@ -566,13 +588,12 @@ class Router:
         """Send the 101 to the client and run the tunnel to its end."""
         extension = request.extension
         assert extension is not None  # noqa: S101 - an upgrade is requested only if there is an extension
-        _count_as_tunnel(exchange, attempt, response.extensions["switched"])
+        self._begin_stream(exchange, attempt, response.extensions["switched"])
         exchange.status, exchange.source = SWITCHING_PROTOCOLS, "upstream"
         if request.timer is not None:  # the deadline applies to the handshake only
             request.timer.reschedule(None)
-        self.outcomes.settle_success(attempt)
         headers, fields, _ = parts_of(response)
-        headers = self._for_client(exchange, headers, fields, self._omit, "1.1")
+        headers = self._for_client(exchange, request, headers, fields, self._omit, "1.1")
         headers += [(b"connection", b"Upgrade"), (b"upgrade", extension.upgrade)]
         try:
             upstream, from_upstream = response.extensions["switched"].detach()
@@ -589,17 +610,6 @@ class Router:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
 
-def _count_as_tunnel(exchange: Exchange, attempt: Attempt, stream: UpstreamResponse | HttpxBody) -> None:
-    """Count a tunnel or event stream apart from requests. Raises Overloaded if the holder's share is used up."""
-    if isinstance(stream, UpstreamResponse):
-        try:
-            stream.move_to_tunnels()
-        except httpx.PoolTimeout as error:
-            exchange.has_reached = True  # the charge is kept, because the upstream has served the request
-            raise translate(error, attempt.upstream.name) from error
-        attempt.release_slot()
-
-
 def _client_progress(body: StreamedBody | NoBody, reader_waited: float) -> ClientProgress:
     """Return the client's part in the end of an attempt."""
     return ClientProgress(body.is_finished, body.is_awaited, body.waited + reader_waited)
@@ -608,6 +618,7 @@ def _client_progress(body: StreamedBody | NoBody, reader_waited: float) -> Clien
 def _note_client_progress(exchange: Exchange, request: UpstreamRequest) -> ClientProgress:
     """Return the client's part before the head; move `sent_at` by the time for which the client was awaited."""
     share = _client_progress(request.body, 0.0)
+    request.waited_before_head = share.waited
     if share.waited and exchange.sent_at is not None:
         exchange.sent_at += share.waited
     return share
@@ -635,6 +646,6 @@ def _deadline_error(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
     Its class determines the refund: the charge is refunded if nothing was sent; with a client's own deadline, only if
     no connection was begun.
     """
-    has_cost = exchange.has_reached or (exchange.has_begun and not deadline.is_upstream_fault)
+    has_cost = exchange.has_reached or (exchange.has_begun and deadline.is_of_client)
     kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout
     return kind(deadline.message(), extra={"deadline_source": deadline.source})

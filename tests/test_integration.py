@@ -1,6 +1,7 @@
 """The whole gateway on real sockets, as users see it: the demo, limits, tiers, breaker, health, metrics."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come(
     assert get(running, "/api/x", "c").status == 500
     is_failing = False
     breaker = running.live.upstreams["up"].breaker
-    breaker._due, breaker._last_idempotent_at = 0.0, float("inf")  # its time has come, and a safe request a moment ago
+    breaker._due, breaker._last_idempotent_at = time.monotonic(), float("inf")  # due, and a safe request a moment ago
     posted = ask(f"{running.url}/api/x", method="POST", body=b"order")
     assert (posted.status, len(up.requests)) == (503, 1)
     assert "requests that may be repeated, and those of other clients, have precedence" in posted.json()["detail"]

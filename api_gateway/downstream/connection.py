@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PIPELINED = 16  # pipelined requests that may be queued on one connection
 HEAD_PIECE, BODY_PIECE = 8_192, 65_536  # bytes parsed at once; limits the number of requests parsed from one read
+CHUNK_OVERHEAD = 16  # bytes of chunk framing that are permitted for each byte of content
 MAX_DISCARDED = 1_048_576  # bytes of a body discarded after an early response before the connection is closed
 MAX_LINGERED = 8_388_608  # bytes discarded after a refusal: closing at once would reset it before the client reads it
 LINGER_TIMEOUT = 2.0  # seconds for which input is discarded after a refusal
@@ -143,6 +144,7 @@ class DownstreamConnection(HttpToolsProtocol):
         self._method_begun = b""  # the beginning of a request line whose method is not complete
         self._unknown_method = b""  # of the head that is being received, if the parser gets POST in its place
         self._body_left: int | None = None  # bytes of the body still to come; None if its length is unknown
+        self._overhead = 0  # bytes of a chunked body's framing, above CHUNK_OVERHEAD for each byte of content
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._discarded = 0
         self._buffered = bytearray()  # input that may not be parsed before a preceding request has its response
@@ -318,8 +320,8 @@ class DownstreamConnection(HttpToolsProtocol):
         if self._is_ending:
             return
         if self._receiving_cycle is not None:
-            self._await_body(self._receiving_cycle)
-        if self._unparsed or self._has_begun:
+            self._check_body(self._receiving_cycle)
+        if (self._unparsed or self._has_begun) and not self._is_ending:
             self._await_complete_head()
 
     def _take_method(self, view: memoryview) -> memoryview:
@@ -347,7 +349,10 @@ class DownstreamConnection(HttpToolsProtocol):
         So the method of the next request is at the beginning of a piece, except behind a chunked body.
         """
         if self._receiving_cycle is not None:
-            return view[: min(BODY_PIECE, self._body_left or BODY_PIECE)]
+            piece = view[: min(BODY_PIECE, self._body_left or BODY_PIECE)]
+            if self._body_left is None:
+                self._overhead += len(piece)
+            return piece
         end = bytes(view[:HEAD_PIECE]).find(b"\r\n\r\n")
         return view[: HEAD_PIECE if end < 0 else end + 4]
 
@@ -458,7 +463,7 @@ class DownstreamConnection(HttpToolsProtocol):
             self.refuse(BadRequest(f"The request target is not valid: {error}."))
             return
         self._receiving_cycle = cycle
-        self._body_bytes = 0
+        self._body_bytes = self._overhead = 0
         self._enqueue(cycle)
 
     def _enqueue(self, cycle: RequestResponseCycle) -> None:
@@ -555,7 +560,9 @@ class DownstreamConnection(HttpToolsProtocol):
         if cycle is None or self._is_ending:
             return
         self._body_bytes += len(body)
-        if self._body_left is not None:
+        if self._body_left is None:
+            self._overhead = max(0, self._overhead - CHUNK_OVERHEAD * len(body))
+        else:
             self._body_left -= len(body)
         if not cycle.is_response_complete or cycle.is_body_continued:
             if cycle.feed(body):
@@ -839,6 +846,13 @@ class DownstreamConnection(HttpToolsProtocol):
         ):
             return None
         return self.limits.header_timeout if self._is_timed else self.limits.keep_alive_timeout
+
+    def _check_body(self, cycle: RequestResponseCycle) -> None:
+        """Refuse a body with too much chunk framing; set the deadline of the next piece of another."""
+        if self._overhead > self.limits.header_bytes:
+            self.refuse(BadRequest(f"The body has more than {self.limits.header_bytes} bytes of chunk extensions."))
+        else:
+            self._await_body(cycle)
 
     def _await_body(self, cycle: RequestResponseCycle) -> None:
         """Set the deadline of the next body piece.

@@ -26,9 +26,9 @@ from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.middleware import ExchangeMiddleware, is_proxied
 from api_gateway.models import NANOSECONDS, Clock, Exchange, HeaderList, Outcome
 from api_gateway.proxy.admission import Admission, RequestPlan, Wait
+from api_gateway.proxy.attribution import ClientProgress, outcome_of_abort
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.failure_record import note_failure
-from api_gateway.proxy.faults import ClientProgress
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, HeaderReader, RewrittenHeaders
 from api_gateway.proxy.problem_response import problem_message
 from api_gateway.router import Router
@@ -287,7 +287,9 @@ class FastExchange(UpstreamResponse):
         if connection is None:  # the ASGI path opens or awaits one
             self._fall_back(body, is_sent=False)
             return None
-        origin = upstream_client.origins[attempt.target]
+        host = upstream_client.origins[attempt.target].netloc
+        if route.url_rewriter is not None:
+            host += route.url_rewriter.request_line
         exchange.target, exchange.sent_at, exchange.bytes_in = attempt.target.url, now, len(body)
         self.connection, self.timeouts = connection, upstream_client.limits
         if body and len(body) <= upstream_client.retries.policy.max_body_bytes:
@@ -296,7 +298,7 @@ class FastExchange(UpstreamResponse):
         connection.start(
             self,
             b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
-            % (exchange.method.encode(), plan.target, origin.netloc, self._headers.sent, exchange.id.encode(), body),
+            % (exchange.method.encode(), plan.target, host, self._headers.sent, exchange.id.encode(), body),
         )
         return None
 
@@ -350,11 +352,15 @@ class FastExchange(UpstreamResponse):
         fast_path.router.outcomes.on_head(exchange, self.attempt, self.status, now)
         if self.cost is not None:
             fast_path.router.on_cost(exchange, (self.cost,))
+        route, passed = self.plan.route, self.passed
+        if route is not None and route.url_rewriter is not None:
+            origin = fast_path.router.upstream_clients[route.upstream].origins[self.attempt.target]
+            passed = route.url_rewriter.rewrite_lines(passed, origin.netloc)
         headers = fast_path.limit_headers.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"
         return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
-            self.passed,
+            passed,
             fast_path.via_line,
             exchange.id.encode(),
             headers,
@@ -394,11 +400,12 @@ class FastExchange(UpstreamResponse):
         self._abort()
 
     def _abort(self) -> None:
-        """Close the upstream connection and end the exchange with the outcome IGNORED."""
+        """Close the upstream connection and end the exchange."""
         self.has_fallen_back = True
         self.exchange.attempts = 1
         self.close()
-        self._end(self._fast_path.clock(), Outcome.IGNORED, keep_alive=False)
+        outcome = outcome_of_abort(has_head=self.exchange.head_at is not None)
+        self._end(self._fast_path.clock(), outcome, keep_alive=False)
 
     # The end
 

@@ -30,9 +30,9 @@ class Deadline:
     is_forwarded: bool
 
     @property
-    def is_upstream_fault(self) -> bool:
-        """True if missing the deadline may count as a failure of the upstream; False for a client's own timeout."""
-        return self.source != "client"
+    def is_of_client(self) -> bool:
+        """True for a client's own timeout, which never counts as a failure of the upstream."""
+        return self.source == "client"
 
     def remaining(self, now: float) -> float:
         """Return the remaining seconds, at least 0."""

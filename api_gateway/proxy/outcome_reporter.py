@@ -4,9 +4,19 @@ from collections.abc import Callable
 
 import httpx
 
-from api_gateway.errors import Fault, GatewayError, Overloaded, UpstreamTimeout
+from api_gateway.errors import GatewayError, Overloaded, UpstreamTimeout
 from api_gateway.models import Clock, Exchange, Outcome
-from api_gateway.proxy.faults import NO_PROGRESS, OUTCOME_OF_FAULT, ClientProgress, fault_of, fault_of_status
+from api_gateway.proxy.attribution import (
+    NO_PROGRESS,
+    Cause,
+    ClientProgress,
+    Party,
+    attribution,
+    cause_of,
+    cause_of_deadline,
+    outcome_of_abort,
+)
+from api_gateway.proxy.deadline import Deadline
 from api_gateway.resilience.breaker_history import Transition
 from api_gateway.transport.error_mapping import translate
 from api_gateway.transport.local_resources import ExhaustionLog, LocalResourcesExhausted
@@ -42,19 +52,17 @@ class OutcomeReporter:
     def on_head(
         self, exchange: Exchange, attempt: Attempt, status: int, now: float, client: ClientProgress = NO_PROGRESS
     ) -> None:
-        """Record the head of a response; an error status settles the attempt at once."""
+        """Record the head of a response; a server error settles the attempt at once."""
         assert exchange.sent_at is not None  # noqa: S101 - a response implies a request
         exchange.head_at = now
         took = now - exchange.sent_at
         self._observe_attempt(attempt.upstream.name, _CLASSES[status // 100], took, now)
         if status >= 500:  # noqa: PLR2004 - the class of server errors
-            self._settle_failure(exchange, attempt, fault_of_status(status, client), now, f"status {status}", now)
+            self._settle(exchange, attempt, Cause.SERVER_ERROR, client, now, f"status {status}")
             return
         if attempt.upstream.limit is not None:  # server errors are excluded: they may be immediate
             attempt.upstream.limit.observe(took, now)
-        if status >= 400:  # noqa: PLR2004 - the class of client errors
-            self.settle(attempt, Outcome.IGNORED, now)
-        elif took >= attempt.upstream.breaker.slow_after:
+        if took >= attempt.upstream.breaker.slow_after:
             attempt.slow = SlowResponse(took, exchange.route or "", exchange.id)
 
     def on_failure(
@@ -64,12 +72,11 @@ class OutcomeReporter:
         upstream, now = attempt.upstream.name, self._clock()
         failure = translate(error, upstream)
         self._observe_attempt(upstream, failure.reason, None, now)
-        fault = fault_of(failure, client)
-        if isinstance(failure, UpstreamTimeout) and fault is Fault.UPSTREAM:
-            _observe_missing_head(exchange, attempt, now)
         if isinstance(failure, Overloaded) and (exhaustion := _exhaustion(error)) is not None:
             self._exhaustion_log.note(upstream, exhaustion, now)
-        self._settle_failure(exchange, attempt, fault, now, failure.reason, now)
+        cause = cause_of(failure)
+        if self._settle(exchange, attempt, cause, client, now, failure.reason) and cause is Cause.TIMEOUT:
+            _observe_missing_head(exchange, attempt, now)
         return failure
 
     def on_broken_body(
@@ -78,40 +85,51 @@ class OutcomeReporter:
         """Settle an attempt whose response is incomplete; return the translated error."""
         failure = translate(error, attempt.upstream.name)
         failure.__cause__ = error
-        head_at = exchange.head_at or exchange.started
-        fault = fault_of(failure, client)
-        self._settle_failure(exchange, attempt, fault, self._clock(), f"{failure.reason} within the body", head_at)
+        detail = f"{failure.reason} within the body"
+        self._settle(exchange, attempt, cause_of(failure), client, self._clock(), detail)
         return failure
 
-    def on_overdue(self, exchange: Exchange, attempt: Attempt, fault: Fault) -> None:
-        """Settle an attempt that the deadline has ended as a failure, if the upstream is at fault."""
-        if fault is not Fault.UPSTREAM:
-            return
+    def on_overdue(
+        self, exchange: Exchange, attempt: Attempt, deadline: Deadline, spent: float, client: ClientProgress
+    ) -> None:
+        """Settle an attempt that a deadline has ended, after the upstream has spent `spent` seconds on it."""
         now, reason = self._clock(), UpstreamTimeout.reason.value
-        if exchange.head_at is None:
+        cause = cause_of_deadline(deadline, spent, client)
+        if self._settle(exchange, attempt, cause, client, now, f"{reason} (deadline)") and exchange.head_at is None:
             self._observe_attempt(attempt.upstream.name, reason, None, now)
             _observe_missing_head(exchange, attempt, now)
-        self._settle_failure(exchange, attempt, fault, now, f"{reason} (deadline)", now)
 
     def settle_success(self, attempt: Attempt) -> None:
-        """Settle an attempt as a success."""
+        """Settle an attempt as a success: its response is complete, or has begun and may have no end."""
         self.settle(attempt, Outcome.SUCCESS, self._clock())
 
-    def settle(self, attempt: Attempt, outcome: Outcome, now: float, detail: str = "") -> None:
+    def settle(self, attempt: Attempt, outcome: Outcome, now: float) -> None:
         """Settle an attempt and report the transitions that its outcome causes. `now` is monotonic seconds."""
-        self._report(attempt, attempt.settle(outcome, now, detail))
+        self._report(attempt, attempt.settle(outcome, now))
 
-    def _settle_failure(
-        self, exchange: Exchange, attempt: Attempt, fault: Fault, now: float, detail: str, until: float
-    ) -> None:
-        """Settle a failed attempt by its fault; its duration ends at `until`: at the head, or at the failure."""
-        took = until - (exchange.sent_at or until)
-        if fault is Fault.TARGET:
-            attempt.principal = None  # a failure to connect is independent of the client
+    def release(self, exchange: Exchange, attempt: Attempt) -> None:
+        """End an attempt. If it is still open, it was aborted: it counts if the head of its response has arrived."""
+        now = self._clock()
+        self.settle(attempt, outcome_of_abort(has_head=exchange.head_at is not None), now)
+        attempt.release(now)
+
+    def _settle(
+        self, exchange: Exchange, attempt: Attempt, cause: Cause, client: ClientProgress, now: float, detail: str
+    ) -> bool:
+        """Settle an attempt by the table; return whether it counts as a failure.
+
+        Its duration ends at the head of the response, or now if there is none.
+        """
+        head_at, sent_at = exchange.head_at, exchange.sent_at
+        row = attribution(cause, has_head=head_at is not None, client=client)
+        if row.party is Party.TARGET:
+            attempt.principal = None  # no client can cause it
+        took = 0.0 if sent_at is None else (now if head_at is None else head_at) - sent_at
         transition = attempt.settle(
-            OUTCOME_OF_FAULT[fault], now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
+            row.outcome, now, detail, duration=took, route=exchange.route or "", request_id=exchange.id
         )
         self._report(attempt, transition)
+        return row.outcome is Outcome.FAILURE
 
     def _report(self, attempt: Attempt, transition: Transition | None) -> None:
         if transition is not None:

@@ -7,6 +7,7 @@ timer.
 """
 
 import asyncio
+import re
 from typing import Any
 
 import httptools
@@ -18,6 +19,7 @@ from api_gateway.eventloop.send_queue import unacknowledged
 from api_gateway.http1.fast_parser import parse_response_head
 from api_gateway.http1.headers import BODILESS, fields_of, framing
 from api_gateway.models import HeaderList
+from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import LeanRequest, length_of, render_request_head
 from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, SWITCHING, ResponseListener, UpstreamResponse
@@ -32,6 +34,22 @@ MAX_REST = 256 * 1024  # bytes of the body that are sent after the response is c
 REST_TIMEOUT = 2.0  # seconds within which they must be sent
 STALL_BASELINE = 0.05  # seconds of a pause after which the unacknowledged bytes are counted: most pauses are shorter
 _SURPLUS = "more bytes than announced"
+_CONTROL_CHARACTER = "Invalid header value char"  # the parser's words, as all in the next line
+_FIELD_ERRORS = frozenset(
+    {
+        _CONTROL_CHARACTER,
+        "Invalid header token",
+        "Unexpected whitespace after header value",
+        "Content-Length can't be present with Transfer-Encoding",
+        "Missing expected LF after header value",
+        "Missing expected CR after header value",
+    }
+)
+_CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")  # not NUL, which is dangerous (RFC 9110 section 5.5)
+_CONTROL_IN_FRAMING = re.compile(
+    rb"\r\n(?i:content-length|transfer-encoding|connection)[^\r\n]*[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+)
+_INTERIM_LINE = re.compile(rb"HTTP/1\.[01] 1[0-9][0-9]")
 _TOO_LONG = f"a head of more than {MAX_HEAD_BYTES} bytes"
 _CONTINUE = 100
 _KNOWN_INTERIM = frozenset({100, 102, 103})  # the parser ignores framing fields of these statuses
@@ -63,6 +81,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._buffer = self._relay_buffer[:READ_SIZE]
         self.pool: Pool[UpstreamConnection] | None = None
         self.idle_since = 0.0
+        self.lifetime: ConnectionLifetime | None = None  # None: no limits but those of the pool
         self.is_closed = False
         self.is_reused = False
         self.holder: str | None = None
@@ -82,6 +101,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._writable: asyncio.Future[None] | None = None
         self._headers: HeaderList = []  # of the head or the trailers being parsed
         self._reason = b""
+        self._head_begun = b""  # input up to now, while the head is incomplete
         self._received = 0  # bytes of this response so far
         self._unparsed = 0  # bytes since the last complete head or body piece, which the parser buffers
         self._remaining = 0  # bytes of the body that have not arrived, after a plain head
@@ -264,7 +284,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         parts = parse_response_head(data, is_to_head=response.is_to_head)
         if parts is None:
             return False
-        status, passed, size, length, keeps_alive, has_date, cost = parts
+        status, passed, size, length, keeps_alive, has_date, cost, keep_alive = parts
         received = len(data) - size
         if received > length or size > MAX_HEAD_BYTES:  # the parser raises the error
             return False
@@ -278,6 +298,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         response.head = data[:size]
         if cost is not None:
             response.cost = cost
+        if keep_alive is not None:
+            self._obey_keep_alive(keep_alive)
         response.is_head_complete = True
         if received:
             response.pieces.append(data[size:])
@@ -315,25 +337,54 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         size = len(data)
         if not self._received:
             self._unparsed = 0
-            self._headers, self._reason = [], b""
+            self._headers, self._reason, self._head_begun = [], b"", b""
         self._received += size
         self._unparsed += size
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(response, f"not HTTP: {error}")
+            self._on_malformed(response, data, str(error))
             return
         except httptools.HttpParserUpgrade as upgrade:
             response.leftover = data[upgrade.args[0] :]
             self.pause_reading()
             response.on_progress()
             return
+        if not response.is_head_complete:
+            self._head_begun += data
         if response.is_complete:
             self._on_progress(response)
+        elif self._unparsed > MAX_HEAD_BYTES and response.is_head_complete and self._headers:
+            self._end_in_trailers(response)
         elif self._unparsed > MAX_HEAD_BYTES or (not response.is_head_complete and self._received > MAX_HEAD_BYTES):
             self._fail(response, _TOO_LONG)
         else:
             self._on_progress(response)
+
+    def _on_malformed(self, response: UpstreamResponse, data: bytes, cause: str) -> None:
+        """Fail the response, unless only its trailers are malformed or its head can be repaired.
+
+        After the head, an error in a field means that the body is complete: the trailers are dropped.
+        """
+        if response.is_head_complete and not response.is_complete and cause in _FIELD_ERRORS:
+            self._end_in_trailers(response)
+            return
+        repaired = None
+        if not response.is_head_complete and response.error is None and cause == _CONTROL_CHARACTER:
+            repaired = _without_control_characters(self._head_begun + data)
+        if repaired is None:
+            self._fail(response, f"not HTTP: {cause}")
+            return
+        self._parser = httptools.HttpResponseParser(self)
+        self._received = max(0, self._received - len(repaired))
+        self._headers, self._reason, self._head_begun = [], b"", b""
+        self._parse(response, repaired)
+
+    def _end_in_trailers(self, response: UpstreamResponse) -> None:
+        """Complete a response whose body is complete and whose trailers cannot be used; close the connection."""
+        self._headers = []
+        response.is_complete, response.keeps_alive = True, False
+        self._on_progress(response)
 
     def _is_too_long(self, headers: HeaderList) -> bool:
         """Tell whether a complete head or trailer section is larger than MAX_HEAD_BYTES."""
@@ -381,6 +432,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         response.headers, response.fields = headers, fields
         response.is_head_complete = True
         response.version, response.keeps_alive = self._parser.get_http_version(), self._parser.should_keep_alive()
+        if b"keep-alive" in fields:
+            self._obey_keep_alive(fields[b"keep-alive"][0])
         self.timer.clear()
         if response.is_to_head:
             # The parser would wait for the body that these fields describe.
@@ -389,6 +442,12 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         elif status not in BODILESS:
             response.is_counted = codings is None and b"content-length" in fields
             response.is_until_close = codings is None and not response.is_counted
+
+    def _obey_keep_alive(self, value: bytes) -> None:
+        """Apply what the upstream announces by `Keep-Alive`."""
+        if self.lifetime is None:
+            self.lifetime = ConnectionLifetime()
+        self.lifetime.announce(value)
 
     def _on_special_status(self, response: UpstreamResponse, status: int, reason: bytes, headers: HeaderList) -> None:
         if status == SWITCHING and response.listener.upgrade and self._parser.should_upgrade():
@@ -423,8 +482,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         if response is None or response.error is not None:
             return
         if self._is_too_long(self._headers):
-            self._fail(response, _TOO_LONG)
-        elif response.is_head_complete and response.status != SWITCHING:
+            self._headers, response.keeps_alive = [], False  # the trailers are dropped
+        if response.is_head_complete and response.status != SWITCHING:
             response.is_complete = True
             if self._headers:
                 response.trailers, self._headers = self._headers, []
@@ -581,6 +640,22 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._response = None
         response.connection = None
         self.timer.clear()
+
+
+def _without_control_characters(received: bytes) -> bytes | None:
+    """Return the input from an unfinished final head on, with spaces for control characters in its field values.
+
+    RFC 9110 section 5.5 permits the spaces. Preceding interim responses, which have been processed, are left out. None
+    if there are no such characters, or if one is in a field that determines the framing.
+    """
+    start, end = 0, received.find(b"\r\n\r\n")
+    while end >= 0 and _INTERIM_LINE.match(received, start):
+        start, end = end + 4, received.find(b"\r\n\r\n", end + 4)
+    end = len(received) if end < 0 else end
+    head = received[start:end]
+    if _CONTROL.search(head) is None or _CONTROL_IN_FRAMING.search(head) is not None:
+        return None
+    return _CONTROL.sub(b" ", head) + received[end:]
 
 
 def _render_trailers(listener: ResponseListener) -> bytes:

@@ -227,8 +227,8 @@ class Upstream:
         if ticket is None:
             raise self._refusal(now)
         offered: Sequence[Target] = candidates
-        if ticket.is_probe:  # a target that is itself probing says nothing about the upstream
-            offered = candidates = [target for target in candidates if is_serving(target)] or candidates
+        if ticket.is_probe:
+            offered = candidates = self._probe_candidates(candidates, now, is_safe=is_safe)
         if self.outliers.abnormal:
             offered = self.outliers.eligible(candidates, tried, now, key, is_safe=is_safe)
         elif tried:
@@ -239,6 +239,21 @@ class Upstream:
             limit.acquire(priority, principal)
         own_ticket = None if own is None else own.admit(now, is_safe=is_safe)
         return Attempt(self, target, ticket, own_ticket, principal)
+
+    def _probe_candidates(self, healthy: list[Target], now: float, *, is_safe: bool) -> list[Target]:
+        """Return the targets that may get a probe of the upstream's breaker.
+
+        Those in service, because a target that is itself probing says nothing about the upstream. But after a failed
+        probe, an ejected target whose own probe is due: while this breaker is not CLOSED, it gets no other request, so
+        it could not return, and the upstream could not recover if only its last target in service is broken.
+        """
+        opened = self.breaker.last_opened
+        if opened is not None and opened.source is State.HALF_OPEN:
+            ejected = [target for target in healthy if not is_serving(target)]
+            due = [target for target in ejected if self.outliers.admits(target, now, is_safe=is_safe)]
+            if due:
+                return due
+        return [target for target in healthy if is_serving(target)] or healthy
 
     def counts_failures_of(self, target: Target) -> bool:
         """Return whether failures at `target` count for the upstream: not if it is ejected while others serve."""

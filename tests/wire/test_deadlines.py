@@ -59,7 +59,7 @@ def test_the_routes_takes_the_place_of_the_upstreams_and_the_clients_counts_if_i
     assert (found and (found.source, found.seconds, found.is_forwarded)) == expected
     if found is not None:
         assert found.at == ARRIVED + found.seconds
-        assert found.is_upstream_fault is (found.source != "client")
+        assert found.is_of_client is (found.source == "client")
 
 
 @pytest.mark.parametrize(

@@ -516,3 +516,18 @@ def test_an_absolute_target_is_taken_apart(
 def test_the_limits_are_those_given() -> None:
     bounds = replace(LIMITS, header_bytes=10, header_timeout=0.5)
     assert limited_protocol(bounds, Counter()).limits is bounds
+
+
+def test_chunk_extensions_are_bounded(client: RawClient, up: RawUpstream) -> None:
+    """Each is short, but there is no end of them; the framing of small chunks without extensions is no excess."""
+    chunked = ("Transfer-Encoding: chunked",)
+    client.request("POST", "/api/small", chunked, b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n")
+    assert client.answer().status == 200
+    client.request("POST", "/api/large", chunked, b"1000;a=b\r\n" + b"x" * 4096 + b"\r\n0\r\n\r\n")
+    assert client.answer().status == 200
+    client.request("POST", "/api/long", chunked)
+    with suppress(OSError):  # refused meanwhile
+        for _ in range(3 * LIMIT // 500):
+            client.send(b"1;" + b"a" * 500 + b"\r\nx\r\n")
+    assert is_problem(client.answer(), 400, b"bad_request")
+    assert client.is_closed()

@@ -128,14 +128,14 @@ TABLE = (
     # No fault of the connection
     passes("is broken", says(b"HTTP/1.1 500 Broken\r\nContent-Length: 2\r\n\r\nno"), 500, "failure"),
     passes("is unavailable", says(b"HTTP/1.1 503 Later\r\nContent-Length: 2\r\n\r\nno"), 503, "failure"),
-    passes("knows nothing", says(b"HTTP/1.1 404 Unknown\r\nContent-Length: 2\r\n\r\nno"), 404, "ignored"),
+    passes("knows nothing", says(b"HTTP/1.1 404 Unknown\r\nContent-Length: 2\r\n\r\nno"), 404, "success"),
     passes("drips a body", says(COUNTED, b"-done", every=0.1), 200, "success", lasts=0.1),
     passes("drips a long body", says(CHUNKED, *DRIPS, every=0.07), 200, "success", lasts=IDLE),
     passes("ends a body by its close", says(UNTIL_CLOSE, then="ends"), 200, "success"),
     passes("shuts its side behind an answer", shuts_its_side(WHOLE), 200, "success"),
     # While the request is still being sent
     Row(unread("answers early", says(WHOLE, then="stalls")), 200, None, "2xx", "success", ways=("half",)),
-    Row(unread("refuses early", says(REFUSAL, then="stalls")), 413, None, "4xx", "ignored", ways=("half", "flood")),
+    Row(unread("refuses early", says(REFUSAL, then="stalls")), 413, None, "4xx", "success", ways=("half", "flood")),
     Row(unread("ends early", says(then="ends")), 502, RESET, RESET, "ignored", ways=("half", "flood")),
     Row(unread("resets early", says(then="resets")), 502, RESET, RESET, "ignored", ways=("half", "flood")),
     Row(unread("stops reading", says(then="stalls")), 504, TIMEOUT, TIMEOUT, "failure", IDLE, ways=("flood",)),

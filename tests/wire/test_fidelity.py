@@ -1,6 +1,7 @@
 """Which parts of a message the gateway keeps and which it changes: trailers, names, targets, lengths."""
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -145,7 +146,80 @@ def test_a_response_that_cannot_have_trailers_is_complete_without_them(
     assert running.live.recorder.rejections["internal_error"] == before
 
 
+@pytest.mark.parametrize(
+    "late",
+    [
+        b"Content-Length: 5\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: gzip\r\n",
+        b"Connection: close\r\n",
+        b"X: a\x01b\r\n",
+        b"X: a\0b\r\n",
+        b"X: a\r\n b\r\n",
+        b"no colon\r\n",
+        b": no name\r\n",
+        b"X : a\r\n",
+        b"X-Big: " + b"x" * 300_000 + b"\r\n",
+        b"X-Many: 1\r\n" * 30_000,
+    ],
+)
+@pytest.mark.parametrize("te", [(), ("TE: trailers",)])
+def test_no_trailer_spoils_a_response(client: RawClient, up: RawUpstream, te: tuple[str, ...], late: bytes) -> None:
+    chunks = b"2\r\nok\r\n0\r\nX-First: 1\r\n"
+    up.behave = says(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + late + b"\r\n")
+    for _ in range(2):
+        client.request(headers=te)
+        answer = client.answer()
+        assert (answer.status, answer.body, answer.is_complete) == (200, b"ok", True)
+    up.behave = reply()
+    assert client.get().body == b"ok"
+
+
 # Heads on their way
+
+
+@pytest.mark.parametrize("interim", [b"", b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"])
+@pytest.mark.parametrize("cut", [0, 30, 64, 90])
+def test_control_characters_in_a_field_of_a_response_become_spaces(
+    client: RawClient, up: RawUpstream, cut: int, interim: bytes
+) -> None:
+    """RFC 9110 section 5.5."""
+    head = b"HTTP/1.1 200 OK\r\nX-A: a\x01b\x7fc\r\nX-Tab: a\tb\r\nX-B: \x0b\x1b[1m\x1f\r\nContent-Length: 3\r\n\r\n"
+
+    def behave(wire: Wire, _request: RawRequest) -> None:
+        whole = interim + head + b"\x01ok"
+        wire.send(whole[:cut])
+        time.sleep(0.05 if cut else 0)
+        wire.send(whole[cut:])
+
+    up.behave = behave
+    for _ in range(2):
+        client.request()
+        if interim:
+            assert (client.read_until(b"\r\n\r\n") or b"").startswith(b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n")
+        answer = client.answer()
+        assert (answer.status, answer.body) == (200, b"\x01ok")
+        assert (answer.all("x-a"), answer.all("x-tab"), answer.all("x-b")) == ([b"a b c"], [b"a\tb"], [b"[1m"])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"Content-Length: 2\x01",
+        b"Content-Length: \x002",
+        b"Transfer-Encoding: \x0bchunked",
+        b"X\x01: a",
+        b"X: a\rb",
+        b"X: a\0b",
+        b"X: a\r\n b",
+    ],
+)
+def test_what_could_change_the_framing_is_not_repaired(
+    gateway: Callable[..., RunningGateway], upstream: Callable[..., RawUpstream], field: bytes
+) -> None:
+    origin = upstream(says(b"HTTP/1.1 200 OK\r\nX: a\x01\r\n" + field + b"\r\nX-Last: 1\r\n\r\nok"))
+    with RawClient(gateway(in_front_of(origin.url)).port) as client:
+        assert reason(client.get()) == (502, "upstream_protocol_error")
 
 
 def test_names_keep_their_spelling_in_both_directions(client: RawClient, up: RawUpstream) -> None:
