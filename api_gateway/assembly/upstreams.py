@@ -201,7 +201,14 @@ def _names(section: UpstreamSection, live: LiveUpstream) -> tuple[HostName, ...]
 def _change_transport(transport: httpx.AsyncBaseTransport, plan: UpstreamPlan) -> None:
     if isinstance(transport, UpstreamTransport):
         pool = plan.section.pool
-        transport.change(pool.max_connections, pool.max_tunnels, pool.idle_timeout, plan.tls.context)
+        transport.change(
+            pool.max_connections,
+            pool.max_tunnels,
+            pool.idle_timeout,
+            plan.tls.context,
+            max_requests=pool.max_requests,
+            max_age=pool.max_age,
+        )
         transport.revive()
 
 
@@ -336,6 +343,8 @@ def _transport(name: str, section: UpstreamSection, tls: Tls) -> Transport:
             max_connections=pool.max_connections,
             max_tunnels=pool.max_tunnels,
             idle_timeout=pool.idle_timeout,
+            max_requests=pool.max_requests,
+            max_age=pool.max_age,
             tls=tls.context,
         )
     try:

@@ -113,10 +113,11 @@ def parse_request_head(received: bytes) -> tuple[str, bytes, bytes, bytes, bytes
 
 def parse_response_head(
     received: bytes, *, is_to_head: bool
-) -> tuple[int, bytes, int, int, bool, bool, bytes | None] | None:
-    """Return status, head, head size, body length, keep-alive, presence of `Date`, and cost of a plain response.
+) -> tuple[int, bytes, int, int, bool, bool, bytes | None, bytes | None] | None:
+    """Return status, head, head size, body length, persistence, presence of `Date`, cost and `Keep-Alive`.
 
-    None unless it is a final response whose body has a known length. Sizes are in bytes. The returned head lacks the
+    None unless it is a plain final response whose body has a known length. Cost and `Keep-Alive` are the values of
+    fields, None if they are absent. Sizes are in bytes. The returned head lacks the
     final line breaks and the lines that are not forwarded.
     """
     match = _STATUS_LINE.match(received)
@@ -136,7 +137,9 @@ def parse_response_head(
         length = 0
     elif length is None:
         return None
-    return status, head, size, int(length), close is None, date is not None, cost
+    if keep_alive is not None:
+        keep_alive = keep_alive[len(b"\r\nkeep-alive: ") :]
+    return status, head, size, int(length), close is None, date is not None, cost, keep_alive
 
 
 def pairs_of(head: bytes) -> HeaderList:

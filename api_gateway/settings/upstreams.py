@@ -40,11 +40,21 @@ class TimeoutsSection(Section):
 
 
 class PoolSection(Section):
-    """Limits of the connections to each target; tunnels are counted separately from requests."""
+    """Limits of the connections to each target; tunnels are counted separately from requests.
+
+    `idle_timeout` is shorter than the 5 seconds after which Node.js, uvicorn, Hypercorn and Apache close an idle
+    connection: a request sent at that moment is lost. gunicorn closes after 2 seconds.
+    """
 
     max_connections: int = Field(default=512, ge=1)
     max_tunnels: int = Field(default=4096, ge=1, description="WebSockets and event streams at once.")
-    idle_timeout: Seconds = 60
+    idle_timeout: Seconds = Field(
+        default=4, description="Seconds; less if the upstream announces less by Keep-Alive: timeout."
+    )
+    max_requests: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Requests for which a connection is used."
+    )
+    max_age: Seconds | None = Field(default=None, description="Seconds after which a connection is not used again.")
 
 
 class HealthCheckSection(Section):

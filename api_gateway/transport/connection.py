@@ -19,6 +19,7 @@ from api_gateway.eventloop.send_queue import unacknowledged
 from api_gateway.http1.fast_parser import parse_response_head
 from api_gateway.http1.headers import BODILESS, fields_of, framing
 from api_gateway.models import HeaderList
+from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import LeanRequest, length_of, render_request_head
 from api_gateway.transport.response import NO_LIMITS, NO_LISTENER, SWITCHING, ResponseListener, UpstreamResponse
@@ -80,6 +81,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         self._buffer = self._relay_buffer[:READ_SIZE]
         self.pool: Pool[UpstreamConnection] | None = None
         self.idle_since = 0.0
+        self.lifetime: ConnectionLifetime | None = None  # None: no limits but those of the pool
         self.is_closed = False
         self.is_reused = False
         self.holder: str | None = None
@@ -282,7 +284,7 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         parts = parse_response_head(data, is_to_head=response.is_to_head)
         if parts is None:
             return False
-        status, passed, size, length, keeps_alive, has_date, cost = parts
+        status, passed, size, length, keeps_alive, has_date, cost, keep_alive = parts
         received = len(data) - size
         if received > length or size > MAX_HEAD_BYTES:  # the parser raises the error
             return False
@@ -296,6 +298,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         response.head = data[:size]
         if cost is not None:
             response.cost = cost
+        if keep_alive is not None:
+            self._obey_keep_alive(keep_alive)
         response.is_head_complete = True
         if received:
             response.pieces.append(data[size:])
@@ -428,6 +432,8 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         response.headers, response.fields = headers, fields
         response.is_head_complete = True
         response.version, response.keeps_alive = self._parser.get_http_version(), self._parser.should_keep_alive()
+        if b"keep-alive" in fields:
+            self._obey_keep_alive(fields[b"keep-alive"][0])
         self.timer.clear()
         if response.is_to_head:
             # The parser would wait for the body that these fields describe.
@@ -436,6 +442,12 @@ class UpstreamConnection(asyncio.BufferedProtocol):
         elif status not in BODILESS:
             response.is_counted = codings is None and b"content-length" in fields
             response.is_until_close = codings is None and not response.is_counted
+
+    def _obey_keep_alive(self, value: bytes) -> None:
+        """Apply what the upstream announces by `Keep-Alive`."""
+        if self.lifetime is None:
+            self.lifetime = ConnectionLifetime()
+        self.lifetime.announce(value)
 
     def _on_special_status(self, response: UpstreamResponse, status: int, reason: bytes, headers: HeaderList) -> None:
         if status == SWITCHING and response.listener.upgrade and self._parser.should_upgrade():

@@ -16,6 +16,7 @@ with `connect`, `pool`, `read` (for the response's head) and `idle` (between bod
 """
 
 import asyncio
+import math
 import ssl
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import httpx
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.transport.connection import StaleConnection, UpstreamConnection
+from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import NO_BODY, LeanRequest, Origin
@@ -37,7 +39,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
     """The transport of one upstream, with a pool for each of its targets.
 
     `max_connections` limits each pool, `max_tunnels` the tunnels and event streams of each target, `idle_timeout` the
-    seconds for which an idle connection is kept. `tls` is used for https targets.
+    seconds for which an idle connection is kept, unless the upstream announces a shorter time. A connection serves at
+    most `max_requests`, and no further request `max_age` seconds after it was opened. `tls` is used for https targets.
 
     States: open, or retired (`retire_all`: no idle connection is kept); `revive` returns to open.
     """
@@ -47,12 +50,15 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         *,
         max_connections: int = 512,
         max_tunnels: int = 4096,
-        idle_timeout: float = 60.0,
+        idle_timeout: float = 4.0,
+        max_requests: int | None = None,
+        max_age: float | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._max_connections = max_connections
         self._max_tunnels = max_tunnels
         self._idle_timeout = idle_timeout
+        self._max_requests, self._max_age = max_requests, max_age
         self._tls = tls
         self._is_retired = False
         self._pools: dict[tuple[str, str, int, str], Pool[UpstreamConnection]] = {}
@@ -113,13 +119,27 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             del self._pools[origin.key]
         return True
 
-    def change(self, max_connections: int, max_tunnels: int, idle_timeout: float, tls: ssl.SSLContext | None) -> None:
-        """Apply other limits and, for new connections, `tls`; if that changes, idle https connections are closed."""
+    def change(
+        self,
+        max_connections: int,
+        max_tunnels: int,
+        idle_timeout: float,
+        tls: ssl.SSLContext | None,
+        *,
+        max_requests: int | None = None,
+        max_age: float | None = None,
+    ) -> None:
+        """Apply other limits and, for new connections, `tls`, `max_requests` and `max_age`.
+
+        If `tls` changes, idle https connections are closed; if one of the last two does, all idle connections are.
+        """
         self._max_connections, self._max_tunnels, self._idle_timeout = max_connections, max_tunnels, idle_timeout
         is_other, self._tls = tls is not self._tls, tls
+        has_other_life = (max_requests, max_age) != (self._max_requests, self._max_age)
+        self._max_requests, self._max_age = max_requests, max_age
         for key, pool in self._pools.items():
             pool.change(max_connections, max_tunnels, idle_timeout)
-            if is_other and key[0] == "https":
+            if has_other_life or (is_other and key[0] == "https"):
                 pool.close_idle()
 
     def retire_all(self) -> None:
@@ -158,6 +178,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         async def connect(seconds: float | None) -> UpstreamConnection:
             connection = await _connect(origin, self._tls if origin.scheme == "https" else None, seconds)
             connection.pool = pool
+            connection.lifetime = self._lifetime(connection.loop.time())
             return connection
 
         pool: Pool[UpstreamConnection] = Pool(
@@ -170,6 +191,15 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
             pool.retire()
         self._pools[origin.key] = pool
         return pool
+
+    def _lifetime(self, now: float) -> ConnectionLifetime | None:
+        """Return the limits of a connection that is opened at `now`, None if there are none."""
+        if self._max_requests is None and self._max_age is None:
+            return None
+        return ConnectionLifetime(
+            max_requests=math.inf if self._max_requests is None else self._max_requests,
+            expires_at=math.inf if self._max_age is None else now + self._max_age,
+        )
 
 
 async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | None) -> UpstreamConnection:

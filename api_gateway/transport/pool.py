@@ -8,6 +8,7 @@ in the holder's own queue. Connections of tunnels and event streams have a separ
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -16,6 +17,9 @@ from typing import Generic, Protocol, TypeVar
 import httpx
 
 from api_gateway.resilience.fair_shares import FairShares
+from api_gateway.transport.lifetime import ConnectionLifetime
+
+SWEEP_INTERVAL = 0.05  # seconds between two sweeps at least, as each visits all idle connections
 
 
 class ShareExceeded(httpx.PoolTimeout):
@@ -29,6 +33,7 @@ class Pooled(Protocol):
     is_closed: bool
     is_reused: bool
     idle_since: float
+    lifetime: ConnectionLifetime | None
     holder: str | None
 
     def close(self) -> None:
@@ -47,8 +52,8 @@ class Pool(Generic[C]):
     """A pool of at most `limit` connections. A waiter receives a connection, or a slot to open one (None).
 
     `connect(seconds)` opens a connection or raises; `idle_timeout` is the time in seconds for which an idle connection
-    is kept. `shares` divides the connections in use, `tunnels` those of tunnels and event streams; both count
-    refusals.
+    is kept, which its lifetime may shorten. `shares` divides the connections in use, `tunnels` those of tunnels and
+    event streams; both count refusals.
 
     A connection is idle (`_idle`), in use, or apart (`_tunnels_open`: a tunnel or event stream, which has no slot).
     The pool is open, retired (keeps no idle connection; `revive` returns to open), or closed.
@@ -74,6 +79,7 @@ class Pool(Generic[C]):
         self._tunnels_open: set[C] = set()  # carry tunnels and event streams, and have no slot
         self._waiters: dict[str | None, deque[asyncio.Future[C | None]]] = {}  # by holder, in the order of turns
         self._sweep_timer: asyncio.TimerHandle | None = None
+        self._sweep_due = math.inf  # loop time of the timer
         self._is_closed = False
         self._is_retired = False
 
@@ -136,6 +142,11 @@ class Pool(Generic[C]):
         if self._tunnels_open and connection in self._tunnels_open:
             connection.close()
             return
+        now = connection.loop.time()
+        lifetime = connection.lifetime
+        if lifetime is not None and lifetime.is_over(now):
+            connection.close()
+            return
         self.shares.release(connection.holder)
         if self._waiters:
             holder, waiter = self._next_waiter()
@@ -147,9 +158,10 @@ class Pool(Generic[C]):
         if self._is_retired:
             connection.close()
             return
-        connection.idle_since = connection.loop.time()
-        if self._sweep_timer is None:
-            self._sweep_timer = connection.loop.call_later(self._idle_timeout, self._sweep, connection.loop)
+        connection.idle_since = now
+        due = now + self._idle_timeout if lifetime is None else lifetime.idle_until(now, self._idle_timeout)
+        if due < self._sweep_due:
+            self._schedule_sweep(due, connection.loop)
 
     def discard(self, connection: C) -> None:
         """Remove a closed connection, and give its slot to the next waiter."""
@@ -188,6 +200,8 @@ class Pool(Generic[C]):
         """Apply other limits. Connections above a lower limit are kept until they close."""
         self._limit, self._idle_timeout = limit, idle_timeout
         self.shares.total, self.tunnels.total = limit, max_tunnels
+        if self._idle:
+            self._sweep(next(iter(self._idle)).loop)
         while self._slots < limit:
             _, waiter = self._next_waiter()
             if waiter is None:
@@ -312,11 +326,25 @@ class Pool(Generic[C]):
             waiter.set_result(None)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Close connections that have been idle for `idle_timeout`, and schedule the next sweep."""
-        self._sweep_timer = None
+        """Close connections that have been idle for too long, and schedule the next sweep."""
+        self._sweep_due = math.inf
+        now = loop.time()
         for connection in list(self._idle):
-            due = connection.idle_since + self._idle_timeout
-            if due > loop.time():
-                self._sweep_timer = loop.call_at(due, self._sweep, loop)
-                return
-            connection.close()
+            due = self._idle_until(connection)
+            if due <= now:
+                connection.close()
+            elif due < self._sweep_due:
+                self._sweep_due = due
+        if self._sweep_due < math.inf:
+            self._schedule_sweep(max(self._sweep_due, now + SWEEP_INTERVAL), loop)
+
+    def _schedule_sweep(self, due: float, loop: asyncio.AbstractEventLoop) -> None:
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+        self._sweep_due = due
+        self._sweep_timer = loop.call_at(due, self._sweep, loop)
+
+    def _idle_until(self, connection: C) -> float:
+        if connection.lifetime is None:
+            return connection.idle_since + self._idle_timeout
+        return connection.lifetime.idle_until(connection.idle_since, self._idle_timeout)

@@ -142,7 +142,9 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert config.upstreams["users"].pool.model_dump() == {
         "max_connections": 512,
         "max_tunnels": 4096,
-        "idle_timeout": 60,
+        "idle_timeout": 4,
+        "max_requests": None,
+        "max_age": None,
     }
     assert config.upstreams["users"].health_check is None
     assert config.upstreams["users"].circuit_breaker.model_dump() == {

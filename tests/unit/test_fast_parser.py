@@ -183,7 +183,7 @@ def test_a_plain_request_means_to_the_parser_what_it_means_here(start: bytes, li
 
 def test_a_response_is_split_into_its_parts() -> None:
     head = b"HTTP/1.1 200 Fine\r\nDate: now\r\nContent-Length: 2\r\nETag: x"
-    assert parse_response_head(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True, None)
+    assert parse_response_head(ANSWER, is_to_head=False) == (200, head, len(ANSWER) - 2, 2, True, True, None, None)
     assert reason_phrase(ANSWER) == b"Fine"
     assert pairs_of(ANSWER)[0] == (b"Date", b"now")
 
@@ -205,6 +205,7 @@ def test_a_line_that_goes_no_further_is_taken_out_and_no_other_that_looks_like_i
     parts = parse_response_head(head + b"\r\n" + line + b"\r\n\r\n", is_to_head=False)
     assert parts is not None
     assert (parts[1], parts[4]) == (head, keeps_alive)
+    assert parts[7] == (b"timeout=5" if line.startswith(b"Keep") else None)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_a_plain_response_means_to_the_parser_what_it_means_here(
     parts = parse_response_head(head, is_to_head=is_to_head)
     if parts is None:
         return
-    code, passed, size, length, keeps_alive, has_date, cost = parts
+    code, passed, size, length, keeps_alive, has_date, cost, keep_alive = parts
     parsed = Parsed()
     parser = httptools.HttpResponseParser(parsed)
     parser.feed_data(head[:size])
@@ -293,6 +294,8 @@ def test_a_plain_response_means_to_the_parser_what_it_means_here(
     assert pairs_of(passed) == kept
     assert has_date == any(name.lower() == b"date" for name, _ in kept)
     assert [value for name, value in parsed.pairs if name.lower() == COST] == ([] if cost is None else [cost])
+    announced = [value for name, value in parsed.pairs if name.lower() == b"keep-alive"]
+    assert announced == ([] if keep_alive is None else [keep_alive])
     if length:
         assert parser.should_keep_alive() == keeps_alive
         parser.feed_data(b"x" * min(length, 10))

@@ -20,6 +20,7 @@ from api_gateway.errors import causes
 from api_gateway.proxy.client_disconnect import DisconnectPoller
 from api_gateway.transport.connection import StaleConnection
 from api_gateway.transport.http1_transport import UpstreamTransport
+from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import exhaustion_behind
 from api_gateway.transport.pool import Pool
 from api_gateway.transport.request import NO_BODY
@@ -161,6 +162,7 @@ class FakeConnection:
 
     is_closed = is_reused = False
     idle_since = 0.0
+    lifetime: ConnectionLifetime | None = None
     holder: str | None = None
 
     def __init__(self) -> None:

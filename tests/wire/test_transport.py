@@ -361,6 +361,30 @@ async def test_an_idle_connection_expires(upstream: StartUpstream) -> None:
         assert len(up.wires) == 2
 
 
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 2\r\n\r\nok", b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"]
+)
+async def test_an_announced_idle_timeout_is_obeyed(upstream: StartUpstream, framing: bytes) -> None:
+    """By responses with plain and with other heads."""
+    up = upstream(raw(b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nKeep-Alive: timeout=1, max=9\r\n" + framing))
+    async with UpstreamTransport(idle_timeout=3600) as transport:
+        assert [await fetch(transport, request_to(up)) for _ in range(2)] == [b"ok"] * 2
+        assert len(up.wires) == 1
+        await settles(transport, "0 busy, 0 idle, 0 waiting")
+
+
+async def test_the_number_of_requests_and_the_age_of_a_connection_are_limited(upstream: StartUpstream) -> None:
+    up = upstream()
+    async with UpstreamTransport(idle_timeout=3600, max_requests=2) as transport:
+        for _ in range(5):
+            await fetch(transport, request_to(up))
+        assert len(up.wires) == 3
+        transport.change(4, 4, 3600, None, max_age=0.2)
+        assert state(transport) == "0 busy, 0 idle, 0 waiting"
+        await fetch(transport, request_to(up))
+        await settles(transport, "0 busy, 0 idle, 0 waiting")
+
+
 async def test_an_idle_connection_the_upstream_closes_leaves_the_pool(
     transport: UpstreamTransport, upstream: StartUpstream
 ) -> None:
