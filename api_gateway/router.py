@@ -515,7 +515,7 @@ class Router:
                 "type": "http.response.start",
                 "status": response.status_code,
                 "reason": response.extensions.get("reason_phrase"),
-                "headers": self._for_client(exchange, headers, fields, omit, stream.version),
+                "headers": self._for_client(exchange, request, headers, fields, omit, stream.version),
                 "trailers": passes_trailers,
                 "upstream_fields": fields if isinstance(stream, UpstreamResponse) else None,
                 "is_body_ready": stream.is_ready,
@@ -545,12 +545,20 @@ class Router:
             await send({"type": "http.response.trailers", "headers": passed, "more_trailers": False})
 
     def _for_client(
-        self, exchange: Exchange, headers: HeaderList, fields: Fields, omit: frozenset[bytes], version: str
+        self,
+        exchange: Exchange,
+        request: UpstreamRequest,
+        headers: HeaderList,
+        fields: Fields,
+        omit: frozenset[bytes],
+        version: str,
     ) -> HeaderList:
         """Settle the cost that the response reports, and return its header fields for the client.
 
         `version` is the version of HTTP in which the response was received.
         """
+        if request.url_rewriter is not None:
+            headers = request.url_rewriter.rewrite(headers, request.authority)
         if COST in fields:
             self.on_cost(exchange, fields[COST])
         return rewrite_response(headers, fields, exchange.response_headers, omit, self._via.field(version))
@@ -585,7 +593,7 @@ class Router:
         if request.timer is not None:  # the deadline applies to the handshake only
             request.timer.reschedule(None)
         headers, fields, _ = parts_of(response)
-        headers = self._for_client(exchange, headers, fields, self._omit, "1.1")
+        headers = self._for_client(exchange, request, headers, fields, self._omit, "1.1")
         headers += [(b"connection", b"Upgrade"), (b"upgrade", extension.upgrade)]
         try:
             upstream, from_upstream = response.extensions["switched"].detach()

@@ -2,16 +2,19 @@
 
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.route_table import CostRule, Route
+from api_gateway.proxy.url_rewriting import UrlRewriter
 from api_gateway.settings.routes import FallbackSection, RouteSection
 
 
 def route_of(section: RouteSection) -> Route:
     """Return the route that a section describes."""
+    prefix = (section.strip_prefix or "").rstrip("/")
+    rewrites = bool(prefix) and section.rewrite_urls
     return Route(
         name=section.name,
         path=section.path,
         upstream=section.upstream,
-        strip_prefix=(section.strip_prefix or "").rstrip("/"),
+        strip_prefix=prefix,
         methods=frozenset(section.methods) if section.methods else None,
         host=section.host,
         cost=section.cost,
@@ -23,6 +26,7 @@ def route_of(section: RouteSection) -> Route:
         timeout=section.timeout,
         min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
+        url_rewriter=UrlRewriter(prefix.encode(), cookies=section.rewrite_cookies) if rewrites else None,
     )
 
 

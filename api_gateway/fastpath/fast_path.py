@@ -287,7 +287,9 @@ class FastExchange(UpstreamResponse):
         if connection is None:  # the ASGI path opens or awaits one
             self._fall_back(body, is_sent=False)
             return None
-        origin = upstream_client.origins[attempt.target]
+        host = upstream_client.origins[attempt.target].netloc
+        if route.url_rewriter is not None:
+            host += route.url_rewriter.request_line
         exchange.target, exchange.sent_at, exchange.bytes_in = attempt.target.url, now, len(body)
         self.connection, self.timeouts = connection, upstream_client.limits
         if body and len(body) <= upstream_client.retries.policy.max_body_bytes:
@@ -296,7 +298,7 @@ class FastExchange(UpstreamResponse):
         connection.start(
             self,
             b"%b %b HTTP/1.1\r\nhost: %b%bx-request-id: %b\r\n\r\n%b"
-            % (exchange.method.encode(), plan.target, origin.netloc, self._headers.sent, exchange.id.encode(), body),
+            % (exchange.method.encode(), plan.target, host, self._headers.sent, exchange.id.encode(), body),
         )
         return None
 
@@ -350,11 +352,15 @@ class FastExchange(UpstreamResponse):
         fast_path.router.outcomes.on_head(exchange, self.attempt, self.status, now)
         if self.cost is not None:
             fast_path.router.on_cost(exchange, (self.cost,))
+        route, passed = self.plan.route, self.passed
+        if route is not None and route.url_rewriter is not None:
+            origin = fast_path.router.upstream_clients[route.upstream].origins[self.attempt.target]
+            passed = route.url_rewriter.rewrite_lines(passed, origin.netloc)
         headers = fast_path.limit_headers.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"
         return b"%b%bx-request-id: %b\r\n%b%b%b\r\n" % (
-            self.passed,
+            passed,
             fast_path.via_line,
             exchange.id.encode(),
             headers,

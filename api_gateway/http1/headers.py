@@ -43,6 +43,7 @@ FORWARDING = frozenset(
         b"x-forwarded-proto",
         b"x-forwarded-host",
         b"x-forwarded-port",
+        b"x-forwarded-prefix",
         b"x-real-ip",
     }
 )

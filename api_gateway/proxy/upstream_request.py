@@ -20,6 +20,7 @@ from api_gateway.http1.via import Via
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.request_body import StreamedBody
+from api_gateway.proxy.url_rewriting import FORWARDED_PREFIX
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
 from api_gateway.upstreams.target import Target
@@ -37,6 +38,7 @@ class UpstreamRequest:
         "_protected",
         "_scope",
         "_via",
+        "authority",
         "body",
         "deadline",
         "expects_continue",
@@ -47,6 +49,7 @@ class UpstreamRequest:
         "target",
         "timer",
         "upgrade",
+        "url_rewriter",
         "waited_before_head",
     )
 
@@ -67,6 +70,8 @@ class UpstreamRequest:
         self.fields: Fields = scope[FIELDS]
         self.framing = framing(self.fields)
         self.body: StreamedBody | NoBody = NO_BODY
+        self.url_rewriter = None if plan.route is None else plan.route.url_rewriter
+        self.authority = b""  # of the target of the last attempt
         self.deadline = plan.deadline
         self.waited_before_head = 0.0  # seconds for which the attempt has waited for the client to send
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
@@ -150,6 +155,9 @@ class UpstreamRequest:
             is_trusted=self._is_trusted,
             protected=self._protected,
         )
+        self.authority = origin.netloc
+        if self.url_rewriter is not None:
+            headers.insert(1, (FORWARDED_PREFIX, self.url_rewriter.prefix))
         if b"expect" in self.fields:
             if self.extension is None:  # the server sends 100 (Continue) itself
                 headers = [pair for pair in headers if pair[0].lower() != b"expect"]

@@ -56,6 +56,14 @@ class RouteSection(Section):
     path: WholePath
     upstream: str
     strip_prefix: WholePath | None = None
+    rewrite_urls: bool = Field(
+        default=True,
+        description="With strip_prefix: Location, Content-Location and Refresh of responses get the prefix.",
+    )
+    rewrite_cookies: bool = Field(
+        default=False,
+        description="With rewrite_urls: Path of cookies gets the prefix; Domain of the target is removed.",
+    )
     methods: Methods | None = None
     host: Annotated[str, AfterValidator(_host)] | None = None
     cost: float = Field(default=1, ge=0, le=1_000_000_000)

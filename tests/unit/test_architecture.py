@@ -80,6 +80,7 @@ NO_CLOCK = (
     "proxy.fallback",
     "proxy.route_table",
     "proxy.shadow_limits",
+    "proxy.url_rewriting",
     "proxy.websocket_frames",
     "rate_limiter",
     "reload.changes",

@@ -1,0 +1,96 @@
+"""URLs in responses of a route that strips a prefix: what leads past the gateway is rewritten, the rest is left."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api_gateway.proxy.url_rewriting import UrlRewriter
+
+REWRITER = UrlRewriter(b"/api", cookies=True)
+AUTHORITY = b"10.0.0.1:8080"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("/users/7", "/api/users/7"),
+        ("/", "/api/"),
+        ("/apix", "/api/apix"),
+        ("/users?next=/a#b", "/api/users?next=/a#b"),
+        ("http://10.0.0.1:8080/users/7", "/api/users/7"),
+        ("HTTP://10.0.0.1:8080", "/api/"),
+        ("http://10.0.0.1:8080?a", "/api/?a"),
+        ("//10.0.0.1:8080/x", "/api/x"),
+        ("http://user@10.0.0.1:8080/x", "/api/x"),
+        ("http://10.0.0.1:8080/api/x", "/api/x"),
+    ],
+)
+def test_a_url_that_leads_past_the_gateway_becomes_a_path_below_the_prefix(url: str, expected: str) -> None:
+    assert REWRITER.url(url.encode(), AUTHORITY).decode() == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("/api", "/api/users", "/api?a", "/api#a", "users/8", "../x", "?page=2", "#top", ""),
+        *("https://example.com/x", "http://10.0.0.1/x", "http://10.0.0.1:8081/x", "//cdn.example.com/x"),
+        *("mailto:a@example.com", "http://10.0.0.1:8080.example.com/x"),
+    ],
+)
+def test_any_other_reference_stays_as_it_is(url: str) -> None:
+    assert REWRITER.url(url.encode(), AUTHORITY).decode() == url
+
+
+@pytest.mark.parametrize(
+    ("url", "authority"),
+    [("http://up/x", "up:80"), ("http://up:80/x", "up"), ("https://up:443/x", "UP"), ("https://UP/x", "up:443")],
+)
+def test_a_default_port_may_be_missing(url: str, authority: str) -> None:
+    assert REWRITER.url(url.encode(), authority.encode()) == b"/api/x"
+
+
+@given(url=st.binary(max_size=40), authority=st.sampled_from([b"up", b"up:80", AUTHORITY]))
+def test_rewriting_twice_changes_nothing_more(url: bytes, authority: bytes) -> None:
+    once = REWRITER.url(url, authority)
+    assert REWRITER.url(once, authority) == once
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("5; url=/x", "5; url=/api/x"),
+        ("0;URL='/x'", "0;URL='/api/x'"),
+        ('1, url = "http://10.0.0.1:8080/x"', '1, url = "/api/x"'),
+        ("3;/x", "3;/api/x"),
+        ("5", "5"),
+        ("5; url=https://example.com/", "5; url=https://example.com/"),
+    ],
+)
+def test_the_url_of_refresh(value: str, expected: str) -> None:
+    assert REWRITER.rewrite([(b"Refresh", value.encode())], AUTHORITY) == [(b"Refresh", expected.encode())]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a=b; Path=/users; Secure", "a=b; Path=/api/users; Secure"),
+        ("a=b; Path=/", "a=b; Path=/api"),
+        ("a=b; path=/api/x", "a=b; path=/api/x"),
+        ("a=/x; Domain=10.0.0.1; HttpOnly", "a=/x; HttpOnly"),
+        ("a=b; Domain=example.com", "a=b; Domain=example.com"),
+        ("a=b", "a=b"),
+        ("Path=/x; Secure", "Path=/x; Secure"),
+    ],
+)
+def test_cookies(value: str, expected: str) -> None:
+    assert REWRITER.rewrite([(b"Set-Cookie", value.encode())], AUTHORITY) == [(b"Set-Cookie", expected.encode())]
+    plain = UrlRewriter(b"/api")
+    assert plain.rewrite([(b"Set-Cookie", value.encode())], AUTHORITY) == [(b"Set-Cookie", value.encode())]
+
+
+def test_the_lines_of_a_plain_head_are_rewritten_as_the_fields_are() -> None:
+    head = b"HTTP/1.1 201 Made\r\nLocation: /x\r\nX-Location: /x\r\ncontent-location: /y\r\nSet-Cookie: a=b; Path=/"
+    assert REWRITER.rewrite_lines(head, AUTHORITY) == (
+        b"HTTP/1.1 201 Made\r\nLocation: /api/x\r\nX-Location: /x\r\ncontent-location: /api/y\r\n"
+        b"Set-Cookie: a=b; Path=/api"
+    )
