@@ -12,7 +12,9 @@ from api_gateway.http1.request_paths import has_dot_segment, is_below, is_unusua
 from api_gateway.proxy.fallback import Fallback
 from api_gateway.proxy.url_rewriting import UrlRewriter
 
-_READING = b"*"  # in place of a request target: the path is not to be read in other ways
+# In place of a request target, compared by identity:
+_UNKNOWN = b"%unknown"  # only the decoded path is known
+_READING = b"*reading"  # the path is one of the readings
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +112,17 @@ class RouteTable:
     def __repr__(self) -> str:
         return f"<RouteTable {sorted(self._routes)}>"
 
-    def find(self, host: str, method: str, path: str, raw_target: bytes = b"") -> tuple[Route, float]:
+    def find(self, host: str, method: str, path: str, raw_target: bytes = _UNKNOWN) -> tuple[Route, float]:
         """Return the route of a request and its cost in tokens.
 
         `path` is percent-decoded; `raw_target` is the request target with the same path as sent, from which the
-        readings are derived, or `_READING` if `path` is one of them. Raises BadRequest for an ambiguous path, NoRoute,
-        or MethodNotAllowed with the allowed methods.
+        readings are derived. Raises BadRequest for an ambiguous path, NoRoute, or MethodNotAllowed with the allowed
+        methods.
         """
         # The cheap tests come first; what else is unusual can only be there if it was percent-encoded.
         if (
             raw_target is not _READING
-            and ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target or not raw_target)
+            and ("//" in path or "." in path or ";" in path or "\\" in path or b"%" in raw_target)
             and is_unusual(path)
         ):
             return self._find_dearest(host, method, path, raw_target)
@@ -148,9 +150,11 @@ class RouteTable:
         Each reading must be allowed. A reading without a route is refused, unless it is one of a server that does not
         resolve dot segments. Readings with repeated slashes cost no more than those without.
         """
-        raw_path = raw_target.partition(b"?")[0].decode("latin-1")
         try:
-            found = readings(raw_path) if raw_path else readings(path, is_decoded=True)
+            if raw_target is _UNKNOWN:
+                found = readings(path, is_decoded=True)
+            else:
+                found = readings(raw_target.partition(b"?")[0].decode("latin-1"))
         except ValueError as error:
             raise BadRequest(f"The path is ambiguous: {error}.") from None
         route, cost = self.find(host, method, matching_path(path), _READING)

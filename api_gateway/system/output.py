@@ -50,7 +50,7 @@ class LineWriter:
         self._max_entries = max_entries
         self._lock = threading.RLock()  # a signal handler may write while its own thread does
         self._written = threading.Condition(self._lock)
-        self._entries: list[str] = []
+        self._entries: list[bytes] = []
         self._pending = 0  # bytes queued or being written
         self._has_entries, self._is_urgent = threading.Event(), threading.Event()
         self._batches_written = 0
@@ -63,12 +63,13 @@ class LineWriter:
 
     def write(self, text: str) -> None:
         """Queue `text`, one or more whole lines. Never blocks; lines that do not fit are dropped and counted."""
-        size = len(text) if text.isascii() else len(text.encode("utf-8", "backslashreplace"))
+        entry = text.encode("utf-8", "backslashreplace")
+        size = len(entry)
         with self._lock:
             is_full = self._pending + size > self._max_bytes or len(self._entries) >= self._max_entries
             if not is_full:
                 self._pending += size
-                self._entries.append(text)
+                self._entries.append(entry)
                 if len(self._entries) == 1:
                     self._has_entries.set()
         if is_full:
@@ -107,18 +108,17 @@ class LineWriter:
                 self._pending -= size
                 self._written.notify_all()
 
-    def _batches(self, entries: Sequence[str]) -> Iterator[bytes]:
+    def _batches(self, entries: Sequence[bytes]) -> Iterator[bytes]:
         """Yield joined whole entries, each batch no larger than one write should be, unless a single entry is."""
         most = _ATOMIC if _is_pipe(self._descriptor) else _BATCH
         batch: list[bytes] = []
         size = 0
         for entry in entries:
-            encoded = entry.encode("utf-8", "backslashreplace")
-            if batch and size + len(encoded) > most:
+            size += len(entry)
+            if size > most and batch:
                 yield b"".join(batch)
-                batch, size = [], 0
-            batch.append(encoded)
-            size += len(encoded)
+                batch, size = [], len(entry)
+            batch.append(entry)
         if batch:
             yield b"".join(batch)
 

@@ -18,6 +18,7 @@ with `connect`, `pool`, `read` (for the response's head) and `idle` (between bod
 import asyncio
 import math
 import ssl
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import httpx
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.transport.connection import StaleConnection, UpstreamConnection
+from api_gateway.transport.happy_eyeballs import connect_to_name
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
 from api_gateway.transport.pool import Pool
@@ -203,19 +205,27 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
 
 async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | None) -> UpstreamConnection:
-    """Open a connection within `seconds`. Raises ConnectTimeout, ConnectError or LocalResourcesExhausted."""
+    """Open a connection within `seconds`, for all addresses of a name and for TLS together.
+
+    Raises ConnectTimeout, ConnectError or LocalResourcesExhausted.
+    """
     loop = asyncio.get_running_loop()
     connection = UpstreamConnection(loop)
     place = f"{origin.address}:{origin.port}"
     try:
         async with asyncio.timeout(seconds):
-            await loop.create_connection(
-                lambda: connection,
-                origin.address,
-                origin.port,
-                ssl=tls,
-                server_hostname=None if tls is None else origin.host,
-            )
+            server_name = None if tls is None else origin.host
+            if _is_address(origin.address):
+                await loop.create_connection(
+                    lambda: connection, origin.address, origin.port, ssl=tls, server_hostname=server_name
+                )
+            else:
+                sock = await connect_to_name(origin.address, origin.port)
+                try:
+                    await loop.create_connection(lambda: connection, sock=sock, ssl=tls, server_hostname=server_name)
+                except BaseException:
+                    sock.close()
+                    raise
     except BaseException as error:
         connection.close()
         if isinstance(error, TimeoutError):
@@ -231,6 +241,14 @@ async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | 
     if connection.is_closed:
         raise httpx.ConnectError(f"{place} closed the connection immediately")
     return connection
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def tls_context(

@@ -1,6 +1,7 @@
 """One JSON line for each exchange, whatever ids clients send."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 from hypothesis import example, given
@@ -97,3 +98,81 @@ def test_an_exchange_is_one_line() -> None:
 def test_odd_names_and_paths_are_data_and_never_lines(client: str, path: str) -> None:
     lines = logged(bare(client, path))
     assert [(line["client_id"], line["path"], line["request_id"]) for line in lines] == [(client, path, "id-1")]
+
+
+TEXT = st.text(max_size=12)
+NAME = st.none() | TEXT
+TIME = st.floats(0, 1e10)
+QUOTA = st.builds(Quota.per_second, TEXT, st.just(1.0), st.just(10))
+CLIENT = st.builds(Client, id=TEXT, key=TEXT, quota=QUOTA, source=st.just("default"))
+COUNT = st.integers(0, 10**15)
+DECISION = st.builds(
+    Decision, st.just("k"), QUOTA, st.booleans(), remaining=COUNT, wait_ns=st.just(0), reset_ns=st.just(0)
+)
+EXCHANGES = st.builds(
+    Exchange,
+    id=TEXT,
+    method=TEXT,
+    path=TEXT,
+    peer=TEXT,
+    started=TIME,
+    client=st.none() | CLIENT,
+    route=NAME,
+    upstream=NAME,
+    target=NAME,
+    cost=st.floats(0, 1e9) | st.integers(0, 10**9),
+    decision=st.none() | DECISION,
+    attempts=COUNT,
+    sent_at=st.none() | TIME,
+    head_at=st.none() | TIME,
+    status=st.integers(0, 599),
+    source=st.sampled_from(["gateway", "upstream"]),
+    reason=NAME,
+    detail=NAME,
+    bytes_in=COUNT,
+    bytes_out=COUNT,
+    finished=TIME,
+    retried=st.lists(TEXT, max_size=3).map(tuple),
+    fallback=NAME,
+)
+
+
+def documented(exchange: Exchange, now: float) -> str:
+    """Return the line of an exchange by the general encoder."""
+    client, decision, waited = exchange.client, exchange.decision, exchange.upstream_duration
+    members = {
+        "time": datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds"),
+        "request_id": exchange.id,
+        "client_address": exchange.peer,
+        "client_id": client.id if client else None,
+        "tier": client.quota.name if client else None,
+        "method": exchange.method,
+        "path": exchange.path,
+        "status": exchange.status,
+        "reason": exchange.reason,
+        "detail": exchange.detail,
+        "source": exchange.source,
+        "route": exchange.route,
+        "upstream": exchange.upstream,
+        "target": exchange.target,
+        "attempts": exchange.attempts,
+        "retry_reasons": exchange.retried,
+        "fallback": exchange.fallback,
+        "cost": exchange.cost,
+        "remaining": decision.remaining if decision else None,
+        "bytes_received": exchange.bytes_in,
+        "bytes_sent": exchange.bytes_out,
+        "duration_ms": round(exchange.duration * 1000, 3),
+        "upstream_duration_ms": None if waited is None else round(waited * 1000, 3),
+    }
+    return json.dumps(members, separators=(",", ":")) + "\n"
+
+
+@given(EXCHANGES, st.floats(0, 4e9))
+@example(bare(), 0.9999999)
+@example(bare(), 1_700_000_000.0009999)
+@example(bare('"\\', "/api/\x7f\ud800"), 1_700_000_000.9999999)
+def test_a_line_is_that_of_the_general_encoder(exchange: Exchange, now: float) -> None:
+    written: list[str] = []
+    AccessLog(lambda: now, written.append).write(exchange)
+    assert written == [documented(exchange, now)]
