@@ -32,11 +32,10 @@ def pytest_xdist_auto_num_workers() -> int:
 MEASURED_CASES = 2
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put tests of processes first, and exclude what repeats from the measurement of coverage.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Exclude what repeats from the measurement of coverage.
 
-    The longest tests are those of processes: at the end they would keep one test process busy while the others are
-    idle. Tracing makes a test several times slower, and further cases of a parametrised test, and generated examples,
+    Tracing makes a test several times slower, and further cases of a parametrised test, and generated examples,
     seldom reach further lines.
     """
     cases: Counter[str] = Counter()
@@ -46,15 +45,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         is_generated = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
         if is_generated or cases[name] > MEASURED_CASES:
             item.add_marker(pytest.mark.no_cover)
-    shares = int(getattr(config, "workerinput", {}).get("workercount", 1))
-    long = [item for item in items if "process" in item.path.parts[-2:]]
-    short = [item for item in items if "process" not in item.path.parts[-2:]]
-    size = -(-len(short) // shares)
-    items[:] = [
-        item
-        for share in range(shares)  # xdist gives each test process one contiguous share, and moves tests later
-        for item in (*long[share::shares], *short[share * size : (share + 1) * size])
-    ]
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
