@@ -13,7 +13,7 @@ from api_gateway.system.state_folder import create_once, own_folder
 
 logger = logging.getLogger(__name__)
 
-FILE = "via"
+PSEUDONYM_FILE = "via"
 
 
 async def pseudonym_of(config: GatewayConfig) -> str:
@@ -29,7 +29,7 @@ async def pseudonym_of(config: GatewayConfig) -> str:
 def _kept(config: GatewayConfig) -> str:
     made = f"{DEFAULT_PSEUDONYM}-{secrets.token_hex(6)}"
     try:
-        return _checked(create_once(own_folder(config.state_dir) / FILE, made)) or made
+        return _checked(create_once(own_folder(config.state_dir) / PSEUDONYM_FILE, made)) or made
     except (OSError, ValueError) as error:
         logger.debug("the pseudonym is not kept: %s", error)
         return made
