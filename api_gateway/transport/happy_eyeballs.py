@@ -19,7 +19,7 @@ from api_gateway.transport.local_resources import exhaustion_behind
 ATTEMPT_DELAY = 0.25  # seconds, as RFC 8305 section 8 recommends
 
 AddressInfo = tuple[int, int, int, str, Any]  # an item of `getaddrinfo`'s result
-Attempt = Callable[[], Coroutine[Any, Any, socket.socket]]
+ConnectionAttempt = Callable[[], Coroutine[Any, Any, socket.socket]]
 
 
 async def connect_to_name(host: str, port: int) -> socket.socket:
@@ -40,7 +40,7 @@ def interleaved(found: Sequence[AddressInfo]) -> list[AddressInfo]:
     return [info for info in chain.from_iterable(zip_longest(*families.values())) if info is not None]
 
 
-async def first_connected(attempts: Sequence[Attempt]) -> socket.socket:
+async def first_connected(attempts: Sequence[ConnectionAttempt]) -> socket.socket:
     """Return the first socket that one of `attempts` connects; close all others. Raises OSError if all fail."""
     left = list(attempts)
     errors: list[OSError] = []

@@ -471,7 +471,8 @@ async def test_a_client_that_disconnects_ends_the_exchange_without_a_fault(kind:
     coroutine, upstream = forwarding(stub, None, [], leaves)
     with pytest.raises(ClientDisconnected):
         await asyncio.wait_for(coroutine, 2)
-    assert upstream.breaker.window_counts(time.monotonic())[:2] == (0, 0)
+    calls = 1 if kind == "dripping" else 0  # the head of the response counts
+    assert upstream.breaker.window_counts(time.monotonic())[:2] == (calls, 0)
     assert upstream.targets[0].in_flight == 0
     assert stub.tries == 1
 
