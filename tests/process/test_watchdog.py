@@ -33,17 +33,17 @@ SLACK = 60.0  # for a busy machine, where a test does not ask for punctuality
 HOOK = """
 import ctypes, signal, sys
 
-def wait_for_the_report():
+def wait_for_the_report(seconds):
     watchdog = sys.modules["api_gateway.process.watchdog"]
-    watchdog.REPORT_TIMEOUT, watchdog.NATIVE_MARGIN = 50, 100  # SIGPROF would end the process before the report
+    watchdog.REPORT_TIMEOUT, watchdog.NATIVE_MARGIN = seconds, 100  # SIGPROF would end the process before the report
 
 def spin_visibly(*_):
-    wait_for_the_report()
+    wait_for_the_report(50)
     while True:
         pass
 
 def wait_outside_of_the_interpreter(*_):
-    wait_for_the_report()
+    wait_for_the_report(10)
     mutex = ctypes.create_string_buffer(256)
     libc = ctypes.CDLL(None)
     for _ in range(2):

@@ -163,7 +163,7 @@ async def test_what_costs_much_stays_possible_in_an_outage(store: StoreServer) -
     async with gateways(store.url, FAST, count=4, processes=4) as limiters:
         seen = await hammer(limiters, charge(FAST, 30), 0.45)
         assert all(any(decision.allowed for *_, decision in seen) for _ in limiters)
-        assert 0.99 * 30 * 4 <= burst_of(seen, 30 * 4 / 0.5, cost=30) <= 30 * 4
+        assert 0.9 * 30 * 4 <= burst_of(seen, 30 * 4 / 0.5, cost=30) <= 30 * 4
 
 
 async def test_a_gateway_that_cannot_reach_the_store_has_its_share_and_no_more(store: StoreServer) -> None:
