@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 MAX_READINGS = 32  # of one path; a path with more is refused
-MAX_READ_BYTES = 65_536  # total length of the readings of a path that has more than MAX_LONG_READINGS
-MAX_LONG_READINGS = 4
+MAX_READ_BYTES = 8_192  # total length of the readings of one path, as each costs time
 
 # What servers may treat differently in a decoded path; `./` and a final `.` cover dot segments and trailing dots.
 _UNUSUAL = re.compile(r"%|;|\\|\x00| |\?|#|//|\./|\.\Z")
@@ -123,6 +122,8 @@ def readings(path: str, *, is_decoded: bool = False) -> list[str]:
     """
     first = path, is_decoded or "%" not in path
     found, pending, size = {first}, [first], len(path)
+    if size > MAX_READ_BYTES:
+        raise ValueError("it is too long to consider how servers may read it")
     while pending:
         path, is_decoded = pending.pop()
         if "\0" in path:
@@ -137,7 +138,7 @@ def readings(path: str, *, is_decoded: bool = False) -> list[str]:
             found.add(reading)
             pending.append(reading)
             size += len(other)
-            if len(found) > MAX_READINGS or (size > MAX_READ_BYTES and len(found) > MAX_LONG_READINGS):
+            if len(found) > MAX_READINGS or size > MAX_READ_BYTES:
                 raise ValueError("servers may read it in too many ways")
     return list({path for path, is_decoded in found if is_decoded})
 

@@ -303,4 +303,4 @@ def test_a_long_path_is_read_in_little_time(raw: str) -> None:
         matching_path(path)
         return time.process_time() - begun
 
-    assert min(read() for _ in range(3)) < 0.2
+    assert min(read() for _ in range(3)) < 0.05
