@@ -21,7 +21,9 @@ from api_gateway.admin.context import Lifecycle
 from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
 from api_gateway.config import GatewayConfig
-from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
+from api_gateway.downstream.connection import DownstreamConnection
+from api_gateway.downstream.connection_factory import ConnectionFactory
+from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
 from api_gateway.http1.headers import Network, address_key, is_within
 from api_gateway.main import create_app
@@ -49,7 +51,7 @@ _SILENCED = (
 ADMIN_CONNECTIONS = 256  # to the operator listener
 _STEP = 0.1  # seconds between checks of `force_exit`
 PROCESS_STOP_MARGIN = 3.0  # seconds that the process may take after its drain time
-DRAIN_LINGER = 2.0  # seconds; see `DownstreamConnection.shutdown`
+DRAIN_LINGER = 2.0  # seconds; see `ConnectionLimits.drain_linger`
 
 
 class GatewayServer(uvicorn.Server):
@@ -141,9 +143,9 @@ class GatewayServer(uvicorn.Server):
         self._settings, self._delay = config, section.drain_delay
         self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
         for listener in (self.config, self._admin_config):
-            protocol: Any = listener.http
-            protocol.limits = connection_limits(section)
-            protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
+            factory: Any = listener.http
+            factory.limits = connection_limits(section)
+            factory.slots.share_holder = _holder_of_connection(section.trusted_proxies)
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
         self._watchdog.set_stop_timeout(stop_within(section))
         set_log_level(config.log.level)
@@ -195,9 +197,8 @@ class GatewayServer(uvicorn.Server):
 
     def _abort_connections(self) -> None:
         """Abort the requests and tunnels in progress, and count them."""
-        running = [
-            one for one in self.server_state.connections if isinstance(one, DownstreamConnection) and one.is_busy
-        ]
+        connections: set[Any] = self.server_state.connections  # uvicorn names its own protocols as members
+        running = [one for one in connections if isinstance(one, DownstreamConnection) and one.is_busy]
         if running:
             self.cut_off = len(running)
             logger.error("%d requests were cut off at the end of the drain timeout", self.cut_off)
@@ -260,11 +261,12 @@ def watchdog_of(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> 
 
 def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: FairShares) -> uvicorn.Config:
     """Return the uvicorn configuration of one listener, whose connections are limited by `shares`."""
+    factory: Any = ConnectionFactory(
+        connection_limits(section), refused, shares, _holder_of_connection(section.trusted_proxies)
+    )
     return uvicorn.Config(
         app,
-        http=limited_protocol(
-            connection_limits(section), refused, shares, _holder_of_connection(section.trusted_proxies)
-        ),
+        http=factory,
         log_config=None,
         access_log=False,
         proxy_headers=False,
