@@ -22,7 +22,8 @@ from typing import Any, Self
 
 from api_gateway.admin.locality import LoopbackRule
 from api_gateway.config import GatewayConfig
-from api_gateway.process.server import GatewayServer, connection_limits
+from api_gateway.downstream.listener import connection_limits
+from api_gateway.process.server import GatewayServer
 from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 

@@ -6,7 +6,14 @@ from functools import lru_cache, partial
 from typing import Any
 
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError, LoopDetected, MethodNotAllowed
+from api_gateway.errors import (
+    BadRequest,
+    ClientIdInvalid,
+    GatewayError,
+    LengthRequired,
+    LoopDetected,
+    MethodNotAllowed,
+)
 from api_gateway.http1.headers import address_key, is_within
 from api_gateway.http1.methods import KNOWN_METHODS, PROXIED_METHODS, REFUSED_METHODS
 from api_gateway.limits.refusal import refusal
@@ -39,12 +46,14 @@ class AmbiguityStage(ReadOnlyStage):
     """Refuses requests that their header fields rule out: servers may interpret them differently, or they return."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
-        """Refuse an ambiguous request, and have its connection closed; refuse a loop."""
+        """Refuse an ambiguous request, and have its connection closed; refuse a loop; require a length."""
         cause = plan.facts.ambiguity
         if cause is None:
             return None
         if plan.facts.is_loop:
             return LoopDetected(f"The request is in a loop: {cause}.")
+        if plan.facts.is_length_required:
+            return LengthRequired(cause, headers={"connection": "close"})
         return BadRequest(f"The request is ambiguous: {cause}.", headers={"connection": "close"})
 
 

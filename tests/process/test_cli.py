@@ -33,16 +33,20 @@ def test_the_version_names_the_variant_that_runs(word: str, tmp_path: Path) -> N
     assert running.output == f"api-gateway {__version__} ({variant}, CPython {platform.python_version()})\n"
 
 
-def test_stock_uvicorn_serves_it_too_and_no_header_comes_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("http", ["auto", "api_gateway.server:protocol"])
+def test_uvicorn_serves_it_too_and_no_header_comes_twice(tmp_path: Path, http: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    arguments = ["-m", "uvicorn", "api_gateway.main:app", "--host", "127.0.0.1", "--port", str(port)]
+    arguments = ["-m", "uvicorn", "api_gateway.main:app", "--host", "127.0.0.1", "--port", str(port), "--http", http]
     with process(*arguments, cwd=tmp_path) as running:
         eventually(lambda: is_open(port) or running.popen.poll() is not None, "uvicorn listens")
         with RawClient(port) as client:
             client.request("GET", "/api/users", ("X-Client-ID: c",))
             answer = client.answer()
+        says_what_is_missing = "--http api_gateway.server:protocol" in running.errors
     assert answer.status == 200
+    assert answer.all("date")
+    assert says_what_is_missing == (http == "auto")
     names = [name.lower() for name, _ in answer.headers]
     assert len(names) == len(set(names)), names
 
