@@ -1,5 +1,6 @@
 """The command line as a process of its own: start, check, mistakes, stopping."""
 
+import platform
 import signal
 import socket
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from api_gateway import __version__, rate_limiter
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, reply
 from tests.kit import RawRequest as Request
 from tests.processes import ROOT, WAYS, config_file, fresh_process, process
@@ -21,6 +23,14 @@ def test_it_starts_without_configuration_and_stops_with_exit_code_0(way: list[st
     assert running.errors == ""
     assert running.output.count("curl") == 3, "three lines to paste"
     assert '"status":200' in running.output, "an access line"
+
+
+@pytest.mark.parametrize("word", ["version", "--version"])
+def test_the_version_names_the_variant_that_runs(word: str, tmp_path: Path) -> None:
+    with process("-m", "api_gateway", word, cwd=tmp_path) as running:
+        assert running.exit_code() == 0
+    variant = "pure Python" if rate_limiter.__file__.endswith(".py") else "compiled"
+    assert running.output == f"api-gateway {__version__} ({variant}, CPython {platform.python_version()})\n"
 
 
 @pytest.mark.parametrize("http", ["auto", "api_gateway.server:protocol"])
