@@ -32,6 +32,13 @@ class OutlierDetector:
     slow start, while `returned_at` is set. Without a breaker a target is never ejected.
     """
 
+    __slots__ = (
+        "_draw",
+        "_make_breaker",
+        "abnormal",
+        "policy",
+    )
+
     def __init__(
         self,
         policy: OutlierPolicy = OutlierPolicy(),

@@ -35,6 +35,22 @@ class UpstreamClient:
     `hash_header` (lower case) is the header field whose value is the key for load balancing, instead of the client.
     """
 
+    __slots__ = (
+        "_acquire_idle",
+        "_removed",
+        "hash_header",
+        "is_native",
+        "limits",
+        "origins",
+        "retried_statuses",
+        "retries",
+        "supports_fast_path",
+        "total_timeout",
+        "transport",
+        "tunnel_timeout",
+        "upstream",
+    )
+
     def __init__(
         self,
         upstream: Upstream,
