@@ -156,14 +156,18 @@ class CircuitBreaker:
             self._last_idempotent_at = now
         return ticket
 
-    def note_idempotent(self, now: float) -> None:
-        """Record that a repeatable request arrived, without requesting admission here."""
-        self._last_idempotent_at = now
+    def note_request(self, now: float, *, is_safe: bool, principal: str | None) -> None:
+        """Record that a request arrived that could have been the probe, whether or not it requests admission here."""
+        self._admission_seekers.note(principal, now)
+        if is_safe and not self._must_yield(principal, now):
+            self._last_idempotent_at = now
 
-    def would_admit(self, now: float, *, is_safe: bool = True) -> bool:
+    def would_admit(self, now: float, *, is_safe: bool = True, principal: str | None = None) -> bool:
         """Return whether `admit` would return a ticket now; changes nothing."""
         mode = self.mode_at(now)
-        return mode is not Mode.FORCED_OPEN and (mode is not Mode.AUTO or self._passes(now, is_safe=is_safe))
+        return mode is not Mode.FORCED_OPEN and (
+            mode is not Mode.AUTO or self._passes(now, is_safe=is_safe, principal=principal)
+        )
 
     def state_at(self, now: float) -> State:
         """Return the state at `now`: an OPEN breaker counts as HALF_OPEN once its open time is over."""
@@ -235,11 +239,14 @@ class CircuitBreaker:
 
     def _is_in_head_start(self, now: float) -> bool:
         """Return whether the next probe has been possible for less than PROBE_HEAD_START seconds, or is not yet."""
+        return now - self._probe_possible_since < PROBE_HEAD_START
+
+    @property
+    def _probe_possible_since(self) -> float:
+        """When the next probe became possible, or will."""
         if self.probes_in_flight >= self.policy.half_open_max_calls:  # the last one was lost
-            vacant_since = self._last_probe_at + self.policy.recovery_timeout
-        else:
-            vacant_since = self._due if self.state is State.OPEN else self._vacant_since
-        return now - vacant_since < PROBE_HEAD_START
+            return self._last_probe_at + self.policy.recovery_timeout
+        return self._due if self.state is State.OPEN else self._vacant_since
 
     # Results
 
@@ -301,6 +308,19 @@ class CircuitBreaker:
             return self._transition(Event.RECOVERY_DUE, now, f"open for {round(self._due - self.since, 1):g} s")
         return None
 
+    def close_if_not_probed(self, now: float) -> Transition | None:
+        """Close the breaker if a probe has been possible for `longest_open_time` and no call has become one.
+
+        For breakers whose state has effects although there are no calls. Return the transition, or None.
+        """
+        if self.mode.is_forced or self.state_at(now) is not State.HALF_OPEN:
+            return None
+        unprobed = now - max(self._probe_possible_since, self._last_probe_at)
+        if unprobed < self.policy.longest_open_time:
+            return None
+        self.advance(now)
+        return self._transition(Event.NOT_PROBED, now, f"no probe for {round(unprobed, 1):g} s")
+
     def set_mode(self, mode: Mode, now: float, until: float | None = None) -> None:
         """Set the mode, until the time `until` or until the next call. Outcomes of calls in flight are ignored.
 
@@ -331,8 +351,8 @@ class CircuitBreaker:
         if (policy.window, policy.window_calls) != (before.window, before.window_calls):
             self._window = _window(policy)
         self.advance(now)
-        longest = policy.max_recovery_timeout or policy.recovery_timeout
-        open_time = min(self._open_time * policy.recovery_timeout / before.recovery_timeout, longest)
+        open_time = self._open_time * policy.recovery_timeout / before.recovery_timeout
+        open_time = min(open_time, policy.longest_open_time)
         if self.state is State.OPEN:
             self._due = self.since + (self._due - self.since) * open_time / self._open_time
         self._open_time = open_time

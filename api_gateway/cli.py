@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import logging
 import os
+import platform
 import sys
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from api_gateway.process.start_check import file_errors, startup_errors, startup
 from api_gateway.process.supervisor import Supervisor
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.settings.rules import Finding, find_warnings
+from api_gateway.system.build import variant
 from api_gateway.system.held_signals import block_signals
 from api_gateway.system.output import redirected
 from api_gateway.system.state_folder import former_state
@@ -93,13 +95,23 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the options. The message about an unknown option does not show its value, which may be a secret."""
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
+    if options.command not in (None, "version"):
+        unknown.append(options.command)
     if unknown:
         names = [one.partition("=")[0] for one in unknown if one.startswith("-")]
         parser.error(
             f"unknown: {', '.join(names) or 'positional arguments'}; use the file for other settings, or variables"
             f" such as {ENV_PREFIX}STORE__URL"
         )
+    if options.command == "version":
+        print(_version())
+        parser.exit()
     return options
+
+
+def _version() -> str:
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return f"api-gateway {__version__} ({variant()}, {python})"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         description="A rate-limiting API gateway. Without configuration it starts with demo services as upstreams.",
         epilog="Every setting can also be set by an environment variable, such as GATEWAY_SERVER__PORT=9000.",
     )
+    parser.add_argument("command", nargs="?", metavar="version", help="print the version and the variant, and exit")
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: $GATEWAY_CONFIG, or none)")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one (default: 8000)")
@@ -116,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-access-log", action="store_true", help="do not write a line for each proxied request")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     parser.add_argument("--watch", action="store_true", help="reload the configuration when one of its files changes")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=_version())
     return parser
 
 

@@ -5,7 +5,7 @@
     │   ├── BadRequest, ClientIdInvalid, InvalidValue
     │   ├── Unauthorized, Forbidden
     │   ├── NoRoute, MethodNotAllowed
-    │   ├── BodyTooLarge, HeadersTooLarge, RequestTimeout
+    │   ├── BodyTooLarge, HeadersTooLarge, LengthRequired, RequestTimeout
     │   └── RateLimited, CostExceedsCapacity
     ├── Unavailable         no attempt was made: 503
     │   ├── CircuitOpen, NoHealthyUpstream, Draining, StoreUnavailable
@@ -59,6 +59,7 @@ class Reason(StrEnum):
     FORBIDDEN = "forbidden"
     BODY_TOO_LARGE = "body_too_large"
     HEADERS_TOO_LARGE = "headers_too_large"
+    LENGTH_REQUIRED = "length_required"
     REQUEST_TIMEOUT = "request_timeout"
     BAD_REQUEST = "bad_request"
     INVALID_VALUE = "invalid_value"
@@ -162,6 +163,13 @@ class HeadersTooLarge(RequestRefused):
 
     status = 431
     reason = Reason.HEADERS_TOO_LARGE
+
+
+class LengthRequired(RequestRefused):
+    """The server cannot tell the trailers of a chunked request from its header fields."""
+
+    status = 411
+    reason = Reason.LENGTH_REQUIRED
 
 
 class RequestTimeout(RequestRefused):

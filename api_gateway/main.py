@@ -28,6 +28,7 @@ from api_gateway.assembly.access import NO_ACCESS, operator_access
 from api_gateway.assembly.gateway import Assembly, Gateway
 from api_gateway.assembly.installation import Installation
 from api_gateway.config import GatewayConfig, load_config
+from api_gateway.downstream.uvicorn_server import COMMAND, Listener, UvicornServer
 from api_gateway.errors import STARTUP_FAILED, StartupError
 from api_gateway.http1.asgi import FastPathProvider, Message, Receive, Scope, Send
 from api_gateway.http1.request_paths import below_root
@@ -57,6 +58,8 @@ class GatewayApp(FastAPI):
         self.add_middleware(DataPlaneSplit, switch=switch)
         self._switch = switch
         self.startup_error: StartupError | None = None
+        self.server: UvicornServer | None = None  # that runs the application, once it has begun the lifespan
+        self.listener: Listener | None = None  # set if that server uses the gateway's own protocol
         self.has_admin_listener = has_admin_listener
         endpoints = install(self, refused)
         self._own_routes = len(self.routes)
@@ -91,6 +94,7 @@ class GatewayApp(FastAPI):
         elif scope["type"] == "http" and (self.gate.guards(scope) or not self._is_extended):
             await self.gate(scope, receive, send)
         elif scope["type"] == "lifespan":
+            self.server = UvicornServer.behind(receive)
             await super().__call__(scope, receive, partial(self._send_lifespan, send))
         else:
             await super().__call__(scope, receive, send)
@@ -168,6 +172,8 @@ def create_app(
     async def lifespan(app: GatewayApp) -> AsyncIterator[None]:
         # In the framework's thread pool, which this also creates, so that the first request is not delayed.
         await run_in_threadpool(_build_routes, app)
+        listener = app.listener = _listener_of(app.server, settings, rejections)
+        changed = on_change if listener is None else partial(_apply_to_listener, listener, on_change)
         assembly = Assembly(rejections, transports or {}, resolve, clocks)
         async with app.noting_startup_error(), assembly.live(settings) as gateway:
             gateway.recorder.operator_rejections = app.gate.refusals
@@ -175,11 +181,11 @@ def create_app(
                 app,
                 assembly,
                 switch,
-                server_headers=server_headers,
+                server_headers=server_headers if listener is None else frozenset(),
                 access=partial(operator_access, locality=locality),
-                connections=connections,
+                connections=connections if listener is None else listener.shares,
                 read=read,
-                on_change=on_change,
+                on_change=changed,
             )
             await installation.start(settings, _admin_context, aggregator or SingleProcess())
             app.state.admin_context.lifecycle = Lifecycle.SERVING
@@ -215,6 +221,32 @@ def __getattr__(name: str) -> Any:
         )
     globals()["app"] = app
     return app
+
+
+def _listener_of(server: UvicornServer | None, settings: GatewayConfig, refused: Counter[str]) -> Listener | None:
+    """Return the listener of a uvicorn server with the gateway's own protocol; log what is missing with another."""
+    if server is None:
+        return None
+    if server.has_own_protocol:
+        server.limit_drain(settings.server)
+        return Listener(settings.server, refused)
+    if not server.is_gateways:
+        logger.warning(
+            "uvicorn's own protocol serves: %sWebSockets are refused, trailers and interim responses are not"
+            " forwarded, and the limits of connections, request heads and the rate of bodies do not apply."
+            " Nothing of this is missing with: %s",
+            "chunked requests get 411, " if server.mixes_trailers else "",
+            COMMAND,
+        )
+    return None
+
+
+def _apply_to_listener(
+    listener: Listener, on_change: Callable[[GatewayConfig], None] | None, config: GatewayConfig
+) -> None:
+    listener.change(config.server)
+    if on_change is not None:
+        on_change(config)
 
 
 def _build_routes(app: FastAPI) -> None:

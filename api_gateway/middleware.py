@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trailers
 from api_gateway.errors import ClientDisconnected, Draining, GatewayError, InternalError, not_started
 from api_gateway.http1.asgi import (
     FIELDS,
@@ -209,6 +210,8 @@ class AdmissionMiddleware:
         facts = self._headers.read(exchange.peer, scope[FIELDS], scope["http_version"])
         exchange.peer = facts.peer
         extension: ServerExtension | None = scope.get(SERVER_EXTENSION)
+        if extension is None and facts.ambiguity is None and may_hold_trailers(scope[FIELDS], receive):
+            facts.require_length(TRAILERS_MIXED)
         target = raw_target(scope) if extension is None else extension.target
         plan = RequestPlan(exchange, facts, target, self._clock_ns())
         result = self._admission.decide(plan)

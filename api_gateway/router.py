@@ -558,7 +558,7 @@ class Router:
         `version` is the version of HTTP in which the response was received.
         """
         if request.url_rewriter is not None:
-            headers = request.url_rewriter.rewrite(headers, request.authority)
+            headers = request.url_rewriter.rewrite(headers, request.authorities)
         if COST in fields:
             self.on_cost(exchange, fields[COST])
         return rewrite_response(headers, fields, exchange.response_headers, omit, self._via.field(version))

@@ -1,4 +1,4 @@
-"""Starts the command line in a fork of a process that has imported it.
+"""Starts the command line, or uvicorn, in a fork of a process that has imported it.
 
 The imports of one start take a second of CPU time, and some two hundred tests start a gateway. What a fork cannot
 show, such as how a fresh interpreter starts, is for `processes.fresh_process`.
@@ -19,23 +19,28 @@ from tests.loop_watch import watch_for
 from tests.measured import VARIABLE, measure_into
 
 PRELOADED = ["api_gateway.cli", "tests.forked", "uvloop", "uvicorn.loops.uvloop"]
+MODULES = ("api_gateway", "uvicorn")
 
 
-def _run(arguments: Sequence[str], cwd: str, variables: Mapping[str, str], outputs: Sequence[str]) -> None:
-    """Become `python -m api_gateway` with these arguments, in the forked process."""
+def _run(
+    module: str, arguments: Sequence[str], cwd: str, variables: Mapping[str, str], outputs: Sequence[str]
+) -> None:
+    """Become `python -m MODULE` with these arguments, in the forked process."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
-    for descriptor, path in enumerate(outputs, start=1):
-        opened = os.open(path, os.O_WRONLY)
+    for descriptor, path in enumerate((os.devnull, *outputs)):
+        opened = os.open(path, os.O_WRONLY if descriptor else os.O_RDONLY)
         os.dup2(opened, descriptor)
-        os.close(opened)
-    sys.argv = ["api_gateway", *arguments]
+        if opened != descriptor:
+            os.close(opened)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing's has a descriptor that is not inherited
+    sys.argv = [module, *arguments]
     multiprocessing.process._parent_process = None  # type: ignore[attr-defined]  # the gateway is nobody's worker
     measure_into(os.environ.get(VARIABLE))
     watch_for(os.environ.get("LOOP_WATCH_REPORTS"))
     try:
-        runpy.run_module("api_gateway", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends its processes without them
 
@@ -44,11 +49,12 @@ class Fork:
     """A forked process, with what the tests use of `subprocess.Popen`."""
 
     def __init__(
-        self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path
+        self, module: str, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: Path, stderr: Path
     ) -> None:
         for path in (stdout, stderr):
             path.write_bytes(b"")  # now, and not once the fork comes to it: a former process may have left its output
-        self._process = _context().Process(target=_run, args=(arguments, str(cwd), env, (str(stdout), str(stderr))))
+        outputs = (str(stdout), str(stderr))
+        self._process = _context().Process(target=_run, args=(module, arguments, str(cwd), env, outputs))
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid

@@ -4,22 +4,26 @@ Everything runs on loopback. Upstreams and clients are plain sockets, so that as
 """
 
 import asyncio
+import copy
 import json
 import socket
 import struct
 import threading
 import time
+import types
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
 from api_gateway.admin.locality import LoopbackRule
 from api_gateway.config import GatewayConfig
-from api_gateway.process.server import GatewayServer, connection_limits
+from api_gateway.downstream.listener import connection_limits
+from api_gateway.process.server import GatewayServer
 from api_gateway.settings.server import ServerSection
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 
@@ -425,3 +429,16 @@ class RawClient(Wire):
         """Send a GET and read its response."""
         self.request("GET", target, headers)
         return self.answer()
+
+
+def attributes_of(thing: object) -> dict[str, Any]:
+    """Return a copy of the attributes of an object of ours, nested ones too. A compiled class has no `__dict__`."""
+    kinds = types.GetSetDescriptorType, types.MemberDescriptorType
+    names = {name for one in type(thing).__mro__ for name, value in vars(one).items() if isinstance(value, kinds)}
+    names.update(getattr(thing, "__dict__", ()))
+    return {name: _copied(getattr(thing, name)) for name in names if name[:2] != "__" and hasattr(thing, name)}
+
+
+def _copied(value: object) -> object:
+    is_ours = type(value).__module__.startswith("api_gateway.") and not isinstance(value, Enum)
+    return attributes_of(value) if is_ours else copy.deepcopy(value)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.forked import Fork
+from tests.forked import MODULES, Fork
 from tests.kit import Answer, ask, eventually
 from tests.measured import coverage_variables
 
@@ -95,12 +95,13 @@ class Running:
 def process(*arguments: str, cwd: Path, **environment: str) -> Iterator[Running]:
     """Run Python with these arguments; stop it by its process id at the end.
 
-    `-m api_gateway` becomes a fork of a process that has imported it, unless PYTHONPATH is set.
+    `-m api_gateway` and `-m uvicorn` become a fork of a process that has imported them, unless PYTHONPATH is set.
     """
-    if arguments[:2] == ("-m", "api_gateway") and "PYTHONPATH" not in environment:
+    if arguments[0] == "-m" and arguments[1] in MODULES and "PYTHONPATH" not in environment:
         stdout, stderr = _outputs(cwd)
         variables = _variables(cwd, environment)
-        yield from _running(Fork(arguments[2:], cwd=cwd, env=variables, stdout=stdout, stderr=stderr), cwd)
+        fork = Fork(arguments[1], arguments[2:], cwd=cwd, env=variables, stdout=stdout, stderr=stderr)
+        yield from _running(fork, cwd)
     else:
         with fresh_process(*arguments, cwd=cwd, **environment) as running:
             yield running

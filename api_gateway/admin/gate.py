@@ -16,11 +16,13 @@ from api_gateway.admin.locality import Locality
 from api_gateway.admin.operator_limits import OperatorLimits
 from api_gateway.admin.operators import LOCAL, Operator, Role, Tokens, bearer_token
 from api_gateway.admin.request_body import read_body, replay, without_body
+from api_gateway.downstream.uvicorn_server import TRAILERS_MIXED, may_hold_trailers
 from api_gateway.errors import (
     BadRequest,
     ClientDisconnected,
     Forbidden,
     GatewayError,
+    LengthRequired,
     MethodNotAllowed,
     NoRoute,
     Unauthorized,
@@ -128,6 +130,8 @@ class OperatorGate:
         fault = ambiguity(fields, scope["http_version"])
         if fault is not None and (view is None or framing(fields) is not None):  # simple health checks omit Host
             raise BadRequest(f"The request is ambiguous: {fault}.", headers={"connection": "close"})
+        if SERVER_EXTENSION not in scope and may_hold_trailers(fields, receive):
+            raise LengthRequired(TRAILERS_MIXED)
         if view is not None:
             await self._show(view, scope, fields, send)
             return

@@ -18,7 +18,7 @@ import httpx
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
 from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.routes import route_of
-from api_gateway.assembly.stores import Limiter, Quotas, limiter_of, registry_of, requote, state_folder
+from api_gateway.assembly.stores import Limiter, Quotas, hold_state_folder, limiter_of, registry_of, requote
 from api_gateway.assembly.upstreams import (
     LiveUpstream,
     TlsByFiles,
@@ -137,7 +137,7 @@ class Assembly:
         async with AsyncExitStack() as stack:
             raise_descriptor_limit()
             stack.push_async_callback(self._stop_demo)
-            stack.enter_context(state_folder(config))
+            await hold_state_folder(config, stack)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
             try:

@@ -9,7 +9,6 @@ from api_gateway.settings.routes import FallbackSection, RouteSection
 def route_of(section: RouteSection) -> Route:
     """Return the route that a section describes."""
     prefix = (section.strip_prefix or "").rstrip("/")
-    rewrites = bool(prefix) and section.rewrite_urls
     return Route(
         name=section.name,
         path=section.path,
@@ -26,8 +25,18 @@ def route_of(section: RouteSection) -> Route:
         timeout=section.timeout,
         min_body_rate=section.min_body_rate,
         fallback=None if section.fallback is None else _fallback(section.fallback),
-        url_rewriter=UrlRewriter(prefix.encode(), cookies=section.rewrite_cookies) if rewrites else None,
+        url_rewriter=_url_rewriter(section, prefix),
     )
+
+
+def _url_rewriter(section: RouteSection, prefix: str) -> UrlRewriter | None:
+    rewrites = bool(prefix) and section.rewrite_urls
+    if not rewrites and not section.cookie_domains:
+        return None
+    domains = tuple(
+        (domain.lstrip(".").lower().encode(), new.encode()) for domain, new in section.cookie_domains.items()
+    )
+    return UrlRewriter(prefix.encode() if rewrites else b"", rewrites and section.rewrite_cookies, domains)
 
 
 def _fallback(section: FallbackSection) -> Fallback:

@@ -1,11 +1,12 @@
 """Builds quotas, the rate limiter, and the client registry with its store."""
 
+import asyncio
 import logging
 import multiprocessing
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,11 +26,20 @@ from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder
 logger = logging.getLogger(__name__)
 
 Limiter = MemoryLimiter | RedisLimiter
+REPLACED_WITHIN = 5.0  # seconds that a worker may need to end when another one has been started in its place
+_RETRY_INTERVAL = 0.1  # seconds
+
+
+class AnotherWorker(StartupError):
+    """Another worker of the same server has the buckets in its memory."""
 
 
 @contextmanager
 def state_folder(config: GatewayConfig) -> Iterator[None]:
-    """Hold the state folder. Raises StartupError if it is in use, or unusable and needed for registered clients."""
+    """Hold the state folder, which workers share if the buckets are in a store that they share.
+
+    Raises StartupError if it is in use, or unusable and needed for registered clients; AnotherWorker.
+    """
     # True for a worker of uvicorn or gunicorn, which shares the folder with the other workers of its server.
     is_worker = multiprocessing.parent_process() is not None or "gunicorn.arbiter" in sys.modules
     folder = None
@@ -40,10 +50,35 @@ def state_folder(config: GatewayConfig) -> Iterator[None]:
             raise StartupError(str(error)) from error
         logger.warning("%s; until then the mode of circuit breakers cannot be changed", error)
     try:
+        if folder is not None and folder.sharer is not None and not config.store.is_shared:
+            raise AnotherWorker(
+                "store.url: with memory:// each worker would have buckets of its own, and each client several times"
+                f" its limits; process {folder.sharer} is a worker of this server already. Use one worker, or a store"
+                " that all workers share (GATEWAY_STORE__URL=redis://...), or the gateway's own server, whose workers"
+                " share memory:// too: api-gateway --workers 2"
+            )
         yield
     finally:
         if folder is not None:
             folder.close()
+
+
+async def hold_state_folder(config: GatewayConfig, stack: AsyncExitStack) -> None:
+    """Hold the state folder until `stack` is closed. Raises StartupError.
+
+    Another worker has REPLACED_WITHIN seconds to end: a server may start the worker that replaces it before.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + REPLACED_WITHIN
+    while True:
+        try:
+            stack.enter_context(state_folder(config))
+        except AnotherWorker:
+            if loop.time() >= until:
+                raise
+            await asyncio.sleep(_RETRY_INTERVAL)
+        else:
+            return
 
 
 @dataclass(frozen=True, slots=True)

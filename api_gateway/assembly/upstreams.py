@@ -129,6 +129,7 @@ def build_upstream(
         retry=_retry_policy(section.retry),
         source=source,
         hash_header=_hash_header(section),
+        host_header=section.host_header,
     )
     return LiveUpstream(
         section,
@@ -165,7 +166,11 @@ def change_upstream(
     upstream.limit = _limit(section, upstream.limit, priorities, source, now)
     transport = live.upstream_client.transport if plan.transport is None else plan.transport
     upstream_client = live.upstream_client.succeeded_by(
-        Timeouts(**section.timeouts.model_dump()), _retry_policy(section.retry), _hash_header(section), transport
+        Timeouts(**section.timeouts.model_dump()),
+        _retry_policy(section.retry),
+        _hash_header(section),
+        transport,
+        section.host_header,
     )
     if plan.transport is None:
         _change_transport(transport, plan)

@@ -31,6 +31,7 @@ from api_gateway.proxy.client_disconnect import CLIENT_LEFT
 from api_gateway.proxy.failure_record import note_failure
 from api_gateway.proxy.header_facts import MAX_REMEMBERED_BYTES, HeaderReader, RewrittenHeaders
 from api_gateway.proxy.problem_response import problem_message
+from api_gateway.proxy.url_rewriting import Authorities
 from api_gateway.router import Router
 from api_gateway.transport.response import NO_LISTENER, NoListener, UpstreamResponse
 from api_gateway.upstreams.upstream import Attempt
@@ -287,7 +288,9 @@ class FastExchange(UpstreamResponse):
         if connection is None:  # the ASGI path opens or awaits one
             self._fall_back(body, is_sent=False)
             return None
-        host = upstream_client.origins[attempt.target].netloc
+        host = upstream_client.hosts[attempt.target] or upstream_client.host_of(
+            attempt.target, self._headers.facts.host_field
+        )
         if route.url_rewriter is not None:
             host += route.url_rewriter.request_line
         exchange.target, exchange.sent_at, exchange.bytes_in = attempt.target.url, now, len(body)
@@ -354,8 +357,9 @@ class FastExchange(UpstreamResponse):
             fast_path.router.on_cost(exchange, (self.cost,))
         route, passed = self.plan.route, self.passed
         if route is not None and route.url_rewriter is not None:
-            origin = fast_path.router.upstream_clients[route.upstream].origins[self.attempt.target]
-            passed = route.url_rewriter.rewrite_lines(passed, origin.netloc)
+            upstream_client = fast_path.router.upstream_clients[route.upstream]
+            authorities = Authorities.of(upstream_client, self.attempt.target, self._headers.facts.host_field)
+            passed = route.url_rewriter.rewrite_lines(passed, authorities)
         headers = fast_path.limit_headers.lines(exchange.decision)
         date = b"" if self.has_date else b"date: %b\r\n" % http_date(int(time.time()))
         close = b"" if self.keep_alive else b"connection: close\r\n"

@@ -10,8 +10,8 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,9 +21,9 @@ from api_gateway.admin.context import Lifecycle
 from api_gateway.admin.listener import AdminListener
 from api_gateway.admin.locality import Locality
 from api_gateway.config import GatewayConfig
-from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
+from api_gateway.downstream.connection import DownstreamConnection
+from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.errors import BLOCKED, DRAIN_INCOMPLETE
-from api_gateway.http1.headers import Network, address_key, is_within
 from api_gateway.main import create_app
 from api_gateway.process.config_watch import ConfigSource, ConfigWatch
 from api_gateway.process.listeners import Listeners, Sockets
@@ -49,7 +49,6 @@ _SILENCED = (
 ADMIN_CONNECTIONS = 256  # to the operator listener
 _STEP = 0.1  # seconds between checks of `force_exit`
 PROCESS_STOP_MARGIN = 3.0  # seconds that the process may take after its drain time
-DRAIN_LINGER = 2.0  # seconds; see `DownstreamConnection.shutdown`
 
 
 class GatewayServer(uvicorn.Server):
@@ -141,9 +140,7 @@ class GatewayServer(uvicorn.Server):
         self._settings, self._delay = config, section.drain_delay
         self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
         for listener in (self.config, self._admin_config):
-            protocol: Any = listener.http
-            protocol.limits = connection_limits(section)
-            protocol.share_holder = staticmethod(_holder_of_connection(section.trusted_proxies))
+            change_protocol(listener.http, section)
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
         self._watchdog.set_stop_timeout(stop_within(section))
         set_log_level(config.log.level)
@@ -262,9 +259,7 @@ def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], sha
     """Return the uvicorn configuration of one listener, whose connections are limited by `shares`."""
     return uvicorn.Config(
         app,
-        http=limited_protocol(
-            connection_limits(section), refused, shares, _holder_of_connection(section.trusted_proxies)
-        ),
+        http=protocol_of(section, refused, shares),
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -284,35 +279,6 @@ def _tune_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-
-
-def connection_limits(section: ServerSection) -> ConnectionLimits:
-    """Return the limits of downstream connections that the settings define."""
-    return ConnectionLimits(
-        header_bytes=section.max_header_bytes,
-        header_lines=section.max_header_lines,
-        header_timeout=section.header_timeout,
-        keep_alive_timeout=section.keep_alive_timeout,
-        idle_timeout=section.idle_timeout,
-        drain_linger=min(DRAIN_LINGER, section.drain_timeout / 2),
-        connections_per_peer=section.max_connections_per_peer,
-        body_rate=section.min_body_rate,
-        body_grace=section.min_body_rate_grace,
-    )
-
-
-def _holder_of_connection(trusted: Collection[Network]) -> Callable[[str], str | None]:
-    """Return a function from the address of a connection to the holder whose share it uses, or None.
-
-    Connections from trusted proxies have no holder, because their clients are unknown until a head has arrived; nor
-    have those from Unix sockets.
-    """
-
-    @lru_cache(maxsize=4096)
-    def holder(address: str) -> str | None:
-        return None if not address or is_within(address, trusted) else address_key(address)
-
-    return holder
 
 
 def configure_logging(level: str, who: str = "") -> None:

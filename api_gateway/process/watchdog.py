@@ -155,19 +155,25 @@ class Watchdog:
         self._has_turned = True
 
     def _end_process(self, code: int, reason: str) -> None:
-        """Log the reason and the stack of the loop's thread, then end the process, even if logging blocks."""
+        """Report the reason and the stack of the loop's thread, then end the process.
+
+        The loop may be blocked within a log call and hold a lock of it, so what is not logged in REPORT_TIMEOUT is
+        written past it.
+        """
         try:
-            snapshot = threading.Thread(target=self._report, args=(code, reason), daemon=True)
-            snapshot.start()
-            snapshot.join(REPORT_TIMEOUT)
+            for write in (_log, _write_past_the_log):
+                thread = threading.Thread(target=self._report, args=(code, reason, write), daemon=True)
+                thread.start()
+                thread.join(REPORT_TIMEOUT)
+                if not thread.is_alive():
+                    break
         finally:
             self._end(code)
 
-    def _report(self, code: int, reason: str) -> None:
+    def _report(self, code: int, reason: str, write: Callable[[str], None]) -> None:
         frame = sys._current_frames().get(self._main)  # noqa: SLF001 - documented, and there is no public alternative
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  (ended)\n"
-        logger.critical("%s; exiting with code %d. Stack of the main thread:\n%s", reason, code, stack.rstrip())
-        process_output().flush(REPORT_TIMEOUT)
+        write(f"{reason}; exiting with code {code}. Stack of the main thread:\n{stack.rstrip()}")
 
     # The timer
 
@@ -183,6 +189,16 @@ class Watchdog:
     def _restart_timer(self) -> None:
         if self._has_timer:
             signal.setitimer(signal.ITIMER_PROF, self._timeout + NATIVE_MARGIN)
+
+
+def _log(message: str) -> None:
+    """Log and wait until it is written, without `Logger.critical`: that takes a lock of the whole logging module."""
+    logger.handle(logger.makeRecord(logger.name, logging.CRITICAL, __file__, 0, message, (), None))
+    process_output().flush(REPORT_TIMEOUT)
+
+
+def _write_past_the_log(message: str) -> None:
+    os.write(2, f"{message}\n".encode("utf-8", "backslashreplace"))
 
 
 def scheduling_of(thread: threading.Thread) -> tuple[float, bool]:

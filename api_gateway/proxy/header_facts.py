@@ -35,8 +35,9 @@ MAX_REMEMBERED = 1_024  # entries of each cache
 class HeaderFacts:
     """The meaning of the header fields of requests from one address.
 
-    `length`, `keep_alive`, `dropped` and `added` are set for plain heads only. `client`, `principal` and `priority`
-    are set for the registry version `version`, and `charges` for `client` and `cost`; -1 means not yet known.
+    `length`, `keep_alive`, `dropped`, `added` and `host_field` are set for plain heads only. `client`, `principal` and
+    `priority` are set for the registry version `version`, and `charges` for `client` and `cost`; -1 means not yet
+    known.
     """
 
     __slots__ = (
@@ -47,6 +48,8 @@ class HeaderFacts:
         "cost",
         "dropped",
         "host",
+        "host_field",
+        "is_length_required",
         "is_loop",
         "is_trusted",
         "keep_alive",
@@ -63,10 +66,12 @@ class HeaderFacts:
     )
 
     is_loop: bool  # whether the request has passed this gateway before; `ambiguity` says so in words
+    is_length_required: bool  # whether the fields may contain trailers; `ambiguity` says so in words
     length: int  # of the body in bytes
     keep_alive: bool
     dropped: HeaderList  # fields that are not forwarded
     added: bytes  # lines that are appended for the upstream
+    host_field: bytes  # the value of `Host` as received
     charges: list[Charge]
     principal: str | None  # for circuit breakers and fair shares
     priority: int
@@ -93,9 +98,14 @@ class HeaderFacts:
         self.version = -1
         self.cost = -1.0
         self.client: Client | None = None
+        self.is_length_required = False
 
     def __repr__(self) -> str:
         return f"<HeaderFacts of {self.name or self.peer!r}>"
+
+    def require_length(self, cause: str) -> None:
+        """Rule the request out, because its fields may contain trailers; `cause` says so in words."""
+        self.is_length_required, self.ambiguity = True, cause
 
     def copy(self) -> "HeaderFacts":
         """Return the same facts without name and client."""
@@ -103,7 +113,7 @@ class HeaderFacts:
             self.owner, self.host, self.peer, self.is_trusted, self.request_id, self.ambiguity, self.timeout
         )
         other.is_loop, other.length, other.keep_alive = self.is_loop, self.length, self.keep_alive
-        other.dropped, other.added = self.dropped, self.added
+        other.dropped, other.added, other.host_field = self.dropped, self.added, self.host_field
         return other
 
 
@@ -196,6 +206,7 @@ class HeaderReader:
             return None
         facts = self.read(peer, fields, "1.1")
         facts.length, facts.keep_alive = framing
+        facts.host_field = fields.get(b"host", (b"",))[0]
         dropped = stripped_headers(self.protected, facts.is_trusted)
         facts.dropped = [pair for pair in found if pair[0].lower() in dropped]
         facts.added = self._added_lines(peer, scheme, fields, is_trusted=facts.is_trusted)

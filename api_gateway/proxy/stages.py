@@ -6,7 +6,14 @@ from functools import lru_cache, partial
 from typing import Any
 
 from api_gateway.clients.registry import ClientRegistry
-from api_gateway.errors import BadRequest, ClientIdInvalid, GatewayError, LoopDetected, MethodNotAllowed
+from api_gateway.errors import (
+    BadRequest,
+    ClientIdInvalid,
+    GatewayError,
+    LengthRequired,
+    LoopDetected,
+    MethodNotAllowed,
+)
 from api_gateway.http1.headers import address_key, is_within
 from api_gateway.http1.methods import KNOWN_METHODS, PROXIED_METHODS, REFUSED_METHODS
 from api_gateway.limits.refusal import refusal
@@ -23,22 +30,34 @@ from api_gateway.resilience.priorities import PriorityClasses
 LIKELY_SHED_SHARE = 0.5  # share of requests shed at random from which the predicted outcome is a refusal
 
 
-class AmbiguityStage:
+class ReadOnlyStage:
+    """A decision that charges nothing: it is inspected by being made."""
+
+    def decide(self, plan: RequestPlan) -> StageResult:
+        """See `Stage`."""
+        raise NotImplementedError
+
+    def inspect(self, plan: RequestPlan) -> StageResult:
+        """See `Stage`."""
+        return self.decide(plan)
+
+
+class AmbiguityStage(ReadOnlyStage):
     """Refuses requests that their header fields rule out: servers may interpret them differently, or they return."""
 
     def decide(self, plan: RequestPlan) -> StageResult:
-        """Refuse an ambiguous request, and have its connection closed; refuse a loop."""
+        """Refuse an ambiguous request, and have its connection closed; refuse a loop; require a length."""
         cause = plan.facts.ambiguity
         if cause is None:
             return None
         if plan.facts.is_loop:
             return LoopDetected(f"The request is in a loop: {cause}.")
+        if plan.facts.is_length_required:
+            return LengthRequired(cause, headers={"connection": "close"})
         return BadRequest(f"The request is ambiguous: {cause}.", headers={"connection": "close"})
 
-    inspect = decide
 
-
-class IdentityStage:
+class IdentityStage(ReadOnlyStage):
     """Determines the client of a request: the registered client with the given id, or else the address."""
 
     def __init__(self, *, clients: ClientRegistry, priorities: PriorityClasses) -> None:
@@ -62,8 +81,6 @@ class IdentityStage:
         plan.principal, plan.priority = facts.principal, facts.priority
         return None
 
-    inspect = decide
-
     def _find(self, name: str | None, address: str) -> Client | None:
         return self._clients.by_address(address_key(address)) if name is None else self._clients.try_get(name)
 
@@ -74,7 +91,7 @@ class IdentityStage:
         return None
 
 
-class RouteStage:
+class RouteStage(ReadOnlyStage):
     """Determines route, cost and the target for the upstream."""
 
     def __init__(self, routes: RouteTable) -> None:
@@ -96,8 +113,6 @@ class RouteStage:
             return error.with_traceback(None)
         return None
 
-    inspect = decide
-
     def _find_for_unknown_method(self, plan: RequestPlan) -> tuple[Route, float]:
         """Return the route and the cost: at least that of the method in upper case, as which some frameworks read it.
 
@@ -115,7 +130,7 @@ class RouteStage:
         return route, cost
 
 
-class DeadlineStage:
+class DeadlineStage(ReadOnlyStage):
     """Determines the deadline of a request."""
 
     def __init__(self, totals: Mapping[str, float | None]) -> None:
@@ -135,8 +150,6 @@ class DeadlineStage:
         except BadRequest as error:
             return error.with_traceback(None)
         return None
-
-    inspect = decide
 
 
 class LoadSheddingStage:

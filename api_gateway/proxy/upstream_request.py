@@ -20,7 +20,7 @@ from api_gateway.http1.via import Via
 from api_gateway.models import Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.request_body import StreamedBody
-from api_gateway.proxy.url_rewriting import FORWARDED_PREFIX
+from api_gateway.proxy.url_rewriting import FORWARDED_PREFIX, Authorities
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
 from api_gateway.upstreams.target import Target
@@ -38,7 +38,7 @@ class UpstreamRequest:
         "_protected",
         "_scope",
         "_via",
-        "authority",
+        "authorities",
         "body",
         "deadline",
         "expects_continue",
@@ -71,7 +71,7 @@ class UpstreamRequest:
         self.framing = framing(self.fields)
         self.body: StreamedBody | NoBody = NO_BODY
         self.url_rewriter = None if plan.route is None else plan.route.url_rewriter
-        self.authority = b""  # of the target of the last attempt
+        self.authorities = Authorities(())  # of the last attempt
         self.deadline = plan.deadline
         self.waited_before_head = 0.0  # seconds for which the attempt has waited for the client to send
         self.timer: asyncio.Timeout | None = None  # of the deadline, while it runs
@@ -143,11 +143,11 @@ class UpstreamRequest:
     def render(self, exchange: Exchange, upstream_client: UpstreamClient, target: Target, now: float) -> httpx.Request:
         """Return the request for one target, with its timeouts and the remaining time at `now`."""
         origin = upstream_client.origins[target]
-        scope = self._scope
+        scope, client_host = self._scope, self.fields.get(b"host", (b"",))[0]
         headers = rewrite_request(
             self.headers,
             self.fields,
-            host=origin.netloc,
+            host=upstream_client.host_of(target, client_host),
             peer=scope["client"][0] if scope.get("client") else "unknown",
             scheme=scope["scheme"],
             request_id=exchange.id.encode(),
@@ -155,9 +155,10 @@ class UpstreamRequest:
             is_trusted=self._is_trusted,
             protected=self._protected,
         )
-        self.authority = origin.netloc
         if self.url_rewriter is not None:
-            headers.insert(1, (FORWARDED_PREFIX, self.url_rewriter.prefix))
+            self.authorities = Authorities.of(upstream_client, target, client_host)
+            if self.url_rewriter.prefix:
+                headers.insert(1, (FORWARDED_PREFIX, self.url_rewriter.prefix))
         if b"expect" in self.fields:
             if self.extension is None:  # the server sends 100 (Continue) itself
                 headers = [pair for pair in headers if pair[0].lower() != b"expect"]

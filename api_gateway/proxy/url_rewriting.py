@@ -3,13 +3,17 @@
 `Location`, `Content-Location` and `Refresh` (RFC 9110 sections 10.2.2 and 8.7; HTML standard) that name the target, or
 a path without the prefix, become paths below the prefix, so that the client stays behind the gateway. References to
 other hosts, relative paths, and whatever is not a URL stay as they are. In `Set-Cookie` (RFC 6265), if enabled, `Path`
-gets the prefix, and a `Domain` that is the target's host is removed, so that the cookie belongs to the gateway.
+gets the prefix, and a `Domain` that is the target's host is removed, so that the cookie belongs to the gateway. Other
+domains are replaced as configured, with or without a stripped prefix.
 """
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from api_gateway.models import HeaderList
+from api_gateway.upstreams.target import Target
+from api_gateway.upstreams.upstream_client import UpstreamClient
 
 FORWARDED_PREFIX = b"x-forwarded-prefix"  # of the request to the upstream
 _NAMES = (b"location", b"content-location", b"refresh")
@@ -17,51 +21,83 @@ _NAMES = (b"location", b"content-location", b"refresh")
 _ABSOLUTE = re.compile(rb"(?:(https?):)?//([^/?#\\]*)([^\\]*)", re.IGNORECASE | re.DOTALL)
 _REFRESH = re.compile(rb"([ \t]*[0-9.]+[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?)([\"']?)(.*?)(\2[ \t]*)", re.IGNORECASE)
 _PORTS = {b"http": b"80", b"https": b"443"}
+_ANY_DOMAIN = b"*"
+
+
+class Authorities(NamedTuple):
+    """Hosts with ports by which an upstream may refer to itself.
+
+    `internal` are of the target and, if another one is configured, of `Host`; `public` is the `Host` of the client if
+    the upstream gets that, else empty.
+    """
+
+    internal: tuple[bytes, ...]
+    public: bytes = b""
+
+    @classmethod
+    def of(cls, upstream_client: UpstreamClient, target: Target, client_host: bytes) -> "Authorities":
+        """Return the authorities of a request to `target`; `client_host` is the client's `Host`."""
+        authority, host = upstream_client.origins[target].netloc, upstream_client.hosts[target]
+        if not host:
+            return cls((authority,), client_host)
+        return cls((authority,) if host == authority else (authority, host))
 
 
 @dataclass(frozen=True, slots=True)
 class UrlRewriter:
-    """Rewrites the fields of responses of one route. `prefix` is the stripped prefix, without a slash at the end."""
+    """Rewrites the fields of responses of one route.
+
+    `prefix` is the stripped prefix, without a slash at the end; if it is empty, URLs pass. `domains` are pairs of a
+    `Domain` of cookies in lower case without a leading dot (`*`: any other one) and its replacement; an empty one
+    removes it.
+    """
 
     prefix: bytes
     cookies: bool = False
+    domains: tuple[tuple[bytes, bytes], ...] = ()
     request_line: bytes = field(init=False, repr=False)  # that is added to the request, with a line break before it
     _lines: re.Pattern[bytes] = field(init=False, repr=False)
+    _domains: dict[bytes, bytes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = (*_NAMES, b"set-cookie") if self.cookies else _NAMES
+        names = (*(_NAMES if self.prefix else ()), *((b"set-cookie",) if self.cookies or self.domains else ()))
         # Most lines fail on their first letter, which takes a third less time than to compare whole names.
         pattern = rb"\r\n(?=[LlCcRrSs])((?i:%b)): ([^\r]*)" % b"|".join(names)
-        object.__setattr__(self, "request_line", b"\r\n%b: %b" % (FORWARDED_PREFIX, self.prefix))
+        line = b"\r\n%b: %b" % (FORWARDED_PREFIX, self.prefix) if self.prefix else b""
+        object.__setattr__(self, "request_line", line)
         object.__setattr__(self, "_lines", re.compile(pattern))
+        object.__setattr__(self, "_domains", dict(self.domains))
 
-    def rewrite(self, headers: HeaderList, authority: bytes) -> HeaderList:
-        """Return response fields with rewritten values. `authority` is host and port of the target's URL."""
-        return [(name, self._value(name.lower(), value, authority)) for name, value in headers]
+    def rewrite(self, headers: HeaderList, authorities: Authorities) -> HeaderList:
+        """Return response fields with rewritten values."""
+        return [(name, self._value(name.lower(), value, authorities)) for name, value in headers]
 
-    def rewrite_lines(self, head: bytes, authority: bytes) -> bytes:
+    def rewrite_lines(self, head: bytes, authorities: Authorities) -> bytes:
         """Return a plain response head with rewritten values, see `rewrite`."""
         return self._lines.sub(
-            lambda line: b"\r\n%b: %b" % (line[1], self._value(line[1].lower(), line[2], authority)), head
+            lambda line: b"\r\n%b: %b" % (line[1], self._value(line[1].lower(), line[2], authorities)), head
         )
 
-    def _value(self, name: bytes, value: bytes, authority: bytes) -> bytes:
+    def _value(self, name: bytes, value: bytes, authorities: Authorities) -> bytes:
         if name in (b"location", b"content-location"):
-            return self.url(value, authority)
+            return self.url(value, authorities)
         if name == b"refresh":
             found = _REFRESH.fullmatch(value)
-            return value if found is None else found[1] + found[2] + self.url(found[3], authority) + found[4]
-        if name == b"set-cookie" and self.cookies:
-            return self._cookie(value, authority)
+            return value if found is None else found[1] + found[2] + self.url(found[3], authorities) + found[4]
+        if name == b"set-cookie" and (self.cookies or self.domains):
+            return self._cookie(value, authorities.internal)
         return value
 
-    def url(self, url: bytes, authority: bytes) -> bytes:
+    def url(self, url: bytes, authorities: Authorities) -> bytes:
         """Return a reference as the client may use it; unchanged if it does not lead past the gateway."""
+        if not self.prefix:
+            return url
         absolute = _ABSOLUTE.fullmatch(url)
         if absolute is None:
             return self._below(url) if url.startswith(b"/") else url
         scheme, host, rest = absolute.groups()
-        if not _is_same(scheme, host, authority):
+        own = (*authorities.internal, authorities.public) if authorities.public else authorities.internal
+        if not any(_is_same(scheme, host, authority) for authority in own):
             return url
         return self._below(rest if rest.startswith(b"/") else b"/" + rest)
 
@@ -71,18 +107,33 @@ class UrlRewriter:
             return path
         return prefix + path
 
-    def _cookie(self, value: bytes, authority: bytes) -> bytes:
+    def _cookie(self, value: bytes, internal: tuple[bytes, ...]) -> bytes:
         first, *attributes = value.split(b";")
-        host = authority.rpartition(b":")[0] or authority
         kept = [first]
         for attribute in attributes:
             name, equals, given = attribute.partition(b"=")
             name, given = name.strip().lower(), given.strip()
-            if name == b"path" and given.startswith(b"/"):
-                kept.append(attribute[: attribute.index(b"=") + 1] + (self._below(given).rstrip(b"/") or b"/"))
-            elif not (name == b"domain" and equals and given.lstrip(b".").lower() == host.lower()):
+            new: bytes | None = None
+            if name == b"path" and self.cookies and given.startswith(b"/"):
+                new = self._below(given).rstrip(b"/") or b"/"
+            elif name == b"domain" and equals:
+                new = self._domain(given.lstrip(b".").lower(), internal)
+            if new is None:
                 kept.append(attribute)
+            elif new:
+                kept.append(attribute[: attribute.index(b"=") + 1] + new)
         return b";".join(kept)
+
+    def _domain(self, domain: bytes, internal: tuple[bytes, ...]) -> bytes | None:
+        """Return what replaces the domain of a cookie: empty to remove it, None to keep it."""
+        new = self._domains.get(domain)
+        if new is None and self.cookies and domain in map(_host_of, internal):
+            return b""
+        return self._domains.get(_ANY_DOMAIN) if new is None else new
+
+
+def _host_of(authority: bytes) -> bytes:
+    return (authority.rpartition(b":")[0] or authority).lower()
 
 
 def _is_same(scheme: bytes | None, host: bytes, authority: bytes) -> bool:

@@ -207,6 +207,7 @@ class UpstreamSnapshot:
     @classmethod
     def of(cls, upstream: Upstream, now: float, names: Iterable[HostName] = ()) -> "UpstreamSnapshot":
         """Return the snapshot of an upstream; `names` are those that its targets were resolved from."""
+        upstream.outliers.advance(now)
         breaker = BreakerSnapshot.of(upstream.breaker, now)
         targets = tuple(TargetSnapshot.of(upstream, target, now) for target in upstream.targets)
         resolved = tuple(

@@ -39,6 +39,7 @@ class Event(StrEnum):
     RECOVERY_DUE = "recovery due"
     PROBE_FAILED = "probe failed"
     PROBES_SUCCEEDED = "probes succeeded"
+    NOT_PROBED = "not probed"
 
 
 # All transitions. One that is not in the table is a defect and raises KeyError.
@@ -48,6 +49,7 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = MappingProxyType(
         (State.OPEN, Event.RECOVERY_DUE): State.HALF_OPEN,
         (State.HALF_OPEN, Event.PROBE_FAILED): State.OPEN,
         (State.HALF_OPEN, Event.PROBES_SUCCEEDED): State.CLOSED,
+        (State.HALF_OPEN, Event.NOT_PROBED): State.CLOSED,
     }
 )
 
@@ -84,3 +86,8 @@ class BreakerPolicy:
     max_recovery_timeout: float | None = None
     jitter: float = 0.0
     ramp: float = 0.0
+
+    @property
+    def longest_open_time(self) -> float:
+        """The longest time for which the breaker stays open, in seconds, without jitter."""
+        return self.max_recovery_timeout or self.recovery_timeout

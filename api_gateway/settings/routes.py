@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from api_gateway.http1.headers import BODILESS
 from api_gateway.settings.setting_types import (
+    CookieDomains,
     Cost,
     HeaderName,
     HeaderValue,
@@ -63,6 +64,10 @@ class RouteSection(Section):
     rewrite_cookies: bool = Field(
         default=False,
         description="With rewrite_urls: Path of cookies gets the prefix; Domain of the target is removed.",
+    )
+    cookie_domains: CookieDomains = Field(
+        default={},
+        description="Replacements of the Domain of cookies, by the domain; *: any other. An empty one removes it.",
     )
     methods: Methods | None = None
     host: Annotated[str, AfterValidator(_host)] | None = None

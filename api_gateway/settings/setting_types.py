@@ -24,6 +24,8 @@ PREFIX = r"^[A-Za-z0-9_.:-]{1,64}$"
 OWN_HEADER = r"^[A-Za-z0-9-]{1,64}$"
 PSEUDONYM = r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}$"
 HASH_ON = r"^(client|header:[A-Za-z0-9-]{1,64})$"
+_COOKIE_DOMAIN = r"^(\*|\.?[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252})$"
+_NEW_COOKIE_DOMAIN = r"^(|\.?[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252})$"
 CLIENT_ID = r"^[\x21-\x7e]{1,128}$"
 # Descriptions of the texts that match each pattern, for messages.
 PATTERNS = {
@@ -35,6 +37,8 @@ PATTERNS = {
     OWN_HEADER: "must be the name of a header field, 1 to 64 letters, digits and '-'",
     PSEUDONYM: "must be a token of 1 to 64 letters, digits and '-', as in edge-1",
     HASH_ON: "must be client, or header: with the name of a header field, as in header:X-Tenant",
+    _COOKIE_DOMAIN: "must be a domain as in users.internal, or * for any other domain",
+    _NEW_COOKIE_DOMAIN: "must be a domain as in example.com, or empty to remove it",
     CLIENT_ID: "must be a client's identifier of 1 to 128 visible ASCII characters",
 }
 
@@ -99,10 +103,20 @@ def _origin_url(url: str) -> str:
     found = _AUTHORITY.fullmatch(origin)
     if found is None or not _is_ipv6(found["ipv6"]):
         raise ValueError("must contain a host name or an address (IPv6 in brackets), and optionally a port")
-    port = found["port"]
-    if port is not None and not (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT):
+    if not _is_port(found["port"]):
         raise ValueError(f"port must be 1 to {MAX_PORT}")
     return url.removesuffix(slash)
+
+
+def _host_header(value: str) -> str:
+    found = _AUTHORITY.fullmatch(value)
+    if found is None or not value.isascii() or not _is_ipv6(found["ipv6"]) or not _is_port(found["port"]):
+        raise ValueError("must be target, client, or a host as in users.example.com, optionally with a port")
+    return value
+
+
+def _is_port(port: str | None) -> bool:
+    return port is None or (port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT)
 
 
 def _is_ipv6(address: str | None) -> bool:
@@ -142,6 +156,8 @@ def _own_header(name: str) -> str:
 RetriedStatus = Annotated[int, AfterValidator(_retried_status)]
 HeaderName = Annotated[str, Field(pattern=_HEADER_NAME), AfterValidator(_own_header)]
 HeaderValue = Annotated[str, Field(pattern=_HEADER_VALUE, max_length=4096)]
+HostHeader = Annotated[str, AfterValidator(_host_header)]
+CookieDomains = dict[Annotated[str, Field(pattern=_COOKIE_DOMAIN)], Annotated[str, Field(pattern=_NEW_COOKIE_DOMAIN)]]
 NetworkSetting = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 WholePath = Annotated[str, AfterValidator(_whole_path)]
 OriginUrl = Annotated[str, AfterValidator(_origin_url), MAY_HOLD_PASSWORD]

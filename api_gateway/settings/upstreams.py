@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from api_gateway.settings.setting_types import (
     HASH_ON,
+    HostHeader,
     OriginUrl,
     RetriedStatus,
     Seconds,
@@ -158,6 +159,10 @@ class UpstreamSection(Section):
     """An upstream. `http2` uses HTTP/2 with https targets that offer it, and requires the package h2."""
 
     targets: list[TargetSection] = Field(min_length=1)
+    host_header: HostHeader = Field(
+        default="target",
+        description="The Host that the upstream gets: target (of the URL), client (as received), or a host itself.",
+    )
     dns_refresh_interval: float | None = Field(
         default=None, ge=1, le=86_400, description="Seconds between resolutions of the targets' names."
     )

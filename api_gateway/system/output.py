@@ -65,14 +65,16 @@ class LineWriter:
         """Queue `text`, one or more whole lines. Never blocks; lines that do not fit are dropped and counted."""
         entry = text.encode("utf-8", "backslashreplace")
         size = len(entry)
+        is_first = False
         with self._lock:
             is_full = self._pending + size > self._max_bytes or len(self._entries) >= self._max_entries
             if not is_full:
                 self._pending += size
+                is_first = not self._entries
                 self._entries.append(entry)
-                if len(self._entries) == 1:
-                    self._has_entries.set()
-        if is_full:
+        if is_first:
+            self._has_entries.set()
+        elif is_full:
             self._on_loss(_lines(text), None)
 
     def flush(self, seconds: float) -> bool:

@@ -113,8 +113,11 @@ class FolderInUse(StateError):
 class StateFolder:
     """The folder, locked by one process, and open to its child processes, until `close` or the end of the process.
 
-    States: held, closed. The `lock` file contains the ids of the holder and its parent process.
+    States: held, shared (`sharer` holds it), closed. The `lock` file contains the ids of the holder and its parent
+    process.
     """
+
+    sharer: int | None = None  # another worker of the same server, which holds the lock
 
     def __init__(self, state_dir: Path, *, is_worker: bool = False) -> None:
         """Create the folder if necessary, lock it, and set the permissions of its files. Blocks.
@@ -186,7 +189,10 @@ class StateFolder:
         """Raise FolderInUse unless this process, its parent, or another worker of the same server holds the lock."""
         text = os.pread(self._lock, 100, 0).decode(errors="replace").split()
         holder, parent = (int(part) if part.isdecimal() else 0 for part in (*text, "", "")[:2])
-        if holder in (os.getpid(), os.getppid()) or (self._is_worker and parent == os.getppid()):
+        if holder in (os.getpid(), os.getppid()):
+            return
+        if self._is_worker and parent == os.getppid():
+            self.sharer = holder
             return
         raise FolderInUse(
             f"state_dir: {self._state_dir}: another gateway uses this folder (process {holder or 'unknown'}); stop it,"

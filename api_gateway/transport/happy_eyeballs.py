@@ -2,12 +2,15 @@
 
 The next address is tried when an attempt has failed, or has taken ATTEMPT_DELAY without a result; earlier attempts go
 on meanwhile. The first established connection is used, and the other attempts are closed. So an address that does not
-respond costs ATTEMPT_DELAY instead of the whole connect timeout.
+respond costs ATTEMPT_DELAY instead of the whole connect timeout. It costs that once: it is remembered and tried last
+from then on (section 4: earlier results may determine the order). The addresses that work keep the order of the
+resolver, which may spread connections by it.
 
 asyncio's `happy_eyeballs_delay` is not used, because uvloop does not have it.
 """
 
 import asyncio
+import math
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -17,19 +20,59 @@ from typing import Any
 from api_gateway.transport.local_resources import exhaustion_behind
 
 ATTEMPT_DELAY = 0.25  # seconds, as RFC 8305 section 8 recommends
+REMEMBERED_FOR = 600.0  # seconds for which a failed attempt determines the order (RFC 6555 section 4.2)
+MAX_REMEMBERED = 1_024  # addresses of one transport
 
 AddressInfo = tuple[int, int, int, str, Any]  # an item of `getaddrinfo`'s result
 ConnectionAttempt = Callable[[], Coroutine[Any, Any, socket.socket]]
+OnResult = Callable[[int, bool], object]  # the number of an attempt, and whether it has connected in time
 
 
-async def connect_to_name(host: str, port: int) -> socket.socket:
+class FailedAddresses:
+    """The addresses to which the last attempt failed, or had no result in time. `now` is monotonic seconds.
+
+    An address is removed when an attempt succeeds, and is not considered any more after REMEMBERED_FOR. One that the
+    resolver no longer returns has no effect.
+    """
+
+    def __init__(self) -> None:
+        self._failed_at: dict[AddressInfo, float] = {}  # the longest ago first
+
+    def __repr__(self) -> str:
+        return f"<FailedAddresses [{len(self._failed_at)}]>"
+
+    def note(self, info: AddressInfo, now: float, *, has_connected: bool) -> None:
+        """Record the result of an attempt."""
+        self._failed_at.pop(info, None)
+        if has_connected:
+            return
+        self._failed_at[info] = now
+        if len(self._failed_at) > MAX_REMEMBERED:
+            del self._failed_at[next(iter(self._failed_at))]
+
+    def in_order(self, found: Sequence[AddressInfo], now: float) -> list[AddressInfo]:
+        """Return addresses in the order of attempts: failed ones last, the longest ago first."""
+        if not self._failed_at:
+            return list(found)
+        since = now - REMEMBERED_FOR
+        failed_at = {info: at for info in found if (at := self._failed_at.get(info, -math.inf)) > since}
+        return sorted(found, key=lambda info: failed_at.get(info, -math.inf))
+
+
+async def connect_to_name(host: str, port: int, failed: FailedAddresses) -> socket.socket:
     """Resolve `host`; return a socket that is connected to one of its addresses. The caller limits the time.
 
-    Raises OSError: of the resolver, or if no attempt has succeeded.
+    Those in `failed` are tried last, and results are recorded there. Raises OSError: of the resolver, or if no attempt
+    has succeeded.
     """
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return await first_connected([partial(_connect, loop, info) for info in interleaved(found)])
+    found = interleaved(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    order = failed.in_order(found, loop.time())
+
+    def on_result(number: int, has_connected: bool) -> None:  # noqa: FBT001 - see `OnResult`
+        failed.note(order[number], loop.time(), has_connected=has_connected)
+
+    return await first_connected([partial(_connect, loop, info) for info in order], on_result)
 
 
 def interleaved(found: Sequence[AddressInfo]) -> list[AddressInfo]:
@@ -40,32 +83,57 @@ def interleaved(found: Sequence[AddressInfo]) -> list[AddressInfo]:
     return [info for info in chain.from_iterable(zip_longest(*families.values())) if info is not None]
 
 
-async def first_connected(attempts: Sequence[ConnectionAttempt]) -> socket.socket:
-    """Return the first socket that one of `attempts` connects; close all others. Raises OSError if all fail."""
-    left = list(attempts)
+def _ignore(_number: int, _has_connected: bool) -> None:  # noqa: FBT001 - see `OnResult`
+    """Do nothing; the default of `on_result`."""
+
+
+async def first_connected(attempts: Sequence[ConnectionAttempt], on_result: OnResult = _ignore) -> socket.socket:
+    """Return the first socket that one of `attempts` connects; close all others. Raises OSError if all fail.
+
+    `on_result` gets the results: not of attempts that this process or machine has failed, and not of the last one that
+    was begun if it has no result at the end, because it may have had less time than ATTEMPT_DELAY.
+    """
+    begun = 0
     errors: list[OSError] = []
-    running: set[asyncio.Task[socket.socket]] = set()
+    running: dict[asyncio.Task[socket.socket], int] = {}
     try:
-        while left or running:
-            if left:
-                running.add(asyncio.ensure_future(left.pop(0)()))
-            delay = ATTEMPT_DELAY if left else None
-            done, running = await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+        while begun < len(attempts) or running:
+            if begun < len(attempts):
+                running[asyncio.ensure_future(attempts[begun]())] = begun
+                begun += 1
+            delay = ATTEMPT_DELAY if begun < len(attempts) else None
+            done, _ = await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
             connected: list[socket.socket] = []
             for task in done:
-                try:
-                    connected.append(task.result())
-                except OSError as error:
-                    errors.append(error)
+                _collect(task, partial(on_result, running.pop(task)), connected, errors)
             if connected:
                 for surplus in connected[1:]:
                     surplus.close()
                 return connected[0]
         raise _summary(errors)
     finally:
-        for task in running:
+        for task, number in running.items():
             if not task.cancel() and not task.cancelled() and task.exception() is None:
                 task.result().close()
+            elif number < begun - 1:
+                on_result(number, False)
+
+
+def _collect(
+    task: "asyncio.Task[socket.socket]",
+    on_result: Callable[[bool], object],
+    connected: list[socket.socket],
+    errors: list[OSError],
+) -> None:
+    """Add the result of an attempt that has ended to one of the lists, and report it."""
+    try:
+        connected.append(task.result())
+    except OSError as error:
+        errors.append(error)
+        if exhaustion_behind(error) is None:
+            on_result(False)
+    else:
+        on_result(True)
 
 
 def _summary(errors: Sequence[OSError]) -> OSError:

@@ -27,7 +27,7 @@ import httpx
 from api_gateway.http1.methods import IDEMPOTENT
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.transport.connection import StaleConnection, UpstreamConnection
-from api_gateway.transport.happy_eyeballs import connect_to_name
+from api_gateway.transport.happy_eyeballs import FailedAddresses, connect_to_name
 from api_gateway.transport.lifetime import ConnectionLifetime
 from api_gateway.transport.local_resources import LocalResourcesExhausted, is_local_exhaustion
 from api_gateway.transport.pool import Pool
@@ -63,6 +63,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         self._max_requests, self._max_age = max_requests, max_age
         self._tls = tls
         self._is_retired = False
+        self._failed_addresses = FailedAddresses()
         self._pools: dict[tuple[str, str, int, str], Pool[UpstreamConnection]] = {}
 
     def __repr__(self) -> str:
@@ -178,7 +179,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     def _make_pool(self, origin: Origin) -> Pool[UpstreamConnection]:
         async def connect(seconds: float | None) -> UpstreamConnection:
-            connection = await _connect(origin, self._tls if origin.scheme == "https" else None, seconds)
+            tls = self._tls if origin.scheme == "https" else None
+            connection = await _connect(origin, tls, seconds, self._failed_addresses)
             connection.pool = pool
             connection.lifetime = self._lifetime(connection.loop.time())
             return connection
@@ -204,7 +206,9 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         )
 
 
-async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | None) -> UpstreamConnection:
+async def _connect(
+    origin: Origin, tls: ssl.SSLContext | None, seconds: float | None, failed: FailedAddresses
+) -> UpstreamConnection:
     """Open a connection within `seconds`, for all addresses of a name and for TLS together.
 
     Raises ConnectTimeout, ConnectError or LocalResourcesExhausted.
@@ -220,7 +224,7 @@ async def _connect(origin: Origin, tls: ssl.SSLContext | None, seconds: float | 
                     lambda: connection, origin.address, origin.port, ssl=tls, server_hostname=server_name
                 )
             else:
-                sock = await connect_to_name(origin.address, origin.port)
+                sock = await connect_to_name(origin.address, origin.port, failed)
                 try:
                     await loop.create_connection(lambda: connection, sock=sock, ssl=tls, server_hostname=server_name)
                 except BaseException:
@@ -271,16 +275,18 @@ async def probe(
     seconds: float,
     *,
     address: str | None = None,
+    host: bytes | None = None,
     keeps_connection: bool = True,
 ) -> int:
     """Send a GET for a health check and return the status. Raises httpx.TransportError, also on a timeout.
 
     `seconds` limits each of connecting, waiting for a connection, and waiting for data. `address` replaces the address
-    of the host in `url`. Unless `keeps_connection`, the pool of an `UpstreamTransport` for that address is retired.
+    of the host in `url`, and `host` the value of `Host`. Unless `keeps_connection`, the pool of an `UpstreamTransport`
+    for that address is retired.
     """
     target = httpx.URL(url)
     origin = Origin.of(target, address)
-    headers = [(b"host", target.netloc), (b"user-agent", b"api-gateway-health")]
+    headers = [(b"host", host or target.netloc), (b"user-agent", b"api-gateway-health")]
     extensions: dict[str, Any] = {"timeout": {"connect": seconds, "pool": seconds, "read": seconds}}
     request: httpx.Request
     if isinstance(transport, UpstreamTransport):

@@ -19,12 +19,12 @@ def round_robin(targets: Sequence[Target], _key: str) -> Target:
     """Smooth weighted round robin, as in nginx: weights 2:1 give a b a, not a a b."""
     if len(targets) == 1:
         return targets[0]
-    chosen, most, total = targets[0], -math.inf, 0
+    chosen, total = targets[0], 0
     for target in targets:
         total += target.weight
         target.credit += target.weight
-        if target.credit > most:
-            chosen, most = target, target.credit
+        if target.credit > chosen.credit:
+            chosen = target
     chosen.credit -= total
     return chosen
 

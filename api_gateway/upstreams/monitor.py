@@ -141,9 +141,20 @@ class UpstreamMonitor:
         return self._own_transport
 
     def _send_probe(self, target: Target) -> SendProbe:
-        if self._own_transport is None:
-            return partial(probe, self._upstream_client.transport, address=target.address)
-        return partial(probe, self._own_transport, address=target.address, keeps_connection=False)  # addresses change
+        return partial(self._probe, target)
+
+    async def _probe(self, target: Target, url: str, seconds: float) -> int:
+        """Send one check, with the `Host` that requests have at present; a client's is unknown here."""
+        host = self._upstream_client.host_of(target, b"")
+        is_own = self._own_transport is not None
+        return await probe(
+            self._own_transport or self._upstream_client.transport,
+            url,
+            seconds,
+            address=target.address,
+            host=host,
+            keeps_connection=not is_own,  # addresses change
+        )
 
     def _on_health_change(self, target: Target) -> None:
         """Log that the health of a target has changed; begin its slow start if it is healthy."""

@@ -30,6 +30,10 @@ class OutlierDetector:
 
     States of a target, by its breaker: normal (CLOSED), ejected (OPEN), probing (HALF_OPEN), and after CLOSED again
     slow start, while `returned_at` is set. Without a breaker a target is never ejected.
+
+    No state of a target depends on what load balancing selects, which may never be this target. A probe that is due
+    takes the next request that may be one. If no such request comes, the target returns by time alone, because an
+    ejected target prevents the ejection of others.
     """
 
     __slots__ = (
@@ -73,17 +77,28 @@ class OutlierDetector:
         return f"<OutlierDetector [{len(self.abnormal)} abnormal]>"
 
     def eligible(
-        self, healthy: Sequence[Target], tried: Collection[Target], now: float, key: str, *, is_safe: bool = True
+        self,
+        healthy: Sequence[Target],
+        tried: Collection[Target],
+        now: float,
+        key: str,
+        *,
+        is_safe: bool = True,
+        principal: str | None = None,
     ) -> Sequence[Target]:
         """Return the healthy targets that may get this request: at least one.
 
-        Targets not in `tried` are preferred. If all are ejected, ejection is ignored. For `is_safe` see
-        `CircuitBreaker.admit`.
+        Those that await a probe, unless the request is a retry; else all, preferably those not in `tried`. If all are
+        ejected, ejection is ignored. For `is_safe` and `principal` see `CircuitBreaker.admit`.
         """
-        self._prune(now)
-        if is_safe:
-            self._note_idempotent(now)
-        admitting = [target for target in healthy if self.admits(target, now, is_safe=is_safe)] or healthy
+        self.advance(now)
+        self._note_request(now, is_safe=is_safe, principal=principal)
+        admitting = [
+            target for target in healthy if self.admits(target, now, is_safe=is_safe, principal=principal)
+        ] or healthy
+        due = () if tried else [target for target in admitting if _is_ejected(target)]
+        if due:
+            return due
         fresh = [target for target in admitting if target not in tried] or admitting
         return [target for target in fresh if self._passes_slow_start(target, now, key)] or fresh
 
@@ -180,27 +195,32 @@ class OutlierDetector:
         """Return how many targets may be ejected at once: never all."""
         return min(int(self.policy.max_ejected_ratio * len(targets) + 1e-9), len(targets) - 1)
 
-    def admits(self, target: Target, now: float, *, is_safe: bool = True) -> bool:
+    def admits(self, target: Target, now: float, *, is_safe: bool = True, principal: str | None = None) -> bool:
         """Return whether the breaker of a healthy target would admit a request now."""
         breaker = target.breaker
-        return target not in self.abnormal or breaker is None or breaker.would_admit(now, is_safe=is_safe)
+        if target not in self.abnormal or breaker is None:
+            return True
+        return breaker.would_admit(now, is_safe=is_safe, principal=principal)
 
     def _passes_slow_start(self, target: Target, now: float, key: str) -> bool:
         share = self.share(target, now)
         return share >= 1 or self._draw(target, key) < share
 
-    def _prune(self, now: float) -> None:
-        """Return targets to normal that are not ejected and whose slow start is over."""
+    def advance(self, now: float) -> None:
+        """Apply changes that depend on time alone: the return of unprobed targets, and the end of slow starts."""
         for target in list(self.abnormal):
+            transition = None if target.breaker is None else target.breaker.close_if_not_probed(now)
+            if transition is not None:
+                self._note_transition(target, transition)
             if not _is_ejected(target) and self.share(target, now) >= 1:
                 target.returned_at = None
                 self.abnormal.discard(target)
 
-    def _note_idempotent(self, now: float) -> None:
-        """Inform the breakers that a request arrived which may be repeated, and so may be a probe."""
+    def _note_request(self, now: float, *, is_safe: bool, principal: str | None) -> None:
+        """Inform the breakers that a request arrived which could have been a probe."""
         for target in self.abnormal:
             if target.breaker is not None:
-                target.breaker.note_idempotent(now)
+                target.breaker.note_request(now, is_safe=is_safe, principal=principal)
 
     def _note_transition(self, target: Target, transition: Transition) -> None:
         self.abnormal.add(target)

@@ -237,19 +237,21 @@ class Upstream:
             raise self._refusal(now)
         offered: Sequence[Target] = candidates
         if ticket.is_probe:
-            offered = candidates = self._probe_candidates(candidates, now, is_safe=is_safe)
+            offered = candidates = self._probe_candidates(candidates, now, is_safe=is_safe, principal=principal)
         if self.outliers.abnormal:
-            offered = self.outliers.eligible(candidates, tried, now, key, is_safe=is_safe)
+            offered = self.outliers.eligible(candidates, tried, now, key, is_safe=is_safe, principal=principal)
         elif tried:
             offered = [target for target in candidates if target not in tried] or candidates
         target = self._picker(offered, key) if len(offered) > 1 else offered[0]
         own = target.breaker
         if limit is not None:
             limit.acquire(priority, principal)
-        own_ticket = None if own is None else own.admit(now, is_safe=is_safe)
+        own_ticket = None if own is None else own.admit(now, is_safe=is_safe, principal=principal)
         return Attempt(self, target, ticket, own_ticket, principal)
 
-    def _probe_candidates(self, healthy: list[Target], now: float, *, is_safe: bool) -> list[Target]:
+    def _probe_candidates(
+        self, healthy: list[Target], now: float, *, is_safe: bool, principal: str | None
+    ) -> list[Target]:
         """Return the targets that may get a probe of the upstream's breaker.
 
         Those in service, because a target that is itself probing says nothing about the upstream. But after a failed
@@ -259,7 +261,7 @@ class Upstream:
         opened = self.breaker.last_opened
         if opened is not None and opened.source is State.HALF_OPEN:
             ejected = [target for target in healthy if not is_serving(target)]
-            due = [target for target in ejected if self.outliers.admits(target, now, is_safe=is_safe)]
+            due = [one for one in ejected if self.outliers.admits(one, now, is_safe=is_safe, principal=principal)]
             if due:
                 return due
         return [target for target in healthy if is_serving(target)] or healthy

@@ -1,7 +1,7 @@
 """The client side of an upstream: its transport, timeouts and retries."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -17,6 +17,8 @@ from api_gateway.transport.request import Origin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 
+TARGET, CLIENT = "target", "client"  # values of `host_header`
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -29,16 +31,36 @@ class Timeouts:
     tunnel: float = 3600.0  # without a byte in either direction of a tunnel
 
 
+class HostFields(dict[Target, bytes]):
+    """The `Host` for the requests to each target, computed at the first one; empty if it is the client's."""
+
+    def __init__(self, setting: str, origins: Mapping[Target, Origin]) -> None:
+        """`setting`: `target`, `client`, or the value itself."""
+        super().__init__()
+        self.setting = setting
+        self._origins = origins
+
+    def __missing__(self, target: Target) -> bytes:
+        if self.setting == TARGET:
+            host = self._origins[target].netloc
+        else:
+            host = b"" if self.setting == CLIENT else self.setting.encode()
+        self[target] = host
+        return host
+
+
 class UpstreamClient:
     """An upstream with its transport, timeouts and retries. By default there are no retries.
 
     `hash_header` (lower case) is the header field whose value is the key for load balancing, instead of the client.
+    `host_header` is the `Host` that the upstream gets: see `HostFields`.
     """
 
     __slots__ = (
         "_acquire_idle",
         "_removed",
         "hash_header",
+        "hosts",
         "is_native",
         "limits",
         "origins",
@@ -60,20 +82,24 @@ class UpstreamClient:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
         source: random.Random | None = None,
         hash_header: bytes | None = None,
+        host_header: str = TARGET,
     ) -> None:
         self.upstream = upstream
         self.origins = {target: _origin(target) for target in upstream.targets}
         self._removed: set[Target] = set()
         self._connect(transport)
         retries = RetryDecider(retry, source or random.Random())  # noqa: S311 - spreads load, guards nothing
-        self._configure(timeouts, retries, hash_header)
+        self._configure(timeouts, retries, hash_header, host_header)
 
     def _connect(self, transport: httpx.AsyncBaseTransport) -> None:
         self.transport = transport
         self.is_native = isinstance(transport, UpstreamTransport)
         self._acquire_idle: dict[Target, Callable[[str | None], UpstreamConnection | None]] = {}
 
-    def _configure(self, timeouts: Timeouts, retries: RetryDecider, hash_header: bytes | None) -> None:
+    def _configure(
+        self, timeouts: Timeouts, retries: RetryDecider, hash_header: bytes | None, host_header: str
+    ) -> None:
+        self.hosts = HostFields(host_header, self.origins)
         retry = retries.policy
         self.total_timeout = timeouts.total
         self.retries = retries
@@ -93,14 +119,24 @@ class UpstreamClient:
         return f"<UpstreamClient {self.upstream!r}>"
 
     def succeeded_by(
-        self, timeouts: Timeouts, retry: RetryPolicy, hash_header: bytes | None, transport: httpx.AsyncBaseTransport
+        self,
+        timeouts: Timeouts,
+        retry: RetryPolicy,
+        hash_header: bytes | None,
+        transport: httpx.AsyncBaseTransport,
+        host_header: str = TARGET,
     ) -> "UpstreamClient":
         """Return a client of the same upstream with other settings. Both share its state; this one stays usable."""
         other = copy(self)
         if transport is not self.transport:
             other._connect(transport)  # noqa: SLF001 - of the same class
-        other._configure(timeouts, self.retries.succeeded_by(retry), hash_header)  # noqa: SLF001 - as above
+        retries = self.retries.succeeded_by(retry)
+        other._configure(timeouts, retries, hash_header, host_header)  # noqa: SLF001 - as above
         return other
+
+    def host_of(self, target: Target, client_host: bytes) -> bytes:
+        """Return the `Host` for a request to `target`; `client_host` is that of the client, empty if it has none."""
+        return self.hosts[target] or client_host or self.origins[target].netloc
 
     def hash_key(self, fields: Fields, exchange: Exchange) -> str:
         """Return the key for load balancing: the value of `hash_header`, or the client if it is absent."""
@@ -130,6 +166,7 @@ class UpstreamClient:
             if is_free and target.in_flight == 0:
                 self._removed.discard(target)
                 self._acquire_idle.pop(target, None)
+                self.hosts.pop(target, None)
                 del self.origins[target]
 
     def resources(self) -> list[ResourceState]:

@@ -1,5 +1,6 @@
 """The command line as a process of its own: start, check, mistakes, stopping."""
 
+import platform
 import signal
 import socket
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from api_gateway import __version__, rate_limiter
 from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, ask, eventually, reply
 from tests.kit import RawRequest as Request
 from tests.processes import ROOT, WAYS, config_file, fresh_process, process
@@ -23,16 +25,28 @@ def test_it_starts_without_configuration_and_stops_with_exit_code_0(way: list[st
     assert '"status":200' in running.output, "an access line"
 
 
-def test_stock_uvicorn_serves_it_too_and_no_header_comes_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", ["version", "--version"])
+def test_the_version_names_the_variant_that_runs(word: str, tmp_path: Path) -> None:
+    with process("-m", "api_gateway", word, cwd=tmp_path) as running:
+        assert running.exit_code() == 0
+    variant = "pure Python" if rate_limiter.__file__.endswith(".py") else "compiled"
+    assert running.output == f"api-gateway {__version__} ({variant}, CPython {platform.python_version()})\n"
+
+
+@pytest.mark.parametrize("http", ["auto", "api_gateway.server:protocol"])
+def test_uvicorn_serves_it_too_and_no_header_comes_twice(tmp_path: Path, http: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    arguments = ["-m", "uvicorn", "api_gateway.main:app", "--host", "127.0.0.1", "--port", str(port)]
+    arguments = ["-m", "uvicorn", "api_gateway.main:app", "--host", "127.0.0.1", "--port", str(port), "--http", http]
     with process(*arguments, cwd=tmp_path) as running:
         eventually(lambda: is_open(port) or running.popen.poll() is not None, "uvicorn listens")
         with RawClient(port) as client:
             client.request("GET", "/api/users", ("X-Client-ID: c",))
             answer = client.answer()
+        says_what_is_missing = "--http api_gateway.server:protocol" in running.errors
     assert answer.status == 200
+    assert answer.all("date")
+    assert says_what_is_missing == (http == "auto")
     names = [name.lower() for name, _ in answer.headers]
     assert len(names) == len(set(names)), names
 

@@ -20,7 +20,7 @@ CLIENTS = 80
 HELD = 256 * KIB  # what the gateway keeps of a response for a client that does not read
 OBJECTS = 64 * KIB  # for two connections, a request and its response beside that
 BODY = 24 * 1024 * KIB  # more than the kernel's buffers of two connections take
-PIECE = bytes(64 * KIB)
+PIECE = b"\x82\x7f%b%b" % ((64 * KIB - 10).to_bytes(8, "big"), bytes(64 * KIB - 10))  # one WebSocket frame
 SETTLED = 0.5  # seconds in which nothing more is sent when all that can be filled is
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

@@ -1,15 +1,22 @@
 """Where a gateway keeps its state, who may read it, and that one gateway alone uses it."""
 
+import asyncio
 import os
 import socket
 import stat
+import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from api_gateway.admin.breaker_overrides import OverrideFile
+from api_gateway.assembly import stores
+from api_gateway.assembly.stores import hold_state_folder
 from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.config import load_config
+from api_gateway.errors import StartupError
 from api_gateway.settings.diagnostics import ConfigError
 from api_gateway.system.state_folder import FolderInUse, StateError, StateFolder, default_state_dir, own_folder
 from tests.kit import ask, eventually
@@ -177,6 +184,9 @@ def uvicorn(port: int) -> list[str]:
     return ["-m", "uvicorn", "api_gateway.main:app", "--port", str(port)]
 
 
+NO_DEMO = {"GATEWAY_UPSTREAMS__UP__TARGETS": '[{"url": "http://127.0.0.1:9"}]'}  # the demo silences uvicorn's log
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
@@ -184,9 +194,10 @@ def free_port() -> int:
 
 
 def test_workers_of_stock_uvicorn_share_it_and_another_server_is_refused(tmp_path: Path) -> None:
-    port = free_port()
-    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path) as first:
-        eventually(lambda: first.errors.count("Started server process") == 2, "both workers start", 30)
+    """If the buckets are in a store; whether it is available does not matter here."""
+    port, store = free_port(), {"GATEWAY_STORE__URL": "redis://127.0.0.1:9", "GATEWAY_STORE__CLIENTS": "sqlite"}
+    with process(*uvicorn(port), "--workers", "2", cwd=tmp_path, **store, **NO_DEMO) as first:
+        eventually(lambda: first.errors.count("Application startup complete") == 2, "both workers start", 30)
         eventually(lambda: is_open(port), "they listen", 30)
         (tmp_path / "second").mkdir()
         with process(
@@ -199,6 +210,52 @@ def test_workers_of_stock_uvicorn_share_it_and_another_server_is_refused(tmp_pat
     assert "died" not in first.errors
 
 
+def test_several_workers_of_stock_uvicorn_with_buckets_in_memory_do_not_start(tmp_path: Path) -> None:
+    """Each would have its own buckets, so every limit would be doubled; uvicorn stops when a worker cannot start."""
+    with process(*uvicorn(free_port()), "--workers", "2", cwd=tmp_path) as running:
+        running.exit_code()
+    (line,) = (line for line in running.errors.splitlines() if "store.url" in line)
+    assert "memory://" in line
+    assert "GATEWAY_STORE__URL" in line
+    assert "api-gateway --workers 2" in line
+    assert "Traceback" not in running.errors
+
+
+def test_reloading_uvicorn_replaces_its_worker_with_buckets_in_memory(tmp_path: Path) -> None:
+    port = free_port()
+    with process(*uvicorn(port), "--reload", cwd=tmp_path, **NO_DEMO) as running:
+        eventually(lambda: "Application startup complete" in running.errors, "it starts", 30)
+        (tmp_path / "module.py").write_text("")
+        eventually(lambda: running.errors.count("Application startup complete") == 2, "it starts again", 30)
+        assert ask(f"http://127.0.0.1:{port}/healthz").status == 200
+        running.terminate()
+    assert "store.url" not in running.errors
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_the_worker_that_is_replaced_has_time_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, ends: bool
+) -> None:
+    """Some servers start the next worker before they stop the former one."""
+    monkeypatch.setattr(stores, "REPLACED_WITHIN", 60.0 if ends else 0.3)
+    monkeypatch.setitem(sys.modules, "gunicorn.arbiter", ModuleType("gunicorn.arbiter"))
+    config = load_config(None, {"state_dir": str(tmp_path)})
+    former = StateFolder(config.state_dir)
+    (former.path / "lock").write_text(f"1 {os.getppid()}\n")  # as of another process with the same parent
+    async with AsyncExitStack() as stack:
+        starting = asyncio.create_task(hold_state_folder(config, stack))
+        if ends:
+            await asyncio.sleep(0.2)
+            assert not starting.done()
+            former.close()
+            await starting
+            assert (former.path / "lock").read_text() == f"{os.getpid()} {os.getppid()}\n"
+        else:
+            with pytest.raises(StartupError, match="process 1 is a worker of this server already"):
+                await starting
+    former.close()
+
+
 def test_one_process_may_hold_it_twice(tmp_path: Path) -> None:
     """As the command line and the application in the same process do."""
     with StateFolder(tmp_path), StateFolder(tmp_path):
@@ -208,7 +265,8 @@ def test_one_process_may_hold_it_twice(tmp_path: Path) -> None:
 def test_workers_of_one_shell_are_no_workers_of_one_server(tmp_path: Path) -> None:
     with StateFolder(tmp_path) as held:
         (held.path / "lock").write_text(f"1 {os.getppid()}\n")
-        StateFolder(tmp_path, is_worker=True).close()
+        with StateFolder(tmp_path, is_worker=True) as shared:
+            assert (held.sharer, shared.sharer) == (None, 1)
         with pytest.raises(FolderInUse, match="process 1"):
             StateFolder(tmp_path)
 

@@ -4,6 +4,7 @@ A signal handler blocks the loop, as it runs in the loop's thread; `sitecustomiz
 the report more time than it has otherwise, as a busy machine may take long to write it.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -33,17 +34,17 @@ SLACK = 60.0  # for a busy machine, where a test does not ask for punctuality
 HOOK = """
 import ctypes, signal, sys
 
-def wait_for_the_report(seconds):
+def wait_for_the_report():
     watchdog = sys.modules["api_gateway.process.watchdog"]
-    watchdog.REPORT_TIMEOUT, watchdog.NATIVE_MARGIN = seconds, 100  # SIGPROF would end the process before the report
+    watchdog.REPORT_TIMEOUT, watchdog.NATIVE_MARGIN = 10, 100  # SIGPROF would end the process before the report
 
 def spin_visibly(*_):
-    wait_for_the_report(50)
+    wait_for_the_report()
     while True:
         pass
 
 def wait_outside_of_the_interpreter(*_):
-    wait_for_the_report(10)
+    wait_for_the_report()
     mutex = ctypes.create_string_buffer(256)
     libc = ctypes.CDLL(None)
     for _ in range(2):
@@ -230,15 +231,40 @@ def test_a_loop_that_gets_no_processor_is_not_blocked(tmp_path: Path) -> None:
     assert "blocked" not in running.errors
 
 
+def test_a_report_is_logged_while_the_main_thread_holds_the_lock_of_logging(caplog: pytest.LogCaptureFixture) -> None:
+    """A loop that hangs where it gets a logger, for example when it accepts a connection."""
+    with logging._lock:  # type: ignore[attr-defined]
+        assert codes_of_an_overdue_end() == [DRAIN_INCOMPLETE]
+    assert "the process has not ended 0 s after the stop signal; exiting with code 4." in caplog.text
+    assert "in codes_of_an_overdue_end" in caplog.text
+
+
+def test_a_report_that_cannot_be_logged_is_written_to_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop that hangs in a handler, for example in one that writes to a server."""
+    monkeypatch.setattr("api_gateway.process.watchdog.REPORT_TIMEOUT", 0.5)
+    caplog.handler.acquire()
+    try:
+        assert codes_of_an_overdue_end() == [DRAIN_INCOMPLETE]
+    finally:
+        caplog.handler.release()
+    assert "the process has not ended 0 s after the stop signal" in capfd.readouterr().err
+
+
 def test_a_report_that_cannot_be_written_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What blocks the loop may hold the log's lock."""
-    ended: list[int] = []
-    watchdog = Watchdog(10, 0.0, blocked=BLOCKED, overdue=DRAIN_INCOMPLETE, end=ended.append)
     monkeypatch.setattr("api_gateway.process.watchdog.REPORT_TIMEOUT", 0.1)
-    monkeypatch.setattr(watchdog, "_report", lambda *_: time.sleep(3))
+    monkeypatch.setattr(Watchdog, "_report", lambda *_: time.sleep(3))
+    assert codes_of_an_overdue_end() == [DRAIN_INCOMPLETE]
+
+
+def codes_of_an_overdue_end() -> list[int]:
+    """Return the exit codes with which a watchdog would have ended this process."""
+    codes: list[int] = []
+    watchdog = Watchdog(10, 0.0, blocked=BLOCKED, overdue=DRAIN_INCOMPLETE, end=codes.append)
     watchdog.expect_end()
     watchdog._check()
-    assert ended == [DRAIN_INCOMPLETE]
+    return codes
 
 
 def test_a_gateway_that_stops_while_idle_ends_at_once_and_with_zero(start: Start) -> None:

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.timeout(240),  # starts of processes take long on a busy machine
 ]
 
-WORKERS = 3
+WORKERS = 2
 PATIENT_STORE = {
     "GATEWAY_STORE__DECISION_TIMEOUT": "5"
 }  # on a busy machine: without the store each worker decides alone

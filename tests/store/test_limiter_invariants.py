@@ -30,7 +30,6 @@ on the real text of its script.
 """
 
 import asyncio
-import copy
 import random
 import time
 from collections import deque
@@ -38,7 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -125,6 +124,9 @@ def at_once(waiting: Any) -> Any:
     return asyncio.run(waiting)
 
 
+T = TypeVar("T")
+
+
 class Memory:
     source: DecisionSource = "memory"
     tick_ns = 1
@@ -132,32 +134,42 @@ class Memory:
     notes_late_ns = 0
 
     def __init__(self, known: Sequence[Quota]) -> None:
+        self.known = known
         self.limiter = MemoryLimiter(known)
+        self.steps: list[Callable[[MemoryLimiter], Any]] = []
+
+    def do(self, step: Callable[[MemoryLimiter], T]) -> T:
+        """Do it, and remember it for `trial`."""
+        self.steps.append(step)
+        return step(self.limiter)
 
     def decide(self, charges: Sequence[Charge], now_ns: int) -> Decision:
-        return self.limiter.decide(charges, now_ns)
+        return self.do(lambda limiter: limiter.decide(charges, now_ns))
 
     def inspect(self, charges: Sequence[Charge], now_ns: int) -> list[Decision]:
         return cast("list[Decision]", at_once(self.limiter.inspect(charges, now_ns)))
 
     def settle(self, charges: Sequence[Charge], decision: Decision, now_ns: int) -> Decision:
-        return self.limiter.settle(charges, decision, now_ns)
+        return self.do(lambda limiter: limiter.settle(charges, decision, now_ns))
 
     def refill(self, key: str) -> None:
-        at_once(self.limiter.refill(key))
+        self.do(lambda limiter: at_once(limiter.refill(key)))
 
     def move(self, key: str, old: Quota, new: Quota, now_ns: int) -> None:
-        at_once(self.limiter.move(key, old, new, now_ns))
+        self.do(lambda limiter: at_once(limiter.move(key, old, new, now_ns)))
 
     def forget_what_is_full(self, now_ns: int) -> None:
-        self.limiter._advance(now_ns)
+        self.do(lambda limiter: limiter._advance(now_ns))
 
     def kept(self) -> dict[str, Any]:
         return {**self.limiter._table.previous, **self.limiter._table.current}
 
     @contextmanager
     def trial(self) -> Iterator["Memory"]:
-        yield copy.deepcopy(self)
+        twin = Memory(self.known)
+        for step in self.steps:
+            twin.do(step)
+        yield twin
 
 
 class Shared:

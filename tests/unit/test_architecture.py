@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("assembly",),
     ("main",),
     ("api_gateway", "process"),
-    ("cli",),
+    ("cli", "server"),
     ("__main__",),
 )
 LIBRARIES = {

@@ -255,6 +255,27 @@ def test_what_a_hash_cannot_go_by_is_refused(hash_on: str) -> None:
     assert "upstreams.users.hash_on: " in line
 
 
+@pytest.mark.parametrize(
+    "host", ["", "Client:x", "a b", "\xfc.example", "http://a", "a/b", "a:0", "a:70000", "[::g]", "a\r\nb"]
+)
+def test_what_cannot_be_a_host_is_no_host_header(host: str) -> None:
+    (line,) = problems(of_users(host_header=host))
+    assert "upstreams.users.host_header: must be target, client, or a host" in line
+
+
+@pytest.mark.parametrize("host", ["target", "client", "users.internal", "users.internal:8080", "[::1]:80", "10.0.0.1"])
+def test_a_host_header_is_a_choice_or_a_host(host: str) -> None:
+    assert load_config(None, of_users(host_header=host)).upstreams["users"].host_header == host
+
+
+@pytest.mark.parametrize("domains", [{"a b": "c"}, {"a": "b c"}, {"": "a"}, {"a": "*"}, {"**": ""}, {"a": "b;c"}])
+def test_what_cannot_be_a_domain_is_refused(domains: dict[str, str]) -> None:
+    route = {"name": "users", "path": "/api/users", "upstream": "users", "cookie_domains": domains}
+    (line,) = problems({"upstreams": ONE_UPSTREAM, "routes": [route]})
+    assert "cookie_domains" in line
+    assert "must be a domain" in line
+
+
 def test_a_header_to_hash_on_needs_hashing() -> None:
     assert load_config(None, of_users(balance="hash", hash_on="header:X-Tenant"))
     (line,) = problems(of_users(hash_on="header:X-Tenant"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api_gateway.circuit_breaker import PROBE_HEAD_START, CircuitBreaker, Ticket
@@ -86,12 +86,14 @@ def past(breaker: CircuitBreaker, steps: Sequence[tuple[Any, Outcome | None, flo
     return calls
 
 
-def is_whole(breaker: CircuitBreaker) -> bool:
+def is_whole(breaker: CircuitBreaker, now: float) -> bool:
+    """Whether the breaker admits everything, of which it takes note when it is asked for something."""
+    breaker.advance(now)
     return breaker.state is State.CLOSED and breaker.is_transparent
 
 
 @given(steps=STEPS, policy=st.sampled_from(POLICIES), kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4))
-@settings(max_examples=300)
+@settings(max_examples=200, derandomize=True)
 def test_a_breaker_closes_once_calls_succeed_whatever_was_before_and_whatever_calls_come(
     steps: list[Any], policy: BreakerPolicy, kinds: list[tuple[bool, str | None]]
 ) -> None:
@@ -99,13 +101,13 @@ def test_a_breaker_closes_once_calls_succeed_whatever_was_before_and_whatever_ca
     calls = past(CircuitBreaker(policy, NOW, random.Random(1)), steps)
     end = calls.now + LONGEST * 1.1 + RECOVERY * 4 + RAMP + 30
     turn = 0
-    while calls.now < end:
+    while calls.now < end and not is_whole(calls.breaker, calls.now):
         calls.now += 0.5
         turn += 1
         is_safe, principal = kinds[turn % len(kinds)]
         if calls.begin(is_safe=is_safe, principal=principal) is not None:
             calls.end(-1, SUCCESS)
-    assert is_whole(calls.breaker), calls.breaker
+    assert is_whole(calls.breaker, calls.now), calls.breaker
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -217,9 +219,16 @@ class Service:
         return results[True] / max(1, results.total())
 
     def is_whole(self) -> bool:
-        in_service = all(target.breaker is None or is_whole(target.breaker) for target in self.targets)
+        in_service = all(target.breaker is None or is_whole(target.breaker, self.now) for target in self.targets)
         at_full_share = all(self.upstream.outliers.share(target, self.now) == 1 for target in self.targets)
-        return in_service and at_full_share and is_whole(self.upstream.breaker)
+        return in_service and at_full_share and is_whole(self.upstream.breaker, self.now)
+
+    def recover(self, seconds: float, safe: Sequence[bool] = (True,)) -> bool:
+        """Make requests until everything is in service; return whether it is within so many seconds."""
+        end = self.now + seconds
+        while self.now < end and not self.is_whole():
+            self.run(5, safe=safe)
+        return self.is_whole()
 
 
 LONG_ENOUGH = 3 * LONGEST + 2 * RAMP + SLOW_START
@@ -231,15 +240,18 @@ LONG_ENOUGH = 3 * LONGEST + 2 * RAMP + SLOW_START
     outages=st.lists(st.tuples(st.sets(st.sampled_from("abc")), st.integers(0, 30), st.integers(0, 3)), max_size=5),
     safe=st.lists(st.booleans(), min_size=1, max_size=3),
 )
-@settings(max_examples=60)
+# Targets on which requests never end, and which load balancing therefore does not select
+@example(policy=POLICIES[0], outages=[({"a"}, 6, 1), ({"b"}, 8, 0)], safe=[False])
+@example(policy=POLICIES[1], outages=[({"a"}, 18, 1), (set(), 12, 2)], safe=[False])
+@settings(max_examples=60, derandomize=True)
 def test_once_every_target_works_all_are_in_service_with_their_full_share(
     pick: str, policy: BreakerPolicy, outages: list[tuple[set[str], int, int]], safe: list[bool]
 ) -> None:
-    assume(pick != "hash" or any(safe))  # see the test below
     service = after(Service(3, policy, PICKERS[pick]()), outages)
-    service.run(LONG_ENOUGH, safe=safe)
+    recovered = service.recover(LONG_ENOUGH, safe)
+    assert recovered, [(target.url, target.breaker) for target in service.targets]
     assert service.run(20, safe=safe) == 1
-    assert service.is_whole(), [(target.url, target.breaker) for target in service.targets]
+    assert service.is_whole()
 
 
 def after(service: Service, outages: list[tuple[set[str], int, int]]) -> Service:
@@ -253,13 +265,111 @@ def after(service: Service, outages: list[tuple[set[str], int, int]]) -> Service
     return service
 
 
-@pytest.mark.xfail(
-    strict=False, reason="with `hash`, unrepeatable requests alone do not always probe an ejected target"
-)
-def test_an_ejected_target_returns_with_hash_and_unrepeatable_requests_only() -> None:
-    service = after(Service(3, POLICIES[0], PICKERS["hash"]()), [({"a"}, 6, 1), ({"b"}, 8, 0)])
-    service.run(LONG_ENOUGH, safe=[False])
+def ejected(service: Service, name: str) -> Target:
+    """Return the target of this name after it has failed and works again; its probe is not due yet."""
+    service.broken = {name}
+    (target,) = (one for one in service.targets if one.url == name)
+    while target.breaker is None or target.breaker.state is not State.OPEN:
+        service.now += 0.25
+        service.ask(f"client-{round(service.now * 4)}")
+    service.broken = set()
+    return target
+
+
+@pytest.mark.parametrize("pick", PICKERS)
+@pytest.mark.parametrize("safe", [[True], [False], [True, False]], ids=["safe", "unsafe", "both"])
+def test_a_probe_takes_the_next_request_whatever_load_balancing_selects(pick: str, safe: list[bool]) -> None:
+    """A target on which a request never ends has the most requests in flight, so it would be selected for none."""
+    service = Service(3, POLICIES[0], PICKERS[pick]())
+    target = ejected(service, "b")
+    target.in_flight += 1
+    assert target.breaker is not None
+    due = target.breaker.next_probe_at()
+    assert due is not None
+    service.run(due - service.now + 2, safe=safe)
+    assert str(target.breaker.state) == "CLOSED"
+
+
+@pytest.mark.parametrize("pick", PICKERS)
+def test_a_request_that_may_not_be_repeated_is_no_probe_while_others_come(pick: str) -> None:
+    service = Service(3, POLICIES[0], PICKERS[pick]())
+    target = ejected(service, "b")
+    service.broken = {"b"}
+    probes: Counter[bool] = Counter()
+    for number in range(2000):
+        service.now += 0.1
+        is_safe = number % 5 == 0
+        attempt = service.upstream.acquire(service.now, f"client-{number % 7}", is_safe=is_safe)
+        probes[is_safe] += attempt.is_probe
+        attempt.release(service.now, FAILURE if attempt.target is target else SUCCESS)
+    assert probes[True] > 3
+    assert not probes[False]
+
+
+@pytest.mark.parametrize("pick", PICKERS)
+def test_a_retry_does_not_prefer_a_target_that_awaits_a_probe(pick: str) -> None:
+    service = Service(3, POLICIES[0], PICKERS[pick]())
+    target = ejected(service, "b")
+    service.now += LONGEST
+    failed, other = (one for one in service.targets if one is not target)
+    target.in_flight += 1
+    service.upstream.rebalance(lambda offered, _key: max(offered, key=lambda one: one.url != "b"))
+    assert service.upstream.acquire(service.now, "", [failed]).target is other
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_target_returns_by_time_alone_without_any_request(policy: BreakerPolicy) -> None:
+    """Otherwise it would prevent the ejection of others for as long as nobody probes it."""
+    service = Service(2, policy, round_robin)
+    target = ejected(service, "a")
+    outliers, breaker = service.upstream.outliers, target.breaker
+    assert breaker is not None
+    due = breaker.next_probe_at()
+    assert due is not None
+    service.now = due + LONGEST - 0.1
+    outliers.advance(service.now)
+    assert breaker.state_at(service.now) is State.HALF_OPEN
+    assert not outliers.may_eject(service.targets, service.targets[1])
+    service.now = due + LONGEST
+    outliers.advance(service.now)
+    assert str(breaker.state) == "CLOSED"
+    assert breaker.records[-1].cause == f"no probe for {LONGEST:g} s"
+    assert outliers.share(target, service.now) == 0, "by slow start"
+    assert outliers.may_eject(service.targets, service.targets[1])
+    service.now += max(RAMP, SLOW_START)
+    outliers.advance(service.now)
     assert service.is_whole()
+    assert not outliers.abnormal
+
+
+def test_the_breaker_of_an_upstream_does_not_close_without_a_probe() -> None:
+    """Without requests its state has no effect, and nothing shows that the upstream works."""
+    service = Service(2, POLICIES[0], round_robin)
+    service.broken = {"a", "b"}
+    while service.upstream.breaker.state is State.CLOSED:
+        service.run(1)
+    service.now += 10 * LONGEST
+    service.upstream.outliers.advance(service.now)
+    assert service.upstream.breaker.state_at(service.now) is State.HALF_OPEN
+
+
+@pytest.mark.parametrize("pick", PICKERS)
+@pytest.mark.parametrize("is_other_safe", [True, False])
+def test_a_client_whose_requests_always_fail_does_not_keep_a_target_ejected(pick: str, *, is_other_safe: bool) -> None:
+    """Although it makes nine of ten requests, and would make most probes."""
+    service = Service(3, POLICIES[0], PICKERS[pick]())
+    target = ejected(service, "b")
+    assert target.breaker is not None
+    returned = False
+    for number in range(1200):
+        service.now += 0.1
+        is_bad = number % 10 != 0
+        attempt = service.upstream.acquire(
+            service.now, f"key-{number}", is_safe=is_bad or is_other_safe, principal="bad" if is_bad else "good"
+        )
+        attempt.release(service.now, FAILURE if is_bad and attempt.target is target else SUCCESS)
+        returned = returned or target.breaker.state is State.CLOSED
+    assert returned
 
 
 @pytest.mark.parametrize("pick", PICKERS)
@@ -275,8 +385,8 @@ def test_when_all_but_one_target_recover_from_an_outage_of_all_the_upstream_serv
     service.run(60)
     assert service.upstream.breaker.state is not State.CLOSED
     service.broken = {stays_broken}
-    service.run(2 * LONG_ENOUGH)
-    assert service.run(100) > 0.95
+    service.run(LONG_ENOUGH, step=1)
+    assert service.run(50) > 0.95
 
 
 def test_a_probe_of_the_upstream_at_an_ejected_target_that_fails_costs_it_nothing() -> None:

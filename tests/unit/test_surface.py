@@ -173,7 +173,7 @@ def settings(model: type[BaseModel] = GatewayConfig, prefix: str = "") -> Iterat
 def options() -> Iterator[str]:
     parser: ArgumentParser = cli._parser()
     for action in parser._actions:
-        yield f"{', '.join(action.option_strings)}{f' {action.metavar}' if action.metavar else ''}"
+        yield " ".join(filter(None, (", ".join(action.option_strings), str(action.metavar or ""))))
 
 
 def log_fields() -> Iterator[str]:

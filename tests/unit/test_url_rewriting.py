@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api_gateway.proxy.url_rewriting import UrlRewriter
+from api_gateway.proxy.url_rewriting import Authorities, UrlRewriter
 
 REWRITER = UrlRewriter(b"/api", cookies=True)
 AUTHORITY = b"10.0.0.1:8080"
+TARGET = Authorities((AUTHORITY,))
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ AUTHORITY = b"10.0.0.1:8080"
     ],
 )
 def test_a_url_that_leads_past_the_gateway_becomes_a_path_below_the_prefix(url: str, expected: str) -> None:
-    assert REWRITER.url(url.encode(), AUTHORITY).decode() == expected
+    assert REWRITER.url(url.encode(), TARGET).decode() == expected
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_a_url_that_leads_past_the_gateway_becomes_a_path_below_the_prefix(url: 
     ],
 )
 def test_any_other_reference_stays_as_it_is(url: str) -> None:
-    assert REWRITER.url(url.encode(), AUTHORITY).decode() == url
+    assert REWRITER.url(url.encode(), TARGET).decode() == url
 
 
 @pytest.mark.parametrize(
@@ -46,13 +47,28 @@ def test_any_other_reference_stays_as_it_is(url: str) -> None:
     [("http://up/x", "up:80"), ("http://up:80/x", "up"), ("https://up:443/x", "UP"), ("https://UP/x", "up:443")],
 )
 def test_a_default_port_may_be_missing(url: str, authority: str) -> None:
-    assert REWRITER.url(url.encode(), authority.encode()) == b"/api/x"
+    assert REWRITER.url(url.encode(), Authorities((authority.encode(),))) == b"/api/x"
 
 
 @given(url=st.binary(max_size=40), authority=st.sampled_from([b"up", b"up:80", AUTHORITY]))
 def test_rewriting_twice_changes_nothing_more(url: bytes, authority: bytes) -> None:
-    once = REWRITER.url(url, authority)
-    assert REWRITER.url(once, authority) == once
+    authorities = Authorities((authority,))
+    once = REWRITER.url(url, authorities)
+    assert REWRITER.url(once, authorities) == once
+
+
+@pytest.mark.parametrize("host", ["users.internal", "users.internal:9000"])
+@pytest.mark.parametrize("is_public", [True, False])
+def test_a_url_that_names_the_host_that_the_upstream_got_leads_past_the_gateway_too(
+    host: str, *, is_public: bool
+) -> None:
+    authorities = Authorities((AUTHORITY,), host.encode()) if is_public else Authorities((AUTHORITY, host.encode()))
+    for own in (AUTHORITY.decode(), host):
+        assert REWRITER.url(f"http://{own}/x".encode(), authorities) == b"/api/x"
+    assert REWRITER.url(b"http://other.internal/x", authorities) == b"http://other.internal/x"
+    cookie = b"a=b; Domain=users.internal"
+    kept = cookie if is_public else b"a=b"
+    assert REWRITER.rewrite([(b"Set-Cookie", cookie)], authorities) == [(b"Set-Cookie", kept)]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +83,7 @@ def test_rewriting_twice_changes_nothing_more(url: bytes, authority: bytes) -> N
     ],
 )
 def test_the_url_of_refresh(value: str, expected: str) -> None:
-    assert REWRITER.rewrite([(b"Refresh", value.encode())], AUTHORITY) == [(b"Refresh", expected.encode())]
+    assert REWRITER.rewrite([(b"Refresh", value.encode())], TARGET) == [(b"Refresh", expected.encode())]
 
 
 @pytest.mark.parametrize(
@@ -83,14 +99,47 @@ def test_the_url_of_refresh(value: str, expected: str) -> None:
     ],
 )
 def test_cookies(value: str, expected: str) -> None:
-    assert REWRITER.rewrite([(b"Set-Cookie", value.encode())], AUTHORITY) == [(b"Set-Cookie", expected.encode())]
+    assert REWRITER.rewrite([(b"Set-Cookie", value.encode())], TARGET) == [(b"Set-Cookie", expected.encode())]
     plain = UrlRewriter(b"/api")
-    assert plain.rewrite([(b"Set-Cookie", value.encode())], AUTHORITY) == [(b"Set-Cookie", value.encode())]
+    assert plain.rewrite([(b"Set-Cookie", value.encode())], TARGET) == [(b"Set-Cookie", value.encode())]
+
+
+@pytest.mark.parametrize("prefix", [b"", b"/api"])
+@pytest.mark.parametrize("cookies", [True, False])
+@pytest.mark.parametrize(
+    ("domains", "value", "expected"),
+    [
+        ({"users.internal": "example.com"}, "a=b; Domain=users.internal; Secure", "a=b; Domain=example.com; Secure"),
+        ({"users.internal": "example.com"}, "a=b; domain = .Users.Internal", "a=b; domain =example.com"),
+        ({"users.internal": "example.com"}, "a=b; Domain=x.users.internal", "a=b; Domain=x.users.internal"),
+        ({"users.internal": ""}, "a=b; Domain=users.internal; Secure", "a=b; Secure"),
+        ({"*": ""}, "a=b; Domain=users.internal", "a=b"),
+        ({"users.internal": "example.com", "*": ""}, "a=b; Domain=users.internal", "a=b; Domain=example.com"),
+        ({"10.0.0.1": "example.com"}, "a=b; Domain=10.0.0.1", "a=b; Domain=example.com"),
+        ({"*": "example.com"}, "Domain=x; Secure", "Domain=x; Secure"),
+        ({"*": "example.com"}, "a=b; Domain; Path=rel", "a=b; Domain; Path=rel"),
+    ],
+)
+def test_domains_of_cookies(
+    domains: dict[str, str], value: str, expected: str, prefix: bytes, *, cookies: bool
+) -> None:
+    pairs = tuple((domain.encode(), new.encode()) for domain, new in domains.items())
+    rewriter = UrlRewriter(prefix, cookies and bool(prefix), pairs)
+    assert rewriter.rewrite([(b"Set-Cookie", value.encode())], TARGET) == [(b"Set-Cookie", expected.encode())]
+    head = b"HTTP/1.1 200 OK\r\nset-cookie: "
+    assert rewriter.rewrite_lines(head + value.encode(), TARGET) == head + expected.encode()
+
+
+def test_without_a_prefix_urls_and_paths_pass() -> None:
+    rewriter = UrlRewriter(b"", domains=((b"*", b""),))
+    fields = [(b"Location", b"http://10.0.0.1:8080/x"), (b"Refresh", b"5; url=/x"), (b"Set-Cookie", b"a=b; Path=/x")]
+    assert rewriter.rewrite(fields, TARGET) == fields
+    assert rewriter.request_line == b""
 
 
 def test_the_lines_of_a_plain_head_are_rewritten_as_the_fields_are() -> None:
     head = b"HTTP/1.1 201 Made\r\nLocation: /x\r\nX-Location: /x\r\ncontent-location: /y\r\nSet-Cookie: a=b; Path=/"
-    assert REWRITER.rewrite_lines(head, AUTHORITY) == (
+    assert REWRITER.rewrite_lines(head, TARGET) == (
         b"HTTP/1.1 201 Made\r\nLocation: /api/x\r\nX-Location: /x\r\ncontent-location: /api/y\r\n"
         b"Set-Cookie: a=b; Path=/api"
     )

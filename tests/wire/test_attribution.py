@@ -266,7 +266,7 @@ SCENES = (
             ("quiet stream", sends(EVENTS), stays_to_the_end, "up", ()),
             ("reset stream", sends(EVENTS, then="resets"), stays_to_the_end, "up", ()),
             ("closed stream", sends(EVENTS, then="closes"), stays_to_the_end, "up", ()),
-            ("garbled stream", sends(EVENTS, b"oops\r\n"), stays_to_the_end, "up", ()),
+            ("garbled stream", sends(EVENTS, b"oops\r\n", pause=0.1), stays_to_the_end, "up", ()),
             ("overdue stream", sends(*[EVENTS, *[b"1\r\n\n\r\n"] * 25], pause=0.1), stays_to_the_end, "timed", ()),
             ("quiet tunnel", sends(SWITCHED), stays_to_the_end, "up", UPGRADE),
             ("reset tunnel", sends(SWITCHED, then="resets"), stays_to_the_end, "up", UPGRADE),

@@ -1,7 +1,6 @@
 """`/explain`: its result is what the request then gets, in any state, and asking changes nothing."""
 
 import asyncio
-import copy
 import json
 import random
 from collections.abc import AsyncIterator, Callable
@@ -45,7 +44,7 @@ from api_gateway.upstreams.load_balancing import least_requests, round_robin
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
-from tests.kit import RawUpstream, RunningGateway, ask, in_front_of
+from tests.kit import RawUpstream, RunningGateway, ask, attributes_of, in_front_of
 
 StartGateway = Callable[[dict[str, Any]], RunningGateway]
 StartUpstream = Callable[..., RawUpstream]
@@ -156,9 +155,7 @@ class Stage:
 
     def state(self) -> Any:
         """Everything a request could change."""
-        breakers = [copy.deepcopy(vars(one.breaker)) for one in self.upstreams]
-        for breaker in breakers:
-            breaker["_window"] = vars(breaker["_window"])
+        breakers = [attributes_of(one.breaker) for one in self.upstreams]
         targets = [(target.in_flight, target.credit) for one in self.upstreams for target in one.targets]
         limiter = self.limiter
         table = limiter._table

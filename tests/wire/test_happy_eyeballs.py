@@ -5,7 +5,7 @@ import errno
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,14 @@ import pytest
 import uvloop
 
 from api_gateway.transport import happy_eyeballs
-from api_gateway.transport.happy_eyeballs import AddressInfo, first_connected, interleaved
+from api_gateway.transport.happy_eyeballs import (
+    MAX_REMEMBERED,
+    REMEMBERED_FOR,
+    AddressInfo,
+    FailedAddresses,
+    first_connected,
+    interleaved,
+)
 from api_gateway.transport.http1_transport import UpstreamTransport
 from tests.kit import PATIENCE, RawUpstream
 
@@ -73,15 +80,20 @@ class NoBody(httpx.AsyncByteStream):
 
 
 async def get(connect: float = PATIENCE) -> int:
-    """Return the status of a request to the name."""
+    """Return the status of a request to the name, by a transport that has connected to nothing before."""
     async with UpstreamTransport() as transport:
-        timeouts = {"connect": connect, "pool": PATIENCE, "read": PATIENCE}
-        request = httpx.Request(
-            "GET", f"http://{NAME}:1/", headers=[(b"Host", b"up")], stream=NoBody(), extensions={"timeout": timeouts}
-        )
-        response = await transport.handle_async_request(request)
-        await response.aclose()
-        return response.status_code
+        return await get_by(transport, connect)
+
+
+async def get_by(transport: UpstreamTransport, connect: float = PATIENCE) -> int:
+    """Return the status of a request to the name; the connection is closed after it."""
+    timeouts = {"connect": connect, "pool": PATIENCE, "read": PATIENCE}
+    request = httpx.Request(
+        "GET", f"http://{NAME}:1/", headers=[(b"Host", b"up")], stream=NoBody(), extensions={"timeout": timeouts}
+    )
+    response = await transport.handle_async_request(request)
+    await response.aclose()
+    return response.status_code
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -118,6 +130,70 @@ def test_the_connect_timeout_covers_all_addresses(runner: asyncio.Runner, monkey
         resolves_to(monkeypatch, one, other)
         with pytest.raises(httpx.ConnectTimeout, match=f"no connection to {NAME}:1 within 0.4 s"):
             runner.run(get(connect=0.4))
+
+
+def test_an_address_that_does_not_respond_costs_the_delay_once(
+    runner: asyncio.Runner, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these requests needs a new connection; but the first, none waits for the address that failed."""
+    up = upstream()
+
+    async def three() -> None:
+        async with UpstreamTransport(max_requests=1) as transport:
+            assert await get_by(transport) == 200
+            monkeypatch.setattr(happy_eyeballs, "ATTEMPT_DELAY", 3600.0)
+            for _ in range(2):
+                assert await asyncio.wait_for(get_by(transport), PATIENCE) == 200
+
+    with black_hole() as hole:
+        resolves_to(monkeypatch, hole, up.port)
+        runner.run(three())
+    assert len(up.wires) == 3
+
+
+def test_a_connect_timeout_that_the_first_addresses_use_up_is_not_repeated(
+    runner: asyncio.Runner, upstream: StartUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address behind them has its turn at the next connection."""
+    up = upstream()
+
+    async def until_it_connects() -> int:
+        async with UpstreamTransport() as transport:
+            for attempt in range(4):
+                with suppress(httpx.ConnectTimeout):
+                    assert await get_by(transport, 0.4) == 200
+                    return attempt
+        raise AssertionError("no connection")
+
+    with black_hole() as one, black_hole() as other:
+        resolves_to(monkeypatch, one, other, up.port)
+        assert 0 < runner.run(until_it_connects()) < 3
+
+
+def test_a_failed_address_is_tried_last_until_it_connects_or_its_time_is_over() -> None:
+    failed = FailedAddresses()
+    one, other, third = (at(port) for port in (1, 2, 3))
+    everyone = [one, other, third]
+    assert failed.in_order(everyone, 0) == everyone
+    failed.note(one, 10, has_connected=False)
+    assert failed.in_order(everyone, 10) == [other, third, one]
+    assert failed.in_order([third, one, other], 10) == [third, other, one], "the rest is in the resolver's order"
+    failed.note(other, 11, has_connected=False)
+    failed.note(third, 12, has_connected=False)
+    assert failed.in_order([third, one, other], 12) == everyone, "the longest ago first"
+    failed.note(third, 13, has_connected=True)
+    assert failed.in_order(everyone, 13) == [third, one, other]
+    assert failed.in_order(everyone, 10 + REMEMBERED_FOR) == [one, third, other]
+    assert failed.in_order([one], 13) == [one]
+    assert failed.in_order([], 13) == []
+
+
+def test_few_addresses_are_remembered() -> None:
+    failed = FailedAddresses()
+    for port in range(2 * MAX_REMEMBERED):
+        failed.note(at(port), port, has_connected=False)
+    assert str(MAX_REMEMBERED) in repr(failed)
+    assert failed.in_order([at(2 * MAX_REMEMBERED - 1), at(0)], 0)[0] == at(0), "the longest ago is forgotten"
 
 
 def test_the_error_names_all_attempts(runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +253,8 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_the_first_connection_wins_and_the_other_attempts_are_closed() -> None:
     """Whichever attempt it is; a second one that is established at the same moment is closed too."""
     attempts = Attempts()
-    racing = asyncio.create_task(first_connected(attempts(4)))
+    results: list[tuple[int, bool]] = []
+    racing = asyncio.create_task(first_connected(attempts(4), lambda *result: results.append(result)))
     await attempts.has_begun(3)
     attempts.ends[2].set_result(None)
     attempts.ends[1].set_result(None)
@@ -188,6 +265,7 @@ async def test_the_first_connection_wins_and_the_other_attempts_are_closed() -> 
     assert not attempts.is_open(3 - number)
     await asyncio.sleep(0)
     assert sorted(attempts.cancelled) == [0, 3]
+    assert sorted(results) == [(0, False), (1, True), (2, True)], "the last one may have had too little time"
     winner.close()
 
 
@@ -214,12 +292,14 @@ async def test_a_failed_attempt_is_followed_at_once_and_the_last_error_is_a_summ
     """Of the kind of a failure of the upstream, if there is one beside those of this process."""
     monkeypatch.setattr(happy_eyeballs, "ATTEMPT_DELAY", 3600.0)
     attempts = Attempts()
-    racing = asyncio.create_task(first_connected(attempts(3)))
+    results: list[tuple[int, bool]] = []
+    racing = asyncio.create_task(first_connected(attempts(3), lambda *result: results.append(result)))
     failures = (OSError(errno.EMFILE, "no descriptor"), OSError(errno.ECONNREFUSED, "refused"))
     for number, error in enumerate((*failures, failures[1])):
         await attempts.has_begun(number)
         attempts.ends[number].set_exception(error)
     with pytest.raises(ConnectionRefusedError, match="3 addresses: no descriptor; refused"):
         await racing
+    assert results == [(1, False), (2, False)], "the first one is not the upstream's failure"
     with pytest.raises(OSError, match="no address"):
         await first_connected([])

@@ -9,6 +9,7 @@ import pytest
 
 from api_gateway.circuit_breaker import CircuitBreaker
 from api_gateway.resilience.breaker_policy import BreakerPolicy
+from api_gateway.resilience.retry import RetryPolicy
 from api_gateway.transport.http1_transport import UpstreamTransport
 from api_gateway.upstreams.dns import HostName
 from api_gateway.upstreams.health_checks import HealthPolicy
@@ -117,6 +118,32 @@ async def test_checks_go_through_a_transport_of_their_own_and_keep_no_connection
     assert await upkeep._send_probe(one.targets[0])(f"{up.url}/health", 1.0) == 200
     assert repr(own) == repr(service.transport) == "<UpstreamTransport {}>"
     await upkeep.close()
+
+
+@pytest.mark.parametrize(
+    ("host_header", "expected"), [("target", "{target}"), ("client", "{target}"), ("up.internal:1", "up.internal:1")]
+)
+async def test_checks_have_the_host_of_requests_also_after_a_reload(
+    upstream: Callable[..., RawUpstream], host_header: str, expected: str
+) -> None:
+    """That of the target if requests have their client's."""
+    up = upstream()
+    one, timeouts = HostName(up.url), Timeouts(1, 1, 1, None)
+    before = UpstreamClient(
+        Upstream("users", one.targets, CircuitBreaker(BreakerPolicy(), NOW), round_robin),
+        UpstreamTransport(),
+        timeouts,
+        host_header="before.internal",
+    )
+    upkeep = UpstreamMonitor(before, policy=POLICY, resolve=nobody, clock=FakeClock(NOW), source=random.Random(1))
+    send_probe = upkeep._send_probe(one.targets[0])
+    after = before.succeeded_by(timeouts, RetryPolicy(), None, before.transport, host_header)
+    assert await send_probe(f"{up.url}/health", 1.0) == 200
+    upkeep.change(after, POLICY, None, (), 0.0)
+    assert await send_probe(f"{up.url}/health", 1.0) == 200
+    hosts = [request.all("host") for request in up.requests]
+    assert hosts == [[b"before.internal"], [expected.format(target=up.url.removeprefix("http://")).encode()]]
+    await after.transport.aclose()
 
 
 def test_its_repr_shows_checks_and_names() -> None:

@@ -37,12 +37,16 @@ class Trying:
         self.now_ns = 1_000 * NANOSECONDS
         self.limiter = MemoryLimiter([FREE, TIGHTER, PAID])
         self.recorder = Recorder(["r"], ["up"], ["FREE", "PAID"], [50], 0.0)
-        self.shadow = ShadowLimits(
-            limiter=self.limiter,
+        self.candidates, self.routes = candidates or {}, routes
+        self.shadow = self.shadow_with(self.limiter)
+
+    def shadow_with(self, limiter: Any) -> ShadowLimits:
+        return ShadowLimits(
+            limiter=limiter,
             clock_ns=lambda: self.now_ns,
             recorder=self.recorder,
-            candidates=candidates or {},
-            routes=routes,
+            candidates=self.candidates,
+            routes=self.routes,
         )
 
     def request(
@@ -134,19 +138,25 @@ def test_it_counts_exactly_what_the_candidate_would_have_decided_otherwise(
     assert trying.counted == (would_limit, would_allow)
 
 
-def test_a_decision_of_the_store_counts_once_the_store_has_responded(monkeypatch: pytest.MonkeyPatch) -> None:
-    trying = Trying(candidates={"FREE": TIGHTER})
-    waiting: list[Callable[[Decision], None]] = []
-    decide = trying.limiter.decide
+class Waiting:
+    """A limiter with a store that has not responded yet for any candidate."""
 
-    def only_enforced(charges: Any, now_ns: int) -> Decision | None:
-        return None if charges[0].key.startswith("candidate:") else decide(charges, now_ns)
+    def __init__(self) -> None:
+        self.replies: list[Callable[[Decision], None]] = []
 
-    monkeypatch.setattr(trying.limiter, "decide", only_enforced)
-    monkeypatch.setattr(trying.limiter, "decide_async", lambda _charges, _now_ns, answer: waiting.append(answer))
+    def decide(self, _charges: Any, _now_ns: int) -> None:
+        return None
+
+    def decide_async(self, _charges: Any, _now_ns: int, reply: Callable[[Decision], None]) -> None:
+        self.replies.append(reply)
+
+
+def test_a_decision_of_the_store_counts_once_the_store_has_responded() -> None:
+    trying, store = Trying(candidates={"FREE": TIGHTER}), Waiting()
+    trying.shadow = trying.shadow_with(store)
     exchange = trying.request()
     assert (exchange.trial, trying.counted) == (None, (0, 0))
-    waiting[0](Decision("candidate:client:c", TIGHTER, allowed=False, remaining=0, wait_ns=1, reset_ns=1))
+    store.replies[0](Decision("candidate:client:c", TIGHTER, allowed=False, remaining=0, wait_ns=1, reset_ns=1))
     assert trying.counted == (1, 0)
 
 

@@ -13,8 +13,9 @@ StartUpstream = Callable[..., RawUpstream]
 both_ways = pytest.mark.parametrize("way", [(), ("X-Odd:  two blanks",)], ids=["fast path", "general path"])
 
 
-def started(gateway: StartGateway, up: RawUpstream, **route: Any) -> RunningGateway:
+def started(gateway: StartGateway, up: RawUpstream, host_header: str = "target", **route: Any) -> RunningGateway:
     sections = in_front_of(up.url)
+    sections["upstreams"]["up"]["host_header"] = host_header
     sections["routes"] = [{"name": "cut", "path": "/api/cut", "upstream": "up", **route}]
     running = gateway(sections)
     with RawClient(running.port) as client:
@@ -57,6 +58,70 @@ def test_cookies_get_it_by_a_setting(gateway: StartGateway, upstream: StartUpstr
     up.behave = reply(b"ok", b"200 OK", ((b"Set-Cookie", b"a=b; Domain=127.0.0.1; Path=/cut"),))
     with RawClient(running.port) as client:
         assert client.get("/api/cut/x", way).all("set-cookie") == [b"a=b; Path=/api/cut"]
+
+
+@both_ways
+def test_domains_of_cookies_are_replaced_without_a_prefix_too(
+    gateway: StartGateway, upstream: StartUpstream, way: tuple[str, ...]
+) -> None:
+    up = upstream()
+    running = started(gateway, up, cookie_domains={"Users.internal": "example.com", "*": ""})
+    fields = ((b"Set-Cookie", b"a=b; Domain=users.internal"), (b"Set-Cookie", b"c=d; Domain=x; Path=/cut"))
+    up.behave = reply(b"ok", b"302 Found", (*fields, (b"Location", up.url.encode())))
+    with RawClient(running.port) as client:
+        answer = client.get("/api/cut/x", way)
+    assert answer.all("set-cookie") == [b"a=b; Domain=example.com", b"c=d; Path=/cut"]
+    assert answer.all("location") == [up.url.encode()]
+    assert not up.requests[-1].all("x-forwarded-prefix")
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("host_header", "expected"),
+    [("target", "{target}"), ("client", "shop.example.com:81"), ("users.internal:9000", "users.internal:9000")],
+)
+def test_the_upstream_gets_the_host_that_is_set(
+    gateway: StartGateway,
+    upstream: StartUpstream,
+    fast_path_spy: list[bool],
+    way: tuple[str, ...],
+    host_header: str,
+    expected: str,
+) -> None:
+    """X-Forwarded-Host has the client's, and a redirect that names the Host stays behind the gateway."""
+    up = upstream()
+    running = started(gateway, up, host_header, strip_prefix="/api", rewrite_cookies=True)
+    host = expected.format(target=up.url.removeprefix("http://")).encode()
+    fields = (
+        (b"Location", b"http://%b/cut/y" % host),
+        (b"Set-Cookie", b"a=b; Domain=" + host.partition(b":")[0]),
+    )
+    up.behave = reply(b"ok", b"302 Found", fields)
+    fast_path_spy.clear()
+    with RawClient(running.port) as client:
+        client.send("\r\n".join(("GET /api/cut/x HTTP/1.1", "Host: shop.example.com:81", *way, "\r\n")).encode())
+        answer = client.answer()
+    assert fast_path_spy == [not way]
+    request = up.requests[-1]
+    assert request.all("host") == [host]
+    assert request.all("x-forwarded-host") == [b"shop.example.com:81"]
+    assert answer.all("location") == [b"/api/cut/y"]
+    kept = b"a=b; Domain=shop.example.com" if host_header == "client" else b"a=b"
+    assert answer.all("set-cookie") == [kept]
+
+
+@both_ways
+@pytest.mark.parametrize(("host_header", "expected"), [("client", "{target}"), ("users.internal", "users.internal")])
+def test_without_a_host_of_the_client_the_upstream_gets_that_of_the_target(
+    gateway: StartGateway, upstream: StartUpstream, way: tuple[str, ...], host_header: str, expected: str
+) -> None:
+    """HTTP/1.0 needs none; and health checks have no client."""
+    up = upstream()
+    running = started(gateway, up, host_header)
+    with RawClient(running.port) as client:
+        client.send("\r\n".join(("GET /api/cut/x HTTP/1.0", *way, "\r\n")).encode())
+        assert client.answer().status == 200
+    assert up.requests[-1].all("host") == [expected.format(target=up.url.removeprefix("http://")).encode()]
 
 
 @both_ways

@@ -1,0 +1,56 @@
+"""The protocol of a listener as the settings of the server describe it: limits and shares of its connections."""
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from functools import lru_cache
+from typing import Any
+
+from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
+from api_gateway.http1.headers import Network, address_key, is_within
+from api_gateway.resilience.fair_shares import FairShares
+from api_gateway.settings.server import ServerSection
+
+DRAIN_LINGER = 2.0  # seconds; see `DownstreamConnection.shutdown`
+
+
+def protocol_of(section: ServerSection, refused: Counter[str], shares: FairShares) -> type[DownstreamConnection]:
+    """Return the protocol class of one listener, whose connections are limited by `shares`.
+
+    `refused` counts the requests that it refuses, by reason.
+    """
+    return limited_protocol(connection_limits(section), refused, shares, _share_holder(section.trusted_proxies))
+
+
+def change_protocol(protocol: Any, section: ServerSection) -> None:
+    """Apply other settings to a protocol class. Open connections keep their limits."""
+    protocol.limits = connection_limits(section)
+    protocol.share_holder = staticmethod(_share_holder(section.trusted_proxies))
+
+
+def connection_limits(section: ServerSection) -> ConnectionLimits:
+    """Return the limits of downstream connections that the settings define."""
+    return ConnectionLimits(
+        header_bytes=section.max_header_bytes,
+        header_lines=section.max_header_lines,
+        header_timeout=section.header_timeout,
+        keep_alive_timeout=section.keep_alive_timeout,
+        idle_timeout=section.idle_timeout,
+        drain_linger=min(DRAIN_LINGER, section.drain_timeout / 2),
+        connections_per_peer=section.max_connections_per_peer,
+        body_rate=section.min_body_rate,
+        body_grace=section.min_body_rate_grace,
+    )
+
+
+def _share_holder(trusted: Collection[Network]) -> Callable[[str], str | None]:
+    """Return a function from the address of a connection to the holder whose share it uses, or None.
+
+    Connections from trusted proxies have no holder, because their clients are unknown until a head has arrived; nor
+    have those from Unix sockets.
+    """
+
+    @lru_cache(maxsize=4096)
+    def holder(address: str) -> str | None:
+        return None if not address or is_within(address, trusted) else address_key(address)
+
+    return holder

@@ -1,0 +1,268 @@
+"""The gateway under uvicorn: no trailer becomes a header field, and its own protocol has what its own server has."""
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from api_gateway.config import GatewayConfig
+from api_gateway.downstream.uvicorn_server import COMMAND
+from api_gateway.main import GatewayApp, create_app
+from tests.kit import PATIENCE, RawClient, RawUpstream, Wire, eventually, in_front_of, reason, reply
+
+OWN = "api_gateway.server:protocol"
+TOKEN = "correct-horse-battery"
+CHUNKED = "POST {} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n{}\r\n2\r\nhi\r\n0\r\n{}\r\n"
+TRAILERS = f"Authorization: Bearer {TOKEN}\r\nX-Client-ID: forged\r\nX-Forwarded-For: 10.0.0.1\r\n"
+
+Serve = Callable[..., int]
+
+
+@pytest.fixture
+def up() -> Iterator[RawUpstream]:
+    server = RawUpstream()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Run applications in uvicorn with one of its protocols, or another one."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(app: Any, http: str, **options: Any) -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, http=http, log_config=None, **options))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        running.append((server, thread))
+        thread.start()
+        eventually(lambda: server.started or not thread.is_alive(), "uvicorn starts")
+        return int(listener.getsockname()[1])
+
+    yield start
+    for server, _ in running:
+        server.should_exit = True
+    for _, thread in running:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def build(up: RawUpstream, tmp_path: Path) -> Callable[..., GatewayApp]:
+    def made(**server: Any) -> GatewayApp:
+        return create_app(config(up, tmp_path, **server), server_headers=frozenset({b"date", b"server"}))
+
+    return made
+
+
+def config(up: RawUpstream, folder: Path, **server: Any) -> GatewayConfig:
+    options = {"state_dir": folder, "admin": {"token": TOKEN}, "log": {"access": False}}
+    limits = {"max_event_loop_lag": None, "drain_timeout": 2} | server
+    return GatewayConfig.model_validate(in_front_of(up.url) | options | {"server": limits})
+
+
+def mounted(gateway: GatewayApp) -> FastAPI:
+    """Return an application with the gateway at `/`, behind middleware that hides the server."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with gateway.router.lifespan_context(gateway):
+            yield
+
+    async def pass_on(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    outer = FastAPI(lifespan=lifespan)
+    outer.mount("/", gateway)
+    outer.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    return outer
+
+
+def extended(gateway: GatewayApp) -> FastAPI:
+    """Return the gateway with middleware of the embedding program, which hides the server from it."""
+
+    async def pass_on(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    gateway.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    return gateway
+
+
+@pytest.mark.parametrize("way", [lambda gateway: gateway, mounted, extended], ids=["alone", "mounted", "extended"])
+@pytest.mark.parametrize("trailers", [TRAILERS, ""], ids=["trailers", "none"])
+def test_httptools_makes_trailers_header_fields_so_chunked_requests_are_refused(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, way: Callable[..., Any], trailers: str
+) -> None:
+    """Also without trailers, which is known too late; a request with a length is served."""
+    port = serve(way(build()), "httptools")
+    for path in ("/api/x", "/clients/c/tier"):
+        with RawClient(port) as client:
+            client.send(CHUNKED.format(path, "Content-Type: application/json\r\n", trailers).encode())
+            answer = client.answer()
+            assert reason(answer) == (411, "length_required")
+            assert COMMAND in json.loads(answer.body)["detail"]
+            assert answer.all("connection") == [b"close"]
+    assert not up.requests
+    with RawClient(port) as client:
+        client.request("POST", headers=("Content-Length: 2",), body=b"hi")
+        assert client.answer().status == 200
+    assert up.requests[-1].body == b"hi"
+
+
+def chunks_read(wire: Wire) -> bytes:
+    """Return the end of a chunked body, from behind its last chunk on."""
+    while (line := wire.read_until(b"\r\n")) != b"0\r\n":
+        assert line is not None
+        wire.read_exactly(int(line, 16) + 2)
+    end = b""
+    while not end.endswith(b"\r\n\r\n") and end != b"\r\n":
+        end += wire.read_until(b"\r\n") or b"\r\n\r\n"
+    return end
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_h11_discards_trailers_so_chunked_requests_are_served(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, pieces: int
+) -> None:
+    """In one packet with the head, and after it."""
+    port = serve(build(), "h11")
+    message = CHUNKED.format("/api/x", "", TRAILERS).encode()
+    size = len(message) // pieces + 1
+    with RawClient(port) as client:
+        for start in range(0, len(message), size):
+            client.send(message[start : start + size])
+        assert client.answer().status == 200
+        client.send(CHUNKED.format("/clients/c/tier", "", TRAILERS).encode())
+        assert reason(client.answer()) == (401, "unauthorized"), "the token in the trailer is not read"
+    (request,) = up.requests
+    assert request.body == b"hi"
+    for name in ("authorization", "x-client-id"):
+        assert not request.all(name)
+    assert request.all("x-forwarded-for") == [b"127.0.0.1"]
+
+
+@pytest.mark.parametrize("way", [lambda gateway: gateway, mounted], ids=["alone", "mounted"])
+def test_the_gateways_protocol_forwards_trailers_as_trailers(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, way: Callable[..., Any]
+) -> None:
+    """Also in an application that mounts the gateway; its middleware sees no trailer either."""
+    ends: list[bytes] = []
+
+    def behave(wire: Wire, _request: Any) -> None:
+        ends.append(chunks_read(wire))
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    up.behave, up.reads_body = behave, False
+    port = serve(way(build()), OWN)
+    with RawClient(port) as client:
+        client.send(CHUNKED.format("/api/x", "Trailer: X-Sum\r\n", "X-Sum: 1\r\nX-Client-ID: forged\r\n").encode())
+        assert client.answer().status == 200
+    assert not up.requests[-1].all("x-client-id")
+    assert b"X-Sum: 1" in ends[0]
+
+
+def test_the_gateways_protocol_has_the_fast_path_the_limits_and_the_shares(
+    build: Callable[..., GatewayApp], up: RawUpstream, serve: Serve, fast_path_spy: list[bool]
+) -> None:
+    app = build(max_header_bytes=2048, max_connections=4, max_connections_per_peer=1)
+    port = serve(app, OWN)
+    up.behave = reply(b"ok", headers=((b"Server", b"upstream"), (b"Date", b"Sun, 06 Nov 1994 08:49:37 GMT")))
+    with RawClient(port) as client:
+        client.get()
+        fast_path_spy.clear()
+        answer = client.get("/api/y", ("X-Forwarded-For: 10.0.0.1",))
+        assert answer.status == 200
+        assert fast_path_spy == [True]
+        assert answer.all("server") == [b"upstream"], "uvicorn adds none"
+        assert answer.all("date") == [b"Sun, 06 Nov 1994 08:49:37 GMT"]
+        assert up.requests[-1].all("x-forwarded-for") == [b"127.0.0.1"], "server.trusted_proxies decides"
+        with RawClient(port) as second:
+            second.request()
+            assert reason(second.answer()) == (503, "overloaded")
+        client.request("GET", "/health", (f"Authorization: Bearer {TOKEN}",))
+        resources = json.loads(client.answer().body)["resources"]
+        assert resources[0] | {"in_use": 1} == resources[0]
+        assert (resources[0]["resource"], resources[0]["limit"]) == ("connections", 4)
+        client.request("GET", "/api/x", (f"X-Long: {'x' * 4000}",))
+        assert reason(client.answer()) == (431, "headers_too_large")
+    assert app.listener is not None
+    assert app.listener.shares.total == 4
+
+
+def test_a_reload_changes_its_limits(up: RawUpstream, serve: Serve, tmp_path: Path) -> None:
+    changed = config(up, tmp_path, max_header_bytes=2048, max_connections=5)
+    app = create_app(config(up, tmp_path), read=lambda: changed)
+    port = serve(app, OWN)
+    with RawClient(port) as client:
+        assert client.get("/api/x", (f"X-Long: {'x' * 4000}",)).status == 200
+        client.request("POST", "/reload", (f"Authorization: Bearer {TOKEN}", "Content-Length: 0"))
+        assert client.answer().status == 200
+    with RawClient(port) as client:
+        client.request("GET", "/api/x", (f"X-Long: {'x' * 4000}",))
+        assert reason(client.answer()) == (431, "headers_too_large")
+    assert app.listener is not None
+    assert app.listener.shares.total == 5
+
+
+def test_a_stop_waits_for_requests_up_to_the_drain_timeout(build: Callable[..., GatewayApp], up: RawUpstream) -> None:
+    """Idle connections are closed, and a request in progress is completed with `Connection: close`."""
+    go_on = threading.Event()
+
+    def behave(wire: Wire, _request: Any) -> None:
+        assert go_on.wait(PATIENCE)
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    up.behave = behave
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(build(drain_timeout=PATIENCE), http=OWN, log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    eventually(lambda: server.started, "uvicorn starts")
+    port = listener.getsockname()[1]
+    with RawClient(port) as client, RawClient(port) as idle:
+        idle.request("GET", "/healthz")
+        assert idle.answer().status == 200
+        client.request()
+        eventually(lambda: bool(up.requests), "the request is on its way")
+        server.should_exit = True
+        assert idle.is_closed()
+        go_on.set()
+        answer = client.answer()
+        assert (answer.status, answer.all("connection")) == (200, [b"close"])
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert server.config.timeout_graceful_shutdown == PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("http", "words"),
+    [("httptools", ["chunked requests get 411", "WebSockets", COMMAND]), ("h11", ["WebSockets", COMMAND]), (OWN, [])],
+)
+def test_the_log_says_what_is_missing_and_the_command_that_has_it(
+    build: Callable[..., GatewayApp], serve: Serve, caplog: pytest.LogCaptureFixture, http: str, words: list[str]
+) -> None:
+    with caplog.at_level(logging.WARNING, "api_gateway"):
+        serve(build(), http)
+    text = caplog.text
+    assert all(word in text for word in words)
+    assert ("411" in text) == (http == "httptools")
+    assert ("uvicorn" in text) == bool(words)
+
+
+def test_without_a_lifespan_the_gateways_protocol_serves_with_default_limits(
+    build: Callable[..., GatewayApp], serve: Serve
+) -> None:
+    """The gateway has not started then, and says so."""
+    port = serve(build(), OWN, lifespan="off")
+    with RawClient(port) as client:
+        client.request()
+        assert reason(client.answer()) == (503, "draining")
