@@ -18,7 +18,15 @@ import httpx
 from api_gateway.admin.breaker_overrides import BreakerOverrides, OverrideFile
 from api_gateway.assembly.pseudonym import pseudonym_of
 from api_gateway.assembly.routes import route_of
-from api_gateway.assembly.stores import Limiter, Quotas, hold_state_folder, limiter_of, registry_of, requote
+from api_gateway.assembly.stores import (
+    REPLACED_WITHIN,
+    Limiter,
+    Quotas,
+    hold_state_folder,
+    limiter_of,
+    registry_of,
+    requote,
+)
 from api_gateway.assembly.upstreams import (
     LiveUpstream,
     TlsByFiles,
@@ -134,12 +142,15 @@ class Assembly:
         return f"<Assembly [{len(self._monitor_tasks)} upstreams, {len(self._retired)} retired]>"
 
     @asynccontextmanager
-    async def live(self, config: GatewayConfig) -> AsyncIterator[Gateway]:
-        """Start the gateway's parts in the order of their dependencies, and stop them in reverse order."""
+    async def live(self, config: GatewayConfig, replaced_within: float = REPLACED_WITHIN) -> AsyncIterator[Gateway]:
+        """Start the gateway's parts in the order of their dependencies, and stop them in reverse order.
+
+        For `replaced_within` see `hold_state_folder`.
+        """
         async with AsyncExitStack() as stack:
             raise_descriptor_limit()
             stack.push_async_callback(self._stop_demo)
-            await hold_state_folder(config, stack)
+            await hold_state_folder(config, stack, replaced_within)
             gateway = self.gateway = self._build(await self.plan(config), await pseudonym_of(config))
             stack.push_async_callback(gateway.clients.close)
             try:
