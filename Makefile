@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 COMPILE = uv pip compile $(UPGRADE) --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
 	--custom-compile-command "make lock"
-.PHONY: help check format unit wire test cover compiled run load bench chaos soak fuzz probe lock audit
+.PHONY: help check format unit wire test cover compiled run load bench chaos soak fuzz probe heads lives lock audit
 
 help:    ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,6 +37,10 @@ fuzz:    ## invalid messages from both peers: make fuzz MINUTES=10 SEED=1
 	python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
 probe:   ## a black-box HTTP probe, which starts a gateway: make probe PROBE=path/to/probe_proxy.py
 	python -m benchmarks.probe $(PROBE)
+heads:   ## a million request heads, read by both parsers: make heads COUNT=1000000 SEED=1
+	python -m tests.unit.test_request_heads $(or $(COUNT),1000000) $(or $(SEED),1)
+lives:   ## random lives of a client's connection: make lives COUNT=100000 SEED=0 (the number of the first)
+	python -m tests.unit.test_connection_walk $(or $(COUNT),100000) $(or $(SEED),0)
 lock:    ## update the lock files from pyproject.toml; UPGRADE=--upgrade selects newer versions (extra "release")
 	$(COMPILE) pyproject.toml --output-file requirements.lock
 	$(COMPILE) --constraints requirements.lock --extra dev pyproject.toml --output-file requirements-dev.lock

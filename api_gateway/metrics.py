@@ -28,10 +28,12 @@ _COUNTERS = (
     "operator_rejections",
     "dropped_lines",
     "write_errors",
+    "parsed_heads",
+    "illegal_events",
 )
 
 # The recorder's counters with several labels.
-_TABLES = ("requests", "retries", "retries_denied", "fallbacks", "illegal_events")
+_TABLES = ("requests", "retries", "retries_denied", "fallbacks", "illegal_exchange_events")
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER = "_other"
@@ -83,11 +85,14 @@ class Recorder:
         rejections: Counter[str] | None = None,
         dropped_lines: Counter[str] | None = None,
         write_errors: Counter[str] | None = None,
+        parsed_heads: Counter[str] | None = None,
+        illegal_events: Counter[str] | None = None,
     ) -> None:
         """Create all series with the value zero, so that each exists before its first event.
 
         `rejections`, by reason, may be shared with the server, which counts requests that never become an exchange;
-        `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`), with the output of the process.
+        `dropped_lines` and `write_errors`, by stream (`stdout`, `stderr`), with the output of the process;
+        `parsed_heads`, by parser, and `illegal_events`, by event, with the connections of clients.
         """
         tiers = tuple(tiers)
         self.started = now
@@ -99,7 +104,7 @@ class Recorder:
         self.retries: Counter[tuple[str, str]] = Counter()  # upstream, cause
         self.retries_denied: Counter[tuple[str, str]] = Counter()  # upstream, why
         self.fallbacks: Counter[tuple[str, str, str]] = Counter()  # route, fallback, reason of the failure
-        self.illegal_events: Counter[tuple[str, str]] = Counter()  # phase of an exchange, event
+        self.illegal_exchange_events: Counter[tuple[str, str]] = Counter()  # phase of an exchange, event
         self.rejections: Counter[str] = Counter() if rejections is None else rejections
         self.allowed: Counter[str] = Counter(dict.fromkeys(tiers, 0))
         self.limited: Counter[str] = Counter(dict.fromkeys(tiers, 0))
@@ -112,6 +117,8 @@ class Recorder:
         self.shed: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(tiers, 0)) for name in places}
         self.dropped_lines: Counter[str] = Counter() if dropped_lines is None else dropped_lines
         self.write_errors: Counter[str] = Counter() if write_errors is None else write_errors
+        self.parsed_heads: Counter[str] = Counter() if parsed_heads is None else parsed_heads
+        self.illegal_events: Counter[str] = Counter() if illegal_events is None else illegal_events
         self.requests_by_client = HeavyHitters()  # by the client's key
         self.limited_by_client = HeavyHitters()
         self.percentiles = tuple(percentiles)

@@ -183,7 +183,7 @@ class ExchangeMiddleware:
 
     def note_illegal_event(self, exchange: Exchange, phase: str, event: str, error: Exception) -> None:
         """Count an event that the state of the exchange does not allow; log the first of each phase and event."""
-        counts = self._recorder.illegal_events
+        counts = self._recorder.illegal_exchange_events
         if not counts[phase, event]:
             logger.error("request %s (%s %s): %s", exchange.id, exchange.method, exchange.path, error)
         counts[phase, event] += 1

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from api_gateway.downstream.states import ILLEGAL_EVENTS
 from api_gateway.proxy.exchange import ProxyExchange
 from api_gateway.system.clocks import SYSTEM_CLOCKS, Clocks
 from tests import loop_watch
@@ -90,6 +91,20 @@ def _no_callback_holds_the_loop(loop_reports: list[str]) -> Iterator[None]:
     loop_reports.clear()
     if found:
         pytest.fail("\n".join(found), pytrace=False)
+
+
+ILLEGAL_EVENTS.raises = True
+
+
+@pytest.fixture(autouse=True)
+def _no_illegal_event() -> Iterator[None]:
+    """A test fails if an event in this process was illegal in the state of its connection, wherever it was raised."""
+    ILLEGAL_EVENTS.counts.clear()
+    yield
+    found = dict(ILLEGAL_EVENTS.counts)
+    ILLEGAL_EVENTS.counts.clear()
+    if found:
+        pytest.fail(f"illegal events: {found}", pytrace=False)
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ from api_gateway.assembly.upstreams import (
 from api_gateway.clients.registry import ClientRegistry
 from api_gateway.config import GatewayConfig
 from api_gateway.demo import DemoUpstreams
+from api_gateway.downstream.request_input import PARSED_HEADS
+from api_gateway.downstream.states import ILLEGAL_EVENTS
 from api_gateway.errors import StartupError
 from api_gateway.eventloop.lag_sampler import LagSampler
 from api_gateway.eventloop.tasks import cancel_and_wait
@@ -230,6 +232,8 @@ class Assembly:
                 clocks.monotonic(),
                 self._rejections,
                 *process_output().losses,
+                PARSED_HEADS,
+                ILLEGAL_EVENTS.counts,
             ),
             overrides=BreakerOverrides(
                 OverrideFile(own_folder(config.state_dir)),

@@ -3,28 +3,28 @@
 from collections import Counter
 from collections.abc import Callable, Collection
 from functools import lru_cache
-from typing import Any
 
-from api_gateway.downstream.connection import ConnectionLimits, DownstreamConnection, limited_protocol
+from api_gateway.downstream.connection_factory import ConnectionFactory
+from api_gateway.downstream.connection_limits import ConnectionLimits
 from api_gateway.http1.headers import Network, address_key, is_within
 from api_gateway.resilience.fair_shares import FairShares
 from api_gateway.settings.server import ServerSection
 
-DRAIN_LINGER = 2.0  # seconds; see `DownstreamConnection.shutdown`
+DRAIN_LINGER = 2.0  # seconds; see `ConnectionLimits.drain_linger`
 
 
-def protocol_of(section: ServerSection, refused: Counter[str], shares: FairShares) -> type[DownstreamConnection]:
-    """Return the protocol class of one listener, whose connections are limited by `shares`.
+def protocol_of(section: ServerSection, refused: Counter[str], shares: FairShares) -> ConnectionFactory:
+    """Return what creates the connections of one listener, limited by `shares`.
 
     `refused` counts the requests that it refuses, by reason.
     """
-    return limited_protocol(connection_limits(section), refused, shares, _share_holder(section.trusted_proxies))
+    return ConnectionFactory(connection_limits(section), refused, shares, _share_holder(section.trusted_proxies))
 
 
-def change_protocol(protocol: Any, section: ServerSection) -> None:
-    """Apply other settings to a protocol class. Open connections keep their limits."""
-    protocol.limits = connection_limits(section)
-    protocol.share_holder = staticmethod(_share_holder(section.trusted_proxies))
+def change_protocol(factory: ConnectionFactory, section: ServerSection) -> None:
+    """Apply other settings to new connections. Open ones keep their limits."""
+    factory.limits = connection_limits(section)
+    factory.slots.share_holder = _share_holder(section.trusted_proxies)
 
 
 def connection_limits(section: ServerSection) -> ConnectionLimits:

@@ -19,6 +19,7 @@ from uvicorn.protocols.http import httptools_impl
 from uvicorn.server import ServerState
 
 from api_gateway.downstream.connection import DownstreamConnection
+from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.downstream.listener import change_protocol, protocol_of
 from api_gateway.http1.asgi import Receive
 from api_gateway.http1.headers import Fields
@@ -35,7 +36,7 @@ _STOCK_MODULES = "uvicorn.protocols.http."
 
 
 class Listener:
-    """The gateway's protocol under a server of others: its class, and the shares of its connections."""
+    """The gateway's protocol under a server of others: what creates its connections, and their shares."""
 
     def __init__(self, section: ServerSection, refused: Counter[str]) -> None:
         """`refused` counts the requests that the protocol refuses, by reason."""
@@ -108,8 +109,7 @@ class UvicornServer:
     @property
     def is_gateways(self) -> bool:
         """True if it is the gateway's own server."""
-        found = getattr(self.config, "http_protocol_class", None)
-        return isinstance(found, type) and issubclass(found, DownstreamConnection)
+        return isinstance(getattr(self.config, "http_protocol_class", None), ConnectionFactory)
 
     @property
     def mixes_trailers(self) -> bool:

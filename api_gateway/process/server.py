@@ -140,7 +140,8 @@ class GatewayServer(uvicorn.Server):
         self._settings, self._delay = config, section.drain_delay
         self.connections.total = section.max_connections or default_connections(raise_descriptor_limit())
         for listener in (self.config, self._admin_config):
-            change_protocol(listener.http, section)
+            factory: Any = listener.http
+            change_protocol(factory, section)
             listener.timeout_graceful_shutdown = math.ceil(section.drain_timeout)
         self._watchdog.set_stop_timeout(stop_within(section))
         set_log_level(config.log.level)
@@ -192,9 +193,8 @@ class GatewayServer(uvicorn.Server):
 
     def _abort_connections(self) -> None:
         """Abort the requests and tunnels in progress, and count them."""
-        running = [
-            one for one in self.server_state.connections if isinstance(one, DownstreamConnection) and one.is_busy
-        ]
+        connections: set[Any] = self.server_state.connections  # uvicorn names its own protocols as members
+        running = [one for one in connections if isinstance(one, DownstreamConnection) and one.is_busy]
         if running:
             self.cut_off = len(running)
             logger.error("%d requests were cut off at the end of the drain timeout", self.cut_off)
@@ -257,9 +257,10 @@ def watchdog_of(section: ServerSection, margin: float = PROCESS_STOP_MARGIN) -> 
 
 def _uvicorn_config(app: Any, section: ServerSection, refused: Counter[str], shares: FairShares) -> uvicorn.Config:
     """Return the uvicorn configuration of one listener, whose connections are limited by `shares`."""
+    factory: Any = protocol_of(section, refused, shares)  # called as uvicorn calls a class
     return uvicorn.Config(
         app,
-        http=protocol_of(section, refused, shares),
+        http=factory,
         log_config=None,
         access_log=False,
         proxy_headers=False,

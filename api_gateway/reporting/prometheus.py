@@ -82,7 +82,7 @@ class PrometheusExposition:
         yield from self._retries()
         yield from self._breakers()
         yield from self._overload()
-        yield from self._output()
+        yield from self._process()
         yield from self._reloads()
         yield from self._shares()
 
@@ -255,10 +255,10 @@ class PrometheusExposition:
         yield fallbacks
         yield from family_in_pieces(
             CounterMetricFamily,
-            "gateway_illegal_events",
+            "gateway_illegal_exchange_events",
             "Events that the state of an exchange did not allow; each aborts that exchange.",
             ["phase", "event"],
-            recorder.illegal_events.items(),
+            recorder.illegal_exchange_events.items(),
         )
 
     def _breakers(self) -> Iterator[Metric]:
@@ -355,18 +355,22 @@ class PrometheusExposition:
             reloads.add_metric([result], count)
         yield reloads
 
-    def _output(self) -> Iterator[Metric]:
-        for name, words, counts in (
+    def _process(self) -> Iterator[Metric]:
+        recorder = self._recorder
+        for name, words, label, counts in (
             (
-                "gateway_output_dropped_lines",
-                "Lines of the gateway's own output that were not written.",
-                self._recorder.dropped_lines,
+                "http_parsed_heads",
+                "Request heads that the fast path did not read itself.",
+                "parser",
+                recorder.parsed_heads,
             ),
-            ("gateway_output_write_errors", "Failed writes of the gateway's own output.", self._recorder.write_errors),
+            ("illegal_events", "Defects that ended a client's connection.", "event", recorder.illegal_events),
+            ("output_dropped_lines", "Lines of the gateway's output not written.", "stream", recorder.dropped_lines),
+            ("output_write_errors", "Failed writes of the gateway's own output.", "stream", recorder.write_errors),
         ):
-            family = CounterMetricFamily(name, words, labels=["stream"])
-            for stream, count in counts.items():
-                family.add_metric([stream], count)
+            family = CounterMetricFamily(f"gateway_{name}", words, labels=[label])
+            for value, count in counts.items():
+                family.add_metric([value], count)
             yield family
 
     def _shares(self) -> Iterator[Metric]:

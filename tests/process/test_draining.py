@@ -39,7 +39,7 @@ def stop(running: RunningGateway) -> None:
     """Begin to stop, and return when the connections have been told."""
     running.server.should_exit = True
     connections: Any = running.server.server_state.connections
-    eventually(lambda: all(one._is_draining for one in list(connections)), "it drains")
+    eventually(lambda: all(one.state.is_draining for one in list(connections)), "it drains")
 
 
 @pytest.mark.parametrize("before", [0, 1, 3], ids=["first", "second", "after some"])
@@ -204,7 +204,7 @@ def test_a_second_interrupt_waits_for_no_connection(gateway: Start, upstream: Up
         client.request("GET", "/api/slow", () if is_plain else ("Expect: nothing",))
         eventually(lambda: len(up.requests) == 2, "the request is under way")
         server.handle_exit(signal.SIGINT, None)
-        eventually(lambda: all(one._is_draining for one in list(server.server_state.connections)), "it drains")
+        eventually(lambda: all(one.state.is_draining for one in list(server.server_state.connections)), "it drains")
         server.handle_exit(signal.SIGINT, None)
         running._thread.join(2)
         assert not running._thread.is_alive()

@@ -650,8 +650,8 @@ def test_an_illegal_event_is_counted_and_aborts_its_exchange_alone(
         for _ in range(2):
             EVENTS[event][0](world, exchange)
         await turns()
-        assert sum(world.recorder.illegal_events.values()) == 2
-        assert {phase for phase, _ in world.recorder.illegal_events} <= {before.phase, states.ABORTED}
+        assert sum(world.recorder.illegal_exchange_events.values()) == 2
+        assert {phase for phase, _ in world.recorder.illegal_exchange_events} <= {before.phase, states.ABORTED}
         if before.phase in HELD_RESOURCES:
             assert exchange.phase == states.ABORTED
             assert world.ended[0].reason == "internal_error"
@@ -764,7 +764,7 @@ def test_a_late_reply_of_the_store_is_dropped_in_every_state(
         await turns()
         assert exchange.states == before
         assert not world.limiter.settled
-        assert not world.recorder.illegal_events
+        assert not world.recorder.illegal_exchange_events
         check_resources(world, exchange)
 
     asyncio.run(run())
@@ -785,7 +785,7 @@ def test_a_reply_to_an_exchange_that_was_aborted_meanwhile_is_dropped(
         assert exchange.phase == states.ABORTED
         check_resources(world, exchange)
         assert not world.limiter.settled
-        assert not world.recorder.illegal_events
+        assert not world.recorder.illegal_exchange_events
 
     asyncio.run(run())
 

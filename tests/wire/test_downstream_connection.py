@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from api_gateway.downstream.connection import MAX_LINGERED, limited_protocol
+from api_gateway.downstream.closing import MAX_LINGERED
+from api_gateway.downstream.connection_factory import ConnectionFactory
 from tests.kit import (
     LIMITS,
     PATIENCE,
@@ -515,7 +516,7 @@ def test_an_absolute_target_is_taken_apart(
 
 def test_the_limits_are_those_given() -> None:
     bounds = replace(LIMITS, header_bytes=10, header_timeout=0.5)
-    assert limited_protocol(bounds, Counter()).limits is bounds
+    assert ConnectionFactory(bounds, Counter()).limits is bounds
 
 
 def test_chunk_extensions_are_bounded(client: RawClient, up: RawUpstream) -> None:

@@ -1206,7 +1206,7 @@ def test_a_request_that_leaves_the_fast_path_as_its_client_disconnects_holds_not
     with RawClient(running.port) as client:
         client.request()
         eventually(lambda: len(up.requests) == 1, "it is with the upstream")
-        (protocol,) = (one for one in running.server.server_state.connections if getattr(one, "_fast_exchange", None))
+        (protocol,) = (one for one in running.server.server_state.connections if getattr(one, "exchange", None))
         protocol.loop.call_soon_threadsafe(time.sleep, 0.2)
         time.sleep(0.05)
         gate.set()

@@ -15,7 +15,8 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from api_gateway.downstream.connection import DownstreamConnection, limited_protocol
+from api_gateway.downstream.connection import DownstreamConnection
+from api_gateway.downstream.connection_factory import ConnectionFactory
 from api_gateway.errors import causes
 from api_gateway.proxy.client_disconnect import DisconnectPoller
 from api_gateway.transport.connection import StaleConnection
@@ -83,8 +84,8 @@ def connected(transport: asyncio.Transport, app: Any = _refuse_all) -> Downstrea
     """Return a protocol on that transport, whose application refuses everything at once, or is `app`."""
     config = uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False)
     config.load()
-    kind = limited_protocol(LIMITS, Counter())
-    protocol = kind(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
+    factory = ConnectionFactory(LIMITS, Counter())
+    protocol = factory(config=config, server_state=ServerState(), app_state={}, _loop=asyncio.get_running_loop())
     protocol.connection_made(transport)
     return protocol
 
@@ -104,7 +105,7 @@ async def ended(protocol: DownstreamConnection) -> None:
 async def test_what_cannot_be_parsed_is_given_up_on_while_the_transport_closes(data: bytes) -> None:
     protocol = connected(ClosingTransport(is_closing=True))
     protocol.data_received(data)
-    assert protocol._is_ending
+    assert protocol.state.is_ending
     protocol.data_received(data)  # what comes still is not parsed
     await ended(protocol)
 
@@ -118,7 +119,7 @@ async def test_junk_behind_a_refused_handshake_is_given_up_on_when_the_client_ha
         transport.close()
     for _ in range(10):
         await asyncio.sleep(0)
-    assert protocol._is_ending
+    assert protocol.state.is_ending
     await ended(protocol)
 
 
@@ -133,7 +134,7 @@ async def test_input_after_a_handshake_is_not_parsed_before_its_response() -> No
     for _ in range(50):
         await asyncio.sleep(0)
     assert transport.sent.count(b"HTTP/1.1 404") == 25  # its own refusal included
-    assert protocol._is_ending  # of what is no HTTP
+    assert protocol.state.is_ending  # of what is no HTTP
     await ended(protocol)
 
 

@@ -1,0 +1,68 @@
+"""The time within which a request body must arrive: the next piece of it, and its minimum rate.
+
+Each received byte adds 1/rate seconds of credit. The next piece is due before the credit is used up, and within
+`idle_timeout` at most. Credit is limited to the greater of `idle_timeout` and `body_grace`, so that a fast beginning
+does not excuse a slow rest. Times are passed as arguments, on the clock of the event loop.
+"""
+
+from api_gateway.downstream.connection_limits import ConnectionLimits
+from api_gateway.downstream.request_cycle import RequestResponseCycle
+from api_gateway.errors import RequestTimeout
+
+
+class BodyTimer:
+    """Computes when the next piece of a body is due. The credit of a body is kept in its request."""
+
+    __slots__ = ("_limits", "_paused_at", "_received")
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self._received = 0  # bytes since the deadline was last set
+        self._paused_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<BodyTimer [{self._received} bytes since the deadline was set]>"
+
+    def begin(self) -> None:
+        """Begin with the body of the next request."""
+        self._received = 0
+
+    def receive(self, size: int) -> None:
+        """Count a received piece."""
+        self._received += size
+
+    def seconds_left(self, cycle: RequestResponseCycle, now: float) -> float:
+        """Return the time within which the next piece is due, and update the request's credit."""
+        limits = self._limits
+        received, self._received = self._received, 0
+        rate = self._rate(cycle)
+        if not rate or cycle.awaits_continue:  # no minimum rate, or the client still awaits 100 (Continue)
+            cycle.body_due = None
+            return limits.idle_timeout
+        credit = now + limits.body_grace if cycle.body_due is None else cycle.body_credit
+        most = max(limits.idle_timeout, limits.body_grace)
+        cycle.body_credit = credit = min(credit + received / rate, now + most)
+        cycle.body_due = due = min(credit, now + limits.idle_timeout)
+        return due - now
+
+    def pause(self, now: float) -> None:
+        """Note that reading has been paused."""
+        self._paused_at = now
+
+    def resume(self, cycle: RequestResponseCycle, now: float) -> float | None:
+        """Extend the deadline by the time of the pause; return the seconds left, or None without a minimum rate."""
+        if cycle.body_due is None:
+            return None
+        pause = now - self._paused_at
+        cycle.body_credit += pause
+        cycle.body_due += pause
+        return cycle.body_due - now
+
+    def lateness(self, cycle: RequestResponseCycle) -> RequestTimeout:
+        """Return the error for a body that is overdue."""
+        if cycle.body_due is None or cycle.body_due < cycle.body_credit:
+            return RequestTimeout(f"No part of the body arrived within {self._limits.idle_timeout:g} s.")
+        return RequestTimeout(f"The body arrived more slowly than {self._rate(cycle):g} bytes per second.")
+
+    def _rate(self, cycle: RequestResponseCycle) -> float:
+        return self._limits.body_rate if cycle.body_rate is None else cycle.body_rate

@@ -1,0 +1,118 @@
+"""The end of a downstream connection: the refusal that is its last response, lingering, and closing.
+
+Closing a connection while the client is sending resets it, and the client may lose the response (RFC 9112 section
+9.6). So the gateway ends its own side first and discards input, within limits of bytes and time.
+"""
+
+import json
+import time
+from collections import Counter
+
+from api_gateway.downstream.owner import ConnectionOwner
+from api_gateway.downstream.states import ConnectionEvent
+from api_gateway.errors import GatewayError, problem
+from api_gateway.http1.headers import http_date
+from api_gateway.http1.serializer import render_response_head
+
+MAX_DISCARDED = 1_048_576  # bytes of a body discarded after an early response before the connection is closed
+MAX_LINGERED = 8_388_608  # bytes discarded after a refusal
+LINGER_TIMEOUT = 2.0  # seconds for which input is discarded after a refusal
+
+
+class Closing:
+    """Ends a connection, its `owner`. Counts the bytes that are discarded."""
+
+    __slots__ = ("_discarded", "_refused")
+
+    def __init__(self, refused: Counter[str]) -> None:
+        """`refused` counts refusals by reason."""
+        self._refused = refused
+        self._discarded = 0
+
+    def __repr__(self) -> str:
+        return f"<Closing [{self._discarded} bytes discarded]>"
+
+    def refuse(self, owner: ConnectionOwner, error: GatewayError) -> None:
+        """Send problem details without the application and end the connection.
+
+        Nothing is sent if it could be taken for a part of, or the whole of, the response to an earlier request.
+        """
+        if owner.state.is_ending:
+            return
+        if owner.transport.is_closing():  # the client cannot receive a refusal
+            self.close(owner)
+            return
+        due = owner.pipeline.due
+        self._refused[error.reason] += 1
+        if due is not None and (due is not owner.receiving or due.is_started):
+            self.close(owner)
+        else:
+            self.respond(owner, error)
+        if due is not None:
+            due.disconnect()
+
+    def respond(self, owner: ConnectionOwner, error: GatewayError) -> None:
+        """Send problem details as the last response."""
+        owner.transport.write(last_response(error))
+        self.linger(owner)
+
+    def end(self, owner: ConnectionOwner, *, has_input: bool) -> None:
+        """End the connection after its last response; linger if the client may still be sending."""
+        if has_input:
+            self.linger(owner)
+        else:
+            self.close(owner)
+
+    def linger(self, owner: ConnectionOwner) -> None:
+        """Half-close and discard input for LINGER_TIMEOUT, so that no reset destroys the response."""
+        owner.move(ConnectionEvent.LINGER)
+        self._stop(owner)
+        if owner.receiving is not None:
+            owner.receiving.discard_body()  # no more of it is parsed
+        if not owner.transport.can_write_eof():
+            self.close(owner)
+            return
+        owner.transport.write_eof()
+        owner.resume_reading()
+        owner.timer.set(LINGER_TIMEOUT)
+
+    def close(self, owner: ConnectionOwner) -> None:
+        """Close after the write buffer is flushed; abort if the client makes no progress within `idle_timeout`."""
+        owner.move(ConnectionEvent.CLOSE)
+        self._stop(owner)
+        owner.transport.close()
+        owner.timer.set(owner.limits.idle_timeout)
+
+    def _stop(self, owner: ConnectionOwner) -> None:
+        self._discarded = 0
+        owner.stop_input()
+
+    def reset(self) -> None:
+        """Count discarded bytes anew, for the next request."""
+        self._discarded = 0
+
+    def discard(self, owner: ConnectionOwner, size: int) -> None:
+        """Count bytes received after the end; abort above MAX_LINGERED."""
+        self._discarded += size
+        if self._discarded > MAX_LINGERED:
+            owner.transport.abort()
+
+    def discard_body(self, owner: ConnectionOwner, size: int) -> None:
+        """Count bytes of a body received after the response; end the connection above MAX_DISCARDED."""
+        self._discarded += size
+        if self._discarded > MAX_DISCARDED:
+            self.linger(owner)
+
+
+def last_response(error: GatewayError) -> bytes:
+    """Return problem details as a complete response that closes the connection."""
+    body = json.dumps(problem(error, instance="")).encode()
+    headers = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+        *((name.encode(), value.encode()) for name, value in error.headers.items()),
+        (b"date", http_date(int(time.time()))),
+        (b"connection", b"close"),
+    ]
+    return render_response_head(error.status, None, headers) + body

@@ -1,0 +1,42 @@
+"""Creates the connections of one listener, for uvicorn's `Config(http=...)`."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from api_gateway.downstream.connection import DownstreamConnection
+from api_gateway.downstream.connection_limits import ConnectionLimits
+from api_gateway.downstream.listener_state import ListenerState
+from api_gateway.downstream.slots import ConnectionSlots, no_holder
+from api_gateway.resilience.fair_shares import FairShares
+
+
+class ConnectionFactory(ListenerState):
+    """Returns a new connection for each call, as a protocol class of uvicorn does."""
+
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        refused: Counter[str],
+        shares: FairShares | None = None,
+        share_holder: Callable[[str], str | None] = no_holder,
+    ) -> None:
+        """`refused` counts refusals by reason. `shares` limits the connections, divided by `share_holder`."""
+        super().__init__(limits, refused, ConnectionSlots(shares, share_holder))
+
+    def __call__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> DownstreamConnection:
+        """Return a connection; the arguments are those of uvicorn's protocols."""
+        if not config.loaded:
+            config.load()
+        loop = _loop or asyncio.get_event_loop()
+        return DownstreamConnection(self, config.loaded_app, config.root_path, server_state, app_state, loop)

@@ -1,0 +1,139 @@
+"""The input of a downstream connection: parsed into requests, held behind a response that is due, or discarded."""
+
+from collections import Counter
+from typing import Final
+
+from api_gateway.downstream.draining import announce_close
+from api_gateway.downstream.owner import ConnectionOwner
+from api_gateway.downstream.states import ConnectionEvent, Reading
+from api_gateway.errors import GatewayError, Overloaded
+from api_gateway.http1.request_head import RequestHead
+from api_gateway.models import HeaderList
+
+PARSED_HEADS: Final[Counter[str]] = Counter()  # heads read in this process, by parser; the fast path's are not counted
+PROBES = (b"/healthz", b"/readyz")  # request targets that are served on surplus connections too
+
+
+class RequestIntake:
+    """Queues the requests that the general parser reads. Implements `RequestSink`."""
+
+    __slots__ = ("_owner",)
+
+    def __init__(self, owner: ConnectionOwner) -> None:
+        self._owner = owner
+
+    def __repr__(self) -> str:
+        return f"<RequestIntake of {self._owner!r}>"
+
+    def on_head_begun(self) -> None:
+        """Start the timeout of a head; that of the first one runs since the connection was made."""
+        owner = self._owner
+        if owner.state.is_between:
+            if owner.state.reading is not Reading.NEW:
+                owner.timer.set(owner.limits.header_timeout)
+            owner.move(ConnectionEvent.HEAD_BEGUN)
+            owner.accepts_plain = False  # what follows a body in one read has not been offered to the fast path
+
+    def on_request(self, head: RequestHead, trailers: HeaderList) -> None:
+        """Queue a request that the general parser has read; its body follows."""
+        owner = self._owner
+        PARSED_HEADS["general"] += 1
+        surplus = owner.slot.surplus
+        if surplus and head.target not in PROBES:
+            owner.refuse(Overloaded(surplus, retry_after=1))
+            return
+        owner.receiving = cycle = owner.cycle_of(head)
+        cycle.trailers = trailers
+        if surplus:
+            cycle.keep_alive = False
+        owner.timeouts.begin_body()
+        owner.move(ConnectionEvent.HEAD_COMPLETE)
+        owner.pipeline.enqueue(owner, cycle)
+
+    def on_body_piece(self, piece: bytes) -> None:
+        """Pass a body piece to the request; discard it if the response is complete.
+
+        After the response, pieces of a body that is continued count as discarded ones do.
+        """
+        owner = self._owner
+        cycle = owner.receiving
+        assert cycle is not None  # noqa: S101 - set by `on_request`
+        owner.timeouts.receive_body(len(piece))
+        if not cycle.is_response_complete or cycle.is_body_continued:
+            if cycle.feed(piece):
+                owner.pause_reading()
+            if not cycle.is_response_complete:
+                return
+        owner.closing.discard_body(owner, len(piece))
+
+    def on_body_complete(self) -> None:
+        """End the request."""
+        owner = self._owner
+        cycle, owner.receiving = owner.receiving, None
+        assert cycle is not None  # noqa: S101 - set by `on_request`
+        owner.move(ConnectionEvent.BODY_COMPLETE)
+        cycle.end_body()
+        if cycle.is_response_complete:
+            owner.become_idle()
+        else:
+            owner.timeouts.apply(owner)
+
+    def on_handshake(self) -> None:
+        """Hold the input after a WebSocket handshake until its response."""
+        self._owner.move(ConnectionEvent.HOLD)
+
+    def refuse(self, error: GatewayError) -> None:
+        """Refuse the request that is being read."""
+        self._owner.refuse(error)
+
+
+def receive(owner: ConnectionOwner, data: bytes) -> None:
+    """Process received bytes that the fast path has not taken."""
+    state = owner.state
+    if state.is_ending:
+        owner.closing.discard(owner, len(data))
+    elif state.is_held:
+        _hold(owner, data)
+    else:
+        _parse(owner, data)
+        if owner.state.is_draining:
+            announce_close(owner)
+
+
+def replay_held(owner: ConnectionOwner) -> None:
+    """Parse the held input and resume reading."""
+    if not owner.state.is_held:  # the connection has ended meanwhile
+        return
+    owner.move(ConnectionEvent.RELEASE)
+    _parse(owner, owner.held.take())
+    if not owner.state.is_ending and not owner.state.is_due:
+        owner.become_idle()
+    elif owner.state.is_draining:
+        announce_close(owner)
+    owner.resume_reading()
+
+
+def _hold(owner: ConnectionOwner, data: bytes | memoryview) -> None:
+    """Hold input that may not be parsed yet; pause reading above REQUEST_HIGH_WATER."""
+    if owner.held.add(data):
+        owner.pause_reading()
+
+
+def _parse(owner: ConnectionOwner, data: bytes) -> None:
+    """Parse `data` piece by piece; hold the rest once the pipeline is full."""
+    reader = owner.reader
+    view = reader.begin(data)
+    while view and not owner.state.is_ending:
+        if owner.state.is_between and owner.pipeline.is_full:
+            owner.move(ConnectionEvent.HOLD)
+            owner.pause_reading()
+        if owner.state.is_held:
+            _hold(owner, view)
+            return
+        size = reader.feed(view)
+        if not size and not owner.state.is_held and not owner.state.is_ending:
+            owner.close()
+        view = view[size:]
+    if not owner.state.is_ending:
+        reader.check_sizes()
+        owner.timeouts.await_body(owner)

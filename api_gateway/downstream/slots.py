@@ -1,0 +1,91 @@
+"""The limits of the number of connections: for each address, and in total with fair shares."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from api_gateway.resilience.fair_shares import MAX_CONNECTIONS, FairShares
+
+SURPLUS_TIMEOUT = 2.0  # seconds within which the first head on a surplus connection must arrive
+MAX_SURPLUS = 64  # connections beyond the limits that are kept open until they have been refused with a response
+
+
+def no_holder(_address: str) -> None:
+    """Return no holder, so that only the total number of connections is limited."""
+
+
+class ConnectionSlots:
+    """The connections of one listener, counted by address and by holder of a share.
+
+    A connection beyond the limits is kept until it has received a response. At most MAX_SURPLUS such connections are
+    kept, divided into fair shares. `share_holder` maps an address to the holder whose share a connection uses.
+    """
+
+    __slots__ = ("peers", "share_holder", "shares", "surplus")
+
+    def __init__(
+        self, shares: FairShares | None = None, share_holder: Callable[[str], str | None] = no_holder
+    ) -> None:
+        self.peers: Counter[str] = Counter()
+        self.shares = shares or FairShares(MAX_CONNECTIONS)
+        self.surplus = FairShares(MAX_SURPLUS)
+        self.share_holder = share_holder
+
+    def __repr__(self) -> str:
+        return f"<ConnectionSlots [{self.shares!r}, {self.surplus.in_use} surplus]>"
+
+    def acquire(self, peer: str, limit: int) -> "Slot":
+        """Return the slot of a new connection from the address `peer`; empty if the address is unknown.
+
+        `limit` is the number of connections from one address, 0 for none.
+        """
+        self.peers[peer] += 1
+        holder, shares, reason, is_excess = self.share_holder(peer), self.shares, "", False
+        if peer and 0 < limit < self.peers[peer]:
+            reason = f"Your address has more than {limit} connections."
+        elif not shares.admits(holder):
+            reason = f"The gateway accepts no more connections: {shares.refusal(holder, 'connections')}."
+            shares.refused += 1
+        if reason:
+            shares = self.surplus
+            if not shares.admits(holder):
+                holder, is_excess = None, True  # an aborted connection counts against the total only
+        shares.acquire(holder)
+        return Slot(self, peer, shares, holder, reason, is_excess=is_excess)
+
+
+class Slot:
+    """The slot of one connection, which must be released once.
+
+    `surplus` is the reason why the connection is to be refused, empty if it is admitted. `is_excess`: it is to be
+    aborted at once.
+    """
+
+    __slots__ = ("_holder", "_shares", "_slots", "is_excess", "peer", "surplus")
+
+    def __init__(
+        self,
+        slots: ConnectionSlots,
+        peer: str,
+        shares: FairShares,
+        holder: str | None,
+        surplus: str,
+        *,
+        is_excess: bool,
+    ) -> None:
+        self.peer = peer
+        self.surplus = surplus
+        self.is_excess = is_excess
+        self._slots = slots
+        self._shares = shares
+        self._holder = holder
+
+    def __repr__(self) -> str:
+        return f"<Slot of {self.peer or 'an unknown address'} [{self.surplus or 'admitted'}]>"
+
+    def release(self) -> None:
+        """Return the slot."""
+        self._shares.release(self._holder)
+        peers = self._slots.peers
+        peers[self.peer] -= 1
+        if not peers[self.peer]:
+            del peers[self.peer]

@@ -1,0 +1,299 @@
+"""The states of a downstream connection, as tables of state, event and next state.
+
+Reading and serving overlap, because a client may send further requests before it has received a response (RFC 9112
+section 9.3.2). So there is one table for each, and a third one for whether further requests may follow. One event may
+change several of them. An event that a table knows, but not in its present state, is illegal; an event that a table
+does not know does not concern it.
+
+`START` is the first of the combined states; each knows the next one for every legal event. `docs/architecture.md`
+shows the tables as diagrams, which `python -m tests.unit.test_connection_states` draws.
+"""
+
+import logging
+from collections import Counter
+from enum import IntEnum, auto
+from typing import Final, TypeVar
+
+logger = logging.getLogger(__name__)
+
+
+class ConnectionEvent(IntEnum):
+    """What happens to a connection."""
+
+    HEAD_BEGUN = auto()  # a part of a head has arrived
+    HEAD_COMPLETE = auto()  # the request is queued; its body follows
+    BODY_COMPLETE = auto()
+    HOLD = auto()  # the next input may not be parsed before a response is complete
+    RELEASE = auto()  # it may be parsed now
+    EXCHANGE_BEGUN = auto()  # the fast path has taken a complete request; also when it begins to forward that
+    EXCHANGE_ENDED = auto()  # the fast path has completed its response, and no input is held
+    PLAIN_RESPONSE = auto()  # the fast path has responded to a complete request at once
+    FALL_BACK = auto()  # the ASGI path takes over a complete request from the fast path
+    RESPONSE = auto()  # a response is complete; another request is queued
+    LAST_RESPONSE = auto()  # a response is complete; no request is queued
+    SWITCH = auto()  # 101: the connection carries another protocol
+    LINGER = auto()  # the last response is complete, and the client may still be sending
+    CLOSE = auto()  # nothing is served any more
+    LOST = auto()  # the transport is closed
+    DRAIN = auto()  # the server stops
+    CLIENT_EOF = auto()  # the client has ended its side, and is owed a response
+
+
+class Reading(IntEnum):
+    """The state of the input."""
+
+    NEW = auto()  # nothing has arrived since the connection was made
+    IDLE = auto()  # no part of the next request has arrived
+    HEAD = auto()  # a head is incomplete
+    BODY = auto()  # a body is incomplete
+    HELD = auto()  # input is kept and not parsed
+    DISCARDING = auto()  # input is discarded
+    TUNNELLED = auto()  # input belongs to another protocol
+
+
+class Service(IntEnum):
+    """The state of the responses."""
+
+    IDLE = auto()  # none is due
+    FORWARDING = auto()  # one is due, from the fast path
+    SERVING = auto()  # one or more are due, from the ASGI path
+    TUNNELLING = auto()
+    LINGERING = auto()  # our side has ended; wait until the client ends its own
+    CLOSING = auto()  # the transport is closed once it has written its buffer
+    LOST = auto()
+
+
+class Persistence(IntEnum):
+    """Whether the connection persists after the responses that are due."""
+
+    PERSISTENT = auto()
+    DRAINING = auto()  # the next response closes it
+    HALF_CLOSED = auto()  # the client has ended its side
+    FINAL = auto()  # both
+
+
+_END: Final = dict.fromkeys((ConnectionEvent.LINGER, ConnectionEvent.CLOSE, ConnectionEvent.LOST), Reading.DISCARDING)
+READING: Final[dict[Reading, dict[ConnectionEvent, Reading]]] = {
+    Reading.NEW: {
+        ConnectionEvent.HEAD_BEGUN: Reading.HEAD,
+        ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
+        ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
+        ConnectionEvent.FALL_BACK: Reading.IDLE,
+        ConnectionEvent.DRAIN: Reading.IDLE,  # a head that begins from now on has a timeout of its own
+        **_END,
+    },
+    Reading.IDLE: {
+        ConnectionEvent.HEAD_BEGUN: Reading.HEAD,
+        ConnectionEvent.HOLD: Reading.HELD,
+        ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
+        ConnectionEvent.PLAIN_RESPONSE: Reading.IDLE,
+        ConnectionEvent.FALL_BACK: Reading.IDLE,
+        **_END,
+    },
+    Reading.HEAD: {ConnectionEvent.HEAD_COMPLETE: Reading.BODY, **_END},
+    Reading.BODY: {ConnectionEvent.BODY_COMPLETE: Reading.IDLE, **_END},
+    Reading.HELD: {
+        ConnectionEvent.EXCHANGE_BEGUN: Reading.HELD,
+        ConnectionEvent.EXCHANGE_ENDED: Reading.IDLE,
+        ConnectionEvent.FALL_BACK: Reading.HELD,
+        ConnectionEvent.RELEASE: Reading.IDLE,
+        ConnectionEvent.SWITCH: Reading.TUNNELLED,
+        **_END,
+    },
+    Reading.DISCARDING: {
+        ConnectionEvent.EXCHANGE_BEGUN: Reading.DISCARDING,
+        ConnectionEvent.EXCHANGE_ENDED: Reading.DISCARDING,
+        ConnectionEvent.FALL_BACK: Reading.DISCARDING,
+        ConnectionEvent.SWITCH: Reading.DISCARDING,
+        ConnectionEvent.CLOSE: Reading.DISCARDING,
+        ConnectionEvent.LOST: Reading.DISCARDING,
+    },
+    Reading.TUNNELLED: {ConnectionEvent.LOST: Reading.DISCARDING},
+}
+
+_LAST: Final = (
+    ConnectionEvent.EXCHANGE_ENDED,
+    ConnectionEvent.LAST_RESPONSE,
+    ConnectionEvent.SWITCH,
+)  # of a request whose client is gone
+_LATE: Final = (
+    *_LAST,
+    ConnectionEvent.EXCHANGE_BEGUN,
+    ConnectionEvent.FALL_BACK,
+    ConnectionEvent.RESPONSE,
+)  # of one whose client leaves
+SERVICE: Final[dict[Service, dict[ConnectionEvent, Service]]] = {
+    Service.IDLE: {
+        ConnectionEvent.HEAD_COMPLETE: Service.SERVING,
+        ConnectionEvent.EXCHANGE_BEGUN: Service.FORWARDING,
+        ConnectionEvent.PLAIN_RESPONSE: Service.IDLE,
+        ConnectionEvent.FALL_BACK: Service.SERVING,
+        ConnectionEvent.LINGER: Service.LINGERING,
+        ConnectionEvent.CLOSE: Service.CLOSING,
+        ConnectionEvent.LOST: Service.LOST,
+    },
+    Service.FORWARDING: {
+        ConnectionEvent.EXCHANGE_BEGUN: Service.FORWARDING,
+        ConnectionEvent.EXCHANGE_ENDED: Service.IDLE,
+        ConnectionEvent.LAST_RESPONSE: Service.IDLE,
+        ConnectionEvent.FALL_BACK: Service.SERVING,
+        ConnectionEvent.CLOSE: Service.CLOSING,
+        ConnectionEvent.LOST: Service.LOST,
+    },
+    Service.SERVING: {
+        ConnectionEvent.HEAD_COMPLETE: Service.SERVING,
+        ConnectionEvent.RESPONSE: Service.SERVING,
+        ConnectionEvent.LAST_RESPONSE: Service.IDLE,
+        ConnectionEvent.SWITCH: Service.TUNNELLING,
+        ConnectionEvent.LINGER: Service.LINGERING,
+        ConnectionEvent.CLOSE: Service.CLOSING,
+        ConnectionEvent.LOST: Service.LOST,
+    },
+    Service.TUNNELLING: {ConnectionEvent.LOST: Service.LOST},
+    Service.LINGERING: {ConnectionEvent.CLOSE: Service.CLOSING, ConnectionEvent.LOST: Service.LOST},
+    Service.CLOSING: {
+        **dict.fromkeys(_LATE, Service.CLOSING),
+        ConnectionEvent.CLOSE: Service.CLOSING,
+        ConnectionEvent.LOST: Service.LOST,
+    },
+    Service.LOST: dict.fromkeys(_LAST, Service.LOST),
+}
+PERSISTENCE: Final[dict[Persistence, dict[ConnectionEvent, Persistence]]] = {
+    Persistence.PERSISTENT: {
+        ConnectionEvent.DRAIN: Persistence.DRAINING,
+        ConnectionEvent.CLIENT_EOF: Persistence.HALF_CLOSED,
+    },
+    Persistence.DRAINING: {ConnectionEvent.CLIENT_EOF: Persistence.FINAL},
+    Persistence.HALF_CLOSED: {ConnectionEvent.DRAIN: Persistence.FINAL},
+    Persistence.FINAL: {},
+}
+
+# The readings with which each service may be combined. BODY is combined with IDLE after an early response, HELD until
+# the held input is parsed in the next turn of the event loop.
+COMBINATIONS: Final[dict[Service, tuple[Reading, ...]]] = {
+    Service.IDLE: (Reading.NEW, Reading.IDLE, Reading.HEAD, Reading.BODY, Reading.HELD),
+    Service.FORWARDING: (Reading.HELD,),
+    Service.SERVING: (Reading.IDLE, Reading.HEAD, Reading.BODY, Reading.HELD),
+    Service.TUNNELLING: (Reading.TUNNELLED,),
+    Service.LINGERING: (Reading.DISCARDING,),
+    Service.CLOSING: (Reading.DISCARDING,),
+    Service.LOST: (Reading.DISCARDING,),
+}
+
+_S = TypeVar("_S", Reading, Service, Persistence)
+_DUE: Final = (Service.FORWARDING, Service.SERVING)
+_OPEN: Final = (Service.IDLE, *_DUE)
+
+
+class ConnectionState:
+    """One combination of `reading`, `service` and `persistence`. `after` has the next state for each legal event.
+
+    - `is_between`: no part of the next request has arrived.
+    - `is_idle`: in addition, no response is due, and further requests may follow.
+    - `is_due`: a response is due.
+    - `is_held`: input is kept and not parsed.
+    - `is_ending`: nothing more is served; the input is discarded or belongs to a tunnel.
+    - `is_draining`, `is_half_closed`: see `Persistence`.
+    """
+
+    __slots__ = (
+        "after",
+        "is_between",
+        "is_draining",
+        "is_due",
+        "is_ending",
+        "is_half_closed",
+        "is_held",
+        "is_idle",
+        "is_lost",
+        "persistence",
+        "reading",
+        "service",
+    )
+
+    def __init__(self, reading: Reading, service: Service, persistence: Persistence) -> None:
+        self.reading = reading
+        self.service = service
+        self.persistence = persistence
+        self.after: dict[ConnectionEvent, ConnectionState] = {}
+        self.is_between = reading in (Reading.NEW, Reading.IDLE)
+        self.is_held = reading is Reading.HELD
+        self.is_due = service in _DUE
+        self.is_ending = service not in _OPEN
+        self.is_lost = service is Service.LOST
+        self.is_draining = persistence in (Persistence.DRAINING, Persistence.FINAL)
+        self.is_half_closed = persistence in (Persistence.HALF_CLOSED, Persistence.FINAL)
+        self.is_idle = self.is_between and service is Service.IDLE and persistence is Persistence.PERSISTENT
+
+    def __repr__(self) -> str:
+        return f"<ConnectionState {self}>"
+
+    def __str__(self) -> str:
+        names = (self.reading.name, self.service.name, self.persistence.name)
+        return "reading {}, service {}, persistence {}".format(*names).lower()
+
+
+def _next(table: dict[_S, dict[ConnectionEvent, _S]], state: _S, event: ConnectionEvent) -> _S | None:
+    """Return the next state in one table, `state` if the event does not concern it, or None if it is illegal."""
+    if event in table[state]:
+        return table[state][event]
+    return None if any(event in row for row in table.values()) and event not in _ANY_TIME else state
+
+
+_ANY_TIME: Final = (
+    ConnectionEvent.DRAIN,
+    ConnectionEvent.CLIENT_EOF,
+)  # events of `Persistence` that are legal in each of its states
+
+
+def _start() -> ConnectionState:
+    """Return the first state, and with it all that can be reached from it."""
+    start = ConnectionState(Reading.NEW, Service.IDLE, Persistence.PERSISTENT)
+    known = {(start.reading, start.service, start.persistence): start}
+    pending = [start]
+    while pending:
+        state = pending.pop()
+        for event in ConnectionEvent:
+            reading = _next(READING, state.reading, event)
+            service = _next(SERVICE, state.service, event)
+            persistence = _next(PERSISTENCE, state.persistence, event)
+            if reading is None or service is None or persistence is None:
+                continue
+            if reading in COMBINATIONS[service]:
+                key = (reading, service, persistence)
+                if key not in known:
+                    known[key] = ConnectionState(*key)
+                    pending.append(known[key])
+                state.after[event] = known[key]
+    return start
+
+
+START: Final = _start()
+
+
+class IllegalEvent(Exception):
+    """An event that the table does not allow in the present state: a defect of the gateway."""
+
+
+class IllegalEvents:
+    """What happens upon an illegal event: it is logged and counted by event, and raised if `raises`, as in tests."""
+
+    __slots__ = ("counts", "raises")
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.raises = False
+
+    def __repr__(self) -> str:
+        return f"<IllegalEvents [{self.counts.total()}]>"
+
+    def report(self, what: object, state: ConnectionState, event: ConnectionEvent) -> None:
+        """Report the event. Raises IllegalEvent if `raises`."""
+        self.counts[event.name.lower()] += 1
+        message = f"illegal event {event.name.lower()} in state {state} of {what!r}"
+        if self.raises:
+            raise IllegalEvent(message)
+        logger.error("%s; the connection is closed", message)
+
+
+ILLEGAL_EVENTS: Final = IllegalEvents()  # of this process
