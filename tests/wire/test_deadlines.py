@@ -363,7 +363,10 @@ def test_a_fallback_replaces_a_response_that_comes_too_late(
     ]
     up.behave = is_silent if when == "before the head" else drips
     running = gateway(sections)
-    answer, _ = get(running, f"/api/{path}", *odd)
+    for _ in range(20):
+        answer, _ = get(running, f"/api/{path}", *odd)
+        if when == "before the head" or not answer.is_complete:
+            break  # else the machine was too busy for the response to begin in time
     if when == "within the body":
         assert (answer.status, answer.is_complete) == (200, False)
     elif path == "static":
