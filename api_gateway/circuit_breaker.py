@@ -48,6 +48,47 @@ class CircuitBreaker:
     transition and change of mode begins a new generation, which invalidates all tickets.
     """
 
+    __slots__ = (
+        "_admission_seekers",
+        "_closed_ticket",
+        "_due",
+        "_failed_prober",
+        "_failing_principals",
+        "_failures",
+        "_generation",
+        "_is_streak_shared",
+        "_last_idempotent_at",
+        "_last_probe_at",
+        "_meter",
+        "_open_time",
+        "_principals",
+        "_probe_successes",
+        "_random",
+        "_rate",
+        "_reopened_by",
+        "_streak_by",
+        "_transition_count",
+        "_vacant_since",
+        "_window",
+        "consecutive_failures",
+        "is_transparent",
+        "last_opened",
+        "mode",
+        "mode_until",
+        "opened_total",
+        "policy",
+        "probes_in_flight",
+        "ramp",
+        "records",
+        "rejected_total",
+        "since",
+        "slow_after",
+        "slow_total",
+        "state",
+        "would_open_total",
+        "would_reject_total",
+    )
+
     def __init__(self, policy: BreakerPolicy, now: float, source: random.Random | None = None) -> None:
         """`source` is for the jitter of open times; without it there is none."""
         self.policy = policy

@@ -176,9 +176,8 @@ class Recorder:
         for name in _TABLES:
             setattr(self, name, Counter({tuple(key): count for *key, count in state[name]}))
             yield
-        self.outcomes = {name: Counter(counts) for name, counts in state["outcomes"].items()}
-        yield
-        self.shed = {name: Counter(counts) for name, counts in state["shed"].items()}
+        self.outcomes = yield from each(state["outcomes"].items(), lambda _, counts: Counter(counts))
+        self.shed = yield from each(state["shed"].items(), lambda _, counts: Counter(counts))
         for name in _COUNTERS:
             setattr(self, name, Counter(state[name]))
         self.requests_by_client = HeavyHitters.from_state(state["requests_by_client"])

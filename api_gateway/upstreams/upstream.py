@@ -152,6 +152,15 @@ class Attempt:
 class Upstream:
     """An upstream: its targets, outlier detection, circuit breaker, load balancing and concurrency limit."""
 
+    __slots__ = (
+        "_picker",
+        "breaker",
+        "limit",
+        "name",
+        "outliers",
+        "targets",
+    )
+
     def __init__(
         self,
         name: str,

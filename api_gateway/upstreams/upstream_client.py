@@ -56,6 +56,23 @@ class UpstreamClient:
     `host_header` is the `Host` that the upstream gets: see `HostFields`.
     """
 
+    __slots__ = (
+        "_acquire_idle",
+        "_removed",
+        "hash_header",
+        "hosts",
+        "is_native",
+        "limits",
+        "origins",
+        "retried_statuses",
+        "retries",
+        "supports_fast_path",
+        "total_timeout",
+        "transport",
+        "tunnel_timeout",
+        "upstream",
+    )
+
     def __init__(
         self,
         upstream: Upstream,

@@ -179,11 +179,12 @@ def test_the_gateways_protocol_has_the_fast_path_the_limits_and_the_shares(
     with RawClient(port) as client:
         client.get()
         fast_path_spy.clear()
-        answer = client.get("/api/y", ("X-Forwarded-For: 10.0.0.1",))
-        assert answer.status == 200
-        assert fast_path_spy == [True]
-        assert answer.all("server") == [b"upstream"], "uvicorn adds none"
-        assert answer.all("date") == [b"Sun, 06 Nov 1994 08:49:37 GMT"]
+        for field in ("X-Plain: 1", "X-General:  two blanks"):
+            answer = client.get("/api/y", (field, "X-Forwarded-For: 10.0.0.1"))
+            assert answer.status == 200
+            assert answer.all("server") == [b"upstream"], "uvicorn adds none"
+            assert answer.all("date") == [b"Sun, 06 Nov 1994 08:49:37 GMT"]
+        assert fast_path_spy == [True, False]
         assert up.requests[-1].all("x-forwarded-for") == [b"127.0.0.1"], "server.trusted_proxies decides"
         with RawClient(port) as second:
             second.request()
