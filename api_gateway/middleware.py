@@ -181,6 +181,13 @@ class ExchangeMiddleware:
         note_failure(exchange, Draining("The gateway stopped before the response was complete."))
         exchange.status = exchange.status or ClientDisconnected.status
 
+    def note_illegal_event(self, exchange: Exchange, phase: str, event: str, error: Exception) -> None:
+        """Count an event that the state of the exchange does not allow; log the first of each phase and event."""
+        counts = self._recorder.illegal_exchange_events
+        if not counts[phase, event]:
+            logger.error("request %s (%s %s): %s", exchange.id, exchange.method, exchange.path, error)
+        counts[phase, event] += 1
+
     def end(self, exchange: Exchange, now: float) -> None:
         """Pass the ended exchange to the observers. `now` is monotonic seconds."""
         self._recorder.in_flight -= 1

@@ -18,9 +18,7 @@ from api_gateway.errors import (
     ClientDisconnected,
     GatewayError,
     Unavailable,
-    UpstreamConnectTimeout,
     UpstreamFailed,
-    UpstreamTimeout,
 )
 from api_gateway.http1.asgi import SERVER_EXTENSION, Receive, Scope, Send, ServerExtension
 from api_gateway.http1.headers import (
@@ -36,7 +34,7 @@ from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.attribution import ClientProgress
 from api_gateway.proxy.client_disconnect import CLIENT_LEFT, DisconnectListener, DisconnectPoller
-from api_gateway.proxy.deadline import Deadline
+from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.fallback_runner import FallbackRunner
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
 from api_gateway.proxy.request_body import SentBody, StreamedBody, body_too_large
@@ -131,7 +129,7 @@ class Router:
             on_target_transition=on_target_transition,
         )
         self.on_cost = on_cost or _ignore
-        self._on_retry, self._on_denial = on_retry or _ignore, on_denial or _ignore
+        self.on_retry, self.on_denial = on_retry or _ignore, on_denial or _ignore
         self._fallback_runner = FallbackRunner(self.upstream_clients, self._attempts, on_fallback or _ignore, clock)
         self.priorities = priorities
         self._event_loop_shedder = lag or EventLoopShedder(None, source=random.Random())  # noqa: S311 - spreads load, guards nothing
@@ -171,11 +169,12 @@ class Router:
         send: Send,
         *,
         kept: bytes | None = None,
+        tried: Sequence[Target] = (),
     ) -> Awaitable[None]:
-        """Continue an exchange whose first attempt the fast path has begun. Raises GatewayError.
+        """Continue an exchange whose attempt the fast path has begun, after those on `tried`. Raises GatewayError.
 
-        `started` is the response to the request, None if it has not been sent; `kept` is the body that was sent, None
-        if it cannot be sent again.
+        `started` is the response to the request, or the failure to send it; None if it is still to be sent. `kept` is
+        the body that was sent, None if it cannot be sent again.
         """
         exchange, route = plan.exchange, plan.route
         assert route is not None  # noqa: S101 - the request is admitted
@@ -187,15 +186,40 @@ class Router:
             attempt.release(self._clock())
             raise ClientDisconnected(CLIENT_LEFT)
         request = UpstreamRequest(plan, scope, extension, self.protected, self._via)
-        if started is None:
+        if started is not None:
+            started.listener = request
+        if started is None or not started.is_sent:
             request.body = self._body(exchange, upstream_client, request, receive)
         else:
-            started.listener = request
             request.body = NO_BODY if request.framing is None else SentBody(kept)
-        attempts = self._attempt_targets(exchange, upstream_client, request, send, attempt, started)
+        attempts = self._attempts(exchange, upstream_client, request, receive, send, attempt, started, tried)
         if route.fallback is None:
             return attempts
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
+
+    def fall_back(
+        self,
+        plan: RequestPlan,
+        error: GatewayError,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        is_sent: bool,
+        kept: bytes | None = None,
+    ) -> Awaitable[None]:
+        """Respond by the route's fallback after `error` of the fast path, or raise it if the fallback does not apply.
+
+        `is_sent`: the request, with its body, was sent to the upstream; `kept`: see `continue_exchange`.
+        """
+        exchange, route = plan.exchange, plan.route
+        assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
+        request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
+        if is_sent:
+            request.body = NO_BODY if request.framing is None else SentBody(kept)
+        else:
+            request.body = self._body(exchange, self.upstream_clients[route.upstream], request, receive)
+        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, _raise(error))
 
     def _attempts(
         self,
@@ -204,11 +228,14 @@ class Router:
         request: UpstreamRequest,
         receive: Receive,
         send: Send,
+        attempt: Attempt | None = None,
+        started: UpstreamResponse | None = None,
+        tried: Sequence[Target] = (),
     ) -> Awaitable[None]:
-        """Return the attempts on one upstream, limited by the deadline of the request."""
+        """Return the attempts on one upstream, limited by the deadline of the request; see `_attempt_targets`."""
         if request.extension is not None and request.deadline is None:
-            return self._attempt_targets(exchange, upstream_client, request, send)
-        return self._guard(exchange, upstream_client, request, receive, send)
+            return self._attempt_targets(exchange, upstream_client, request, send, attempt, started, tried)
+        return self._guard(exchange, upstream_client, request, receive, send, attempt, started, tried)
 
     async def _guard(
         self,
@@ -217,19 +244,22 @@ class Router:
         request: UpstreamRequest,
         receive: Receive,
         send: Send,
+        attempt: Attempt | None,
+        started: UpstreamResponse | None,
+        earlier: Sequence[Target],
     ) -> None:
         """Apply the deadline to the attempts, and detect a disconnect if the server does not report it."""
         deadline = request.deadline
         left = None if deadline is None else deadline.remaining(self._clock())
-        if deadline is not None and left == 0:  # passed before anything was sent
-            raise _deadline_error(exchange, deadline)
+        if deadline is not None and left == 0 and attempt is None:  # passed before anything was sent
+            raise deadline_error(exchange, deadline)
         with nullcontext() if request.extension is not None else DisconnectPoller(receive, request.body):
             try:
                 async with asyncio.timeout(left) as request.timer:
-                    await self._attempt_targets(exchange, upstream_client, request, send)
+                    await self._attempt_targets(exchange, upstream_client, request, send, attempt, started, earlier)
             except TimeoutError as error:
                 assert deadline is not None  # noqa: S101 - only the deadline raises TimeoutError here
-                raise _deadline_error(exchange, deadline) from error
+                raise deadline_error(exchange, deadline) from error
 
     def _body(
         self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, receive: Receive
@@ -257,19 +287,20 @@ class Router:
         send: Send,
         attempt: Attempt | None = None,
         started: UpstreamResponse | None = None,
+        earlier: Sequence[Target] = (),
     ) -> None:
         """Make an attempt, and retries as long as `_retry_delay` allows them.
 
-        `attempt` and `started` belong to a first attempt that has begun. Raises ClientDisconnected if the client
-        disconnects: the gateway's own server then cancels this task.
+        `attempt` and `started` belong to an attempt that has begun, after others on the targets `earlier`. Raises
+        ClientDisconnected if the client disconnects: the gateway's own server then cancels this task.
         """
-        tried: list[Target] = []
+        tried = list(earlier)
         watch: AbstractContextManager[None] = (
             nullcontext() if request.extension is None else DisconnectListener(request.extension)
         )
         with watch:
             if attempt is None:
-                attempt = self._acquire(exchange, upstream_client, request, tried)
+                attempt = self._acquire(exchange, upstream_client, request)
             again = await self._attempt(exchange, upstream_client, attempt, request, send, tried, started)
             try:
                 while again is not None:
@@ -277,23 +308,14 @@ class Router:
             finally:
                 again = None  # breaks the reference cycle of its error and this frame
 
-    def _acquire(
-        self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
-    ) -> Attempt:
-        """Acquire the next target. A retry has the lowest priority, so that it is shed before any first attempt.
-
-        Raises Unavailable.
-        """
-        key = (
-            exchange.client_key
-            if upstream_client.hash_header is None
-            else upstream_client.hash_key(request.fields, exchange)
-        )
-        is_safe = is_repeatable(exchange.method, request.fields)
-        priority = 0 if tried or exchange.client is None else self.priorities.of(exchange.client.quota.name)
-        principal = holder_of(exchange.client, exchange.peer)
+    def _acquire(self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest) -> Attempt:
+        """Acquire a target for the first attempt. Raises Unavailable."""
         return upstream_client.upstream.acquire(
-            self._clock(), key, tried, priority=priority, is_safe=is_safe, principal=principal
+            self._clock(),
+            _key(exchange, upstream_client, request),
+            priority=0 if exchange.client is None else self.priorities.of(exchange.client.quota.name),
+            is_safe=is_repeatable(exchange.method, request.fields),
+            principal=holder_of(exchange.client, exchange.peer),
         )
 
     async def _attempt_again(
@@ -311,7 +333,7 @@ class Router:
             await asyncio.sleep(again.pause)
             attempt = self._next_attempt(exchange, upstream_client, request, tried)
             if attempt is None:
-                self._on_denial(upstream_client.upstream.name, RetryDenied.UNAVAILABLE)
+                self.on_denial(upstream_client.upstream.name, RetryDenied.UNAVAILABLE)
                 if again.response is None:
                     raise again.failure()
                 await self._relay(exchange, again.attempt, request, again.response, send)
@@ -320,21 +342,45 @@ class Router:
             if again.response is not None and attempt is None:
                 await close_response(again.response)
         exchange.retried += (again.cause,)
-        self._on_retry(upstream_client.upstream.name, again.cause)
+        self.on_retry(upstream_client.upstream.name, again.cause)
         return await self._attempt(exchange, upstream_client, attempt, request, send, tried, given_up=again.response)
 
     def _next_attempt(
         self, exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest, tried: Sequence[Target]
     ) -> Attempt | None:
-        """Acquire a target for a retry; None if there is none, or while the upstream recovers: no retry is a probe."""
-        if self._is_recovering(upstream_client):
+        """Acquire a target for a retry, see `next_attempt`."""
+        return self.next_attempt(
+            upstream_client,
+            _key(exchange, upstream_client, request),
+            tried,
+            is_safe=is_repeatable(exchange.method, request.fields),
+            principal=holder_of(exchange.client, exchange.peer),
+        )
+
+    def next_attempt(
+        self,
+        upstream_client: UpstreamClient,
+        key: str,
+        tried: Sequence[Target],
+        *,
+        is_safe: bool,
+        principal: str | None,
+    ) -> Attempt | None:
+        """Acquire a target for a retry; None if there is none, or while the upstream recovers: no retry is a probe.
+
+        A retry has the lowest priority, so that it is shed before any first attempt. For the arguments see
+        `Upstream.acquire`.
+        """
+        if self.is_recovering(upstream_client):
             return None
         try:
-            return self._acquire(exchange, upstream_client, request, tried)
+            return upstream_client.upstream.acquire(
+                self._clock(), key, tried, priority=0, is_safe=is_safe, principal=principal
+            )
         except Unavailable:
             return None
 
-    def _is_recovering(self, upstream_client: UpstreamClient) -> bool:
+    def is_recovering(self, upstream_client: UpstreamClient) -> bool:
         """Tell whether the event loop is overloaded or the upstream's breaker recovers, so that retries are denied."""
         return self._event_loop_shedder.is_over or upstream_client.upstream.is_recovering(self._clock())
 
@@ -398,20 +444,47 @@ class Router:
         After a `response`, the request's body must have been read completely: while its rest is still sent to the
         first target, a retry could lose it.
         """
+        return self.retry_delay(
+            upstream_client,
+            attempt,
+            tried,
+            is_sent=is_sent,
+            is_repeatable=is_repeatable(exchange.method, request.fields),
+            is_replayable=request.body.is_replayable and (response is None or request.body.is_finished),
+            retry_after=None if response is None else retry_after_of(fields_in(response)),
+            deadline=request.deadline,
+        )
+
+    def retry_delay(
+        self,
+        upstream_client: UpstreamClient,
+        attempt: Attempt,
+        tried: Sequence[Target],
+        *,
+        is_sent: bool,
+        is_repeatable: bool,
+        is_replayable: bool,
+        retry_after: float | None,
+        deadline: Deadline | None,
+    ) -> float | None:
+        """Return the seconds before a retry, which is withdrawn from the budget, or None if it is denied.
+
+        `tried` are the targets of the attempts, this one included; for the other arguments see `FailedAttempt`.
+        """
         now = self._clock()
         failed = FailedAttempt(
             attempts=len(tried),
             is_sent=is_sent,
-            is_repeatable=is_repeatable(exchange.method, request.fields),
-            is_replayable=request.body.is_replayable and (response is None or request.body.is_finished),
-            is_recovering=attempt.ticket.is_probe or self._is_recovering(upstream_client),
+            is_repeatable=is_repeatable,
+            is_replayable=is_replayable,
+            is_recovering=attempt.ticket.is_probe or self.is_recovering(upstream_client),
             is_elsewhere=attempt.upstream.has_other(tried, now),
-            retry_after=None if response is None else retry_after_of(fields_in(response)),
-            left=None if request.deadline is None else request.deadline.remaining(now),
+            retry_after=retry_after,
+            left=None if deadline is None else deadline.remaining(now),
         )
         decision = upstream_client.retries.decide(failed, now)
         if isinstance(decision, RetryDenied):
-            self._on_denial(attempt.upstream.name, decision)
+            self.on_denial(attempt.upstream.name, decision)
             return None
         return decision
 
@@ -610,6 +683,17 @@ class Router:
             exchange.bytes_in, exchange.bytes_out = tunnel.bytes_in, tunnel.bytes_out
 
 
+def _key(exchange: Exchange, upstream_client: UpstreamClient, request: UpstreamRequest) -> str:
+    """Return the key for load balancing."""
+    if upstream_client.hash_header is None:
+        return exchange.client_key
+    return upstream_client.hash_key(request.fields, exchange)
+
+
+async def _raise(error: GatewayError) -> None:
+    raise error
+
+
 def _client_progress(body: StreamedBody | NoBody, reader_waited: float) -> ClientProgress:
     """Return the client's part in the end of an attempt."""
     return ClientProgress(body.is_finished, body.is_awaited, body.waited + reader_waited)
@@ -629,23 +713,12 @@ def _note_progress(
 ) -> bool:
     """Record how far an attempt without a response got; return whether a part of the request was sent.
 
-    It was if `started` is given. `is_sent` is the assumption for transports that do not report it.
+    `is_sent` is the assumption for transports that do not report it.
     """
     if isinstance(outgoing, LeanRequest):
-        is_sent = started is not None or outgoing.is_sent
+        is_sent = outgoing.is_sent or (started is not None and started.is_sent)
         exchange.has_begun |= is_sent or outgoing.has_begun
     else:
         exchange.has_begun = True
     exchange.has_reached |= is_sent
     return is_sent
-
-
-def _deadline_error(exchange: Exchange, deadline: Deadline) -> UpstreamTimeout:
-    """Return the error of a request whose deadline has passed.
-
-    Its class determines the refund: the charge is refunded if nothing was sent; with a client's own deadline, only if
-    no connection was begun.
-    """
-    has_cost = exchange.has_reached or (exchange.has_begun and deadline.is_of_client)
-    kind = UpstreamTimeout if has_cost else UpstreamConnectTimeout
-    return kind(deadline.message(), extra={"deadline_source": deadline.source})

@@ -277,6 +277,13 @@ class PrometheusExposition:
         for labels, count in recorder.fallbacks.items():
             fallbacks.add_metric(list(labels), count)
         yield fallbacks
+        yield from family_in_pieces(
+            CounterMetricFamily,
+            "gateway_illegal_exchange_events",
+            "Events that the state of an exchange did not allow; each aborts that exchange.",
+            ["phase", "event"],
+            recorder.illegal_exchange_events.items(),
+        )
 
     def _breakers(self) -> Iterator[Metric]:
         breakers = [(name, upstream.breaker) for name, upstream in self._upstreams.items()]

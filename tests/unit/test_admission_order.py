@@ -57,13 +57,20 @@ ROUTES = [
 ORDER = ("ambiguity", "identity", "route", "deadline", "shedding", "limits")
 
 
+def _without_connections(upstream: Upstream) -> UpstreamClient:
+    """Return a client from which the fast path hands every request over."""
+    client = UpstreamClient(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))
+    client.supports_fast_path = False
+    return client
+
+
 class RecordingRouter(Router):
     """A router that keeps the plans of the requests that it would forward."""
 
     def __init__(self, upstream: Upstream) -> None:
         super().__init__(
             RouteTable(ROUTES),
-            {"up": UpstreamClient(upstream, UpstreamTransport(), Timeouts(1, 1, 1, None))},
+            {"up": _without_connections(upstream)},
             clock=lambda: 0.0,
             max_body_bytes=100,
             observe_attempt=lambda *_: None,
@@ -84,6 +91,7 @@ class RecordingRouter(Router):
         send: Send,
         *,
         kept: bytes | None = None,
+        tried: Sequence[Target] = (),
     ) -> None:
         assert started is None, "there is no connection on which the request could have been sent"
         attempt.release(0.0)
