@@ -42,6 +42,7 @@ from api_gateway.proxy.exchange import (
     DEFECT,
     DONE,
     DRAIN,
+    END,
     EXCHANGING,
     FINAL,
     FLOWING,
@@ -93,6 +94,7 @@ class FastExchange(ProxyExchange):
     is_framed = False  # the pieces are sent to the client as chunks
     timer: asyncio.TimerHandle | None = None  # of the deadline
     delay: asyncio.TimerHandle | None = None  # before a retry
+    is_pending = False  # a question, timer, task or last response may have to be dropped
     cause = ""  # of the retry: a reason or a status
     failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
     last: UpstreamResponse | None = None  # the response of the last attempt, likewise
@@ -150,6 +152,7 @@ class FastExchange(ProxyExchange):
 
     def _ask(self, question: Wait) -> None:
         self.move(ASK)
+        self.is_pending = True
         question.ask(partial(self._on_reply, question, self.generation))
 
     def _on_reply(self, question: Wait, generation: int, reply: Any) -> None:
@@ -217,20 +220,20 @@ class FastExchange(ProxyExchange):
         if deadline is not None:
             left = deadline.remaining(now)
             self.timer = self._client.loop.call_later(left, self._on_deadline, self.generation)
-        self._start(upstream_client, attempt, now)
-        return None
-
-    def _start(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
-        """Begin an attempt."""
-        exchange = self.exchange
+            self.is_pending = True
         exchange.target, exchange.sent_at = attempt.target.url, now
         exchange.attempts += 1
-        connection = upstream_client.idle_connection(attempt.target, self.plan.principal)
+        connection = upstream_client.idle_connection(attempt.target, plan.principal)
         if connection is None:
-            self.move(CONNECT)
-            self.task = self._client.loop.create_task(self._connect(upstream_client, attempt, now))
+            self._begin_to_connect(upstream_client, attempt, now)
         else:
             self._send(connection, upstream_client, attempt, now)
+        return None
+
+    def _begin_to_connect(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
+        self.move(CONNECT)
+        self.is_pending = True
+        self.task = self._client.loop.create_task(self._connect(upstream_client, attempt, now))
 
     def _has_key(self) -> bool:
         """Tell whether the request has an idempotency key, see `retry.is_repeatable`."""
@@ -330,19 +333,29 @@ class FastExchange(ProxyExchange):
         now = self._context.clock()
         if not is_first:
             self._client.transport.write(self._take_piece())
-        elif not self._begin(now):
+        elif not self.is_head_complete:
             return
-        self._go_on(now)
-
-    def _go_on(self, now: float) -> None:
-        """End a complete response; else receive more of it as soon as the client reads."""
-        client, connection = self._client, self.connection
+        elif not self.head and is_event_stream(self.fields):
+            self._hand_over()
+            return
+        else:
+            attempt = self.attempt
+            assert attempt is not None  # noqa: S101 - set before sending
+            self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now)
+            if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries(attempt, now):
+                return
+            self._write_head(attempt)
         if self.is_complete:
             self.phase, self.response = DONE, COMPLETE
             self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
-            return
+        else:
+            self._receive_more()
+
+    def _receive_more(self) -> None:
+        """Receive more of the response as soon as the client reads."""
+        connection = self.connection
         assert connection is not None  # noqa: S101 - an incomplete response without a connection has failed
-        if client.is_write_paused:
+        if self._client.is_write_paused:
             self.response = PAUSED
             connection.pause_reading()
             connection.timer.clear()
@@ -350,21 +363,6 @@ class FastExchange(ProxyExchange):
             self.response = FLOWING
             connection.resume_reading()  # a large read pauses it
             connection.set_timer("idle")
-
-    def _begin(self, now: float) -> bool:
-        """Send the head and what has arrived of the body; return False if there is no head for the client yet."""
-        if not self.is_head_complete:
-            return False
-        is_plain, attempt = bool(self.head), self.attempt
-        if not is_plain and is_event_stream(self.fields):
-            self._hand_over()
-            return False
-        assert attempt is not None  # noqa: S101 - set before sending
-        self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now)
-        if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries_status(attempt, now):
-            return False
-        self._write_head(attempt)
-        return True
 
     def _write_head(self, attempt: Attempt) -> None:
         """Send the head and what has arrived of the body."""
@@ -385,7 +383,11 @@ class FastExchange(ProxyExchange):
             head = parsed_head(
                 self, exchange, context, rewriter, authorities, is_chunked=self.is_framed, keep_alive=self.keep_alive
             )
-        piece = self._take_piece()
+        if self.is_framed or self.chunks is not None:
+            piece = self._take_piece()
+        else:
+            piece = self.take()
+            exchange.bytes_out += len(piece)
         if len(piece) > _MAX_JOINED:
             self._client.transport.writelines((head, piece))
         else:
@@ -449,7 +451,7 @@ class FastExchange(ProxyExchange):
         if final is not None:
             self._refuse(final)
 
-    def _retries_status(self, attempt: Attempt, now: float) -> bool:
+    def _retries(self, attempt: Attempt, now: float) -> bool:
         """Prepare a retry after a response with a status that is retried; return False if it is denied."""
         delay = self._retry_delay(attempt, is_sent=True, retry_after=retry_after_of(self.fields))
         if delay is None:
@@ -477,6 +479,7 @@ class FastExchange(ProxyExchange):
     def _back_off(self, attempt: Attempt, delay: float, cause: str, failure: GatewayError | None) -> None:
         """Wait before a retry. What the last attempt came to is kept: it may be final."""
         self.move(RETRY)
+        self.is_pending = True
         self.attempt, self._last_attempt = None, attempt
         attempt.release(self._context.clock())
         self.cause, self.failure = cause, failure
@@ -510,7 +513,13 @@ class FastExchange(ProxyExchange):
         self._forget()
         exchange.head_at = None
         self.attempt = attempt
-        self._start(upstream_client, attempt, now)
+        exchange.target, exchange.sent_at = attempt.target.url, now
+        exchange.attempts += 1
+        connection = upstream_client.idle_connection(attempt.target, plan.principal)
+        if connection is None:
+            self._begin_to_connect(upstream_client, attempt, now)
+        else:
+            self._send(connection, upstream_client, attempt, now)
 
     def _settle_for(self, last: UpstreamResponse | None, failure: GatewayError | None, now: float) -> None:
         """Respond with the result of the last attempt."""
@@ -524,10 +533,13 @@ class FastExchange(ProxyExchange):
             self.take_over(last)
             self._write_head(self._last_attempt)
             self.response = FLOWING
-            if self.error is None:
-                self._go_on(now)
-            else:
+            if self.error is not None:
                 self._on_error(self.error)
+            elif self.is_complete:
+                self.move(END)
+                self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
+            else:
+                self._receive_more()
 
     def _forget(self) -> None:
         """Return to the state of a response of which nothing has arrived."""
@@ -593,7 +605,8 @@ class FastExchange(ProxyExchange):
 
     def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
         """Return what the exchange holds, and record it. The upstream connection is returned or closed already."""
-        self._invalidate()
+        if self.is_pending:
+            self._invalidate()
         attempt, self.attempt = self.attempt, None
         if attempt is not None:
             if attempt.slow is not None:  # a slow call may open the breaker
