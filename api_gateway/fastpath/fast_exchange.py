@@ -78,7 +78,7 @@ _MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
 _OF_A_RESPONSE = (
     *("status", "version", "head", "passed", "has_date", "cost", "trailers", "is_head_complete", "is_complete"),
     *("is_until_close", "is_counted", "chunks", "keeps_alive", "buffered", "reader_waited", "is_relayed", "is_framed"),
-    *("reason", "headers", "fields", "is_sent"),
+    *("reason", "headers", "fields", "is_sent", "is_repeated"),
 )
 _MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
 
@@ -94,6 +94,9 @@ class FastExchange(ProxyExchange):
     is_framed = False  # the pieces are sent to the client as chunks
     timer: asyncio.TimerHandle | None = None  # of the deadline
     delay: asyncio.TimerHandle | None = None  # before a retry
+    probe: asyncio.TimerHandle | None = None  # after which a probe counts as a success while its response streams
+    is_sent = True  # a part of the request was written to a connection
+    is_repeated = False  # the request is sent once more, as its connection was closed while idle
     is_pending = False  # a question, timer, task or last response may have to be dropped
     cause = ""  # of the retry: a reason or a status
     failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
@@ -192,13 +195,8 @@ class FastExchange(ProxyExchange):
         route, router = plan.route, self._context.router
         assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = router.upstream_clients[route.upstream]
-        upstream, exchange, now, deadline = (
-            upstream_client.upstream,
-            self.exchange,
-            plan.now_ns / NANOSECONDS,
-            plan.deadline,
-        )
-        if not upstream_client.supports_fast_path or not upstream.accepts_all():
+        exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
+        if not upstream_client.supports_fast_path:
             self._hand_over()
             return None
         exchange.upstream = route.upstream
@@ -207,14 +205,11 @@ class FastExchange(ProxyExchange):
             return self._after(deadline_error(exchange, deadline))
         is_safe = exchange.method in IDEMPOTENT or self._has_key()
         try:
-            self.attempt = attempt = upstream.acquire(
+            self.attempt = attempt = upstream_client.upstream.acquire(
                 now, exchange.client_key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
             )
         except Unavailable as error:
             return self._after(error.with_traceback(None))
-        if attempt.target_ticket is not None and attempt.target_ticket.is_probe:
-            self._hand_over()  # the ASGI path settles a probe before the end of a long response
-            return None
         self.timeouts = upstream_client.limits
         self._client.begin_exchange(self)
         if deadline is not None:
@@ -258,15 +253,15 @@ class FastExchange(ProxyExchange):
             seconds = min(seconds, deadline.remaining(now) / 2)
         try:
             connection = await upstream_client.connection(
-                attempt.target, self.plan.principal, seconds, self._on_connect
+                attempt.target, self.plan.principal, seconds, self._on_connect, is_fresh=self.is_repeated
             )
         except Exception as error:  # noqa: BLE001 - any other than these is a defect, which is recorded
             if generation != self.generation:
                 return
             self.task = None
             if isinstance(error, httpx.TransportError):
-                self.is_sent = False
-                self._fail(error.with_traceback(None))
+                self.is_sent = self.is_repeated
+                self._fail(_second_failure(error) if self.is_repeated else error.with_traceback(None))
             else:
                 self._refuse(self._context.record.internal_error(self.exchange, error))
             return
@@ -345,6 +340,9 @@ class FastExchange(ProxyExchange):
             if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries(attempt, now):
                 return
             self._write_head(attempt)
+            if attempt.is_probe and not self.is_complete:
+                self.is_pending = True
+                self.probe = self._context.router.settle_probe_soon(attempt, self._client.loop)
         if self.is_complete:
             self.phase, self.response = DONE, COMPLETE
             self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
@@ -430,12 +428,18 @@ class FastExchange(ProxyExchange):
     def _fail(self, error: Exception) -> None:
         """End an attempt without a response; retry, fall back, or respond with its error."""
         exchange, attempt, router = self.exchange, self.attempt, self._context.router
-        is_idempotent = exchange.method in IDEMPOTENT
-        if isinstance(error, StaleConnection) and is_idempotent and not self.body:
-            self._hand_over()  # the ASGI path sends the request once more on a new connection
-            return
         assert attempt is not None and isinstance(error, httpx.TransportError)  # noqa: S101, PT018 - the only errors of transports
         self.close()
+        if (
+            isinstance(error, StaleConnection)
+            and exchange.method in IDEMPOTENT
+            and not (self.body or self.is_repeated)
+        ):
+            self._forget()
+            self.is_repeated = True
+            client = router.upstream_clients[attempt.upstream.name]
+            self._begin_to_connect(client, attempt, self._context.clock())
+            return
         self.error = None
         failure = router.outcomes.on_failure(exchange, attempt, error)
         failure.__cause__ = error
@@ -609,7 +613,7 @@ class FastExchange(ProxyExchange):
             self._invalidate()
         attempt, self.attempt = self.attempt, None
         if attempt is not None:
-            if attempt.slow is not None:  # a slow call may open the breaker
+            if attempt.slow is not None or attempt.is_probe:  # which may open or close a breaker
                 self._context.router.outcomes.settle(attempt, outcome, now)
             attempt.release(now, outcome)
         self._client.end_exchange(keep_alive=keep_alive)
@@ -618,15 +622,13 @@ class FastExchange(ProxyExchange):
     def _invalidate(self) -> None:
         """Cancel timers and task, discard the last response, and have replies that are still to come dropped."""
         self.generation += 1
-        if self.delay is not None:
-            self.delay.cancel()
-            self.delay = None
+        for timer in (self.delay, self.probe, self.timer):
+            if timer is not None:
+                timer.cancel()
+        self.delay = self.probe = self.timer = None
         if self.last is not None:
             self.last.close()
             self.last = None
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
         if self.task is not None:
             self.task.cancel()
             self.task = None
@@ -652,10 +654,8 @@ class FastExchange(ProxyExchange):
         elif attempt is None:
             go_on = partial(router.forward, self.plan)
         else:
-            interim = _Interim(self._client, context.via)
-            started = UpstreamResponse.continuing(self, interim) if is_sent else None
-            if is_sent:
-                exchange.attempts -= 1  # it is counted there
+            exchange.attempts -= 1  # it is counted there
+            started = UpstreamResponse.continuing(self, _Interim(self._client, context.via))
             go_on = partial(router.continue_exchange, self.plan, attempt, started, kept=kept, tried=self.tried)
         self._client.run_asgi(
             partial(_serve, context.record, exchange, go_on),
@@ -665,6 +665,13 @@ class FastExchange(ProxyExchange):
             b"" if is_sent else self.body,
             keep_alive=self.keep_alive,
         )
+
+
+def _second_failure(error: httpx.TransportError) -> httpx.ReadError:
+    """Return the error of a request that could not be sent once more; it is no ConnectError, as it was sent before."""
+    failure = httpx.ReadError(f"{StaleConnection()}; second attempt: {error}")
+    failure.__cause__ = error.with_traceback(None)
+    return failure
 
 
 def _serve(
