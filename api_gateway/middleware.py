@@ -203,13 +203,19 @@ class AdmissionMiddleware:
     """Admits the request of an exchange, and passes it to the router: the ASGI side of `proxy.admission`."""
 
     def __init__(
-        self, *, admission: Admission, headers: HeaderReader, router: Router, clock_ns: Callable[[], int]
+        self,
+        *,
+        admission: Admission,
+        headers: HeaderReader,
+        router: Router,
+        limit_headers: RateLimitHeaders,
+        clock_ns: Callable[[], int],
     ) -> None:
         self._admission = admission
         self._headers = headers
         self._router = router
         self._clock_ns = clock_ns
-        self._limit_headers = RateLimitHeaders()
+        self._limit_headers = limit_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Raises the GatewayError with which admission refuses it."""

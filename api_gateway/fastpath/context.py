@@ -24,6 +24,7 @@ class ExchangeContext:
         admission: Admission,
         headers: HeaderReader,
         router: Router,
+        limit_headers: RateLimitHeaders,
         clock: Clock,
         clock_ns: Callable[[], int],
     ) -> None:
@@ -34,7 +35,7 @@ class ExchangeContext:
         self.router = router
         self.clock = clock
         self.clock_ns = clock_ns
-        self.limit_headers = RateLimitHeaders()
+        self.limit_headers = limit_headers
         self.via_field = headers.via.field
         self.via = headers.via.field("1.1")
         self.via_line = b"\r\n%b: %b\r\n" % self.via

@@ -49,7 +49,7 @@ class FastPath(ExchangeContext):
             result = self.admission.decide(plan)
         except Exception as error:  # noqa: BLE001 - a defect, which must not end the connection without a response
             result = self.record.internal_error(plan.exchange, error)
-        if isinstance(result, Wait):
+        if result is not None and isinstance(result, Wait):
             FastExchange(self, client, headers, plan, body).wait(result)
             return True
         if result is None:

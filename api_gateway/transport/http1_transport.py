@@ -52,7 +52,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         *,
         max_connections: int = 512,
         max_tunnels: int = 4096,
-        idle_timeout: float = 4.0,
+        idle_timeout: float = math.inf,
         max_requests: int | None = None,
         max_age: float | None = None,
         tls: ssl.SSLContext | None = None,

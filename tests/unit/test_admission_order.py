@@ -18,6 +18,7 @@ from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.errors import GatewayError
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import Message, Receive, Scope, Send
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Exchange, Quota
@@ -103,9 +104,16 @@ class Paths:
             "limits": limits,
         }
         admission = Admission([stages[name] for name in order])
+        limit_headers = RateLimitHeaders()
         self.seen: list[Exchange] = []
         self.asgi = ExchangeMiddleware(
-            AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=lambda: self.now_ns),
+            AdmissionMiddleware(
+                admission=admission,
+                headers=headers,
+                router=router,
+                limit_headers=limit_headers,
+                clock_ns=lambda: self.now_ns,
+            ),
             clock=lambda: self.now_ns / NANOSECONDS,
             recorder=Recorder(["plain", "never", "cut"], ["up"], ["FREE", "PAID"], [50], 0.0),
             observers=[self.seen.append],
@@ -115,6 +123,7 @@ class Paths:
             admission=admission,
             headers=headers,
             router=router,
+            limit_headers=limit_headers,
             clock=lambda: self.now_ns / NANOSECONDS,
             clock_ns=lambda: self.now_ns,
         )

@@ -21,6 +21,7 @@ from api_gateway.clients.sqlite_store import SqliteClientStore
 from api_gateway.fastpath.fast_exchange import FastExchange
 from api_gateway.fastpath.fast_path import FastPath
 from api_gateway.http1.asgi import InFlight
+from api_gateway.limits.ratelimit_headers import RateLimitHeaders
 from api_gateway.metrics import Recorder
 from api_gateway.middleware import AdmissionMiddleware, ExchangeMiddleware
 from api_gateway.models import NANOSECONDS, Charge, Decision, Exchange, Outcome, Quota
@@ -291,7 +292,10 @@ class World:
         retry = RetryPolicy(attempts=2, budget=1.0, statuses=frozenset({503}))
         self.upstream_client = UpstreamClient(upstream, self.transport, Timeouts(1, 1, 1, None), retry=retry)
         self.recorder = Recorder(["all"], ["up"], ["FREE"], [50], 0.0)
-        settlement = CostSettlement(limiter=self.limiter, clock_ns=self.clock_ns, recorder=self.recorder)
+        limit_headers = RateLimitHeaders()
+        settlement = CostSettlement(
+            limiter=self.limiter, clock_ns=self.clock_ns, recorder=self.recorder, limit_headers=limit_headers
+        )
         router = Router(
             RouteTable([Route("all", "/api", "up", timeout=timeout)]),
             {"up": self.upstream_client},
@@ -313,7 +317,13 @@ class World:
         )
         self.ended: list[Exchange] = []
         record = ExchangeMiddleware(
-            AdmissionMiddleware(admission=admission, headers=headers, router=router, clock_ns=self.clock_ns),
+            AdmissionMiddleware(
+                admission=admission,
+                headers=headers,
+                router=router,
+                limit_headers=limit_headers,
+                clock_ns=self.clock_ns,
+            ),
             clock=self.clock,
             recorder=self.recorder,
             observers=[self.ended.append],
@@ -324,6 +334,7 @@ class World:
             admission=admission,
             headers=headers,
             router=router,
+            limit_headers=limit_headers,
             clock=self.clock,
             clock_ns=self.clock_ns,
         )
