@@ -96,7 +96,7 @@ class CircuitBreaker:
         self.mode = Mode.AUTO
         self.mode_until: float | None = None
         self.since = now
-        self.is_transparent = True  # CLOSED without ramp, and not forced open: the fast path checks only this
+        self.is_transparent = True  # CLOSED without ramp, and not forced open: `admit` checks nothing more
         self.slow_after = NO_SLOW_CALLS if policy.slow_call_duration is None else policy.slow_call_duration
         self.consecutive_failures = 0
         self.probes_in_flight = 0

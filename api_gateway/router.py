@@ -163,7 +163,7 @@ class Router:
         self,
         plan: RequestPlan,
         attempt: Attempt,
-        started: UpstreamResponse | None,
+        started: UpstreamResponse,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -173,25 +173,19 @@ class Router:
     ) -> Awaitable[None]:
         """Continue an exchange whose attempt the fast path has begun, after those on `tried`. Raises GatewayError.
 
-        `started` is the response to the request, or the failure to send it; None if it is still to be sent. `kept` is
-        the body that was sent, None if it cannot be sent again.
+        `started` is the response to the request, `kept` the body that was sent; None if it cannot be sent again.
         """
         exchange, route = plan.exchange, plan.route
         assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = self.upstream_clients[route.upstream]
         extension: ServerExtension = scope[SERVER_EXTENSION]
         if extension.is_disconnected:
-            if started is not None:
-                started.close()
+            started.close()
             attempt.release(self._clock())
             raise ClientDisconnected(CLIENT_LEFT)
         request = UpstreamRequest(plan, scope, extension, self.protected, self._via)
-        if started is not None:
-            started.listener = request
-        if started is None or not started.is_sent:
-            request.body = self._body(exchange, upstream_client, request, receive)
-        else:
-            request.body = NO_BODY if request.framing is None else SentBody(kept)
+        started.listener = request
+        request.body = NO_BODY if request.framing is None else SentBody(kept)
         attempts = self._attempts(exchange, upstream_client, request, receive, send, attempt, started, tried)
         if route.fallback is None:
             return attempts
@@ -558,10 +552,7 @@ class Router:
         """Relay a response or run a tunnel, then close the response."""
         settle_probe = None
         if attempt.is_probe:  # a long response must not prevent the breaker from closing
-            loop = asyncio.get_running_loop()
-            # A probe that is not settled within the recovery timeout counts as lost.
-            seconds = min(PROBE_SETTLES_AFTER, attempt.upstream.breaker.policy.recovery_timeout / 2)
-            settle_probe = loop.call_later(seconds, self.outcomes.settle_success, attempt)
+            settle_probe = self.settle_probe_soon(attempt, asyncio.get_running_loop())
         try:
             if response.status_code == SWITCHING_PROTOCOLS:
                 await self._tunnel(exchange, upstream_client, attempt, request, response)
@@ -571,6 +562,11 @@ class Router:
             if settle_probe is not None:
                 settle_probe.cancel()
             await close_response(response)
+
+    def settle_probe_soon(self, attempt: Attempt, loop: asyncio.AbstractEventLoop) -> asyncio.TimerHandle:
+        """Schedule the outcome of a probe whose response has begun; not settled in time, it would count as lost."""
+        seconds = min(PROBE_SETTLES_AFTER, attempt.upstream.breaker.policy.recovery_timeout / 2)
+        return loop.call_later(seconds, self.outcomes.settle_success, attempt)
 
     async def _relay(
         self, exchange: Exchange, attempt: Attempt, request: UpstreamRequest, response: httpx.Response, send: Send
@@ -713,10 +709,10 @@ def _note_progress(
 ) -> bool:
     """Record how far an attempt without a response got; return whether a part of the request was sent.
 
-    `is_sent` is the assumption for transports that do not report it.
+    It was if `started` is given. `is_sent` is the assumption for transports that do not report it.
     """
     if isinstance(outgoing, LeanRequest):
-        is_sent = outgoing.is_sent or (started is not None and started.is_sent)
+        is_sent = started is not None or outgoing.is_sent
         exchange.has_begun |= is_sent or outgoing.has_begun
     else:
         exchange.has_begun = True

@@ -42,6 +42,7 @@ from api_gateway.proxy.exchange import (
     DEFECT,
     DONE,
     DRAIN,
+    END,
     EXCHANGING,
     FINAL,
     FLOWING,
@@ -77,7 +78,7 @@ _MIN_RETRIED_STATUS = 429  # the lowest status that a retry policy can name
 _OF_A_RESPONSE = (
     *("status", "version", "head", "passed", "has_date", "cost", "trailers", "is_head_complete", "is_complete"),
     *("is_until_close", "is_counted", "chunks", "keeps_alive", "buffered", "reader_waited", "is_relayed", "is_framed"),
-    *("reason", "headers", "fields", "is_sent"),
+    *("reason", "headers", "fields", "is_sent", "is_repeated"),
 )
 _MAX_JOINED = 65_536  # bytes of a body that are copied to write them together with the head
 
@@ -93,6 +94,10 @@ class FastExchange(ProxyExchange):
     is_framed = False  # the pieces are sent to the client as chunks
     timer: asyncio.TimerHandle | None = None  # of the deadline
     delay: asyncio.TimerHandle | None = None  # before a retry
+    probe: asyncio.TimerHandle | None = None  # after which a probe counts as a success while its response streams
+    is_sent = True  # a part of the request was written to a connection
+    is_repeated = False  # the request is sent once more, as its connection was closed while idle
+    is_pending = False  # a question, timer, task or last response may have to be dropped
     cause = ""  # of the retry: a reason or a status
     failure: GatewayError | None = None  # of the last attempt, which is final if no retry is possible after the delay
     last: UpstreamResponse | None = None  # the response of the last attempt, likewise
@@ -150,6 +155,7 @@ class FastExchange(ProxyExchange):
 
     def _ask(self, question: Wait) -> None:
         self.move(ASK)
+        self.is_pending = True
         question.ask(partial(self._on_reply, question, self.generation))
 
     def _on_reply(self, question: Wait, generation: int, reply: Any) -> None:
@@ -189,13 +195,8 @@ class FastExchange(ProxyExchange):
         route, router = plan.route, self._context.router
         assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = router.upstream_clients[route.upstream]
-        upstream, exchange, now, deadline = (
-            upstream_client.upstream,
-            self.exchange,
-            plan.now_ns / NANOSECONDS,
-            plan.deadline,
-        )
-        if not upstream_client.supports_fast_path or not upstream.accepts_all():
+        exchange, now, deadline = self.exchange, plan.now_ns / NANOSECONDS, plan.deadline
+        if not upstream_client.supports_fast_path:
             self._hand_over()
             return None
         exchange.upstream = route.upstream
@@ -204,33 +205,30 @@ class FastExchange(ProxyExchange):
             return self._after(deadline_error(exchange, deadline))
         is_safe = exchange.method in IDEMPOTENT or self._has_key()
         try:
-            self.attempt = attempt = upstream.acquire(
+            self.attempt = attempt = upstream_client.upstream.acquire(
                 now, exchange.client_key, priority=plan.priority, is_safe=is_safe, principal=plan.principal
             )
         except Unavailable as error:
             return self._after(error.with_traceback(None))
-        if attempt.target_ticket is not None and attempt.target_ticket.is_probe:
-            self._hand_over()  # the ASGI path settles a probe before the end of a long response
-            return None
         self.timeouts = upstream_client.limits
         self._client.begin_exchange(self)
         if deadline is not None:
             left = deadline.remaining(now)
             self.timer = self._client.loop.call_later(left, self._on_deadline, self.generation)
-        self._start(upstream_client, attempt, now)
-        return None
-
-    def _start(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
-        """Begin an attempt."""
-        exchange = self.exchange
+            self.is_pending = True
         exchange.target, exchange.sent_at = attempt.target.url, now
         exchange.attempts += 1
-        connection = upstream_client.idle_connection(attempt.target, self.plan.principal)
+        connection = upstream_client.idle_connection(attempt.target, plan.principal)
         if connection is None:
-            self.move(CONNECT)
-            self.task = self._client.loop.create_task(self._connect(upstream_client, attempt, now))
+            self._begin_to_connect(upstream_client, attempt, now)
         else:
             self._send(connection, upstream_client, attempt, now)
+        return None
+
+    def _begin_to_connect(self, upstream_client: UpstreamClient, attempt: Attempt, now: float) -> None:
+        self.move(CONNECT)
+        self.is_pending = True
+        self.task = self._client.loop.create_task(self._connect(upstream_client, attempt, now))
 
     def _has_key(self) -> bool:
         """Tell whether the request has an idempotency key, see `retry.is_repeatable`."""
@@ -255,15 +253,15 @@ class FastExchange(ProxyExchange):
             seconds = min(seconds, deadline.remaining(now) / 2)
         try:
             connection = await upstream_client.connection(
-                attempt.target, self.plan.principal, seconds, self._on_connect
+                attempt.target, self.plan.principal, seconds, self._on_connect, is_fresh=self.is_repeated
             )
         except Exception as error:  # noqa: BLE001 - any other than these is a defect, which is recorded
             if generation != self.generation:
                 return
             self.task = None
             if isinstance(error, httpx.TransportError):
-                self.is_sent = False
-                self._fail(error.with_traceback(None))
+                self.is_sent = self.is_repeated
+                self._fail(_second_failure(error) if self.is_repeated else error.with_traceback(None))
             else:
                 self._refuse(self._context.record.internal_error(self.exchange, error))
             return
@@ -330,19 +328,32 @@ class FastExchange(ProxyExchange):
         now = self._context.clock()
         if not is_first:
             self._client.transport.write(self._take_piece())
-        elif not self._begin(now):
+        elif not self.is_head_complete:
             return
-        self._go_on(now)
-
-    def _go_on(self, now: float) -> None:
-        """End a complete response; else receive more of it as soon as the client reads."""
-        client, connection = self._client, self.connection
+        elif not self.head and is_event_stream(self.fields):
+            self._hand_over()
+            return
+        else:
+            attempt = self.attempt
+            assert attempt is not None  # noqa: S101 - set before sending
+            self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now)
+            if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries(attempt, now):
+                return
+            self._write_head(attempt)
+            if attempt.is_probe and not self.is_complete:
+                self.is_pending = True
+                self.probe = self._context.router.settle_probe_soon(attempt, self._client.loop)
         if self.is_complete:
             self.phase, self.response = DONE, COMPLETE
             self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
-            return
+        else:
+            self._receive_more()
+
+    def _receive_more(self) -> None:
+        """Receive more of the response as soon as the client reads."""
+        connection = self.connection
         assert connection is not None  # noqa: S101 - an incomplete response without a connection has failed
-        if client.is_write_paused:
+        if self._client.is_write_paused:
             self.response = PAUSED
             connection.pause_reading()
             connection.timer.clear()
@@ -350,21 +361,6 @@ class FastExchange(ProxyExchange):
             self.response = FLOWING
             connection.resume_reading()  # a large read pauses it
             connection.set_timer("idle")
-
-    def _begin(self, now: float) -> bool:
-        """Send the head and what has arrived of the body; return False if there is no head for the client yet."""
-        if not self.is_head_complete:
-            return False
-        is_plain, attempt = bool(self.head), self.attempt
-        if not is_plain and is_event_stream(self.fields):
-            self._hand_over()
-            return False
-        assert attempt is not None  # noqa: S101 - set before sending
-        self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now)
-        if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries_status(attempt, now):
-            return False
-        self._write_head(attempt)
-        return True
 
     def _write_head(self, attempt: Attempt) -> None:
         """Send the head and what has arrived of the body."""
@@ -385,7 +381,11 @@ class FastExchange(ProxyExchange):
             head = parsed_head(
                 self, exchange, context, rewriter, authorities, is_chunked=self.is_framed, keep_alive=self.keep_alive
             )
-        piece = self._take_piece()
+        if self.is_framed or self.chunks is not None:
+            piece = self._take_piece()
+        else:
+            piece = self.take()
+            exchange.bytes_out += len(piece)
         if len(piece) > _MAX_JOINED:
             self._client.transport.writelines((head, piece))
         else:
@@ -428,12 +428,18 @@ class FastExchange(ProxyExchange):
     def _fail(self, error: Exception) -> None:
         """End an attempt without a response; retry, fall back, or respond with its error."""
         exchange, attempt, router = self.exchange, self.attempt, self._context.router
-        is_idempotent = exchange.method in IDEMPOTENT
-        if isinstance(error, StaleConnection) and is_idempotent and not self.body:
-            self._hand_over()  # the ASGI path sends the request once more on a new connection
-            return
         assert attempt is not None and isinstance(error, httpx.TransportError)  # noqa: S101, PT018 - the only errors of transports
         self.close()
+        if (
+            isinstance(error, StaleConnection)
+            and exchange.method in IDEMPOTENT
+            and not (self.body or self.is_repeated)
+        ):
+            self._forget()
+            self.is_repeated = True
+            client = router.upstream_clients[attempt.upstream.name]
+            self._begin_to_connect(client, attempt, self._context.clock())
+            return
         self.error = None
         failure = router.outcomes.on_failure(exchange, attempt, error)
         failure.__cause__ = error
@@ -449,7 +455,7 @@ class FastExchange(ProxyExchange):
         if final is not None:
             self._refuse(final)
 
-    def _retries_status(self, attempt: Attempt, now: float) -> bool:
+    def _retries(self, attempt: Attempt, now: float) -> bool:
         """Prepare a retry after a response with a status that is retried; return False if it is denied."""
         delay = self._retry_delay(attempt, is_sent=True, retry_after=retry_after_of(self.fields))
         if delay is None:
@@ -477,6 +483,7 @@ class FastExchange(ProxyExchange):
     def _back_off(self, attempt: Attempt, delay: float, cause: str, failure: GatewayError | None) -> None:
         """Wait before a retry. What the last attempt came to is kept: it may be final."""
         self.move(RETRY)
+        self.is_pending = True
         self.attempt, self._last_attempt = None, attempt
         attempt.release(self._context.clock())
         self.cause, self.failure = cause, failure
@@ -510,7 +517,13 @@ class FastExchange(ProxyExchange):
         self._forget()
         exchange.head_at = None
         self.attempt = attempt
-        self._start(upstream_client, attempt, now)
+        exchange.target, exchange.sent_at = attempt.target.url, now
+        exchange.attempts += 1
+        connection = upstream_client.idle_connection(attempt.target, plan.principal)
+        if connection is None:
+            self._begin_to_connect(upstream_client, attempt, now)
+        else:
+            self._send(connection, upstream_client, attempt, now)
 
     def _settle_for(self, last: UpstreamResponse | None, failure: GatewayError | None, now: float) -> None:
         """Respond with the result of the last attempt."""
@@ -524,10 +537,13 @@ class FastExchange(ProxyExchange):
             self.take_over(last)
             self._write_head(self._last_attempt)
             self.response = FLOWING
-            if self.error is None:
-                self._go_on(now)
-            else:
+            if self.error is not None:
                 self._on_error(self.error)
+            elif self.is_complete:
+                self.move(END)
+                self._end(now, Outcome.SUCCESS, keep_alive=self.keep_alive)
+            else:
+                self._receive_more()
 
     def _forget(self) -> None:
         """Return to the state of a response of which nothing has arrived."""
@@ -593,10 +609,11 @@ class FastExchange(ProxyExchange):
 
     def _end(self, now: float, outcome: Outcome, *, keep_alive: bool) -> None:
         """Return what the exchange holds, and record it. The upstream connection is returned or closed already."""
-        self._invalidate()
+        if self.is_pending:
+            self._invalidate()
         attempt, self.attempt = self.attempt, None
         if attempt is not None:
-            if attempt.slow is not None:  # a slow call may open the breaker
+            if attempt.slow is not None or attempt.is_probe:  # which may open or close a breaker
                 self._context.router.outcomes.settle(attempt, outcome, now)
             attempt.release(now, outcome)
         self._client.end_exchange(keep_alive=keep_alive)
@@ -605,15 +622,13 @@ class FastExchange(ProxyExchange):
     def _invalidate(self) -> None:
         """Cancel timers and task, discard the last response, and have replies that are still to come dropped."""
         self.generation += 1
-        if self.delay is not None:
-            self.delay.cancel()
-            self.delay = None
+        for timer in (self.delay, self.probe, self.timer):
+            if timer is not None:
+                timer.cancel()
+        self.delay = self.probe = self.timer = None
         if self.last is not None:
             self.last.close()
             self.last = None
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
         if self.task is not None:
             self.task.cancel()
             self.task = None
@@ -639,10 +654,8 @@ class FastExchange(ProxyExchange):
         elif attempt is None:
             go_on = partial(router.forward, self.plan)
         else:
-            interim = _Interim(self._client, context.via)
-            started = UpstreamResponse.continuing(self, interim) if is_sent else None
-            if is_sent:
-                exchange.attempts -= 1  # it is counted there
+            exchange.attempts -= 1  # it is counted there
+            started = UpstreamResponse.continuing(self, _Interim(self._client, context.via))
             go_on = partial(router.continue_exchange, self.plan, attempt, started, kept=kept, tried=self.tried)
         self._client.run_asgi(
             partial(_serve, context.record, exchange, go_on),
@@ -652,6 +665,13 @@ class FastExchange(ProxyExchange):
             b"" if is_sent else self.body,
             keep_alive=self.keep_alive,
         )
+
+
+def _second_failure(error: httpx.TransportError) -> httpx.ReadError:
+    """Return the error of a request that could not be sent once more; it is no ConnectError, as it was sent before."""
+    failure = httpx.ReadError(f"{StaleConnection()}; second attempt: {error}")
+    failure.__cause__ = error.with_traceback(None)
+    return failure
 
 
 def _serve(

@@ -73,7 +73,7 @@ PAUSED: Final = "paused"  # likewise, but the client reads more slowly than the 
 ASK: Final = "ask"  # admission asks a question
 ADMIT: Final = "admit"
 REFUSE: Final = "refuse"  # the gateway responds itself
-CONNECT: Final = "connect"
+CONNECT: Final = "connect"  # also once more, if the connection was closed while it was idle
 SEND: Final = "send"
 RETRY: Final = "retry"  # the attempt failed before the head, or with a status that is retried
 FINAL: Final = "final"  # no target is available for the retry, so the response of the last attempt is final
@@ -104,6 +104,7 @@ PHASES: Final[Mapping[Phase, Mapping[Event, Phase]]] = {
         WRITABLE: EXCHANGING,
         END: DONE,
         REFUSE: DONE,
+        CONNECT: CONNECTING,
         RETRY: BACKING_OFF,
         HAND_OVER: HANDED_OVER,
         BREAK: ABORTED,
@@ -115,8 +116,8 @@ PHASES: Final[Mapping[Phase, Mapping[Event, Phase]]] = {
     ABORTED: {},
 }
 REQUEST_BODIES: Final[Mapping[RequestBody, Mapping[Event, RequestBody]]] = {
-    NONE: {SEND: NONE, RETRY: NONE, FINAL: NONE},
-    HELD: {SEND: COMPLETE, RETRY: HELD, FINAL: COMPLETE},
+    NONE: {CONNECT: NONE, SEND: NONE, RETRY: NONE, FINAL: NONE},
+    HELD: {CONNECT: HELD, SEND: COMPLETE, RETRY: HELD, FINAL: COMPLETE},
     COMPLETE: {RETRY: HELD},
 }
 RESPONSES: Final[Mapping[Response, Mapping[Event, Response]]] = {
@@ -124,6 +125,7 @@ RESPONSES: Final[Mapping[Response, Mapping[Event, Response]]] = {
         HEAD: FLOWING,
         WRITABLE: NONE,  # an interim response may have filled the write buffer
         REFUSE: COMPLETE,
+        CONNECT: NONE,
         RETRY: NONE,
         HAND_OVER: NONE,
         CLIENT_GONE: ABORTED,

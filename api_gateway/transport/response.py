@@ -119,7 +119,6 @@ class UpstreamResponse(httpx.AsyncByteStream):
     cost: bytes | None = None  # the value of X-Gateway-Cost in a plain head
     trailers: HeaderList = []  # noqa: RUF012 - replaced, never modified
     leftover = b""  # bytes received after a 101
-    is_sent = True  # a part of the request was written to a connection
     is_head_complete = False
     is_complete = False
     is_until_close = False  # delimited by the end of the connection
@@ -156,7 +155,7 @@ class UpstreamResponse(httpx.AsyncByteStream):
         self.has_date, self.cost, self.trailers = other.has_date, other.cost, other.trailers
         self.is_head_complete, self.is_complete = other.is_head_complete, other.is_complete
         self.is_until_close, self.is_counted = other.is_until_close, other.is_counted
-        self.keeps_alive, self.reader_waited, self.is_sent = other.keeps_alive, other.reader_waited, other.is_sent
+        self.keeps_alive, self.reader_waited = other.keeps_alive, other.reader_waited
         self.error, other.error = other.error, None
         if other.is_head_complete and not other.head:
             self.reason, self.headers, self.fields = other.reason, other.headers, other.fields

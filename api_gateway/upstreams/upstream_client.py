@@ -187,15 +187,23 @@ class UpstreamClient:
         return take(holder)
 
     async def connection(
-        self, target: Target, holder: str | None, connect: float, on_connect: Callable[[], None]
+        self,
+        target: Target,
+        holder: str | None,
+        connect: float,
+        on_connect: Callable[[], None],
+        *,
+        is_fresh: bool = False,
     ) -> UpstreamConnection:
         """Open a connection to `target` within `connect` seconds, or await one; `on_connect` is called before opening.
 
-        Raises httpx.TransportError.
+        If `is_fresh`, it is a new one in any case. Raises httpx.TransportError.
         """
         assert isinstance(self.transport, UpstreamTransport)  # noqa: S101 - only called if `is_native`
         pool = self.transport.pool(self.origins[target])
-        return await pool.acquire(connect, self.limits["pool"], holder=holder, on_connect=on_connect)
+        return await pool.acquire(
+            connect, self.limits["pool"], holder=holder, is_fresh=is_fresh, on_connect=on_connect
+        )
 
 
 def _origin(target: Target) -> Origin:

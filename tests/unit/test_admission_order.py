@@ -39,10 +39,9 @@ from api_gateway.resilience.event_loop_limit import LAG_SAMPLES, EventLoopShedde
 from api_gateway.resilience.priorities import PriorityClasses
 from api_gateway.router import Router
 from api_gateway.transport.http1_transport import UpstreamTransport
-from api_gateway.transport.response import UpstreamResponse
 from api_gateway.upstreams.load_balancing import round_robin
 from api_gateway.upstreams.target import Target
-from api_gateway.upstreams.upstream import Attempt, Upstream
+from api_gateway.upstreams.upstream import Upstream
 from api_gateway.upstreams.upstream_client import Timeouts, UpstreamClient
 
 FREE = Quota.per_second("FREE", 1, 10)
@@ -81,22 +80,6 @@ class RecordingRouter(Router):
     async def forward(self, plan: RequestPlan, _scope: Scope, _receive: Receive, send: Send) -> None:
         plan.exchange.status = 200
         await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def continue_exchange(
-        self,
-        plan: RequestPlan,
-        attempt: Attempt,
-        started: UpstreamResponse | None,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        *,
-        kept: bytes | None = None,
-        tried: Sequence[Target] = (),
-    ) -> None:
-        assert started is None, "there is no connection on which the request could have been sent"
-        attempt.release(0.0)
-        await self.forward(plan, scope, receive, send)
 
 
 class Paths:

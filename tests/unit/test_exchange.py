@@ -698,6 +698,39 @@ def test_the_end_of_connecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_connection_that_was_closed_while_idle_is_replaced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_open: bool
+) -> None:
+    """It is the same attempt (RFC 9110 section 9.2.2); a second failure is that of a request that was sent."""
+
+    async def run() -> None:
+        world = World(tmp_path, monkeypatch)
+        exchange = await sent(world)
+        world.opened = asyncio.get_running_loop().create_future()
+        world.upstream[-1].connection_lost(None)
+        await turns()
+        check_resources(world, exchange)
+        assert exchange.task is not None
+        assert not world.breaker.outcomes
+        if is_open:
+            world.opened.set_result(None)
+            await turns()
+            check_resources(world, exchange)
+            assert world.upstream[-1]._transport.sent == world.upstream[0]._transport.sent
+            world.upstream[-1].connection_lost(None)
+        else:
+            world.opened.set_exception(httpx.ConnectError("refused"))
+        await turns()
+        assert exchange.states.phase == states.BACKING_OFF
+        assert exchange.cause == "upstream_reset"
+        assert exchange.exchange.has_reached
+        assert tuple(world.breaker.outcomes) == FAILURE
+        check_resources(world, exchange)
+
+    asyncio.run(run())
+
+
 @BODIES
 @pytest.mark.parametrize("has_failed", [True, False])
 @pytest.mark.parametrize("is_available", [True, False])

@@ -23,6 +23,7 @@ from tests.kit import (
     ask,
     eventually,
     in_front_of,
+    reason,
     reply,
 )
 
@@ -31,6 +32,7 @@ StartUpstream = Callable[..., RawUpstream]
 
 ODD = "X-Odd:  two blanks"  # nothing but a blank more, which the fast path leaves to the ASGI path
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
 
 
 @pytest.fixture(scope="module")
@@ -387,10 +389,11 @@ def test_a_response_that_is_not_plain_is_served_all_the_same(
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
-    running: RunningGateway, client: RawClient, up: RawUpstream, method: str
+    running: RunningGateway, client: RawClient, up: RawUpstream, hand_overs: list[Any], method: str
 ) -> None:
     """The keep-alive race: nothing came, so what may be repeated is (RFC 9110 section 9.2.2)."""
     calls = []
+    done = finished(running)
 
     def behave(wire: Wire, request: RawRequest) -> bool:
         calls.append(request)
@@ -402,8 +405,31 @@ def test_a_connection_that_died_meanwhile_is_made_good_where_that_is_safe(
     up.behave = behave
     client.request(method, headers=("Content-Length: 0",))
     assert client.answer().status == (200 if method == "GET" else 502)
+    assert not hand_overs
     eventually(lambda: is_calm(running, up), "nothing is held")
     assert len(up.requests) == (2 if method == "GET" else 1)
+    eventually(lambda: len(done) == 1, "it is recorded")
+    assert (done[0].attempts, done[0].retried) == (1, ())
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("kind", [Listening.REFUSES, Listening.IS_FULL])
+def test_a_connection_that_died_meanwhile_and_cannot_be_opened_again(
+    gateway: StartGateway, headers: tuple[str, ...], kind: Listening
+) -> None:
+    """The request was sent before, so the failure is that of a lost connection, and its charge stays."""
+    dead = FaultyUpstream()
+    options: dict[str, Any] = {"retry": {"attempts": 1}, "circuit_breaker": {"minimum_calls": 1000}}
+    running = warm(gateway(in_front_of(dead.url, timeouts={"connect": 0.3}, **options)), dead)
+    done = finished(running)
+    with dead.failing(Fault("went away", listening=kind)), RawClient(running.port) as client:
+        # The gateway may see the end of the idle connection before it sends the request, and then opens another one.
+        client.request(headers=headers)
+        answer = client.answer()
+    dead.close()
+    eventually(lambda: len(done) == 1 and is_calm(running, dead), "nothing is held")
+    assert answer.status in (502, 504)
+    assert done[0].attempts == 1
 
 
 NOT_NOW = b"HTTP/1.1 503 Not now\r\nX-From: upstream\r\nContent-Length: 2\r\n\r\nno"
@@ -741,37 +767,45 @@ def test_a_client_to_be_looked_up_waits_on_the_fast_path(
     assert fast_path_spy == [True, True, True]
 
 
-def test_an_open_breaker_uses_the_asgi_path(gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]) -> None:
-    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0}
-    clocks = FakeClocks()
-    running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker), clocks.clocks), up)
-    up.behave = reply(b"no", b"500 Oops")
-    with RawClient(running.port) as client:
-        fast_path_spy.clear()
-        assert [client.get().status for _ in range(2)] == [500, 503]
-        clocks.advance(0.25)
-        up.behave = reply()
-        assert [client.get().status for _ in range(2)] == [200, 200]
-    assert fast_path_spy == [True, False, False, True]
-
-
-def test_a_breaker_in_its_ramp_uses_the_asgi_path(
-    gateway: StartGateway, up: RawUpstream, fast_path_spy: list[bool]
+@pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
+@pytest.mark.parametrize("ramp", [0, 0.5])
+def test_a_breaker_refuses_probes_and_recovers_equally_on_both_paths(
+    gateway: StartGateway,
+    up: RawUpstream,
+    fast_path_spy: list[bool],
+    hand_overs: list[Any],
+    caplog: pytest.LogCaptureFixture,
+    headers: tuple[str, ...],
+    ramp: float,
 ) -> None:
-    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": 0.5}
+    caplog.set_level("INFO")
+    breaker = {"failure_threshold": 1, "recovery_timeout": 0.2, "jitter": 0, "ramp": ramp}
     clocks = FakeClocks()
     running = warm(gateway(in_front_of(up.url, circuit_breaker=breaker), clocks.clocks), up)
+    done = finished(running)
     up.behave = reply(b"no", b"500 Oops")
     with RawClient(running.port) as client:
-        assert client.get().status == 500
-        up.behave = reply()
-        clocks.advance(0.25)
-        assert client.get().status == 200
         fast_path_spy.clear()
-        assert client.get().status == 200
-        assert fast_path_spy == [False]
-        clocks.advance(0.5)
-        eventually(lambda: client.get().status == 200 and fast_path_spy[-1], "all traffic is back")
+        assert client.get(headers=headers).status == 500
+        refused = client.get(headers=headers)
+        assert (reason(refused), refused.all("retry-after")) == ((503, "circuit_open"), [b"1"])
+        clocks.advance(0.25)
+        up.behave = reply()
+        assert client.get(headers=headers).status == 200
+        assert running.live.upstreams["up"].breaker.state == "CLOSED"
+        clocks.advance(ramp)
+        assert client.get(headers=headers).status == 200
+    assert fast_path_spy == [not headers] * 4
+    assert not hand_overs
+    eventually(lambda: len(done) == 4 and is_calm(running, up), "nothing is held")
+    assert [(one.status, one.reason, one.attempts, one.upstream) for one in done] == [
+        (500, None, 1, "up"),
+        (503, "circuit_open", 0, "up"),
+        (200, None, 1, "up"),
+        (200, None, 1, "up"),
+    ]
+    for words in ("CLOSED -> OPEN", "HALF_OPEN -> CLOSED"):
+        assert f"circuit breaker up: {words}" in caplog.text
 
 
 @pytest.mark.parametrize("header", [(), (ODD,)], ids=["fast path", "ASGI path"])
@@ -824,9 +858,6 @@ def test_a_failure_is_recorded_equally_on_both_paths(
         ("r-0", "all", "status 500"),
     ]
     assert all(0 <= call["duration_seconds"] < PATIENCE for call in move["last_failures"])
-
-
-BOTH_WAYS = pytest.mark.parametrize("headers", [(), (ODD,)], ids=["fast path", "ASGI path"])
 
 
 def breaks_off(wire: Wire, _request: RawRequest) -> bool:
