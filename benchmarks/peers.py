@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import BALANCED, BASIC, FALLBACK, LIMITED, LOG, TIMEOUT, TLS, needs_of
-from benchmarks.upstream import TARGETS, TLS_ADDRESS
+from benchmarks.upstream import TARGETS, TLS_ADDRESS, TLS_NAME
 
 NODE = Path(__file__).parent / "node"
 GATEWAY = Path(__file__).parent.parent / "run_gateway.py"
@@ -151,7 +151,7 @@ def nginx(place: Place) -> Launch:
         if LOG in place.needs
         else "access_log off;"
     )
-    tls = f"proxy_ssl_trusted_certificate {place.certificate}; proxy_ssl_verify on; proxy_ssl_name {TLS_ADDRESS};"
+    tls = f"proxy_ssl_trusted_certificate {place.certificate}; proxy_ssl_verify on; proxy_ssl_name {TLS_NAME};"
     config = f"""
 daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr crit;
 events {{ worker_connections 16384; }}

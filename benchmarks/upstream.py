@@ -28,7 +28,7 @@ UPLOADED = b'{"stored": true}'
 CHUNKED = json.dumps([{"id": number, "name": "Ada Lovelace", "city": "London"} for number in range(19)]).encode()
 HOLD = 6.0  # seconds
 TARGETS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
-TLS_ADDRESS = "127.0.0.4"
+TLS_ADDRESS, TLS_NAME = "127.0.0.4", "upstream.test"  # both are in the certificate
 _ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(UPLOADED) + UPLOADED
 
 
@@ -67,7 +67,7 @@ def _make_certificate(folder: Path) -> None:
     if openssl is None:
         return
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30"]
-    names = ["-subj", "/CN=upstream", "-addext", f"subjectAltName=IP:{TLS_ADDRESS}"]
+    names = ["-subj", "/CN=upstream", "-addext", f"subjectAltName=IP:{TLS_ADDRESS},DNS:{TLS_NAME}"]
     files = ["-keyout", str(folder / "upstream.key"), "-out", str(folder / "upstream.pem")]
     subprocess.run([openssl, "req", "-x509", *key, *names, *files], check=True, capture_output=True)  # noqa: S603 - fixed arguments
 

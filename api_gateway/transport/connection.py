@@ -77,6 +77,41 @@ class UpstreamConnection(asyncio.BufferedProtocol):
     while it is written.
     """
 
+    # Slots: the interpreter does not share the keys of more than 30 attributes, which makes each access slower.
+    __slots__ = (
+        "_body_left",
+        "_buffer",
+        "_chunks",
+        "_finishing",
+        "_gathered",
+        "_head_begun",
+        "_headers",
+        "_is_reading_paused",
+        "_parser",
+        "_paused_at",
+        "_reason",
+        "_received",
+        "_relay_buffer",
+        "_remaining",
+        "_response",
+        "_rest",
+        "_resumed_at",
+        "_stall",
+        "_timeout",
+        "_transport",
+        "_unparsed",
+        "_upload",
+        "_writable",
+        "holder",
+        "idle_since",
+        "is_closed",
+        "is_reused",
+        "lifetime",
+        "loop",
+        "pool",
+        "timer",
+    )
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._relay_buffer = receive_buffer(loop)
