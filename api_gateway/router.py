@@ -11,11 +11,11 @@ import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 
 from api_gateway.errors import (
-    ClientDisconnected,
     GatewayError,
     Unavailable,
     UpstreamFailed,
@@ -33,7 +33,7 @@ from api_gateway.http1.via import Via
 from api_gateway.models import Clock, Exchange, HeaderList
 from api_gateway.proxy.admission import RequestPlan
 from api_gateway.proxy.attribution import ClientProgress
-from api_gateway.proxy.client_disconnect import CLIENT_LEFT, DisconnectListener, DisconnectPoller
+from api_gateway.proxy.client_disconnect import DisconnectListener, DisconnectPoller
 from api_gateway.proxy.deadline import Deadline, deadline_error
 from api_gateway.proxy.fallback_runner import FallbackRunner
 from api_gateway.proxy.outcome_reporter import OutcomeReporter
@@ -47,10 +47,10 @@ from api_gateway.resilience.event_loop_limit import EventLoopShedder
 from api_gateway.resilience.fair_shares import holder_of
 from api_gateway.resilience.priorities import SINGLE_PRIORITY, PriorityClasses
 from api_gateway.resilience.retry import FailedAttempt, RetryDenied, is_repeatable, retry_after_of
-from api_gateway.transport.dispatch import HttpxBody, close_response, fields_in, parts_of, send_request
+from api_gateway.transport.dispatch import HttpxBody, close_response, fields_in, parts_of
 from api_gateway.transport.error_mapping import translate
 from api_gateway.transport.request import NO_BODY, LeanRequest, NoBody
-from api_gateway.transport.response import UpstreamResponse
+from api_gateway.transport.response import LeanResponse, UpstreamResponse
 from api_gateway.upstreams.target import Target
 from api_gateway.upstreams.upstream import Attempt
 from api_gateway.upstreams.upstream_client import UpstreamClient
@@ -159,37 +159,51 @@ class Router:
             return attempts
         return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
 
-    def continue_exchange(
+    def relay_stream(
         self,
         plan: RequestPlan,
         attempt: Attempt,
-        started: UpstreamResponse,
+        response: UpstreamResponse,
         scope: Scope,
         receive: Receive,
         send: Send,
         *,
         kept: bytes | None = None,
-        tried: Sequence[Target] = (),
     ) -> Awaitable[None]:
-        """Continue an exchange whose attempt the fast path has begun, after those on `tried`. Raises GatewayError.
+        """Relay the event stream with which an attempt of the fast path was answered. Raises GatewayError.
 
-        `started` is the response to the request, `kept` the body that was sent; None if it cannot be sent again.
+        `kept` is the body that was sent, None if it cannot be sent again.
         """
         exchange, route = plan.exchange, plan.route
         assert route is not None  # noqa: S101 - the request is admitted
         upstream_client = self.upstream_clients[route.upstream]
-        extension: ServerExtension = scope[SERVER_EXTENSION]
-        if extension.is_disconnected:
-            started.close()
-            attempt.release(self._clock())
-            raise ClientDisconnected(CLIENT_LEFT)
-        request = UpstreamRequest(plan, scope, extension, self.protected, self._via)
-        started.listener = request
+        request = UpstreamRequest(plan, scope, scope[SERVER_EXTENSION], self.protected, self._via)
+        request.set_authorities(upstream_client, attempt.target)
         request.body = NO_BODY if request.framing is None else SentBody(kept)
-        attempts = self._attempts(exchange, upstream_client, request, receive, send, attempt, started, tried)
+        response.listener = request
+        work = partial(self._relay_begun, exchange, upstream_client, attempt, request, response, send)
+        relayed = work() if request.deadline is None else self._guard(exchange, request, receive, work)
         if route.fallback is None:
-            return attempts
-        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, attempts)
+            return relayed
+        return self._fallback_runner.respond(exchange, route.fallback, request, receive, send, relayed)
+
+    async def _relay_begun(
+        self,
+        exchange: Exchange,
+        upstream_client: UpstreamClient,
+        attempt: Attempt,
+        request: UpstreamRequest,
+        response: UpstreamResponse,
+        send: Send,
+    ) -> None:
+        """Relay a response whose head has been recorded, and end its attempt."""
+        assert request.extension is not None  # noqa: S101 - the fast path is only offered by the gateway's own server
+        try:
+            with DisconnectListener(request.extension):
+                await self._deliver(exchange, upstream_client, attempt, request, LeanResponse(response), send)
+        finally:
+            response.close()
+            self.outcomes.release(exchange, attempt)
 
     def fall_back(
         self,
@@ -204,7 +218,7 @@ class Router:
     ) -> Awaitable[None]:
         """Respond by the route's fallback after `error` of the fast path, or raise it if the fallback does not apply.
 
-        `is_sent`: the request, with its body, was sent to the upstream; `kept`: see `continue_exchange`.
+        `is_sent`: the request, with its body, was sent to the upstream; `kept`: see `relay_stream`.
         """
         exchange, route = plan.exchange, plan.route
         assert route is not None and route.fallback is not None  # noqa: S101, PT018 - it has one
@@ -222,35 +236,26 @@ class Router:
         request: UpstreamRequest,
         receive: Receive,
         send: Send,
-        attempt: Attempt | None = None,
-        started: UpstreamResponse | None = None,
-        tried: Sequence[Target] = (),
     ) -> Awaitable[None]:
-        """Return the attempts on one upstream, limited by the deadline of the request; see `_attempt_targets`."""
+        """Return the attempts on one upstream, limited by the deadline of the request."""
+        work = partial(self._attempt_targets, exchange, upstream_client, request, send)
         if request.extension is not None and request.deadline is None:
-            return self._attempt_targets(exchange, upstream_client, request, send, attempt, started, tried)
-        return self._guard(exchange, upstream_client, request, receive, send, attempt, started, tried)
+            return work()
+        deadline = request.deadline
+        if deadline is not None and not deadline.remaining(self._clock()):  # passed before anything was sent
+            return _raise(deadline_error(exchange, deadline))
+        return self._guard(exchange, request, receive, work)
 
     async def _guard(
-        self,
-        exchange: Exchange,
-        upstream_client: UpstreamClient,
-        request: UpstreamRequest,
-        receive: Receive,
-        send: Send,
-        attempt: Attempt | None,
-        started: UpstreamResponse | None,
-        earlier: Sequence[Target],
+        self, exchange: Exchange, request: UpstreamRequest, receive: Receive, work: Callable[[], Awaitable[None]]
     ) -> None:
-        """Apply the deadline to the attempts, and detect a disconnect if the server does not report it."""
+        """Apply the deadline to `work`, and detect a disconnect if the server does not report it."""
         deadline = request.deadline
         left = None if deadline is None else deadline.remaining(self._clock())
-        if deadline is not None and left == 0 and attempt is None:  # passed before anything was sent
-            raise deadline_error(exchange, deadline)
         with nullcontext() if request.extension is not None else DisconnectPoller(receive, request.body):
             try:
                 async with asyncio.timeout(left) as request.timer:
-                    await self._attempt_targets(exchange, upstream_client, request, send, attempt, started, earlier)
+                    await work()
             except TimeoutError as error:
                 assert deadline is not None  # noqa: S101 - only the deadline raises TimeoutError here
                 raise deadline_error(exchange, deadline) from error
@@ -279,23 +284,18 @@ class Router:
         upstream_client: UpstreamClient,
         request: UpstreamRequest,
         send: Send,
-        attempt: Attempt | None = None,
-        started: UpstreamResponse | None = None,
-        earlier: Sequence[Target] = (),
     ) -> None:
         """Make an attempt, and retries as long as `_retry_delay` allows them.
 
-        `attempt` and `started` belong to an attempt that has begun, after others on the targets `earlier`. Raises
-        ClientDisconnected if the client disconnects: the gateway's own server then cancels this task.
+        Raises ClientDisconnected if the client disconnects: the gateway's own server then cancels this task.
         """
-        tried = list(earlier)
+        tried: list[Target] = []
         watch: AbstractContextManager[None] = (
             nullcontext() if request.extension is None else DisconnectListener(request.extension)
         )
         with watch:
-            if attempt is None:
-                attempt = self._acquire(exchange, upstream_client, request)
-            again = await self._attempt(exchange, upstream_client, attempt, request, send, tried, started)
+            attempt = self._acquire(exchange, upstream_client, request)
+            again = await self._attempt(exchange, upstream_client, attempt, request, send, tried)
             try:
                 while again is not None:
                     again = await self._attempt_again(exchange, upstream_client, again, request, send, tried)
@@ -386,7 +386,6 @@ class Router:
         request: UpstreamRequest,
         send: Send,
         tried: list[Target],
-        started: UpstreamResponse | None = None,
         given_up: httpx.Response | None = None,
     ) -> _PendingRetry | None:
         """Send the request to one target and relay the response, or return a retry if the attempt failed.
@@ -401,7 +400,7 @@ class Router:
             if given_up is not None:
                 await close_response(given_up)
             try:
-                response = await self._send(exchange, upstream_client, attempt, request, started)
+                response = await self._send(exchange, upstream_client, attempt, request)
             except UpstreamFailed as error:
                 delay = self._retry_delay(
                     exchange, upstream_client, attempt, request, tried, is_sent=not error.is_retry_safe
@@ -488,20 +487,17 @@ class Router:
         upstream_client: UpstreamClient,
         attempt: Attempt,
         request: UpstreamRequest,
-        started: UpstreamResponse | None,
     ) -> httpx.Response:
         """Send the request to one target and return the response with its head; settle the attempt if that fails."""
         now = self._clock()
         outgoing = request.render(exchange, upstream_client, attempt.target, now)
-        if started is None:
-            exchange.target = attempt.target.url
-            exchange.sent_at = now
+        exchange.target, exchange.sent_at = attempt.target.url, now
         try:
-            response = await send_request(upstream_client.transport, outgoing, started)
+            response = await upstream_client.transport.handle_async_request(outgoing)
         except httpx.TransportError as error:
-            raise self._failure(exchange, attempt, request, outgoing, started, error) from error
+            raise self._failure(exchange, attempt, request, outgoing, error) from error
         except asyncio.CancelledError:
-            if _note_progress(exchange, outgoing, started, is_sent=True) and request.is_overdue:
+            if _note_progress(exchange, outgoing, is_sent=True) and request.is_overdue:
                 self._settle_overdue(exchange, attempt, request, _note_client_progress(exchange, request))
             raise
         self.outcomes.on_head(
@@ -515,7 +511,6 @@ class Router:
         attempt: Attempt,
         request: UpstreamRequest,
         outgoing: httpx.Request,
-        started: UpstreamResponse | None,
         error: httpx.TransportError,
     ) -> GatewayError:
         """Settle an attempt without a response; return its error.
@@ -524,7 +519,7 @@ class Router:
         the frame: only the garbage collector would free that cycle.
         """
         failure = self.outcomes.on_failure(exchange, attempt, error, _note_client_progress(exchange, request))
-        _note_progress(exchange, outgoing, started, is_sent=not failure.is_retry_safe)
+        _note_progress(exchange, outgoing, is_sent=not failure.is_retry_safe)
         return failure
 
     def _settle_overdue(
@@ -704,15 +699,13 @@ def _note_client_progress(exchange: Exchange, request: UpstreamRequest) -> Clien
     return share
 
 
-def _note_progress(
-    exchange: Exchange, outgoing: httpx.Request, started: UpstreamResponse | None, *, is_sent: bool
-) -> bool:
+def _note_progress(exchange: Exchange, outgoing: httpx.Request, *, is_sent: bool) -> bool:
     """Record how far an attempt without a response got; return whether a part of the request was sent.
 
-    It was if `started` is given. `is_sent` is the assumption for transports that do not report it.
+    `is_sent` is the assumption for transports that do not report it.
     """
     if isinstance(outgoing, LeanRequest):
-        is_sent = started is not None or outgoing.is_sent
+        is_sent = outgoing.is_sent
         exchange.has_begun |= is_sent or outgoing.has_begun
     else:
         exchange.has_begun = True

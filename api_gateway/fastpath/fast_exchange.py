@@ -330,14 +330,14 @@ class FastExchange(ProxyExchange):
             self._client.transport.write(self._take_piece())
         elif not self.is_head_complete:
             return
-        elif not self.head and is_event_stream(self.fields):
-            self._hand_over()
-            return
         else:
             attempt = self.attempt
             assert attempt is not None  # noqa: S101 - set before sending
             self._context.router.outcomes.on_head(self.exchange, attempt, self.status, now)
             if self.status >= _MIN_RETRIED_STATUS and self._is_retried(self.status) and self._retries(attempt, now):
+                return
+            if not self.head and is_event_stream(self.fields):
+                self._hand_over()
                 return
             self._write_head(attempt)
             if attempt.is_probe and not self.is_complete:
@@ -634,7 +634,7 @@ class FastExchange(ProxyExchange):
             self.task = None
 
     def _hand_over(self, error: GatewayError | None = None) -> None:
-        """Let the ASGI path continue: with the response if the request is sent, else with the request.
+        """Let the ASGI path continue: with an event stream, or from the start if no attempt was made.
 
         After an `error`, which has settled the attempt, it continues with the fallback.
         """
@@ -654,9 +654,8 @@ class FastExchange(ProxyExchange):
         elif attempt is None:
             go_on = partial(router.forward, self.plan)
         else:
-            exchange.attempts -= 1  # it is counted there
-            started = UpstreamResponse.continuing(self, _Interim(self._client, context.via))
-            go_on = partial(router.continue_exchange, self.plan, attempt, started, kept=kept, tried=self.tried)
+            response = UpstreamResponse.continuing(self, NO_LISTENER)
+            go_on = partial(router.relay_stream, self.plan, attempt, response, kept=kept)
         self._client.run_asgi(
             partial(_serve, context.record, exchange, go_on),
             exchange.method,
@@ -683,7 +682,7 @@ def _serve(
 
 
 class _Interim(NoListener):
-    """Forwards interim responses until the ASGI path has set its own listener."""
+    """Forwards interim responses."""
 
     def __init__(self, client: Downstream, via: tuple[bytes, bytes]) -> None:
         self._client = client
